@@ -1,0 +1,133 @@
+"""Trees of tensors: dict, tuple, list and NamedTuple, with None as the empty tree.
+
+Everything that minitune trains, differentiates or saves is such a tree. A path names a leaf as it would be
+written in a table: `mu.model.layers.0.mlp.up_proj.weight.a`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitune.types import InputError
+
+Tree = Any  # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
+
+
+def items(tree: Tree, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (path, leaf) in storage order; TypeError names the path of anything that is neither tensor nor container."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif tree is not None:
+        for key, child in _children(tree, path):
+            yield from items(child, f"{path}.{key}" if path else key)
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree, in storage order."""
+    return [leaf for _, leaf in items(tree)]
+
+
+def map(f: Callable[..., Any], tree: Tree, *rest: Tree, path: str = "") -> Tree:
+    """Apply f to corresponding leaves; TypeError names the path where two trees differ in structure."""
+    if isinstance(tree, Tensor):
+        for other in rest:
+            if not isinstance(other, Tensor):
+                raise TypeError(f"tree: {path or 'root'} is a tensor in one tree and {type(other).__name__} in another")
+        return f(tree, *rest)
+    if tree is None:
+        return None
+    children = _children(tree, path)
+    for other in rest:
+        if [key for key, _ in _children(other, path)] != [key for key, _ in children]:
+            found, wanted = _describe(other), _describe(tree)
+            raise TypeError(f"tree: {path or 'root'} is {found} in one tree, expected {wanted} as in the first")
+    mapped = [
+        map(f, child, *(_child(other, i, path) for other in rest), path=f"{path}.{key}" if path else key)
+        for i, (key, child) in enumerate(children)
+    ]
+    return _like(tree, mapped)
+
+
+def rebuild(tree: Tree, new_leaves: Iterable[Tensor]) -> Tree:
+    """The same structure with other leaves, given in storage order; TypeError if there are too few or too many."""
+    pending = iter(new_leaves)
+
+    def take(_: Tensor) -> Tensor:
+        try:
+            return next(pending)
+        except StopIteration:
+            raise TypeError(f"tree: fewer leaves than the {len(leaves(tree))} that the structure holds") from None
+
+    built = map(take, tree)
+    if next(pending, None) is not None:
+        raise TypeError(f"tree: more leaves than the {len(leaves(tree))} that the structure holds")
+    return built
+
+
+def add(x: Tree, y: Tree) -> Tree:
+    """Leafwise x + y."""
+    return map(torch.add, x, y)
+
+
+def norm(tree: Tree) -> Float[Tensor, ""]:
+    """Euclidean norm over all leaves together, accumulated in float32; TypeError for a tree without leaves."""
+    parts = [torch.linalg.vector_norm(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves(tree)]
+    if not parts:
+        raise TypeError("tree: norm of a tree without leaves, expected at least one tensor")
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
+def n_bytes(tree: Tree) -> int:
+    """Bytes of all leaves together, each counted as if it owned its storage."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
+
+
+def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
+    """The names that match any glob, in their own order; InputError for a glob that matches nothing, with near misses.
+
+    `*` also crosses dots, so `*.mlp.*_proj.weight` reaches every layer. `what` names the asking rule in the message.
+    """
+    names = list(names)
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            near = get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+            raise InputError(f"{what}: {glob!r} matches no weight; the nearest are {', '.join(near)}")
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def donate(old: Tree, new: Tree) -> Tree:
+    """Write the leaves of `new` over those of `old` and return `old`: the one place where minitune writes a tensor.
+
+    Only for memory that the caller gave away: a step with donate=True, and a key/value cache.
+    """
+    with torch.no_grad():
+        return map(lambda x, y: x.copy_(y), old, new)
+
+
+def _children(tree: Tree, path: str) -> list[tuple[str, Tree]]:
+    if isinstance(tree, Mapping):
+        return list(tree.items())
+    if isinstance(tree, (tuple, list)):
+        return list(zip(getattr(tree, "_fields", [str(i) for i in range(len(tree))]), tree, strict=True))
+    raise TypeError(f"tree: {path or 'root'} is a {type(tree).__name__}, expected a tensor, dict, tuple or None")
+
+
+def _child(tree: Tree, i: int, path: str) -> Tree:
+    return _children(tree, path)[i][1]
+
+
+def _describe(tree: Tree) -> str:
+    keys = [key for key, _ in _children(tree, "")] if isinstance(tree, (Mapping, tuple, list)) else []
+    shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+    return f"{type(tree).__name__} of {len(keys)} ({shown})"
+
+
+def _like(tree: Tree, children: list[Tree]) -> Tree:
+    if isinstance(tree, Mapping):
+        return dict(zip(tree, children, strict=True))
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
