@@ -9,6 +9,7 @@ Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Union
 
 import torch
@@ -30,16 +31,22 @@ class Delta(NamedTuple):
 
 Params = Mapping[str, Tensor]
 Deltas = Mapping[str, Delta]
-Trainable = Mapping[str, Union[Tensor, Delta]]  # what is here is trained: a tensor replaces the weight of its name, a Delta adapts it
+Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it
 Metrics = dict[str, Tensor]
+NO_DELTAS: Deltas = MappingProxyType({})
 
 
 class Batch(NamedTuple):
-    """Rows of tokens. segment_ids: 0 = padding, else the document's number in its row. loss_mask: True where tokens[b, t] is a target."""
+    """Rows of tokens: segment_ids 0 is padding, else a document's number in its row; loss_mask: tokens[b, t] is a target."""
 
     tokens: Int[Tensor, "B T"]
     segment_ids: Int[Tensor, "B T"]
     loss_mask: Bool[Tensor, "B T"]
+
+    def labelled(self) -> Bool[Tensor, "B T"]:
+        """The targets that can be predicted: loss_mask, less every document's first token and padding."""
+        follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (self.segment_ids[:, 1:] > 0)
+        return torch.cat([torch.zeros_like(self.loss_mask[:, :1]), self.loss_mask[:, 1:] & follows], dim=1)
 
 
 class Mean(NamedTuple):
@@ -54,13 +61,18 @@ class Mean(NamedTuple):
         return Mean(torch.where(mask, x, 0.0).sum(), mask.sum().to(x.dtype))
 
     def over_ranks(self) -> "Mean":
-        """The mean over every rank's elements: totals and weights summed (a no-op in a single process)."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self
-        both = torch.stack([self.total.detach(), self.weight.detach()])
-        dist.all_reduce(both)
-        return Mean(both[0], both[1])
+        """The mean over every rank's elements: totals and weights summed."""
+        return Mean(*over_ranks(torch.stack([self.total, self.weight])).unbind())
 
     def value(self) -> Float[Tensor, ""]:
         """total / weight, and 0 for an empty mean (whose total is 0)."""
         return self.total / torch.where(self.weight > 0, self.weight, 1.0)
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum of x over all ranks of the default process group; x itself in a single process. Not differentiable."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    summed = x.detach().clone()
+    dist.all_reduce(summed)
+    return summed

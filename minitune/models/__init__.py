@@ -1,0 +1,114 @@
+"""Model families: modules that export Config, from_hf, to_hf, shapes, head_name, hidden, decode, forward and Cache."""
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitune import ops, seeds
+from minitune.losses import Loss
+from minitune.models import llama
+from minitune.types import NO_DELTAS, Batch, Deltas, InputError, Params
+
+FAMILIES = {"llama": llama}
+
+
+class Model(NamedTuple):
+    """A family with its numbers: all that is needed to run parameters. `wrap` transforms every block, e.g. grad.remat."""
+
+    family: ModuleType
+    config: Any
+    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Tensor, "B T"],
+        deltas: Deltas = NO_DELTAS,
+        *,
+        segment_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of every token."""
+        return self.family.forward(self.config, params, tokens, deltas, segment_ids=segment_ids)
+
+    def token_losses(self, params: Params, batch: Batch, deltas: Deltas, loss: Loss) -> Float[Tensor, "B T"]:
+        """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist."""
+        hidden = self.family.hidden(self.config, params, batch.tokens, deltas, segment_ids=batch.segment_ids, wrap=self.wrap)
+        name = self.family.head_name(self.config)
+        targets, mask = batch.tokens.roll(-1, 1), batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
+        return ops.token_losses(loss, hidden, targets, mask, params[name], deltas.get(name)).roll(1, 1)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's name and shape."""
+        return self.family.shapes(self.config)
+
+    def init(self, seed: int, std: float = 0.02) -> dict[str, Tensor]:
+        """Random float32 parameters: norms one, biases zero, matrices normal(0, std), those that write to the residual
+        stream std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3); drawn from (seed, weight name)."""
+
+        def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+            if name.endswith("norm.weight"):
+                return torch.ones(shape)
+            if name.endswith(".bias"):
+                return torch.zeros(shape)
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = std / (2 * self.config.n_layers) ** 0.5 if residual else std
+            return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
+
+        return {name: weight(name, shape) for name, shape in self.shapes().items()}
+
+
+def open(folder: Path) -> Model:
+    """The model that a Hugging Face folder's config.json describes; InputError for an unknown family or field."""
+    return from_hf(config_json(folder), str(folder / "config.json"))
+
+
+def config_json(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder; InputError if it is missing or not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"models: {path} does not exist, expected a Hugging Face folder: config.json, *.safetensors, tokenizer files"
+        )
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"models: {path} is no JSON ({error}); download it again") from None
+    if not isinstance(hf, dict):
+        raise InputError(f"models: {path} holds a {type(hf).__name__}, expected an object")
+    return hf
+
+
+def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
+    """The model that a config.json's content describes."""
+    return Model(_family(hf.get("model_type"), where), _family(hf.get("model_type"), where).from_hf(hf, where))
+
+
+def open_config(path: Path) -> Model:
+    """The model of a shape file: TOML with `family` and that family's Config fields."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            f"models: {path} does not exist, expected a model shape such as configs/models/llama-3.2-1b.toml"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"models: {path}: {error}") from None
+    family = _family(table.pop("family", None), str(path))
+    try:
+        return Model(family, msgspec.convert(table, family.Config))
+    except msgspec.ValidationError as error:
+        raise InputError(f"models: {path}: {error}") from None
+
+
+def _family(name: Any, where: str) -> ModuleType:
+    if name not in FAMILIES:
+        raise InputError(f"models: {where} is of family {name!r}, expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]

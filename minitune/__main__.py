@@ -1,0 +1,132 @@
+"""The command line: run a program, or look at one. What only looks stays fast: torch is imported where it is needed."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Never
+
+from minitune import __version__, paths
+
+HELP = """\
+usage: python -m minitune PROGRAM.toml [KEY=VALUE ...]
+
+Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it: train.optimizer.lr=1e-4, seed=1.
+
+  ls                            the shipped programs
+  cp NAME DEST                  copy a shipped program, to change it
+  show PROGRAM [KEY=VALUE ...]  the program with every default written out
+  check PROGRAM [KEY=VALUE ...] read the program, find its files, match its globs; run nothing
+  schema                        the JSON Schema of programs
+  --help, --version
+"""
+VERBS = ("ls", "cp", "show", "check", "schema")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the words say and return the exit code: 0, 2 for what the user must change, 128 + signal when stopped by one."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run_words(words)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        from minitune.types import InputError  # imports torch
+
+        if not isinstance(error, InputError):
+            raise
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _run_words(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        sys.stdout.write(HELP)
+    elif words == ["--version"]:
+        sys.stdout.write(f"minitune {__version__}\n")
+    elif words == ["ls"]:
+        _ls()
+    elif words[0] == "cp":
+        _cp(*words[1:]) if len(words) == 3 else _refuse(f"cp {' '.join(words[1:])}, expected cp NAME DEST")
+    elif words == ["schema"]:
+        from minitune import program
+
+        sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
+    elif words[0] in ("show", "check"):
+        if len(words) == 1:
+            _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM [KEY=VALUE ...]")
+        _show(*words[1:]) if words[0] == "show" else _check(*words[1:])
+    elif words[0] in VERBS:
+        _refuse(f"{' '.join(words)}, expected {words[0]} alone")
+    else:
+        return _run(*words)
+    return 0
+
+
+def _ls() -> None:
+    programs = paths.shipped()
+    width = max(map(len, programs), default=0)
+    for name, path in programs.items():
+        comments = (line.removeprefix("#").strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
+        sys.stdout.write(f"{name:{width}}  {next(comments, '')}".rstrip() + "\n")
+
+
+def _cp(name: str, dest: str) -> None:
+    source = _program_file(name)
+    target = Path(dest) / source.name if Path(dest).is_dir() else Path(dest)
+    if target.exists():
+        _refuse(f"{target} exists, expected a new file; nothing was copied")
+    if not target.parent.is_dir():
+        _refuse(f"{target.parent} is no folder, expected one that exists")
+    shutil.copyfile(source, target)
+    sys.stdout.write(f"{target}\n")
+
+
+def _show(name: str, *overrides: str) -> None:
+    from minitune import program
+
+    sys.stdout.write(program.resolved(program.load(_program_file(name), overrides)))
+
+
+def _check(name: str, *overrides: str) -> None:
+    from minitune import program, world
+
+    loaded = program.load(_program_file(name), overrides)
+    for line in world.check(loaded.model, loaded.data, loaded.stage):
+        sys.stdout.write(f"{line}\n")
+
+
+def _run(name: str, *overrides: str) -> int:
+    file = _program_file(name)
+    from minitune import program, runs, world
+
+    stop = runs.StopSignals()
+    try:
+        runs.run_program(program.load(file, overrides), stop)
+    except world.Stopped as stopped:
+        sys.stderr.write(f"stopped at step {stopped.step}, saved in {stopped.folder}; run the same command to continue\n")
+        return 128 + (stop.number or 0)
+    return 0
+
+
+def _program_file(name: str) -> Path:
+    path = paths.program_file(name)
+    if path.is_file():
+        return path
+    shipped = list(paths.shipped())
+    known = [*VERBS, *shipped]
+    near = get_close_matches(name.removeprefix("programs/").removesuffix(".toml"), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return _refuse(f"{name} is no file, no verb and no shipped program, expected one of {', '.join(known)}{hint}")
+
+
+def _refuse(message: str) -> Never:
+    from minitune.types import InputError
+
+    raise InputError(f"minitune: {message}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

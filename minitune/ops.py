@@ -1,0 +1,87 @@
+"""The few operations that a decoder is made of; every one a pure function of tensors."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitune.grad import remat, under_transform
+from minitune.types import Delta
+
+HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, whatever the vocabulary
+
+
+def linear(
+    x: Float[Tensor, "*rows in"], w: Float[Tensor, "out in"], delta: Delta | None = None, bias: Float[Tensor, "out"] | None = None
+) -> Float[Tensor, "*rows out"]:
+    """x w^T + bias + x a^T b^T in the dtype of x (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b)."""
+    y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if delta is None:
+        return y
+    return y + F.linear(F.linear(x, delta.a.to(x.dtype)), delta.b.to(x.dtype))
+
+
+def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, "B T D"]:
+    """Row tokens[b, t] of the embedding, in its dtype."""
+    return F.embedding(tokens, w)
+
+
+def rms_norm(x: Float[Tensor, "*rows D"], w: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*rows D"]:
+    """w * x / sqrt(mean(x^2) + eps), the quotient in float32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return w.to(x.dtype) * scaled.to(x.dtype)
+
+
+def swiglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+    return F.silu(gate) * up
+
+
+def rope_table(
+    positions: Int[Tensor, "B T"], frequencies: Float[Tensor, "half"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B T E"]]:
+    """cos and sin of position * frequency [rad], each twice; float32, then cast (Su et al. 2021, arXiv 2104.09864, eq. 34)."""
+    angles = positions[..., None].to(frequencies.dtype) * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]]) -> Float[Tensor, "B H T E"]:
+    """Rotate dimension i with i + E/2 (the half-split layout of Hugging Face weights) by the angles of each token."""
+    cos, sin = (table[:, None] for table in rope)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def token_losses(
+    loss: Callable[[Float[Tensor, "n V"], Int[Tensor, "n"]], Float[Tensor, "n"]],
+    hidden: Float[Tensor, "B T D"],
+    targets: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    head: Float[Tensor, "V D"],
+    delta: Delta | None = None,
+) -> Float[Tensor, "B T"]:
+    """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
+
+    Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits, which the backward recomputes.
+    """
+
+    def piece(rows: Tensor, labels: Tensor, w: Tensor, delta: Delta | None) -> Tensor:
+        return loss(linear(rows, w, delta), labels)
+
+    chunk = max(1, HEAD_CHUNK // head.shape[0])
+    flat, labels = hidden.flatten(0, 1), targets.flatten()
+    if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
+        nats = _chunked(remat(piece), flat, labels, head, delta, chunk)
+        return torch.where(mask, nats.view(mask.shape), 0.0)
+    rows = mask.flatten().nonzero().squeeze(1)
+    nats = _chunked(remat(piece), flat[rows], labels[rows], head, delta, chunk)
+    return nats.new_zeros(mask.numel()).index_put((rows,), nats).view(mask.shape)
+
+
+def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tensor, head: Tensor, delta: Delta | None, chunk: int) -> Tensor:
+    pieces = [piece(r, t, head, delta) for r, t in zip(rows.split(chunk), labels.split(chunk), strict=True)]
+    return torch.cat(pieces)
