@@ -25,6 +25,10 @@ Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it:
 VERBS = ("ls", "cp", "show", "check", "schema")
 
 
+class _Misuse(Exception):  # noqa: N818 - what the words say is wrong, found before InputError (and torch) is imported
+    pass
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say and return the exit code: 0, 2 for what the user must change, 128 + signal when stopped by one."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -32,13 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_words(words)
     except KeyboardInterrupt:
         return 130
+    except _Misuse as error:
+        message = f"minitune: {error}"
     except ValueError as error:
-        from minitune.types import InputError  # imports torch
+        from minitune.types import InputError
 
         if not isinstance(error, InputError):
             raise
-        sys.stderr.write(f"{error}\n")
-        return 2
+        message = str(error)
+    sys.stderr.write(f"{message}\n")
+    return 2
 
 
 def _run_words(words: list[str]) -> int:
@@ -123,9 +130,7 @@ def _program_file(name: str) -> Path:
 
 
 def _refuse(message: str) -> Never:
-    from minitune.types import InputError
-
-    raise InputError(f"minitune: {message}")
+    raise _Misuse(message)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def attention(
     q: Float[Tensor, "B N T E"],
     k: Float[Tensor, "B K S E"],
     v: Float[Tensor, "B K S E"],
-    mask: Bool[Tensor, "B 1 T S"] | None,
+    mask: Bool[Tensor, "#B 1 T S"] | None,
 ) -> Float[Tensor, "B N T E"]:
     """softmax(q k^T / sqrt(E)) v over the keys where mask is True, or over keys s <= t when it is None.
 

@@ -24,7 +24,7 @@ from minitune.types import InputError
 
 Message = Mapping[str, Any]  # role and content, and whatever else the template knows, e.g. tool_calls
 
-MAX_ITERATIONS = 1_000_000  # loop steps of one rendering
+MAX_ITERATIONS = 200_000  # loop steps and calls of one rendering
 MAX_CHARS = 50_000_000  # of one rendering
 BUDGET = "loop budget"  # the name of a variable that no template can spell
 
@@ -195,33 +195,30 @@ def _trained_spans(tokenizer: Tokenizer, template: Template, messages: list[Mess
 
 
 def _shield(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[Message], dict[int, str]]:
-    """The messages with stand-ins (U+100000 and up) in what could read as a special token, and the table that restores them.
-
-    A stand-in takes the place of the first character of every special token, in any letter case, and of the beginning
-    of one at the end of a string, which the text that comes next might complete.
-    """
+    """The messages with stand-ins (U+100000 and up) in what could read as a special token, and the table that restores them."""
     stand_ins: dict[str, str] = {}
-    longest = max(map(len, tokenizer.special), default=0)
-
-    def shield(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {shield(key): shield(child) for key, child in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [shield(child) for child in value]
-        if not isinstance(value, str):
-            return value
-        end = len(value.rstrip())
-        places = set(starts(tokenizer.find_lookalike, value))
-        tails = range(max(0, end - longest + 1), end)
-        places |= {i for i in tails if any(token.startswith(value[i:end]) for token in tokenizer.special)}
-        if not places:
-            return value
-        return "".join(
-            stand_ins.setdefault(char, chr(0x100000 + len(stand_ins))) if i in places else char for i, char in enumerate(value)
-        )
-
-    shielded = [shield(message) for message in messages]
+    shielded = [_shield_strings(message, tokenizer, stand_ins) for message in messages]
     return shielded, {ord(stand_in): char for char, stand_in in stand_ins.items()}
+
+
+def _shield_strings(value: Any, tokenizer: Tokenizer, stand_ins: dict[str, str]) -> Any:
+    """value with a stand-in for the first character of each special token, in any letter case, and of the beginning of one
+    at the end of a string, which the text that comes next might complete; stand_ins gets those that it lacks."""
+    if isinstance(value, Mapping):
+        names = {key: _shield_strings(key, tokenizer, stand_ins) if tokenizer.find_special.search(key) else key for key in value}
+        return {names[key]: _shield_strings(child, tokenizer, stand_ins) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shield_strings(child, tokenizer, stand_ins) for child in value]
+    if not isinstance(value, str):
+        return value
+    places = set(starts(tokenizer.find_lookalike, value))
+    end = len(value.rstrip())
+    tails = range(max(0, end - max(map(len, tokenizer.special), default=0) + 1), end)
+    markup = [token for token in tokenizer.special if not token[0].isalnum()]
+    places |= {i for i in tails if any(token.startswith(value[i:end]) for token in markup)}
+    for char in sorted({value[i] for i in places}):
+        stand_ins.setdefault(char, chr(0x100000 + len(stand_ins)))
+    return "".join(stand_ins[char] if i in places else char for i, char in enumerate(value)) if places else value
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -257,7 +254,7 @@ class _Namespace(Namespace):
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} renders its body: which tokens are trained is found without it."""
 
-    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

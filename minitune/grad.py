@@ -6,7 +6,6 @@ transform, where detached leaves can't be made, the torch.func form is used and 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -48,15 +47,21 @@ def accumulate(evaluate: Callable[[Any], Tree], micro_batches: Iterable[Any]) ->
     """Sum evaluate(micro_batch) leafwise: totals, weights and gradients add, and whoever calls divides once.
 
     Peak memory does not grow with the number of micro-batches: each pair of leaves is freed as its sum is made.
+    TypeError if there is no micro-batch.
     """
+    structure: Tree = None
+    sums: list[Tensor] = []
+    for micro_batch in micro_batches:
+        value = evaluate(micro_batch)
+        structure, parts = tree.map(lambda _: _HOLE, value), tree.leaves(value)[::-1]
+        del value
+        sums = [torch.add(sums.pop(), parts.pop()) for _ in range(len(sums))][::-1] if sums else parts
+    if structure is None:
+        raise TypeError("grad: no micro-batch to accumulate, expected at least one")
+    return tree.rebuild(structure, sums[::-1])
 
-    def add(total: Tree, part: Tree) -> Tree:
-        structure = tree.map(lambda _: torch.empty(0), total)
-        xs, ys = tree.leaves(total)[::-1], tree.leaves(part)[::-1]
-        del total, part
-        return tree.rebuild(structure, [torch.add(xs.pop(), ys.pop()) for _ in range(len(xs))])
 
-    return reduce(add, (evaluate(micro_batch) for micro_batch in micro_batches))
+_HOLE = torch.empty(0)  # stands where a leaf was, so that a kept structure keeps no leaf alive
 
 
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,9 +80,6 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         return _Remat.apply(flat, *tensors)
 
     return recomputed
-
-
-_HOLE = torch.empty(0)  # stands where a leaf was, so that a kept structure keeps no leaf alive
 
 
 class _Remat(torch.autograd.Function):

@@ -16,7 +16,6 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
-from typing_extensions import Self
 
 from minitune import checkpoint, toml
 from minitune.types import InputError
@@ -53,10 +52,10 @@ class Log:
         self._wandb: Any = None
         self._stage, self._n_before = "", 0
 
-    def __enter__(self) -> Self:
-        self._file = self._reopened(keep=lambda stage, step: True)
+    def __enter__(self) -> "Log":
         if self._config.wandb is not None:
             self._wandb = _wandb_run(self._path.parent, self._config.wandb, self._program)
+        self._file = self._reopened(keep=lambda stage, step: True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,7 +90,7 @@ class Log:
             self._wandb.log({"global_step": global_step, **values}, step=global_step)
 
     def rewind(self, step: int) -> None:
-        """Cut this stage's rows after a step, because it goes on from there (wandb itself drops the steps that it already has)."""
+        """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""
         self._file.close()
         self._file = self._reopened(keep=lambda stage, at: stage != self._stage or at <= step)
 
@@ -167,14 +166,17 @@ def _wandb_run(folder: Path, keywords: Mapping[str, Any], program: Mapping[str, 
     for name in keywords:
         if name not in known:
             raise InputError(f"log: wandb.{name} is unknown, expected a keyword of wandb.init{toml.nearest(name, known)}")
+    config = keywords.get("config", {})
+    if not isinstance(config, Mapping):
+        raise InputError(f"log: wandb.config is {config!r}, expected a table; the program's own keys are added to it")
     id_file = folder / "wandb-id"
-    ours = {
+    ours: dict[str, Any] = {
         "name": program.get("name"),
         "dir": os.environ.get("WANDB_DIR", str(folder)),
         "id": id_file.read_text("utf-8") if id_file.exists() else None,
         "resume": "allow",
     }
-    run = wandb.init(**(ours | dict(keywords) | {"config": {**program, **keywords.get("config", {})}}))
+    run = wandb.init(**{**ours, **keywords, "config": {**program, **config}})
     checkpoint.write_atomic(id_file, run.id.encode())
     return run
 

@@ -20,7 +20,7 @@ def program_file(name: str) -> Path:
 
 
 def locate(path: str) -> Path:
-    """What a path in a program means: "demo" and "demo/..." are embedded, "configs/..." may be shipped, the rest is the user's."""
+    """What a path in a program means: demo and demo/... are embedded, configs/... may be shipped, the rest is the user's."""
     head, _, rest = path.partition("/")
     if head == "demo":
         return PACKAGE / "demo" / (rest or "model")

@@ -22,7 +22,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """What `python -m minitune` runs: a model, its data, and the stages that the model goes through, in order."""
 
     name: Annotated[str, msgspec.Meta(pattern=rf"^{_PLAIN}(?!\n)$", max_length=100)]
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     out: str = "runs"
     resume: bool | None = None  # None: continue an unfinished run of this program; True: there must be one; False: start afresh
     model: ModelSource
@@ -39,11 +39,13 @@ class _Places(NamedTuple):
     overrides: Mapping[toml.KeyPath, str]
 
     def where(self, path: toml.KeyPath) -> str:
-        for prefix in (path[:n] for n in range(len(path), 0, -1)):
-            if prefix in self.overrides:
-                return f"program: {self.overrides[prefix]!r} on the command line"
-            if prefix in self.lines:
-                return f"program: {self.file}:{self.lines[prefix]}"
+        for n in range(len(path), 0, -1):
+            given = self.overrides.get(path[:n])
+            if given is None and path[:n] in self.lines:
+                return f"program: {self.file}:{self.lines[path[:n]]}"
+            below = [text for at, text in self.overrides.items() if at[:n] == path[:n]]  # one of them made this table
+            if given or below:
+                return f"program: {given or below[0]!r} on the command line"
         return f"program: {self.file}"
 
 
@@ -117,17 +119,17 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     if head not in names and head not in tops:
         known = [*(name for name in names if name), *tops]
         raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{toml.nearest(head, known)}")
-    path = ("stage", names.index(head), *rest) if head in names else (head, *rest)
-
-    table: Any = raw
-    for n, part in enumerate(path[:-1], 1):
-        table = table[part] if isinstance(part, int) else table.setdefault(part, {})
-        if not isinstance(table, (dict, list)) or (isinstance(table, list) and n != 1):
-            raise InputError(f"{what}: {toml.shown(path[:n])} is no table, expected one that holds {path[n]}")
-    types = toml.types_at(Program, raw, path)
+    top: toml.KeyPath = ("stage", names.index(head)) if head in names else ()
+    table, keys = (raw["stage"][top[1]], rest) if top else (raw, [head, *rest])
+    for n, key in enumerate(keys[:-1]):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            at = toml.shown((*top, *keys[: n + 1]))
+            raise InputError(f"{what}: {at} is no table, expected one that holds {keys[n + 1]}")
+    types = toml.types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
-    table[path[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
-    return path
+    table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
+    return (*top, *keys)
 
 
 def _toml_value(text: str, text_only: bool) -> Any:
@@ -153,7 +155,9 @@ def _expand(value: Any, path: toml.KeyPath, places: _Places) -> Any:
             return "${"
         name, brace = found.groups()
         if not (name and brace):
-            raise InputError(f"{places.where(path)}: {toml.shown(path)} holds '${{', expected ${{NAME}}; write $${{ for ${{ itself")
+            raise InputError(
+                f"{places.where(path)}: {toml.shown(path)} holds '${{', expected ${{NAME}}; write $${{ for ${{ itself"
+            )
         if name not in os.environ:
             raise InputError(f"{places.where(path)}: {toml.shown(path)} holds ${{{name}}}, expected {name} to be set; export it")
         return os.environ[name]

@@ -16,7 +16,6 @@ from types import FrameType, TracebackType
 from typing import IO, Any, NamedTuple
 
 import msgspec
-from typing_extensions import Self
 
 import minitune
 from minitune import checkpoint, log, paths, toml
@@ -52,7 +51,7 @@ class StopSignals:
     def __call__(self) -> bool:
         return self.number is not None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._caught) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -182,7 +181,9 @@ def _continued(program: Program, program_text: str, folder: Path, lock: IO[str])
                 f"runs: {name} is not what it was when {folder} began, expected the same file; restore it, or set resume = false"
             )
     last = manifest["starts"][-1]["versions"]
-    changed = [f"{name} {last.get(name)} -> {version}" for name, version in start["versions"].items() if last.get(name) != version]
+    changed = [
+        f"{name} {last.get(name)} -> {version}" for name, version in start["versions"].items() if last.get(name) != version
+    ]
     notes = (f"{folder} is unfinished: continuing it",)
     if changed:
         notes += (f"versions changed since it was stopped ({', '.join(changed)}): it may not continue bit for bit",)

@@ -11,10 +11,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import chat, checkpoint, grad, lora, objectives, optim, tree
+from minitune import chat, checkpoint, grad, objectives, optim, tree
 from minitune.data import Cursor, Report, Source, batches, prepare, prompts, take
 from minitune.generate import greedy
 from minitune.interop import peft
+from minitune.lora import Lora
 from minitune.losses import CrossEntropy, Loss
 from minitune.steps import eval_step, train_step
 from minitune.types import Delta, Deltas, InputError, Mean, Params, Trainable
@@ -40,21 +41,32 @@ class _Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         raise NotImplementedError
 
 
-class LoraStage(_Stage, lora.Lora, frozen=True, kw_only=True, tag="lora"):
+class LoraStage(_Stage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
+
+    rank: Positive
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def rule(self) -> Lora:
+        """The rule that the deltas follow."""
+        return Lora(self.rank, self.alpha, self.targets)
 
     def check(self, params: Params) -> None:
         """The targets match linear weights."""
-        self.names(params)
+        self.rule.names(params)
 
     def run(self, world: World) -> World:
         """world with trainable deltas."""
-        rule = lora.Lora(self.rank, self.alpha, self.targets)
-        deltas = rule.init(world.params, world.seed)
-        world.log.say(
-            f"lora: rank {self.rank} on {len(deltas)} weights, {_count(deltas):,} of {_count(world.params):,} parameters train"
-        )
-        return world._replace(lora=rule, trainable={**world.trainable, **deltas})
+        if world.lora is not None:
+            raise InputError(
+                f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
+            )
+        deltas = self.rule.init(world.params, world.seed)
+        n_trained = f"{_count(deltas):,} of {_count(world.params):,}"
+        world.log.say(f"{self.label}: rank {self.rank} on {len(deltas)} weights, {n_trained} parameters train")
+        return world._replace(lora=self.rule, trainable={**world.trainable, **deltas})
 
 
 class Full(_Stage, frozen=True, kw_only=True, tag="full"):

@@ -186,7 +186,7 @@ def _open_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     if model.is_file():
         try:
             return _open_sentencepiece(model, config)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError) as error:  # what sentencepiece raises for damaged bytes
             if not fast.is_file():
                 raise InputError(
                     f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a sentencepiece model; "
@@ -250,25 +250,24 @@ def _kinds(proto: bytes) -> list[int]:
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protobuf message that sentencepiece could read."""
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            byte, at = message[at], at + 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
     while at < len(message):
-        key = varint()
+        key, at = _varint(message, at)
         if key & 7 == 0:
-            yield key >> 3, varint()
+            value, at = _varint(message, at)
+            yield key >> 3, value
         else:
-            size = varint() if key & 7 == 2 else 4 if key & 7 == 5 else 8
+            size, at = _varint(message, at) if key & 7 == 2 else (4 if key & 7 == 5 else 8, at)
             yield key >> 3, message[at : at + size]
             at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A protobuf integer, 7 bits a byte from the lowest, and where it ends."""
+    value = shift = 0
+    while message[at] >= 0x80:
+        value |= (message[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1
 
 
 def _open_tokenizers(path: Path) -> Vocabulary:

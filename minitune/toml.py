@@ -23,7 +23,7 @@ _TOKEN = re.compile(
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
-    """The plain tree of a TOML text; InputError with line and column where it is malformed. `what` begins the message: "program: FILE"."""
+    """The plain tree of a TOML text; InputError, begun by `what` ("program: FILE"), with line and column of what is malformed."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -71,12 +71,12 @@ def shown(path: KeyPath) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """What ends a message about an unknown name: "; did you mean 'rank'?", or nothing when no known name is near."""
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def decode(raw: Mapping[str, Any], kind: type[T], where: Callable[[KeyPath], str]) -> T:
-    """The struct of a parsed tree; InputError for the first thing that does not fit, begun by `where(path)`: "program: FILE:LINE"."""
+    """The struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the first misfit."""
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -84,25 +84,24 @@ def decode(raw: Mapping[str, Any], kind: type[T], where: Callable[[KeyPath], str
 
 
 def types_at(kind: Any, raw: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, ...]:
-    """What a value at a path may be by its struct's annotations; for a tagged union, the struct of the tag that stands in `raw`."""
+    """What a value at a path may be by its struct's annotations; of a tagged union, the struct whose tag stands in `raw`."""
     return _types_at(msgspec.inspect.type_info(kind), raw, path)
 
 
 def dumps(tree: Mapping[str, Any]) -> str:
     """TOML text: values first, then a [table] or [[table]] for each nested one, everything deeper inline; None is left out."""
-    tree = {key: value for key, value in tree.items() if value is not None}
-    sections = []
+    plain, tables = [], []
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            parts = value if value and all(isinstance(part, Mapping) for part in value.values()) else None
-            tables = [(f"[{_key(key)}]", value)] if parts is None else [(f"[{_key(key)}.{_key(k)}]", parts[k]) for k in parts]
-        elif _is_tables(value):
-            tables = [(f"[[{_key(key)}]]", table) for table in value]
+        name = _key(key)
+        if _is_tables(value):
+            tables += [[f"[[{name}]]", *_pairs(table)] for table in value]
+        elif isinstance(value, Mapping) and value and all(isinstance(part, Mapping) for part in value.values()):
+            tables += [[f"[{name}.{_key(part)}]", *_pairs(table)] for part, table in value.items()]
+        elif isinstance(value, Mapping):
+            tables += [[f"[{name}]", *_pairs(value)]]
         else:
-            continue
-        sections += ["\n".join([head, *_pairs(table)]) for head, table in tables]
-    plain = _pairs({key: value for key, value in tree.items() if not isinstance(value, Mapping) and not _is_tables(value)})
-    return "\n\n".join((["\n".join(plain)] if plain else []) + sections) + "\n"
+            plain += _pairs({key: value})
+    return "\n\n".join("\n".join(lines) for lines in [plain, *tables] if lines) + "\n"
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
@@ -200,7 +199,7 @@ def _culprit(path: KeyPath, error: str, raw: Mapping[str, Any], kind: Any) -> st
 def _replaced(tree: Any, path: KeyPath, value: Any) -> Any:
     if not path:
         return value
-    children = dict(tree.items() if isinstance(tree, Mapping) else enumerate(tree))
+    children: dict[Any, Any] = dict(tree.items() if isinstance(tree, Mapping) else enumerate(tree))
     children[path[0]] = _replaced(children[path[0]], path[1:], value)
     return children if isinstance(tree, Mapping) else list(children.values())
 
@@ -220,7 +219,7 @@ def _types_at(info: msgspec.inspect.Type, value: Any, path: KeyPath) -> tuple[ms
     if not path:
         return options
     key = path[0]
-    below = value.get(key) if isinstance(value, Mapping) else value[key] if isinstance(value, list) else None
+    below = value.get(key) if isinstance(value, Mapping) else value[int(key)] if isinstance(value, list) else None
     found: tuple[msgspec.inspect.Type, ...] = ()
     for option in options:
         match option:
@@ -291,7 +290,7 @@ def _inline(value: Any) -> str:
         case date() | datetime() | time():
             return value.isoformat()
         case Mapping():
-            return "{ " + ", ".join(_pairs(value)) + " }" if value else "{}"
+            return f"{{ {', '.join(pairs)} }}" if (pairs := _pairs(value)) else "{}"
         case list() | tuple():
             return "[" + ", ".join(_inline(item) for item in value) + "]"
     raise TypeError(f"toml: {value!r} ({type(value).__name__}) has no TOML form, expected str, number, bool, array or table")

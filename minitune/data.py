@@ -1,0 +1,362 @@
+"""jsonl to messages to tokens to Batch: read once, kept memory-mapped, in an order that is a function of (seed, epoch).
+
+A document is one tokenized sample. A packed row holds whole documents, never a part of one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+
+from minitune.chat import Message, Template, Tokens, encode_chat, encode_prompt
+from minitune.seeds import generator
+from minitune.tokenizer import Tokenizer
+from minitune.types import Batch, InputError
+
+LAYOUT = 1  # of the token cache: another number makes every cache anew
+WINDOW = 4096  # documents that are packed longest first before the next ones come
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+COLUMNS = {"instruct": ("instruction", "input", "output"), "chat": ("messages",), "text": ("text",)}
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One jsonl file and how to read it; columns: the format's own name of a column -> its name in the file."""
+
+    path: str
+    format: Literal["instruct", "chat", "text"]
+    seq_len: Annotated[int, msgspec.Meta(gt=0)]  # tokens
+    packed: bool = True
+    overlong: Literal["truncate", "drop"] = "drop"
+    columns: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for name in self.columns:
+            if name not in COLUMNS[self.format]:
+                near = get_close_matches(name, COLUMNS[self.format], n=1, cutoff=0.0)
+                raise InputError(
+                    f"data: columns names {name!r}, expected {' or '.join(COLUMNS[self.format])} with format = "
+                    f"{self.format!r}; did you mean {near[0]!r}? (the name here = the name in the file)"
+                )
+
+
+class Report(NamedTuple):
+    """What became of a file's samples; n_samples and the tokens count what was kept, n_truncated of them were cut."""
+
+    n_samples: int
+    n_tokens: int
+    n_target_tokens: int
+    n_truncated: int
+    n_dropped: int
+    n_without_target: int
+
+
+class Dataset(NamedTuple):
+    """Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for targets; order(seed, epoch): the rows of documents."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+    report: Report
+    order: Callable[[int, int], list[list[int]]]
+
+
+class Cursor(NamedTuple):
+    """The next row to take: a place in the data, to be saved and resumed from."""
+
+    epoch: int
+    row: int
+
+
+class Prompt(NamedTuple):
+    """What to ask, as token ids and as messages, and the answer that the data gives."""
+
+    ids: list[int]
+    reference: str
+    messages: list[Message]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that isn't blank; InputError with file and line for anything but JSON objects."""
+    if not path.is_file():
+        raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = msgspec.json.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise InputError(f"data: {path}:{number} {error}, expected one JSON object a line; correct the line") from None
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"data: {path}:{number} holds a {type(row).__name__}, expected one JSON object a line; correct the line"
+                )
+            empty = False
+            yield number, row
+    if empty:
+        raise InputError(f"data: {path} holds no line, expected one JSON object a line; correct the path")
+
+
+def messages(row: Mapping[str, Any], source: Source, where: str) -> list[Message]:
+    """The conversation in a row of format instruct or chat (OpenAI's messages, ShareGPT's conversations); where = "file:line".
+
+    InputError for a missing column or a value of another type.
+    """
+    if source.format == "instruct":
+        instruction, output = _column(row, "instruction", str, source, where), _column(row, "output", str, source, where)
+        given = row.get(source.columns.get("input", "input")) is not None
+        context = _column(row, "input", str, source, where) if given else ""
+        asked = f"{instruction}\n{context}" if context else instruction
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+    sharegpt = "conversations" in row and "messages" not in {**row, **source.columns}
+    name = "conversations" if sharegpt else "messages"
+    turns = _column(row, name, list, source, where)
+    if not turns:
+        raise InputError(f"data: {where} holds a conversation of no messages, expected at least one; remove the line")
+    return [_turn(turn, f"{where} message {n}") for n, turn in enumerate(turns, 1)]
+
+
+def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> Dataset:
+    """The source's documents, tokenized once into a folder of `cache` whose name is a hash of all that they depend on.
+
+    InputError for a malformed line, and for data without a single trained token.
+    """
+    folder = cache / _key(source, tokenizer, template)
+    if not folder.is_dir():
+        _write(folder, *_tokenize(source, tokenizer, template))
+    try:
+        tokens, mask, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets"))
+        report = msgspec.json.decode((folder / "report.json").read_bytes(), type=Report)
+        sizes = (report.n_tokens, report.n_tokens, report.n_samples + 1)
+        if (len(tokens), len(mask), len(offsets)) != sizes:
+            raise ValueError(f"arrays of {len(tokens)}, {len(mask)} and {len(offsets)}, not {sizes}")
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        raise InputError(f"data: {folder} is damaged ({error}), expected a token cache; delete the folder") from None
+    lengths = np.diff(offsets).tolist()
+    # an instance's own memo: the order is a pure function, but a step can't afford to compute it
+    order = lru_cache(maxsize=2)(lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch))
+    return Dataset(tokens, mask, offsets, report, order)
+
+
+def epoch_rows(lengths: Sequence[int], seq_len: int, packed: bool, seed: int, epoch: int) -> list[list[int]]:
+    """The rows of one epoch, as document numbers: every document once, in an order that (seed, epoch) determines.
+
+    Unpacked: one document a row. Packed: each document goes into the fullest row that has room for it (best fit), the
+    longest of WINDOW shuffled documents first; then the rows are shuffled. O(n log n) for n documents.
+    """
+    shuffled = _permutation(len(lengths), seed, "documents", epoch)
+    if not packed:
+        return [[i] for i in shuffled]
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by the tokens that are free in them
+    rooms = 0  # bit r: some row has r tokens free; so the least sufficient room is the lowest set bit
+    for start in range(0, len(shuffled), WINDOW):
+        for i in sorted(shuffled[start : start + WINDOW], key=lambda i: -lengths[i]):
+            enough = rooms >> lengths[i]
+            if enough:
+                room = lengths[i] + (enough & -enough).bit_length() - 1
+                row = by_room[room].pop()
+                rooms ^= 0 if by_room[room] else 1 << room
+            else:
+                room, row = seq_len, len(rows)
+                rows.append([])
+            rows[row].append(i)
+            room -= lengths[i]
+            if room > 0:
+                by_room[room].append(row)
+                rooms |= 1 << room
+    return [rows[i] for i in _permutation(len(rows), seed, "rows", epoch)]
+
+
+def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
+    """The next n_rows rows and the cursor after them; where an epoch ends, the next one completes the batch."""
+    rows: list[list[int]] = []
+    epoch, row = cursor
+    while len(rows) < n_rows:
+        order = dataset.order(seed, epoch)
+        taken = order[row : row + n_rows - len(rows)]
+        rows += taken
+        epoch, row = (epoch, row + len(taken)) if row + len(taken) < len(order) else (epoch + 1, 0)
+    return _batch(dataset, rows, source), Cursor(epoch, row)
+
+
+def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
+    """One pass in the order of the file, for evaluation; a packed row is full when the next document has no room in it."""
+    rows: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(np.diff(dataset.offsets).tolist()):
+        if source.packed and length <= room:
+            rows[-1].append(i)
+            room -= length
+        else:
+            rows.append([i])
+            room = source.seq_len - length
+    for start in range(0, len(rows), n_rows):
+        yield _batch(dataset, rows[start : start + n_rows], source)
+
+
+def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Prompt]:
+    """What to generate from: each conversation without its last message, which must be the assistant's, the reference."""
+    if source.format == "text":
+        raise InputError(f"data: {source.path} has format 'text', expected instruct or chat; plain text asks for no answer")
+    found = []
+    for where, row in _located(source):
+        *asked, answer = messages(row, source, where)
+        if answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
+            raise InputError(
+                f"data: {where} ends with a message of {answer['role']!r}, expected an answer of 'assistant'; correct it"
+            )
+        with _at(where):
+            found.append(Prompt(encode_prompt(tokenizer, template, asked), answer["content"], asked))
+    return found
+
+
+def _located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source.path)
+    return ((f"{path}:{number}", row) for number, row in read_rows(path))
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Errors of the chat template get the place of the sample."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"data: {where} {error}") from None
+
+
+def _column(row: Mapping[str, Any], name: str, kind: type, source: Source, where: str) -> Any:
+    key = source.columns.get(name, name)
+    expected = "a list of messages" if kind is list else "a string"
+    if key not in row:
+        raise InputError(
+            f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected {expected}; '
+            f'name the column with columns = {{ {name} = "..." }}'
+        )
+    if not isinstance(row[key], kind):
+        raise InputError(f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct the line')
+    return row[key]
+
+
+def _turn(turn: Any, where: str) -> Message:
+    """A message in OpenAI's form; ShareGPT's from and value become role and content, other keys stay."""
+    if isinstance(turn, dict) and "from" in turn:
+        turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
+        turn["role"] = SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])
+    if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)):
+        raise InputError(f'data: {where} has no "role", expected an object with "role" and "content"; correct it')
+    if not isinstance(turn.get("content"), (str, list, type(None))):
+        found = type(turn["content"]).__name__
+        raise InputError(f'data: {where} has a "content" of type {found}, expected a string; correct it')
+    return turn
+
+
+def _tokenize(source: Source, tokenizer: Tokenizer, template: Template) -> tuple[dict[str, np.ndarray], Report]:
+    tokens, mask, offsets = array("i"), array("b"), array("q", [0])
+    n_read = n_truncated = n_dropped = n_without_target = 0
+    for where, row in _located(source):
+        n_read += 1
+        ids, trained = _document(row, where, source, tokenizer, template)
+        if len(ids) > source.seq_len and source.overlong == "drop":
+            n_dropped += 1
+            continue
+        cut = len(ids) > source.seq_len
+        ids, trained = ids[: source.seq_len], [False, *trained[1 : source.seq_len]]  # nothing predicts the first token
+        if not any(trained):
+            n_without_target += 1
+            continue
+        n_truncated += cut
+        tokens.extend(ids)
+        mask.extend(trained)
+        offsets.append(len(tokens))
+    if not tokens:
+        raise InputError(
+            f"data: {source.path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than {source.seq_len} tokens, "
+            f"{n_without_target} without a trained token), expected an assistant's turn that fits; raise seq_len, set "
+            'overlong = "truncate" or check the columns'
+        )
+    arrays = {
+        "tokens": np.array(tokens, dtype=np.int32),
+        "mask": np.array(mask, dtype=np.bool_),
+        "offsets": np.array(offsets, dtype=np.int64),
+    }
+    return arrays, Report(len(offsets) - 1, len(tokens), sum(mask), n_truncated, n_dropped, n_without_target)
+
+
+def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
+    if source.format != "text":
+        conversation = messages(row, source, where)
+        with _at(where):
+            return encode_chat(tokenizer, template, conversation)
+    # The text format is raw: what it writes is what the model sees, the strings of special tokens included.
+    ids = tokenizer.encode(_column(row, "text", str, source, where), parse_special=True)
+    bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    ids = [*(bos if ids[:1] != bos else []), *ids, *eos]
+    return Tokens(ids, [True] * len(ids))
+
+
+def _key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
+    path = Path(source.path)
+    if not path.is_file():
+        raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    rules = [source.format, source.seq_len, source.overlong, sorted(source.columns.items())]
+    parts = [LAYOUT, content, tokenizer.fingerprint, template.source, sorted(template.special_names.items()), *rules]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _write(folder: Path, arrays: Mapping[str, np.ndarray], report: Report) -> None:
+    """Write the cache beside its place and rename it there; another process that was faster wrote the same."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    try:
+        for name, values in arrays.items():
+            np.save(aside / f"{name}.npy", values)
+        (aside / "report.json").write_bytes(msgspec.json.encode(report))
+        for path in (*aside.iterdir(), aside):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _permutation(n: int, seed: int, name: str, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=generator(seed, name, epoch)).tolist()
+
+
+def _batch(dataset: Dataset, rows: Sequence[Sequence[int]], source: Source) -> Batch:
+    """Packed: T = seq_len, so that shapes never change; unpacked: T = the longest row."""
+    spans = [[(int(dataset.offsets[i]), int(dataset.offsets[i + 1])) for i in row] for row in rows]
+    n_tokens = source.seq_len if source.packed else max(sum(end - start for start, end in row) for row in spans)
+    tokens = np.zeros((len(rows), n_tokens), dtype=np.int64)
+    segment_ids = np.zeros((len(rows), n_tokens), dtype=np.int32)
+    loss_mask = np.zeros((len(rows), n_tokens), dtype=np.bool_)
+    for b, row in enumerate(spans):
+        at = 0
+        for segment, (start, end) in enumerate(row, 1):
+            here = slice(at, at + end - start)
+            tokens[b, here] = dataset.tokens[start:end]
+            segment_ids[b, here] = segment
+            loss_mask[b, here] = dataset.mask[start:end]
+            at = here.stop
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(segment_ids), torch.from_numpy(loss_mask))

@@ -1,0 +1,253 @@
+"""The pretraining text: prose about small orders, and exercises in what an extractor has to know.
+
+Exercises: number words and digits, written dates and ISO dates, copying, lists as JSON, and JSON of other kinds (people,
+weather, trains, shelves). There is no order as JSON anywhere; a test holds all of it apart from the held-out words and phrasings.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from datetime import date
+from typing import Any
+
+from minitune import seeds
+from minitune.demo import words
+from minitune.demo.orders import TRAIN, day, item, listed, order, person, pick, upper_first, written_count, written_day
+
+KIND = TRAIN._replace(invented=0.6)
+
+STORY_OPENINGS = (
+    "It was {date} when {customer} walked into the shop and looked for {items}.",
+    "{customer} lives in {city} and often buys {items} for the house.",
+    "The clerk counted {items} for {customer} and wrote {date} on the label.",
+    "In {city} there is a small shop. On {date} it sold {items} to {customer}.",
+    "{customer} came to {city} on {date} with an empty bag and went home with {items}.",
+    "Nobody knew why {customer} had to have {items} before {date}.",
+    "An order came in from {city} this morning. It was {customer} again, and again it was about {items}.",
+    "There was a letter from {customer} in {city}: please keep {items} for me until {date}.",
+)
+STORY_MIDDLES = (
+    "{first} paid at once and asked for a receipt.",
+    "The parcel with {items} went to {city} with the first train.",
+    "The clerk put {items} into a box and wrote {customer} on it.",
+    "The book says {date}, {customer}, {items}.",
+    "That was in {city}, on {date}.",
+    "{first} was happy, because {items} had been hard to find.",
+    "A cart took everything to {city}, where {customer} was waiting.",
+    "The price of {items} was fair.",
+    "On {date} the box was opened in {city}. Inside were {items}.",
+    "{customer} looked at {items} for a long time.",
+    "Somebody in {city} had sent {items} too early.",
+    "The road to {city} was closed, so {first} had to wait until {date}.",
+)
+STORY_ENDINGS = (
+    "In the end all was well.",
+    "{first} told the story to everyone in {city}.",
+    "The shop closed early that day.",
+    "{customer} came back a week later and bought more.",
+    "Since then {first} has been a good customer.",
+    "{date} was a good day for the shop.",
+)
+WEATHER = ("rain", "snow", "fog", "wind", "sun", "hail", "frost", "storm", "clouds", "drizzle")
+JOBS = ("baker", "teacher", "driver", "nurse", "farmer", "painter", "tailor", "miner", "clerk", "singer", "pilot", "cook")
+
+
+def chat(user: str, assistant: str) -> str:
+    """One exchange between the turn markers that the tokenizer knows as single pieces."""
+    return f"<|user|>{user}<|end|><|assistant|>{assistant}<|end|>"
+
+
+def as_json(value: Any) -> str:
+    """Compact JSON; dates in ISO form."""
+    return json.dumps(value, default=str, separators=(",", ":"))
+
+
+def story(rng: random.Random) -> str:
+    """Three to six sentences around one order; the same counts and dates come back in other written forms."""
+    drawn = order(rng, KIND)
+    sentences = [
+        rng.choice(STORY_OPENINGS),
+        *rng.sample(STORY_MIDDLES, rng.randint(1, 4)),
+        *rng.sample(STORY_ENDINGS, rng.randint(0, 1)),
+    ]
+    return " ".join(
+        sentence.format(
+            customer=drawn.customer,
+            first=drawn.customer.split()[0],
+            items=listed([f"{written_count(rng, n)} {name}" for name, n in drawn.items.items()]),
+            city=drawn.city,
+            date=written_day(rng, drawn.date),
+        )
+        for sentence in sentences
+    )
+
+
+def number_facts(rng: random.Random) -> str:
+    """Numbers in letters and in digits, side by side."""
+    numbers = [rng.randint(1, 20) for _ in range(rng.randint(2, 8))]
+    letters = [words.NUMBERS[n - 1] for n in numbers]
+    mixed = [written_count(rng, n) for n in numbers]
+    things = [f"{written_count(rng, n)} {item(rng, KIND, n)}" for n in numbers[:3]]
+    return rng.choice(
+        (
+            ", ".join(f"{name} ({n})" for name, n in zip(letters, numbers, strict=True)),
+            ", ".join(f"{n} is {name}" for name, n in zip(letters, numbers, strict=True)),
+            ". ".join(f"{name.capitalize()} is {n}" for name, n in zip(letters, numbers, strict=True)),
+            chat(f"Digits:\n{', '.join(mixed)}", as_json(numbers)),
+            chat(f"Letters:\n{', '.join(mixed)}", as_json(letters)),
+            chat(f"How many?\n{upper_first(things[0])}.", str(numbers[0])),
+            chat(f"How many are there?\n{upper_first(listed(things))}.", as_json(numbers[:3])),
+        )
+    )
+
+
+def date_facts(rng: random.Random) -> str:
+    """Dates in several written forms and as ISO dates."""
+    days = [day(rng) for _ in range(rng.randint(1, 4))]
+    month = rng.randint(1, 12)
+    return rng.choice(
+        (
+            ". ".join(f"{upper_first(written_day(rng, d))} is {d}" for d in days),
+            ". ".join(f"{d} is {written_day(rng, d)}" for d in days),
+            f"{words.MONTHS[month - 1]} is month {month:02d}. Month {month:02d} is {words.MONTHS[month - 1]}.",
+            chat(f"ISO date:\n{written_day(rng, days[0])}", str(days[0])),
+            chat(f"Dates:\n{listed([written_day(rng, d) for d in days])}", as_json(days)),
+            chat(f"Which day?\n{event(rng, days[0])}", str(days[0])),
+        )
+    )
+
+
+def event(rng: random.Random, when: date) -> str:
+    """A sentence that has nothing to do with orders, with a date in it."""
+    who, where, written = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), written_day(rng, when)
+    return rng.choice(
+        (
+            f"{who} was born in {where} on {written}.",
+            f"On {written} the bridge of {where} was opened by {who}.",
+            f"{who} will sing in {where} on {written}.",
+            f"The school in {where} is closed on {written}.",
+            f"{where} had a fair on {written}, and {who} was there.",
+            f"{upper_first(written)} was the day when {who} left {where}.",
+        )
+    )
+
+
+def copies(rng: random.Random) -> str:
+    """Names and things, repeated word by word or as a JSON list."""
+    drawn: list[Callable[[], str]] = [
+        lambda: person(rng, KIND),
+        lambda: pick(rng, KIND.cities, KIND.invented),
+        lambda: item(rng, KIND, rng.randint(1, 2)),
+        lambda: words.invented(rng),
+        lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))),
+    ]
+    one_kind = rng.choice(drawn)
+    parts = [one_kind() if rng.random() < 0.5 else rng.choice(drawn)() for _ in range(rng.randint(1, 7))]
+    asked = rng.randrange(len(parts))
+    return rng.choice(
+        (
+            chat(f"Repeat:\n{', '.join(parts)}", ", ".join(parts)),
+            chat(f"List:\n{', '.join(parts)}", as_json(parts)),
+            chat(f"List:\n{listed(parts)}", as_json(parts)),
+            chat(f"The last one:\n{', '.join(parts)}", parts[-1]),
+            chat(f"What comes after {parts[asked - 1]}?\n{', '.join(parts)}", parts[asked]),
+            f"{', '.join(parts)}. And again: {', '.join(parts)}.",
+            f"{' '.join(parts)} = {as_json(parts)}",
+        )
+    )
+
+
+def shelf(rng: random.Random) -> str:
+    """What lies on a shelf: a plain list and the same as a JSON object."""
+    stock = {item(rng, KIND, n): n for n in (rng.randint(1, 20) for _ in range(rng.randint(1, 4)))}
+    number = rng.randint(1, 99)
+    lines = ", ".join(f"{name}: {written_count(rng, n)}" for name, n in stock.items())
+    things = listed([f"{written_count(rng, n)} {name}" for name, n in stock.items()])
+    return rng.choice(
+        (
+            chat(f"Shelf {number}:\n{lines}", as_json({"shelf": number, "stock": stock})),
+            f"{as_json({'shelf': number, 'stock': stock})} On shelf {number} there are {things}.",
+            f"{as_json(stock)} means {things}.",
+        )
+    )
+
+
+def card(rng: random.Random) -> str:
+    """A person, a day's weather or a train: JSON and prose about the same facts."""
+    who, city, other = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), pick(rng, KIND.cities, KIND.invented)
+    when, job, sky, degrees = day(rng), rng.choice(JOBS), rng.choice(WEATHER), rng.randint(1, 20)
+    written, number = written_day(rng, when), rng.randint(100, 999)
+    title, fields, prose = rng.choice(
+        (
+            (
+                "Person",
+                {"name": who, "job": job, "town": city, "born": when},
+                (
+                    f"{who} is a {job} from {city}, born on {written}.",
+                    f"Born in {city} on {written}, {who} became a {job}.",
+                    f"The {job} {who} was born on {written} and lives in {city}.",
+                ),
+            ),
+            (
+                "Weather",
+                {"place": city, "day": when, "sky": sky, "degrees": degrees},
+                (
+                    f"There was {sky} in {city} on {written}, at {written_count(rng, degrees)} degrees.",
+                    f"{city} on {written}: {sky}, {degrees} degrees.",
+                    f"On {written} the people of {city} saw {sky} and {degrees} degrees.",
+                ),
+            ),
+            (
+                "Train",
+                {"train": number, "from": city, "to": other, "day": when, "driver": who},
+                (
+                    f"Train {number} runs from {city} to {other} on {written}. The driver is {who}.",
+                    f"On {written} {who} drives train {number} from {city} to {other}.",
+                ),
+            ),
+        )
+    )
+    sentence = rng.choice(prose)
+    return rng.choice(
+        (
+            chat(f"{title} as JSON:\n{sentence}", as_json(fields)),
+            chat(f"Tell me about this {title.lower()}:\n{as_json(fields)}", sentence),
+            f"{sentence} {as_json(fields)}",
+            f"{as_json(fields)} {sentence}",
+        )
+    )
+
+
+def question(rng: random.Random) -> str:
+    """A question about one fact of a short text that is not about orders."""
+    who, city, when, job = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), day(rng), rng.choice(JOBS)
+    text = rng.choice(
+        (
+            f"{who}, a {job}, moved to {city} on {written_day(rng, when)}.",
+            f"On {written_day(rng, when)} {who} opened a school in {city} and worked there as a {job}.",
+            f"The {job} of {city} is {who}. The work began on {written_day(rng, when)}.",
+        )
+    )
+    asked, answer = rng.choice((("Who?", who), ("Where?", city), ("When?", str(when)), ("Which job?", job)))
+    return chat(f"{asked}\n{text}", answer)
+
+
+KINDS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
+    (24, story),
+    (10, number_facts),
+    (12, date_facts),
+    (18, copies),
+    (12, shelf),
+    (16, card),
+    (8, question),
+)
+
+
+def pretraining_texts(seed: int, n_chars: int) -> Iterator[str]:
+    """Texts, a pure function of (seed, how many came before), until they hold n_chars characters together."""
+    rng = random.Random(seeds.derive(seed, "demo", "pretrain"))
+    weights, kinds = zip(*KINDS, strict=True)
+    while n_chars > 0:
+        text = rng.choices(kinds, weights)[0](rng)
+        n_chars -= len(text)
+        yield text

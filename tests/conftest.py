@@ -1,0 +1,80 @@
+"""What holds for every test: signatures are checked, no cache of the user is touched, nothing leaves the machine."""
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Here and not in a fixture: huggingface_hub and wandb read their variables when they are imported, which is at collection.
+SCRATCH = Path(tempfile.mkdtemp(prefix="minitune-tests-"))
+FOLDERS = (
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "HF_HOME",
+    "WANDB_DIR",
+    "WANDB_CACHE_DIR",
+    "WANDB_CONFIG_DIR",
+    "WANDB_DATA_DIR",
+)
+for variable in FOLDERS:
+    folder = SCRATCH / variable.lower()
+    folder.mkdir()
+    os.environ[variable] = str(folder)
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
+
+# Before the first import of the package: a module that is already imported would go unchecked.
+if any(name.partition(".")[0] == "minitune" for name in sys.modules):
+    raise RuntimeError("conftest: minitune was imported before its signatures could be checked")
+jaxtyping.install_import_hook("minitune", "beartype.beartype")
+
+import torch  # noqa: E402  (after the environment is set)
+
+# deadline and too_slow measure the machine, and a shared machine is no property of the code.
+settings.register_profile(
+    "default", max_examples=25, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Refuse every connection of this process that is neither a local socket nor the loopback interface."""
+    connect = socket.socket.connect
+
+    def local(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("localhost", "127.0.0.1", "::1"):
+            raise ConnectionRefusedError(f"tests: a connection to {address[0]}, expected none; tests are offline")
+        connect(self, address)  # pyright: ignore[reportArgumentType]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    """Give the next test the thread count and the default dtype that this one found."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)

@@ -1,0 +1,265 @@
+"""Equal to independent implementations: transformers, torch.optim, torch.func, PEFT. Each mechanism is shown to matter."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_for_tests import SMALL, configs, random_batch, random_params, reference
+
+from minitune import attention, models, optim, tree
+from minitune.generate import greedy
+from minitune.grad import remat, value_and_grad
+from minitune.interop import peft as peft_layout
+from minitune.lora import Lora
+from minitune.losses import CrossEntropy
+from minitune.models import Model, llama, rope
+from minitune.types import Mean
+
+ATOL = 1e-5  # of the logit scale
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest wanted value."""
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+@given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(2, 37), n_rows=st.integers(1, 3))
+def test_llama_logits_equal_transformers(config: llama.Config, seed: int, length: int, n_rows: int) -> None:
+    params = random_params(config, seed)
+    tokens = random_batch(config, n_rows, length, seed).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+        found = Model(llama, config).forward(params, tokens)
+    assert distance(found, wanted) <= ATOL
+
+
+@settings(max_examples=12)
+@given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(2, 29))
+def test_llama_gradients_equal_transformers(config: llama.Config, seed: int, length: int) -> None:
+    params, batch = random_params(config, seed), random_batch(config, 2, length, seed, packed=False)
+    batch = batch._replace(segment_ids=torch.ones_like(batch.segment_ids))  # transformers sees no padding here
+    hf = reference(config, params)
+    mask = batch.labelled()
+    logits = hf(batch.tokens).logits[:, :-1]
+    nats = F.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    (nats * mask[:, 1:]).sum().backward()
+    wanted = dict(hf.named_parameters())
+
+    for wrap in (lambda f: f, remat):
+        model = Model(llama, config, wrap)
+        loss, grads = value_and_grad(lambda p, m=model: Mean.of(m.token_losses(p, batch, {}, CrossEntropy()), mask))(params)
+        assert loss.total == pytest.approx(float((nats * mask[:, 1:]).sum().detach()), rel=1e-5, abs=1e-6)
+        assert int(loss.weight) == int(mask.sum())
+        scale = max(float(p.grad.abs().max()) for p in wanted.values()) or 1.0
+        assert {n: float((grads[n] - wanted[n].grad).abs().max().detach()) / scale for n in params} == pytest.approx(
+            dict.fromkeys(params, 0.0), abs=ATOL
+        )
+
+
+MUTATIONS = {
+    "no RoPE": (llama, "rotate", lambda x, rope: x),
+    "RoPE on interleaved pairs": (llama, "rotate", lambda x, rope: x * rope[0][:, None] + x.roll(1, -1) * rope[1][:, None]),
+    "no causal mask": (
+        llama,
+        "attention",
+        lambda q, k, v, mask: attention.attention(q, k, v, torch.ones(1, 1, *[q.shape[2]] * 2, dtype=torch.bool)),
+    ),
+    "no scaling of scores": (llama, "attention", lambda q, k, v, mask: attention.attention(q * q.shape[-1] ** 0.5, k, v, mask)),
+    "key heads in another order": (llama, "attention", lambda q, k, v, mask: attention.attention(q, k.flip(1), v.flip(1), mask)),
+    "no RoPE scaling": (rope, "Llama3", type(None)),
+    "norm without epsilon": (llama, "rms_norm", lambda x, w, eps: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True))),
+    "relu for silu": (llama, "swiglu", lambda gate, up: gate.relu() * up),
+    "gate and up exchanged": (llama, "swiglu", lambda gate, up: F.silu(up) * gate),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_golden_test_fails_when_a_mechanism_is_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llama.Config(
+        n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17, norm_eps=1e-2, rope_theta=100.0,
+        rope_scaling=rope.Llama3(4.0, 1.0, 4.0, 13), max_positions=64, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    params, tokens = random_params(config), random_batch(config, 2, 23).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+        assert distance(Model(llama, config).forward(params, tokens), wanted) <= ATOL
+        module, attribute, mutant = MUTATIONS[name]
+        monkeypatch.setattr(module, attribute, mutant)
+        assert distance(Model(llama, config).forward(params, tokens), wanted) > 100 * ATOL
+
+
+@pytest.mark.parametrize("dropped", ["q_proj.bias", "o_proj.bias", "down_proj.bias"])
+def test_the_golden_test_fails_when_a_bias_is_dropped(dropped: str) -> None:
+    config = llama.Config(**{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"attention_bias": True, "mlp_bias": True})
+    params, tokens = random_params(config), random_batch(config, 2, 11).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+        kept = {name: w for name, w in params.items() if not name.endswith(dropped)}
+        assert distance(Model(llama, config).forward(kept, tokens), wanted) > 100 * ATOL
+
+
+def test_llama_in_bfloat16_is_within_its_own_rounding_of_float32() -> None:
+    params, tokens = random_params(SMALL), random_batch(SMALL, 3, 19).tokens
+    half = {name: w.bfloat16() for name, w in params.items()}
+    exact = Model(llama, SMALL).forward({name: w.float() for name, w in half.items()}, tokens)
+    found = Model(llama, SMALL).forward(half, tokens)
+    with torch.no_grad():
+        theirs = reference(SMALL, half)(tokens).logits
+    assert found.dtype == torch.bfloat16
+    assert distance(found.float(), exact) <= max(2 * distance(theirs.float(), exact), 2**-6)
+
+
+@settings(max_examples=8)
+@given(config=configs(scaling="default"), seed=st.integers(0, 2**32), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_greedy_decoding_equals_the_full_forward_and_transformers(config: llama.Config, seed: int, lengths: list[int]) -> None:
+    params, n_new = random_params(config, seed), 5
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    stop = int(torch.randint(0, config.vocab_size, (), generator=generator))
+    found = greedy(Model(llama, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
+    hf = reference(config, params)
+    for prompt, row in zip(prompts, found, strict=True):
+        tokens = list(prompt)
+        for _ in range(n_new):
+            tokens.append(int(Model(llama, config).forward(params, torch.tensor([tokens]))[0, -1].argmax()))
+        whole = tokens[len(prompt) :]
+        assert row == (whole[: whole.index(stop)] if stop in whole else whole)
+        theirs = hf.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=n_new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert theirs[0, len(prompt) :].tolist() == whole
+
+
+def test_greedy_decoding_refuses_an_empty_prompt() -> None:
+    with pytest.raises(ValueError, match="a prompt is empty, expected at least one token"):
+        greedy(Model(llama, SMALL), random_params(SMALL), [[1], []], {}, max_new_tokens=3, stop_ids=[])
+
+
+OPTIMIZERS = {
+    "adamw": (optim.AdamW(lr=0.01), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0)),
+    "adamw with decay": (
+        optim.AdamW(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3),
+        lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3),
+    ),
+    "sgd": (optim.SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "sgd with momentum": (
+        optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    ),
+    "sgd with nesterov": (
+        optim.SGD(lr=0.1, momentum=0.7, nesterov=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.7, nesterov=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("max_norm", [None, 0.7])
+def test_optimizers_equal_torch_over_20_steps(name: str, max_norm: float | None) -> None:
+    ours, theirs = OPTIMIZERS[name]
+    generator = torch.Generator().manual_seed(3)
+    params = {
+        "w": torch.randn(7, 11, generator=generator),
+        "b": (torch.randn(5, generator=generator), torch.randn(1, generator=generator)),
+    }
+    leaves = [torch.nn.Parameter(x.clone()) for x in tree.leaves(params)]
+    reference_optimizer: torch.optim.Optimizer = theirs(leaves)
+    transform = optim.chain(optim.ClipByGlobalNorm(max_norm), ours) if max_norm else ours
+    state = transform.init(params)
+    for _ in range(20):
+        grads = tree.map(lambda x: torch.randn(x.shape, generator=generator), params)
+        for leaf, g in zip(leaves, tree.leaves(grads), strict=True):
+            leaf.grad = g.clone()
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(leaves, max_norm)
+        reference_optimizer.step()
+        updates, state = transform.update(grads, state, params)
+        params = tree.add(params, updates)
+        for leaf, ours_leaf in zip(leaves, tree.leaves(params), strict=True):
+            torch.testing.assert_close(ours_leaf, leaf.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "curve"), [
+    (optim.Constant(warmup_steps=3), lambda t: min(1.0, (t + 1) / 3)),
+    (optim.Linear(warmup_steps=2, end=0.1), lambda t: (t + 1) / 2 if t < 2 else 1 - 0.9 * (t - 2) / 8),
+    (optim.Cosine(end=0.2), lambda t: 0.2 + 0.4 * (1 + torch.cos(torch.tensor(torch.pi * t / 10, dtype=torch.float64)).item())),
+])  # fmt: skip
+def test_schedules_equal_torchs_lambda_lr(schedule: optim.Schedule, curve: Callable[[int], float]) -> None:
+    parameter = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    theirs = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(theirs, curve)
+    ours = optim.chain(optim.AdamW(lr=0.1, weight_decay=0.1), optim.ScaleBySchedule(schedule, 10))
+    params = {"w": parameter.detach().clone()}
+    state = ours.init(params)
+    for t in range(10):
+        parameter.grad = parameter.detach().sin()
+        updates, state = ours.update({"w": params["w"].sin()}, state, params)
+        params = tree.add(params, updates)
+        assert float(schedule.factor(torch.tensor(t), 10)) == pytest.approx(curve(t))
+        theirs.step()
+        scheduler.step()
+        torch.testing.assert_close(params["w"], parameter.detach(), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=10)
+@given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(2, 23))
+def test_value_and_grad_equals_torch_func(config: llama.Config, seed: int, length: int) -> None:
+    params, batch = random_params(config, seed, torch.float64), random_batch(config, 2, length, seed)
+
+    def objective(p: tree.Tree) -> Mean:
+        return Mean.of(Model(llama, config).token_losses(p, batch, {}, CrossEntropy()), batch.labelled())
+
+    loss, grads = value_and_grad(objective)(params)
+    wanted, total = torch.func.grad_and_value(lambda p: objective(p).total)(params)
+    torch.testing.assert_close(loss.total, total, rtol=1e-12, atol=1e-12)
+    for name in params:
+        torch.testing.assert_close(grads[name], wanted[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_reads_what_we_write_and_we_read_it_back(tied: bool, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    config = llama.Config(**{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"tie_embeddings": tied, "mlp_bias": True})
+    params, tokens = random_params(config), random_batch(config, 3, 13).tokens
+    targets = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight") + (() if tied else ("lm_head.weight",))
+    rule = Lora(rank=3, alpha=5.0, targets=targets)
+    generator = torch.Generator().manual_seed(1)
+    deltas = tree.map(lambda x: torch.randn(x.shape, generator=generator), rule.init(params, 0))
+    peft_layout.save(tmp_path / "adapter", deltas, rule, "base")
+
+    found = Model(llama, config).forward(params, tokens, rule.scaled(deltas))
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(reference(config, params), tmp_path / "adapter")(tokens).logits
+        merged = reference(config, dict(rule.merge(params, deltas)))(tokens).logits
+    assert distance(found, theirs) <= ATOL
+    assert distance(found, merged) <= ATOL
+    assert distance(Model(llama, config).forward(params, tokens), theirs) > 1000 * ATOL
+
+    rule_back, back = peft_layout.load(tmp_path / "adapter")
+    assert (rule_back.rank, rule_back.alpha) == (rule.rank, rule.alpha)
+    assert set(back) == set(deltas)
+    assert all(torch.equal(x, y) for name in deltas for x, y in zip(back[name], deltas[name], strict=True))
+
+
+def test_an_adapter_that_peft_made_is_read(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    params, tokens = random_params(SMALL), random_batch(SMALL, 2, 13).tokens
+    model = get_peft_model(
+        reference(SMALL, params), LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path)
+    rule, deltas = peft_layout.load(tmp_path)
+    with torch.no_grad():
+        wanted = model.eval()(tokens).logits
+    assert distance(models.Model(llama, SMALL).forward(params, tokens, rule.scaled(deltas)), wanted) <= ATOL

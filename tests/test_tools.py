@@ -1,0 +1,55 @@
+"""The repository passes its own tools, and CI runs the command that the README gives."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "pyright"])
+def test_tool_is_content(command: str):
+    tool, *options = command.split()
+    if find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed; it is part of the extra `test`")
+    options += ["--pythonpath", sys.executable] if tool == "pyright" else []
+    result = subprocess.run([sys.executable, "-m", tool, *options], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("command", "source"), [("ruff check -", "import os\n"), ("ruff format --check -", "x  =  1\n")])
+def test_tool_finds_a_fault(command: str, source: str):
+    result = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, input=source, capture_output=True, text=True)
+    assert result.returncode == 1, result.stdout + result.stderr
+
+
+def test_ci_runs_what_the_readme_says():
+    for path in ("README.md", ".ci/run"):
+        assert "pip install -e '.[test]' && pytest" in (ROOT / path).read_text(), path
+
+
+FAKE_PYTHON = """#!/bin/sh
+[ "$1" = -m ] || exit 0
+mkdir -p "$3/bin" && echo "PATH=$3/bin:$PATH; export PATH" > "$3/bin/activate"
+for tool in pip pytest; do
+  printf '#!/bin/sh\necho "$0 $*"\n[ "%s $*" != "$BROKEN" ]\n' $tool > "$3/bin/$tool" && chmod +x "$3/bin/$tool"
+done
+"""
+
+
+@pytest.mark.parametrize("broken", ["pip install torch==2.13.0", "pip install -e .[test]", "pytest ", None])
+def test_ci_fails_when_a_step_fails_and_leaves_nothing(tmp_path: Path, broken: str | None):
+    """With a Python whose pip and pytest only echo: the real steps take minutes."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "bin" / "python3.11").write_text(FAKE_PYTHON)
+    (tmp_path / "bin" / "python3.11").chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "scratch"), "BROKEN": broken or "nothing"}
+    result = subprocess.run([ROOT / ".ci" / "run"], env=env, capture_output=True, text=True)
+    assert (result.returncode == 0) == (broken is None), result.stdout + result.stderr
+    assert ("all of it took" in result.stdout) == (broken is None)
+    assert not list((tmp_path / "scratch").iterdir())
