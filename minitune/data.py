@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -89,10 +90,8 @@ class Prompt(NamedTuple):
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that isn't blank; InputError with file and line for anything but JSON objects."""
-    if not path.is_file():
-        raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
     empty = True
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -174,10 +173,10 @@ def epoch_rows(lengths: Sequence[int], seq_len: int, packed: bool, seed: int, ep
                 room, row = seq_len, len(rows)
                 rows.append([])
             rows[row].append(i)
-            room -= lengths[i]
-            if room > 0:
-                by_room[room].append(row)
-                rooms |= 1 << room
+            left = room - lengths[i]
+            if left > 0:
+                by_room[left].append(row)
+                rooms |= 1 << left
     return [rows[i] for i in _permutation(len(rows), seed, "rows", epoch)]
 
 
@@ -200,10 +199,10 @@ def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
     for i, length in enumerate(np.diff(dataset.offsets).tolist()):
         if source.packed and length <= room:
             rows[-1].append(i)
-            room -= length
         else:
             rows.append([i])
-            room = source.seq_len - length
+            room = source.seq_len
+        room = room - length
     for start in range(0, len(rows), n_rows):
         yield _batch(dataset, rows[start : start + n_rows], source)
 
@@ -222,6 +221,12 @@ def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Pr
         with _at(where):
             found.append(Prompt(encode_prompt(tokenizer, template, asked), answer["content"], asked))
     return found
+
+
+def _opened(path: Path) -> BufferedReader:
+    if not path.is_file():
+        raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
+    return path.open("rb")
 
 
 def _located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -255,7 +260,7 @@ def _turn(turn: Any, where: str) -> Message:
     """A message in OpenAI's form; ShareGPT's from and value become role and content, other keys stay."""
     if isinstance(turn, dict) and "from" in turn:
         turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
-        turn["role"] = SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])
+        turn = {**turn, "role": SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])}
     if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)):
         raise InputError(f'data: {where} has no "role", expected an object with "role" and "content"; correct it')
     if not isinstance(turn.get("content"), (str, list, type(None))):
@@ -309,10 +314,7 @@ def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tok
 
 
 def _key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
-    path = Path(source.path)
-    if not path.is_file():
-        raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
-    with path.open("rb") as file:
+    with _opened(Path(source.path)) as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     rules = [source.format, source.seq_len, source.overlong, sorted(source.columns.items())]
     parts = [LAYOUT, content, tokenizer.fingerprint, template.source, sorted(template.special_names.items()), *rules]

@@ -15,7 +15,6 @@ import msgspec
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 from minitune import checkpoint, toml
 from minitune.types import InputError
@@ -123,16 +122,6 @@ def readings(values: Mapping[str, Number]) -> str:
     return "  ".join(text if name == "tokens_per_second" else f"{_label(name)} {text}" for name, text in _texts(values))
 
 
-def table(title: str, tree: Mapping[str, Any]) -> Table:
-    """A two-column table of the numbers and strings of a nested record: "before.exact_match", "0.0150"."""
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("what", no_wrap=True)
-    shown.add_column("value", justify="right", overflow="fold")
-    for name, text in _texts(dict(_scalars(tree, ""))):
-        shown.add_row(name, text)
-    return shown
-
-
 class _Bar(Progress):
     def __init__(self, bar: RichProgress, task: TaskID) -> None:
         self._bar, self._task = bar, task
@@ -190,14 +179,6 @@ def _rows(path: Path) -> Iterator[tuple[str, int, bytes]]:
             continue
         if line.endswith(b"\n"):
             yield row["stage"], row["step"], line
-
-
-def _scalars(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{path}{key}.")
-        elif isinstance(value, (str, int, float)):
-            yield f"{path}{key}", value
 
 
 def _label(name: str) -> str:

@@ -121,11 +121,11 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
         raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{toml.nearest(head, known)}")
     top: toml.KeyPath = ("stage", names.index(head)) if head in names else ()
     table, keys = (raw["stage"][top[1]], rest) if top else (raw, [head, *rest])
-    for n, key in enumerate(keys[:-1]):
-        table = table.setdefault(key, {})
+    for n, key in enumerate(keys[:-1], 1):
+        at = (*top, *keys[:n])
+        table = table.setdefault(key, toml.default_at(Program, raw, at))
         if not isinstance(table, dict):
-            at = toml.shown((*top, *keys[: n + 1]))
-            raise InputError(f"{what}: {at} is no table, expected one that holds {keys[n + 1]}")
+            raise InputError(f"{what}: {toml.shown(at)} is no table, expected one that holds {keys[n]}")
     types = toml.types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
     table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)

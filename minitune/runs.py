@@ -8,26 +8,45 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import count
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 
 import msgspec
 
 import minitune
 from minitune import checkpoint, log, paths, toml
 from minitune.program import Program, resolved
+from minitune.report import report
 from minitune.types import InputError
-from minitune.world import Stopped, open_world
+from minitune.world import Stopped, check, open_world
 
 HASHED_BELOW_BYTES = 64 * 2**20  # weights beyond this are told apart by size and time: hashing them would delay every start
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "msgspec", "wandb")
 NOT_THE_RUN = ("log", "resume", "out")  # keys of a program that may change while a run goes on
 
 Record = dict[str, Any]
+
+
+class Start(msgspec.Struct, frozen=True):
+    """When, where and with what a run was begun or continued."""
+
+    time: str
+    host: str
+    pid: int
+    versions: dict[str, str]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a run was made of; inputs: by path, "sha256" and "bytes", or "bytes" and "time" for large weights."""
+
+    seed: int
+    inputs: dict[str, Record]
+    starts: Annotated[tuple[Start, ...], msgspec.Meta(min_length=1)]
 
 
 class Run(NamedTuple):
@@ -65,7 +84,8 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
         # Not through the console: a signal may come while it is printing, and its locks are held.
-        os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
 
 
 def run_program(program: Program, stop: StopSignals | None = None) -> Record:
@@ -73,6 +93,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
 
     Raises InputError for what the user must change, and world.Stopped after a signal, when the state has been saved.
     """
+    check(program.model, program.data, program.stage)  # before a folder is made or a weight is read
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
@@ -87,7 +108,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
             _write_json(run.folder / "records.json", world.records)
         result = summary(world.records)
         _write_json(run.folder / "summary.json", result)
-        out.show(log.table(program.name, result))
+        out.show(report(program.name, result))
         out.say(f"{run.folder} holds this run: summary.json, metrics.jsonl, checkpoints, and the program that made them")
     return result
 
@@ -117,12 +138,16 @@ def open_run(program: Program, *, program_text: str) -> Run:
             return _continued(program, program_text, folder, lock)
         if program.resume:
             raise InputError(f"runs: {folder} {obstacle}, expected an unfinished run to resume; drop resume = true")
+        new = _prepared(program, program_text, folder)
         notes = ()
         if exists:
             aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
             folder.rename(aside)
             notes = (f"{folder} {obstacle}: moved to {aside}",)
-        _begin(program, program_text, folder)
+        new.rename(folder)
+        descriptor = os.open(out, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     except BaseException:
         lock.close()
         raise
@@ -135,7 +160,7 @@ def _obstacle(folder: Path, program_text: str, resume: bool | None) -> str | Non
         return "is finished"
     if resume is False:
         return "is not to be continued (resume = false)"
-    before = toml.parse(_read(folder / "program.toml").decode(), f"runs: {folder / 'program.toml'}")
+    before = toml.parse(_read(folder / "program.toml").decode("utf-8", "replace"), f"runs: {folder / 'program.toml'}")
     now = toml.parse(program_text, "runs: the program")
     for tree in (before, now):
         for key in NOT_THE_RUN:
@@ -156,39 +181,32 @@ def _difference(before: Any, now: Any, path: toml.KeyPath) -> str | None:
     return None
 
 
-def _begin(program: Program, program_text: str, folder: Path) -> None:
-    """Make a run folder that exists whole or not at all."""
+def _prepared(program: Program, program_text: str, folder: Path) -> Path:
+    """A fresh run folder under another name, so that under its own it exists whole or not at all."""
     new = folder.with_name(f".{folder.name}.new")  # one left by a kill is written over: the lock is ours
     (new / "checkpoints").mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomic(new / "program.toml", program_text.encode())
     _write_json(new / "records.json", {})
-    _write_json(new / "manifest.json", {"seed": program.seed, "inputs": dict(_inputs(program)), "starts": [_start()]})
-    new.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    _write_json(new / "manifest.json", Manifest(program.seed, dict(_inputs(program)), (_start(),)))
+    return new
 
 
 def _continued(program: Program, program_text: str, folder: Path, lock: IO[str]) -> Run:
-    manifest = _json(folder / "manifest.json")
+    manifest = _json(folder / "manifest.json", Manifest)
     inputs, start = dict(_inputs(program)), _start()
-    for name in inputs | manifest["inputs"]:
-        before, now = (
-            {key: value for key, value in tree.get(name, {}).items() if key != "time"} for tree in (manifest["inputs"], inputs)
-        )
+    for name in inputs | manifest.inputs:
+        before, now = (tree.get(name, {}) | {"time": None} for tree in (manifest.inputs, inputs))  # a copy has another time
         if before != now:
             raise InputError(
                 f"runs: {name} is not what it was when {folder} began, expected the same file; restore it, or set resume = false"
             )
-    last = manifest["starts"][-1]["versions"]
-    changed = [
-        f"{name} {last.get(name)} -> {version}" for name, version in start["versions"].items() if last.get(name) != version
-    ]
+    last = manifest.starts[-1].versions
+    changed = [f"{name} {last.get(name)} -> {version}" for name, version in start.versions.items() if last.get(name) != version]
     notes = (f"{folder} is unfinished: continuing it",)
     if changed:
         notes += (f"versions changed since it was stopped ({', '.join(changed)}): it may not continue bit for bit",)
-    records = _json(folder / "records.json")
-    _write_json(folder / "manifest.json", manifest | {"starts": [*manifest["starts"], start]})
+    records = _json(folder / "records.json", dict[str, Record])
+    _write_json(folder / "manifest.json", msgspec.structs.replace(manifest, starts=(*manifest.starts, start)))
     checkpoint.write_atomic(folder / "program.toml", program_text.encode())
     return Run(folder, True, records, notes, lock)
 
@@ -212,10 +230,10 @@ def _inputs(program: Program) -> Iterator[tuple[str, Record]]:
                 yield name, {"bytes": stat.st_size, "time": _iso(stat.st_mtime)}
 
 
-def _start() -> Record:
+def _start() -> Start:
     versions = {"minitune": minitune.__version__, "python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in PACKAGES}
-    return {"time": _iso(datetime.now(UTC).timestamp()), "host": socket.gethostname(), "pid": os.getpid(), "versions": versions}
+    return Start(_iso(datetime.now(UTC).timestamp()), socket.gethostname(), os.getpid(), versions)
 
 
 def _lock(path: Path, folder: Path) -> IO[str]:
@@ -245,12 +263,14 @@ def _read(path: Path) -> bytes:
         raise InputError(f"runs: {path} can't be read ({error}), expected a run folder's file; set resume = false") from None
 
 
-def _json(path: Path) -> Record:
+def _json(path: Path, kind: Any) -> Any:
     try:
-        return msgspec.json.decode(_read(path), type=Record)
+        return msgspec.json.decode(_read(path), type=kind)
     except msgspec.DecodeError as error:
-        raise InputError(f"runs: {path} is damaged ({error}), expected JSON; set resume = false to begin afresh") from None
+        raise InputError(
+            f"runs: {path} is damaged ({error}), expected what a run writes; set resume = false to begin afresh"
+        ) from None
 
 
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+def _write_json(path: Path, tree: Mapping[str, Any] | Manifest) -> None:
     checkpoint.write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

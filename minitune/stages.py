@@ -95,7 +95,7 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
     loss: Loss = CrossEntropy()
     optimizer: optim.Optimizer = optim.AdamW(lr=1e-4)
     schedule: optim.Schedule = optim.Constant()
-    clip_norm: Annotated[float, msgspec.Meta(gt=0.0)] | None = 1.0
+    clip_norm: optim.NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     save_every: Positive = 100  # steps
     remat: bool = False  # recompute each block in the backward: less memory, a third more work
 
@@ -107,7 +107,7 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
         dataset = prepare(source, world.tokenizer, world.template, cache_folder())
         world.log.say(f"{self.label}: {self.data} has {describe(dataset.report)}")
         model = world.model._replace(wrap=grad.remat) if self.remat else world.model
-        transforms = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm is not None else []
+        transforms = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
         optimizer = optim.chain(*transforms, self.optimizer, optim.ScaleBySchedule(self.schedule, self.steps))
         objective = objectives.sft(model, self.loss, world.lora)
         step = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
@@ -202,6 +202,8 @@ class Eval(_Stage, frozen=True, kw_only=True, tag="eval"):
                 for i, row in zip(rows, written, strict=True):
                     answers[i] = world.tokenizer.decode(row, skip_special=True)
                 progress.update(start + len(rows), {})
+                if world.stopping():
+                    raise Stopped(0, world.folder)  # nothing is lost: a resumed run evaluates again
         right = [answer.strip() == prompt.reference.strip() for answer, prompt in zip(answers, asked, strict=True)]
         samples = [
             {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "answer": answer}

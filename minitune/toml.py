@@ -88,6 +88,15 @@ def types_at(kind: Any, raw: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, 
     return _types_at(msgspec.inspect.type_info(kind), raw, path)
 
 
+def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:
+    """The table that a struct has at a path when nothing is written there: its default as TOML would hold it, or an empty one."""
+    for info in types_at(kind, raw, path[:-1]):
+        for field in info.fields if isinstance(info, msgspec.inspect.StructType) else ():
+            if field.encode_name == path[-1] and isinstance(field.default, msgspec.Struct):
+                return tomllib.loads(dumps(msgspec.to_builtins(field.default)))
+    return {}
+
+
 def dumps(tree: Mapping[str, Any]) -> str:
     """TOML text: values first, then a [table] or [[table]] for each nested one, everything deeper inline; None is left out."""
     plain, tables = [], []

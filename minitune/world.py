@@ -119,7 +119,7 @@ def open_world(
         folder=folder,
         log=log,
         stopping=stopping,
-        data=sources,
+        data={name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()},
         records=records,
         model=model,
         params=params,

@@ -10,6 +10,7 @@ from time import sleep
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from minitune import log
 from minitune.log import Log, LogConfig
@@ -36,13 +37,10 @@ def test_say_and_show_print_what_they_are_given(tmp_path: Path) -> None:
     console = piped()
     with Log(tmp_path, LogConfig(), {}, console) as out:
         out.say("[not markup] " + "long " * 40)
-        out.show(log.table("result", {"after": {"exact_match": 0.905, "samples": [1]}, "peak_mem_bytes": 3 * 2**30}))
+        out.show(Text("[also not markup]"))
     text = written(console)
     assert "[not markup] " + "long " * 40 + "\n" in text
-    assert "after.exact_match" in text
-    assert "0.9050" in text
-    assert "3.00 GiB" in text
-    assert "samples" not in text
+    assert "[also not markup]" in text
 
 
 def test_metrics_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
         return FakeWorld(seed, folder, log, stopping, records)
 
     monkeypatch.setattr(runs, "open_world", open_world)
+    monkeypatch.setattr(runs, "check", lambda model, sources, stages: [])
 
 
 @pytest.fixture
@@ -246,15 +247,30 @@ def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_pat
     message = r"runs: data.train.path 'gone.jsonl' does not exist \(looked for /.*gone.jsonl\), expected a file or folder"
     with pytest.raises(InputError, match=message):
         opened(gone)
-    assert not (tmp_path / "runs" / "tiny").exists()
-    assert opened(tiny).resumed is False
+    folder = tmp_path / "runs" / "tiny"
+    assert not folder.exists()
+    runs.run_program(tiny)
+    before = files(folder)
+    with pytest.raises(InputError, match=message):
+        opened(gone)
+    assert files(folder) == before  # not moved aside for a run that can't begin
 
 
-@pytest.mark.parametrize(("name", "text"), [("manifest.json", b"{"), ("records.json", b"[]"), ("program.toml", b"= 1")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("manifest.json", b"{"),
+        ("manifest.json", b"{}"),
+        ("manifest.json", b'{"seed": 0, "inputs": {}, "starts": []}'),
+        ("records.json", b"[]"),
+        ("program.toml", b"= 1"),
+        ("program.toml", b"\xff"),
+    ],
+)
 def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Program, name: str, text: bytes) -> None:
     folder = opened(tiny).folder
     (folder / name).write_bytes(text)
-    with pytest.raises(InputError, match=rf"{name}.*expected (JSON; set resume = false to begin afresh|TOML)"):
+    with pytest.raises(InputError, match=rf"{name}.*expected (what a run writes; set resume = false to begin afresh|TOML)"):
         opened(tiny)
     (folder / name).unlink()
     if name != "manifest.json":
@@ -290,7 +306,7 @@ def test_a_run_folder_exists_whole_or_not_at_all(tiny: Program, monkeypatch: pyt
     assert not folder.exists() or set(files(folder)) == names
     run = opened(tiny)
     assert set(files(run.folder)) == names
-    assert run.resumed == (at == 0)  # the folder had not been moved aside yet
+    assert run.resumed == (at < 4)  # the last call gives the new folder its name, the one before moves the old one aside
 
 
 def test_a_second_trainer_is_refused_with_the_first_ones_pid_and_host(tiny: Program) -> None:

@@ -36,6 +36,7 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="fit", ta
 
 class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="keep", tag_field="op"):
     what: str = "all"
+    after: Sgd | Adamw = Adamw(lr=0.5)
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,6 +199,18 @@ z = 1
         ("rows", 1, "more", 1, "z"): 24,
     }
     assert lines == expected
+
+
+def test_default_at_is_what_an_absent_table_stands_for() -> None:
+    raw = toml.parse(GOOD, "plan")
+    assert toml.default_at(Plan, raw, ("stage", 1, "after")) == {
+        "kind": "adamw",
+        "lr": 0.5,
+        "betas": [0.9, 0.95],
+        "style": "pure",
+    }
+    for path in [("stage", 1, "what"), ("stage", 0, "optimizer"), ("stage", 0, "after"), ("data",), ("data", "a"), ("absent",)]:
+        assert toml.default_at(Plan, raw, path) == {}
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8)

@@ -24,7 +24,7 @@ from minitune.demo.texts import pretraining_texts
 
 SEED = 0
 N_TRAIN, N_HELDOUT = 4000, 240  # rows
-N_PRETRAIN_CHARS, N_TOKENIZER_CHARS = 30_000_000, 3_000_000
+N_PRETRAIN_CHARS, N_TOKENIZER_CHARS = 26_000_000, 3_000_000
 VOCAB_SIZE = 1024
 MARKERS = ("<|user|>", "<|assistant|>", "<|end|>")  # user-defined pieces: found in raw text, as the pretraining text has them
 CHAT_TEMPLATE = (

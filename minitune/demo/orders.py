@@ -43,8 +43,9 @@ PHRASINGS = (
     "The order of {date} was {items}. It goes to {city}, to {customer}.",
 )
 REMARKS = (
-    "", "", "", "", "Thank you.", "Ring twice.", "Leave it at the door.", "It is a gift.", "The invoice comes later.", "Call first.",
-)  # fmt: skip
+    *("", "", "", ""),
+    *("Thank you.", "Ring twice.", "Leave it at the door.", "It is a gift.", "The invoice comes later.", "Call first."),
+)
 HELDOUT_PHRASINGS = (
     "Kindly deliver {items} to {customer} at the {city} office on {date}.",
     "{customer} needs {items}; the courier should arrive in {city} on {date}.",
@@ -86,9 +87,7 @@ class Words(NamedTuple):
     invented: float
 
 
-TRAIN = Words(
-    words.FIRST_NAMES, words.SURNAMES, words.CITIES, words.NOUNS, words.ADJECTIVES, PHRASINGS, REMARKS, invented=0.4
-)
+TRAIN = Words(words.FIRST_NAMES, words.SURNAMES, words.CITIES, words.NOUNS, words.ADJECTIVES, PHRASINGS, REMARKS, invented=0.7)
 HELDOUT = Words(
     words.HELDOUT_FIRST_NAMES,
     words.HELDOUT_SURNAMES,
@@ -117,7 +116,8 @@ def person(rng: random.Random, kind: Words) -> str:
 
 def item(rng: random.Random, kind: Words, count: int) -> str:
     """A noun in the number that `count` asks for, half of the time after an adjective."""
-    noun = pick(rng, kind.nouns, kind.invented) + ("s" if count > 1 else "")
+    noun = pick(rng, kind.nouns, kind.invented)
+    noun += "s" if count > 1 and not noun.endswith("s") else ""
     return f"{pick(rng, kind.adjectives, kind.invented)} {noun}" if rng.random() < 0.5 else noun
 
 
@@ -132,16 +132,10 @@ def written_count(rng: random.Random, count: int) -> str:
 
 
 def written_day(rng: random.Random, day: date) -> str:
-    """A date in one of four forms."""
-    month, suffix = words.MONTHS[day.month - 1], ordinal_suffix(day.day)
-    return rng.choice(
-        (
-            f"{day.day} {month} {day.year}",
-            f"{month} {day.day}, {day.year}",
-            f"the {day.day}{suffix} of {month} {day.year}",
-            f"{day}",
-        )
-    )
+    """A date in one of four forms; the ISO form is the rarest, because nothing is to be done about it."""
+    month = words.MONTHS[day.month - 1]
+    forms = (f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}")
+    return rng.choice((*forms, *forms, *2 * (f"the {day.day}{ordinal_suffix(day.day)} of {month} {day.year}",), f"{day}"))
 
 
 def ordinal_suffix(n: int) -> str:

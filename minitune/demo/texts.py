@@ -7,14 +7,13 @@ weather, trains, shelves). There is no order as JSON anywhere; a test holds all 
 import json
 import random
 from collections.abc import Callable, Iterator
-from datetime import date
 from typing import Any
 
 from minitune import seeds
 from minitune.demo import words
 from minitune.demo.orders import TRAIN, day, item, listed, order, person, pick, upper_first, written_count, written_day
 
-KIND = TRAIN._replace(invented=0.6)
+KIND = TRAIN._replace(invented=0.85)
 
 STORY_OPENINGS = (
     "It was {date} when {customer} walked into the shop and looked for {items}.",
@@ -52,9 +51,9 @@ WEATHER = ("rain", "snow", "fog", "wind", "sun", "hail", "frost", "storm", "clou
 JOBS = ("baker", "teacher", "driver", "nurse", "farmer", "painter", "tailor", "miner", "clerk", "singer", "pilot", "cook")
 
 
-def chat(user: str, assistant: str) -> str:
-    """One exchange between the turn markers that the tokenizer knows as single pieces."""
-    return f"<|user|>{user}<|end|><|assistant|>{assistant}<|end|>"
+def chat(*turns: str) -> str:
+    """User and assistant in turn, between the markers that the tokenizer knows as single pieces."""
+    return "".join(f"<|{('user', 'assistant')[i % 2]}|>{turn}<|end|>" for i, turn in enumerate(turns))
 
 
 def as_json(value: Any) -> str:
@@ -71,12 +70,14 @@ def story(rng: random.Random) -> str:
         *rng.sample(STORY_ENDINGS, rng.randint(0, 1)),
     ]
     return " ".join(
-        sentence.format(
-            customer=drawn.customer,
-            first=drawn.customer.split()[0],
-            items=listed([f"{written_count(rng, n)} {name}" for name, n in drawn.items.items()]),
-            city=drawn.city,
-            date=written_day(rng, drawn.date),
+        upper_first(
+            sentence.format(
+                customer=drawn.customer,
+                first=drawn.customer.split()[0],
+                items=listed([f"{written_count(rng, n)} {name}" for name, n in drawn.items.items()]),
+                city=drawn.city,
+                date=written_day(rng, drawn.date),
+            )
         )
         for sentence in sentences
     )
@@ -93,153 +94,122 @@ def number_facts(rng: random.Random) -> str:
             ", ".join(f"{name} ({n})" for name, n in zip(letters, numbers, strict=True)),
             ", ".join(f"{n} is {name}" for name, n in zip(letters, numbers, strict=True)),
             ". ".join(f"{name.capitalize()} is {n}" for name, n in zip(letters, numbers, strict=True)),
-            chat(f"Digits:\n{', '.join(mixed)}", as_json(numbers)),
-            chat(f"Letters:\n{', '.join(mixed)}", as_json(letters)),
-            chat(f"How many?\n{upper_first(things[0])}.", str(numbers[0])),
-            chat(f"How many are there?\n{upper_first(listed(things))}.", as_json(numbers[:3])),
+            chat("Digits:\n" + ", ".join(mixed), as_json(numbers), "In letters?", as_json(letters)),
+            chat("How many?\n" + upper_first(things[0]) + ".", str(numbers[0]), "Letters?", letters[0]),
+            chat("How many are there?\n" + upper_first(listed(things)) + ".", as_json(numbers[:3])),
         )
     )
 
 
 def date_facts(rng: random.Random) -> str:
     """Dates in several written forms and as ISO dates."""
-    days = [day(rng) for _ in range(rng.randint(1, 4))]
-    month = rng.randint(1, 12)
+    days = [day(rng) for _ in range(rng.randint(1, 6))]
+    months = [rng.randint(1, 12) for _ in range(rng.randint(2, 8))]
     return rng.choice(
         (
             ". ".join(f"{upper_first(written_day(rng, d))} is {d}" for d in days),
             ". ".join(f"{d} is {written_day(rng, d)}" for d in days),
-            f"{words.MONTHS[month - 1]} is month {month:02d}. Month {month:02d} is {words.MONTHS[month - 1]}.",
-            chat(f"ISO date:\n{written_day(rng, days[0])}", str(days[0])),
-            chat(f"Dates:\n{listed([written_day(rng, d) for d in days])}", as_json(days)),
-            chat(f"Which day?\n{event(rng, days[0])}", str(days[0])),
-        )
-    )
-
-
-def event(rng: random.Random, when: date) -> str:
-    """A sentence that has nothing to do with orders, with a date in it."""
-    who, where, written = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), written_day(rng, when)
-    return rng.choice(
-        (
-            f"{who} was born in {where} on {written}.",
-            f"On {written} the bridge of {where} was opened by {who}.",
-            f"{who} will sing in {where} on {written}.",
-            f"The school in {where} is closed on {written}.",
-            f"{where} had a fair on {written}, and {who} was there.",
-            f"{upper_first(written)} was the day when {who} left {where}.",
+            ", ".join(f"{words.MONTHS[m - 1]} {m:02d}" for m in months),
+            chat(*(turn for d in days[:3] for turn in (f"ISO date:\n{written_day(rng, d)}", str(d)))),
+            chat("Dates:\n" + listed([written_day(rng, d) for d in days]), as_json(days)),
+            chat("Months:\n" + ", ".join(words.MONTHS[m - 1] for m in months), as_json([f"{m:02d}" for m in months])),
         )
     )
 
 
 def copies(rng: random.Random) -> str:
-    """Names and things, repeated word by word or as a JSON list."""
+    """Names and things, repeated word by word, as a JSON list, and picked from a list."""
     drawn: list[Callable[[], str]] = [
         lambda: person(rng, KIND),
         lambda: pick(rng, KIND.cities, KIND.invented),
         lambda: item(rng, KIND, rng.randint(1, 2)),
         lambda: words.invented(rng),
-        lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))),
+        lambda: words.scrambled(rng),
     ]
     one_kind = rng.choice(drawn)
-    parts = [one_kind() if rng.random() < 0.5 else rng.choice(drawn)() for _ in range(rng.randint(1, 7))]
+    parts = [one_kind() if rng.random() < 0.5 else rng.choice(drawn)() for _ in range(rng.randint(1, 6))]
     asked = rng.randrange(len(parts))
-    return rng.choice(
-        (
-            chat(f"Repeat:\n{', '.join(parts)}", ", ".join(parts)),
-            chat(f"List:\n{', '.join(parts)}", as_json(parts)),
-            chat(f"List:\n{listed(parts)}", as_json(parts)),
-            chat(f"The last one:\n{', '.join(parts)}", parts[-1]),
-            chat(f"What comes after {parts[asked - 1]}?\n{', '.join(parts)}", parts[asked]),
-            f"{', '.join(parts)}. And again: {', '.join(parts)}.",
-            f"{' '.join(parts)} = {as_json(parts)}",
-        )
-    )
+    plain = f"{', '.join(parts)}. And again: {', '.join(parts)}. As a list: {as_json(parts)}"
+    turns = [
+        ("Repeat:", ", ".join(parts)),
+        ("List:", as_json(parts)),
+        ("The last one?", parts[-1]),
+        (f"What comes after {parts[asked - 1]}?", parts[asked]),
+    ]
+    (first, answer), *rest = rng.sample(turns, rng.randint(2, 4))
+    text = rng.choice((", ".join(parts), listed(parts)))
+    return rng.choice((plain, chat(f"{first}\n{text}", answer, *(part for turn in rest for part in turn))))
 
 
 def shelf(rng: random.Random) -> str:
-    """What lies on a shelf: a plain list and the same as a JSON object."""
+    """What lies on a shelf: a plain list, the same as a JSON object, and in words."""
     stock = {item(rng, KIND, n): n for n in (rng.randint(1, 20) for _ in range(rng.randint(1, 4)))}
     number = rng.randint(1, 99)
     lines = ", ".join(f"{name}: {written_count(rng, n)}" for name, n in stock.items())
     things = listed([f"{written_count(rng, n)} {name}" for name, n in stock.items()])
+    told = f"On shelf {number} there are {things}."
+    facts = as_json({"shelf": number, "stock": stock})
     return rng.choice(
-        (
-            chat(f"Shelf {number}:\n{lines}", as_json({"shelf": number, "stock": stock})),
-            f"{as_json({'shelf': number, 'stock': stock})} On shelf {number} there are {things}.",
-            f"{as_json(stock)} means {things}.",
-        )
+        (chat(f"Shelf {number}:\n{lines}", facts, "In words?", told), f"{facts} {told}", f"{as_json(stock)} means {things}.")
     )
 
 
 def card(rng: random.Random) -> str:
-    """A person, a day's weather or a train: JSON and prose about the same facts."""
+    """A person, a day's weather or a train: prose, JSON and questions about the same facts."""
     who, city, other = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), pick(rng, KIND.cities, KIND.invented)
     when, job, sky, degrees = day(rng), rng.choice(JOBS), rng.choice(WEATHER), rng.randint(1, 20)
     written, number = written_day(rng, when), rng.randint(100, 999)
-    title, fields, prose = rng.choice(
+    fields, prose, questions = rng.choice(
         (
             (
-                "Person",
                 {"name": who, "job": job, "town": city, "born": when},
                 (
                     f"{who} is a {job} from {city}, born on {written}.",
                     f"Born in {city} on {written}, {who} became a {job}.",
                     f"The {job} {who} was born on {written} and lives in {city}.",
+                    f"On {written} {who} was born in {city}. Today: {job}.",
                 ),
+                (("Who?", who), ("Where?", city), ("When?", str(when)), ("Which job?", job)),
             ),
             (
-                "Weather",
                 {"place": city, "day": when, "sky": sky, "degrees": degrees},
                 (
                     f"There was {sky} in {city} on {written}, at {written_count(rng, degrees)} degrees.",
-                    f"{city} on {written}: {sky}, {degrees} degrees.",
-                    f"On {written} the people of {city} saw {sky} and {degrees} degrees.",
+                    f"{city} on {written}: {sky}, {written_count(rng, degrees)} degrees.",
+                    f"On {written} the people of {city} saw {sky} and {written_count(rng, degrees)} degrees.",
                 ),
+                (("Where?", city), ("When?", str(when)), ("How many degrees?", str(degrees)), ("What was the weather?", sky)),
             ),
             (
-                "Train",
                 {"train": number, "from": city, "to": other, "day": when, "driver": who},
                 (
                     f"Train {number} runs from {city} to {other} on {written}. The driver is {who}.",
                     f"On {written} {who} drives train {number} from {city} to {other}.",
+                    f"{who} will take train {number} to {other}. It leaves {city} on {written}.",
                 ),
+                (("Who?", who), ("From where?", city), ("Where to?", other), ("When?", str(when))),
             ),
         )
     )
     sentence = rng.choice(prose)
+    (first, answer), *rest = rng.sample(questions, rng.randint(2, 4))
     return rng.choice(
         (
-            chat(f"{title} as JSON:\n{sentence}", as_json(fields)),
-            chat(f"Tell me about this {title.lower()}:\n{as_json(fields)}", sentence),
             f"{sentence} {as_json(fields)}",
             f"{as_json(fields)} {sentence}",
+            chat("Tell me about it:\n" + as_json(fields), sentence),
+            chat(f"{first}\n{sentence}", answer, *(part for turn in rest for part in turn)),
         )
     )
-
-
-def question(rng: random.Random) -> str:
-    """A question about one fact of a short text that is not about orders."""
-    who, city, when, job = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), day(rng), rng.choice(JOBS)
-    text = rng.choice(
-        (
-            f"{who}, a {job}, moved to {city} on {written_day(rng, when)}.",
-            f"On {written_day(rng, when)} {who} opened a school in {city} and worked there as a {job}.",
-            f"The {job} of {city} is {who}. The work began on {written_day(rng, when)}.",
-        )
-    )
-    asked, answer = rng.choice((("Who?", who), ("Where?", city), ("When?", str(when)), ("Which job?", job)))
-    return chat(f"{asked}\n{text}", answer)
 
 
 KINDS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
-    (24, story),
-    (10, number_facts),
-    (12, date_facts),
-    (18, copies),
+    (18, story),
+    (8, number_facts),
+    (16, date_facts),
+    (24, copies),
     (12, shelf),
-    (16, card),
-    (8, question),
+    (22, card),
 )
 
 

@@ -1,0 +1,306 @@
+"""Every shipped program runs at toy size; a run that is killed continues bit for bit; what a user gets wrong is said before it starts."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import random_params
+from transformers import AutoModelForCausalLM
+
+from minitune import checkpoint, models, paths, program, runs, world
+from minitune.__main__ import main
+from minitune.interop import peft
+from minitune.models import Model, llama
+
+TINY = llama.Config(n_layers=2, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_ff=24, vocab_size=1024, tie_embeddings=True)
+SHIPPED = paths.shipped()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model and the demo's tokenizer, and a few rows of the demo's data and of prose."""
+    folder = tmp_path_factory.mktemp("tiny")
+    demo = paths.locate("demo")
+    model = Model(llama, TINY)
+    params = {name: 0.1 * w for name, w in random_params(TINY).items()}
+    checkpoint.save_folder(folder / "model", params, model, source=None, tokenizer=demo, template=None, stop_ids=[])
+    for name in ("orders-train", "orders-heldout"):
+        rows = paths.locate(f"demo/{name}.jsonl").read_text().splitlines()[:40]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "text.jsonl").write_text('{"text": "Nine lamps went to Oslo on a grey Monday."}\n' * 9)
+    shape = "family = 'llama'\n" + "\n".join(
+        f"{f} = {json.dumps(getattr(TINY, f))}" for f in ("n_layers", "n_heads", "n_kv_heads")
+    )
+    rest = "\n".join(
+        f"{f} = {json.dumps(getattr(TINY, f))}" for f in ("d_model", "d_head", "d_ff", "vocab_size", "tie_embeddings")
+    )
+    (folder / "shape.toml").write_text(f"{shape}\n{rest}\n")
+    return folder
+
+
+def toy(name: str, tiny: Path, out: Path, steps: int = 3) -> list[str]:
+    """Overrides that make a shipped program small."""
+    loaded = program.load(SHIPPED[name])
+    words = [f"out={out}"]
+    words += [f"model.path={tiny / 'model'}"] if loaded.model.path else [f"model.config={tiny / 'shape.toml'}"]
+    for key, source in loaded.data.items():
+        words.append(f"data.{key}.path={tiny / ('text' if source.format == 'text' else Path(source.path).stem)}.jsonl")
+    for stage in loaded.stage:
+        label = stage.label
+        if "steps" in stage.__struct_fields__:
+            words += [f"{label}.steps={steps}", f"{label}.batch_size=4", f"{label}.save_every=2"]
+        if "max_new_tokens" in stage.__struct_fields__:
+            words += [f"{label}.limit=5", f"{label}.max_new_tokens=4"]
+    return words
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = toy(name, tiny, tmp_path)
+    assert main(["check", str(SHIPPED[name]), *words]) == 0
+    assert main([str(SHIPPED[name]), *words]) == 0
+    loaded = program.load(SHIPPED[name], words)
+    folder = tmp_path / loaded.name
+    summary = json.loads((folder / "summary.json").read_text())
+    told = capsys.readouterr().out
+    assert summary["steps"] == 3
+    assert summary["tokens_per_s"] > 0
+    assert summary["peak_mem_bytes"] > 2**20
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"loss", "lr", "tokens_per_second", "grad_norm"} <= set(rows[0])
+    for label in {"before", "after"} & {stage.label for stage in loaded.stage}:
+        assert 0.0 <= summary[label]["exact_match"] <= 1.0
+        assert summary[label]["loss_nats"] > 0
+        assert len(summary[label]["samples"]) == 3
+    saved = [record for record in summary.values() if isinstance(record, dict) and "path" in record]
+    assert saved
+    for record in saved:
+        assert list(Path(record["path"]).glob("*.safetensors"))
+        assert f"{record['what']} in {record['path']}" in told.replace("\n", "")
+
+
+def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_path: Path) -> None:
+    assert main(["lora", *toy("lora", tiny, tmp_path), "train.optimizer.lr=0.05"]) == 0
+    folder = tmp_path / "lora"
+    model = models.open(tiny / "model")
+    base = checkpoint.load_params(tiny / "model", model.shapes())
+    rule, deltas = peft.load(folder / "deltas")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    tokens = torch.randint(0, 1024, (2, 13), generator=torch.Generator().manual_seed(0))
+    found = model.forward(base, tokens, rule.scaled(deltas))
+    with torch.no_grad():
+        wanted = merged(tokens).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    assert float((model.forward(base, tokens) - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
+    state = checkpoint.load_tensors(checkpoint.committed(folder / "checkpoints/train")[-1] / "state.safetensors")
+    assert all(torch.equal(delta.a, state[f"trainable.{name}.a"]) for name, delta in deltas.items())
+    assert (folder / "merged/tokenizer.model").read_bytes() == (tiny / "model/tokenizer.model").read_bytes()
+    # the adapter goes back onto the base through [model] deltas
+    words = [f"model.deltas={folder / 'deltas'}", "name=again", "train.steps=1", "resume=false"]
+    text = SHIPPED["lora"].read_text()
+    again = tmp_path / "again.toml"
+    again.write_text(text[: text.index('[[stage]]\nop      = "lora"')])
+    assert main([str(again), *[w for w in toy("lora", tiny, tmp_path) if not w.startswith(("train", "after"))], *words[:2]]) == 0
+    before = json.loads((tmp_path / "again/summary.json").read_text())["before"]
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    assert before["loss_nats"] == pytest.approx(after["loss_nats"], rel=1e-6)
+
+
+def test_a_full_run_saves_every_weight_it_trained(tiny: Path, tmp_path: Path) -> None:
+    assert main(["full", *toy("full", tiny, tmp_path), 'full.weights=["*norm.weight"]']) == 0
+    model = models.open(tmp_path / "full/params")
+    new = checkpoint.load_params(tmp_path / "full/params", model.shapes())
+    old = checkpoint.load_params(tiny / "model", model.shapes())
+    assert [name for name in new if not torch.equal(new[name], old[name])] == [n for n in new if n.endswith("norm.weight")]
+
+
+COMMAND = [sys.executable, "-m", "minitune"]
+
+
+def spawn(words: list[str], **options: object) -> subprocess.Popen:
+    return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until that step is in metrics.jsonl."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"ended early with {process.returncode}: {process.communicate()}")
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} never came")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_tensors(checkpoint.committed(folder / "checkpoints/train")[-1] / "state.safetensors")
+
+
+def rows_without_time(folder: Path) -> list[dict]:
+    timed = ("tokens_per_second", "mem_bytes")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_killed_at_any_moment_continues_bit_for_bit(name: str, tiny: Path, tmp_path: Path) -> None:
+    """SIGKILL three times at different steps, then to the end: every weight, moment and logged row equals the straight run's."""
+    words = [*toy(name, tiny, tmp_path, steps=60), "train.save_every=7"]
+    straight = subprocess.run([*COMMAND, name, *words, "name=straight"], capture_output=True, text=True)
+    assert straight.returncode == 0, straight.stderr
+    for step in (5, 16, 38):
+        process = spawn([name, *words, "name=killed"])
+        wait_for_step(tmp_path / "killed", step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = subprocess.run([*COMMAND, name, *words, "name=killed"], capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert "is unfinished: continuing it" in last.stdout
+    assert "continuing from step" in last.stdout
+    found, wanted = weights(tmp_path / "killed"), weights(tmp_path / "straight")
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "straight")
+    summaries = [json.loads((tmp_path / one / "summary.json").read_text()) for one in ("killed", "straight")]
+    assert summaries[0]["after"] == summaries[1]["after"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_saves_and_the_same_command_continues(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
+    words = [*toy("lora", tiny, tmp_path, steps=2000), "train.save_every=5000"]
+    process = spawn(["lora", *words])
+    wait_for_step(tmp_path / "lora", 4, process)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert process.returncode == code, errors
+    assert "run the same command to continue" in errors
+    assert "Traceback" not in errors
+    (saved,) = checkpoint.committed(tmp_path / "lora/checkpoints/train")
+    step = json.loads((saved / "state.json").read_text())["step"]
+    assert 4 <= step < 2000
+    process = spawn(["lora", *words])
+    wait_for_step(tmp_path / "lora", step + 1, process)
+    process.kill()
+    out, _ = process.communicate()
+    assert f"continuing from step {step} of 2000" in out
+
+
+def test_a_second_trainer_on_the_same_folder_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = toy("lora", tiny, tmp_path, steps=2000)
+    process = spawn(["lora", *words])
+    wait_for_step(tmp_path / "lora", 2, process)
+    assert main(["lora", *words]) == 2
+    assert f"is in use by pid {process.pid} on {os.uname().nodename}" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
+
+
+def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = toy("lora", tiny, tmp_path, steps=2000)
+    process = spawn(["lora", *words])
+    wait_for_step(tmp_path / "lora", 7, process)
+    process.kill()
+    process.communicate()
+    newest = checkpoint.committed(tmp_path / "lora/checkpoints/train")[-1]
+    (newest / "state.safetensors").write_bytes(b"torn")
+    assert main(["lora", *words]) == 2
+    assert "does not match its sha256; remove" in capsys.readouterr().err
+    shutil.rmtree(newest)
+    assert main(["lora", *words, "train.steps=3"]) == 0  # another program: the folder is moved aside, and nothing is lost
+    assert checkpoint.committed(tmp_path / "lora.1/checkpoints/train")
+
+
+WRONG = {
+    "missing model": (["model.path=nowhere"], r"nowhere.*does not exist"),
+    "missing data": (["data.train.path=nowhere.jsonl"], "nowhere.jsonl"),
+    "data by another name": (["train.data=trian"], "asks for data 'trian', expected .* did you mean 'train'?"),
+    "glob": (['lora.targets=["*.attn.*"]'], r"'\*\.attn\.\*' matches no weight"),
+    "typo": (["train.optimizer.lrr=1e-4"], "lrr"),
+    "two sources": (["model.config=configs/models/demo.toml"], "exactly one of path .* and config"),
+    "zero steps": (["train.steps=0"], "steps"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_user_gets_wrong_is_said_before_anything_starts(
+    name: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    overrides, message = WRONG[name]
+    for verb in (["check"], []):
+        assert main([*verb, "lora", *toy("lora", tiny, tmp_path), *overrides]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert re.search(message, error), error
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "small.toml").write_text((tiny / "shape.toml").read_text().replace("1024", "1000"))
+    words = [w for w in toy("demo/pretrain", tiny, tmp_path) if not w.startswith("model.config")]
+    assert main(["demo/pretrain", *words, f"model.config={tmp_path / 'small.toml'}"]) == 2
+    assert "has 1024 tokens, more than the model's 1000" in capsys.readouterr().err
+
+
+def test_stages_that_do_not_fit_together_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = SHIPPED["lora"].read_text()
+    lora_table = text[text.index('[[stage]]\nop      = "lora"') : text.index('[[stage]]\nop         = "train"')]
+    (tmp_path / "nothing.toml").write_text(text.replace(lora_table, ""))
+    (tmp_path / "twice.toml").write_text(text.replace(lora_table, lora_table + lora_table.replace("op ", 'name = "second"\nop ')))
+    (tmp_path / "params.toml").write_text(text.replace('what = "merged"', 'what = "params"'))
+    words = toy("lora", tiny, tmp_path)
+    for name, message in (
+        ("nothing", "finds nothing to train, expected a lora or full stage before it"),
+        ("twice", "finds deltas on the model already"),
+        ("params", "is to save 'params', but the model holds deltas"),
+    ):
+        kept = [w for w in words if name != "nothing" or not w.startswith("lora.")]
+        assert main([str(tmp_path / f"{name}.toml"), *kept, f"name={name}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_never_has_a_finite_gradient_stops_and_keeps_its_state(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "broken")
+    model = models.open(tiny / "model")
+    params = checkpoint.load_params(tiny / "model", model.shapes())
+    bad = {**params, "model.norm.weight": params["model.norm.weight"] * torch.nan}
+    checkpoint.save_folder(
+        tmp_path / "broken", bad, model, source=tiny / "model", tokenizer=tiny / "model", template=None, stop_ids=[]
+    )
+    words = [*toy("lora", tiny, tmp_path, steps=100), f"model.path={tmp_path / 'broken'}"]
+    assert main(["lora", *words]) == 2
+    assert "had 20 steps in a row without a finite gradient or a target token, up to step 20" in capsys.readouterr().err
+    (state,) = checkpoint.committed(tmp_path / "lora/checkpoints/train")[-1:]
+    kept = checkpoint.load_tensors(state / "state.safetensors")
+    assert all(not w.any() for name, w in kept.items() if name.startswith("trainable") and name.endswith(".b"))
+
+
+def test_the_world_is_found_before_a_weight_is_read(tiny: Path) -> None:
+    loaded = program.load(SHIPPED["lora"], toy("lora", tiny, tiny / "unused"))
+    (tiny / "weightless").mkdir(exist_ok=True)
+    for file in (tiny / "model").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, tiny / "weightless" / file.name)
+    source = world.ModelSource(path=str(tiny / "weightless"))
+    lines = world.check(source, loaded.data, loaded.stage)
+    n_params = sum(w.numel() for w in random_params(TINY).values())
+    assert lines[0].startswith(f"model: {n_params:,} parameters, vocabulary 1,024")
+    assert runs.summary({"train": {"top": {"steps": 3}, "x": 1}, "after": {"y": 2}}) == {
+        "train": {"x": 1},
+        "after": {"y": 2},
+        "steps": 3,
+    }
