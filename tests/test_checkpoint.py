@@ -297,9 +297,14 @@ def test_atomic_writes_replace_whole_files_and_folders(tmp_path: Path) -> None:
         with checkpoint.atomic_folder(tmp_path / "folder") as aside:
             (aside / content.decode()).write_bytes(content)
         assert [p.name for p in (tmp_path / "folder").iterdir()] == [content.decode()]
-    with pytest.raises(RuntimeError, match="midway"), checkpoint.atomic_folder(tmp_path / "folder") as aside:
-        (aside / "three").write_bytes(b"three")
-        raise RuntimeError("midway")
+
+    def fails_midway() -> None:
+        with checkpoint.atomic_folder(tmp_path / "folder") as aside:
+            (aside / "three").write_bytes(b"three")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fails_midway()
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["two"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 

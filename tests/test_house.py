@@ -17,8 +17,8 @@ FLOORS = {
     2.0: "models/__init__ models/llama models/rope checkpoint tokenizer chat data",
     3.0: "objectives steps generate",
     INTEROP: "interop/__init__ interop/peft",
-    4.0: "world stages log program runs __main__",
-    DEMO: "demo/__init__ demo/orders demo/words demo/texts",
+    4.0: "world stages log program report runs __main__",
+    DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
@@ -32,7 +32,8 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "world": "log",
     "stages": "world log",
     "program": "world stages log",
-    "runs": "world stages log program",
+    "report": "log",
+    "runs": "world log program report",
     "__main__": "world stages log program runs",
 }
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}

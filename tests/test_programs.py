@@ -1,4 +1,4 @@
-"""Every shipped program runs at toy size; a run that is killed continues bit for bit; what a user gets wrong is said before it starts."""
+"""Every shipped program runs at toy size; a killed run continues bit for bit; what a user gets wrong is said before it starts."""
 
 import json
 import os

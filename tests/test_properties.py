@@ -503,14 +503,14 @@ def test_lora_refuses_what_it_cannot_adapt() -> None:
         Lora(2, 2.0, ("*embed_tokens*",)).init(params, 0)
     with pytest.raises(InputError, match=r"norm\.weight \[12\] is not a linear weight"):
         Lora(2, 2.0, ("model.norm.weight",)).init(params, 0)
-    with pytest.raises(InputError, match="'model.layerz' matches no weight"):
+    with pytest.raises(InputError, match=r"'model\.layerz' matches no weight"):
         Lora(2, 2.0, ("model.layerz",)).init(params, 0)
     fitting = Lora(2, 2.0, ("lm_head.weight",)).init(params, 0)
     check_deltas(params, fitting, "here")
-    with pytest.raises(InputError, match="here adapts lm_head.weight, which this model does not have"):
+    with pytest.raises(InputError, match=r"here adapts lm_head\.weight, which this model does not have"):
         check_deltas({}, fitting, "here")
     with pytest.raises(
-        InputError, match=r"here has a \[2, 12\] and b \[17, 2\] for lm_head.weight, expected \[r, 13\] and \[17, r\]"
+        InputError, match=r"here has a \[2, 12\] and b \[17, 2\] for lm_head\.weight, expected \[r, 13\] and \[17, r\]"
     ):
         check_deltas({"lm_head.weight": torch.zeros(17, 13)}, fitting, "here")
 

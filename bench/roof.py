@@ -1,0 +1,18 @@
+"""The machine's limit, measured in the process that is compared with it."""
+
+import statistics
+import time
+
+import torch
+
+
+def gemm_flops_per_s(dtype: torch.dtype, n: int = 2048, repeats: int = 5) -> tuple[float, float]:
+    """(median, best) FLOP/s of an n x n x n matmul with the process's threads, after a warm-up."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    rates = []
+    for i in range(repeats + 1):
+        started = time.perf_counter()
+        a @ b
+        if i:
+            rates.append(2 * n**3 / (time.perf_counter() - started))
+    return statistics.median(rates), max(rates)
