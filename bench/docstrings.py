@@ -107,9 +107,8 @@ def main() -> None:
     share = summary["tokens_per_s"] * floor_flops_per_token(kind, loaded.data["train"].seq_len, target_share) / roof
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"commit {commit}, torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
-    print(
-        "| program | samples | loss before -> after, nats | tokens/s | peak MiB | GEMM roof, GFLOP/s | share of roof |\n|---|---|---|---|---|---|---|"
-    )
+    print("| program | samples | loss before -> after, nats | tokens/s | peak MiB | GEMM roof, GFLOP/s | share of roof |")
+    print("|---|---|---|---|---|---|---|")
     print(
         f"| {kind} | {report['n_samples']} | {summary['before']['loss_nats']:.3f} -> {summary['after']['loss_nats']:.3f} "
         f"| {summary['tokens_per_s']:.0f} | {summary['peak_mem_bytes'] / 2**20:.0f} | {roof / 1e9:.0f} | {share:.0%} |"

@@ -2,8 +2,8 @@
 
     python bench/grad_memory.py [n_layers] [d_model]
 
-Each way runs in a process of its own, on the same random Llama, batch 4 x 256, float32, rank 8 on all linears. Memory is the peak of
-the process above its peak before the gradient.
+Each way runs in a process of its own, on the same random Llama, batch 4 x 256, float32, rank 8 on all linears.
+Memory is the peak of the process above its peak before the gradient.
 """
 
 import json

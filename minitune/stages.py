@@ -239,7 +239,7 @@ class Save(_Stage, frozen=True, kw_only=True, tag="save"):
                 world.model,
                 source=world.source,
                 tokenizer=world.tokenizer_folder,
-                template=world.template.source if world.template.origin == "built-in" else None,
+                template=world.template.source if world.template.origin.startswith("built-in") else None,
                 stop_ids=stop_ids(world.tokenizer, world.template),
             )
         world.log.say(f"{self.label}: {self.what} in {folder}")
