@@ -17,8 +17,8 @@ from minitune.generate import greedy
 from minitune.interop import peft
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, Loss
-from minitune.steps import eval_step, train_step
-from minitune.types import Delta, Deltas, InputError, Mean, Params, Trainable
+from minitune.steps import Step, eval_step, train_step
+from minitune.types import Delta, Deltas, InputError, Mean, Metrics, Params, Trainable
 from minitune.world import Stopped, World
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
@@ -106,12 +106,8 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
         source = world.data[self.data]
         dataset = prepare(source, world.tokenizer, world.template, cache_folder())
         world.log.say(f"{self.label}: {self.data} has {describe(dataset.report)}")
-        model = world.model._replace(wrap=grad.remat) if self.remat else world.model
-        transforms = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
-        optimizer = optim.chain(*transforms, self.optimizer, optim.ScaleBySchedule(self.schedule, self.steps))
-        objective = objectives.sft(model, self.loss, world.lora)
-        step = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
-
+        optimizer = self._optimizer()
+        step = self._step(world, optimizer)
         folder = world.folder / "checkpoints" / self.label
         state = {"trainable": world.trainable, "opt_state": optimizer.init(world.trainable)}
         done, cursor, clock = 0, Cursor(0, 0), _Clock(0.0, 0, 0, 0)
@@ -121,36 +117,27 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
             world.log.say(f"{self.label}: continuing from step {done} of {self.steps}")
         world.log.rewind(done)
 
-        skips = 0
+        skips, device = 0, _device(world.params, world.trainable)
         with world.log.progress(self.label, self.steps, done) as progress:
             while done < self.steps:
                 started = time.perf_counter()
                 batch, cursor = take(dataset, cursor, self.batch_size, source, world.seed)
-                batch = tree.map(lambda x: x.to(_device(world.params, world.trainable)), batch)
+                batch = tree.map(lambda x: x.to(device), batch)
                 trainable, opt_state, metrics = step(world.params, state["trainable"], state["opt_state"], batch)
                 state, done = {"trainable": trainable, "opt_state": opt_state}, done + 1
-                values = {name: float(value) for name, value in metrics.items()}
-                n_tokens = int((batch.segment_ids > 0).sum())
-                clock = clock.add(time.perf_counter() - started, n_tokens, int(values["skipped"]))
-                skips = skips + 1 if values["skipped"] else 0
-                lr = self.optimizer.lr * float(self.schedule.factor(torch.tensor(done - 1), self.steps))
-                row = {
-                    "loss": values["loss_nats"],
-                    "lr": lr,
-                    "tokens_per_second": n_tokens / (time.perf_counter() - started),
-                    "grad_norm": values["grad_norm"],
-                    "target_tokens": values["target_tokens"],
-                    "skipped": values["skipped"],
-                    "mem_bytes": float(peak_mem_bytes()),
-                }
-                progress.update(done, row)
+                row = self._row(done, metrics)
+                n_tokens, time_s = int((batch.segment_ids > 0).sum()), time.perf_counter() - started
+                clock = clock.add(time_s, n_tokens, int(row["skipped"]), peak_mem_bytes(device))
+                row |= {"tokens_per_second": n_tokens / time_s, "mem_bytes": clock.peak_mem_bytes}
+                progress.update(done, {name: row[name] for name in ("loss", "lr", "tokens_per_second", "mem_bytes")})
                 world.log.metrics(done, row)
+
+                skips = skips + 1 if row["skipped"] else 0
                 stopping = world.stopping()
                 if stopping or skips == SKIPS or done == self.steps or done % self.save_every == 0:
-                    clock = clock._replace(peak_mem_bytes=max(clock.peak_mem_bytes, peak_mem_bytes()))
-                    saved_in = checkpoint.save_state(folder, done, state, {"cursor": list(cursor), "clock": list(clock)})
-                    if stopping and done < self.steps:
-                        raise Stopped(done, saved_in)
+                    checkpoint.save_state(folder, done, state, {"cursor": list(cursor), "clock": list(clock)})
+                if stopping and done < self.steps:
+                    raise Stopped(done, folder)
                 if skips == SKIPS:
                     raise InputError(
                         f"stages: {self.label} had {SKIPS} steps in a row without a finite gradient or a target token, "
@@ -159,6 +146,22 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
         top = {"tokens_per_s": clock.n_tokens / clock.time_s, "peak_mem_bytes": clock.peak_mem_bytes, "steps": self.steps}
         record = {"top": top, "time_s": clock.time_s, "n_skipped": clock.n_skipped, "data": dataset.report._asdict()}
         return world._replace(trainable=state["trainable"]).record(self.label, record)
+
+    def _optimizer(self) -> optim.Chain:
+        clip = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
+        return optim.chain(*clip, self.optimizer, optim.ScaleBySchedule(self.schedule, self.steps))
+
+    def _step(self, world: World, optimizer: optim.Chain) -> Step:
+        model = world.model._replace(wrap=grad.remat) if self.remat else world.model
+        objective = objectives.sft(model, self.loss, world.lora)
+        # donated: the trees are this stage's own, and the ones before the step are never asked for again
+        return train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
+
+    def _row(self, done: int, metrics: Metrics) -> dict[str, float]:
+        """What is logged of a step, under the names that dashboards expect."""
+        values = {name: float(value) for name, value in metrics.items()}
+        lr = self.optimizer.lr * float(self.schedule.factor(torch.tensor(done - 1), self.steps))
+        return {"loss": values.pop("loss_nats"), "lr": lr, **values}
 
 
 class Eval(_Stage, frozen=True, kw_only=True, tag="eval"):
@@ -268,8 +271,13 @@ class _Clock(NamedTuple):
     n_skipped: int
     peak_mem_bytes: int
 
-    def add(self, time_s: float, n_tokens: int, n_skipped: int) -> "_Clock":
-        return self._replace(time_s=self.time_s + time_s, n_tokens=self.n_tokens + n_tokens, n_skipped=self.n_skipped + n_skipped)
+    def add(self, time_s: float, n_tokens: int, n_skipped: int, mem_bytes: int) -> "_Clock":
+        return _Clock(
+            self.time_s + time_s,
+            self.n_tokens + n_tokens,
+            self.n_skipped + n_skipped,
+            max(self.peak_mem_bytes, mem_bytes),
+        )
 
 
 def cache_folder() -> Path:
@@ -285,10 +293,10 @@ def stop_ids(tokenizer: Any, template: chat.Template) -> list[int]:
     return list(dict.fromkeys([*ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
 
 
-def peak_mem_bytes() -> int:
-    """The most memory so far: of the accelerator's tensors if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_mem_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -123,6 +123,16 @@ def test_a_full_run_saves_every_weight_it_trained(tiny: Path, tmp_path: Path) ->
     assert [name for name in new if not torch.equal(new[name], old[name])] == [n for n in new if n.endswith("norm.weight")]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_follows_the_run_on_the_cpu(tiny: Path, tmp_path: Path) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        words = [*toy("lora", tiny, tmp_path, steps=10), f"model.device={device}", "model.dtype=float32", f"name={device}"]
+        assert main(["lora", *words]) == 0
+        losses[device] = [row["loss"] for row in rows_without_time(tmp_path / device)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
 COMMAND = [sys.executable, "-m", "minitune"]
 
 

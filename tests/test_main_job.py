@@ -1,0 +1,29 @@
+"""The README's first command, whole: the demo model learns to turn notes it has never seen into JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.timeout(600)  # two minutes on two quiet cores
+def test_the_demo_learns_and_shows_it(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "minitune", "programs/lora.toml", f"out={tmp_path}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "lora/summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert before["n_prompts"] == after["n_prompts"] >= 200
+    assert before["exact_match"] < 0.05
+    assert after["exact_match"] >= 0.90
+    assert after["loss_nats"] < before["loss_nats"] / 10
+    for shown in (f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}", "tokens/s", "MiB", f"deltas in {tmp_path}"):
+        assert shown in done.stdout.replace("\n", " ") or shown in done.stdout.replace("\n", ""), shown
+    rows = [json.loads(line) for line in (tmp_path / "lora/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 4
+    sample = json.loads(after["samples"][0]["answer"])
+    assert set(sample) == {"customer", "items", "city", "date"}
