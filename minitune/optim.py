@@ -52,7 +52,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         root = (1 - b2 ** t.double()).sqrt()
 
         def leaf(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-            return -rate * m / (v.sqrt() / root + self.eps) - (self.lr * self.weight_decay) * p
+            return -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.eps) - (self.lr * self.weight_decay) * p
 
         return tree.map(leaf, mu, nu, params), AdamState(t, mu, nu)
 
@@ -89,7 +89,7 @@ class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def update(self, grads: Tree, state: None, params: Tree) -> tuple[Tree, None]:
         """g * min(1, max_norm / (|g| + 1e-6)), the small term as in torch.nn.utils.clip_grad_norm_."""
         scale = (self.max_norm / (tree.norm(grads) + 1e-6)).clamp(max=1.0)
-        return tree.map(lambda g: g * scale, grads), None
+        return tree.map(lambda g: g * scale.to(g.dtype), grads), None
 
 
 class Chain(NamedTuple):
@@ -173,7 +173,7 @@ class ScaleBySchedule(NamedTuple):
     def update(self, grads: Tree, state: Int[Tensor, ""], params: Tree) -> tuple[Tree, Int[Tensor, ""]]:
         """u * factor(step)."""
         factor = self.schedule.factor(state, self.total_steps)
-        return tree.map(lambda g: g * factor, grads), state + 1
+        return tree.map(lambda g: g * factor.to(g.dtype), grads), state + 1
 
 
 def _zero_count(params: Tree) -> Int[Tensor, ""]:

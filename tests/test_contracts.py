@@ -1,0 +1,120 @@
+"""What every member of a registry must keep: losses, optimizers, schedules, stages, families. Being listed is being tested."""
+
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_for_tests import configs, random_params
+
+from minitune import models, optim, stages, tree
+from minitune.losses import Loss
+from minitune.models import Model
+from minitune.paths import locate
+
+
+def members(union: Any) -> list[type]:
+    return list(get_args(union)) or [union]  # a union of one is that one
+
+
+def smallest(kind: type) -> Any:
+    """A member decoded from a TOML-like table of its tag and its required fields."""
+    config = kind.__struct_config__
+    table: dict[str, Any] = {config.tag_field: config.tag}
+    table |= {name: 0.1 for name in kind.__struct_fields__ if name == "lr"}
+    return msgspec.convert(table, kind)
+
+
+@pytest.mark.parametrize("kind", members(Loss))
+@given(n=st.integers(1, 7), v=st.integers(2, 17), seed=st.integers(0, 2**32))
+def test_a_loss_is_one_finite_value_a_row_and_each_row_is_its_own(kind: type, n: int, v: int, seed: int) -> None:
+    loss, generator = smallest(kind), torch.Generator().manual_seed(seed)
+    logits, targets = torch.randn(n, v, generator=generator), torch.randint(0, v, (n,), generator=generator)
+    nats = loss(logits, targets)
+    assert nats.shape == (n,)
+    assert torch.isfinite(loss(500 * logits, targets)).all()
+    torch.testing.assert_close(nats, torch.cat([loss(logits[i : i + 1], targets[i : i + 1]) for i in range(n)]))
+    jacobian = torch.func.jacrev(lambda x: loss(x, targets))(logits)
+    assert not jacobian[~torch.eye(n, dtype=torch.bool)].any()
+    assert msgspec.convert(msgspec.to_builtins(loss), kind) == loss
+
+
+@pytest.mark.parametrize("kind", members(optim.Optimizer))
+def test_an_optimizer_descends_keeps_its_state_shape_and_is_proportional_to_its_rate(kind: type) -> None:
+    rule = smallest(kind)
+    params = {"w": torch.tensor([3.0, -2.0]), "deep": (torch.tensor(1.5),)}
+    state, first = rule.init(params), params
+    structure = [(path, leaf.shape, leaf.dtype) for path, leaf in tree.items(state)]
+    for _ in range(200):
+        updates, state = rule.update(params, state, params)  # the gradient of |w|^2 / 2 is w
+        params = tree.add(params, updates)
+    assert [(path, leaf.shape, leaf.dtype) for path, leaf in tree.items(state)] == structure
+    assert float(tree.norm(params)) < 0.1 * float(tree.norm(first))
+    double = msgspec.structs.replace(rule, lr=2 * rule.lr)
+    one, two = (r.update(first, r.init(first), first)[0] for r in (rule, double))
+    torch.testing.assert_close(tree.map(lambda u: 2 * u, one), two)
+    assert not any(u.any() for u in tree.leaves(msgspec.structs.replace(rule, lr=0.0).update(first, rule.init(first), first)[0]))
+
+
+@pytest.mark.parametrize("kind", members(optim.Schedule))
+@given(warmup=st.integers(0, 9), total=st.integers(1, 30))
+def test_a_schedule_rises_to_its_peak_and_never_rises_again(kind: type, warmup: int, total: int) -> None:
+    schedule = kind(warmup_steps=warmup)
+    factors = [float(schedule.factor(torch.tensor(t), total)) for t in range(total)]
+    assert all(0.0 <= f <= 1.0 for f in factors)
+    assert factors[0] > 0
+    rise, fall = factors[: warmup + 1], factors[warmup:]
+    assert rise == sorted(rise)
+    assert fall == sorted(fall, reverse=True)
+    assert total <= warmup or factors[warmup] == 1.0
+
+
+@pytest.mark.parametrize("kind", members(stages.Stage))
+def test_a_stage_has_a_tag_a_label_and_a_docstring(kind: type) -> None:
+    assert kind.__struct_config__.tag_field == "op"
+    assert kind.__doc__
+    assert kind.__struct_config__.frozen
+    assert kind.__struct_config__.forbid_unknown_fields
+    assert kind.run.__doc__
+
+
+EXPORTS = ("Config", "Cache", "from_hf", "to_hf", "shapes", "head_name", "hidden", "decode", "forward")
+
+
+@pytest.mark.parametrize("name", sorted(models.FAMILIES))
+def test_a_family_exports_the_same_names_and_reads_what_it_writes(name: str) -> None:
+    family = models.FAMILIES[name]
+    assert [export for export in EXPORTS if not hasattr(family, export)] == []
+
+
+@settings(max_examples=8)
+@pytest.mark.parametrize("name", sorted(models.FAMILIES))
+@given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(2, 11))
+def test_a_family_is_causal_and_its_config_survives_config_json(name: str, config: Any, seed: int, length: int) -> None:
+    family = models.FAMILIES[name]
+    assert models.from_hf(family.to_hf(config)).config == config
+    params, generator = random_params(config, seed, torch.float64), torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    at = int(torch.randint(0, length, (), generator=generator))
+    changed = tokens.clone()
+    changed[0, at] = (changed[0, at] + 1) % config.vocab_size
+    before, after = (Model(family, config).forward(params, t) for t in (tokens, changed))
+    assert torch.equal(before[:, :at], after[:, :at])
+    assert not torch.equal(before[:, at:], after[:, at:])
+    assert set(params) == set(family.shapes(config))
+    assert family.head_name(config) in params
+
+
+def test_random_weights_depend_on_seed_and_name_alone() -> None:
+    config = models.open_config(locate("configs/models/demo.toml")).config
+    model = Model(models.llama, config)
+    one, same, other = model.init(0), model.init(0), model.init(1)
+    assert {name: w.shape for name, w in one.items()} == {name: torch.Size(shape) for name, shape in model.shapes().items()}
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    drawn = [name for name in one if not name.endswith("norm.weight")]
+    assert all(not torch.equal(one[name], other[name]) for name in drawn)
+    q, o = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qo")
+    assert float(one[q].std()) == pytest.approx(0.02, rel=0.05)
+    assert float(one[o].std()) == pytest.approx(0.02 / (2 * config.n_layers) ** 0.5, rel=0.05)
