@@ -169,6 +169,7 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors under their names; storage that two names share is written for each."""
     save_file({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it readable by nobody else, which a shared folder of models can't use
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def test_committed_folder_is_small() -> None:
     files = [path for path in MODEL.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files if path.parent == MODEL) <= 6e6
     assert (MODEL.parent / "orders-train.jsonl").stat().st_size <= 1.5e6
-    params = checkpoint.load_params(MODEL)
+    params = checkpoint.load_params(MODEL, models.open(MODEL).shapes())
     assert sum(w.numel() for w in params.values()) <= 3_000_000
     assert {w.dtype for w in params.values()} == {torch.bfloat16}
     assert models.open(MODEL) == models.open_config(paths.locate("configs/models/demo.toml"))
@@ -195,7 +195,7 @@ def test_transformers_reads_the_folder() -> None:
     ids = ours.encode("<s>" + row["input"] + "\n" + row["output"], parse_special=True)
     assert theirs("<s>" + row["input"] + "\n" + row["output"], add_special_tokens=False)["input_ids"] == ids
     model = transformers.AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32)
-    params = {name: w.float() for name, w in checkpoint.load_params(MODEL).items()}
+    params = {name: w.float() for name, w in checkpoint.load_params(MODEL, models.open(MODEL).shapes()).items()}
     logits = models.open(MODEL).forward(params, torch.tensor([ids]))
     with torch.no_grad():
         torch.testing.assert_close(logits, model(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-4)

@@ -19,11 +19,11 @@ from typing import Any
 from sentencepiece import SentencePieceTrainer
 
 from minitune import checkpoint, paths, program, runs
-from minitune.demo.orders import HELDOUT, TRAIN, rows
+from minitune.demo.orders import HELDOUT, TASK, TRAIN, rows
 from minitune.demo.texts import pretraining_texts
 
 SEED = 0
-N_TRAIN, N_HELDOUT = 4000, 240  # rows
+N_TRAIN, N_HELDOUT = 5000, 240  # rows
 N_PRETRAIN_CHARS, N_TOKENIZER_CHARS = 26_000_000, 3_000_000
 VOCAB_SIZE = 1024
 MARKERS = ("<|user|>", "<|assistant|>", "<|end|>")  # user-defined pieces: found in raw text, as the pretraining text has them
@@ -37,12 +37,18 @@ PRETRAIN_DATA = Path("runs/demo-data/pretrain.jsonl")
 
 def train_rows() -> list[dict[str, str]]:
     """The rows of orders-train.jsonl."""
-    return rows(SEED, "train", TRAIN, N_TRAIN)
+    return rows(SEED, "train", TASK, N_TRAIN)
 
 
 def heldout_rows() -> list[dict[str, str]]:
     """The rows of orders-heldout.jsonl."""
     return rows(SEED, "heldout", HELDOUT, N_HELDOUT)
+
+
+def tokenizer_texts() -> list[str]:
+    """What the tokenizer is trained on: some of the pretraining text, and notes of every length with their JSON."""
+    notes = rows(SEED, "train", TRAIN, 4000)
+    return [*pretraining_texts(SEED, N_TOKENIZER_CHARS), *(text for row in notes for text in row.values())]
 
 
 def train_tokenizer(texts: Iterable[str]) -> bytes:
@@ -104,15 +110,13 @@ def write_jsonl(path: Path, objects: Iterable[Mapping[str, str]]) -> None:
 
 def main() -> int:
     """Write the data and the tokenizer, pretrain, and put the base model in its place."""
-    train = train_rows()
-    write_jsonl(HERE / "orders-train.jsonl", train)
+    write_jsonl(HERE / "orders-train.jsonl", train_rows())
     write_jsonl(HERE / "orders-heldout.jsonl", heldout_rows())
     write_jsonl(PRETRAIN_DATA, ({"text": text} for text in pretraining_texts(SEED, N_PRETRAIN_CHARS)))
 
     model = HERE / "model"
     model.mkdir(exist_ok=True)
-    texts = [*pretraining_texts(SEED, N_TOKENIZER_CHARS), *(text for row in train for text in row.values())]
-    checkpoint.write_atomic(model / "tokenizer.model", train_tokenizer(texts))
+    checkpoint.write_atomic(model / "tokenizer.model", train_tokenizer(tokenizer_texts()))
     checkpoint.write_atomic(model / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2).encode())
 
     pretrain = program.load(paths.program_file("demo/pretrain"), sys.argv[1:])

@@ -41,24 +41,134 @@ PHRASINGS = (
     "{date}, {city}: {customer} takes {items}.",
     "My name is {customer} and I live in {city}. Can I have {items} by {date}?",
     "The order of {date} was {items}. It goes to {city}, to {customer}.",
+    "Tomorrow I will write to {customer} that {items} leave for {city} on {date}.",
+    "Remember {customer} from {city}: {items}, and all of it by {date}.",
+    "There is a call from {city}. {customer} wishes to have {items} on {date}.",
+    "Again {items}, again for {customer}, but this time to {city} and on {date}.",
+    "Would {date} suit you? {customer} is in {city} then and takes {items}.",
+    "Our driver leaves on {date} with {items}. Stop in {city}, ring at {customer}.",
+    "Can we manage {items} before {date}? {customer} of {city} is asking.",
+    "It was {customer} who bought {items} in {city}; send them on {date}.",
+    "Sold to {customer}: {items}. Shipped to {city}. Arrives {date}.",
+    "Buyer {customer}, place {city}, day {date}, goods {items}.",
+    "Goods: {items}. Buyer: {customer}. Place: {city}. Day: {date}.",
+    "Dear friends, I am {customer}. My shop in {city} is out of stock, so I need {items} before {date}.",
+    "When you are in {city} on {date}, give {customer} the box with {items}.",
+    "Every year {customer} gives away {items}. This year it happens in {city}, on {date}.",
+    "Write down: {city}, {customer}, {items}, {date}.",
+    "Since {customer} moved to {city}, nobody had {items} there. Let us help by {date}.",
+    "Two things about {customer}: the address is {city} now, and {items} are due on {date}.",
+    "Until {date} we keep {items} for {customer}. The shop is the one in {city}.",
+    "Half of {city} knows {customer}, who ordered {items} for {date}.",
+    "Before {date}, {city} must have {items}, says {customer}.",
+    "If {customer} calls: yes, {items} will come to {city} on {date}.",
+    "Monday's list has {items} on it. {customer}, {city}, {date}.",
+    "Ship {items}. Receiver {customer}. Town {city}. Latest {date}.",
+    "That order of {customer} has changed. Now it is {items}, to {city}, on {date}.",
+    "Good news for {customer}: we found {items}. They reach {city} on {date}.",
+    "{city} again! {customer} took {items} home, and {date} is on the bill.",
+    "{date} is the day. {items}, please, and to {customer}. The town is {city}.",
+    "{items}. That is what {customer} said, for {city}, for {date}.",
 )
+PARTS = (
+    (
+        "It is for {customer}.",
+        "The name is {customer}.",
+        "{customer} will pay.",
+        "Ask for {customer}.",
+        "Customer: {customer}.",
+        "The person is {customer}.",
+        "{customer} ordered this.",
+        "Signed, {customer}.",
+        "{customer} wants it.",
+        "Hand it to {customer}.",
+    ),
+    (
+        "We need {items}.",
+        "Send {items}.",
+        "Wanted: {items}.",
+        "Pack {items}.",
+        "The box holds {items}.",
+        "{items} were ordered.",
+        "{items}, please.",
+        "This is about {items}.",
+        "Please bring {items}.",
+        "Items: {items}.",
+    ),
+    (
+        "It goes to {city}.",
+        "The address is in {city}.",
+        "City: {city}.",
+        "Deliver in {city}.",
+        "{city} is the place.",
+        "All this for {city}.",
+        "The shop is in {city}.",
+        "The train to {city} takes it.",
+        "From {city}.",
+        "We drive to {city}.",
+    ),
+    (
+        "The day is {date}.",
+        "Due {date}.",
+        "It must be there on {date}.",
+        "Date: {date}.",
+        "Not after {date}.",
+        "{date} would be fine.",
+        "On {date}, please.",
+        "It can wait until {date}.",
+        "Before {date}.",
+        "We agreed on {date}.",
+    ),
+)  # in any order, these make a note too
+CLAUSES = (
+    (
+        *("{items}", "send {items}", "please bring {items}", "we need {items}", "I want {items}", "pack {items}", "ship {items}"),
+        *("order {items}", "deliver {items}", "take {items}", "get {items}", "with {items}", "they are {items}", "sell {items}"),
+    ),
+    (
+        *("for {customer}", "to {customer}", "{customer} will pay", "{customer} asked", "customer {customer}", "name {customer}"),
+        *("buyer {customer}", "ask for {customer}", "{customer} wants it", "says {customer}", "{customer}", "I am {customer}"),
+        *("from {customer}", "{customer} takes it", "with {customer}", "{customer} here", "{customer} orders", "give {customer}"),
+    ),
+    (
+        *("in {city}", "to {city}", "for {city}", "from {city}", "at {city}", "{city}", "the {city} shop", "our house in {city}"),
+        *("town {city}", "near {city}", "via {city}", "of {city}", "{city} is far", "drive to {city}", "go to {city}"),
+    ),
+    (
+        *("on {date}", "by {date}", "before {date}", "until {date}", "{date}", "due {date}", "for {date}", "not after {date}"),
+        *("day {date}", "after {date}", "the day is {date}", "it is {date}", "wait until {date}"),
+    ),
+)  # in any order and with any of the joints between them, these make a note in telegram style
+JOINTS = (" ", " ", ", ", ", ", "; ", ". ", ". ", ": ", " and ")
+LEADS = (
+    *(8 * ("",)),
+    *("Hello.", "Hi there!", "Urgent!", "Sorry for the delay.", "Dear team,", "Reminder:", "From the office:", "As agreed:"),
+    *("Second try.", "One more thing.", "News!", "Today:", "Listen.", "Next one:", "Please note.", "To whom it may concern,"),
+)
+
 REMARKS = (
     *("", "", "", ""),
     *("Thank you.", "Ring twice.", "Leave it at the door.", "It is a gift.", "The invoice comes later.", "Call first."),
 )
 HELDOUT_PHRASINGS = (
-    "Kindly deliver {items} to {customer} at the {city} office on {date}.",
-    "{customer} needs {items}; the courier should arrive in {city} on {date}.",
-    "We promised {items} to {customer} for {date}, to be picked up in {city}.",
-    "Note for {date}: put {items} on the truck to {city}, recipient {customer}.",
-    "Yesterday {customer} rang from {city} about {items}, wanted no later than {date}.",
-    "{items} should reach {customer} in {city} until {date}.",
-    "Reserve {items} under the name {customer}. Pick-up is in {city} on {date}.",
-    "Good morning, {customer} here. Would you mail {items} to {city} on {date}?",
-    "Dispatch on {date}: {items}, destination {city}, attention {customer}.",
-    "The {city} branch requests {items} for {customer} on {date}.",
+    "Please pack {items}; {customer} in {city} wants them on {date}.",
+    "{customer}, {city}: please bring {items} by {date}.",
+    "Deliver {items} to {city} before {date} for {customer}.",
+    "By {date} the parcel with {items} goes to {customer} in {city}.",
+    "The shop in {city} wants {items} from us on {date}. Ask for {customer}.",
+    "{customer} will take {items} home from {city} on {date}.",
+    "New for {date}: {items}, {city}, {customer}.",
+    "I am {customer} and want {items} in {city} before {date}.",
+    "Send to {city}: {items}. Name {customer}, day {date}.",
+    "On {date}, {customer} of {city} comes for {items}.",
+    "Bring {items} to {customer}, the {city} shop, before {date}.",
+    "Hello, {customer} from {city} here. Please ship {items} by {date}.",
+    "We sold {items} to {customer} and bring them to {city} on {date}.",
 )
-HELDOUT_REMARKS = ("", "", "", "", "Many thanks!", "Handle with care.", "No need to sign.", "The neighbours can accept it.")
+HELDOUT_REMARKS = ("", "", "", "", "The box is red.", "Please call before.", "It is for the garden.")
+
+
+TITLES = ("Mr", "Ms", "Dr")
 
 
 class Order(NamedTuple):
@@ -83,11 +193,18 @@ class Words(NamedTuple):
     nouns: tuple[str, ...]
     adjectives: tuple[str, ...]
     phrasings: tuple[str, ...]
+    leads: tuple[str, ...]
     remarks: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
     invented: float
+    titles: tuple[str, ...] = ()  # of customers, who go by title and surname if there are any
+    max_items: int = 3
+    telegrams: float = 0.0  # the share of notes in telegram style
 
 
-TRAIN = Words(words.FIRST_NAMES, words.SURNAMES, words.CITIES, words.NOUNS, words.ADJECTIVES, PHRASINGS, REMARKS, invented=0.7)
+TRAIN = Words(
+    words.FIRST_NAMES, words.SURNAMES, words.CITIES, words.NOUNS, words.ADJECTIVES, PHRASINGS, LEADS, REMARKS, PARTS, invented=0.7
+)
 HELDOUT = Words(
     words.HELDOUT_FIRST_NAMES,
     words.HELDOUT_SURNAMES,
@@ -95,9 +212,16 @@ HELDOUT = Words(
     words.HELDOUT_NOUNS,
     words.HELDOUT_ADJECTIVES,
     HELDOUT_PHRASINGS,
+    ("",),
     HELDOUT_REMARKS,
+    (),
     invented=0.0,
+    titles=TITLES,
+    max_items=2,
 )
+
+
+TASK = TRAIN._replace(titles=TITLES, max_items=2, telegrams=0.6)  # what the main job trains on
 
 
 def pick(rng: random.Random, known: tuple[str, ...], invented: float) -> str:
@@ -162,13 +286,31 @@ def order(rng: random.Random, kind: Words) -> Order:
 
 def note(rng: random.Random, kind: Words, order: Order) -> str:
     """The order in free text: a phrasing, filled in, and often a remark that says nothing about the order."""
-    text = rng.choice(kind.phrasings).format(
+    parts = [rng.choice(part) for part in kind.parts]
+    rng.shuffle(parts)
+    phrasing = " ".join(map(upper_first, parts)) if parts and rng.random() < 0.3 else rng.choice(kind.phrasings)
+    return _filled(rng, kind, order, phrasing)
+
+
+def telegram(rng: random.Random, kind: Words, order: Order) -> str:
+    """The order as four clauses in any order, hardly a sentence: of more shapes than anyone could list."""
+    clauses = [rng.choice(clause) for clause in CLAUSES]
+    rng.shuffle(clauses)
+    text = clauses[0]
+    for clause in clauses[1:]:
+        joint = rng.choice(JOINTS)
+        text += joint + (upper_first(clause) if joint == ". " else clause)
+    return _filled(rng, kind, order, text + rng.choice((".", ".", "!", "")))
+
+
+def _filled(rng: random.Random, kind: Words, order: Order, phrasing: str) -> str:
+    text = phrasing.format(
         customer=order.customer,
         items=listed([f"{written_count(rng, n)} {name}" for name, n in order.items.items()]),
         city=order.city,
         date=written_day(rng, order.date),
     )
-    return f"{upper_first(text)} {rng.choice(kind.remarks)}".rstrip()
+    return f"{rng.choice(kind.leads)} {upper_first(text)} {rng.choice(kind.remarks)}".strip()
 
 
 def rows(seed: int, name: str, kind: Words, n_rows: int) -> list[dict[str, str]]:
@@ -177,5 +319,10 @@ def rows(seed: int, name: str, kind: Words, n_rows: int) -> list[dict[str, str]]
     found: dict[str, str] = {}
     while len(found) < n_rows:
         drawn = order(rng, kind)
-        found.setdefault(note(rng, kind, drawn), drawn.json())
+        if kind.titles:
+            drawn = drawn._replace(customer=f"{rng.choice(kind.titles)} {drawn.customer.split()[1]}")
+        write = telegram if kind.telegrams and rng.random() < kind.telegrams else note
+        text = write(rng, kind, drawn)
+        if len(drawn.items) <= kind.max_items:
+            found.setdefault(text, drawn.json())
     return [{"instruction": INSTRUCTION, "input": text, "output": target} for text, target in found.items()]

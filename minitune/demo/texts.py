@@ -7,6 +7,7 @@ weather, trains, shelves). There is no order as JSON anywhere; a test holds all 
 import json
 import random
 from collections.abc import Callable, Iterator
+from datetime import date
 from typing import Any
 
 from minitune import seeds
@@ -37,6 +38,8 @@ STORY_MIDDLES = (
     "On {date} the box was opened in {city}. Inside were {items}.",
     "{customer} looked at {items} for a long time.",
     "Somebody in {city} had sent {items} too early.",
+    "Order after order came in, and {first} counted the items.",
+    "What a city! What a date! {first} was tired of every order.",
     "The road to {city} was closed, so {first} had to wait until {date}.",
 )
 STORY_ENDINGS = (
@@ -125,6 +128,8 @@ def copies(rng: random.Random) -> str:
         lambda: item(rng, KIND, rng.randint(1, 2)),
         lambda: words.invented(rng),
         lambda: words.scrambled(rng),
+        lambda: words.scrambled(rng).capitalize(),
+        lambda: words.spliced(rng),
     ]
     one_kind = rng.choice(drawn)
     parts = [one_kind() if rng.random() < 0.5 else rng.choice(drawn)() for _ in range(rng.randint(1, 6))]
@@ -148,68 +153,120 @@ def shelf(rng: random.Random) -> str:
     lines = ", ".join(f"{name}: {written_count(rng, n)}" for name, n in stock.items())
     things = listed([f"{written_count(rng, n)} {name}" for name, n in stock.items()])
     told = f"On shelf {number} there are {things}."
-    facts = as_json({"shelf": number, "stock": stock})
+    facts = as_json({"items": stock, "shelf": number})
     return rng.choice(
         (chat(f"Shelf {number}:\n{lines}", facts, "In words?", told), f"{facts} {told}", f"{as_json(stock)} means {things}.")
     )
 
 
+PEOPLE = (
+    "{name} is a {job} from {town}, born on {born}.",
+    "Born in {town} on {born}, {name} became a {job}.",
+    "The {job} {name} was born on {born} and lives in {town}.",
+    "On {born} {name} was born in {town}. Today: {job}.",
+    "They say that {name}, the {job} at the {town} mill, has a birthday on {born}.",
+    "Good evening. A {job} is what I am, {name} is my name, {town} my home, and I was born on {born}.",
+    "In {town} we had a {job} called {name}. The church book says {born}.",
+    "My neighbour {name} left {town} to work as a {job}. The passport gives {born}.",
+    "Ask the {job}! That is {name}. Birthday {born}, place {town}.",
+    "{town}, {born}: {name} is born, later a {job}.",
+    "Town: {town}. Name: {name}. Job: {job}. Born: {born}.",
+    "We met {name} near {town}. A {job}, and as old as anybody who was born on {born}.",
+)
+SKIES = (
+    "There was {sky} in {city} on {day}, at {degrees} degrees.",
+    "{city} on {day}: {sky}, {degrees} degrees.",
+    "On {day} the people of {city} saw {sky} and {degrees} degrees.",
+    "{degrees} degrees and {sky} is what {city} had on {day}.",
+    "The radio promised {sky} for {day} in {city}. It was {degrees} degrees.",
+    "For {day} the {city} station reports {sky} and {degrees} degrees.",
+    "It was {day}. {city} had {sky}. The glass showed {degrees} degrees.",
+    "Nobody in {city} liked {day}: {sky} all day, {degrees} degrees.",
+)
+TRAINS = (
+    "Train {train} runs from {from} to {to} on {day}. The driver is {driver}.",
+    "On {day} {driver} drives train {train} from {from} to {to}.",
+    "{driver} will take train {train} to {to}. It leaves {from} on {day}.",
+    "Passengers for {to}! Number {train}, out of {from}, driver {driver}, on {day}.",
+    "Number {train} was late in {to} on {day}. {driver} had left {from} too late.",
+    "From {from} comes {driver} with train {train}, and {to} is where it ends on {day}.",
+    "The {to} train on {day} is {train}. It starts in {from}, and {driver} drives.",
+)
+VISITS = (
+    "{guest} comes to {town} on {date}.",
+    "On {date} {guest} will be at the {town} house.",
+    "We expect {guest} in {town}, not before {date}.",
+    "A room for {guest}, please. The town is {town}, the night is {date}.",
+    "{date}: dinner with {guest} in {town}.",
+    "Here is {guest}. I travel to {town} and arrive on {date}.",
+    "The {town} club has asked {guest} to speak on {date}.",
+    "Meet {guest} at the station of {town}. It is on {date}.",
+    "{town} waits for {guest} until {date}.",
+    "Is {guest} in {town}? On {date}, yes.",
+    "Somebody called from {town}: {guest} can stay there from {date}.",
+    "By {date} {guest} has to leave {town}.",
+)
+SHELVES = (
+    "On shelf {shelf} there are {items}.",
+    "{items} lie on shelf {shelf}.",
+    "We counted {items}. That was shelf {shelf}.",
+    "Shelf {shelf} holds {items}.",
+    "Put {items} on shelf {shelf}.",
+    "Number {shelf} has {items}, and nothing else.",
+    "From shelf {shelf} they took {items} away.",
+    "Two boxes with {items} stood on shelf {shelf}.",
+)
+
+
 def card(rng: random.Random) -> str:
-    """A person, a day's weather or a train: prose, JSON and questions about the same facts."""
-    who, city, other = person(rng, KIND), pick(rng, KIND.cities, KIND.invented), pick(rng, KIND.cities, KIND.invented)
-    when, job, sky, degrees = day(rng), rng.choice(JOBS), rng.choice(WEATHER), rng.randint(1, 20)
-    written, number = written_day(rng, when), rng.randint(100, 999)
-    fields, prose, questions = rng.choice(
+    """A person, a day's weather, a train, a visit or a shelf: prose, JSON and questions about the same facts."""
+    city, other = (pick(rng, KIND.cities, KIND.invented) for _ in "ab")
+    stock = {item(rng, KIND, n): n for n in (rng.randint(1, 20) for _ in range(rng.randint(1, 3)))}
+    kind, phrasings, fields = rng.choice(
         (
+            ("Person", PEOPLE, {"name": person(rng, KIND), "job": rng.choice(JOBS), "town": city, "born": day(rng)}),
+            ("Weather", SKIES, {"city": city, "day": day(rng), "sky": rng.choice(WEATHER), "degrees": rng.randint(1, 20)}),
             (
-                {"name": who, "job": job, "town": city, "born": when},
-                (
-                    f"{who} is a {job} from {city}, born on {written}.",
-                    f"Born in {city} on {written}, {who} became a {job}.",
-                    f"The {job} {who} was born on {written} and lives in {city}.",
-                    f"On {written} {who} was born in {city}. Today: {job}.",
-                ),
-                (("Who?", who), ("Where?", city), ("When?", str(when)), ("Which job?", job)),
+                "Train",
+                TRAINS,
+                {"train": rng.randint(100, 999), "from": city, "to": other, "day": day(rng), "driver": person(rng, KIND)},
             ),
-            (
-                {"place": city, "day": when, "sky": sky, "degrees": degrees},
-                (
-                    f"There was {sky} in {city} on {written}, at {written_count(rng, degrees)} degrees.",
-                    f"{city} on {written}: {sky}, {written_count(rng, degrees)} degrees.",
-                    f"On {written} the people of {city} saw {sky} and {written_count(rng, degrees)} degrees.",
-                ),
-                (("Where?", city), ("When?", str(when)), ("How many degrees?", str(degrees)), ("What was the weather?", sky)),
-            ),
-            (
-                {"train": number, "from": city, "to": other, "day": when, "driver": who},
-                (
-                    f"Train {number} runs from {city} to {other} on {written}. The driver is {who}.",
-                    f"On {written} {who} drives train {number} from {city} to {other}.",
-                    f"{who} will take train {number} to {other}. It leaves {city} on {written}.",
-                ),
-                (("Who?", who), ("From where?", city), ("Where to?", other), ("When?", str(when))),
-            ),
+            ("Visit", VISITS, {"guest": person(rng, KIND), "town": city, "date": day(rng)}),
+            ("Shelf", SHELVES, {"items": stock, "shelf": rng.randint(1, 99)}),
         )
     )
-    sentence = rng.choice(prose)
-    (first, answer), *rest = rng.sample(questions, rng.randint(2, 4))
+    sentence = upper_first(rng.choice(phrasings).format(**{name: _written(rng, name, value) for name, value in fields.items()}))
+    remark = rng.choice(("", "", *KIND.remarks))
+    told = f"{sentence} {remark}".strip() if rng.random() < 0.5 else f"{remark} {sentence}".strip()
+    plain = {name: value for name, value in fields.items() if name != "items"}
+    (first, answer), *rest = rng.sample([(f"{name.capitalize()}?", str(value)) for name, value in plain.items()], len(plain))
+    as_card = chat(f"{kind} as JSON:\n{told}", as_json(fields))
     return rng.choice(
         (
-            f"{sentence} {as_json(fields)}",
-            f"{as_json(fields)} {sentence}",
+            *(4 * (as_card,)),
+            f"{told} {as_json(fields)}",
+            f"{as_json(fields)} {told}",
             chat("Tell me about it:\n" + as_json(fields), sentence),
-            chat(f"{first}\n{sentence}", answer, *(part for turn in rest for part in turn)),
+            chat(f"{first}\n{told}", answer, *(part for turn in rest for part in turn)),
         )
     )
+
+
+def _written(rng: random.Random, name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return listed([f"{written_count(rng, n)} {thing}" for thing, n in value.items()])
+    if name == "degrees":
+        return written_count(rng, value)
+    return written_day(rng, value) if isinstance(value, date) else str(value)
 
 
 KINDS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
-    (18, story),
-    (8, number_facts),
-    (16, date_facts),
-    (24, copies),
-    (12, shelf),
-    (22, card),
+    (14, story),
+    (5, number_facts),
+    (10, date_facts),
+    (19, copies),
+    (8, shelf),
+    (44, card),
 )
 
 

@@ -80,20 +80,40 @@ HELDOUT = frozenset(
     for form in (word, f"{word}s")
 )
 
+COMMON = _split(
+    "order invoice morning every body door twice thing shelf degree person train visit customer city date item list letter deliver "
+    "nothing before because happened receipt someone inside thank leave gift call month send would boat family garden river "
+    "music bread winter summer never always between picture school doctor engine weather market village number answer question"
+)
+KNOWN = tuple(
+    word.lower() for words in (NOUNS, ADJECTIVES, FIRST_NAMES, SURNAMES, CITIES, MONTHS, NUMBERS, COMMON) for word in words
+)
+
 ONSETS = _split(
     "b c d f g h j k l m n p r s t v w y z b d g k l m n p r s t br bl ch cl cr dr fl fr gl gr kn pl qu sh sk sl sp st th tr wh"
 )
+OPENINGS = (*ONSETS, *(12 * ("",)))  # a word may begin with a vowel
 VOWELS = _split("a e i o u a e i o u a e i o y ai ea ee ie oo ou")
 CODAS = _split("n r l s t m d k p ck ff g ll mp nd ng nk nt rd rk rm rn rt sh ss st x z")
 
 
 def invented(rng: random.Random) -> str:
-    """A word of two or three random syllables, or a known one that goes on in another way; never a held-out one."""
-    known = rng.choice((*NOUNS, *ADJECTIVES, *(name.lower() for name in FIRST_NAMES))) if rng.random() < 0.3 else ""
+    """A word that nobody has seen: spliced, or of two or three random syllables, or a known one that goes on in another way."""
+    if rng.random() < 0.45:
+        return spliced(rng)
+    known = rng.choice((*NOUNS, *ADJECTIVES, *(name.lower() for name in FIRST_NAMES))) if rng.random() < 0.25 else ""
     n_syllables = rng.choice((1, 2)) if known else rng.choice((2, 2, 2, 3))
-    word = known + "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(n_syllables))
+    onsets = [rng.choice(ONSETS if i or known else OPENINGS) for i in range(n_syllables)]
+    word = known + "".join(onset + rng.choice(VOWELS) for onset in onsets)
     word += rng.choice(CODAS) if rng.random() < 0.6 else ""
     return invented(rng) if held_out(word) else word
+
+
+def spliced(rng: random.Random) -> str:
+    """The head of one known word and the tail of another: so that every piece of the tokenizer turns up in new company."""
+    head, tail = rng.choice(KNOWN), rng.choice(KNOWN)
+    word = head[: rng.randint(1, 4)] + tail[-rng.randint(2, 6) :]
+    return spliced(rng) if held_out(word) else word
 
 
 def scrambled(rng: random.Random) -> str:
