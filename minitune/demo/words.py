@@ -81,7 +81,8 @@ HELDOUT = frozenset(
 )
 
 COMMON = _split(
-    "order invoice morning every body door twice thing shelf degree person train visit customer city date item list letter deliver "
+    "order invoice morning every body door twice thing shelf degree person train visit customer city date item list letter "
+    "deliver "
     "nothing before because happened receipt someone inside thank leave gift call month send would boat family garden river "
     "music bread winter summer never always between picture school doctor engine weather market village number answer question"
 )
