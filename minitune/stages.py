@@ -128,7 +128,7 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
                 row = self._row(done, metrics)
                 n_tokens, time_s = int((batch.segment_ids > 0).sum()), time.perf_counter() - started
                 clock = clock.add(time_s, n_tokens, int(row["skipped"]), peak_mem_bytes(device))
-                row |= {"tokens_per_second": n_tokens / time_s, "mem_bytes": clock.peak_mem_bytes}
+                row = {**row, "tokens_per_second": n_tokens / time_s, "mem_bytes": clock.peak_mem_bytes}
                 progress.update(done, {name: row[name] for name in ("loss", "lr", "tokens_per_second", "mem_bytes")})
                 world.log.metrics(done, row)
 
@@ -251,11 +251,13 @@ class Save(_Stage, frozen=True, kw_only=True, tag="save"):
     def _weights(self, world: World, deltas: Deltas) -> tuple[dict[str, Tensor], float]:
         """The weights to write and, after a merge in float32, the largest share of a weight's change that rounding lost."""
         dtype = getattr(torch, self.dtype) if self.dtype else world.stored
-        whole = {name: leaf for name, leaf in world.trainable.items() if name not in deltas}
-        base, _ = objectives.attach(world.params, whole, None)
+        whole = {name: leaf for name, leaf in world.trainable.items() if isinstance(leaf, Tensor)}
+        # from the folder again: in memory the frozen weights may have been rounded to the dtype of compute
+        source = world.params if world.source is None else checkpoint.load_params(world.source, world.model.shapes())
+        base = {**source, **whole}
         if world.lora is None:
             return {name: w.to(dtype) for name, w in base.items()}, 0.0
-        wide = {name: base[name].float() for name in deltas}
+        wide = {name: base[name].to(deltas[name].a.device, torch.float32) for name in deltas}
         final = {name: w.to(dtype) for name, w in {**base, **world.lora.merge(wide, deltas)}.items()}
         error = world.lora.merge_error(wide, deltas, final)
         world.log.say(f"{self.label}: rounding to {dtype} loses at most {error:.2%} of a weight's change")
