@@ -390,15 +390,19 @@ def test_a_signal_in_the_last_stage_lets_the_run_finish(tiny: Program) -> None:
 
 @pytest.mark.usefixtures("handlers")
 def test_a_second_sigint_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
-    with runs.StopSignals() as stopping:
-        assert not stopping()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopping()
-        assert stopping.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
+    try:
+        with runs.StopSignals() as stopping:
+            assert not stopping()
             os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a second one is no more than the first: launchers repeat themselves
+            assert stopping()
+            assert stopping.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one is no more than the first: launchers repeat themselves
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert capfd.readouterr().err.splitlines()[0] == "SIGINT: stopping after this step"
 
 
