@@ -1,5 +1,6 @@
 """Where things lie: the shipped programs and configs, the embedded demo, and whatever a program's own paths mean."""
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -27,6 +28,11 @@ def locate(path: str) -> Path:
     if head == "configs" and not Path(path).exists():
         return _root("configs") / rest
     return Path(path).expanduser()
+
+
+def cache() -> Path:
+    """Where tokenized data is kept between runs: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minitune"
 
 
 def _root(kind: str) -> Path:

@@ -1,6 +1,5 @@
 """What a program can do: one frozen struct a stage, each with `run(world) -> world`. The union at the bottom is the registry."""
 
-import os
 import resource
 import sys
 import time
@@ -11,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import chat, checkpoint, grad, objectives, optim, tree
+from minitune import chat, checkpoint, grad, objectives, optim, paths, tree
 from minitune.data import Cursor, Report, Source, batches, prepare, prompts, take
 from minitune.generate import greedy
 from minitune.interop import peft
@@ -104,7 +103,7 @@ class Train(_Stage, frozen=True, kw_only=True, tag="train"):
         if not world.trainable:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
         source = world.data[self.data]
-        dataset = prepare(source, world.tokenizer, world.template, cache_folder())
+        dataset = prepare(source, world.tokenizer, world.template, paths.cache())
         world.log.say(f"{self.label}: {self.data} has {describe(dataset.report)}")
         optimizer = self._optimizer()
         step = self._step(world, optimizer)
@@ -178,7 +177,7 @@ class Eval(_Stage, frozen=True, kw_only=True, tag="eval"):
         if self.label in world.records:  # a resumed run: this was measured before the run died
             return world
         source = world.data[self.data]
-        dataset = prepare(source, world.tokenizer, world.template, cache_folder())
+        dataset = prepare(source, world.tokenizer, world.template, paths.cache())
         step = eval_step(objectives.sft(world.model, CrossEntropy(), world.lora))
         device = _device(world.params, world.trainable)
         total = Mean(torch.zeros((), device=device), torch.zeros((), device=device))
@@ -280,11 +279,6 @@ class _Clock(NamedTuple):
             self.n_skipped + n_skipped,
             max(self.peak_mem_bytes, mem_bytes),
         )
-
-
-def cache_folder() -> Path:
-    """Where tokenized data is kept between runs: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minitune"
 
 
 def stop_ids(tokenizer: Any, template: chat.Template) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from minitune import chat, checkpoint, data, models, tokenizer
+from minitune import chat, checkpoint, data, models, paths, tokenizer
 from minitune.interop import peft
 from minitune.log import Log
 from minitune.lora import Lora, check_deltas
@@ -64,6 +64,10 @@ class World(NamedTuple):
 def check(source: ModelSource, sources: Mapping[str, data.Source], stages: Sequence[Any]) -> list[str]:
     """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
     model = _model(source)
+    if source.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "world: [model] device = 'cuda', but torch finds no CUDA device; expected 'auto' or 'cpu' on this machine"
+        )
     text = tokenizer.open_tokenizer(_tokenizer_folder(source))
     template = chat.open_template(_tokenizer_folder(source), text)
     n_params = sum(torch.Size(shape).numel() for shape in model.shapes().values())
@@ -104,11 +108,15 @@ def open_world(
         torch.device("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else torch.device(source.device)
     )
     path = locate(source.path) if source.path is not None else None
+    located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
+    text = tokenizer.open_tokenizer(_tokenizer_folder(source))
+    template = chat.open_template(_tokenizer_folder(source), text)
+    for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
+        data.prepare(one, text, template, paths.cache())
     raw = checkpoint.load_params(path, model.shapes()) if path is not None else model.init(seed)
     stored = next(iter(raw.values())).dtype
     dtype = (torch.float32 if device.type == "cpu" else stored) if source.dtype == "auto" else getattr(torch, source.dtype)
     params = {name: w.to(device, dtype) for name, w in raw.items()}
-    text = tokenizer.open_tokenizer(_tokenizer_folder(source))
     rule, deltas = None, {}
     if source.deltas is not None:
         rule, loaded = peft.load(locate(source.deltas))
@@ -119,7 +127,7 @@ def open_world(
         folder=folder,
         log=log,
         stopping=stopping,
-        data={name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()},
+        data=located,
         records=records,
         model=model,
         params=params,
@@ -127,7 +135,7 @@ def open_world(
         source=path,
         tokenizer_folder=_tokenizer_folder(source),
         tokenizer=text,
-        template=chat.open_template(_tokenizer_folder(source), text),
+        template=template,
         lora=rule,
         trainable=deltas,
     )

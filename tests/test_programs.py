@@ -240,6 +240,9 @@ WRONG = {
     "glob": (['lora.targets=["*.attn.*"]'], r"'\*\.attn\.\*' matches no weight"),
     "typo": (["train.optimizer.lrr=1e-4"], "lrr"),
     "two sources": (["model.config=configs/models/demo.toml"], "exactly one of path .* and config"),
+    "no such device": (["model.device=cuda"], "torch finds no CUDA device")
+    if not torch.cuda.is_available()
+    else (["seed=-1"], "seed"),
     "zero steps": (["train.steps=0"], "steps"),
 }
 
@@ -255,6 +258,15 @@ def test_what_a_user_gets_wrong_is_said_before_anything_starts(
         assert error.count("\n") == 1, error
         assert re.search(message, error), error
     assert not (tmp_path / "lora").exists()
+
+
+def test_a_bad_line_is_found_before_the_first_stage(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = (tiny / "orders-train.jsonl").read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join([*rows[:5], '{"instruction": "a"}', *rows[5:]]))
+    assert main(["lora", *toy("lora", tiny, tmp_path), f"data.train.path={tmp_path / 'bad.jsonl'}"]) == 2
+    shown = capsys.readouterr()
+    assert 'bad.jsonl:6 has no "output" (only instruction), expected a string' in shown.err
+    assert "before" not in shown.out
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
