@@ -415,6 +415,20 @@ def test_a_step_in_micro_batches_equals_the_step_on_the_whole_batch(seed: int, m
     assert_trees_close(found[2], wanted[2], 1e-5)
 
 
+def test_vmap_over_a_step_takes_the_steps_of_a_loop() -> None:
+    model, params, rule, _, batch = step_parts()
+    optimizer = optim.AdamW(lr=0.1)
+    alone = [rule.init(params, seed) for seed in (0, 1)]
+
+    def step(deltas: tree.Tree, state: tree.Tree) -> tree.Tree:
+        return sft_step(params, deltas, state, batch, model=model, lora=rule, optimizer=optimizer)
+
+    stacked = [tree.map(lambda *x: torch.stack(x), *trees) for trees in (alone, [optimizer.init(d) for d in alone])]
+    found = torch.func.vmap(step)(*stacked)
+    for i, deltas in enumerate(alone):
+        assert_trees_close(tree.map(lambda x, i=i: x[i], found), step(deltas, optimizer.init(deltas)), 1e-6)
+
+
 def test_the_logged_loss_is_the_mean_that_was_differentiated() -> None:
     model, params, rule, deltas, batch = step_parts()
     optimizer = optim.SGD(lr=1.0)
