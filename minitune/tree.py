@@ -88,11 +88,13 @@ def n_bytes(tree: Tree) -> int:
 
 
 def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
-    """The names that match any glob, in their own order; InputError for a glob that matches nothing, with near misses.
+    """The names that match any glob, in their own order; InputError for no glob, and for one that matches nothing.
 
     `*` also crosses dots, so `*.mlp.*_proj.weight` reaches every layer. `what` names the asking rule in the message.
     """
     names = list(names)
+    if not globs:
+        raise InputError(f"{what}: the list of globs is empty, expected at least one such as '*.mlp.*_proj.weight'")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             near = get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]

@@ -84,6 +84,8 @@ def test_a_glob_that_matches_nothing_names_the_nearest_weights() -> None:
         InputError, match=r"lora: '\*\.self_atn\.q_proj\.weight' matches no weight; the nearest are .*self_attn\.q_proj"
     ):
         tree.select(names, ["*.mlp.*", "*.self_atn.q_proj.weight"], "lora")
+    with pytest.raises(InputError, match="lora: the list of globs is empty, expected at least one"):
+        tree.select(names, [], "lora")
 
 
 @given(values=st.lists(st.floats(-50, 50), min_size=1, max_size=6))
