@@ -7,20 +7,42 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minitune import quant, tree
 from minitune.grad import remat, under_transform
-from minitune.types import Delta
+from minitune.tree import Tree
+from minitune.types import Delta, QTensor
 
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, whatever the vocabulary
 
 
 def linear(
-    x: Float[Tensor, "*rows in"], w: Float[Tensor, "out in"], delta: Delta | None = None, bias: Float[Tensor, "out"] | None = None
+    x: Float[Tensor, "*rows in"],
+    w: Float[Tensor, "out in"] | QTensor,
+    delta: Delta | None = None,
+    bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """x w^T + bias + x a^T b^T in the dtype of x (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b)."""
-    y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if delta is None:
-        return y
-    return y + F.linear(F.linear(x, delta.a.to(x.dtype)), delta.b.to(x.dtype))
+    """x W^T + bias in the dtype of x, with W + b a (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b) or, where the
+    delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    bias = None if bias is None else bias.to(x.dtype)
+    scaled = delta is not None and delta.m is not None
+    y = F.linear(x, w.to(x.dtype), None if scaled else bias) if isinstance(w, Tensor) else quant.linear(x, w)
+    if delta is not None:
+        y = y + F.linear(F.linear(x, delta.a.to(x.dtype)), delta.b.to(x.dtype))
+    if delta is not None and delta.m is not None:
+        y = y * (delta.m / row_norms(w, delta)).to(x.dtype)
+    return y + bias if bias is not None and (scaled or not isinstance(w, Tensor)) else y
+
+
+def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tensor, "out"]:
+    """|W + b a| of every row in float32 or wider, held constant in the gradient (Liu et al. 2024, section 4.3).
+
+    From |W|^2 + 2 W a^T b + b a a^T b, so that the sum W + b a is never built.
+    """
+    wide = torch.promote_types(delta.a.dtype, torch.float32)
+    w = (w if isinstance(w, Tensor) else quant.dequantize(w, wide)).detach().to(wide)
+    a, b = delta.a.detach().to(wide), delta.b.detach().to(wide)
+    square = w.square().sum(1) + 2 * ((w @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
+    return square.clamp(min=torch.finfo(wide).tiny).sqrt()
 
 
 def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, "B T D"]:
@@ -57,31 +79,34 @@ def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T E"], Floa
 
 
 def token_losses(
-    loss: Callable[[Float[Tensor, "n V"], Int[Tensor, "n"]], Float[Tensor, "n"]],
+    loss: Callable[[Float[Tensor, "n V"], Tree], Float[Tensor, "n"]],
     hidden: Float[Tensor, "B T D"],
-    targets: Int[Tensor, "B T"],
+    targets: Tree,
     mask: Bool[Tensor, "B T"],
-    head: Float[Tensor, "V D"],
+    head: Float[Tensor, "V D"] | QTensor,
     delta: Delta | None = None,
 ) -> Float[Tensor, "B T"]:
     """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
 
+    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
     Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits, which the backward recomputes.
     """
 
-    def piece(rows: Tensor, labels: Tensor, w: Tensor, delta: Delta | None) -> Tensor:
+    def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor, delta: Delta | None) -> Tensor:
         return loss(linear(rows, w, delta), labels)
 
     chunk = max(1, HEAD_CHUNK // head.shape[0])
-    flat, labels = hidden.flatten(0, 1), targets.flatten()
+    flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
     if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
         nats = _chunked(remat(piece), flat, labels, head, delta, chunk)
         return torch.where(mask, nats.view(mask.shape), 0.0)
     rows = mask.flatten().nonzero().squeeze(1)
-    nats = _chunked(remat(piece), flat[rows], labels[rows], head, delta, chunk)
+    nats = _chunked(remat(piece), flat[rows], tree.map(lambda x: x[rows], labels), head, delta, chunk)
     return nats.new_zeros(mask.numel()).index_put((rows,), nats).view(mask.shape)
 
 
-def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tensor, head: Tensor, delta: Delta | None, chunk: int) -> Tensor:
-    pieces = [piece(r, t, head, delta) for r, t in zip(rows.split(chunk), labels.split(chunk), strict=True)]
-    return torch.cat(pieces)
+def _chunked(
+    piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Tensor | QTensor, delta: Delta | None, chunk: int
+) -> Tensor:
+    starts = range(0, max(len(rows), 1), chunk)  # no row at all still makes one empty piece
+    return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head, delta) for i in starts])

@@ -10,11 +10,11 @@ Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 
@@ -23,13 +23,59 @@ class InputError(ValueError):
 
 
 class Delta(NamedTuple):
-    """A low-rank change of one weight W [out, in]: W + b @ a (the rule that owns it holds the scale)."""
+    """A low-rank change of one weight W [out, in]: W + b @ a (the rule that owns it holds the scale).
+
+    With a magnitude m (DoRA) every row of the sum is rescaled to that length.
+    """
 
     a: Float[Tensor, "R in"]
     b: Float[Tensor, "out R"]
+    m: Float[Tensor, "out"] | None = None
 
 
-Params = Mapping[str, Tensor]
+class QInt8(NamedTuple):
+    """A weight as codes * scale: codes in [-127, 127], one scale an output channel."""
+
+    codes: Int8[Tensor, "out in"]
+    scale: Float[Tensor, "out 1"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.codes.shape
+
+
+class QInt4(NamedTuple):
+    """A weight as (code - 8) * scale: byte k of a row holds code 2k in its low four bits and 2k + 1 in its high ones;
+    each scale serves in / groups neighbours of its row."""
+
+    codes: UInt8[Tensor, "out half"]
+    scale: Float[Tensor, "out groups"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
+
+
+class QNF4(NamedTuple):
+    """A weight as NF4_TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
+    8-bit codes of a dynamic map, times nested_absmax of their block of 256, plus offset (Dettmers et al. 2023, arXiv 2305.14314,
+    section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes."""
+
+    codes: UInt8[Tensor, "out half"]
+    absmax: UInt8[Tensor, "blocks"]
+    nested_absmax: Float[Tensor, "nested"]
+    offset: Float[Tensor, ""]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
+
+
+QTensor = QInt8 | QInt4 | QNF4
+Params = Mapping[str, Any]  # a Tensor, or a QTensor where a linear weight is quantized
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it
 Metrics = dict[str, Tensor]
@@ -47,6 +93,40 @@ class Batch(NamedTuple):
         """The targets that can be predicted: loss_mask, less every document's first token and padding."""
         follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (self.segment_ids[:, 1:] > 0)
         return torch.cat([torch.zeros_like(self.loss_mask[:, :1]), self.loss_mask[:, 1:] & follows], dim=1)
+
+
+class Pairs(NamedTuple):
+    """Answers to the same prompts, row by row; reference: summed log-probs of [chosen, rejected] under a frozen model, if cached."""
+
+    chosen: Batch
+    rejected: Batch
+    reference: Float[Tensor, "B 2"] | None = None
+
+
+class Judged(NamedTuple):
+    """Answers that were found desirable or not; mismatched: each prompt with the answer to another prompt of the batch."""
+
+    answers: Batch
+    mismatched: Batch
+    desirable: Bool[Tensor, "B"]
+    reference: Float[Tensor, "B 2"] | None = None  # summed log-probs of [answers, mismatched] under a frozen model, if cached
+
+
+class Taught(NamedTuple):
+    """Rows with what a teacher says of every token: log-probs of its k likeliest tokens at the loss's temperature."""
+
+    rows: Batch
+    top_ids: Int[Tensor, "B T k"]
+    top_logps: Float[Tensor, "B T k"]
+
+
+class LogProbs(NamedTuple):
+    """Summed log-probs [nats] of a batch of answer pairs, and how many tokens each answer has."""
+
+    chosen: Float[Tensor, "B"]
+    rejected: Float[Tensor, "B"]
+    n_chosen: Float[Tensor, "B"]
+    n_rejected: Float[Tensor, "B"]
 
 
 class Mean(NamedTuple):

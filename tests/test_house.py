@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "minitune"
 INTEROP, DEMO = 3.5, 9.0  # the side rooms: interop lies under the programs, the demo is made by all of them
 FLOORS = {
     0.0: "__init__ types tree seeds paths toml",
-    1.0: "grad ops attention losses optim lora",
+    1.0: "grad quant ops attention losses optim lora",
     2.0: "models/__init__ models/llama models/rope checkpoint tokenizer chat data",
     3.0: "objectives steps generate",
     INTEROP: "interop/__init__ interop/peft",
@@ -23,7 +23,9 @@ FLOORS = {
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
     **dict.fromkeys(["tree", "paths", "toml"], "types"),
-    **dict.fromkeys(["ops", "attention"], "grad"),
+    "ops": "grad quant",
+    "attention": "grad",
+    "quant": "grad",
     "lora": "ops",
     "checkpoint": "models/__init__ tokenizer",
     "chat": "tokenizer",

@@ -276,7 +276,7 @@ def test_the_chunked_head_equals_the_whole_one(b: int, t: int, v: int, chunk: in
     logits = hidden @ (head + delta.b @ delta.a).T
     wanted = torch.where(mask, cross_entropy(logits, targets), 0.0)
     weight = randn(b, t, seed=seed + 4)
-    leaves = [hidden, head, *delta]
+    leaves = [hidden, head, *delta[:2]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "HEAD_CHUNK", chunk * v)
         found = ops.token_losses(cross_entropy, hidden, targets, mask, head, delta)
