@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,17 +25,26 @@ from minitune.types import InputError, Params
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NO_KEYS: Mapping[str, Any] = MappingProxyType({})
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash at any instant, meets the old content or the new one and nothing between."""
+    with atomic_file(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends without an error."""
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync(path.parent)
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,14 +115,16 @@ def save_folder(
     template: str | None,
     stop_ids: Sequence[int],
     shard_bytes: int = SHARD_BYTES,
+    config_keys: Mapping[str, Any] = NO_KEYS,
 ) -> None:
     """Write a complete Hugging Face folder: config, weights (with an index when sharded), generation config and tokenizer files.
 
-    config.json is the one of `source` with nothing touched but the dtype, or made anew when source is None. `template` is
-    written where the tokenizer folder ships none. stop_ids, the end-of-turn tokens that were trained, join eos_token_id.
+    config.json is the one of `source` with nothing touched but the dtype and config_keys, or made anew when source is None.
+    `template` is written where the tokenizer folder ships none. stop_ids, the end-of-turn tokens that were trained, join
+    eos_token_id. A quantized format passes the tensors that stand for its weights as params and says so in config_keys.
     """
     with atomic_folder(folder) as aside:
-        _write_json(aside / "config.json", _config(source, model, params))
+        _write_json(aside / "config.json", {**_config(source, model, params), **config_keys})
         _write_json(aside / "generation_config.json", _generation_config(source, stop_ids))
         _write_weights(aside, params, shard_bytes)
         for name in TOKENIZER_FILES:
@@ -225,7 +238,7 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
 
 
 def _config(source: Path | None, model: Model, params: Params) -> dict[str, Any]:
-    dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
+    dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
     if source is None:
         return {**model.family.to_hf(model.config), "dtype": dtype, "torch_dtype": dtype}
     hf = config_json(source)

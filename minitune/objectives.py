@@ -1,36 +1,155 @@
 """Objectives: how a forward and a loss make a number to differentiate: (trainable, params, batch) -> (Mean, extras)."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
-from minitune import tree
+from minitune import ops, tree
 from minitune.lora import Lora
-from minitune.losses import Loss
+from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, PairLoss, TokenLoss
 from minitune.models import Model
-from minitune.types import Batch, Delta, Deltas, InputError, Mean, Params, Trainable
+from minitune.types import Batch, Delta, Deltas, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
 
-Objective = Callable[[Trainable, Params, Batch], tuple[Mean, dict[str, Mean]]]
+Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
+
+
+class Teacher(NamedTuple):
+    """A frozen model to learn from, in its own dtype and on its own device."""
+
+    model: Model
+    params: Params
+    deltas: Deltas = {}
 
 
 def attach(params: Params, trainable: Trainable, lora: Lora | None) -> tuple[Params, Deltas]:
     """(params, deltas) as a forward takes them: a trainable tensor replaces the weight of its name, cast to that weight's dtype,
     and a Delta is scaled by its rule. TypeError for deltas without a rule."""
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
-    replaced = {name: leaf.to(params[name].dtype) for name, leaf in trainable.items() if isinstance(leaf, torch.Tensor)}
+    missing = next((name for name, w in params.items() if isinstance(w, Tensor) and w.is_meta and name not in trainable), None)
+    if missing is not None:
+        raise InputError(f"objectives: {missing} is trained whole, but the trainable tree does not hold it")
+    replaced = {name: leaf.to(params[name].dtype) for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
     if deltas and lora is None:
         raise TypeError(f"objectives: {next(iter(deltas))} is a Delta, expected a Lora rule beside it")
     return {**params, **replaced}, lora.scaled(deltas) if lora is not None else {}
 
 
-def sft(model: Model, loss: Loss, lora: Lora | None) -> Objective:
+def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
     """Supervised fine-tuning: the loss of every labelled token given those before it."""
 
     def objective(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        nats = model.token_losses(*_forward_args(params, trainable, lora, batch), loss)
+        params, deltas = attach(params, trainable, lora)
+        return Mean.of(model.token_losses(params, batch, deltas, loss), batch.labelled()), {}
+
+    return objective
+
+
+def preference(model: Model, loss: PairLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
+    """Learning from pairs of answers: one forward for chosen and rejected, and one without gradient for the reference.
+
+    reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None for a loss that
+    compares with nothing, or when every batch carries the reference's log-probs.
+    """
+
+    def objective(trainable: Trainable, params: Params, pairs: Pairs) -> tuple[Mean, dict[str, Mean]]:
+        policy = pair_logps(model, *attach(params, trainable, lora), pairs)
+        frozen = None
+        if loss.uses_reference and pairs.reference is not None:
+            frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
+        elif loss.uses_reference:
+            with torch.no_grad():
+                frozen = pair_logps(model, *attach(params, _held(reference, "preference"), lora), pairs)
+        chosen, rejected = loss.rewards(policy, frozen)
+        readings = {
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "reward_margin": chosen - rejected,
+            "reward_accuracy": (chosen > rejected).to(chosen.dtype),
+            "logp_chosen_nats": policy.chosen,
+            "logp_rejected_nats": policy.rejected,
+        }
+        return _mean(loss(policy, frozen)), {name: _mean(x) for name, x in readings.items()}
+
+    return objective
+
+
+def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
+    """Learning from single answers, each found desirable or not (KTO); the reference is given as for `preference`.
+
+    The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
+    """
+
+    def objective(trainable: Trainable, params: Params, judged: Judged) -> tuple[Mean, dict[str, Mean]]:
+        rows = judged.answers, judged.mismatched
+        adapted = attach(params, trainable, lora)
+        policy = answer_logps(model, *adapted, rows[0])
+        with torch.no_grad():
+            drifted = answer_logps(model, *adapted, rows[1])
+            if judged.reference is not None:
+                frozen, held = judged.reference.unbind(1)
+            else:
+                base = attach(params, _held(reference, "judgement"), lora)
+                frozen, held = (answer_logps(model, *base, one) for one in rows)
+            kl = (drifted - held).mean().clamp(min=0.0)
+        rewards = loss.rewards(policy, frozen)
+        readings = {
+            "reward_desirable": Mean.of(rewards, judged.desirable),
+            "reward_undesirable": Mean.of(rewards, ~judged.desirable),
+            "kl_nats": _mean(kl.expand_as(policy)),
+        }
+        return _mean(loss(policy, frozen, judged.desirable, kl)), tree.map(Tensor.detach, readings)
+
+    return objective
+
+
+def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teacher: Teacher | None) -> Objective:
+    """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (Taught).
+
+    Neither model's whole logits ever exist: the teacher's hidden states go through its head chunk by chunk, as the student's do.
+    """
+
+    def objective(trainable: Trainable, params: Params, batch: Batch | Taught) -> tuple[Mean, dict[str, Mean]]:
+        adapted = attach(params, trainable, lora)
+        if isinstance(batch, Taught):
+            tops = (batch.top_ids, batch.top_logps)
+            nats = model.token_losses(adapted[0], batch.rows, adapted[1], lambda y, t, top: loss.on_top(y, t, *top), tops)
+            return Mean.of(nats, batch.rows.labelled()), {}
+        wise = _held(teacher, "distillation")
+        head, delta = wise.model.head(wise.params, wise.deltas)
+        place = head.device
+        with torch.no_grad():
+            states = wise.model.hidden(wise.params, tree.map(lambda x: x.to(place), batch), wise.deltas).roll(1, 1)
+
+        def against(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:
+            return loss(logits, targets, ops.linear(states, head, delta).to(logits.device))
+
+        nats = model.token_losses(adapted[0], batch, adapted[1], against, states)
         return Mean.of(nats, batch.labelled()), {}
 
     return objective
+
+
+def quantization_aware(objective: Objective, fake: Callable[[Trainable], Trainable]) -> Objective:
+    """The objective of the weights as they will be after quantization; `fake` rounds them and passes gradients straight through."""
+    return lambda trainable, params, batch: objective(fake(trainable), params, batch)
+
+
+def answer_logps(model: Model, params: Params, deltas: Deltas, rows: Batch) -> Float[Tensor, "B"]:
+    """log p of each row's labelled tokens given those before them, summed, in nats."""
+    return -model.token_losses(params, rows, deltas, CrossEntropy()).sum(1)
+
+
+def pair_logps(model: Model, params: Params, deltas: Deltas, pairs: Pairs) -> LogProbs:
+    """Log-probs of chosen and rejected answers from one forward over both."""
+    width = max(pairs.chosen.tokens.shape[1], pairs.rejected.tokens.shape[1])
+    padded = (tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows) for rows in (pairs.chosen, pairs.rejected))
+    rows = tree.map(lambda x, y: torch.cat([x, y]), *padded)
+    logps = answer_logps(model, params, deltas, rows)
+    return LogProbs(*logps.chunk(2), *rows.labelled().sum(1).to(logps.dtype).chunk(2))
 
 
 def full(params: Params, globs: tuple[str, ...]) -> tuple[Params, Trainable]:
@@ -43,9 +162,11 @@ def full(params: Params, globs: tuple[str, ...]) -> tuple[Params, Trainable]:
     return {**params, **{name: params[name].to("meta") for name in names}}, trainable
 
 
-def _forward_args(params: Params, trainable: Trainable, lora: Lora | None, batch: Batch) -> tuple[Params, Batch, Deltas]:
-    params, deltas = attach(params, trainable, lora)
-    missing = next((name for name, w in params.items() if w.is_meta), None)
-    if missing is not None:
-        raise InputError(f"objectives: {missing} is trained whole, but the trainable tree does not hold it")
-    return params, batch, deltas
+def _mean(x: Float[Tensor, "B"]) -> Mean:
+    return Mean.of(x, torch.ones_like(x, dtype=torch.bool))
+
+
+def _held(value: Any, name: str) -> Any:
+    if value is None:
+        raise TypeError(f"objectives: {name} has nothing frozen to compare with, expected it as an argument or in the batch")
+    return value

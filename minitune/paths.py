@@ -20,11 +20,14 @@ def program_file(name: str) -> Path:
     return shipped().get(name.removeprefix("programs/").removesuffix(".toml"), path)
 
 
-def locate(path: str) -> Path:
-    """What a path in a program means: demo and demo/... are embedded, configs/... may be shipped, the rest is the user's."""
+def locate(path: str, run: Path | None = None) -> Path:
+    """What a path in a program means: demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of
+    the run that asks, the rest is the user's."""
     head, _, rest = path.partition("/")
     if head == "demo":
         return PACKAGE / "demo" / (rest or "model")
+    if head == "run" and run is not None:
+        return run / rest
     if head == "configs" and not Path(path).exists():
         return _root("configs") / rest
     return Path(path).expanduser()

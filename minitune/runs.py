@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from itertools import count
 from pathlib import Path
+from time import perf_counter
 from types import FrameType, TracebackType
 from typing import IO, Annotated, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from minitune import checkpoint, log, paths, toml
 from minitune.program import Program, resolved
 from minitune.report import report
 from minitune.types import InputError
-from minitune.world import Stopped, check, open_world
+from minitune.world import ModelSource, Stopped, check, open_world
 
 HASHED_BELOW_BYTES = 64 * 2**20  # weights beyond this are told apart by size and time: hashing them would delay every start
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "msgspec", "wandb")
@@ -104,7 +105,10 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
             if stopping():
                 raise Stopped(summary(world.records).get("steps", 0), run.folder)
             out.begin(stage.label)
+            started = perf_counter()
             world = stage.run(world)
+            if stage.label in world.records:
+                world = world.record(stage.label, {"time_s": perf_counter() - started, **world.records[stage.label]})
             _write_json(run.folder / "records.json", world.records)
         result = summary(world.records)
         _write_json(run.folder / "summary.json", result)
@@ -213,8 +217,13 @@ def _continued(program: Program, program_text: str, folder: Path, lock: IO[str])
 
 def _inputs(program: Program) -> Iterator[tuple[str, Record]]:
     """Every file that the program reads, by the path that it writes: SHA-256 and size, or size and time for large weights."""
-    model = {f"model.{key}": getattr(program.model, key) for key in ("path", "config", "tokenizer", "deltas")}
-    model = {key: path for key, path in model.items() if path is not None}
+    sources = {"model": program.model}
+    for stage in program.stage:
+        parts = {f"{stage.label}.{field}": getattr(stage, field) for field in stage.__struct_fields__}
+        sources |= {key: part for key, part in parts.items() if isinstance(part, ModelSource)}
+    fields = ("path", "config", "tokenizer", "deltas")
+    model = {f"{at}.{key}": getattr(one, key) for at, one in sources.items() for key in fields}
+    model = {key: path for key, path in model.items() if path is not None and not path.startswith("run/")}
     data = {f"data.{key}.path": source.path for key, source in program.data.items()}
     for key, written in (model | data).items():
         path = paths.locate(written)

@@ -8,13 +8,13 @@ import torch
 from minitune import tree
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
+from minitune.losses import CrossEntropy, DistillationLoss, PairLoss
 from minitune.models import Model
-from minitune.objectives import Objective, sft
+from minitune.objectives import Objective, Teacher, distillation, preference, sft
 from minitune.tree import Tree
-from minitune.types import Batch, Mean, Metrics, Params, Trainable, over_ranks
+from minitune.types import Batch, Mean, Metrics, Pairs, Params, Trainable, over_ranks
 
-Step = Callable[[Params, Trainable, Tree, Batch], tuple[Trainable, Tree, Metrics]]
+Step = Callable[[Params, Trainable, Tree, Any], tuple[Trainable, Tree, Metrics]]
 
 
 def train_step(objective: Objective, optimizer: Any, *, micro_batch: int, donate: bool = False) -> Step:
@@ -24,12 +24,12 @@ def train_step(objective: Objective, optimizer: Any, *, micro_batch: int, donate
     metrics["skipped"]. With donate=True the trainable and optimizer tensors that are passed in are overwritten by the new ones.
     """
 
-    def step(params: Params, trainable: Trainable, opt_state: Tree, batch: Batch) -> tuple[Trainable, Tree, Metrics]:
-        def evaluate(rows: Batch) -> tuple[Any, Tree]:
+    def step(params: Params, trainable: Trainable, opt_state: Tree, batch: Any) -> tuple[Trainable, Tree, Metrics]:
+        def evaluate(rows: Any) -> tuple[Any, Tree]:
             return value_and_grad(lambda leaves: objective(leaves, params, rows), has_aux=True)(trainable)
 
-        splits = (x.split(micro_batch) for x in batch)
-        micro_batches = (Batch(*rows) for rows in zip(*splits, strict=True))
+        starts = range(0, len(tree.leaves(batch)[0]), micro_batch)
+        micro_batches = (tree.map(lambda x, i=i: x[i : i + micro_batch], batch) for i in starts)
         (loss, extras), grads = accumulate(evaluate, micro_batches)
 
         loss = loss.over_ranks()
@@ -44,7 +44,7 @@ def train_step(objective: Objective, optimizer: Any, *, micro_batch: int, donate
         if donate:
             new, new_state = tree.donate(trainable, new), tree.donate(opt_state, new_state)
         metrics = {name: mean.over_ranks().value() for name, mean in extras.items()}
-        metrics |= {"loss_nats": loss.value(), "grad_norm": grad_norm, "target_tokens": loss.weight, "skipped": (~sound).float()}
+        metrics |= {"loss_nats": loss.value(), "grad_norm": grad_norm, batch.counts: loss.weight, "skipped": (~sound).float()}
         return new, new_state, metrics
 
     return step
@@ -58,10 +58,44 @@ def sft_step(
     return step(params, trainable, opt_state, batch)
 
 
-def eval_step(objective: Objective) -> Callable[[Trainable, Params, Batch], tuple[Mean, dict[str, Mean]]]:
+def dpo_step(
+    params: Params,
+    trainable: Trainable,
+    opt_state: Tree,
+    pairs: Pairs,
+    *,
+    model: Model,
+    loss: PairLoss,
+    lora: Lora | None,
+    reference: Trainable | None,
+    optimizer: Any,
+) -> tuple[Trainable, Tree, Metrics]:
+    """One preference step on the whole batch of pairs: DPO or any of its kin; reference as objectives.preference takes it."""
+    step = train_step(preference(model, loss, lora, reference), optimizer, micro_batch=len(pairs.chosen.tokens))
+    return step(params, trainable, opt_state, pairs)
+
+
+def kd_step(
+    params: Params,
+    trainable: Trainable,
+    opt_state: Tree,
+    batch: Batch,
+    *,
+    model: Model,
+    loss: DistillationLoss,
+    lora: Lora | None,
+    teacher: Teacher,
+    optimizer: Any,
+) -> tuple[Trainable, Tree, Metrics]:
+    """One distillation step on the whole batch: the divergence from the teacher on its labelled tokens."""
+    step = train_step(distillation(model, loss, lora, teacher), optimizer, micro_batch=len(batch.tokens))
+    return step(params, trainable, opt_state, batch)
+
+
+def eval_step(objective: Objective) -> Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]:
     """The objective's value without its gradient."""
 
-    def step(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def step(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
         with torch.no_grad():
             return objective(trainable, params, batch)
 

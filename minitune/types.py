@@ -30,7 +30,7 @@ class Delta(NamedTuple):
 
     a: Float[Tensor, "R in"]
     b: Float[Tensor, "out R"]
-    m: Float[Tensor, "out"] | None = None
+    m: Float[Tensor, "out"] | tuple[()] = ()  # not None, which torch.func counts as a leaf that is no tensor
 
 
 class QInt8(NamedTuple):
@@ -89,6 +89,11 @@ class Batch(NamedTuple):
     segment_ids: Int[Tensor, "B T"]
     loss_mask: Bool[Tensor, "B T"]
 
+    @property
+    def counts(self) -> str:
+        """What the weight of an objective on such rows counts, in metrics."""
+        return "target_tokens"
+
     def labelled(self) -> Bool[Tensor, "B T"]:
         """The targets that can be predicted: loss_mask, less every document's first token and padding."""
         follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (self.segment_ids[:, 1:] > 0)
@@ -102,6 +107,11 @@ class Pairs(NamedTuple):
     rejected: Batch
     reference: Float[Tensor, "B 2"] | None = None
 
+    @property
+    def counts(self) -> str:
+        """What the weight of an objective on pairs counts, in metrics."""
+        return "pairs"
+
 
 class Judged(NamedTuple):
     """Answers that were found desirable or not; mismatched: each prompt with the answer to another prompt of the batch."""
@@ -111,6 +121,11 @@ class Judged(NamedTuple):
     desirable: Bool[Tensor, "B"]
     reference: Float[Tensor, "B 2"] | None = None  # summed log-probs of [answers, mismatched] under a frozen model, if cached
 
+    @property
+    def counts(self) -> str:
+        """What the weight of an objective on judged answers counts, in metrics."""
+        return "answers"
+
 
 class Taught(NamedTuple):
     """Rows with what a teacher says of every token: log-probs of its k likeliest tokens at the loss's temperature."""
@@ -118,6 +133,11 @@ class Taught(NamedTuple):
     rows: Batch
     top_ids: Int[Tensor, "B T k"]
     top_logps: Float[Tensor, "B T k"]
+
+    @property
+    def counts(self) -> str:
+        """What the weight of an objective on such rows counts, in metrics."""
+        return "target_tokens"
 
 
 class LogProbs(NamedTuple):

@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from minitune import chat, checkpoint, data, models, paths, tokenizer
+from torch import Tensor
+
+from minitune import chat, checkpoint, data, models, pairs, paths, quant, tokenizer, tree
 from minitune.interop import peft
 from minitune.log import Log
 from minitune.lora import Lora, check_deltas
@@ -37,6 +39,20 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+class Loaded(NamedTuple):
+    """A model with its weights, tokenizer and deltas, as the stages work on it."""
+
+    model: models.Model
+    params: Params
+    stored: Mapping[str, Tensor]  # the dense weights in the dtype of the disk, which is what a save goes back to
+    source: Path | None  # the Hugging Face folder that the weights came from
+    tokenizer_folder: Path
+    tokenizer: tokenizer.Tokenizer
+    template: chat.Template
+    lora: Lora | None
+    trainable: Trainable
+
+
 class World(NamedTuple):
     """What flows through the stages of a program."""
 
@@ -46,51 +62,84 @@ class World(NamedTuple):
     stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has been seen
     data: Mapping[str, data.Source]
     records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
-    model: models.Model
-    params: Params
-    stored: torch.dtype  # of the weights on disk, which is what a save goes back to
-    source: Path | None  # the Hugging Face folder that the weights came from
-    tokenizer_folder: Path
-    tokenizer: tokenizer.Tokenizer
-    template: chat.Template
-    lora: Lora | None
-    trainable: Trainable
+    loaded: Loaded
+    quantization: quant.Quantization | None = None  # what the quantized weights of params were made with
+    fake: quant.Quantization | None = None  # what weights that train are rounded to in the forward
 
     def record(self, label: str, values: dict[str, Any]) -> "World":
         """This world with one more stage's record."""
         return self._replace(records={**self.records, label: values})
 
+    def with_model(self, **changes: Any) -> "World":
+        """This world with some of its model's fields replaced."""
+        return self._replace(loaded=self.loaded._replace(**changes))
+
+
+class Draft(NamedTuple):
+    """What is known of a world before anything is loaded: each stage checks itself against it and hands on the next one."""
+
+    data: Mapping[str, data.Source]
+    model: models.Model
+    params: Params  # on the meta device
+    adapted: frozenset[str] = frozenset()  # weights with a delta
+    whole: frozenset[str] = frozenset()  # weights that train whole
+    quantized: frozenset[str] = frozenset()
+    saved: Mapping[str, models.Model] = {}  # by run/... path: the models that stages before will have written
+
 
 def check(source: ModelSource, sources: Mapping[str, data.Source], stages: Sequence[Any]) -> list[str]:
     """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
-    model = _model(source)
+    draft = drafted(source, Draft(sources, models.Model(models.FAMILIES["llama"], None), {}))
+    folder = _tokenizer_folder(source)
+    template = chat.open_template(folder, tokenizer.open_tokenizer(folder))
+    n_params = sum(w.numel() for w in draft.params.values())
+    lines = [f"model: {n_params:,} parameters, vocabulary {draft.model.config.vocab_size:,}, template: {template.origin}"]
+    for name, one in sources.items():
+        next(iter(data.read_rows(Path(locate(one.path)))))
+        lines.append(f"data: {name} is {locate(one.path)}")
+    for stage in stages:
+        draft = stage.check(draft)
+        lines.append(f"stage: {stage.label}")
+    return lines
+
+
+def drafted(source: ModelSource, draft: Draft) -> Draft:
+    """draft with another model; InputError where its folder, tokenizer or device does not fit."""
+    if source.path in draft.saved:
+        model = draft.saved[str(source.path)]
+    else:
+        model = _model(source)
+        folder = _tokenizer_folder(source)
+        text = tokenizer.open_tokenizer(folder)
+        if text.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"world: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
+                f"{model.config.vocab_size}; are they of two models?"
+            )
     if source.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "world: [model] device = 'cuda', but torch finds no CUDA device; expected 'auto' or 'cpu' on this machine"
         )
-    text = tokenizer.open_tokenizer(_tokenizer_folder(source))
-    template = chat.open_template(_tokenizer_folder(source), text)
-    n_params = sum(torch.Size(shape).numel() for shape in model.shapes().values())
-    if text.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"world: the tokenizer in {_tokenizer_folder(source)} has {text.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size}; are they of two models?"
-        )
-    lines = [f"model: {n_params:,} parameters, vocabulary {model.config.vocab_size:,}, template: {template.origin}"]
-    for name, one in sources.items():
-        next(iter(data.read_rows(Path(locate(one.path)))))
-        lines.append(f"data: {name} is {locate(one.path)}")
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
-    for stage in stages:
-        asked = getattr(stage, "data", None)
-        if asked is not None and asked not in sources:
-            near = get_close_matches(asked, sources, n=1, cutoff=0.0) or ["no [data] at all"]
-            raise InputError(
-                f"world: stage {stage.label} asks for data {asked!r}, expected a [data] table; did you mean {near[0]!r}?"
-            )
-        stage.check(params)
-        lines.append(f"stage: {stage.label}")
-    return lines
+    adapted = frozenset[str]()
+    if source.deltas is not None and source.deltas not in draft.saved:
+        _, found, _ = peft.load(locate(source.deltas))
+        check_deltas(params, found, source.deltas)
+        adapted = frozenset(found)
+    return draft._replace(model=model, params=params, adapted=adapted, whole=frozenset(), quantized=frozenset())
+
+
+def asked_data(draft: Draft, name: str, label: str, *formats: str) -> data.Source:
+    """The [data] table that a stage asks for by name; InputError if there is none, or one of another format."""
+    if name not in draft.data:
+        near = get_close_matches(name, draft.data, n=1, cutoff=0.0) or ["no [data] at all"]
+        raise InputError(f"world: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
+    source = draft.data[name]
+    if source.format not in formats:
+        raise InputError(
+            f"world: stage {label} asks for data {name!r}, which has format {source.format!r}, expected {' or '.join(formats)}"
+        )
+    return source
 
 
 def open_world(
@@ -102,55 +151,60 @@ def open_world(
     stopping: Callable[[], bool],
     records: Mapping[str, dict[str, Any]],
 ) -> World:
-    """Load (or draw) the model and its tokenizer: the world before the first stage."""
-    model = _model(source)
+    """Load (or draw) the model and its tokenizer, and tokenize the data: the world before the first stage."""
+    located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
+    place = _tokenizer_folder(source)
+    text = tokenizer.open_tokenizer(place)
+    template = chat.open_template(place, text)
+    for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
+        (pairs if one.format in pairs.FORMATS else data).prepare(one, text, template, paths.cache())
+    return World(seed, folder, log, stopping, located, records, load(source, folder, seed))
+
+
+def load(source: ModelSource, run: Path, seed: int) -> Loaded:
+    """Read (or draw) the weights of a model, its tokenizer and its deltas; a path run/... lies in the run folder."""
     device = (
         torch.device("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else torch.device(source.device)
     )
-    path = locate(source.path) if source.path is not None else None
-    located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
-    text = tokenizer.open_tokenizer(_tokenizer_folder(source))
-    template = chat.open_template(_tokenizer_folder(source), text)
-    for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
-        data.prepare(one, text, template, paths.cache())
-    raw = checkpoint.load_params(path, model.shapes()) if path is not None else model.init(seed)
-    stored = next(iter(raw.values())).dtype
-    dtype = (torch.float32 if device.type == "cpu" else stored) if source.dtype == "auto" else getattr(torch, source.dtype)
-    params = {name: w.to(device, dtype) for name, w in raw.items()}
-    rule, deltas = None, {}
+    model = _model(source, run)
+    path = locate(source.path, run) if source.path is not None else None
+    folder = _tokenizer_folder(source, run)
+    text = tokenizer.open_tokenizer(folder)
+    stored = checkpoint.load_params(path, model.shapes()) if path is not None else model.init(seed)
+    like = next(iter(stored.values())).dtype
+    dtype = (torch.float32 if device.type == "cpu" else like) if source.dtype == "auto" else getattr(torch, source.dtype)
+    params = {name: w.to(device, dtype) for name, w in stored.items()}
+    rule, trainable = None, {}
     if source.deltas is not None:
-        rule, loaded = peft.load(locate(source.deltas))
-        check_deltas(params, loaded, source.deltas)
-        deltas = {name: type(delta)(delta.a.to(device), delta.b.to(device)) for name, delta in loaded.items()}
-    return World(
-        seed=seed,
-        folder=folder,
-        log=log,
-        stopping=stopping,
-        data=located,
-        records=records,
-        model=model,
-        params=params,
-        stored=stored,
-        source=path,
-        tokenizer_folder=_tokenizer_folder(source),
-        tokenizer=text,
-        template=template,
-        lora=rule,
-        trainable=deltas,
-    )
+        rule, trainable = _deltas(source, run, path, params, device)
+    return Loaded(model, params, stored, path, folder, text, chat.open_template(folder, text), rule, trainable)
 
 
-def _model(source: ModelSource) -> models.Model:
+def _deltas(
+    source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
+) -> tuple[Lora | None, Trainable]:
+    rule, found, base = peft.load(locate(str(source.deltas), run))
+    check_deltas(params, found, str(source.deltas))
+    if base is not None and base.fingerprint is not None and path is not None:
+        here = checkpoint.fingerprint(path)
+        if here != base.fingerprint:
+            raise InputError(
+                f"world: the deltas in {source.deltas} were trained on {base.path}, whose weights are not those of {path}; "
+                "expected the same base; point [model] path to it"
+            )
+    return rule, tree.map(lambda x: x.to(device), found)
+
+
+def _model(source: ModelSource, run: Path | None = None) -> models.Model:
     if (source.path is None) == (source.config is None):
         raise InputError(
             "world: [model] needs exactly one of path (a Hugging Face folder) and config (a shape file with random weights)"
         )
-    return models.open(locate(source.path)) if source.path is not None else models.open_config(locate(str(source.config)))
+    return models.open(locate(source.path, run)) if source.path is not None else models.open_config(locate(str(source.config)))
 
 
-def _tokenizer_folder(source: ModelSource) -> Path:
+def _tokenizer_folder(source: ModelSource, run: Path | None = None) -> Path:
     name = source.tokenizer or source.path
     if name is None:
         raise InputError("world: [model] has config but no tokenizer, expected the folder that holds the tokenizer's files")
-    return locate(name)
+    return locate(name, run)

@@ -12,24 +12,26 @@ PACKAGE = Path(__file__).parents[1] / "minitune"
 
 INTEROP, DEMO = 3.5, 9.0  # the side rooms: interop lies under the programs, the demo is made by all of them
 FLOORS = {
-    0.0: "__init__ types tree seeds paths toml",
+    0.0: "__init__ types tree seeds paths toml arrays",
     1.0: "grad quant ops attention losses optim lora",
-    2.0: "models/__init__ models/llama models/rope checkpoint tokenizer chat data",
-    3.0: "objectives steps generate",
-    INTEROP: "interop/__init__ interop/peft",
-    4.0: "world stages log program report runs __main__",
-    DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts",
+    2.0: "models/__init__ models/llama models/rope checkpoint tokenizer chat documents data pairs",
+    3.0: "objectives steps generate frozen",
+    INTEROP: "interop/__init__ interop/peft interop/compressed interop/gguf interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes",
+    4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/train stages/measure stages/write log program report runs __main__",
+    DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts demo/pairs",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
-    **dict.fromkeys(["tree", "paths", "toml"], "types"),
+    **dict.fromkeys(["tree", "paths", "toml", "arrays"], "types"),
     "ops": "grad quant",
     "attention": "grad",
     "quant": "grad",
     "lora": "ops",
     "checkpoint": "models/__init__ tokenizer",
     "chat": "tokenizer",
-    "data": "chat tokenizer",
+    "documents": "chat",
+    "data": "chat tokenizer documents",
+    "pairs": "chat tokenizer documents data",
     "steps": "objectives",
     "world": "log",
     "stages": "world log",

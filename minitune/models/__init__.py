@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune import ops, seeds
-from minitune.losses import Loss
+from minitune import ops, seeds, tree
 from minitune.models import llama
-from minitune.types import NO_DELTAS, Batch, Deltas, InputError, Params
+from minitune.tree import Tree
+from minitune.types import NO_DELTAS, Batch, Delta, Deltas, InputError, Params
 
 FAMILIES = {"llama": llama}
 
@@ -38,12 +38,31 @@ class Model(NamedTuple):
         """Logits of every token."""
         return self.family.forward(self.config, params, tokens, deltas, segment_ids=segment_ids)
 
-    def token_losses(self, params: Params, batch: Batch, deltas: Deltas, loss: Loss) -> Float[Tensor, "B T"]:
-        """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist."""
-        hidden = self.family.hidden(self.config, params, batch.tokens, deltas, segment_ids=batch.segment_ids, wrap=self.wrap)
+    def hidden(self, params: Params, rows: Batch, deltas: Deltas) -> Float[Tensor, "B T D"]:
+        """Final hidden states of every token, packed documents apart."""
+        return self.family.hidden(self.config, params, rows.tokens, deltas, segment_ids=rows.segment_ids, wrap=self.wrap)
+
+    def head(self, params: Params, deltas: Deltas) -> tuple[Any, Delta | None]:
+        """(weight [V, D], delta) that turn hidden states into logits."""
         name = self.family.head_name(self.config)
-        targets, mask = batch.tokens.roll(-1, 1), batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
-        return ops.token_losses(loss, hidden, targets, mask, params[name], deltas.get(name)).roll(1, 1)
+        return params[name], deltas.get(name)
+
+    def token_losses(
+        self, params: Params, batch: Batch, deltas: Deltas, loss: Callable[..., Tensor], beside: Tree = None
+    ) -> Float[Tensor, "B T"]:
+        """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
+
+        loss(logits [n V], targets [n]); or, with `beside`, a tree of tensors [B, T, ...] that belong to the prediction of each
+        token as loss_mask does, loss(logits, targets, rows of beside).
+        """
+        head, delta = self.head(params, deltas)
+        mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
+        targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, beside))
+
+        def row_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+            return loss(logits, rows[0]) if beside is None else loss(logits, *rows)
+
+        return ops.token_losses(row_losses, self.hidden(params, batch, deltas), targets, mask, head, delta).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""

@@ -1,0 +1,61 @@
+"""What every stage has, and what several of them need."""
+
+import resource
+import sys
+from typing import Annotated, Any
+
+import msgspec
+import torch
+
+from minitune import chat, objectives, tree
+from minitune.types import Deltas, Params, Trainable
+from minitune.world import Draft, World
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
+    """One table [[stage]] of a program."""
+
+    name: str | None = None  # what overrides and summary.json call it; the op if absent
+
+    @property
+    def label(self) -> str:
+        """The stage's name in overrides, records and messages."""
+        return self.name or str(self.__struct_config__.tag)
+
+    def check(self, draft: Draft) -> Draft:
+        """The draft after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
+        return draft
+
+    def run(self, world: World) -> World:
+        """The world after this stage."""
+        raise NotImplementedError
+
+
+def stop_ids(tokenizer: Any, template: chat.Template) -> list[int]:
+    """The tokens that end an answer: the special token that the template puts after an assistant's turn, and the end of text."""
+    turn = chat.encode_chat(tokenizer, template, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    last = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
+    ends = [last] if last in tokenizer.special.values() else []
+    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
+
+
+def peak_mem_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_of(params: Params, trainable: Trainable) -> torch.device:
+    """Where a model lives; weights that train whole are on the meta device in params."""
+    return next((leaf.device for leaf in tree.leaves((params, trainable)) if not leaf.is_meta), torch.device("cpu"))
+
+
+def attached(world: World) -> tuple[Params, Deltas]:
+    """(params, deltas) as a forward takes them, with weights that train under quantization rounded as in training."""
+    loaded = world.loaded
+    trainable = world.fake.fake(loaded.trainable) if world.fake else loaded.trainable
+    return objectives.attach(loaded.params, trainable, loaded.lora)

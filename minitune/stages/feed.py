@@ -1,0 +1,69 @@
+"""What a training stage is fed: batches of whatever kind its loss needs, from one cursor."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from minitune import data, frozen, objectives, pairs, paths, tree
+from minitune.data import Cursor, Report
+from minitune.losses import DistillationLoss, Kto, Loss, PairLoss
+from minitune.objectives import Teacher
+from minitune.tree import Tree
+from minitune.world import World
+
+
+class Feed(NamedTuple):
+    """take(cursor, n) -> (batch of n rows, next cursor); batches(n): one pass in the order of the file."""
+
+    told: str
+    take: Callable[[Cursor, int], tuple[Tree, Cursor]]
+    batches: Callable[[int], Iterator[Tree]]
+
+    def n_tokens(self, batch: Tree) -> int:
+        """Tokens in a batch, padding left out."""
+        return sum(int((leaf > 0).sum()) for path, leaf in tree.items(batch) if path.endswith("segment_ids"))
+
+
+def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> Feed:
+    """The [data] table `name` as `loss` wants it: rows, pairs or judged answers, and with what a frozen model said of them
+    where that is kept on disk."""
+    source, loaded = world.data[name], world.loaded
+    if isinstance(loss, PairLoss | Kto):
+        found = pairs.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+        said = None
+        if cached and loss.uses_reference:
+            adapted = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
+            said = frozen.reference_logps(loaded.model, *adapted, found, paths.cache(), world.log)
+        return Feed(
+            describe(found.report),
+            lambda cursor, n: pairs.take(found, cursor, n, source, world.seed, said),
+            lambda n: pairs.batches(found, source, n, said),
+        )
+    rows = data.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+    if teacher is None or top_k is None or not isinstance(loss, DistillationLoss):
+        return Feed(
+            describe(rows.report),
+            lambda cursor, n: data.take(rows, cursor, n, source, world.seed),
+            lambda n: data.batches(rows, source, n),
+        )
+    tops = frozen.teacher_tops(teacher, rows, top_k, loss.temperature, paths.cache(), world.log)
+    places = rows._replace(tokens=np.arange(len(rows.tokens)))  # a batch of these says where in the data each token stands
+
+    def take(cursor: Cursor, n: int) -> tuple[Tree, Cursor]:
+        batch, after = data.take(rows, cursor, n, source, world.seed)
+        return frozen.taught(batch, data.take(places, cursor, n, source, world.seed)[0].tokens, tops), after
+
+    def batches(n: int) -> Iterator[Tree]:
+        both = zip(data.batches(rows, source, n), data.batches(places, source, n), strict=True)
+        return (frozen.taught(batch, at.tokens, tops) for batch, at in both)
+
+    return Feed(describe(rows.report), take, batches)
+
+
+def describe(report: Report) -> str:
+    """A data report in words."""
+    odd = {"truncated": report.n_truncated, "dropped": report.n_dropped, "without a target": report.n_without_target}
+    told = "".join(f", {n:,} {what}" for what, n in odd.items() if n)
+    return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{told}"

@@ -1,0 +1,184 @@
+"""Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
+
+import json
+from typing import Annotated, Any
+
+import msgspec
+import torch
+
+from minitune import checkpoint, objectives, paths, tree
+from minitune.data import Source, batches, prepare, prompts
+from minitune.generate import answers
+from minitune.interop import harness
+from minitune.losses import CrossEntropy, TokenAccuracy
+from minitune.sampling import Sampling
+from minitune.stages.base import BaseStage, Positive, device_of, stop_ids
+from minitune.steps import eval_step
+from minitune.types import Mean
+from minitune.world import Draft, Stopped, World, asked_data
+
+
+class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
+    """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
+
+    data: str
+    batch_size: Positive = 64  # rows per forward
+    max_new_tokens: Positive = 256
+    limit: Positive | None = None  # prompts to answer; all if absent
+    samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to keep in the record and show
+
+    def check(self, draft: Draft) -> Draft:
+        """The data is there."""
+        asked_data(draft, self.data, self.label, "instruct", "chat", "text")
+        return draft
+
+    def run(self, world: World) -> World:
+        """world with a record of loss_nats (per target token), perplexity, token_accuracy (target tokens that were the most
+        likely ones), bytes of the model, and exact_match (fraction of answers equal to the reference)."""
+        if self.label in world.records:  # a resumed run: this was measured before the run died
+            return world
+        source, loaded = world.data[self.data], world.loaded
+        dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+        device = device_of(loaded.params, loaded.trainable)
+        step = eval_step(objectives.sft(loaded.model, CrossEntropy(), loaded.lora))
+        right = eval_step(objectives.sft(loaded.model, TokenAccuracy(), loaded.lora))
+        zero = Mean(torch.zeros((), device=device), torch.zeros((), device=device))
+        nats, accuracy = zero, zero
+        for batch in batches(dataset, source, self.batch_size):
+            batch = tree.map(lambda x: x.to(device), batch)
+            nats = tree.add(nats, step(loaded.trainable, loaded.params, batch)[0])
+            accuracy = tree.add(accuracy, right(loaded.trainable, loaded.params, batch)[0])
+        record: dict[str, Any] = {
+            "loss_nats": float(nats.value()),
+            "perplexity": float(nats.value().exp()),
+            "token_accuracy": float(accuracy.value()),
+            "target_tokens": int(nats.weight),
+            "model_bytes": model_bytes(world),
+        }
+        if source.format != "text":
+            record |= self._answer(world, source)
+        shown = f", exact match {record['exact_match']:.1%} of {record['n_prompts']}" if "exact_match" in record else ""
+        world.log.say(
+            f"{self.label}: loss {record['loss_nats']:.4f} nats a token, perplexity {record['perplexity']:.3f}, "
+            f"token accuracy {record['token_accuracy']:.1%}{shown}"
+        )
+        return world.record(self.label, record)
+
+    def _answer(self, world: World, source: Source) -> dict[str, Any]:
+        asked = prompts(source, world.loaded.tokenizer, world.loaded.template)[: self.limit]
+        found = answered(world, self.label, [one.ids for one in asked], Sampling(), self.batch_size, self.max_new_tokens, ())
+        right = [answer.strip() == prompt.reference.strip() for answer, prompt in zip(found, asked, strict=True)]
+        samples = [
+            {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "answer": answer}
+            for prompt, answer in zip(asked[: self.samples], found, strict=False)
+        ]
+        return {"exact_match": sum(right) / len(right), "n_prompts": len(right), "samples": samples}
+
+
+class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
+    """Answer the prompts of a data file, and write {"prompt", "answer"} lines to answers.jsonl in the run folder."""
+
+    data: str
+    sampling: Sampling = Sampling()
+    max_new_tokens: Positive = 256
+    stop: tuple[str, ...] = ()  # strings that end an answer
+    batch_size: Positive = 64
+    limit: Positive | None = None
+    samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to show
+
+    def check(self, draft: Draft) -> Draft:
+        """The data is there and asks something."""
+        asked_data(draft, self.data, self.label, "instruct", "chat")
+        return draft
+
+    def run(self, world: World) -> World:
+        """world with a record of where the answers lie."""
+        file = world.folder / f"{self.label}.jsonl"
+        asked = prompts(world.data[self.data], world.loaded.tokenizer, world.loaded.template)[: self.limit]
+        ids = [one.ids for one in asked]
+        found = answered(world, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
+        lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]
+        checkpoint.write_atomic(file, ("\n".join(lines) + "\n").encode())
+        for one, answer in list(zip(asked, found, strict=True))[: self.samples]:
+            world.log.say(f"prompt  {one.messages[-1]['content']}\nanswer  {answer}")
+        return world.record(self.label, {"what": f"{len(found)} answers", "path": str(file)})
+
+
+class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
+    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`)."""
+
+    tasks: tuple[str, ...]
+    include: str | None = None  # a folder of task files
+    n_shots: Annotated[int, msgspec.Meta(ge=0)] | None = None  # each task's own if absent
+    chat_template: bool = False
+    system: str | None = None
+    batch_size: Positive = 16
+    limit: Positive | None = None  # samples a task
+    max_length: Positive | None = None  # tokens; what the model was made for if absent
+
+    def check(self, draft: Draft) -> Draft:
+        """The extra is installed and the folder of tasks is there."""
+        harness.check(paths.locate(self.include) if self.include else None)
+        return draft
+
+    def run(self, world: World) -> World:
+        """world with a record of every task's metrics."""
+        if self.label in world.records:
+            return world
+        loaded = world.loaded
+        params, deltas = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
+        results = harness.evaluate(
+            loaded.model,
+            params,
+            deltas,
+            loaded.tokenizer,
+            loaded.template,
+            tasks=self.tasks,
+            include=paths.locate(self.include) if self.include else None,
+            n_shots=self.n_shots,
+            chat_template=self.chat_template,
+            system=self.system,
+            batch_size=self.batch_size,
+            limit=self.limit,
+            max_length=self.max_length,
+        )
+        for task, metrics in results.items():
+            world.log.say(f"{self.label}: {task} {metrics}")
+        return world.record(self.label, {"tasks": results})
+
+
+def answered(
+    world: World, label: str, ids: list[list[int]], sampling: Sampling, batch_size: int, max_new_tokens: int, stop: tuple[str, ...]
+) -> list[str]:
+    """The model's answers to prompts, in their order; world.Stopped when the run is asked to stop."""
+    loaded = world.loaded
+    params, deltas = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
+    with world.log.progress(label, len(ids), 0) as progress:
+
+        def report(done: int) -> None:
+            progress.update(done, {})
+            if world.stopping():
+                raise Stopped(0, world.folder)  # nothing is lost: a resumed run answers again
+
+        return answers(
+            loaded.model,
+            params,
+            deltas,
+            ids,
+            loaded.tokenizer,
+            sampling=sampling,
+            seed=world.seed,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_strings=stop,
+            on_progress=report,
+        )
+
+
+def model_bytes(world: World) -> int:
+    """Bytes of the model as it would be saved now: dense weights as they are stored, quantized ones as codes, deltas beside them."""
+    loaded = world.loaded
+    kept = {name: w for name, w in loaded.params.items() if not isinstance(w, torch.Tensor)}
+    deltas = {name: leaf for name, leaf in loaded.trainable.items() if not isinstance(leaf, torch.Tensor)}
+    return tree.n_bytes(({**loaded.stored, **kept}, deltas))
