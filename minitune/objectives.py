@@ -1,7 +1,7 @@
 """Objectives: how a forward and a loss make a number to differentiate: (trainable, params, batch) -> (Mean, extras)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,26 @@ from torch import Tensor
 
 from minitune import ops, tree
 from minitune.lora import Lora
-from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, PairLoss, TokenLoss
+from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model
 from minitune.types import Batch, Delta, Deltas, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
 
 Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
+
+
+@runtime_checkable
+class PreferenceLoss(Protocol):
+    """What a loss over pairs of answers must do: every struct of losses.PairLoss does, and so may your own class."""
+
+    uses_reference: ClassVar[bool]
+
+    def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Tensor, Tensor]:
+        """The implicit rewards of chosen and rejected, [B] each."""
+        ...
+
+    def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Tensor:
+        """One loss a pair [B], in nats."""
+        ...
 
 
 class Teacher(NamedTuple):
@@ -48,7 +63,7 @@ def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
     return objective
 
 
-def preference(model: Model, loss: PairLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
+def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
     """Learning from pairs of answers: one forward for chosen and rejected, and one without gradient for the reference.
 
     reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None for a loss that

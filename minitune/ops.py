@@ -24,11 +24,11 @@ def linear(
     """x W^T + bias in the dtype of x, with W + b a (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b) or, where the
     delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
     bias = None if bias is None else bias.to(x.dtype)
-    scaled = delta is not None and delta.m is not None
+    scaled = delta is not None and isinstance(delta.m, Tensor)
     y = F.linear(x, w.to(x.dtype), None if scaled else bias) if isinstance(w, Tensor) else quant.linear(x, w)
     if delta is not None:
         y = y + F.linear(F.linear(x, delta.a.to(x.dtype)), delta.b.to(x.dtype))
-    if delta is not None and delta.m is not None:
+    if delta is not None and isinstance(delta.m, Tensor):
         y = y * (delta.m / row_norms(w, delta)).to(x.dtype)
     return y + bias if bias is not None and (scaled or not isinstance(w, Tensor)) else y
 
@@ -79,16 +79,17 @@ def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T E"], Floa
 
 
 def token_losses(
-    loss: Callable[[Float[Tensor, "n V"], Tree], Float[Tensor, "n"]],
+    loss: Callable[[Float[Tensor, "n V"], Tree], Float[Tensor, "n *values"]],
     hidden: Float[Tensor, "B T D"],
     targets: Tree,
     mask: Bool[Tensor, "B T"],
     head: Float[Tensor, "V D"] | QTensor,
     delta: Delta | None = None,
-) -> Float[Tensor, "B T"]:
+) -> Float[Tensor, "B T *values"]:
     """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
 
-    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
+    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states. A loss
+    may give several values a row.
     Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits, which the backward recomputes.
     """
 
@@ -98,11 +99,11 @@ def token_losses(
     chunk = max(1, HEAD_CHUNK // head.shape[0])
     flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
     if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
-        nats = _chunked(remat(piece), flat, labels, head, delta, chunk)
-        return torch.where(mask, nats.view(mask.shape), 0.0)
+        nats = _chunked(remat(piece), flat, labels, head, delta, chunk).unflatten(0, mask.shape)
+        return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
     rows = mask.flatten().nonzero().squeeze(1)
     nats = _chunked(remat(piece), flat[rows], tree.map(lambda x: x[rows], labels), head, delta, chunk)
-    return nats.new_zeros(mask.numel()).index_put((rows,), nats).view(mask.shape)
+    return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
 
 
 def _chunked(

@@ -8,9 +8,9 @@ import torch
 from minitune import tree
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy, DistillationLoss, PairLoss
+from minitune.losses import CrossEntropy, DistillationLoss
 from minitune.models import Model
-from minitune.objectives import Objective, Teacher, distillation, preference, sft
+from minitune.objectives import Objective, PreferenceLoss, Teacher, distillation, preference, sft
 from minitune.tree import Tree
 from minitune.types import Batch, Mean, Metrics, Pairs, Params, Trainable, over_ranks
 
@@ -65,7 +65,7 @@ def dpo_step(
     pairs: Pairs,
     *,
     model: Model,
-    loss: PairLoss,
+    loss: PreferenceLoss,
     lora: Lora | None,
     reference: Trainable | None,
     optimizer: Any,

@@ -11,9 +11,12 @@ SUMMARY = {
         "loss_nats": 3.25,
         "exact_match": 0.0,
         "n_prompts": 240,
+        "model_bytes": 3 * 2**20,
+        "time_s": 2.0,
         "samples": [{"prompt": "two [red] lamps", "reference": '{"lamps": 2}', "answer": "and so on"}],
     },
-    "train": {"time_s": 61.0},
+    "train": {"time_s": 61.0, "steps": 300},
+    "quantize": {"time_s": 0.5, "bytes_before": 3 * 2**20, "bytes_after": 2**20},
     "after": {
         "loss_nats": 0.125,
         "exact_match": 0.925,
@@ -33,9 +36,11 @@ def shown(summary: dict) -> list[str]:
     return [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
 
 
-def test_the_report_sets_before_and_after_side_by_side() -> None:
+def test_the_report_sets_stages_side_by_side() -> None:
     lines = shown(SUMMARY)
-    assert "before 3.2500 0.0% of 240" in lines
+    assert "before 3.2500 0.0% of 240 3.00 2.0" in lines
+    assert "train 61.0" in lines
+    assert "quantize 1.00 0.5" in lines
     assert "after 0.1250 92.5% of 240" in lines
     at = lines.index("prompt two [red] lamps")
     assert lines[at + 1 : at + 4] == ['reference {"lamps": 2}', "before and so on", 'after {"lamps": 3}']

@@ -49,7 +49,7 @@ class Model(NamedTuple):
 
     def token_losses(
         self, params: Params, batch: Batch, deltas: Deltas, loss: Callable[..., Tensor], beside: Tree = None
-    ) -> Float[Tensor, "B T"]:
+    ) -> Float[Tensor, "B T *values"]:
         """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
 
         loss(logits [n V], targets [n]); or, with `beside`, a tree of tensors [B, T, ...] that belong to the prediction of each

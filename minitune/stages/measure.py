@@ -1,20 +1,23 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
 import json
+import math
 from typing import Annotated, Any
 
 import msgspec
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from minitune import checkpoint, objectives, paths, tree
+from minitune import checkpoint, paths, tree
 from minitune.data import Source, batches, prepare, prompts
 from minitune.generate import answers
 from minitune.interop import harness
-from minitune.losses import CrossEntropy, TokenAccuracy
+from minitune.losses import cross_entropy
+from minitune.models import Model
 from minitune.sampling import Sampling
-from minitune.stages.base import BaseStage, Positive, device_of, stop_ids
-from minitune.steps import eval_step
-from minitune.types import Mean
+from minitune.stages.base import BaseStage, Positive, attached, device_of, stop_ids
+from minitune.types import Batch, Deltas, Params
 from minitune.world import Draft, Stopped, World, asked_data
 
 
@@ -40,19 +43,16 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         source, loaded = world.data[self.data], world.loaded
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         device = device_of(loaded.params, loaded.trainable)
-        step = eval_step(objectives.sft(loaded.model, CrossEntropy(), loaded.lora))
-        right = eval_step(objectives.sft(loaded.model, TokenAccuracy(), loaded.lora))
-        zero = Mean(torch.zeros((), device=device), torch.zeros((), device=device))
-        nats, accuracy = zero, zero
+        params, deltas = attached(world)
+        total = torch.zeros(3, dtype=torch.float64, device=device)  # nats, right ones, how many
         for batch in batches(dataset, source, self.batch_size):
-            batch = tree.map(lambda x: x.to(device), batch)
-            nats = tree.add(nats, step(loaded.trainable, loaded.params, batch)[0])
-            accuracy = tree.add(accuracy, right(loaded.trainable, loaded.params, batch)[0])
+            total = total + _sums(loaded.model, params, deltas, tree.map(lambda x: x.to(device), batch))
+        nats, right = (total[:2] / total[2].clamp(min=1.0)).tolist()
         record: dict[str, Any] = {
-            "loss_nats": float(nats.value()),
-            "perplexity": float(nats.value().exp()),
-            "token_accuracy": float(accuracy.value()),
-            "target_tokens": int(nats.weight),
+            "loss_nats": nats,
+            "perplexity": math.exp(min(nats, 700.0)),  # beyond that it is no float
+            "token_accuracy": right,
+            "target_tokens": int(total[2]),
             "model_bytes": model_bytes(world),
         }
         if source.format != "text":
@@ -126,7 +126,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
         if self.label in world.records:
             return world
         loaded = world.loaded
-        params, deltas = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
+        params, deltas = attached(world)
         results = harness.evaluate(
             loaded.model,
             params,
@@ -152,7 +152,7 @@ def answered(
 ) -> list[str]:
     """The model's answers to prompts, in their order; world.Stopped when the run is asked to stop."""
     loaded = world.loaded
-    params, deltas = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
+    params, deltas = attached(world)
     with world.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
@@ -176,9 +176,20 @@ def answered(
         )
 
 
+def _sums(model: Model, params: Params, deltas: Deltas, batch: Batch) -> Float[Tensor, "3"]:
+    """Nats, how many targets were the likeliest tokens, and how many targets there are: summed over a batch."""
+
+    def values(logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
+
+    with torch.no_grad():
+        sums = model.token_losses(params, batch, deltas, values).double().sum((0, 1))
+    return torch.cat([sums, batch.labelled().sum()[None].double()])
+
+
 def model_bytes(world: World) -> int:
     """Bytes of the model as it would be saved now: dense weights as they are stored, quantized ones as codes, deltas beside them."""
     loaded = world.loaded
-    kept = {name: w for name, w in loaded.params.items() if not isinstance(w, torch.Tensor)}
-    deltas = {name: leaf for name, leaf in loaded.trainable.items() if not isinstance(leaf, torch.Tensor)}
+    kept = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
+    deltas = {name: leaf for name, leaf in loaded.trainable.items() if not isinstance(leaf, Tensor)}
     return tree.n_bytes(({**loaded.stored, **kept}, deltas))

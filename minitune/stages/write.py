@@ -50,6 +50,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 base=str(loaded.source or loaded.tokenizer_folder),
                 fingerprint=checkpoint.fingerprint(loaded.source) if loaded.source else None,
                 quantization=msgspec.to_builtins(rule) if rule else None,
+                tied="lm_head.weight" not in loaded.params,
             )
         else:
             final, errors = merged(world, self.label, self.onto, self.dtype)
