@@ -20,9 +20,10 @@ Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it:
   show PROGRAM [KEY=VALUE ...]  the program with every default written out
   check PROGRAM [KEY=VALUE ...] read the program, find its files, match its globs; run nothing
   schema                        the JSON Schema of programs
+  chat FOLDER [--OPTION VALUE]  talk with a model folder, or with demo; chat --help lists the options
   --help, --version
 """
-VERBS = ("ls", "cp", "show", "check", "schema")
+VERBS = ("ls", "cp", "show", "check", "schema", "chat")
 
 
 class _Misuse(Exception):  # noqa: N818 - what the words say is wrong, found before InputError (and torch) is imported
@@ -65,6 +66,10 @@ def _run_words(words: list[str]) -> int:
         if len(words) == 1:
             _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM [KEY=VALUE ...]")
         _show(*words[1:]) if words[0] == "show" else _check(*words[1:])
+    elif words[0] == "chat":
+        from minitune import talk
+
+        return talk.chat(words[1:])
     elif words[0] in VERBS:
         _refuse(f"{' '.join(words)}, expected {words[0]} alone")
     else:

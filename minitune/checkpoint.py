@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BufferedWriter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any

@@ -4,39 +4,45 @@ A document is one tokenized sample. A packed row holds whole documents, never a 
 """
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import torch
 
+from minitune import arrays, documents
 from minitune.chat import Message, Template, Tokens, encode_chat, encode_prompt
+from minitune.documents import Documents, Report, padded
 from minitune.seeds import generator
 from minitune.tokenizer import Tokenizer
 from minitune.types import Batch, InputError
 
+Row = TypeVar("Row")
+
 LAYOUT = 1  # of the token cache: another number makes every cache anew
 WINDOW = 4096  # documents that are packed longest first before the next ones come
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-COLUMNS = {"instruct": ("instruction", "input", "output"), "chat": ("messages",), "text": ("text",)}
+COLUMNS = {
+    "instruct": ("instruction", "input", "output"),
+    "chat": ("messages",),
+    "text": ("text",),
+    "pairs": ("prompt", "chosen", "rejected"),
+    "judged": ("prompt", "completion", "label", "chosen", "rejected"),
+}
+EXPECTED = {str: "a string", list: "a list of messages", bool: "true or false"}
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One jsonl file and how to read it; columns: the format's own name of a column -> its name in the file."""
 
     path: str
-    format: Literal["instruct", "chat", "text"]
+    format: Literal["instruct", "chat", "text", "pairs", "judged"]  # the last two are read by pairs.prepare
     seq_len: Annotated[int, msgspec.Meta(gt=0)]  # tokens
     packed: bool = True
     overlong: Literal["truncate", "drop"] = "drop"
@@ -52,25 +58,18 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
 
-class Report(NamedTuple):
-    """What became of a file's samples; n_samples and the tokens count what was kept, n_truncated of them were cut."""
-
-    n_samples: int
-    n_tokens: int
-    n_target_tokens: int
-    n_truncated: int
-    n_dropped: int
-    n_without_target: int
-
-
 class Dataset(NamedTuple):
-    """Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for targets; order(seed, epoch): the rows of documents."""
+    """Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for targets; order(seed, epoch): the rows of documents.
+
+    key: a hash of all that the tokens depend on.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
     offsets: np.ndarray
     report: Report
     order: Callable[[int, int], list[list[int]]]
+    key: str
 
 
 class Cursor(NamedTuple):
@@ -109,23 +108,66 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"data: {path} holds no line, expected one JSON object a line; correct the path")
 
 
+def located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line of the source."""
+    path = Path(source.path)
+    return ((f"{path}:{number}", row) for number, row in read_rows(path))
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Errors of the chat template, raised in the block, get the place of the sample."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"data: {where} {error}") from None
+
+
+def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: Source, where: str) -> Any:
+    """The value of a column, under the name that the source gives it; InputError if it is missing or of none of the kinds."""
+    key = source.columns.get(name, name)
+    expected = " or ".join(EXPECTED[kind] for kind in kinds)
+    if key not in row:
+        raise InputError(
+            f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected {expected}; '
+            f'name the column with columns = {{ {name} = "..." }}'
+        )
+    if not isinstance(row[key], kinds):
+        raise InputError(f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct the line')
+    return row[key]
+
+
 def messages(row: Mapping[str, Any], source: Source, where: str) -> list[Message]:
     """The conversation in a row of format instruct or chat (OpenAI's messages, ShareGPT's conversations); where = "file:line".
 
     InputError for a missing column or a value of another type.
     """
     if source.format == "instruct":
-        instruction, output = _column(row, "instruction", str, source, where), _column(row, "output", str, source, where)
+        instruction, output = column(row, "instruction", (str,), source, where), column(row, "output", (str,), source, where)
         given = row.get(source.columns.get("input", "input")) is not None
-        context = _column(row, "input", str, source, where) if given else ""
+        context = column(row, "input", (str,), source, where) if given else ""
         asked = f"{instruction}\n{context}" if context else instruction
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
     sharegpt = "conversations" in row and "messages" not in {**row, **source.columns}
     name = "conversations" if sharegpt else "messages"
-    turns = _column(row, name, list, source, where)
+    return conversation(column(row, name, (list,), source, where), where)
+
+
+def conversation(turns: Sequence[Any], where: str) -> list[Message]:
+    """Messages in OpenAI's form: ShareGPT's from and value become role and content; InputError for no message."""
     if not turns:
         raise InputError(f"data: {where} holds a conversation of no messages, expected at least one; remove the line")
     return [_turn(turn, f"{where} message {n}") for n, turn in enumerate(turns, 1)]
+
+
+def answered(turns: Sequence[Message], where: str) -> tuple[list[Message], Message]:
+    """(what was asked, the answer to it); InputError if the last message is not the assistant's."""
+    *asked, answer = turns
+    if answer["role"] != "assistant":
+        raise InputError(
+            f"data: {where} ends with a message of {answer['role']!r}, expected an answer of 'assistant'; correct it"
+        )
+    return asked, answer
 
 
 def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> Dataset:
@@ -133,21 +175,20 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 
     InputError for a malformed line, and for data without a single trained token.
     """
-    folder = cache / _key(source, tokenizer, template)
-    if not folder.is_dir():
-        _write(folder, *_tokenize(source, tokenizer, template))
-    try:
-        tokens, mask, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets"))
-        report = msgspec.json.decode((folder / "report.json").read_bytes(), type=Report)
-        sizes = (report.n_tokens, report.n_tokens, report.n_samples + 1)
-        if (len(tokens), len(mask), len(offsets)) != sizes:
-            raise ValueError(f"arrays of {len(tokens)}, {len(mask)} and {len(offsets)}, not {sizes}")
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        raise InputError(f"data: {folder} is damaged ({error}), expected a token cache; delete the folder") from None
-    lengths = np.diff(offsets).tolist()
+    if source.format in ("pairs", "judged"):
+        raise InputError(
+            f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
+        )
+    key = cache_key(source, tokenizer, template)
+    if not (cache / key).is_dir():
+        samples = ([_document(row, where, source, tokenizer, template)] for where, row in located(source))
+        found, _, report = documents.collect(samples, source.path, source.seq_len, source.overlong)
+        documents.save(cache / key, found, report)
+    found, _, report = documents.load(cache / key, 1)
+    lengths = np.diff(found.offsets).tolist()
     # an instance's own memo: the order is a pure function, but a step can't afford to compute it
     order = lru_cache(maxsize=2)(lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch))
-    return Dataset(tokens, mask, offsets, report, order)
+    return Dataset(*found, report, order, key)
 
 
 def epoch_rows(lengths: Sequence[int], seq_len: int, packed: bool, seed: int, epoch: int) -> list[list[int]]:
@@ -156,7 +197,7 @@ def epoch_rows(lengths: Sequence[int], seq_len: int, packed: bool, seed: int, ep
     Unpacked: one document a row. Packed: each document goes into the fullest row that has room for it (best fit), the
     longest of WINDOW shuffled documents first; then the rows are shuffled. O(n log n) for n documents.
     """
-    shuffled = _permutation(len(lengths), seed, "documents", epoch)
+    shuffled = permutation(len(lengths), seed, "documents", epoch)
     if not packed:
         return [[i] for i in shuffled]
     rows: list[list[int]] = []
@@ -177,19 +218,30 @@ def epoch_rows(lengths: Sequence[int], seq_len: int, packed: bool, seed: int, ep
             if left > 0:
                 by_room[left].append(row)
                 rooms |= 1 << left
-    return [rows[i] for i in _permutation(len(rows), seed, "rows", epoch)]
+    return [rows[i] for i in permutation(len(rows), seed, "rows", epoch)]
+
+
+def permutation(n: int, seed: int, name: str, epoch: int) -> list[int]:
+    """The numbers below n, shuffled by (seed, name, epoch)."""
+    return torch.randperm(n, generator=generator(seed, name, epoch)).tolist()
 
 
 def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
     """The next n_rows rows and the cursor after them; where an epoch ends, the next one completes the batch."""
-    rows: list[list[int]] = []
+    rows, cursor = next_rows(dataset.order, cursor, n_rows, seed)
+    return _batch(dataset, rows, source), cursor
+
+
+def next_rows(order: Callable[[int, int], list[Row]], cursor: Cursor, n_rows: int, seed: int) -> tuple[list[Row], Cursor]:
+    """The next n_rows of the epochs' orders and the cursor after them."""
+    rows: list[Row] = []
     epoch, row = cursor
     while len(rows) < n_rows:
-        order = dataset.order(seed, epoch)
-        taken = order[row : row + n_rows - len(rows)]
+        whole = order(seed, epoch)
+        taken = whole[row : row + n_rows - len(rows)]
         rows += taken
-        epoch, row = (epoch, row + len(taken)) if row + len(taken) < len(order) else (epoch + 1, 0)
-    return _batch(dataset, rows, source), Cursor(epoch, row)
+        epoch, row = (epoch, row + len(taken)) if row + len(taken) < len(whole) else (epoch + 1, 0)
+    return rows, Cursor(epoch, row)
 
 
 def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
@@ -209,51 +261,31 @@ def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
 
 def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Prompt]:
     """What to generate from: each conversation without its last message, which must be the assistant's, the reference."""
-    if source.format == "text":
-        raise InputError(f"data: {source.path} has format 'text', expected instruct or chat; plain text asks for no answer")
+    if source.format not in ("instruct", "chat"):
+        asks = "plain text asks for no answer" if source.format == "text" else "a pair has no one answer"
+        raise InputError(f"data: {source.path} has format {source.format!r}, expected instruct or chat; {asks}")
     found = []
-    for where, row in _located(source):
-        *asked, answer = messages(row, source, where)
-        if answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
-            raise InputError(
-                f"data: {where} ends with a message of {answer['role']!r}, expected an answer of 'assistant'; correct it"
-            )
-        with _at(where):
+    for where, row in located(source):
+        asked, answer = answered(messages(row, source, where), where)
+        if not isinstance(answer.get("content"), str):
+            raise InputError(f"data: {where} has an answer without text, expected a string to compare with; correct it")
+        with at(where):
             found.append(Prompt(encode_prompt(tokenizer, template, asked), answer["content"], asked))
     return found
+
+
+def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
+    """A hash of everything that a source's tokens depend on."""
+    with _opened(Path(source.path)) as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    rules = (source.format, source.seq_len, source.overlong, sorted(source.columns.items()))
+    return arrays.key(LAYOUT, content, tokenizer.fingerprint, template.source, sorted(template.special_names.items()), *rules)
 
 
 def _opened(path: Path) -> BufferedReader:
     if not path.is_file():
         raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
     return path.open("rb")
-
-
-def _located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source.path)
-    return ((f"{path}:{number}", row) for number, row in read_rows(path))
-
-
-@contextmanager
-def _at(where: str) -> Iterator[None]:
-    """Errors of the chat template get the place of the sample."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"data: {where} {error}") from None
-
-
-def _column(row: Mapping[str, Any], name: str, kind: type, source: Source, where: str) -> Any:
-    key = source.columns.get(name, name)
-    expected = "a list of messages" if kind is list else "a string"
-    if key not in row:
-        raise InputError(
-            f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected {expected}; '
-            f'name the column with columns = {{ {name} = "..." }}'
-        )
-    if not isinstance(row[key], kind):
-        raise InputError(f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct the line')
-    return row[key]
 
 
 def _turn(turn: Any, where: str) -> Message:
@@ -269,96 +301,19 @@ def _turn(turn: Any, where: str) -> Message:
     return turn
 
 
-def _tokenize(source: Source, tokenizer: Tokenizer, template: Template) -> tuple[dict[str, np.ndarray], Report]:
-    tokens, mask, offsets = array("i"), array("b"), array("q", [0])
-    n_read = n_truncated = n_dropped = n_without_target = 0
-    for where, row in _located(source):
-        n_read += 1
-        ids, trained = _document(row, where, source, tokenizer, template)
-        if len(ids) > source.seq_len and source.overlong == "drop":
-            n_dropped += 1
-            continue
-        cut = len(ids) > source.seq_len
-        ids, trained = ids[: source.seq_len], [False, *trained[1 : source.seq_len]]  # nothing predicts the first token
-        if not any(trained):
-            n_without_target += 1
-            continue
-        n_truncated += cut
-        tokens.extend(ids)
-        mask.extend(trained)
-        offsets.append(len(tokens))
-    if not tokens:
-        raise InputError(
-            f"data: {source.path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than {source.seq_len} tokens, "
-            f"{n_without_target} without a trained token), expected an assistant's turn that fits; raise seq_len, set "
-            'overlong = "truncate" or check the columns'
-        )
-    arrays = {
-        "tokens": np.array(tokens, dtype=np.int32),
-        "mask": np.array(mask, dtype=np.bool_),
-        "offsets": np.array(offsets, dtype=np.int64),
-    }
-    return arrays, Report(len(offsets) - 1, len(tokens), sum(mask), n_truncated, n_dropped, n_without_target)
-
-
 def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
     if source.format != "text":
         conversation = messages(row, source, where)
-        with _at(where):
+        with at(where):
             return encode_chat(tokenizer, template, conversation)
     # The text format is raw: what it writes is what the model sees, the strings of special tokens included.
-    ids = tokenizer.encode(_column(row, "text", str, source, where), parse_special=True)
+    ids = tokenizer.encode(column(row, "text", (str,), source, where), parse_special=True)
     bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
     ids = [*(bos if ids[:1] != bos else []), *ids, *eos]
     return Tokens(ids, [True] * len(ids))
 
 
-def _key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
-    with _opened(Path(source.path)) as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    rules = [source.format, source.seq_len, source.overlong, sorted(source.columns.items())]
-    parts = [LAYOUT, content, tokenizer.fingerprint, template.source, sorted(template.special_names.items()), *rules]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _write(folder: Path, arrays: Mapping[str, np.ndarray], report: Report) -> None:
-    """Write the cache beside its place and rename it there; another process that was faster wrote the same."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    try:
-        for name, values in arrays.items():
-            np.save(aside / f"{name}.npy", values)
-        (aside / "report.json").write_bytes(msgspec.json.encode(report))
-        for path in (*aside.iterdir(), aside):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _permutation(n: int, seed: int, name: str, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=generator(seed, name, epoch)).tolist()
-
-
 def _batch(dataset: Dataset, rows: Sequence[Sequence[int]], source: Source) -> Batch:
     """Packed: T = seq_len, so that shapes never change; unpacked: T = the longest row."""
-    spans = [[(int(dataset.offsets[i]), int(dataset.offsets[i + 1])) for i in row] for row in rows]
-    n_tokens = source.seq_len if source.packed else max(sum(end - start for start, end in row) for row in spans)
-    tokens = np.zeros((len(rows), n_tokens), dtype=np.int64)
-    segment_ids = np.zeros((len(rows), n_tokens), dtype=np.int32)
-    loss_mask = np.zeros((len(rows), n_tokens), dtype=np.bool_)
-    for b, row in enumerate(spans):
-        at = 0
-        for segment, (start, end) in enumerate(row, 1):
-            here = slice(at, at + end - start)
-            tokens[b, here] = dataset.tokens[start:end]
-            segment_ids[b, here] = segment
-            loss_mask[b, here] = dataset.mask[start:end]
-            at = here.stop
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(segment_ids), torch.from_numpy(loss_mask))
+    held = Documents(dataset.tokens, dataset.mask, dataset.offsets)
+    return padded([[held.at(i) for i in row] for row in rows], source.seq_len if source.packed else None)

@@ -1,14 +1,83 @@
-"""Decoding with a key/value cache."""
+"""Decoding with a static key/value cache: one loop, whose tokens a caller reads as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from minitune import ops
+from minitune import ops, quant, seeds
 from minitune.attention import document_mask, document_positions
 from minitune.models import Model
+from minitune.sampling import Sampling, next_tokens
+from minitune.tokenizer import Tokenizer
 from minitune.types import Deltas, InputError, Params
+
+STRIDE = 128  # a step attends to the filled slots of the cache, rounded up to this, so that shapes rarely change
+
+
+def stream(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    deltas: Deltas,
+    *,
+    sampling: Sampling,
+    row_seeds: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[Int[Tensor, "B"]]:
+    """Each step's tokens, one a prompt, for max_new_tokens steps or until the caller stops asking; row b draws from row_seeds[b].
+
+    Prompts of all lengths run as one batch, padded on the left, and no row depends on another. The keys and values of all steps
+    have their place from the start. model.wrap transforms the block of the steps after the first, such as torch.compile.
+    InputError for an empty prompt.
+    """
+    if any(not prompt for prompt in prompts):
+        raise InputError("generate: a prompt is empty, expected at least one token")
+    params = _packed(params)
+    width = max(len(prompt) for prompt in prompts)
+    n_slots = _rounded(width + max_new_tokens)
+    like = params["model.embed_tokens.weight"]
+    pad = [width - len(prompt) for prompt in prompts]
+    # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has seen it already
+    said = torch.tensor([[p[0]] * n + list(p) for p, n in zip(prompts, pad, strict=True)], device=like.device)
+    slots = torch.arange(n_slots, device=like.device)
+    real = slots >= torch.tensor(pad, device=like.device)[:, None]
+    segments = real[:, :width].to(torch.int32)
+    caches = _empty_caches(model, len(prompts), n_slots, like)
+    block = partial(model.family.block, model.config)
+    later = model.wrap(block)
+
+    tokens, positions, mask, filled = said, document_positions(segments), document_mask(segments), 0
+    for step in range(max_new_tokens):
+        with torch.no_grad():
+            hidden = model.family.decode(model.config, params, tokens, deltas, caches, filled, positions, mask, block)
+            head, delta = model.head(params, deltas)
+            new = next_tokens(ops.linear(hidden[:, -1], head, delta), said, sampling, row_seeds, step)
+        yield new
+        filled, block = width + step, later
+        seen = _rounded(filled + 1)
+        tokens, said = new[:, None], torch.cat([said, new[:, None]], dim=1)
+        positions, mask = positions[:, -1:] + 1, (real[:, :seen] & (slots[:seen] <= filled))[:, None, None]
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    deltas: Deltas,
+    *,
+    sampling: Sampling,
+    seed: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> list[list[int]]:
+    """New tokens for each prompt, up to max_new_tokens or a stop token, which is not returned; the token of prompt i at a step
+    depends on (seed, i, step) and that prompt alone."""
+    row_seeds = [seeds.derive(seed, "prompt", i) for i in range(len(prompts))]
+    steps = stream(model, params, prompts, deltas, sampling=sampling, row_seeds=row_seeds, max_new_tokens=max_new_tokens)
+    return _rows(steps, len(prompts), stop_ids, lambda row: False)
 
 
 def greedy(
@@ -20,48 +89,130 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """For each prompt, the most likely next tokens one by one, up to max_new_tokens or a stop token (which is not returned).
+    """generate with the most likely token at every step: argmax of the full forward, token by token."""
+    rule = Sampling()
+    return generate(model, params, prompts, deltas, sampling=rule, seed=0, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
-    Prompts of all lengths run as one batch, padded on the left; equal to taking argmax of the full forward token by token.
+
+def answers(
+    model: Model,
+    params: Params,
+    deltas: Deltas,
+    asked: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    *,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    stop_strings: Sequence[str],
+    on_progress: Callable[[int], None],
+) -> list[str]:
+    """The text that the model writes after each prompt, in their order, ended by a stop token or before a stop string.
+
+    Prompts run in batches of about one length, the longest first, and on_progress(how many are answered) follows each; neither
+    changes an answer. A stop string that is a special token stops as that token does. InputError for an empty stop string.
     """
-    if any(not prompt for prompt in prompts):
-        raise InputError("generate: a prompt is empty, expected at least one token")
-    width = max(len(prompt) for prompt in prompts)
-    like = params["model.embed_tokens.weight"]
-    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], dtype=torch.int32, device=like.device)
-    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=like.device)
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=like.device)
-    caches = _empty_caches(model, len(prompts), width + max_new_tokens, like)
+    ends = [*stop_ids, *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special)]
+    strings = [stop for stop in stop_strings if stop not in tokenizer.special]
+    _check_stops(strings)
+    decode = partial(tokenizer.decode, skip_special=True)
+    # a token has a byte at least, and a character four at most, so the end of a text that holds a new stop string is this long
+    n_tail = 4 * max(map(len, strings), default=0) + 8
 
-    with torch.no_grad():
-        positions, mask = document_positions(real), document_mask(real)
-        visible = real.bool()
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=like.device)
-        written: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            tokens = _next(model, params, tokens, deltas, caches, positions, mask)
-            caches = [cache._replace(length=visible.shape[1]) for cache in caches]
-            written.append(tokens)
-            done = done | torch.isin(tokens[:, 0], stops)
-            if bool(done.all()):
-                break
-            visible = torch.cat([visible, torch.ones_like(visible[:, :1])], dim=1)
-            positions, mask = positions[:, -1:] + 1, visible[:, None, None]
-    rows = torch.cat(written, dim=1).tolist() if written else [[] for _ in prompts]
-    return [_until(row, set(stop_ids)) for row in rows]
+    def ended(row: Sequence[int]) -> bool:
+        return bool(strings) and _stop(decode(row[-n_tail:]), strings) is not None and _stop(decode(row), strings) is not None
 
-
-def _next(model: Model, params: Params, tokens: Tensor, deltas: Deltas, caches: list, positions: Tensor, mask: Tensor) -> Tensor:
-    hidden = model.family.decode(model.config, params, tokens, deltas, caches, positions, mask)
-    name = model.family.head_name(model.config)
-    return ops.linear(hidden[:, -1], params[name], deltas.get(name)).argmax(-1, keepdim=True)
+    params = _packed(params)  # once, not for every batch
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+    texts: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        steps = stream(
+            model,
+            params,
+            [asked[i] for i in batch],
+            deltas,
+            sampling=sampling,
+            row_seeds=[seeds.derive(seed, "prompt", i) for i in batch],
+            max_new_tokens=max_new_tokens,
+        )
+        for i, row in zip(batch, _rows(steps, len(batch), ends, ended), strict=True):
+            text = decode(row)
+            texts[i] = text[: _stop(text, strings)]
+        on_progress(len(texts))
+    return [texts[i] for i in range(len(asked))]
 
 
-def _empty_caches(model: Model, n_rows: int, length: int, like: Tensor) -> list:
-    config = model.config
-    shape = (n_rows, config.n_kv_heads, length, config.d_head)
-    return [model.family.Cache(like.new_zeros(shape), like.new_zeros(shape), 0) for _ in range(config.n_layers)]
+def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> Iterator[str]:
+    """The text of tokens that come one by one, in pieces as soon as each is certain; it ends before the first stop string.
+
+    Held back: the bytes of a character that is not complete, and what may be the beginning of a stop string. The pieces
+    together are decode(all tokens), cut there. InputError for an empty stop string.
+    """
+    _check_stops(stop_strings)
+    ids: list[int] = []
+    text, shown = "", 0
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        stop = _stop(text, stop_strings)
+        end = _certain(text, stop_strings) if stop is None else stop
+        if end > shown:
+            yield text[shown:end]
+            shown = end
+        if stop is not None:
+            return
+    if len(text) > shown:
+        yield text[shown:]
 
 
-def _until(row: list[int], stops: set[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
+def _rows(
+    steps: Iterable[Tensor], n_rows: int, stop_ids: Sequence[int], ended: Callable[[Sequence[int]], bool]
+) -> list[list[int]]:
+    """Each row's tokens up to a stop token, or through the one that ended it; reads no step after the last row's end."""
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
+    going, stops = set(range(n_rows)), frozenset(stop_ids)
+    for tokens in steps:
+        for i, token in enumerate(tokens.tolist()):
+            if i not in going:
+                continue
+            if token not in stops:
+                rows[i].append(token)
+            if token in stops or ended(rows[i]):
+                going.remove(i)
+        if not going:
+            break
+    return rows
+
+
+def _packed(params: Params) -> Params:
+    """params with their leaves in the order that decoding reads; torch's kernels for that take bfloat16 alone."""
+    return quant.packed(params) if params["model.embed_tokens.weight"].dtype == torch.bfloat16 else params
+
+
+def _rounded(n: int) -> int:
+    return -(-n // STRIDE) * STRIDE
+
+
+def _empty_caches(model: Model, n_rows: int, n_slots: int, like: Tensor) -> list:
+    shape = (n_rows, model.config.n_kv_heads, n_slots, model.config.d_head)
+    return [model.family.Cache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(model.config.n_layers)]
+
+
+def _check_stops(stop_strings: Sequence[str]) -> None:
+    if "" in stop_strings:
+        raise InputError("generate: a stop string is empty, expected at least one character; remove it")
+
+
+def _stop(text: str, stop_strings: Sequence[str]) -> int | None:
+    """Where the first stop string in a text begins."""
+    return min((at for stop in stop_strings if (at := text.find(stop)) >= 0), default=None)
+
+
+def _certain(text: str, stop_strings: Sequence[str]) -> int:
+    """How many characters of a text stay as they are, whatever follows."""
+    whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    heads = (len(whole) - n for stop in stop_strings for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+    return min(heads, default=len(whole))

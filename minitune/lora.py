@@ -1,78 +1,117 @@
 """Low-rank adaptation: a rule that makes, scales and merges deltas. It never touches the model it adapts."""
 
-from typing import Annotated
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
 
 import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import seeds, tree
-from minitune.types import Delta, Deltas, InputError, Params
+from minitune import ops, seeds, tree
+from minitune.types import Delta, Deltas, InputError, Params, Trainable
+
+Rank = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """W' = W + (alpha / rank) * b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
+    """W' = W + s b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685, eq. 3), or, with dora,
+    m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
 
-    rank: Annotated[int, msgspec.Meta(gt=0)]
+    rank: Rank
     alpha: float
     targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+    ranks: dict[str, Rank] = {}  # glob -> another rank for the targets that it matches; the first match wins
+    rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
+    dora: bool = False  # train the length m of every row apart from its direction
 
     def names(self, params: Params) -> list[str]:
         """The weights that the targets match; InputError for a glob without a match and for a weight that is no linear map."""
+        for glob in self.targets:
+            if fnmatchcase("lm_head.weight", glob) and not any(fnmatchcase(name, glob) for name in params):
+                raise InputError(
+                    f"lora: target {glob!r} is the head, which this model ties to its embedding, expected a weight of its own; "
+                    "drop the target, or train model.embed_tokens.weight whole"
+                )
         names = tree.select(params, self.targets, "lora: target")
         for name in names:
-            if params[name].ndim != 2 or name.endswith("embed_tokens.weight"):
-                shape = list(params[name].shape)
+            shape = list(params[name].shape)
+            if len(shape) != 2 or name.endswith("embed_tokens.weight"):
                 raise InputError(f"lora: {name} {shape} is not a linear weight, expected [out, in]; narrow the targets")
+        if self.ranks:
+            tree.select(names, list(self.ranks), "lora: ranks")
         return names
 
-    def init(self, params: Params, seed: int) -> Deltas:
-        """float32 deltas that change nothing yet: a uniform in +-1/sqrt(in), b zero; drawn from (seed, weight name)."""
+    def rank_of(self, name: str) -> int:
+        """The rank of a weight's delta: of the first glob in ranks that matches its name, else rank."""
+        return next((rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)), self.rank)
 
-        def delta(name: str, w: Tensor) -> Delta:
-            out, in_ = w.shape
-            unit = torch.rand(self.rank, in_, generator=seeds.generator(seed, "lora", name))
-            return Delta(((2 * unit - 1) / in_**0.5).to(w.device), torch.zeros(out, self.rank, device=w.device))
+    def scale(self, delta: Delta) -> float:
+        """s = alpha / r with r the delta's own rank, or alpha / sqrt(r) with rslora."""
+        rank = delta.a.shape[0]
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    def init(self, params: Params, seed: int) -> Deltas:
+        """float32 deltas that change nothing yet: a uniform in +-1/sqrt(in), b zero, m the length of every row of W (with dora);
+        drawn from (seed, weight name)."""
+
+        def delta(name: str, w: Any) -> Delta:
+            (out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
+            unit = torch.rand(rank, in_, generator=seeds.generator(seed, "lora", name))
+            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(out, rank, device=device))
+            return fresh._replace(m=ops.row_norms(w, fresh)) if self.dora else fresh
 
         return {name: delta(name, params[name]) for name in self.names(params)}
 
     def scaled(self, deltas: Deltas) -> Deltas:
-        """The deltas as a forward takes them, with alpha / rank inside b."""
-        return {name: Delta(delta.a, self.scale * delta.b) for name, delta in deltas.items()}
+        """The deltas as a forward takes them, with s inside b."""
+        return {name: delta._replace(b=self.scale(delta) * delta.b) for name, delta in deltas.items()}
 
     def merge(self, params: Params, deltas: Deltas) -> Params:
-        """All parameters, the adapted ones replaced by W + scale * b a: computed in float32, rounded once to the dtype of W."""
+        """All parameters, the adapted ones replaced by merged_weight, rounded once to the dtype of W.
+
+        TypeError for a quantized weight: whether to merge onto what it stands for or onto the dense one is the caller's to say.
+        """
+        quantized = next((name for name in deltas if not isinstance(params[name], Tensor)), None)
+        if quantized is not None:
+            raise TypeError(
+                f"lora: {quantized} is a {type(params[quantized]).__name__}, expected a dense tensor to merge onto; "
+                "quant.dequantize it, or take the weight that it was made from"
+            )
         merged = {name: self.merged_weight(params[name], delta).to(params[name].dtype) for name, delta in deltas.items()}
         return {**params, **merged}
 
     def merged_weight(self, w: Float[Tensor, "out in"], delta: Delta) -> Float[Tensor, "out in"]:
-        """W + scale * b a in float32 or wider."""
+        """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
         wide = torch.promote_types(w.dtype, torch.float32)
-        return w.to(wide) + self.scale * (delta.b.to(wide) @ delta.a.to(wide))
-
-    def merge_error(self, params: Params, deltas: Deltas, merged: Params) -> float:
-        """Largest |stored - exact| / |b a scale| over the adapted weights: the share of the adaptation that rounding lost."""
-
-        def error(name: str, delta: Delta) -> Float[Tensor, ""]:
-            exact = self.merged_weight(params[name], delta)
-            change = torch.linalg.vector_norm(exact - params[name])
-            return torch.linalg.vector_norm(merged[name] - exact) / change.clamp(min=torch.finfo(exact.dtype).tiny)
-
-        return max((float(error(name, delta)) for name, delta in deltas.items()), default=0.0)
+        total = w.to(wide) + self.scale(delta) * (delta.b.to(wide) @ delta.a.to(wide))
+        if not isinstance(delta.m, Tensor):
+            return total
+        norms = torch.linalg.vector_norm(total, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)  # a row of zeros stays one
+        return total * (delta.m.to(wide) / norms)[:, None]
 
 
-def check_deltas(params: Params, deltas: Deltas, where: str) -> None:
-    """InputError unless every delta fits a weight of params: a [R, in] and b [out, R]; `where` names their source."""
-    for name, delta in deltas.items():
+def merge_error(merged: Float[Tensor, "out in"], exact: Float[Tensor, "out in"], w: Float[Tensor, "out in"]) -> Float[Tensor, ""]:
+    """|merged - exact| / |exact - W|: the share of a weight's change that a merge lost.
+
+    exact: merged_weight onto W, the weight that the delta was trained on. What is lost is rounding where `merged` was merged onto
+    W as well, and W's own error where it was merged onto another base, such as the dense weight that a quantized W stands for.
+    """
+    change = torch.linalg.vector_norm(exact - w)
+    return torch.linalg.vector_norm(merged - exact) / change.clamp(min=torch.finfo(exact.dtype).tiny)
+
+
+def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
+    """InputError unless every leaf fits a weight of params: a Delta's a [r, in], b [out, r] and m [out], or a tensor of the
+    weight's own shape; `where` names their source."""
+    for name, leaf in trainable.items():
         if name not in params:
             raise InputError(f"lora: {where} adapts {name}, which this model does not have; is it of another base?")
-        out, in_ = params[name].shape
-        if delta.a.shape[1] != in_ or delta.b.shape[0] != out:
-            found = f"a {list(delta.a.shape)} and b {list(delta.b.shape)}"
+        shape = list(params[name].shape)
+        if isinstance(leaf, Tensor):
+            if list(leaf.shape) != shape:
+                raise InputError(f"lora: {where} has {name} {list(leaf.shape)}, expected {shape}; is it of another base?")
+        elif len(shape) != 2 or [leaf.a.shape[1], leaf.b.shape[0]] != shape[::-1]:
+            found = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
+            out, in_ = shape if len(shape) == 2 else ("out", "in")
             raise InputError(f"lora: {where} has {found} for {name}, expected [r, {in_}] and [{out}, r]; is it of another base?")

@@ -209,9 +209,7 @@ def log1mexp(x: Nats) -> Nats:
     """log(1 - exp(x)) for log-probabilities x <= 0 (Maechler 2012, eq. 7); a probability within rounding of 1 or above counts as
     1 - eps, so that the value is at least log(eps) and the gradient finite."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near = x > -math.log(2)
-    # each branch is given a harmless input where the other one is taken: 0 * inf would be a NaN in the gradient
-    return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
 def _margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
@@ -259,8 +257,8 @@ class _Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     ) -> Nats:
         """The mixture, given the teacher's log-probs of k tokens at this temperature: all other tokens count as one class.
 
-        Merging classes never raises a divergence (Cover & Thomas 2006, section 2.8): this is a lower bound of the whole one, and
-        equal to it when k = V.
+        Merging classes never raises a divergence (log sum inequality, Cover & Thomas 2006, section 2.7): this is a lower bound
+        of the whole one, and equal to it when k = V. The teacher's mass of the others is known to the rounding of top_logps.
         """
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         ids = top_ids.long()
@@ -308,8 +306,8 @@ class ReverseKL(_Distillation, frozen=True, tag="reverse_kl"):
 
 
 def symmetric_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float) -> Nats:
-    """(forward_kl + reverse_kl) / 2 = T^2 / 2 sum_v (p_v - q_v) (log p_v - log q_v), in nats (Kullback & Leibler 1951, eq. 2.6,
-    halved); in float32 or wider, one value a row."""
+    """(forward_kl + reverse_kl) / 2 = T^2 / 2 sum_v (p_v - q_v) (log p_v - log q_v), in nats (half of Jeffreys'
+    divergence); in float32 or wider, one value a row."""
     student, teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
     return 0.5 * temperature**2 * ((teacher.exp() - student.exp()) * (teacher - student)).sum(-1)
 

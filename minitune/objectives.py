@@ -12,7 +12,7 @@ from minitune import ops, tree
 from minitune.lora import Lora
 from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model
-from minitune.types import Batch, Delta, Deltas, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
+from minitune.types import NO_DELTAS, Batch, Delta, Deltas, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
 
 Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
 
@@ -37,7 +37,7 @@ class Teacher(NamedTuple):
 
     model: Model
     params: Params
-    deltas: Deltas = {}
+    deltas: Deltas = NO_DELTAS
 
 
 def attach(params: Params, trainable: Trainable, lora: Lora | None) -> tuple[Params, Deltas]:
@@ -73,7 +73,7 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
     def objective(trainable: Trainable, params: Params, pairs: Pairs) -> tuple[Mean, dict[str, Mean]]:
         policy = pair_logps(model, *attach(params, trainable, lora), pairs)
         frozen = None
-        if loss.uses_reference and pairs.reference is not None:
+        if loss.uses_reference and isinstance(pairs.reference, Tensor):
             frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
         elif loss.uses_reference:
             with torch.no_grad():
@@ -104,7 +104,7 @@ def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trai
         policy = answer_logps(model, *adapted, rows[0])
         with torch.no_grad():
             drifted = answer_logps(model, *adapted, rows[1])
-            if judged.reference is not None:
+            if isinstance(judged.reference, Tensor):
                 frozen, held = judged.reference.unbind(1)
             else:
                 base = attach(params, _held(reference, "judgement"), lora)
@@ -149,7 +149,7 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
 
 
 def quantization_aware(objective: Objective, fake: Callable[[Trainable], Trainable]) -> Objective:
-    """The objective of the weights as they will be after quantization; `fake` rounds them and passes gradients straight through."""
+    """The objective at the weights as they will be once quantized; `fake` rounds them and passes gradients straight through."""
     return lambda trainable, params, batch: objective(fake(trainable), params, batch)
 
 

@@ -21,8 +21,8 @@ def linear(
     delta: Delta | None = None,
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """x W^T + bias in the dtype of x, with W + b a (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b) or, where the
-    delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    """x W^T + bias in the dtype of x, with W + b a (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b) or, where
+    the delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
     bias = None if bias is None else bias.to(x.dtype)
     scaled = delta is not None and isinstance(delta.m, Tensor)
     y = F.linear(x, w.to(x.dtype), None if scaled else bias) if isinstance(w, Tensor) else quant.linear(x, w)
@@ -88,8 +88,8 @@ def token_losses(
 ) -> Float[Tensor, "B T *values"]:
     """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
 
-    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states. A loss
-    may give several values a row.
+    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
+    A loss may give several values a row.
     Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits, which the backward recomputes.
     """
 

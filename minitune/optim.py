@@ -6,6 +6,7 @@ which multiplies the updates by its factor, because every optimizer here is prop
 
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -82,14 +83,36 @@ class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_norm: Annotated[float, Meta(gt=0.0)]
 
-    def init(self, params: Tree) -> None:
+    def init(self, params: Tree) -> tuple[()]:
         """No state."""
-        return
+        return ()
 
-    def update(self, grads: Tree, state: None, params: Tree) -> tuple[Tree, None]:
+    def update(self, grads: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
         """g * min(1, max_norm / (|g| + 1e-6)), the small term as in torch.nn.utils.clip_grad_norm_."""
         scale = (self.max_norm / (tree.norm(grads) + 1e-6)).clamp(max=1.0)
-        return tree.map(lambda g: g * scale.to(g.dtype), grads), None
+        return tree.map(lambda g: g * scale.to(g.dtype), grads), ()
+
+
+class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Multiply updates by a factor of their own: learning-rate groups, as globs over the paths of leaves. The first match wins.
+
+    {"*.b": 16.0} is LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4.1); {"*norm.weight": 0.0} holds the norms still.
+    """
+
+    factors: dict[str, NonNegative]
+
+    def init(self, params: Tree) -> tuple[()]:
+        """No state; InputError for a glob that matches no leaf."""
+        tree.select([path for path, _ in tree.items(params)], list(self.factors), "optim: lr factor")
+        return ()
+
+    def update(self, grads: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
+        """u * factor(path)."""
+        return tree.rebuild(grads, [self.factor(path) * g for path, g in tree.items(grads)]), ()
+
+    def factor(self, path: str) -> float:
+        """Of the first glob that matches the path, 1 if none does."""
+        return next((factor for glob, factor in self.factors.items() if fnmatchcase(path, glob)), 1.0)
 
 
 class Chain(NamedTuple):

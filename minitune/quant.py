@@ -1,39 +1,354 @@
-"""Quantized weights: schemes, quantize, dequantize, and a linear map whose weight is never whole in memory for longer than its use."""
+"""Quantized weights: schemes, rules that choose weights for them, and linear maps whose weight is codes at rest.
 
-from typing import Any
+A weight is whole only while one matrix product uses it: forward and backward each build it from its codes and let go of it.
+"""
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import msgspec
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
-from minitune.types import QInt4, QInt8, QNF4, QTensor
+from minitune import tree
+from minitune.grad import under_transform
+from minitune.types import QNF4, Delta, InputError, Params, QInt4, QInt8, QTensor, Trainable
+
+NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+NF4_BLOCK, NESTED_BLOCK = 64, 256
+PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
+DECODE_ROWS = 32  # rows up to which the packed kernels beat decoding the weight first: see bench/quant.py
 
 
-def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+def _dynamic_map() -> Tensor:
+    """The signed 8-bit floats with 0 to 6 exponent bits, sorted (Dettmers 2015, arXiv 1511.04561, section 2): 1, 0, and for each
+    exponent e the midpoints of 2^e equal steps from 0.1 to 1, times 10^(e-6), with both signs."""
+    bounds = [torch.linspace(0.1, 1.0, 2**e + 1) for e in range(7)]
+    positive = torch.cat([10.0 ** (e - 6) * ((b[:-1] + b[1:]) / 2) for e, b in enumerate(bounds)])
+    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+DYNAMIC_MAP = _dynamic_map()
+
+
+class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """Codes times a scale, symmetric about 0, with one scale a group of neighbours in a row."""
+
+    lowest: ClassVar[int]
+    highest: ClassVar[int]
+    divisors: ClassVar[tuple[float, ...]]
+
+    def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
+        """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16 before any code is chosen:
+        so bfloat16 files and kernels hold the very same weight, and so does float16 down to 2^-17."""
+        peak = groups.abs().amax(-1, keepdim=True)
+        choices = torch.stack([_storable(peak / divisor) for divisor in self.divisors])
+        if len(choices) == 1:
+            return choices[0]
+        unit = choices[0]  # of the errors, whose squares would leave the range of float32
+        errors = [((self.levels(groups, s) * s - groups) / unit).square().sum(-1, keepdim=True) for s in choices]
+        return choices.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+
+    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+        """round(w / scale), ties to even, clamped to the codes that exist."""
+        return (groups / scale).round().clamp(self.lowest, self.highest)
+
+
+class Int8(_Grid, frozen=True, tag="int8"):
+    """8 bits a weight, one scale an output channel: codes in [-127, 127], scale = max|w| / 127."""
+
+    lowest: ClassVar[int] = -127
+    highest: ClassVar[int] = 127
+    divisors: ClassVar[tuple[float, ...]] = (127.0,)
+
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale: the row."""
+        return d_in
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt8:
+        """The leaf that stands for levels * scale."""
+        return QInt8(levels.to(torch.int8), scale)
+
+
+class Int4(_Grid, frozen=True, tag="int4"):
+    """4 bits a weight, one scale for every `group` neighbours of a row: codes in [-8, 7]."""
+
+    lowest: ClassVar[int] = -8
+    highest: ClassVar[int] = 7
+    divisors: ClassVar[tuple[float, ...]] = (7.0, 7.5, 8.0, 8.5, 9.0)
+    group: Literal[32, 64, 128] = 32
+
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale."""
+        return self.group
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt4:
+        """The leaf that stands for levels * scale."""
+        codes = (levels + 8).to(torch.uint8)
+        return QInt4(codes[:, ::2] | codes[:, 1::2] << 4, scale)
+
+
+class NF4(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="nf4"):
+    """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+
+
+Scheme = Int8 | Int4 | NF4
+
+
+def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
+    """The leaf whose codes are nearest to w, computed in float32; InputError names a shape that does not fit the scheme."""
+    _check_fit("a weight", w, scheme)
+    wide = w.detach().float()
+    if isinstance(scheme, NF4):
+        return _nf4(wide)
+    groups = wide.unflatten(1, (-1, scheme.group_size(w.shape[1])))
+    scale = scheme.scale(groups)
+    return scheme.pack(scheme.levels(groups, scale).flatten(1), scale.squeeze(-1))
+
+
+def dequantize(q: "QTensor | PackedInt4", dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The weight that the codes stand for, computed in float32 and rounded once to dtype."""
-    if isinstance(q, QInt8):
-        return (q.codes.float() * q.scale.float()).to(dtype)
-    raise NotImplementedError
+    if isinstance(q, PackedInt4):
+        return dequantize(q.q, dtype)
+    codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else _nf4_blocks(q)
+    n_rows = max(1, PIECE // max(1, codes.shape[1])) if codes.device.type == "cpu" else len(codes)
+    pieces = [
+        (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
+        for some, scale in zip(codes.split(n_rows), scales.split(n_rows), strict=True)
+    ]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: q.shape.numel()].view(q.shape)
 
 
-def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out"]:
-    """x W^T in the dtype of x; differentiable in x, and nothing but the codes is kept for the backward."""
-    return _Linear.apply(x, type(q), *q)
+def fake(w: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
+    """dequantize(quantize(w)) in the dtype of w, with the gradient of the identity: the straight-through estimator
+    (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
+    return _StraightThrough.apply(w, scheme)
+
+
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which weight gets which scheme: those that a glob matches get `scheme`, or what the first matching exception says."""
+
+    scheme: Scheme
+    weights: tuple[str, ...] = ("*_proj.weight",)
+    exceptions: dict[str, Scheme | None] = {}  # glob -> another scheme, or None to leave the weight as it is
+
+    def plan(self, params: Params) -> dict[str, Scheme]:
+        """The scheme of every weight that is to be quantized. InputError for a glob without a match, for what is no linear map
+        (embeddings and tied heads too: their rows are looked up) or quantized already, and for a shape that does not fit."""
+        names = tree.select(params, self.weights, "quant: weights")
+        if self.exceptions:
+            tree.select(names, tuple(self.exceptions), "quant: exceptions")
+        schemes = {name: self._scheme(name) for name in names}
+        plan = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+        for name, scheme in plan.items():
+            w = params[name]
+            if not isinstance(w, Tensor):
+                raise InputError(f"quant: {name} is a {type(w).__name__} already, expected a plain weight; narrow the weights")
+            if w.ndim != 2 or name.endswith("embed_tokens.weight"):
+                raise InputError(
+                    f"quant: {name} {list(w.shape)} is not a linear weight, expected [out, in]; narrow the weights or except it"
+                )
+            _check_fit(name, w, scheme)
+        return plan
+
+    def names(self, params: Params) -> list[str]:
+        """The weights that are to be quantized; InputError as for plan."""
+        return list(self.plan(params))
+
+    def quantize(self, params: Params) -> Params:
+        """All parameters, the planned ones rounded to nearest; InputError names one that holds NaN or infinity."""
+        plan = self.plan(params)
+        refuse_not_finite(params, plan)
+        return {name: quantize(w, plan[name]) if name in plan else w for name, w in params.items()}
+
+    def fake(self, trainable: Trainable) -> Trainable:
+        """The trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
+
+        def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
+            scheme = self._scheme(name)
+            return leaf if scheme is None or isinstance(leaf, Delta) else fake(leaf, scheme)
+
+        return {name: rounded(name, leaf) for name, leaf in trainable.items()}
+
+    def _scheme(self, name: str) -> Scheme | None:
+        if not any(fnmatchcase(name, glob) for glob in self.weights):
+            return None
+        return next((scheme for glob, scheme in self.exceptions.items() if fnmatchcase(name, glob)), self.scheme)
+
+
+def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
+    """InputError names the first weight that holds NaN or infinity, for which no scale exists."""
+    bad = next((name for name in names if not bool(params[name].isfinite().all())), None)
+    if bad is not None:
+        raise InputError(f"quant: {bad} holds values that are not finite, expected numbers; has the training diverged?")
+
+
+class PackedInt4(NamedTuple):
+    """An int4 weight for decoding: beside its codes, the same codes in the order that torch's CPU kernel reads.
+
+    That order depends on the processor, so this leaf is made after loading and never saved.
+    """
+
+    q: QInt4
+    codes: UInt8[Tensor, "out half"]
+    scales: BFloat16[Tensor, "groups out 2"]  # (scale, zero point)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.q.shape
+
+
+def packed(params: Params) -> Params:
+    """All parameters, int4 leaves on the CPU prepared for decoding few rows at a time, but for shapes that no kernel takes."""
+
+    def leaf(w: Any) -> Any:
+        if not isinstance(w, QInt4) or w.codes.device.type != "cpu":
+            return w
+        group = w.shape[1] // w.scale.shape[1]
+        if w.shape[0] % 16 or group not in (32, 64, 128):
+            return w
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu((_levels(w, w.codes) + 8).to(torch.int32), 1)
+        scale = w.scale.T.to(torch.bfloat16)
+        return PackedInt4(w, codes, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
+
+    return {name: leaf(w) for name, w in params.items()}
+
+
+def linear(x: Float[Tensor, "*rows in"], q: QTensor | PackedInt4) -> Float[Tensor, "*rows out"]:
+    """x W^T in the dtype of x; differentiable in x any number of times, and nothing but the codes is kept for that.
+
+    A few bfloat16 rows on the CPU that need no gradient go through torch's packed kernels, which never build the weight.
+    """
+    few = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= DECODE_ROWS * x.shape[-1]
+    if few and isinstance(q, QInt8 | PackedInt4) and not (torch.is_grad_enabled() and x.requires_grad) and not under_transform():
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(q, QInt8):
+            y = torch.ops.aten._weight_int8pack_mm(rows, q.codes, q.scale.flatten().to(x.dtype))
+        else:
+            group = q.shape[1] // q.q.scale.shape[1]
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q.codes, group, q.scales)
+        return y.view(*x.shape[:-1], -1)
+    q = q.q if isinstance(q, PackedInt4) else q
+    return _Linear.apply(x, type(q), False, *q)
 
 
 class _Linear(torch.autograd.Function):
+    """x W^T, or x W: each is the other's derivative, so that no order of differentiation keeps the weight."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kind: Any, *leaves: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, dequantize(kind(*leaves), x.dtype))
+    def forward(x: Tensor, kind: Any, transposed: bool, *leaves: Tensor) -> Tensor:
+        w = dequantize(kind(*leaves), x.dtype)
+        return x @ w if transposed else F.linear(x, w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.kind = inputs[1]
-        ctx.save_for_backward(*inputs[2:])
+        ctx.kind, ctx.transposed = inputs[1:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        q = ctx.kind(*ctx.saved_tensors)
-        return grad_outputs[0] @ dequantize(q, grad_outputs[0].dtype), *(None for _ in range(1 + len(q)))
+        leaves = ctx.saved_tensors
+        return _Linear.apply(grad_outputs[0], ctx.kind, not ctx.transposed, *leaves), *(None for _ in range(2 + len(leaves)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Linear.apply(tangents[0], ctx.kind, ctx.transposed, *ctx.saved_tensors)
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, scheme: Scheme) -> Tensor:
+        return dequantize(quantize(w, scheme), w.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        return grad_outputs[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def _check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
+    d_in = w.shape[-1]
+    if isinstance(scheme, Int4) and d_in % scheme.group:
+        raise InputError(
+            f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of the group {scheme.group}; "
+            "choose another group or scheme for it, or leave it as it is"
+        )
+    if isinstance(scheme, NF4) and d_in % 2:
+        raise InputError(
+            f"quant: {what} has shape {list(w.shape)}, expected an even last size for nf4, which stores pairs; "
+            "choose int8 for it, or leave it as it is"
+        )
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """The nearest bfloat16 as float32; 1 for a group of zeros, or of numbers too small to have a scale."""
+    scale = scale.to(torch.bfloat16).float()
+    return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
+
+
+def _levels(q: QTensor, codes: Tensor) -> Tensor:
+    """The numbers that rows of codes stand for, before scaling."""
+    if isinstance(q, QInt8):
+        return codes
+    if isinstance(q, QInt4):  # the two halves of each byte spread over two bytes, which are neighbours in memory
+        wide = codes.to(torch.int16)
+        return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
+    table = torch.tensor(NF4_TABLE, device=codes.device)
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+    return F.embedding(codes.int(), pairs).flatten(1)
+
+
+def _nf4(w: Float[Tensor, "out in"]) -> QNF4:
+    """The codes of bitsandbytes 0.50, byte for byte.
+
+    Its CPU library finds the 8-bit code of a block maximum in a table of 65536 equal steps, so here too a number is first
+    rounded to such a step: of two codes equally near to within 1.5e-5, it may take the farther one.
+    """
+    n, n_full = w.numel(), w.numel() // NF4_BLOCK
+    blocks = F.pad(w.flatten(), (0, -n % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    peak = blocks.abs().amax(1, keepdim=True)
+    divisor = peak.clamp(min=1e-38)
+    scaled = torch.cat([blocks[:n_full] * (1.0 / divisor[:n_full]), blocks[n_full:] / divisor[n_full:]]).clamp(-1, 1)
+    codes = torch.bucketize(scaled.flatten()[:n], _midpoints(torch.tensor(NF4_TABLE, device=w.device))).to(torch.uint8)
+    absmax = torch.cat([peak[:n_full], divisor[n_full:]]).flatten()  # a partial last block is stored without a zero
+
+    offset = absmax.mean()
+    nested = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested_absmax = nested.abs().amax(1)
+    steps = ((nested * (1.0 / nested_absmax)[:, None] + 1.0) * 32767.5 + 0.5).floor() / 32767.5 - 1.0
+    absmax_codes = torch.bucketize(steps, _midpoints(DYNAMIC_MAP.to(w.device))).to(torch.uint8)
+    absmax_codes = torch.where(nested_absmax[:, None] > 0, absmax_codes, 0).flatten()[: len(absmax)]
+    return QNF4((codes[::2] << 4 | codes[1::2]).view(w.shape[0], -1), absmax_codes, nested_absmax, offset)
+
+
+def _nf4_blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blocks 1"]]:
+    """Codes by block, the last one filled up, and the maximum of each block."""
+    codes = F.pad(q.codes.flatten(), (0, -q.codes.numel() % (NF4_BLOCK // 2))).view(-1, NF4_BLOCK // 2)
+    nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(q.absmax)]
+    absmax = DYNAMIC_MAP.to(q.absmax.device)[q.absmax.int()] * nested + q.offset
+    return codes, absmax[:, None]
+
+
+def _midpoints(sorted_values: Tensor) -> Tensor:
+    return (sorted_values[1:] + sorted_values[:-1]) / 2

@@ -11,7 +11,7 @@ from minitune.log import readings
 
 
 def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
-    """The content of a summary.json as one table of stages, the evaluations' sample answers side by side, and a line of figures."""
+    """The content of a summary.json as one table of stages, the evaluations' samples side by side, and a line of figures."""
     records = {name: record for name, record in summary.items() if isinstance(record, Mapping)}
     evals = {name: record for name, record in records.items() if "loss_nats" in record}
     parts: list[RenderableType] = [Text()]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune.types import InputError
@@ -40,6 +40,8 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, path: str = "") -> Tree:
                 raise TypeError(f"tree: {path or 'root'} is a tensor in one tree and {type(other).__name__} in another")
         return f(tree, *rest)
     if tree is None:
+        if any(other is not None for other in rest):
+            raise TypeError(f"tree: {path or 'root'} is None in one tree, expected the same in the others")
         return None
     children = _children(tree, path)
     for other in rest:
@@ -103,12 +105,21 @@ def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
 
 
 def donate(old: Tree, new: Tree) -> Tree:
-    """Write the leaves of `new` over those of `old` and return `old`: the one place where minitune writes a tensor.
+    """Write the leaves of `new` over those of `old` and return `old`: this and donate_at are where minitune writes a tensor.
 
-    Only for memory that the caller gave away: a step with donate=True, and a key/value cache.
+    Only for memory that the caller gave away: a step with donate=True.
     """
     with torch.no_grad():
         return map(lambda x, y: x.copy_(y), old, new)
+
+
+def donate_at(old: Tree, index: Int[Tensor, "n"], new: Tree, *, dim: int) -> Tree:
+    """Write the leaves of `new` over places `index` of dimension dim of those of `old` and return `old`.
+
+    Only for memory that the caller gave away: a key/value cache. The index is a tensor, so that one compiled step serves all.
+    """
+    with torch.no_grad():
+        return map(lambda x, y: x.index_copy_(dim, index, y), old, new)
 
 
 def _children(tree: Tree, path: str) -> list[tuple[str, Tree]]:

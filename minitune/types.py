@@ -101,11 +101,11 @@ class Batch(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Answers to the same prompts, row by row; reference: summed log-probs of [chosen, rejected] under a frozen model, if cached."""
+    """Answers to the same prompts, row by row; reference: summed log-probs of [chosen, rejected] under a frozen model, or ()."""
 
     chosen: Batch
     rejected: Batch
-    reference: Float[Tensor, "B 2"] | None = None
+    reference: Float[Tensor, "B 2"] | tuple[()] = ()
 
     @property
     def counts(self) -> str:
@@ -114,12 +114,12 @@ class Pairs(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Answers that were found desirable or not; mismatched: each prompt with the answer to another prompt of the batch."""
+    """Answers that were found desirable or not; mismatched: each prompt with the answer to another prompt of the data."""
 
     answers: Batch
     mismatched: Batch
     desirable: Bool[Tensor, "B"]
-    reference: Float[Tensor, "B 2"] | None = None  # summed log-probs of [answers, mismatched] under a frozen model, if cached
+    reference: Float[Tensor, "B 2"] | tuple[()] = ()  # summed log-probs of [answers, mismatched] under a frozen model
 
     @property
     def counts(self) -> str:

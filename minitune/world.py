@@ -3,19 +3,20 @@
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
-
 from torch import Tensor
 
 from minitune import chat, checkpoint, data, models, pairs, paths, quant, tokenizer, tree
+from minitune.frozen import folder_fingerprint
 from minitune.interop import peft
 from minitune.log import Log
 from minitune.lora import Lora, check_deltas
 from minitune.paths import locate
-from minitune.types import InputError, Params, Trainable
+from minitune.types import Delta, InputError, Params, Trainable
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is on disk
@@ -84,7 +85,7 @@ class Draft(NamedTuple):
     adapted: frozenset[str] = frozenset()  # weights with a delta
     whole: frozenset[str] = frozenset()  # weights that train whole
     quantized: frozenset[str] = frozenset()
-    saved: Mapping[str, models.Model] = {}  # by run/... path: the models that stages before will have written
+    saved: Mapping[str, models.Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written
 
 
 def check(source: ModelSource, sources: Mapping[str, data.Source], stages: Sequence[Any]) -> list[str]:
@@ -121,12 +122,13 @@ def drafted(source: ModelSource, draft: Draft) -> Draft:
             "world: [model] device = 'cuda', but torch finds no CUDA device; expected 'auto' or 'cpu' on this machine"
         )
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
-    adapted = frozenset[str]()
+    found: Trainable = {}
     if source.deltas is not None and source.deltas not in draft.saved:
-        _, found, _ = peft.load(locate(source.deltas))
+        _, found, _ = peft.load(locate(source.deltas), names=params)
         check_deltas(params, found, source.deltas)
-        adapted = frozenset(found)
-    return draft._replace(model=model, params=params, adapted=adapted, whole=frozenset(), quantized=frozenset())
+    adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
+    whole = frozenset(found) - adapted
+    return draft._replace(model=model, params=params, adapted=adapted, whole=whole, quantized=frozenset())
 
 
 def asked_data(draft: Draft, name: str, label: str, *formats: str) -> data.Source:
@@ -183,10 +185,10 @@ def load(source: ModelSource, run: Path, seed: int) -> Loaded:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
-    rule, found, base = peft.load(locate(str(source.deltas), run))
+    rule, found, base = peft.load(locate(str(source.deltas), run), names=params)
     check_deltas(params, found, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:
-        here = checkpoint.fingerprint(path)
+        here = folder_fingerprint(path)
         if here != base.fingerprint:
             raise InputError(
                 f"world: the deltas in {source.deltas} were trained on {base.path}, whose weights are not those of {path}; "

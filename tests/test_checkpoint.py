@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, tree
-from minitune.interop import peft
 from minitune.models import Model, llama
 from minitune.types import Delta, InputError
 
@@ -307,49 +306,6 @@ def test_atomic_writes_replace_whole_files_and_folders(tmp_path: Path) -> None:
         fails_midway()
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["two"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
-
-
-# adapters
-
-
-def adapter(folder: Path, **changes: object) -> Path:
-    from minitune.lora import Lora
-
-    rule = Lora(2, 4.0, ("lm_head.weight",))
-    peft.save(folder, rule.init(random_params(SMALL), 0), rule, "base")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, "has use_dora = True, expected plain LoRA"),
-        ({"use_rslora": True}, "has use_rslora = True, expected plain LoRA"),
-        ({"rank_pattern": {"q_proj": 3}}, "has rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
-        ({"peft_type": "IA3"}, "has peft_type = 'IA3'"),
-        ({"r": 3}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[3, in\] and \[out, 3\]"),
-        ({"r": "two"}, "Expected `int`, got `str`"),
-    ],
-)  # fmt: skip
-def test_an_adapter_beyond_plain_lora_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        peft.load(adapter(tmp_path / "adapter", **changes))
-
-
-def test_an_adapter_with_missing_parts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"adapter_config\.json does not exist"):
-        peft.load(tmp_path)
-    folder = adapter(tmp_path / "adapter")
-    tensors = load_file(folder / peft.WEIGHTS)
-    save_file({k: v for k, v in tensors.items() if "lora_A" in k}, folder / peft.WEIGHTS)
-    with pytest.raises(InputError, match=r"holds base_model\.model\.lm_head\.lora_A\.weight, expected pairs"):
-        peft.load(folder)
-    (folder / peft.WEIGHTS).unlink()
-    with pytest.raises(InputError, match="is no whole safetensors file"):
-        peft.load(folder)
 
 
 def test_a_model_saved_over_its_own_memory_map_is_whole(tmp_path: Path, tokenizer_folder: Path) -> None:

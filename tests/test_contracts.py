@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from models_for_tests import configs, random_params
 
 from minitune import models, optim, stages, tree
-from minitune.losses import Loss
+from minitune.losses import AnswerLoss, DistillationLoss, Loss, PairLoss, TokenLoss
 from minitune.models import Model
 from minitune.paths import locate
+from minitune.types import LogProbs
 
 
 def members(union: Any) -> list[type]:
@@ -27,18 +28,60 @@ def smallest(kind: type) -> Any:
     return msgspec.convert(table, kind)
 
 
+def test_a_loss_belongs_to_one_group() -> None:
+    groups = [kind for group in (TokenLoss, PairLoss, AnswerLoss, DistillationLoss) for kind in members(group)]
+    assert groups == members(Loss)
+    assert len({kind.__struct_config__.tag for kind in groups}) == len(groups)
+
+
+def calls_of(kind: type, n: int, generator: torch.Generator) -> list[tuple[Any, tuple[torch.Tensor, ...], Any]]:
+    """Every way to call a loss on n rows: (function of tensors, random tensors with a row each, what all rows share)."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def kto(policy: torch.Tensor, reference: torch.Tensor, desirable: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+        return loss(policy, reference, desirable > 0, kl)
+
+    def pairs(policy: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor, _: None) -> torch.Tensor:
+        return loss(*(LogProbs(*answers.T, *(1 + counts.abs()).T) for answers in (policy, reference)))
+
+    loss, targets = smallest(kind), torch.randint(0, 5, (n,), generator=generator)
+    if kind in members(PairLoss):
+        return [(pairs, (randn(n, 2), randn(n, 2), randn(n, 2)), None)]
+    if kind in members(AnswerLoss):
+        return [(kto, (randn(n), randn(n), randn(n)), torch.tensor(0.5))]
+    if kind in members(TokenLoss):
+        return [(lambda logits, y, _: loss(logits, y), (randn(n, 5), targets), None)]
+    ids = randn(n, 5).argsort(-1)[:, :3]
+    top = 0.7 * randn(n, 5).softmax(-1).gather(-1, ids)
+    return [
+        (lambda logits, y, teacher, _: loss(logits, y, teacher), (randn(n, 5), targets, randn(n, 5)), None),
+        (lambda logits, y, ids, p, _: loss.on_top(logits, y, ids, p.log()), (randn(n, 5), targets, ids, top), None),
+    ]
+
+
 @pytest.mark.parametrize("kind", members(Loss))
-@given(n=st.integers(1, 7), v=st.integers(2, 17), seed=st.integers(0, 2**32))
-def test_a_loss_is_one_finite_value_a_row_and_each_row_is_its_own(kind: type, n: int, v: int, seed: int) -> None:
-    loss, generator = smallest(kind), torch.Generator().manual_seed(seed)
-    logits, targets = torch.randn(n, v, generator=generator), torch.randint(0, v, (n,), generator=generator)
-    nats = loss(logits, targets)
-    assert nats.shape == (n,)
-    assert torch.isfinite(loss(500 * logits, targets)).all()
-    torch.testing.assert_close(nats, torch.cat([loss(logits[i : i + 1], targets[i : i + 1]) for i in range(n)]))
-    jacobian = torch.func.jacrev(lambda x: loss(x, targets))(logits)
-    assert not jacobian[~torch.eye(n, dtype=torch.bool)].any()
-    assert msgspec.convert(msgspec.to_builtins(loss), kind) == loss
+@given(n=st.integers(1, 7), seed=st.integers(0, 2**32))
+def test_a_loss_is_one_finite_value_a_row_and_each_row_is_its_own(kind: type, n: int, seed: int) -> None:
+    for loss, rows, shared in calls_of(kind, n, torch.Generator().manual_seed(seed)):
+        nats = loss(*rows, shared)
+        assert nats.shape == (n,)
+        assert torch.isfinite(loss(500 * rows[0], *rows[1:], shared)).all()
+        torch.testing.assert_close(nats, torch.cat([loss(*(x[i : i + 1] for x in rows), shared) for i in range(n)]))
+        jacobian = torch.func.jacrev(lambda x, f=loss, rest=rows[1:], shared=shared: f(x, *rest, shared))(rows[0])
+        assert not jacobian[~torch.eye(n, dtype=torch.bool)].any()
+        assert jacobian.any()
+
+
+@pytest.mark.parametrize("kind", members(Loss))
+def test_a_loss_is_its_table(kind: type) -> None:
+    loss = smallest(kind)
+    assert msgspec.convert(msgspec.to_builtins(loss), Loss) == loss
+    assert kind.__doc__
+    assert kind.__struct_config__.frozen
+    assert kind.__struct_config__.forbid_unknown_fields
+    assert hasattr(kind, "uses_reference") == hasattr(kind, "rewards") == (kind in members(PairLoss) + members(AnswerLoss))
 
 
 @pytest.mark.parametrize("kind", members(optim.Optimizer))
@@ -80,7 +123,7 @@ def test_a_stage_has_a_tag_a_label_and_a_docstring(kind: type) -> None:
     assert kind.run.__doc__
 
 
-EXPORTS = ("Config", "Cache", "from_hf", "to_hf", "shapes", "head_name", "hidden", "decode", "forward")
+EXPORTS = ("Config", "Cache", "from_hf", "to_hf", "shapes", "head_name", "block", "hidden", "decode", "forward")
 
 
 @pytest.mark.parametrize("name", sorted(models.FAMILIES))

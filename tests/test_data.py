@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import WORDS, llama
 
-from minitune import data
+from minitune import documents as stored
 from minitune.chat import CHATML, Template, compile_template, encode_chat, encode_prompt
 from minitune.data import Cursor, Dataset, Report, Source, batches, epoch_rows, messages, prepare, prompts, read_rows, take
 from minitune.tokenizer import Tokenizer
@@ -229,8 +229,8 @@ def test_data_without_a_target_is_refused(line: str, message: str, tmp_path: Pat
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = instruct_file(tmp_path, [3, 4, 5])
     calls = []
-    tokenize = data._tokenize
-    monkeypatch.setattr(data, "_tokenize", lambda *args: [calls.append(1), tokenize(*args)][1])
+    collect = stored.collect
+    monkeypatch.setattr(stored, "collect", lambda *args: [calls.append(1), collect(*args)][1])
 
     def n_calls(source: Source, tokenizer: Tokenizer = TOKENIZER, template: Template = TEMPLATE) -> int:
         dataset = prepare(source, tokenizer, template, tmp_path / "cache")
@@ -256,8 +256,8 @@ def test_a_cache_that_another_process_finished_first_is_used(tmp_path: Path, mon
     source = Source(str(instruct_file(tmp_path, [3, 4, 5])), "instruct", 61)
     first = prepared(tmp_path, source)
     monkeypatch.setattr(Path, "is_dir", lambda self: False)
-    write = data._write
-    monkeypatch.setattr(data, "_write", lambda *args: [monkeypatch.undo(), write(*args)][1])
+    save = stored.save
+    monkeypatch.setattr(stored, "save", lambda *args: [monkeypatch.undo(), save(*args)][1])
     second = prepared(tmp_path, source)
     assert second.tokens.tolist() == first.tokens.tolist()
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -278,7 +278,7 @@ def test_a_cache_with_arrays_of_other_sizes_is_refused(tmp_path: Path) -> None:
     prepared(tmp_path, source)
     (file,) = (tmp_path / "cache").glob("*/mask.npy")
     np.save(file, np.ones(2, dtype=np.bool_))
-    with pytest.raises(InputError, match=r"is damaged \(arrays of \d+, 2 and 4, not"):
+    with pytest.raises(InputError, match=r"is damaged \(arrays of \d+, 2, 4 entries, not"):
         prepared(tmp_path, source)
 
 
@@ -405,6 +405,9 @@ def test_prompts_need_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
     with pytest.raises(InputError, match=r"f.jsonl:1 ends with a message of 'user', expected an answer of 'assistant'; correct"):
+        prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}')
+    with pytest.raises(InputError, match=r"f.jsonl:1 has an answer without text, expected a string to compare with; correct it"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
     with pytest.raises(InputError, match=r"f.jsonl has format 'text', expected instruct or chat; plain text asks for no answer"):
         prompts(Source(str(path), "text", 8), TOKENIZER, TEMPLATE)

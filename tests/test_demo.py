@@ -1,9 +1,10 @@
 """The embedded demo: what its generators promise, that nothing held out leaks, and that the committed files are theirs."""
 
+import itertools
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from minitune import chat, checkpoint, models, paths, tokenizer
 from minitune.demo import __main__ as demo
-from minitune.demo import orders, texts, words
+from minitune.demo import orders, pairs, texts, words
 
 seeds = st.integers(min_value=0, max_value=2**32)
 MODEL = paths.locate("demo")
@@ -108,14 +109,49 @@ def test_listed() -> None:
     assert [orders.listed(list("abcd"[:n])) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
 
 
+@given(seeds, seeds)
+def test_pairs_are_a_function_of_the_seed(seed: int, other: int) -> None:
+    found = pairs.pair_rows(seed, 8)
+    assert found == pairs.pair_rows(seed, 8)
+    assert (found == pairs.pair_rows(other, 8)) == (seed == other)
+    for row, note in zip(found, orders.rows(seed, "pairs", orders.TASK, 8), strict=True):
+        assert row["prompt"] == f"{note['instruction']}\n{note['input']}"
+        assert row["chosen"] == note["output"]
+        assert row["rejected"] != row["chosen"]
+
+
+@pytest.mark.parametrize("fault", pairs.FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_spoils_most_answers_and_only_its_own_part(fault: Callable[..., dict[str, object]]) -> None:
+    parts = {
+        "wrong_count": {"items"},
+        "wrong_day": {"date"},
+        "lost_item": {"items"},
+        "lost_word": {"items", "customer"},
+        "wrong_name": {"customer", "city"},
+        "swapped": {"customer", "city"},
+    }
+    rng = random.Random(0)
+    answers = [json.loads(row["output"]) for row in orders.rows(0, "test", orders.TASK, 50)]
+    n_spoiled = 0
+    for right, other in itertools.pairwise(answers):
+        wrong = fault(rng, right, other)
+        n_spoiled += wrong != right
+        spoiled = {key for key in right if wrong.get(key) != right[key]}
+        assert spoiled <= parts[fault.__name__] if fault is not pairs.wrong_key else len(spoiled) == 1
+        assert len(wrong) == 4
+    assert n_spoiled >= 25
+
+
 def test_committed_rows_are_those_of_the_generator() -> None:
     assert read_jsonl(MODEL.parent / "orders-train.jsonl") == demo.train_rows()
     assert read_jsonl(MODEL.parent / "orders-heldout.jsonl") == demo.heldout_rows()
+    assert read_jsonl(MODEL.parent / "orders-pairs.jsonl") == demo.preference_rows()
     assert len(demo.heldout_rows()) >= 200
 
 
 def test_no_heldout_word_is_trained(pretraining: list[str]) -> None:
-    trained = word_set([*pretraining, *(text for row in demo.train_rows() for text in row.values())])
+    rows = [*demo.train_rows(), *demo.preference_rows()]
+    trained = word_set([*pretraining, *(text for row in rows for text in row.values())])
     assert not trained & words.HELDOUT
     used = word_set(row["output"] for row in demo.heldout_rows()) - {"customer", "items", "city", "date", "mr", "ms", "dr"}
     assert used <= words.HELDOUT  # so that every name, item and city of the held-out rows is covered
@@ -123,9 +159,13 @@ def test_no_heldout_word_is_trained(pretraining: list[str]) -> None:
 
 def test_no_heldout_note_or_phrasing_is_trained(pretraining: list[str]) -> None:
     rows = demo.train_rows()
-    trained = [*pretraining, *(row["input"] for row in rows)]
+    preferences = demo.preference_rows()
+    preferred = [row["prompt"].removeprefix(f"{orders.INSTRUCTION}\n") for row in preferences]
+    trained = [*pretraining, *(row["input"] for row in rows), *preferred]
     assert not {row["input"] for row in demo.heldout_rows()} & set(trained)
-    assert not {row["output"] for row in demo.heldout_rows()} & {row["output"] for row in rows}
+    assert not {row["input"] for row in rows} & set(preferred)
+    answers = {row["output"] for row in rows} | {row[side] for row in preferences for side in ("chosen", "rejected")}
+    assert not {row["output"] for row in demo.heldout_rows()} & answers
     phrasings = [orders.PHRASINGS, texts.STORY_OPENINGS, texts.STORY_MIDDLES, texts.STORY_ENDINGS, texts.VISITS, texts.SHELVES]
     known = n_grams((line for kind in phrasings for line in kind), N_GRAM)
     shared = n_grams(orders.HELDOUT_PHRASINGS, N_GRAM) & known
@@ -152,6 +192,7 @@ def test_committed_folder_is_small() -> None:
     files = [path for path in MODEL.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files if path.parent == MODEL) <= 6e6
     assert (MODEL.parent / "orders-train.jsonl").stat().st_size <= 1.5e6
+    assert (MODEL.parent / "orders-pairs.jsonl").stat().st_size <= 0.6e6
     params = checkpoint.load_params(MODEL, models.open(MODEL).shapes())
     assert sum(w.numel() for w in params.values()) <= 3_000_000
     assert {w.dtype for w in params.values()} == {torch.bfloat16}

@@ -1,7 +1,6 @@
-"""Equal to independent implementations: transformers, torch.optim, torch.func, PEFT. Each mechanism is shown to matter."""
+"""Equal to independent implementations: transformers, torch.optim, torch.func. Each mechanism is shown to matter."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import SMALL, configs, random_batch, random_params, reference
 
-from minitune import attention, models, optim, tree
+from minitune import attention, optim, tree
 from minitune.generate import greedy
 from minitune.grad import remat, value_and_grad
-from minitune.interop import peft as peft_layout
-from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import Model, llama, rope
 from minitune.types import Mean
@@ -223,43 +220,3 @@ def test_value_and_grad_equals_torch_func(config: llama.Config, seed: int, lengt
     torch.testing.assert_close(loss.total, total, rtol=1e-12, atol=1e-12)
     for name in params:
         torch.testing.assert_close(grads[name], wanted[name], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_peft_reads_what_we_write_and_we_read_it_back(tied: bool, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    config = llama.Config(**{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"tie_embeddings": tied, "mlp_bias": True})
-    params, tokens = random_params(config), random_batch(config, 3, 13).tokens
-    targets = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight") + (() if tied else ("lm_head.weight",))
-    rule = Lora(rank=3, alpha=5.0, targets=targets)
-    generator = torch.Generator().manual_seed(1)
-    deltas = tree.map(lambda x: torch.randn(x.shape, generator=generator), rule.init(params, 0))
-    peft_layout.save(tmp_path / "adapter", deltas, rule, "base")
-
-    found = Model(llama, config).forward(params, tokens, rule.scaled(deltas))
-    with torch.no_grad():
-        theirs = PeftModel.from_pretrained(reference(config, params), tmp_path / "adapter")(tokens).logits
-        merged = reference(config, dict(rule.merge(params, deltas)))(tokens).logits
-    assert distance(found, theirs) <= ATOL
-    assert distance(found, merged) <= ATOL
-    assert distance(Model(llama, config).forward(params, tokens), theirs) > 1000 * ATOL
-
-    rule_back, back = peft_layout.load(tmp_path / "adapter")
-    assert (rule_back.rank, rule_back.alpha) == (rule.rank, rule.alpha)
-    assert set(back) == set(deltas)
-    assert all(torch.equal(x, y) for name in deltas for x, y in zip(back[name], deltas[name], strict=True))
-
-
-def test_an_adapter_that_peft_made_is_read(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    params, tokens = random_params(SMALL), random_batch(SMALL, 2, 13).tokens
-    model = get_peft_model(
-        reference(SMALL, params), LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
-    model.save_pretrained(tmp_path)
-    rule, deltas = peft_layout.load(tmp_path)
-    with torch.no_grad():
-        wanted = model.eval()(tokens).logits
-    assert distance(models.Model(llama, SMALL).forward(params, tokens, rule.scaled(deltas)), wanted) <= ATOL

@@ -107,7 +107,7 @@ def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_
     folder = tmp_path / "lora"
     model = models.open(tiny / "model")
     base = checkpoint.load_params(tiny / "model", model.shapes())
-    rule, deltas, _ = peft.load(folder / "deltas")
+    rule, deltas, _ = peft.load(folder / "deltas", names=base)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     tokens = torch.randint(0, 1024, (2, 13), generator=torch.Generator().manual_seed(0))
     found = model.forward(base, tokens, rule.scaled(deltas))
@@ -154,14 +154,14 @@ def spawn(words: list[str], **options: object) -> subprocess.Popen:
     return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    """Until that step is in metrics.jsonl."""
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, stage: str = "train") -> None:
+    """Until that step of a stage is in metrics.jsonl."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"ended early with {process.returncode}: {process.communicate()}")
         path = folder / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
+        if path.exists() and f'"stage": "{stage}", "step": {step},' in path.read_text():
             return
         time.sleep(0.002)
     raise AssertionError(f"step {step} never came")

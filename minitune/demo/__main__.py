@@ -1,6 +1,6 @@
 """Makes everything in this folder from a seed: `python -m minitune.demo` (at most half an hour on two cores).
 
-1. the tasks' data, orders-train.jsonl and orders-heldout.jsonl, here;
+1. the tasks' data, orders-train.jsonl, orders-heldout.jsonl and orders-pairs.jsonl, here;
 2. the pretraining text, in runs/demo-data/pretrain.jsonl;
 3. the tokenizer, trained on both (the held-out rows excepted), in model/;
 4. the base model, pretrained by programs/demo/pretrain.toml and copied to model/.
@@ -20,10 +20,11 @@ from sentencepiece import SentencePieceTrainer
 
 from minitune import checkpoint, paths, program, runs
 from minitune.demo.orders import HELDOUT, TASK, TRAIN, rows
+from minitune.demo.pairs import pair_rows
 from minitune.demo.texts import pretraining_texts
 
 SEED = 0
-N_TRAIN, N_HELDOUT = 5000, 240  # rows
+N_TRAIN, N_HELDOUT, N_PAIRS = 5000, 240, 1500  # rows
 N_PRETRAIN_CHARS, N_TOKENIZER_CHARS = 26_000_000, 3_000_000
 VOCAB_SIZE = 1024
 MARKERS = ("<|user|>", "<|assistant|>", "<|end|>")  # user-defined pieces: found in raw text, as the pretraining text has them
@@ -43,6 +44,11 @@ def train_rows() -> list[dict[str, str]]:
 def heldout_rows() -> list[dict[str, str]]:
     """The rows of orders-heldout.jsonl."""
     return rows(SEED, "heldout", HELDOUT, N_HELDOUT)
+
+
+def preference_rows() -> list[dict[str, str]]:
+    """The rows of orders-pairs.jsonl."""
+    return pair_rows(SEED, N_PAIRS)
 
 
 def tokenizer_texts() -> list[str]:
@@ -112,6 +118,7 @@ def main() -> int:
     """Write the data and the tokenizer, pretrain, and put the base model in its place."""
     write_jsonl(HERE / "orders-train.jsonl", train_rows())
     write_jsonl(HERE / "orders-heldout.jsonl", heldout_rows())
+    write_jsonl(HERE / "orders-pairs.jsonl", preference_rows())
     write_jsonl(PRETRAIN_DATA, ({"text": text} for text in pretraining_texts(SEED, N_PRETRAIN_CHARS)))
 
     model = HERE / "model"

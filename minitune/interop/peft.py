@@ -1,91 +1,244 @@
 """LoRA adapters in PEFT's layout (adapter_config.json, adapter_model.safetensors), in the form that other servers read too."""
 
 import json
+import math
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 from torch import Tensor
 
 from minitune import checkpoint
 from minitune.lora import Lora
-from minitune.types import Delta, Deltas, InputError
+from minitune.types import Delta, InputError, Trainable
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ORIGIN = "minitune.json"  # beside them: what PEFT has no field for, and ignores
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+PARTS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "m": ".lora_magnitude_vector"}
 
 
-def save(folder: Path, deltas: Deltas, lora: Lora, base: str) -> None:
-    """Write deltas so that PeftModel.from_pretrained(base model, folder) gives the same logits; `base` names their model."""
-    modules = [name.removesuffix(".weight") for name in deltas]
+class Base(msgspec.Struct, frozen=True):
+    """What deltas were trained on: the model's path then, checkpoint.fingerprint of its weights, and how they were quantized."""
+
+    path: str
+    fingerprint: str | None = None
+    quantization: dict[str, Any] | None = None
+
+
+def save(
+    folder: Path,
+    trainable: Trainable,
+    lora: Lora,
+    *,
+    base: str,
+    fingerprint: str | None,
+    quantization: Mapping[str, Any] | None,
+    names: Collection[str],
+) -> None:
+    """Write deltas, and tensors trained whole beside them, so that PeftModel.from_pretrained(base model, folder) gives the same
+    logits; names: those of all the model's weights. InputError for what PEFT can't hold: a delta and a whole tensor in one
+    module, or a part of a module that has other parts.
+
+    The scale is always written as alpha / rank, because not every server knows rsLoRA.
+    """
+    deltas = {_module(name): leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
+    whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    tie = EMBEDDING in whole and HEAD not in names  # PEFT then wants the shared tensor under both of its names
+    whole = {**whole, HEAD: whole[EMBEDDING]} if tie else whole
+    both = next((name for name in whole if _module(name) in deltas), None)
+    if both is not None:
+        raise InputError(
+            f"peft: {both} trains whole and {_module(both)} has a delta, expected one of them: PEFT holds no more; save it merged"
+        )
+    apart = next((name for name in names if _module(name) in map(_module, whole) and name not in whole), None)
+    if apart is not None:
+        raise InputError(
+            f"peft: {apart} does not train, but another tensor of its module trains whole, expected both: PEFT keeps modules"
+        )
+    ranks = {module: delta.a.shape[0] for module, delta in deltas.items()}
+    others = {re.escape(module): rank for module, rank in ranks.items() if rank != lora.rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": modules,
+        "lora_alpha": _alpha(lora, lora.rank),
+        "rank_pattern": others,
+        "alpha_pattern": {module: _alpha(lora, rank) for module, rank in others.items()} if lora.rslora else {},
+        "target_modules": list(deltas),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        # whole paths, because PEFT takes every module whose path ends so: "norm" would be each layer's norms too
+        "modules_to_save": list(dict.fromkeys(_module(name) for name in whole)) or None,
+        "ensure_weight_tying": tie,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": lora.dora,
     }
-    tensors: dict[str, Tensor] = {}
-    for module, delta in zip(modules, deltas.values(), strict=True):
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = delta.a
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.b
+    parts = {
+        f"{module}{PARTS[part]}": leaf
+        for module, delta in deltas.items()
+        for part, leaf in delta._asdict().items()
+        if isinstance(leaf, Tensor)
+    }
+    tensors = {f"{PREFIX}{name}": leaf for name, leaf in {**parts, **whole}.items()}
+    origin = Base(base, fingerprint, dict(quantization) if quantization is not None else None)
     with checkpoint.atomic_folder(folder) as aside:
         checkpoint.save_tensors(aside / WEIGHTS, tensors)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (aside / ORIGIN).write_text(json.dumps({"base": msgspec.to_builtins(origin)}, indent=2) + "\n", encoding="utf-8")
 
 
 class _Config(msgspec.Struct):
-    """What is read of adapter_config.json; the fields below `target_modules` must keep their defaults to be understood here."""
+    """What is understood of adapter_config.json."""
 
-    peft_type: str
+    peft_type: Literal["LORA"]
     r: int
     lora_alpha: float
-    bias: str = "none"
-    fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = True  # other ways change the base weights
 
 
-def load(folder: Path) -> tuple[Lora, Deltas]:
-    """(rule, deltas) of a PEFT LoRA adapter; InputError names what it uses beyond plain LoRA, and any key that does not fit."""
+# what changes nothing in an adapter's forward, or is told by the tensors as well
+HARMLESS = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "target_modules",
+        "task_type",
+    ]
+)
+
+
+def load(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base | None]:
+    """(rule, deltas and whole tensors, what they were trained on if minitune wrote them) of a PEFT LoRA adapter for a model with
+    weights of these names; InputError names what the adapter uses beyond LoRA, rsLoRA and DoRA."""
+    config = _config(folder)
+    kept = [*(config.modules_to_save or []), *[_module(HEAD)] * config.ensure_weight_tying]
+    found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in checkpoint.load_tensors(folder / WEIGHTS).items():
+        name = key.removeprefix(PREFIX) if key.startswith(PREFIX) else ""
+        part = next((part for part, suffix in PARTS.items() if name.endswith(suffix)), None)
+        if part is not None:
+            module = name.removesuffix(PARTS[part])
+            found[module] = {**found.get(module, {}), part: tensor.float()}
+        elif any(_module(name).endswith(module) for module in kept) and ".lora_" not in name:
+            whole[name] = tensor.float()
+        else:
+            raise InputError(
+                f"peft: {folder / WEIGHTS} holds {key}, expected {PREFIX}<module>.lora_A.weight, .lora_B.weight or "
+                ".lora_magnitude_vector, or a tensor of modules_to_save; merge it with PEFT first"
+            )
+    if EMBEDDING in whole and HEAD not in names:
+        head = whole.pop(HEAD, None)
+        if head is None or not head.equal(whole[EMBEDDING]):
+            raise InputError(
+                f"peft: {folder} trains {EMBEDDING} apart from the head, which this model ties to it; expected one tensor for "
+                "both (PEFT's ensure_weight_tying)"
+            )
+    wanted = ["a", "b", *["m"] * config.use_dora]
+    for module, parts in found.items():
+        if sorted(parts) != wanted:
+            keys = (f"{PREFIX}{module}{PARTS[part]}" for part in sorted(parts))
+            raise InputError(
+                f"peft: {folder / WEIGHTS} holds {', '.join(keys)}, expected {', '.join(PARTS[part] for part in wanted)} of "
+                f"every adapted module with use_dora = {json.dumps(config.use_dora)}"
+            )
+    deltas = {module: Delta(**parts) for module, parts in found.items()}
+    return _rule(config, deltas, folder), {**{f"{module}.weight": d for module, d in deltas.items()}, **whole}, _base(folder)
+
+
+def _config(folder: Path) -> _Config:
     path = folder / CONFIG
     try:
-        config = msgspec.json.decode(path.read_bytes(), type=_Config)
+        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        used = [key for key, value in raw.items() if value and value != "none"]
+        odd = [key for key in used if key not in HARMLESS and key not in _Config.__struct_fields__]
+        if odd:
+            raise InputError(
+                f"peft: {path} has {odd[0]} = {raw[odd[0]]!r}, expected LoRA, rsLoRA or DoRA alone; merge it with PEFT first"
+            )
+        return msgspec.convert(raw, _Config)
     except OSError:
         raise InputError(f"peft: {path} does not exist, expected a folder with {CONFIG} and {WEIGHTS}") from None
     except msgspec.DecodeError as error:
-        raise InputError(f"peft: {path}: {error}") from None
-    plain = _Config(peft_type="LORA", r=config.r, lora_alpha=config.lora_alpha)
-    odd = [field for field in config.__struct_fields__ if (getattr(config, field) or None) != (getattr(plain, field) or None)]
-    if odd:
-        raise InputError(
-            f"peft: {path} has {odd[0]} = {getattr(config, odd[0])!r}, expected plain LoRA; merge it with PEFT first"
-        )
-    tensors = checkpoint.load_tensors(folder / WEIGHTS)
-    deltas: dict[str, Delta] = {}
-    for key in tensors:
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-        pair = [f"{PREFIX}{module}.lora_{half}.weight" for half in "AB"]
-        if key not in pair or not all(name in tensors for name in pair):
+        raise InputError(f"peft: {path}: {error}; expected a LoRA adapter of PEFT") from None
+
+
+def _rule(config: _Config, deltas: Mapping[str, Delta], folder: Path) -> Lora:
+    """The rule that gives every delta the scale that PEFT gives it; InputError where ranks or scales do not fit one rule."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for module, (a, b, m) in deltas.items():
+        rank = _of_pattern(config.rank_pattern, module, config.r, folder)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise InputError(
-                f"peft: {folder / WEIGHTS} holds {key}, expected pairs {PREFIX}<module>.lora_A.weight and .lora_B.weight"
+                f"peft: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and [out, {rank}]"
             )
-        a, b = (tensors[name] for name in pair)
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != config.r or b.shape[1] != config.r:
-            raise InputError(
-                f"peft: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{config.r}, in] and [out, {config.r}]"
-            )
-        deltas[f"{module}.weight"] = Delta(a.float(), b.float())
-    return Lora(config.r, config.lora_alpha, tuple(deltas)), deltas
+        if isinstance(m, Tensor) and m.shape != b.shape[:1]:
+            raise InputError(f"peft: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows")
+        ranks[module] = rank
+        alphas[module] = _of_pattern(config.alpha_pattern, module, config.lora_alpha, folder)
+    others = {f"{module}.weight": rank for module, rank in ranks.items() if rank != config.r}
+    targets = tuple(f"{module}.weight" for module in deltas)
+    rule = Lora(config.r, config.lora_alpha, targets, others, config.use_rslora, config.use_dora)
+    if all(alpha == config.lora_alpha for alpha in alphas.values()):
+        return rule
+    # what `save` writes of rsLoRA with several ranks: alpha / rank, each alpha in proportion to sqrt(rank)
+    rooted = msgspec.structs.replace(rule, alpha=config.lora_alpha / config.r**0.5, rslora=True)
+    if not config.use_rslora and all(math.isclose(alphas[m], _alpha(rooted, rank)) for m, rank in ranks.items()):
+        return rooted
+    raise InputError(
+        f"peft: {folder / CONFIG} has alpha_pattern = {config.alpha_pattern!r}, expected one scale rule, alpha / r or "
+        "alpha / sqrt(r), for all modules; merge it with PEFT first"
+    )
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:
+    """The value under the first key that, as a regular expression, matches the end of a module's path, from a dot on."""
+    try:
+        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    except re.error as error:
+        raise InputError(f"peft: {folder / CONFIG} has {pattern!r}, expected regular expressions as keys ({error})") from None
+
+
+def _base(folder: Path) -> Base | None:
+    path = folder / ORIGIN
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[Literal["base"], Base])["base"]
+    except (msgspec.DecodeError, KeyError) as error:
+        raise InputError(f"peft: {path} can't be read ({error}); remove it to go on without knowing the base") from None
+
+
+def _alpha(lora: Lora, rank: int) -> float:
+    """The alpha of alpha / rank that gives the rule's scale at a rank."""
+    return lora.alpha * rank**0.5 if lora.rslora else lora.alpha
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

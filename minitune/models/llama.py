@@ -3,7 +3,7 @@
 Touvron et al. 2023, arXiv 2307.09288; Grattafiori et al. 2024, arXiv 2407.21783.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -173,11 +173,10 @@ def head_name(config: Config) -> str:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, of which the first `length` are filled; a forward writes its own behind them."""
+    """Keys and values of one layer: a slot for every token of the whole decode, filled from the left."""
 
-    k: Float[Tensor, "B K S E"]
-    v: Float[Tensor, "B K S E"]
-    length: int
+    k: Float[Tensor, "B K slots E"]
+    v: Float[Tensor, "B K slots E"]
 
 
 def block(
@@ -187,11 +186,12 @@ def block(
     x: Float[Tensor, "B T D"],
     angles: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]],
     mask: Bool[Tensor, "B 1 T S"] | None,
-    cache: Cache | None = None,
+    cache: tuple[Cache, Int[Tensor, "T"]] | None = None,
 ) -> Float[Tensor, "B T D"]:
     """One decoder block: x + attention(norm(x)), then x + swiglu(norm(x)).
 
-    w and deltas hold this layer's leaves by Hugging Face name; a cache is written.
+    w and deltas hold this layer's leaves by Hugging Face name. With (cache, slots) the keys and values of x are written to these
+    slots, and x attends to the first S of all.
     """
 
     def proj(name: str, x: Tensor) -> Tensor:
@@ -204,9 +204,9 @@ def block(
     q, k, v = (heads(proj(f"self_attn.{name}_proj", h)) for name in "qkv")
     q, k = rotate(q, angles), rotate(k, angles)
     if cache is not None:
-        end = cache.length + k.shape[2]
-        tree.donate((cache.k[:, :, cache.length : end], cache.v[:, :, cache.length : end]), (k, v))
-        k, v = cache.k[:, :, :end], cache.v[:, :, :end]
+        assert mask is not None, "a cache is read through a mask"
+        written, slots = cache
+        k, v = (kept[:, :, : mask.shape[-1]] for kept in tree.donate_at(written, slots, Cache(k, v), dim=2))
     x = x + proj("self_attn.o_proj", attention(q, k, v, mask).transpose(1, 2).flatten(2))
     h = rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
     return x + proj("mlp.down_proj", swiglu(proj("mlp.gate_proj", h), proj("mlp.up_proj", h)))
@@ -249,15 +249,23 @@ def decode(
     params: Params,
     tokens: Int[Tensor, "B T"],
     deltas: Deltas,
-    caches: list[Cache],
+    caches: Sequence[Cache],
+    filled: int,
     positions: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B 1 T S"],
+    run: Callable[..., Float[Tensor, "B T D"]],
 ) -> Float[Tensor, "B T D"]:
-    """Hidden states of new tokens behind a cache of S - T older ones; the caches are written: they are the caller's."""
+    """Hidden states of new tokens behind `filled` older ones, whose keys and values the caches hold; theirs are written there.
+
+    The mask covers the first S slots, at least filled + T. run is partial(block, config), or what a caller has made of it,
+    such as torch.compile's.
+    """
     x = embed(tokens, params["model.embed_tokens.weight"])
-    angles = _angles(config, positions, mask.shape[-1], x.dtype)
+    end = filled + tokens.shape[1]
+    angles = _angles(config, positions, end, x.dtype)
+    slots = torch.arange(filled, end, device=x.device)
     for i, cache in enumerate(caches):
-        x = block(config, _layer(params, i), _layer(deltas, i), x, angles, mask, cache)
+        x = run(_layer(params, i), _layer(deltas, i), x, angles, mask, (cache, slots))
     return rms_norm(x, params["model.norm.weight"], config.norm_eps)
 
 

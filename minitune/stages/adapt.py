@@ -1,21 +1,23 @@
 """Stages that change what a model is made of: deltas, whole weights, another model, quantized weights, merged ones."""
 
-from pathlib import Path
+from itertools import islice
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from minitune import calibrate, checkpoint, objectives, paths, quant, tree
 from minitune.data import batches, prepare
-from minitune.lora import Lora
+from minitune.lora import Lora, merge_error
 from minitune.stages.base import BaseStage, Positive, device_of
-from minitune.types import Delta, InputError, Params, QInt4, QInt8, QNF4
+from minitune.types import QNF4, Delta, InputError, Params, QInt4, QInt8
 from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
-
 
 Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
 Dtype = Literal["float32", "bfloat16", "float16"]
+CALIBRATION_ROWS = 8  # a forward
+LAYOUTS: dict[type, Any] = {quant.Int8: QInt8, quant.Int4: QInt4, quant.NF4: QNF4}
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
@@ -24,7 +26,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     rank: Positive
     alpha: float
     targets: tuple[str, ...]
-    ranks: dict[str, Positive] = {}  # glob -> another rank for the targets that it matches
+    ranks: dict[str, Positive] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
     train: tuple[str, ...] = ()  # globs of weights to train whole beside the deltas: norms, embeddings
@@ -40,7 +42,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         whole = frozenset(tree.select(draft.params, self.train, "lora: train")) if self.train else frozenset()
         if draft.adapted:
             raise InputError(
-                f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas, or merge"
+                f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
             )
         self._refuse_both(adapted, whole)
         return draft._replace(adapted=adapted, whole=draft.whole | whole)
@@ -49,7 +51,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         both = sorted(adapted & whole)
         if both:
             raise InputError(
-                f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected one of them; narrow targets or train"
+                f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected one; narrow targets or train"
             )
 
     def run(self, world: World) -> World:
@@ -76,15 +78,15 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
         odd = sorted(names & (draft.quantized | draft.adapted))
         if odd:
             state = "quantized" if odd[0] in draft.quantized else "adapted by a delta"
-            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {state}, expected a plain weight; narrow weights")
+            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {state}, expected a plain weight")
         return draft._replace(whole=draft.whole | names)
 
     def run(self, world: World) -> World:
         """world with trainable weights."""
-        params, trainable = objectives.full(world.loaded.params, self.weights)
-        n_trained, n_all = (sum(w.shape.numel() for w in one.values()) for one in (trainable, params))
-        world.log.say(f"{self.label}: {len(trainable)} weights, {n_trained:,} of {n_all:,} parameters train")
-        return world.with_model(params=params, trainable={**world.loaded.trainable, **trainable})
+        params, whole = objectives.full(world.loaded.params, self.weights)
+        n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
+        world.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
+        return world.with_model(params=params, trainable={**world.loaded.trainable, **whole})
 
 
 class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
@@ -128,7 +130,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 
     scheme: quant.Scheme
     weights: tuple[str, ...] = ("*_proj.weight",)
-    exceptions: dict[str, quant.Scheme | None] = {}  # glob -> another scheme, the first match wins
+    exceptions: dict[str, quant.Scheme] = msgspec.field(default_factory=dict)  # glob -> another scheme, the first match wins
     keep: tuple[str, ...] = ()  # globs of weights to leave as they are
     method: calibrate.Method = calibrate.Rtn()
 
@@ -148,6 +150,8 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             )
         if isinstance(self.method, calibrate.Gptq):
             asked_data(draft, self.method.data, self.label, "instruct", "chat", "text")
+            if any(isinstance(scheme, quant.NF4) for scheme in self.rule.plan(draft.params).values()):
+                raise InputError(f"stages: {self.label} has method gptq and scheme nf4, expected int4 or int8, or method rtn")
         return draft._replace(quantized=draft.quantized | names)
 
     def run(self, world: World) -> World:
@@ -155,31 +159,39 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         loaded, file = world.loaded, world.folder / "checkpoints" / self.label / "quantized.safetensors"
         names = self.rule.plan(loaded.params)
         if file.is_file():  # calibration may have taken long
-            codes = _read_codes(file, list(names))
+            tensors = checkpoint.load_tensors(file)
+            kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
+            codes = {name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields)) for name, kind in kinds.items()}
         else:
             codes = self._codes(world)
             file.parent.mkdir(parents=True, exist_ok=True)
             with checkpoint.atomic_file(file) as aside:
                 checkpoint.save_tensors(aside, dict(tree.items(codes)))
         device = device_of(loaded.params, loaded.trainable)
-        params = {**loaded.params, **tree.map(lambda x: x.to(device), codes)}
-        before, after = tree.n_bytes(dict(loaded.stored)), tree.n_bytes({**loaded.stored, **codes})
+        moved = {name: tree.map(lambda x: x.to(device), w) for name, w in codes.items()}
+        params = {**loaded.params, **moved}
+        before, after = tree.n_bytes(loaded.stored), tree.n_bytes({**loaded.stored, **codes})
         world.log.say(f"{self.label}: {len(codes)} weights, {before / 2**20:.2f} MiB -> {after / 2**20:.2f} MiB")
         record = {"bytes_before": before, "bytes_after": after, "n_weights": len(codes)}
         return world.with_model(params=params)._replace(quantization=self.rule).record(self.label, record)
 
     def _codes(self, world: World) -> Params:
         loaded = world.loaded
+        names = self.rule.plan(loaded.params)
         if isinstance(self.method, calibrate.Rtn):
-            wide = {name: loaded.stored[name] for name in self.rule.plan(loaded.params)}
-            return {name: w for name, w in self.rule.quantize(wide).items() if not isinstance(w, Tensor)}
-        source = world.data[self.method.data]
-        dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-        return calibrated(world, self.rule, self.method, list(batches(dataset, source, 8)))
+            found = self.rule.quantize({name: loaded.stored[name] for name in names})
+        else:
+            source, device = world.data[self.method.data], device_of(loaded.params, loaded.trainable)
+            dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+            rows = islice(batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS))
+            world.log.say(f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}")
+            some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
+            found = calibrate.gptq(loaded.model, loaded.params, some, self.rule, damp=self.method.damp)
+        return {name: tree.map(Tensor.cpu, found[name]) for name in names}
 
 
 class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
-    """Round the weights that train to their quantized values in every forward, so that quantizing them afterwards loses nothing."""
+    """Round the weights that train to their quantized values in every forward: quantizing them afterwards loses nothing."""
 
     scheme: quant.Scheme
     weights: tuple[str, ...] = ("*_proj.weight",)
@@ -203,7 +215,7 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
 
 
 def merged(world: World, label: str, onto: Onto, dtype: Dtype | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(all weights with what was trained folded in, a record of merge_error: the largest share of a weight's change that is lost).
+    """(all weights with what was trained folded in, a record of merge_error: the largest share of a weight's change lost).
 
     Deltas over quantized weights were trained on the dequantized ones: merging onto those is exact but for rounding, merging
     onto the dense weights on disk is not; the record and the log have both errors.
@@ -216,24 +228,23 @@ def merged(world: World, label: str, onto: Onto, dtype: Dtype | None) -> tuple[d
     if onto == "trained":
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor) and name not in deltas}
         weights = {**weights, **{name: quant.dequantize(w, kinds[name]) for name, w in codes.items()}}
-    errors = dict.fromkeys(("trained", "stored"), 0.0)
+    errors: dict[str, float] = {"trained": 0.0, "stored": 0.0}
     for name, delta in deltas.items():
         rule, here = _rule(world), delta.a.device
-        bases = {"stored": loaded.stored[name].to(here, torch.float32)}
+        bases: dict[str, Tensor] = {"stored": loaded.stored[name].to(here, torch.float32)}
         w = loaded.params[name]
         bases["trained"] = bases["stored"] if isinstance(w, Tensor) else quant.dequantize(w, torch.float32)
         exact = rule.merged_weight(bases["trained"], delta)
-        change = torch.linalg.vector_norm(exact - bases["trained"]).clamp(min=torch.finfo(torch.float32).tiny)
         for key, base in bases.items():
             final = rule.merged_weight(base, delta).to(kinds[name])
-            errors = {**errors, key: max(errors[key], float(torch.linalg.vector_norm(final - exact) / change))}
+            errors = {**errors, key: max(errors[key], float(merge_error(final, exact, bases["trained"])))}
             weights = {**weights, name: final} if key == onto else weights
     record: dict[str, Any] = {"merge_error": errors[onto]}
     if any(not isinstance(loaded.params[name], Tensor) for name in deltas):
         record |= {"onto": onto, "merge_error_onto_trained": errors["trained"], "merge_error_onto_stored": errors["stored"]}
         world.log.say(
-            f"{label}: merged onto the {'dequantized' if onto == 'trained' else 'dense'} weights; of a weight's change is lost at "
-            f"most {errors['trained']:.2%} onto the dequantized ones, {errors['stored']:.2%} onto the dense ones on disk"
+            f"{label}: merged onto the {'dequantized' if onto == 'trained' else 'dense'} weights; the share of a weight's change "
+            f"that is lost: {errors['trained']:.2%} onto the dequantized ones, {errors['stored']:.2%} onto the dense ones on disk"
         )
     elif deltas:
         world.log.say(f"{label}: rounding loses at most {errors[onto]:.2%} of a weight's change")

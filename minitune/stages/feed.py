@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from minitune import data, frozen, objectives, pairs, paths, tree
-from minitune.data import Cursor, Report
+from minitune.data import Cursor
+from minitune.documents import Report
 from minitune.losses import DistillationLoss, Kto, Loss, PairLoss
 from minitune.objectives import Teacher
 from minitune.tree import Tree
@@ -35,7 +35,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
         said = None
         if cached and loss.uses_reference:
             adapted = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
-            said = frozen.reference_logps(loaded.model, *adapted, found, paths.cache(), world.log)
+            said = frozen.reference_logps(loaded.model, *adapted, found, source, paths.cache(), world.log.progress)
         return Feed(
             describe(found.report),
             lambda cursor, n: pairs.take(found, cursor, n, source, world.seed, said),
@@ -48,7 +48,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
             lambda cursor, n: data.take(rows, cursor, n, source, world.seed),
             lambda n: data.batches(rows, source, n),
         )
-    tops = frozen.teacher_tops(teacher, rows, top_k, loss.temperature, paths.cache(), world.log)
+    tops = frozen.teacher_tops(teacher, rows, top_k, loss.temperature, paths.cache(), world.log.progress)
     places = rows._replace(tokens=np.arange(len(rows.tokens)))  # a batch of these says where in the data each token stands
 
     def take(cursor: Cursor, n: int) -> tuple[Tree, Cursor]:
@@ -65,5 +65,6 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
 def describe(report: Report) -> str:
     """A data report in words."""
     odd = {"truncated": report.n_truncated, "dropped": report.n_dropped, "without a target": report.n_without_target}
+    odd |= {"with equal answers": report.n_without_contrast}
     told = "".join(f", {n:,} {what}" for what, n in odd.items() if n)
     return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{told}"

@@ -141,14 +141,22 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             batch_size=self.batch_size,
             limit=self.limit,
             max_length=self.max_length,
+            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
         )
-        for task, metrics in results.items():
-            world.log.say(f"{self.label}: {task} {metrics}")
-        return world.record(self.label, {"tasks": results})
+        for task, found in results["tasks"].items():
+            shown = "  ".join(f"{name} {one['value']:.4f}" for name, one in found["metrics"].items())
+            world.log.say(f"{self.label}: {task} ({found['n_samples']} samples)  {shown}")
+        return world.record(self.label, results)
 
 
 def answered(
-    world: World, label: str, ids: list[list[int]], sampling: Sampling, batch_size: int, max_new_tokens: int, stop: tuple[str, ...]
+    world: World,
+    label: str,
+    ids: list[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
 ) -> list[str]:
     """The model's answers to prompts, in their order; world.Stopped when the run is asked to stop."""
     loaded = world.loaded
@@ -188,7 +196,7 @@ def _sums(model: Model, params: Params, deltas: Deltas, batch: Batch) -> Float[T
 
 
 def model_bytes(world: World) -> int:
-    """Bytes of the model as it would be saved now: dense weights as they are stored, quantized ones as codes, deltas beside them."""
+    """Bytes of the model as it would be saved now: dense weights as stored, quantized ones as codes, deltas beside them."""
     loaded = world.loaded
     kept = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
     deltas = {name: leaf for name, leaf in loaded.trainable.items() if not isinstance(leaf, Tensor)}

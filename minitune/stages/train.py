@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -14,7 +14,7 @@ from minitune.data import Cursor
 from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
 from minitune.objectives import Objective, Teacher
 from minitune.stages.base import BaseStage, Positive, device_of, peak_mem_bytes
-from minitune.stages.feed import Feed, feed
+from minitune.stages.feed import feed
 from minitune.steps import Step, eval_step, train_step
 from minitune.types import InputError, Mean, Metrics, Trainable
 from minitune.world import Draft, ModelSource, Stopped, World, asked_data, drafted, load
@@ -45,7 +45,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     teacher: ModelSource | None = None  # of a distillation loss
     cached_top_k: Positive | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
     optimizer: optim.Optimizer = optim.AdamW(lr=1e-4)
-    lr_factors: dict[str, optim.NonNegative] = {}  # glob over trained leaves -> factor; {"*.b" = 16.0} is LoRA+
+    lr_factors: dict[str, optim.NonNegative] = msgspec.field(
+        default_factory=dict
+    )  # glob over trained leaves -> factor; {"*.b" = 16.0} is LoRA+
     schedule: optim.Schedule = optim.Constant()
     clip_norm: optim.NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
@@ -75,7 +77,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 f"stages: {self.label} has reference = 'base', but {min(draft.whole)} trains whole; expected 'start' or 'cached'"
             )
         if isinstance(self.loss, Kto) and min(self.batch_size, self.micro_batch_size or self.batch_size) < 2:
-            raise InputError(f"stages: {self.label} has a batch of one answer, expected two: kto compares answers of a micro-batch")
+            raise InputError(
+                f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
+            )
         return draft
 
     @property
@@ -99,7 +103,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             state, marks = self._train(world, state, marks, optimizer, folder)
         trainable = state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
-            trainable = checkpoint.load_state(folder / "best" / f"step-{marks.best_step:08d}", {"trainable": trainable})[0]["trainable"]
+            best = folder / "best" / f"step-{marks.best_step:08d}"
+            trainable = checkpoint.load_state(best, {"trainable": trainable})[0]["trainable"]
             world.log.say(f"{self.label}: step {marks.best_step} was the best, held-out loss {marks.best_nats:.4f}")
         return world.with_model(trainable=trainable).record(self.label, self._record(marks))
 
@@ -124,8 +129,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 row = {**row, "tokens_per_second": n_tokens / time_s, "mem_bytes": marks.peak_mem_bytes}
                 progress.update(marks.step, {key: row[key] for key in ("loss", "lr", "tokens_per_second", "mem_bytes")})
                 if self.evaluate is not None and (marks.step % self.evaluate.every == 0 or marks.step == self.steps):
-                    row["heldout_loss"] = self._heldout(world, objective, trainable, teacher, self.evaluate)
-                    marks = self._judged(marks, row["heldout_loss"], trainable, folder / "best")
+                    nats = self._heldout(world, objective, trainable, teacher, self.evaluate)
+                    row, marks = {**row, "heldout_loss": nats}, self._judged(marks, nats, trainable, folder / "best")
                 world.log.metrics(marks.step, row)
 
                 skips = skips + 1 if row["skipped"] else 0
@@ -169,7 +174,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             )
         return Teacher(wise.model, *objectives.attach(wise.params, wise.trainable, wise.lora))
 
-    def _heldout(self, world: World, objective: Objective, trainable: Trainable, teacher: Teacher | None, rule: Evaluation) -> float:
+    def _heldout(
+        self, world: World, objective: Objective, trainable: Trainable, teacher: Teacher | None, rule: Evaluation
+    ) -> float:
         """The objective's mean over the held-out data."""
         fed = feed(world, rule.data, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
         device = device_of(world.loaded.params, trainable)

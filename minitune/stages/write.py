@@ -1,13 +1,14 @@
 """Stages that write the result: adapters and model folders, and quantized folders and files for inference."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from torch import Tensor
 
 from minitune import checkpoint
+from minitune.frozen import folder_fingerprint
 from minitune.interop import bitsandbytes, compressed, gguf, peft
+from minitune.paths import locate
 from minitune.stages.adapt import Dtype, Onto, merged
 from minitune.stages.base import BaseStage, stop_ids
 from minitune.types import InputError
@@ -18,7 +19,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     """Write the result: deltas as a PEFT adapter, or a whole Hugging Face folder (`merged` deltas, or `params`)."""
 
     what: Literal["deltas", "merged", "params"]
-    path: str | None = None  # a folder; runs/<program>/<what>, or runs/<program>/<name> if the stage has a name
+    path: str | None = None  # a folder, run/NAME for one in the run folder; run/<what> if absent
     onto: Onto = "trained"
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
@@ -31,15 +32,15 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         if self.what == "params" and draft.quantized:
             raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
-        return draft._replace(saved={**draft.saved, f"run/{self._place}": draft.model})
+        return draft._replace(saved={**draft.saved, self._place: draft.model})
 
     @property
     def _place(self) -> str:
-        return self.name or self.what
+        return self.path or f"run/{self.what}"
 
     def run(self, world: World) -> World:
         """world with a record of where the result lies."""
-        loaded, folder = world.loaded, Path(self.path).expanduser() if self.path else world.folder / self._place
+        loaded, folder = world.loaded, locate(self._place, world.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         if self.what == "deltas" and loaded.lora is not None:
             rule = world.quantization
@@ -48,13 +49,13 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 loaded.trainable,
                 loaded.lora,
                 base=str(loaded.source or loaded.tokenizer_folder),
-                fingerprint=checkpoint.fingerprint(loaded.source) if loaded.source else None,
+                fingerprint=folder_fingerprint(loaded.source) if loaded.source else None,
                 quantization=msgspec.to_builtins(rule) if rule else None,
-                tied="lm_head.weight" not in loaded.params,
+                names=loaded.params,
             )
         else:
             final, errors = merged(world, self.label, self.onto, self.dtype)
-            checkpoint.save_folder(folder, final, loaded.model, **about(world))
+            checkpoint.save_folder(folder, final, loaded.model, **_about(world))
             record |= errors
         world.log.say(f"{self.label}: {self.what} in {folder}")
         return world.record(self.label, record)
@@ -65,44 +66,49 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     bitsandbytes (nf4)."""
 
     format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
-    path: str | None = None  # a folder, or a file for gguf; runs/<program>/<name or format> if absent
+    path: str | None = None  # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if absent
     activations: Literal["none", "int8"] = "none"  # compressed-tensors: int8 rounds each token's activations as well (W8A8)
-    type: gguf.Type = "Q4_K"  # gguf: of every matrix, unless `types` says otherwise
-    types: dict[str, gguf.Type] = {}  # gguf: glob -> type, the first match wins
+    types: gguf.Types = gguf.Types("Q4_K")  # gguf only
 
     def check(self, draft: Draft) -> Draft:
         """Nothing is left to merge, and the weights are of the kind that the format holds."""
         open_ends = sorted(draft.adapted | draft.whole)
         if open_ends:
-            raise InputError(f"stages: {self.label} finds {open_ends[0]} still training, expected none; put a merge stage before it")
+            raise InputError(f"stages: {self.label} finds {open_ends[0]} still training, expected none; put a merge stage before")
         if self.format != "gguf" and not draft.quantized:
-            raise InputError(f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it")
+            raise InputError(
+                f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it"
+            )
         return draft
 
     def run(self, world: World) -> World:
         """world with a record of where the result lies and of its bytes."""
-        loaded, place = world.loaded, self.name or (f"{world.folder.name}.gguf" if self.format == "gguf" else self.format)
-        target = Path(self.path).expanduser() if self.path else world.folder / place
+        loaded = world.loaded
+        target = locate(self.path or ("run/model.gguf" if self.format == "gguf" else f"run/{self.format}"), world.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
         params = {**loaded.stored, **codes}
         if self.format == "gguf":
-            fallbacks = gguf.save(target, params, loaded.model, loaded.tokenizer_folder, self.type, self.types)
-            for line in fallbacks:
+            for line in gguf.save(
+                target, params, loaded.model, self.types, **{**_beside(world), "template": loaded.template.source}
+            ):
                 world.log.say(f"{self.label}: {line}")
         elif self.format == "bitsandbytes":
-            bitsandbytes.save(target, params, loaded.model, **about(world))
+            bitsandbytes.save(target, params, loaded.model, **_about(world))
         else:
-            compressed.save(target, params, loaded.model, activations=self.activations, **about(world))
+            compressed.save(target, params, loaded.model, activations=self.activations, **_about(world))
         n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
         world.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return world.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def about(world: World) -> dict[str, Any]:
+def _about(world: World) -> dict[str, Any]:
     """What a complete folder needs beside the weights."""
+    return {"source": world.loaded.source, **_beside(world)}
+
+
+def _beside(world: World) -> dict[str, Any]:
     loaded = world.loaded
     return {
-        "source": loaded.source,
         "tokenizer": loaded.tokenizer_folder,
         "template": loaded.template.source if loaded.template.origin.startswith("built-in") else None,
         "stop_ids": stop_ids(loaded.tokenizer, loaded.template),

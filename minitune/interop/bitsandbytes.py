@@ -1,0 +1,81 @@
+"""NF4 in Hugging Face folders as transformers and bitsandbytes save it: 4-bit codes with doubly quantized scales (QLoRA)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitune import checkpoint, quant
+from minitune.interop.compressed import unquantized
+from minitune.models import Model
+from minitune.types import QNF4, InputError, Params, QInt4, QInt8
+
+
+def save(
+    folder: Path,
+    params: Params,
+    model: Model,
+    *,
+    source: Path | None,
+    tokenizer: Path,
+    template: str | None,
+    stop_ids: Sequence[int],
+) -> None:
+    """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
+
+    The layers compute in the dtype of the unquantized weights. InputError for int8 and int4 leaves, and without an NF4 one.
+    """
+    dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
+    tensors: dict[str, Tensor] = {}
+    for name, w in params.items():
+        if isinstance(w, QInt8 | QInt4):
+            raise InputError(
+                f"bitsandbytes: {name} is {'int8' if isinstance(w, QInt8) else 'int4'}, expected NF4; "
+                "write it in the format 'compressed-tensors'"
+            )
+        tensors |= stored(name, w, dtype) if isinstance(w, QNF4) else {name: w}
+    if len(tensors) == len(params):
+        raise InputError("bitsandbytes: no weight is quantized, expected NF4 leaves; put a quantize stage before this one")
+    config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_skip_modules": unquantized(params, model),
+    }
+    checkpoint.save_folder(
+        folder,
+        tensors,
+        model,
+        source=source,
+        tokenizer=tokenizer,
+        template=template,
+        stop_ids=stop_ids,
+        config_keys={"quantization_config": config},
+    )
+
+
+def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
+    state = {
+        "quant_type": "nf4",
+        "blocksize": quant.NF4_BLOCK,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(w.shape),
+        "nested_blocksize": quant.NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": w.offset.item(),
+    }
+    return {
+        name: w.codes.reshape(-1, 1),
+        f"{name}.absmax": w.absmax,
+        f"{name}.quant_map": torch.tensor(quant.NF4_TABLE),
+        f"{name}.nested_absmax": w.nested_absmax,
+        f"{name}.nested_quant_map": quant.DYNAMIC_MAP,
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }

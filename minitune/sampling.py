@@ -1,0 +1,94 @@
+"""How the next token is chosen from logits: filters, the repetition penalty, and draws that a seed determines."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+import torch
+from jaxtyping import Float, Int
+from msgspec import Meta
+from torch import Tensor
+
+from minitune import seeds
+
+Logits = Float[Tensor, "B V"]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The likeliest token at temperature 0, else a draw from softmax(logits / temperature) after the filters."""
+
+    temperature: Annotated[float, Meta(ge=0.0)] = 0.0
+    top_k: Annotated[int, Meta(gt=0)] | None = None  # keep the k likeliest tokens
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None  # keep the likeliest tokens that together reach this probability
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None  # keep tokens at least this share as likely as the likeliest
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] = 1.0  # over prompt and answer; above 1 makes what was said less likely
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
+        idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.temperature == 0 and idle:
+            raise ValueError(
+                f"{idle[0]} is {getattr(self, idle[0])} at temperature 0, which takes the likeliest token whatever the filters; "
+                "expected a temperature above 0, such as 1.0"
+            )
+
+
+def penalized(logits: Logits, said: Int[Tensor, "B T"], penalty: float) -> Logits:
+    """Logits of the tokens in a row's own `said` divided by the penalty where positive, else times it
+    (Keskar et al. 2019, arXiv 1909.05858, section 4.1, with a sign rule that keeps a penalty a penalty)."""
+    found = logits.gather(1, said)
+    return logits.scatter(1, said, torch.where(found < 0, found * penalty, found / penalty))
+
+
+def top_k(logits: Logits, k: int) -> Logits:
+    """-inf but for the k largest logits of each row, and ties with the last (Fan et al. 2018, arXiv 1805.04833, section 5.2)."""
+    least = logits.topk(min(k, logits.shape[1]), dim=1).values[:, -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def top_p(logits: Logits, p: float) -> Logits:
+    """-inf but for the smallest set of likeliest tokens with total probability >= p (Holtzman et al. 2020, arXiv 1904.09751,
+    eq. 2-3); the likeliest stays."""
+    ascending, order = logits.sort(dim=1, stable=True)
+    rest = ascending.softmax(1).cumsum(1) <= 1 - p  # at most 1 - p lies in these tokens together
+    rest = rest & (torch.arange(logits.shape[1], device=logits.device) < logits.shape[1] - 1)
+    return logits.masked_fill(torch.zeros_like(rest).scatter(1, order, rest), -torch.inf)
+
+
+def min_p(logits: Logits, share: float) -> Logits:
+    """-inf where a token's probability is below share * the likeliest one's (Nguyen et al. 2024, arXiv 2407.01082, section 3)."""
+    probs = logits.softmax(1)
+    return logits.masked_fill(probs < share * probs.amax(1, keepdim=True), -torch.inf)
+
+
+def filtered(logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling) -> Logits:
+    """Logits, float32 or wider, of the distribution that a token is drawn from, -inf where never; at temperature 0 they are not
+    divided. As in transformers: repetition penalty over the tokens `said` so far, temperature, top-k, top-p, min-p."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if sampling.repetition_penalty != 1.0:
+        logits = penalized(logits, said, sampling.repetition_penalty)
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = top_p(logits, sampling.top_p)
+    return logits if sampling.min_p is None else min_p(logits, sampling.min_p)
+
+
+def next_tokens(
+    logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling, row_seeds: Sequence[int], step: int
+) -> Int[Tensor, "B"]:
+    """One token a row: the likeliest at temperature 0, else the first whose cumulative probability exceeds a uniform number that
+    (row_seeds[b], step) alone determines, so that no draw depends on the rows beside it."""
+    logits = filtered(logits, said, sampling)
+    if sampling.temperature == 0:
+        return logits.argmax(1)
+    draws = [torch.rand((), generator=seeds.generator(seed, "token", step), dtype=torch.float64) for seed in row_seeds]
+    cumulative = logits.double().softmax(1).cumsum(1)
+    # a total below or above 1 by rounding is scaled for; strictly more, so that a token of probability 0 is never drawn
+    wanted = torch.stack(draws).to(logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]

@@ -1,0 +1,248 @@
+"""Stages beyond one training run: checks that fold, early stopping, teachers, references, quantized bases, pipelines that die."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import random_params
+from test_programs import COMMAND, TINY, rows_without_time, spawn, tiny, toy, wait_for_step  # noqa: F401 - a fixture
+
+from minitune import checkpoint, models, quant
+from minitune.__main__ import main
+from minitune.interop import peft
+from minitune.models import Model, llama
+
+HEAD = """
+name = "{name}"
+[model]
+path = "{tiny}/model"
+[data.train]
+path = "{tiny}/orders-train.jsonl"
+format = "instruct"
+seq_len = 256
+[data.heldout]
+path = "{tiny}/orders-heldout.jsonl"
+format = "instruct"
+seq_len = 256
+[data.pairs]
+path = "{tiny}/orders-pairs.jsonl"
+format = "pairs"
+seq_len = 256
+[data.judged]
+path = "{tiny}/orders-pairs.jsonl"
+format = "judged"
+seq_len = 256
+"""
+LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'
+NF4 = '[[stage]]\nop = "quantize"\nscheme = { kind = "nf4" }\n'
+TRAIN = '[[stage]]\nop = "train"\ndata = "train"\nsteps = 4\nbatch_size = 4\nsave_every = 2\n'
+TRAIN += 'optimizer = { kind = "adamw", lr = 0.05 }\n'
+
+
+def evaluation(name: str) -> str:
+    return f'[[stage]]\nop = "eval"\nname = "{name}"\ndata = "heldout"\nlimit = 2\nmax_new_tokens = 2\n'
+
+
+def run(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p") -> dict:  # noqa: F811
+    """The summary of a program made of these stages."""
+    assert start(tmp_path, tiny, stages, *words, name=name) == 0
+    return json.loads((tmp_path / name / "summary.json").read_text())
+
+
+def start(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p", verb: tuple[str, ...] = ()) -> int:  # noqa: F811
+    (tmp_path / f"{name}.toml").write_text(HEAD.format(name=name, tiny=tiny) + stages)
+    return main([*verb, str(tmp_path / f"{name}.toml"), f"out={tmp_path}", *words])
+
+
+REFUSED = {
+    "no teacher": (LORA + TRAIN + 'loss = { kind = "forward_kl" }\n', "has no teacher, expected one exactly with a distillation"),
+    "a teacher for nothing": (LORA + TRAIN + 'teacher = { path = "demo" }\n', "has a teacher, expected one exactly with"),
+    "pairs of prose": (LORA + TRAIN + 'loss = { kind = "dpo" }\n', "format 'instruct', expected pairs"),
+    "judged answers of pairs": (
+        LORA + TRAIN.replace('"train"\nsteps', '"pairs"\nsteps') + 'loss = { kind = "kto" }\n',
+        "format 'pairs', expected judged",
+    ),
+    "one answer at a time": (
+        LORA + TRAIN.replace('"train"\nsteps', '"judged"\nsteps').replace("= 4\nsave", "= 1\nsave") + 'loss = { kind = "kto" }\n',
+        "a batch of one answer, expected two",
+    ),
+    "base without deltas": (
+        '[[stage]]\nop = "full"\n'
+        + TRAIN.replace('"train"\nsteps', '"pairs"\nsteps')
+        + 'loss = { kind = "dpo" }\nreference = "base"\n',
+        "reference = 'base', but .* trains whole",
+    ),
+    "adapted and whole": (LORA + 'train = ["*q_proj.weight"]\n', "adapts .*q_proj.weight and trains it whole as well"),
+    "nothing to merge": ('[[stage]]\nop = "merge"\n', "finds nothing trained to merge"),
+    "quantize what trains": (LORA + NF4, "which trains or is quantized already, expected a plain weight; put a merge"),
+    "quantize twice": (NF4 + NF4.replace("op", 'name = "again"\nop'), "is quantized already"),
+    "train what is quantized": (NF4 + '[[stage]]\nop = "full"\n', "which is quantized, expected a plain weight"),
+    "round what is frozen": (
+        '[[stage]]\nop = "full"\nweights = ["*norm.weight"]\n[[stage]]\nop = "qat"\nscheme = { kind = "int8" }\n',
+        "which does not train whole; put a full stage before it",
+    ),
+    "export what trains": (LORA + '[[stage]]\nop = "export"\nformat = "gguf"\n', "still training, expected none; put a merge"),
+    "export dense": ('[[stage]]\nop = "export"\nformat = "compressed-tensors"\n', "no quantized weight to write as compressed"),
+    "save codes": (NF4 + '[[stage]]\nop = "save"\nwhat = "params"\n', "quantized weights, expected dense ones; use an export"),
+    "run folder without the save": ('[[stage]]\nop = "load"\nmodel = { path = "run/teacher" }\n', r"run/teacher.*does not exist"),
+    "scheme that does not fit": (
+        '[[stage]]\nop = "quantize"\nscheme = { kind = "int4", group = 128 }\n',
+        r"int4.*group.*128|128.*group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_stages_that_do_not_fit_are_refused_before_anything_is_loaded(
+    name: str,
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    stages, message = REFUSED[name]
+    assert start(tmp_path, tiny, stages, verb=("check",)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    wide = llama.Config(**{**{f: getattr(TINY, f) for f in TINY.__struct_fields__}, "vocab_size": 1031})
+    demo = tiny / "model"
+    checkpoint.save_folder(
+        tmp_path / "wide", random_params(wide), Model(llama, wide), source=None, tokenizer=demo, template=None, stop_ids=[]
+    )
+    stages = LORA + TRAIN + f'loss = {{ kind = "forward_kl" }}\nteacher = {{ path = "{tmp_path / "wide"}" }}\n'
+    assert start(tmp_path, tiny, stages) == 2
+    assert "has a student of 1024 tokens and a teacher of 1031, expected one vocabulary" in capsys.readouterr().err
+
+
+def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "1.0")  # a rate that soon does harm
+    watch = 'evaluate = { data = "heldout", every = 3, patience = 2, batch_size = 8 }\n'
+    summary = run(tmp_path, tiny, LORA + rising + watch + evaluation("after"))
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    heldout = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
+    best = min(heldout, key=lambda step: heldout[step])
+    assert set(heldout) == set(range(3, len(rows) + 1, 3))
+    assert len(rows) < 40
+    assert [step for step in heldout if step > best] == [best + 3, best + 6]
+    assert summary["train"]["best_step"] == best
+    assert summary["steps"] == best + 6
+    assert summary["after"]["loss_nats"] == pytest.approx(heldout[best], rel=1e-5)
+    # the same, killed after a step that evaluates nothing
+    folder = tmp_path / "q/checkpoints/train"
+    words = [str(tmp_path / "p.toml"), f"out={tmp_path}", "name=q", "train.save_every=1"]
+    process = spawn(words)
+    wait_for_step(tmp_path / "q", 4, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert main(words) == 0
+    assert rows_without_time(tmp_path / "q") == rows_without_time(tmp_path / "p")
+    kept, straight = (
+        checkpoint.load_tensors(checkpoint.committed(one / "best")[-1] / "state.safetensors")
+        for one in (folder, tmp_path / "p/checkpoints/train")
+    )
+    assert all(torch.equal(kept[name], straight[name]) for name in straight)
+
+
+def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    pairs = TRAIN.replace('"train"\nsteps', '"pairs"\nsteps') + 'loss = { kind = "dpo" }\n'
+    losses = {}
+    for reference in ("start", "base", "cached"):
+        run(tmp_path, tiny, LORA + pairs + f'reference = "{reference}"\n', "train.optimizer.lr=0.5", name=reference)
+        losses[reference] = [row["loss"] for row in rows_without_time(tmp_path / reference)]
+    assert losses["start"][0] == pytest.approx(0.693147, abs=1e-6)
+    assert all(abs(loss - 0.693147) > 1e-5 for loss in losses["start"][2:])
+    assert losses["cached"] == pytest.approx(losses["start"], abs=5e-6)
+    assert losses["base"] == pytest.approx(losses["start"], abs=5e-6)
+    kd = TRAIN + 'loss = { kind = "reverse_kl", temperature = 2.0, ratio = 0.5 }\nteacher = { path = "demo" }\n'
+    for top in ("", "cached_top_k = 1024\n"):
+        run(tmp_path, tiny, LORA + kd + top, name=f"kd{len(top)}")
+    live, cached = ([row["loss"] for row in rows_without_time(tmp_path / one)] for one in ("kd0", "kd20"))
+    assert cached == pytest.approx(live, rel=1e-4)
+    judged = TRAIN.replace('"train"\nsteps', '"judged"\nsteps') + 'loss = { kind = "kto" }\n'
+    for reference in ("start", "cached"):
+        run(tmp_path, tiny, LORA + judged + f'reference = "{reference}"\n', name=f"kto-{reference}")
+    live, cached = ([row["loss"] for row in rows_without_time(tmp_path / f"kto-{one}")] for one in ("start", "cached"))
+    assert cached == pytest.approx(live, abs=5e-6)
+
+
+def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    saves = '[[stage]]\nop = "save"\nwhat = "deltas"\n'
+    saves += '[[stage]]\nop = "save"\nname = "trained"\nwhat = "merged"\npath = "run/trained"\ndtype = "float32"\n'
+    saves += '[[stage]]\nop = "save"\nname = "stored"\nwhat = "merged"\npath = "run/stored"\nonto = "stored"\ndtype = "float32"\n'
+    summary = run(tmp_path, tiny, NF4 + LORA + TRAIN + evaluation("after") + saves)
+    told = capsys.readouterr().out
+    assert "merged onto the dequantized weights" in told
+    assert summary["trained"]["merge_error"] < 1e-6 < 0.01 < summary["stored"]["merge_error"]
+    assert summary["quantize"]["bytes_after"] < summary["quantize"]["bytes_before"]
+    model = models.open(tiny / "model")
+    base = checkpoint.load_params(tiny / "model", model.shapes())
+    rule, deltas, _ = peft.load(tmp_path / "p/deltas", names=base)
+    found, onto_stored = (checkpoint.load_params(tmp_path / "p" / one, model.shapes()) for one in ("trained", "stored"))
+    for name in deltas:
+        rounded = quant.dequantize(quant.quantize(base[name].float(), quant.NF4()), torch.float32)
+        torch.testing.assert_close(found[name], rule.merged_weight(rounded, deltas[name]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(onto_stored[name], rule.merged_weight(base[name], deltas[name]), rtol=0, atol=1e-6)
+    # the merged model is the one that was evaluated
+    again = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/trained'}", name="again")
+    assert again["after"]["loss_nats"] == pytest.approx(summary["after"]["loss_nats"], rel=1e-5)
+    # the adapter refuses another base, and another base's folder
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "model", other)
+    weights = checkpoint.load_tensors(other / "model.safetensors")
+    checkpoint.save_tensors(other / "model.safetensors", {name: w + 1e-3 for name, w in weights.items()})
+    words = (f"model.path={other}", f"model.deltas={tmp_path / 'p/deltas'}")
+    assert start(tmp_path, tiny, evaluation("after"), *words, name="refused") == 2
+    assert "whose weights are not those of" in capsys.readouterr().err
+
+
+def test_weights_trained_under_rounding_are_converted_exactly(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    scheme = '[[stage]]\nop = "{}"\nscheme = {{ kind = "int4", group = 32 }}\n'
+    stages = '[[stage]]\nop = "full"\n' + scheme.format("qat") + TRAIN + evaluation("rounded")
+    stages += (
+        '[[stage]]\nop = "merge"\ndtype = "float32"\n' + evaluation("dense") + scheme.format("quantize") + evaluation("int4")
+    )
+    summary = run(tmp_path, tiny, stages)
+    assert summary["int4"]["loss_nats"] == pytest.approx(summary["rounded"]["loss_nats"], rel=1e-6)
+    assert summary["dense"]["loss_nats"] != pytest.approx(summary["rounded"]["loss_nats"], rel=1e-4)
+    assert summary["int4"]["model_bytes"] < summary["dense"]["model_bytes"]
+
+
+def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight_one(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = [*toy("pipeline", tiny, tmp_path, steps=20), "sft.save_every=3", "dpo.save_every=3"]
+    straight = subprocess.run([*COMMAND, "pipeline", *words, "name=straight"], capture_output=True, text=True)
+    assert straight.returncode == 0, straight.stderr
+    for stage in ("sft", "dpo"):
+        process = spawn(["pipeline", *words, "name=killed"])
+        wait_for_step(tmp_path / "killed", 11, process, stage)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = subprocess.run([*COMMAND, "pipeline", *words, "name=killed"], capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert re.search(r"dpo: continuing from step \d+ of 20", last.stdout)
+    assert "sft 1/20" not in last.stdout
+    assert "tuned: loss" not in last.stdout  # that was measured before the run died
+    killed, wanted = ({**json.loads((tmp_path / one / "summary.json").read_text())} for one in ("killed", "straight"))
+    for name in ("base", "tuned", "preferred", "int4"):
+        assert killed[name] | {"time_s": 0} == wanted[name] | {"time_s": 0}
+    assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "straight")
+    for part in ("params/model.safetensors", "compressed-tensors/model.safetensors"):
+        one, two = (checkpoint.load_tensors(tmp_path / run / part) for run in ("killed", "straight"))
+        assert set(one) == set(two)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all(f"│ {name} " in last.stdout for name in ("base", "sft", "tuned", "dpo", "preferred", "quantize", "int4"))
