@@ -5,17 +5,17 @@ A weight is whole only while one matrix product uses it: forward and backward ea
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
 import torch.nn.functional as F
-from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitune import tree
 from minitune.grad import under_transform
-from minitune.types import QNF4, Delta, InputError, Params, QInt4, QInt8, QTensor, Trainable
+from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QInt4, QInt8, QTensor, Trainable
 
 NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -114,7 +114,7 @@ def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
     return scheme.pack(scheme.levels(groups, scale).flatten(1), scale.squeeze(-1))
 
 
-def dequantize(q: "QTensor | PackedInt4", dtype: torch.dtype) -> Float[Tensor, "out in"]:
+def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The weight that the codes stand for, computed in float32 and rounded once to dtype."""
     if isinstance(q, PackedInt4):
         return dequantize(q.q, dtype)
@@ -191,22 +191,6 @@ def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
         raise InputError(f"quant: {bad} holds values that are not finite, expected numbers; has the training diverged?")
 
 
-class PackedInt4(NamedTuple):
-    """An int4 weight for decoding: beside its codes, the same codes in the order that torch's CPU kernel reads.
-
-    That order depends on the processor, so this leaf is made after loading and never saved.
-    """
-
-    q: QInt4
-    codes: UInt8[Tensor, "out half"]
-    scales: BFloat16[Tensor, "groups out 2"]  # (scale, zero point)
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return self.q.shape
-
-
 def packed(params: Params) -> Params:
     """All parameters, int4 leaves on the CPU prepared for decoding few rows at a time, but for shapes that no kernel takes."""
 
@@ -223,7 +207,7 @@ def packed(params: Params) -> Params:
     return {name: leaf(w) for name, w in params.items()}
 
 
-def linear(x: Float[Tensor, "*rows in"], q: QTensor | PackedInt4) -> Float[Tensor, "*rows out"]:
+def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out"]:
     """x W^T in the dtype of x; differentiable in x any number of times, and nothing but the codes is kept for that.
 
     A few bfloat16 rows on the CPU that need no gradient go through torch's packed kernels, which never build the weight.

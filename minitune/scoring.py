@@ -42,7 +42,7 @@ def continuations(
                 f"scoring: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
                 f"of 1 or more and a continuation of 1 to {max_length}"
             )
-        row = (*context, *continuation)[-max_length:-1]
+        row = (*context, *continuation)[-max_length - 1 : -1]
         sharers.setdefault(row, []).append(n)
     rows = sorted(sharers, key=len, reverse=True)
     scores: dict[int, Score] = {}

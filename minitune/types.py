@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int, Int8, UInt8
+from jaxtyping import BFloat16, Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 
@@ -74,7 +74,23 @@ class QNF4(NamedTuple):
         return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
 
 
-QTensor = QInt8 | QInt4 | QNF4
+class PackedInt4(NamedTuple):
+    """An int4 weight for decoding: beside its codes, the same codes in the order that torch's CPU kernel reads.
+
+    That order depends on the processor, so this leaf is made after loading and never saved.
+    """
+
+    q: QInt4
+    codes: UInt8[Tensor, "out half"]
+    scales: BFloat16[Tensor, "groups out 2"]  # (scale, zero point)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.q.shape
+
+
+QTensor = QInt8 | QInt4 | QNF4 | PackedInt4
 Params = Mapping[str, Any]  # a Tensor, or a QTensor where a linear weight is quantized
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it

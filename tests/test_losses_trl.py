@@ -14,7 +14,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from minitune import objectives
 from minitune.losses import Cpo, Dpo, Hinge, Ipo, Kto, Orpo, PairLoss, SimPO, dpo, forward_kl, jensen_shannon, reverse_kl
+from minitune.models import Model, llama
+from minitune.optim import SGD
+from minitune.steps import dpo_step
 from minitune.types import Batch, LogProbs, Pairs
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's own switch for the warning that importing trl.experimental gives
@@ -175,6 +179,34 @@ def test_pairs_against_a_reference_cost_what_dpo_trainer_says(loss: PairLoss, lo
     assert float(rejected.mean()) == pytest.approx(peer.metrics["rewards/rejected"], rel=1e-5)
     assert float((chosen > rejected).float().mean()) == pytest.approx(peer.metrics["rewards/accuracies"])
     assert float(ours.chosen.detach().mean()) == pytest.approx(peer.metrics["logps/chosen"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_type"), [(Dpo(beta=0.3), "sigmoid"), (Hinge(beta=0.05), "hinge"), (Ipo(beta=0.2), "ipo")], ids=str
+)
+def test_a_step_of_ours_is_the_step_of_dpo_trainer(loss: PairLoss, loss_type: str, tmp_path: Path) -> None:
+    """dpo_step, from Hugging Face weights to new weights: its loss, its metrics, and its gradient as what SGD at rate 1 moves."""
+    peer = dpo_peer(a_model(0), a_model(1), PAIRS, tmp_path, loss_type=[loss_type], beta=loss.beta)
+    model, optimizer = Model(llama, SMALL), SGD(lr=1.0)
+    params, trainable = objectives.full(random_params(SMALL, 0), ("*",))
+    after, _, metrics = dpo_step(
+        params,
+        trainable,
+        optimizer.init(trainable),
+        PAIRS,
+        model=model,
+        loss=loss,
+        lora=None,
+        reference=random_params(SMALL, 1),
+        optimizer=optimizer,
+    )
+    assert float(metrics["loss_nats"]) == pytest.approx(float(peer.loss), rel=1e-5, abs=1e-6)
+    for ours, theirs in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins"), ("accuracy", "accuracies")):
+        assert float(metrics[f"reward_{ours}"]) == pytest.approx(peer.metrics[f"rewards/{theirs}"], rel=1e-5, abs=1e-6)
+    size = max(float(g.abs().max()) for g in peer.gradients.values())
+    assert size > 1e-3
+    for name, before in trainable.items():
+        torch.testing.assert_close(before - after[name], peer.gradients[name], rtol=1e-5, atol=1e-5 * size)
 
 
 def test_label_smoothing_is_what_trl_calls_aot_on_one_pair_and_robust_but_for_its_weights(tmp_path: Path) -> None:

@@ -439,6 +439,14 @@ def test_a_packed_leaf_differentiates_and_dequantizes_as_its_codes():
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_few_rows_under_vmap_are_decoded(name: str):
+    leaf = packed({"w": quantize(normal(48, 256), SCHEMES[name])})["w"]
+    x = normal(2, 3, 256, dtype=torch.bfloat16)
+    wanted = F.linear(x, dequantize(leaf, torch.bfloat16))
+    torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, leaf))(x), wanted)
+
+
 def test_what_has_no_kernel_is_not_packed():
     params = {"w": normal(48, 64), "int8": quantize(normal(48, 64), Int8()), "odd": quantize(normal(40, 64), Int4())}
     assert all(leaf is params[name] for name, leaf in packed(params).items())

@@ -1,9 +1,9 @@
-"""Makes everything in this folder from a seed: `python -m minitune.demo` (at most half an hour on two cores).
+"""Makes everything in this folder from a seed: `python -m minitune.demo` (at most three quarters of an hour on two cores).
 
 1. the tasks' data, orders-train.jsonl, orders-heldout.jsonl and orders-pairs.jsonl, here;
 2. the pretraining text, in runs/demo-data/pretrain.jsonl;
 3. the tokenizer, trained on both (the held-out rows excepted), in model/;
-4. the base model, pretrained by programs/demo/pretrain.toml and copied to model/.
+4. the base model and the student, pretrained by programs/demo/pretrain.toml and copied to model/ and student/.
 """
 
 import io
@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 HERE = paths.locate("demo/model").parent
+STUDENT = ["name=demo-student", "model.config=configs/models/demo-student.toml"]  # the pretraining program, for the student
 PRETRAIN_DATA = Path("runs/demo-data/pretrain.jsonl")
 
 
@@ -115,7 +116,7 @@ def write_jsonl(path: Path, objects: Iterable[Mapping[str, str]]) -> None:
 
 
 def main() -> int:
-    """Write the data and the tokenizer, pretrain, and put the base model in its place."""
+    """Write the data and the tokenizer, pretrain the base model and the student, and put them in their places."""
     write_jsonl(HERE / "orders-train.jsonl", train_rows())
     write_jsonl(HERE / "orders-heldout.jsonl", heldout_rows())
     write_jsonl(HERE / "orders-pairs.jsonl", preference_rows())
@@ -126,9 +127,10 @@ def main() -> int:
     checkpoint.write_atomic(model / "tokenizer.model", train_tokenizer(tokenizer_texts()))
     checkpoint.write_atomic(model / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2).encode())
 
-    pretrain = program.load(paths.program_file("demo/pretrain"), sys.argv[1:])
-    summary = runs.run_program(pretrain)
-    shutil.copytree(summary["save"]["path"], model, dirs_exist_ok=True)
+    for folder, changes in (("model", []), ("student", STUDENT)):
+        pretrain = program.load(paths.program_file("demo/pretrain"), [*changes, *sys.argv[1:]])
+        summary = runs.run_program(pretrain)
+        shutil.copytree(summary["save"]["path"], HERE / folder, dirs_exist_ok=True)
     return 0
 
 

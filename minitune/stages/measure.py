@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import checkpoint, paths, tree
+from minitune import checkpoint, paths, quant, tree
 from minitune.data import Source, batches, prepare, prompts
 from minitune.generate import answers
 from minitune.interop import harness
@@ -161,6 +161,7 @@ def answered(
     """The model's answers to prompts, in their order; world.Stopped when the run is asked to stop."""
     loaded = world.loaded
     params, deltas = attached(world)
+    params = quant.packed(params)
     with world.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
