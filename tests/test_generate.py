@@ -23,7 +23,7 @@ from minitune.lora import Lora
 from minitune.models import Model, llama
 from minitune.quant import dequantize
 from minitune.sampling import Sampling, filtered, next_tokens
-from minitune.types import Delta, QInt8
+from minitune.types import Delta, PackedInt4, QInt8
 
 MODEL = Model(llama, SMALL)
 DRAWN = Sampling(temperature=1.5, top_k=11, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
@@ -191,15 +191,19 @@ def test_the_cache_has_the_dtype_and_device_of_the_embedding() -> None:
     assert [len(row) for row in greedy(MODEL, half, [[1, 2], [3]], {}, max_new_tokens=4, stop_ids=[])] == [4, 4]
 
 
-def test_int4_leaves_are_packed_for_bfloat16_alone(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_leaves_are_packed_once_and_for_bfloat16_alone(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params, text, asked = demo
-    given: list[Any] = []
-    monkeypatch.setattr(quant, "packed", lambda params: given.append(params) or params)
-    answered(demo, 4)
-    assert not given
-    half = {name: w.bfloat16() for name, w in params.items()}
-    assert len(answered((model, half, text, asked), 4)) == len(asked)
-    assert given[0] is half
+    calls: list[Any] = []
+    pack, name = quant.packed, "model.layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr(quant, "packed", lambda params: calls.append(pack(params)) or calls[-1])
+    rule = quant.Quantization(quant.Int4(), (name,))
+    answered((model, rule.quantize(params), text, asked), max_new_tokens=3)
+    assert not calls
+    half = rule.quantize({key: w.bfloat16() for key, w in params.items()})
+    answered((model, half, text, asked), 1, max_new_tokens=3)
+    assert isinstance(calls[0][name], PackedInt4)
+    assert len(calls) == 5
+    assert all(later[name] is calls[0][name] for later in calls)
 
 
 def test_a_model_whose_blocks_are_recomputed_decodes_alike() -> None:
