@@ -177,7 +177,7 @@ def rows_without_time(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "full", "qlora"])
 def test_a_run_killed_at_any_moment_continues_bit_for_bit(name: str, tiny: Path, tmp_path: Path) -> None:
     """SIGKILL three times at different steps, then to the end: every weight, moment and logged row equals the straight run's."""
     words = [*toy(name, tiny, tmp_path, steps=60), "train.save_every=7"]

@@ -1,5 +1,6 @@
 """What the README says is true: its commands work, its snippet runs, its picture is the house."""
 
+import io
 import re
 import shlex
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_every_command_is_known_and_those_of_minitune_run(
         words = shlex.split(command)
         assert words[:3] == ["python", "-m", "minitune"], command
         words = [word for word in words[3:] if not word.startswith(("model.path=", "data."))]
+        if words[0] == "chat":
+            monkeypatch.setattr("sys.stdin", io.StringIO("Two lamps to Oslo.\n"))
+            words += ["--max-new-tokens", "4"]
         if words[0] == "lora":
             words += toy("lora", tiny, tmp_path)
         assert main(words) == 0, capsys.readouterr().err

@@ -35,6 +35,9 @@ class FakeWorld(NamedTuple):
     stopping: Any
     records: Mapping[str, dict]
 
+    def record(self, label: str, values: dict[str, Any]) -> "FakeWorld":
+        return self._replace(records={**self.records, label: values})
+
 
 class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     """A stage that logs `steps` rows, and before step `signal_at` gets a signal."""
@@ -106,8 +109,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Program, tmp_path: Path) -> None:
     result = runs.run_program(tiny)
     folder = tmp_path / "runs" / "tiny"
+    assert all(result[name].pop("time_s") > 0 for name in ("one", "two"))
     assert result == {"one": {"last": 3}, "two": {"last": 2}, "steps": 2}
-    assert json.loads((folder / "summary.json").read_bytes()) == result
+    kept = json.loads((folder / "summary.json").read_bytes())
+    assert {name: kept[name]["last"] for name in ("one", "two")} == {"one": 3, "two": 2}
     assert (folder / "program.toml").read_text() == program.resolved(tiny)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("one", 1), ("one", 2), ("one", 3), ("two", 1), ("two", 2)]
@@ -122,7 +127,8 @@ def test_numbers_that_json_lacks_become_null(tiny: Program) -> None:
 
     runs.run_program(changed(tiny, stage=(Diverged(3, "one"),)))
     for name in ("records.json", "summary.json"):
-        assert json.loads((Path(tiny.out) / "tiny" / name).read_bytes()) == {"one": {"loss_nats": None, "worst": None}}
+        (record,) = json.loads((Path(tiny.out) / "tiny" / name).read_bytes()).values()
+        assert (record["loss_nats"], record["worst"]) == (None, None)
 
 
 def test_the_manifest_names_versions_seed_and_inputs(tiny: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,42 @@ def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_pat
     assert cached == pytest.approx(live, abs=5e-6)
 
 
+KINDS = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto", "forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    data = "judged" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
+    stages = LORA + TRAIN.replace('"train"\nsteps', f'"{data}"\nsteps') + f'loss = {{ kind = "{kind}" }}\n'
+    teacher = f'teacher = {{ path = "{tiny}/model" }}\n' if data == "train" else ""
+    summary = run(tmp_path, tiny, stages + teacher, "train.optimizer.lr=0.5")
+    rows = rows_without_time(tmp_path / "p")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert summary["train"]["n_skipped"] == 0
+    counted = {"judged": "answers", "pairs": "pairs", "train": "target_tokens"}[data]
+    assert all(row[counted] > 0 for row in rows)
+    assert len({row["loss"] for row in rows}) > 1
+    if data == "pairs":
+        assert all(row["reward_margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-4) for row in rows)
+
+
+def test_a_distillation_killed_in_mid_run_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = [*toy("kd", tiny, tmp_path, steps=12), "train-distilled.save_every=5"]
+    for name in ("straight", "killed"):
+        process = spawn(["kd", *words, f"name={name}"])
+        if name == "killed":
+            wait_for_step(tmp_path / "killed", 8, process, "train-distilled")
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            process = spawn(["kd", *words, f"name={name}"])
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert "train-distilled: continuing from step 5 of 12" in out or "continuing from step 10 of 12" in out
+    one, two = (checkpoint.load_tensors(tmp_path / name / "params/model.safetensors") for name in ("straight", "killed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "killed")
+
+
 def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     tiny: Path,  # noqa: F811
     tmp_path: Path,

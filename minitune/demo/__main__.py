@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 HERE = paths.locate("demo/model").parent
-STUDENT = ["name=demo-student", "model.config=configs/models/demo-student.toml"]  # the pretraining program, for the student
+STUDENT = ("name=demo-student", "model.config=configs/models/demo-student.toml")  # the pretraining program, for the student
 PRETRAIN_DATA = Path("runs/demo-data/pretrain.jsonl")
 
 
@@ -127,7 +127,7 @@ def main() -> int:
     checkpoint.write_atomic(model / "tokenizer.model", train_tokenizer(tokenizer_texts()))
     checkpoint.write_atomic(model / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2).encode())
 
-    for folder, changes in (("model", []), ("student", STUDENT)):
+    for folder, changes in (("model", ()), ("student", STUDENT)):
         pretrain = program.load(paths.program_file("demo/pretrain"), [*changes, *sys.argv[1:]])
         summary = runs.run_program(pretrain)
         shutil.copytree(summary["save"]["path"], HERE / folder, dirs_exist_ok=True)

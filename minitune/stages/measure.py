@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import checkpoint, paths, quant, tree
+from minitune import checkpoint, paths, tree
 from minitune.data import Source, batches, prepare, prompts
 from minitune.generate import answers
 from minitune.interop import harness
@@ -82,6 +82,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     sampling: Sampling = Sampling()
     max_new_tokens: Positive = 256
     stop: tuple[str, ...] = ()  # strings that end an answer
+    compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
     batch_size: Positive = 64
     limit: Positive | None = None
     samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to show
@@ -96,7 +97,9 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         file = world.folder / f"{self.label}.jsonl"
         asked = prompts(world.data[self.data], world.loaded.tokenizer, world.loaded.template)[: self.limit]
         ids = [one.ids for one in asked]
-        found = answered(world, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
+        model = world.loaded.model._replace(wrap=torch.compile) if self.compiled else world.loaded.model
+        world_of = world.with_model(model=model)
+        found = answered(world_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
         lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]
         checkpoint.write_atomic(file, ("\n".join(lines) + "\n").encode())
         for one, answer in list(zip(asked, found, strict=True))[: self.samples]:
@@ -161,7 +164,6 @@ def answered(
     """The model's answers to prompts, in their order; world.Stopped when the run is asked to stop."""
     loaded = world.loaded
     params, deltas = attached(world)
-    params = quant.packed(params)
     with world.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
