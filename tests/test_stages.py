@@ -184,7 +184,7 @@ KINDS = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto", "forward_kl", "re
 def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     data = "judged" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
     stages = LORA + TRAIN.replace('"train"\nsteps', f'"{data}"\nsteps') + f'loss = {{ kind = "{kind}" }}\n'
-    teacher = f'teacher = {{ path = "{tiny}/model" }}\n' if data == "train" else ""
+    teacher = 'teacher = { path = "demo" }\n' if data == "train" else ""
     summary = run(tmp_path, tiny, stages + teacher, "train.optimizer.lr=0.5")
     rows = rows_without_time(tmp_path / "p")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
