@@ -20,10 +20,13 @@ Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it:
   show PROGRAM [KEY=VALUE ...]  the program with every default written out
   check PROGRAM [KEY=VALUE ...] read the program, find its files, match its globs; run nothing
   schema                        the JSON Schema of programs
+  show-sample PROGRAM [--n 3]   text, ids and mask of the first samples of its data [--data NAME] [KEY=VALUE ...]
+  download REPO [--to DIR]      fetch a model folder or an adapter from the Hugging Face Hub [--revision R]
+  inspect FOLDER                what a model or adapter folder holds; reads no weight
   chat FOLDER [--OPTION VALUE]  talk with a model folder, or with demo; chat --help lists the options
   --help, --version
 """
-VERBS = ("ls", "cp", "show", "check", "schema", "chat")
+VERBS = ("ls", "cp", "show", "check", "schema", "show-sample", "chat", "download", "inspect")
 
 
 class _Misuse(Exception):  # noqa: N818 - what the words say is wrong, found before InputError (and torch) is imported
@@ -66,10 +69,24 @@ def _run_words(words: list[str]) -> int:
         if len(words) == 1:
             _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM [KEY=VALUE ...]")
         _show(*words[1:]) if words[0] == "show" else _check(*words[1:])
+    elif words[0] == "show-sample":
+        if len(words) == 1:
+            _refuse("show-sample without a program, expected show-sample PROGRAM [--n 3] [--data NAME] [KEY=VALUE ...]")
+        from minitune import sample
+
+        return sample.show(_program_file(words[1]), words[2:])
     elif words[0] == "chat":
         from minitune import talk
 
         return talk.chat(words[1:])
+    elif words[0] == "download":
+        from minitune import hub
+
+        return hub.download(words[1:])
+    elif words[0] == "inspect":
+        from minitune import folders
+
+        return folders.inspect(*words[1:]) if len(words) == 2 else _refuse("inspect without a folder, expected inspect FOLDER")
     elif words[0] in VERBS:
         _refuse(f"{' '.join(words)}, expected {words[0]} alone")
     else:

@@ -45,8 +45,9 @@ class _Walk(NamedTuple):
 def gptq(
     model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float, deltas: Deltas = NO_DELTAS
 ) -> Params:
-    """All parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out; deltas are as a forward
-    takes them. Block by block: what a block sees has come through the quantized blocks before it.
+    """All parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
+    experts see of it; deltas are as a forward takes them. Block by block: what a block sees has come through the quantized blocks
+    before it.
 
     InputError for an nf4 scheme, for no batches, and for a weight that is not finite or that no linear map of the model uses.
     """
@@ -162,7 +163,9 @@ class _LinearInputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and id(args[1]) in self.names:
-            self.grams = _summed([self.grams, {self.names[id(args[1])]: _gram(args[0][self.real])}])
+            x = args[0]
+            rows = x[self.real] if x.shape[:-1] == self.real.shape else x  # an expert's rows, which have left their places
+            self.grams = _summed([self.grams, {self.names[id(args[1])]: _gram(rows)}])
         return func(*args, **(kwargs or {}))
 
 

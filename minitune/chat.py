@@ -4,29 +4,16 @@ Templates come from model folders, so they run in a sandbox with bounded loops. 
 they say is never read as a special token.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
+from minitune.template import CLOSE, OPEN, Message, Template, Tool, compile_template, render, told
 from minitune.tokenizer import Tokenizer, json_object, starts
 from minitune.types import InputError
 
-Message = Mapping[str, Any]  # role and content, and whatever else the template knows, e.g. tool_calls
-
-MAX_ITERATIONS = 200_000  # loop steps and calls of one rendering
-MAX_CHARS = 50_000_000  # of one rendering
-BUDGET = "loop budget"  # the name of a variable that no template can spell
+TrainOn = Literal["assistant", "last", "all"]  # every turn of the assistant, its last one, or every token
 
 CHATML = """\
 {% for message in messages %}
@@ -46,15 +33,6 @@ PLAIN = """\
 {%- if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
 
 
-class Template(NamedTuple):
-    """A chat template: Jinja source, the special tokens that it sees by name, and where it comes from."""
-
-    source: str
-    special_names: Mapping[str, str]
-    origin: str
-    compiled: jinja2.Template
-
-
 class Tokens(NamedTuple):
     """Token ids of a conversation, and for each whether it is trained."""
 
@@ -71,18 +49,23 @@ def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
         except UnicodeDecodeError as error:
             raise InputError(f"chat: {file} is not UTF-8 ({error}), expected a Jinja template; fetch the file again") from None
     found = json_object(config).get("chat_template")
+    tool_use = None
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default", named)
+        found, tool_use = named.get("default", named), named.get("tool_use")
     if isinstance(found, str):
-        return compile_template(found, names, f"{config} chat_template")
+        template = compile_template(found, names, f"{config} chat_template")
+        if not isinstance(tool_use, str):
+            return template
+        return template._replace(tool_use=compile_template(tool_use, names, f"{config} chat_template tool_use"))
     if found is not None:
         raise InputError(
             f"chat: {config} chat_template is a {type(found).__name__}, expected a string or a list of named strings with "
             "one called default; write the template to chat_template.jinja"
         )
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special.keys():
-        return compile_template(CHATML, names, "built-in ChatML template")
+        opening = "{{ bos_token }}" if tokenizer.add_bos and tokenizer.bos_id is not None else ""
+        return compile_template(opening + CHATML, names, "built-in ChatML template")
     if tokenizer.eos_id is None:
         raise InputError(
             f"chat: {folder} has no chat template and its tokenizer no eos_token, expected one that ends a turn; "
@@ -91,114 +74,213 @@ def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
     return compile_template(PLAIN, names, "built-in plain template")
 
 
-def compile_template(source: str, special_names: Mapping[str, str], origin: str) -> Template:
-    """A template that can't run code: sandboxed Jinja whose loops are counted; InputError for a syntax error."""
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    env.filters |= {"tojson": _tojson, "counted": _counted}
-    env.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace, "dict": _dict}
-    del env.globals["lipsum"]
-    try:
-        tree = env.parse(source)
-        for loop in tree.find_all(jinja2.nodes.For):
-            if loop.recursive:
-                raise jinja2.TemplateSyntaxError("a recursive loop can't be counted", loop.lineno)
-            loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
-        tree.set_environment(env)
-        return Template(source, special_names, origin, env.from_string(tree))
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
-        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise InputError(f"chat: {origin}{line} {error}, expected a Jinja chat template; correct it") from None
-
-
-def render(template: Template, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """The text of a conversation; InputError names the template if it refuses the messages or breaks its bounds."""
-    names = {**template.special_names, BUDGET: iter(range(MAX_ITERATIONS))}
-    values = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    parts, size = [], 0
-    try:
-        for part in template.compiled.generate(**names, **values):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_CHARS:
-                raise SecurityError(f"more than {MAX_CHARS} characters")
-    except Exception as error:  # a template raises whatever Python does, and all of it is in what the user pointed at
-        raise InputError(
-            f"chat: {template.origin} fails with {type(error).__name__}: {error}, expected it to render "
-            f"{_roles(messages)}; change the template or the messages"
-        ) from None
-    return "".join(parts)
-
-
-def encode_chat(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> Tokens:
-    """Ids of a conversation, every assistant turn trained, its end-of-turn token included.
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool] = (),
+    train_on: TrainOn = "assistant",
+) -> Tokens:
+    """Ids of a conversation, and which are trained: what stands in {% generation %} or, in a template without it, every turn
+    of the assistant with its end-of-turn token; the last of them only; or every token.
 
     InputError if the template writes an assistant turn differently from what its generation prompt promised, or
     ends it with no special token.
     """
-    return _encode(tokenizer, template, messages, add_generation_prompt=False)
+    return _encode(tokenizer, template, messages, tools, False, train_on)
 
 
-def encode_prompt(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
+) -> list[int]:
     """Ids that generation starts from: the conversation and the opening of an assistant turn."""
-    return _encode(tokenizer, template, messages, add_generation_prompt=True).ids
+    return _encode(tokenizer, template, messages, tools, True, None).ids
 
 
-def _encode(tokenizer: Tokenizer, template: Template, messages: Sequence[Message], *, add_generation_prompt: bool) -> Tokens:
-    shielded, restore = _shield(messages, tokenizer)
-    text = render(template, shielded, add_generation_prompt=add_generation_prompt)
-    if restore and render(template, messages, add_generation_prompt=add_generation_prompt) != text.translate(restore):
-        raise InputError(
-            f"chat: {template.origin} reads a special token in the text of a message, expected it to be copied as text; "
-            f"remove the special tokens from the content of {_roles(messages)}"
-        )
-    # The text is cut where a trained span starts, as generation cuts it, and where it ends.
-    spans = list(_trained_spans(tokenizer, template, shielded, text))
-    borders = [0, *(border for span in spans for border in span), len(text)]
+def _encode(
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    add_generation_prompt: bool,
+    train_on: TrainOn | None,
+) -> Tokens:
+    # Special tokens come from the template alone: it writes the bos, where one is wanted.
+    shielded, shielded_tools, restore = _shield(messages, tools, tokenizer)
+    conversation = _Conversation(template, shielded, shielded_tools)
+    text = conversation.text(len(messages), add_generation_prompt)
+    if restore:
+        plain = render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        if plain != text.translate(restore):
+            raise InputError(
+                f"chat: {template.origin} reads a special token in the text of a message, expected it to be copied as text; "
+                f"remove the special tokens from the content of {told(messages)}"
+            )
+    # The text is cut where a turn of the assistant starts, as generation cuts it, and where it ends.
+    turns = _turns(tokenizer, conversation, text, add_generation_prompt, train_on)
+    borders = [0, *(border for turn in turns for border in (turn.start, turn.end)), len(text)]
     ids, mask = [], []
     for n, (start, end) in enumerate(pairwise(borders)):
         stretch = tokenizer.encode_stretch(text[start:end], opens=start == 0, restore=restore)
         ids += stretch
-        mask += [n % 2 == 1] * len(stretch)
-    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        return Tokens([tokenizer.bos_id, *ids], [False, *mask])
+        mask += [train_on == "all" or (n % 2 == 1 and turns[n // 2].trained)] * len(stretch)
     return Tokens(ids, mask)
 
 
-def _trained_spans(tokenizer: Tokenizer, template: Template, messages: list[Message], text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of every assistant turn: from the end of its prompt to the end of the last special token of the turn.
+class _Turn(NamedTuple):
+    start: int
+    end: int
+    trained: bool
 
-    What a turn itself wrote is what all continuations share: another turn, an opened one, and none.
-    """
-    last = 0
-    for i, message in enumerate(messages):
-        if message.get("role") != "assistant":
+
+class _Conversation(NamedTuple):
+    template: Template
+    messages: Sequence[Message]
+    tools: Sequence[Tool]
+
+    def text(self, n: int, opened: bool, marked: bool = False) -> str:
+        """The first n messages; opened: and the opening of the assistant's next turn."""
+        return render(self.template, self.messages[:n], tools=self.tools, add_generation_prompt=opened, marked=marked)
+
+
+def _turns(tokenizer: Tokenizer, conversation: _Conversation, text: str, opened: bool, train_on: TrainOn | None) -> list[_Turn]:
+    """Where the assistant's turns stand in the text, and which are trained as such; InputError for a trained one that can't be
+    told from what is around it: another one is left out."""
+    template, found = conversation.template, []
+    if conversation.tools and template.tool_use is not None:
+        template = template.tool_use
+    turns = [i for i, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
+    trained = {"assistant": turns, "last": turns[-1:]}.get(train_on or "", [])
+    if template.marks:
+        try:
+            spans = [*_marked_spans(tokenizer, conversation, text, opened)]
+            before = conversation._replace(messages=conversation.messages[: turns[-1]]) if turns else conversation
+            marked = _marked_spans(tokenizer, before, before.text(len(before.messages), False), False)
+            n_before = len([*marked]) if train_on == "last" else 0
+        except InputError:
+            if train_on in ("assistant", "last"):
+                raise
+            return []
+        return [_Turn(*span, n >= n_before and train_on is not None) for n, span in enumerate(spans)]
+    for i in turns:
+        try:
+            start, end = _turn_span(tokenizer, conversation, text, i, found[-1].end if found else 0)
+        except InputError:
+            if i in trained:
+                raise
             continue
-        prompt = render(template, messages[:i], add_generation_prompt=True)
-        turns = [render(template, messages[: i + 1], add_generation_prompt=opened) for opened in (True, False)]
-        if len(prompt) < last or not all(whole.startswith(prompt) for whole in (text, *turns)):
-            raise InputError(
-                f"chat: {template.origin} doesn't render message {i + 1} (assistant) after its generation prompt, expected "
-                "the prompt to be a prefix of the conversation; correct the template or split the conversation there"
-            )
-        end = None
-        for match in tokenizer.find_special.finditer(text, len(prompt)):
-            if not all(turn.startswith(text[: match.end()]) for turn in turns):
-                break
-            end = match.end()
-        if end is None:
-            raise InputError(
-                f"chat: {template.origin} writes no special token after message {i + 1} (assistant), expected one that "
-                "ends the turn, or generation never stops; let the template write {{ eos_token }} there"
-            )
-        last = end
-        yield len(prompt), last
+        found.append(_Turn(start, end, i in trained))
+    return found
 
 
-def _shield(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[Message], dict[int, str]]:
-    """The messages with stand-ins (U+100000 and up) in what could read as a special token, and the table that restores them."""
+def _marked_spans(tokenizer: Tokenizer, conversation: _Conversation, text: str, opened: bool) -> Iterator[tuple[int, int]]:
+    """What the template wrote inside {% generation %}, and the special token that ends the turn where that comes right after."""
+    marked = conversation.text(len(conversation.messages), opened, marked=True)
+    pieces = [piece.split(CLOSE) for piece in marked.split(OPEN)]
+    if "".join("".join(piece) for piece in pieces) != text or any(len(piece) != 2 for piece in pieces[1:]):
+        raise InputError(
+            f"chat: {conversation.template.origin} changes what its generation blocks wrote, expected one after the other; "
+            "take them out of each other and of filters"
+        )
+    start = len(pieces[0][0])
+    for inside, after in pieces[1:]:
+        end = start + len(inside)
+        start, begun = end + len(after), start
+        if not inside:
+            continue
+        inner = list(tokenizer.find_special.finditer(inside))
+        behind = tokenizer.find_special.match(text, end)
+        if not (inner and not inside[inner[-1].end() :].strip()):
+            if behind is None:
+                raise InputError(
+                    f"chat: {conversation.template.origin} writes no special token at the end of a generation block, expected "
+                    "one that ends the turn, or generation never stops; let the template write {{ eos_token }} there"
+                )
+            end = behind.end()
+        yield begun, end
+
+
+def _turn_span(tokenizer: Tokenizer, conversation: _Conversation, text: str, i: int, last: int) -> tuple[int, int]:
+    """(start, end) of the assistant's turn i: from the end of its prompt to the end of the last special token of the turn.
+
+    What a turn itself wrote is what all continuations share: another turn, an opened one, and none. Where a template writes a
+    turn in another way once it is history (without its reasoning), the token that ends it as the last turn ends it there too.
+    """
+    later = (n for n, message in enumerate(conversation.messages) if n > i and message.get("role") == "assistant")
+    following = next(later, None)
+    advice = "correct the template" if following is None else 'correct the template or set train_on = "last"'
+    prompt = conversation.text(i, True)
+    if len(prompt) < last or not text.startswith(prompt):
+        raise InputError(
+            f"chat: {conversation.template.origin} doesn't render message {i + 1} (assistant) after its generation prompt, "
+            f"expected the prompt to be a prefix of the conversation; {advice}"
+        )
+    start, opened, closed = len(prompt), conversation.text(i + 1, True), conversation.text(i + 1, False)
+    end = _shared_end(tokenizer, text, (opened, closed), start)
+    if end is None or tokenizer.find_special.sub("", closed[end:]).strip():
+        before = len(text) if following is None else len(conversation.text(following, True))
+        end = _end_as_last(tokenizer, text[:before], closed, start, end, _own_end(conversation, i, closed))
+    if end is None:
+        raise InputError(
+            f"chat: {conversation.template.origin} writes no special token after message {i + 1} (assistant), expected one that "
+            f"ends the turn there as it does at the end, or generation never stops ({{{{ eos_token }}}} for one); {advice}"
+        )
+    return start, end
+
+
+def _shared_end(tokenizer: Tokenizer, text: str, turns: Sequence[str], start: int) -> int | None:
+    """The end of the last special token after start that text and all of turns have in common, with all before it."""
+    end = None
+    for match in tokenizer.find_special.finditer(text, start):
+        if not all(turn.startswith(text[: match.end()]) for turn in turns):
+            break
+        end = match.end()
+    return end
+
+
+def _end_as_last(tokenizer: Tokenizer, text: str, closed: str, start: int, shared: int | None, own: int | None) -> int | None:
+    """The end in text of a turn that `closed` ends with, its message's own words up to `own`: where that is before the end that
+    is shared, there, else the special token that comes after the words in closed."""
+    if own is None or (shared is not None and shared > own):
+        return shared if own is not None else None
+    ending = tokenizer.find_special.search(closed, max(start, own))
+    if ending is None:
+        return None
+    n = sum(match.group() == ending.group() for match in tokenizer.find_special.finditer(closed, start, ending.end()))
+    found = [match.end() for match in tokenizer.find_special.finditer(text, start) if match.group() == ending.group()]
+    return found[n - 1] if len(found) >= n else None
+
+
+def _own_end(conversation: _Conversation, i: int, closed: str) -> int | None:
+    """Where in `closed` the words of its last message end: what comes after them stays when they change. None if they can't."""
+    changed = {key: _changed(value) if key != "role" else value for key, value in conversation.messages[i].items()}
+    try:
+        other = conversation._replace(messages=[*conversation.messages[:i], changed]).text(i + 1, False)
+    except InputError:
+        return None
+    same = 0
+    while same < min(len(closed), len(other)) and closed[-1 - same] == other[-1 - same]:
+        same = same + 1
+    return len(closed) - same
+
+
+def _changed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _changed(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_changed(child) for child in value]
+    return value + CLOSE if isinstance(value, str) else value
+
+
+def _shield(
+    messages: Sequence[Message], tools: Sequence[Tool], tokenizer: Tokenizer
+) -> tuple[list[Message], list[Tool], dict[int, str]]:
+    """Messages and tools with stand-ins (U+100000 and up) in what could read as a special token, and the table that restores
+    them."""
     stand_ins: dict[str, str] = {}
-    shielded = [_shield_strings(message, tokenizer, stand_ins) for message in messages]
-    return shielded, {ord(stand_in): char for char, stand_in in stand_ins.items()}
+    shielded = [[_shield_strings(value, tokenizer, stand_ins) for value in values] for values in (messages, tools)]
+    return shielded[0], shielded[1], {ord(stand_in): char for char, stand_in in stand_ins.items()}
 
 
 def _shield_strings(value: Any, tokenizer: Tokenizer, stand_ins: dict[str, str]) -> Any:
@@ -216,85 +298,7 @@ def _shield_strings(value: Any, tokenizer: Tokenizer, stand_ins: dict[str, str])
     tails = range(max(0, end - max(map(len, tokenizer.special), default=0) + 1), end)
     markup = [token for token in tokenizer.special if not token[0].isalnum()]
     places |= {i for i in tails if any(token.startswith(value[i:end]) for token in markup)}
+    places |= {i for i, char in enumerate(value) if char in (OPEN, CLOSE)}
     for char in sorted({value[i] for i in places}):
         stand_ins.setdefault(char, chr(0x100000 + len(stand_ins)))
     return "".join(stand_ins[char] if i in places else char for i, char in enumerate(value)) if places else value
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with calls, powers and repetitions bounded as well."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _spend(context)
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if isinstance(x, (str, list, tuple)) else x for x in (left, right)]
-        if operator == "**" or abs(sizes[0] * sizes[1]) > MAX_CHARS:
-            raise SecurityError(f"{operator} on large operands")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Namespace(Namespace):
-    """Jinja's namespace without the underscore names that Python itself would look up."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        values = dict(*args, **kwargs)
-        for name in values:
-            _refuse_underscore(name)
-        super().__init__(values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} renders its body: which tokens are trained is found without it."""
-
-    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@jinja2.pass_context
-def _counted(context: jinja2.runtime.Context, items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _spend(context)
-        yield item
-
-
-def _spend(context: jinja2.runtime.Context) -> None:
-    if next(context[BUDGET], None) is None:
-        raise SecurityError(f"more than {MAX_ITERATIONS} loop steps and calls")
-
-
-def _refuse_underscore(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise SecurityError(f"{name!r} in a namespace")
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _roles(messages: Sequence[Message]) -> str:
-    return f"a conversation of {', '.join(str(message.get('role')) for message in messages) or 'no message'}"

@@ -1,22 +1,25 @@
 """Weights and training state on disk: safetensors and JSON only, written aside, synced and renamed: a crash loses nothing."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minitune import tree
-from minitune.models import Model, config_json
+from minitune import tensorfile, tree
+from minitune.models import Model, config_json, mxfp4
+from minitune.models.multimodal import text_config, text_name
 from minitune.tokenizer import TOKENIZER_FILES
 from minitune.tree import Tree
 from minitune.types import InputError, Params
@@ -25,6 +28,16 @@ SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NO_KEYS: Mapping[str, Any] = MappingProxyType({})
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# fmt: off
+WORDS = {  # safetensors' own for each dtype
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
+# fmt: on
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -35,67 +48,129 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error."""
+    """A file to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
     aside = path.with_name(f".{path.name}.tmp")
-    try:
-        yield aside
-        _sync(aside)
-        aside.replace(path)
-        _sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _told_when_full(path):
+        try:
+            yield aside
+            _sync(aside)
+            aside.replace(path)
+            _sync(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced."""
-    aside = path.with_name(f".{path.name}.tmp")
+    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
+
+    InputError for a full disk.
+    """
+    aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    _put_back(old)
+    with _told_when_full(path):
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            for file in sorted(aside.rglob("*")):
+                _sync(file)
+            _sync(aside)
+            if path.exists():  # rename can't replace a folder that holds files
+                path.rename(old)
+            aside.rename(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            _put_back(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a crash at any instant leaves it whole or leaves none of that name."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _put_back(old: Path) -> None:
+    """What a replacement set aside: it takes its place again if the new folder has not come there, else it goes."""
+    path = old.with_name(old.name[1:].removesuffix(".old"))
+    if old.exists() and not path.exists():
+        old.rename(path)
+    elif old.exists():
+        remove_folder(old)
+
+
+@contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
     try:
-        yield aside
-        for file in sorted(aside.rglob("*")):
-            _sync(file)
-        _sync(aside)
-        if path.exists():  # rename can't replace a folder that holds files; between these two lines only the aside copies exist
-            old = path.with_name(f".{path.name}.old")
-            path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old)
-        else:
-            aside.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(
+            f"checkpoint: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
+            "there before is as it was. Free some space and run the same command again"
+        ) from None
+
+
+def free_bytes(path: Path) -> int:
+    """The bytes that can be written where a path lies or will lie."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_room(path: Path, n_bytes: int, what: str) -> None:
+    """InputError with the bytes needed and free if n_bytes do not fit where a path will lie."""
+    free = free_bytes(path)
+    if n_bytes > free:
+        raise InputError(
+            f"checkpoint: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
+            "some space, or choose another folder"
+        )
 
 
 def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The weights of a Hugging Face folder, memory-mapped: a tensor is read when it is first used, and no tensor twice.
 
-    `shapes` is what the model expects; dtype None keeps what is stored. InputError names file and tensor for anything
-    missing, unexpected, of another shape or cut short. A tied head that the file repeats and buffers are left out.
+    `shapes` is what the model expects; dtype None keeps what is stored, or bfloat16 for MXFP4, which is unpacked. InputError
+    names file and tensor for anything missing, unexpected, of another shape or cut short. A tied head that the file repeats,
+    buffers and the weights that see images are left out.
     """
     params: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    packed: dict[str, Tensor] = {}
+    for path, promised in weight_files(folder).items():
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
+            held = file.keys()
+            absent = sorted(promised - frozenset(held))
+            if absent:
+                raise InputError(f"checkpoint: {path} lacks {absent[0]}, which {INDEX} says it holds; download both again")
+            for stored in held:
+                name = text_name(stored)
+                if name is None or name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
+                    continue
+                if name not in shapes and mxfp4.whole_name(name) in shapes:
+                    packed[name] = file.get_tensor(stored)
                     continue
                 if name not in shapes:
                     raise InputError(
                         f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?"
                     )
-                found = tuple(file.get_slice(name).get_shape())
+                if name in params:
+                    raise InputError(f"checkpoint: {path} holds {name}, which a file before it holds too; download both again")
+                found = tuple(file.get_slice(stored).get_shape())
                 if found != shapes[name]:
                     raise InputError(
                         f"checkpoint: {path} holds {name} of shape {list(found)}, expected {list(shapes[name])} from config.json"
                     )
-                w = file.get_tensor(name)
+                w = file.get_tensor(stored)
                 if not w.is_floating_point():
                     raise InputError(
                         f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read"
                     )
                 params[name] = w if dtype is None else w.to(dtype)
+    params = {**params, **mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)}
     missing = [name for name in shapes if name not in params]
     if missing:
         raise InputError(
@@ -121,7 +196,9 @@ def save_folder(
     config.json is the one of `source` with nothing touched but the dtype and config_keys, or made anew when source is None.
     `template` is written where the tokenizer folder ships none. stop_ids, the end-of-turn tokens that were trained, join
     eos_token_id. A quantized format passes the tensors that stand for its weights as params and says so in config_keys.
+    InputError, before anything is written, if the disk is too small.
     """
+    require_room(folder, tree.n_bytes(params), "the weights")
     with atomic_folder(folder) as aside:
         _write_json(aside / "config.json", {**_config(source, model, params), **config_keys})
         _write_json(aside / "generation_config.json", _generation_config(source, stop_ids))
@@ -134,28 +211,40 @@ def save_folder(
 
 
 def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], keep: int = 2) -> Path:
-    """Commit a training state as folder/step-N and drop all but the newest `keep`; a crash leaves the earlier ones whole."""
+    """Commit a training state as folder/step-N and drop all but the newest `keep`; a crash leaves the earlier ones whole.
+
+    InputError, before anything is written, if the disk is too small.
+    """
     path = folder / f"step-{step:08d}"
+    for left in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.gone")):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    require_room(path, tree.n_bytes(state), "the training state")
     with atomic_folder(path) as aside:
-        save_tensors(aside / "state.safetensors", dict(tree.items(state)))
-        digest = hashlib.sha256((aside / "state.safetensors").read_bytes()).hexdigest()
-        _write_json(aside / "state.json", {"step": step, "sha256": digest, **meta})
+        digest = hashlib.sha256()
+        with (aside / "state.safetensors").open("wb") as file:
+            for piece in serialized(dict(tree.items(state))):
+                digest.update(piece)
+                file.write(piece)
+        _write_json(aside / "state.json", {"step": step, "sha256": digest.hexdigest(), **meta})
     for old in committed(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return path
 
 
 def committed(folder: Path) -> list[Path]:
-    """The training states in a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
+    for old in folder.glob(".step-*.old"):
+        _put_back(old)
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     """(state, meta) of a committed step, in the structure of `like`; InputError if a byte, name, shape or dtype differs."""
     try:
-        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        digest = hashlib.sha256((path / "state.safetensors").read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
+        meta = msgspec.json.decode((path / "state.json").read_bytes(), type=dict[str, Any])
+        with (path / "state.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint: {path} can't be read ({error}); remove it to continue from the step before") from None
     if digest != meta.get("sha256"):
         raise InputError(
@@ -180,8 +269,19 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors under their names; storage that two names share is written for each."""
-    save_file({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves it readable by nobody else, which a shared folder of models can't use
+    with path.open("wb") as file:
+        for piece in serialized(tensors):
+            file.write(piece)
+
+
+def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece: what exists beside the tensors is at most a copy of one of them."""
+    order = sorted(tensors, key=lambda name: (tensorfile.ORDER.index(WORDS[tensors[name].dtype]), name))
+    yield tensorfile.header_bytes({name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order})
+    for name in order:
+        x = tensors[name].detach().cpu().contiguous()
+        flat = x.as_strided((x.numel(),), (1,))  # a single element may keep a stride that view would refuse
+        yield flat.view(torch.uint8).numpy().data
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -193,29 +293,45 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        tensorfile.read_header(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"checkpoint: {path} is no whole safetensors file ({error}); download or save it again") from None
+        raise _damaged(path, error) from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"checkpoint: {folder / INDEX} has no readable weight_map ({error!r}); download it again") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"checkpoint: {folder / INDEX} points to {name!r}, expected a file name in its own folder")
-            if not (folder / name).is_file():
-                raise InputError(
-                    f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard"
-                )
-        return [folder / name for name in names]
-    if not (folder / SINGLE).is_file():
-        raise InputError(f"checkpoint: {folder} holds neither {SINGLE} nor {INDEX}, expected one of them")
-    return [folder / SINGLE]
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"checkpoint: {path} is no whole safetensors file ({error}); download or save it again")
+
+
+def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
+    """The files that hold a model's weights, and what the index says is in each (nothing, where there is no index).
+
+    InputError for a folder without weights, an index that can't be read, and one that points nowhere or out of the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise InputError(f"checkpoint: {folder} holds neither {SINGLE} nor {INDEX}, expected one of them")
+        return {folder / SINGLE: frozenset()}
+    try:
+        found = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {index} has no readable weight_map ({error}); download it again") from None
+    for name in sorted(set(found.values())):
+        if Path(name).name != name or len(name) > 200:
+            raise InputError(f"checkpoint: {index} points to {name[:200]!r}, expected a file name in its own folder")
+        if not (folder / name).is_file():
+            raise InputError(f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard")
+    by_file = sorted((file, name) for name, file in found.items())
+    return {folder / file: frozenset(name for _, name in group) for file, group in groupby(by_file, lambda pair: pair[0])}
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
@@ -240,9 +356,10 @@ def _config(source: Path | None, model: Model, params: Params) -> dict[str, Any]
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
     if source is None:
         return {**model.family.to_hf(model.config), "dtype": dtype, "torch_dtype": dtype}
-    hf = config_json(source)
+    hf = text_config(config_json(source))
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
-    return {**hf, **dict.fromkeys(keys, dtype)}
+    dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
+    return {**dense, **dict.fromkeys(keys, dtype)}
 
 
 def _generation_config(source: Path | None, stop_ids: Sequence[int]) -> dict[str, Any]:

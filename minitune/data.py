@@ -1,61 +1,32 @@
-"""jsonl to messages to tokens to Batch: read once, kept memory-mapped, in an order that is a function of (seed, epoch).
+"""Rows to messages to tokens to Batch: read once, kept memory-mapped, in an order that is a function of (seed, epoch).
 
 A document is one tokenized sample. A packed row holds whole documents, never a part of one.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import lru_cache
-from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
-import torch
 
 from minitune import arrays, documents
 from minitune.chat import Message, Template, Tokens, encode_chat, encode_prompt
 from minitune.documents import Documents, Report, padded
-from minitune.seeds import generator
+from minitune.packing import epoch_rows, fill
+from minitune.packing import permutation as permutation
+from minitune.source import Source, at, column, located, opened
+from minitune.source import read_rows as read_rows
+from minitune.template import Tool
 from minitune.tokenizer import Tokenizer
 from minitune.types import Batch, InputError
 
 Row = TypeVar("Row")
 
-LAYOUT = 1  # of the token cache: another number makes every cache anew
-WINDOW = 4096  # documents that are packed longest first before the next ones come
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-COLUMNS = {
-    "instruct": ("instruction", "input", "output"),
-    "chat": ("messages",),
-    "text": ("text",),
-    "pairs": ("prompt", "chosen", "rejected"),
-    "judged": ("prompt", "completion", "label", "chosen", "rejected"),
-}
-EXPECTED = {str: "a string", list: "a list of messages", bool: "true or false"}
-
-
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One jsonl file and how to read it; columns: the format's own name of a column -> its name in the file."""
-
-    path: str
-    format: Literal["instruct", "chat", "text", "pairs", "judged"]  # the last two are read by pairs.prepare
-    seq_len: Annotated[int, msgspec.Meta(gt=0)]  # tokens
-    packed: bool = True
-    overlong: Literal["truncate", "drop"] = "drop"
-    columns: dict[str, str] = {}
-
-    def __post_init__(self) -> None:
-        for name in self.columns:
-            if name not in COLUMNS[self.format]:
-                near = get_close_matches(name, COLUMNS[self.format], n=1, cutoff=0.0)
-                raise InputError(
-                    f"data: columns names {name!r}, expected {' or '.join(COLUMNS[self.format])} with format = "
-                    f"{self.format!r}; did you mean {near[0]!r}? (the name here = the name in the file)"
-                )
+LAYOUT = 2  # of the token cache: another number makes every cache anew
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 
 
 class Dataset(NamedTuple):
@@ -70,6 +41,10 @@ class Dataset(NamedTuple):
     report: Report
     order: Callable[[int, int], list[list[int]]]
     key: str
+
+    def fill(self, source: Source, seed: int) -> float:
+        """The share of tokens in the first epoch's rows that are no padding, with source.packed."""
+        return fill(self.order(seed, 0), np.diff(self.offsets).tolist(), source.seq_len)
 
 
 class Cursor(NamedTuple):
@@ -87,56 +62,6 @@ class Prompt(NamedTuple):
     messages: list[Message]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that isn't blank; InputError with file and line for anything but JSON objects."""
-    empty = True
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise InputError(f"data: {path}:{number} {error}, expected one JSON object a line; correct the line") from None
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"data: {path}:{number} holds a {type(row).__name__}, expected one JSON object a line; correct the line"
-                )
-            empty = False
-            yield number, row
-    if empty:
-        raise InputError(f"data: {path} holds no line, expected one JSON object a line; correct the path")
-
-
-def located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of every line of the source."""
-    path = Path(source.path)
-    return ((f"{path}:{number}", row) for number, row in read_rows(path))
-
-
-@contextmanager
-def at(where: str) -> Iterator[None]:
-    """Errors of the chat template, raised in the block, get the place of the sample."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"data: {where} {error}") from None
-
-
-def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: Source, where: str) -> Any:
-    """The value of a column, under the name that the source gives it; InputError if it is missing or of none of the kinds."""
-    key = source.columns.get(name, name)
-    expected = " or ".join(EXPECTED[kind] for kind in kinds)
-    if key not in row:
-        raise InputError(
-            f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected {expected}; '
-            f'name the column with columns = {{ {name} = "..." }}'
-        )
-    if not isinstance(row[key], kinds):
-        raise InputError(f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct the line')
-    return row[key]
-
-
 def messages(row: Mapping[str, Any], source: Source, where: str) -> list[Message]:
     """The conversation in a row of format instruct or chat (OpenAI's messages, ShareGPT's conversations); where = "file:line".
 
@@ -151,6 +76,22 @@ def messages(row: Mapping[str, Any], source: Source, where: str) -> list[Message
     sharegpt = "conversations" in row and "messages" not in {**row, **source.columns}
     name = "conversations" if sharegpt else "messages"
     return conversation(column(row, name, (list,), source, where), where)
+
+
+def tools(row: Mapping[str, Any], source: Source, where: str) -> list[Tool]:
+    """The functions that the assistant may call in a row, as JSON schemas: a list of objects, or that as a string of JSON."""
+    name = source.columns.get("tools", "tools")
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value) if value.strip() else None
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InputError(
+                f'data: {where} "{name}" is no JSON ({error}), expected a list of objects; correct the line'
+            ) from None
+    if not isinstance(value, list | None) or not all(isinstance(tool, dict) for tool in value or []):
+        raise InputError(f'data: {where} "{name}" is a {type(value).__name__}, expected a list of objects; correct the line')
+    return value or []
 
 
 def conversation(turns: Sequence[Any], where: str) -> list[Message]:
@@ -181,49 +122,34 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
         )
     key = cache_key(source, tokenizer, template)
     if not (cache / key).is_dir():
-        samples = ([_document(row, where, source, tokenizer, template)] for where, row in located(source))
-        found, _, report = documents.collect(samples, source.path, source.seq_len, source.overlong)
-        documents.save(cache / key, found, report)
-    found, _, report = documents.load(cache / key, 1)
-    lengths = np.diff(found.offsets).tolist()
+        files: list[int] = []  # of each sample that is read
+
+        def samples() -> Iterator[list[Tokens]]:
+            for number, part in enumerate(source.parts()):
+                for _, tokens in tokenized(part, tokenizer, template):
+                    files.append(number)
+                    yield [tokens]
+
+        found, kept, report = documents.collect(samples(), source.path, source.seq_len, source.overlong)
+        documents.save(cache / key, found, report, file=np.array(files, dtype=np.int32)[kept])
+    found, (file,), report = documents.load(cache / key, 1, "file")
+    sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()
+    for size, part in zip(sizes, source.parts(), strict=True):
+        if size == 0:
+            raise InputError(
+                f"data: {part.path} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
+            )
+    lengths, shares = np.diff(found.offsets).tolist(), [one.share for one in source.mix]
     # an instance's own memo: the order is a pure function, but a step can't afford to compute it
-    order = lru_cache(maxsize=2)(lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch))
+    order = lru_cache(maxsize=2)(
+        lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares)
+    )
     return Dataset(*found, report, order, key)
 
 
-def epoch_rows(lengths: Sequence[int], seq_len: int, packed: bool, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of one epoch, as document numbers: every document once, in an order that (seed, epoch) determines.
-
-    Unpacked: one document a row. Packed: each document goes into the fullest row that has room for it (best fit), the
-    longest of WINDOW shuffled documents first; then the rows are shuffled. O(n log n) for n documents.
-    """
-    shuffled = permutation(len(lengths), seed, "documents", epoch)
-    if not packed:
-        return [[i] for i in shuffled]
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by the tokens that are free in them
-    rooms = 0  # bit r: some row has r tokens free; so the least sufficient room is the lowest set bit
-    for start in range(0, len(shuffled), WINDOW):
-        for i in sorted(shuffled[start : start + WINDOW], key=lambda i: -lengths[i]):
-            enough = rooms >> lengths[i]
-            if enough:
-                room = lengths[i] + (enough & -enough).bit_length() - 1
-                row = by_room[room].pop()
-                rooms ^= 0 if by_room[room] else 1 << room
-            else:
-                room, row = seq_len, len(rows)
-                rows.append([])
-            rows[row].append(i)
-            left = room - lengths[i]
-            if left > 0:
-                by_room[left].append(row)
-                rooms |= 1 << left
-    return [rows[i] for i in permutation(len(rows), seed, "rows", epoch)]
-
-
-def permutation(n: int, seed: int, name: str, epoch: int) -> list[int]:
-    """The numbers below n, shuffled by (seed, name, epoch)."""
-    return torch.randperm(n, generator=generator(seed, name, epoch)).tolist()
+def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, Tokens]]:
+    """("file:line", tokens) of every row of the table's own file."""
+    return ((where, _document(row, where, source, tokenizer, template)) for where, row in located(source))
 
 
 def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
@@ -261,31 +187,34 @@ def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
 
 def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Prompt]:
     """What to generate from: each conversation without its last message, which must be the assistant's, the reference."""
-    if source.format not in ("instruct", "chat"):
-        asks = "plain text asks for no answer" if source.format == "text" else "a pair has no one answer"
-        raise InputError(f"data: {source.path} has format {source.format!r}, expected instruct or chat; {asks}")
+    for part in source.parts():
+        if part.format not in ("instruct", "chat"):
+            asks = "plain text asks for no answer" if part.format == "text" else "a pair has no one answer"
+            raise InputError(f"data: {part.path} has format {part.format!r}, expected instruct or chat; {asks}")
     found = []
-    for where, row in located(source):
-        asked, answer = answered(messages(row, source, where), where)
-        if not isinstance(answer.get("content"), str):
-            raise InputError(f"data: {where} has an answer without text, expected a string to compare with; correct it")
-        with at(where):
-            found.append(Prompt(encode_prompt(tokenizer, template, asked), answer["content"], asked))
+    for part in source.parts():
+        for where, row in located(part):
+            asked, answer = answered(messages(row, part, where), where)
+            if not isinstance(answer.get("content"), str):
+                raise InputError(f"data: {where} has an answer without text, expected a string to compare with; correct it")
+            with at(where):
+                ids = encode_prompt(tokenizer, template, asked, tools=tools(row, part, where))
+            found.append(Prompt(ids, answer["content"], asked))
     return found
 
 
 def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     """A hash of everything that a source's tokens depend on."""
-    with _opened(Path(source.path)) as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    rules = (source.format, source.seq_len, source.overlong, sorted(source.columns.items()))
-    return arrays.key(LAYOUT, content, tokenizer.fingerprint, template.source, sorted(template.special_names.items()), *rules)
-
-
-def _opened(path: Path) -> BufferedReader:
-    if not path.is_file():
-        raise InputError(f"data: {path} is no file, expected a jsonl file; correct the path")
-    return path.open("rb")
+    rules = []
+    for part in source.parts():
+        with opened(Path(part.path)) as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        # neither where the file lies nor how rows are packed is in the tokens; the suffix says how it is read
+        ruled = msgspec.structs.replace(part, path=Path(part.path).suffix, packed=True)
+        rules.append((content, msgspec.json.encode(ruled, order="deterministic").decode()))
+    names = sorted(template.special_names.items())
+    sources = [template.source, template.tool_use.source if template.tool_use else None]
+    return arrays.key(LAYOUT, tokenizer.fingerprint, sources, names, rules)
 
 
 def _turn(turn: Any, where: str) -> Message:
@@ -293,19 +222,44 @@ def _turn(turn: Any, where: str) -> Message:
     if isinstance(turn, dict) and "from" in turn:
         turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
         turn = {**turn, "role": SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])}
+        if turn["role"] == "function_call":
+            call = _decoded(turn.get("content"))
+            if not isinstance(call, dict):
+                raise InputError(f'data: {where} has a function_call that is no JSON object, expected "name" and "arguments"')
+            turn = {**turn, "role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
     if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)):
         raise InputError(f'data: {where} has no "role", expected an object with "role" and "content"; correct it')
     if not isinstance(turn.get("content"), (str, list, type(None))):
         found = type(turn["content"]).__name__
         raise InputError(f'data: {where} has a "content" of type {found}, expected a string; correct it')
-    return turn
+    calls = turn.get("tool_calls")
+    return {**turn, "tool_calls": [_call(call) for call in calls]} if isinstance(calls, list) else turn
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as an object, as servers hand them to templates, and not as OpenAI's string of JSON."""
+    if not isinstance(call, dict) or not isinstance(inner := call.get("function", call), dict):
+        return call
+    arguments = _decoded(inner.get("arguments"))
+    if not isinstance(arguments, dict):
+        return call
+    inner = {**inner, "arguments": arguments}
+    return {**call, "function": inner} if "function" in call else inner
+
+
+def _decoded(text: Any) -> Any:
+    """What a string of JSON says; anything else as it is."""
+    try:
+        return msgspec.json.decode(text) if isinstance(text, str) else text
+    except (msgspec.DecodeError, RecursionError):
+        return text
 
 
 def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
     if source.format != "text":
-        conversation = messages(row, source, where)
+        said, callable_ = messages(row, source, where), tools(row, source, where)
         with at(where):
-            return encode_chat(tokenizer, template, conversation)
+            return encode_chat(tokenizer, template, said, tools=callable_, train_on=source.train_on)
     # The text format is raw: what it writes is what the model sees, the strings of special tokens included.
     ids = tokenizer.encode(column(row, "text", (str,), source, where), parse_special=True)
     bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_id, tokenizer.eos_id))

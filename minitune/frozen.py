@@ -4,7 +4,6 @@ A reference's log-probs of answers (for preference losses) and a teacher's likel
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +22,7 @@ from minitune.documents import Documents, padded
 from minitune.models import Model
 from minitune.objectives import Teacher, answer_logps
 from minitune.pairs import PairSet
+from minitune.tensorfile import read_header
 from minitune.tree import Tree
 from minitune.types import Batch, Deltas, InputError, Params, Taught
 
@@ -115,25 +115,19 @@ def folder_fingerprint(folder: Path) -> str:
         for path in files:
             for piece in _sampled(path):
                 total.update(piece)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"frozen: {folder} can't be read ({error!r}), expected whole safetensors; download it again") from None
     return total.hexdigest()
 
 
 def _sampled(path: Path) -> Iterator[bytes]:
+    entries = read_header(path)
     with path.open("rb") as file:
-        n_bytes = int.from_bytes(file.read(8), "little")
-        if n_bytes > path.stat().st_size:
-            raise ValueError(f"{path.name} with a header of {n_bytes} bytes")
-        header = file.read(n_bytes)
-        yield header
-        begin = file.tell()
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
+        file.seek(8)  # the length of the header, which stands before it
+        yield file.read(min((entry.start for entry in entries.values()), default=path.stat().st_size) - 8)
+        for _, _, start, end in entries.values():
             for at in (start, (start + end) // 2, end - SAMPLE_BYTES):
-                file.seek(begin + max(start, at))
+                file.seek(max(start, at))
                 yield file.read(min(SAMPLE_BYTES, end - max(start, at)))
 
 
@@ -165,7 +159,7 @@ def _top_rows(
         batch = tree.map(lambda x: x.to(place), batch)
         states = model.hidden(params, batch, deltas).roll(1, 1)[batch.labelled()]  # the state before a token predicts it
         for start in range(0, len(places), chunk):
-            logits = ops.linear(states[start : start + chunk], head, delta)
+            logits = model.logits(states[start : start + chunk], head, delta)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             top = (wide / temperature).log_softmax(-1).topk(k)
             yield places[start : start + chunk], _numpy(top.indices), _numpy(top.values)

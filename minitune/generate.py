@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minitune import ops, quant, seeds
+from minitune import quant, seeds
 from minitune.attention import document_mask, document_positions
 from minitune.models import Model
 from minitune.sampling import Sampling, next_tokens
@@ -54,7 +54,7 @@ def stream(
         with torch.no_grad():
             hidden = model.family.decode(model.config, params, tokens, deltas, caches, filled, positions, mask, block)
             head, delta = model.head(params, deltas)
-            new = next_tokens(ops.linear(hidden[:, -1], head, delta), said, sampling, row_seeds, step)
+            new = next_tokens(model.logits(hidden[:, -1], head, delta), said, sampling, row_seeds, step)
         yield new
         filled, block = width + step, later
         seen = _rounded(filled + 1)

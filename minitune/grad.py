@@ -6,10 +6,12 @@ transform, where detached leaves can't be made, the torch.func form is used and 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minitune import tree
 from minitune.tree import Tree
@@ -17,7 +19,8 @@ from minitune.tree import Tree
 
 def under_transform() -> bool:
     """Whether a functorch transform (vmap, grad, jvp, ...) is being traced here."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    # not peek_interpreter_stack(): while torch.compile traces, that always finds one
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def value_and_grad(fn: Callable[[Tree], Any], has_aux: bool = False) -> Callable[[Tree], tuple[Any, Tree]]:
@@ -39,6 +42,32 @@ def value_and_grad(fn: Callable[[Tree], Any], has_aux: bool = False) -> Callable
         total = (value[0] if has_aux else value).total
         grads = _autograd([total], tree.leaves(fresh), [torch.ones_like(total)])
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
+
+    return evaluate
+
+
+def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree, Any], tuple[Any, Tree]]:
+    """Turn `fn: (tree, example) -> Mean` into `(tree, examples) -> (Mean [B], gradients [B, ...] of each example's total)`.
+
+    An example is what the leaves of `examples` hold at one place of their first dimension. Each of the `chunk` that a vmap takes
+    has a view of the tree for leaves of its own, which keeps their gradients apart; memory grows by the activations of `chunk`
+    examples and by what is returned. TypeError names a leaf that is not floating point.
+    """
+
+    def evaluate(params: Tree, examples: Tree) -> tuple[Any, Tree]:
+        def some(rows: Tree) -> tuple[Any, Tree]:
+            def summed(own: Tree) -> tuple[Any, Any]:
+                each = torch.func.vmap(fn)(own, rows)
+                return type(each)(*(x.sum() for x in each)), each
+
+            n = len(tree.leaves(rows)[0])
+            own = tree.map(lambda x: x.expand(n, *x.shape), params)
+            (_, each), grads = value_and_grad(summed, has_aux=True)(own)
+            return each, grads
+
+        starts = range(0, len(tree.leaves(examples)[0]), chunk)
+        parts = [some(tree.map(lambda x, i=i: x[i : i + chunk], examples)) for i in starts]
+        return tree.map(lambda *x: torch.cat(x), *parts)
 
     return evaluate
 
@@ -97,6 +126,37 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         return None, *_pullback(ctx.f, ctx.saved_tensors, grad_outputs[0], ctx.needs_input_grad[1:])
+
+
+def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """f(rows [n ...], *args) -> values [n ...], whose gradient by rows is taken in the forward, while what f makes is there.
+
+    For an f whose values of a row depend on that row alone, and whose other arguments need no gradient. Differentiable once.
+    """
+
+    def evaluate(rows: Tensor, *args: Tree) -> Tensor:
+        return _RowGradients.apply(lambda x: f(x, *args), rows)
+
+    return evaluate
+
+
+class _RowGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        fresh = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            found = values(fresh)
+            columns = (found.unsqueeze(-1) if found.ndim == 1 else found.flatten(1)).sum(0).unbind()
+        grads = [torch.autograd.grad(x, fresh, retain_graph=i + 1 < len(columns))[0] for i, x in enumerate(columns)]
+        ctx.save_for_backward(*grads)
+        return found.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cotangents = grad_outputs[0].unsqueeze(-1) if grad_outputs[0].ndim == 1 else grad_outputs[0].flatten(1)
+        parts = (c[:, None] * g for c, g in zip(cotangents.unbind(1), ctx.saved_tensors, strict=True))
+        return None, reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
 
 
 def _pullback(

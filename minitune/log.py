@@ -86,7 +86,9 @@ class Log:
         self._file.flush()
         if self._wandb is not None:
             global_step = self._n_before + step
-            self._wandb.log({"global_step": global_step, **values}, step=global_step)
+            group = f"adapter-{values['adapter']}/" if "adapter" in values else ""  # of a sweep: wandb draws each group apart
+            named = {f"{group}{name}": value for name, value in values.items()}
+            self._wandb.log({"global_step": global_step, **named}, step=global_step)
 
     def rewind(self, step: int) -> None:
         """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""

@@ -36,8 +36,13 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         names = tree.select(params, self.targets, "lora: target")
         for name in names:
             shape = list(params[name].shape)
-            if len(shape) != 2 or name.endswith("embed_tokens.weight"):
+            if len(shape) not in (2, 3) or name.endswith(("embed_tokens.weight", "_bias")):
                 raise InputError(f"lora: {name} {shape} is not a linear weight, expected [out, in]; narrow the targets")
+            if len(shape) == 3 and self.dora:
+                raise InputError(
+                    f"lora: {name} {shape} holds all experts of a layer, expected dora = false for it; narrow the targets or "
+                    "drop dora"
+                )
         if self.ranks:
             tree.select(names, list(self.ranks), "lora: ranks")
         return names
@@ -48,17 +53,17 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def scale(self, delta: Delta) -> float:
         """s = alpha / r with r the delta's own rank, or alpha / sqrt(r) with rslora."""
-        rank = delta.a.shape[0]
+        rank = delta.a.shape[-2]
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
     def init(self, params: Params, seed: int) -> Deltas:
         """float32 deltas that change nothing yet: a uniform in +-1/sqrt(in), b zero, m the length of every row of W (with dora);
-        drawn from (seed, weight name)."""
+        drawn from (seed, weight name). A weight of all experts has a and b of every expert, in its own layout."""
 
         def delta(name: str, w: Any) -> Delta:
-            (out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
-            unit = torch.rand(rank, in_, generator=seeds.generator(seed, "lora", name))
-            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(out, rank, device=device))
+            (*experts, out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
+            unit = torch.rand(*experts, rank, in_, generator=seeds.generator(seed, "lora", name))
+            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(*experts, out, rank, device=device))
             return fresh._replace(m=ops.row_norms(w, fresh)) if self.dora else fresh
 
         return {name: delta(name, params[name]) for name in self.names(params)}
@@ -81,7 +86,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         merged = {name: self.merged_weight(params[name], delta).to(params[name].dtype) for name, delta in deltas.items()}
         return {**params, **merged}
 
-    def merged_weight(self, w: Float[Tensor, "out in"], delta: Delta) -> Float[Tensor, "out in"]:
+    def merged_weight(self, w: Float[Tensor, "*experts out in"], delta: Delta) -> Float[Tensor, "*experts out in"]:
         """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
         wide = torch.promote_types(w.dtype, torch.float32)
         total = w.to(wide) + self.scale(delta) * (delta.b.to(wide) @ delta.a.to(wide))
@@ -91,7 +96,9 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return total * (delta.m.to(wide) / norms)[:, None]
 
 
-def merge_error(merged: Float[Tensor, "out in"], exact: Float[Tensor, "out in"], w: Float[Tensor, "out in"]) -> Float[Tensor, ""]:
+def merge_error(
+    merged: Float[Tensor, "*experts out in"], exact: Float[Tensor, "*experts out in"], w: Float[Tensor, "*experts out in"]
+) -> Float[Tensor, ""]:
     """|merged - exact| / |exact - W|: the share of a weight's change that a merge lost.
 
     exact: merged_weight onto W, the weight that the delta was trained on. What is lost is rounding where `merged` was merged onto
@@ -111,7 +118,8 @@ def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
         if isinstance(leaf, Tensor):
             if list(leaf.shape) != shape:
                 raise InputError(f"lora: {where} has {name} {list(leaf.shape)}, expected {shape}; is it of another base?")
-        elif len(shape) != 2 or [leaf.a.shape[1], leaf.b.shape[0]] != shape[::-1]:
+        elif len(shape) < 2 or [*leaf.b.shape[:-1], leaf.a.shape[-1]] != shape:
             found = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
-            out, in_ = shape if len(shape) == 2 else ("out", "in")
-            raise InputError(f"lora: {where} has {found} for {name}, expected [r, {in_}] and [{out}, r]; is it of another base?")
+            *experts, out, in_ = [f"{n}" for n in shape] if len(shape) > 1 else ["out", "in"]
+            wanted = " and ".join(f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r")))
+            raise InputError(f"lora: {where} has {found} for {name}, expected {wanted}; is it of another base?")

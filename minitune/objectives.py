@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import ops, tree
+from minitune import tree
 from minitune.lora import Lora
 from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model
@@ -140,7 +140,7 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
             states = wise.model.hidden(wise.params, tree.map(lambda x: x.to(place), batch), wise.deltas).roll(1, 1)
 
         def against(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:
-            return loss(logits, targets, ops.linear(states, head, delta).to(logits.device))
+            return loss(logits, targets, wise.model.logits(states, head, delta).to(logits.device))
 
         nats = model.token_losses(adapted[0], batch, adapted[1], against, states)
         return Mean.of(nats, batch.labelled()), {}

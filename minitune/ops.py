@@ -1,6 +1,7 @@
 """The few operations that a decoder is made of; every one a pure function of tensors."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import quant, tree
-from minitune.grad import remat, under_transform
+from minitune.grad import remat, under_transform, with_row_gradients
 from minitune.tree import Tree
 from minitune.types import Delta, QTensor
 
+Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, whatever the vocabulary
 
 
@@ -50,32 +52,53 @@ def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, 
     return F.embedding(tokens, w)
 
 
-def rms_norm(x: Float[Tensor, "*rows D"], w: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*rows D"]:
-    """w * x / sqrt(mean(x^2) + eps), the quotient in float32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return w.to(x.dtype) * scaled.to(x.dtype)
+def rms_norm(
+    x: Float[Tensor, "*rows D"], w: Float[Tensor, "D"], eps: float, kind: Norm = "w_after_cast"
+) -> Float[Tensor, "*rows D"]:
+    """w * x / sqrt(mean(x^2) + eps), the quotient in float32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
+
+    Families differ in where w comes in: after the cast back to the dtype of x, before it, or before it as 1 + w.
+    """
+
+    def normed(x: Tensor, w: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if kind == "w_after_cast":
+            return w.to(x.dtype) * scaled.to(x.dtype)
+        w = w.to(wide.dtype)
+        return (scaled * (1.0 + w if kind == "one_plus_w" else w)).to(x.dtype)
+
+    return _lean(normed)(x, w)
 
 
 def swiglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
-    return F.silu(gate) * up
+    return _lean(lambda gate, up: F.silu(gate) * up)(gate, up)
+
+
+def geglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
+    """gelu(gate) * up with the tanh form of gelu (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+    return _lean(lambda gate, up: F.gelu(gate, approximate="tanh") * up)(gate, up)
 
 
 def rope_table(
-    positions: Int[Tensor, "B T"], frequencies: Float[Tensor, "half"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B T E"]]:
-    """cos and sin of position * frequency [rad], each twice; float32, then cast (Su et al. 2021, arXiv 2104.09864, eq. 34)."""
+    positions: Int[Tensor, "B T"], frequencies: Float[Tensor, "*rows half"], dtype: torch.dtype, magnitude: float = 1.0
+) -> tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]]:
+    """magnitude * cos and sin of position * frequency [rad], each twice; float32, then cast (Su et al. 2021, arXiv 2104.09864,
+    eq. 34). frequencies may differ from token to token."""
     angles = positions[..., None].to(frequencies.dtype) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (magnitude * angles.cos()).to(dtype), (magnitude * angles.sin()).to(dtype)
 
 
-def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]]) -> Float[Tensor, "B H T E"]:
-    """Rotate dimension i with i + E/2 (the half-split layout of Hugging Face weights) by the angles of each token."""
+def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T e"], Float[Tensor, "b T e"]]) -> Float[Tensor, "B H T E"]:
+    """Rotate dimension i with i + e/2 (the half-split layout of Hugging Face weights) by the angles of each token, in the dtype
+    of the angles if that is wider; dimensions from e on stay as they are."""
     cos, sin = (table[:, None] for table in rope)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def token_losses(
@@ -90,7 +113,8 @@ def token_losses(
 
     targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
     A loss may give several values a row.
-    Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits, which the backward recomputes.
+    Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits. Over a frozen head the gradient of each row is
+    taken while its logits are there; else the backward recomputes them.
     """
 
     def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor, delta: Delta | None) -> Tensor:
@@ -102,7 +126,9 @@ def token_losses(
         nats = _chunked(remat(piece), flat, labels, head, delta, chunk).unflatten(0, mask.shape)
         return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
     rows = mask.flatten().nonzero().squeeze(1)
-    nats = _chunked(remat(piece), flat[rows], tree.map(lambda x: x[rows], labels), head, delta, chunk)
+    frozen = not any(leaf.requires_grad for leaf in tree.leaves((head, delta)))
+    kept = with_row_gradients if frozen and hidden.requires_grad and torch.is_grad_enabled() else remat
+    nats = _chunked(kept(piece), flat[rows], tree.map(lambda x: x[rows], labels), head, delta, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
 
 
@@ -111,3 +137,8 @@ def _chunked(
 ) -> Tensor:
     starts = range(0, max(len(rows), 1), chunk)  # no row at all still makes one empty piece
     return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head, delta) for i in starts])
+
+
+def _lean(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """f, whose backward computes it again: element-wise work costs less than keeping what it makes on the way."""
+    return remat(f) if torch.is_grad_enabled() and not under_transform() and not torch.compiler.is_compiling() else f

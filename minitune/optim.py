@@ -1,7 +1,7 @@
 """Optimizers as pure transforms of gradients: `init(params) -> state`, `update(grads, state, params) -> (updates, state)`.
 
-Updates are added to the parameters by whoever calls. Transforms compose with `chain`; a schedule is one more transform,
-which multiplies the updates by its factor, because every optimizer here is proportional to its learning rate.
+Updates are added to the parameters by whoever calls (advance.py). Transforms compose with `chain`; a schedule is one more, which
+multiplies the updates by its factor, because every optimizer here is proportional to its learning rate.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor
 
-from minitune import tree
+from minitune import optim8, seeds, tree
 from minitune.tree import Tree
 
 NonNegative = Annotated[float, Meta(ge=0.0)]
@@ -39,13 +39,14 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
     weight_decay: NonNegative = 0.0
 
     def init(self, params: Tree) -> AdamState:
-        """Zero moments."""
-        return AdamState(_zero_count(params), tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
+        """Zero moments, in float32 or wider."""
+        return AdamState(zero_count(params), tree.map(wide_zeros, params), tree.map(wide_zeros, params))
 
     def update(self, grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         """-lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr * weight_decay * p."""
         b1, b2 = self.betas
         t = state.step + 1
+        grads = tree.map(lambda m, g: g.to(m.dtype), state.mu, grads)
         mu = tree.map(lambda m, g: torch.lerp(m, g, 1 - b1), state.mu, grads)
         nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         # in float64: 1 - 0.999^t has lost four of float32's seven digits at t = 1
@@ -56,6 +57,32 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
             return -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.eps) - (self.lr * self.weight_decay) * p
 
         return tree.map(leaf, mu, nu, params), AdamState(t, mu, nu)
+
+
+class AdamW8bit(AdamW, frozen=True, forbid_unknown_fields=True, tag="adamw8bit", tag_field="kind"):
+    """AdamW whose moments are kept in 8 bits by block-wise dynamic quantization (Dettmers et al. 2021, arXiv 2110.02861,
+    sections 2.1 and 2.2); a step is taken with the float32 moments, before they are rounded."""
+
+    def init(self, params: Tree) -> AdamState:
+        """Zero moments: in 8 bits for leaves of optim8.SMALLEST elements and more."""
+
+        def zeros(p: Tensor, signed: bool) -> Any:
+            x = torch.zeros(p.shape, device=p.device)
+            return optim8.quantize(x, signed) if p.numel() >= optim8.SMALLEST else x
+
+        return AdamState(zero_count(params), *([zeros(p, signed) for p in tree.leaves(params)] for signed in (True, False)))
+
+    def update(self, grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
+        """AdamW's update of the moments' values, leaf by leaf, so that one leaf at a time is held in float32."""
+        updates, mus, nus, step = [], [], [], state.step
+        for g, p, mu, nu in zip(tree.leaves(grads), tree.leaves(params), state.mu, state.nu, strict=True):
+            m, v = (
+                optim8.dequantize(x, signed, p) if p.numel() >= optim8.SMALLEST else x for x, signed in ((mu, True), (nu, False))
+            )
+            u, (step, m, v) = super().update(g.float(), AdamState(state.step, m, v), p.float())
+            m, v = (optim8.quantize(x, signed) if p.numel() >= optim8.SMALLEST else x for x, signed in ((m, True), (v, False)))
+            updates, mus, nus = [*updates, u], [*mus, m], [*nus, v]
+        return tree.rebuild(params, updates), AdamState(step, mus, nus)
 
 
 class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
@@ -88,9 +115,13 @@ class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ()
 
     def update(self, grads: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
-        """g * min(1, max_norm / (|g| + 1e-6)), the small term as in torch.nn.utils.clip_grad_norm_."""
-        scale = (self.max_norm / (tree.norm(grads) + 1e-6)).clamp(max=1.0)
+        """g * factor(|g|)."""
+        scale = self.factor(tree.norm(grads))
         return tree.map(lambda g: g * scale.to(g.dtype), grads), ()
+
+    def factor(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """min(1, max_norm / (norm + 1e-6)), the small term as in torch.nn.utils.clip_grad_norm_."""
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,7 +222,7 @@ class ScaleBySchedule(NamedTuple):
 
     def init(self, params: Tree) -> Int[Tensor, ""]:
         """Step 0."""
-        return _zero_count(params)
+        return zero_count(params)
 
     def update(self, grads: Tree, state: Int[Tensor, ""], params: Tree) -> tuple[Tree, Int[Tensor, ""]]:
         """u * factor(step)."""
@@ -199,9 +230,39 @@ class ScaleBySchedule(NamedTuple):
         return tree.map(lambda g: g * factor.to(g.dtype), grads), state + 1
 
 
-def _zero_count(params: Tree) -> Int[Tensor, ""]:
+class RoundStochastically(NamedTuple):
+    """The last transform before bfloat16 parameters: an update u becomes the one that takes p to p + u rounded up or down at
+    random, with the odds that make its mean p + u; steps too small for bfloat16 then add up in place of being lost."""
+
+    seed: int
+
+    def init(self, params: Tree) -> Int[Tensor, ""]:
+        """Step 0."""
+        return zero_count(params)
+
+    def update(self, grads: Tree, state: Int[Tensor, ""], params: Tree) -> tuple[Tree, Int[Tensor, ""]]:
+        """round(p + u) - p in float32, drawn from (seed, "rounding", step, path); leaves of other dtypes keep their u."""
+        step = int(state)
+
+        def rounded(path: str, u: Tensor, p: Tensor) -> Tensor:
+            if p.dtype != torch.bfloat16:
+                return u
+            generator = seeds.generator(self.seed, "rounding", step, path)
+            return optim8.stochastic_bfloat16(p.float() + u.float(), generator).float() - p.float()
+
+        pairs = zip(tree.items(grads), tree.leaves(params), strict=True)
+        return tree.rebuild(grads, [rounded(path, u, p) for (path, u), p in pairs]), state + 1
+
+
+def zero_count(params: Tree) -> Int[Tensor, ""]:
+    """No step taken yet, on the device of the parameters."""
     return torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
 
 
-Optimizer = AdamW | SGD
+def wide_zeros(x: Tensor) -> Tensor:
+    """Zeros in the shape of x, in float32 or wider."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+Optimizer = AdamW | AdamW8bit | SGD
 Schedule = Constant | Linear | Cosine

@@ -1,4 +1,4 @@
-"""Preference data: jsonl to Pairs (two answers to a prompt) or Judged (single answers, each desirable or not).
+"""Preference data: rows to Pairs (two answers to a prompt) or Judged (single answers, each desirable or not).
 
 The rows are those that TRL documents. What is trained is the answer: the last message, with its end-of-turn token.
 """
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from minitune import documents, tree
-from minitune.chat import Message, Template, Tokens, encode_chat, encode_prompt
-from minitune.data import Cursor, Source, answered, at, cache_key, column, conversation, located, next_rows, permutation
+from minitune.chat import Message, Template, Tokens, encode_chat
+from minitune.data import Cursor, answered, cache_key, conversation, next_rows, tools
 from minitune.documents import Document, Documents, Report, padded
+from minitune.packing import permutation
+from minitune.source import Source, at, column, located
 from minitune.tokenizer import Tokenizer
 from minitune.types import InputError, Judged, Pairs
 
@@ -93,8 +95,10 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
     """The conversations of a row, each ending with an answer, and whether that is the better (or a desirable) one.
 
     prompt is a string (a user's message) or messages; an answer a string, messages, or a whole conversation with the prompt
-    at its start. A row of format judged may be a pair too. InputError for anything else; where = "file:line".
+    at its start; chosen_conversations and rejected_conversations are answers too. A row of format judged may be a pair.
+    InputError for anything else; where = "file:line".
     """
+    row = _plain_names(row, source)
     has = {name: source.columns.get(name, name) in row for name in ("prompt", "chosen", "completion")}
     if source.format == "judged" and (has["completion"] or not has["chosen"]):
         names, desirable = ("completion",), [column(row, "label", (bool,), source, where)]
@@ -112,6 +116,25 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
     return list(zip(found, desirable, strict=True))
 
 
+def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
+    """("file:line", [(tokens, whether it is the better one, or desirable)]) of every row, the last answer alone trained."""
+    for where, row in located(source):
+        answers, called = conversations(row, source, where), tools(row, source, where)
+        with at(where):
+            yield (
+                where,
+                [(encode_chat(tokenizer, template, turns, tools=called, train_on="last"), better) for turns, better in answers],
+            )
+
+
+def _plain_names(row: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
+    """The row with chosen_conversations and rejected_conversations called chosen and rejected, where these names are free."""
+    aliases = {f"{name}_conversations": name for name in ("chosen", "rejected")}
+    if any(name in row or name in source.columns for name in aliases.values()):
+        return row
+    return {aliases.get(key, key): value for key, value in row.items()}
+
+
 def _whole(prompt: str | list[Any], answer: str | list[Any], where: str) -> list[Message]:
     """Prompt and answer as one conversation; an answer that has the prompt already, as some data sets do, keeps it once."""
     asked = conversation(prompt, where) if prompt and isinstance(prompt, list) else []
@@ -124,23 +147,20 @@ def _whole(prompt: str | list[Any], answer: str | list[Any], where: str) -> list
     return turns if opens else [*asked, *turns]
 
 
-def _encode(turns: list[Message], where: str, tokenizer: Tokenizer, template: Template) -> Tokens:
-    """Ids of a conversation, with the last answer alone trained."""
-    with at(where):
-        ids, trained = encode_chat(tokenizer, template, turns)
-        start = len(encode_prompt(tokenizer, template, turns[:-1]))
-    return Tokens(ids, [i >= start and one for i, one in enumerate(trained)])
-
-
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
-    rows = ((where, conversations(row, source, where)) for where, row in located(source))
-    samples = ([_encode(turns, where, tokenizer, template) for turns, _ in row] for where, row in rows)
     if source.format == "pairs":
+        samples = ([tokens for tokens, _ in row] for _, row in tokenized(source, tokenizer, template))
         answers, _, report = documents.collect(samples, source.path, source.seq_len, source.overlong)
         return documents.save(folder, answers, report)
-    single = ([answer] for sample in samples for answer in sample)
-    answers, kept, report = documents.collect(single, source.path, source.seq_len, source.overlong)
-    labels = [label for where, row in located(source) for _, label in conversations(row, source, where)]
+    labels: list[bool] = []  # of each answer that is read
+
+    def single() -> Iterator[list[Tokens]]:
+        for _, row in tokenized(source, tokenizer, template):
+            for tokens, desirable in row:
+                labels.append(desirable)
+                yield [tokens]
+
+    answers, kept, report = documents.collect(single(), source.path, source.seq_len, source.overlong)
     mismatched = _mismatched(answers, source.path)
     return documents.save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 

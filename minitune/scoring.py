@@ -76,7 +76,7 @@ def _read(
         hidden = model.family.hidden(model.config, params, tokens, deltas, wrap=model.wrap)[b, t]
         head, delta = model.head(params, deltas)
         chunk = max(1, ops.HEAD_CHUNK // head.shape[0])
-        pieces = [_judge(ops.linear(h, head, delta), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
+        pieces = [_judge(model.logits(h, head, delta), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
     logps, greedy = (torch.cat(side).cpu() for side in zip(*pieces, strict=True))
     return logps, greedy
 

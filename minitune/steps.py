@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from minitune import tree
+from minitune.advance import advance
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, DistillationLoss
@@ -33,18 +34,13 @@ def train_step(objective: Objective, optimizer: Any, *, micro_batch: int, donate
         (loss, extras), grads = accumulate(evaluate, micro_batches)
 
         loss = loss.over_ranks()
+        grads = tree.map(over_ranks, grads)
         divisor = torch.where(loss.weight > 0, loss.weight, 1.0)  # the one division, for all ranks and micro-batches
-        grads = tree.map(lambda g: over_ranks(g) / divisor.to(g.dtype), grads)
-        grad_norm = tree.norm(grads)
-        sound = torch.isfinite(loss.total) & torch.isfinite(grad_norm) & (loss.weight > 0)
-
-        updates, new_state = optimizer.update(grads, opt_state, trainable)
-        new = tree.map(lambda p, u: torch.where(sound, p + u, p), trainable, updates)
-        new_state = tree.map(lambda old, new: torch.where(sound, new, old), opt_state, new_state)
-        if donate:
-            new, new_state = tree.donate(trainable, new), tree.donate(opt_state, new_state)
+        norm = tree.norm(grads) / divisor
+        sound = torch.isfinite(loss.total) & torch.isfinite(norm) & (loss.weight > 0)
+        new, new_state = advance(optimizer, grads, opt_state, trainable, divisor=divisor, norm=norm, sound=sound, donate=donate)
         metrics = {name: mean.over_ranks().value() for name, mean in extras.items()}
-        metrics |= {"loss_nats": loss.value(), "grad_norm": grad_norm, batch.counts: loss.weight, "skipped": (~sound).float()}
+        metrics |= {"loss_nats": loss.value(), "grad_norm": norm, batch.counts: loss.weight, "skipped": (~sound).float()}
         return new, new_state, metrics
 
     return step

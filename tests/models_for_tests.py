@@ -1,14 +1,19 @@
 """Small random models and batches that the tests share."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from experts_for_tests import WITH_EXPERTS, expert_config, fused
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models
+from minitune.models import decoder
 from minitune.models.llama import Config
-from minitune.models.rope import Dynamic, Linear, Llama3
+from minitune.models.rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
 from minitune.types import Batch
 
 SCALINGS = {
@@ -17,52 +22,145 @@ SCALINGS = {
     "dynamic": Dynamic(factor=2.0),
     "llama3": Llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=13),
 }
+YARNS = [
+    Yarn(4.0, 13),
+    Yarn(3.0, 13, truncate=False, beta_fast=4.0, beta_slow=0.5),
+    Yarn(8.0, 20, mscale=0.7, mscale_all_dim=0.3),
+    Yarn(2.0, 13, attention_factor=1.3),
+]
+DENSE = (
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
+    *("gemma3_text", "phi3", "olmo2", "olmo3", "smollm3", "granite"),
+)
+REACHES: tuple[decoder.Reach, ...] = ("full", "window")
 
 
 @st.composite
 def configs(draw: st.DrawFn, scaling: str | None = None) -> Config:
     """Llama shapes with odd sizes: head_dim unrelated to d_model / n_heads, vocabulary and widths prime or odd."""
-    groups, n_kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     return Config(
-        n_layers=draw(st.integers(1, 3)),
-        n_heads=groups * n_kv_heads,
-        n_kv_heads=n_kv_heads,
-        d_model=groups * n_kv_heads * draw(st.sampled_from([3, 5, 7])),  # transformers insists on a multiple of n_heads
-        d_head=draw(st.sampled_from([4, 6, 10])),
-        d_ff=draw(st.sampled_from([5, 13, 24])),
-        vocab_size=draw(st.sampled_from([17, 31])),
-        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
-        rope_theta=draw(st.sampled_from([10.0, 1e4, 5e5])),
+        **draw(sizes()),
         rope_scaling=SCALINGS[scaling or draw(st.sampled_from(sorted(SCALINGS)))],
-        tie_embeddings=draw(st.booleans()),
-        max_positions=29,
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
     )
 
 
+@st.composite
+def sizes(draw: st.DrawFn) -> dict[str, Any]:
+    """The fields of a Config that all families have, but for RoPE scaling."""
+    groups, n_kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return {
+        "n_layers": draw(st.integers(1, 3)),
+        "n_heads": groups * n_kv_heads,
+        "n_kv_heads": n_kv_heads,
+        "d_model": groups * n_kv_heads * draw(st.sampled_from([5, 7, 11])),  # transformers insists on a multiple of n_heads
+        "d_head": draw(st.sampled_from([4, 6, 10])),
+        "d_ff": draw(st.sampled_from([5, 13, 24])),
+        "vocab_size": draw(st.sampled_from([17, 31])),
+        "norm_eps": draw(st.sampled_from([1e-5, 1e-3, 1e-2])),
+        "rope_theta": draw(st.sampled_from([10.0, 1e4, 5e5])),
+        "tie_embeddings": draw(st.booleans()),
+        "max_positions": 29,
+    }
+
+
+@st.composite
+def scalings(draw: st.DrawFn, d_rotary: int) -> Scaling | None:
+    """Every kind of RoPE scaling."""
+    factors = st.tuples(*[st.sampled_from([0.7, 1.0, 1.3, 2.0])] * (d_rotary // 2))
+    long = st.builds(LongRope, factors, factors, st.just(13), st.sampled_from([None, 4.0]), st.sampled_from([None, 1.2]))
+    return draw(st.one_of(st.sampled_from([*SCALINGS.values(), *YARNS]), long))
+
+
+@st.composite
+def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
+    """A Config of a family, with every choice that its config.json has."""
+    kind, fields = models.FAMILIES[name].Config, draw(sizes())
+    if name in WITH_EXPERTS:
+        return expert_config(draw, name, fields)
+    bias, window = draw(st.booleans()), draw(st.sampled_from([None, 1, 3, 8]))
+    number = st.sampled_from([0.5, 1.0, 1.7])
+    if name == "phi3":
+        d_head = draw(st.sampled_from([4, 8]))
+        fields |= {"d_head": d_head, "d_model": d_head * fields["n_heads"], "rotary_factor": draw(st.sampled_from([0.5, 1.0]))}
+        if d_head == 8:
+            fields["rotary_factor"] = draw(st.sampled_from([0.5, 0.75, 1.0]))
+        scaling = draw(scalings(int(d_head * fields["rotary_factor"])))
+        return kind(**fields, window=window, rope_scaling=scaling if isinstance(scaling, LongRope) else None)
+    scaling = draw(scalings(fields["d_head"]))
+    if name == "mistral":
+        return kind(**fields, window=window, rope_scaling=scaling)
+    if name == "ministral3":
+        return kind(**fields, window=window, rope_scaling=Yarn(4.0, 7, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4))
+    if name in ("gemma3_text", "olmo3"):
+        scaling = scaling if isinstance(scaling, (Linear, Llama3)) or scaling in [YARNS[0], *YARNS[2:]] else None
+        window = window or 5
+        fields |= {"rope_scaling": scaling, "window_rope_theta": draw(st.sampled_from([10.0, 77.0])), "window": window}
+    else:
+        fields["rope_scaling"] = scaling
+    if name in ("qwen2", "qwen3", "smollm3") and window is not None:
+        fields |= {"window": window, "layers": draw(patterns(fields["n_layers"], ("full",), REACHES))}
+    if name in ("gemma2", "gemma3_text"):
+        scalar = draw(st.integers(1, 30))
+        fields |= {
+            "attention_scale": None if scalar == fields["d_head"] else scalar**-0.5,
+            "final_cap": draw(st.sampled_from([None, 2.0, 5.0])),
+        }
+    if name == "gemma2":
+        fields |= {"attention_cap": draw(st.sampled_from([None, 1.0, 3.0])), "window": window or 5}
+    if name in ("gemma2", "gemma3_text", "olmo3"):
+        fields["layers"] = draw(patterns(fields["n_layers"], kind(**fields).layers, REACHES))
+    if name == "smollm3":
+        fields["rope_layers"] = draw(patterns(fields["n_layers"], (True, True, True, False), (True, False)))
+    if name == "granite":
+        names = ("embedding_multiplier", "residual_multiplier", "attention_scale", "logit_divisor")
+        fields |= {field: draw(number) for field in names}
+    if name in ("llama", "smollm3", "granite"):
+        fields["mlp_bias"] = draw(st.booleans())
+    return kind(**fields) if name == "qwen2" else kind(**fields, attention_bias=bias)
+
+
+@st.composite
+def patterns(draw: st.DrawFn, n: int, default: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A pattern over n layers in the form that from_hf gives it: the default if it says the same, else the shortest."""
+    drawn = draw(st.lists(st.sampled_from(values), min_size=n, max_size=n))
+    shortest = next(p for p in (drawn[:k] for k in range(1, n + 1)) if all(x == p[i % len(p)] for i, x in enumerate(drawn)))
+    return default if drawn == [default[i % len(default)] for i in range(n)] else tuple(shortest)
+
+
 SMALL = Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17, max_positions=64)
 
 
-def random_params(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def family_of(config: decoder.Config) -> ModuleType:
+    """The family whose Config this is."""
+    return next(family for family in models.FAMILIES.values() if family.Config is type(config))
+
+
+def random_params(config: decoder.Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Every weight from a wide normal, norms and biases included, so that nothing is at a value where a mistake hides."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = models.Model(models.llama, config).shapes()
+    shapes = family_of(config).shapes(config)
     return {name: 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
 
 
-def reference(config: Config, params: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    """transformers' own Llama with these weights, in evaluation mode."""
-    hf = models.llama.to_hf(config)
-    model = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in hf.items() if key != "architectures"})).eval()
-    state = dict(params)
+def reference(config: decoder.Config, params: Mapping[str, torch.Tensor]) -> Any:
+    """transformers' own model with these weights, in evaluation mode."""
+    hf = family_of(config).to_hf(config)
+    fields = {key: value for key, value in hf.items() if key not in ("architectures", "model_type")}
+    numbers = AutoConfig.for_model(hf["model_type"], **fields, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    numbers._experts_implementation = "eager"  # the others refuse odd sizes
+    model = AutoModelForCausalLM.from_config(numbers).eval()
+    state = fused(params)
     if config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
-    return model.to(next(iter(params.values())).dtype)
+    for parameter in model.parameters():  # and not model.to, which would round the RoPE frequencies too
+        parameter.data = parameter.data.to(next(iter(params.values())).dtype)
+    return model
 
 
-def random_batch(config: Config, n_rows: int, length: int, seed: int = 0, packed: bool = True) -> Batch:
+def random_batch(config: decoder.Config, n_rows: int, length: int, seed: int = 0, packed: bool = True) -> Batch:
     """Rows of documents with random borders, padding at the end and a random loss mask."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, config.vocab_size, (n_rows, length), generator=generator)
@@ -73,7 +171,7 @@ def random_batch(config: Config, n_rows: int, length: int, seed: int = 0, packed
     return Batch(tokens, segment_ids, (torch.rand(n_rows, length, generator=generator) < 0.6) & (segment_ids > 0))
 
 
-def save_reference(config: Config, params: dict[str, torch.Tensor], folder: Path) -> LlamaForCausalLM:
+def save_reference(config: decoder.Config, params: dict[str, torch.Tensor], folder: Path) -> Any:
     """A folder as transformers' save_pretrained writes it."""
     model = reference(config, params)
     model.save_pretrained(folder)

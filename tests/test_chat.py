@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import byte_level, llama, llama_config, sentencepiece_model, texts, wild, write_folder
 
-from minitune import chat
+from minitune import template as sandbox
 from minitune.chat import (
     CHATML,
     PLAIN,
@@ -48,8 +48,9 @@ LLAMA2 = """\
 {%- endif %}
 {% endfor %}"""
 PHI3 = """\
-{% for message in messages %}{% generation %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endgeneration %}{% endfor %}
+{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' -%}
+{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+{%- else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% else %}{{ eos_token }}{% endif %}"""
 # what each template makes of an assistant's content, its end-of-turn token included
 TEMPLATES = {
@@ -183,17 +184,21 @@ def test_a_template_that_reads_special_tokens_in_messages_is_refused() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_exactly_one_bos(name: str, add_bos: bool) -> None:
+def test_a_chat_has_the_bos_that_its_template_writes(name: str, add_bos: bool) -> None:
     tokenizer, template = opened("llama", name)
-    tokenizer = tokenizer._replace(add_bos=add_bos)
+    tokenizer = tokenizer._replace(add_bos=add_bos)  # which is for plain text
     messages = [{"role": "user", "content": "<s>"}, {"role": "assistant", "content": "Bob"}]
     writes_bos = name in ("llama2", "llama3", "plain")
     for ids in (encode_chat(tokenizer, template, messages).ids, encode_prompt(tokenizer, template, messages[:1])):
-        assert ids.count(1) == (writes_bos or add_bos)
-        assert (ids[0] == 1) == (writes_bos or add_bos)
-    tokens = encode_chat(tokenizer, template, messages)
-    assert len(tokens.ids) == len(tokens.mask)
-    assert encode_chat(tokenizer._replace(bos_id=None), template, messages).ids.count(1) == writes_bos
+        assert ids.count(1) == (ids[0] == 1) == writes_bos
+
+
+@pytest.mark.parametrize(("add_bos", "bos"), [(True, "<s>"), (False, "<s>"), (True, None)])
+def test_the_built_in_chatml_template_writes_bos_where_plain_text_has_one(add_bos: bool, bos: str | None) -> None:
+    folder, tokenizer = folder_with(llama_config(add_bos_token=add_bos, bos_token=bos))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = encode_chat(tokenizer, open_template(folder, tokenizer), messages).ids
+    assert ids.count(1) == (ids[0] == 1) == (add_bos and bos is not None)
 
 
 def test_other_roles_and_keys_pass_through_to_the_template() -> None:
@@ -292,8 +297,8 @@ PAYLOADS = [
 @pytest.fixture
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reached in no time, under checked signatures too."""
-    monkeypatch.setattr(chat, "MAX_ITERATIONS", 2000)
-    monkeypatch.setattr(chat, "MAX_CHARS", 5000)
+    monkeypatch.setattr(sandbox, "MAX_ITERATIONS", 2000)
+    monkeypatch.setattr(sandbox, "MAX_CHARS", 5000)
 
 
 @pytest.mark.usefixtures("small_bounds")

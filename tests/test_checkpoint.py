@@ -1,9 +1,16 @@
 """Folders in and out, and what a crash, a cut file or a wrong tensor does."""
 
+import contextlib
+import errno
+import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, tree
-from minitune.models import Model, llama
+from minitune.models import Model, llama, rope
 from minitune.types import Delta, InputError
 
 MODEL = Model(llama, SMALL)
@@ -58,6 +65,61 @@ def test_what_is_saved_loads_in_transformers_with_the_same_logits(
     assert all(torch.equal(back[name], params[name]) for name in params)
 
 
+DTYPES = st.sampled_from(list(checkpoint.WORDS))
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Random bytes as any dtype: scalars, empty ones, and views that are not contiguous."""
+    shape, dtype = draw(st.lists(st.integers(0, 5), max_size=3)), draw(DTYPES)
+    n = dtype.itemsize * torch.Size(shape).numel()
+    values = torch.frombuffer(bytearray(draw(st.binary(min_size=n + 16, max_size=n + 16))), dtype=torch.uint8)[:n]
+    x = (values % 2).bool() if dtype == torch.bool else values.view(dtype)
+    x = x.reshape(shape)
+    return {"as it is": x, "transposed": x.mT if x.ndim > 1 else x, "every second": x[::2] if x.ndim else x}[
+        draw(st.sampled_from(["as it is", "transposed", "every second"]))
+    ]
+
+
+def same_bytes(x: torch.Tensor, y: torch.Tensor) -> bool:
+    bits = [torch.cat([z.reshape(-1)]).view(torch.uint8) for z in (x, y)]
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and bits[0].equal(bits[1])
+
+
+@given(named=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), tensors(), max_size=6))
+def test_tensors_are_written_as_the_library_writes_them(
+    named: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("tensors")
+    named.pop("__metadata__", None)
+    checkpoint.save_tensors(folder / "ours", named)
+    save_file({name: x.contiguous() for name, x in named.items()}, folder / "theirs", metadata={"format": "pt"})
+    assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
+    for read in (load_file, checkpoint.load_tensors):
+        back = read(folder / "ours")
+        assert set(back) == set(named)
+        assert all(same_bytes(back[name], x) for name, x in named.items())
+
+
+def test_a_dtype_without_a_name_in_the_format_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="complex128"):
+        checkpoint.save_tensors(tmp_path / "file", {"x": torch.zeros(1, dtype=torch.complex128)})
+
+
+def test_writing_copies_one_tensor_at_a_time() -> None:
+    n_bytes = 16 * 2**20
+    params = {
+        f"{i}": torch.full((2048, n_bytes // 2048), i, dtype=torch.int8).T for i in range(12)
+    }  # not contiguous: a copy each
+    assert not params["0"].is_contiguous()
+    before, written, peak = _resident_bytes(), 0, 0
+    for piece in checkpoint.serialized(params):
+        written += memoryview(piece).nbytes
+        peak = max(peak, _resident_bytes() - before)
+    assert written > 12 * n_bytes
+    assert peak < 6 * n_bytes  # malloc keeps two or three of what was freed
+
+
 @settings(max_examples=6)
 @given(config=configs(), seed=st.integers(0, 2**32))
 def test_what_transformers_saved_is_loaded_whole(
@@ -74,7 +136,7 @@ def test_what_transformers_saved_is_loaded_whole(
 
 def test_the_4x_spelling_of_config_json_is_read_alike(tmp_path: Path) -> None:
     config = llama.Config(
-        **{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"rope_scaling": llama.rope.Llama3(8.0, 1.0, 4.0, 13)}
+        **{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"rope_scaling": rope.Llama3(8.0, 1.0, 4.0, 13)}
     )
     hf = llama.to_hf(config)
     for kept in ("rope_parameters", "rope_theta rope_scaling"):
@@ -84,7 +146,7 @@ def test_the_4x_spelling_of_config_json_is_read_alike(tmp_path: Path) -> None:
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "llama3"
     assert llama.from_hf(
         {**hf, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    ).rope_scaling == llama.rope.Linear(2.0)
+    ).rope_scaling == rope.Linear(2.0)
 
 
 def test_config_json_passes_through_and_generation_stops_where_training_did(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -141,6 +203,20 @@ def sharded(index: object) -> Callable[[Path], None]:
     return apply
 
 
+def twice(folder: Path) -> None:
+    shutil.copyfile(folder / "model.safetensors", folder / "a.safetensors")
+    sharded({"weight_map": {NORM: "model.safetensors", "lm_head.weight": "a.safetensors"}})(folder)
+
+
+def header(start: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(start + bytes(8))
+
+
+def described(entries: dict[str, Any]) -> Callable[[Path], None]:
+    text = json.dumps(entries).encode()
+    return header(len(text).to_bytes(8, "little") + text)
+
+
 NORM = "model.norm.weight"
 BROKEN = {
     "no weights": (
@@ -161,9 +237,31 @@ BROKEN = {
         sharded({"weight_map": {NORM: "../a.safetensors"}}),
         r"points to '\.\./a\.safetensors', expected a file name",
     ),
-    "index of numbers": (sharded({"weight_map": {NORM: 3}}), "points to 3, expected a file name"),
+    "index of numbers": (sharded({"weight_map": {NORM: 3}}), r"has no readable weight_map \(Expected `str`, got `int`"),
     "index without map": (sharded({}), "has no readable weight_map"),
     "index no JSON": (sharded("{"), "has no readable weight_map"),
+    "index of a deep nest": (sharded("[" * 10_000), "has no readable weight_map"),
+    "index to another shard": (
+        sharded({"weight_map": {NORM: "model.safetensors", "gone.weight": "model.safetensors"}}),
+        r"model\.safetensors lacks gone\.weight, which model\.safetensors\.index\.json says it holds; download both again",
+    ),
+    "a tensor twice": (twice, r"model\.safetensors holds .*, which a file before it holds too; download both again"),
+    "header too long": (header(b"\xff" * 8), r"\(its header should have 18446744073709551615 bytes, the file has \d+\)"),
+    "header no JSON": (header((8).to_bytes(8, "little") + b"[" * 8), r"\(its header is no table of tensors: "),
+    "header of another kind": (
+        header((8).to_bytes(8, "little") + b'{"a": 1}'),
+        r"\(its header is no table of tensors: Expected `object`, got `int`",
+    ),
+    "shape and bytes apart": (
+        described({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
+        r"\(a F32\[2\] has bytes \[0, 4\]\)",
+    ),
+    "unknown dtype": (described({"a": {"dtype": "F5", "shape": [], "data_offsets": [0, 4]}}), r"\(a has dtype 'F5'\)"),
+    "a hole": (
+        described({"a": {"dtype": "F32", "shape": [], "data_offsets": [4, 8]}}),
+        r"\(a begins at byte \d+, expected \d+\)",
+    ),
+    "bytes after the last": (described({}), r"\(its tensors end at byte \d+, the file at \d+\)"),
 }
 
 
@@ -193,7 +291,7 @@ CONFIG_ERRORS = {
     "activation": ({"hidden_act": "gelu"}, "expected hidden_act 'silu'"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout 0"),
     "family": ({"model_type": "mamba"}, "is of family 'mamba', expected one of llama"),
-    "scaling": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'yarn'"),
+    "scaling": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'.*`factor`"),
     "heads": ({"num_key_value_heads": 3}, "n_heads 4 is no multiple of n_kv_heads 3"),
     "odd head": ({"head_dim": 5}, "d_head 5 is odd"),
     "missing": ({"vocab_size": None}, r"Expected `int`, got `null` - at `\$\.vocab_size`"),
@@ -242,26 +340,143 @@ def test_a_state_comes_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path: P
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-100000000", "step-100000001"]
 
 
-def test_a_crash_within_a_save_leaves_the_last_state_and_the_next_save_clears_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Killed(BaseException):
+    """What no cleanup survives: from the chosen operation on, nothing reaches the disk any more."""
+
+
+class Faults:
+    """Fails the k-th write, sync, rename, mkdir or removal; with Killed every later one too, with an OSError none."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:
+        self.left, self.error = at, error
+        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+            patch.setattr(os, name, self.failing(getattr(os, name)))
+        opened = Path.open
+
+        def opens(path: Path, *args: Any, **options: Any) -> Any:
+            file = opened(path, *args, **options)
+            return Torn(file, self) if "w" in file.mode else file
+
+        patch.setattr(Path, "open", opens)
+
+    def failing(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 or (self.left < 0 and isinstance(self.error, Killed)):
+                raise self.error
+            return real(*args, **options)
+
+        return called
+
+
+class Torn:
+    """A file whose write may fail, and then leaves half of its bytes."""
+
+    def __init__(self, file: Any, faults: Faults) -> None:
+        self.file, self.faults = file, faults
+
+    def write(self, data: Any) -> None:
+        half = len(data) // 2
+        self.faults.failing(self.file.write)(data[:half])
+        self.faults.failing(self.file.write)(data[half:])
+
+    def __enter__(self) -> "Torn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def moved(step: int) -> Any:
+    return tree.map(lambda x: x + step, STATE)
+
+
+def step_of(path: Path) -> int:
+    state, meta = checkpoint.load_state(path, STATE)
+    assert state["opt_state"][1] == 7 + meta["step"]
+    return meta["step"]
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken")], ids=str)
+@pytest.mark.parametrize("step", [3, 2])  # a new one, and one that takes the place of another
+def test_a_save_that_dies_at_any_operation_loses_no_committed_state(step: int, error: BaseException, tmp_path: Path) -> None:
+    for k in itertools.count(1):
+        folder = tmp_path / str(k)
+        for earlier in (1, 2):
+            checkpoint.save_state(folder, earlier, moved(earlier), {})
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, k, error)
+            with contextlib.suppress(Killed, OSError, InputError):
+                checkpoint.save_state(folder, step, moved(step), {})
+        steps = [step_of(path) for path in checkpoint.committed(folder)]
+        assert steps in ([1, 2], [1, 2, 3], [2, 3])
+        checkpoint.save_state(folder, step, moved(step), {})
+        assert [step_of(path) for path in checkpoint.committed(folder)] == ([2, 3] if step == 3 else [1, 2])
+        assert sorted(folder.iterdir()) == checkpoint.committed(folder)
+        if faults.left > 0:
+            break
+    assert k > 15
+
+
+def test_a_folder_that_can_not_be_replaced_stays_and_a_killed_replacement_is_put_right(tmp_path: Path) -> None:
+    def write(content: bytes) -> None:
+        with checkpoint.atomic_folder(tmp_path / "model") as aside:
+            checkpoint.write_atomic(aside / "file", content)
+
+    for error, k in itertools.product((OSError(errno.EIO, "broken"), Killed()), range(1, 20)):
+        write(b"old!")
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError, Killed):
+            Faults(patch, k, error)
+            write(b"new!")
+        if isinstance(error, OSError):  # at once; after a kill, the next writer finds what was set aside
+            assert (tmp_path / "model/file").read_bytes() in (b"old!", b"new!")
+        with contextlib.suppress(RuntimeError), checkpoint.atomic_folder(tmp_path / "model"):
+            raise RuntimeError
+        assert (tmp_path / "model/file").read_bytes() in (b"old!", b"new!")
+
+
+def test_a_full_disk_is_told_before_and_while_writing(tmp_path: Path) -> None:
     checkpoint.save_state(tmp_path, 1, STATE, {})
-    real = checkpoint.save_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 57, 43))
+        with pytest.raises(InputError, match=r"step-00000002 needs 64 bytes for the training state, its disk has 43 free"):
+            checkpoint.save_state(tmp_path, 2, STATE, {})
+        with pytest.raises(InputError, match=r"out needs 12,528 bytes for the weights, its disk has 43 free"):
+            save(tmp_path / "out", random_params(SMALL), tmp_path)
+        checkpoint.write_atomic(tmp_path / "file", b"content")
+        Faults(patch, 2, OSError(errno.EDQUOT, "quota"))
+        with pytest.raises(InputError, match=r"file does not fit on its disk, where 43 bytes are free, expected more; what was"):
+            checkpoint.write_atomic(tmp_path / "file", b"another")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"]
 
-    def dies_midway(path: Path, tensors: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_tensors", dies_midway)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save_state(tmp_path, 2, STATE, {})
-    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001"]
-    (tmp_path / ".step-00000002.tmp").mkdir()  # as a kill would leave it
-    (tmp_path / ".step-00000002.tmp/garbage").write_text("x")
-    monkeypatch.setattr(checkpoint, "save_tensors", real)
-    path = checkpoint.save_state(tmp_path, 2, STATE, {})
-    assert sorted(p.name for p in path.iterdir()) == ["state.json", "state.safetensors"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+@pytest.mark.parametrize("n_kib", [8, 24, 40, 64, 128])
+def test_a_small_disk_keeps_what_it_holds(n_kib: int, tmp_path: Path) -> None:
+    """On a real one: a tmpfs of n_kib, where states of 12 KiB are saved until no more fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={n_kib}k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        state, steps, told = {"w": torch.arange(3072.0)}, [], []
+        for step in range(1, 5):
+            try:
+                checkpoint.save_state(disk, step, state, {}, keep=3)
+                steps.append(step)
+            except InputError as error:
+                told.append(str(error))
+            found = checkpoint.committed(disk)
+            assert [checkpoint.load_state(path, state)[1]["step"] for path in found] == steps[-3:]
+            assert all(torch.equal(checkpoint.load_state(path, state)[0]["w"], state["w"]) for path in found)
+        assert all(re.search(r"needs 12,288 bytes .* has [\d,]+ free|does not fit on its disk", line) for line in told)
+        assert (told == []) == (n_kib >= 128)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:

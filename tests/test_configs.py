@@ -28,12 +28,12 @@ def test_shape_counts_what_was_published(path: Path):
 
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_shape_says_what_its_name_says(path: Path):
-    """llama-3.2-1b has about 1e9 parameters: published names round, and not always to the nearest."""
+    """llama-3.2-1b has about 1e9 parameters: published names round, and some leave the embedding out."""
     found = re.search(r"-([\d.]+)([mb])$", path.stem)
     if found is None:
         pytest.skip(f"{path.name} names no size")
     named = float(found[1]) * {"m": 1e6, "b": 1e9}[found[2]]
-    assert 0.9 * named < stated(path) < 1.25 * named
+    assert 0.9 * named < stated(path) < 1.35 * named
 
 
 def test_the_well_known_llamas_are_there():

@@ -18,7 +18,10 @@ from test_tokenizer import WORDS, llama
 
 from minitune import documents as stored
 from minitune.chat import CHATML, Template, compile_template, encode_chat, encode_prompt
-from minitune.data import Cursor, Dataset, Report, Source, batches, epoch_rows, messages, prepare, prompts, read_rows, take
+from minitune.data import Cursor, Dataset, batches, messages, prepare, prompts, take
+from minitune.documents import Report
+from minitune.packing import epoch_rows
+from minitune.source import Source, read_rows
 from minitune.tokenizer import Tokenizer
 from minitune.types import Batch, InputError
 
@@ -257,13 +260,13 @@ def test_a_cache_that_another_process_finished_first_is_used(tmp_path: Path, mon
     first = prepared(tmp_path, source)
     monkeypatch.setattr(Path, "is_dir", lambda self: False)
     save = stored.save
-    monkeypatch.setattr(stored, "save", lambda *args: [monkeypatch.undo(), save(*args)][1])
+    monkeypatch.setattr(stored, "save", lambda *args, **more: [monkeypatch.undo(), save(*args, **more)][1])
     second = prepared(tmp_path, source)
     assert second.tokens.tolist() == first.tokens.tolist()
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "mask.npy", "offsets.npy", "report.json"])
+@pytest.mark.parametrize("name", ["tokens.npy", "mask.npy", "offsets.npy", "file.npy", "report.json"])
 def test_a_damaged_cache_is_refused(name: str, tmp_path: Path) -> None:
     source = Source(str(instruct_file(tmp_path, [3, 4, 5])), "instruct", 61)
     prepared(tmp_path, source)
@@ -278,7 +281,7 @@ def test_a_cache_with_arrays_of_other_sizes_is_refused(tmp_path: Path) -> None:
     prepared(tmp_path, source)
     (file,) = (tmp_path / "cache").glob("*/mask.npy")
     np.save(file, np.ones(2, dtype=np.bool_))
-    with pytest.raises(InputError, match=r"is damaged \(arrays of \d+, 2, 4 entries, not"):
+    with pytest.raises(InputError, match=r"is damaged \(arrays of \d+, 2, 4, 3 entries, not"):
         prepared(tmp_path, source)
 
 
@@ -365,7 +368,9 @@ def test_errors_name_file_and_line(source: Source, line: bytes, message: str, tm
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     for read in (lambda path: list(read_rows(path)), lambda path: prepared(tmp_path, Source(str(path), "chat", 8))):
-        with pytest.raises(InputError, match=r"data: .*none.jsonl is no file, expected a jsonl file; correct the path"):
+        with pytest.raises(
+            InputError, match=r"data: .*none.jsonl is no file, expected a jsonl, json or parquet file; correct the path"
+        ):
             read(tmp_path / "none.jsonl")
         (tmp_path / "empty.jsonl").write_text("\n \n")
         with pytest.raises(InputError, match=r"data: .*empty.jsonl holds no line, expected one JSON object a line; correct"):
@@ -382,7 +387,7 @@ def test_a_source_is_checked_when_it_is_decoded() -> None:
         ({"overlong": "split"}, "overlong"),
         (
             {"columns": {"mesages": "x"}},
-            "columns names 'mesages', expected messages with format = 'chat'; did you mean 'messages'",
+            "columns names 'mesages', expected messages or tools with format = 'chat'; did you mean 'messages'",
         ),
     ]:
         with pytest.raises(msgspec.ValidationError, match=message):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from minitune.interop import bitsandbytes as nf4_layout
 from minitune.interop import compressed
-from minitune.models import Model, llama
+from minitune.models import Model, decoder, llama
 from minitune.types import QNF4, InputError, QInt4, QInt8
 
 CONFIG = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=16, d_ff=128, vocab_size=17, max_positions=64)
@@ -99,7 +99,7 @@ def test_w8a8_rounds_the_activations_of_every_token(tmp_path: Path, monkeypatch:
         return x @ dense(w).T
 
     plain = Model(llama, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
-    monkeypatch.setattr(llama, "linear", linear)
+    monkeypatch.setattr(decoder, "linear", linear)
     wanted = Model(llama, CONFIG).forward(params, TOKENS)
     found, atol = theirs(folder, TOKENS), 1e-5 * float(wanted.abs().max())
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)

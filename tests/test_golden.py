@@ -13,7 +13,7 @@ from minitune import attention, optim, tree
 from minitune.generate import greedy
 from minitune.grad import remat, value_and_grad
 from minitune.losses import CrossEntropy
-from minitune.models import Model, llama, rope
+from minitune.models import Model, decoder, llama, rope
 from minitune.types import Mean
 
 ATOL = 1e-5  # of the logit scale
@@ -58,19 +58,23 @@ def test_llama_gradients_equal_transformers(config: llama.Config, seed: int, len
 
 
 MUTATIONS = {
-    "no RoPE": (llama, "rotate", lambda x, rope: x),
-    "RoPE on interleaved pairs": (llama, "rotate", lambda x, rope: x * rope[0][:, None] + x.roll(1, -1) * rope[1][:, None]),
+    "no RoPE": (decoder, "rotate", lambda x, rope: x),
+    "RoPE on interleaved pairs": (decoder, "rotate", lambda x, rope: x * rope[0][:, None] + x.roll(1, -1) * rope[1][:, None]),
     "no causal mask": (
-        llama,
+        decoder,
         "attention",
-        lambda q, k, v, mask: attention.attention(q, k, v, torch.ones(1, 1, *[q.shape[2]] * 2, dtype=torch.bool)),
+        lambda q, k, v, mask, **rest: attention.attention(q, k, v, torch.ones(1, 1, *[q.shape[2]] * 2, dtype=torch.bool)),
     ),
-    "no scaling of scores": (llama, "attention", lambda q, k, v, mask: attention.attention(q * q.shape[-1] ** 0.5, k, v, mask)),
-    "key heads in another order": (llama, "attention", lambda q, k, v, mask: attention.attention(q, k.flip(1), v.flip(1), mask)),
+    "no scaling of scores": (decoder, "attention", lambda q, k, v, mask, **rest: attention.attention(q, k, v, mask, scale=1.0)),
+    "key heads in another order": (
+        decoder,
+        "attention",
+        lambda q, k, v, mask, **rest: attention.attention(q, k.flip(1), v.flip(1), mask),
+    ),
     "no RoPE scaling": (rope, "Llama3", type(None)),
-    "norm without epsilon": (llama, "rms_norm", lambda x, w, eps: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True))),
-    "relu for silu": (llama, "swiglu", lambda gate, up: gate.relu() * up),
-    "gate and up exchanged": (llama, "swiglu", lambda gate, up: F.silu(up) * gate),
+    "norm without epsilon": (decoder, "rms_norm", lambda x, w, eps, kind: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True))),
+    "relu for silu": (decoder, "ACTIVATIONS", {"silu": lambda gate, up: gate.relu() * up}),
+    "gate and up exchanged": (decoder, "ACTIVATIONS", {"silu": lambda gate, up: F.silu(up) * gate}),
 }
 
 

@@ -188,7 +188,7 @@ def test_formats_are_not_mixed_up(tmp_path: Path) -> None:
             read(PAIRS)
     with pytest.raises(InputError, match=r"pairs: f.jsonl has format 'text', expected pairs or judged; a row there is no pair"):
         pairs.prepare(Source("f.jsonl", "text", 8), *TINY, tmp_path)
-    with pytest.raises(InputError, match="columns names 'messages', expected prompt or chosen or rejected with format = 'pairs'"):
+    with pytest.raises(InputError, match="columns names 'messages', expected prompt or chosen or rejected or tools with format"):
         Source("f.jsonl", "pairs", 8, columns={"messages": "x"})
 
 

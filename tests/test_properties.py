@@ -349,15 +349,6 @@ def test_labels_never_cross_documents_or_padding() -> None:
     assert batch.labelled().tolist() == [[False, True, False, True, False, False]]
 
 
-def test_dynamic_rope_refuses_rows_beyond_the_trained_context() -> None:
-    config = llama.Config(
-        **{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"max_positions": 8, "rope_scaling": llama.rope.Dynamic(2.0)}
-    )
-    batch = random_batch(config, 1, 9)
-    with pytest.raises(InputError, match="rows of 9 tokens, expected at most 8: dynamic RoPE"):
-        Model(llama, config).forward(random_params(config), batch.tokens, segment_ids=batch.segment_ids)
-
-
 # steps
 
 

@@ -75,6 +75,9 @@ def save(
     """
     if model.family is not llama:
         raise InputError(f"gguf: a model of {model.family.__name__}, expected the llama family; save it as a Hugging Face folder")
+    if isinstance(model.config.rope_scaling, (rope.Yarn, rope.LongRope)):
+        kind = type(model.config.rope_scaling).__name__.lower()
+        raise InputError(f"gguf: RoPE scaling {kind!r}, expected none, linear, dynamic or llama3; save a Hugging Face folder")
     parts, notes = _parts(params, model, types)
     vocabulary, more = gguf_vocab.metadata(tokenizer, model.config.vocab_size, stop_ids)
     keys = {**_numbers(model.config), "general.file_type": gguf_blocks.TYPES[types.default].file_type, **vocabulary}

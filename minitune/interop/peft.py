@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ORIGIN = "minitune.json"  # beside them: what PEFT has no field for, and ignores
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BOUNDED = re.compile(r"(?s)(?!.*\)[*+?])([^*+?{]*[*+?]){0,3}[^*+?{]*")  # others can take for ever on a module's name
 PARTS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "m": ".lora_magnitude_vector"}
 
 
@@ -60,6 +62,9 @@ def save(
         raise InputError(
             f"peft: {apart} does not train, but another tensor of its module trains whole, expected both: PEFT keeps modules"
         )
+    joint = next((name for name, leaf in trainable.items() if isinstance(leaf, Delta) and leaf.a.ndim != 2), None)
+    if joint is not None:
+        raise InputError(f"peft: {joint} has one delta for all experts, expected deltas of [out, in] weights; save it merged")
     ranks = {module: delta.a.shape[0] for module, delta in deltas.items()}
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != lora.rank}
     config = {
@@ -70,7 +75,8 @@ def save(
         "lora_alpha": _alpha(lora, lora.rank),
         "rank_pattern": others,
         "alpha_pattern": {module: _alpha(lora, rank) for module, rank in others.items()} if lora.rslora else {},
-        "target_modules": list(deltas),
+        # experts by the last part of their names: transformers keeps them in one tensor, and PEFT looks for them so
+        "target_modules": list(dict.fromkeys(m.rpartition(".")[2] if ".experts." in m else m for m in deltas)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -142,6 +148,8 @@ def load(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base
     for key, tensor in checkpoint.load_tensors(folder / WEIGHTS).items():
         name = key.removeprefix(PREFIX) if key.startswith(PREFIX) else ""
         part = next((part for part, suffix in PARTS.items() if name.endswith(suffix)), None)
+        if not tensor.is_floating_point():
+            raise InputError(f"peft: {folder / WEIGHTS} holds {key} as {tensor.dtype}, expected floating point; save it again")
         if part is not None:
             module = name.removesuffix(PARTS[part])
             found[module] = {**found.get(module, {}), part: tensor.float()}
@@ -184,7 +192,7 @@ def _config(folder: Path) -> _Config:
         return msgspec.convert(raw, _Config)
     except OSError:
         raise InputError(f"peft: {path} does not exist, expected a folder with {CONFIG} and {WEIGHTS}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"peft: {path}: {error}; expected a LoRA adapter of PEFT") from None
 
 
@@ -196,10 +204,13 @@ def _rule(config: _Config, deltas: Mapping[str, Delta], folder: Path) -> Lora:
         rank = _of_pattern(config.rank_pattern, module, config.r, folder)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise InputError(
-                f"peft: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and [out, {rank}]"
+                f"peft: {folder / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and "
+                f"[out, {rank}] as {CONFIG} says; save the adapter again"
             )
         if isinstance(m, Tensor) and m.shape != b.shape[:1]:
-            raise InputError(f"peft: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows")
+            raise InputError(
+                f"peft: {folder / WEIGHTS}: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows"
+            )
         ranks[module] = rank
         alphas[module] = _of_pattern(config.alpha_pattern, module, config.lora_alpha, folder)
     others = {f"{module}.weight": rank for module, rank in ranks.items() if rank != config.r}
@@ -219,10 +230,20 @@ def _rule(config: _Config, deltas: Mapping[str, Delta], folder: Path) -> Lora:
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:
     """The value under the first key that, as a regular expression, matches the end of a module's path, from a dot on."""
-    try:
-        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
-    except re.error as error:
-        raise InputError(f"peft: {folder / CONFIG} has {pattern!r}, expected regular expressions as keys ({error})") from None
+    for key, value in (pattern or {}).items():
+        try:
+            if BOUNDED.fullmatch(key) is None:
+                raise re.error("it repeats too much")
+            with warnings.catch_warnings(action="error"):
+                suffix = re.compile(rf"(.*\.)?({key})$")
+        except (re.error, OverflowError, RecursionError, FutureWarning) as error:
+            raise InputError(
+                f"peft: {folder / CONFIG} has {key[:200]!r} as a pattern, expected a regular expression with at most three "
+                f"repetitions, none of a group ({error}); name the module instead"
+            ) from None
+        if suffix.match(module):
+            return value
+    return default
 
 
 def _base(folder: Path) -> Base | None:
@@ -231,7 +252,7 @@ def _base(folder: Path) -> Base | None:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[Literal["base"], Base])["base"]
-    except (msgspec.DecodeError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise InputError(f"peft: {path} can't be read ({error}); remove it to go on without knowing the base") from None
 
 

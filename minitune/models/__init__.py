@@ -13,11 +13,52 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import ops, seeds, tree
-from minitune.models import llama
+from minitune.models import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    llama4,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from minitune.models.multimodal import text_config
 from minitune.tree import Tree
 from minitune.types import NO_DELTAS, Batch, Delta, Deltas, InputError, Params
 
-FAMILIES = {"llama": llama}
+FAMILIES = {  # by the model_type of config.json
+    "llama": llama,
+    "mistral": mistral,
+    "ministral3": ministral3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "phi3": phi3,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "smollm3": smollm3,
+    "granite": granite,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+    "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
+    "llama4_text": llama4,
+}
 
 
 class Model(NamedTuple):
@@ -43,9 +84,13 @@ class Model(NamedTuple):
         return self.family.hidden(self.config, params, rows.tokens, deltas, segment_ids=rows.segment_ids, wrap=self.wrap)
 
     def head(self, params: Params, deltas: Deltas) -> tuple[Any, Delta | None]:
-        """(weight [V, D], delta) that turn hidden states into logits."""
+        """(weight [V, D], delta) that `logits` takes."""
         name = self.family.head_name(self.config)
         return params[name], deltas.get(name)
+
+    def logits(self, states: Float[Tensor, "*rows D"], head: Any, delta: Delta | None) -> Float[Tensor, "*rows V"]:
+        """Logits of hidden states, scaled and capped as the family does."""
+        return self.family.scaled_logits(self.config, ops.linear(states, head, delta))
 
     def token_losses(
         self, params: Params, batch: Batch, deltas: Deltas, loss: Callable[..., Tensor], beside: Tree = None
@@ -60,6 +105,7 @@ class Model(NamedTuple):
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, beside))
 
         def row_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+            logits = self.family.scaled_logits(self.config, logits)
             return loss(logits, rows[0]) if beside is None else loss(logits, *rows)
 
         return ops.token_losses(row_losses, self.hidden(params, batch, deltas), targets, mask, head, delta).roll(1, 1)
@@ -69,15 +115,15 @@ class Model(NamedTuple):
         return self.family.shapes(self.config)
 
     def init(self, seed: int, std: float = 0.02) -> dict[str, Tensor]:
-        """Random float32 parameters: norms one, biases zero, matrices normal(0, std), those that write to the residual
-        stream std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3); drawn from (seed, weight name)."""
+        """Random float32 parameters: norms that multiply by one, biases zero, matrices normal(0, std), those that write to the
+        residual stream std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3); drawn from (seed, weight name)."""
 
         def weight(name: str, shape: tuple[int, ...]) -> Tensor:
             if name.endswith("norm.weight"):
-                return torch.ones(shape)
-            if name.endswith(".bias"):
+                return torch.zeros(shape) if self.config.norm == "one_plus_w" else torch.ones(shape)
+            if name.endswith(("bias", "sinks")):
                 return torch.zeros(shape)
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj", ".w2.weight"))
             scale = std / (2 * self.config.n_layers) ** 0.5 if residual else std
             return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
 
@@ -106,8 +152,10 @@ def config_json(folder: Path) -> dict[str, Any]:
 
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
-    """The model that a config.json's content describes."""
-    return Model(_family(hf.get("model_type"), where), _family(hf.get("model_type"), where).from_hf(hf, where))
+    """The model that a config.json's content describes, without the part that sees images if there is one."""
+    hf = text_config(hf)
+    family = _family(hf.get("model_type"), where)
+    return Model(family, family.from_hf(hf, where))
 
 
 def open_config(path: Path) -> Model:

@@ -42,9 +42,10 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
             lambda n: pairs.batches(found, source, n, said),
         )
     rows = data.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+    told = describe(rows.report) + (f", rows {rows.fill(source, world.seed):.1%} full" if source.packed else "")
     if teacher is None or top_k is None or not isinstance(loss, DistillationLoss):
         return Feed(
-            describe(rows.report),
+            told,
             lambda cursor, n: data.take(rows, cursor, n, source, world.seed),
             lambda n: data.batches(rows, source, n),
         )
@@ -59,7 +60,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
         both = zip(data.batches(rows, source, n), data.batches(places, source, n), strict=True)
         return (frozen.taught(batch, at.tokens, tops) for batch, at in both)
 
-    return Feed(describe(rows.report), take, batches)
+    return Feed(told, take, batches)
 
 
 def describe(report: Report) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor
 from minitune import checkpoint, grad, objectives, optim, tree
 from minitune.data import Cursor
 from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
+from minitune.models import Model
 from minitune.objectives import Objective, Teacher
+from minitune.stages import sweeping
 from minitune.stages.base import BaseStage, Positive, device_of, peak_mem_bytes
 from minitune.stages.feed import feed
 from minitune.steps import Step, eval_step, train_step
@@ -53,6 +55,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     evaluate: Evaluation | None = None
     save_every: Positive = 100  # steps
     remat: bool = False  # recompute each block in the backward: less memory, a third more work
+    sweep: sweeping.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
     def check(self, draft: Draft) -> Draft:
         """Something trains, the data has the format that the loss needs, and a teacher speaks the student's vocabulary."""
@@ -80,6 +83,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             raise InputError(
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
+        if self.sweep is not None:
+            sweeping.check(self, draft)
         return draft
 
     @property
@@ -90,6 +95,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def run(self, world: World) -> World:
         """world with the trained tree; continues from the newest state in the run folder."""
+        if self.sweep is not None:
+            return sweeping.run(self, world, self._model(world), Train._optimizer)
         folder = world.folder / "checkpoints" / self.label
         start = world.loaded.trainable
         optimizer = self._optimizer()
@@ -152,8 +159,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return optim.chain(*clip, self.optimizer, *factors, optim.ScaleBySchedule(self.schedule, self.steps))
 
     def _objective(self, world: World) -> tuple[Objective, Teacher | None]:
-        loaded, teacher = world.loaded, None
-        model = loaded.model._replace(wrap=grad.remat) if self.remat else loaded.model
+        loaded, model, teacher = world.loaded, self._model(world), None
         if isinstance(self.loss, TokenLoss):
             objective = objectives.sft(model, self.loss, loaded.lora)
         elif isinstance(self.loss, DistillationLoss):
@@ -164,6 +170,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             kind: Any = objectives.judgement if isinstance(self.loss, Kto) else objectives.preference
             objective = kind(model, self.loss, loaded.lora, reference)
         return (objectives.quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
+
+    def _model(self, world: World) -> Model:
+        model = world.loaded.model
+        return model._replace(wrap=grad.remat) if self.remat else model
 
     def _teacher(self, world: World) -> Teacher:
         wise = load(self.teacher or ModelSource(), world.folder, world.seed)

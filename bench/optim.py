@@ -1,0 +1,114 @@
+"""Time and memory of one optimizer step: minitune's donated step against torch.optim.AdamW, fused and foreach.
+
+    python bench/optim.py [elements] [leaves]
+
+All ways take their steps by turns in one process; CPU time, median and spread of 7. Memory is measured in a process for each way.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minitune import optim, tree
+from minitune.advance import advance
+
+RATES = {"lr": 1e-3, "weight_decay": 0.1}
+REPEATS = 7
+
+
+def random_tree(n: int, leaves: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"w{i}": torch.randn(n // leaves, generator=generator).to(dtype) for i in range(leaves)}
+
+
+def ours(optimizer: object, n: int, leaves: int, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    params, grads = random_tree(n, leaves, dtype), random_tree(n, leaves, dtype)
+    states = [optimizer.init(params)]
+    one = torch.tensor(1.0)
+
+    def step() -> None:
+        norm = tree.norm(grads)
+        states[0] = advance(optimizer, grads, states[0], params, divisor=one, norm=norm, sound=one > 0, donate=True)[1]
+
+    return step
+
+
+def theirs(n: int, leaves: int, **how: bool) -> Callable[[], None]:
+    params = [x.requires_grad_() for x in random_tree(n, leaves).values()]
+    for p, g in zip(params, random_tree(n, leaves).values(), strict=True):
+        p.grad = g
+    optimizer = torch.optim.AdamW(params, **RATES, **how)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def by_definition(n: int, leaves: int) -> Callable[[], None]:
+    optimizer, params, grads = chain(), random_tree(n, leaves), random_tree(n, leaves)
+    state = optimizer.init(params)
+    sound = torch.tensor(True)
+
+    def step() -> None:
+        updates, after = optimizer.update(tree.map(lambda g: g / 1.0, grads), state, params)
+        new = tree.map(lambda p, u: torch.where(sound, p + u, p), params, updates)
+        tree.donate((params, state), (new, tree.map(lambda old, new: torch.where(sound, new, old), state, after)))
+
+    return step
+
+
+def chain(*more: object, kind: type = optim.AdamW) -> optim.Chain:
+    return optim.chain(optim.ClipByGlobalNorm(1.0), kind(**RATES), optim.ScaleBySchedule(optim.Cosine(), 1000), *more)
+
+
+WAYS = {
+    "torch.optim.AdamW(fused=True) + clip": lambda n, k: theirs(n, k, fused=True),
+    "torch.optim.AdamW(foreach=True) + clip": lambda n, k: theirs(n, k, foreach=True),
+    "minitune by definition (before)": by_definition,
+    "minitune, donated": lambda n, k: ours(chain(), n, k),
+    "minitune adamw8bit": lambda n, k: ours(chain(kind=optim.AdamW8bit), n, k),
+    "minitune bfloat16, stochastic": lambda n, k: ours(chain(optim.RoundStochastically(0)), n, k, torch.bfloat16),
+}
+
+
+def peak_mib() -> float:
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent before the fork
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def main() -> None:
+    n, leaves = (int(float(word)) for word in (*sys.argv[1:3], "1e7", "64")[:2])
+    if len(sys.argv) == 4:
+        before = peak_mib()
+        step = WAYS[sys.argv[3]](n, leaves)
+        for _ in range(2):
+            step()
+        print(json.dumps(peak_mib() - before))
+        return
+    steps = {name: way(n, leaves) for name, way in WAYS.items()}
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    for i in range(REPEATS + 1):
+        for name, step in steps.items():
+            started = time.process_time()
+            step()
+            times[name] += [time.process_time() - started] if i else []
+    base = statistics.median(times["torch.optim.AdamW(fused=True) + clip"])
+    print(f"{n:,} elements in {leaves} leaves, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("| way | CPU time, ms (median) | spread, ms | ratio | MiB, parameters and gradients included |\n|---|---|---|---|---|")
+    for name, spent in times.items():
+        words = [sys.executable, __file__, str(n), str(leaves), name]
+        mib = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        middle = statistics.median(spent)
+        print(f"| {name} | {1e3 * middle:.2f} | {1e3 * (max(spent) - min(spent)):.2f} | {middle / base:.2f} | {mib:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""One step of an optimizer over a tree: what `update` defines, added to the parameters; AdamW's in one pass over memory."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from minitune import tree
+from minitune.grad import under_transform
+from minitune.optim import AdamState, AdamW, Chain, ClipByGlobalNorm, ScaleByGlob, ScaleBySchedule
+from minitune.tree import Tree
+
+FUSED_ELEMENTS = 2**22  # that one fused call updates: its scaled gradients are all the memory that a donated step allocates
+
+
+def advance(
+    optimizer: Any,
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    *,
+    divisor: Float[Tensor, ""],
+    norm: Float[Tensor, ""],
+    sound: Bool[Tensor, ""],
+    donate: bool,
+) -> tuple[Tree, Tree]:
+    """(params, state) after one step on grads / divisor, whose norm is `norm`; as they were if not sound.
+
+    With donate=True the new values are written over the old ones. AdamW, alone or among transforms that multiply by factors, then
+    allocates nothing as large as the parameters.
+    """
+    if under_transform():  # a decision for each element of a batch, which no `if` can take
+        updates, after = optimizer.update(tree.map(lambda g: g / divisor.to(g.dtype), grads), state, params)
+        new = tree.map(lambda p, u: torch.where(sound, _added(p, u), p), params, updates)
+        return new, tree.map(lambda old, new: torch.where(sound, new, old), state, after)
+    if not sound:
+        return params, state
+    if _fuses(optimizer, grads, state, params):
+        params, state = (params, state) if donate else tree.map(torch.clone, (params, state))
+        _fused(optimizer, grads, state, params, divisor, norm)
+        return params, state
+    updates, after = optimizer.update(tree.map(lambda g: g / divisor.to(g.dtype), grads), state, params)
+    new = tree.map(_added, params, updates)
+    return (tree.donate(params, new), tree.donate(state, after)) if donate else (new, after)
+
+
+def donate_adamw(
+    rule: AdamW,
+    lr: Float[Tensor, ""],
+    step: Float[Tensor, ""],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mu: Sequence[Tensor],
+    nu: Sequence[Tensor],
+) -> None:
+    """Write over params, mu and nu their values after AdamW's step number `step` (from 1), by torch's one-pass kernel.
+
+    Beside tree.donate the only writer of tensors, and like it only for memory that the caller gave away.
+    """
+    b1, b2 = rule.betas
+    steps, rates = [step] * len(params), {"beta1": b1, "beta2": b2, "weight_decay": rule.weight_decay, "eps": rule.eps}
+    lists = [list(params), list(grads), list(mu), list(nu), [], steps]
+    with torch.no_grad():
+        torch._fused_adamw_(*lists, lr=lr, **rates, amsgrad=False, maximize=False)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
+
+
+def _parts(optimizer: Any, state: Tree) -> list[tuple[Any, Tree]]:
+    return list(zip(optimizer.parts, state, strict=True)) if isinstance(optimizer, Chain) else [(optimizer, state)]
+
+
+def _fuses(optimizer: Any, grads: Tree, state: Tree, params: Tree) -> bool:
+    """Whether the optimizer is clips, AdamW and factors, in this order, and its tensors are as torch's kernel takes them."""
+    parts = _parts(optimizer, state)
+    n_clips = next((i for i, (part, _) in enumerate(parts) if not isinstance(part, ClipByGlobalNorm)), len(parts))
+    if n_clips == len(parts) or type(parts[n_clips][0]) is not AdamW:
+        return False
+    if not all(isinstance(part, ScaleByGlob | ScaleBySchedule) for part, _ in parts[n_clips + 1 :]):
+        return False
+    adam = parts[n_clips][1]
+    columns = (tree.leaves(t) for t in (params, adam.mu, adam.nu, grads))
+    return all(_fits(*leaves) for leaves in zip(*columns, strict=True))
+
+
+def _fits(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> bool:
+    alike = len({(x.dtype, x.device, x.shape) for x in (p, m, v, g)}) == 1 and p.device.type in ("cpu", "cuda")
+    return alike and all(x.is_contiguous() for x in (p, m, v))
+
+
+def _fused(optimizer: Any, grads: Tree, state: Tree, params: Tree, divisor: Tensor, norm: Tensor) -> None:
+    """Take the step where params and state lie: clips and the division scale the gradients, factors the learning rate."""
+    scale, lr, globs = 1 / divisor, torch.ones((), dtype=torch.float64, device=divisor.device), []
+    rule, adam = AdamW(lr=0.0), AdamState(divisor, (), ())
+    for part, own in _parts(optimizer, state):
+        if isinstance(part, ClipByGlobalNorm):
+            factor = part.factor(norm)
+            scale, norm = scale * factor, norm * factor
+        elif isinstance(part, AdamW):
+            rule, adam = part, own._replace(step=tree.donate(own.step, own.step + 1))
+        elif isinstance(part, ScaleByGlob):
+            globs = [*globs, part]
+        else:
+            lr = lr * part.schedule.factor(own, part.total_steps)
+            tree.donate(own, own + 1)
+    groups: dict[Any, list[list[tuple[Tensor, ...]]]] = {}
+    named = zip(tree.items(params), tree.leaves(grads), tree.leaves(adam.mu), tree.leaves(adam.nu), strict=True)
+    for (path, p), g, m, v in named:
+        factor = math.prod(part.factor(path) for part in globs)
+        chunks = groups.setdefault((factor, p.dtype, p.device), [[]])
+        if sum(leaves[0].numel() for leaves in chunks[-1]) + p.numel() > FUSED_ELEMENTS:
+            chunks.append([])
+        chunks[-1].append((p, g, m, v))
+    for (factor, dtype, device), chunks in groups.items():
+        rate, step = ((rule.lr * factor * lr).to(device, torch.float32), adam.step.to(device, torch.float32))
+        for chunk in filter(None, chunks):
+            p, g, m, v = zip(*chunk, strict=True)
+            scaled = torch._foreach_mul([x.contiguous() for x in g], scale.to(device, dtype))  # pyright: ignore[reportPrivateImportUsage]
+            donate_adamw(rule, rate, step, p, scaled, m, v)
+
+
+def _added(p: Tensor, u: Tensor) -> Tensor:
+    return (p + u).to(p.dtype)

@@ -1,0 +1,156 @@
+"""A block's feed-forward as a mixture of experts: its numbers, the names of its weights, and how they are used."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from jaxtyping import Float
+from msgspec import Meta
+from torch import Tensor
+
+from minitune import moe
+from minitune.ops import linear, swiglu
+from minitune.types import Deltas, Params
+
+Size = Annotated[int, Meta(gt=0)]
+
+
+class Names(NamedTuple):
+    """What a layout calls its weights within a layer; {e} is an expert's number, and without it all experts share a tensor."""
+
+    mlp: str  # of a layer without experts
+    router: str
+    into: tuple[str, ...]  # gate and up, or both in one
+    out: str
+    shared: str
+
+
+NAMES = {
+    "mixtral": Names(
+        "block_sparse_moe",
+        "block_sparse_moe.gate",
+        ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
+        "block_sparse_moe.experts.{e}.w2.weight",
+        "",
+    ),
+    "qwen": Names(
+        "mlp",
+        "mlp.gate",
+        ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+        "mlp.experts.{e}.down_proj.weight",
+        "mlp.shared_expert",
+    ),
+    "gpt_oss": Names("mlp", "mlp.router", ("mlp.experts.gate_up_proj",), "mlp.experts.down_proj", ""),
+    "llama4": Names(
+        "feed_forward",
+        "feed_forward.router",
+        ("feed_forward.experts.gate_up_proj",),
+        "feed_forward.experts.down_proj",
+        "feed_forward.shared_expert",
+    ),
+}
+
+
+class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The numbers of a mixture of experts, and what its router does. The pattern `layers` repeats over depth."""
+
+    n_experts: Size
+    n_active: Size  # experts a token
+    d_ff: Size  # of one expert
+    names: Literal["mixtral", "qwen", "gpt_oss", "llama4"]
+    router: Literal["softmax_then_top", "top_then_softmax", "top_then_sigmoid"] = "softmax_then_top"
+    renormalised: bool = True  # the weights of softmax_then_top are divided by their sum
+    d_shared: Size | None = None  # d_ff of one more expert, which every token goes through
+    shared_gate: bool = False  # the shared expert is weighed by a sigmoid
+    bias: bool = False  # on the router and the experts
+    limit: float = 7.0  # of gpt-oss's clamped swiglu
+    slope: float = 1.702  # of the same
+    layers: tuple[bool, ...] = (True,)  # False: a plain mlp
+
+    def __post_init__(self) -> None:
+        if self.n_active > self.n_experts:
+            raise ValueError(f"n_active {self.n_active} is more than n_experts {self.n_experts}")
+        if not self.layers:
+            raise ValueError("layers is empty, expected a pattern such as [true]")
+
+    def at(self, i: int) -> bool:
+        """Whether layer i has experts."""
+        return self.layers[i % len(self.layers)]
+
+    @property
+    def mlp(self) -> str:
+        """What the weights of a layer without experts are called."""
+        return NAMES[self.names].mlp
+
+
+def expert_shapes(experts: Experts, d_model: int) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer's feed-forward by their names within the layer."""
+    names, n, f = NAMES[experts.names], experts.n_experts, experts.d_ff
+    weights: dict[str, tuple[int, ...]] = {f"{names.router}.weight": (n, d_model)}
+    if experts.bias:
+        weights[f"{names.router}.bias"] = (n,)
+    if "{e}" in names.out:
+        for e in range(n):
+            weights |= {name.format(e=e): (f, d_model) for name in names.into}
+            weights[names.out.format(e=e)] = (d_model, f)
+    else:
+        for name, in_, out in ((names.into[0], d_model, 2 * f), (names.out, f, d_model)):
+            weights |= {name: (n, in_, out)} | ({f"{name}_bias": (n, out)} if experts.bias else {})
+    if experts.d_shared is not None:
+        weights |= {f"{names.shared}.{name}_proj.weight": (experts.d_shared, d_model) for name in ("gate", "up")}
+        weights[f"{names.shared}.down_proj.weight"] = (d_model, experts.d_shared)
+    if experts.shared_gate:
+        weights[f"{names.shared}_gate.weight"] = (1, d_model)
+    return weights
+
+
+def is_routed(experts: Experts, w: Params) -> bool:
+    """Whether the leaves of a layer are those of a mixture."""
+    return f"{NAMES[experts.names].router}.weight" in w
+
+
+def router_logits(experts: Experts, w: Params, deltas: Deltas, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T X"]:
+    """What the router of a layer gives every expert; w and deltas hold that layer's leaves."""
+    name = NAMES[experts.names].router
+    return linear(x, w[f"{name}.weight"], deltas.get(f"{name}.weight"), w.get(f"{name}.bias"))
+
+
+def routed_feed_forward(experts: Experts, w: Params, deltas: Deltas, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """The mixture's output, and that of the shared expert if there is one; w and deltas hold the layer's leaves."""
+    names = NAMES[experts.names]
+
+    def proj(name: str, x: Tensor) -> Tensor:
+        return linear(x, w[f"{name}.weight"], deltas.get(f"{name}.weight"))
+
+    routes = _routes(experts, router_logits(experts, w, deltas, x).flatten(0, 1))
+    into = [_linears(experts, name, w, deltas) for name in names.into]
+    out, early = _linears(experts, names.out, w, deltas), experts.router == "top_then_sigmoid"
+    y = moe.mixture(x.flatten(0, 1), routes, into, _activation(experts), out, weigh_input=early).unflatten(0, x.shape[:2])
+    if experts.d_shared is None:
+        return y
+    hidden = swiglu(proj(f"{names.shared}.gate_proj", x), proj(f"{names.shared}.up_proj", x))
+    shared = proj(f"{names.shared}.down_proj", hidden)
+    return y + (torch.sigmoid(proj(f"{names.shared}_gate", x)) * shared if experts.shared_gate else shared)
+
+
+def _routes(experts: Experts, logits: Tensor) -> moe.Routes:
+    if experts.router == "top_then_softmax":
+        return moe.top_then_softmax(logits, experts.n_active)
+    if experts.router == "top_then_sigmoid":
+        return moe.top_then_sigmoid(logits, experts.n_active)
+    return moe.softmax_then_top(logits, experts.n_active, experts.renormalised)
+
+
+def _linears(experts: Experts, name: str, w: Params, deltas: Deltas) -> moe.Linears:
+    if "{e}" not in name:
+        return moe.stacked(w[name], deltas.get(name), w.get(f"{name}_bias"))
+    each = [name.format(e=e) for e in range(experts.n_experts)]
+    return moe.Linears([w[one] for one in each], [deltas.get(one) for one in each], [None] * len(each))
+
+
+def _activation(experts: Experts) -> Callable[..., Any]:
+    """What turns the results of `into` into the input of `out`."""
+    if experts.names == "gpt_oss":
+        return lambda y: moe.clamped_swiglu(y[..., ::2], y[..., 1::2], experts.limit, experts.slope)
+    return swiglu if len(NAMES[experts.names].into) == 2 else lambda y: swiglu(*y.chunk(2, dim=-1))

@@ -1,0 +1,91 @@
+"""gpt-oss 20B and 120B: windows on every second layer, a sink in every head, clamped experts with biases.
+
+OpenAI 2025, arXiv 2508.10925, section 2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from minitune.models import decoder, rope
+from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
+from minitune.models.experts import Experts
+from minitune.models.spelling import Spelling, layer_pattern, layer_types
+from minitune.ops import Norm
+from minitune.types import InputError
+
+
+class Config(decoder.Config, frozen=True, kw_only=True):
+    """The numbers that a gpt-oss is made of."""
+
+    experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
+    norm: Norm = "w_before_cast"
+    attention_bias: bool = True
+    sinks: bool = True
+    layers: tuple[decoder.Reach, ...] = ("window", "full")
+    window: decoder.Size | None = 128
+    rope_theta: float = 150000.0
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+SPELLING = Spelling(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    names={"attention_bias": "attention_bias", "window": "sliding_window"},
+    fixed={"hidden_act": ("silu",)},
+    absent={"rms_norm_eps": 1e-5, "head_dim": 64, "sliding_window": 128},
+    also=(
+        "num_local_experts",
+        "num_experts_per_tok",
+        "experts_per_token",
+        "swiglu_limit",
+        "swiglu_alpha",
+        "layer_types",
+        "initial_context_length",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "quantization_config",
+    ),
+)
+
+
+def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
+    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+    named = "rope_parameters" in hf or "rope_scaling" in hf
+    theta, scaling = rope.from_hf(hf if named else {**hf, "rope_scaling": YARN}, where, 150000.0)
+    packed = (hf.get("quantization_config") or {}).get("quant_method", "mxfp4")
+    if packed != "mxfp4":
+        raise InputError(f"models: {where} is quantized as {packed!r}, expected 'mxfp4' or plain weights; take another folder")
+    experts = {
+        "n_experts": hf.get("num_local_experts", 128),
+        "n_active": hf.get("num_experts_per_tok", 4),
+        "d_ff": hf.get("intermediate_size"),
+        "names": "gpt_oss",
+        "router": "top_then_softmax",
+        "bias": True,
+        "limit": hf.get("swiglu_limit", 7.0),
+        "slope": hf.get("swiglu_alpha", 1.702),
+    }
+    layers = layer_pattern(hf, ("window", "full"), where)
+    return SPELLING.read(Config, hf, where, rope_theta=theta, rope_scaling=scaling, layers=layers, experts=experts)
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """A config.json that transformers 4.x and 5.x read alike."""
+    experts = config.experts
+    return SPELLING.write(
+        config,
+        num_local_experts=experts.n_experts,
+        num_experts_per_tok=experts.n_active,
+        swiglu_limit=experts.limit,
+        swiglu_alpha=experts.slope,
+        layer_types=layer_types(config),
+    )

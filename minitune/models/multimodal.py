@@ -1,0 +1,28 @@
+"""Folders of models that also see images: the text model within them, which alone is read, trained and written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "llama4": "Llama4ForCausalLM"}
+PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
+NO_TEXT = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "transformers_version")
+
+
+def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model alone; of a folder without images, what it is."""
+    inner = hf.get("text_config")
+    if hf.get("model_type") not in WRAPPERS or not isinstance(inner, Mapping):
+        return dict(hf)
+    shared = {key: hf[key] for key in SHARED if hf.get(key) is not None}
+    architecture = "Ministral3ForCausalLM" if inner.get("model_type") == "ministral3" else WRAPPERS[hf["model_type"]]
+    said = {key: value for key, value in inner.items() if value is not None or key not in shared}
+    return {**shared, **said, "architectures": [architecture]}
+
+
+def text_name(name: str) -> str | None:
+    """The name of a stored tensor in the text model alone; None for one that belongs to images."""
+    if name.startswith(NO_TEXT):
+        return None
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return PREFIXES.get(prefix, "") + name.removeprefix(prefix)

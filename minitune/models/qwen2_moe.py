@@ -1,0 +1,97 @@
+"""Qwen1.5-MoE and Qwen2-57B-A14B: a Qwen2 with many small experts and a large shared one behind a gate of its own.
+
+Yang et al. 2024, arXiv 2407.10671, section 2.2.2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from minitune.models import decoder
+from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
+from minitune.models.experts import Experts
+from minitune.models.spelling import Spelling, layer_pattern, layer_types, pattern
+
+MIXTURE = (  # fields of config.json that `mixture` reads, or that say nothing
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
+WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+
+class Config(decoder.Config, frozen=True, kw_only=True):
+    """The numbers that a Qwen2 with experts is made of."""
+
+    experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
+    qkv_bias: bool = True
+
+
+SPELLING = Spelling(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    names={"qkv_bias": "qkv_bias"},
+    fixed={"hidden_act": ("silu",)},
+    allowed={"use_mrope": (False,)},
+    also=("shared_expert_intermediate_size", *WINDOW, *MIXTURE),
+)
+
+
+def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
+    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+    experts = {
+        **mixture(hf, n_experts=60, n_active=4, d_ff=1408),
+        "d_shared": hf.get("shared_expert_intermediate_size", 5632),
+        "shared_gate": True,
+    }
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    n_windows = min(hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28))  # of which every second one has one
+    default = pattern(
+        ["window" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers") or 0)], ("full",)
+    )
+    layers = layer_pattern(hf, default, where) if window else ("full",)
+    return SPELLING.read(Config, hf, where, experts=experts, window=window, layers=layers)
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """A config.json that transformers 4.x and 5.x read alike."""
+    return SPELLING.write(
+        config,
+        shared_expert_intermediate_size=config.experts.d_shared,
+        use_sliding_window=config.window is not None,
+        sliding_window=config.window,
+        layer_types=layer_types(config),
+        **mixture_to_hf(config.n_layers, config.experts),
+    )
+
+
+def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> dict[str, Any]:
+    """The fields of Experts in a config.json of Qwen's; n_experts, n_active and d_ff are what missing fields mean."""
+    n_layers, step, plain = hf.get("num_hidden_layers") or 0, hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    routed = [(i + 1) % step == 0 and i not in plain for i in range(n_layers)]
+    return {
+        "n_experts": hf.get("num_local_experts", hf.get("num_experts", n_experts)),
+        "n_active": hf.get("num_experts_per_tok", n_active),
+        "d_ff": hf.get("moe_intermediate_size", d_ff),
+        "names": "qwen",
+        "renormalised": hf.get("norm_topk_prob", False),
+        "layers": pattern(routed, (True,)),
+    }
+
+
+def mixture_to_hf(n_layers: int, experts: Experts) -> dict[str, Any]:
+    """What `mixture` reads, the number of experts under both of its names."""
+    return {
+        "num_experts": experts.n_experts,
+        "num_local_experts": experts.n_experts,
+        "num_experts_per_tok": experts.n_active,
+        "moe_intermediate_size": experts.d_ff,
+        "norm_topk_prob": experts.renormalised,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(n_layers) if not experts.at(i)],
+    }

@@ -1,0 +1,201 @@
+"""config.json: how a family spells the numbers of its Config, in the 4.x and the 5.x style of transformers."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from minitune.models import decoder, rope
+from minitune.types import InputError
+
+C = TypeVar("C", bound=decoder.Config)
+NONE: Mapping[str, Any] = MappingProxyType({})
+NAMES = {  # field of a Config -> field of config.json, in every family
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_model": "hidden_size",
+    "d_head": "head_dim",
+    "d_ff": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_positions": "max_position_embeddings",
+}
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+REACHES: dict[str, decoder.Reach] = {"full_attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
+ALLOWED = {"attention_dropout": (0.0,)}
+HARMLESS = frozenset(
+    [
+        "model_type",
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "transformers_version",
+        "initializer_range",
+        "pretraining_tp",
+        "_name_or_path",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "cache_implementation",
+        "auto_map",
+        "transformers.js_config",
+        "unsloth_version",
+        "unsloth_fixed",
+    ]
+)
+
+
+class Spelling(NamedTuple):
+    """What of a family's config.json is read, and what it must say because the decoder does nothing else.
+
+    names: Config field -> config.json field, beside NAMES. fixed: config.json field -> the values that it may have, of which
+    the first is written; allowed: the same, not written. absent: what a missing field means. also: fields that from_hf reads
+    by itself, or that say nothing.
+    """
+
+    model_type: str
+    architecture: str
+    names: Mapping[str, str] = NONE
+    fixed: Mapping[str, tuple[Any, ...]] = NONE
+    allowed: Mapping[str, tuple[Any, ...]] = NONE
+    absent: Mapping[str, Any] = NONE
+    also: tuple[str, ...] = ()
+
+    def read(self, kind: type[C], hf: Mapping[str, Any], where: str, **read: Any) -> C:
+        """The Config, with the fields that the family has read by itself; InputError names what is not understood."""
+        names, fixed = {**NAMES, **self.names}, {**ALLOWED, **self.allowed, **self.fixed}
+        known = {*names.values(), *fixed, *self.also, *ROPE, *HARMLESS}
+        unknown = next((key for key in hf if key not in known), None)
+        if unknown is not None:
+            raise InputError(
+                f"models: {where} has {unknown!r} = {hf[unknown]!r}, unknown to the {self.model_type} family; "
+                "is it another family?"
+            )
+        for name, values in fixed.items():
+            if hf.get(name) is not None and hf[name] not in values:
+                wanted = f"{name} {values[0]!r}" if values else f"no {name}"
+                raise InputError(
+                    f"models: {where} has {name!r} = {hf[name]!r}, expected {wanted}; the {self.model_type} family has no other"
+                )
+        rotary = rotary_factor(hf)
+        if rotary != 1 and "rotary_factor" not in read:
+            raise InputError(
+                f"models: {where} has partial_rotary_factor {rotary}, expected 1.0; {self.model_type} rotates whole heads"
+            )
+        hf = {**self.absent, **hf}
+        fields = {field: hf[name] for field, name in names.items() if name in hf and (field not in NAMES or hf[name] is not None)}
+        n_heads, d_model = fields.get("n_heads"), fields.get("d_model")
+        d_head = d_model // n_heads if isinstance(n_heads, int) and isinstance(d_model, int) and n_heads > 0 else None
+        derived = {
+            "n_kv_heads": n_heads,
+            "d_head": d_head,
+            "norm_eps": 1e-6,
+            "max_positions": 2048,
+        }
+        if "rope_theta" not in read:
+            read = {**read, "rope_theta": rope.from_hf(hf, where)[0], "rope_scaling": rope.from_hf(hf, where)[1]}
+        read = {**read, "rope_scaling": msgspec.to_builtins(read["rope_scaling"])}
+        required = {field: None for field in NAMES if field != "tie_embeddings"}
+        try:
+            return msgspec.convert({**required, **derived, **fields, **read}, kind)
+        except msgspec.ValidationError as error:
+            raise InputError(f"models: {where}: {error} (in minitune's names for the fields)") from None
+
+    def write(self, config: decoder.Config, **written: Any) -> dict[str, Any]:
+        """A config.json that transformers 4.x and 5.x read alike, with the fields that the family writes by itself."""
+        names = {**NAMES, **self.names}
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **{name: getattr(config, field) for field, name in names.items()},
+            **{name: values[0] for name, values in self.fixed.items()},
+            **rope.to_hf(config.rope_theta, config.rope_scaling),
+            **written,
+        }
+
+
+def rotary_factor(hf: Mapping[str, Any]) -> float:
+    """The part of each head that RoPE turns."""
+    inner = (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
+    outer = hf.get("partial_rotary_factor") if inner is None else inner
+    return 1.0 if outer is None else outer
+
+
+def layer_pattern(hf: Mapping[str, Any], default: tuple[decoder.Reach, ...], where: str) -> tuple[decoder.Reach, ...]:
+    """The pattern of layer_types, and `default` where there are none or where they repeat it."""
+    types = hf.get("layer_types")
+    if types is None:
+        return default
+    odd = next((one for one in types if one not in REACHES), None)
+    if odd is not None or len(types) != hf.get("num_hidden_layers"):
+        raise InputError(
+            f"models: {where} has {len(types)} layer_types, one {odd!r}; expected {hf.get('num_hidden_layers')} "
+            f"of {', '.join(REACHES)}"
+        )
+    return pattern([REACHES[one] for one in types], default)
+
+
+def pattern(values: list[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The shortest beginning that repeats over the values, and `default` if that does."""
+    starts = (tuple(values[:n]) for n in range(1, len(values) + 1))
+    return next((p for p in (default, *starts) if all(x == p[i % len(p)] for i, x in enumerate(values))), default)
+
+
+def layer_types(config: decoder.Config) -> list[str]:
+    """What `layer_pattern` reads."""
+    names = {reach: name for name, reach in REACHES.items()}
+    return [names[decoder.layer_kind(config, i).reach] for i in range(config.n_layers)]
+
+
+def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) -> dict[str, Any]:
+    """rope_theta, rope_scaling and window_rope_theta, flat (4.x) or by layer type (5.x); InputError if windows are scaled."""
+    nested = hf.get("rope_parameters") or {}
+    if "full_attention" not in nested and "sliding_attention" not in nested:
+        whole, scaling = rope.from_hf(hf, where, theta)
+        return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": hf.get("rope_local_base_freq", local)}
+    full = {"rope_theta": hf.get("rope_theta", theta), **(nested.get("full_attention") or {})}
+    near = {"rope_theta": hf.get("rope_local_base_freq", local), **(nested.get("sliding_attention") or {})}
+    near_theta, near_scaling = rope.one_from_hf(near, hf, where)
+    if near_scaling is not None:
+        raise InputError(f"models: {where} scales RoPE on sliding layers ({near['rope_type']!r}), expected the default there")
+    whole, scaling = rope.one_from_hf(full, hf, where)
+    return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": near_theta}
+
+
+def layered_rope_to_hf(config: decoder.Config) -> dict[str, Any]:
+    """What `layered_rope` reads, in both spellings."""
+    flat = rope.to_hf(config.rope_theta, config.rope_scaling)
+    near = rope.to_hf(config.window_rope_theta or config.rope_theta, None)["rope_parameters"]
+    return {**flat, "rope_parameters": {"full_attention": flat["rope_parameters"], "sliding_attention": near}}
+
+
+def late_windows(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """window and layers where the first max_window_layers layers are full and the rest see a window, if windows are used."""
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    n, n_full = hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28)
+    late = pattern(["full" if i < n_full else "window" for i in range(n)], ("full",))
+    return {"window": window, "layers": layer_pattern(hf, late, where) if window is not None else ("full",)}
+
+
+def late_windows_to_hf(config: decoder.Config) -> dict[str, Any]:
+    """What `late_windows` reads."""
+    types = layer_types(config)
+    first = next((i for i, one in enumerate(types) if one != "full_attention"), config.n_layers)
+    used = config.window is not None
+    return {"use_sliding_window": used, "sliding_window": config.window, "max_window_layers": first, "layer_types": types}

@@ -1,0 +1,136 @@
+"""Many adapters trained at once on one frozen base: deltas get a leading dimension, and every frozen matmul serves all of them.
+
+Adapters are stacked with their ranks padded by zeros to the largest. A zero in the pad of a meets a zero in the pad of b, so
+neither gets a gradient and the pad stays exactly zero: each adapter takes the steps that it would take alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune import tree
+from minitune.advance import advance
+from minitune.grad import accumulate, value_and_grad
+from minitune.lora import Lora
+from minitune.losses import TokenLoss
+from minitune.models import Model
+from minitune.tree import Tree
+from minitune.types import Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
+
+SweepStep = Callable[[Params, Deltas, Sequence[Tree], Batch], tuple[Deltas, list[Tree], Metrics]]
+
+
+def stack(adapters: Sequence[Deltas]) -> Deltas:
+    """Deltas of one set of weights with a leading dimension for the adapters, their ranks padded by zeros to the largest."""
+
+    def stacked(deltas: Sequence[Delta]) -> Delta:
+        rank = max(d.a.shape[0] for d in deltas)
+        a = torch.stack([F.pad(d.a, (0, 0, 0, rank - d.a.shape[0])) for d in deltas])
+        b = torch.stack([F.pad(d.b, (0, rank - d.b.shape[1])) for d in deltas])
+        return Delta(a, b, tree.map(lambda *m: torch.stack(m), *(d.m for d in deltas)))
+
+    return {name: stacked([deltas[name] for deltas in adapters]) for name in adapters[0]}
+
+
+def adapter(stacked: Deltas, i: int, rule: Lora) -> Deltas:
+    """Adapter i alone, without the pad of its rank."""
+    ranks = {name: rule.rank_of(name) for name in stacked}
+    return {
+        name: Delta(d.a[i, : ranks[name]].clone(), d.b[i, :, : ranks[name]].clone(), tree.map(lambda m: m[i].clone(), d.m))
+        for name, d in stacked.items()
+    }
+
+
+def each(stacked: Tree, n: int) -> list[Tree]:
+    """The n trees that a stacked one is made of, as views."""
+    columns = zip(*(leaf.unbind() for leaf in tree.leaves(stacked)), strict=True)
+    found = [tree.rebuild(stacked, leaves) for leaves in columns]
+    assert len(found) == n
+    return found
+
+
+def totals(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
+    """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]: objectives.sft for n adapters.
+
+    The rows of all adapters go through the model as one batch, and only its blocks, where the deltas are, tell them apart.
+    """
+    n = len(rules)
+    together = model._replace(wrap=lambda block: model.wrap(_over_adapters(block, n)))
+
+    def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
+        rows = Batch(*(x.flatten(0, 1) for x in batch))
+        nats, mask = together.token_losses(params, rows, scaled(deltas, rules), loss), rows.labelled()
+        total, weight = (x.unflatten(0, (n, -1)).sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
+        return Mean(total, weight.to(nats.dtype))
+
+    return objective
+
+
+def scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
+    """The stacked deltas as a forward takes them, each adapter's scale inside its b."""
+
+    def scales(name: str, b: Tensor) -> Tensor:
+        own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
+        return torch.tensor(own, dtype=b.dtype, device=b.device)[:, None, None]
+
+    return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
+
+
+def sweep_step(
+    model: Model, loss: TokenLoss, rules: Sequence[Lora], optimizers: Sequence[Any], *, micro_batch: int, donate: bool = False
+) -> SweepStep:
+    """steps.train_step of n adapters at once, each under its own Lora rule and optimizer.
+
+    The step takes stacked deltas, a list of n optimizer states and a batch of leaves [n, B, T], of which `micro_batch` rows of
+    every adapter go through one forward. Metrics are [n]. Clipping, and skipping of what is not finite, are each adapter's own.
+    """
+    objective = totals(model, loss, rules)
+
+    def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
+        def evaluate(rows: Batch) -> tuple[Mean, Tree]:
+            return value_and_grad(lambda deltas: objective(deltas, params, rows))(trainable)
+
+        starts = range(0, batch.tokens.shape[1], micro_batch)
+        mean, grads = accumulate(evaluate, (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts))
+        mean, grads = mean.over_ranks(), tree.map(over_ranks, grads)
+        divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
+        norms = _norms(grads) / divisors
+        sound = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
+
+        new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
+        parts = zip(optimizers, each(grads, len(rules)), states, each(new, len(rules)), divisors, norms, sound, strict=True)
+        for optimizer, g, state, p, divisor, norm, good in parts:  # written into `new` and `states`, which are ours here
+            advance(optimizer, g, state, p, divisor=divisor, norm=norm, sound=good, donate=True)
+        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight, "skipped": (~sound).float()}
+        return new, list(states), metrics
+
+    return step
+
+
+def _over_adapters(block: Callable[..., Tensor], n: int) -> Callable[..., Tensor]:
+    """A block over n adapters' rows, in their order: vmap over deltas and rows, with the weights shared."""
+
+    def run(w: Params, deltas: Deltas, x: Tensor, *rest: Tree) -> Tensor:
+        leaves = tree.leaves(rest)
+        batched = [len(leaf) == len(x) for leaf in leaves]  # by rows; else shared by all of them, such as angles [1, T, E]
+        folded = [leaf.unflatten(0, (n, -1)) if own else leaf for leaf, own in zip(leaves, batched, strict=True)]
+
+        def one(deltas: Deltas, x: Tensor, leaves: list[Tensor]) -> Tensor:
+            return block(w, deltas, x, *tree.rebuild(rest, leaves))
+
+        dims = (0, 0, [0 if own else None for own in batched])
+        return torch.func.vmap(one, in_dims=dims)(deltas, x.unflatten(0, (n, -1)), folded).flatten(0, 1)
+
+    return run
+
+
+def _norms(stacked: Tree) -> Tensor:
+    """Euclidean norm [n] of each adapter's gradient, accumulated in float32 or wider."""
+    parts = [
+        torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in tree.leaves(stacked)
+    ]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)

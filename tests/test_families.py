@@ -1,0 +1,511 @@
+"""Every family equals transformers, with its gradients, and each of its mechanisms is shown to matter."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_for_tests import (
+    DENSE,
+    SCALINGS,
+    YARNS,
+    family_configs,
+    family_of,
+    random_batch,
+    random_params,
+    reference,
+    save_reference,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from minitune import checkpoint, models
+from minitune.attention import attention, chunk_mask, document_lengths, document_mask, document_positions, window_mask
+from minitune.grad import value_and_grad
+from minitune.interop import gguf
+from minitune.lora import Lora
+from minitune.losses import CrossEntropy, cross_entropy
+from minitune.models import Model, decoder, gemma3, llama, mistral, rope
+from minitune.types import Delta, InputError, Mean
+
+ATOL = 1e-5  # of the largest value
+SEEDS = st.integers(0, 2**32)
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest wanted value."""
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def model_of(config: decoder.Config) -> Model:
+    return Model(family_of(config), config)
+
+
+def sized(name: str, **fields: Any) -> decoder.Config:
+    """A config of a family, at sizes where every mechanism shows."""
+    sizes = {"n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_head": 8, "d_ff": 13, "vocab_size": 17}
+    return models.FAMILIES[name].Config(**{**sizes, "norm_eps": 1e-3, "rope_theta": 30.0, "max_positions": 29, **fields})
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=6)
+@given(data=st.data(), seed=SEEDS, length=st.integers(2, 37))
+def test_logits_and_gradients_equal_transformers(name: str, data: st.DataObject, seed: int, length: int) -> None:
+    config = data.draw(family_configs(name))
+    params, tokens = random_params(config, seed), random_batch(config, 2, length, seed).tokens
+    hf, model = reference(config, params), model_of(config)
+    wanted = hf(tokens).logits
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(seed))
+    (wanted * weights).sum().backward()
+
+    assert distance(model.forward(params, tokens), wanted) <= ATOL
+    _, grads = value_and_grad(lambda p: Mean((model.forward(p, tokens) * weights).sum(), torch.ones(())))(params)
+    theirs = {n: p.grad for n, p in hf.named_parameters()}
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    assert {n: float((grads[n] - g).abs().max()) / scale for n, g in theirs.items()} == pytest.approx(
+        dict.fromkeys(params, 0.0), abs=10 * ATOL
+    )
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=2)
+@given(data=st.data(), seed=SEEDS)
+def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, data: st.DataObject, seed: int) -> None:
+    config = data.draw(family_configs(name))
+    half = {n: w.bfloat16() for n, w in random_params(config, seed).items()}
+    tokens = random_batch(config, 2, 17, seed).tokens
+    exact = model_of(config).forward({n: w.float() for n, w in half.items()}, tokens)
+    found = model_of(config).forward(half, tokens)
+    with torch.no_grad():
+        theirs = reference(config, half)(tokens).logits
+    assert found.dtype == torch.bfloat16
+    assert distance(found.float(), exact) <= max(2 * distance(theirs.float(), exact), 2**-6)
+
+
+LLAMA3, YARN, LONG = SCALINGS["llama3"], YARNS[1], rope.LongRope((1.0, 1.5, 2.0, 1.0), (3.0, 2.0, 1.5, 1.0), 13)
+GROWING = rope.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
+MECHANISMS = {  # what is taken out -> (family, its config, what the config says instead)
+    "window": ("mistral", {"window": 3}, {"window": None}),
+    "width of the window": ("mistral", {"window": 3}, {"window": 4}),
+    "which layers have windows": ("gemma2", {"window": 3}, {"layers": ("full", "window")}),
+    "late windows": ("qwen2", {"window": 3, "layers": ("full", "full", "full", "window")}, {"layers": ("full",)}),
+    "norm of heads": ("qwen3", {}, {"qk_norm": "none"}),
+    "norm of projections": ("olmo2", {}, {"qk_norm": "none"}),
+    "one plus w": ("gemma", {}, {"norm": "w_before_cast"}),
+    "gelu": ("gemma", {}, {"activation": "silu"}),
+    "scaled embeddings": ("gemma", {}, {"embedding_multiplier": 1.0}),
+    "norms behind": ("gemma2", {}, {"norms": "before"}),
+    "attention scale": ("gemma2", {"attention_scale": 0.1}, {"attention_scale": None}),
+    "cap of scores": ("gemma2", {"attention_cap": 2.0}, {"attention_cap": None}),
+    "cap of logits": ("gemma2", {"final_cap": 3.0}, {"final_cap": None}),
+    "the order of caps": ("gemma2", {"attention_cap": 2.0, "final_cap": 9.0}, {"attention_cap": 9.0, "final_cap": 2.0}),
+    "RoPE of windows": ("gemma3_text", {"layers": ("window", "full"), "window_rope_theta": 3.0}, {"window_rope_theta": None}),
+    "no scaling on windows": ("olmo3", {"rope_scaling": YARNS[0], "window_rope_theta": 30.0}, {"window_rope_theta": None}),
+    "layers without RoPE": ("smollm3", {}, {"rope_layers": (True,)}),
+    "part of each head": ("phi3", {"rotary_factor": 0.5}, {"rotary_factor": 1.0}),
+    "embedding multiplier": ("granite", {"embedding_multiplier": 0.5}, {"embedding_multiplier": 1.0}),
+    "residual multiplier": ("granite", {"residual_multiplier": 0.5}, {"residual_multiplier": 1.0}),
+    "attention multiplier": ("granite", {"attention_scale": 0.1}, {"attention_scale": None}),
+    "logit divisor": ("granite", {"logit_divisor": 3.0}, {"logit_divisor": 1.0}),
+    "growth of queries": ("ministral3", {"rope_scaling": GROWING}, {"rope_scaling": rope.Yarn(4.0, 5)}),
+    "linear": ("llama", {"rope_scaling": SCALINGS["linear"]}, {"rope_scaling": None}),
+    "dynamic": ("llama", {"rope_scaling": SCALINGS["dynamic"]}, {"rope_scaling": None}),
+    "llama3": ("llama", {"rope_scaling": LLAMA3}, {"rope_scaling": None}),
+    "yarn": ("llama", {"rope_scaling": YARN}, {"rope_scaling": None}),
+    "ends of yarn's ramp": ("llama", {"rope_scaling": YARN}, {"rope_scaling": msgspec.structs.replace(YARN, truncate=True)}),
+    "longrope": ("phi3", {"rope_scaling": LONG}, {"rope_scaling": None}),
+    "longrope beyond": ("phi3", {"rope_scaling": LONG}, {"rope_scaling": msgspec.structs.replace(LONG, long_factor=(1.0,) * 4)}),
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_comparison_fails_when_a_mechanism_is_taken_out(name: str) -> None:
+    family, fields, changes = MECHANISMS[name]
+    config = sized(family, **fields)
+    params, tokens = random_params(config), random_batch(config, 2, 34).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+    assert distance(model_of(config).forward(params, tokens), wanted) <= ATOL
+    assert distance(model_of(msgspec.structs.replace(config, **changes)).forward(params, tokens), wanted) > 100 * ATOL
+
+
+BEFORE = {**decoder.NORMS, "after": ("post_attention_layernorm", None, "post_feedforward_layernorm", None)}
+MUTANTS = {
+    "norms behind alone": ("olmo2", {}, decoder, "NORMS", BEFORE),
+    "magnitude of yarn": ("llama", {"rope_scaling": YARN}, rope, "magnitude", lambda *_: 1.0),
+    "magnitude of longrope": ("phi3", {"rope_scaling": LONG}, rope, "magnitude", lambda *_: 1.0),
+    "gate before up": ("phi3", {}, decoder, "ACTIVATIONS", {"silu": lambda gate, up: decoder.swiglu(up, gate)}),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_fails_when_the_decoder_is_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, fields, module, attribute, mutant = MUTANTS[name]
+    config = sized(family, **fields)
+    params, tokens = random_params(config), random_batch(config, 2, 34).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+    assert distance(model_of(config).forward(params, tokens), wanted) <= ATOL
+    monkeypatch.setattr(module, attribute, mutant)
+    assert distance(model_of(config).forward(params, tokens), wanted) > 100 * ATOL
+
+
+@pytest.mark.parametrize("dropped", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
+def test_the_comparison_fails_when_a_bias_is_dropped(dropped: str) -> None:
+    config = sized("qwen2")
+    params, tokens = random_params(config), random_batch(config, 2, 11).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+    kept = {n: w for n, w in params.items() if not n.endswith(dropped)}
+    assert distance(model_of(config).forward(params, tokens), wanted) <= ATOL
+    assert distance(model_of(config).forward(kept, tokens), wanted) > 100 * ATOL
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("llama", {"norm": "w_before_cast"}),
+    ("olmo2", {"norm": "w_after_cast"}),
+    ("olmo2", {"rope_in_float32": False}),
+    ("gemma", {"embedding_multiplier": 32**0.5 * 1.003}),  # what sqrt(32) is not rounded to
+])  # fmt: skip
+def test_the_order_of_casts_is_that_of_transformers(name: str, changes: dict[str, Any]) -> None:
+    config = sized(name, n_layers=1, n_kv_heads=4)
+    half = {n: w.bfloat16() for n, w in random_params(config).items()}
+    tokens = random_batch(config, 3, 29).tokens
+    with torch.no_grad():
+        wanted = reference(config, half)(tokens).logits.float()
+    share = [
+        float((model_of(c).forward(half, tokens).float() == wanted).float().mean())
+        for c in (config, msgspec.structs.replace(config, **changes))
+    ]
+    assert share[0] > 0.99
+    assert share[1] < 0.9
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=3)
+@given(data=st.data(), seed=SEEDS)
+def test_decoding_with_a_cache_equals_the_full_forward(name: str, data: st.DataObject, seed: int) -> None:
+    config = data.draw(family_configs(name))
+    check_decoding(config, seed)
+
+
+def check_decoding(config: decoder.Config, seed: int) -> None:
+    """Two rows of other lengths, padded on the left, then three tokens one by one."""
+    model, params, lengths, n_new = model_of(config), random_params(config, seed, torch.float64), (4, 9), 3
+    tokens = random_batch(config, 2, max(lengths) + n_new, seed).tokens
+    slots, n_slots = torch.arange(16), 16
+    real = slots >= torch.tensor([max(lengths) - n for n in lengths])[:, None]
+    segments = real[:, : max(lengths)].to(torch.int32)
+    shape = (2, config.n_kv_heads, n_slots, config.d_head)
+    caches = [decoder.Cache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
+    run = partial(model.family.block, config)
+    at, positions, mask = 0, document_positions(segments), document_mask(segments)
+    found = []
+    for width in (max(lengths), *[1] * n_new):
+        new = tokens[:, at : at + width]
+        found.append(model.family.decode(config, params, new, {}, caches, at, positions, mask, run))
+        at += width
+        positions, mask = positions[:, -1:] + 1, (real & (slots <= at))[:, None, None]
+    for row, length in enumerate(lengths):
+        start = max(lengths) - length
+        wanted = model.family.hidden(config, params, tokens[row : row + 1, start:])
+        torch.testing.assert_close(torch.cat(found, dim=1)[row, start:], wanted[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=3)
+@given(data=st.data(), seed=SEEDS, lengths=st.lists(st.integers(1, 33), min_size=1, max_size=4))
+def test_packed_equals_unpacked(name: str, data: st.DataObject, seed: int, lengths: list[int]) -> None:
+    check_packing(data.draw(family_configs(name)), seed, lengths)
+
+
+def check_packing(config: decoder.Config, seed: int, lengths: list[int]) -> None:
+    model, params = model_of(config), random_params(config, seed, torch.float64)
+    tokens = torch.randint(0, config.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
+    segments = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), torch.tensor(lengths))[None].to(torch.int32)
+    packed = model.forward(params, tokens, segment_ids=segments)
+    alone = torch.cat([model.forward(params, part) for part in tokens.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_chunks_decode_and_pack_as_they_run() -> None:
+    config = sized("llama", layers=("chunk", "full"), chunk=3, rope_layers=(True, False))
+    check_decoding(config, 0)
+    check_packing(config, 0, [5, 1, 7, 11])
+    params, tokens = random_params(config), random_batch(config, 1, 9).tokens
+    wide = model_of(msgspec.structs.replace(config, chunk=9)).forward(params, tokens)
+    assert distance(model_of(config).forward(params, tokens), wide) > 100 * ATOL
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=2)
+@given(data=st.data(), seed=SEEDS)
+def test_lora_on_every_linear_merges_exactly(name: str, data: st.DataObject, seed: int) -> None:
+    config = data.draw(family_configs(name))
+    params, tokens = random_params(config, seed, torch.float64), random_batch(config, 2, 11, seed).tokens
+    rule, generator = Lora(2, 4.0, ("*_proj.weight",)), torch.Generator().manual_seed(seed)
+
+    def drawn(x: torch.Tensor) -> torch.Tensor:
+        return 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    deltas = {n: Delta(drawn(d.a), drawn(d.b)) for n, d in rule.init(params, seed).items()}
+    assert set(deltas) == {n for n, shape in model_of(config).shapes().items() if len(shape) == 2 and "layers" in n}
+    found = model_of(config).forward(params, tokens, rule.scaled(deltas))
+    wanted = model_of(config).forward(rule.merge(params, deltas), tokens)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert distance(found, model_of(config).forward(params, tokens)) > 100 * ATOL
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=3)
+@given(data=st.data(), seed=SEEDS)
+def test_losses_and_logits_are_those_of_the_whole_forward(name: str, data: st.DataObject, seed: int) -> None:
+    config = data.draw(family_configs(name))
+    model, params, batch = model_of(config), random_params(config, seed), random_batch(config, 2, 11, seed)
+    logits = model.forward(params, batch.tokens, segment_ids=batch.segment_ids)
+    nats = cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()).view(2, -1)
+    wanted = torch.where(batch.labelled()[:, 1:], nats, 0.0)
+    torch.testing.assert_close(model.token_losses(params, batch, {}, CrossEntropy())[:, 1:], wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.logits(model.hidden(params, batch, {}), *model.head(params, {})), logits)
+
+
+# config.json
+
+
+@pytest.mark.parametrize("name", DENSE)
+@given(data=st.data())
+def test_a_config_survives_config_json_in_both_spellings(name: str, data: st.DataObject) -> None:
+    config = data.draw(family_configs(name))
+    hf = json.loads(json.dumps(models.FAMILIES[name].to_hf(config)))
+    assert models.from_hf(hf) == model_of(config)
+    old = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+    assert models.from_hf({key: value for key, value in hf.items() if key not in old}) == model_of(config)
+    if name != "olmo3" or config.window_rope_theta == config.rope_theta:  # 4.x has one base for all layers of OLMo 3
+        assert models.from_hf({key: value for key, value in hf.items() if key != "rope_parameters"}) == model_of(config)
+
+
+@pytest.mark.parametrize("name", DENSE)
+@settings(max_examples=2)
+@given(data=st.data(), seed=SEEDS)
+def test_what_transformers_saves_is_loaded_whole(
+    name: str, data: st.DataObject, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config, folder = data.draw(family_configs(name)), tmp_path_factory.mktemp("theirs")
+    params = random_params(config, seed)
+    save_reference(config, params, folder)
+    model = models.open(folder)
+    assert model == model_of(config)
+    loaded = checkpoint.load_params(folder, model.shapes())
+    assert set(loaded) == set(params)
+    assert all(torch.equal(loaded[n], params[n]) for n in params)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_config_json_with_sizes_alone_means_what_it_means_to_transformers(name: str) -> None:
+    family = models.FAMILIES[name]
+    sizes = {
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 24,
+        "vocab_size": 17,
+    }
+    theirs = AutoConfig.for_model(name, **sizes, head_dim=16, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = models.from_hf({"model_type": name, **sizes, "head_dim": 16}).config
+    params, tokens = random_params(config), random_batch(config, 1, 9).tokens
+    hf = AutoModelForCausalLM.from_config(theirs).eval()
+    hf.load_state_dict({**({"lm_head.weight": params[family.head_name(config)]} if config.tie_embeddings else {}), **params})
+    with torch.no_grad():
+        assert distance(model_of(config).forward(params, tokens), hf(tokens).logits) <= ATOL
+    assert config == models.from_hf(theirs.to_dict()).config
+
+
+REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
+    "unknown": ("qwen2", {"clip_qkv": 8.0}, r"has 'clip_qkv' = 8.0, unknown to the qwen2 family"),
+    "both directions": ("gemma2", {"use_bidirectional_attention": True}, "expected use_bidirectional_attention False"),
+    "dropout": ("phi3", {"resid_pdrop": 0.1}, "'resid_pdrop' = 0.1, expected resid_pdrop 0.0"),
+    "a cap that is not there": ("gemma3_text", {"attn_logit_softcapping": 50.0}, "expected no attn_logit_softcapping"),
+    "partial rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, expected 1.0; llama rotates whole"),
+    "layer types": (
+        "qwen3",
+        {"layer_types": ["full_attention"], "use_sliding_window": True, "sliding_window": 4},
+        "has 1 layer_types, .*expected 4",
+    ),
+    "a layer type": ("gemma2", {"layer_types": ["linear_attention"] * 4}, "one 'linear_attention'; expected 4 of full_attention"),
+    "scaled windows": (
+        "olmo3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "scales RoPE on sliding layers .'linear'., expected the default",
+    ),
+    "longrope lists": (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0, 2.0]}, "rope_parameters": None},
+        r"longrope has lists of \[1, 2\] factors, expected 4 in each",
+    ),
+    "kind of RoPE": (
+        "llama",
+        {"rope_parameters": {"rope_type": "proportional"}},
+        "rope scaling 'proportional'.*yarn and longrope",
+    ),
+    "rotated part": ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.4}}, r"int\(0.4 \* d_head 8\) is odd"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_config_json_that_says_more_than_the_decoder_does_is_refused(name: str) -> None:
+    family, change, message = REFUSED[name]
+    hf = models.FAMILIES[family].to_hf(sized(family))
+    assert models.from_hf(hf).config == sized(family)
+    with pytest.raises(InputError, match=message):
+        models.from_hf({**hf, **change})
+
+
+def test_empty_patterns_are_refused() -> None:
+    with pytest.raises(ValueError, match="layers or rope_layers is empty, expected a pattern"):
+        sized("gemma2", layers=())
+
+
+# folders of models that also see images
+
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+IMAGES = {
+    "gemma3": (
+        sized("gemma3_text"),
+        {"mm_tokens_per_image": 4, "boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3},
+    ),
+    "mistral3": (sized("mistral"), {"image_token_index": 3}),
+}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str, tmp_path: Path) -> None:
+    config, fields = IMAGES[name]
+    text = {key: value for key, value in family_of(config).to_hf(config).items() if key != "architectures"}
+    text |= {"pad_token_id": None, "bos_token_id": 4, "eos_token_id": 5}
+    tied = {"tie_word_embeddings": config.tie_embeddings}
+    whole = AutoConfig.for_model(name, text_config=text, vision_config=VISION, **fields, **tied)
+    hf = AutoModelForImageTextToText.from_config(whole).eval()
+    hf.save_pretrained(tmp_path / "whole")
+    stored = load_file(tmp_path / "whole/model.safetensors")
+    renamed = {n.replace("language_model.model.", prefix): w for n, w in stored.items()}
+    assert any(n.startswith(prefix) for n in renamed)
+    save_file(renamed, tmp_path / "whole/model.safetensors", metadata={"format": "pt"})
+
+    model = models.open(tmp_path / "whole")
+    assert model == model_of(config)
+    params, tokens = checkpoint.load_params(tmp_path / "whole", model.shapes()), 6 + random_batch(config, 2, 9).tokens % 11
+    with torch.no_grad():
+        wanted = hf(tokens).logits
+    assert distance(model.forward(params, tokens), wanted) <= ATOL
+    checkpoint.save_folder(
+        tmp_path / "text", params, model, source=tmp_path / "whole", tokenizer=tmp_path, template=None, stop_ids=[5]
+    )
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    assert type(alone).__name__ == family_of(config).SPELLING.architecture
+    with torch.no_grad():
+        assert distance(alone(tokens).logits, wanted) <= ATOL
+    assert models.open(tmp_path / "text").config == config
+
+
+def test_a_folder_that_spells_out_what_differs_alone_is_read() -> None:
+    """The text_config of the published folders of Gemma 3 leaves out what its class has as default."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    config = models.from_hf({"model_type": "gemma3", "text_config": text, "vision_config": {}}).config
+    assert config == gemma3.Config(
+        n_layers=34, n_heads=8, n_kv_heads=4, d_model=2560, d_head=256, d_ff=10240, vocab_size=262208, norm_eps=1e-6,
+        rope_scaling=rope.Linear(8.0), max_positions=131072, window=1024,
+    )  # fmt: skip
+
+
+# attention
+
+
+def plain(q: Any, k: Any, v: Any, mask: Any, scale: float, cap: float | None, sinks: Any) -> torch.Tensor:
+    """The definition, one query at a time."""
+    out = torch.zeros_like(q)
+    for b, n, t in [(b, n, t) for b in range(q.shape[0]) for n in range(q.shape[1]) for t in range(q.shape[2])]:
+        keys = [s for s in range(k.shape[2]) if mask[b, 0, t, s]]
+        scores = [scale * q[b, n, t] @ k[b, n // (q.shape[1] // k.shape[1]), s] for s in keys]
+        scores = [cap * torch.tanh(x / cap) if cap else x for x in scores]
+        total = sum(x.exp() for x in scores) + (sinks[n].exp() if sinks is not None else 0.0)
+        out[b, n, t] = sum(x.exp() / total * v[b, n // (q.shape[1] // k.shape[1]), s] for x, s in zip(scores, keys, strict=True))
+    return out
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS, cap=st.sampled_from([None, 0.7]), sunk=st.booleans(), scale=st.sampled_from([0.3, 1.0]), t=st.integers(1, 6))
+def test_attention_equals_its_definition(seed: int, cap: float | None, sunk: bool, scale: float, t: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, n, t, 3, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64) if sunk else None
+    mask = (torch.rand(2, 1, t, t, generator=generator) < 0.5) | torch.eye(t, dtype=torch.bool)
+    wanted = plain(q, k, v, mask, scale, cap, sinks)
+    torch.testing.assert_close(attention(q, k, v, mask, scale=scale, soft_cap=cap, sinks=sinks), wanted)
+    one = torch.func.vmap(
+        lambda q, k, v, m: attention(q[None], k[None], v[None], m[None], scale=scale, soft_cap=cap, sinks=sinks)
+    )
+    torch.testing.assert_close(one(q, k, v, mask)[:, 0], wanted)
+    causal = torch.ones(t, t, dtype=torch.bool).tril().expand(2, 1, t, t)
+    found = attention(q, k, v, None, scale=scale, soft_cap=cap, sinks=sinks)
+    torch.testing.assert_close(found, plain(q, k, v, causal, scale, cap, sinks))
+
+
+def test_windows_chunks_and_lengths_by_hand() -> None:
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
+    mask, device = document_mask(segments), segments.device
+    assert document_lengths(segments).tolist() == [[4, 4, 4, 4, 2, 2, 1]]
+    near = window_mask(mask, 0, 7, 2, device)
+    assert near is not None
+    assert [row.nonzero().flatten().tolist() for row in near[0, 0]] == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
+    chunks = chunk_mask(mask, 0, document_positions(segments), 3)
+    assert chunks is not None
+    assert [row.nonzero().flatten().tolist() for row in chunks[0, 0]] == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
+    assert window_mask(mask, 0, 7, 7, device) is mask
+    assert window_mask(None, 0, 7, 7, device) is None
+    assert chunk_mask(None, 0, torch.arange(7)[None], 7) is None
+    near = window_mask(None, 0, 3, 2, device)
+    assert near is not None
+    assert near.tolist() == [[[[True, False, False], [True, True, False], [False, True, True]]]]
+    late = window_mask(torch.ones(1, 1, 1, 8, dtype=torch.bool), 5, 1, 3, device)
+    assert late is not None
+    assert late[0, 0, 0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]  # what lies behind the query is for the mask to hide
+
+
+def test_masks_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    window, table = decoder.window_mask, decoder.rope_table
+    monkeypatch.setattr(decoder, "window_mask", lambda *args: calls.append("window_mask") or window(*args))
+    monkeypatch.setattr(decoder, "rope_table", lambda *args: calls.append("rope_table") or table(*args))
+    config = sized("gemma3_text", n_layers=6, window=3)
+    model_of(config).forward(random_params(config), random_batch(config, 1, 9).tokens)
+    assert sorted(calls) == ["rope_table", "rope_table", "window_mask"]
+
+
+def test_llama_and_mistral_are_the_decoder_as_it_is() -> None:
+    base = decoder.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
+    for family, differs in ((llama, set()), (mistral, {"layers"})):
+        fields = family.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
+        assert {f for f in base.__struct_fields__ if getattr(base, f) != getattr(fields, f)} == differs
+
+
+def test_gguf_refuses_a_scaling_that_it_does_not_write(tmp_path: Path) -> None:
+    config = sized("llama", rope_scaling=YARN)
+    arguments = {"types": gguf.Types("F16"), "tokenizer": tmp_path, "template": None, "stop_ids": []}
+    with pytest.raises(InputError, match="gguf: RoPE scaling 'yarn', expected none, linear, dynamic or llama3"):
+        gguf.save(tmp_path / "a.gguf", random_params(config), model_of(config), **arguments)

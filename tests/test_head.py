@@ -1,0 +1,78 @@
+"""The chunked head over frozen weights takes gradients in its forward: equal to whole logits for every length and chunk."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitune import ops, quant
+from minitune.types import Delta
+
+
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_a_frozen_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    b, t, d, v = (data.draw(st.integers(1, 7)) for _ in range(4))
+    chunk, p, n_values = (
+        data.draw(st.integers(1, 9)),
+        data.draw(st.sampled_from([0.0, 0.4, 1.0])),
+        data.draw(st.sampled_from([1, 3])),
+    )
+    draw = {"generator": generator, "dtype": torch.float64}
+    hidden, head = torch.randn(b, t, d, **draw).requires_grad_(), torch.randn(v + 1, d, **draw)
+    delta = Delta(torch.randn(2, d, **draw), torch.randn(v + 1, 2, **draw)) if data.draw(st.booleans()) else None
+    targets, mask = torch.randint(0, v + 1, (b, t), generator=generator), torch.rand(b, t, generator=generator) < p
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nats = F.cross_entropy(logits, labels, reduction="none")
+        return nats if n_values == 1 else torch.stack([nats, logits.square().sum(-1), logits[:, 0]], -1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "HEAD_CHUNK", chunk * (v + 1))
+        found = ops.token_losses(loss, hidden, targets, mask, head, delta)
+    w = head if delta is None else head + delta.b @ delta.a
+    whole = loss((hidden @ w.T).flatten(0, 1), targets.flatten()).unflatten(0, (b, t))
+    wanted = torch.where(mask if n_values == 1 else mask[..., None], whole, 0.0)
+    torch.testing.assert_close(found, wanted)
+    cotangent = torch.randn(found.shape, **draw)
+    (a,), (c,) = (torch.autograd.grad(x, hidden, cotangent) for x in (found, wanted))
+    torch.testing.assert_close(a, c)
+
+
+def test_the_forward_over_a_frozen_head_is_the_only_time_that_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args: made.append(len(args[0])) or linear(*args))
+    hidden = torch.randn(2, 5, 4, requires_grad=True)
+    head, targets, mask = torch.randn(11, 4), torch.randint(0, 11, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    for w, times in ((head, 1), (quant.quantize(head, quant.Int8()), 1), (head.clone().requires_grad_(), 2)):
+        made.clear()
+        nats = ops.token_losses(lambda y, t: F.cross_entropy(y, t, reduction="none"), hidden, targets, mask, w)
+        torch.autograd.grad(nats.sum(), hidden)
+        assert made == [10] * times
+    made.clear()
+    with torch.no_grad():
+        ops.token_losses(lambda y, t: F.cross_entropy(y, t, reduction="none"), hidden, targets, mask, head)
+    assert made == [10]
+
+
+def test_a_gradient_of_its_gradient_is_refused_by_plain_autograd_and_right_under_torch_func() -> None:
+    hidden = torch.randn(1, 5, 4, dtype=torch.float64)
+    head, targets = torch.randn(11, 4, dtype=torch.float64), torch.randint(0, 11, (1, 5))
+    mask = torch.ones(1, 5, dtype=torch.bool)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return ops.token_losses(lambda y, t: F.cross_entropy(y, t, reduction="none"), x, targets, mask, head).square().sum()
+
+    leaf = hidden.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    found = torch.func.grad(lambda x: torch.func.grad(total)(x).sum())(hidden)
+    wanted = torch.func.grad(
+        lambda x: torch.func.grad(lambda z: F.cross_entropy((z @ head.T)[0], targets[0], reduction="none").square().sum())(
+            x
+        ).sum()
+    )(hidden)
+    torch.testing.assert_close(found, wanted)
