@@ -3,8 +3,8 @@
     python bench/sweep.py [compile]
 
 The same random Llama, LoRA of rank 8 on all linears, AdamW with clipping; whole optimizer steps. Both ways take their steps by
-turns in one process; CPU time, median and spread of 5. "of the limit": the CPU time that the matmuls of the step would take at the
-rate of a large one, measured between the steps, over the time at once.
+turns in one process; CPU time, median and spread of 5. "of the limit": the CPU time that the matmuls of the step would take at
+the rate of a large one, measured between the steps, over the time at once.
 """
 
 import statistics

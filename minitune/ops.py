@@ -95,10 +95,10 @@ def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T e"], Floa
     """Rotate dimension i with i + e/2 (the half-split layout of Hugging Face weights) by the angles of each token, in the dtype
     of the angles if that is wider; dimensions from e on stay as they are."""
     cos, sin = (table[:, None] for table in rope)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    if cos.shape[-1] < x.shape[-1]:
+        return torch.cat([rotate(x[..., : cos.shape[-1]], rope), x[..., cos.shape[-1] :]], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def token_losses(

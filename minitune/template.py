@@ -54,7 +54,7 @@ def compile_template(source: str, special_names: Mapping[str, str], origin: str)
         tree.set_environment(env)
         marks = any(node.name == MARKED for node in tree.find_all(jinja2.nodes.Filter))
         return Template(source, special_names, origin, env.from_string(tree), marks)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+    except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise InputError(f"chat: {origin}{line} {error}, expected a Jinja chat template; correct it") from None
 

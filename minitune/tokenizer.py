@@ -25,6 +25,7 @@ TOKENIZER_FILES = (  # what a saved Hugging Face folder carries over byte for by
     "merges.txt",
     "added_tokens.json",
 )
+MAX_ID = 2**31  # token ids are int32 in files
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 NOTHING = re.compile(r"(?!)")
@@ -167,10 +168,14 @@ def _declared(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:
     """The added tokens of added_tokens.json (old folders: all of them special) and of tokenizer_config.json."""
     path, table = folder / "tokenizer_config.json", config.get("added_tokens_decoder") or {}
     try:
-        return [AddedToken(text, int(i), True) for text, i in json_object(folder / "added_tokens.json").items()] + [
+        declared = [AddedToken(text, int(i), True) for text, i in json_object(folder / "added_tokens.json").items()] + [
             AddedToken(t["content"], int(i), bool(t.get("special")), bool(t.get("lstrip")), bool(t.get("rstrip")))
             for i, t in table.items()
         ]
+        odd = next((token for token in declared if not 0 <= token.id < MAX_ID), None)
+        if odd is not None:
+            raise ValueError(f"{odd.text!r} has the id {odd.id}")
+        return declared
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"tokenizer: {path} added_tokens_decoder can't be read ({error!r}), "

@@ -297,7 +297,10 @@ def _without_prefix(spec: Any) -> Any:
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} without the file; InputError for anything else."""
     try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
+        data = path.read_bytes() if path.is_file() else b"{}"
+        value = json.loads(data)
+        if b"\\ud" in data.lower():  # half a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(f"tokenizer: {path} is not JSON ({error}), expected an object; fetch the file again") from None
     if not isinstance(value, dict):

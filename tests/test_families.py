@@ -43,6 +43,11 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
+def moderate(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Wide matrices made smaller: a softmax that is nearly one-hot turns the last bit of an angle into the fifth digit."""
+    return {n: w * min(1.0, 3 / w.shape[-1] ** 0.5) if w.ndim == 2 else w for n, w in params.items()}
+
+
 def model_of(config: decoder.Config) -> Model:
     return Model(family_of(config), config)
 
@@ -58,7 +63,7 @@ def sized(name: str, **fields: Any) -> decoder.Config:
 @given(data=st.data(), seed=SEEDS, length=st.integers(2, 37))
 def test_logits_and_gradients_equal_transformers(name: str, data: st.DataObject, seed: int, length: int) -> None:
     config = data.draw(family_configs(name))
-    params, tokens = random_params(config, seed), random_batch(config, 2, length, seed).tokens
+    params, tokens = moderate(random_params(config, seed)), random_batch(config, 2, length, seed).tokens
     hf, model = reference(config, params), model_of(config)
     wanted = hf(tokens).logits
     weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(seed))

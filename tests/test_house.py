@@ -47,7 +47,9 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "private": "objectives steps",
     "frozen": "objectives",
     "world": "log",
-    **dict.fromkeys([f"stages/{part}" for part in ("base", "feed", "adapt", "train", "sweeping", "measure", "write")], "world log"),
+    **dict.fromkeys(
+        [f"stages/{part}" for part in ("base", "feed", "adapt", "train", "sweeping", "measure", "write")], "world log"
+    ),
     "program": "world stages/__init__ log",
     "report": "log",
     "runs": "world log program report",

@@ -244,7 +244,7 @@ def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     checkpoint.save_tensors(other / "model.safetensors", {name: w + 1e-3 for name, w in weights.items()})
     words = (f"model.path={other}", f"model.deltas={tmp_path / 'p/deltas'}")
     assert start(tmp_path, tiny, evaluation("after"), *words, name="refused") == 2
-    assert "whose weights are not those of" in capsys.readouterr().err
+    assert re.search(r"\([0-9a-f]{12}\), whose weights are not those of .* \([0-9a-f]{12}\)", capsys.readouterr().err)
 
 
 def test_weights_trained_under_rounding_are_converted_exactly(tiny: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -68,13 +68,13 @@ def assert_close(found: tree.Tree, wanted: tree.Tree, tolerance: float) -> None:
     tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * scale), found, wanted)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     config=configs(),
     points=st.lists(
-        st.tuples(st.integers(1, 5), st.floats(1, 8), st.floats(1e-4, 1e-2), st.integers(0, 9)), min_size=1, max_size=4
+        st.tuples(st.integers(1, 5), st.floats(1, 8), st.floats(1e-4, 1e-2), st.integers(0, 9)), min_size=1, max_size=3
     ),
-    rows=st.integers(1, 3),
+    rows=st.integers(1, 2),
     micro=st.integers(1, 3),
     dora=st.booleans(),
     rematted=st.booleans(),

@@ -144,7 +144,8 @@ def config_json(folder: Path) -> dict[str, Any]:
         )
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        json.dumps(hf, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is JSON, but no text
+    except (ValueError, RecursionError) as error:
         raise InputError(f"models: {path} is no JSON ({error}); download it again") from None
     if not isinstance(hf, dict):
         raise InputError(f"models: {path} holds a {type(hf).__name__}, expected an object")

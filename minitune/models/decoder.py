@@ -29,7 +29,7 @@ Reach = Literal["full", "window", "chunk"]  # which earlier tokens a layer atten
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The numbers that a decoder is made of and what its blocks do; the patterns `layers` and `rope_layers` repeat over depth."""
 
-    n_layers: Size
+    n_layers: Annotated[int, Meta(gt=0, le=10_000)]
     n_heads: Size
     n_kv_heads: Size
     d_model: Size
