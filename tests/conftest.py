@@ -37,6 +37,9 @@ os.environ |= {
     "WANDB_SILENT": "true",
 }
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with all cores each would wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # Before the first import of the package: a module that is already imported would go unchecked.
 if any(name.partition(".")[0] == "minitune" for name in sys.modules):
     raise RuntimeError("conftest: minitune was imported before its signatures could be checked")

@@ -420,7 +420,7 @@ def adapter(folder: Path, *, dora: bool = False, **changes: object) -> Path:
         ({"peft_type": "IA3"}, r"'IA3' - at `\$\.peft_type`"),
         ({"r": 3}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[3, in\] and \[out, 3\]"),
         ({"rank_pattern": {"head": 3, "lm_.*": 4}}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[4, in\]"),
-        ({"rank_pattern": {"(": 3}}, r"has \{'\(': 3\}, expected regular expressions as keys"),
+        ({"rank_pattern": {"(": 3}}, r"has '\(' as a pattern, expected a regular expression"),
         ({"alpha_pattern": {"lm_head": 9}}, r"has alpha_pattern = \{'lm_head': 9.0\}, expected one scale rule"),
         ({"r": "two"}, "Expected `int`, got `str`"),
     ],

@@ -59,7 +59,10 @@ def test_every_command_is_known_and_those_of_minitune_run(
 def test_the_table_of_programs_and_the_picture_of_the_house_are_complete() -> None:
     assert {f"programs/{name}.toml" for name in paths.shipped()} == set(re.findall(r"`(programs/[\w/]+\.toml)`", README))
     (house,) = (text for kind, text in BLOCKS if not kind)
-    drawn = {line.split()[0]: line for line in house.splitlines()}
+    drawn: dict[str, str] = {}
+    for line in house.splitlines():
+        floor = line.split()[0] if line[0].isdigit() else list(drawn)[-1]
+        drawn = {**drawn, floor: drawn.get(floor, "") + line}
     for floor, modules in FLOORS.items():
         for module in modules.split():
             if floor == int(floor) and floor < 9 and "/" not in module and not module.startswith("__init__"):
