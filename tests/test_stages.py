@@ -155,6 +155,17 @@ def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, 
     assert all(torch.equal(kept[name], straight[name]) for name in straight)
 
 
+def test_a_run_without_a_finite_heldout_loss_says_so(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    watch = 'evaluate = { data = "heldout", every = 2 }\n'
+    diverging = TRAIN.replace("0.05", "1e30")
+    assert start(tmp_path, tiny, LORA + diverging + watch) == 2
+    assert "train had no finite held-out loss in 4 steps; lower the learning rate" in capsys.readouterr().err
+
+
 def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     pairs = TRAIN.replace('"train"\nsteps', '"pairs"\nsteps') + 'loss = { kind = "dpo" }\n'
     losses = {}
@@ -194,6 +205,17 @@ def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> 
     assert len({row["loss"] for row in rows}) > 1
     if data == "pairs":
         assert all(row["reward_margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-4) for row in rows)
+
+
+def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = [*toy("generate", tiny, tmp_path), "generate.sampling={}"]
+    for compiled in ("true", "false"):
+        command = [*COMMAND, "generate", *words, f"name={compiled}", f"generate.compiled={compiled}"]
+        done = subprocess.run(command, capture_output=True, text=True)  # apart: the signatures' checks are not to be traced
+        assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / name / "generate.jsonl").read_text().splitlines() for name in ("true", "false"))
+    assert one == two
+    assert len(one) == 5
 
 
 def test_a_distillation_killed_in_mid_run_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> None:  # noqa: F811

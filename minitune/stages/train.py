@@ -110,6 +110,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             state, marks = self._train(world, state, marks, optimizer, folder)
         trainable = state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
+            if marks.best_nats is None:
+                raise InputError(
+                    f"stages: {self.label} had no finite held-out loss in {marks.step} steps; lower the learning rate"
+                )
             best = folder / "best" / f"step-{marks.best_step:08d}"
             trainable = checkpoint.load_state(best, {"trainable": trainable})[0]["trainable"]
             world.log.say(f"{self.label}: step {marks.best_step} was the best, held-out loss {marks.best_nats:.4f}")
