@@ -107,17 +107,15 @@ def test_a_dtype_without_a_name_in_the_format_is_an_error(tmp_path: Path) -> Non
 
 
 def test_writing_copies_one_tensor_at_a_time() -> None:
-    n_bytes = 16 * 2**20
-    params = {
-        f"{i}": torch.full((2048, n_bytes // 2048), i, dtype=torch.int8).T for i in range(12)
-    }  # not contiguous: a copy each
-    assert not params["0"].is_contiguous()
+    n_bytes = 40 * 2**20  # above the 32 MiB from which glibc gives every block back the moment that it is freed
+    params = {f"{i}": torch.full((2048, n_bytes // 2048), i, dtype=torch.int8).T for i in range(6)}
+    assert not params["0"].is_contiguous()  # so that each of them is copied
     before, written, peak = _resident_bytes(), 0, 0
     for piece in checkpoint.serialized(params):
         written += memoryview(piece).nbytes
         peak = max(peak, _resident_bytes() - before)
-    assert written > 12 * n_bytes
-    assert peak < 6 * n_bytes  # malloc keeps two or three of what was freed
+    assert written > 6 * n_bytes
+    assert peak < 3 * n_bytes  # the piece in hand and the one being made
 
 
 @settings(max_examples=6)
