@@ -1,4 +1,6 @@
-"""One attention: causal or by a mask, with fewer key heads than query heads; and the masks of packed and windowed rows."""
+"""One attention: each query over a run of keys that ends at itself, with fewer key heads than query heads; and such runs."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,48 +11,42 @@ from minitune import blockwise
 from minitune.grad import under_transform
 
 
-def attention(
-    q: Float[Tensor, "B N T E"],
-    k: Float[Tensor, "B K S E"],
-    v: Float[Tensor, "B K S E"],
-    mask: Bool[Tensor, "#B 1 T S"] | None,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, "B N T E"]:
-    """softmax(scale q k^T) v over the keys where mask is True, or over keys s <= t when it is None; scale None is 1 / sqrt(E).
+class Seen(NamedTuple):
+    """The keys that each query sees: places first .. last, without a gap. Causal rows, packed documents, windows, chunks and
+    padding are all of this kind."""
 
-    Query head n reads key head n // (N / K) (Ainslie et al. 2023, arXiv 2305.13245, section 2.2). soft_cap c turns each scaled
-    score x into c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2). sinks: one more score a head, whose weight goes nowhere
-    (gpt-oss, arXiv 2508.10925, section 2.2). Every query needs one visible key.
-    """
-    plain = soft_cap is None and sinks is None and not under_transform()
-    if plain and mask is not None and q.device.type == "cpu" and q.shape[2] == k.shape[2]:
-        blocks = blockwise.runs(mask, len(q))
-        if blocks is not None:
-            return blockwise.attend(q, k, v, *blocks, q.shape[-1] ** -0.5 if scale is None else scale)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    if plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they loop over examples
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return weights[..., : k.shape[2]] @ v
+    first: Int[Tensor, "b T"] | tuple[()]  # (): the first key of all
+    last: Int[Tensor, "b T"]  # the query's own place
+
+    def starts(self) -> Int[Tensor, "b T"]:
+        """The first key of every query."""
+        return self.first if isinstance(self.first, Tensor) else torch.zeros_like(self.last)
+
+    def mask(self, n_keys: int) -> Bool[Tensor, "b 1 T {n_keys}"]:
+        """True where a query sees a key."""
+        keys = torch.arange(n_keys, device=self.last.device)
+        return ((keys >= self.starts()[..., None]) & (keys <= self.last[..., None]))[:, None]
 
 
-def document_mask(segment_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """True where key s <= query t and both lie in the same document; padding (0) sees padding only."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same.tril()[:, None]
+def causal(n_tokens: int, device: torch.device) -> Seen:
+    """Every token sees itself and all before it."""
+    return Seen((), torch.arange(n_tokens, device=device)[None])
+
+
+def documents(segment_ids: Int[Tensor, "B T"]) -> Seen:
+    """Every token sees itself and what comes before it in its own document; padding (0) sees padding only."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return Seen(_starts(segment_ids, index), index[None])
+
+
+def windowed(seen: Seen, window: int) -> Seen:
+    """Of what each query sees the last `window` keys, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b)."""
+    return seen._replace(first=torch.maximum(seen.starts(), seen.last - (window - 1)))
+
+
+def chunked(seen: Seen, positions: Int[Tensor, "b T"], chunk: int) -> Seen:
+    """Of what each query sees the keys of its own chunk: those whose position p has the same p // chunk."""
+    return seen._replace(first=torch.maximum(seen.starts(), seen.last - positions % chunk))
 
 
 def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -66,36 +62,43 @@ def document_lengths(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return segment_ids.shape[1] - back - _starts(segment_ids, index)
 
 
-def window_mask(
-    mask: Bool[Tensor, "B 1 T S"] | None, filled: int, length: int, window: int, device: torch.device
-) -> Bool[Tensor, "#B 1 T S"] | None:
-    """The mask (None: causal) less the keys that lie `window` tokens or more before a query; the first query is slot `filled`.
+def attention(
+    q: Float[Tensor, "B N T E"],
+    k: Float[Tensor, "B K S E"],
+    v: Float[Tensor, "B K S E"],
+    seen: Seen,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Tensor, "N"] | None = None,
+) -> Float[Tensor, "B N T E"]:
+    """softmax(scale q k^T) v over the keys that each query sees; scale None is 1 / sqrt(E).
 
-    A query sees `window` keys, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b, causal).
+    Query head n reads key head n // (N / K) (Ainslie et al. 2023, arXiv 2305.13245, section 2.2). soft_cap c turns each scaled
+    score x into c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2). sinks: one more score a head, whose weight goes nowhere
+    (gpt-oss, arXiv 2508.10925, section 2.2).
     """
-    ages = _ages(mask, filled, length, device)
-    return _narrowed(mask, ages, (ages < window)[None, None]) if ages.shape[1] > window else mask
-
-
-def chunk_mask(
-    mask: Bool[Tensor, "B 1 T S"] | None, filled: int, positions: Int[Tensor, "b T"], chunk: int
-) -> Bool[Tensor, "#B 1 T S"] | None:
-    """The mask (None: causal) less the keys of other chunks than the query's: positions p with another p // chunk."""
-    ages = _ages(mask, filled, positions.shape[1], positions.device)
-    at = positions[:, None, :, None]
-    return _narrowed(mask, ages, (at - ages) // chunk == at // chunk) if ages.shape[1] > chunk else mask
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and not under_transform():  # no cache: a query's place is its own
+        first = seen.first.expand(len(q), -1) if isinstance(seen.first, Tensor) else None
+        return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
+    if soft_cap is None and sinks is None and not under_transform():
+        whole = not isinstance(seen.first, Tensor) and q.shape[2] == k.shape[2]
+        mask = None if whole else seen.mask(k.shape[2])
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=factor, enable_gqa=grouped)
+    # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they loop over examples
+    groups = q.shape[1] // k.shape[1]
+    scores = (q.unflatten(1, (-1, groups)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * factor
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = scores.masked_fill(~seen.mask(k.shape[2]), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return (weights[..., : k.shape[2]].unflatten(1, (-1, groups)) @ v.unsqueeze(2)).flatten(1, 2)
 
 
 def _starts(segment_ids: Tensor, index: Tensor) -> Tensor:
     changed = torch.cat([torch.ones_like(segment_ids[:, :1]), segment_ids[:, 1:] - segment_ids[:, :-1]], dim=1) != 0
     return torch.where(changed, index, 0).cummax(dim=1).values
-
-
-def _ages(mask: Tensor | None, filled: int, length: int, device: torch.device) -> Tensor:
-    """[T S] how many tokens each key lies before each query."""
-    n_keys = length if mask is None else mask.shape[-1]
-    return torch.arange(filled, filled + length, device=device)[:, None] - torch.arange(n_keys, device=device)
-
-
-def _narrowed(mask: Tensor | None, ages: Tensor, seen: Tensor) -> Tensor:
-    return seen & (ages >= 0 if mask is None else mask)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minitune import quant, seeds
-from minitune.attention import document_mask, document_positions
+from minitune import quant, seeds, tree
+from minitune.attention import Seen, document_positions, documents
 from minitune.models import Model
 from minitune.sampling import Sampling, next_tokens
 from minitune.tokenizer import Tokenizer
@@ -42,24 +42,23 @@ def stream(
     pad = [width - len(prompt) for prompt in prompts]
     # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has seen it already
     said = torch.tensor([[p[0]] * n + list(p) for p, n in zip(prompts, pad, strict=True)], device=like.device)
-    slots = torch.arange(n_slots, device=like.device)
-    real = slots >= torch.tensor(pad, device=like.device)[:, None]
-    segments = real[:, :width].to(torch.int32)
+    slots, first = torch.arange(n_slots, device=like.device)[None], torch.tensor(pad, device=like.device)[:, None]
+    segments = (slots[:, :width] >= first).to(torch.int32)
     caches = _empty_caches(model, len(prompts), n_slots, like)
     block = partial(model.family.block, model.config)
     later = model.wrap(block)
 
-    tokens, positions, mask, filled = said, document_positions(segments), document_mask(segments), 0
+    tokens, positions, seen, n_read = said, document_positions(segments), documents(segments), width
     for step in range(max_new_tokens):
         with torch.no_grad():
-            hidden = model.family.decode(model.config, params, tokens, deltas, caches, filled, positions, mask, block)
+            read = [tree.map(lambda x: x[:, :, :n_read], cache) for cache in caches]  # noqa: B023 - called right here
+            hidden = model.family.decode(model.config, params, tokens, deltas, read, positions, seen, block)
             head, delta = model.head(params, deltas)
             new = next_tokens(model.logits(hidden[:, -1], head, delta), said, sampling, row_seeds, step)
         yield new
-        filled, block = width + step, later
-        seen = _rounded(filled + 1)
-        tokens, said = new[:, None], torch.cat([said, new[:, None]], dim=1)
-        positions, mask = positions[:, -1:] + 1, (real[:, :seen] & (slots[:seen] <= filled))[:, None, None]
+        tokens, said, block = new[:, None], torch.cat([said, new[:, None]], dim=1), later
+        filled = width + step
+        positions, seen, n_read = positions[:, -1:] + 1, Seen(first, slots[:, filled : filled + 1].clone()), _rounded(filled + 1)
 
 
 def generate(

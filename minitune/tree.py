@@ -105,7 +105,7 @@ def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
 
 
 def donate(old: Tree, new: Tree) -> Tree:
-    """Write the leaves of `new` over those of `old` and return `old`: this and donate_at are where minitune writes a tensor.
+    """Write the leaves of `new` over those of `old` and return `old`: this, donate_at and donate_sum are where minitune writes.
 
     Only for memory that the caller gave away: a step with donate=True.
     """
@@ -120,6 +120,15 @@ def donate_at(old: Tree, index: Int[Tensor, "n"], new: Tree, *, dim: int) -> Tre
     """
     with torch.no_grad():
         return map(lambda x, y: x.index_copy_(dim, index, y), old, new)
+
+
+def donate_sum(old: Tree, new: Tree) -> Tree:
+    """Add the leaves of `new` to those of `old`, which may be views of a part of some tensor, and return `old`.
+
+    Only for memory that the caller gave away: a sum that is being made.
+    """
+    with torch.no_grad():
+        return map(lambda x, y: x.add_(y), old, new)
 
 
 def _children(tree: Tree, path: str) -> list[tuple[str, Tree]]:

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries equals plain sums in float64, values and gradients, whatever the documents and windows."""
+"""Attention by blocks of queries equals plain sums in float64, with gradients, whatever the documents, windows, caps, sinks."""
 
 import pytest
 import torch
@@ -6,13 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune import blockwise
-from minitune.attention import attention, document_mask
+from minitune.attention import Seen, attention, causal, documents, windowed
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float, cap: float | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    return (scale * q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    scores = scale * q @ k.mT
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~seen.mask(k.shape[2]), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32))
@@ -20,54 +27,80 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
     generator = torch.Generator().manual_seed(seed)
     b, n_kv, groups, e = (data.draw(st.integers(1, 3)) for _ in range(4))
     length, block, window = (data.draw(st.integers(1, n)) for n in (40, 9, 40))
-    segments = 1 + (torch.rand(b, length, generator=generator) < 0.3).cumsum(1)
-    real = torch.randint(1, length + 1, (b, 1), generator=generator)
-    mask = document_mask(torch.where(torch.arange(length) < real, segments, 0))
-    ages = torch.arange(length)[:, None] - torch.arange(length)
-    mask = mask & (ages < window)
+    rows = data.draw(st.sampled_from([1, b]))  # places of one row stand for all
+    segments = 1 + (torch.rand(rows, length, generator=generator) < data.draw(st.sampled_from([0.0, 0.3]))).cumsum(1)
+    real = torch.randint(1, length + 1, (rows, 1), generator=generator)
+    seen = data.draw(
+        st.sampled_from(
+            [
+                windowed(documents(torch.where(torch.arange(length) < real, segments, 0)), window),
+                documents(segments),
+                causal(length, torch.device("cpu")),
+            ]
+        )
+    )
+    cap = data.draw(st.sampled_from([None, 0.9]))
     heads = (n_kv * groups, n_kv, n_kv)
     q, k, v = (torch.randn(b, n, length, e, generator=generator, dtype=torch.float64).requires_grad_() for n in heads)
+    sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64).requires_grad_() if data.draw(st.booleans()) else None
+    leaves = [x for x in (q, k, v, sinks) if x is not None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", block)
-        patch.setattr(blockwise, "DENSE", 1.1)
-        found = blockwise.runs(mask, b)
-        assert found is not None
-        out = blockwise.attend(q, k, v, *found, 0.37)
-        wanted = plain(q, k, v, mask, 0.37)
+        patch.setattr(blockwise, "APART", data.draw(st.sampled_from([0, 1e9])))
+        out = attention(q, k, v, seen, scale=0.37, soft_cap=cap, sinks=sinks)
+        wanted = plain(q, k, v, seen, 0.37, cap, sinks)
         torch.testing.assert_close(out, wanted)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        for a, c in zip(*(torch.autograd.grad(x, (q, k, v), cotangent) for x in (out, wanted)), strict=True):
+        for a, c in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (out, wanted)), strict=True):
             torch.testing.assert_close(a, c)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rows_go_through_blocks_and_whole_rows_do_not(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 300, 8, generator=generator).to(dtype) for n in (4, 2, 2))
-    called = []
-    attend = blockwise.attend
-    monkeypatch.setattr(blockwise, "attend", lambda *args: called.append(len(args)) or attend(*args))
-    for n_documents, expected in ((1, 0), (7, 1)):
-        mask = document_mask((torch.arange(300) * n_documents // 300 + 1).expand(2, -1))
-        found = attention(q, k, v, mask)
-        assert len(called) == expected
-        wanted = plain(q.double(), k.double(), v.double(), mask, 8**-0.5)
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+@pytest.mark.parametrize(("n_documents", "size"), [(1, 1.0), (7, 1.0), (1, 4.0)])
+def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, size: float) -> None:
+    """Sizes that make scores of up to 300 too, whose rounding to bfloat16 would turn every weight into another."""
+    generator = torch.Generator().manual_seed(n_documents)
+    exact = [
+        (scale * torch.randn(2, n, 300, 16, generator=generator, dtype=torch.float64)).bfloat16().double().requires_grad_()
+        for n, scale in ((4, size), (2, size), (2, 1.0))
+    ]
+    given = [x.detach().bfloat16().requires_grad_() for x in exact]
+    cotangent = torch.randn(2, 4, 300, 16, generator=generator, dtype=torch.float64)
+    seen = documents((torch.arange(300) * n_documents // 300 + 1).expand(2, -1))
+    wanted = plain(*exact, seen, 0.25, None, None)
+    ours = attention(*given, seen, scale=0.25)
+    fused = torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=seen.mask(300), scale=0.25, enable_gqa=True)
+    truth, mine, theirs = (
+        [y, *torch.autograd.grad(y, x, cotangent.to(y.dtype))] for y, x in ((wanted, exact), (ours, given), (fused, given))
+    )
+    for t, a, f in zip(truth, mine, theirs, strict=True):
+        off, fused_off = (torch.linalg.vector_norm(x.double() - t) / torch.linalg.vector_norm(t) for x in (a, f))
+        assert off < 1.5 * fused_off
 
 
-def test_a_mask_with_a_gap_is_left_to_the_fused_kernel() -> None:
-    mask = document_mask((torch.arange(300) * 7 // 300 + 1)[None])
-    assert blockwise.runs(mask, 3) is not None
-    mask[0, 0, 200, 190] = False
-    assert blockwise.runs(mask, 3) is None
-    blind = document_mask((torch.arange(300) * 7 // 300 + 1)[None])
-    blind[0, 0, 299] = False
-    assert blockwise.runs(blind, 3) is None
+def test_what_no_query_sees_is_never_touched() -> None:
+    segments = (torch.arange(300) * 7 // 300 + 1)[None]
+    first = documents(segments).starts()
+    plan = blockwise.blocks(first, 300, 1)
+    assert sum((b.end - b.start) * (b.end - b.lowest) for b in plan) < 300 * 300 * 0.3
+    q, k, v = (torch.randn(1, 2, 300, 4) for _ in range(3))
+    start = int(first[0, 128])  # the block from query 128 on begins here
+    assert start > 42
+    out, poisoned = (attention(q, keys, v, documents(segments)) for keys in (k, k.index_fill(2, torch.arange(start), torch.nan)))
+    assert torch.equal(out[:, :, 128:], poisoned[:, :, 128:])
+
+
+def test_rows_go_together_unless_going_apart_saves_work() -> None:
+    first = documents(torch.stack([torch.arange(300) * 7 // 300 + 1, torch.ones(300, dtype=torch.long)])).starts()
+    together, apart = blockwise.blocks(first, 300, 1), blockwise.blocks(first, 300, 64)
+    assert [b.rows for b in together] == [slice(None)] * 5
+    assert [b.rows for b in apart[-2:]] == [slice(0, 1), slice(1, 2)]
+    assert [b.lowest for b in apart[-2:]] == [int(first[0, 256:].min()), 0]
+    assert all(b.rows == slice(None) for b in blockwise.blocks(first[:1].expand(5, -1), 300, 64))
 
 
 def test_a_gradient_of_its_gradient_is_refused_rather_than_wrong() -> None:
-    mask = document_mask((torch.arange(300) * 7 // 300 + 1)[None])
+    seen = documents((torch.arange(300) * 7 // 300 + 1)[None])
     q, k, v = (torch.randn(1, 2, 300, 4, requires_grad=True) for _ in range(3))
-    (grad,) = torch.autograd.grad(attention(q, k, v, mask).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (grad,) = torch.autograd.grad(attention(q, k, v, seen).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import (
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from minitune import checkpoint, models
-from minitune.attention import attention, chunk_mask, document_lengths, document_mask, document_positions, window_mask
+from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
 from minitune.grad import value_and_grad
 from minitune.interop import gguf
 from minitune.lora import Lora
@@ -178,7 +179,8 @@ def test_the_comparison_fails_when_a_bias_is_dropped(dropped: str) -> None:
     ("olmo2", {"rope_in_float32": False}),
     ("gemma", {"embedding_multiplier": 32**0.5 * 1.003}),  # what sqrt(32) is not rounded to
 ])  # fmt: skip
-def test_the_order_of_casts_is_that_of_transformers(name: str, changes: dict[str, Any]) -> None:
+def test_the_order_of_casts_is_that_of_transformers(name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "attention", lambda q, k, v, *_, **__: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     config = sized(name, n_layers=1, n_kv_heads=4)
     half = {n: w.bfloat16() for n, w in random_params(config).items()}
     tokens = random_batch(config, 3, 29).tokens
@@ -204,19 +206,19 @@ def check_decoding(config: decoder.Config, seed: int) -> None:
     """Two rows of other lengths, padded on the left, then three tokens one by one."""
     model, params, lengths, n_new = model_of(config), random_params(config, seed, torch.float64), (4, 9), 3
     tokens = random_batch(config, 2, max(lengths) + n_new, seed).tokens
-    slots, n_slots = torch.arange(16), 16
-    real = slots >= torch.tensor([max(lengths) - n for n in lengths])[:, None]
-    segments = real[:, : max(lengths)].to(torch.int32)
-    shape = (2, config.n_kv_heads, n_slots, config.d_head)
+    first = torch.tensor([max(lengths) - n for n in lengths])[:, None]
+    segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
+    shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
     caches = [decoder.Cache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
     run = partial(model.family.block, config)
-    at, positions, mask = 0, document_positions(segments), document_mask(segments)
+    at, positions, seen = 0, document_positions(segments), documents(segments)
     found = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
-        found.append(model.family.decode(config, params, new, {}, caches, at, positions, mask, run))
+        read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
+        found.append(model.family.decode(config, params, new, {}, read, positions, seen, run))
         at += width
-        positions, mask = positions[:, -1:] + 1, (real & (slots <= at))[:, None, None]
+        positions, seen = positions[:, -1:] + 1, Seen(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
         start = max(lengths) - length
         wanted = model.family.hidden(config, params, tokens[row : row + 1, start:])
@@ -459,47 +461,48 @@ def test_attention_equals_its_definition(seed: int, cap: float | None, sunk: boo
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, n, t, 3, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
     sinks = torch.randn(4, generator=generator, dtype=torch.float64) if sunk else None
-    mask = (torch.rand(2, 1, t, t, generator=generator) < 0.5) | torch.eye(t, dtype=torch.bool)
-    wanted = plain(q, k, v, mask, scale, cap, sinks)
-    torch.testing.assert_close(attention(q, k, v, mask, scale=scale, soft_cap=cap, sinks=sinks), wanted)
+    last = torch.arange(t).expand(2, -1)
+    seen = Seen((torch.rand(2, t, generator=generator) * (last + 1)).long(), last)
+    wanted = plain(q, k, v, seen.mask(t), scale, cap, sinks)
+    torch.testing.assert_close(attention(q, k, v, seen, scale=scale, soft_cap=cap, sinks=sinks), wanted)
     one = torch.func.vmap(
-        lambda q, k, v, m: attention(q[None], k[None], v[None], m[None], scale=scale, soft_cap=cap, sinks=sinks)
+        lambda q, k, v, *s: attention(
+            q[None], k[None], v[None], Seen(*(x[None] for x in s)), scale=scale, soft_cap=cap, sinks=sinks
+        )
     )
-    torch.testing.assert_close(one(q, k, v, mask)[:, 0], wanted)
-    causal = torch.ones(t, t, dtype=torch.bool).tril().expand(2, 1, t, t)
-    found = attention(q, k, v, None, scale=scale, soft_cap=cap, sinks=sinks)
-    torch.testing.assert_close(found, plain(q, k, v, causal, scale, cap, sinks))
+    torch.testing.assert_close(one(q, k, v, *seen)[:, 0], wanted)
+    whole = causal(t, q.device)
+    found = attention(q, k, v, whole, scale=scale, soft_cap=cap, sinks=sinks)
+    torch.testing.assert_close(found, plain(q, k, v, whole.mask(t).expand(2, -1, -1, -1), scale, cap, sinks))
+    late = Seen(seen.first[:, -1:], last[:, -1:])  # the last query alone, as in decoding
+    found = attention(q[:, :, -1:], k, v, late, scale=scale, soft_cap=cap, sinks=sinks)
+    torch.testing.assert_close(found, wanted[:, :, -1:])
 
 
 def test_windows_chunks_and_lengths_by_hand() -> None:
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
-    mask, device = document_mask(segments), segments.device
+    seen = documents(segments)
     assert document_lengths(segments).tolist() == [[4, 4, 4, 4, 2, 2, 1]]
-    near = window_mask(mask, 0, 7, 2, device)
-    assert near is not None
-    assert [row.nonzero().flatten().tolist() for row in near[0, 0]] == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
-    chunks = chunk_mask(mask, 0, document_positions(segments), 3)
-    assert chunks is not None
-    assert [row.nonzero().flatten().tolist() for row in chunks[0, 0]] == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
-    assert window_mask(mask, 0, 7, 7, device) is mask
-    assert window_mask(None, 0, 7, 7, device) is None
-    assert chunk_mask(None, 0, torch.arange(7)[None], 7) is None
-    near = window_mask(None, 0, 3, 2, device)
-    assert near is not None
-    assert near.tolist() == [[[[True, False, False], [True, True, False], [False, True, True]]]]
-    late = window_mask(torch.ones(1, 1, 1, 8, dtype=torch.bool), 5, 1, 3, device)
-    assert late is not None
-    assert late[0, 0, 0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]  # what lies behind the query is for the mask to hide
+
+    def rows(seen: Seen) -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for row in seen.mask(7)[0, 0]]
+
+    assert rows(windowed(seen, 2)) == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
+    assert rows(chunked(seen, document_positions(segments), 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
+    assert rows(windowed(seen, 7)) == rows(seen)
+    assert rows(windowed(causal(3, segments.device), 2)) == [[0], [0, 1], [1, 2]]
+    late = windowed(Seen((), torch.tensor([[5]])), 3)
+    assert rows(late) == [[3, 4, 5]]
 
 
-def test_masks_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    window, table = decoder.window_mask, decoder.rope_table
-    monkeypatch.setattr(decoder, "window_mask", lambda *args: calls.append("window_mask") or window(*args))
+    window, table = decoder.windowed, decoder.rope_table
+    monkeypatch.setattr(decoder, "windowed", lambda *args: calls.append("windowed") or window(*args))
     monkeypatch.setattr(decoder, "rope_table", lambda *args: calls.append("rope_table") or table(*args))
     config = sized("gemma3_text", n_layers=6, window=3)
     model_of(config).forward(random_params(config), random_batch(config, 1, 9).tokens)
-    assert sorted(calls) == ["rope_table", "rope_table", "window_mask"]
+    assert sorted(calls) == ["rope_table", "rope_table", "windowed"]
 
 
 def test_llama_and_mistral_are_the_decoder_as_it_is() -> None:

@@ -63,13 +63,13 @@ MUTATIONS = {
     "no causal mask": (
         decoder,
         "attention",
-        lambda q, k, v, mask, **rest: attention.attention(q, k, v, torch.ones(1, 1, *[q.shape[2]] * 2, dtype=torch.bool)),
+        lambda q, k, v, seen, **rest: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     ),
-    "no scaling of scores": (decoder, "attention", lambda q, k, v, mask, **rest: attention.attention(q, k, v, mask, scale=1.0)),
+    "no scaling of scores": (decoder, "attention", lambda q, k, v, seen, **rest: attention.attention(q, k, v, seen, scale=1.0)),
     "key heads in another order": (
         decoder,
         "attention",
-        lambda q, k, v, mask, **rest: attention.attention(q, k.flip(1), v.flip(1), mask),
+        lambda q, k, v, seen, **rest: attention.attention(q, k.flip(1), v.flip(1), seen),
     ),
     "no RoPE scaling": (rope, "Llama3", type(None)),
     "norm without epsilon": (decoder, "rms_norm", lambda x, w, eps, kind: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True))),

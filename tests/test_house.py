@@ -76,7 +76,12 @@ PLAIN = {"int", "float", "str", "bool", "len"}
 PLAIN_MODULES = {"np", "time", "json", "tomllib", "msgspec"}
 WRITES = {"append", "extend", "insert", "update", "setdefault", "pop", "popitem", "clear", "add", "remove", "discard", "sort"}
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli"}
-DONATIONS = {("tree", "donate", "copy_"), ("tree", "donate_at", "index_copy_"), ("advance", "donate_adamw", "_fused_adamw_")}
+DONATIONS = {
+    ("tree", "donate", "copy_"),
+    ("tree", "donate_at", "index_copy_"),
+    ("tree", "donate_sum", "add_"),
+    ("advance", "donate_adamw", "_fused_adamw_"),
+}
 RUNS = {"torch.load", "torch.save", "eval", "exec", "compile", "__import__"}
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import objectives, ops, optim, seeds, tree
-from minitune.attention import attention, document_mask, document_positions
+from minitune.attention import Seen, attention, causal, document_positions, documents
 from minitune.grad import accumulate, remat, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, cross_entropy
@@ -230,22 +230,22 @@ def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
 def test_attention_equals_plain_sums_with_its_gradients(b: int, k: int, g: int, t: int, e: int, seed: int) -> None:
     qkv = [randn(b, h, t, e, seed=seed + i).requires_grad_() for i, h in enumerate((k * g, k, k))]
     ids = 1 + (torch.rand(b, t, generator=torch.Generator().manual_seed(seed)) < 0.3).cumsum(1)
-    for mask in (None, document_mask(ids)):
-        seen = torch.ones(b, 1, t, t, dtype=torch.bool).tril() if mask is None else mask
-        wanted = naive_attention(*qkv, seen)
-        found = attention(*qkv, mask)
+    for seen in (causal(t, ids.device), documents(ids)):
+        wanted = naive_attention(*qkv, seen.mask(t).expand(b, -1, -1, -1))
+        found = attention(*qkv, seen)
         torch.testing.assert_close(found, wanted)
         weight = randn(*found.shape, seed=seed + 9)
         torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), qkv) for y in (found, wanted)))
-        if mask is not None:
-            batched = torch.func.vmap(lambda q, k, v, m: attention(q[None], k[None], v[None], m[None])[0])(*qkv, mask)
-            torch.testing.assert_close(batched, wanted)
+        if isinstance(seen.first, torch.Tensor):
+            last = seen.last.expand(b, -1)
+            batched = torch.func.vmap(lambda *x: attention(*(y[None] for y in x[:3]), Seen(*(y[None] for y in x[3:])))[0])
+            torch.testing.assert_close(batched(*qkv, seen.first, last), wanted)
 
 
-def test_document_mask_and_positions_by_hand() -> None:
+def test_documents_and_positions_by_hand() -> None:
     ids = torch.tensor([[1, 1, 2, 2, 2, 0]])
     assert document_positions(ids).tolist() == [[0, 1, 0, 1, 2, 0]]
-    assert document_mask(ids)[0, 0].int().tolist() == [
+    assert documents(ids).mask(6)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [0, 0, 1, 0, 0, 0],

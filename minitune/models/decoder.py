@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor
 
 from minitune import tree
-from minitune.attention import attention, chunk_mask, document_lengths, document_mask, document_positions, window_mask
+from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
 from minitune.models import rope
 from minitune.models.experts import Experts, expert_shapes, is_routed, routed_feed_forward, router_logits
 from minitune.ops import Norm, embed, geglu, linear, rms_norm, rope_table, rotate, swiglu
@@ -94,7 +94,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Kind(NamedTuple):
-    """What sets a layer's attention apart from another's; layers of one kind share their mask and angles."""
+    """What sets a layer's attention apart from another's; layers of one kind share their angles and what they see."""
 
     reach: Reach
     rope: bool
@@ -104,7 +104,7 @@ class Places(NamedTuple):
     """Where the tokens of a call stand, as layers of one kind see it."""
 
     rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None  # cos and sin; None: this layer has no RoPE
-    mask: Bool[Tensor, "#B 1 T S"] | None  # None: causal
+    seen: Seen
     query_scale: Float[Tensor, "b T"] | None
 
 
@@ -155,7 +155,7 @@ def block(
     """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)), with the norms where the config has them.
 
     w and deltas hold this layer's leaves by Hugging Face name. With (cache, slots) the keys and values of x are written to these
-    slots, and x attends to the first S of all.
+    slots, and x attends to the whole cache.
     """
     return _block(config, w, deltas, x, places, cache)[0]
 
@@ -201,13 +201,14 @@ def hidden(
     """Final normed hidden states; `wrap` transforms the block (remat, compile), segment_ids keep packed documents apart."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
-        positions, mask = torch.arange(lengths, device=tokens.device)[None], None
+        seen = causal(lengths, tokens.device)
+        positions = seen.last
     else:
-        positions, mask = document_positions(segment_ids), document_mask(segment_ids)
+        positions, seen = document_positions(segment_ids), documents(segment_ids)
         if isinstance(config.rope_scaling, rope.BY_LENGTH):
             lengths = document_lengths(segment_ids)
     x = _embedded(config, params, tokens)
-    places = _places(config, positions, lengths, mask, 0, x.dtype)
+    places = _places(config, positions, lengths, seen, x.dtype)
     run = wrap(partial(block, config))
     for i in range(config.n_layers):
         x = run(_layer(params, i), _layer(deltas, i), x, places[layer_kind(config, i)])
@@ -220,20 +221,19 @@ def decode(
     tokens: Int[Tensor, "B T"],
     deltas: Deltas,
     caches: Sequence[Cache],
-    filled: int,
     positions: Int[Tensor, "B T"],
-    mask: Bool[Tensor, "B 1 T S"],
+    seen: Seen,
     run: Callable[..., Float[Tensor, "B T D"]],
 ) -> Float[Tensor, "B T D"]:
-    """Hidden states of new tokens behind `filled` older ones, whose keys and values the caches hold; theirs are written there.
+    """Hidden states of new tokens behind older ones, whose keys and values the caches hold; theirs are written to slots
+    seen.last, the same of every row.
 
-    The mask covers the first S slots, at least filled + T; each row is one document, whose last token is its last slot. run is
-    partial(block, config), or what a caller has made of it, such as torch.compile's. A RoPE that depends on the length of the
-    text takes it as it is now; keys that are cached keep their angles, as in transformers.
+    Each row is one document, whose last token is its last slot. run is partial(block, config), or what a caller has made of it,
+    such as torch.compile's. A RoPE that depends on the length of the text takes it as it is now; keys that are cached keep their
+    angles, as in transformers.
     """
     x = _embedded(config, params, tokens)
-    places = _places(config, positions, positions[:, -1:] + 1, mask, filled, x.dtype)
-    slots = torch.arange(filled, filled + tokens.shape[1], device=x.device)
+    places, slots = _places(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
     for i, cache in enumerate(caches):
         x = run(_layer(params, i), _layer(deltas, i), x, places[layer_kind(config, i)], (cache, slots))
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
@@ -291,11 +291,9 @@ def _attend(
     if places.query_scale is not None:
         q = q * places.query_scale[:, None, :, None].to(q.dtype)
     if cache is not None:
-        assert places.mask is not None, "a cache is read through a mask"
-        written, slots = cache
-        k, v = (kept[:, :, : places.mask.shape[-1]] for kept in tree.donate_at(written, slots, Cache(k, v), dim=2))
+        k, v = tree.donate_at(cache[0], cache[1], Cache(k, v), dim=2)
     scale, soft_cap, sinks = config.attention_scale, config.attention_cap, w.get("self_attn.sinks")
-    out = attention(q, k, v, places.mask, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    out = attention(q, k, v, places.seen, scale=scale, soft_cap=soft_cap, sinks=sinks)
     return proj("self_attn.o_proj", out.transpose(1, 2).flatten(2))
 
 
@@ -318,16 +316,14 @@ def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 
-def _places(
-    config: Config, positions: Tensor, lengths: int | Tensor, mask: Tensor | None, filled: int, dtype: torch.dtype
-) -> dict[Kind, Places]:
-    """The places of every kind of layer that the model has, each mask and each table of angles made once."""
+def _places(config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype) -> dict[Kind, Places]:
+    """The places of every kind of layer that the model has, each run of keys and each table of angles made once."""
     kinds = dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers))
-    masks: dict[Reach, Tensor | None] = {"full": mask, "window": mask, "chunk": mask}
+    reach: dict[Reach, Seen] = {"full": seen, "window": seen, "chunk": seen}
     if config.window is not None and any(kind.reach == "window" for kind in kinds):
-        masks["window"] = window_mask(mask, filled, positions.shape[1], config.window, positions.device)
+        reach["window"] = windowed(seen, config.window)
     if config.chunk is not None and any(kind.reach == "chunk" for kind in kinds):
-        masks["chunk"] = chunk_mask(mask, filled, positions, config.chunk)
+        reach["chunk"] = chunked(seen, positions, config.chunk)
     wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
     rules = {
         kind: (config.window_rope_theta, None)
@@ -341,7 +337,7 @@ def _places(
     if config.nope_growth is not None:
         nope_scale = 1 + config.nope_growth * torch.log1p(torch.floor((positions + 1) / config.nope_span))
     return {
-        kind: Places(tables[rules[kind]], masks[kind.reach], scale) if kind.rope else Places(None, masks[kind.reach], nope_scale)
+        kind: Places(tables[rules[kind]], reach[kind.reach], scale) if kind.rope else Places(None, reach[kind.reach], nope_scale)
         for kind in kinds
     }
 
