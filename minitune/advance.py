@@ -38,13 +38,36 @@ def advance(
         return new, tree.map(lambda old, new: torch.where(sound, new, old), state, after)
     if not sound:
         return params, state
-    if _fuses(optimizer, grads, state, params):
+    if _fuses(optimizer, state, tree.leaves(params), tree.leaves(grads)):
         params, state = (params, state) if donate else tree.map(torch.clone, (params, state))
-        _fused(optimizer, grads, state, params, divisor, norm)
+        paths, p = zip(*tree.items(params), strict=True)
+        _fused(optimizer, state, paths, p, tree.leaves(grads), divisor, norm)
         return params, state
     updates, after = optimizer.update(tree.map(lambda g: g / divisor.to(g.dtype), grads), state, params)
     new = tree.map(_added, params, updates)
     return (tree.donate(params, new), tree.donate(state, after)) if donate else (new, after)
+
+
+def advance_each(
+    optimizers: Sequence[Any],
+    grads: Tree,
+    states: Sequence[Tree],
+    params: Tree,
+    *,
+    divisors: Float[Tensor, "n"],
+    norms: Float[Tensor, "n"],
+    sound: Bool[Tensor, "n"],
+) -> None:
+    """`advance` for each of n members of stacked trees, under its own optimizer and with its own state: written over both."""
+    paths, leaves = zip(*tree.items(params), strict=True)
+    own = zip(*(leaf.unbind() for leaf in leaves), strict=True)
+    theirs = zip(*(leaf.contiguous().unbind() for leaf in tree.leaves(grads)), strict=True)  # one copy for all, where one is due
+    for optimizer, state, p, g, divisor, norm, good in zip(optimizers, states, own, theirs, divisors, norms, sound, strict=True):
+        if good and _fuses(optimizer, state, p, g):
+            _fused(optimizer, state, paths, p, g, divisor, norm)
+        elif good:
+            trees = tree.rebuild(grads, g), state, tree.rebuild(params, p)
+            advance(optimizer, *trees, divisor=divisor, norm=norm, sound=good, donate=True)
 
 
 def donate_adamw(
@@ -71,7 +94,7 @@ def _parts(optimizer: Any, state: Tree) -> list[tuple[Any, Tree]]:
     return list(zip(optimizer.parts, state, strict=True)) if isinstance(optimizer, Chain) else [(optimizer, state)]
 
 
-def _fuses(optimizer: Any, grads: Tree, state: Tree, params: Tree) -> bool:
+def _fuses(optimizer: Any, state: Tree, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     """Whether the optimizer is clips, AdamW and factors, in this order, and its tensors are as torch's kernel takes them."""
     parts = _parts(optimizer, state)
     n_clips = next((i for i, (part, _) in enumerate(parts) if not isinstance(part, ClipByGlobalNorm)), len(parts))
@@ -80,16 +103,24 @@ def _fuses(optimizer: Any, grads: Tree, state: Tree, params: Tree) -> bool:
     if not all(isinstance(part, ScaleByGlob | ScaleBySchedule) for part, _ in parts[n_clips + 1 :]):
         return False
     adam = parts[n_clips][1]
-    columns = (tree.leaves(t) for t in (params, adam.mu, adam.nu, grads))
-    return all(_fits(*leaves) for leaves in zip(*columns, strict=True))
+    return all(_fits(*leaves) for leaves in zip(params, tree.leaves(adam.mu), tree.leaves(adam.nu), grads, strict=True))
 
 
 def _fits(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> bool:
-    alike = len({(x.dtype, x.device, x.shape) for x in (p, m, v, g)}) == 1 and p.device.type in ("cpu", "cuda")
-    return alike and all(x.is_contiguous() for x in (p, m, v))
+    alike = p.dtype == m.dtype == v.dtype == g.dtype and p.device == m.device == v.device == g.device
+    whole = p.shape == m.shape == v.shape == g.shape and p.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+    return alike and whole and p.device.type in ("cpu", "cuda")
 
 
-def _fused(optimizer: Any, grads: Tree, state: Tree, params: Tree, divisor: Tensor, norm: Tensor) -> None:
+def _fused(
+    optimizer: Any,
+    state: Tree,
+    paths: Sequence[str],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    divisor: Tensor,
+    norm: Tensor,
+) -> None:
     """Take the step where params and state lie: clips and the division scale the gradients, factors the learning rate."""
     scale, lr, globs = 1 / divisor, torch.ones((), dtype=torch.float64, device=divisor.device), []
     rule, adam = AdamW(lr=0.0), AdamState(divisor, (), ())
@@ -105,11 +136,13 @@ def _fused(optimizer: Any, grads: Tree, state: Tree, params: Tree, divisor: Tens
             lr = lr * part.schedule.factor(own, part.total_steps)
             tree.donate(own, own + 1)
     groups: dict[Any, list[list[tuple[Tensor, ...]]]] = {}
-    named = zip(tree.items(params), tree.leaves(grads), tree.leaves(adam.mu), tree.leaves(adam.nu), strict=True)
-    for (path, p), g, m, v in named:
-        factor = math.prod(part.factor(path) for part in globs)
-        chunks = groups.setdefault((factor, p.dtype, p.device), [[]])
-        if sum(leaves[0].numel() for leaves in chunks[-1]) + p.numel() > FUSED_ELEMENTS:
+    sizes: dict[Any, int] = {}  # of each group's last chunk
+    for path, p, g, m, v in zip(paths, params, grads, tree.leaves(adam.mu), tree.leaves(adam.nu), strict=True):
+        group = (math.prod([part.factor(path) for part in globs]), p.dtype, p.device)
+        chunks = groups.setdefault(group, [[]])
+        sizes[group] = sizes.get(group, 0) + p.numel()
+        if sizes[group] > FUSED_ELEMENTS:
+            sizes[group] = p.numel()
             chunks.append([])
         chunks[-1].append((p, g, m, v))
     for (factor, dtype, device), chunks in groups.items():

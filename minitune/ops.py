@@ -24,18 +24,24 @@ def linear(
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
     """x W^T + bias in the dtype of x, with W + b a (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b) or, where
-    the delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    the delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5).
+
+    A delta whose leaves have one dimension more, n, holds n adapters: each has its n-th part of the first dimension of x.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     scaled = delta is not None and isinstance(delta.m, Tensor)
     y = F.linear(x, w.to(x.dtype), None if scaled else bias) if isinstance(w, Tensor) else quant.linear(x, w)
     if delta is not None:
-        y = y + F.linear(F.linear(x, delta.a.to(x.dtype)), delta.b.to(x.dtype))
-    if delta is not None and isinstance(delta.m, Tensor):
-        y = y * (delta.m / row_norms(w, delta)).to(x.dtype)
+        a, b = delta.a.to(x.dtype), delta.b.to(x.dtype)
+        rows, z = (t if a.ndim == 2 else t.reshape(len(a), -1, t.shape[-1]) for t in (x, y))
+        z = z + rows @ a.mT @ b.mT
+        if isinstance(delta.m, Tensor):
+            z = z * (delta.m / row_norms(w, delta)).to(x.dtype).unsqueeze(-2)
+        y = z.view(y.shape)
     return y + bias if bias is not None and (scaled or not isinstance(w, Tensor)) else y
 
 
-def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tensor, "out"]:
+def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tensor, "*n out"]:
     """|W + b a| of every row in float32 or wider, held constant in the gradient (Liu et al. 2024, section 4.3).
 
     From |W|^2 + 2 W a^T b + b a a^T b, so that the sum W + b a is never built.
@@ -43,7 +49,7 @@ def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tenso
     wide = torch.promote_types(delta.a.dtype, torch.float32)
     w = (w if isinstance(w, Tensor) else quant.dequantize(w, wide)).detach().to(wide)
     a, b = delta.a.detach().to(wide), delta.b.detach().to(wide)
-    square = w.square().sum(1) + 2 * ((w @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
+    square = w.square().sum(-1) + 2 * ((w @ a.mT) * b).sum(-1) + ((b @ (a @ a.mT)) * b).sum(-1)
     return square.clamp(min=torch.finfo(wide).tiny).sqrt()
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune import tree
-from minitune.advance import advance
+from minitune.advance import advance_each
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
@@ -27,9 +27,9 @@ def stack(adapters: Sequence[Deltas]) -> Deltas:
     """Deltas of one set of weights with a leading dimension for the adapters, their ranks padded by zeros to the largest."""
 
     def stacked(deltas: Sequence[Delta]) -> Delta:
-        rank = max(d.a.shape[0] for d in deltas)
-        a = torch.stack([F.pad(d.a, (0, 0, 0, rank - d.a.shape[0])) for d in deltas])
-        b = torch.stack([F.pad(d.b, (0, rank - d.b.shape[1])) for d in deltas])
+        rank = max(d.a.shape[-2] for d in deltas)
+        a = torch.stack([F.pad(d.a, (0, 0, 0, rank - d.a.shape[-2])) for d in deltas])
+        b = torch.stack([F.pad(d.b, (0, rank - d.b.shape[-1])) for d in deltas])
         return Delta(a, b, tree.map(lambda *m: torch.stack(m), *(d.m for d in deltas)))
 
     return {name: stacked([deltas[name] for deltas in adapters]) for name in adapters[0]}
@@ -38,10 +38,11 @@ def stack(adapters: Sequence[Deltas]) -> Deltas:
 def adapter(stacked: Deltas, i: int, rule: Lora) -> Deltas:
     """Adapter i alone, without the pad of its rank."""
     ranks = {name: rule.rank_of(name) for name in stacked}
-    return {
-        name: Delta(d.a[i, : ranks[name]].clone(), d.b[i, :, : ranks[name]].clone(), tree.map(lambda m: m[i].clone(), d.m))
+    own = {
+        name: Delta(d.a[i, ..., : ranks[name], :], d.b[i, ..., : ranks[name]], tree.map(lambda m: m[i], d.m))
         for name, d in stacked.items()
     }
+    return tree.map(torch.clone, own)
 
 
 def each(stacked: Tree, n: int) -> list[Tree]:
@@ -55,15 +56,20 @@ def each(stacked: Tree, n: int) -> list[Tree]:
 def totals(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
     """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]: objectives.sft for n adapters.
 
-    The rows of all adapters go through the model as one batch, and only its blocks, where the deltas are, tell them apart.
+    The rows of all adapters go through the model as one batch, and only the low-rank products tell them apart. A delta on the
+    head or on experts, whose rows are no longer in the order of the adapters, makes them go one after another.
     """
-    n = len(rules)
-    together = model._replace(wrap=lambda block: model.wrap(_over_adapters(block, n)))
+    n, head = len(rules), model.family.head_name(model.config)
 
     def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
-        rows = Batch(*(x.flatten(0, 1) for x in batch))
-        nats, mask = together.token_losses(params, rows, scaled(deltas, rules), loss), rows.labelled()
-        total, weight = (x.unflatten(0, (n, -1)).sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
+        adapted, together = scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
+        if any(name == head or ".experts." in name for name in adapted):
+            alone = zip((Batch(*x) for x in zip(*batch, strict=True)), each(adapted, n), strict=True)
+            nats = torch.stack([model.token_losses(params, rows, own, loss) for rows, own in alone])
+        else:
+            nats = model.token_losses(params, together, adapted, loss).view(batch.tokens.shape)
+        mask = together.labelled().view(batch.tokens.shape)
+        total, weight = (x.sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
         return Mean(total, weight.to(nats.dtype))
 
     return objective
@@ -74,7 +80,7 @@ def scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
 
     def scales(name: str, b: Tensor) -> Tensor:
         own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
-        return torch.tensor(own, dtype=b.dtype, device=b.device)[:, None, None]
+        return torch.tensor(own, dtype=b.dtype, device=b.device).view(-1, *(1 for _ in b.shape[1:]))
 
     return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
 
@@ -101,30 +107,12 @@ def sweep_step(
         sound = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
 
         new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
-        parts = zip(optimizers, each(grads, len(rules)), states, each(new, len(rules)), divisors, norms, sound, strict=True)
-        for optimizer, g, state, p, divisor, norm, good in parts:  # written into `new` and `states`, which are ours here
-            advance(optimizer, g, state, p, divisor=divisor, norm=norm, sound=good, donate=True)
+        # written into `new` and `states`, which are ours here
+        advance_each(optimizers, grads, states, new, divisors=divisors, norms=norms, sound=sound)
         metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight, "skipped": (~sound).float()}
         return new, list(states), metrics
 
     return step
-
-
-def _over_adapters(block: Callable[..., Tensor], n: int) -> Callable[..., Tensor]:
-    """A block over n adapters' rows, in their order: vmap over deltas and rows, with the weights shared."""
-
-    def run(w: Params, deltas: Deltas, x: Tensor, *rest: Tree) -> Tensor:
-        leaves = tree.leaves(rest)
-        batched = [len(leaf) == len(x) for leaf in leaves]  # by rows; else shared by all of them, such as angles [1, T, E]
-        folded = [leaf.unflatten(0, (n, -1)) if own else leaf for leaf, own in zip(leaves, batched, strict=True)]
-
-        def one(deltas: Deltas, x: Tensor, leaves: list[Tensor]) -> Tensor:
-            return block(w, deltas, x, *tree.rebuild(rest, leaves))
-
-        dims = (0, 0, [0 if own else None for own in batched])
-        return torch.func.vmap(one, in_dims=dims)(deltas, x.unflatten(0, (n, -1)), folded).flatten(0, 1)
-
-    return run
 
 
 def _norms(stacked: Tree) -> Tensor:
