@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
+from experts_for_tests import WITH_EXPERTS, small_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import (
@@ -89,6 +90,7 @@ UNFELT = {  # a gradient that gets lost, while every logit stays as it is
         lambda x, w, eps, *kind: w * x * torch.rsqrt(x.detach().square().mean(-1, keepdim=True) + eps),
     ),
     "to the keys": ("llama", decoder, "attention", lambda q, k, v, *mask, **rest: attention(q, k.detach(), v, *mask, **rest)),
+    "to a tied embedding": ("gemma", decoder, "embed", lambda tokens, w: F.embedding(tokens, w.detach())),
     "to the gate": ("llama", decoder, "ACTIVATIONS", {"silu": lambda gate, up: F.silu(gate.detach()) * up}),
 }
 
@@ -170,6 +172,18 @@ def test_the_comparison_fails_when_the_decoder_is_changed(name: str, monkeypatch
     assert distance(model_of(config).forward(params, tokens), wanted) <= ATOL
     monkeypatch.setattr(module, attribute, mutant)
     assert distance(model_of(config).forward(params, tokens), wanted) > 100 * ATOL
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "smollm3"])
+def test_the_comparison_fails_when_a_tied_head_is_another_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sized(name, tie_embeddings=True)
+    params, tokens = random_params(config), random_batch(config, 2, 11).tokens
+    with torch.no_grad():
+        wanted = reference(config, params)(tokens).logits
+    other = {**params, "lm_head.weight": random_params(config, 1)["model.embed_tokens.weight"]}
+    assert distance(model_of(config).forward(other, tokens), wanted) <= ATOL
+    untied = model_of(msgspec.structs.replace(config, tie_embeddings=False))
+    assert distance(untied.forward(other, tokens), wanted) > 100 * ATOL
 
 
 @pytest.mark.parametrize("dropped", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
@@ -383,6 +397,14 @@ def test_a_config_json_that_says_more_than_the_decoder_does_is_refused(name: str
         models.from_hf({**hf, **change})
 
 
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_every_family_refuses_a_field_that_it_does_not_know(name: str) -> None:
+    hf = models.FAMILIES[name].to_hf(small_experts(name) if name in WITH_EXPERTS else sized(name))
+    assert models.from_hf({**hf, "transformers_version": "5.0.0"}).family is models.FAMILIES[name]
+    with pytest.raises(InputError, match=f"config.json has 'multiplier_of_all' = 3, unknown to the {name} family"):
+        models.from_hf({**hf, "multiplier_of_all": 3})
+
+
 def test_empty_patterns_are_refused() -> None:
     with pytest.raises(ValueError, match="layers or rope_layers is empty, expected a pattern"):
         sized("gemma2", layers=())
@@ -404,7 +426,11 @@ IMAGES = {
         {"mm_tokens_per_image": 4, "boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3},
     ),
     "mistral3": (sized("mistral"), {"image_token_index": 3}),
+    "llama4": (small_experts("llama4_text"), {"boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3}),
 }
+
+
+EAGER = {"llama4": {"experts_implementation": "eager"}}  # the others refuse odd sizes
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
@@ -415,7 +441,7 @@ def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str,
     text |= {"pad_token_id": None, "bos_token_id": 4, "eos_token_id": 5}
     tied = {"tie_word_embeddings": config.tie_embeddings}
     whole = AutoConfig.for_model(name, text_config=text, vision_config=VISION, **fields, **tied)
-    hf = AutoModelForImageTextToText.from_config(whole).eval()
+    hf = AutoModelForImageTextToText.from_config(whole, **EAGER.get(name, {})).eval()
     hf.save_pretrained(tmp_path / "whole")
     stored = load_file(tmp_path / "whole/model.safetensors")
     renamed = {n.replace("language_model.model.", prefix): w for n, w in stored.items()}
@@ -426,12 +452,12 @@ def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str,
     assert model == model_of(config)
     params, tokens = checkpoint.load_params(tmp_path / "whole", model.shapes()), 6 + random_batch(config, 2, 9).tokens % 11
     with torch.no_grad():
-        wanted = hf(tokens).logits
+        wanted = (hf.language_model if name == "llama4" else hf)(tokens).logits  # whose whole model is broken without an image
     assert distance(model.forward(params, tokens), wanted) <= ATOL
     checkpoint.save_folder(
         tmp_path / "text", params, model, source=tmp_path / "whole", tokenizer=tmp_path, template=None, stop_ids=[5]
     )
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", **EAGER.get(name, {})).eval()
     assert type(alone).__name__ == family_of(config).SPELLING.architecture
     with torch.no_grad():
         assert distance(alone(tokens).logits, wanted) <= ATOL

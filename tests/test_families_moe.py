@@ -21,6 +21,7 @@ from models_for_tests import (
     separation,
 )
 from peft import PeftModel
+from test_families import check_decoding, check_packing
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -106,7 +107,16 @@ def test_packed_documents_equal_their_own_forwards_in_values_and_gradients(name:
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
-def test_decoding_with_a_cache_equals_the_full_forward(name: str) -> None:
+@settings(max_examples=3)
+@given(data=st.data(), seed=SEEDS)
+def test_cached_and_packed_equal_the_full_forward(name: str, data: st.DataObject, seed: int) -> None:
+    config = data.draw(family_configs(name))
+    check_decoding(config, seed)
+    check_packing(config, seed, [5, 1, 7, 11])
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_greedy_decoding_equals_the_full_forward(name: str) -> None:
     config = small_experts(name)
     params, model = random_params(config, 2), Model(models.FAMILIES[name], config)
     prompts = [torch.randint(0, 17, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 4)]
