@@ -83,7 +83,8 @@ PUBLISHED = {  # what the config.json of the folder says, under the names that i
         "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
     },
     "llama-4-scout": {
-        **LLAMA_4, "attn_scale": 0.1, "attn_temperature_tuning": 4, "floor_scale": 8192, "interleave_moe_layer_step": 1, "max_position_embeddings": 10485760,
+        **LLAMA_4, "attn_scale": 0.1, "attn_temperature_tuning": 4, "cache_implementation": "hybrid", "floor_scale": 8192,
+        "interleave_moe_layer_step": 1, "max_position_embeddings": 10485760,
         "moe_layers": list(range(48)), "no_rope_layers": [1, 1, 1, 0] * 12, "num_local_experts": 16, "use_qk_norm": True,
         "rope_scaling": {
             "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
