@@ -67,9 +67,14 @@ def test_experts_in_one_kernel_equal_transformers(name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 @given(data=st.data())
-def test_a_config_survives_config_json(name: str, data: st.DataObject) -> None:
+def test_a_config_survives_config_json_in_both_spellings(name: str, data: st.DataObject) -> None:
     config = data.draw(family_configs(name))
-    assert models.from_hf(models.FAMILIES[name].to_hf(config)) == Model(models.FAMILIES[name], config)
+    hf, model = json.loads(json.dumps(models.FAMILIES[name].to_hf(config))), Model(models.FAMILIES[name], config)
+    assert models.from_hf(hf) == model
+    spellings = [("rope_theta", "rope_scaling"), ("rope_parameters",)]
+    spellings += [("num_local_experts",), ("num_experts",)] if name in ("qwen2_moe", "qwen3_moe") else []
+    for left_out in spellings:
+        assert models.from_hf({key: value for key, value in hf.items() if key not in left_out}) == model
     assert msgspec.convert(msgspec.to_builtins(config), type(config)) == config
 
 

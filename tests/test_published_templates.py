@@ -218,6 +218,15 @@ def test_an_option_changes_what_is_trained(folder: Path) -> None:
     assert spans(encode_chat(tokenizer, with_options(told, QUIET, "here"), TURNS[:2])) == ["pear<|im_end|>"]
 
 
+def test_a_prompt_that_is_no_part_of_what_a_turn_becomes_is_refused(folder: Path) -> None:
+    """Without thinking Qwen 3 opens a turn with an empty thought, which it drops once the turn is history."""
+    tokenizer = open_tokenizer(folder)
+    told = with_options(open_template(folder, tokenizer), QUIET, "here")
+    with pytest.raises(InputError, match=r'render message 2 \(assistant\) after its generation prompt.* set train_on = "last"'):
+        encode_chat(tokenizer, told, TURNS)
+    assert spans(encode_chat(tokenizer, told, TURNS, train_on="last")) == ["apple<|im_end|>"]
+
+
 def test_an_option_that_no_template_asks_for_is_refused(folder: Path, tmp_path: Path) -> None:
     told = open_template(folder, open_tokenizer(folder))
     file = tmp_path / "a.jsonl"
