@@ -183,22 +183,26 @@ def _marked_spans(tokenizer: Tokenizer, conversation: _Conversation, text: str, 
             f"chat: {conversation.template.origin} changes what its generation blocks wrote, expected one after the other; "
             "take them out of each other and of filters"
         )
-    start = len(pieces[0][0])
-    for inside, after in pieces[1:]:
-        end = start + len(inside)
-        start, begun = end + len(after), start
-        if not inside:
+    end, begun = len(pieces[0][0]), None
+    for n, (inside, after) in enumerate(pieces[1:], 1):
+        begun = end if begun is None else begun
+        here, end = end + len(inside), end + len(inside) + len(after)
+        if begun == here:
+            begun = None
             continue
-        inner = list(tokenizer.find_special.finditer(inside))
-        behind = tokenizer.find_special.match(text, end)
-        if not (inner and not inside[inner[-1].end() :].strip()):
+        inner = list(tokenizer.find_special.finditer(text, begun, here))
+        if not inner or text[inner[-1].end() : here].strip():
+            if not after and n < len(pieces) - 1:
+                continue  # the next block writes on where this one stops
+            behind = tokenizer.find_special.match(text, here)
             if behind is None:
                 raise InputError(
                     f"chat: {conversation.template.origin} writes no special token at the end of a generation block, expected "
                     "one that ends the turn, or generation never stops; let the template write {{ eos_token }} there"
                 )
-            end = behind.end()
-        yield begun, end
+            here = behind.end()
+        yield begun, here
+        begun = None
 
 
 def _turn_span(tokenizer: Tokenizer, conversation: _Conversation, text: str, i: int, last: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from minitune.packing import epoch_rows, fill
 from minitune.packing import permutation as permutation
 from minitune.source import Source, at, column, located, opened
 from minitune.source import read_rows as read_rows
-from minitune.template import Tool
+from minitune.template import Tool, with_options
 from minitune.tokenizer import Tokenizer
 from minitune.types import Batch, InputError
 
@@ -149,6 +149,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 
 def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, Tokens]]:
     """("file:line", tokens) of every row of the table's own file."""
+    template = with_options(template, source.chat_template_kwargs, source.path)
     return ((where, _document(row, where, source, tokenizer, template)) for where, row in located(source))
 
 
@@ -193,12 +194,13 @@ def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Pr
             raise InputError(f"data: {part.path} has format {part.format!r}, expected instruct or chat; {asks}")
     found = []
     for part in source.parts():
+        told = with_options(template, part.chat_template_kwargs, part.path)
         for where, row in located(part):
             asked, answer = answered(messages(row, part, where), where)
             if not isinstance(answer.get("content"), str):
                 raise InputError(f"data: {where} has an answer without text, expected a string to compare with; correct it")
             with at(where):
-                ids = encode_prompt(tokenizer, template, asked, tools=tools(row, part, where))
+                ids = encode_prompt(tokenizer, told, asked, tools=tools(row, part, where))
             found.append(Prompt(ids, answer["content"], asked))
     return found
 
@@ -214,7 +216,8 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
         rules.append((content, msgspec.json.encode(ruled, order="deterministic").decode()))
     names = sorted(template.special_names.items())
     sources = [template.source, template.tool_use.source if template.tool_use else None]
-    return arrays.key(LAYOUT, tokenizer.fingerprint, sources, names, rules)
+    options = msgspec.json.encode(dict(template.options), order="deterministic").decode()
+    return arrays.key(LAYOUT, tokenizer.fingerprint, sources, names, options, rules)
 
 
 def _turn(turn: Any, where: str) -> Message:

@@ -57,12 +57,21 @@ def sparsemixer(logits: Float[Tensor, "n X"], jitter: float) -> Routes:
     return Routes(torch.cat([first, second], -1), torch.cat([first_weight, second_weight], -1))
 
 
+class Stack(NamedTuple):
+    """The linear maps x (w[e] + (b @ a)[e]) + bias[e] of all experts, in one tensor each."""
+
+    w: Float[Tensor, "X in out"]
+    delta: Delta | None  # a [X R out], b [X in R]
+    bias: Float[Tensor, "X out"] | None
+
+
 class Linears(NamedTuple):
-    """One linear map of every expert, in the experts' order."""
+    """One linear map of every expert, in the experts' order; stack: the same, where a checkpoint keeps them in one tensor."""
 
     weights: Sequence[Tensor | QTensor]  # [out, in] each
     deltas: Sequence[Delta | None]
     biases: Sequence[Tensor | None]  # [out] each
+    stack: Stack | None = None
 
 
 def stacked(w: Float[Tensor, "X in out"], delta: Delta | None, bias: Float[Tensor, "X out"] | None) -> Linears:
@@ -72,7 +81,8 @@ def stacked(w: Float[Tensor, "X in out"], delta: Delta | None, bias: Float[Tenso
     """
     none = [None] * len(w)
     deltas = none if delta is None else [Delta(b.T, a.T) for a, b in zip(delta.a, delta.b, strict=True)]
-    return Linears([one.T for one in w.unbind()], deltas, none if bias is None else list(bias.unbind()))
+    biases = none if bias is None else list(bias.unbind())
+    return Linears([one.T for one in w.unbind()], deltas, biases, Stack(w, delta, bias))
 
 
 def mixture(
@@ -87,9 +97,10 @@ def mixture(
     """Each token's sum over its experts e of weight * out_e(activation(into_e(x))); weigh_input: of out_e(activation(into_e(
     weight * x))), for experts without biases.
 
-    Only the experts that a token goes to are computed, each on its rows of the tokens sorted by expert, so that a quantized
-    weight, a delta or GPTQ's view of a weight's inputs is what it is in any linear map. Under a functorch transform, which can't
-    follow how many tokens an expert has, every expert is given all tokens.
+    Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert: all of them in one kernel
+    where torch has one for the stack that they lie in, else one by one, so that a quantized weight, a delta or GPTQ's view of
+    a weight's inputs is what it is in any linear map. Under a functorch transform, which can't follow how many tokens an expert
+    has, every expert is given all tokens.
     """
     n, n_experts = len(x), len(out.weights)
     if under_transform():
@@ -99,11 +110,13 @@ def mixture(
         return y.unflatten(0, (n_experts, n)).sum(0).to(x.dtype)
     flat = routes.experts.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=n_experts).tolist()
+    ends = torch.searchsorted(flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True)
+    at_once = all(_in_one_kernel(maps.stack, x) for maps in (*into, out))
+    groups = ends if at_once else ends.diff(prepend=ends.new_zeros(1)).tolist()
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend on its scheduling
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
     weights = routes.weights.flatten().index_select(0, order)
-    y = _experts(rows, weights, counts, into, activation, out, weigh_input).index_select(0, order.argsort())
+    y = _experts(rows, weights, groups, into, activation, out, weigh_input).index_select(0, order.argsort())
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
 
 
@@ -131,21 +144,51 @@ def load_balance(logits: Float[Tensor, "L n X"], k: int, mask: Bool[Tensor, "n"]
 def _experts(
     rows: Tensor,
     weights: Tensor,
-    counts: Sequence[int],
+    groups: Tensor | Sequence[int],
     into: Sequence[Linears],
     activation: Callable[..., Tensor],
     out: Linears,
     weigh_input: bool,
 ) -> Tensor:
-    """Weighed results of rows that lie in the order of their experts, `counts` rows each."""
+    """Weighed results of rows that lie in the order of their experts. groups: where each expert's rows end, for the experts at
+    once, or how many rows it has, for one by one."""
     rows = rows * weights[:, None].to(rows.dtype) if weigh_input else rows
-    y = _grouped(activation(*(_grouped(rows, counts, maps) for maps in into)), counts, out)
+    y = _grouped(activation(*(_grouped(rows, groups, maps) for maps in into)), groups, out)
     return y if weigh_input else y * weights[:, None]
 
 
-def _grouped(rows: Tensor, counts: Sequence[int], maps: Linears) -> Tensor:
-    groups = zip(rows.split(list(counts)), *maps, strict=True)
-    return torch.cat([linear(some, w, delta, bias) for some, w, delta, bias in groups if len(some)])
+def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: Linears) -> Tensor:
+    if isinstance(groups, Tensor):
+        assert maps.stack is not None, "only a stack is multiplied at once"
+        return _at_once(rows, groups, *maps.stack)
+    each = zip(rows.split(list(groups)), maps.weights, maps.deltas, maps.biases, strict=True)
+    return torch.cat([linear(some, w, delta, bias) for some, w, delta, bias in each if len(some)])
+
+
+def _at_once(rows: Tensor, ends: Tensor, w: Tensor, delta: Delta | None, bias: Tensor | None) -> Tensor:
+    def times(x: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(x, w.to(x.dtype), offs=ends)
+
+    y = times(rows, w)
+    if delta is not None:
+        y = y + times(times(rows, delta.b), delta.a)
+    if bias is not None:  # by a product and not by an index, whose gradient a GPU would sum in any order
+        expert = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device), right=True)
+        y = y + (expert[:, None] == torch.arange(len(ends), device=ends.device)).to(y.dtype) @ bias.to(y.dtype)
+    return y
+
+
+def _in_one_kernel(stack: Stack | None, x: Tensor) -> bool:
+    """Whether torch multiplies the rows of all experts at once: it wants rows of whole 16 bytes."""
+    if stack is None or not _has_kernel(x):
+        return False
+    sizes = [*stack.w.shape[1:], *(() if stack.delta is None else stack.delta.a.shape[1:2])]
+    return all(n * x.element_size() % 16 == 0 for n in sizes)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """On a CPU the experts one by one are as fast (bench/moe.py)."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _wide(x: Tensor) -> Tensor:

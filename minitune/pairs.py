@@ -17,6 +17,7 @@ from minitune.data import Cursor, answered, cache_key, conversation, next_rows, 
 from minitune.documents import Document, Documents, Report, padded
 from minitune.packing import permutation
 from minitune.source import Source, at, column, located
+from minitune.template import with_options
 from minitune.tokenizer import Tokenizer
 from minitune.types import InputError, Judged, Pairs
 
@@ -118,6 +119,7 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
 
 def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
     """("file:line", [(tokens, whether it is the better one, or desirable)]) of every row, the last answer alone trained."""
+    template = with_options(template, source.chat_template_kwargs, source.path)
     for where, row in located(source):
         answers, called = conversations(row, source, where), tools(row, source, where)
         with at(where):

@@ -15,6 +15,7 @@ from minitune import chat, data, pairs, program, tokenizer, toml
 from minitune.chat import Template, Tokens
 from minitune.paths import locate
 from minitune.source import Source
+from minitune.template import with_options
 from minitune.tokenizer import Tokenizer
 from minitune.types import InputError
 
@@ -49,7 +50,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
             f"sample: {file} has [model] config but no tokenizer, expected the folder that holds the tokenizer's files"
         )
     text = tokenizer.open_tokenizer(locate(folder))
-    template = chat.open_template(locate(folder), text)
+    template = with_options(chat.open_template(locate(folder), text), asked.model.chat_template_kwargs, "[model]")
     screen = console or Console()
     screen.print(Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True)
     for name, source in asked.data.items():

@@ -51,6 +51,7 @@ class Mixed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Single | None = None  # the table's own if absent
     columns: dict[str, str] = {}
     split: Split | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # the table's own if absent
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +70,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
     mix: tuple[Mixed, ...] = ()
+    chat_template_kwargs: dict[str, Any] = {}  # told to the chat template, over those of [model]
 
     def __post_init__(self) -> None:
         for format, columns in ((self.format, self.columns), *((one.format or self.format, one.columns) for one in self.mix)):
@@ -79,6 +81,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"data: train_on = {self.train_on!r} with format = {self.format!r}, expected it with instruct or chat only; "
                 f"remove it: {trained} is trained"
             )
+        if self.format == "text" and self.chat_template_kwargs:
+            raise InputError("data: chat_template_kwargs with format = 'text', expected it with conversations only; remove it")
         if self.mix and self.format in ("pairs", "judged"):
             raise InputError(f"data: mix with format = {self.format!r}, expected instruct, chat or text; remove it")
         if (total := sum(one.share for one in self.mix)) >= 1:
@@ -96,11 +100,17 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 columns=one.columns,
                 split=one.split,
                 train_on="assistant" if one.format == "text" else self.train_on,
+                chat_template_kwargs=self._told(one),
                 mix=(),
             )
             for one in self.mix
         ]
         return [msgspec.structs.replace(self, mix=()), *others]
+
+    def _told(self, one: Mixed) -> dict[str, Any]:
+        if one.chat_template_kwargs is not None:
+            return one.chat_template_kwargs
+        return {} if one.format == "text" else self.chat_template_kwargs
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import msgspec
 
@@ -35,7 +35,8 @@ def chat(words: Sequence[str]) -> int:
     sampling = _sampling(options)
     if options["max_new_tokens"] < 1:
         raise InputError(f"chat: --max-new-tokens is {options['max_new_tokens']}, expected at least 1; correct it")
-    loaded = load(ModelSource(path=options["folder"], deltas=options["deltas"]), Path("run"), options["seed"])
+    source = ModelSource(path=options["folder"], deltas=options["deltas"], chat_template_kwargs=_told(options))
+    loaded = load(source, Path("run"), options["seed"])
     opening = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
     encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])  # refused now, not later
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="FOLDER", help="a Hugging Face model folder, or demo")
     parser.add_argument("--deltas", metavar="FOLDER", help="a PEFT adapter to put on the model")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--chat-template-kwargs", default="{}", metavar="JSON", help="such as '{\"enable_thinking\": false}'")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach probability P")
@@ -72,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default %(default)s)")
     return parser
+
+
+def _told(options: dict) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(options["chat_template_kwargs"], type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        found = options["chat_template_kwargs"]
+        raise InputError(
+            f"chat: --chat-template-kwargs is {found!r} ({error}), expected a JSON object; correct the command"
+        ) from None
 
 
 def _sampling(options: dict) -> Sampling:

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from minitune import toml
 from minitune.types import InputError
 
 Message = Mapping[str, Any]  # role and content, and whatever else the template knows, e.g. tool_calls
@@ -22,6 +25,8 @@ MAX_ITERATIONS = 200_000  # loop steps and calls of one rendering
 MAX_CHARS = 50_000_000  # of one rendering
 BUDGET, MARKED = "loop budget", "marks wanted"  # names that no template can spell
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} wrote, where asked for: characters that Unicode has for own uses
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
+DOUBTS = ("defined", "undefined", "default", "d")  # tests and filters for names that may be undefined
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which data sets keep what was thought before an answer
 
 
@@ -29,6 +34,7 @@ class Template(NamedTuple):
     """A chat template: Jinja source, the special tokens that it sees by name, and where it comes from.
 
     marks: it says by {% generation %} what is trained. tool_use: the template in its place where a conversation has tools.
+    asks: names of what else it may be told, such as enable_thinking. options: what it is told of these.
     """
 
     source: str
@@ -37,6 +43,8 @@ class Template(NamedTuple):
     compiled: jinja2.Template
     marks: bool = False
     tool_use: "Template | None" = None
+    asks: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def compile_template(source: str, special_names: Mapping[str, str], origin: str) -> Template:
@@ -53,10 +61,24 @@ def compile_template(source: str, special_names: Mapping[str, str], origin: str)
             loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
         tree.set_environment(env)
         marks = any(node.name == MARKED for node in tree.find_all(jinja2.nodes.Filter))
-        return Template(source, special_names, origin, env.from_string(tree), marks)
+        asks = _asked(tree) - {*GIVEN, *special_names, *env.globals}
+        return Template(source, special_names, origin, env.from_string(tree), marks, asks=asks)
     except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise InputError(f"chat: {origin}{line} {error}, expected a Jinja chat template; correct it") from None
+
+
+def with_options(template: Template, options: Mapping[str, Any], where: str) -> Template:
+    """The template told these options too, in the place of those that it was told before; InputError for one that it does not
+    ask for, which would be lost without a word."""
+    asks = sorted(template.asks | (template.tool_use.asks if template.tool_use is not None else frozenset()))
+    for name in options:
+        if name not in asks:
+            raise InputError(
+                f"chat: {where} chat_template_kwargs has {name!r}, expected what {template.origin} asks for: "
+                f"{', '.join(asks) or 'nothing'}{toml.nearest(name, asks)}"
+            )
+    return template._replace(options={**template.options, **options})
 
 
 def render(
@@ -71,9 +93,10 @@ def render(
 
     marked: OPEN and CLOSE stand around what the template wrote inside {% generation %}.
     """
+    options = template.options
     if tools and template.tool_use is not None:
         template = template.tool_use
-    names = {**template.special_names, BUDGET: iter(range(MAX_ITERATIONS)), MARKED: marked}
+    names = {**template.special_names, **options, BUDGET: iter(range(MAX_ITERATIONS)), MARKED: marked}
     values = {"tools": list(tools) or None, "documents": None, "add_generation_prompt": add_generation_prompt}
     parts, size = [], 0
     try:
@@ -93,6 +116,15 @@ def render(
 def told(messages: Sequence[Message]) -> str:
     """A conversation in the words of a message: its roles."""
     return f"a conversation of {', '.join(str(message.get('role')) for message in messages) or 'no message'}"
+
+
+def _asked(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """The names that a template reads before it sets them, without its own variables that Jinja can't tell from those: what it
+    sets somewhere and nowhere takes for perhaps undefined."""
+    own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
+    doubts = [node for node in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter)) if node.name in DOUBTS]
+    doubted = {node.node.name for node in doubts if isinstance(node.node, jinja2.nodes.Name)}
+    return frozenset(jinja2.meta.find_undeclared_variables(tree) - (own - doubted))
 
 
 def _with_reasoning(message: Message) -> Message:

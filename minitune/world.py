@@ -16,6 +16,7 @@ from minitune.interop import peft
 from minitune.log import Log
 from minitune.lora import Lora, check_deltas
 from minitune.paths import locate
+from minitune.template import with_options
 from minitune.types import Delta, InputError, Params, Trainable
 
 
@@ -38,6 +39,7 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "auto"  # of frozen weights and of compute: as stored on a GPU, float32 on a CPU
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    chat_template_kwargs: dict[str, Any] = {}  # told to the chat template wherever it renders, such as enable_thinking
 
 
 class Loaded(NamedTuple):
@@ -92,11 +94,13 @@ def check(source: ModelSource, sources: Mapping[str, data.Source], stages: Seque
     """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
     draft = drafted(source, Draft(sources, models.Model(models.FAMILIES["llama"], None), {}))
     folder = _tokenizer_folder(source)
-    template = chat.open_template(folder, tokenizer.open_tokenizer(folder))
+    template = _template(source, folder, tokenizer.open_tokenizer(folder))
     n_params = sum(w.numel() for w in draft.params.values())
     lines = [f"model: {n_params:,} parameters, vocabulary {draft.model.config.vocab_size:,}, template: {template.origin}"]
     for name, one in sources.items():
         next(iter(data.read_rows(Path(locate(one.path)))))
+        for part in one.parts():
+            with_options(template, part.chat_template_kwargs, part.path)
         lines.append(f"data: {name} is {locate(one.path)}")
     for stage in stages:
         draft = stage.check(draft)
@@ -157,7 +161,7 @@ def open_world(
     located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
-    template = chat.open_template(place, text)
+    template = _template(source, place, text)
     for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
         (pairs if one.format in pairs.FORMATS else data).prepare(one, text, template, paths.cache())
     return World(seed, folder, log, stopping, located, records, load(source, folder, seed))
@@ -179,7 +183,7 @@ def load(source: ModelSource, run: Path, seed: int) -> Loaded:
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
-    return Loaded(model, params, stored, path, folder, text, chat.open_template(folder, text), rule, trainable)
+    return Loaded(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
 
 
 def _deltas(
@@ -203,6 +207,10 @@ def _model(source: ModelSource, run: Path | None = None) -> models.Model:
             "world: [model] needs exactly one of path (a Hugging Face folder) and config (a shape file with random weights)"
         )
     return models.open(locate(source.path, run)) if source.path is not None else models.open_config(locate(str(source.config)))
+
+
+def _template(source: ModelSource, folder: Path, text: tokenizer.Tokenizer) -> chat.Template:
+    return with_options(chat.open_template(folder, text), source.chat_template_kwargs, "[model]")
 
 
 def _tokenizer_folder(source: ModelSource, run: Path | None = None) -> Path:

@@ -1,9 +1,11 @@
 """Small random models and batches that the tests share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from experts_for_tests import WITH_EXPERTS, expert_config, fused
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models
-from minitune.models import decoder
+from minitune.grad import value_and_grad
+from minitune.models import Model, decoder
 from minitune.models.llama import Config
 from minitune.models.rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
-from minitune.types import Batch
+from minitune.types import Batch, Mean
 
 SCALINGS = {
     "default": None,
@@ -158,6 +161,54 @@ def reference(config: decoder.Config, params: Mapping[str, torch.Tensor]) -> Any
     for parameter in model.parameters():  # and not model.to, which would round the RoPE frequencies too
         parameter.data = parameter.data.to(next(iter(params.values())).dtype)
     return model
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    """float64 wherever float32 is asked for, in minitune and in transformers: what then lies between the two is no rounding."""
+    narrow = torch.get_default_dtype()
+    names = mock.patch.multiple(torch, float32=torch.float64, float=torch.float64)
+    with names, mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(narrow)
+
+
+Answer = tuple[torch.Tensor, dict[str, torch.Tensor]]  # logits, and the gradients of a random sum of them
+
+
+def answers(config: decoder.Config, params: Mapping[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> tuple[Answer, Answer]:
+    """What minitune and transformers make of the tokens, in the dtype of the params; weights in the layout of transformers."""
+    hf, model = reference(config, params), Model(family_of(config), config)
+    wanted = hf(tokens).logits
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(wanted.shape, generator=generator, dtype=torch.double).to(wanted.dtype)
+    (wanted * weights).sum().backward()
+    theirs = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in hf.named_parameters()}
+    _, grads = value_and_grad(lambda p: Mean((model.forward(p, tokens) * weights).sum(), torch.ones(())))(params)
+    return (model.forward(params, tokens), fused(grads)), (wanted.detach(), theirs)
+
+
+def separation(found: Answer, wanted: Answer) -> tuple[float, float]:
+    """Largest difference of logits and of gradients, as a share of the largest of all logits and of all gradients."""
+    assert found[1].keys() == wanted[1].keys()
+    scale = max(float(g.abs().max()) for g in wanted[1].values())
+    grads = max(float((found[1][n] - g).abs().max()) for n, g in wanted[1].items())
+    return float((found[0] - wanted[0]).abs().max() / wanted[0].abs().max()), grads / scale
+
+
+def check_against_transformers(config: decoder.Config, params: dict[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> None:
+    """In float64 the two are one function with one gradient; in float32 minitune is as near to it as transformers is, or nearer
+    than 1e-5."""
+    ours, theirs = answers(config, params, tokens, seed)
+    with widened():
+        exact, wanted = answers(config, {n: w.double() for n, w in params.items()}, tokens, seed)
+    assert max(separation(exact, wanted)) <= 1e-12
+    assert exact[0].dtype == wanted[0].dtype == torch.float64
+    for error, their_error in zip(separation(ours, wanted), separation(theirs, wanted), strict=True):
+        assert error <= max(1e-5, 4 * their_error)
 
 
 def random_batch(config: decoder.Config, n_rows: int, length: int, seed: int = 0, packed: bool = True) -> Batch:

@@ -25,6 +25,7 @@ from test_tokenizer import llama_config, sentencepiece_model, write_folder
 from minitune import chat, checkpoint, generate, models, paths, scoring, tokenizer
 from minitune.interop import harness
 from minitune.models import Model, llama
+from minitune.template import with_options
 from minitune.types import Delta, InputError
 
 TINY = llama.Config(
@@ -334,6 +335,16 @@ def test_rendered_chats_equal_the_transformers_backend(
             patch.setattr(theirs.tokenizer, "chat_template", source)
             wanted = theirs.apply_chat_template(messages, add_generation_prompt=opened)
         assert ours.apply_chat_template(messages, add_generation_prompt=opened) == wanted
+
+
+def test_options_reach_the_rendered_chats(subject: Subject) -> None:
+    source = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if enable_thinking %}<think>{% endif %}"
+    plain = chat.compile_template(source, subject.tokenizer.special_names, "here")
+    for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        ours = subject._replace(template=with_options(plain, options, "here")).ours()
+        theirs = _kept(subject.folder)
+        wanted = theirs.tokenizer.apply_chat_template(CHATS[0], chat_template=source, tokenize=False, **options)
+        assert ours.apply_chat_template(CHATS[0]) == wanted
 
 
 def test_a_system_prompt_that_the_template_refuses_is_refused(subject: Subject, tasks: Path) -> None:

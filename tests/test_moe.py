@@ -262,6 +262,75 @@ def test_a_delta_of_stacked_experts_has_the_layout_of_their_weight() -> None:
     assert distance(found, moe.mixture(x, routes, [moe.stacked(w, None, bias)], halves, out)) > 0.1
 
 
+def stack_of(leaves: Leaves, name: str) -> moe.Linears:
+    a, b = leaves.get(f"{name}.a"), leaves.get(f"{name}.b")
+    return moe.stacked(leaves[name], None if a is None or b is None else Delta(a, b), leaves.get(f"{name}.bias"))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, grad.remat], ids=["plain", "remat"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_in_one_kernel_equal_experts_one_by_one(
+    adapted: bool, biased: bool, wrap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    d, width, rank, n = 16, 24, 8, 19
+    shapes = {"into": (X, d, 2 * width), "out": (X, width, d)}
+    shapes |= {f"{name}.bias": (X, shape[2]) for name, shape in shapes.items()} if biased else {}
+    if adapted:
+        shapes |= {"into.a": (X, rank, 2 * width), "into.b": (X, d, rank), "out.a": (X, rank, d), "out.b": (X, width, rank)}
+    leaves = {name: torch.randn(shape, generator=generator) / shape[-2] ** 0.5 for name, shape in shapes.items()}
+    leaves |= {"x": torch.randn(n, d, generator=generator), "weights": torch.rand(n, K, generator=generator)}
+    picked = torch.rand(n, X - 2, generator=generator).argsort(1)[:, :K]
+    experts = torch.where(picked > 1, picked + 1, picked)  # the third and the last expert have no token
+
+    @wrap
+    def run(leaves: Leaves) -> Tensor:
+        into, out = stack_of(leaves, "into"), stack_of(leaves, "out")
+        return moe.mixture(leaves["x"], moe.Routes(experts, leaves["weights"]), [into], halves, out)
+
+    def answer(dtype: torch.dtype) -> Leaves:
+        cast = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        y = run(cast)
+        direction = torch.randn(n, d, generator=torch.Generator().manual_seed(10)).to(dtype)
+        return dict(zip(["y", *cast], [y, *torch.autograd.grad(y, list(cast.values()), direction)], strict=True))
+
+    calls: list[int] = []
+    kernel = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **rest: calls.append(1) or kernel(*args, **rest))
+    exact, wanted, rounded = answer(torch.float64), answer(torch.float32), answer(torch.bfloat16)
+    assert not calls
+    monkeypatch.setattr(moe, "_has_kernel", lambda x: True)
+    found, half = answer(torch.float32), answer(torch.bfloat16)
+    assert calls
+    for name, leaf in exact.items():
+        assert distance(found[name], wanted[name]) <= 1e-6
+        error, other = ((some[name].double() - leaf).square().mean().sqrt() for some in (half, rounded))
+        assert error <= 2 * other
+    calls.clear()
+    torch.vmap(lambda x: run({**leaves, "x": x}))(leaves["x"].expand(2, n, d))
+    assert not calls  # there is no rule for it
+
+
+def test_what_the_kernel_does_not_take_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 16)
+    assert not moe._in_one_kernel(moe.Stack(torch.ones(X, 16, 8), None, None), x)  # on the CPU
+    monkeypatch.setattr(moe, "_has_kernel", lambda x: True)
+    for stack, taken in {
+        moe.Stack(torch.ones(X, 16, 8), None, None): True,
+        moe.Stack(torch.ones(X, 16, 4), None, None): True,
+        moe.Stack(torch.ones(X, 16, 7), None, None): False,
+        moe.Stack(torch.ones(X, 15, 8), None, None): False,
+        moe.Stack(torch.ones(X, 16, 8), Delta(torch.ones(X, 4, 8), torch.ones(X, 16, 4)), None): True,
+        moe.Stack(torch.ones(X, 16, 8), Delta(torch.ones(X, 2, 8), torch.ones(X, 16, 2)), None): False,
+    }.items():
+        assert moe._in_one_kernel(stack, x) == taken
+    assert not moe._in_one_kernel(moe.Stack(torch.ones(X, 16, 4), None, None), x.bfloat16())
+    _, leaves = random_block(CASES["mixtral"], 4)
+    into, out = separate(leaves)
+    assert all(maps.stack is None for maps in (*into, out))
+
+
 @pytest.mark.parametrize("scheme", [quant.Int8(), quant.Int4(), quant.NF4()], ids=lambda s: type(s).__name__)
 def test_quantized_experts_equal_what_their_codes_stand_for(scheme: Any) -> None:
     generator = torch.Generator().manual_seed(7)

@@ -254,6 +254,14 @@ WRONG = {
     "glob": (['lora.targets=["*.attn.*"]'], r"'\*\.attn\.\*' matches no weight"),
     "typo": (["train.optimizer.lrr=1e-4"], "lrr"),
     "two sources": (["model.config=configs/models/demo.toml"], "exactly one of path .* and config"),
+    "an option of a template that asks for none": (
+        ["model.chat_template_kwargs.enable_thinking=false"],
+        r"\[model\] chat_template_kwargs has 'enable_thinking', expected what .* asks for: nothing",
+    ),
+    "an option of a table": (
+        ["data.train.chat_template_kwargs={ date = 1 }"],
+        r"chat_template_kwargs has 'date', expected what .* asks for: nothing",
+    ),
     "no such device": (["model.device=cuda"], "torch finds no CUDA device")
     if not torch.cuda.is_available()
     else (["seed=-1"], "seed"),

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.jsonl").write_text('{"messages": 3}')
     assert main(["show-sample", file]) == 2
     assert 'data.jsonl:1 "messages" is a int, expected a list of messages' in capsys.readouterr().err
+
+
+def test_options_of_the_model_and_of_the_table_reach_the_template(tmp_path: Path) -> None:
+    folder = shutil.copytree(paths.locate("demo"), tmp_path / "told")
+    source = chat.open_template(folder, tokenizer.open_tokenizer(folder)).source
+    (folder / "chat_template.jinja").write_text("{{ first }} {{ second }}\n" + source)
+    file = program(tmp_path, "chat", chat_template_kwargs='{ second = "pears" }')
+    words = [f"model.path={folder}", 'model.chat_template_kwargs={ first = "Two", second = "Ten" }', "--n", "1"]
+    assert "Two pears" in shown(file, *words)
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,10 @@ def test_what_a_table_may_say() -> None:
         ({"split": {"fraction": 0.5, "part": "test"}}, "part"),
         ({"mix": [{"path": "b"}]}, "share"),
         (
+            {"format": "text", "columns": {}, "train_on": "assistant", "chat_template_kwargs": {"a": 1}},
+            "chat_template_kwargs with format = 'text', expected it with conversations only; remove it",
+        ),
+        (
             {"mix": [{"path": "b", "share": 0.5}, {"path": "c", "share": 0.5}]},
             "mix has shares of 1 together, expected less than 1",
         ),
@@ -330,6 +334,10 @@ def test_the_files_of_a_table_are_tables_of_its_kind() -> None:
     assert Path(same.path).is_absolute()  # demo/... is embedded here too
     assert (text.format, text.columns, text.train_on) == ("text", {"text": "body"}, "assistant")
     assert (other.format, other.train_on, other.split) == ("instruct", "last", Split(0.5, "train"))
+    options = [{"a": 1}, {"a": 1}, {}, {"b": 2}]
+    told = (mix[0], mix[1], msgspec.structs.replace(mix[2], chat_template_kwargs={"b": 2}))
+    asked = msgspec.structs.replace(source, chat_template_kwargs={"a": 1}, mix=told)
+    assert [one.chat_template_kwargs for one in asked.parts()] == options
     assert {(one.seq_len, one.packed, one.overlong, one.mix) for one in source.parts()} == {(8, False, "truncate", ())}
 
 
@@ -348,7 +356,10 @@ def test_everything_that_tokens_depend_on_is_in_the_key(tmp_path: Path) -> None:
         {"split": Split(0.5, "train")},
         {"split": Split(0.5, "heldout")},
         {"split": Split(0.4, "train")},
+        {"chat_template_kwargs": {"date": 1}},
+        {"chat_template_kwargs": {"date": True}},
         {"mix": mixed.mix},
+        {"mix": (Mixed(str(other), 0.5, chat_template_kwargs={"date": 1}),)},
         {"mix": mixed.mix * 1 + (Mixed(str(other), 0.1),)},
         {"mix": (Mixed(str(other), 0.5, split=Split(0.5, "train")),)},
         {"mix": (Mixed(str(other), 0.5, columns={"output": "output"}),)},
@@ -359,6 +370,7 @@ def test_everything_that_tokens_depend_on_is_in_the_key(tmp_path: Path) -> None:
     assert key(msgspec.structs.replace(source, mix=(Mixed(str(other), 0.3),))) == key(mixed)  # a share is no part of the tokens
     assert key(msgspec.structs.replace(source, path=str(other), packed=False)) == key(source)
     assert key(source, TEMPLATE._replace(tool_use=CALLING)) != key(source)
+    assert key(source, TEMPLATE._replace(options={"date": 1})) != key(source)
     jsonl(other, rows[1:])
     assert key(msgspec.structs.replace(source, mix=mixed.mix)) != key(source)
 

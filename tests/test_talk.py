@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from minitune import chat, models, talk, world
+from minitune import chat, models, paths, talk, tokenizer, world
 from minitune.__main__ import main
 from minitune.generate import greedy
 from minitune.interop import peft
@@ -47,9 +48,9 @@ def said(loaded: Loaded, params: Params, *turns: str, system: str | None = None)
 def talked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """What a chat with the demo writes to stdout and stderr when these lines are piped in."""
 
-    def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[str, str]:
+    def run(*lines: str, options: tuple[str, ...] = (), folder: str = "demo") -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        assert main(["chat", "demo", "--max-new-tokens", str(N_NEW), *options]) == 0
+        assert main(["chat", folder, "--max-new-tokens", str(N_NEW), *options]) == 0
         captured = capsys.readouterr()
         return captured.out, captured.err
 
@@ -83,6 +84,18 @@ def test_draws_are_the_seeds(talked: Any) -> None:
     first = talked(*TURNS, options=options)
     assert talked(*TURNS, options=(*options, "--seed", "0")) == first
     assert talked(*TURNS, options=(*options, "--seed", "1")) != first
+
+
+def test_options_reach_the_template(talked: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(paths.locate("demo"), tmp_path / "told")
+    source = chat.open_template(folder, tokenizer.open_tokenizer(folder)).source
+    (folder / "chat_template.jinja").write_text("{% if short %}{{ 'Say less: ' }}{% endif %}" + source)
+    told = world.load(ModelSource(path=str(folder), chat_template_kwargs={"short": True}), Path(), 0)
+    quiet = world.load(ModelSource(path=str(folder)), Path(), 0)
+    answer = said(told, told.params, TURNS[0])
+    assert answer != said(quiet, quiet.params, TURNS[0])
+    found = talked(TURNS[0], options=("--chat-template-kwargs", '{"short": true}'), folder=str(folder))
+    assert found[0] == f"{answer[0]}\n"
 
 
 def test_an_adapter_is_applied_without_merging(talked: Any, loaded: Loaded, tmp_path: Path) -> None:
@@ -170,6 +183,14 @@ def test_a_conversation_longer_than_the_model_takes_is_said(talked: Any, loaded:
         (["demo", "--top-p", "2"], r"chat: --top-p is 2.0, expected `float` <= 1.0; correct the command"),
         (["demo", "--min-p", "0.1"], "chat: min_p is 0.1 at temperature 0, .*; correct the command"),
         (["demo", "--max-new-tokens", "0"], "chat: --max-new-tokens is 0, expected at least 1"),
+        (
+            ["demo", "--chat-template-kwargs", "[1]"],
+            r"chat: --chat-template-kwargs is .* expected a JSON object; correct",
+        ),
+        (
+            ["demo", "--chat-template-kwargs", '{"x": 1}'],
+            "chat_template_kwargs has 'x', expected what .* asks for: nothing",
+        ),
         (["missing"], "models: missing/config.json does not exist"),
         (["demo", "--deltas", "missing"], "peft: missing/adapter_config.json does not exist"),
     ],
