@@ -83,6 +83,7 @@ class Draft(NamedTuple):
     model: models.Model
     params: Params  # on the meta device
     adapted: frozenset[str] = frozenset()  # weights with a delta
+    lora: Lora | None = None  # the rule that the deltas follow
     whole: frozenset[str] = frozenset()  # weights that train whole
     quantized: frozenset[str] = frozenset()
     saved: Mapping[str, models.Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written
@@ -122,13 +123,13 @@ def drafted(source: ModelSource, draft: Draft) -> Draft:
             "world: [model] device = 'cuda', but torch finds no CUDA device; expected 'auto' or 'cpu' on this machine"
         )
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
-    found: Trainable = {}
+    rule, found = None, {}
     if source.deltas is not None and source.deltas not in draft.saved:
-        _, found, _ = peft.load(locate(source.deltas), names=params)
+        rule, found, _ = peft.load(locate(source.deltas), names=params)
         check_deltas(params, found, source.deltas)
     adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
     whole = frozenset(found) - adapted
-    return draft._replace(model=model, params=params, adapted=adapted, whole=whole, quantized=frozenset())
+    return draft._replace(model=model, params=params, adapted=adapted, lora=rule, whole=whole, quantized=frozenset())
 
 
 def asked_data(draft: Draft, name: str, label: str, *formats: str) -> data.Source:

@@ -45,7 +45,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
                 f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
             )
         self._refuse_both(adapted, whole)
-        return draft._replace(adapted=adapted, whole=draft.whole | whole)
+        return draft._replace(adapted=adapted, lora=self.rule, whole=draft.whole | whole)
 
     def _refuse_both(self, adapted: frozenset[str], whole: frozenset[str]) -> None:
         both = sorted(adapted & whole)

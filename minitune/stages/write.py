@@ -24,7 +24,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
     def check(self, draft: Draft) -> Draft:
-        """The model will hold what is to be saved."""
+        """The model will hold what is to be saved, and PEFT can hold the deltas."""
         held = "deltas" if draft.adapted else "no deltas"
         if bool(draft.adapted) != (self.what != "params"):
             raise InputError(
@@ -32,6 +32,9 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         if self.what == "params" and draft.quantized:
             raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
+        if self.what == "deltas" and draft.lora is not None:
+            ranks = {name: draft.lora.rank_of(name) for name in draft.adapted}
+            peft.check(ranks, draft.whole, names=draft.params, dora=draft.lora.dora)
         return draft._replace(saved={**draft.saved, self._place: draft.model})
 
     @property
