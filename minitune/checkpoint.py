@@ -200,7 +200,7 @@ def save_folder(
     """
     require_room(folder, tree.n_bytes(params), "the weights")
     with atomic_folder(folder) as aside:
-        _write_json(aside / "config.json", {**_config(source, model, params), **config_keys})
+        _write_json(aside / "config.json", {**_config(source, model, params, stop_ids), **config_keys})
         _write_json(aside / "generation_config.json", _generation_config(source, stop_ids))
         _write_weights(aside, params, shard_bytes)
         for name in TOKENIZER_FILES:
@@ -352,10 +352,12 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config(source: Path | None, model: Model, params: Params) -> dict[str, Any]:
+def _config(source: Path | None, model: Model, params: Params, stop_ids: Sequence[int]) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
     if source is None:
-        return {**model.family.to_hf(model.config), "dtype": dtype, "torch_dtype": dtype}
+        # said, because an absent id is that of the family's own vocabulary, and transformers refuses a padding id beyond this one
+        ids = {"bos_token_id": None, "eos_token_id": [*stop_ids] or None, "pad_token_id": None}
+        return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
     hf = text_config(config_json(source))
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
     dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
