@@ -201,7 +201,7 @@ def save_folder(
     require_room(folder, tree.n_bytes(params), "the weights")
     with atomic_folder(folder) as aside:
         _write_json(aside / "config.json", {**_config(source, model, params, stop_ids), **config_keys})
-        _write_json(aside / "generation_config.json", _generation_config(source, stop_ids))
+        _write_json(aside / "generation_config.json", _stopping(generation_config(source) if source else {}, stop_ids))
         _write_weights(aside, params, shard_bytes)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
@@ -364,10 +364,18 @@ def _config(source: Path | None, model: Model, params: Params, stop_ids: Sequenc
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 
-def _generation_config(source: Path | None, stop_ids: Sequence[int]) -> dict[str, Any]:
-    generation: dict[str, Any] = {}
-    if source is not None and (source / "generation_config.json").is_file():
-        generation = json.loads((source / "generation_config.json").read_text(encoding="utf-8"))
+def generation_config(source: Path) -> dict[str, Any]:
+    """A folder's generation_config.json, or what stands for it: the eos_token_id of config.json; InputError if it is no JSON."""
+    path = source / "generation_config.json"
+    if not path.is_file():
+        return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {path} can't be read ({error}), expected a JSON object; download it again") from None
+
+
+def _stopping(generation: Mapping[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
     known = generation.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]
     return {**generation, "eos_token_id": [*known, *(i for i in stop_ids if i not in known)]}

@@ -9,7 +9,7 @@ from minitune import checkpoint
 from minitune.frozen import folder_fingerprint
 from minitune.interop import bitsandbytes, compressed, gguf, peft
 from minitune.paths import locate
-from minitune.stages.adapt import Dtype, Onto, merged
+from minitune.stages.adapt import Dtype, Onto, check_onto, merged
 from minitune.stages.base import BaseStage, stop_ids
 from minitune.types import InputError
 from minitune.world import Draft, World
@@ -32,6 +32,13 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         if self.what == "params" and draft.quantized:
             raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
+        if self.what == "merged":
+            check_onto(draft, self.label, self.onto)
+        if self.what == "deltas" and draft.merged:
+            raise InputError(
+                f"stages: {self.label} is to save deltas of weights that a merge stage made, which no folder holds, expected "
+                "those of a folder; save params after the merge and load them before the lora stage"
+            )
         if self.what == "deltas" and draft.lora is not None:
             ranks = {name: draft.lora.rank_of(name) for name in draft.adapted}
             peft.check(ranks, draft.whole, names=draft.params, dora=draft.lora.dora)
