@@ -38,9 +38,10 @@ def tokenizer_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: object) -> None:
-    arguments = {"source": None, "template": None, "stop_ids": [3], **options}
-    checkpoint.save_folder(folder, params, model, tokenizer=tokenizer, **arguments)
+def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: Any) -> None:
+    told = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
+    beside = checkpoint.Companions(**{"tokenizer": tokenizer, "stop_ids": [3], **told})
+    checkpoint.save_folder(folder, params, model, beside, **options)
 
 
 @settings(max_examples=8)

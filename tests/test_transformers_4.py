@@ -51,7 +51,7 @@ def logits_of_4(root: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, config: decoder.Config, params: dict[str, torch.Tensor], source: Path | None) -> None:
-    checkpoint.save_folder(folder, params, model_of(config), source=source, tokenizer=folder, template=None, stop_ids=[2])
+    checkpoint.save_folder(folder, params, model_of(config), checkpoint.Companions(folder, [2], source=source))
 
 
 @pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} names no folder; CONTRIBUTING.md says how to make one")

@@ -65,7 +65,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         else:
             final, errors = merged(world, self.label, self.onto, self.dtype)
-            checkpoint.save_folder(folder, final, loaded.model, **_about(world))
+            checkpoint.save_folder(folder, final, loaded.model, _companions(world))
             record |= errors
         world.log.say(f"{self.label}: {self.what} in {folder}")
         return world.record(self.label, record)
@@ -96,30 +96,22 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         loaded = world.loaded
         target = locate(self.path or ("run/model.gguf" if self.format == "gguf" else f"run/{self.format}"), world.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params = {**loaded.stored, **codes}
+        params, beside = {**loaded.stored, **codes}, _companions(world)
         if self.format == "gguf":
-            for line in gguf.save(
-                target, params, loaded.model, self.types, **{**_beside(world), "template": loaded.template.source}
-            ):
+            said = {"tokenizer": beside.tokenizer, "template": loaded.template.source, "stop_ids": beside.stop_ids}
+            for line in gguf.save(target, params, loaded.model, self.types, **said):
                 world.log.say(f"{self.label}: {line}")
         elif self.format == "bitsandbytes":
-            bitsandbytes.save(target, params, loaded.model, **_about(world))
+            bitsandbytes.save(target, params, loaded.model, beside)
         else:
-            compressed.save(target, params, loaded.model, activations=self.activations, **_about(world))
+            compressed.save(target, params, loaded.model, beside, activations=self.activations)
         n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
         world.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return world.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def _about(world: World) -> dict[str, Any]:
-    """What a complete folder needs beside the weights."""
-    return {"source": world.loaded.source, **_beside(world)}
-
-
-def _beside(world: World) -> dict[str, Any]:
+def _companions(world: World) -> checkpoint.Companions:
     loaded = world.loaded
-    return {
-        "tokenizer": loaded.tokenizer_folder,
-        "template": loaded.template.source if loaded.template.origin.startswith("built-in") else None,
-        "stop_ids": stop_ids(loaded.tokenizer, loaded.template),
-    }
+    template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
+    ends = stop_ids(loaded.tokenizer, loaded.template)
+    return checkpoint.Companions(loaded.tokenizer_folder, ends, template, loaded.source)
