@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from minitune import checkpoint
 from minitune.interop import peft_experts
 from minitune.lora import Lora
+from minitune.models.multimodal import text_name, wrapped_name
 from minitune.types import Delta, InputError, Trainable
 
 PREFIX = "base_model.model."
@@ -42,9 +44,11 @@ def save(
     fingerprint: str | None,
     quantization: Mapping[str, Any] | None,
     names: Collection[str],
+    wrapper: str | None = None,
 ) -> None:
     """Write deltas, and tensors trained whole beside them, so that PeftModel.from_pretrained(base model, folder) gives the same
-    logits; names: those of all the model's weights. InputError as `check` says.
+    logits; names: those of all the model's weights; wrapper: the model_type of a base that sees images too. InputError as
+    `check` says.
 
     The scale is always written as alpha / rank, because not every server knows rsLoRA. Deltas of single experts are written as
     such, which servers read too, and PEFT is told of the tensors that it will join them to.
@@ -52,17 +56,19 @@ def save(
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
     whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
     check({name: delta.a.shape[-2] for name, delta in deltas.items()}, whole, names=names, dora=lora.dora)
+    within = partial(wrapped_name, wrapper=wrapper)
     tie = EMBEDDING in whole and HEAD not in names  # PEFT then wants the shared tensor under both of its names
     whole = {**whole, HEAD: whole[EMBEDDING]} if tie else whole
-    held = {name: path for name, path in peft_experts.parameters(names).items() if name in deltas}
+    held = {name: within(path) for name, path in peft_experts.parameters(names).items() if name in deltas}
     ranks: dict[str, int] = {}  # by module, and by parameter
     alphas: dict[str, float] = {}
     for name, delta in deltas.items():
         rank = delta.a.shape[-2]
         if name not in held or peft_experts.is_single(name):
-            ranks[_module(name)], alphas[_module(name)] = rank, _alpha(lora, rank)
+            module = within(_module(name))
+            ranks[module], alphas[module] = rank, _alpha(lora, rank)
         if name in held:
-            n = peft_experts.n_joined(name, held[name])
+            n = peft_experts.n_joined(within(name), held[name])
             ranks[held[name]], alphas[held[name]] = n * rank, n * _alpha(lora, rank)
     default = _alpha(lora, lora.rank)
     config = {
@@ -73,7 +79,7 @@ def save(
         "lora_alpha": default,
         "rank_pattern": {re.escape(place): rank for place, rank in ranks.items() if rank != lora.rank},
         "alpha_pattern": {re.escape(place): alpha for place, alpha in alphas.items() if alpha != default},
-        "target_modules": [_module(name) for name in deltas if name not in held or peft_experts.is_single(name)],
+        "target_modules": [within(_module(name)) for name in deltas if name not in held or peft_experts.is_single(name)],
         "target_parameters": list(dict.fromkeys(held.values())) or None,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -81,7 +87,7 @@ def save(
         "inference_mode": True,
         "init_lora_weights": True,
         # whole paths, because PEFT takes every module whose path ends so: "norm" would be each layer's norms too
-        "modules_to_save": list(dict.fromkeys(_module(name) for name in whole)) or None,
+        "modules_to_save": list(dict.fromkeys(within(_module(name)) for name in whole)) or None,
         "ensure_weight_tying": tie,
         "use_rslora": False,
         "use_dora": lora.dora,
@@ -92,7 +98,7 @@ def save(
         module = f"{module}.base_layer" if stacked and peft_experts.inner(name, deltas) else module
         leaves = (peft_experts.flattened(name, delta) if stacked else delta)._asdict()
         parts |= {f"{module}{PARTS[part]}": leaf for part, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    tensors = {f"{PREFIX}{name}": leaf for name, leaf in {**parts, **whole}.items()}
+    tensors = {f"{PREFIX}{within(name)}": leaf for name, leaf in {**parts, **whole}.items()}
     origin = Base(base, fingerprint, dict(quantization) if quantization is not None else None)
     with checkpoint.atomic_folder(folder) as aside:
         checkpoint.save_tensors(aside / WEIGHTS, tensors)
@@ -194,7 +200,7 @@ def load(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base
             module = name.removesuffix(PARTS[part])
             found[module] = {**found.get(module, {}), part: tensor.float()}
         elif any(_module(name).endswith(module) for module in kept) and ".lora_" not in name:
-            whole[name] = tensor.float()
+            whole[text_name(name) or name] = tensor.float()
         else:
             raise InputError(
                 f"peft: {folder / WEIGHTS} holds {key}, expected {PREFIX}<module>.lora_A.weight, .lora_B.weight or "
@@ -233,16 +239,15 @@ def _adapted(
     deltas: dict[str, _Adapted] = {}
     known, parameters, places = frozenset(names), peft_experts.parameters(names), peft_experts.places(names)
     for module, parts in found.items():
-        outer = module.removesuffix(".base_layer")
-        held = [path for path in (f"{outer}.{part}" for part in peft_experts.STACKED) if path in places and _asked(config, path)]
-        held = [] if module != outer and len(held) < 2 else held
-        name = f"{module}.weight"
+        inside = (text_name(f"{module}.") or f"{module}.").removesuffix(".")
+        outer, raw = inside.removesuffix(".base_layer"), module.removesuffix(".base_layer")
+        held = [one for one in peft_experts.STACKED if f"{outer}.{one}" in places and _asked(config, f"{raw}.{one}")]
+        held = [] if inside != outer and len(held) < 2 else held
+        one = "" if not held else held[-1] if inside == outer else held[0]
+        name = f"{inside}.weight"
         name = name if name in known else next(iter(places.get(name, [])), name)
-        if held:
-            path = held[-1] if module == outer else held[0]
-        else:
-            path = parameters.get(name, "")
-            path = module if peft_experts.is_single(name) or not _asked(config, path) else path
+        known_as = [f"{module}.weight", *([] if peft_experts.is_single(name) else [parameters.get(name, "")])]
+        path = f"{raw}.{one}" if held else next((path for path in known_as if _asked(config, path)), module)
         rank = _of_pattern(config.rank_pattern, path, config.r, folder)
         a, b, m = Delta(**parts)
         n = len(a) // rank if held and a.ndim == 2 else 1
@@ -255,7 +260,8 @@ def _adapted(
             raise InputError(
                 f"peft: {folder / WEIGHTS}: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows"
             )
-        each = peft_experts.unflattened(path, a, b, rank, places[path]) if held else {name: Delta(a, b, m)}
+        place = f"{outer}.{one}"
+        each = peft_experts.unflattened(place, a, b, rank, places[place]) if held else {name: Delta(a, b, m)}
         alpha = _of_pattern(config.alpha_pattern, path, config.lora_alpha, folder)
         deltas |= {name: _Adapted(delta, alpha) for name, delta in each.items()}
     return deltas

@@ -8,6 +8,7 @@ from torch import Tensor
 from minitune import checkpoint
 from minitune.frozen import folder_fingerprint
 from minitune.interop import bitsandbytes, compressed, gguf, peft
+from minitune.models import config_json
 from minitune.paths import locate
 from minitune.stages.adapt import Dtype, Onto, check_onto, merged
 from minitune.stages.base import BaseStage, stop_ids
@@ -62,6 +63,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 fingerprint=folder_fingerprint(loaded.source) if loaded.source else None,
                 quantization=msgspec.to_builtins(rule) if rule else None,
                 names=loaded.params,
+                wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
             )
         else:
             final, errors = merged(world, self.label, self.onto, self.dtype)
