@@ -115,7 +115,10 @@ def test_an_adapter_that_peft_made_is_read(case: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     rule, deltas, _ = peft.load(tmp_path / "theirs", names=list(reversed(params)))  # the order of the names says nothing
     check_deltas(params, deltas, "here")
-    assert all(isinstance(delta, Delta) and delta.a.is_contiguous() and delta.b.is_contiguous() for delta in deltas.values())
+    leaves = tree.leaves(deltas)  # which a step may write over: none lies in another's memory
+    assert all(isinstance(delta, Delta) for delta in deltas.values())
+    assert all(x.is_contiguous() for x in leaves)
+    assert len({x.data_ptr() for x in leaves}) == len(leaves)
     assert distance(model.forward(params, tokens, rule.scaled(deltas)), wanted) <= ATOL
     assert distance(model.forward(params, tokens), wanted) > 1000 * ATOL
     save(tmp_path / "ours", deltas, rule, params)  # and is written so that PEFT reads it again

@@ -64,7 +64,8 @@ def unflattened(
 ) -> dict[str, Delta]:
     """The deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single experts' weights `names`.
 
-    Where gate and up are one tensor for PEFT, both get its A and their own rows of B. InputError for another number of experts.
+    Where gate and up are one tensor for PEFT, both get a copy of its A and their own rows of B. InputError for another number of
+    experts.
     """
     n = len(a) // rank
     each_a, each_b = a.unflatten(0, (n, rank)), b.unflatten(1, (rank, n)).permute(2, 0, 1)
@@ -78,7 +79,7 @@ def unflattened(
             f"peft: {path} has deltas of {n} experts, expected {len(ordered) // n_parts} as in the model; is it of another base?"
         )
     pairs = [(one, rows) for one, all_rows in zip(each_a, each_b, strict=True) for rows in all_rows.chunk(n_parts)]
-    return {name: Delta(one, rows.contiguous()) for name, (one, rows) in zip(ordered, pairs, strict=True)}
+    return {name: Delta(one.clone(), rows.contiguous()) for name, (one, rows) in zip(ordered, pairs, strict=True)}
 
 
 def _place(name: str) -> tuple[int, str]:
