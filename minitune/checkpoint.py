@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -38,6 +38,15 @@ WORDS = {  # safetensors' own for each dtype
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 # fmt: on
+
+
+class Companions(NamedTuple):
+    """What stands beside the weights of a complete Hugging Face folder."""
+
+    tokenizer: Path  # the folder whose tokenizer files are copied, byte for byte
+    stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
+    template: str | None = None  # written where the tokenizer's folder ships none
+    source: Path | None = None  # whose config.json and generation_config.json pass through; made anew without
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -183,31 +192,26 @@ def save_folder(
     folder: Path,
     params: Params,
     model: Model,
+    beside: Companions,
     *,
-    source: Path | None,
-    tokenizer: Path,
-    template: str | None,
-    stop_ids: Sequence[int],
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
 ) -> None:
     """Write a complete Hugging Face folder: config, weights (with an index when sharded), generation config and tokenizer files.
 
-    config.json is the one of `source` with nothing touched but the dtype and config_keys, or made anew when source is None.
-    `template` is written where the tokenizer folder ships none. stop_ids, the end-of-turn tokens that were trained, join
-    eos_token_id. A quantized format passes the tensors that stand for its weights as params and says so in config_keys.
-    InputError, before anything is written, if the disk is too small.
+    In a config.json that passes through, nothing is touched but the dtype and config_keys, which a quantized format has for the
+    tensors that it passes as params. InputError, before anything is written, if the disk is too small.
     """
     require_room(folder, tree.n_bytes(params), "the weights")
     with atomic_folder(folder) as aside:
-        _write_json(aside / "config.json", {**_config(source, model, params), **config_keys})
-        _write_json(aside / "generation_config.json", _generation_config(source, stop_ids))
+        _write_json(aside / "config.json", {**_config(beside, model, params), **config_keys})
+        _write_json(aside / "generation_config.json", _stopping(beside))
         _write_weights(aside, params, shard_bytes)
         for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, aside / name)
-        if template is not None:
-            (aside / "chat_template.jinja").write_text(template, encoding="utf-8")
+            if (beside.tokenizer / name).is_file():
+                shutil.copyfile(beside.tokenizer / name, aside / name)
+        if beside.template is not None:
+            (aside / "chat_template.jinja").write_text(beside.template, encoding="utf-8")
 
 
 def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], keep: int = 2) -> Path:
@@ -352,23 +356,34 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config(source: Path | None, model: Model, params: Params) -> dict[str, Any]:
+def _config(beside: Companions, model: Model, params: Params) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
-    if source is None:
-        return {**model.family.to_hf(model.config), "dtype": dtype, "torch_dtype": dtype}
-    hf = text_config(config_json(source))
+    if beside.source is None:
+        # said, because an absent id is that of the family's own vocabulary, and transformers refuses a padding id beyond this one
+        ids = {"bos_token_id": None, "eos_token_id": [*beside.stop_ids] or None, "pad_token_id": None}
+        return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
+    hf = text_config(config_json(beside.source))
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
     dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 
-def _generation_config(source: Path | None, stop_ids: Sequence[int]) -> dict[str, Any]:
-    generation: dict[str, Any] = {}
-    if source is not None and (source / "generation_config.json").is_file():
-        generation = json.loads((source / "generation_config.json").read_text(encoding="utf-8"))
+def generation_config(source: Path) -> dict[str, Any]:
+    """A folder's generation_config.json, or what stands for it: the eos_token_id of config.json; InputError if it is no JSON."""
+    path = source / "generation_config.json"
+    if not path.is_file():
+        return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {path} can't be read ({error}), expected a JSON object; download it again") from None
+
+
+def _stopping(beside: Companions) -> dict[str, Any]:
+    generation = {} if beside.source is None else generation_config(beside.source)
     known = generation.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]
-    return {**generation, "eos_token_id": [*known, *(i for i in stop_ids if i not in known)]}
+    return {**generation, "eos_token_id": [*known, *(i for i in beside.stop_ids if i not in known)]}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ BESIDE_CODES = re.compile(  # what quantized formats keep beside the codes of a 
     r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
     r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
 )
+JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")  # of all experts of a layer, one rank after the other
 PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
 
 
@@ -119,12 +120,15 @@ def _adapter(folder: Path) -> Facts:
     entries, damage = _entries([folder / ADAPTER])
     origin = _object(folder / ORIGIN).get("base") or {}
     targets = config.get("target_modules")
-    ends = Counter(str(target).rpartition(".")[2] for target in targets) if isinstance(targets, list) else {str(targets): 1}
-    ranks = Counter(entry.shape[0] for name, entry in entries.items() if ".lora_A" in name and entry.shape)
+    places = [*(targets if isinstance(targets, list) else [targets]), *_sequence(config.get("target_parameters"))]
+    ends = Counter(str(place).removesuffix(".weight").rpartition(".")[2] for place in places)
+    ranks = Counter(e.shape[0] for name, e in entries.items() if ".lora_A" in name and e.shape and not JOINED.fullmatch(name))
+    joined = sum(JOINED.fullmatch(name) is not None for name in entries)
     kinds = [word for key, word in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key)]
     rows = {
         "adapter": " ".join(kinds) or str(config.get("peft_type")),
         "rank": ", ".join(f"{rank} in {n} modules" for rank, n in sorted(ranks.items())) or _number(config.get("r")),
+        "joined experts": f"{joined} tensors" if joined else "",
         "alpha": f"{config.get('lora_alpha')}",
         "targets": ", ".join(f"{name} x {n}" if n > 1 else name for name, n in ends.items()),
         "trained whole": _listed(config.get("modules_to_save")),

@@ -85,8 +85,11 @@ class Draft(NamedTuple):
     model: models.Model
     params: Params  # on the meta device
     adapted: frozenset[str] = frozenset()  # weights with a delta
+    lora: Lora | None = None  # the rule that the deltas follow
     whole: frozenset[str] = frozenset()  # weights that train whole
     quantized: frozenset[str] = frozenset()
+    over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
+    merged: bool = False  # whether weights have changed since they were loaded, so that no folder holds them
     saved: Mapping[str, models.Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written
 
 
@@ -114,6 +117,8 @@ def drafted(source: ModelSource, draft: Draft) -> Draft:
         model = draft.saved[str(source.path)]
     else:
         model = _model(source)
+        if source.path is not None:
+            checkpoint.generation_config(locate(source.path))  # a save reads it, and not only then
         folder = _tokenizer_folder(source)
         text = tokenizer.open_tokenizer(folder)
         if text.vocab_size > model.config.vocab_size:
@@ -126,13 +131,15 @@ def drafted(source: ModelSource, draft: Draft) -> Draft:
             "world: [model] device = 'cuda', but torch finds no CUDA device; expected 'auto' or 'cpu' on this machine"
         )
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
-    found: Trainable = {}
+    rule, found, base = None, {}, None
     if source.deltas is not None and source.deltas not in draft.saved:
-        _, found, _ = peft.load(locate(source.deltas), names=params)
+        rule, found, base = peft.load(locate(source.deltas), names=params)
         check_deltas(params, found, source.deltas)
     adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
     whole = frozenset(found) - adapted
-    return draft._replace(model=model, params=params, adapted=adapted, whole=whole, quantized=frozenset())
+    over = base.quantization if base is not None else None
+    fresh = Draft(draft.data, model, params, adapted, lora=rule, whole=whole, over=over)
+    return fresh._replace(saved=draft.saved)
 
 
 def asked_data(draft: Draft, name: str, label: str, *formats: str) -> data.Source:

@@ -20,11 +20,12 @@ from models_for_tests import SMALL, configs, random_batch, random_params, refere
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitune import checkpoint, models, tree
+from minitune import checkpoint, models, paths, tree, world
 from minitune.models import Model, llama, rope
 from minitune.types import Delta, InputError
 
 MODEL = Model(llama, SMALL)
+DEMO = paths.PACKAGE / "demo/model"
 
 
 @pytest.fixture
@@ -37,9 +38,10 @@ def tokenizer_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: object) -> None:
-    arguments = {"source": None, "template": None, "stop_ids": [3], **options}
-    checkpoint.save_folder(folder, params, model, tokenizer=tokenizer, **arguments)
+def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: Any) -> None:
+    told = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
+    beside = checkpoint.Companions(**{"tokenizer": tokenizer, "stop_ids": [3], **told})
+    checkpoint.save_folder(folder, params, model, beside, **options)
 
 
 @settings(max_examples=8)
@@ -162,6 +164,19 @@ def test_config_json_passes_through_and_generation_stops_where_training_did(tmp_
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tokenizer_folder / name).read_bytes()
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ bos_token }}"
+
+
+def test_a_folder_without_generation_config_goes_on_stopping_where_its_config_says(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    params = random_params(SMALL)
+    save_reference(SMALL, params, tmp_path / "source")
+    (tmp_path / "source/generation_config.json").unlink()
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    for found, wanted in (([5, 7], [5, 7, 2]), (5, [5, 7, 2]), (None, [7, 2]), (7, [7, 2])):
+        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": found}))
+        save(tmp_path / "out", params, tokenizer_folder, source=tmp_path / "source", stop_ids=[7, 2])
+        assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": wanted}
 
 
 def test_loading_is_memory_mapped(tmp_path: Path) -> None:
@@ -302,6 +317,14 @@ def test_a_config_json_that_is_not_understood_is_refused(name: str, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({**llama.to_hf(SMALL), **change}))
     with pytest.raises(InputError, match=message):
         models.open(tmp_path)
+
+
+def test_a_generation_config_that_is_none_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
+    for text in ("{", "[]", "\xff", "[" * 10_000):
+        (tmp_path / "model/generation_config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(InputError, match=r"generation_config\.json can't be read \(.*\), expected a JSON object; download"):
+            world.drafted(world.ModelSource(path=str(tmp_path / "model")), world.Draft({}, MODEL, {}))
 
 
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from minitune.checkpoint import Companions
 from minitune.interop import bitsandbytes as nf4_layout
 from minitune.interop import compressed
 from minitune.models import Model, decoder, llama
@@ -53,8 +54,8 @@ def folder_of(tmp_path: Path) -> Path:
 
 
 def save_compressed(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG, activations: str = "none") -> Path:
-    arguments = {"source": None, "tokenizer": folder_of(tmp_path), "template": "{{ bos_token }}", "stop_ids": [3]}
-    compressed.save(tmp_path / "model", params, Model(llama, config), activations=activations, **arguments)
+    beside = Companions(folder_of(tmp_path), [3], template="{{ bos_token }}")
+    compressed.save(tmp_path / "model", params, Model(llama, config), beside, activations=activations)
     return tmp_path / "model"
 
 
@@ -168,8 +169,7 @@ def nf4(w: Tensor) -> QNF4:
 
 
 def save_nf4(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG) -> Path:
-    arguments = {"source": None, "tokenizer": folder_of(tmp_path), "template": None, "stop_ids": [3]}
-    nf4_layout.save(tmp_path / "model", params, Model(llama, config), **arguments)
+    nf4_layout.save(tmp_path / "model", params, Model(llama, config), Companions(folder_of(tmp_path), [3]))
     return tmp_path / "model"
 
 

@@ -455,9 +455,7 @@ def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str,
     with torch.no_grad():
         wanted = (hf.language_model if name == "llama4" else hf)(tokens).logits  # whose whole model is broken without an image
     assert distance(model.forward(params, tokens), wanted) <= ATOL
-    checkpoint.save_folder(
-        tmp_path / "text", params, model, source=tmp_path / "whole", tokenizer=tmp_path, template=None, stop_ids=[5]
-    )
+    checkpoint.save_folder(tmp_path / "text", params, model, checkpoint.Companions(tmp_path, [5], source=tmp_path / "whole"))
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", **EAGER.get(name, {})).eval()
     assert type(alone).__name__ == family_of(config).SPELLING.architecture
     with torch.no_grad():

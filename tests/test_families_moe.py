@@ -20,7 +20,6 @@ from models_for_tests import (
     reference,
     separation,
 )
-from peft import PeftModel
 from test_families import check_decoding, check_packing
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,7 +27,6 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from minitune import calibrate, checkpoint, grad, models, moe, quant
 from minitune.generate import greedy
-from minitune.interop import peft
 from minitune.lora import Lora, check_deltas
 from minitune.models import Model, gpt_oss, llama4, qwen3_moe
 from minitune.models.experts import Experts
@@ -337,9 +335,7 @@ def test_mxfp4_experts_are_unpacked_as_transformers_does_and_saved_plain(tmp_pat
     params = checkpoint.load_params(tmp_path / "packed", model.shapes())
     assert list(params) == list(wanted)
     assert all(torch.equal(params[name], w) for name, w in wanted.items())
-    checkpoint.save_folder(
-        tmp_path / "plain", params, model, source=tmp_path / "packed", tokenizer=tmp_path, template=None, stop_ids=[2]
-    )
+    checkpoint.save_folder(tmp_path / "plain", params, model, checkpoint.Companions(tmp_path, [2], source=tmp_path / "packed"))
     again = checkpoint.load_params(tmp_path / "plain", models.open(tmp_path / "plain").shapes())
     assert all(torch.equal(again[name], w) for name, w in wanted.items())
     tokens = random_batch(config, 2, 19).tokens
@@ -374,39 +370,6 @@ def test_gpt_oss_without_rope_parameters_has_the_yarn_of_its_paper() -> None:
     config = models.from_hf(hf).config
     assert config.rope_theta == 150000.0
     assert config.rope_scaling == Yarn(32.0, 4096, beta_fast=32.0, beta_slow=1.0, truncate=False)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
-)  # that PEFT itself adds, for fused experts
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
-def test_peft_reads_deltas_of_single_experts(name: str, tmp_path: Path) -> None:
-    config = small_experts(name)
-    params, tokens = random_params(config, 3), random_batch(config, 2, 19).tokens
-    rule = Lora(rank=2, alpha=3.0, targets=("*self_attn.*_proj.weight", "*.experts.*.weight"))
-    generator = torch.Generator().manual_seed(0)
-    deltas = {key: d._replace(b=torch.randn(d.b.shape, generator=generator)) for key, d in rule.init(params, 0).items()}
-    reference(config, params).save_pretrained(tmp_path / "base")
-    peft.save(tmp_path / "deltas", deltas, rule, base="x", fingerprint=None, quantization=None, names=list(params))
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", experts_implementation="eager")
-    with torch.no_grad():
-        wanted = PeftModel.from_pretrained(base, tmp_path / "deltas").eval()(tokens).logits
-        found = Model(models.FAMILIES[name], config).forward(params, tokens, rule.scaled(deltas))
-        assert distance(found, wanted) <= ATOL
-        assert distance(found, Model(models.FAMILIES[name], config).forward(params, tokens)) > 0.1
-    again, trainable, _ = peft.load(tmp_path / "deltas", names=list(params))
-    assert set(trainable) == set(deltas)
-    assert all(torch.equal(trainable[key].a, d.a) and torch.equal(trainable[key].b, d.b) for key, d in deltas.items())
-    assert again.scale(next(iter(deltas.values()))) == rule.scale(next(iter(deltas.values())))
-
-
-def test_a_delta_of_all_experts_is_not_written_for_peft(tmp_path: Path) -> None:
-    params = random_params(small_experts("gpt_oss"))
-    rule = Lora(rank=2, alpha=1.0, targets=("*.experts.*_proj",))
-    with pytest.raises(InputError, match=r"gate_up_proj has one delta for all experts, expected deltas of \[out, in\] weights"):
-        peft.save(
-            tmp_path / "deltas", rule.init(params, 0), rule, base="x", fingerprint=None, quantization=None, names=list(params)
-        )
 
 
 def test_gptq_reaches_every_expert_that_has_tokens() -> None:

@@ -82,10 +82,7 @@ def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int
         tmp_path / "out",
         params,
         model,
-        source=source,
-        tokenizer=DEMO,
-        template=None,
-        stop_ids=stop_ids(DEMO_TEXT, DEMO_TEMPLATE),
+        checkpoint.Companions(DEMO, stop_ids(DEMO_TEXT, DEMO_TEMPLATE), source=source),
         shard_bytes=shard_bytes,
     )
     out = tmp_path / "out"
@@ -276,9 +273,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
     byte_level(folder.parent)
     params = random_params(SMALL)
-    checkpoint.save_folder(
-        folder, params, MODEL, source=None, tokenizer=folder.parent, template=None, stop_ids=[3], shard_bytes=8000
-    )
+    checkpoint.save_folder(folder, params, MODEL, checkpoint.Companions(folder.parent, [3]), shard_bytes=8000)
     rule = Lora(3, 5.0, ("*.q_proj.weight", "*.up_proj.weight"), {"*.up_proj.weight": 2}, dora=True)
     deltas = rule.init(params, 0)
     peft.save(folder / "adapter", deltas, rule, base="a/b", fingerprint="f00d", quantization=None, names=params)

@@ -97,7 +97,7 @@ class Subject(NamedTuple):
 def on_disk(folder: Path, tokenizer_folder: Path, end: int) -> Subject:
     """A folder as checkpoint writes it, with random weights."""
     model, params = Model(llama, TINY), {name: 0.4 * w for name, w in random_params(TINY).items()}
-    checkpoint.save_folder(folder, params, model, source=None, tokenizer=tokenizer_folder, template=None, stop_ids=[end])
+    checkpoint.save_folder(folder, params, model, checkpoint.Companions(tokenizer_folder, [end]))
     texts = tokenizer.open_tokenizer(folder)
     return Subject(folder, model, params, texts, chat.open_template(folder, texts), end)
 

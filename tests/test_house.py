@@ -19,7 +19,7 @@ FLOORS = {
     "models/smollm3 models/granite models/experts models/mxfp4 models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe "
     "models/gpt_oss models/llama4 checkpoint vocabulary tokenizer template chat source packing documents data pairs",
     3.0: "objectives balance steps sweep private generate frozen calibrate scoring",
-    INTEROP: "interop/__init__ interop/peft interop/compressed interop/gguf "
+    INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
     4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/train stages/sweeping stages/measure stages/write "
     "log program report runs talk sample folders hub __main__",

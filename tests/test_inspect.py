@@ -211,6 +211,20 @@ def test_an_adapter_is_described(tmp_path: Path) -> None:
     }
 
 
+def test_an_adapter_of_experts_is_described(tmp_path: Path) -> None:
+    keys = {"self_attn.q_proj": 3, "mlp.experts.base_layer": 15, "mlp.experts": 15, "mlp.router": 3}
+    save_file(
+        {f"base_model.model.model.layers.0.{key}.lora_A.weight": torch.zeros(n, 6) for key, n in keys.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    parameters = [f"model.layers.0.mlp.{name}" for name in ("experts.gate_up_proj", "experts.down_proj", "router.weight")]
+    config = {"r": 3, "target_modules": ["model.layers.0.self_attn.q_proj"], "target_parameters": parameters}
+    rows, _ = facts(folder(tmp_path, adapter_config__json={"peft_type": "LORA", **config}))
+    assert rows["rank"] == "3 in 2 modules"
+    assert rows["joined experts"] == "2 tensors"
+    assert rows["targets"] == "q_proj, gate_up_proj, down_proj, router"
+
+
 def test_what_is_missing_or_damaged_is_told_after_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_reference(SMALL, random_params(SMALL), tmp_path)
     weight_map = {"a": "model.safetensors", "b": "gone.safetensors", "c": "../out.safetensors"}

@@ -299,6 +299,7 @@ MADE_BY_PEFT: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "rslora with ranks": {"use_rslora": True, "rank_pattern": {"down_proj": 2}},
     "alpha_pattern as sqrt(rank)": {"r": 4, "rank_pattern": {"down_proj": 1}, "alpha_pattern": {"down_proj": 3.5}},
+    "any alphas": {"alpha_pattern": {"down_proj": 3, r"layers\.1\.self_attn\.q_proj": 9}, "use_dora": True},
     "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["norm", "embed_tokens", "lm_head"]},
     "a tied embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
@@ -421,7 +422,7 @@ def adapter(folder: Path, *, dora: bool = False, **changes: object) -> Path:
         ({"r": 3}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[3, in\] and \[out, 3\]"),
         ({"rank_pattern": {"head": 3, "lm_.*": 4}}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[4, in\]"),
         ({"rank_pattern": {"(": 3}}, r"has '\(' as a pattern, expected a regular expression"),
-        ({"alpha_pattern": {"lm_head": 9}}, r"has alpha_pattern = \{'lm_head': 9.0\}, expected one scale rule"),
+        ({"lora_alpha": 0}, r"Expected `float` > 0.0 - at `\$\.lora_alpha`"),
         ({"r": "two"}, "Expected `int`, got `str`"),
     ],
 )  # fmt: skip

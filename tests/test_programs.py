@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = paths.locate("demo")
     model = Model(llama, TINY)
     params = {name: 0.1 * w for name, w in random_params(TINY).items()}
-    checkpoint.save_folder(folder / "model", params, model, source=None, tokenizer=demo, template=None, stop_ids=[])
+    checkpoint.save_folder(folder / "model", params, model, checkpoint.Companions(demo, []))
     for name in ("orders-train", "orders-heldout", "orders-pairs"):
         rows = paths.locate(f"demo/{name}.jsonl").read_text().splitlines()[:40]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
@@ -322,9 +322,7 @@ def test_a_run_that_never_has_a_finite_gradient_stops_and_keeps_its_state(
     model = models.open(tiny / "model")
     params = checkpoint.load_params(tiny / "model", model.shapes())
     bad = {**params, "model.norm.weight": params["model.norm.weight"] * torch.nan}
-    checkpoint.save_folder(
-        tmp_path / "broken", bad, model, source=tiny / "model", tokenizer=tiny / "model", template=None, stop_ids=[]
-    )
+    checkpoint.save_folder(tmp_path / "broken", bad, model, checkpoint.Companions(tiny / "model", [], source=tiny / "model"))
     words = [*toy("lora", tiny, tmp_path, steps=100), f"model.path={tmp_path / 'broken'}"]
     assert main(["lora", *words]) == 2
     assert "had 20 steps in a row without a finite gradient or a target token, up to step 20" in capsys.readouterr().err

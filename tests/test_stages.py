@@ -77,6 +77,13 @@ REFUSED = {
         + 'loss = { kind = "dpo" }\nreference = "base"\n',
         "reference = 'base', but .* trains whole",
     ),
+    "deltas of merged weights": (
+        LORA
+        + '[[stage]]\nop = "merge"\n'
+        + LORA.replace("rank", 'name = "again"\nrank')
+        + '[[stage]]\nop = "save"\nwhat = "deltas"\n',
+        "is to save deltas of weights that a merge stage made, which no folder holds, expected those of a folder",
+    ),
     "adapted and whole": (LORA + 'train = ["*q_proj.weight"]\n', "adapts .*q_proj.weight and trains it whole as well"),
     "nothing to merge": ('[[stage]]\nop = "merge"\n', "finds nothing trained to merge"),
     "quantize what trains": (LORA + NF4, "which trains or is quantized already, expected a plain weight; put a merge"),
@@ -118,9 +125,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
 ) -> None:
     wide = llama.Config(**{**{f: getattr(TINY, f) for f in TINY.__struct_fields__}, "vocab_size": 1031})
     demo = tiny / "model"
-    checkpoint.save_folder(
-        tmp_path / "wide", random_params(wide), Model(llama, wide), source=None, tokenizer=demo, template=None, stop_ids=[]
-    )
+    checkpoint.save_folder(tmp_path / "wide", random_params(wide), Model(llama, wide), checkpoint.Companions(demo, []))
     stages = LORA + TRAIN + f'loss = {{ kind = "forward_kl" }}\nteacher = {{ path = "{tmp_path / "wide"}" }}\n'
     assert start(tmp_path, tiny, stages) == 2
     assert "has a student of 1024 tokens and a teacher of 1031, expected one vocabulary" in capsys.readouterr().err
@@ -259,13 +264,21 @@ def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     # the merged model is the one that was evaluated
     again = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/trained'}", name="again")
     assert again["after"]["loss_nats"] == pytest.approx(summary["after"]["loss_nats"], rel=1e-5)
+    # onto a dense base, it is merged when asked for
+    adapter = f"model.deltas={tmp_path / 'p/deltas'}"
+    for op in ('"merge"', '"save"\nwhat = "merged"\ndtype = "float32"'):
+        assert start(tmp_path, tiny, f"[[stage]]\nop = {op}\n", adapter, name="dense") == 2
+        told = capsys.readouterr().err
+        assert re.search(r"but that was quantized by \{'scheme'.*nf4.* and is dense here, expected onto = 'stored'", told)
+    run(tmp_path, tiny, f'[[stage]]\nop = {op}\nonto = "stored"\n', adapter, name="dense")
+    dense = checkpoint.load_params(tmp_path / "dense/merged", model.shapes())
+    assert all(torch.equal(dense[name], onto_stored[name]) for name in dense)
     # the adapter refuses another base, and another base's folder
     other = tmp_path / "other"
     shutil.copytree(tiny / "model", other)
     weights = checkpoint.load_tensors(other / "model.safetensors")
     checkpoint.save_tensors(other / "model.safetensors", {name: w + 1e-3 for name, w in weights.items()})
-    words = (f"model.path={other}", f"model.deltas={tmp_path / 'p/deltas'}")
-    assert start(tmp_path, tiny, evaluation("after"), *words, name="refused") == 2
+    assert start(tmp_path, tiny, evaluation("after"), f"model.path={other}", adapter, name="refused") == 2
     assert re.search(r"\([0-9a-f]{12}\), whose weights are not those of .* \([0-9a-f]{12}\)", capsys.readouterr().err)
 
 

@@ -1,7 +1,6 @@
 """NF4 in Hugging Face folders as transformers and bitsandbytes save it: 4-bit codes with doubly quantized scales (QLoRA)."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +16,7 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
-    *,
-    source: Path | None,
-    tokenizer: Path,
-    template: str | None,
-    stop_ids: Sequence[int],
+    beside: checkpoint.Companions,
 ) -> None:
     """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
 
@@ -48,16 +43,7 @@ def save(
         "bnb_4bit_use_double_quant": True,
         "llm_int8_skip_modules": unquantized(params, model),
     }
-    checkpoint.save_folder(
-        folder,
-        tensors,
-        model,
-        source=source,
-        tokenizer=tokenizer,
-        template=template,
-        stop_ids=stop_ids,
-        config_keys={"quantization_config": config},
-    )
+    checkpoint.save_folder(folder, tensors, model, beside, config_keys={"quantization_config": config})
 
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Quantized Hugging Face folders in the compressed-tensors format, which transformers and vLLM read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,11 +27,8 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
+    beside: checkpoint.Companions,
     *,
-    source: Path | None,
-    tokenizer: Path,
-    template: str | None,
-    stop_ids: Sequence[int],
     activations: Activations,
 ) -> None:
     """Write a complete Hugging Face folder whose QInt4 leaves are W4A16 and whose QInt8 leaves are W8A16, or, with activations
@@ -57,9 +54,7 @@ def save(
             "compressed: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
         )
     config = {"quantization_config": _config(schemes, unquantized(params, model))}
-    checkpoint.save_folder(
-        folder, tensors, model, source=source, tokenizer=tokenizer, template=template, stop_ids=stop_ids, config_keys=config
-    )
+    checkpoint.save_folder(folder, tensors, model, beside, config_keys=config)
 
 
 def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:

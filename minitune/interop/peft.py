@@ -5,14 +5,17 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from torch import Tensor
 
 from minitune import checkpoint
+from minitune.interop import peft_experts
 from minitune.lora import Lora
+from minitune.models.multimodal import text_name, wrapped_name
 from minitune.types import Delta, InputError, Trainable
 
 PREFIX = "base_model.model."
@@ -41,60 +44,61 @@ def save(
     fingerprint: str | None,
     quantization: Mapping[str, Any] | None,
     names: Collection[str],
+    wrapper: str | None = None,
 ) -> None:
     """Write deltas, and tensors trained whole beside them, so that PeftModel.from_pretrained(base model, folder) gives the same
-    logits; names: those of all the model's weights. InputError for what PEFT can't hold: a delta and a whole tensor in one
-    module, or a part of a module that has other parts.
+    logits; names: those of all the model's weights; wrapper: the model_type of a base that sees images too. InputError as
+    `check` says.
 
-    The scale is always written as alpha / rank, because not every server knows rsLoRA.
+    The scale is always written as alpha / rank, because not every server knows rsLoRA. Deltas of single experts are written as
+    such, which servers read too, and PEFT is told of the tensors that it will join them to.
     """
-    deltas = {_module(name): leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
+    deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
     whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    check({name: delta.a.shape[-2] for name, delta in deltas.items()}, whole, names=names, dora=lora.dora)
+    within = partial(wrapped_name, wrapper=wrapper)
     tie = EMBEDDING in whole and HEAD not in names  # PEFT then wants the shared tensor under both of its names
     whole = {**whole, HEAD: whole[EMBEDDING]} if tie else whole
-    both = next((name for name in whole if _module(name) in deltas), None)
-    if both is not None:
-        raise InputError(
-            f"peft: {both} trains whole and {_module(both)} has a delta, expected one of them: PEFT holds no more; save it merged"
-        )
-    apart = next((name for name in names if _module(name) in map(_module, whole) and name not in whole), None)
-    if apart is not None:
-        raise InputError(
-            f"peft: {apart} does not train, but another tensor of its module trains whole, expected both: PEFT keeps modules"
-        )
-    joint = next((name for name, leaf in trainable.items() if isinstance(leaf, Delta) and leaf.a.ndim != 2), None)
-    if joint is not None:
-        raise InputError(f"peft: {joint} has one delta for all experts, expected deltas of [out, in] weights; save it merged")
-    ranks = {module: delta.a.shape[0] for module, delta in deltas.items()}
-    others = {re.escape(module): rank for module, rank in ranks.items() if rank != lora.rank}
+    held = {name: within(path) for name, path in peft_experts.parameters(names).items() if name in deltas}
+    ranks: dict[str, int] = {}  # by module, and by parameter
+    alphas: dict[str, float] = {}
+    for name, delta in deltas.items():
+        rank = delta.a.shape[-2]
+        if name not in held or peft_experts.is_single(name):
+            module = within(_module(name))
+            ranks[module], alphas[module] = rank, _alpha(lora, rank)
+        if name in held:
+            n = peft_experts.n_joined(within(name), held[name])
+            ranks[held[name]], alphas[held[name]] = n * rank, n * _alpha(lora, rank)
+    default = _alpha(lora, lora.rank)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": _alpha(lora, lora.rank),
-        "rank_pattern": others,
-        "alpha_pattern": {module: _alpha(lora, rank) for module, rank in others.items()} if lora.rslora else {},
-        # experts by the last part of their names: transformers keeps them in one tensor, and PEFT looks for them so
-        "target_modules": list(dict.fromkeys(m.rpartition(".")[2] if ".experts." in m else m for m in deltas)),
+        "lora_alpha": default,
+        "rank_pattern": {re.escape(place): rank for place, rank in ranks.items() if rank != lora.rank},
+        "alpha_pattern": {re.escape(place): alpha for place, alpha in alphas.items() if alpha != default},
+        "target_modules": [within(_module(name)) for name in deltas if name not in held or peft_experts.is_single(name)],
+        "target_parameters": list(dict.fromkeys(held.values())) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         # whole paths, because PEFT takes every module whose path ends so: "norm" would be each layer's norms too
-        "modules_to_save": list(dict.fromkeys(_module(name) for name in whole)) or None,
+        "modules_to_save": list(dict.fromkeys(within(_module(name)) for name in whole)) or None,
         "ensure_weight_tying": tie,
         "use_rslora": False,
         "use_dora": lora.dora,
     }
-    parts = {
-        f"{module}{PARTS[part]}": leaf
-        for module, delta in deltas.items()
-        for part, leaf in delta._asdict().items()
-        if isinstance(leaf, Tensor)
-    }
-    tensors = {f"{PREFIX}{name}": leaf for name, leaf in {**parts, **whole}.items()}
+    parts: dict[str, Tensor] = {}
+    for name, delta in deltas.items():
+        module, stacked = _module(name), delta.a.ndim == 3
+        module = f"{module}.base_layer" if stacked and peft_experts.inner(name, deltas) else module
+        leaves = (peft_experts.flattened(name, delta) if stacked else delta)._asdict()
+        parts |= {f"{module}{PARTS[part]}": leaf for part, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    tensors = {f"{PREFIX}{within(name)}": leaf for name, leaf in {**parts, **whole}.items()}
     origin = Base(base, fingerprint, dict(quantization) if quantization is not None else None)
     with checkpoint.atomic_folder(folder) as aside:
         checkpoint.save_tensors(aside / WEIGHTS, tensors)
@@ -102,16 +106,58 @@ def save(
         (aside / ORIGIN).write_text(json.dumps({"base": msgspec.to_builtins(origin)}, indent=2) + "\n", encoding="utf-8")
 
 
+def check(ranks: Mapping[str, int], whole: Collection[str], *, names: Collection[str], dora: bool) -> None:
+    """InputError for what PEFT can't hold: a delta and a whole tensor in one module, a part of a module that has other parts,
+    a DoRA of what it takes for a parameter, experts that it joins but that differ; ranks: of the deltas, by weight."""
+    modules = {_module(name) for name in ranks}
+    both = next((name for name in whole if _module(name) in modules), None)
+    if both is not None:
+        raise InputError(
+            f"peft: {both} trains whole and {_module(both)} has a delta, expected one of them: PEFT holds no more; save it merged"
+        )
+    kept = {_module(name) for name in whole}
+    apart = next((name for name in names if _module(name) in kept and name not in whole), None)
+    if apart is not None:
+        raise InputError(
+            f"peft: {apart} does not train, but another tensor of its module trains whole, expected both: PEFT keeps modules"
+        )
+    held = peft_experts.parameters(names)
+    other = next((name for name in whole if held.get(name, name) != name), None)
+    if other is not None:
+        raise InputError(
+            f"peft: {other} trains whole, which PEFT knows as {held[other]} alone, expected a delta on it; save it merged"
+        )
+    if dora and (name := next((name for name in ranks if name in held), None)):
+        raise InputError(
+            f"peft: {name} has a DoRA, expected dora = false: PEFT adapts the feed-forward of a model with experts without; "
+            "narrow the targets, drop dora, or save it merged"
+        )
+    for path, joined in peft_experts.places(names).items():
+        found = {name: ranks.get(name) for name in joined}
+        if len(set(found.values())) > 1:
+            name, rank = next((name, rank) for name, rank in found.items() if rank != next(iter(found.values())))
+            first, wanted = next(iter(found.items()))
+            raise InputError(
+                f"peft: {name} has {_told(rank)} and {first} {_told(wanted)}, expected one rank for all of {path}: PEFT joins "
+                "them; change targets or ranks, or save it merged"
+            )
+
+
+def _told(rank: int | None) -> str:
+    return "no delta" if rank is None else f"a delta of rank {rank}"
+
+
 class _Config(msgspec.Struct):
     """What is understood of adapter_config.json."""
 
     peft_type: Literal["LORA"]
-    r: int
-    lora_alpha: float
+    r: Annotated[int, msgspec.Meta(gt=0)]
+    lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     ensure_weight_tying: bool = False
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = True  # other ways change the base weights
@@ -154,7 +200,7 @@ def load(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base
             module = name.removesuffix(PARTS[part])
             found[module] = {**found.get(module, {}), part: tensor.float()}
         elif any(_module(name).endswith(module) for module in kept) and ".lora_" not in name:
-            whole[name] = tensor.float()
+            whole[text_name(name) or name] = tensor.float()
         else:
             raise InputError(
                 f"peft: {folder / WEIGHTS} holds {key}, expected {PREFIX}<module>.lora_A.weight, .lora_B.weight or "
@@ -175,8 +221,55 @@ def load(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base
                 f"peft: {folder / WEIGHTS} holds {', '.join(keys)}, expected {', '.join(PARTS[part] for part in wanted)} of "
                 f"every adapted module with use_dora = {json.dumps(config.use_dora)}"
             )
-    deltas = {module: Delta(**parts) for module, parts in found.items()}
-    return _rule(config, deltas, folder), {**{f"{module}.weight": d for module, d in deltas.items()}, **whole}, _base(folder)
+    rule, deltas = _rule(config, _adapted(config, found, names, folder))
+    return rule, {**deltas, **whole}, _base(folder)
+
+
+class _Adapted(NamedTuple):
+    """A delta, and the alpha that PEFT scales it by."""
+
+    delta: Delta
+    alpha: float
+
+
+def _adapted(
+    config: _Config, found: Mapping[str, Mapping[str, Tensor]], names: Collection[str], folder: Path
+) -> dict[str, _Adapted]:
+    """The deltas by the names of the weights; InputError where their ranks are not what the config says."""
+    deltas: dict[str, _Adapted] = {}
+    known, parameters, places = frozenset(names), peft_experts.parameters(names), peft_experts.places(names)
+    for module, parts in found.items():
+        inside = (text_name(f"{module}.") or f"{module}.").removesuffix(".")
+        outer, raw = inside.removesuffix(".base_layer"), module.removesuffix(".base_layer")
+        held = [one for one in peft_experts.STACKED if f"{outer}.{one}" in places and _asked(config, f"{raw}.{one}")]
+        held = [] if inside != outer and len(held) < 2 else held
+        one = "" if not held else held[-1] if inside == outer else held[0]
+        name = f"{inside}.weight"
+        name = name if name in known else next(iter(places.get(name, [])), name)
+        known_as = [f"{module}.weight", *([] if peft_experts.is_single(name) else [parameters.get(name, "")])]
+        path = f"{raw}.{one}" if held else next((path for path in known_as if _asked(config, path)), module)
+        rank = _of_pattern(config.rank_pattern, path, config.r, folder)
+        a, b, m = Delta(**parts)
+        n = len(a) // rank if held and a.ndim == 2 else 1
+        if a.ndim != 2 or b.ndim != 2 or n == 0 or a.shape[0] != n * rank or b.shape[1] != n * rank:
+            raise InputError(
+                f"peft: {folder / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and "
+                f"[out, {rank}]{', times the number of experts,' * bool(held)} as {CONFIG} says; save the adapter again"
+            )
+        if isinstance(m, Tensor) and m.shape != b.shape[:1]:
+            raise InputError(
+                f"peft: {folder / WEIGHTS}: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows"
+            )
+        place = f"{outer}.{one}"
+        each = peft_experts.unflattened(place, a, b, rank, places[place]) if held else {name: Delta(a, b, m)}
+        alpha = _of_pattern(config.alpha_pattern, path, config.lora_alpha, folder)
+        deltas |= {name: _Adapted(delta, alpha) for name, delta in each.items()}
+    return deltas
+
+
+def _asked(config: _Config, path: str) -> bool:
+    """Whether target_parameters holds a parameter: its path, or the end of it from a dot on."""
+    return any(path == end or path.endswith(f".{end}") for end in config.target_parameters or [])
 
 
 def _config(folder: Path) -> _Config:
@@ -196,36 +289,21 @@ def _config(folder: Path) -> _Config:
         raise InputError(f"peft: {path}: {error}; expected a LoRA adapter of PEFT") from None
 
 
-def _rule(config: _Config, deltas: Mapping[str, Delta], folder: Path) -> Lora:
-    """The rule that gives every delta the scale that PEFT gives it; InputError where ranks or scales do not fit one rule."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for module, (a, b, m) in deltas.items():
-        rank = _of_pattern(config.rank_pattern, module, config.r, folder)
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            raise InputError(
-                f"peft: {folder / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and "
-                f"[out, {rank}] as {CONFIG} says; save the adapter again"
-            )
-        if isinstance(m, Tensor) and m.shape != b.shape[:1]:
-            raise InputError(
-                f"peft: {folder / WEIGHTS}: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows"
-            )
-        ranks[module] = rank
-        alphas[module] = _of_pattern(config.alpha_pattern, module, config.lora_alpha, folder)
-    others = {f"{module}.weight": rank for module, rank in ranks.items() if rank != config.r}
-    targets = tuple(f"{module}.weight" for module in deltas)
-    rule = Lora(config.r, config.lora_alpha, targets, others, config.use_rslora, config.use_dora)
-    if all(alpha == config.lora_alpha for alpha in alphas.values()):
-        return rule
+def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[str, Delta]]:
+    """The rule that gives every delta the scale that PEFT gives it, and the deltas.
+
+    Where alphas differ so that no rule does, the rest of the scale is folded into b: the forward is the same.
+    """
+    others = {name: one.delta.a.shape[-2] for name, one in adapted.items() if one.delta.a.shape[-2] != config.r}
+    rule = Lora(config.r, config.lora_alpha, tuple(adapted), others, config.use_rslora, config.use_dora)
     # what `save` writes of rsLoRA with several ranks: alpha / rank, each alpha in proportion to sqrt(rank)
     rooted = msgspec.structs.replace(rule, alpha=config.lora_alpha / config.r**0.5, rslora=True)
-    if not config.use_rslora and all(math.isclose(alphas[m], _alpha(rooted, rank)) for m, rank in ranks.items()):
-        return rooted
-    raise InputError(
-        f"peft: {folder / CONFIG} has alpha_pattern = {config.alpha_pattern!r}, expected one scale rule, alpha / r or "
-        "alpha / sqrt(r), for all modules; merge it with PEFT first"
-    )
+    if not config.use_rslora and all(math.isclose(one.alpha, _alpha(rooted, one.delta.a.shape[-2])) for one in adapted.values()):
+        return rooted if others else rule, {name: one.delta for name, one in adapted.items()}
+    rests = {name: one.alpha / config.lora_alpha for name, one in adapted.items()}
+    return rule, {
+        name: one.delta if rests[name] == 1 else one.delta._replace(b=rests[name] * one.delta.b) for name, one in adapted.items()
+    }
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:

@@ -26,3 +26,13 @@ def text_name(name: str) -> str | None:
         return None
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+
+
+def wrapped_name(name: str, wrapper: str | None) -> str:
+    """What transformers calls a weight or module of the text model within a wrapper, by the wrapper's model_type; of other
+    models, its name."""
+    if wrapper == "llama4":
+        return f"language_model.{name}"
+    if wrapper in WRAPPERS and name.startswith("model."):
+        return f"model.language_model.{name.removeprefix('model.')}"
+    return name

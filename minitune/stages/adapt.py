@@ -45,7 +45,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
                 f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
             )
         self._refuse_both(adapted, whole)
-        return draft._replace(adapted=adapted, whole=draft.whole | whole)
+        return draft._replace(adapted=adapted, lora=self.rule, whole=draft.whole | whole)
 
     def _refuse_both(self, adapted: frozenset[str], whole: frozenset[str]) -> None:
         both = sorted(adapted & whole)
@@ -111,10 +111,12 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
     dtype: Dtype | None = None  # of the new weights from here on; as they were stored if absent
 
     def check(self, draft: Draft) -> Draft:
-        """There is something to merge."""
+        """There is something to merge, and what to merge it onto."""
         if not draft.adapted and not draft.whole:
             raise InputError(f"stages: {self.label} finds nothing trained to merge, expected a lora or full stage before it")
-        return draft._replace(adapted=frozenset(), whole=frozenset(), quantized=draft.quantized - draft.adapted - draft.whole)
+        check_onto(draft, self.label, self.onto)
+        left = draft.quantized - draft.adapted - draft.whole
+        return draft._replace(adapted=frozenset(), whole=frozenset(), quantized=left, over=None, merged=True)
 
     def run(self, world: World) -> World:
         """world with new weights and nothing to train; the record holds what rounding lost."""
@@ -212,6 +214,15 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
     def run(self, world: World) -> World:
         """world whose objectives see rounded weights."""
         return world._replace(fake=self.rule)
+
+
+def check_onto(draft: Draft, label: str, onto: Onto) -> None:
+    """InputError where deltas from a folder are to be merged onto the quantized weights that they trained on elsewhere."""
+    if draft.over is not None and onto == "trained":
+        raise InputError(
+            f"stages: {label} is to merge deltas onto what they trained on, but that was quantized by {dict(draft.over)} and is "
+            "dense here, expected onto = 'stored'; or merge in the program that trains"
+        )
 
 
 def merged(world: World, label: str, onto: Onto, dtype: Dtype | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

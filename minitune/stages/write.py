@@ -8,8 +8,9 @@ from torch import Tensor
 from minitune import checkpoint
 from minitune.frozen import folder_fingerprint
 from minitune.interop import bitsandbytes, compressed, gguf, peft
+from minitune.models import config_json
 from minitune.paths import locate
-from minitune.stages.adapt import Dtype, Onto, merged
+from minitune.stages.adapt import Dtype, Onto, check_onto, merged
 from minitune.stages.base import BaseStage, stop_ids
 from minitune.types import InputError
 from minitune.world import Draft, World
@@ -24,7 +25,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
     def check(self, draft: Draft) -> Draft:
-        """The model will hold what is to be saved."""
+        """The model will hold what is to be saved, and PEFT can hold the deltas."""
         held = "deltas" if draft.adapted else "no deltas"
         if bool(draft.adapted) != (self.what != "params"):
             raise InputError(
@@ -32,6 +33,16 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         if self.what == "params" and draft.quantized:
             raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
+        if self.what == "merged":
+            check_onto(draft, self.label, self.onto)
+        if self.what == "deltas" and draft.merged:
+            raise InputError(
+                f"stages: {self.label} is to save deltas of weights that a merge stage made, which no folder holds, expected "
+                "those of a folder; save params after the merge and load them before the lora stage"
+            )
+        if self.what == "deltas" and draft.lora is not None:
+            ranks = {name: draft.lora.rank_of(name) for name in draft.adapted}
+            peft.check(ranks, draft.whole, names=draft.params, dora=draft.lora.dora)
         return draft._replace(saved={**draft.saved, self._place: draft.model})
 
     @property
@@ -52,10 +63,11 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 fingerprint=folder_fingerprint(loaded.source) if loaded.source else None,
                 quantization=msgspec.to_builtins(rule) if rule else None,
                 names=loaded.params,
+                wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
             )
         else:
             final, errors = merged(world, self.label, self.onto, self.dtype)
-            checkpoint.save_folder(folder, final, loaded.model, **_about(world))
+            checkpoint.save_folder(folder, final, loaded.model, _companions(world))
             record |= errors
         world.log.say(f"{self.label}: {self.what} in {folder}")
         return world.record(self.label, record)
@@ -86,30 +98,22 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         loaded = world.loaded
         target = locate(self.path or ("run/model.gguf" if self.format == "gguf" else f"run/{self.format}"), world.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params = {**loaded.stored, **codes}
+        params, beside = {**loaded.stored, **codes}, _companions(world)
         if self.format == "gguf":
-            for line in gguf.save(
-                target, params, loaded.model, self.types, **{**_beside(world), "template": loaded.template.source}
-            ):
+            said = {"tokenizer": beside.tokenizer, "template": loaded.template.source, "stop_ids": beside.stop_ids}
+            for line in gguf.save(target, params, loaded.model, self.types, **said):
                 world.log.say(f"{self.label}: {line}")
         elif self.format == "bitsandbytes":
-            bitsandbytes.save(target, params, loaded.model, **_about(world))
+            bitsandbytes.save(target, params, loaded.model, beside)
         else:
-            compressed.save(target, params, loaded.model, activations=self.activations, **_about(world))
+            compressed.save(target, params, loaded.model, beside, activations=self.activations)
         n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
         world.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return world.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def _about(world: World) -> dict[str, Any]:
-    """What a complete folder needs beside the weights."""
-    return {"source": world.loaded.source, **_beside(world)}
-
-
-def _beside(world: World) -> dict[str, Any]:
+def _companions(world: World) -> checkpoint.Companions:
     loaded = world.loaded
-    return {
-        "tokenizer": loaded.tokenizer_folder,
-        "template": loaded.template.source if loaded.template.origin.startswith("built-in") else None,
-        "stop_ids": stop_ids(loaded.tokenizer, loaded.template),
-    }
+    template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
+    ends = stop_ids(loaded.tokenizer, loaded.template)
+    return checkpoint.Companions(loaded.tokenizer_folder, ends, template, loaded.source)

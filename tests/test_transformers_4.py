@@ -1,0 +1,74 @@
+"""What is saved loads in transformers 4.57 too, with equal logits; that runs in a process of its own, beside the current one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from experts_for_tests import WITH_EXPERTS, small_experts
+from models_for_tests import random_batch, random_params
+from safetensors.torch import load_file, save_file
+from test_families import MECHANISMS, distance, model_of, moderate, sized
+
+from minitune import checkpoint, models
+from minitune.models import decoder
+
+ATOL = 1e-5  # of the largest logit
+VARIABLE = "TRANSFORMERS_4"  # a folder with transformers 4.57 and what it needs in other versions; see CONTRIBUTING.md
+ABSENT = ("ministral3",)  # families that 4.57 does not have
+CASES = {name: sized(family, **fields) for name, (family, fields, _) in MECHANISMS.items() if family not in ABSENT}
+CASES |= {name: small_experts(name) for name in WITH_EXPERTS}
+CLAMP = msgspec.structs.replace(CASES["gpt_oss"].experts, limit=7.0)  # no number of the config there
+CASES["gpt_oss"] = msgspec.structs.replace(CASES["gpt_oss"], experts=CLAMP)
+THEIRS = """
+import sys
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file, save_file
+assert transformers.__version__.startswith("4.57."), transformers.__version__
+root, name = Path(sys.argv[1]), sys.argv[2]
+tokens = load_file(root / "tokens")["tokens"]
+for folder in sorted((root / name).iterdir()):
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert not any(report.values()), (folder, report)
+    with torch.no_grad():
+        save_file({"logits": model.eval()(tokens).logits}, root / f"{name} {folder.name}")
+    model.save_pretrained(root / "theirs" / folder.name)
+"""
+
+
+def logits_of_4(root: Path, name: str) -> dict[str, torch.Tensor]:
+    """What transformers 4.57 computes from root/name/CASE; it saves each model in root/theirs/CASE."""
+    path = os.pathsep.join([os.environ[VARIABLE], *sys.path])
+    words = [sys.executable, "-W", "ignore", "-c", THEIRS, str(root), name]
+    result = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return {case: load_file(root / f"{name} {case}")["logits"] for case in CASES}
+
+
+def save(folder: Path, config: decoder.Config, params: dict[str, torch.Tensor], source: Path | None) -> None:
+    checkpoint.save_folder(folder, params, model_of(config), checkpoint.Companions(folder, [2], source=source))
+
+
+@pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} names no folder; CONTRIBUTING.md says how to make one")
+def test_saved_folders_have_equal_logits_in_transformers_4_57(tmp_path: Path) -> None:
+    tokens = random_batch(sized("llama"), 2, 34).tokens
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    params = {case: moderate(random_params(config)) for case, config in CASES.items()}
+    wanted = {case: model_of(config).forward(params[case], tokens) for case, config in CASES.items()}
+    for case, config in CASES.items():
+        save(tmp_path / "made anew" / case, config, params[case], None)
+    found = logits_of_4(tmp_path, "made anew")
+    assert {case: d for case in CASES if (d := distance(found[case], wanted[case])) > ATOL} == {}
+    for case, config in CASES.items():  # what it saves is read, and its config.json passed through
+        model = models.open(tmp_path / "theirs" / case)
+        assert model == model_of(config), case
+        again = checkpoint.load_params(tmp_path / "theirs" / case, model.shapes())
+        assert all(torch.equal(again[name], w) for name, w in params[case].items()), case
+        save(tmp_path / "passed through" / case, config, again, tmp_path / "theirs" / case)
+    found = logits_of_4(tmp_path, "passed through")
+    assert {case: d for case in CASES if (d := distance(found[case], wanted[case])) > ATOL} == {}
