@@ -159,6 +159,63 @@ class _RowGradients(torch.autograd.Function):
         return None, reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
 
 
+def in_chunks(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int) -> Tensor:
+    """f(start, rows[start : start + chunk], weights) -> one value a row, for all chunks together, with the gradients of rows and
+    weights taken in the forward: right if the values are then summed, which is when they all have one cotangent.
+
+    If they turn out to have others, every chunk is computed again. What f closes over gets no gradient. Differentiable once.
+    """
+    structure = tree.map(lambda _: _HOLE, weights)
+    return _InChunks.apply(lambda start, x, *w: f(start, x, tree.rebuild(structure, w)), chunk, rows, *tree.leaves(weights))
+
+
+class _InChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
+        ctx.f, ctx.chunk = f, chunk
+        values, grads = _chunk_gradients(f, chunk, tensors, ctx.needs_input_grad[2:], lambda x, start: torch.ones_like(x))
+        ctx.save_for_backward(*tensors, *grads)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needed, cotangent = ctx.needs_input_grad[2:], grad_outputs[0]
+        tensors, grads = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        one = cotangent[:1].sum()  # of no row too
+        if bool((cotangent == one).all()):
+            grads = [g * one.to(g.dtype) for g in grads]
+        else:
+            grads = _chunk_gradients(ctx.f, ctx.chunk, tensors, needed, lambda x, i: cotangent[i : i + len(x)])[1]
+        given = iter(grads)
+        return None, None, *(next(given) if need else None for need in needed)
+
+
+def _chunk_gradients(
+    f: Callable[..., Tensor],
+    chunk: int,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    cotangent: Callable[[Tensor, int], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """(the values of all chunks, the gradients of the tensors that need one); the first tensor is cut in chunks, and what the
+    chunks say of the others is added up in float32 or wider."""
+    rows, *weights = tensors
+    chosen = [w for w, need in zip(weights, needed[1:], strict=True) if need]
+    sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in chosen]
+    values, pieces = [], []
+    for start in range(0, max(len(rows), 1), chunk):  # no row at all still makes one empty piece
+        fresh = [x.detach().requires_grad_(need) for x, need in zip((rows[start : start + chunk], *weights), needed, strict=True)]
+        with torch.enable_grad():
+            found = f(start, *fresh)
+        grads = list(_autograd([found], [x for x in fresh if x.requires_grad], [cotangent(found, start)]))
+        values.append(found.detach())
+        pieces += [grads.pop(0)] if needed[0] else []
+        tree.donate_sum(sums, grads)
+    joined = [torch.cat(pieces)] if needed[0] else []
+    return torch.cat(values), [*joined, *(x.to(w.dtype) for x, w in zip(sums, chosen, strict=True))]
+
+
 def _pullback(
     f: Callable[..., Tensor], tensors: Sequence[Tensor], cotangent: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:

@@ -9,12 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import quant, tree
-from minitune.grad import remat, under_transform, with_row_gradients
+from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
 from minitune.tree import Tree
 from minitune.types import Delta, QTensor
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, whatever the vocabulary
+TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
 
 
 def linear(
@@ -121,8 +122,8 @@ def token_losses(
 
     targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
     A loss may give several values a row.
-    Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits. Over a frozen head the gradient of each row is
-    taken while its logits are there; else the backward recomputes them.
+    Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits. The gradients of each chunk are taken while its
+    logits are there: those of its rows, and of the head where that trains (grad.in_chunks: for losses that are summed).
     """
 
     def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor, delta: Delta | None) -> Tensor:
@@ -134,9 +135,17 @@ def token_losses(
         nats = _chunked(remat(piece), flat, labels, head, delta, chunk).unflatten(0, mask.shape)
         return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
     rows = mask.flatten().nonzero().squeeze(1)
-    frozen = not any(leaf.requires_grad for leaf in tree.leaves((head, delta)))
-    kept = with_row_gradients if frozen and hidden.requires_grad and torch.is_grad_enabled() else remat
-    nats = _chunked(kept(piece), flat[rows], tree.map(lambda x: x[rows], labels), head, delta, chunk)
+    chosen, given = flat[rows], tree.map(lambda x: x[rows], labels)
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head, delta))):
+        nats = _chunked(piece, chosen, given, head, delta, chunk)
+    elif any(leaf.requires_grad for leaf in tree.leaves((head, delta))):
+
+        def at(start: int, some: Tensor, weights: Tree) -> Tensor:
+            return piece(some, tree.map(lambda x: x[start : start + len(some)], given), *weights)
+
+        nats = in_chunks(at, chosen, (head, delta), TRAINED * chunk)
+    else:
+        nats = _chunked(with_row_gradients(piece), chosen, given, head, delta, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
 
 
