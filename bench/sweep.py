@@ -132,10 +132,9 @@ def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype
 
 def main(words: Sequence[str]) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        "| layers x d_model, vocabulary | dtype | adapters x rows x tokens | blocks | one after another, s / spread | at once | ratio",
-        "| loop of the limit | at once |\n|---|---|---|---|---|---|---|---|---|",
-    )
+    columns = ["layers x d_model, vocabulary", "dtype", "adapters x rows x tokens", "blocks", "one after another, s / spread"]
+    columns += ["at once", "ratio", "one after another, of the limit", "at once"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for sizes, dtype, cases in CASES:
         for i, case in enumerate(cases):
             print(row(shape(*sizes), *case, dtype, "compile" in words and i == 0), flush=True)
