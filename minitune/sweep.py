@@ -20,7 +20,7 @@ from minitune.models import Model
 from minitune.tree import Tree
 from minitune.types import Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
 
-TOGETHER = 2**20  # bytes of a forward's hidden states, of which a CPU's cache holds a few: more of them only make it slower
+TOGETHER = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
 SweepStep = Callable[[Params, Deltas, Sequence[Tree], Batch], tuple[Deltas, list[Tree], Metrics]]
 
 
@@ -98,8 +98,8 @@ def sweep_step(
 
     def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
         def evaluate(rows: Batch) -> tuple[Mean, Tree]:
-            n_bytes = rows.tokens[0].numel() * model.config.d_model * params["model.embed_tokens.weight"].element_size()
-            size = max(1, TOGETHER // n_bytes) if rows.tokens.device.type == "cpu" else len(rules)
+            n_numbers = rows.tokens[0].numel() * model.config.d_model
+            size = max(1, TOGETHER // n_numbers) if rows.tokens.device.type == "cpu" else len(rules)
 
             def some(i: int) -> tuple[Mean, Tree]:
                 own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
