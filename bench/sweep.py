@@ -2,9 +2,10 @@
 
     python bench/sweep.py [compile]
 
-The same random Llama, LoRA of rank 8 on all linears, AdamW with clipping; whole optimizer steps. Both ways take their steps by
-turns in one process; CPU time, median and spread of 5. "of the limit": the CPU time that the matmuls of the step would take at
-the rate of a large one, measured between the steps, over the time at once.
+Random Llamas, LoRA of rank 8 on all linears, AdamW with clipping; whole optimizer steps, half of the tokens labelled. Both ways
+take their steps by turns in one process; CPU time, median and spread of 5. "of the limit": the CPU time that the matmuls of the
+frozen weights would take at the rate of a large one, measured between the steps, over what a way takes. With "compile" the first
+case of each model is taken with compiled blocks as well, and the better of both counts for either way.
 """
 
 import statistics
@@ -25,6 +26,14 @@ from minitune.types import Batch
 
 RULE = Lora(8, 16.0, ("*_proj.weight",))
 REPEATS = 5
+CASES = [  # d_model, layers, vocabulary; dtype; adapters, rows, tokens: the first of each is compiled where that is asked for
+    ((256, 6, 8192), torch.float32, [(8, 1, 96), (8, 1, 24), (2, 1, 96), (4, 1, 256), (2, 4, 256)]),
+    ((256, 6, 8192), torch.bfloat16, [(8, 1, 96), (16, 1, 32), (4, 1, 256), (2, 4, 256)]),
+    ((64, 4, 1024), torch.float32, [(8, 1, 96), (8, 1, 24), (2, 4, 256)]),
+    ((64, 4, 1024), torch.bfloat16, [(8, 1, 96)]),
+    ((512, 3, 32000), torch.float32, [(4, 1, 128)]),
+    ((512, 3, 32000), torch.bfloat16, [(4, 1, 128), (3, 2, 200)]),
+]
 
 
 def shape(d_model: int, n_layers: int, vocab_size: int) -> llama.Config:
@@ -48,8 +57,7 @@ def both(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtyp
     model = Model(llama, config)
     params = {name: w.to(dtype) for name, w in model.init(0).items()}
     tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
-    batch = batch._replace(loss_mask=torch.arange(length).expand_as(tokens) >= length // 2)
+    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.arange(length).expand_as(tokens) >= length // 2)
     optimizers = [optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
     deltas = [RULE.init(params, i) for i in range(n)]
     stacked, wrap = sweep.stack(deltas), torch.compile if compiled else lambda f: f
@@ -58,8 +66,7 @@ def both(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtyp
         for m in [model._replace(wrap=once(wrap))]
         for o in optimizers
     ]
-    states = [o.init(d) for o, d in zip(optimizers, deltas, strict=True)]
-    own = [o.init(d) for o, d in zip(optimizers, deltas, strict=True)]
+    states, own = ([o.init(d) for o, d in zip(optimizers, deltas, strict=True)] for _ in range(2))
     folded = model._replace(wrap=once(wrap))
     step = sweep.sweep_step(folded, CrossEntropy(), [RULE] * n, optimizers, micro_batch=rows, donate=True)
 
@@ -104,35 +111,37 @@ def measured(ways: dict[str, Callable]) -> dict[str, tuple[float, float]]:
 
 
 def flops(config: llama.Config, tokens: int, labelled: int) -> float:
-    """Of a LoRA step: forward and activation gradient of every frozen matmul, the head on labelled rows and its recompute."""
-    body = config.n_layers * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
-    return 4 * body * tokens + 6 * config.vocab_size * config.d_model * labelled
+    """Of a LoRA step's frozen matmuls, forward and activation gradient: blocks, but for the gradient of what enters the first
+    one, and the head on labelled rows."""
+    square, body = config.d_model**2, config.n_layers * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
+    return (4 * body - 6 * square) * tokens + 4 * config.vocab_size * config.d_model * labelled
+
+
+def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compiled: bool) -> str:
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    ways = {(name, c): way for c in {False, compiled} for name, way in both(config, n, rows, length, dtype, c).items()}
+    found = measured({**ways, "limit": lambda: a @ b})
+    limit = flops(config, n * rows * length, n * rows * (length - length // 2)) * found["limit"][0] / (2 * 1024**3)
+    loop, once = (min(found[key] for key in ways if key[0] == name) for name in ("one after another", "at once"))
+    quicker = [c for name, c in ways if found[name, c] in (loop, once)]
+    shape = f"{config.n_layers} x {config.d_model}, {config.vocab_size} | {str(dtype).removeprefix('torch.')}"
+    times = f"{loop[0]:.3f} / {loop[1]:.3f} | {once[0]:.3f} / {once[1]:.3f} | {loop[0] / once[0]:.2f}"
+    how = ", ".join("compiled" if c else "eager" for c in quicker) if compiled else "eager"
+    return f"| {shape} | {n} x {rows} x {length} | {how} | {times} | {limit / loop[0]:.0%} | {limit / once[0]:.0%} |"
 
 
 def main(words: Sequence[str]) -> None:
-    compiled = "compile" in words
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {'blocks compiled' if compiled else 'eager'}")
-    print("| model | adapters x rows x tokens | one after another, s | spread | at once, s | spread | ratio | of the limit |")
-    print("|---|---|---|---|---|---|---|---|")
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    cases = [(8, 1, 96), (8, 1, 24), (2, 1, 96), (8, 1, 256)]
-    for d_model, n_layers, vocab in ((256, 6, 8192), (64, 4, 1024)):
-        config = shape(d_model, n_layers, vocab)
-        for n, rows, length in cases[: 1 if compiled else None]:
-            found = measured({**both(config, n, rows, length, torch.float32, compiled), "limit": lambda: a @ b})
-            (before, spread), (after, narrow) = found["one after another"], found["at once"]
-            rate = 2 * 1024**3 / found["limit"][0]
-            limit = flops(config, n * rows * length, n * rows * length // 2) / rate / after
-            print(
-                f"| {n_layers} layers, d_model {d_model}, float32 | {n} x {rows} x {length} | {before:.3f} | {spread:.3f} "
-                f"| {after:.3f} | {narrow:.3f} | {before / after:.2f} | {limit:.0%} |",
-                flush=True,
-            )
-    if not compiled:
-        print("\n| 8 examples of 96 tokens, 6 layers, d_model 256 | CPU time, s | spread, s | ratio |\n|---|---|---|---|")
-        found = measured(examples(shape(256, 6, 8192), 8, 96))
-        for name, (middle, spread) in found.items():
-            print(f"| {name} | {middle:.3f} | {spread:.3f} | {middle / found['a loop'][0]:.2f} |")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    columns = ["layers x d_model, vocabulary", "dtype", "adapters x rows x tokens", "blocks", "one after another, s / spread"]
+    columns += ["at once", "ratio", "one after another, of the limit", "at once"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for sizes, dtype, cases in CASES:
+        for i, case in enumerate(cases):
+            print(row(shape(*sizes), *case, dtype, "compile" in words and i == 0), flush=True)
+    print("\n| 8 examples of 96 tokens, 6 layers, d_model 256 | CPU time, s | spread, s | ratio |\n|---|---|---|---|")
+    found = measured(examples(shape(256, 6, 8192), 8, 96))
+    for name, (middle, spread) in found.items():
+        print(f"| {name} | {middle:.3f} | {spread:.3f} | {middle / found['a loop'][0]:.2f} |")
 
 
 if __name__ == "__main__":

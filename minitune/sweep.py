@@ -20,6 +20,7 @@ from minitune.models import Model
 from minitune.tree import Tree
 from minitune.types import Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
 
+TOGETHER = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
 SweepStep = Callable[[Params, Deltas, Sequence[Tree], Batch], tuple[Deltas, list[Tree], Metrics]]
 
 
@@ -63,7 +64,7 @@ def totals(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[De
 
     def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
         adapted, together = scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
-        if any(name == head or ".experts." in name for name in adapted):
+        if n == 1 or any(name == head or ".experts." in name for name in adapted):
             alone = zip((Batch(*x) for x in zip(*batch, strict=True)), each(adapted, n), strict=True)
             nats = torch.stack([model.token_losses(params, rows, own, loss) for rows, own in alone])
         else:
@@ -91,13 +92,21 @@ def sweep_step(
     """steps.train_step of n adapters at once, each under its own Lora rule and optimizer.
 
     The step takes stacked deltas, a list of n optimizer states and a batch of leaves [n, B, T], of which `micro_batch` rows of
-    every adapter go through one forward. Metrics are [n]. Clipping, and skipping of what is not finite, are each adapter's own.
+    every adapter go through one forward; on the CPU of as many adapters as its cache holds the hidden states of. Metrics are [n].
+    Clipping, and skipping of what is not finite, are each adapter's own.
     """
-    objective = totals(model, loss, rules)
 
     def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
         def evaluate(rows: Batch) -> tuple[Mean, Tree]:
-            return value_and_grad(lambda deltas: objective(deltas, params, rows))(trainable)
+            n_numbers = rows.tokens[0].numel() * model.config.d_model
+            size = max(1, TOGETHER // n_numbers) if rows.tokens.device.type == "cpu" else len(rules)
+
+            def some(i: int) -> tuple[Mean, Tree]:
+                own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
+                objective = totals(model, loss, rules[i : i + size])
+                return value_and_grad(lambda deltas: objective(deltas, params, mine))(own)
+
+            return tree.map(lambda *x: torch.cat(x), *(some(i) for i in range(0, len(rules), size)))
 
         starts = range(0, batch.tokens.shape[1], micro_batch)
         mean, grads = accumulate(evaluate, (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts))

@@ -21,8 +21,8 @@ FLOORS = {
     3.0: "objectives balance steps sweep private generate frozen calibrate scoring",
     INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
-    4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/train stages/sweeping stages/measure stages/write "
-    "log program report runs talk sample folders hub __main__",
+    4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/loop stages/train stages/sweeping "
+    "stages/measure stages/write log program report runs talk sample folders hub __main__",
     DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts demo/pairs",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
@@ -48,7 +48,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "frozen": "objectives",
     "world": "log",
     **dict.fromkeys(
-        [f"stages/{part}" for part in ("base", "feed", "adapt", "train", "sweeping", "measure", "write")], "world log"
+        [f"stages/{part}" for part in ("base", "feed", "adapt", "loop", "train", "sweeping", "measure", "write")], "world log"
     ),
     "program": "world stages/__init__ log",
     "report": "log",

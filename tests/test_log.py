@@ -165,7 +165,7 @@ def wandb_records(folder: Path) -> Iterator:
             parts = b""
 
 
-def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range) -> list:
+def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range, n_adapters: int = 0) -> list:
     (folder / "wandb-files").mkdir(exist_ok=True)
     monkeypatch.setenv("WANDB_DIR", str(folder / "wandb-files"))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -175,7 +175,9 @@ def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range) -> 
         out.begin("train")
         out.rewind(steps.start - 1)
         for step in steps:
-            out.metrics(step, {"loss": 1.0 / step, "lr": 3e-4, "tokens_per_second": 100.5, "grad_norm": math.nan})
+            values = {"loss": 1.0 / step, "lr": 3e-4, "tokens_per_second": 100.5, "grad_norm": math.nan}
+            for row in [{"adapter": i, **values, "loss": i / step} for i in range(n_adapters)] or [values]:
+                out.metrics(step, row)
     for _ in range(200):  # its service closes the file only after it has said that the run is finished
         records = list(wandb_records(folder / "wandb-files"))
         if any(record.WhichOneof("record_type") == "exit" for record in records):
@@ -184,15 +186,27 @@ def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range) -> 
     raise AssertionError("the offline file has no exit record after 10 s")
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # wandb leaves the socket to its own service to the collector
-def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = offline_run(tmp_path, monkeypatch, range(1, 4))
-    history = [
+def history(records: list) -> list[dict]:
+    return [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records
         if record.WhichOneof("record_type") == "history"
     ]
-    for row, step in zip(history, (1, 2, 3), strict=True):
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_the_adapters_of_a_sweep_are_groups_of_one_step_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = history(offline_run(tmp_path, monkeypatch, range(1, 3), n_adapters=3))
+    for row, step in zip(found, (1, 2), strict=True):
+        assert [row[f"adapter-{i}/loss"] for i in range(3)] == [i / step for i in range(3)]
+        assert (row["_step"], row["global_step"], row["adapter-2/lr"]) == (step, step, 3e-4)
+        assert "loss" not in row
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # wandb leaves the socket to its own service to the collector
+def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = offline_run(tmp_path, monkeypatch, range(1, 4))
+    for row, step in zip(history(records), (1, 2, 3), strict=True):
         assert (row["global_step"], row["loss"], row["lr"], row["tokens_per_second"]) == (step, 1.0 / step, 3e-4, 100.5)
         assert row["_step"] == step
         assert "grad_norm" in row

@@ -122,14 +122,17 @@ CASES = {  # family, targets, whether the base is quantized
     "a router and a shared expert": ("qwen2_moe", ("*.gate.weight", "*.shared_expert.*"), False),
     "the head": ("llama", ("lm_head.weight", "*.v_proj.weight"), False),
     "a quantized base": ("llama", TARGETS, True),
+    "two adapters a forward": ("llama", TARGETS, False),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_adapter_is_itself_alone_whatever_is_adapted(name: str) -> None:
+def test_each_adapter_is_itself_alone_whatever_is_adapted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, targets, quantized = CASES[name]
     config = SMALL if family == "llama" else small_experts(family)
     params = random_params(config)
+    if name == "two adapters a forward":
+        monkeypatch.setattr(sweep, "TOGETHER", 2 * 9 * config.d_model)
     if quantized:
         params = {key: quant.quantize(w, quant.Int8()) if key.endswith("_proj.weight") else w for key, w in params.items()}
     model = Model(FAMILIES[family], config)

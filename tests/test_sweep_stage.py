@@ -102,7 +102,7 @@ def test_a_sweep_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert re.search(message, error), error
 
 
-def test_a_sweep_needs_deltas_off_the_head_and_fresh_ones_for_another_rank(
+def test_a_sweep_needs_deltas_alone_and_fresh_ones_for_another_rank(
     tiny: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture,

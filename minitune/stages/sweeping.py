@@ -1,7 +1,6 @@
 """How a training stage trains many adapters at once: its points, their data, their rows in the log, and which one goes on."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -11,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from minitune import checkpoint, sweep, tree
+from minitune import sweep, tree
 from minitune.data import Cursor
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
 from minitune.models import Model
-from minitune.stages.base import device_of, peak_mem_bytes
+from minitune.stages import loop
+from minitune.stages.base import device_of
 from minitune.stages.feed import Feed, feed
 from minitune.types import Batch, Delta, Deltas, InputError
-from minitune.world import Draft, Stopped, World
+from minitune.world import Draft, World
 
 KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, seed, lora.rank, lora.alpha or lora.rslora"
 ALLOWED = ("optimizer", "schedule", "clip_norm", "lr_factors", "seed", "lora.rank", "lora.alpha", "lora.rslora")
-SKIPS = 20  # consecutive steps in which no adapter had a finite gradient after which a run stops
 
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
@@ -35,26 +34,6 @@ class Point(NamedTuple):
     stage: Any
     lora: Mapping[str, Any]
     seed: int | None  # of the fresh deltas and of the data's order; the program's if None
-
-
-class Marks(msgspec.Struct, frozen=True):
-    """Where a sweep is: saved with its state, and enough to go on from there. Tuples have an entry for each adapter."""
-
-    cursors: tuple[tuple[int, int], ...]  # of each seed
-    nats: tuple[float | None, ...]  # at the last evaluation; None if it was not finite
-    best_nats: tuple[float | None, ...]
-    best_step: tuple[int, ...]
-    n_skipped: tuple[int, ...]
-    step: int = 0
-    time_s: float = 0.0
-    n_tokens: int = 0
-    peak_mem_bytes: int = 0
-    n_worse: int = 0  # evaluations in a row that brought no adapter a new best
-
-    def over(self, stage: Any) -> bool:
-        """Whether all steps are taken, or no adapter has improved for as long as the stage waits."""
-        patience = stage.evaluate.patience
-        return self.step >= stage.steps or (patience is not None and self.n_worse >= patience)
 
 
 def points(stage: Any) -> list[Point]:
@@ -78,11 +57,6 @@ def check(stage: Any, draft: Draft) -> None:
         raise InputError(f"stages: {stage.label} has a sweep without evaluate, expected one: it finds the adapter that goes on")
     if draft.whole:
         raise InputError(f"stages: {stage.label} has a sweep, but {min(draft.whole)} trains whole, expected deltas only")
-    head = draft.model.family.head_name(draft.model.config)
-    if head in draft.adapted:
-        raise InputError(
-            f"stages: {stage.label} has a sweep, but {head} has a delta, expected none on the head; narrow the targets"
-        )
     if len({tuple(point.written.items()) for point in found if _hashable(point.written)}) < len(found):
         raise InputError(f"stages: {stage.label} has a sweep with the same point twice, expected each once")
 
@@ -92,7 +66,7 @@ def run(stage: Any, world: World, model: Model, optimizer_of: Callable[[Any], An
 
     model: with its blocks wrapped as the stage wants them; optimizer_of: a point's stage -> its optimizer.
     """
-    found, folder, loaded = points(stage), world.folder / "checkpoints" / stage.label, world.loaded
+    found, loaded = points(stage), world.loaded
     assert loaded.lora is not None, "adapters have a rule"
     rules = [msgspec.convert({**msgspec.to_builtins(loaded.lora), **point.lora}, Lora) for point in found]
     starts = [_start(world, point, rule, stage.label) for point, rule in zip(found, rules, strict=True)]
@@ -100,15 +74,10 @@ def run(stage: Any, world: World, model: Model, optimizer_of: Callable[[Any], An
     seeds = list(dict.fromkeys(_seed(point, world) for point in found))
     deltas, n = sweep.stack(starts), len(found)
     states = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.each(deltas, n), strict=True)]
-    state: Any = {"trainable": deltas, "opt_state": states, "best": tree.map(torch.clone, deltas)}
-    marks = Marks(((0, 0),) * len(seeds), (None,) * n, (None,) * n, (0,) * n, (0,) * n)
-    if saved := checkpoint.committed(folder):
-        state, meta = checkpoint.load_state(saved[-1], state)
-        marks = msgspec.convert(meta["marks"], Marks)
-        world.log.say(f"{stage.label}: continuing from step {marks.step} of {stage.steps}")
-    world.log.rewind(marks.step)
-    if not marks.over(stage):
-        state, marks = _train(stage, world, model, state, marks, found, rules, optimizers, seeds)
+    state = {"trainable": deltas, "opt_state": states, "best": tree.map(torch.clone, deltas)}
+    state, marks = loop.train(
+        stage, world, state, loop.start(n, len(seeds)), lambda: _work(stage, world, model, found, rules, optimizers, seeds)
+    )
     kept = stage.evaluate.keep == "best"
     nats = [math.inf if value is None else value for value in (marks.best_nats if kept else marks.nats)]
     world.log.show(_table(stage.label, found, marks))
@@ -120,67 +89,42 @@ def run(stage: Any, world: World, model: Model, optimizer_of: Callable[[Any], An
     return world.with_model(trainable=chosen, lora=rules[best]).record(stage.label, _record(found, marks, best))
 
 
-def _train(
+def _work(
     stage: Any,
     world: World,
     model: Model,
-    state: Any,
-    marks: Marks,
     found: Sequence[Point],
     rules: Sequence[Lora],
     optimizers: Sequence[Any],
     seeds: Sequence[int],
-) -> tuple[Any, Marks]:
-    loaded, folder, n = world.loaded, world.folder / "checkpoints" / stage.label, len(found)
+) -> loop.Work:
     feeds = [_feed(stage, world._replace(seed=seed), stage.data) for seed in seeds]
-    world.log.say(f"{stage.label}: {n} adapters at once; {stage.data} has {feeds[0].told}")
+    world.log.say(f"{stage.label}: {len(found)} adapters at once; {stage.data} has {feeds[0].told}")
     micro = stage.micro_batch_size or stage.batch_size
-    step = sweep.sweep_step(model, stage.loss, rules, optimizers, micro_batch=micro, donate=True)
-    device, skips = device_of(loaded.params, state["trainable"]), 0
-    with world.log.progress(stage.label, stage.steps, marks.step) as progress:
-        while not marks.over(stage):
-            started = time.perf_counter()
-            taken = [one.take(Cursor(*cursor), stage.batch_size) for one, cursor in zip(feeds, marks.cursors, strict=True)]
-            own = [taken[seeds.index(_seed(point, world))][0] for point in found]
-            batch = tree.map(lambda x: x.to(device), _together(own))
-            trainable, states, metrics = step(loaded.params, state["trainable"], state["opt_state"], batch)
-            state = {**state, "trainable": trainable, "opt_state": states}
-            columns = {name: values.tolist() for name, values in metrics.items()}
-            n_tokens, time_s = feeds[0].n_tokens(batch), time.perf_counter() - started
-            skipped = [before + int(now) for before, now in zip(marks.n_skipped, columns["skipped"], strict=True)]
-            marks = msgspec.structs.replace(
-                marks,
-                step=marks.step + 1,
-                cursors=tuple((after.epoch, after.row) for _, after in taken),
-                n_skipped=tuple(skipped),
-                time_s=marks.time_s + time_s,
-                n_tokens=marks.n_tokens + n_tokens,
-                peak_mem_bytes=max(marks.peak_mem_bytes, peak_mem_bytes(device)),
-            )
-            shown = {"tokens_per_second": n_tokens / time_s, "mem_bytes": marks.peak_mem_bytes}
-            progress.update(marks.step, {"loss": min(columns["loss_nats"]), **shown})
-            heldout: list[dict[str, float]] = [{} for _ in found]
-            if marks.step % stage.evaluate.every == 0 or marks.step == stage.steps:
-                nats = _heldout(stage, world, model, rules, trainable)
-                heldout = [{"heldout_loss": value} for value in nats]
-                state, marks = _judged(state, marks, nats)
-            for i, point in enumerate(found):
-                values = {name: column[i] for name, column in columns.items()}
-                row = {"adapter": i, **_numbers(point), "loss": values.pop("loss_nats"), "lr": _lr(point, marks.step), **values}
-                world.log.metrics(marks.step, {**row, **shown, **heldout[i]})
+    all_step = sweep.sweep_step(model, stage.loss, rules, optimizers, micro_batch=micro, donate=True)
 
-            skips = skips + 1 if all(columns["skipped"]) else 0
-            stopping, over = world.stopping(), marks.over(stage)
-            if stopping or skips == SKIPS or over or marks.step % stage.save_every == 0:
-                checkpoint.save_state(folder, marks.step, state, {"marks": msgspec.to_builtins(marks)})
-            if stopping and not over:
-                raise Stopped(marks.step, folder)
-            if skips == SKIPS:
-                raise InputError(
-                    f"stages: {stage.label} had {SKIPS} steps in a row in which no adapter had a finite gradient or a target "
-                    f"token, up to step {marks.step}; they changed nothing. Lower the learning rates, or look at the data"
-                )
-    return state, marks
+    def take(cursors: Sequence[Cursor]) -> tuple[Batch, list[Cursor]]:
+        taken = [one.take(cursor, stage.batch_size) for one, cursor in zip(feeds, cursors, strict=True)]
+        own = [taken[seeds.index(_seed(point, world))][0] for point in found]
+        return _together(own), [after for _, after in taken]
+
+    def step(state: Any, batch: Batch, done: int) -> tuple[Any, list[loop.Row]]:
+        trainable, states, metrics = all_step(world.loaded.params, state["trainable"], state["opt_state"], batch)
+        columns = {name: values.tolist() for name, values in metrics.items()}
+        own = ({name: column[i] for name, column in columns.items()} for i in range(len(found)))
+        rows = [
+            {"adapter": i, **_numbers(point), **loop.row(point.stage, done, values)}
+            for i, (point, values) in enumerate(zip(found, own, strict=True))
+        ]
+        return {**state, "trainable": trainable, "opt_state": states}, rows
+
+    def keep(state: Any, marks: loop.Marks, better: list[bool]) -> Any:
+        def newest(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            return torch.where(torch.tensor(better, device=new.device).view(-1, *(1 for _ in new.shape[1:])), new, kept)
+
+        return {**state, "best": tree.map(newest, state["best"], state["trainable"])}
+
+    return loop.Work(take, feeds[0].n_tokens, step, lambda state: _heldout(stage, world, model, rules, state["trainable"]), keep)
 
 
 def _point(stage: Any, table: Mapping[str, Any]) -> Point:
@@ -245,29 +189,6 @@ def _heldout(stage: Any, world: World, model: Model, rules: Sequence[Lora], delt
     return (sums[0] / sums[1].clamp(min=1.0)).tolist()
 
 
-def _judged(state: Any, marks: Marks, nats: Sequence[float]) -> tuple[Any, Marks]:
-    """The state with the deltas of every adapter that has a new best, and the marks after an evaluation."""
-    pairs = list(zip(nats, marks.best_nats, strict=True))
-    better = [math.isfinite(now) and (best is None or now < best) for now, best in pairs]
-
-    def newest(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return torch.where(torch.tensor(better, device=new.device).view(-1, *(1 for _ in new.shape[1:])), new, kept)
-
-    marks = msgspec.structs.replace(
-        marks,
-        nats=tuple(now if math.isfinite(now) else None for now in nats),
-        best_nats=tuple(now if won else best for won, (now, best) in zip(better, pairs, strict=True)),
-        best_step=tuple(marks.step if won else step for won, step in zip(better, marks.best_step, strict=True)),
-        n_worse=0 if any(better) else marks.n_worse + 1,
-    )
-    return {**state, "best": tree.map(newest, state["best"], state["trainable"])}, marks
-
-
-def _lr(point: Point, done: int) -> float:
-    stage = point.stage
-    return stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.steps))
-
-
 def _numbers(point: Point) -> dict[str, float]:
     return {key: value for key, value in point.written.items() if isinstance(value, int | float)}
 
@@ -280,7 +201,7 @@ def _hashable(table: Mapping[str, Any]) -> bool:
     return all(isinstance(value, int | float | str) for value in table.values())
 
 
-def _table(label: str, found: Sequence[Point], marks: Marks) -> Table:
+def _table(label: str, found: Sequence[Point], marks: loop.Marks) -> Table:
     table = Table(title=f"{label}: {len(found)} adapters", title_justify="left")
     columns = list(dict.fromkeys(key for point in found for key in point.written))
     for column in ("adapter", *columns, "held-out loss", "best", "at step", "skipped"):
@@ -292,10 +213,9 @@ def _table(label: str, found: Sequence[Point], marks: Marks) -> Table:
     return table
 
 
-def _record(found: Sequence[Point], marks: Marks, best: int) -> dict[str, Any]:
-    top = {"tokens_per_s": marks.n_tokens / marks.time_s, "peak_mem_bytes": marks.peak_mem_bytes, "steps": marks.step}
+def _record(found: Sequence[Point], marks: loop.Marks, best: int) -> dict[str, Any]:
     adapters = [
         {"point": dict(point.written), "heldout_nats": now, "best_heldout_nats": low, "best_step": at, "n_skipped": skipped}
         for point, now, low, at, skipped in zip(found, marks.nats, marks.best_nats, marks.best_step, marks.n_skipped, strict=True)
     ]
-    return {"top": top, "time_s": marks.time_s, "steps": marks.step, "best_adapter": best, "adapters": adapters}
+    return {"top": marks.speed(), "time_s": marks.time_s, "steps": marks.step, "best_adapter": best, "adapters": adapters}

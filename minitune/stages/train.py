@@ -1,7 +1,6 @@
 """The stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
-import math
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +13,12 @@ from minitune.data import Cursor
 from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
 from minitune.models import Model
 from minitune.objectives import Objective, Teacher
-from minitune.stages import sweeping
-from minitune.stages.base import BaseStage, Positive, device_of, peak_mem_bytes
-from minitune.stages.feed import feed
+from minitune.stages import loop, sweeping
+from minitune.stages.base import BaseStage, Positive, device_of
+from minitune.stages.feed import Feed, feed
 from minitune.steps import Step, eval_step, train_step
-from minitune.types import InputError, Mean, Metrics, Trainable
-from minitune.world import Draft, ModelSource, Stopped, World, asked_data, drafted, load
-
-SKIPS = 20  # consecutive steps without a finite gradient after which a run stops
+from minitune.types import InputError, Mean, Trainable
+from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
 
 
 class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,65 +94,52 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         """world with the trained tree; continues from the newest state in the run folder."""
         if self.sweep is not None:
             return sweeping.run(self, world, self._model(world), Train._optimizer)
-        folder = world.folder / "checkpoints" / self.label
-        start = world.loaded.trainable
-        optimizer = self._optimizer()
-        state, marks = {"trainable": start, "opt_state": optimizer.init(start)}, _Marks()
-        if saved := checkpoint.committed(folder):
-            state, meta = checkpoint.load_state(saved[-1], state)
-            marks = msgspec.convert(meta["marks"], _Marks)
-            world.log.say(f"{self.label}: continuing from step {marks.step} of {self.steps}")
-        world.log.rewind(marks.step)
-        if not marks.over(self):
-            state, marks = self._train(world, state, marks, optimizer, folder)
+        best, start, optimizer = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable, self._optimizer()
+        if isinstance(self.loss, PairLoss | Kto):  # the reference is what training started from, and steps write over their trees
+            start = tree.map(torch.clone, start)
+        state = {"trainable": start, "opt_state": optimizer.init(start)}
+        state, marks = loop.train(self, world, state, loop.start(1), lambda: self._work(world, optimizer, best))
         trainable = state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
-            if marks.best_nats is None:
+            (nats,), (step,) = marks.best_nats, marks.best_step
+            if nats is None:
                 raise InputError(
                     f"stages: {self.label} had no finite held-out loss in {marks.step} steps; lower the learning rate"
                 )
-            best = folder / "best" / f"step-{marks.best_step:08d}"
-            trainable = checkpoint.load_state(best, {"trainable": trainable})[0]["trainable"]
-            world.log.say(f"{self.label}: step {marks.best_step} was the best, held-out loss {marks.best_nats:.4f}")
+            trainable = checkpoint.load_state(best / f"step-{step:08d}", {"trainable": trainable})[0]["trainable"]
+            world.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
         return world.with_model(trainable=trainable).record(self.label, self._record(marks))
 
-    def _train(self, world: World, state: Any, marks: "_Marks", optimizer: optim.Chain, folder: Path) -> tuple[Any, "_Marks"]:
+    def _work(self, world: World, optimizer: optim.Chain, best: Path) -> loop.Work:
         objective, teacher = self._objective(world)
-        fed = feed(world, self.data, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
+        fed = self._feed(world, self.data, teacher)
         world.log.say(f"{self.label}: {self.data} has {fed.told}")
         # donated: the trees are this stage's own, and the ones before the step are never asked for again, but as a reference
-        step: Step = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
-        state = tree.map(torch.clone, state) if isinstance(self.loss, PairLoss | Kto) else state
-        skips, device = 0, device_of(world.loaded.params, state["trainable"])
-        with world.log.progress(self.label, self.steps, marks.step) as progress:
-            while not marks.over(self):
-                started = time.perf_counter()
-                batch, cursor = fed.take(Cursor(*marks.cursor), self.batch_size)
-                batch = tree.map(lambda x: x.to(device), batch)
-                trainable, opt_state, metrics = step(world.loaded.params, state["trainable"], state["opt_state"], batch)
-                state = {"trainable": trainable, "opt_state": opt_state}
-                row = self._row(marks.step + 1, metrics)
-                n_tokens, time_s = fed.n_tokens(batch), time.perf_counter() - started
-                marks = marks.after(cursor, time_s, n_tokens, int(row["skipped"]), peak_mem_bytes(device))
-                row = {**row, "tokens_per_second": n_tokens / time_s, "mem_bytes": marks.peak_mem_bytes}
-                progress.update(marks.step, {key: row[key] for key in ("loss", "lr", "tokens_per_second", "mem_bytes")})
-                if self.evaluate is not None and (marks.step % self.evaluate.every == 0 or marks.step == self.steps):
-                    nats = self._heldout(world, objective, trainable, teacher, self.evaluate)
-                    row, marks = {**row, "heldout_loss": nats}, self._judged(marks, nats, trainable, folder / "best")
-                world.log.metrics(marks.step, row)
+        one: Step = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
 
-                skips = skips + 1 if row["skipped"] else 0
-                stopping, over = world.stopping(), marks.over(self)
-                if stopping or skips == SKIPS or over or marks.step % self.save_every == 0:
-                    checkpoint.save_state(folder, marks.step, state, {"marks": msgspec.to_builtins(marks)})
-                if stopping and not over:
-                    raise Stopped(marks.step, folder)
-                if skips == SKIPS:
-                    raise InputError(
-                        f"stages: {self.label} had {SKIPS} steps in a row without a finite gradient or a target token, "
-                        f"up to step {marks.step}; they changed nothing. Lower the learning rate, or look at the data"
-                    )
-        return state, marks
+        def take(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
+            batch, after = fed.take(cursors[0], self.batch_size)
+            return batch, [after]
+
+        def step(state: Any, batch: Any, done: int) -> tuple[Any, list[loop.Row]]:
+            trainable, opt_state, metrics = one(world.loaded.params, state["trainable"], state["opt_state"], batch)
+            row = loop.row(self, done, {name: float(value) for name, value in metrics.items()})
+            return {"trainable": trainable, "opt_state": opt_state}, [row]
+
+        def heldout(state: Any) -> list[float]:
+            assert self.evaluate is not None, "there is nothing to evaluate on"
+            held = self._feed(world, self.evaluate.data, teacher)
+            return [self._heldout(world, objective, state["trainable"], held.batches(self.evaluate.batch_size))]
+
+        def keep(state: Any, marks: loop.Marks, better: list[bool]) -> Any:
+            if better[0]:
+                checkpoint.save_state(best, marks.step, {"trainable": state["trainable"]}, {"loss_nats": marks.nats[0]})
+            return state
+
+        return loop.Work(take, fed.n_tokens, step, heldout, keep)
+
+    def _feed(self, world: World, name: str, teacher: Teacher | None) -> Feed:
+        return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
 
     def _optimizer(self) -> optim.Chain:
         clip = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
@@ -188,67 +172,19 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             )
         return Teacher(wise.model, *objectives.attach(wise.params, wise.trainable, wise.lora))
 
-    def _heldout(
-        self, world: World, objective: Objective, trainable: Trainable, teacher: Teacher | None, rule: Evaluation
-    ) -> float:
+    def _heldout(self, world: World, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
         """The objective's mean over the held-out data."""
-        fed = feed(world, rule.data, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
         device = device_of(world.loaded.params, trainable)
         total, step = Mean(torch.zeros((), device=device), torch.zeros((), device=device)), eval_step(objective)
-        for batch in fed.batches(rule.batch_size):
+        for batch in batches:
             total = tree.add(total, step(trainable, world.loaded.params, tree.map(lambda x: x.to(device), batch))[0])
         return float(total.value())
 
-    def _judged(self, marks: "_Marks", nats: float, trainable: Trainable, folder: Path) -> "_Marks":
-        if not (math.isfinite(nats) and (marks.best_nats is None or nats < marks.best_nats)):
-            return msgspec.structs.replace(marks, n_worse=marks.n_worse + 1)
-        checkpoint.save_state(folder, marks.step, {"trainable": trainable}, {"loss_nats": nats})
-        return msgspec.structs.replace(marks, best_nats=nats, best_step=marks.step, n_worse=0)
-
-    def _row(self, done: int, metrics: Metrics) -> dict[str, float]:
-        """What is logged of a step, under the names that dashboards expect."""
-        values = {name: float(value) for name, value in metrics.items()}
-        lr = self.optimizer.lr * float(self.schedule.factor(torch.tensor(done - 1), self.steps))
-        return {"loss": values.pop("loss_nats"), "lr": lr, **values}
-
-    def _record(self, marks: "_Marks") -> dict[str, Any]:
-        speed = marks.n_tokens / marks.time_s
-        top = {"tokens_per_s": speed, "peak_mem_bytes": marks.peak_mem_bytes, "steps": marks.step}
-        best = {"best_step": marks.best_step, "best_heldout_nats": marks.best_nats} if self.evaluate else {}
-        return {"top": top, "time_s": marks.time_s, "n_skipped": marks.n_skipped, "steps": marks.step, **best}
+    def _record(self, marks: loop.Marks) -> dict[str, Any]:
+        best = {"best_step": marks.best_step[0], "best_heldout_nats": marks.best_nats[0]} if self.evaluate else {}
+        return {"top": marks.speed(), "time_s": marks.time_s, "n_skipped": marks.n_skipped[0], "steps": marks.step, **best}
 
 
 def _moved(trainable: Trainable) -> bool:
     """Whether the tree changes the model at all: fresh deltas do not, so a reference can go without them."""
     return any(isinstance(leaf, Tensor) or bool(leaf.b.any()) for leaf in trainable.values())
-
-
-class _Marks(msgspec.Struct, frozen=True):
-    """Where a training stage is: saved with its state, and enough to go on from there."""
-
-    step: int = 0
-    cursor: tuple[int, int] = (0, 0)
-    time_s: float = 0.0
-    n_tokens: int = 0
-    n_skipped: int = 0
-    peak_mem_bytes: int = 0
-    best_nats: float | None = None
-    best_step: int = 0
-    n_worse: int = 0  # evaluations in a row without a new best
-
-    def after(self, cursor: Cursor, time_s: float, n_tokens: int, n_skipped: int, mem_bytes: int) -> "_Marks":
-        """The marks one step later."""
-        return msgspec.structs.replace(
-            self,
-            step=self.step + 1,
-            cursor=(cursor.epoch, cursor.row),
-            time_s=self.time_s + time_s,
-            n_tokens=self.n_tokens + n_tokens,
-            n_skipped=self.n_skipped + n_skipped,
-            peak_mem_bytes=max(self.peak_mem_bytes, mem_bytes),
-        )
-
-    def over(self, stage: Train) -> bool:
-        """Whether all steps are taken, or the held-out loss has not improved for as long as the stage waits."""
-        patience = stage.evaluate.patience if stage.evaluate else None
-        return self.step >= stage.steps or (patience is not None and self.n_worse >= patience)
