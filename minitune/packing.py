@@ -54,7 +54,7 @@ def filled_rows(documents: Sequence[int], lengths: Sequence[int], seq_len: int) 
             pair = room <= 2 * longest and len(row) > 0
             for length in _best_pair(fits, room, left) if pair else (longest,):
                 row.append(left[length].pop())
-                room -= length
+                room = room - length
                 there ^= 0 if left[length] else 1 << length
         rows.append(row)
     return rows
@@ -66,7 +66,7 @@ def _best_pair(fits: int, room: int, left: Sequence[Sequence[int]]) -> tuple[int
     rest = fits
     while rest and sum(best) < min(room, 2 * (rest.bit_length() - 1)):
         longer = rest.bit_length() - 1
-        rest ^= 1 << longer
+        rest = rest ^ 1 << longer
         shorter = (rest | (1 << longer if len(left[longer]) > 1 else 0)) & ((2 << room - longer) - 1)
         if shorter and longer + shorter.bit_length() - 1 > sum(best):
             best = (longer, shorter.bit_length() - 1)
