@@ -100,6 +100,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         folder = world.folder / "checkpoints" / self.label
         start = world.loaded.trainable
         optimizer = self._optimizer()
+        if any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(start)):
+            optimizer = optim.chain(*optimizer.parts, optim.RoundStochastically(world.seed))
         state, marks = {"trainable": start, "opt_state": optimizer.init(start)}, _Marks()
         if saved := checkpoint.committed(folder):
             state, meta = checkpoint.load_state(saved[-1], state)
