@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Never
 
-from minitune import __version__, paths
+from minitune import InputError, __version__, paths, toml
 
 HELP = """\
 usage: python -m minitune PROGRAM.toml [KEY=VALUE ...]
@@ -29,10 +29,6 @@ Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it:
 VERBS = ("ls", "cp", "show", "check", "schema", "show-sample", "chat", "download", "inspect")
 
 
-class _Misuse(Exception):  # noqa: N818 - what the words say is wrong, found before InputError (and torch) is imported
-    pass
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say and return the exit code: 0, 2 for what the user must change, 128 + signal when stopped by one."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -40,16 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_words(words)
     except KeyboardInterrupt:
         return 130
-    except _Misuse as error:
-        message = f"minitune: {error}"
-    except ValueError as error:
-        from minitune.types import InputError
-
-        if not isinstance(error, InputError):
-            raise
-        message = str(error)
-    sys.stderr.write(f"{message}\n")
-    return 2
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
 
 
 def _run_words(words: list[str]) -> int:
@@ -120,15 +109,16 @@ def _show(name: str, *overrides: str) -> None:
 
 
 def _check(name: str, *overrides: str) -> None:
+    file = _announced(_program_file(name))
     from minitune import program, world
 
-    loaded = program.load(_program_file(name), overrides)
+    loaded = program.load(file, overrides)
     for line in world.check(loaded.model, loaded.data, loaded.stage):
         sys.stdout.write(f"{line}\n")
 
 
 def _run(name: str, *overrides: str) -> int:
-    file = _program_file(name)
+    file = _announced(_program_file(name))
     from minitune import program, runs, world
 
     stop = runs.StopSignals()
@@ -138,6 +128,14 @@ def _run(name: str, *overrides: str) -> int:
         sys.stderr.write(f"stopped at step {stopped.step}, saved in {stopped.folder}; run the same command to continue\n")
         return 128 + (stop.number or 0)
     return 0
+
+
+def _announced(file: Path) -> Path:
+    """The file, named on the terminal if it is TOML: the first line of output, and the first mistake, do not wait for torch."""
+    toml.read(file, "program")
+    sys.stdout.write(f"program: {file}\n")
+    sys.stdout.flush()
+    return file
 
 
 def _program_file(name: str) -> Path:
@@ -152,7 +150,7 @@ def _program_file(name: str) -> Path:
 
 
 def _refuse(message: str) -> Never:
-    raise _Misuse(message)
+    raise InputError(f"minitune: {message}")
 
 
 if __name__ == "__main__":

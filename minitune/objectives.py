@@ -167,13 +167,17 @@ def pair_logps(model: Model, params: Params, deltas: Deltas, pairs: Pairs) -> Lo
     return LogProbs(*logps.chunk(2), *rows.labelled().sum(1).to(logps.dtype).chunk(2))
 
 
-def full(params: Params, globs: tuple[str, ...]) -> tuple[Params, Trainable]:
-    """(params, trainable) for training chosen weights whole: float32 copies to train, and the originals freed.
+def full(
+    params: Params, globs: tuple[str, ...], stored: Params = NO_DELTAS, dtype: torch.dtype = torch.float32
+) -> tuple[Params, Trainable]:
+    """(params, trainable) for training chosen weights whole: copies to train, and the originals freed.
+
+    stored: the same weights before they were cast to the dtype of compute, which is what the copies are then made of.
 
     A trained weight stays in params as dtype and shape alone (on the meta device): it says what to cast to and holds no memory.
     """
     names = tree.select(params, globs, "full: weights")
-    trainable = {name: params[name].to(torch.float32, copy=True) for name in names}
+    trainable = {name: stored.get(name, params[name]).to(params[name].device, dtype, copy=True) for name in names}
     return {**params, **{name: params[name].to("meta") for name in names}}, trainable
 
 

@@ -23,32 +23,54 @@ def epoch_rows(
     """The rows of one epoch, as document numbers, in an order that (seed, epoch) determines: every document once or, with
     sizes and shares, those that epoch_documents says.
 
-    Unpacked: one document a row. Packed: each document goes into the fullest row that has room for it (best fit), the
-    longest of WINDOW shuffled documents first; then the rows are shuffled. O(n log n) for n documents.
+    Unpacked: one document a row. Packed: rows are filled from WINDOW shuffled documents at a time, as filled_rows does; then they
+    are shuffled. No document is cut.
     """
     documents = epoch_documents(sizes or [len(lengths)], shares, seed, epoch)
     shuffled = [documents[i] for i in permutation(len(documents), seed, "documents", epoch)]
     if not packed:
         return [[i] for i in shuffled]
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by the tokens that are free in them
-    rooms = 0  # bit r: some row has r tokens free; so the least sufficient room is the lowest set bit
-    for start in range(0, len(shuffled), WINDOW):
-        for i in sorted(shuffled[start : start + WINDOW], key=lambda i: -lengths[i]):
-            enough = rooms >> lengths[i]
-            if enough:
-                room = lengths[i] + (enough & -enough).bit_length() - 1
-                row = by_room[room].pop()
-                rooms ^= 0 if by_room[room] else 1 << room
-            else:
-                room, row = seq_len, len(rows)
-                rows.append([])
-            rows[row].append(i)
-            left = room - lengths[i]
-            if left > 0:
-                by_room[left].append(row)
-                rooms |= 1 << left
+    starts = range(0, len(shuffled), WINDOW)
+    rows = [row for start in starts for row in filled_rows(shuffled[start : start + WINDOW], lengths, seq_len)]
     return [rows[i] for i in permutation(len(rows), seed, "rows", epoch)]
+
+
+def filled_rows(documents: Sequence[int], lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Rows of at most seq_len tokens that hold every document once: each begins with the longest that is left and goes on with
+    the longest that fits or, where its room is no more than twice that, with the one or two that fill it best.
+
+    O(n seq_len) for n documents at worst, and near O(n) as long as many lengths are left to choose from.
+    """
+    left: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by length
+    there = 0  # bit n: a document of n tokens is left; so the longest that fits is the highest bit below the room's
+    for i in documents:
+        left[lengths[i]].append(i)
+        there |= 1 << lengths[i]
+    rows: list[list[int]] = []
+    while there:
+        row, room = [], seq_len
+        while fits := there & ((2 << room) - 1):
+            longest = fits.bit_length() - 1
+            pair = room <= 2 * longest and len(row) > 0
+            for length in _best_pair(fits, room, left) if pair else (longest,):
+                row.append(left[length].pop())
+                room = room - length
+                there ^= 0 if left[length] else 1 << length
+        rows.append(row)
+    return rows
+
+
+def _best_pair(fits: int, room: int, left: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The lengths of the one or two documents that fill a room best; fits: as bits, the lengths up to the room that are left."""
+    best: tuple[int, ...] = (fits.bit_length() - 1,)
+    rest = fits
+    while rest and sum(best) < min(room, 2 * (rest.bit_length() - 1)):
+        longer = rest.bit_length() - 1
+        rest = rest ^ 1 << longer
+        shorter = (rest | (1 << longer if len(left[longer]) > 1 else 0)) & ((2 << room - longer) - 1)
+        if shorter and longer + shorter.bit_length() - 1 > sum(best):
+            best = (longer, shorter.bit_length() - 1)
+    return best
 
 
 def epoch_documents(sizes: Sequence[int], shares: Sequence[float], seed: int, epoch: int) -> Sequence[int]:

@@ -29,6 +29,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     data: dict[str, Source] = msgspec.field(default_factory=dict)
     stage: Annotated[tuple[stages.Stage, ...], msgspec.Meta(min_length=1)]
     log: LogConfig = LogConfig()
+    tf32: bool = False  # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less exact
 
 
 class _Places(NamedTuple):
@@ -55,11 +56,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     An override begins with a stage's name (its op, if it has none) or a top-level key. Its value is TOML, or else a plain string.
     Strings may hold ${NAME} for an environment variable; $${ stands for ${.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"program: {path} can't be read ({error}), expected a TOML file in UTF-8") from None
-    raw = toml.parse(text, f"program: {path}")
+    text, raw = toml.read(path, "program")
     names, given = _stage_names(raw), {}
     for override in overrides:
         given[_override(raw, names, override)] = override

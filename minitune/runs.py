@@ -100,7 +100,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
         for note in run.notes:
             out.say(note)
-        world = open_world(program.model, program.data, program.seed, run.folder, out, stopping, run.records)
+        world = open_world(program.model, program.data, program.seed, run.folder, out, stopping, run.records, program.tf32)
         for stage in program.stage:
             if stopping():
                 raise Stopped(summary(world.records).get("steps", 0), run.folder)

@@ -7,11 +7,12 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from minitune.types import InputError
+from minitune import InputError
 
 KeyPath = tuple[str | int, ...]  # ("stage", 1, "optimizer", "lr"), shown as stage[1].optimizer.lr
 T = TypeVar("T")
@@ -20,6 +21,15 @@ _TOKEN = re.compile(
     r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}=,.\n]|[^\s\[\]{}=,.#"\']+',
     re.DOTALL,
 )
+
+
+def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
+    """(the text of a TOML file, its plain tree); InputError, begun by `what` ("program"), for what can't be read or parsed."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what}: {path} can't be read ({error}), expected a TOML file in UTF-8") from None
+    return text, parse(text, f"{what}: {path}")
 
 
 def parse(text: str, what: str) -> dict[str, Any]:

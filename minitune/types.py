@@ -17,9 +17,7 @@ import torch.distributed as dist
 from jaxtyping import BFloat16, Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
-
-class InputError(ValueError):
-    """What a user wrote or pointed at is wrong; the command line prints the message alone, without a traceback."""
+from minitune import InputError as InputError
 
 
 class Delta(NamedTuple):

@@ -29,15 +29,16 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to sto
 
 
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the model comes from: a Hugging Face folder, or a shape with random weights and a tokenizer folder."""
+    """Where the model comes from: a Hugging Face folder, or a shape with random weights and a tokenizer folder.
+
+    dtype "auto" is bfloat16 where the device multiplies it natively, else float32.
+    """
 
     path: str | None = None
     config: str | None = None
     tokenizer: str | None = None  # a folder; `path` if absent
     deltas: str | None = None  # a folder with a PEFT adapter to put on the model
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of frozen weights and of compute: as stored on a GPU, float32 on a CPU
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights and of compute, and never of what trains
     device: Literal["auto", "cpu", "cuda"] = "auto"
     chat_template_kwargs: dict[str, Any] = {}  # told to the chat template wherever it renders, such as enable_thinking
 
@@ -163,8 +164,14 @@ def open_world(
     log: Log,
     stopping: Callable[[], bool],
     records: Mapping[str, dict[str, Any]],
+    tf32: bool,
 ) -> World:
-    """Load (or draw) the model and its tokenizer, and tokenize the data: the world before the first stage."""
+    """Load (or draw) the model and its tokenizer, and tokenize the data: the world before the first stage.
+
+    tf32: whether a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. The one setting of torch,
+    which has it for a whole process, that minitune makes.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
@@ -184,13 +191,23 @@ def load(source: ModelSource, run: Path, seed: int) -> Loaded:
     folder = _tokenizer_folder(source, run)
     text = tokenizer.open_tokenizer(folder)
     stored = checkpoint.load_params(path, model.shapes()) if path is not None else model.init(seed)
-    like = next(iter(stored.values())).dtype
-    dtype = (torch.float32 if device.type == "cpu" else like) if source.dtype == "auto" else getattr(torch, source.dtype)
+    dtype = compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
     params = {name: w.to(device, dtype) for name, w in stored.items()}
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
     return Loaded(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has matrix products of it in hardware (CUDA from Ampere on; a CPU with AVX512-BF16, AMX or Arm's
+    extension), else float32: elsewhere bfloat16 is slower than what it saves."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        native = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def _deltas(

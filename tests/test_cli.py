@@ -1,6 +1,9 @@
 """The command line: verbs, exit codes, messages, and that looking is cheap."""
 
+import ast
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -46,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line on stderr that a command is refused with."""
     assert main(words) == 2
     out, err = capsys.readouterr()
-    assert out == ""
+    assert out.startswith("program: ") or out == ""  # which program it was, where the file itself is sound
     assert err.count("\n") == 1
     return err
 
@@ -122,8 +125,9 @@ def test_show_prints_the_resolved_program(shipped: Path, capsys: pytest.CaptureF
     assert toml.parse(out, "shown")["seed"] == 4
 
 
-@pytest.mark.usefixtures("shipped")
-def test_check_prints_findings_or_the_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_prints_findings_or_the_error(
+    shipped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def check(source: Any, sources: Any, stages: Any) -> list[str]:
         if stages[0].rank == 1:
             raise InputError("lora: target 'x' matches no weight")
@@ -131,7 +135,7 @@ def test_check_prints_findings_or_the_error(capsys: pytest.CaptureFixture[str], 
 
     monkeypatch.setattr(world, "check", check)
     assert main(["check", "lora"]) == 0
-    assert capsys.readouterr().out == "model: demo\ndata: 0\n"
+    assert capsys.readouterr().out == f"program: {shipped / 'lora.toml'}\nmodel: demo\ndata: 0\n"
     assert refused(capsys, "check", "lora", "lora.rank=1") == "lora: target 'x' matches no weight\n"
 
 
@@ -154,6 +158,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["ls", "x"], "minitune: ls x, expected ls alone"),
         (["schema", "x"], "minitune: schema x, expected schema alone"),
         (["lora", "lora.rnk=1"], "program: 'lora.rnk=1' on the command line: stage[0].rnk is unknown, expected one of"),
+        (["check", "nowhere"], "minitune: nowhere is no file"),
         (["demo/pretrain"], "pretrain.toml: model is missing, expected table; add it"),
     ],
 )
@@ -210,3 +215,44 @@ def test_python_m_minitune(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("minitune: absent.toml is no file, no verb and no shipped program, expected one of ls, ")
+
+
+FIRST_LINE = """
+import resource, sys
+from minitune.__main__ import main
+
+class Out:
+    seen = None
+    def write(self, text):
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        self.seen = self.seen or [text, used.ru_utime + used.ru_stime, "torch" in sys.modules]
+    def flush(self):
+        pass
+
+sys.stdout = out = Out()
+code = main(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_SELF)
+sys.stderr.write(repr((code, *out.seen, used.ru_utime + used.ru_stime)))
+"""
+
+
+def test_check_speaks_before_torch_is_there_and_ends_soon() -> None:
+    """CPU seconds of a process of its own: the first line 0.2, the whole 2, on the machine that the bounds were set on."""
+    words = [sys.executable, "-c", FIRST_LINE, "check", "programs/lora.toml"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code, text, first_s, with_torch, whole_s = ast.literal_eval(done.stderr)
+    assert (code, text, with_torch) == (0, "program: programs/lora.toml\n", False)
+    assert first_s < 1.0
+    assert whole_s < 6.0
+
+
+def test_a_run_takes_its_first_step_soon(tmp_path: Path) -> None:
+    """CPU seconds of a whole run of one step with both evaluations cut short, data tokenized anew: 7 where it was written."""
+    words = [sys.executable, "-m", "minitune", "lora", f"out={tmp_path}", "train.steps=1", "before.limit=8", "after.limit=8"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"program: {paths.program_file('lora')}\n")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20.0

@@ -70,7 +70,7 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
 def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worlds without a model: what a run does with its stages does not depend on what they do."""
 
-    def open_world(model, sources, seed, folder, log, stopping, records) -> FakeWorld:
+    def open_world(model, sources, seed, folder, log, stopping, records, tf32) -> FakeWorld:
         return FakeWorld(seed, folder, log, stopping, records)
 
     monkeypatch.setattr(runs, "open_world", open_world)

@@ -58,7 +58,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         """world with trainable deltas."""
         params, trainable, rule = world.loaded.params, world.loaded.trainable, self.rule
         if self.train:
-            params, whole = objectives.full(params, self.train)
+            params, whole = objectives.full(params, self.train, world.loaded.stored)
             trainable = {**trainable, **whole}
         deltas = rule.init(world.loaded.params, world.seed)
         n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
@@ -68,9 +68,10 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
 
 
 class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
-    """Train the weights that the globs match whole, in float32, in place of the loaded ones."""
+    """Train the weights that the globs match whole, in place of the loaded ones."""
 
     weights: tuple[str, ...] = ("*",)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
 
     def check(self, draft: Draft) -> Draft:
         """The globs match dense weights."""
@@ -83,7 +84,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
 
     def run(self, world: World) -> World:
         """world with trainable weights."""
-        params, whole = objectives.full(world.loaded.params, self.weights)
+        params, whole = objectives.full(world.loaded.params, self.weights, world.loaded.stored, getattr(torch, self.dtype))
         n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
         world.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
         return world.with_model(params=params, trainable={**world.loaded.trainable, **whole})

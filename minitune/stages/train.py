@@ -97,6 +97,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         best, start, optimizer = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable, self._optimizer()
         if isinstance(self.loss, PairLoss | Kto):  # the reference is what training started from, and steps write over their trees
             start = tree.map(torch.clone, start)
+        if any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(start)):
+            optimizer = optim.chain(*optimizer.parts, optim.RoundStochastically(world.seed))
         state = {"trainable": start, "opt_state": optimizer.init(start)}
         state, marks = loop.train(self, world, state, loop.start(1), lambda: self._work(world, optimizer, best))
         trainable = state["trainable"]

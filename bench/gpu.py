@@ -1,0 +1,226 @@
+"""One training step of an 8B Llama on one CUDA GPU: LoRA, QLoRA and every weight, eager and compiled, recomputed and not.
+
+    python bench/gpu.py [--budget-s 480] [--tokens N] [--head-chunk N]      about eight minutes on one GPU of 80 or 141 GB
+    python bench/gpu.py --device cpu --toy                                  the same path in seconds and uncompiled: does it run?
+
+Random bfloat16 weights in the shape of configs/models/llama-3.1-8b.toml, packed rows of 2,048 and 8,192 tokens, every token a
+target. Each way of training has a process of its own, which measures the roof (the best of 20 matmuls) and then its variants,
+the most wanted first; a variant that fails gives a row with the reason, and one that the time does not reach says so.
+FLOPs a token: 4 N for LoRA and QLoRA, 6 N for full (N: matmul weights with the head, without the embedding), and
+6 * n_layers * d_model * n for causal attention over documents whose tokens have n companions on average.
+Full: bfloat16 weights rounded to nearest and 8-bit Adam moments: float32 weights of 8B do not fit beside their gradients.
+"""
+
+import argparse
+import gc
+import json
+import queue
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from roof import gemm_flops_per_s, synchronize
+from sweep import once
+
+from minitune import grad, models, objectives, ops, optim, quant
+from minitune.lora import Lora
+from minitune.losses import CrossEntropy
+from minitune.models import Model
+from minitune.steps import train_step
+from minitune.types import Batch, InputError, Params
+
+SHAPE = Path(__file__).parents[1] / "configs/models/llama-3.1-8b.toml"
+TOY = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_head": 16, "d_ff": 128, "vocab_size": 512}
+KINDS = ("lora", "qlora", "full")
+RULE = Lora(rank=16, alpha=32.0, targets=("*_proj.weight",))
+WARM_UPS, STEPS = 2, 3
+HEADER = ("training", "row, tokens", "compiled", "remat", "tokens/s", "of the roof", "peak, GiB", "remark")
+Variant = tuple[int, bool, bool]  # tokens a row, compiled, remat
+
+
+def variants(toy: bool) -> list[Variant]:
+    """All of them, those that say most first."""
+    lengths, compiled = ((32, 128), (False,)) if toy else ((2048, 8192), (False, True))
+    return sorted(product(lengths, compiled, (False, True)), key=lambda v: (v[2], v[0], v[1]))
+
+
+def opened(args: argparse.Namespace) -> tuple[Model, Params]:
+    """(model, random bfloat16 weights made on the device)."""
+    model = models.open_config(SHAPE)
+    if args.toy:
+        config = type(model.config)(**TOY)
+        model = model._replace(config=config)
+    generator = torch.Generator(device=args.device).manual_seed(0)
+
+    def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=torch.bfloat16, device=args.device)
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=args.device)
+        return drawn.normal_(0.0, 0.02, generator=generator)
+
+    return model, {name: weight(name, shape) for name, shape in model.shapes().items()}
+
+
+def packed_rows(vocab_size: int, n_tokens: int, length: int, device: str) -> tuple[Batch, float]:
+    """(full rows of documents of an eighth to a half of a row, how many tokens a token's document has on average)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, n_tokens // length)
+    tokens = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    segment_ids, squares = torch.zeros_like(tokens), 0
+    for row in segment_ids:
+        start, number = 0, 1
+        while start < length:
+            n = min(length - start, int(torch.randint(length // 8, length // 2, (), generator=generator)))
+            row[start : start + n] = number
+            start, number, squares = start + n, number + 1, squares + n * n
+    batch = Batch(tokens, segment_ids.to(torch.int32), torch.ones_like(tokens, dtype=torch.bool))
+    return Batch(*(x.to(device) for x in batch)), squares / tokens.numel()
+
+
+def flops_per_token(model: Model, kind: str, companions: float) -> float:
+    config = model.config
+    n = sum(torch.Size(s).numel() for name, s in model.shapes().items() if len(s) == 2 and "embed_tokens" not in name)
+    return (6 if kind == "full" else 4) * n + 6 * config.n_layers * config.d_model * companions
+
+
+def start(kind: str, params: Params) -> tuple[Params, Any, Any, Any]:
+    """(params, trainable, LoRA rule, optimizer) of a way of training."""
+    if kind == "full":
+        frozen = {name: w.to("meta") for name, w in params.items()}
+        return frozen, dict(params), None, optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW8bit(lr=1e-5))
+    return params, RULE.init(params, 0), RULE, optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-4))
+
+
+def wrapped(model: Model, compiled: bool, remat: bool) -> Model:
+    """The model with its block compiled once for all layers and steps, recomputed in the backward, or both."""
+    inner = once(torch.compile) if compiled else lambda block: block
+    return model._replace(wrap=(lambda block: grad.remat(inner(block))) if remat else inner)
+
+
+def measured(kind: str, model: Model, params: Params, variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds a step (median), tokens and peak memory of one variant."""
+    length, compiled, remat = variant
+    batch, companions = packed_rows(model.config.vocab_size, args.tokens, length, args.device)
+    frozen, trainable, rule, optimizer = start(kind, params)
+    objective = objectives.sft(wrapped(model, compiled, remat), CrossEntropy(), rule)
+    step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
+    state, times = optimizer.init(trainable), []
+    for i in range(WARM_UPS + STEPS):
+        if args.device == "cuda" and i == WARM_UPS:
+            torch.cuda.reset_peak_memory_stats()
+        synchronize(args.device)
+        started = time.perf_counter()
+        trainable, state, metrics = step(frozen, trainable, state, batch)
+        synchronize(args.device)
+        times += [time.perf_counter() - started] if i >= WARM_UPS else []
+    if float(metrics["skipped"]):
+        raise InputError("a step was skipped: its gradient is not finite")
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else on_cpu
+    return {"time_s": statistics.median(times), "n_tokens": batch.tokens.numel(), "companions": companions, "peak": peak}
+
+
+def run_kind(kind: str, args: argparse.Namespace) -> None:
+    """One JSON line for the roof, and one a variant."""
+    if args.head_chunk:
+        ops.HEAD_CHUNK = args.head_chunk
+    n, repeats = (256, 2) if args.toy else (8192, 20)
+    roof = gemm_flops_per_s(torch.bfloat16, n, repeats, args.device)[1]
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(json.dumps({"card": card, "roof": roof}), flush=True)
+    model, params = opened(args)
+    if kind == "qlora":
+        params = quant.Quantization(quant.NF4()).quantize(params)
+    for variant in variants(args.toy):
+        try:
+            found = measured(kind, model, params, variant, args)
+            flops = flops_per_token(model, kind, found["companions"])
+            speed = found["n_tokens"] / found["time_s"]
+            print(json.dumps({"tokens_per_s": speed, "share": speed * flops / roof, "peak": found["peak"]}), flush=True)
+        except Exception as error:  # whatever it is, it is this variant's row and not the end of the table
+            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
+            print(json.dumps({"reason": reason.splitlines()[0][:120]}), flush=True)
+        gc.collect()
+        torch.compiler.reset()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def lines_of(words: list[str], until: float) -> Iterator[dict[str, Any]]:
+    """What a process prints, a JSON object a line, until it ends or the clock says so; then why it stopped."""
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    lines: queue.Queue[str | None] = queue.Queue()
+    assert child.stdout is not None
+    reader = threading.Thread(target=lambda out: ([lines.put(line) for line in out], lines.put(None)), args=(child.stdout,))
+    reader.start()
+    try:
+        while (line := lines.get(timeout=max(0.01, until - time.monotonic()))) is not None:
+            if line.startswith("{"):
+                yield json.loads(line)
+        yield {"reason": f"the process ended with {child.wait()}"}
+    except queue.Empty:
+        yield {"reason": "no time left"}
+    finally:
+        child.kill()
+        reader.join()
+
+
+def row(kind: str, variant: Variant, found: dict[str, Any]) -> str:
+    length, *flags = variant
+    words = [kind, f"{length:,}", *("yes" if flag else "no" for flag in flags)]
+    if "reason" in found:
+        words += ["", "", "", found["reason"].replace("|", "/")]
+    else:
+        words += [f"{found['tokens_per_s']:,.0f}", f"{found['share']:.1%}", f"{found['peak'] / 2**30:.1f}", ""]
+    return f"| {' | '.join(words)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--toy", action="store_true", help="a tiny shape")
+    parser.add_argument("--budget-s", type=float, default=480.0)
+    parser.add_argument("--tokens", type=int, help="a step; default 16,384 above 100 GB of memory, else 8,192")
+    parser.add_argument("--head-chunk", type=int, help="logits that the head holds at a time, in place of the library's own")
+    parser.add_argument("--kind", choices=KINDS, help="of a worker")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench/gpu.py: torch finds no CUDA device; --device cpu --toy shows that the script runs")
+    if args.tokens is None:
+        large = args.device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 100e9
+        args.tokens = 128 if args.toy else 16384 if large else 8192
+    if args.kind:
+        run_kind(args.kind, args)
+        return
+    began = time.monotonic()
+    words = [sys.executable, __file__, *sys.argv[1:], "--tokens", str(args.tokens)]
+    table, roofs = [], []
+    for i, kind in enumerate(KINDS):
+        until = began + args.budget_s * (i + 1) / len(KINDS)  # what one kind leaves over, the next ones have
+        rows, missing, ended = 0, variants(args.toy), {"reason": "no time left"}
+        for found in lines_of([*words, "--kind", kind], until):
+            if "roof" in found:
+                roofs.append(f"{found['card']}, {found['roof'] / 1e12:.3g} TFLOP/s in bfloat16")
+            elif rows < len(missing):
+                ended = found
+                if found.get("reason") == "no time left" or "process ended" in found.get("reason", ""):
+                    break
+                table.append(row(kind, missing[rows], found))
+                print(table[-1], file=sys.stderr, flush=True)
+                rows += 1
+        table += [row(kind, variant, ended) for variant in missing[rows:]]
+    print(f"torch {torch.__version__}, {args.tokens:,} tokens a step; roof of each process: {'; '.join(roofs)}")
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

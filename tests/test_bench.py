@@ -1,0 +1,77 @@
+"""A bench that can't be run where the tests run still runs at toy size."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitune import models
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_gpu_bench_fills_its_table_at_toy_size() -> None:
+    words = [sys.executable, "bench/gpu.py", "--device", "cpu", "--toy"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    told, header, _, *rows = done.stdout.strip().splitlines()
+    assert told.count("CPU, ") == 3
+    assert header.count("|") == 9
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+    assert [row[:4] for row in table] == [
+        [kind, n, "no", remat] for kind in ("lora", "qlora", "full") for remat in ("no", "yes") for n in ("32", "128")
+    ]
+    for row in table:
+        assert re.fullmatch(r"[\d,]+", row[4]), row
+        assert re.fullmatch(r"[\d.]+%", row[5]), row
+        assert row[7] == ""
+
+
+def test_what_the_time_does_not_reach_is_a_row_that_says_so() -> None:
+    words = [sys.executable, "bench/gpu.py", "--device", "cpu", "--toy", "--budget-s", "0.3"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| no time left |") == 12
+
+
+def test_a_variant_that_fails_is_a_row_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    gpu = importlib.import_module("gpu")
+    errors = iter([torch.OutOfMemoryError("14 GiB"), RuntimeError("a | b\nc")])
+
+    def measured(*_: Any) -> dict[str, Any]:
+        if error := next(errors, None):
+            raise error
+        return {"time_s": 2.0, "n_tokens": 128, "companions": 9.0, "peak": 2**31}
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    gpu.run_kind("lora", Namespace(device="cpu", toy=True, tokens=128, head_chunk=None))
+    _, *found = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found[:2] == [{"reason": "out of memory"}, {"reason": "RuntimeError: a | b"}]
+    assert [one["tokens_per_s"] for one in found[2:]] == [64.0, 64.0]
+    assert gpu.row("lora", (32, True, False), found[1]) == "| lora | 32 | yes | no |  |  |  | RuntimeError: a / b |"
+    assert gpu.row("lora", (32, True, False), {**found[2], "share": 0.5}) == "| lora | 32 | yes | no | 64 | 50.0% | 2.0 |  |"
+
+
+def test_the_flops_of_a_token_are_counted_as_the_budget_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    gpu = importlib.import_module("gpu")
+    model = models.open_config(gpu.SHAPE)
+    n = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # without the embedding and the norms
+    assert gpu.flops_per_token(model, "full", 2048.0) == 6 * n + 6 * 32 * 4096 * 2048
+    assert gpu.flops_per_token(model, "qlora", 100.0) == 4 * n + 6 * 32 * 4096 * 100
+    batch, companions = gpu.packed_rows(97, 1000, 250, "cpu")
+    assert tuple(batch.tokens.shape) == (4, 250)
+    lengths = [int((row == k).sum()) for row in batch.segment_ids for k in row.unique()]
+    assert companions == sum(n * n for n in lengths) / 1000
+    assert bool((batch.segment_ids > 0).all())
