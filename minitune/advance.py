@@ -13,7 +13,7 @@ from minitune.grad import under_transform
 from minitune.optim import AdamState, AdamW, Chain, ClipByGlobalNorm, ScaleByGlob, ScaleBySchedule
 from minitune.tree import Tree
 
-FUSED_ELEMENTS = 2**22  # that one fused call updates: its scaled gradients are all the memory that a donated step allocates
+FUSED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # that one fused call updates: all the memory that a donated step allocates
 
 
 def advance(
@@ -107,9 +107,10 @@ def _fuses(optimizer: Any, state: Tree, params: Sequence[Tensor], grads: Sequenc
 
 
 def _fits(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> bool:
-    alike = p.dtype == m.dtype == v.dtype == g.dtype and p.device == m.device == v.device == g.device
+    kinds = {(p.dtype, g.dtype), (m.dtype, v.dtype)}
+    kept = kinds == {(p.dtype, p.dtype)} or kinds == {(torch.bfloat16,) * 2, (torch.float32,) * 2}
     whole = p.shape == m.shape == v.shape == g.shape and p.is_contiguous() and m.is_contiguous() and v.is_contiguous()
-    return alike and whole and p.device.type in ("cpu", "cuda")
+    return kept and whole and p.device == m.device == v.device == g.device and p.device.type in FUSED_ELEMENTS
 
 
 def _fused(
@@ -136,21 +137,26 @@ def _fused(
             lr = lr * part.schedule.factor(own, part.total_steps)
             tree.donate(own, own + 1)
     groups: dict[Any, list[list[tuple[Tensor, ...]]]] = {}
-    sizes: dict[Any, int] = {}  # of each group's last chunk
-    for path, p, g, m, v in zip(paths, params, grads, tree.leaves(adam.mu), tree.leaves(adam.nu), strict=True):
-        group = (math.prod([part.factor(path) for part in globs]), p.dtype, p.device)
-        chunks = groups.setdefault(group, [[]])
-        sizes[group] = sizes.get(group, 0) + p.numel()
-        if sizes[group] > FUSED_ELEMENTS:
-            sizes[group] = p.numel()
-            chunks.append([])
-        chunks[-1].append((p, g, m, v))
-    for (factor, dtype, device), chunks in groups.items():
+    room: dict[Any, int] = {}  # in each group's last chunk
+    for path, *leaves in zip(paths, params, grads, tree.leaves(adam.mu), tree.leaves(adam.nu), strict=True):
+        limit = FUSED_ELEMENTS[leaves[0].device.type]
+        group = (math.prod([part.factor(path) for part in globs]), leaves[0].dtype, leaves[0].device)
+        chunks = groups.setdefault(group, [])
+        for piece in zip(*(x.reshape(-1).split(limit) for x in leaves), strict=True):
+            if room.get(group, 0) < piece[0].numel():
+                room[group] = limit
+                chunks.append([])
+            room[group] -= piece[0].numel()
+            chunks[-1].append(piece)
+    for (factor, _, device), chunks in groups.items():
         rate, step = ((rule.lr * factor * lr).to(device, torch.float32), adam.step.to(device, torch.float32))
-        for chunk in filter(None, chunks):
+        for chunk in chunks:
             p, g, m, v = zip(*chunk, strict=True)
-            scaled = torch._foreach_mul([x.contiguous() for x in g], scale.to(device, dtype))  # pyright: ignore[reportPrivateImportUsage]
-            donate_adamw(rule, rate, step, p, scaled, m, v)
+            wide = [x.to(y.dtype) for x, y in zip(p, m, strict=True)]  # itself, but where weights of 16 bits have wider moments
+            g = [x.to(y.dtype) for x, y in zip(g, m, strict=True)]
+            donate_adamw(rule, rate, step, wide, torch._foreach_mul(g, scale.to(device, m[0].dtype)), m, v)  # pyright: ignore[reportPrivateImportUsage]
+            if p[0].dtype != m[0].dtype:
+                tree.donate(p, tuple(wide))
 
 
 def _added(p: Tensor, u: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import SMALL, random_batch, random_params
 
+from minitune import advance as advance_module
 from minitune import optim, optim8, tree
 from minitune.advance import advance
 from minitune.losses import CrossEntropy
@@ -65,6 +66,27 @@ def test_a_fused_step_is_the_update_that_is_added(
         found, wanted = (taken(optimizer, 5, divisor, by_update, donate, dtype) for by_update in (False, True))
         # torch's kernel takes the learning rate in float32
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [4, 2**20])
+def test_bfloat16_weights_take_the_step_of_their_float32_copies_and_are_rounded_once(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever part of a leaf the kernel is given at a time."""
+    monkeypatch.setattr(advance_module, "FUSED_ELEMENTS", {"cpu": limit})
+    optimizer = chains(0.01, 0.5, 3.0, 0.1)["chained"]
+    params = random_tree(0, torch.bfloat16)
+    copies, state, one = tree.map(torch.Tensor.float, params), optimizer.init(params), torch.tensor(1.0)
+    theirs = optimizer.init(copies)
+    assert {x.dtype for x in tree.leaves(state[1].mu)} == {torch.float32}
+    for i in range(3):
+        grads = random_tree(i + 1, torch.bfloat16)
+        same = {"divisor": torch.tensor(7.0), "norm": tree.norm(grads) / 7, "sound": one > 0, "donate": True}
+        copies, theirs = advance(optimizer, tree.map(torch.Tensor.float, grads), theirs, copies, **same)
+        copies = tree.map(lambda x: x.bfloat16().float(), copies)
+        params, state = advance(optimizer, grads, state, params, **same)
+        torch.testing.assert_close(tree.map(torch.Tensor.float, params), copies, rtol=0, atol=0)
+        torch.testing.assert_close(state, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["bare", "chained", "twice clipped"])
