@@ -28,9 +28,8 @@ from typing import Any
 
 import torch
 from roof import gemm_flops_per_s, synchronize
-from sweep import once
 
-from minitune import grad, models, objectives, ops, optim, quant
+from minitune import compiled, models, objectives, ops, optim, quant
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import Model
@@ -48,8 +47,8 @@ Variant = tuple[int, bool, bool]  # tokens a row, compiled, remat
 
 def variants(toy: bool) -> list[Variant]:
     """All of them, those that say most first."""
-    lengths, compiled = ((32, 128), (False,)) if toy else ((2048, 8192), (False, True))
-    return sorted(product(lengths, compiled, (False, True)), key=lambda v: (v[2], v[0], v[1]))
+    lengths, blocks = ((32, 128), (False,)) if toy else ((2048, 8192), (False, True))
+    return sorted(product(lengths, blocks, (False, True)), key=lambda v: (v[2], v[0], v[1]))
 
 
 def opened(args: argparse.Namespace) -> tuple[Model, Params]:
@@ -99,18 +98,19 @@ def start(kind: str, params: Params) -> tuple[Params, Any, Any, Any]:
     return params, RULE.init(params, 0), RULE, optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-4))
 
 
-def wrapped(model: Model, compiled: bool, remat: bool) -> Model:
-    """The model with its block compiled once for all layers and steps, recomputed in the backward, or both."""
-    inner = once(torch.compile) if compiled else lambda block: block
-    return model._replace(wrap=(lambda block: grad.remat(inner(block))) if remat else inner)
+def arranged(model: Model, compile_blocks: bool, remat: bool) -> Model:
+    """The model with its block compiled once for all layers and steps, every block computed again in the backward, or both."""
+    return model._replace(
+        wrap=compiled.wrap(print) if compile_blocks else model.wrap, n_remat=model.config.n_layers if remat else 0
+    )
 
 
 def measured(kind: str, model: Model, params: Params, variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step (median), tokens and peak memory of one variant."""
-    length, compiled, remat = variant
+    length, compile_blocks, remat = variant
     batch, companions = packed_rows(model.config.vocab_size, args.tokens, length, args.device)
     frozen, trainable, rule, optimizer = start(kind, params)
-    objective = objectives.sft(wrapped(model, compiled, remat), CrossEntropy(), rule)
+    objective = objectives.sft(arranged(model, compile_blocks, remat), CrossEntropy(), rule)
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
     state, times = optimizer.init(trainable), []
     for i in range(WARM_UPS + STEPS):

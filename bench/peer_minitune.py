@@ -8,7 +8,7 @@ import common as C
 args = C.parser("minitune", ["lora", "lora_packed", "full", "full_packed", "qlora", "dpo", "kd"]).parse_args()
 torch = C.setup_torch()
 
-from minitune import checkpoint, grad, losses, models, objectives, optim, quant, steps  # noqa: E402
+from minitune import checkpoint, compiled, losses, models, objectives, optim, quant, steps  # noqa: E402
 from minitune.lora import Lora  # noqa: E402
 from minitune.types import Batch, Pairs  # noqa: E402
 
@@ -22,8 +22,10 @@ def opened(name):
     folder = C.MODELS / f"{name}-{args.dtype}"
     model = models.open(folder)
     params = checkpoint.load_params(folder, model.shapes(), DTYPE)
+    if args.compile:
+        model = model._replace(wrap=compiled.wrap(print))
     if args.variant == "remat":
-        model = model._replace(wrap=grad.remat)
+        model = model._replace(n_remat=model.config.n_layers)
     return model, params
 
 

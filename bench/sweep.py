@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minitune import optim, sweep, tree
+from minitune import compiled, optim, sweep, tree
 from minitune.grad import per_example, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
@@ -42,32 +42,17 @@ def shape(d_model: int, n_layers: int, vocab_size: int) -> llama.Config:
     return llama.Config(n_layers=n_layers, d_model=d_model, vocab_size=vocab_size, **sizes)
 
 
-def once(wrap: Callable) -> Callable:
-    """wrap, but of the first block only: every later one is the same block, and what was compiled serves it."""
-    kept: list[Callable] = []
-
-    def wrapped(block: Callable) -> Callable:
-        kept.extend([wrap(block)] * (not kept))
-        return kept[0]
-
-    return wrapped
-
-
-def both(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
+def both(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool) -> dict[str, Callable]:
     model = Model(llama, config)
     params = {name: w.to(dtype) for name, w in model.init(0).items()}
     tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.arange(length).expand_as(tokens) >= length // 2)
     optimizers = [optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
     deltas = [RULE.init(params, i) for i in range(n)]
-    stacked, wrap = sweep.stack(deltas), torch.compile if compiled else lambda f: f
-    alone = [
-        train_step(sft(m, CrossEntropy(), RULE), o, micro_batch=rows, donate=True)
-        for m in [model._replace(wrap=once(wrap))]
-        for o in optimizers
-    ]
+    stacked = sweep.stack(deltas)
+    single, folded = (model._replace(wrap=compiled.wrap(print)) if compile_blocks else model for _ in range(2))
+    alone = [train_step(sft(single, CrossEntropy(), RULE), o, micro_batch=rows, donate=True) for o in optimizers]
     states, own = ([o.init(d) for o, d in zip(optimizers, deltas, strict=True)] for _ in range(2))
-    folded = model._replace(wrap=once(wrap))
     step = sweep.sweep_step(folded, CrossEntropy(), [RULE] * n, optimizers, micro_batch=rows, donate=True)
 
     def loop() -> None:
@@ -117,16 +102,16 @@ def flops(config: llama.Config, tokens: int, labelled: int) -> float:
     return (4 * body - 6 * square) * tokens + 4 * config.vocab_size * config.d_model * labelled
 
 
-def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compiled: bool) -> str:
+def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool) -> str:
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    ways = {(name, c): way for c in {False, compiled} for name, way in both(config, n, rows, length, dtype, c).items()}
+    ways = {(name, c): way for c in {False, compile_blocks} for name, way in both(config, n, rows, length, dtype, c).items()}
     found = measured({**ways, "limit": lambda: a @ b})
     limit = flops(config, n * rows * length, n * rows * (length - length // 2)) * found["limit"][0] / (2 * 1024**3)
     loop, once = (min(found[key] for key in ways if key[0] == name) for name in ("one after another", "at once"))
     quicker = [c for name, c in ways if found[name, c] in (loop, once)]
     shape = f"{config.n_layers} x {config.d_model}, {config.vocab_size} | {str(dtype).removeprefix('torch.')}"
     times = f"{loop[0]:.3f} / {loop[1]:.3f} | {once[0]:.3f} / {once[1]:.3f} | {loop[0] / once[0]:.2f}"
-    how = ", ".join("compiled" if c else "eager" for c in quicker) if compiled else "eager"
+    how = ", ".join("compiled" if c else "eager" for c in quicker) if compile_blocks else "eager"
     return f"| {shape} | {n} x {rows} x {length} | {how} | {times} | {limit / loop[0]:.0%} | {limit / once[0]:.0%} |"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune import moe
+from minitune.grad import remat
 from minitune.models import Model, decoder
 from minitune.models.experts import is_routed
 from minitune.objectives import Objective
@@ -26,7 +27,7 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
 
     def with_term(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
         found: list[Tensor] = []
-        mean, readings = objective(model._replace(wrap=_noting(model, found)))(trainable, params, batch)
+        mean, readings = objective(model._replace(wrap=_noting(model, found), n_remat=0))(trainable, params, batch)
         rows = batch.rows if isinstance(batch, Taught) else batch
         uneven = moe.load_balance(torch.stack(found).flatten(1, 2), experts.n_active, (rows.segment_ids > 0).flatten())
         total = mean.total + coefficient * uneven * mean.weight
@@ -36,15 +37,18 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
 
 
 def _noting(model: Model, found: list[Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """The model's wrap for blocks that note down what their routers say."""
+    """The model's wrap for blocks that note down what their routers say, once each: so what is computed again lies inside."""
 
     def wrap(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
         plain, routed = model.wrap(block), model.wrap(partial(decoder.routed_block, model.config))
+        layers: list[Params] = []  # that have run
 
         def noted(w: Params, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
+            again = remat if len(layers) < model.n_remat else lambda f: f
+            layers.append(w)
             if not is_routed(model.config.experts, w):
-                return plain(w, deltas, x, *rest)
-            both = routed(w, deltas, x, *rest)
+                return again(plain)(w, deltas, x, *rest)
+            both = again(routed)(w, deltas, x, *rest)
             found.append(both[..., x.shape[-1] :])
             return both[..., : x.shape[-1]]
 

@@ -64,7 +64,7 @@ def teacher_tops(
 ) -> Tops:
     """The teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
 
-    Zero where there is no target. Logits of ops.HEAD_CHUNK / V targets exist at a time. InputError for a k that the
+    Zero where there is no target. Logits of ops.head_chunk targets exist at a time. InputError for a k that the
     vocabulary does not have, and for a damaged cache.
     """
     n_tokens, vocab_size = len(dataset.tokens), teacher.model.head(teacher.params, teacher.deltas)[0].shape[0]
@@ -150,7 +150,7 @@ def _top_rows(
     """(places in the data set [n], ids [n k], log-probs [n k]) of all targets, chunk by chunk."""
     model, params, deltas = teacher
     head, delta = model.head(params, deltas)
-    chunk, place, done = max(1, ops.HEAD_CHUNK // head.shape[0]), _place(params), 0
+    chunk, place, done = ops.head_chunk(head), _place(params), 0
     documents = Documents(dataset.tokens, dataset.mask, dataset.offsets)
     numbered = documents._replace(tokens=np.arange(len(dataset.tokens)))
     for rows in _batched(np.diff(dataset.offsets)):

@@ -36,14 +36,19 @@ def value_and_grad(fn: Callable[[Tree], Any], has_aux: bool = False) -> Callable
                 raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
         if under_transform():
             return _transformed(fn, has_aux, params)
-        fresh = tree.map(lambda x: x.detach().requires_grad_(), params)
+        own = fresh(params)
         with torch.enable_grad():
-            value = fn(fresh)
+            value = fn(own)
         total = (value[0] if has_aux else value).total
-        grads = _autograd([total], tree.leaves(fresh), [torch.ones_like(total)])
+        grads = _autograd([total], tree.leaves(own), [torch.ones_like(total)])
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
 
     return evaluate
+
+
+def fresh(params: Tree) -> Tree:
+    """The same leaves as tensors of their own, of which autograd records what is done with them."""
+    return tree.map(lambda x: x.detach().requires_grad_(), params)
 
 
 def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree, Any], tuple[Any, Tree]]:
@@ -109,6 +114,22 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         return _Remat.apply(flat, *tensors)
 
     return recomputed
+
+
+def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
+    """Bytes that f(x, *rest), differentiated in x, keeps for its backward beside x and the leaves of rest; each memory once."""
+    held = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves((x, rest))}
+    kept: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        if saved.untyped_storage().data_ptr() not in held:
+            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        value = f(x.detach().requires_grad_(), *rest)
+    del value  # only now: what it holds was not to be used again before all was counted
+    return sum(kept.values())
 
 
 class _Remat(torch.autograd.Function):

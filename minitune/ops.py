@@ -14,7 +14,8 @@ from minitune.tree import Tree
 from minitune.types import Delta, QTensor
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
-HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, whatever the vocabulary
+HEAD_CHUNK = 2**22  # logits alive at a time, whatever the vocabulary: 16 MiB in float32, which stay near a core
+ON_GPU = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
 TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
 
 
@@ -129,7 +130,7 @@ def token_losses(
     def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor, delta: Delta | None) -> Tensor:
         return loss(linear(rows, w, delta), labels)
 
-    chunk = max(1, HEAD_CHUNK // head.shape[0])
+    chunk = head_chunk(head)
     flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
     if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
         nats = _chunked(remat(piece), flat, labels, head, delta, chunk).unflatten(0, mask.shape)
@@ -147,6 +148,12 @@ def token_losses(
     else:
         nats = _chunked(with_row_gradients(piece), chosen, given, head, delta, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
+
+
+def head_chunk(head: Float[Tensor, "V D"] | QTensor) -> int:
+    """How many rows of logits are alive at a time."""
+    times = 1 if tree.leaves(head)[0].device.type == "cpu" else ON_GPU
+    return max(1, times * HEAD_CHUNK // head.shape[0])
 
 
 def _chunked(

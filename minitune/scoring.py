@@ -75,7 +75,7 @@ def _read(
         # rows are padded on the right, where a causal model never looks: no mask, so attention takes its fastest path
         hidden = model.family.hidden(model.config, params, tokens, deltas, wrap=model.wrap)[b, t]
         head, delta = model.head(params, deltas)
-        chunk = max(1, ops.HEAD_CHUNK // head.shape[0])
+        chunk = ops.head_chunk(head)
         pieces = [_judge(model.logits(h, head, delta), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
     logps, greedy = (torch.cat(side).cpu() for side in zip(*pieces, strict=True))
     return logps, greedy

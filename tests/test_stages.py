@@ -133,7 +133,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
 
 
 def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
-    rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "1.0")  # a rate that soon does harm
+    rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "20.0")  # a rate that soon does harm
     watch = 'evaluate = { data = "heldout", every = 3, patience = 2, batch_size = 8 }\n'
     summary = run(tmp_path, tiny, LORA + rising + watch + evaluation("after"))
     rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]

@@ -62,11 +62,13 @@ FAMILIES = {  # by the model_type of config.json
 
 
 class Model(NamedTuple):
-    """A family with its numbers: all that is needed to run parameters. `wrap` transforms every block, e.g. grad.remat."""
+    """A family with its numbers: all that is needed to run parameters. `wrap` transforms every block, e.g. compiled.wrap; the
+    backward computes the first n_remat blocks again."""
 
     family: ModuleType
     config: Any
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f
+    n_remat: int = 0
 
     def forward(
         self,
@@ -81,7 +83,8 @@ class Model(NamedTuple):
 
     def hidden(self, params: Params, rows: Batch, deltas: Deltas) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart."""
-        return self.family.hidden(self.config, params, rows.tokens, deltas, segment_ids=rows.segment_ids, wrap=self.wrap)
+        how = {"segment_ids": rows.segment_ids, "wrap": self.wrap, "n_remat": self.n_remat}
+        return self.family.hidden(self.config, params, rows.tokens, deltas, **how)
 
     def head(self, params: Params, deltas: Deltas) -> tuple[Any, Delta | None]:
         """(weight [V, D], delta) that `logits` takes."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
+from minitune.grad import remat
 from minitune.models import rope
 from minitune.models.experts import Experts, expert_shapes, is_routed, routed_feed_forward, router_logits
 from minitune.ops import Norm, embed, geglu, linear, rms_norm, rope_table, rotate, swiglu
@@ -197,8 +198,10 @@ def hidden(
     *,
     segment_ids: Int[Tensor, "B T"] | None = None,
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f,
+    n_remat: int = 0,
 ) -> Float[Tensor, "B T D"]:
-    """Final normed hidden states; `wrap` transforms the block (remat, compile), segment_ids keep packed documents apart."""
+    """Final normed hidden states; `wrap` transforms the block (compile), the first n_remat blocks are computed again in the
+    backward, segment_ids keep packed documents apart."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
         seen = causal(lengths, tokens.device)
@@ -208,10 +211,12 @@ def hidden(
         if isinstance(config.rope_scaling, rope.BY_LENGTH):
             lengths = document_lengths(segment_ids)
     x = _embedded(config, params, tokens)
-    places = _places(config, positions, lengths, seen, x.dtype)
+    places = places_of(config, positions, lengths, seen, x.dtype)
     run = wrap(partial(block, config))
+    lean = remat(run)
     for i in range(config.n_layers):
-        x = run(_layer(params, i), _layer(deltas, i), x, places[layer_kind(config, i)])
+        one = lean if i < n_remat else run
+        x = one(layer_of(params, i), layer_of(deltas, i), x, places[layer_kind(config, i)])
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
@@ -233,9 +238,9 @@ def decode(
     angles, as in transformers.
     """
     x = _embedded(config, params, tokens)
-    places, slots = _places(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
+    places, slots = places_of(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
     for i, cache in enumerate(caches):
-        x = run(_layer(params, i), _layer(deltas, i), x, places[layer_kind(config, i)], (cache, slots))
+        x = run(layer_of(params, i), layer_of(deltas, i), x, places[layer_kind(config, i)], (cache, slots))
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
@@ -316,7 +321,7 @@ def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 
-def _places(config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype) -> dict[Kind, Places]:
+def places_of(config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype) -> dict[Kind, Places]:
     """The places of every kind of layer that the model has, each run of keys and each table of angles made once."""
     kinds = dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers))
     reach: dict[Reach, Seen] = {"full": seen, "window": seen, "chunk": seen}
@@ -381,6 +386,7 @@ def _linear_shapes(name: str, out: int, in_: int, bias: bool) -> dict[str, tuple
     return {f"{name}.weight": (out, in_)} | ({f"{name}.bias": (out,)} if bias else {})
 
 
-def _layer(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:
+def layer_of(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The leaves of layer i by their names within it."""
     prefix = f"model.layers.{i}."
     return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import checkpoint, paths, tree
+from minitune import checkpoint, compiled, paths, tree
 from minitune.data import Source, batches, prepare, prompts
 from minitune.generate import answers
 from minitune.interop import harness
@@ -97,7 +97,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         file = world.folder / f"{self.label}.jsonl"
         asked = prompts(world.data[self.data], world.loaded.tokenizer, world.loaded.template)[: self.limit]
         ids = [one.ids for one in asked]
-        model = world.loaded.model._replace(wrap=torch.compile) if self.compiled else world.loaded.model
+        model = world.loaded.model._replace(wrap=compiled.wrap(world.log.say)) if self.compiled else world.loaded.model
         world_of = world.with_model(model=model)
         found = answered(world_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
         lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]

@@ -1,17 +1,19 @@
 """The stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, grad, objectives, optim, tree
+from minitune import checkpoint, compiled, objectives, optim, tree
 from minitune.data import Cursor
+from minitune.grad import fresh
 from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
-from minitune.models import Model
+from minitune.models import Model, memory
 from minitune.objectives import Objective, Teacher
 from minitune.stages import loop, sweeping
 from minitune.stages.base import BaseStage, Positive, device_of
@@ -29,6 +31,9 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: Positive | None = None  # stop after so many evaluations in a row without a new best; never if absent
     keep: Literal["best", "last"] = "best"  # what goes on to the next stage
     batch_size: Positive = 64  # rows per forward
+
+
+Room = Annotated[str, msgspec.Meta(pattern=r"^\d+(\.\d+)? ?[KMG]iB$")]
 
 
 class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
@@ -51,7 +56,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     clip_norm: optim.NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
     save_every: Positive = 100  # steps
-    remat: bool = False  # recompute each block in the backward: less memory, a third more work
+    remat: bool | Room = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
+    # that the others fit, with their inputs, in memory such as "8 GiB"
+    compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
     sweep: sweeping.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
     def check(self, draft: Draft) -> Draft:
@@ -162,8 +169,19 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return (objectives.quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
 
     def _model(self, world: World) -> Model:
-        model = world.loaded.model
-        return model._replace(wrap=grad.remat) if self.remat else model
+        loaded, model = world.loaded, world.loaded.model
+        if self.compiled or (self.compiled is None and device_of(loaded.params, loaded.trainable).type == "cuda"):
+            model = model._replace(wrap=compiled.wrap(world.log.say))
+        if not isinstance(self.remat, str):
+            return model._replace(n_remat=model.config.n_layers if self.remat else 0)
+        number, unit = re.fullmatch(r"([\d.]+) ?(.)iB", self.remat).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
+        at_once = len(sweeping.points(self)) if self.sweep is not None else 2 if isinstance(self.loss, PairLoss) else 1
+        n_rows = (self.micro_batch_size or self.batch_size) * at_once
+        n_tokens, adapted = world.data[self.data].seq_len, objectives.attach(loaded.params, fresh(loaded.trainable), loaded.lora)
+        n_remat = memory.n_remat(model.config, *adapted, n_rows, n_tokens, n_bytes)
+        world.log.say(f"{self.label}: {n_remat} of {model.config.n_layers} blocks are computed again to stay within {self.remat}")
+        return model._replace(n_remat=n_remat)
 
     def _teacher(self, world: World) -> Teacher:
         wise = load(self.teacher or ModelSource(), world.folder, world.seed)

@@ -1,0 +1,91 @@
+"""Blocks compiled once for all layers, steps and lengths, each in one graph; and what happens without a compiler.
+
+In processes of their own: torch can't trace the checks of signatures that the tests run under.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HEAD = """
+import torch
+from minitune import compiled, objectives, optim, quant, steps
+from minitune.lora import Lora
+from minitune.losses import CrossEntropy
+from minitune.models import Model, gemma2, llama
+from minitune.types import Batch
+graphs, said = [], []
+SIZES = {"n_heads": 4, "n_kv_heads": 2, "d_model": 16, "d_head": 6, "d_ff": 13, "vocab_size": 17}
+def stepped(model, length, params, seed=0):
+    rule, optimizer = Lora(3, 8.0, ("*_proj.weight",)), optim.SGD(0.1)
+    deltas = rule.init(params, 0)
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(0, 17, (2, length), generator=generator)
+    segments = 1 + (torch.rand(2, length, generator=generator) < 0.1).int().cumsum(1).int()
+    batch = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool))
+    step = steps.train_step(objectives.sft(model, CrossEntropy(), rule), optimizer, micro_batch=2)
+    return step(params, deltas, optimizer.init(deltas), batch)
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+"""
+COUNTED = """
+def counting(graph, inputs):
+    graphs.append(1)
+    return graph.forward
+torch.compile, real = (lambda block: real(block, fullgraph=True, backend=counting)), torch.compile
+found = []
+for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
+    torch._dynamo.reset()
+    config = family.Config(n_layers=depth, **SIZES)
+    params = Model(family, config).init(0, 0.3)
+    plain, wrapped = Model(family, config), Model(family, config, compiled.wrap(said.append))
+    before = len(graphs)
+    for n_remat in (0, 1):
+        for length in (9, 9, 14, 23, 17, 40):
+            ours, theirs = (stepped(m._replace(n_remat=n_remat), length, params) for m in (wrapped, plain))
+            same(ours[0], theirs[0])
+    found.append(len(graphs) - before)
+print(found, said)
+"""
+WITHOUT = """
+config = llama.Config(n_layers=2, **SIZES)
+params = Model(llama, config).init(0, 0.3)
+ours = stepped(Model(llama, config, compiled.wrap(said.append)), 9, params)
+same(ours[0], stepped(Model(llama, config), 9, params)[0])
+print(len(said), said[0])
+"""
+BROKEN = """
+from minitune import compiled
+def block():
+    raise ValueError("of the block")
+compiled.wrap(print)(block)()
+"""
+
+
+def output(program: str, **environment: str) -> str:
+    words = [sys.executable, "-W", "ignore", "-c", HEAD + program]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_number_of_graphs_depends_on_neither_depth_nor_steps_nor_lengths() -> None:
+    """One for the first layer, whose input needs no gradient, one for the others; both again for lengths of any size; and for
+    a block that is computed again, its forward without a gradient. Every one is whole: no part of a block runs outside."""
+    shallow, deep, two_kinds = eval(output(COUNTED).replace(" []", ""))
+    assert shallow == deep
+    assert shallow <= 7
+    assert two_kinds <= 2 * shallow
+
+
+def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Path) -> None:
+    told = output(WITHOUT, CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert told.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (InvalidCxxCompiler")
+
+
+def test_an_error_of_the_block_is_the_blocks_own() -> None:
+    result = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ValueError: of the block" in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,107 @@
+"""What the backward keeps and what it computes: blocks computed again by a budget, and nothing below the first delta."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import SMALL, random_batch, random_params
+from test_programs import tiny  # noqa: F401 - a fixture
+from test_stages import LORA, TRAIN, run, start
+from torch.utils.flop_counter import FlopCounterMode
+
+from minitune import grad, objectives, tree
+from minitune.lora import Lora
+from minitune.losses import CrossEntropy
+from minitune.models import Model, llama, memory
+from minitune.types import InputError
+
+CONFIG = llama.Config(
+    n_layers=5, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, d_ff=48, vocab_size=61, norm_eps=1e-3, tie_embeddings=False
+)
+RULE = Lora(4, 8.0, ("*_proj.weight",))
+
+
+def kept_by_forward(model: Model, params: dict, deltas: dict, batch: object) -> int:
+    """Bytes that all blocks together keep, counted over a whole forward."""
+    own = RULE.scaled(grad.fresh(deltas))
+
+    def forward(x: torch.Tensor, *_: object) -> torch.Tensor:
+        return model.hidden({**params, "model.embed_tokens.weight": x}, batch, own)
+
+    return grad.kept_bytes(forward, params["model.embed_tokens.weight"], params, own)
+
+
+def test_the_bytes_that_a_function_keeps_are_those_of_its_saved_tensors() -> None:
+    x, w = torch.randn(7, 5), torch.randn(5, 5)
+    assert grad.kept_bytes(lambda x, w: x @ w, x, w) == 0  # its gradient needs w alone
+    assert grad.kept_bytes(lambda x, w: (x @ w).exp() * 2.0, x, w) == 7 * 5 * 4
+    assert grad.kept_bytes(lambda x, w: (x @ w).exp().sin(), x, w) == 7 * 5 * 4  # both keep the same one
+    assert grad.kept_bytes(lambda x, w: (x @ w).sin().sin(), x, w) == 2 * 7 * 5 * 4
+    assert grad.kept_bytes(lambda x, w: grad.remat(lambda x, w: (x @ w).sin().sin())(x, w), x, w) == 0
+
+
+def test_a_budget_is_kept_with_as_few_blocks_computed_again_as_it_takes() -> None:
+    params, batch = random_params(CONFIG), random_batch(CONFIG, 3, 41)
+    deltas = RULE.init(params, 0)
+    model = Model(llama, CONFIG)
+    kept = [kept_by_forward(model._replace(n_remat=n), params, deltas, batch) for n in range(6)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 3 * kept[5]
+    beside = kept[5] - 5 * 3 * 41 * CONFIG.d_model * 4  # of the last norm, the angles and the scaled deltas
+    first = (kept[1] - kept[2]) - (kept[0] - kept[1])  # what the first block keeps less: its input needs no gradient
+    adapted = objectives.attach(params, grad.fresh(deltas), RULE)
+    for n in range(6):
+        room = kept[n] - beside + (first if n == 0 else 0)
+        assert memory.n_remat(CONFIG, *adapted, 3, 41, room) == n
+        if n < 5:
+            assert memory.n_remat(CONFIG, *adapted, 3, 41, room - 1) == n + 1
+    with pytest.raises(InputError, match=r"memory: 5 blocks keep .* MiB for the backward of 3 x 41 tokens when all are computed"):
+        memory.n_remat(CONFIG, *adapted, 3, 41, 5 * 3 * 41 * CONFIG.d_model * 4 - 1)
+
+
+def test_any_number_of_blocks_computed_again_gives_the_same_gradient() -> None:
+    params, batch = random_params(SMALL, dtype=torch.float64), random_batch(SMALL, 2, 19)
+    deltas = tree.map(torch.Tensor.double, RULE.init(params, 0))
+    grads = []
+    for n in range(SMALL.n_layers + 1):
+        objective = objectives.sft(Model(llama, SMALL, n_remat=n), CrossEntropy(), RULE)
+        grads.append(grad.value_and_grad(lambda d, f=objective: f(d, params, batch), has_aux=True)(deltas))
+    for one in grads[1:]:
+        tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12), one, grads[0])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_no_backward_below_the_first_adapted_layer(remat: bool) -> None:
+    params, batch = random_params(CONFIG), random_batch(CONFIG, 2, 33)
+    flops = {}
+    for first in (0, 3):
+        rule = Lora(4, 8.0, tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in range(first, 5)))
+        objective = objectives.sft(Model(llama, CONFIG, n_remat=5 if remat else 0), CrossEntropy(), rule)
+        deltas = rule.init(params, 0)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            objective(deltas, params, batch)
+        with FlopCounterMode(display=False) as both:
+            grad.value_and_grad(lambda d, f=objective: f(d, params, batch), has_aux=True)(deltas)
+        flops[first] = both.get_total_flops() - forward.get_total_flops()
+    with FlopCounterMode(display=False) as block:
+        Model(llama, CONFIG).hidden(params, batch, {})
+    share = block.get_total_flops() / 5
+    # three layers less to go back through: at least their activation gradients, and with remat their second forward too
+    assert flops[0] - flops[3] > 2.5 * share * (2 if remat else 1)
+
+
+def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    losses = {}
+    for name, written in (("plain", "false"), ("all", "true"), ("some", '"2 MiB"')):
+        summary = run(tmp_path, tiny, LORA + TRAIN + f"remat = {written}\n", name=name)
+        losses[name] = (summary["steps"], (tmp_path / name / "metrics.jsonl").read_text().count("loss"))
+    assert losses["plain"] == losses["all"] == losses["some"]
+    assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in capsys.readouterr().out
+    assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "1 KiB"\n', name="none") == 2
+    assert "take fewer rows at a time (micro_batch_size) or allow more" in capsys.readouterr().err
+    assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "much"\n', name="odd") == 2
+    assert "remat" in capsys.readouterr().err
