@@ -43,20 +43,6 @@ def top_then_sigmoid(logits: Float[Tensor, "n X"], k: int) -> Routes:
     return Routes(experts, _wide(top).sigmoid())
 
 
-def sparsemixer(logits: Float[Tensor, "n X"], jitter: float) -> Routes:
-    """The best expert and then the best of the others, each weighed by its softmax over those that come close to it:
-    (max - s) / max(|s|, max) <= 2 jitter (Liu et al. 2024, arXiv 2409.12136, section 2.1; without the sampling of training)."""
-
-    def best(among: Float[Tensor, "n X"]) -> tuple[Tensor, Tensor]:
-        peak, expert = among.detach().max(-1, keepdim=True)
-        far = (peak - logits.detach()) / logits.detach().abs().maximum(peak) > 2 * jitter
-        return expert, among.masked_fill(far, -torch.inf).softmax(-1).gather(-1, expert)
-
-    first, first_weight = best(logits)
-    second, second_weight = best(logits.scatter(-1, first, -torch.inf))
-    return Routes(torch.cat([first, second], -1), torch.cat([first_weight, second_weight], -1))
-
-
 class Stack(NamedTuple):
     """The linear maps x (w[e] + (b @ a)[e]) + bias[e] of all experts, in one tensor each."""
 

@@ -14,7 +14,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssMLP
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeSparseMoeBlock
-from transformers.models.phimoe.modeling_phimoe import PhimoeConfig, PhimoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
@@ -109,14 +108,6 @@ CASES = {
     ),
     "olmoe": Case(
         lambda: OlmoeSparseMoeBlock(OlmoeConfig(**{**SIZES, "num_experts": X})), partial(gated, **KEPT), {**WRONG, "sum": DIVIDED}
-    ),
-    "phimoe": Case(
-        lambda: PhimoeSparseMoeBlock(PhimoeConfig(**{**SIZES, "num_experts_per_tok": 2}, router_jitter_noise=0.3)),
-        partial(gated, gate="router", router=partial(moe.sparsemixer, jitter=0.3)),
-        {
-            "another jitter": {"router": partial(moe.sparsemixer, jitter=0.01)},
-            "softmax": {"router": partial(moe.softmax_then_top, k=2, renormalised=False)},
-        },
     ),
     "gpt_oss": Case(
         lambda: GptOssMLP(GptOssConfig(**SIZES)),
