@@ -104,4 +104,4 @@ def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
     assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "1 KiB"\n', name="none") == 2
     assert "take fewer rows at a time (micro_batch_size) or allow more" in capsys.readouterr().err
     assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "much"\n', name="odd") == 2
-    assert "remat" in capsys.readouterr().err
+    assert "stages: train has remat = 'much', expected true, false, or memory such as '8 GiB'" in capsys.readouterr().err

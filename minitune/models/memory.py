@@ -27,6 +27,6 @@ def n_remat(config: decoder.Config, params: Params, deltas: Deltas, n_rows: int,
     if found is None:
         raise InputError(
             f"memory: {n} blocks keep {n * rows / 2**20:,.1f} MiB for the backward of {n_rows} x {n_tokens} tokens when all are "
-            f"computed again, expected at most {n_bytes / 2**20:,.1f}; take fewer rows at a time (micro_batch_size) or allow more"
+            f"computed again, expected at most {n_bytes / 2**20:,.3g}; take fewer rows at a time (micro_batch_size) or allow more"
         )
     return found

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -33,7 +33,7 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: Positive = 64  # rows per forward
 
 
-Room = Annotated[str, msgspec.Meta(pattern=r"^\d+(\.\d+)? ?[KMG]iB$")]
+ROOM = re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")
 
 
 class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
@@ -56,7 +56,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     clip_norm: optim.NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
     save_every: Positive = 100  # steps
-    remat: bool | Room = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
+    remat: bool | str = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
     # that the others fit, with their inputs, in memory such as "8 GiB"
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
     sweep: sweeping.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
@@ -87,6 +87,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             raise InputError(
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
+        if isinstance(self.remat, str) and not ROOM.fullmatch(self.remat):
+            raise InputError(f"stages: {self.label} has remat = {self.remat!r}, expected true, false, or memory such as '8 GiB'")
         if self.sweep is not None:
             sweeping.check(self, draft)
         return draft
@@ -174,7 +176,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             model = model._replace(wrap=compiled.wrap(world.log.say))
         if not isinstance(self.remat, str):
             return model._replace(n_remat=model.config.n_layers if self.remat else 0)
-        number, unit = re.fullmatch(r"([\d.]+) ?(.)iB", self.remat).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        number, unit = ROOM.findall(self.remat)[0]
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         at_once = len(sweeping.points(self)) if self.sweep is not None else 2 if isinstance(self.loss, PairLoss) else 1
         n_rows = (self.micro_batch_size or self.batch_size) * at_once
