@@ -1,6 +1,6 @@
 """Compiled blocks: each compiled once, whatever the depth, the steps and the lengths; without a compiler they run as they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
@@ -12,12 +12,12 @@ Block = Callable[..., Tensor]
 def wrap(say: Callable[[str], None]) -> Callable[[Block], Block]:
     """A model's `wrap` that compiles the first block of each kind and lets it serve all others; `say` is told if it can't.
 
-    A block is a partial of one function and one config, made anew by every forward: what was compiled is known by the function.
+    A block is a partial of one function and one config, made anew by every forward: what was compiled is known by those two.
     """
-    kept: dict[Block, Block] = {}
+    kept: dict[Hashable, Block] = {}
 
     def once(block: Block) -> Block:
-        key = block.func if isinstance(block, partial) else block
+        key = (block.func, *block.args) if isinstance(block, partial) else block
         if key not in kept:
             kept[key] = _guarded(block, say)
         return kept[key]

@@ -203,7 +203,7 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needed, cotangent = ctx.needs_input_grad[2:], grad_outputs[0]
         tensors, grads = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
-        one = cotangent[:1].sum()  # of no row too
+        one = cotangent.flatten()[:1].sum()  # of no row too
         if bool((cotangent == one).all()):
             grads = [g * one.to(g.dtype) for g in grads]
         else:

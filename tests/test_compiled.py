@@ -48,6 +48,16 @@ for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
     found.append(len(graphs) - before)
 print(found, said)
 """
+TWO = """
+torch.compile = lambda block: block
+wrap, models = compiled.wrap(said.append), []
+for cap in (None, 0.3):
+    config = gemma2.Config(n_layers=2, **SIZES, attention_cap=cap, final_cap=None)
+    models.append((Model(gemma2, config, wrap), Model(gemma2, config), Model(gemma2, config).init(0, 0.7)))
+for ours, theirs, params in models + models:
+    same(stepped(ours, 9, params)[0], stepped(theirs, 9, params)[0])
+print("same")
+"""
 WITHOUT = """
 config = llama.Config(n_layers=2, **SIZES)
 params = Model(llama, config).init(0, 0.3)
@@ -77,6 +87,10 @@ def test_the_number_of_graphs_depends_on_neither_depth_nor_steps_nor_lengths() -
     assert shallow == deep
     assert shallow <= 7
     assert two_kinds <= 2 * shallow
+
+
+def test_one_wrap_around_two_models_keeps_them_apart() -> None:
+    assert output(TWO) == "same\n"
 
 
 def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ def test_the_forward_is_the_only_time_that_logits_are_made(monkeypatch: pytest.M
         torch.autograd.grad((3.0 * nats).sum(), hidden)
         assert made == [10]
     made.clear()
+    several = ops.token_losses(
+        lambda y, t: torch.stack([y[:, 0], y[:, 1]], 1), hidden, targets, mask, head.clone().requires_grad_()
+    )
+    torch.autograd.grad(several.sum(), hidden)
+    assert made == [10]
+    made.clear()
     with torch.no_grad():
         ops.token_losses(lambda y, t: F.cross_entropy(y, t, reduction="none"), hidden, targets, mask, head)
     assert made == [10]
