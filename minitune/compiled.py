@@ -1,7 +1,9 @@
 """Compiled blocks: each compiled once, whatever the depth, the steps and the lengths; without a compiler they run as they are."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def _guarded(block: Block, say: Callable[[str], None]) -> Block:
     """The compiled block, or the block itself from the first time on that it could not be compiled."""
     from torch._dynamo.exc import TorchDynamoException  # it takes a second, which nobody else should wait
 
-    runs = [torch.compile(block)]
+    runs = [_compiled(block)]
 
     def run(*args: object) -> Tensor:
         try:
@@ -43,3 +45,23 @@ def _guarded(block: Block, say: Callable[[str], None]) -> Block:
             return block(*args)
 
     return run
+
+
+def _compiled(block: Block) -> Block:
+    """torch.compile of a block, with a limit of recompilations that is its own.
+
+    All partials are compiled through one function of torch's. Where they share its limit, each block's graphs are taken from the
+    next one's, and a block beyond the limit runs uncompiled without a word. torch before 2.12 can't keep them apart.
+    """
+    own = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+    return torch.compile(block, backend=_lowered, **own)
+
+
+def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor's code of a graph and of its backward: left to the first backward, an error of the latter would be met where no
+    block can be run in its place."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(force_non_lazy_backward_lowering=True):
+        return compile_fx(graph, inputs)
