@@ -21,8 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(q: Float[Tensor, "B N T E"], k: Float[Tensor, "B K S E"]) -> bool:
-    """Whether `attend` is the way for these: traced by torch.compile (run as it is, flex_attention makes all scores), on CUDA, each
-    query's place its own key's, of sizes and a dtype that its kernels take, under no transform, for which it has no rule."""
+    """Whether `attend` is the way for these: traced by torch.compile (run as it is, flex_attention makes all scores), on CUDA, as
+    many keys as queries, of sizes and a dtype that its kernels take, under no transform, for which it has no rule."""
     fits = q.shape[-1] in D_HEAD and q.dtype in DTYPES and q.shape[2] == k.shape[2]
     return torch.compiler.is_compiling() and q.device.type == "cuda" and fits and not under_transform()
 
@@ -57,9 +57,7 @@ def attend(
     return out if sinks is None else with_sinks(out, aux.lse, sinks)
 
 
-def with_sinks(
-    out: Float[Tensor, "B N T E"], lse: Float[Tensor, "B N T"], sinks: Float[Tensor, "N"]
-) -> Float[Tensor, "B N T E"]:
+def with_sinks(out: Float[Tensor, "B N T E"], lse: Float[Tensor, "B N T"], sinks: Float[Tensor, "N"]) -> Float[Tensor, "B N T E"]:
     """What attention gives when each head has one more score s, whose weight goes nowhere: out sigmoid(lse - s), where lse is the
     log of the sum of the exponentials of all other scores (gpt-oss, arXiv 2508.10925, section 2.2): e^lse / (e^lse + e^s)."""
     kept = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]
@@ -67,8 +65,8 @@ def with_sinks(
 
 
 def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.device) -> BlockMask:
-    """The blocks of keys that each block of queries needs, those seen whole told apart; query t sees the keys first[t] .. t (None:
-    0 .. t). Exact, of shapes that depend on B and T alone."""
+    """The blocks of keys that each block of queries needs, those seen whole told apart; query t sees the keys first[t] .. t, or
+    0 .. t where first is None. Its shapes depend on B and T alone."""
     starts = torch.zeros(1, n_tokens, dtype=torch.long, device=device) if first is None else first
     lowest, whole = blocks(starts)
     own, places = _counted(lowest.shape[1], device)[:, None], _counted(lowest.shape[1], device)
