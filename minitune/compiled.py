@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 Block = Callable[..., Tensor]
+# A block needs a graph for every combination of: input with and without a gradient, forward for a backward or alone, the first
+# length and any length, rows of up to 128 tokens and longer ones, layers with and without RoPE, layers with and without experts
+OWN_LIMIT = {"isolate_recompiles": True, "recompile_limit": 2**6}
 
 
 def wrap(say: Callable[[str], None]) -> Callable[[Block], Block]:
@@ -48,13 +51,14 @@ def _guarded(block: Block, say: Callable[[str], None]) -> Block:
 
 
 def _compiled(block: Block) -> Block:
-    """torch.compile of a block, with a limit of recompilations that is its own.
+    """torch.compile of a block, with a limit of graphs that is its own.
 
-    All partials are compiled through one function of torch's. Where they share its limit, each block's graphs are taken from the
-    next one's, and a block beyond the limit runs uncompiled without a word. torch before 2.12 can't keep them apart.
+    All partials are compiled through one function of torch's. Where they share its limit of 8, each block's graphs are taken from
+    the next one's, and what is beyond runs uncompiled. A torch without these two options can't keep blocks apart.
     """
-    own = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-    return torch.compile(block, backend=_lowered, **own)
+    known = signature(torch.compile).parameters
+    how: dict[str, Any] = {name: value for name, value in OWN_LIMIT.items() if name in known}
+    return torch.compile(block, backend=_lowered, **how)
 
 
 def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
