@@ -61,7 +61,7 @@ def _compiled(block: Block) -> Block:
     return torch.compile(block, backend=_lowered, **how)
 
 
-def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Inductor's code of a graph and of its backward: left to the first backward, an error of the latter would be met where no
     block can be run in its place."""
     from torch._functorch import config

@@ -44,17 +44,10 @@ def attend(
     def capped(score: Tensor, *place: Tensor) -> Tensor:
         return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
 
-    out, aux = flex_attention(
-        q,
-        k,
-        v,
-        score_mod=None if soft_cap is None else capped,
-        block_mask=block_mask(first, q.shape[2], q.device),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=sinks is not None),
-    )
-    return out if sinks is None else with_sinks(out, aux.lse, sinks)
+    score_mod, seen = None if soft_cap is None else capped, block_mask(first, q.shape[2], q.device)
+    grouped, asked = q.shape[1] != k.shape[1], AuxRequest(lse=sinks is not None)
+    out, aux = flex_attention(q, k, v, score_mod, seen, scale, grouped, return_aux=asked)
+    return out if sinks is None or aux.lse is None else with_sinks(out, aux.lse, sinks)
 
 
 def with_sinks(out: Float[Tensor, "B N T E"], lse: Float[Tensor, "B N T"], sinks: Float[Tensor, "N"]) -> Float[Tensor, "B N T E"]:
@@ -78,8 +71,8 @@ def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.de
         (n.to(torch.int32)[:, None].contiguous(), indices.to(torch.int32)[:, None].contiguous())
         for n, indices in zip(counts, (partial, rest), strict=True)
     )
-    sees = _sees(first)
-    return BlockMask.from_kv_blocks(n_partial, partial, n_whole, rest, BLOCK, sees, seq_lengths=(n_tokens, n_tokens))
+    size = (n_tokens, n_tokens)
+    return BlockMask.from_kv_blocks(n_partial, partial, n_whole, rest, BLOCK, _sees(first), seq_lengths=size)
 
 
 def blocks(first: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B blocks"], Int[Tensor, "B blocks"]]:
@@ -99,10 +92,13 @@ def _sees(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
     def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query
 
+    if first is None:
+        return causal
+
     def run(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= first[row, query])
 
-    return causal if first is None else run
+    return run
 
 
 def _counted(n: int, device: torch.device) -> Tensor:
