@@ -58,21 +58,26 @@ def with_sinks(out: Float[Tensor, "B N T E"], lse: Float[Tensor, "B N T"], sinks
 
 
 def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.device) -> BlockMask:
-    """The blocks of keys that each block of queries needs, those seen whole told apart; query t sees the keys first[t] .. t, or
-    0 .. t where first is None. Its shapes depend on B and T alone."""
+    """The blocks of keys that each block of queries needs, those seen whole told apart, and the same turned round. Query t sees
+    the keys first[t] .. t, or 0 .. t where first is None; first never falls along a row. Shapes depend on B and T alone."""
     starts = torch.zeros(1, n_tokens, dtype=torch.long, device=device) if first is None else first
     lowest, whole = blocks(starts)
-    own, places = _counted(lowest.shape[1], device)[:, None], _counted(lowest.shape[1], device)
-    n_before = whole - lowest  # blocks seen in part in front of those seen whole; the block of the queries themselves follows
-    partial = torch.where(places < n_before[..., None], lowest[..., None] + places, own)
-    rest = torch.minimum(whole[..., None] + places, own)
-    counts = (n_before + 1, own[:, 0] - whole)
-    (n_partial, partial), (n_whole, rest) = (
-        (n.to(torch.int32)[:, None].contiguous(), indices.to(torch.int32)[:, None].contiguous())
-        for n, indices in zip(counts, (partial, rest), strict=True)
+    places = _counted(lowest.shape[1], device)
+    own = places.expand_as(lowest)
+    # of a block of keys the first block of queries behind it that no longer needs it, and that no longer sees it whole
+    end, whole_end = ((x[:, :, None] <= places).sum(1) for x in (lowest, whole))
+    lists = (  # (how many, which): they are runs, and the block itself
+        (whole - lowest + 1, torch.where(places < (whole - lowest)[..., None], lowest[..., None] + places, own[..., None])),
+        (own - whole, whole[..., None] + places),
+        (end - whole_end + 1, torch.where(places < 1, own[..., None], whole_end[..., None] + places - 1)),
+        (whole_end - own - 1, own[..., None] + 1 + places),
     )
-    size = (n_tokens, n_tokens)
-    return BlockMask.from_kv_blocks(n_partial, partial, n_whole, rest, BLOCK, _sees(first), seq_lengths=size)
+    part, rest, seeing, seeing_whole = (
+        (n.to(torch.int32)[:, None].contiguous(), which.clamp(max=lowest.shape[1] - 1).to(torch.int32)[:, None].contiguous())
+        for n, which in lists
+    )
+    size, sees = (n_tokens, n_tokens), _sees(first)
+    return BlockMask(size, *part, *rest, *seeing, *seeing_whole, (BLOCK, BLOCK), sees)
 
 
 def blocks(first: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B blocks"], Int[Tensor, "B blocks"]]:
