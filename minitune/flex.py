@@ -62,7 +62,7 @@ def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.de
     the keys first[t] .. t, or 0 .. t where first is None; first never falls along a row. Shapes depend on B and T alone."""
     starts = torch.zeros(1, n_tokens, dtype=torch.long, device=device) if first is None else first
     lowest, whole = blocks(starts)
-    places = _counted(lowest.shape[1], device)
+    places = torch.arange(lowest.shape[1], device=device)
     own = places.expand_as(lowest)
     # of a block of keys the first block of queries behind it that no longer needs it, and that no longer sees it whole
     end, whole_end = ((x[:, :, None] <= places).sum(1) for x in (lowest, whole))
@@ -85,12 +85,11 @@ def blocks(first: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B blocks"], Int[Tens
 
     Like torch's own, a last block of fewer queries sees none whole.
     """
-    n_tokens, n_blocks = first.shape[1], (first.shape[1] + BLOCK - 1) // BLOCK
-    own = _counted(n_blocks, first.device)
-    queries = (own[:, None] * BLOCK + _counted(BLOCK, first.device)).clamp(max=n_tokens - 1)  # the last stands in for what lacks
-    starts = first[:, queries]
-    whole = torch.minimum((starts.amax(2) + BLOCK - 1) // BLOCK, own)
-    return starts.amin(2) // BLOCK, torch.where((own + 1) * BLOCK <= n_tokens, whole, own)
+    n_tokens = first.shape[1]
+    own = torch.arange((n_tokens + BLOCK - 1) // BLOCK, device=first.device)
+    last = own * BLOCK + BLOCK - 1
+    whole = torch.minimum((first[:, last.clamp(max=n_tokens - 1)] + BLOCK - 1) // BLOCK, own)
+    return first[:, own * BLOCK] // BLOCK, torch.where(last < n_tokens, whole, own)
 
 
 def _sees(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -104,7 +103,3 @@ def _sees(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
         return (key <= query) & (key >= first[row, query])
 
     return run
-
-
-def _counted(n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device)
