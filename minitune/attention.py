@@ -12,8 +12,8 @@ from minitune.grad import under_transform
 
 
 class Seen(NamedTuple):
-    """The keys that each query sees: places first .. last, without a gap. Causal rows, packed documents, windows, chunks and
-    padding are all of this kind."""
+    """The keys that each query sees: places first .. last, without a gap, and neither ever falls along a row. Causal rows, packed
+    documents, windows, chunks and padding are all of this kind."""
 
     first: Int[Tensor, "b T"] | tuple[()]  # (): the first key of all
     last: Int[Tensor, "b T"]  # the query's own place
