@@ -52,8 +52,7 @@ def remat(mover: Mover) -> Callable[[Block], Block]:
 
         def recomputed(w: Any, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
             flat, tensors = grad.flattened(lambda x, w, deltas, *rest: f(w, deltas, x, *rest), (x, w, deltas, *rest))
-            wanted = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
-            if grad.under_transform() or not wanted:
+            if grad.under_transform() or not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
                 return plain(w, deltas, x, *rest)
             return _Offloaded.apply(flat, inputs, *tensors)
 
@@ -63,25 +62,21 @@ def remat(mover: Mover) -> Callable[[Block], Block]:
 
 
 class _Inputs:
-    """The block inputs of one forward, in order. Only its graph holds them, so they go when it goes."""
-
-    def __init__(self, mover: Mover) -> None:
+    def __init__(self, mover: Mover) -> None:  # for the block inputs of one forward; its graph alone holds them
         self.mover, self.sent, self.newest, self.coming = mover, [], None, (-1, None)
 
     def put(self, x: Tensor) -> int:
-        """Send x away and return its place. The one before it, which had the time of a block to leave, is let go."""
-        self._release()
+        self._release()  # the one before it, which had the time of a block to leave
         self.newest = x.detach()  # without its graph, which holds this
         self.sent.append(self.mover.send(self.newest))
         return len(self.sent) - 1
 
     def take(self, i: int) -> Tensor:
-        """The input at place i. The one before it sets out, and has the time of a block's backward to arrive."""
-        (place, coming), newest = self.coming, self._release()
-        if newest is None or i + 1 < len(self.sent):
-            newest = self.mover.wait(coming if place == i else self.mover.fetch(self.sent[i]))
-        self.coming = (i - 1, self.mover.fetch(self.sent[i - 1])) if i else (-1, None)
-        return newest
+        (place, coming), x = self.coming, self._release()
+        if x is None or i + 1 < len(self.sent):
+            x = self.mover.wait(coming if place == i else self.mover.fetch(self.sent[i]))
+        self.coming = (i - 1, self.mover.fetch(self.sent[i - 1])) if i else (-1, None)  # has a block's backward to arrive in
+        return x
 
     def _release(self) -> Tensor | None:
         x, self.newest = self.newest, None
@@ -100,6 +95,5 @@ class _Offloaded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        others = ctx.saved_tensors  # first of all: if they are gone, it says so
-        x = ctx.inputs.take(ctx.place)
+        others, x = ctx.saved_tensors, ctx.inputs.take(ctx.place)  # in this order: the first says so if all is gone
         return None, None, *grad.pullback(ctx.f, [x, *others], grad_outputs[0], ctx.needs_input_grad[2:])
