@@ -1,5 +1,4 @@
-"""One training step of an 8B Llama on one CUDA GPU: LoRA, QLoRA and every weight, eager and compiled, recomputed and not, the
-inputs of recomputed blocks on the GPU and in the host's memory.
+"""One training step of an 8B Llama on one CUDA GPU: LoRA, QLoRA and every weight, eager and compiled, recomputed and not.
 
     python bench/gpu.py [--budget-s 480] [--tokens N] [--head-chunk N]      about eight minutes on one GPU of 80 or 141 GB
     python bench/gpu.py --device cpu --toy                                  the same path in seconds and uncompiled: does it run?
@@ -43,7 +42,7 @@ KINDS = ("lora", "qlora", "full")
 RULE = Lora(rank=16, alpha=32.0, targets=("*_proj.weight",))
 WARM_UPS, STEPS = 2, 3
 HEADER = ("training", "row, tokens", "compiled", "remat", "tokens/s", "of the roof", "peak, GiB", "remark")
-REMATS = ("no", "yes", "host")  # the last keeps block inputs in the host's memory, if the device has its own
+REMATS = ("no", "yes", "host")  # the last keeps block inputs in the host's memory; on the CPU it is as "yes"
 Variant = tuple[int, str, str]  # tokens a row, compiled, remat
 
 

@@ -4,6 +4,7 @@ On the CPU with a mover that copies as late as it may: what is used before it wa
 then is an error. On a CUDA device with the real one.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models_for_tests import SMALL, random_batch, random_params
+from test_programs import tiny  # noqa: F401 - a fixture
+from test_stages import LORA, TRAIN, run
 from torch import Tensor
 
 from minitune import grad, objectives, offload, optim, steps, sweep, tree
@@ -278,6 +282,27 @@ def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) ->
         pass
     assert alive(late.sources + late.copies + late.returned) == 0
     same(gradient(objective, deltas, params, batch), wanted)
+    assert alive(late.sources + late.copies + late.returned) == 0
+
+
+def test_a_stage_on_a_cuda_device_sends_its_inputs_away(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def losses(name: str, remat: str) -> list[float]:
+        run(tmp_path, tiny, LORA + TRAIN + f"compiled = false\nremat = {remat}\n", name=name)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    late, asked = Late(), []
+    wanted = losses("here", "true")
+    monkeypatch.setattr("minitune.stages.train.device_of", lambda *_: torch.device("cuda", 3))
+    monkeypatch.setattr(offload, "side_stream", lambda device: asked.append(device) or late.mover)
+    assert losses("away", '"host"') == wanted
+    assert len(wanted) == 4
+    assert asked == [torch.device("cuda", 3)]
+    assert len(late.sources) == 4 * 2
+    assert len(late.returned) == 4 * 1
     assert alive(late.sources + late.copies + late.returned) == 0
 
 
