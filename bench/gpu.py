@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from roof import gemm_flops_per_s, synchronize
 
-from minitune import compiled, models, objectives, ops, optim, quant
+from minitune import compiled, models, objectives, offload, ops, optim, quant
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import Model
@@ -42,13 +42,14 @@ KINDS = ("lora", "qlora", "full")
 RULE = Lora(rank=16, alpha=32.0, targets=("*_proj.weight",))
 WARM_UPS, STEPS = 2, 3
 HEADER = ("training", "row, tokens", "compiled", "remat", "tokens/s", "of the roof", "peak, GiB", "remark")
-Variant = tuple[int, bool, bool]  # tokens a row, compiled, remat
+REMATS = ("no", "yes", "host")  # the last keeps block inputs in the host's memory; on the CPU it is as "yes"
+Variant = tuple[int, str, str]  # tokens a row, compiled, remat
 
 
 def variants(toy: bool) -> list[Variant]:
     """All of them, those that say most first."""
-    lengths, blocks = ((32, 128), (False,)) if toy else ((2048, 8192), (False, True))
-    return sorted(product(lengths, blocks, (False, True)), key=lambda v: (v[2], v[0], v[1]))
+    lengths, blocks = ((32, 128), ("no",)) if toy else ((2048, 8192), ("no", "yes"))
+    return [(length, compile_blocks, remat) for remat, length, compile_blocks in product(REMATS, lengths, blocks)]
 
 
 def opened(args: argparse.Namespace) -> tuple[Model, Params]:
@@ -98,11 +99,13 @@ def start(kind: str, params: Params) -> tuple[Params, Any, Any, Any]:
     return params, RULE.init(params, 0), RULE, optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-4))
 
 
-def arranged(model: Model, compile_blocks: bool, remat: bool) -> Model:
+def arranged(model: Model, compile_blocks: str, remat: str, device: str) -> Model:
     """The model with its block compiled once for all layers and steps, every block computed again in the backward, or both."""
-    return model._replace(
-        wrap=compiled.wrap(print) if compile_blocks else model.wrap, n_remat=model.config.n_layers if remat else 0
-    )
+    if compile_blocks == "yes":
+        model = model._replace(wrap=compiled.wrap(print))
+    if remat == "host" and device == "cuda":
+        model = model._replace(again=offload.remat(offload.side_stream(torch.device(device))))
+    return model if remat == "no" else model._replace(n_remat=model.config.n_layers)
 
 
 def measured(kind: str, model: Model, params: Params, variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
     length, compile_blocks, remat = variant
     batch, companions = packed_rows(model.config.vocab_size, args.tokens, length, args.device)
     frozen, trainable, rule, optimizer = start(kind, params)
-    objective = objectives.sft(arranged(model, compile_blocks, remat), CrossEntropy(), rule)
+    objective = objectives.sft(arranged(model, compile_blocks, remat, args.device), CrossEntropy(), rule)
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
     state, times = optimizer.init(trainable), []
     for i in range(WARM_UPS + STEPS):
@@ -175,7 +178,7 @@ def lines_of(words: list[str], until: float) -> Iterator[dict[str, Any]]:
 
 def row(kind: str, variant: Variant, found: dict[str, Any]) -> str:
     length, *flags = variant
-    words = [kind, f"{length:,}", *("yes" if flag else "no" for flag in flags)]
+    words = [kind, f"{length:,}", *flags]
     if "reason" in found:
         words += ["", "", "", found["reason"].replace("|", "/")]
     else:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from minitune import moe
-from minitune.grad import remat
 from minitune.models import Model, decoder
 from minitune.models.experts import is_routed
 from minitune.objectives import Objective
@@ -40,15 +39,16 @@ def _noting(model: Model, found: list[Tensor]) -> Callable[[Callable[..., Tensor
     """The model's wrap for blocks that note down what their routers say, once each: so what is computed again lies inside."""
 
     def wrap(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        plain, routed = model.wrap(block), model.wrap(partial(decoder.routed_block, model.config))
+        kept = model.wrap(block), model.wrap(partial(decoder.routed_block, model.config))
+        lean = [model.again(one) for one in kept]
         layers: list[Params] = []  # that have run
 
         def noted(w: Params, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
-            again = remat if len(layers) < model.n_remat else lambda f: f
+            plain, routed = lean if len(layers) < model.n_remat else kept
             layers.append(w)
             if not is_routed(model.config.experts, w):
-                return again(plain)(w, deltas, x, *rest)
-            both = again(routed)(w, deltas, x, *rest)
+                return plain(w, deltas, x, *rest)
+            both = routed(w, deltas, x, *rest)
             found.append(both[..., x.shape[-1] :])
             return both[..., : x.shape[-1]]
 

@@ -106,14 +106,16 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def recomputed(*args: Tree) -> Tensor:
-        def flat(*tensors: Tensor) -> Tensor:
-            return f(*tree.rebuild(args_structure, tensors))
-
-        tensors = tree.leaves(args)
-        args_structure = tree.map(lambda _: _HOLE, args)
+        flat, tensors = flattened(f, args)
         return _Remat.apply(flat, *tensors)
 
     return recomputed
+
+
+def flattened(f: Callable[..., Tensor], args: Tree) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """(f as a function of the leaves of its arguments, these leaves); the function keeps none of them alive."""
+    structure = tree.map(lambda _: _HOLE, args)
+    return lambda *tensors: f(*tree.rebuild(structure, tensors)), tree.leaves(args)
 
 
 def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
@@ -146,7 +148,7 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        return None, *_pullback(ctx.f, ctx.saved_tensors, grad_outputs[0], ctx.needs_input_grad[1:])
+        return None, *pullback(ctx.f, ctx.saved_tensors, grad_outputs[0], ctx.needs_input_grad[1:])
 
 
 def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -237,7 +239,7 @@ def _chunk_gradients(
     return torch.cat(values), [*joined, *(x.to(w.dtype) for x, w in zip(sums, chosen, strict=True))]
 
 
-def _pullback(
+def pullback(
     f: Callable[..., Tensor], tensors: Sequence[Tensor], cotangent: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Vector-Jacobian product of f for the inputs that need one, None for the others."""

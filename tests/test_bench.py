@@ -27,7 +27,7 @@ def test_the_gpu_bench_fills_its_table_at_toy_size() -> None:
     assert header.count("|") == 9
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
     assert [row[:4] for row in table] == [
-        [kind, n, "no", remat] for kind in ("lora", "qlora", "full") for remat in ("no", "yes") for n in ("32", "128")
+        [kind, n, "no", remat] for kind in ("lora", "qlora", "full") for remat in ("no", "yes", "host") for n in ("32", "128")
     ]
     for row in table:
         assert re.fullmatch(r"[\d,]+", row[4]), row
@@ -39,7 +39,7 @@ def test_what_the_time_does_not_reach_is_a_row_that_says_so() -> None:
     words = [sys.executable, "bench/gpu.py", "--device", "cpu", "--toy", "--budget-s", "0.3"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| no time left |") == 12
+    assert done.stdout.count("| no time left |") == 18
 
 
 def test_a_variant_that_fails_is_a_row_with_the_reason(
@@ -58,9 +58,9 @@ def test_a_variant_that_fails_is_a_row_with_the_reason(
     gpu.run_kind("lora", Namespace(device="cpu", toy=True, tokens=128, head_chunk=None))
     _, *found = map(json.loads, capsys.readouterr().out.splitlines())
     assert found[:2] == [{"reason": "out of memory"}, {"reason": "RuntimeError: a | b"}]
-    assert [one["tokens_per_s"] for one in found[2:]] == [64.0, 64.0]
-    assert gpu.row("lora", (32, True, False), found[1]) == "| lora | 32 | yes | no |  |  |  | RuntimeError: a / b |"
-    assert gpu.row("lora", (32, True, False), {**found[2], "share": 0.5}) == "| lora | 32 | yes | no | 64 | 50.0% | 2.0 |  |"
+    assert [one["tokens_per_s"] for one in found[2:]] == [64.0] * 4
+    assert gpu.row("lora", (32, "yes", "no"), found[1]) == "| lora | 32 | yes | no |  |  |  | RuntimeError: a / b |"
+    assert gpu.row("lora", (32, "yes", "no"), {**found[2], "share": 0.5}) == "| lora | 32 | yes | no | 64 | 50.0% | 2.0 |  |"
 
 
 def test_the_flops_of_a_token_are_counted_as_the_budget_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:

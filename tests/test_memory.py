@@ -96,12 +96,17 @@ def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
     capsys: pytest.CaptureFixture,
 ) -> None:
     losses = {}
-    for name, written in (("plain", "false"), ("all", "true"), ("some", '"2 MiB"')):
+    for name, written in (("plain", "false"), ("all", "true"), ("some", '"2 MiB"'), ("host", '"host"')):
         summary = run(tmp_path, tiny, LORA + TRAIN + f"remat = {written}\n", name=name)
         losses[name] = (summary["steps"], (tmp_path / name / "metrics.jsonl").read_text().count("loss"))
-    assert losses["plain"] == losses["all"] == losses["some"]
-    assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in capsys.readouterr().out
+    assert losses["plain"] == losses["all"] == losses["some"] == losses["host"]
+    told = capsys.readouterr().out
+    assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in told
+    if not torch.cuda.is_available():
+        assert told.count("train: remat = 'host' is remat = true on cpu: its memory is the host's already") == 1
     assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "1 KiB"\n', name="none") == 2
     assert "take fewer rows at a time (micro_batch_size) or allow more" in capsys.readouterr().err
-    assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "much"\n', name="odd") == 2
-    assert "stages: train has remat = 'much', expected true, false, or memory such as '8 GiB'" in capsys.readouterr().err
+    for odd in ("Host", "8 GB"):
+        assert start(tmp_path, tiny, LORA + TRAIN + f'remat = "{odd}"\n', name="odd") == 2
+        told = capsys.readouterr().err
+        assert f"stages: train has remat = '{odd}', expected true, false, 'host', or memory such as '8 GiB'" in told

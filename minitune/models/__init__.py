@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import ops, seeds, tree
+from minitune.grad import remat
 from minitune.models import (
     gemma,
     gemma2,
@@ -63,12 +64,13 @@ FAMILIES = {  # by the model_type of config.json
 
 class Model(NamedTuple):
     """A family with its numbers: all that is needed to run parameters. `wrap` transforms every block, e.g. compiled.wrap; the
-    backward computes the first n_remat blocks again."""
+    backward computes the first n_remat blocks again, which is what `again` makes them do: grad.remat or offload.remat(...)."""
 
     family: ModuleType
     config: Any
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f
     n_remat: int = 0
+    again: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = remat
 
     def forward(
         self,
@@ -83,7 +85,7 @@ class Model(NamedTuple):
 
     def hidden(self, params: Params, rows: Batch, deltas: Deltas) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart."""
-        how = {"segment_ids": rows.segment_ids, "wrap": self.wrap, "n_remat": self.n_remat}
+        how = {"segment_ids": rows.segment_ids, "wrap": self.wrap, "n_remat": self.n_remat, "again": self.again}
         return self.family.hidden(self.config, params, rows.tokens, deltas, **how)
 
     def head(self, params: Params, deltas: Deltas) -> tuple[Any, Delta | None]:

@@ -199,9 +199,10 @@ def hidden(
     segment_ids: Int[Tensor, "B T"] | None = None,
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f,
     n_remat: int = 0,
+    again: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = remat,
 ) -> Float[Tensor, "B T D"]:
-    """Final normed hidden states; `wrap` transforms the block (compile), the first n_remat blocks are computed again in the
-    backward, segment_ids keep packed documents apart."""
+    """Final normed hidden states; `wrap` transforms the block (compile), `again` makes the first n_remat blocks ones that the
+    backward computes again, segment_ids keep packed documents apart."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
         seen = causal(lengths, tokens.device)
@@ -213,7 +214,7 @@ def hidden(
     x = _embedded(config, params, tokens)
     places = places_of(config, positions, lengths, seen, x.dtype)
     run = wrap(partial(block, config))
-    lean = remat(run)
+    lean = again(run)
     for i in range(config.n_layers):
         one = lean if i < n_remat else run
         x = one(layer_of(params, i), layer_of(deltas, i), x, places[layer_kind(config, i)])

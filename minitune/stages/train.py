@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, compiled, objectives, optim, tree
+from minitune import checkpoint, compiled, objectives, offload, optim, tree
 from minitune.data import Cursor
 from minitune.grad import fresh
 from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
@@ -33,7 +33,7 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: Positive = 64  # rows per forward
 
 
-ROOM = re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")
+HOST, ROOM = "host", re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")
 
 
 class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
@@ -57,7 +57,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     evaluate: Evaluation | None = None
     save_every: Positive = 100  # steps
     remat: bool | str = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
-    # that the others fit, with their inputs, in memory such as "8 GiB"
+    # that the others fit, with their inputs, in memory such as "8 GiB"; or all, their inputs kept in the host's memory: "host"
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
     sweep: sweeping.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
@@ -87,8 +87,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             raise InputError(
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
-        if isinstance(self.remat, str) and not ROOM.fullmatch(self.remat):
-            raise InputError(f"stages: {self.label} has remat = {self.remat!r}, expected true, false, or memory such as '8 GiB'")
+        if isinstance(self.remat, str) and self.remat != HOST and not ROOM.fullmatch(self.remat):
+            raise InputError(
+                f"stages: {self.label} has remat = {self.remat!r}, expected true, false, 'host', or memory such as '8 GiB'"
+            )
         if self.sweep is not None:
             sweeping.check(self, draft)
         return draft
@@ -171,9 +173,14 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return (objectives.quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
 
     def _model(self, world: World) -> Model:
-        loaded, model = world.loaded, world.loaded.model
-        if self.compiled or (self.compiled is None and device_of(loaded.params, loaded.trainable).type == "cuda"):
+        loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
+        if self.compiled or (self.compiled is None and device.type == "cuda"):
             model = model._replace(wrap=compiled.wrap(world.log.say))
+        if self.remat == HOST and device.type == "cuda":
+            return model._replace(n_remat=model.config.n_layers, again=offload.remat(offload.side_stream(device)))
+        if self.remat == HOST:
+            world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}: its memory is the host's already")
+            return model._replace(n_remat=model.config.n_layers)
         if not isinstance(self.remat, str):
             return model._replace(n_remat=model.config.n_layers if self.remat else 0)
         number, unit = ROOM.findall(self.remat)[0]
