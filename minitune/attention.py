@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitune import blockwise
+from minitune import blockwise, flex
 from minitune.grad import under_transform
 
 
 class Seen(NamedTuple):
-    """The keys that each query sees: places first .. last, without a gap. Causal rows, packed documents, windows, chunks and
-    padding are all of this kind."""
+    """The keys that each query sees: places first .. last, without a gap, and neither ever falls along a row. Causal rows, packed
+    documents, windows, chunks and padding are all of this kind."""
 
     first: Int[Tensor, "b T"] | tuple[()]  # (): the first key of all
     last: Int[Tensor, "b T"]  # the query's own place
@@ -79,8 +79,10 @@ def attention(
     (gpt-oss, arXiv 2508.10925, section 2.2).
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    first = seen.first.expand(len(q), -1) if isinstance(seen.first, Tensor) else None
+    if flex.serves(q, k):
+        return flex.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
     if q.device.type == "cpu" and q.shape[2] == k.shape[2] and not under_transform():  # no cache: a query's place is its own
-        first = seen.first.expand(len(q), -1) if isinstance(seen.first, Tensor) else None
         return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
     if soft_cap is None and sinks is None and not under_transform():
         whole = not isinstance(seen.first, Tensor) and q.shape[2] == k.shape[2]

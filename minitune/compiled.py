@@ -1,12 +1,17 @@
 """Compiled blocks: each compiled once, whatever the depth, the steps and the lengths; without a compiler they run as they are."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Block = Callable[..., Tensor]
+# A block needs a graph for every combination of: input with and without a gradient, forward for a backward or alone, the first
+# length and any length, rows of up to 128 tokens and longer ones, layers with and without RoPE, layers with and without experts
+OWN_LIMIT = {"isolate_recompiles": True, "recompile_limit": 2**6}
 
 
 def wrap(say: Callable[[str], None]) -> Callable[[Block], Block]:
@@ -29,7 +34,7 @@ def _guarded(block: Block, say: Callable[[str], None]) -> Block:
     """The compiled block, or the block itself from the first time on that it could not be compiled."""
     from torch._dynamo.exc import TorchDynamoException  # it takes a second, which nobody else should wait
 
-    runs = [torch.compile(block)]
+    runs = [_compiled(block)]
 
     def run(*args: object) -> Tensor:
         try:
@@ -43,3 +48,24 @@ def _guarded(block: Block, say: Callable[[str], None]) -> Block:
             return block(*args)
 
     return run
+
+
+def _compiled(block: Block) -> Block:
+    """torch.compile of a block, with a limit of graphs that is its own.
+
+    All partials are compiled through one function of torch's. Where they share its limit of 8, each block's graphs are taken from
+    the next one's, and what is beyond runs uncompiled. A torch without these two options can't keep blocks apart.
+    """
+    known = signature(torch.compile).parameters
+    how: dict[str, Any] = {name: value for name, value in OWN_LIMIT.items() if name in known}
+    return torch.compile(block, backend=_lowered, **how)
+
+
+def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Inductor's code of a graph and of its backward: left to the first backward, an error of the latter would be met where no
+    block can be run in its place."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(force_non_lazy_backward_lowering=True):
+        return compile_fx(graph, inputs)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 HEAD = """
+import functools
 import torch
 from minitune import compiled, objectives, optim, quant, steps
 from minitune.lora import Lora
@@ -33,7 +34,7 @@ COUNTED = """
 def counting(graph, inputs):
     graphs.append(1)
     return graph.forward
-torch.compile, real = (lambda block: real(block, fullgraph=True, backend=counting)), torch.compile
+compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 found = []
 for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
     torch._dynamo.reset()
@@ -49,7 +50,7 @@ for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
 print(found, said)
 """
 TWO = """
-torch.compile = lambda block: block
+torch.compile = lambda block, **how: block
 wrap, models = compiled.wrap(said.append), []
 for cap in (None, 0.3):
     config = gemma2.Config(n_layers=2, **SIZES, attention_cap=cap, final_cap=None)
@@ -57,6 +58,35 @@ for cap in (None, 0.3):
 for ours, theirs, params in models + models:
     same(stepped(ours, 9, params)[0], stepped(theirs, 9, params)[0])
 print("same")
+"""
+MANY = """
+ran = []
+def running(graph, inputs):
+    return lambda *args: (ran.append(1), graph.forward(*args))[1]
+compiled._lowered = running
+for cap in range(1, 11):
+    config = gemma2.Config(n_layers=1, **SIZES, attention_cap=float(cap), final_cap=None)
+    params, before = Model(gemma2, config).init(0, 0.3), len(ran)
+    stepped(Model(gemma2, config, compiled.wrap(said.append)), 9, params)
+    print(len(ran) - before, end=" ")
+print(said)
+"""
+UNLOWERED = """
+from torch._inductor.lowering import register_lowering
+@torch.library.custom_op("tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+twice.register_fake(torch.empty_like)
+twice.register_autograd(lambda ctx, d: d.sin())
+@register_lowering(torch.ops.aten.sin.default)
+def no_kernel(x):
+    raise RuntimeError("needs 132 KiB of shared memory, the card has 99")
+x = torch.full((3,), 0.5, requires_grad=True)
+block = compiled.wrap(said.append)(lambda x: twice(x * 3))
+for _ in range(2):
+    same(block(x), x * 6)
+    same(torch.autograd.grad(block(x), x, torch.ones(3)), (torch.ones(3).sin() * 3,))
+print(len(said), said[0])
 """
 WITHOUT = """
 config = llama.Config(n_layers=2, **SIZES)
@@ -91,6 +121,18 @@ def test_the_number_of_graphs_depends_on_neither_depth_nor_steps_nor_lengths() -
 
 def test_one_wrap_around_two_models_keeps_them_apart() -> None:
     assert output(TWO) == "same\n"
+
+
+def test_models_of_any_number_in_one_process_all_stay_compiled() -> None:
+    """torch's limit of 8 graphs is not shared by all blocks: ten models of one layer run compiled, every one."""
+    assert output(MANY) == "1 " * 10 + "[]\n"
+
+
+def test_a_backward_without_a_kernel_is_found_before_the_first_forward_has_run() -> None:
+    """As where a card's shared memory is too small for a head's gradient: later nothing could be run in the block's place."""
+    told = output(UNLOWERED)
+    assert told.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (Lowering")
+    assert "needs 132 KiB" in told
 
 
 def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Path) -> None:

@@ -70,16 +70,27 @@ def test_logits_and_gradients_equal_transformers(name: str, data: st.DataObject,
 @settings(max_examples=2)
 @given(data=st.data(), seed=SEEDS)
 def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, data: st.DataObject, seed: int) -> None:
+    """As transformers is, each token measured by what rounding does to it: how far its logits go when every weight is moved by
+    up to a rounding of bfloat16. A norm behind a sum that nearly vanishes makes one token's error ten times the others'; taken
+    as they are, errors would say by what chance that one was rounded. Of 2,000 draws the worst was 1.39 times transformers'."""
     config = data.draw(family_configs(name))
     half = {n: w.bfloat16() for n, w in random_params(config, seed).items()}
     tokens = random_batch(config, 2, 17, seed).tokens
-    exact = model_of(config).forward({n: w.float() for n, w in half.items()}, tokens)
-    found = model_of(config).forward(half, tokens)
+    wide, generator = {n: w.float() for n, w in half.items()}, torch.Generator().manual_seed(seed)
+    exact, found = (model_of(config).forward(params, tokens) for params in (wide, half))
     with torch.no_grad():
         theirs = reference(config, half)(tokens).logits
     assert found.dtype == torch.bfloat16
-    error, their_error = ((some.float() - exact).square().mean().sqrt() for some in (found, theirs))
-    assert error <= 2 * their_error
+
+    def squares(some: torch.Tensor) -> torch.Tensor:
+        return (some.float() - exact).square().mean(-1)
+
+    def moved(w: torch.Tensor) -> torch.Tensor:
+        return w * (1 + 2**-8 * (2 * torch.rand(w.shape, generator=generator) - 1))
+
+    felt = sum(squares(model_of(config).forward({n: moved(w) for n, w in wide.items()}, tokens)) for _ in range(4)) / 4
+    error, their_error = ((squares(some) / felt).mean().sqrt() for some in (found, theirs))
+    assert error <= 1.7 * their_error
 
 
 UNFELT = {  # a gradient that gets lost, while every logit stays as it is

@@ -184,7 +184,9 @@ optimizers = [optim.SGD(lr) for lr in (0.1, 0.2, 0.3)]
 states = [o.init(part) for o, part in zip(optimizers, sweep.each(deltas, 3))]
 run = lambda model: sweep.sweep_step(model, CrossEntropy(), [rule] * 3, optimizers, micro_batch=2)(params, deltas, states, batch)
 (found, *_, ours), (wanted, *_, theirs) = run(model._replace(wrap=compiled)), run(model)
-tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=1e-6), (found, ours), (wanted, theirs))
+def same(x, y):  # either is within 2e-6 of float64, as a share of a leaf's largest value: sums of other orders
+    torch.testing.assert_close(x, y, rtol=0.0, atol=1e-5 * float(y.abs().max()))
+tree.map(same, (found, ours), (wanted, theirs))
 print(len(graphs))
 """
 
