@@ -8,10 +8,11 @@ import common as C
 args = C.parser("minitune", ["lora", "lora_packed", "full", "full_packed", "qlora", "dpo", "kd"]).parse_args()
 torch = C.setup_torch()
 
-from minitune import checkpoint, compiled, losses, models, objectives, optim, quant, steps  # noqa: E402
+from minitune import checkpoint, compiled, heap, losses, models, objectives, optim, quant, steps  # noqa: E402
 from minitune.lora import Lora  # noqa: E402
 from minitune.types import Batch, Pairs  # noqa: E402
 
+heap.keep_freed()  # as a program run by `python -m minitune` does
 DTYPE = getattr(torch, args.dtype)
 LORA = Lora(rank=C.RANK, alpha=float(C.ALPHA), targets=("*_proj.weight",))
 OPTIMIZER = optim.AdamW(lr=C.LR, weight_decay=0.01)

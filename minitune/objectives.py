@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import tree
+from minitune import ops, tree
 from minitune.lora import Lora
 from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model
@@ -131,7 +131,8 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
         adapted = attach(params, trainable, lora)
         if isinstance(batch, Taught):
             tops = (batch.top_ids, batch.top_logps)
-            nats = model.token_losses(adapted[0], batch.rows, adapted[1], lambda y, t, top: loss.on_top(y, t, *top), tops)
+            on_top = ops.by_rows(lambda y, t, top: loss.on_top(y, t, *top))
+            nats = model.token_losses(adapted[0], batch.rows, adapted[1], on_top, tops)
             return Mean.of(nats, batch.rows.labelled()), {}
         wise = _held(teacher, "distillation")
         head, delta = wise.model.head(wise.params, wise.deltas)
@@ -140,7 +141,7 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
             states = wise.model.hidden(wise.params, tree.map(lambda x: x.to(place), batch), wise.deltas).roll(1, 1)
 
         def against(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:
-            return loss(logits, targets, wise.model.logits(states, head, delta).to(logits.device))
+            return ops.by_rows(loss)(logits, targets, wise.model.logits(states, head, delta).to(logits.device))
 
         nats = model.token_losses(adapted[0], batch, adapted[1], against, states)
         return Mean.of(nats, batch.labelled()), {}

@@ -17,6 +17,7 @@ Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 HEAD_CHUNK = 2**22  # logits alive at a time, whatever the vocabulary: 16 MiB in float32, which stay near a core
 ON_GPU = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
 TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
+PIECE = 2**19  # logits that a loss is given at a time on a CPU: what it makes of them then stays near a core
 
 
 def linear(
@@ -148,6 +149,21 @@ def token_losses(
     else:
         nats = _chunked(with_row_gradients(piece), chosen, given, head, delta, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
+
+
+def by_rows(loss: Callable[..., Float[Tensor, "n *values"]]) -> Callable[..., Float[Tensor, "n *values"]]:
+    """loss(logits [n V], *trees of n rows), taken of a few rows at a time, and its gradient by logits with it: nothing but that
+    gradient is kept. For a loss whose values of a row depend on that row alone. Differentiable once, but under a transform."""
+
+    def pieces(logits: Tensor, *targets: Tree) -> Tensor:
+        if under_transform():
+            return loss(logits, *targets)
+        each = with_row_gradients(loss) if torch.is_grad_enabled() and logits.requires_grad else loss
+        n = max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
+        parts = enumerate(logits.split(n))
+        return torch.cat([each(some, *tree.map(lambda x, i=i: x[n * i : n * (i + 1)], targets)) for i, some in parts])
+
+    return pieces
 
 
 def head_chunk(head: Float[Tensor, "V D"] | QTensor) -> int:

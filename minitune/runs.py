@@ -20,7 +20,7 @@ from typing import IO, Annotated, Any, NamedTuple
 import msgspec
 
 import minitune
-from minitune import checkpoint, log, paths, toml
+from minitune import checkpoint, heap, log, paths, toml
 from minitune.program import Program, resolved
 from minitune.report import report
 from minitune.types import InputError
@@ -94,6 +94,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
 
     Raises InputError for what the user must change, and world.Stopped after a signal, when the state has been saved.
     """
+    heap.keep_freed()
     check(program.model, program.data, program.stage)  # before a folder is made or a weight is read
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)

@@ -30,7 +30,10 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
         nats = F.cross_entropy(logits, labels, reduction="none")
         return nats if n_values == 1 else torch.stack([nats, logits.square().sum(-1), logits[:, 0]], -1)
 
+    if data.draw(st.booleans()):
+        loss = ops.by_rows(loss)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "PIECE", data.draw(st.integers(1, 3)) * (v + 1))
         patch.setattr(ops, "HEAD_CHUNK", chunk * (v + 1))
         patch.setattr(ops, "TRAINED", 1)
         found = ops.token_losses(loss, hidden, targets, mask, head, delta)
@@ -64,6 +67,22 @@ def test_the_forward_is_the_only_time_that_logits_are_made(monkeypatch: pytest.M
     with torch.no_grad():
         ops.token_losses(lambda y, t: F.cross_entropy(y, t, reduction="none"), hidden, targets, mask, head)
     assert made == [10]
+
+
+def test_a_loss_by_rows_keeps_the_gradient_of_its_logits_alone_and_sees_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "PIECE", 4 * 50)
+    seen: list[int] = []
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(logits))
+        return F.cross_entropy(logits.float().tanh(), labels, reduction="none")
+
+    logits = torch.randn(10, 50, dtype=torch.bfloat16).requires_grad_()
+    nats = ops.by_rows(loss)(logits, torch.randint(0, 50, (10,)))
+    assert seen == [4, 4, 2]
+    assert isinstance(nats.grad_fn, torch.autograd.graph.Node)
+    kept = [x for node, _ in nats.grad_fn.next_functions for x in node.saved_tensors]  # pyright: ignore
+    assert [(x.dtype, x.shape) for x in kept] == [(torch.bfloat16, (n, 50)) for n in seen]
 
 
 def test_a_gradient_of_its_gradient_is_refused_by_plain_autograd_and_right_under_torch_func() -> None:

@@ -102,18 +102,20 @@ class Model(NamedTuple):
     ) -> Float[Tensor, "B T *values"]:
         """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
 
-        loss(logits [n V], targets [n]); or, with `beside`, a tree of tensors [B, T, ...] that belong to the prediction of each
-        token as loss_mask does, loss(logits, targets, rows of beside).
+        loss(logits [n V], targets [n]), by ops.by_rows; or, with `beside`, a tree of tensors [B, T, ...] that belong to the
+        prediction of each token as loss_mask does, loss(logits, targets, rows of beside), by as many rows as the head is.
         """
         head, delta = self.head(params, deltas)
         mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, beside))
 
-        def row_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
-            logits = self.family.scaled_logits(self.config, logits)
-            return loss(logits, rows[0]) if beside is None else loss(logits, *rows)
+        def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
+            return loss(self.family.scaled_logits(self.config, logits), *rows)
 
-        return ops.token_losses(row_losses, self.hidden(params, batch, deltas), targets, mask, head, delta).roll(1, 1)
+        def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+            return ops.by_rows(row_losses)(logits, rows[0]) if beside is None else row_losses(logits, *rows)
+
+        return ops.token_losses(chunk_losses, self.hidden(params, batch, deltas), targets, mask, head, delta).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""
