@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minitune import tree
 from minitune.grad import under_transform
@@ -23,6 +24,7 @@ NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arX
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+NF4_LEVELS = torch.tensor(NF4_TABLE)
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
 DECODE_ROWS = 32  # rows up to which the packed kernels beat decoding the weight first: see bench/quant.py
@@ -119,7 +121,8 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     if isinstance(q, PackedInt4):
         return dequantize(q.q, dtype)
     codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else _nf4_blocks(q)
-    n_rows = max(1, PIECE // max(1, codes.shape[1])) if codes.device.type == "cpu" else len(codes)
+    whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
+    n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
     pieces = [
         (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
         for some, scale in zip(codes.split(n_rows), scales.split(n_rows), strict=True)
@@ -222,6 +225,9 @@ def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q.codes, group, q.scales)
         return y.view(*x.shape[:-1], -1)
     q = q.q if isinstance(q, PackedInt4) else q
+    if torch.compiler.is_compiling():  # which can't trace _Linear, and would keep the weight if it were left to choose
+        w = checkpoint(lambda *leaves: dequantize(type(q)(*leaves), x.dtype), *q, use_reentrant=False, preserve_rng_state=False)
+        return F.linear(x, w)
     return _Linear.apply(x, type(q), False, *q)
 
 
@@ -291,16 +297,31 @@ def _storable(scale: Tensor) -> Tensor:
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
 
 
-def _levels(q: QTensor, codes: Tensor) -> Tensor:
+def _levels(q: QInt8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
     """The numbers that rows of codes stand for, before scaling."""
     if isinstance(q, QInt8):
         return codes
+    if isinstance(q, QNF4) and not torch.compiler.is_compiling():
+        table = NF4_LEVELS.to(codes.device, non_blocking=True)
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+        return F.embedding(codes.int(), pairs).flatten(1)
+    if codes.device.type != "cpu":
+        return _levels_at_once(q, codes)
     if isinstance(q, QInt4):  # the two halves of each byte spread over two bytes, which are neighbours in memory
         wide = codes.to(torch.int16)
         return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
-    table = torch.tensor(NF4_TABLE, device=codes.device)
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
-    return F.embedding(codes.int(), pairs).flatten(1)
+    wide = codes.int()
+    return torch.stack([NF4_LEVELS[wide >> 4], NF4_LEVELS[wide & 15]], -1).flatten(1)
+
+
+def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
+    """The same, each number from its byte on its own: the compiler makes one kernel of this and the scaling."""
+    shifts = 4 * torch.arange(2, dtype=torch.uint8, device=codes.device)
+    shifts = 4 - shifts if isinstance(q, QNF4) else shifts
+    halves = (codes[..., None] >> shifts & 15).flatten(1)
+    if isinstance(q, QInt4):
+        return halves.to(torch.int8) - 8
+    return NF4_LEVELS.to(codes.device, non_blocking=True)[halves.int()]
 
 
 def _nf4(w: Float[Tensor, "out in"]) -> QNF4:
@@ -314,7 +335,7 @@ def _nf4(w: Float[Tensor, "out in"]) -> QNF4:
     peak = blocks.abs().amax(1, keepdim=True)
     divisor = peak.clamp(min=1e-38)
     scaled = torch.cat([blocks[:n_full] * (1.0 / divisor[:n_full]), blocks[n_full:] / divisor[n_full:]]).clamp(-1, 1)
-    codes = torch.bucketize(scaled.flatten()[:n], _midpoints(torch.tensor(NF4_TABLE, device=w.device))).to(torch.uint8)
+    codes = torch.bucketize(scaled.flatten()[:n], _midpoints(NF4_LEVELS.to(w.device))).to(torch.uint8)
     absmax = torch.cat([peak[:n_full], divisor[n_full:]]).flatten()  # a partial last block is stored without a zero
 
     offset = absmax.mean()
@@ -330,7 +351,7 @@ def _nf4_blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blo
     """Codes by block, the last one filled up, and the maximum of each block."""
     codes = F.pad(q.codes.flatten(), (0, -q.codes.numel() % (NF4_BLOCK // 2))).view(-1, NF4_BLOCK // 2)
     nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(q.absmax)]
-    absmax = DYNAMIC_MAP.to(q.absmax.device)[q.absmax.int()] * nested + q.offset
+    absmax = DYNAMIC_MAP.to(q.absmax.device, non_blocking=True)[q.absmax.int()] * nested + q.offset
     return codes, absmax[:, None]
 
 

@@ -29,24 +29,71 @@ def stepped(model, length, params, seed=0):
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 """
-COUNTED = """
+COUNTING = """
 def counting(graph, inputs):
     graphs.append(1)
     return graph.forward
 torch.compile, real = (lambda block: real(block, fullgraph=True, backend=counting)), torch.compile
-found = []
-for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
+def counted(family, config, params, lengths=(9, 9, 14, 23, 17, 40)):
     torch._dynamo.reset()
-    config = family.Config(n_layers=depth, **SIZES)
-    params = Model(family, config).init(0, 0.3)
     plain, wrapped = Model(family, config), Model(family, config, compiled.wrap(said.append))
     before = len(graphs)
     for n_remat in (0, 1):
-        for length in (9, 9, 14, 23, 17, 40):
+        for length in lengths:
             ours, theirs = (stepped(m._replace(n_remat=n_remat), length, params) for m in (wrapped, plain))
             same(ours[0], theirs[0])
-    found.append(len(graphs) - before)
+    return len(graphs) - before
+"""
+COUNTED = (
+    COUNTING
+    + """
+found = []
+for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
+    config = family.Config(n_layers=depth, **SIZES)
+    found.append(counted(family, config, Model(family, config).init(0, 0.3)))
 print(found, said)
+"""
+)
+QUANTIZED = (
+    COUNTING
+    + """
+found, mixed = [], {"*.self_attn.*": quant.Int4(32), "*.mlp.up_proj.weight": quant.Int8()}
+for scheme, depth in ((None, 2), (quant.NF4(), 2), (quant.NF4(), 5)):
+    config = llama.Config(n_layers=depth, **{**SIZES, "d_model": 32, "d_head": 8, "d_ff": 64})
+    params = Model(llama, config).init(0, 0.3)
+    params = params if scheme is None else quant.Quantization(scheme, exceptions=mixed).quantize(params)
+    found.append(counted(llama, config, params, (9, 14, 23)))
+print(found, said)
+"""
+)
+DECODED = """
+from torch._inductor import metrics
+found, on_cpu = [], quant._levels
+for scheme in (quant.Int4(32), quant.NF4()):
+    q = quant.quantize(torch.randn(37, 96, generator=torch.Generator().manual_seed(0)), scheme)
+    for form in (on_cpu, quant._levels_at_once):
+        expected = quant.dequantize(q, torch.bfloat16)
+        quant._levels = form
+        metrics.reset(), torch._dynamo.reset()
+        assert torch.equal(torch.compile(quant.dequantize, fullgraph=True)(q, torch.bfloat16), expected)
+    found.append(metrics.generated_kernel_count)
+print(found)
+"""
+KEPT = """
+from minitune.grad import kept_bytes
+found = []
+x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+for scheme in (quant.Int8(), quant.Int4(32), quant.NF4()):
+    first, second = (quant.quantize(w, scheme) for w in torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))
+    def both(x, first, second):
+        return quant.linear(quant.linear(x, first).tanh(), second)
+    for run in (both, torch.compile(both, fullgraph=True, backend="aot_eager_decomp_partition")):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(run(leaf, first, second).float().square().sum(), leaf)[0])
+        kept = kept_bytes(run, x, first, second)
+        assert kept <= x.nbytes + 1024 + 4096 < 128 * 128, kept
+    assert torch.equal(found[-1], found[-2])
+print("codes")
 """
 TWO = """
 torch.compile = lambda block: block
@@ -87,6 +134,21 @@ def test_the_number_of_graphs_depends_on_neither_depth_nor_steps_nor_lengths() -
     assert shallow == deep
     assert shallow <= 7
     assert two_kinds <= 2 * shallow
+
+
+def test_quantized_weights_add_no_graph() -> None:
+    """A block over codes of all schemes is one graph wherever a block over plain weights is, at any depth and length."""
+    found = eval(output(QUANTIZED).replace(" []", ""))
+    assert found == [found[0]] * 3
+    assert found[0] <= 7
+
+
+def test_decoding_a_weight_is_one_kernel_as_a_gpu_would_run_it_and_changes_no_bit() -> None:
+    assert eval(output(DECODED)) == [1, 1]
+
+
+def test_no_decoded_weight_is_kept_for_the_backward_eager_or_compiled() -> None:
+    assert output(KEPT) == "codes\n"
 
 
 def test_one_wrap_around_two_models_keeps_them_apart() -> None:
