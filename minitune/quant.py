@@ -14,9 +14,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minitune import tree
+from minitune import float8, tree
 from minitune.grad import under_transform
-from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QInt4, QInt8, QTensor, Trainable
+from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QFloat8, QInt4, QInt8, QTensor, Trainable
 
 NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -80,6 +80,25 @@ class Int8(_Grid, frozen=True, tag="int8"):
         return QInt8(levels.to(torch.int8), scale)
 
 
+class Float8(_Grid, frozen=True, tag="float8"):
+    """8-bit floats (e4m3), one scale an output channel, scale = max|w| / 448. A GPU that multiplies such numbers rounds what it
+    multiplies them by as well, each token with a scale of its own."""
+
+    divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
+
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale: the row."""
+        return d_in
+
+    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+        """w / scale, rounded to the nearest 8-bit float."""
+        return (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QFloat8:
+        """The leaf that stands for levels * scale."""
+        return QFloat8(levels.to(float8.E4M3), scale)
+
+
 class Int4(_Grid, frozen=True, tag="int4"):
     """4 bits a weight, one scale for every `group` neighbours of a row: codes in [-8, 7]."""
 
@@ -102,7 +121,7 @@ class NF4(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="ki
     """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
 
 
-Scheme = Int8 | Int4 | NF4
+Scheme = Int8 | Float8 | Int4 | NF4
 
 
 def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
@@ -225,6 +244,8 @@ def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q.codes, group, q.scales)
         return y.view(*x.shape[:-1], -1)
     q = q.q if isinstance(q, PackedInt4) else q
+    if isinstance(q, QFloat8) and float8.takes(x, q.codes):
+        return float8.product(x, *q, False)
     if torch.compiler.is_compiling():  # which can't trace _Linear, and would keep the weight if it were left to choose
         w = checkpoint(lambda *leaves: dequantize(type(q)(*leaves), x.dtype), *q, use_reentrant=False, preserve_rng_state=False)
         return F.linear(x, w)
@@ -297,10 +318,12 @@ def _storable(scale: Tensor) -> Tensor:
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
 
 
-def _levels(q: QInt8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
+def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
     """The numbers that rows of codes stand for, before scaling."""
     if isinstance(q, QInt8):
         return codes
+    if isinstance(q, QFloat8):
+        return codes.float()
     if isinstance(q, QNF4) and not torch.compiler.is_compiling():
         table = NF4_LEVELS.to(codes.device, non_blocking=True)
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)

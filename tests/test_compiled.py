@@ -57,7 +57,8 @@ print(found, said)
 QUANTIZED = (
     COUNTING
     + """
-found, mixed = [], {"*.self_attn.*": quant.Int4(32), "*.mlp.up_proj.weight": quant.Int8()}
+mixed = {"*.self_attn.*": quant.Int4(32), "*.mlp.up_proj.weight": quant.Int8(), "*.mlp.gate_proj.weight": quant.Float8()}
+found = []
 for scheme, depth in ((None, 2), (quant.NF4(), 2), (quant.NF4(), 5)):
     config = llama.Config(n_layers=depth, **{**SIZES, "d_model": 32, "d_head": 8, "d_ff": 64})
     params = Model(llama, config).init(0, 0.3)
@@ -80,10 +81,12 @@ for scheme in (quant.Int4(32), quant.NF4()):
 print(found)
 """
 KEPT = """
+from minitune import float8
 from minitune.grad import kept_bytes
+float8.takes = lambda x, codes: True  # torch multiplies them on a CPU too
 found = []
 x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-for scheme in (quant.Int8(), quant.Int4(32), quant.NF4()):
+for scheme in (quant.Int8(), quant.Float8(), quant.Int4(32), quant.NF4()):
     first, second = (quant.quantize(w, scheme) for w in torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))
     def both(x, first, second):
         return quant.linear(quant.linear(x, first).tanh(), second)
