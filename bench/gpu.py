@@ -1,4 +1,5 @@
-"""One training step of an 8B Llama on one CUDA GPU: LoRA, QLoRA, LoRA over 8-bit floats and every weight, eager and compiled, recomputed and not.
+"""One training step of an 8B Llama on one CUDA GPU: every weight, or LoRA over bfloat16, NF4 and 8-bit floats; eager and
+compiled, recomputed and not.
 
     python bench/gpu.py [--budget-s 480] [--tokens N] [--head-chunk N]      about eight minutes on one GPU of 80 or 141 GB
     python bench/gpu.py --device cpu --toy                                  the same path in seconds and uncompiled: does it run?

@@ -3,7 +3,7 @@
 A weight is whole only while one matrix product uses it: forward and backward each build it from its codes and let go of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minitune import float8, tree
 from minitune.grad import under_transform
@@ -48,6 +47,10 @@ class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     highest: ClassVar[int]
     divisors: ClassVar[tuple[float, ...]]
 
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale: the row, where a scheme says no other."""
+        return d_in
+
     def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
         """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16 before any code is chosen:
         so bfloat16 files and kernels hold the very same weight, and so does float16 down to 2^-17."""
@@ -71,10 +74,6 @@ class Int8(_Grid, frozen=True, tag="int8"):
     highest: ClassVar[int] = 127
     divisors: ClassVar[tuple[float, ...]] = (127.0,)
 
-    def group_size(self, d_in: int) -> int:
-        """How many neighbours share a scale: the row."""
-        return d_in
-
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt8:
         """The leaf that stands for levels * scale."""
         return QInt8(levels.to(torch.int8), scale)
@@ -85,10 +84,6 @@ class Float8(_Grid, frozen=True, tag="float8"):
     multiplies them by as well, each token with a scale of its own."""
 
     divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
-
-    def group_size(self, d_in: int) -> int:
-        """How many neighbours share a scale: the row."""
-        return d_in
 
     def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
         """w / scale, rounded to the nearest 8-bit float."""
@@ -193,12 +188,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def fake(self, trainable: Trainable) -> Trainable:
         """The trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
-
-        def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
-            scheme = self._scheme(name)
-            return leaf if scheme is None or isinstance(leaf, Delta) else fake(leaf, scheme)
-
-        return {name: rounded(name, leaf) for name, leaf in trainable.items()}
+        return {k: x if isinstance(x, Delta) or (s := self._scheme(k)) is None else fake(x, s) for k, x in trainable.items()}
 
     def _scheme(self, name: str) -> Scheme | None:
         if not any(fnmatchcase(name, glob) for glob in self.weights):
@@ -246,10 +236,11 @@ def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out
     q = q.q if isinstance(q, PackedInt4) else q
     if isinstance(q, QFloat8) and float8.takes(x, q.codes):
         return float8.product(x, *q, False)
-    if torch.compiler.is_compiling():  # which can't trace _Linear, and would keep the weight if it were left to choose
-        w = checkpoint(lambda *leaves: dequantize(type(q)(*leaves), x.dtype), *q, use_reentrant=False, preserve_rng_state=False)
-        return F.linear(x, w)
-    return _Linear.apply(x, type(q), False, *q)
+    if not torch.compiler.is_compiling():
+        return _Linear.apply(x, type(q), False, *q)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _TracedLinear.apply(x, type(q), *q)
+    return F.linear(x, _decoded_behind(x, type(q), q))  # where tracing _TracedLinear fails on the number of leaves
 
 
 class _Linear(torch.autograd.Function):
@@ -276,6 +267,33 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return _Linear.apply(tangents[0], ctx.kind, ctx.transposed, *ctx.saved_tensors)
+
+
+class _TracedLinear(torch.autograd.Function):
+    """x W^T as a compiler can trace it: without a derivative in forward mode, differentiable once."""
+
+    @staticmethod
+    def forward(x: Tensor, kind: Any, *leaves: Tensor) -> Tensor:
+        return F.linear(x, _decoded_behind(x, kind, leaves))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.kind = inputs[1]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        leaves, grad = ctx.saved_tensors, grad_outputs[0]
+        return grad @ _decoded_behind(grad, ctx.kind, leaves), *(None for _ in range(1 + len(leaves)))
+
+
+def _decoded_behind(x: Tensor, kind: Any, leaves: Sequence[Tensor]) -> Tensor:
+    """The weight in the dtype of x, its codes plus a zero that is made of x, so that it waits for x: a compiler would else decode
+    all weights of a block at once, and keep those of the forward for the backward."""
+    codes, *rest = leaves
+    zero = (x.flatten()[0] * 0).nan_to_num()
+    whole = codes.view(torch.uint8) if codes.is_floating_point() else codes  # floats that short can't be added
+    return dequantize(kind((whole + zero.to(whole.dtype)).view(codes.dtype), *rest), x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -320,10 +338,8 @@ def _storable(scale: Tensor) -> Tensor:
 
 def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
     """The numbers that rows of codes stand for, before scaling."""
-    if isinstance(q, QInt8):
-        return codes
-    if isinstance(q, QFloat8):
-        return codes.float()
+    if isinstance(q, QInt8 | QFloat8):
+        return codes.to(torch.float32) if isinstance(q, QFloat8) else codes
     if isinstance(q, QNF4) and not torch.compiler.is_compiling():
         table = NF4_LEVELS.to(codes.device, non_blocking=True)
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
@@ -339,9 +355,8 @@ def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
 
 def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
     """The same, each number from its byte on its own: the compiler makes one kernel of this and the scaling."""
-    shifts = 4 * torch.arange(2, dtype=torch.uint8, device=codes.device)
-    shifts = 4 - shifts if isinstance(q, QNF4) else shifts
-    halves = (codes[..., None] >> shifts & 15).flatten(1)
+    first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (0 if isinstance(q, QInt4) else 1)
+    halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
     if isinstance(q, QInt4):
         return halves.to(torch.int8) - 8
     return NF4_LEVELS.to(codes.device, non_blocking=True)[halves.int()]
