@@ -74,4 +74,4 @@ def _times(rows: Tensor, scales: Tensor, codes: Tensor, dtype: torch.dtype) -> T
 
 @_times.register_fake
 def _(rows: Tensor, scales: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.new_empty(len(rows), codes.shape[1], dtype=dtype)
+    return rows.new_empty(rows.shape[0], codes.shape[1], dtype=dtype)
