@@ -221,6 +221,7 @@ def test_a_program_trains_over_8_bit_floats_and_writes_them(tiny: Path, tmp_path
     weights = checkpoint.load_params(tiny / "model", base.shapes(), torch.float32)
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         q = quant.quantize(weights[name], quant.Float8())
+        assert isinstance(q, QFloat8)
         assert torch.equal(kept[f"{name}.codes"].view(torch.uint8), q.codes.view(torch.uint8))
         assert torch.equal(kept[f"{name}.scale"], q.scale)
     again = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/merged'}", name="again")
