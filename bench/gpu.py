@@ -1,4 +1,5 @@
-"""One training step of an 8B Llama on one CUDA GPU: LoRA, QLoRA and every weight, eager and compiled, recomputed and not.
+"""One training step of an 8B Llama on one CUDA GPU: every weight, or LoRA over bfloat16, NF4 and 8-bit floats; eager and
+compiled, recomputed and not.
 
     python bench/gpu.py [--budget-s 480] [--tokens N] [--head-chunk N]      about eight minutes on one GPU of 80 or 141 GB
     python bench/gpu.py --device cpu --toy                                  the same path in seconds and uncompiled: does it run?
@@ -6,7 +7,7 @@
 Random bfloat16 weights in the shape of configs/models/llama-3.1-8b.toml, packed rows of 2,048 and 8,192 tokens, every token a
 target. Each way of training has a process of its own, which measures the roof (the best of 20 matmuls) and then its variants,
 the most wanted first; a variant that fails gives a row with the reason, and one that the time does not reach says so.
-FLOPs a token: 4 N for LoRA and QLoRA, 6 N for full (N: matmul weights with the head, without the embedding), and
+FLOPs a token: 4 N over frozen weights, 6 N for full (N: matmul weights with the head, without the embedding), and
 6 * n_layers * d_model * n for causal attention over documents whose tokens have n companions on average.
 Full: bfloat16 weights rounded to nearest and 8-bit Adam moments: float32 weights of 8B do not fit beside their gradients.
 """
@@ -38,7 +39,8 @@ from minitune.types import Batch, InputError, Params
 
 SHAPE = Path(__file__).parents[1] / "configs/models/llama-3.1-8b.toml"
 TOY = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_head": 16, "d_ff": 128, "vocab_size": 512}
-KINDS = ("lora", "qlora", "full")
+KINDS = ("lora", "qlora", "float8", "full")
+SCHEMES = {"qlora": quant.NF4(), "float8": quant.Float8()}
 RULE = Lora(rank=16, alpha=32.0, targets=("*_proj.weight",))
 WARM_UPS, STEPS = 2, 3
 HEADER = ("training", "row, tokens", "compiled", "remat", "tokens/s", "of the roof", "peak, GiB", "remark")
@@ -140,8 +142,8 @@ def run_kind(kind: str, args: argparse.Namespace) -> None:
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(json.dumps({"card": card, "roof": roof}), flush=True)
     model, params = opened(args)
-    if kind == "qlora":
-        params = quant.Quantization(quant.NF4()).quantize(params)
+    if kind in SCHEMES:
+        params = quant.Quantization(SCHEMES[kind]).quantize(params)
     for variant in variants(args.toy):
         try:
             found = measured(kind, model, params, variant, args)

@@ -49,13 +49,15 @@ def gptq(
     experts see of it; deltas are as a forward takes them. Block by block: what a block sees has come through the quantized blocks
     before it.
 
-    InputError for an nf4 scheme, for no batches, and for a weight that is not finite or that no linear map of the model uses.
+    InputError for an nf4 or float8 scheme, for no batches, and for a weight that is not finite or that no linear map of the model
+    uses.
     """
     plan = quantization.plan(params)
-    grids: dict[str, Int8 | Int4] = {name: scheme for name, scheme in plan.items() if not isinstance(scheme, NF4)}
+    grids: dict[str, Int8 | Int4] = {name: scheme for name, scheme in plan.items() if isinstance(scheme, Int8 | Int4)}
     if len(grids) < len(plan):
         odd = next(name for name in plan if name not in grids)
-        raise InputError(f"calibrate: {odd} is to be nf4, expected int8 or int4 for gptq; choose the method rtn for nf4")
+        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
+        raise InputError(f"calibrate: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
     if not batches:
         raise InputError("calibrate: no row of data to calibrate on, expected at least one; look at the data table of gptq")
     refuse_not_finite(params, plan)

@@ -3,7 +3,7 @@
 A weight is whole only while one matrix product uses it: forward and backward each build it from its codes and let go of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitune import tree
+from minitune import float8, tree
 from minitune.grad import under_transform
-from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QInt4, QInt8, QTensor, Trainable
+from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QFloat8, QInt4, QInt8, QTensor, Trainable
 
 NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -23,6 +23,7 @@ NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arX
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+NF4_LEVELS = torch.tensor(NF4_TABLE)
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
 DECODE_ROWS = 32  # rows up to which the packed kernels beat decoding the weight first: see bench/quant.py
@@ -45,6 +46,10 @@ class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     lowest: ClassVar[int]
     highest: ClassVar[int]
     divisors: ClassVar[tuple[float, ...]]
+
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale: the row, where a scheme says no other."""
+        return d_in
 
     def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
         """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16 before any code is chosen:
@@ -69,13 +74,24 @@ class Int8(_Grid, frozen=True, tag="int8"):
     highest: ClassVar[int] = 127
     divisors: ClassVar[tuple[float, ...]] = (127.0,)
 
-    def group_size(self, d_in: int) -> int:
-        """How many neighbours share a scale: the row."""
-        return d_in
-
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt8:
         """The leaf that stands for levels * scale."""
         return QInt8(levels.to(torch.int8), scale)
+
+
+class Float8(_Grid, frozen=True, tag="float8"):
+    """8-bit floats (e4m3), one scale an output channel, scale = max|w| / 448. A GPU that multiplies such numbers rounds what it
+    multiplies them by as well, each token with a scale of its own."""
+
+    divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
+
+    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+        """w / scale, rounded to the nearest 8-bit float."""
+        return (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QFloat8:
+        """The leaf that stands for levels * scale."""
+        return QFloat8(levels.to(float8.E4M3), scale)
 
 
 class Int4(_Grid, frozen=True, tag="int4"):
@@ -100,7 +116,7 @@ class NF4(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="ki
     """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
 
 
-Scheme = Int8 | Int4 | NF4
+Scheme = Int8 | Float8 | Int4 | NF4
 
 
 def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
@@ -119,7 +135,8 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     if isinstance(q, PackedInt4):
         return dequantize(q.q, dtype)
     codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else _nf4_blocks(q)
-    n_rows = max(1, PIECE // max(1, codes.shape[1])) if codes.device.type == "cpu" else len(codes)
+    whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
+    n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
     pieces = [
         (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
         for some, scale in zip(codes.split(n_rows), scales.split(n_rows), strict=True)
@@ -171,12 +188,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def fake(self, trainable: Trainable) -> Trainable:
         """The trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
-
-        def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
-            scheme = self._scheme(name)
-            return leaf if scheme is None or isinstance(leaf, Delta) else fake(leaf, scheme)
-
-        return {name: rounded(name, leaf) for name, leaf in trainable.items()}
+        return {k: x if isinstance(x, Delta) or (s := self._scheme(k)) is None else fake(x, s) for k, x in trainable.items()}
 
     def _scheme(self, name: str) -> Scheme | None:
         if not any(fnmatchcase(name, glob) for glob in self.weights):
@@ -222,7 +234,13 @@ def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q.codes, group, q.scales)
         return y.view(*x.shape[:-1], -1)
     q = q.q if isinstance(q, PackedInt4) else q
-    return _Linear.apply(x, type(q), False, *q)
+    if isinstance(q, QFloat8) and float8.takes(x, q.codes):
+        return float8.product(x, *q, False)
+    if not torch.compiler.is_compiling():
+        return _Linear.apply(x, type(q), False, *q)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _TracedLinear.apply(x, type(q), *q)
+    return F.linear(x, _decoded_behind(x, type(q), q))  # where tracing _TracedLinear fails on the number of leaves
 
 
 class _Linear(torch.autograd.Function):
@@ -249,6 +267,33 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return _Linear.apply(tangents[0], ctx.kind, ctx.transposed, *ctx.saved_tensors)
+
+
+class _TracedLinear(torch.autograd.Function):
+    """x W^T as a compiler can trace it: without a derivative in forward mode, differentiable once."""
+
+    @staticmethod
+    def forward(x: Tensor, kind: Any, *leaves: Tensor) -> Tensor:
+        return F.linear(x, _decoded_behind(x, kind, leaves))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.kind = inputs[1]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        leaves, grad = ctx.saved_tensors, grad_outputs[0]
+        return grad @ _decoded_behind(grad, ctx.kind, leaves), *(None for _ in range(1 + len(leaves)))
+
+
+def _decoded_behind(x: Tensor, kind: Any, leaves: Sequence[Tensor]) -> Tensor:
+    """The weight in the dtype of x, its codes plus a zero that is made of x, so that it waits for x: a compiler would else decode
+    all weights of a block at once, and keep those of the forward for the backward."""
+    codes, *rest = leaves
+    zero = (x.flatten()[0] * 0).nan_to_num()
+    whole = codes.view(torch.uint8) if codes.is_floating_point() else codes  # floats that short can't be added
+    return dequantize(kind((whole + zero.to(whole.dtype)).view(codes.dtype), *rest), x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -291,16 +336,30 @@ def _storable(scale: Tensor) -> Tensor:
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
 
 
-def _levels(q: QTensor, codes: Tensor) -> Tensor:
+def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
     """The numbers that rows of codes stand for, before scaling."""
-    if isinstance(q, QInt8):
-        return codes
+    if isinstance(q, QInt8 | QFloat8):
+        return codes.to(torch.float32) if isinstance(q, QFloat8) else codes
+    if isinstance(q, QNF4) and not torch.compiler.is_compiling():
+        table = NF4_LEVELS.to(codes.device, non_blocking=True)
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+        return F.embedding(codes.int(), pairs).flatten(1)
+    if codes.device.type != "cpu":
+        return _levels_at_once(q, codes)
     if isinstance(q, QInt4):  # the two halves of each byte spread over two bytes, which are neighbours in memory
         wide = codes.to(torch.int16)
         return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
-    table = torch.tensor(NF4_TABLE, device=codes.device)
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
-    return F.embedding(codes.int(), pairs).flatten(1)
+    wide = codes.int()
+    return torch.stack([NF4_LEVELS[wide >> 4], NF4_LEVELS[wide & 15]], -1).flatten(1)
+
+
+def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
+    """The same, each number from its byte on its own: the compiler makes one kernel of this and the scaling."""
+    first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (0 if isinstance(q, QInt4) else 1)
+    halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
+    if isinstance(q, QInt4):
+        return halves.to(torch.int8) - 8
+    return NF4_LEVELS.to(codes.device, non_blocking=True)[halves.int()]
 
 
 def _nf4(w: Float[Tensor, "out in"]) -> QNF4:
@@ -314,7 +373,7 @@ def _nf4(w: Float[Tensor, "out in"]) -> QNF4:
     peak = blocks.abs().amax(1, keepdim=True)
     divisor = peak.clamp(min=1e-38)
     scaled = torch.cat([blocks[:n_full] * (1.0 / divisor[:n_full]), blocks[n_full:] / divisor[n_full:]]).clamp(-1, 1)
-    codes = torch.bucketize(scaled.flatten()[:n], _midpoints(torch.tensor(NF4_TABLE, device=w.device))).to(torch.uint8)
+    codes = torch.bucketize(scaled.flatten()[:n], _midpoints(NF4_LEVELS.to(w.device))).to(torch.uint8)
     absmax = torch.cat([peak[:n_full], divisor[n_full:]]).flatten()  # a partial last block is stored without a zero
 
     offset = absmax.mean()
@@ -330,7 +389,7 @@ def _nf4_blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blo
     """Codes by block, the last one filled up, and the maximum of each block."""
     codes = F.pad(q.codes.flatten(), (0, -q.codes.numel() % (NF4_BLOCK // 2))).view(-1, NF4_BLOCK // 2)
     nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(q.absmax)]
-    absmax = DYNAMIC_MAP.to(q.absmax.device)[q.absmax.int()] * nested + q.offset
+    absmax = DYNAMIC_MAP.to(q.absmax.device, non_blocking=True)[q.absmax.int()] * nested + q.offset
     return codes, absmax[:, None]
 
 

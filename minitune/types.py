@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
-from jaxtyping import BFloat16, Bool, Float, Int, Int8, UInt8
+from jaxtyping import BFloat16, Bool, Float, Float8e4m3fn, Int, Int8, UInt8
 from torch import Tensor
 
 from minitune import InputError as InputError
@@ -35,6 +35,18 @@ class QInt8(NamedTuple):
     """A weight as codes * scale: codes in [-127, 127], one scale an output channel."""
 
     codes: Int8[Tensor, "out in"]
+    scale: Float[Tensor, "out 1"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.codes.shape
+
+
+class QFloat8(NamedTuple):
+    """A weight as codes * scale: codes are 8-bit floats (e4m3) up to 448, one scale an output channel."""
+
+    codes: Float8e4m3fn[Tensor, "out in"]
     scale: Float[Tensor, "out 1"]
 
     @property
@@ -88,7 +100,7 @@ class PackedInt4(NamedTuple):
         return self.q.shape
 
 
-QTensor = QInt8 | QInt4 | QNF4 | PackedInt4
+QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4
 Params = Mapping[str, Any]  # a Tensor, or a QTensor where a linear weight is quantized
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it

@@ -23,11 +23,14 @@ def test_the_gpu_bench_fills_its_table_at_toy_size() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     told, header, _, *rows = done.stdout.strip().splitlines()
-    assert told.count("CPU, ") == 3
+    assert told.count("CPU, ") == 4
     assert header.count("|") == 9
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
     assert [row[:4] for row in table] == [
-        [kind, n, "no", remat] for kind in ("lora", "qlora", "full") for remat in ("no", "yes", "host") for n in ("32", "128")
+        [kind, n, "no", remat]
+        for kind in ("lora", "qlora", "float8", "full")
+        for remat in ("no", "yes", "host")
+        for n in ("32", "128")
     ]
     for row in table:
         assert re.fullmatch(r"[\d,]+", row[4]), row
@@ -39,7 +42,7 @@ def test_what_the_time_does_not_reach_is_a_row_that_says_so() -> None:
     words = [sys.executable, "bench/gpu.py", "--device", "cpu", "--toy", "--budget-s", "0.3"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| no time left |") == 18
+    assert done.stdout.count("| no time left |") == 24
 
 
 def test_a_variant_that_fails_is_a_row_with_the_reason(

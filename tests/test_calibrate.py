@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune import calibrate, seeds
 from minitune.calibrate import Gptq, Method, Rtn, gptq, gptq_weight
 from minitune.models import Model, llama
-from minitune.quant import NF4, Int4, Int8, Quantization, dequantize, quantize
+from minitune.quant import NF4, Float8, Int4, Int8, Quantization, dequantize, quantize
 from minitune.types import Batch, Delta, InputError, Params
 
 WIDE = msgspec.structs.replace(SMALL, d_model=64, d_ff=96, d_head=16)
@@ -177,6 +177,8 @@ def test_what_can_not_be_calibrated_is_refused():
     params, batch = random_params(WIDE), random_batch(WIDE, 1, 9)
     with pytest.raises(InputError, match=r"calibrate: model.layers.0.*q_proj.weight is to be nf4, expected int8 or int4 .* rtn"):
         gptq(MODEL, params, [batch], Quantization(NF4()), damp=0.01)
+    with pytest.raises(InputError, match=r"q_proj.weight is to be float8, expected int8 or int4 for gptq; choose the method rtn"):
+        gptq(MODEL, params, [batch], Quantization(Float8()), damp=0.01)
     with pytest.raises(InputError, match="calibrate: no row of data to calibrate on, expected at least one; look at the data"):
         gptq(MODEL, params, [], Quantization(Int8()), damp=0.01)
     with pytest.raises(InputError, match=r"calibrate: spare_proj.weight is used by no linear map of a block, .* except it"):

@@ -30,24 +30,93 @@ def stepped(model, length, params, seed=0):
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 """
-COUNTED = """
+COUNTING = """
 def counting(graph, inputs):
     graphs.append(1)
     return graph.forward
 compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
-found = []
-for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
+def counted(family, config, params, lengths=(9, 9, 14, 23, 17, 40)):
     torch._dynamo.reset()
-    config = family.Config(n_layers=depth, **SIZES)
-    params = Model(family, config).init(0, 0.3)
     plain, wrapped = Model(family, config), Model(family, config, compiled.wrap(said.append))
     before = len(graphs)
     for n_remat in (0, 1):
-        for length in (9, 9, 14, 23, 17, 40):
+        for length in lengths:
             ours, theirs = (stepped(m._replace(n_remat=n_remat), length, params) for m in (wrapped, plain))
             same(ours[0], theirs[0])
-    found.append(len(graphs) - before)
+    return len(graphs) - before
+"""
+COUNTED = (
+    COUNTING
+    + """
+found = []
+for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
+    config = family.Config(n_layers=depth, **SIZES)
+    found.append(counted(family, config, Model(family, config).init(0, 0.3)))
 print(found, said)
+"""
+)
+QUANTIZED = (
+    COUNTING
+    + """
+mixed = {"*.self_attn.*": quant.Int4(32), "*.mlp.up_proj.weight": quant.Int8(), "*.mlp.gate_proj.weight": quant.Float8()}
+found = []
+for scheme, depth in ((None, 2), (quant.NF4(), 2), (quant.NF4(), 5)):
+    config = llama.Config(n_layers=depth, **{**SIZES, "d_model": 32, "d_head": 8, "d_ff": 64})
+    params = Model(llama, config).init(0, 0.3)
+    params = params if scheme is None else quant.Quantization(scheme, exceptions=mixed).quantize(params)
+    found.append(counted(llama, config, params, (9, 14, 23)))
+print(found, said)
+"""
+)
+DECODED = """
+from torch._inductor import metrics
+found, on_cpu = [], quant._levels
+for scheme in (quant.Int4(32), quant.NF4()):
+    q = quant.quantize(torch.randn(37, 96, generator=torch.Generator().manual_seed(0)), scheme)
+    for form in (on_cpu, quant._levels_at_once):
+        expected = quant.dequantize(q, torch.bfloat16)
+        quant._levels = form
+        metrics.reset(), torch._dynamo.reset()
+        assert torch.equal(torch.compile(quant.dequantize, fullgraph=True)(q, torch.bfloat16), expected)
+    found.append(metrics.generated_kernel_count)
+print(found)
+"""
+KEPT = """
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from minitune import float8
+from minitune.grad import kept_bytes
+float8.takes = lambda x, codes: True  # torch multiplies them on a CPU too
+def behind(node):
+    found = set()
+    while new := {above for below in found | {node} for above in below.all_input_nodes} - found:
+        found |= new
+    return found
+def in_order(graph, inputs):
+    given = [n for n in graph.graph.nodes if n.op == "placeholder" and n.meta["val"].shape == (40, 128)]
+    previous = given[-1]  # x, or the cotangent behind what was kept
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.mm.default:
+            assert previous in behind(node.args[1])  # a weight is decoded when what it multiplies is there, and no earlier
+            previous = node
+            graphs.append(1)
+    return make_boxed_func(graph.forward)
+backend = aot_autograd(fw_compiler=in_order, bw_compiler=in_order, partition_fn=min_cut_rematerialization_partition)
+found = []
+x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+x[0, 0] = torch.inf
+for scheme in (quant.Int8(), quant.Float8(), quant.Int4(32), quant.NF4()):
+    first, second = (quant.quantize(w, scheme) for w in torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))
+    torch._dynamo.reset()
+    def both(x, first, second):
+        return quant.linear(quant.linear(x, first).tanh(), second)
+    for run in (both, torch.compile(both, fullgraph=True, backend=backend)):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(run(leaf, first, second)[1:].float().square().sum(), leaf)[0][1:])
+        kept = kept_bytes(run, x, first, second)
+        assert kept <= x.nbytes + 1024 + 4096 < 128 * 128, kept
+    assert found[-1].isfinite().all() and torch.equal(found[-1], found[-2])
+print("codes", len(graphs))
 """
 TWO = """
 torch.compile = lambda block, **how: block
@@ -117,6 +186,21 @@ def test_the_number_of_graphs_depends_on_neither_depth_nor_steps_nor_lengths() -
     assert shallow == deep
     assert shallow <= 7
     assert two_kinds <= 2 * shallow
+
+
+def test_quantized_weights_add_no_graph() -> None:
+    """A block over codes of all schemes is one graph wherever a block over plain weights is, at any depth and length."""
+    found = eval(output(QUANTIZED).replace(" []", ""))
+    assert found == [found[0]] * 3
+    assert found[0] <= 7
+
+
+def test_decoding_a_weight_is_one_kernel_as_a_gpu_would_run_it_and_changes_no_bit() -> None:
+    assert eval(output(DECODED)) == [1, 1]
+
+
+def test_no_decoded_weight_is_kept_or_made_before_its_product_eager_or_compiled() -> None:
+    assert output(KEPT) == "codes 12\n"
 
 
 def test_one_wrap_around_two_models_keeps_them_apart() -> None:

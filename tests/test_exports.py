@@ -147,8 +147,8 @@ NF4 = QNF4(torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.uin
 @pytest.mark.parametrize(
     ("leaf", "activations", "message"),
     [
-        (NF4, "none", r"q_proj.weight is NF4, expected int8 or int4; write NF4 in the format 'bitsandbytes'"),
-        (torch.ones(64, 64), "none", "no weight is quantized, expected int8 or int4 leaves"),
+        (NF4, "none", r"q_proj.weight is NF4, expected int8, int4 or float8; write NF4 in the format 'bitsandbytes'"),
+        (torch.ones(64, 64), "none", "no weight is quantized, expected int8, int4 or float8 leaves"),
         (int4(torch.ones(64, 64), 32), "int8", "activations = 'int8' but no weight is int8"),
     ],
 )

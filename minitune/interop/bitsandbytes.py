@@ -9,7 +9,7 @@ from torch import Tensor
 from minitune import checkpoint, quant
 from minitune.interop.compressed import unquantized
 from minitune.models import Model
-from minitune.types import QNF4, InputError, Params, QInt4, QInt8
+from minitune.types import QNF4, InputError, Params
 
 
 def save(
@@ -20,14 +20,14 @@ def save(
 ) -> None:
     """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
 
-    The layers compute in the dtype of the unquantized weights. InputError for int8 and int4 leaves, and without an NF4 one.
+    The layers compute in the dtype of the unquantized weights. InputError for leaves of other kinds, and without an NF4 one.
     """
     dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
     tensors: dict[str, Tensor] = {}
     for name, w in params.items():
-        if isinstance(w, QInt8 | QInt4):
+        if not isinstance(w, Tensor | QNF4):
             raise InputError(
-                f"bitsandbytes: {name} is {'int8' if isinstance(w, QInt8) else 'int4'}, expected NF4; "
+                f"bitsandbytes: {name} is {type(w).__name__.removeprefix('Q').lower()}, expected NF4; "
                 "write it in the format 'compressed-tensors'"
             )
         tensors |= stored(name, w, dtype) if isinstance(w, QNF4) else {name: w}

@@ -10,7 +10,7 @@ from torch import Tensor, int32, tensor, uint8
 
 from minitune import checkpoint
 from minitune.models import Model
-from minitune.types import QNF4, InputError, Params, QInt4, QInt8
+from minitune.types import QNF4, InputError, Params, QFloat8, QInt4, QInt8
 
 Activations = Literal["none", "int8"]
 
@@ -20,7 +20,12 @@ class _Scheme(NamedTuple):
 
     bits: int
     group_size: int | None
-    activations: Activations
+    activations: Literal["none", "int8", "float8"]
+
+    @property
+    def format(self) -> str:
+        """What the format calls weights that are stored so."""
+        return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[self.activations]
 
 
 def save(
@@ -32,7 +37,8 @@ def save(
     activations: Activations,
 ) -> None:
     """Write a complete Hugging Face folder whose QInt4 leaves are W4A16 and whose QInt8 leaves are W8A16, or, with activations
-    "int8", W8A8: every token's activations are rounded to int8 with a scale of their own while the model runs.
+    "int8", W8A8: every token's activations are rounded to int8 with a scale of their own while the model runs. QFloat8 leaves
+    are W8A8 in 8-bit floats, as they are where minitune multiplies them.
 
     Scales are stored in the dtype of the unquantized weights. InputError for NF4 leaves and where there is nothing to quantize.
     vLLM fuses q, k, v and gate, up: it refuses a folder in which the parts of one such layer have different schemes.
@@ -48,7 +54,9 @@ def save(
         schemes.setdefault(scheme, []).append(module)
         tensors |= {**stored(module, w, scheme.activations), f"{module}.weight_scale": w.scale.to(dtype)}
     if not schemes:
-        raise InputError("compressed: no weight is quantized, expected int8 or int4 leaves; put a quantize stage before this one")
+        raise InputError(
+            "compressed: no weight is quantized, expected int8, int4 or float8 leaves; put a quantize stage before this one"
+        )
     if activations == "int8" and not any(scheme.activations == "int8" for scheme in schemes):
         raise InputError(
             "compressed: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
@@ -60,18 +68,21 @@ def save(
 def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
     if isinstance(w, QInt8):
         return _Scheme(8, None, activations)
+    if isinstance(w, QFloat8):
+        return _Scheme(8, None, "float8")
     if isinstance(w, QInt4):
         return _Scheme(4, w.shape[1] // w.scale.shape[1], "none")
     found = "NF4" if isinstance(w, QNF4) else type(w).__name__
     raise InputError(
-        f"compressed: {name} is {found}, expected int8 or int4; write NF4 in the format 'bitsandbytes', or quantize to int4"
+        f"compressed: {name} is {found}, expected int8, int4 or float8; "
+        "write NF4 in the format 'bitsandbytes', or quantize to int4"
     )
 
 
-def stored(module: str, w: QInt8 | QInt4, activations: Activations) -> dict[str, Tensor]:
+def stored(module: str, w: QInt8 | QFloat8 | QInt4, activations: str) -> dict[str, Tensor]:
     """The codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
     first in the lowest bits."""
-    if activations == "int8":
+    if activations != "none":
         return {f"{module}.weight": w.codes}
     # QInt4 has these bytes already, and for int8 they are the codes with the sign bit flipped
     rows = w.codes if isinstance(w, QInt4) else w.codes.view(uint8) ^ 0x80
@@ -91,20 +102,20 @@ def unquantized(params: Params, model: Model) -> list[str]:
 
 
 def _config(schemes: Mapping[_Scheme, list[str]], ignore: list[str]) -> dict[str, Any]:
-    formats = {scheme: "int-quantized" if scheme.activations == "int8" else "pack-quantized" for scheme in schemes}
+    formats = {scheme.format for scheme in schemes}
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(schemes) == 1 else modules,
-            "weights": _rounding(scheme.bits, "channel" if scheme.group_size is None else "group", scheme.group_size),
-            "input_activations": _rounding(8, "token", None) if scheme.activations == "int8" else None,
+            "weights": _rounding(scheme, "channel" if scheme.group_size is None else "group"),
+            "input_activations": _rounding(scheme, "token") if scheme.activations != "none" else None,
             "output_activations": None,
-            "format": formats[scheme],
+            "format": scheme.format,
         }
         for i, (scheme, modules) in enumerate(schemes.items())
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": next(iter(formats.values())) if len(set(formats.values())) == 1 else "mixed-precision",
+        "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -113,13 +124,13 @@ def _config(schemes: Mapping[_Scheme, list[str]], ignore: list[str]) -> dict[str
     }
 
 
-def _rounding(bits: int, strategy: str, group_size: int | None) -> dict[str, Any]:
+def _rounding(scheme: _Scheme, strategy: str) -> dict[str, Any]:
     return {
-        "num_bits": bits,
-        "type": "int",
+        "num_bits": scheme.bits,
+        "type": "float" if scheme.activations == "float8" else "int",
         "symmetric": True,
         "strategy": strategy,
-        "group_size": group_size,
+        "group_size": scheme.group_size,
         "dynamic": strategy == "token",
         "observer": None if strategy == "token" else "minmax",
         "actorder": None,

@@ -11,13 +11,13 @@ from minitune import calibrate, checkpoint, objectives, paths, quant, tree
 from minitune.data import batches, prepare
 from minitune.lora import Lora, merge_error
 from minitune.stages.base import BaseStage, Positive, device_of
-from minitune.types import QNF4, Delta, InputError, Params, QInt4, QInt8
+from minitune.types import QNF4, Delta, InputError, Params, QFloat8, QInt4, QInt8
 from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
 
 Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
 Dtype = Literal["float32", "bfloat16", "float16"]
 CALIBRATION_ROWS = 8  # a forward
-LAYOUTS: dict[type, Any] = {quant.Int8: QInt8, quant.Int4: QInt4, quant.NF4: QNF4}
+LAYOUTS: dict[type, Any] = {quant.Int8: QInt8, quant.Float8: QFloat8, quant.Int4: QInt4, quant.NF4: QNF4}
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
@@ -153,8 +153,10 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             )
         if isinstance(self.method, calibrate.Gptq):
             asked_data(draft, self.method.data, self.label, "instruct", "chat", "text")
-            if any(isinstance(scheme, quant.NF4) for scheme in self.rule.plan(draft.params).values()):
-                raise InputError(f"stages: {self.label} has method gptq and scheme nf4, expected int4 or int8, or method rtn")
+            odd = [s for s in self.rule.plan(draft.params).values() if not isinstance(s, quant.Int8 | quant.Int4)]
+            if odd:
+                kind = "nf4" if isinstance(odd[0], quant.NF4) else "float8"
+                raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
         return draft._replace(quantized=draft.quantized | names)
 
     def run(self, world: World) -> World:
