@@ -22,7 +22,7 @@ FLOORS = {
     INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
     4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/loop stages/train stages/sweeping "
-    "stages/measure stages/write log program report runs talk sample folders hub __main__",
+    "stages/measure stages/write log program report runs talk sample plan folders hub __main__",
     DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts demo/pairs",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
@@ -31,7 +31,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     **dict.fromkeys(["tree", "paths", "arrays"], "types"),
     "ops": "grad quant",
     "optim": "optim8",
-    "advance": "grad optim",
+    "advance": "grad optim optim8",
     "attention": "grad blockwise",
     "moe": "grad ops",
     "quant": "grad",
@@ -55,9 +55,9 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "report": "log",
     "runs": "world log program report",
     "talk": "world stages/base",
-    "sample": "program",
+    **dict.fromkeys(["sample", "plan"], "program world stages/__init__"),
     "hub": "folders",
-    "__main__": "world stages/__init__ log program runs talk sample folders hub",
+    "__main__": "world stages/__init__ log program runs talk sample plan folders hub",
 }
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
 WITH_TORCH = {"jinja2": "template"}  # torch depends on it, so it is there; only this module wants it
