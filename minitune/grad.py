@@ -237,6 +237,7 @@ def _chunk_gradients(
         values.append(found.detach())
         pieces += [grads.pop(0)] if needed[0] else []
         tree.donate_sum(sums, grads)
+        del grads  # as large as the weights, and not to be there beside those of the next chunk
     joined = [torch.cat(pieces)] if needed[0] else []
     return torch.cat(values), [*joined, *(x.to(w.dtype) for x, w in zip(sums, chosen, strict=True))]
 

@@ -73,11 +73,11 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     params, deltas = tree.map(_leaf, objectives.attach(step.params, fresh(step.trainable), step.lora))
     embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
     x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
-    x = x.requires_grad_(embedding.requires_grad)
+    x = fresh(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
     spans = memory.block_spans(config, step.model.n_remat, params, deltas, x, places)
-    below = x.requires_grad_(x.requires_grad or any(span.kept for span in spans))
+    below = fresh(x) if x.requires_grad or any(span.kept for span in spans) else x
     spans = [*spans, memory.span(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
     whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
     layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
@@ -132,8 +132,8 @@ def _head(step: Step, params: Params, deltas: Deltas) -> int:
     def nats(rows: Tensor, head: Any, delta: Delta | None) -> Tensor:
         return loss(step.model.logits(rows, head, delta), targets, *beside)
 
-    rows = torch.empty(n, step.model.config.d_model, dtype=like.dtype, device=like.device).requires_grad_()
-    return sum(memory.span(nats, rows, head, delta)) + tree.n_bytes(beside)
+    rows = torch.empty(n, step.model.config.d_model, dtype=like.dtype, device=like.device)
+    return sum(memory.span(nats, fresh(rows), head, delta)) + tree.n_bytes(beside)
 
 
 def flops_per_token(model: Model, trainable: Trainable, companions: float) -> float:
@@ -157,7 +157,7 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float) -> fl
         total += n * (1 + back + isinstance(leaf, Tensor))
         if isinstance(leaf, Delta):
             n_a, n_b = (2 * share * x.numel() for x in (leaf.a, leaf.b))
-            forward += n_a + n_b
+            forward = n + n_a + n_b
             total += n_a * (2 + back) + 3 * n_b
         total += forward if place[0] < model.n_remat and first <= (place[0], len(STEPS)) else 0
     for i in range(config.n_layers):
@@ -187,7 +187,7 @@ def _held(leaves: Tree) -> int:
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.requires_grad)
+    return fresh(x) if x.requires_grad else x
 
 
 def _without_values(leaves: Tree) -> Tree:

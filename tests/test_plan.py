@@ -18,7 +18,8 @@ SIZES = {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "d_model": 90, "d_head": 
 LLAMA = Model(llama, llama.Config(**SIZES))
 BROAD = Model(llama, llama.Config(**{**SIZES, "vocab_size": 7919}))
 TIED = Model(llama, llama.Config(**{**SIZES, "vocab_size": 7919}, tie_embeddings=True))
-GEMMA = Model(gemma2, gemma2.Config(**SIZES, tie_embeddings=True, window=200))
+WIDE_HEADS = {**SIZES, "n_heads": 2, "n_kv_heads": 1, "d_head": 46}  # as wide beside d_model as they are in the real ones
+GEMMA = Model(gemma2, gemma2.Config(**WIDE_HEADS, tie_embeddings=True, window=200))
 MIXTRAL = Model(mixtral, mixtral.Config(**SIZES, experts=Experts(n_experts=5, n_active=2, d_ff=98, names="mixtral")))
 ROUNDED = (optim.AdamW(lr=1e-3), optim.RoundStochastically(0))
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from minitune import tree
 from minitune.attention import causal
-from minitune.grad import kept_bytes, remat
+from minitune.grad import fresh, kept_bytes, remat
 from minitune.models import decoder
 from minitune.tree import Tree
 from minitune.types import Deltas, InputError, Params
@@ -77,7 +77,7 @@ def block_spans(
             run = _block(config)
             known[alike] = span(remat(run) if i < n_remat else run, x, *own, places[kind])
         spans.append(known[alike])
-        x = x.detach().requires_grad_(x.requires_grad or any(leaf.requires_grad for leaf in tree.leaves(own)))
+        x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(own)) else x
     return spans
 
 
