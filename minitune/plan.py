@@ -1,194 +1,195 @@
-"""What a training stage needs, before a weight is read: bytes at the fullest moment of its step, and floating-point operations.
+"""The plan verb: whether each training stage of a program fits this machine, and what a step of it is made of."""
 
-The floor is what has to be there. What one block keeps for its backward, and what going back through it takes, is measured on
-tensors without values; how much of it is there at which moment of a step is arithmetic. A step that needs more wastes memory.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import objectives, ops, tree
-from minitune.advance import scratch_bytes
-from minitune.attention import documents
+from minitune import costs, models, objectives, program, quant, stages, tree, world
+from minitune.costs import Step
 from minitune.grad import fresh
-from minitune.lora import Lora
-from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
-from minitune.models import Model, decoder, memory
-from minitune.objectives import Teacher
-from minitune.tree import Tree
-from minitune.types import Delta, Deltas, Params, Trainable
+from minitune.losses import Kto, PairLoss
+from minitune.models import memory
+from minitune.stages import sweeping
+from minitune.stages.train import Train
+from minitune.types import InputError, Params, Trainable
+from minitune.world import Draft, ModelSource
 
-Parts = Mapping[str, int]  # what is in memory -> its bytes
-BESIDE = 45  # bytes of a token: id, segment and mask, as they come and moved to the place that predicts them; the targets' places
-STEPS = (  # of a block, in the order of its forward; the weights of one step see the same input
-    r"input_layernorm",
-    r"self_attn\.(q|k|v|qkv)_proj",
-    r"self_attn\.([qk]_norm|sinks)",
-    r"self_attn\.o_proj",
-    r"(post_attention|pre_feedforward)_layernorm",
-    r"(?!.*(down_proj|\.w2\b|post_feedforward))",
-    r"(?!.*post_feedforward)",
-    r"",
-)
-ATTENTION = 2  # the step behind which queries, keys and values are there
+MIB = 2**20
 
 
-class Step(NamedTuple):
-    """A training step: what it works on, whose shapes, dtypes and devices alone are read, and rows of one micro-batch."""
+class Planned(NamedTuple):
+    """A training stage, its step, what that has in memory at its fullest moment, and its floating-point operations."""
 
-    model: Model
-    params: Params  # weights that train whole are on the meta device here, as objectives.full leaves them
-    trainable: Trainable
-    lora: Lora | None
-    optimizer: Any
-    loss: Any
-    n_rows: int  # that go through the model together: both answers of a pair
-    n_tokens: int  # of a row
-    n_micro_batches: int = 1
-    reference: Trainable | None = None  # as objectives.preference takes it; None without a second forward
-    teacher: Teacher | None = None
+    stage: Train
+    step: Step
+    parts: costs.Parts
+    flops_per_token: float
+
+    @property
+    def n_bytes(self) -> int:
+        """The floor of the step's memory."""
+        return sum(self.parts.values())
 
 
-def floor(step: Step) -> Parts:
-    """Bytes of what is in memory at the fullest moment of a step whose tokens are all targets; their sum is the floor.
+class _Made(NamedTuple):
+    """What the stages so far have made of the model."""
 
-    Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is not counted.
+    draft: Draft
+    source: ModelSource
+    schemes: dict[str, quant.Scheme] = {}
+    narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
+    rounded: frozenset[str] = frozenset()
+
+
+def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> int:
+    """Print what each training stage of a program needs and whether it fits; returns the exit code. No weight is read.
+
+    InputError for what is wrong with the program, and for one that trains nothing.
     """
-    state = tree.n_bytes(step.optimizer.init(tree.map(lambda x: x.to("meta"), step.trainable)))
+    found = list(planned(program.load(file, overrides)))
+    if not found:
+        raise InputError(f"plan: {file} has no train stage, expected one; the memory of other stages is that of their weights")
+    screen = console or Console()
+    screen.print(_table(found))
+    for one in found:
+        for line in _verdict(one):
+            screen.print(Text(line), soft_wrap=True)
+    return 0
+
+
+def planned(asked: program.Program) -> Iterator[Planned]:
+    """Every training stage of a program with its costs, in order; InputError for what would stop the program there."""
+    nothing = Draft(asked.data, models.Model(models.FAMILIES["llama"], None), {})
+    made = _Made(world.drafted(asked.model, nothing), asked.model)
+    for stage in asked.stage:
+        before, made = made.draft, made._replace(draft=stage.check(made.draft))
+        if isinstance(stage, stages.Load):
+            made = _Made(made.draft, stage.model)
+        elif isinstance(stage, stages.Quantize):
+            made = made._replace(schemes={**made.schemes, **stage.rule.plan(before.params)})
+        elif isinstance(stage, stages.Full) and stage.dtype == "bfloat16":
+            made = made._replace(narrow=made.narrow | made.draft.whole - before.whole)
+        elif isinstance(stage, stages.Qat):
+            made = made._replace(rounded=frozenset(stage.rule.plan(before.params)))
+        elif isinstance(stage, Train):
+            yield costed(stage, _step(stage, made))
+
+
+def costed(stage: Train, step: Step) -> Planned:
+    """The stage with the costs of its step."""
+    return Planned(stage, step, costs.floor(step), costs.flops_per_token(step.model, step.trainable, step.n_tokens))
+
+
+def _step(stage: Train, made: _Made) -> Step:
+    draft, (device, _) = made.draft, world.compute_place(made.source)
+    params, trainable = _weights(made), _trainable(made)
+    optimizer = stage.optimizer_for(trainable, seed=0)
+    beside: Trainable = trainable if isinstance(stage.loss, PairLoss | Kto) else {}  # as it was before the first step
+    if stage.sweep is not None:
+        n = len(sweeping.points(stage))
+        trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
+    teacher = None
+    if stage.teacher is not None:
+        wise = _Made(world.drafted(stage.teacher, draft), stage.teacher)
+        teacher = objectives.Teacher(wise.draft.model, _weights(wise))
+    n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
+    where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
+    step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step = step._replace(**{name: _without_values(getattr(step, name)) for name in ("params", "trainable", "reference")})
-        if step.teacher is not None:
-            step = step._replace(teacher=Teacher(step.teacher.model, *_without_values(step.teacher[1:])))
-        return max(_moments(step, state), key=lambda parts: sum(parts.values()))
+        like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
+        adapted = objectives.attach(like[0], fresh(like[1]), draft.lora)
+        n_remat = stage.n_remat(draft.model, *adapted, n_tokens)
+    return step._replace(model=draft.model._replace(n_remat=n_remat))
 
 
-def _moments(step: Step, state: int) -> Iterator[Parts]:
-    """What is in memory at every moment of a step that may be its fullest."""
-    config, n = step.model.config, step.n_rows * step.n_tokens
-    params, deltas = tree.map(_leaf, objectives.attach(step.params, fresh(step.trainable), step.lora))
-    embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
-    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
-    x = fresh(x) if embedding.requires_grad else x
-    segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
-    places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
-    spans = memory.block_spans(config, step.model.n_remat, params, deltas, x, places)
-    below = fresh(x) if x.requires_grad or any(span.kept for span in spans) else x
-    spans = [*spans, memory.span(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
-    whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
-    layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
-    gradients = [_bytes_of({**whole, **deltas}, layer) for layer in layers]
-    kinds = {name: tree.leaves(leaf)[0].dtype for name, leaf in step.trainable.items()}
-    copies = {name: w for name, w in whole.items() if w.dtype != kinds[name]}  # of what trains, in the dtype of compute
-    casts = [_bytes_of(copies, layer) for layer in layers]
-    head_name, row = step.model.family.head_name(config), x.numel() * x.element_size()
-    second = [] if step.teacher is None else step.teacher[1:]
-    always = {
-        "weights": _held(step.params),
-        "second model": _held((step.reference, second)),
-        "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
-        "optimizer": state,
-        "batch": n * BESIDE + tree.n_bytes(list(places.values())),
-    }
-    # of the micro-batches before this one, whose sum the next one is added to
-    earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0
-
-    def moment(n_open: int, own: int, transient: int) -> Parts:
-        """While the backward has yet to go through the first n_open spans, with the gradients of this micro-batch so far."""
-        parts = {"copies": sum(casts[:n_open]), "gradients": own + earlier, "transient": transient}
-        return {**always, **parts, "activations": sum(span.kept for span in spans[:n_open])}
-
-    trained = [leaf for leaf in tree.leaves(step.model.head(params, deltas)) if leaf.requires_grad]
-    # the labelled rows, as they are and one after the other, and their gradients, which wait for the backward; the gradient of a
-    # head is summed over its chunks in float32
-    at_head = moment(len(spans), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params, deltas))
-    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name)}
-    done = tree.n_bytes(trained)
-    for i in reversed(range(len(spans))):
-        yield moment(i + 1, done, spans[i].transient)
-        done = done + gradients[i]
-    yield moment(0, done + _bytes_of(whole, "model.embed_tokens."), row)  # a tied head has two gradients until they are added
-    yield moment(0, tree.n_bytes(step.trainable), 0)
-    yield {**moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))}
+def _weights(made: _Made) -> Params:
+    """The weights in the dtype of compute or as codes, on the meta device; equal ones are made once."""
+    draft, (_, dtype) = made.draft, world.compute_place(made.source)
+    known: dict[Any, Any] = {}
+    params: dict[str, Any] = {}
+    for name, w in draft.params.items():
+        scheme = made.schemes.get(name) if name in draft.quantized else None
+        if (w.shape, scheme) not in known:
+            known[w.shape, scheme] = w.to(dtype) if scheme is None else quant.quantize(w, scheme)
+        params[name] = known[w.shape, scheme]
+    return params
 
 
-def _head(step: Step, params: Params, deltas: Deltas) -> int:
-    """Bytes of a chunk of logits, of its loss and of its gradients."""
-    head, delta = step.model.head(params, deltas)
-    trains = any(leaf.requires_grad for leaf in tree.leaves((head, delta)))
-    n = min(step.n_rows * step.n_tokens, ops.head_chunk(head) * (ops.TRAINED if trains else 1))
-    loss, beside = step.loss if isinstance(step.loss, TokenLoss | DistillationLoss) else CrossEntropy(), []
-    like = params["model.embed_tokens.weight"]
-    targets = torch.empty(n, dtype=torch.int64, device=like.device)
-    if step.teacher is not None:
-        theirs, change = step.teacher.model.head(*step.teacher[1:])
-        states = torch.empty(n, theirs.shape[1], dtype=theirs.dtype, device=theirs.device)
-        beside = [step.teacher.model.logits(states, theirs, change)]
-
-    def nats(rows: Tensor, head: Any, delta: Delta | None) -> Tensor:
-        return loss(step.model.logits(rows, head, delta), targets, *beside)
-
-    rows = torch.empty(n, step.model.config.d_model, dtype=like.dtype, device=like.device)
-    return sum(memory.span(nats, fresh(rows), head, delta)) + tree.n_bytes(beside)
+def _trainable(made: _Made) -> Trainable:
+    draft, whole = made.draft, {}
+    for name in draft.whole:
+        whole[name] = draft.params[name].to(torch.bfloat16 if name in made.narrow else torch.float32)
+    if draft.lora is None:
+        return whole
+    with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
+        deltas = draft.lora.init(draft.params, 0)
+    return {**tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas), **whole}
 
 
-def flops_per_token(model: Model, trainable: Trainable, companions: float) -> float:
-    """Floating-point operations of a training step for each of its tokens, all of them targets and in a document with
-    `companions` tokens on average (the sum of squares of the documents' lengths over the sum of their lengths).
-
-    2 for every weight that a token is multiplied by, 2 more where its input has a gradient, 2 more where it trains whole; those
-    of deltas; attention over the keys that are seen, forward and twice as many back; the forward of blocks computed again.
-    """
-    config, experts = model.config, model.config.experts
-    first = min((_place(config, name) for name in trainable), default=(torch.inf, 0))
-    total = 0.0
-    head = model.family.head_name(config)
-    for name, shape in model.shapes().items():
-        if len(shape) < 2 or (name.endswith("embed_tokens.weight") and name != head):
-            continue
-        place = (torch.inf, 1) if name == head else _place(config, name)
-        share = experts.n_active / experts.n_experts if experts is not None and ".experts." in name else 1.0
-        leaf, back = trainable.get(name), first < place
-        forward = n = 2 * share * torch.Size(shape).numel()
-        total += n * (1 + back + isinstance(leaf, Tensor))
-        if isinstance(leaf, Delta):
-            n_a, n_b = (2 * share * x.numel() for x in (leaf.a, leaf.b))
-            forward = n + n_a + n_b
-            total += n_a * (2 + back) + 3 * n_b
-        total += forward if place[0] < model.n_remat and first <= (place[0], len(STEPS)) else 0
-    for i in range(config.n_layers):
-        reach = decoder.layer_kind(config, i).reach
-        limit = {"full": companions, "window": config.window, "chunk": config.chunk}[reach] or companions
-        forward = 4 * config.n_heads * config.d_head * min(companions / 2, limit)
-        back = first <= (i, ATTENTION)
-        total += forward * (3 if back else 1) + (forward if i < model.n_remat and first <= (i, len(STEPS)) else 0)
-    return total
+def _table(found: Sequence[Planned]) -> Table:
+    table = Table(title="the fullest moment of a step [MiB]", title_justify="left")
+    table.add_column("")
+    for one in found:
+        table.add_column(one.stage.label, justify="right")
+    rows = {name: [one.parts[name] for one in found] for name in found[0].parts}
+    for name, values in rows.items():
+        if any(values):
+            table.add_row(name, *(f"{value / MIB:,.1f}" for value in values))
+    table.add_section()
+    table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in found))
+    table.add_section()
+    table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in found))
+    table.add_row("TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in found))
+    return table
 
 
-def _place(config: decoder.Config, name: str) -> tuple[float, int]:
-    """(layer, step) of a weight in the forward."""
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    if found is None:
-        return (-1, 0) if name.endswith("embed_tokens.weight") else (torch.inf, int(not name.startswith("model.norm")))
-    own = name[found.end() :]
-    return int(found[1]), next(i for i, step in enumerate(STEPS) if re.match(step, own))
+def _tokens(one: Planned) -> int:
+    return one.step.n_rows * one.step.n_tokens * one.step.n_micro_batches
 
 
-def _bytes_of(leaves: Mapping[str, Any], prefix: str) -> int:
-    return tree.n_bytes([leaf for name, leaf in leaves.items() if name.startswith(prefix)])
+def _verdict(one: Planned) -> Iterator[str]:
+    """Whether a stage fits, and what would make it fit."""
+    step, there = one.step, _memory_bytes(one.step.device)
+    rows = f"{step.n_rows} x {step.n_tokens:,} tokens at a time"
+    if one.n_bytes <= there:
+        yield f"{one.stage.label}: {rows}, {one.n_bytes / MIB:,.1f} of {there / MIB:,.0f} MiB of the {step.device.type}: fits"
+        return
+    yield f"{one.stage.label}: {rows}, {one.n_bytes / MIB:,.1f} MiB, but the {step.device.type} has {there / MIB:,.0f}: does not fit"
+    for change, less in _smaller(one):
+        n_bytes = sum(costs.floor(less).values())
+        if n_bytes < one.n_bytes:
+            yield f"  with {change}: {n_bytes / MIB:,.1f} MiB{', which fits' if n_bytes <= there else ''}"
 
 
-def _held(leaves: Tree) -> int:
-    return tree.n_bytes([leaf for leaf in tree.leaves(leaves) if not leaf.is_meta])
+def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
+    """Changes to a program that need less memory, the mildest first, each with those before it."""
+    step, label = one.step, one.stage.label
+    n_rows = step.n_rows // min(one.stage.micro_batch_size or one.stage.batch_size, one.stage.batch_size)
+    if step.n_rows > n_rows:
+        step = step._replace(n_rows=n_rows, n_micro_batches=step.n_micro_batches * step.n_rows // n_rows)
+        yield f"{label}.micro_batch_size=1", step
+    if step.model.n_remat < step.model.config.n_layers:
+        step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
+        yield f"and {label}.remat=true" if step.n_rows < one.step.n_rows else f"{label}.remat=true", step
+    dense = [name for name, w in step.params.items() if isinstance(w, Tensor) and name.endswith("_proj.weight") and w.ndim == 2]
+    if step.lora is not None and dense:
+        codes = {name: quant.quantize(step.params[name].float(), quant.NF4()) for name in dense if name not in step.trainable}
+        yield "and a quantize stage (nf4) before the lora stage", step._replace(params={**step.params, **codes})
+    elif step.lora is None:
+        yield "a lora stage in place of the full one trains far less", step
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return fresh(x) if x.requires_grad else x
-
-
-def _without_values(leaves: Tree) -> Tree:
-    return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), leaves)
+def _memory_bytes(device: torch.device) -> int:
+    """All of the memory of the accelerator, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,7 +18,7 @@ FLOORS = {
     "models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "
     "models/smollm3 models/granite models/experts models/mxfp4 models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe "
     "models/gpt_oss models/llama4 checkpoint vocabulary tokenizer template chat source packing documents data pairs",
-    3.0: "objectives balance steps sweep private generate frozen calibrate scoring",
+    3.0: "objectives balance steps sweep private generate frozen calibrate scoring costs",
     INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
     4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/loop stages/train stages/sweeping "
@@ -47,6 +47,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "steps": "objectives",
     "private": "objectives steps",
     "frozen": "objectives",
+    "costs": "objectives",
     "world": "log",
     **dict.fromkeys(
         [f"stages/{part}" for part in ("base", "feed", "adapt", "loop", "train", "sweeping", "measure", "write")], "world log"
@@ -55,7 +56,8 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "report": "log",
     "runs": "world log program report",
     "talk": "world stages/base",
-    **dict.fromkeys(["sample", "plan"], "program world stages/__init__"),
+    "sample": "program",
+    "plan": "program world stages/__init__",
     "hub": "folders",
     "__main__": "world stages/__init__ log program runs talk sample plan folders hub",
 }

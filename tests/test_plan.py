@@ -7,7 +7,7 @@ import torch
 from models_for_tests import random_params
 from torch.profiler import ProfilerActivity, profile
 
-from minitune import advance, losses, objectives, ops, optim, plan, quant, tree
+from minitune import advance, costs, losses, objectives, ops, optim, quant, tree
 from minitune.lora import Lora
 from minitune.models import Model, gemma2, llama, mixtral
 from minitune.models.experts import Experts
@@ -30,7 +30,7 @@ def rows(model: Model, n_rows: int, n_tokens: int) -> Batch:
     return Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
 
 
-def step_and_run(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[plan.Step, Any]:
+def step_and_run(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[costs.Step, Any]:
     """(a step as the plan sees it, the same step as a function to run)."""
     params = {name: w.to(dtype) / 20 for name, w in random_params(model.config).items()}
     rule = Lora(8, 16.0, ("*_proj.weight", "*.w?.weight") if model is MIXTRAL else ("*_proj.weight",))
@@ -41,16 +41,16 @@ def step_and_run(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tok
         params, trainable = objectives.full(params, ("*",), dtype=how.get("trained", torch.float32))
     else:
         trainable = lora.init(params, 0)
-    loss, batch, reference = losses.CrossEntropy(), rows(model, n_rows, n_tokens), None
+    loss, batch = losses.CrossEntropy(), rows(model, n_rows, n_tokens)
     objective = objectives.sft(model, loss, lora)
     if kind == "dpo":
-        loss, batch, reference = losses.Dpo(), Pairs(batch, batch), {}
-        objective = objectives.preference(model, loss, lora, reference)
+        loss, batch = losses.Dpo(), Pairs(batch, batch)
+        objective = objectives.preference(model, loss, lora, {})
     optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), *how.get("optimizers", (optim.AdamW(lr=1e-3),)))
     state = optimizer.init(trainable)
     run = train_step(objective, optimizer, micro_batch=micro, donate=True)
     at_once = micro * (2 if kind == "dpo" else 1)
-    step = plan.Step(model, params, trainable, lora, optimizer, loss, at_once, n_tokens, n_rows // micro, reference)
+    step = costs.Step(model, params, trainable, lora, optimizer, loss, torch.device("cpu"), at_once, n_tokens, n_rows // micro)
     return step, lambda: run(params, trainable, state, batch)
 
 
@@ -73,7 +73,7 @@ def share_of_floor(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_t
     step, run = step_and_run(kind, model, dtype, n_rows, n_tokens, **how)
     there = [leaf for leaf in tree.leaves((step.params, step.trainable)) if not leaf.is_meta]
     before = tree.n_bytes(there) + tree.n_bytes(step.optimizer.init(step.trainable)) + n_rows * n_tokens * 13
-    return (before + peak_bytes(run)) / sum(plan.floor(step).values())
+    return (before + peak_bytes(run)) / sum(costs.floor(step).values())
 
 
 CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds at a time, and what else is not as usual
