@@ -91,9 +91,7 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     gradients = [_bytes_of({**whole, **deltas}, layer) for layer in layers]
     kinds = {name: tree.leaves(leaf)[0].dtype for name, leaf in step.trainable.items()}
     rounded = {name: whole[name].to(kinds[name]) for name in step.rounded}
-    copies = {
-        name: w for name, w in whole.items() if w.dtype != kinds[name] or name in rounded
-    }  # of what trains, to compute with
+    copies = {name: w for name, w in whole.items() if w.dtype != kinds[name] or name in rounded}  # as they are computed with
     casts = [_bytes_of(copies, layer) for layer in layers]
     head_name, row = step.model.family.head_name(config), x.numel() * x.element_size()
     always = {
@@ -146,7 +144,7 @@ def _head(step: Step, params: Params, deltas: Deltas) -> int:
     return sum(memory.span(nats, fresh(rows), head, delta)) + tree.n_bytes(beside)
 
 
-def flops_per_token(model: Model, trainable: Trainable, companions: float) -> float:
+def flops_per_token(model: Model, trainable: Trainable, companions: float | int) -> float:
     """Floating-point operations of a training step for each of its tokens, all of them targets and in a document with
     `companions` tokens on average (the sum of squares of the documents' lengths over the sum of their lengths).
 
@@ -154,13 +152,13 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float) -> fl
     of deltas; attention over the keys that are seen, forward and twice as many back; the forward of blocks computed again.
     """
     config, experts = model.config, model.config.experts
-    first = min((_place(config, name) for name in trainable), default=(torch.inf, 0))
+    first = min((_place(name) for name in trainable), default=(torch.inf, 0))
     total = 0.0
     head = model.family.head_name(config)
     for name, shape in model.shapes().items():
         if len(shape) < 2 or (name.endswith("embed_tokens.weight") and name != head):
             continue
-        place = (torch.inf, 1) if name == head else _place(config, name)
+        place = (torch.inf, 1) if name == head else _place(name)
         share = experts.n_active / experts.n_experts if experts is not None and ".experts." in name else 1.0
         leaf, back = trainable.get(name), first < place
         forward = n = 2 * share * torch.Size(shape).numel()
@@ -179,7 +177,7 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float) -> fl
     return total
 
 
-def _place(config: decoder.Config, name: str) -> tuple[float, int]:
+def _place(name: str) -> tuple[float | int, int]:
     """(layer, step) of a weight in the forward."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     if found is None:

@@ -1,11 +1,11 @@
 """The plan verb: whether each training stage of a program fits this machine, and what a step of it is made of."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
-import msgspec
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,11 +13,10 @@ from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import costs, models, objectives, program, quant, stages, tree, world
+from minitune import costs, models, objectives, optim, program, quant, stages, tree, world
 from minitune.costs import Step
 from minitune.grad import fresh
 from minitune.losses import Kto, PairLoss
-from minitune.models import memory
 from minitune.stages import sweeping
 from minitune.stages.train import Train
 from minitune.types import InputError, Params, Trainable
@@ -45,7 +44,7 @@ class _Made(NamedTuple):
 
     draft: Draft
     source: ModelSource
-    schemes: dict[str, quant.Scheme] = {}
+    schemes: Mapping[str, quant.Scheme] = MappingProxyType({})
     narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
     rounded: frozenset[str] = frozenset()
 
@@ -81,12 +80,8 @@ def planned(asked: program.Program) -> Iterator[Planned]:
         elif isinstance(stage, stages.Qat):
             made = made._replace(rounded=frozenset(stage.rule.plan(before.params)))
         elif isinstance(stage, Train):
-            yield costed(stage, _step(stage, made))
-
-
-def costed(stage: Train, step: Step) -> Planned:
-    """The stage with the costs of its step."""
-    return Planned(stage, step, costs.floor(step), costs.flops_per_token(step.model, step.trainable, step.n_tokens))
+            step = _step(stage, made)
+            yield Planned(stage, step, costs.floor(step), _flops_per_token(stage, step))
 
 
 def _step(stage: Train, made: _Made) -> Step:
@@ -111,17 +106,27 @@ def _step(stage: Train, made: _Made) -> Step:
     return step._replace(model=draft.model._replace(n_remat=n_remat))
 
 
+def _flops_per_token(stage: Train, step: Step) -> float:
+    """Of a step over rows of one document each, with the forward of a reference or a teacher that is asked in every step."""
+    asked = [step.teacher.model] if step.teacher is not None and stage.cached_top_k is None else []
+    if isinstance(stage.loss, PairLoss | Kto) and stage.loss.uses_reference and stage.reference != "cached":
+        asked = [step.model]
+    forward = sum(costs.flops_per_token(model, {}, step.n_tokens) for model in asked)
+    return costs.flops_per_token(step.model, step.trainable, step.n_tokens) + forward
+
+
 def _weights(made: _Made) -> Params:
-    """The weights in the dtype of compute or as codes, on the meta device; equal ones are made once."""
+    """The weights in the dtype of compute or as codes, on the meta device."""
     draft, (_, dtype) = made.draft, world.compute_place(made.source)
-    known: dict[Any, Any] = {}
-    params: dict[str, Any] = {}
-    for name, w in draft.params.items():
-        scheme = made.schemes.get(name) if name in draft.quantized else None
-        if (w.shape, scheme) not in known:
-            known[w.shape, scheme] = w.to(dtype) if scheme is None else quant.quantize(w, scheme)
-        params[name] = known[w.shape, scheme]
-    return params
+    schemes = {name: scheme for name, scheme in made.schemes.items() if name in draft.quantized}
+    return {**{name: w.to(dtype) for name, w in draft.params.items()}, **_codes(draft.params, schemes)}
+
+
+def _codes(params: Params, schemes: Mapping[str, quant.Scheme]) -> Params:
+    """The weights that have a scheme as codes; of those that are alike one is made."""
+    alike = {(params[name].shape, scheme): params[name] for name, scheme in schemes.items()}
+    codes = {(shape, scheme): quant.quantize(w, scheme) for (shape, scheme), w in alike.items()}
+    return {name: codes[params[name].shape, scheme] for name, scheme in schemes.items()}
 
 
 def _trainable(made: _Made) -> Trainable:
@@ -136,13 +141,11 @@ def _trainable(made: _Made) -> Trainable:
 
 
 def _table(found: Sequence[Planned]) -> Table:
-    table = Table(title="the fullest moment of a step [MiB]", title_justify="left")
-    table.add_column("")
+    table = Table("at the fullest moment [MiB]")
     for one in found:
         table.add_column(one.stage.label, justify="right")
-    rows = {name: [one.parts[name] for one in found] for name in found[0].parts}
-    for name, values in rows.items():
-        if any(values):
+    for name in found[0].parts:
+        if any(values := [one.parts[name] for one in found]):
             table.add_row(name, *(f"{value / MIB:,.1f}" for value in values))
     table.add_section()
     table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in found))
@@ -158,34 +161,34 @@ def _tokens(one: Planned) -> int:
 
 def _verdict(one: Planned) -> Iterator[str]:
     """Whether a stage fits, and what would make it fit."""
-    step, there = one.step, _memory_bytes(one.step.device)
-    rows = f"{step.n_rows} x {step.n_tokens:,} tokens at a time"
-    if one.n_bytes <= there:
-        yield f"{one.stage.label}: {rows}, {one.n_bytes / MIB:,.1f} of {there / MIB:,.0f} MiB of the {step.device.type}: fits"
-        return
-    yield f"{one.stage.label}: {rows}, {one.n_bytes / MIB:,.1f} MiB, but the {step.device.type} has {there / MIB:,.0f}: does not fit"
+    step, there, n_bytes = one.step, _memory_bytes(one.step.device), one.n_bytes
+    needs = f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need {n_bytes / MIB:,.1f} MiB"
+    has = f"of the {there / MIB:,.0f} MiB of this machine's {step.device.type}"
+    yield f"{needs}, {n_bytes / there:.0%} {has}: {'fits' if n_bytes <= there else 'does not fit'}"
     for change, less in _smaller(one):
-        n_bytes = sum(costs.floor(less).values())
-        if n_bytes < one.n_bytes:
-            yield f"  with {change}: {n_bytes / MIB:,.1f} MiB{', which fits' if n_bytes <= there else ''}"
+        if n_bytes <= there:
+            return
+        before, n_bytes = n_bytes, sum(costs.floor(less).values())
+        if n_bytes < before:
+            yield f"  {change}: {n_bytes / MIB:,.1f} MiB{', fits' if n_bytes <= there else ''}"
+    if n_bytes > there:
+        yield "  or a smaller model, or a lora stage in place of a full one" if step.lora is None else "  or a smaller model"
 
 
 def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
     """Changes to a program that need less memory, the mildest first, each with those before it."""
-    step, label = one.step, one.stage.label
-    n_rows = step.n_rows // min(one.stage.micro_batch_size or one.stage.batch_size, one.stage.batch_size)
-    if step.n_rows > n_rows:
-        step = step._replace(n_rows=n_rows, n_micro_batches=step.n_micro_batches * step.n_rows // n_rows)
-        yield f"{label}.micro_batch_size=1", step
-    if step.model.n_remat < step.model.config.n_layers:
-        step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
-        yield f"and {label}.remat=true" if step.n_rows < one.step.n_rows else f"{label}.remat=true", step
-    dense = [name for name, w in step.params.items() if isinstance(w, Tensor) and name.endswith("_proj.weight") and w.ndim == 2]
-    if step.lora is not None and dense:
-        codes = {name: quant.quantize(step.params[name].float(), quant.NF4()) for name in dense if name not in step.trainable}
-        yield "and a quantize stage (nf4) before the lora stage", step._replace(params={**step.params, **codes})
-    elif step.lora is None:
-        yield "a lora stage in place of the full one trains far less", step
+    step, stage, lora = one.step, one.stage, one.step.lora is not None
+    n_micro = stage.micro_batch_size or stage.batch_size
+    step = step._replace(n_rows=step.n_rows // n_micro, n_micro_batches=step.n_micro_batches * n_micro)
+    yield f"with {stage.label}.micro_batch_size=1", step
+    step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
+    yield f"and {stage.label}.remat=true", step
+    if lora:
+        dense = [name for name, w in step.params.items() if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name]
+        codes = _codes(step.params, {name: quant.NF4() for name in dense if step.params[name].shape[1] % 2 == 0})
+        yield "and a quantize stage with scheme nf4 before the lora stage", step._replace(params={**step.params, **codes})
+    else:
+        yield f"and {stage.label}.optimizer.kind=adamw8bit", step._replace(optimizer=optim.AdamW8bit(lr=0.0))
 
 
 def _memory_bytes(device: torch.device) -> int:

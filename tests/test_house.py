@@ -57,7 +57,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "runs": "world log program report",
     "talk": "world stages/base",
     "sample": "program",
-    "plan": "program world stages/__init__",
+    "plan": "program world stages/__init__ stages/sweeping stages/train",
     "hub": "folders",
     "__main__": "world stages/__init__ log program runs talk sample plan folders hub",
 }
