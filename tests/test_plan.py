@@ -1,5 +1,6 @@
 """The plan of a training stage: the floor of its memory beside what a step really takes, and its floating-point operations."""
 
+import importlib.util
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,19 +12,23 @@ import torch
 from models_for_tests import random_params
 from test_programs import tiny  # noqa: F401 - a fixture
 from test_stages import LORA, NF4, TRAIN, start
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from minitune import advance, costs, losses, models, objectives, ops, optim, plan, program, quant, tree
+from minitune import advance, costs, losses, models, objectives, ops, optim, plan, program, tree
 from minitune.__main__ import main
 from minitune.grad import value_and_grad
 from minitune.lora import Lora
 from minitune.models import Model, gemma2, llama, mixtral
 from minitune.models.experts import Experts
 from minitune.stages import Train
-from minitune.steps import train_step
-from minitune.types import Batch, Delta, InputError, Pairs
+from minitune.types import Delta, InputError
 from minitune.world import World
+
+_spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "bench/memory.py")
+assert _spec is not None
+assert _spec.loader is not None
+memory = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(memory)
 
 SIZES = {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "d_model": 90, "d_head": 14, "d_ff": 262, "vocab_size": 1031}
 LLAMA = Model(llama, llama.Config(**SIZES))
@@ -35,56 +40,11 @@ MIXTRAL = Model(mixtral, mixtral.Config(**SIZES, experts=Experts(n_experts=5, n_
 ROUNDED = (optim.AdamW(lr=1e-3), optim.RoundStochastically(0))
 
 
-def rows(model: Model, n_rows: int, n_tokens: int) -> Batch:
-    """Rows of one document each, every token a target."""
-    tokens = torch.randint(0, model.config.vocab_size, (n_rows, n_tokens), generator=torch.Generator().manual_seed(0))
-    return Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
-
-
-def step_and_run(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[costs.Step, Any]:
-    """(a step as the plan sees it, the same step as a function to run)."""
+def built(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[costs.Step, Any]:
+    """(a step as its costs are counted, the same step as a function to run)."""
     params = {name: w.to(dtype) / 20 for name, w in random_params(model.config).items()}
-    rule = Lora(8, 16.0, ("*_proj.weight", "*.w?.weight") if model is MIXTRAL else ("*_proj.weight",))
-    lora, micro = None if kind == "full" else rule, how.get("micro_batch", n_rows)
-    if kind == "qlora":
-        params = quant.Quantization(quant.NF4(), rule.targets).quantize(params)
-    if lora is None:
-        params, trainable = objectives.full(params, ("*",), dtype=how.get("trained", torch.float32))
-    else:
-        trainable = lora.init(params, 0)
-    loss, batch = losses.CrossEntropy(), rows(model, n_rows, n_tokens)
-    objective = objectives.sft(model, loss, lora)
-    if kind == "dpo":
-        loss, batch = losses.Dpo(), Pairs(batch, batch)
-        objective = objectives.preference(model, loss, lora, {})
-    optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), *how.get("optimizers", (optim.AdamW(lr=1e-3),)))
-    state = optimizer.init(trainable)
-    run = train_step(objective, optimizer, micro_batch=micro, donate=True)
-    at_once = micro * (2 if kind == "dpo" else 1)
-    step = costs.Step(model, params, trainable, lora, optimizer, loss, torch.device("cpu"), at_once, n_tokens, n_rows // micro)
-    return step, lambda: run(params, trainable, state, batch)
-
-
-def peak_bytes(run: Any) -> int:
-    """The most bytes that torch's allocator holds at once of what it gives out during a run, from its own records."""
-    run()  # what torch sets up on a first call is no part of a step
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    assert profiled.profiler is not None
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-def share_of_floor(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> float:
-    """Measured peak over the floor."""
-    step, run = step_and_run(kind, model, dtype, n_rows, n_tokens, **how)
-    there = [leaf for leaf in tree.leaves((step.params, step.trainable)) if not leaf.is_meta]
-    before = tree.n_bytes(there) + tree.n_bytes(step.optimizer.init(step.trainable)) + n_rows * n_tokens * 13
-    return (before + peak_bytes(run)) / sum(costs.floor(step).values())
+    how |= {"targets": ("*_proj.weight", "*.w?.weight")} if model is MIXTRAL else {}
+    return memory.step_and_run(kind, model, params, n_rows, n_tokens, **how)
 
 
 CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds at a time, and what else is not as usual
@@ -120,14 +80,29 @@ def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pyte
     monkeypatch.setattr(ops, "HEAD_CHUNK", chunk)
     monkeypatch.setattr(advance, "FUSED_ELEMENTS", {"cpu": 2**14})
     monkeypatch.setattr(advance, "PIECE_ELEMENTS", {"cpu": 2**12})
-    assert 0.9 <= share_of_floor(*case, **how) <= 1.1
+    step, run = built(*case, **how)
+    assert 0.9 <= memory.peak_bytes(step, run) / sum(costs.floor(step).values()) <= 1.1
+
+
+def test_the_bench_of_memory_fills_its_table_at_toy_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["memory.py", "--toy", "lora"])
+    memory.main()
+    _, header, _, *table = capsys.readouterr().out.strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(header.strip("|").split("|")) == 6
+    assert [row[:3] for row in cells] == [
+        ["lora", dtype, again] for dtype in ("float32", "bfloat16") for again in ("none", "all")
+    ]
+    assert all(0.9 <= float(row[5]) <= 1.1 for row in cells)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("model", [LLAMA, GEMMA, MIXTRAL], ids=["llama", "gemma", "mixtral"])
 def test_the_matrix_products_of_a_step_are_those_that_torch_counts(model: Model, whole: bool) -> None:
-    """To the last one, whatever trains, blocks computed again or not; attention is one operator to torch, which it can't count."""
-    params, batch = random_params(model.config), rows(model, 2, 37)
+    """To the last one, whatever trains, blocks computed again or not. Attention is one operator to torch, and not counted."""
+    params, batch = random_params(model.config), memory.rows(model.config.vocab_size, 2, 37)
     n_unlabelled = 2  # each document's first token, which the head never sees
     for globs in ("*", "*.1.self_attn.k_proj.weight *.2.*norm.weight", "*.0.*_proj.weight *.w2.*"):
         names = [name for name in params if any(fnmatchcase(name, glob) for glob in globs.split())]
@@ -152,12 +127,12 @@ def test_attention_is_counted_over_the_keys_that_are_seen() -> None:
     def beside_products(model: Model, trainable: Any) -> float:
         return costs.flops_per_token(model, trainable, n_tokens) - costs.flops_per_token(model, trainable, 0.0)
 
-    every = dict(random_params(c))
+    every, one = random_params(c), "model.layers.1.self_attn.v_proj.weight"
     assert beside_products(LLAMA, {}) == pytest.approx(3 * pairs / 2)
     assert beside_products(LLAMA, every) == pytest.approx(3 * 3 * pairs / 2)
     assert beside_products(LLAMA._replace(n_remat=2), every) == pytest.approx((3 * 3 + 2) * pairs / 2)
-    assert beside_products(LLAMA, {"model.layers.1.self_attn.v_proj.weight": every}) == pytest.approx((1 + 2 * 3) * pairs / 2)
-    assert beside_products(LLAMA, {"lm_head.weight": every}) == pytest.approx(3 * pairs / 2)
+    assert beside_products(LLAMA, {one: every[one]}) == pytest.approx((1 + 2 * 3) * pairs / 2)
+    assert beside_products(LLAMA, {"lm_head.weight": every["lm_head.weight"]}) == pytest.approx(3 * pairs / 2)
     narrow = Model(gemma2, gemma2.Config(**SIZES, window=16))  # layers 0 and 2
     assert beside_products(narrow, {}) == pytest.approx((2 * 16 / 64 + 1) * pairs / 2)
 
