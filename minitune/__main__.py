@@ -62,9 +62,10 @@ def _run_words(words: list[str]) -> int:
     elif words[0] == "plan":
         if len(words) == 1:
             _refuse("plan without a program, expected plan PROGRAM [KEY=VALUE ...]")
+        file = _announced(_program_file(words[1]))
         from minitune import plan
 
-        return plan.show(_program_file(words[1]), words[2:])
+        return plan.show(file, words[2:])
     elif words[0] == "show-sample":
         if len(words) == 1:
             _refuse("show-sample without a program, expected show-sample PROGRAM [--n 3] [--data NAME] [KEY=VALUE ...]")

@@ -48,13 +48,11 @@ def built(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: in
 
 
 CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds at a time, and what else is not as usual
-    "lora": ("lora", LLAMA, torch.float32, 3, 131, 2**14, {}),
     "lora in bfloat16": ("lora", LLAMA, torch.bfloat16, 5, 83, 2**14, {}),
     "lora, blocks again": ("lora", LLAMA._replace(n_remat=3), torch.float32, 3, 131, 2**14, {}),
     "lora, two blocks again": ("lora", LLAMA._replace(n_remat=2), torch.bfloat16, 2, 211, 2**14, {}),
     "lora, fullest at the head": ("lora", LLAMA, torch.float32, 3, 131, 2**22, {}),
     "full": ("full", LLAMA, torch.float32, 3, 131, 2**14, {}),
-    "full in bfloat16": ("full", LLAMA, torch.bfloat16, 3, 131, 2**14, {}),
     "full, blocks again": ("full", LLAMA._replace(n_remat=3), torch.bfloat16, 3, 131, 2**14, {}),
     "full, micro-batches": ("full", LLAMA, torch.float32, 3, 131, 2**14, {"micro_batch": 1}),
     "full, a large head": ("full", BROAD, torch.float32, 3, 61, 2**14, {}),
@@ -79,9 +77,9 @@ def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pyte
     *case, chunk, how = CASES[name]
     monkeypatch.setattr(ops, "HEAD_CHUNK", chunk)
     monkeypatch.setattr(advance, "FUSED_ELEMENTS", {"cpu": 2**14})
-    monkeypatch.setattr(advance, "PIECE_ELEMENTS", {"cpu": 2**12})
+    monkeypatch.setattr(advance, "PIECE_ELEMENTS", {"cpu": 2**13})
     step, run = built(*case, **how)
-    assert 0.9 <= memory.peak_bytes(step, run) / sum(costs.floor(step).values()) <= 1.1
+    assert 0.95 <= memory.peak_bytes(step, run) / sum(costs.floor(step).values()) <= 1.05
 
 
 def test_the_bench_of_memory_fills_its_table_at_toy_size(
@@ -161,23 +159,19 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     dpo = TRAIN.replace('data = "train"', 'name = "dpo"\ndata = "pairs"\nloss = { kind = "dpo" }')
-    told = plan_of(capsys, tmp_path, tiny, NF4 + LORA + TRAIN + dpo, "model.dtype=bfloat16")
+    told = plan_of(capsys, tmp_path, tiny, LORA + TRAIN + dpo)
     assert re.search(r"train: 4 x 256 tokens at a time need [\d.]+ MiB, \d+% of the [\d,]+ MiB of this machine's cpu: fits", told)
     assert "dpo: 8 x 256 tokens at a time need" in told
     assert not list(tmp_path.glob("runs/*"))
-    found = list(plan.planned(program.load(tmp_path / "p.toml", ["model.dtype=bfloat16"])))
-    codes, dense = found[0].parts["weights"], next(plan.planned(program.load(tmp_path / "p.toml"))).parts["weights"]
-    assert codes < dense
-    assert found[1].parts["second model"] == tree.n_bytes(found[1].step.trainable)
-    assert found[1].flops_per_token > found[0].flops_per_token
+    sft, preferred = plan.planned(program.load(tmp_path / "p.toml"))
+    assert preferred.parts["second model"] == tree.n_bytes(preferred.step.trainable)
+    assert preferred.flops_per_token > sft.flops_per_token
 
-    needed = found[0].n_bytes
-    monkeypatch.setattr(plan, "_memory_bytes", lambda device: needed // 2)
-    told = plan_of(capsys, tmp_path, tiny, NF4 + LORA + TRAIN, "model.dtype=bfloat16")
+    monkeypatch.setattr(plan, "_memory_bytes", lambda device: sft.n_bytes // 2)
+    told = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
     assert "does not fit\n  with train.micro_batch_size=1: " in told
-    assert told.splitlines()[-1].endswith(", fits")
+    assert told.endswith(", fits\n")
     monkeypatch.setattr(plan, "_memory_bytes", lambda device: 1000)
-    assert plan_of(capsys, tmp_path, tiny, LORA + TRAIN).endswith("  or a smaller model\n")
     told = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
     assert "and train.optimizer.kind=adamw8bit" in told
     assert told.endswith("  or a smaller model, or a lora stage in place of a full one\n")
