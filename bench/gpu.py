@@ -7,8 +7,7 @@ compiled, recomputed and not.
 Random bfloat16 weights in the shape of configs/models/llama-3.1-8b.toml, packed rows of 2,048 and 8,192 tokens, every token a
 target. Each way of training has a process of its own, which measures the roof (the best of 20 matmuls) and then its variants,
 the most wanted first; a variant that fails gives a row with the reason, and one that the time does not reach says so.
-FLOPs a token: 4 N over frozen weights, 6 N for full (N: matmul weights with the head, without the embedding), and
-6 * n_layers * d_model * n for causal attention over documents whose tokens have n companions on average.
+FLOPs a token: minitune.costs.flops_per_token, with no block computed again: what the share of the roof counts.
 Full: bfloat16 weights rounded to nearest and 8-bit Adam moments: float32 weights of 8B do not fit beside their gradients.
 """
 
@@ -31,6 +30,7 @@ import torch
 from roof import gemm_flops_per_s, synchronize
 
 from minitune import compiled, models, objectives, offload, ops, optim, quant
+from minitune.costs import flops_per_token
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import Model
@@ -87,12 +87,6 @@ def packed_rows(vocab_size: int, n_tokens: int, length: int, device: str) -> tup
     return Batch(*(x.to(device) for x in batch)), squares / tokens.numel()
 
 
-def flops_per_token(model: Model, kind: str, companions: float) -> float:
-    config = model.config
-    n = sum(torch.Size(s).numel() for name, s in model.shapes().items() if len(s) == 2 and "embed_tokens" not in name)
-    return (6 if kind == "full" else 4) * n + 6 * config.n_layers * config.d_model * companions
-
-
 def start(kind: str, params: Params) -> tuple[Params, Any, Any, Any]:
     """(params, trainable, LoRA rule, optimizer) of a way of training."""
     if kind == "full":
@@ -147,7 +141,7 @@ def run_kind(kind: str, args: argparse.Namespace) -> None:
     for variant in variants(args.toy):
         try:
             found = measured(kind, model, params, variant, args)
-            flops = flops_per_token(model, kind, found["companions"])
+            flops = flops_per_token(model, start(kind, params)[1], found["companions"])
             speed = found["n_tokens"] / found["time_s"]
             print(json.dumps({"tokens_per_s": speed, "share": speed * flops / roof, "peak": found["peak"]}), flush=True)
         except Exception as error:  # whatever it is, it is this variant's row and not the end of the table

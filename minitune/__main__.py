@@ -19,6 +19,7 @@ Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it:
   cp NAME DEST                  copy a shipped program, to change it
   show PROGRAM [KEY=VALUE ...]  the program with every default written out
   check PROGRAM [KEY=VALUE ...] read the program, find its files, match its globs; run nothing
+  plan PROGRAM [KEY=VALUE ...]  memory and operations of each training stage, and whether it fits; reads no weight
   schema                        the JSON Schema of programs
   show-sample PROGRAM [--n 3]   text, ids and mask of the first samples of its data [--data NAME] [KEY=VALUE ...]
   download REPO [--to DIR]      fetch a model folder or an adapter from the Hugging Face Hub [--revision R]
@@ -26,7 +27,7 @@ Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it:
   chat FOLDER [--OPTION VALUE]  talk with a model folder, or with demo; chat --help lists the options
   --help, --version
 """
-VERBS = ("ls", "cp", "show", "check", "schema", "show-sample", "chat", "download", "inspect")
+VERBS = ("ls", "cp", "show", "check", "plan", "schema", "show-sample", "chat", "download", "inspect")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,13 @@ def _run_words(words: list[str]) -> int:
         if len(words) == 1:
             _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM [KEY=VALUE ...]")
         _show(*words[1:]) if words[0] == "show" else _check(*words[1:])
+    elif words[0] == "plan":
+        if len(words) == 1:
+            _refuse("plan without a program, expected plan PROGRAM [KEY=VALUE ...]")
+        file = _announced(_program_file(words[1]))
+        from minitune import plan
+
+        return plan.show(file, words[2:])
     elif words[0] == "show-sample":
         if len(words) == 1:
             _refuse("show-sample without a program, expected show-sample PROGRAM [--n 3] [--data NAME] [KEY=VALUE ...]")

@@ -103,6 +103,7 @@ def _attend_backward(
         weights, whole, slope = rule.weights(rows, keys, bias, top, sinks)
         d_whole = F.pad(d_rows @ values.mT, (0, whole.shape[-1] - weights.shape[-1])).to(whole.dtype)
         d_scores = torch._softmax_backward_data(d_whole, whole, -1, whole.dtype)  # pyright: ignore[reportPrivateImportUsage]
+        del d_whole, whole  # each as large as the block's scores
         if sunk:
             own = rule.unfolded(d_scores[..., -1:], k.shape[1]).to(wide)
             sunk = [sunk[0] + own.sum((0, 2, 3))]

@@ -120,18 +120,22 @@ def flattened(f: Callable[..., Tensor], args: Tree) -> tuple[Callable[..., Tenso
 
 def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
     """Bytes that f(x, *rest), differentiated in x, keeps for its backward beside x and the leaves of rest; each memory once."""
-    held = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves((x, rest))}
+    held = {_memory(leaf) for leaf in tree.leaves((x, rest))}
     kept: dict[int, int] = {}
 
     def note(saved: Tensor) -> Tensor:
-        if saved.untyped_storage().data_ptr() not in held:
-            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        if _memory(saved) not in held:
+            kept[_memory(saved)] = saved.untyped_storage().nbytes()
         return saved
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         value = f(x.detach().requires_grad_(), *rest)
     del value  # only now: what it holds was not to be used again before all was counted
     return sum(kept.values())
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # and not its address, which tensors without values do not have
 
 
 class _Remat(torch.autograd.Function):
@@ -209,7 +213,7 @@ class _InChunks(torch.autograd.Function):
         tensors, grads = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
         one = cotangent.flatten()[:1].sum()  # of no row too
         if bool((cotangent == one).all()):
-            grads = [g * one.to(g.dtype) for g in grads]
+            grads = grads if bool(one == 1) else [g * one.to(g.dtype) for g in grads]  # a copy is as large as the head
         else:
             grads = _chunk_gradients(ctx.f, ctx.chunk, tensors, needed, lambda x, i: cotangent[i : i + len(x)])[1]
         given = iter(grads)
@@ -237,6 +241,7 @@ def _chunk_gradients(
         values.append(found.detach())
         pieces += [grads.pop(0)] if needed[0] else []
         tree.donate_sum(sums, grads)
+        del grads  # as large as the weights, and not to be there beside those of the next chunk
     joined = [torch.cat(pieces)] if needed[0] else []
     return torch.cat(values), [*joined, *(x.to(w.dtype) for x, w in zip(sums, chosen, strict=True))]
 

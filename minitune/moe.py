@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune.grad import under_transform
 from minitune.ops import linear
@@ -98,7 +99,7 @@ def mixture(
     order = flat.argsort(stable=True)
     ends = torch.searchsorted(flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True)
     at_once = all(_in_one_kernel(maps.stack, x) for maps in (*into, out))
-    groups = ends if at_once else ends.diff(prepend=ends.new_zeros(1)).tolist()
+    groups = ends if at_once else _n_rows(ends, len(flat))
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend on its scheduling
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
     weights = routes.weights.flatten().index_select(0, order)
@@ -162,6 +163,13 @@ def _at_once(rows: Tensor, ends: Tensor, w: Tensor, delta: Delta | None, bias: T
         expert = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device), right=True)
         y = y + (expert[:, None] == torch.arange(len(ends), device=ends.device)).to(y.dtype) @ bias.to(y.dtype)
     return y
+
+
+def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
+    """How many rows each expert has, as even as can be where tensors have no values (models/memory.py)."""
+    if isinstance(ends, FakeTensor):
+        return [(i + 1) * n_rows // len(ends) - i * n_rows // len(ends) for i in range(len(ends))]
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def _in_one_kernel(stack: Stack | None, x: Tensor) -> bool:

@@ -71,13 +71,13 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
     """
 
     def objective(trainable: Trainable, params: Params, pairs: Pairs) -> tuple[Mean, dict[str, Mean]]:
-        policy = pair_logps(model, *attach(params, trainable, lora), pairs)
         frozen = None
+        if loss.uses_reference and not isinstance(pairs.reference, Tensor):
+            with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
+                frozen = pair_logps(model, *attach(params, _held(reference, "preference"), lora), pairs)
+        policy = pair_logps(model, *attach(params, trainable, lora), pairs)
         if loss.uses_reference and isinstance(pairs.reference, Tensor):
             frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
-        elif loss.uses_reference:
-            with torch.no_grad():
-                frozen = pair_logps(model, *attach(params, _held(reference, "preference"), lora), pairs)
         chosen, rejected = loss.rewards(policy, frozen)
         readings = {
             "reward_chosen": chosen,
@@ -101,8 +101,7 @@ def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trai
     def objective(trainable: Trainable, params: Params, judged: Judged) -> tuple[Mean, dict[str, Mean]]:
         rows = judged.answers, judged.mismatched
         adapted = attach(params, trainable, lora)
-        policy = answer_logps(model, *adapted, rows[0])
-        with torch.no_grad():
+        with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
             drifted = answer_logps(model, *adapted, rows[1])
             if isinstance(judged.reference, Tensor):
                 frozen, held = judged.reference.unbind(1)
@@ -110,6 +109,7 @@ def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trai
                 base = attach(params, _held(reference, "judgement"), lora)
                 frozen, held = (answer_logps(model, *base, one) for one in rows)
             kl = (drifted - held).mean().clamp(min=0.0)
+        policy = answer_logps(model, *adapted, rows[0])
         rewards = loss.rewards(policy, frozen)
         readings = {
             "reward_desirable": Mean.of(rewards, judged.desirable),

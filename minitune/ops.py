@@ -159,11 +159,16 @@ def by_rows(loss: Callable[..., Float[Tensor, "n *values"]]) -> Callable[..., Fl
         if under_transform():
             return loss(logits, *targets)
         each = with_row_gradients(loss) if torch.is_grad_enabled() and logits.requires_grad else loss
-        n = max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
+        n = rows_at_once(logits)
         parts = enumerate(logits.split(n))
         return torch.cat([each(some, *tree.map(lambda x, i=i: x[n * i : n * (i + 1)], targets)) for i, some in parts])
 
     return pieces
+
+
+def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
+    """How many rows `by_rows` gives to a loss."""
+    return max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
 
 
 def head_chunk(head: Float[Tensor, "V D"] | QTensor) -> int:

@@ -247,11 +247,14 @@ class RoundStochastically(NamedTuple):
         def rounded(path: str, u: Tensor, p: Tensor) -> Tensor:
             if p.dtype != torch.bfloat16:
                 return u
-            generator = seeds.generator(self.seed, "rounding", step, path)
-            return optim8.stochastic_bfloat16(p.float() + u.float(), generator).float() - p.float()
+            return optim8.stochastic_bfloat16(p.float() + u.float(), self.generator(step, path)).float() - p.float()
 
         pairs = zip(tree.items(grads), tree.leaves(params), strict=True)
         return tree.rebuild(grads, [rounded(path, u, p) for (path, u), p in pairs]), state + 1
+
+    def generator(self, step: int, path: str) -> torch.Generator:
+        """What the rounding of a leaf is drawn from, in the order of its elements."""
+        return seeds.generator(self.seed, "rounding", step, path)
 
 
 def zero_count(params: Tree) -> Int[Tensor, ""]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune import float8, tree
 from minitune.grad import under_transform
@@ -137,6 +138,8 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else _nf4_blocks(q)
     whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
     n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
+    if isinstance(codes, FakeTensor):  # what is most in memory, all pieces and the weight that they make, is the same of few
+        n_rows = max(n_rows, -(-len(codes) // 4))
     pieces = [
         (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
         for some, scale in zip(codes.split(n_rows), scales.split(n_rows), strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitune.types import InputError
 
+SUM_ELEMENTS = 2**18  # that are added up at a time
 Tree = Any  # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
 
 
@@ -133,8 +134,16 @@ def donate_sum(old: Tree, new: Tree) -> Tree:
 
     Only for memory that the caller gave away: a sum that is being made.
     """
+
+    def added(x: Tensor, y: Tensor) -> Tensor:
+        # where dtypes differ, torch's CPU kernel begins by making the whole of y as wide as x
+        n_rows = len(x) if x.dtype == y.dtype else max(1, SUM_ELEMENTS * len(x) // max(1, x.numel()))
+        for some, more in zip(x.split(n_rows), y.split(n_rows), strict=True):
+            some.add_(more)
+        return x
+
     with torch.no_grad():
-        return map(lambda x, y: x.add_(y), old, new)
+        return map(added, old, new)
 
 
 def _children(tree: Tree, path: str) -> list[tuple[str, Tree]]:

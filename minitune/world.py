@@ -183,20 +183,24 @@ def open_world(
 
 def load(source: ModelSource, run: Path, seed: int) -> Loaded:
     """Read (or draw) the weights of a model, its tokenizer and its deltas; a path run/... lies in the run folder."""
-    device = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else torch.device(source.device)
-    )
+    device, dtype = compute_place(source)
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
     text = tokenizer.open_tokenizer(folder)
     stored = checkpoint.load_params(path, model.shapes()) if path is not None else model.init(seed)
-    dtype = compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
     params = {name: w.to(device, dtype) for name, w in stored.items()}
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
     return Loaded(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+
+
+def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:
+    """Where a model lies and what it computes in, "auto" decided."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if source.device == "auto" else source.device)
+    return device, compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

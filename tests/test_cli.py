@@ -148,7 +148,10 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lroa"], "minitune: lroa is no file, no verb and no shipped program, expected one of ls, cp, show, check, schema, "),
+        (
+            ["lroa"],
+            "minitune: lroa is no file, no verb and no shipped program, expected one of ls, cp, show, check, plan, schema, ",
+        ),
         (["programs/lroa.toml"], "demo/pretrain, lora; did you mean lora?"),
         (["shwo", "lora"], "did you mean show?"),
         (["--verbose"], "minitune: --verbose is no file, no verb and no shipped program, expected one of ls"),

@@ -18,11 +18,11 @@ FLOORS = {
     "models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "
     "models/smollm3 models/granite models/experts models/mxfp4 models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe "
     "models/gpt_oss models/llama4 checkpoint vocabulary tokenizer template chat source packing documents data pairs",
-    3.0: "objectives balance steps sweep private generate frozen calibrate scoring",
+    3.0: "objectives balance steps sweep private generate frozen calibrate scoring costs",
     INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
     4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/loop stages/train stages/sweeping "
-    "stages/measure stages/write log program report runs talk sample folders hub __main__",
+    "stages/measure stages/write log program report runs talk sample plan folders hub __main__",
     DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts demo/pairs",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
@@ -32,7 +32,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "offload": "grad",
     "ops": "grad quant",
     "optim": "optim8",
-    "advance": "grad optim",
+    "advance": "grad optim optim8",
     "attention": "grad blockwise flex",
     "flex": "grad",
     "moe": "grad ops",
@@ -50,6 +50,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "steps": "objectives",
     "private": "objectives steps",
     "frozen": "objectives",
+    "costs": "objectives",
     "world": "log",
     **dict.fromkeys(
         [f"stages/{part}" for part in ("base", "feed", "adapt", "loop", "train", "sweeping", "measure", "write")], "world log"
@@ -59,8 +60,9 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "runs": "world log program report",
     "talk": "world stages/base",
     "sample": "program",
+    "plan": "program world stages/__init__ stages/sweeping stages/train",
     "hub": "folders",
-    "__main__": "world stages/__init__ log program runs talk sample folders hub",
+    "__main__": "world stages/__init__ log program runs talk sample plan folders hub",
 }
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
 WITH_TORCH = {"jinja2": "template"}  # torch depends on it, so it is there; only this module wants it

@@ -19,7 +19,7 @@ from minitune.stages import loop, sweeping
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.stages.feed import Feed, feed
 from minitune.steps import Step, eval_step, train_step
-from minitune.types import InputError, Mean, Trainable
+from minitune.types import Deltas, InputError, Mean, Params, Trainable
 from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
 
 
@@ -105,11 +105,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         """world with the trained tree; continues from the newest state in the run folder."""
         if self.sweep is not None:
             return sweeping.run(self, world, self._model(world), Train._optimizer)
-        best, start, optimizer = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable, self._optimizer()
+        best, start = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable
+        optimizer = self.optimizer_for(start, world.seed)
         if isinstance(self.loss, PairLoss | Kto):  # the reference is what training started from, and steps write over their trees
             start = tree.map(torch.clone, start)
-        if any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(start)):
-            optimizer = optim.chain(*optimizer.parts, optim.RoundStochastically(world.seed))
         state = {"trainable": start, "opt_state": optimizer.init(start)}
         state, marks = loop.train(self, world, state, loop.start(1), lambda: self._work(world, optimizer, best))
         trainable = state["trainable"]
@@ -154,6 +153,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     def _feed(self, world: World, name: str, teacher: Teacher | None) -> Feed:
         return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
 
+    def optimizer_for(self, trainable: Trainable, seed: int) -> optim.Chain:
+        """The optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
+        narrow = any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(trainable))
+        return optim.chain(*self._optimizer().parts, *([optim.RoundStochastically(seed)] if narrow else []))
+
     def _optimizer(self) -> optim.Chain:
         clip = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
         factors = [optim.ScaleByGlob(self.lr_factors)] if self.lr_factors else []
@@ -176,21 +180,32 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
         if self.compiled or (self.compiled is None and device.type == "cuda"):
             model = model._replace(wrap=compiled.wrap(world.log.say))
+        adapted = objectives.attach(loaded.params, fresh(loaded.trainable), loaded.lora)
+        n_remat = self.n_remat(model, *adapted, world.data[self.data].seq_len)
         if self.remat == HOST and device.type == "cuda":
-            return model._replace(n_remat=model.config.n_layers, again=offload.remat(offload.side_stream(device)))
-        if self.remat == HOST:
+            model = model._replace(again=offload.remat(offload.side_stream(device)))
+        elif self.remat == HOST:
             world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}: its memory is the host's already")
-            return model._replace(n_remat=model.config.n_layers)
+        elif isinstance(self.remat, str):
+            told = f"{n_remat} of {model.config.n_layers} blocks are computed again to stay within {self.remat}"
+            world.log.say(f"{self.label}: {told}")
+        return model._replace(n_remat=n_remat)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that go through the model together in a micro-batch: both answers of a pair, every adapter's of a sweep."""
+        at_once = len(sweeping.points(self)) if self.sweep is not None else 2 if isinstance(self.loss, PairLoss) else 1
+        return min(self.micro_batch_size or self.batch_size, self.batch_size) * at_once
+
+    def n_remat(self, model: Model, params: Params, deltas: Deltas, n_tokens: int) -> int:
+        """How many blocks are computed again in the backward of rows of n_tokens; InputError for a budget that is too small."""
+        if self.remat == HOST:
+            return model.config.n_layers
         if not isinstance(self.remat, str):
-            return model._replace(n_remat=model.config.n_layers if self.remat else 0)
+            return model.config.n_layers if self.remat else 0
         number, unit = ROOM.findall(self.remat)[0]
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
-        at_once = len(sweeping.points(self)) if self.sweep is not None else 2 if isinstance(self.loss, PairLoss) else 1
-        n_rows = (self.micro_batch_size or self.batch_size) * at_once
-        n_tokens, adapted = world.data[self.data].seq_len, objectives.attach(loaded.params, fresh(loaded.trainable), loaded.lora)
-        n_remat = memory.n_remat(model.config, *adapted, n_rows, n_tokens, n_bytes)
-        world.log.say(f"{self.label}: {n_remat} of {model.config.n_layers} blocks are computed again to stay within {self.remat}")
-        return model._replace(n_remat=n_remat)
+        return memory.n_remat(model.config, params, deltas, self.n_rows, n_tokens, n_bytes)
 
     def _teacher(self, world: World) -> Teacher:
         wise = load(self.teacher or ModelSource(), world.folder, world.seed)

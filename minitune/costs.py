@@ -1,0 +1,196 @@
+"""What a training step costs, before a weight is read: bytes at its fullest moment, and floating-point operations.
+
+The floor is what has to be in memory. What one block keeps for its backward, and what going back through it takes, is measured on
+tensors without values; how much of it is there at which moment of a step is arithmetic. A step that needs more wastes memory.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minitune import objectives, ops, tree
+from minitune.advance import scratch_bytes
+from minitune.attention import documents
+from minitune.grad import fresh
+from minitune.lora import Lora
+from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
+from minitune.models import Model, decoder, memory
+from minitune.objectives import Teacher
+from minitune.tree import Tree
+from minitune.types import Delta, Deltas, Params, Trainable
+
+Parts = Mapping[str, int]  # what is in memory -> its bytes
+BESIDE = 45  # bytes of a token: id, segment and mask, as they come and moved to the place that predicts them; the targets' places
+STEPS = (  # of a block, in the order of its forward; the weights of one step see the same input
+    r"input_layernorm",
+    r"self_attn\.(q|k|v|qkv)_proj",
+    r"self_attn\.([qk]_norm|sinks)",
+    r"self_attn\.o_proj",
+    r"(post_attention|pre_feedforward)_layernorm",
+    r"(?!.*(down_proj|\.w2\b|post_feedforward))",
+    r"(?!.*post_feedforward)",
+    r"",
+)
+ATTENTION = 2  # the step behind which queries, keys and values are there
+
+
+class Step(NamedTuple):
+    """What a training step works on; of tensors only shapes and dtypes are read, so they may be on the meta device."""
+
+    model: Model
+    params: Params  # those of weights that train whole say what dtype is computed with, and are not there
+    trainable: Trainable
+    lora: Lora | None
+    optimizer: Any
+    loss: Any
+    device: torch.device
+    n_rows: int  # that go through the model together in a micro-batch: both answers of a pair
+    n_tokens: int  # of a row
+    n_micro_batches: int = 1
+    rounded: Collection[str] = ()  # weights that train whole and are rounded to their quantized values in the forward
+    beside: Tree = ()  # what else is kept: the trainable tree that a reference is made of
+    teacher: Teacher | None = None
+
+
+def floor(step: Step) -> Parts:
+    """Bytes of what is in memory at the fullest moment of a step whose tokens are all targets; their sum is the floor.
+
+    Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is not counted.
+    """
+    state = tree.n_bytes(step.optimizer.init(tree.map(lambda x: x.to("meta"), step.trainable)))
+
+    def without_values(leaves: Tree) -> Tree:
+        return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device), leaves)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params, trainable, teacher = without_values((step.params, step.trainable, step.teacher and step.teacher[1:]))
+        step = step._replace(params=params, trainable=trainable)
+        if step.teacher is not None:
+            step = step._replace(teacher=Teacher(step.teacher.model, *teacher))
+        return max(_moments(step, state), key=lambda parts: sum(parts.values()))
+
+
+def _moments(step: Step, state: int) -> Iterator[Parts]:
+    """What is in memory at every moment of a step that may be its fullest."""
+    config, n = step.model.config, step.n_rows * step.n_tokens
+    params, deltas = tree.map(_leaf, objectives.attach(step.params, fresh(step.trainable), step.lora))
+    embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
+    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
+    x = fresh(x) if embedding.requires_grad else x
+    segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
+    spans = memory.block_spans(config, step.model.n_remat, params, deltas, x, places)
+    below = fresh(x) if x.requires_grad or any(span.kept for span in spans) else x
+    spans = [*spans, memory.span(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
+    whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
+    layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
+    gradients = [_bytes_of({**whole, **deltas}, layer) for layer in layers]
+    kinds = {name: tree.leaves(leaf)[0].dtype for name, leaf in step.trainable.items()}
+    rounded = {name: whole[name].to(kinds[name]) for name in step.rounded}
+    copies = {name: w for name, w in whole.items() if w.dtype != kinds[name] or name in rounded}  # as they are computed with
+    casts = [_bytes_of(copies, layer) for layer in layers]
+    head_name, row = step.model.family.head_name(config), x.numel() * x.element_size()
+    always = {
+        "weights": tree.n_bytes([w for name, w in step.params.items() if name not in whole]),
+        "second model": tree.n_bytes((step.beside, step.teacher and step.teacher[1:])),
+        "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
+        "optimizer": state,
+        "batch": n * BESIDE + tree.n_bytes(list(places.values())),
+    }
+    # of the micro-batches before this one, whose sum the next one is added to
+    earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0
+
+    def moment(n_open: int, own: int, transient: int) -> Parts:
+        """While the backward has yet to go through the first n_open spans, with the gradients of this micro-batch so far."""
+        parts = {"copies": sum(casts[:n_open]), "gradients": own + earlier, "transient": transient}
+        return {**always, **parts, "activations": sum(span.kept for span in spans[:n_open])}
+
+    trained = [leaf for leaf in tree.leaves(step.model.head(params, deltas)) if leaf.requires_grad]
+    # the labelled rows, as they are and one after the other, and their gradients, which wait for the backward; the gradient of a
+    # head is summed over its chunks in float32
+    at_head = moment(len(spans), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params, deltas))
+    wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
+    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name) + wide}
+    done = tree.n_bytes(trained)
+    for i in reversed(range(len(spans))):
+        yield moment(i + 1, done, spans[i].transient)
+        done = done + gradients[i]
+    yield moment(0, done + _bytes_of(whole, "model.embed_tokens."), row)  # a tied head has two gradients until they are added
+    yield moment(0, tree.n_bytes(step.trainable), 0)
+    yield {**moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))}
+
+
+def _head(step: Step, params: Params, deltas: Deltas) -> int:
+    """Bytes of a chunk of logits with their gradient and what the loss makes of the last piece, or with the head's gradient."""
+    head, delta = step.model.head(params, deltas)
+    trained = tree.n_bytes([leaf for leaf in tree.leaves((head, delta)) if leaf.requires_grad])
+    n = min(step.n_rows * step.n_tokens, ops.head_chunk(head) * (ops.TRAINED if trained else 1))
+    loss, beside = step.loss if isinstance(step.loss, TokenLoss | DistillationLoss) else CrossEntropy(), []
+    like = params["model.embed_tokens.weight"]
+
+    def logits_of(model: Model, rows: int, head: Any, delta: Delta | None) -> Tensor:
+        states = torch.empty(rows, model.config.d_model, dtype=like.dtype, device=like.device)
+        return model.logits(states, head, delta).detach()
+
+    logits = logits_of(step.model, n, head, delta)
+    if step.teacher is not None:
+        beside = [logits_of(step.teacher.model, n, *step.teacher.model.head(*step.teacher[1:]))]
+    piece, *given = (x[: ops.rows_at_once(x)] for x in (logits, *beside))
+    targets = torch.empty(len(piece), dtype=torch.int64, device=like.device)
+    own = memory.span(lambda x: loss(step.model.family.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
+    last = sum(own) - tree.n_bytes(piece)  # with the gradient of this piece, which is one of the logits'
+    return tree.n_bytes((logits, beside)) + max(tree.n_bytes(logits) + last, trained)
+
+
+def flops_per_token(model: Model, trainable: Trainable, companions: float | int) -> float:
+    """Floating-point operations of a training step for each of its tokens, all of them targets and in a document with
+    `companions` tokens on average (the sum of squares of the documents' lengths over the sum of their lengths).
+
+    2 for every weight that a token is multiplied by, 2 more where its input has a gradient, 2 more where it trains whole; those
+    of deltas; attention over the keys that are seen, forward and twice as many back; the forward of blocks computed again.
+    """
+    config, experts = model.config, model.config.experts
+    first = min((_place(name) for name in trainable), default=(torch.inf, 0))
+    total = 0.0
+    head = model.family.head_name(config)
+    for name, shape in model.shapes().items():
+        if len(shape) < 2 or (name.endswith("embed_tokens.weight") and name != head):
+            continue
+        place = (torch.inf, 1) if name == head else _place(name)
+        share = experts.n_active / experts.n_experts if experts is not None and ".experts." in name else 1.0
+        leaf, back = trainable.get(name), first < place
+        forward = n = 2 * share * torch.Size(shape).numel()
+        total += n * (1 + back + isinstance(leaf, Tensor))
+        if isinstance(leaf, Delta):
+            n_a, n_b = (2 * share * x.numel() for x in (leaf.a, leaf.b))
+            forward = n + n_a + n_b
+            total += n_a * (2 + back) + 3 * n_b
+        total += forward if place[0] < model.n_remat and first <= (place[0], len(STEPS)) else 0
+    for i in range(config.n_layers):
+        reach = decoder.layer_kind(config, i).reach
+        limit = {"full": companions, "window": config.window, "chunk": config.chunk}[reach] or companions
+        forward = 4 * config.n_heads * config.d_head * min(companions / 2, limit)
+        back = first <= (i, ATTENTION)
+        total += forward * (3 if back else 1) + (forward if i < model.n_remat and first <= (i, len(STEPS)) else 0)
+    return total
+
+
+def _place(name: str) -> tuple[float | int, int]:
+    """(layer, step) of a weight in the forward."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    if found is None:
+        return (-1, 0) if name.endswith("embed_tokens.weight") else (torch.inf, int(not name.startswith("model.norm")))
+    own = name[found.end() :]
+    return int(found[1]), next(i for i, step in enumerate(STEPS) if re.match(step, own))
+
+
+def _bytes_of(leaves: Mapping[str, Any], prefix: str) -> int:
+    return tree.n_bytes([leaf for name, leaf in leaves.items() if name.startswith(prefix)])
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return fresh(x) if x.requires_grad else x
