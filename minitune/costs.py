@@ -54,6 +54,7 @@ class Step(NamedTuple):
     rounded: Collection[str] = ()  # weights that train whole and are rounded to their quantized values in the forward
     beside: Tree = ()  # what else is kept: the trainable tree that a reference is made of
     teacher: Teacher | None = None
+    offloaded: bool = False  # inputs of blocks that are computed again wait in the host's memory (offload.py)
 
 
 def floor(step: Step) -> Parts:
@@ -84,6 +85,9 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
     spans = memory.block_spans(config, step.model.n_remat, params, deltas, x, places)
+    if step.offloaded:  # two inputs are on their way
+        lean = [span._replace(kept=0, transient=span.transient + 2 * tree.n_bytes(x)) for span in spans[: step.model.n_remat]]
+        spans = [*lean, *spans[step.model.n_remat :]]
     below = fresh(x) if x.requires_grad or any(span.kept for span in spans) else x
     spans = [*spans, memory.span(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
     whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}

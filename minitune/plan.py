@@ -18,7 +18,7 @@ from minitune.costs import Step
 from minitune.grad import fresh
 from minitune.losses import Kto, PairLoss
 from minitune.stages import sweeping
-from minitune.stages.train import Train
+from minitune.stages.train import HOST, Train
 from minitune.types import InputError, Params, Trainable
 from minitune.world import Draft, ModelSource
 
@@ -98,7 +98,8 @@ def _step(stage: Train, made: _Made) -> Step:
         teacher = objectives.Teacher(wise.draft.model, _weights(wise))
     n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
-    step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher)
+    offloaded = stage.remat == HOST and device.type == "cuda"
+    step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
         adapted = objectives.attach(like[0], fresh(like[1]), draft.lora)
@@ -183,6 +184,9 @@ def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
     yield f"with {stage.label}.micro_batch_size=1", step
     step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
     yield f"and {stage.label}.remat=true", step
+    if step.device.type == "cuda":
+        step = step._replace(offloaded=True)
+        yield f"and {stage.label}.remat={HOST} in its place", step
     if lora:
         dense = [name for name, w in step.params.items() if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name]
         codes = _codes(step.params, {name: quant.NF4() for name in dense if step.params[name].shape[1] % 2 == 0})

@@ -14,31 +14,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from minitune import float8, tree
+from minitune import float8, nf4, tree
 from minitune.grad import under_transform
 from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QFloat8, QInt4, QInt8, QTensor, Trainable
 
-NF4_TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-NF4_LEVELS = torch.tensor(NF4_TABLE)
-NF4_BLOCK, NESTED_BLOCK = 64, 256
 PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
 DECODE_ROWS = 32  # rows up to which the packed kernels beat decoding the weight first: see bench/quant.py
-
-
-def _dynamic_map() -> Tensor:
-    """The signed 8-bit floats with 0 to 6 exponent bits, sorted (Dettmers 2015, arXiv 1511.04561, section 2): 1, 0, and for each
-    exponent e the midpoints of 2^e equal steps from 0.1 to 1, times 10^(e-6), with both signs."""
-    bounds = [torch.linspace(0.1, 1.0, 2**e + 1) for e in range(7)]
-    positive = torch.cat([10.0 ** (e - 6) * ((b[:-1] + b[1:]) / 2) for e, b in enumerate(bounds)])
-    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
-
-
-DYNAMIC_MAP = _dynamic_map()
 
 
 class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -125,7 +106,7 @@ def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
     _check_fit("a weight", w, scheme)
     wide = w.detach().float()
     if isinstance(scheme, NF4):
-        return _nf4(wide)
+        return nf4.quantized(wide)
     groups = wide.unflatten(1, (-1, scheme.group_size(w.shape[1])))
     scale = scheme.scale(groups)
     return scheme.pack(scheme.levels(groups, scale).flatten(1), scale.squeeze(-1))
@@ -135,7 +116,7 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The weight that the codes stand for, computed in float32 and rounded once to dtype."""
     if isinstance(q, PackedInt4):
         return dequantize(q.q, dtype)
-    codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else _nf4_blocks(q)
+    codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else nf4.blocks(q)
     whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
     n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
     if isinstance(codes, FakeTensor):  # what is most in memory, all pieces and the weight that they make, is the same of few
@@ -191,7 +172,12 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def fake(self, trainable: Trainable) -> Trainable:
         """The trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
-        return {k: x if isinstance(x, Delta) or (s := self._scheme(k)) is None else fake(x, s) for k, x in trainable.items()}
+
+        def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
+            scheme = self._scheme(name)
+            return leaf if scheme is None or isinstance(leaf, Delta) else fake(leaf, scheme)
+
+        return {name: rounded(name, leaf) for name, leaf in trainable.items()}
 
     def _scheme(self, name: str) -> Scheme | None:
         if not any(fnmatchcase(name, glob) for glob in self.weights):
@@ -344,7 +330,7 @@ def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
     if isinstance(q, QInt8 | QFloat8):
         return codes.to(torch.float32) if isinstance(q, QFloat8) else codes
     if isinstance(q, QNF4) and not torch.compiler.is_compiling():
-        table = NF4_LEVELS.to(codes.device, non_blocking=True)
+        table = nf4.LEVELS.to(codes.device, non_blocking=True)
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
         return F.embedding(codes.int(), pairs).flatten(1)
     if codes.device.type != "cpu":
@@ -353,7 +339,7 @@ def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
         wide = codes.to(torch.int16)
         return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
     wide = codes.int()
-    return torch.stack([NF4_LEVELS[wide >> 4], NF4_LEVELS[wide & 15]], -1).flatten(1)
+    return torch.stack([nf4.LEVELS[wide >> 4], nf4.LEVELS[wide & 15]], -1).flatten(1)
 
 
 def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
@@ -362,39 +348,4 @@ def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tenso
     halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
     if isinstance(q, QInt4):
         return halves.to(torch.int8) - 8
-    return NF4_LEVELS.to(codes.device, non_blocking=True)[halves.int()]
-
-
-def _nf4(w: Float[Tensor, "out in"]) -> QNF4:
-    """The codes of bitsandbytes 0.50, byte for byte.
-
-    Its CPU library finds the 8-bit code of a block maximum in a table of 65536 equal steps, so here too a number is first
-    rounded to such a step: of two codes equally near to within 1.5e-5, it may take the farther one.
-    """
-    n, n_full = w.numel(), w.numel() // NF4_BLOCK
-    blocks = F.pad(w.flatten(), (0, -n % NF4_BLOCK)).view(-1, NF4_BLOCK)
-    peak = blocks.abs().amax(1, keepdim=True)
-    divisor = peak.clamp(min=1e-38)
-    scaled = torch.cat([blocks[:n_full] * (1.0 / divisor[:n_full]), blocks[n_full:] / divisor[n_full:]]).clamp(-1, 1)
-    codes = torch.bucketize(scaled.flatten()[:n], _midpoints(NF4_LEVELS.to(w.device))).to(torch.uint8)
-    absmax = torch.cat([peak[:n_full], divisor[n_full:]]).flatten()  # a partial last block is stored without a zero
-
-    offset = absmax.mean()
-    nested = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    nested_absmax = nested.abs().amax(1)
-    steps = ((nested * (1.0 / nested_absmax)[:, None] + 1.0) * 32767.5 + 0.5).floor() / 32767.5 - 1.0
-    absmax_codes = torch.bucketize(steps, _midpoints(DYNAMIC_MAP.to(w.device))).to(torch.uint8)
-    absmax_codes = torch.where(nested_absmax[:, None] > 0, absmax_codes, 0).flatten()[: len(absmax)]
-    return QNF4((codes[::2] << 4 | codes[1::2]).view(w.shape[0], -1), absmax_codes, nested_absmax, offset)
-
-
-def _nf4_blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blocks 1"]]:
-    """Codes by block, the last one filled up, and the maximum of each block."""
-    codes = F.pad(q.codes.flatten(), (0, -q.codes.numel() % (NF4_BLOCK // 2))).view(-1, NF4_BLOCK // 2)
-    nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(q.absmax)]
-    absmax = DYNAMIC_MAP.to(q.absmax.device, non_blocking=True)[q.absmax.int()] * nested + q.offset
-    return codes, absmax[:, None]
-
-
-def _midpoints(sorted_values: Tensor) -> Tensor:
-    return (sorted_values[1:] + sorted_values[:-1]) / 2
+    return nf4.LEVELS.to(codes.device, non_blocking=True)[halves.int()]

@@ -69,7 +69,7 @@ class QInt4(NamedTuple):
 
 
 class QNF4(NamedTuple):
-    """A weight as NF4_TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
+    """A weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
     8-bit codes of a dynamic map, times nested_absmax of their block of 256, plus offset (Dettmers et al. 2023, arXiv 2305.14314,
     section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 import torch
 from models_for_tests import random_params
@@ -115,6 +116,16 @@ def test_the_matrix_products_of_a_step_are_those_that_torch_counts(model: Model,
                 value_and_grad(lambda leaves, f=objective: f(leaves, params, batch), has_aux=True)(trainable)
             wanted = batch.tokens.numel() * costs.flops_per_token(again, trainable, 0.0) - beyond
             assert counted.get_total_flops() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_inputs_that_wait_in_the_hosts_memory_do_not_grow_with_depth() -> None:
+    def activations(n_layers: int, offloaded: bool) -> int:
+        model = Model(LLAMA.family, msgspec.structs.replace(LLAMA.config, n_layers=n_layers), n_remat=n_layers)
+        step, _ = memory.step_and_run("lora", model, random_params(model.config), 2, 128)
+        return costs.floor(step._replace(offloaded=offloaded))["activations"]
+
+    assert activations(9, True) == activations(5, True)
+    assert activations(9, False) - activations(5, False) == 4 * (2 * 128 * LLAMA.config.d_model * 4)
 
 
 def test_attention_is_counted_over_the_keys_that_are_seen() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitune import ops, quant, tree
+from minitune import nf4, ops, quant, tree
 from minitune.grad import remat, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
@@ -92,7 +92,7 @@ def test_nf4_error_is_bounded_by_the_gaps_of_both_tables(data: st.DataObject):
     blocks = F.pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64)
     peak = blocks.abs().amax(1)
     nested = q.nested_absmax.repeat_interleave(256)[: len(peak)]
-    gap = max(b - a for a, b in zip(quant.NF4_TABLE, quant.NF4_TABLE[1:], strict=False)) / 2
+    gap = max(b - a for a, b in zip(nf4.TABLE, nf4.TABLE[1:], strict=False)) / 2
     # |table[c] * (peak + e) - w| <= gap * peak + |e|, where e <= half the widest step of the 8-bit map, and float32 rounding
     bound = gap * peak + (0.0071 + 1.6e-5) * nested + 1e-6 * (peak + q.offset.abs())
     error = F.pad((dequantize(q, torch.float32) - w).flatten(), (0, -w.numel() % 64)).view(-1, 64).abs().amax(1)
@@ -161,7 +161,7 @@ def test_nf4_is_byte_equal_to_bitsandbytes(shape: tuple[int, int], dtype: torch.
 @pytest.mark.parametrize("shape", [(1, 62), (3, 64), (7, 50)])
 def test_nf4_is_byte_equal_to_bitsandbytes_halfway_between_codes(shape: tuple[int, int]):
     """The last partial block is divided by its maximum, the others are multiplied by its inverse: here the last bit decides."""
-    table = torch.tensor(quant.NF4_TABLE)
+    table = torch.tensor(nf4.TABLE)
     midpoints = (table[1:] + table[:-1]) / 2
     for seed in range(40):
         peak = float(normal(1, seed=seed).abs() + 0.1)
@@ -172,8 +172,8 @@ def test_nf4_is_byte_equal_to_bitsandbytes_halfway_between_codes(shape: tuple[in
 
 def test_the_tables_are_those_of_bitsandbytes():
     state = bnb.quantize_4bit(normal(4, 64), compress_statistics=True, quant_type="nf4")[1]
-    assert torch.equal(torch.tensor(quant.NF4_TABLE), state.code)
-    assert torch.equal(quant.DYNAMIC_MAP, state.state2.code)
+    assert torch.equal(torch.tensor(nf4.TABLE), state.code)
+    assert torch.equal(nf4.DYNAMIC_MAP, state.state2.code)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

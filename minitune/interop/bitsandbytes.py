@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, quant
+from minitune import checkpoint, nf4
 from minitune.interop.compressed import unquantized
 from minitune.models import Model
 from minitune.types import QNF4, InputError, Params
@@ -50,18 +50,18 @@ def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
     state = {
         "quant_type": "nf4",
-        "blocksize": quant.NF4_BLOCK,
+        "blocksize": nf4.BLOCK,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(w.shape),
-        "nested_blocksize": quant.NESTED_BLOCK,
+        "nested_blocksize": nf4.NESTED_BLOCK,
         "nested_dtype": "float32",
         "nested_offset": w.offset.item(),
     }
     return {
         name: w.codes.reshape(-1, 1),
         f"{name}.absmax": w.absmax,
-        f"{name}.quant_map": torch.tensor(quant.NF4_TABLE),
+        f"{name}.quant_map": torch.tensor(nf4.TABLE),
         f"{name}.nested_absmax": w.nested_absmax,
-        f"{name}.nested_quant_map": quant.DYNAMIC_MAP,
+        f"{name}.nested_quant_map": nf4.DYNAMIC_MAP,
         f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
