@@ -1,21 +1,23 @@
 """Adapters trained at once against the same adapters one after another, and gradients of single examples against a loop.
 
-    python bench/sweep.py [compile]
+    python bench/sweep.py [compile] [cuda]
 
 Random Llamas, LoRA of rank 8 on all linears, AdamW with clipping; whole optimizer steps, half of the tokens labelled. Both ways
-take their steps by turns in one process; CPU time, median and spread of 5. "of the limit": the CPU time that the matmuls of the
-frozen weights would take at the rate of a large one, measured between the steps, over what a way takes. With "compile" the first
-case of each model is taken with compiled blocks as well, and the better of both counts for either way.
+take their steps by turns in one process; CPU time (on a GPU wall time), median and spread of 5. "of the limit": the time that the
+matmuls of the frozen weights would take at the rate of a large one, measured between the steps, over what a way takes. With
+"compile" the first case of each model is taken with compiled blocks as well, and the better of both counts for either way.
 """
 
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from roof import synchronize
 
-from minitune import compiled, optim, sweep, tree
+from minitune import compiled, heap, optim, sweep, tree
 from minitune.grad import per_example, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
@@ -42,11 +44,14 @@ def shape(d_model: int, n_layers: int, vocab_size: int) -> llama.Config:
     return llama.Config(n_layers=n_layers, d_model=d_model, vocab_size=vocab_size, **sizes)
 
 
-def both(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool) -> dict[str, Callable]:
+def both(
+    config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool, device: str
+) -> dict[str, Callable]:
     model = Model(llama, config)
-    params = {name: w.to(dtype) for name, w in model.init(0).items()}
-    tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.arange(length).expand_as(tokens) >= length // 2)
+    params = {name: w.to(device, dtype) for name, w in model.init(0).items()}
+    tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    labelled = torch.arange(length, device=device).expand_as(tokens) >= length // 2
+    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), labelled)
     optimizers = [optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
     deltas = [RULE.init(params, i) for i in range(n)]
     stacked = sweep.stack(deltas)
@@ -62,10 +67,10 @@ def both(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtyp
     return {"one after another": loop, "at once": lambda: step(params, stacked, states, batch)}
 
 
-def examples(config: llama.Config, n: int, length: int) -> dict[str, Callable]:
+def examples(config: llama.Config, n: int, length: int, device: str) -> dict[str, Callable]:
     model = Model(llama, config)
-    params = model.init(0)
-    tokens = torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(0))
+    params = {name: w.to(device) for name, w in model.init(0).items()}
+    tokens = torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(0)).to(device)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
     deltas, objective = RULE.init(params, 0), sft(model, CrossEntropy(), RULE)
 
@@ -84,14 +89,19 @@ def examples(config: llama.Config, n: int, length: int) -> dict[str, Callable]:
     }
 
 
-def measured(ways: dict[str, Callable]) -> dict[str, tuple[float, float]]:
-    """(median, spread) of each way's CPU time [s], taken by turns."""
+def measured(ways: dict[str, Callable], device: str) -> dict[str, tuple[float, float]]:
+    """(median, spread) of each way's time [s], taken by turns: of the CPU, or the wall's where a GPU works."""
+
+    def clock() -> float:
+        synchronize(device)
+        return time.process_time() if device == "cpu" else time.perf_counter()
+
     times: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(REPEATS + 2):
         for name, way in ways.items():
-            started = time.process_time()
+            started = clock()
             way()
-            times[name] += [time.process_time() - started] if i > 1 else []
+            times[name] += [clock() - started] if i > 1 else []
     return {name: (statistics.median(spent), max(spent) - min(spent)) for name, spent in times.items()}
 
 
@@ -102,10 +112,11 @@ def flops(config: llama.Config, tokens: int, labelled: int) -> float:
     return (4 * body - 6 * square) * tokens + 4 * config.vocab_size * config.d_model * labelled
 
 
-def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool) -> str:
-    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    ways = {(name, c): way for c in {False, compile_blocks} for name, way in both(config, n, rows, length, dtype, c).items()}
-    found = measured({**ways, "limit": lambda: a @ b})
+def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool, device: str) -> str:
+    a, b = torch.randn(2, 1024, 1024, device=device).to(dtype)
+    at = (config, n, rows, length, dtype)
+    ways: dict[Any, Callable] = {(name, c): way for c in {False, compile_blocks} for name, way in both(*at, c, device).items()}
+    found: dict[Any, tuple[float, float]] = measured({**ways, "limit": lambda: a @ b}, device)
     limit = flops(config, n * rows * length, n * rows * (length - length // 2)) * found["limit"][0] / (2 * 1024**3)
     loop, once = (min(found[key] for key in ways if key[0] == name) for name in ("one after another", "at once"))
     quicker = [c for name, c in ways if found[name, c] in (loop, once)]
@@ -116,15 +127,18 @@ def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype
 
 
 def main(words: Sequence[str]) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    heap.keep_freed()  # as a program does
+    device = "cuda" if "cuda" in words else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}")
     columns = ["layers x d_model, vocabulary", "dtype", "adapters x rows x tokens", "blocks", "one after another, s / spread"]
     columns += ["at once", "ratio", "one after another, of the limit", "at once"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for sizes, dtype, cases in CASES:
         for i, case in enumerate(cases):
-            print(row(shape(*sizes), *case, dtype, "compile" in words and i == 0), flush=True)
-    print("\n| 8 examples of 96 tokens, 6 layers, d_model 256 | CPU time, s | spread, s | ratio |\n|---|---|---|---|")
-    found = measured(examples(shape(256, 6, 8192), 8, 96))
+            print(row(shape(*sizes), *case, dtype, "compile" in words and i == 0, device), flush=True)
+    print("\n| 8 examples of 96 tokens, 6 layers, d_model 256 | time, s | spread, s | ratio |\n|---|---|---|---|")
+    found = measured(examples(shape(256, 6, 8192), 8, 96, device), device)
     for name, (middle, spread) in found.items():
         print(f"| {name} | {middle:.3f} | {spread:.3f} | {middle / found['a loop'][0]:.2f} |")
 
