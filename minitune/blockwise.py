@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitune import tree
 
-BLOCK = 64  # queries; their scores against the keys that they need then stay in a core's cache
+BLOCK = 256  # bytes of a block's queries at one number each: so many that their scores, by keys, stay in a core's cache
 APART = 2**16  # scores that take as long as starting the work on one more block
 
 
@@ -28,12 +28,12 @@ class Block(NamedTuple):
     end: int
 
 
-def blocks(first: Int[Tensor, "b T"] | None, n_queries: int, n_heads: int) -> list[Block]:
-    """The blocks that make up a batch; first None: all see from key 0. Rows go together, from the first key that any of them
-    sees, unless going apart saves more than it costs."""
-    found = []
-    for start in range(0, n_queries, BLOCK):
-        end = min(start + BLOCK, n_queries)
+def blocks(first: Int[Tensor, "b T"] | None, n_queries: int, n_heads: int, dtype: torch.dtype) -> list[Block]:
+    """The blocks that make up a batch whose scores are of dtype; first None: all see from key 0. Rows go together, from the first
+    key that any of them sees, unless going apart saves more than it costs."""
+    found, size = [], max(1, BLOCK // dtype.itemsize)
+    for start in range(0, n_queries, size):
+        end = min(start + size, n_queries)
         lows = [0] if first is None else first[:, start:end].amin(1).tolist()
         saved = sum(low - min(lows) for low in lows) * (end - start) * n_heads
         if first is None or saved < APART * len(lows):
@@ -67,7 +67,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, sinks: Tensor | None, scale: float, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
     """(the result, the highest score of each query)."""
-    k, v, plan = k.contiguous(), v.contiguous(), blocks(first, q.shape[2], q.shape[1])  # so that a block's keys are views
+    k, v, plan = k.contiguous(), v.contiguous(), blocks(first, q.shape[2], q.shape[1], q.dtype)  # a block's keys are views
     rule = _Rule(q.shape[1] // k.shape[1], scale, soft_cap)
     outs, tops = [], []
     for b in plan:
@@ -91,7 +91,7 @@ def _attend_backward(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks (of no element where there are none)."""
-    k, v, plan = k.contiguous(), v.contiguous(), blocks(first, q.shape[2], q.shape[1])  # so that a block's keys are views
+    k, v, plan = k.contiguous(), v.contiguous(), blocks(first, q.shape[2], q.shape[1], q.dtype)  # a block's keys are views
     rule = _Rule(q.shape[1] // k.shape[1], scale, soft_cap)
     wide = torch.promote_types(q.dtype, torch.float32)
     d_k, d_v = (torch.zeros(x.shape, dtype=wide) for x in (k, v))

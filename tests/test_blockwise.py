@@ -45,7 +45,7 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
     sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64).requires_grad_() if data.draw(st.booleans()) else None
     leaves = [x for x in (q, k, v, sinks) if x is not None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "BLOCK", block)
+        patch.setattr(blockwise, "BLOCK", 8 * block)
         patch.setattr(blockwise, "APART", data.draw(st.sampled_from([0, 1e9])))
         out = attention(q, k, v, seen, scale=0.37, soft_cap=cap, sinks=sinks)
         wanted = plain(q, k, v, seen, 0.37, cap, sinks)
@@ -80,7 +80,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, 
 def test_what_no_query_sees_is_never_touched() -> None:
     segments = (torch.arange(300) * 7 // 300 + 1)[None]
     first = documents(segments).starts()
-    plan = blockwise.blocks(first, 300, 1)
+    plan = blockwise.blocks(first, 300, 1, torch.float32)
     assert sum((b.end - b.start) * (b.end - b.lowest) for b in plan) < 300 * 300 * 0.3
     q, k, v = (torch.randn(1, 2, 300, 4) for _ in range(3))
     start = int(first[0, 128])  # the block from query 128 on begins here
@@ -91,11 +91,11 @@ def test_what_no_query_sees_is_never_touched() -> None:
 
 def test_rows_go_together_unless_going_apart_saves_work() -> None:
     first = documents(torch.stack([torch.arange(300) * 7 // 300 + 1, torch.ones(300, dtype=torch.long)])).starts()
-    together, apart = blockwise.blocks(first, 300, 1), blockwise.blocks(first, 300, 64)
+    together, apart = blockwise.blocks(first, 300, 1, torch.float32), blockwise.blocks(first, 300, 64, torch.float32)
     assert [b.rows for b in together] == [slice(None)] * 5
     assert [b.rows for b in apart[-2:]] == [slice(0, 1), slice(1, 2)]
     assert [b.lowest for b in apart[-2:]] == [int(first[0, 256:].min()), 0]
-    assert all(b.rows == slice(None) for b in blockwise.blocks(first[:1].expand(5, -1), 300, 64))
+    assert all(b.rows == slice(None) for b in blockwise.blocks(first[:1].expand(5, -1), 300, 64, torch.float32))
 
 
 def test_a_gradient_of_its_gradient_is_refused_rather_than_wrong() -> None:

@@ -15,7 +15,7 @@ from test_programs import tiny  # noqa: F401 - a fixture
 from test_stages import LORA, NF4, TRAIN, start
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from minitune import advance, costs, losses, models, objectives, ops, optim, plan, program, tree
+from minitune import advance, blockwise, costs, losses, models, objectives, ops, optim, plan, program, tree
 from minitune.__main__ import main
 from minitune.grad import value_and_grad
 from minitune.lora import Lora
@@ -74,9 +74,10 @@ CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chunks of the head and of the optimizer are made small, as they are beside a real model."""
+    """The chunks of the head and of the optimizer, and attention's blocks, are made small, as they are beside a real model."""
     *case, chunk, how = CASES[name]
     monkeypatch.setattr(ops, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(blockwise, "BLOCK", 128)
     monkeypatch.setattr(advance, "FUSED_ELEMENTS", {"cpu": 2**14})
     monkeypatch.setattr(advance, "PIECE_ELEMENTS", {"cpu": 2**13})
     step, run = built(*case, **how)
