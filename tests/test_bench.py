@@ -72,3 +72,11 @@ def test_packed_rows_are_full_and_know_how_long_their_documents_are(monkeypatch:
     lengths = [int((row == k).sum()) for row in batch.segment_ids for k in row.unique()]
     assert companions == sum(n * n for n in lengths) / 1000
     assert bool((batch.segment_ids > 0).all())
+
+
+def test_the_bench_of_scaling_fills_its_table_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in importlib.import_module("scaling").lines(toy=True)]
+    assert [row[:5] for row in rows] == [["adapters", "2", "300", n, "1 x 16"] for n in ("1", "2")]
+    assert all(re.fullmatch(r"[\d,]+ ±[\d,]+", row[5]) and re.fullmatch(r"\d+%", row[6]) for row in rows)
+    assert [row[7] for row in rows] == ["2", ""]
