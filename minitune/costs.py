@@ -132,7 +132,7 @@ def _head(step: Step, params: Params, deltas: Deltas) -> int:
     """Bytes of a chunk of logits with their gradient and what the loss makes of the last piece, or with the head's gradient."""
     head, delta = step.model.head(params, deltas)
     trained = tree.n_bytes([leaf for leaf in tree.leaves((head, delta)) if leaf.requires_grad])
-    n = min(step.n_rows * step.n_tokens, ops.head_chunk(head) * (ops.TRAINED if trained else 1))
+    n = min(step.n_rows * step.n_tokens, ops.head_chunk(head, trained > 0))
     loss, beside = step.loss if isinstance(step.loss, TokenLoss | DistillationLoss) else CrossEntropy(), []
     like = params["model.embed_tokens.weight"]
 

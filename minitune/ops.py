@@ -14,7 +14,8 @@ from minitune.tree import Tree
 from minitune.types import Delta, QTensor
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
-HEAD_CHUNK = 2**22  # logits alive at a time, whatever the vocabulary: 16 MiB in float32, which stay near a core
+HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
+HEAD_ROWS = 128  # but at least so many rows of them, or a matmul takes its time to read the head of a large vocabulary
 ON_GPU = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
 TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
 PIECE = 2**19  # logits that a loss is given at a time on a CPU: what it makes of them then stays near a core
@@ -124,14 +125,15 @@ def token_losses(
 
     targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
     A loss may give several values a row.
-    Labelled rows are flattened and cut in chunks of at most HEAD_CHUNK logits. The gradients of each chunk are taken while its
+    Labelled rows are flattened and cut in chunks, see head_chunk. The gradients of each chunk are taken while its
     logits are there: those of its rows, and of the head where that trains (grad.in_chunks: for losses that are summed).
     """
 
     def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor, delta: Delta | None) -> Tensor:
         return loss(linear(rows, w, delta), labels)
 
-    chunk = head_chunk(head)
+    trains = any(leaf.requires_grad for leaf in tree.leaves((head, delta)))
+    chunk = head_chunk(head, trains)
     flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
     if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
         nats = _chunked(remat(piece), flat, labels, head, delta, chunk).unflatten(0, mask.shape)
@@ -140,12 +142,12 @@ def token_losses(
     chosen, given = flat[rows], tree.map(lambda x: x[rows], labels)
     if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head, delta))):
         nats = _chunked(piece, chosen, given, head, delta, chunk)
-    elif any(leaf.requires_grad for leaf in tree.leaves((head, delta))):
+    elif trains:
 
         def at(start: int, some: Tensor, weights: Tree) -> Tensor:
             return piece(some, tree.map(lambda x: x[start : start + len(some)], given), *weights)
 
-        nats = in_chunks(at, chosen, (head, delta), TRAINED * chunk)
+        nats = in_chunks(at, chosen, (head, delta), chunk)
     else:
         nats = _chunked(with_row_gradients(piece), chosen, given, head, delta, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
@@ -171,10 +173,10 @@ def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
     return max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
 
 
-def head_chunk(head: Float[Tensor, "V D"] | QTensor) -> int:
+def head_chunk(head: Float[Tensor, "V D"] | QTensor, trains: bool = False) -> int:
     """How many rows of logits are alive at a time."""
-    times = 1 if tree.leaves(head)[0].device.type == "cpu" else ON_GPU
-    return max(1, times * HEAD_CHUNK // head.shape[0])
+    times = (1 if tree.leaves(head)[0].device.type == "cpu" else ON_GPU) * (TRAINED if trains else 1)
+    return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
 
 
 def _chunked(

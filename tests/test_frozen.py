@@ -109,6 +109,7 @@ def test_cached_tops_are_the_live_ones(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "FORWARD_TOKENS", forward_tokens)
         patch.setattr(ops, "HEAD_CHUNK", chunk)
+        patch.setattr(ops, "HEAD_ROWS", 1)
         tops = teacher_tops(TEACHER, dataset, k, temperature, tmp_path_factory.mktemp("cache"))
     assert [(x.dtype, x.shape) for x in tops] == [(np.int32, (sum(lengths), k)), (np.float32, (sum(lengths), k))]
     source = Source("f.jsonl", "instruct", SEQ_LEN, packed)
@@ -186,6 +187,7 @@ def test_nothing_is_left_of_a_computation_that_dies(tmp_path: Path, monkeypatch:
     calls = []
     linear = ops.linear
     monkeypatch.setattr(ops, "HEAD_CHUNK", 1)
+    monkeypatch.setattr(ops, "HEAD_ROWS", 1)
     monkeypatch.setattr(ops, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path)

@@ -35,6 +35,7 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "PIECE", data.draw(st.integers(1, 3)) * (v + 1))
         patch.setattr(ops, "HEAD_CHUNK", chunk * (v + 1))
+        patch.setattr(ops, "HEAD_ROWS", 1)
         patch.setattr(ops, "TRAINED", 1)
         found = ops.token_losses(loss, hidden, targets, mask, head, delta)
     w = head if delta is None else head + delta.b @ delta.a

@@ -164,6 +164,7 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "HEAD_CHUNK", chunk * SMALL.vocab_size)
+        patch.setattr(ops, "HEAD_ROWS", 1)
         (mean, _), grads = value_and_grad(lambda t: objective(t, frozen, batch), has_aux=True)(whole)
     fresh = {name: w.clone().requires_grad_() for name, w in params.items()}
     total = plain(fresh)

@@ -77,6 +77,7 @@ def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pyte
     """The chunks of the head and of the optimizer, and attention's blocks, are made small, as they are beside a real model."""
     *case, chunk, how = CASES[name]
     monkeypatch.setattr(ops, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(ops, "HEAD_ROWS", 1)
     monkeypatch.setattr(blockwise, "BLOCK", 128)
     monkeypatch.setattr(advance, "FUSED_ELEMENTS", {"cpu": 2**14})
     monkeypatch.setattr(advance, "PIECE_ELEMENTS", {"cpu": 2**13})

@@ -279,6 +279,7 @@ def test_the_chunked_head_equals_the_whole_one(b: int, t: int, v: int, chunk: in
     leaves = [hidden, head, *delta[:2]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "HEAD_CHUNK", chunk * v)
+        patch.setattr(ops, "HEAD_ROWS", 1)
         found = ops.token_losses(cross_entropy, hidden, targets, mask, head, delta)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (found, wanted)))
@@ -299,6 +300,7 @@ def test_the_head_never_holds_whole_logits() -> None:
     targets, mask = torch.zeros(2, 50, dtype=torch.int64), torch.ones(2, 50, dtype=torch.bool)
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(ops, "HEAD_CHUNK", 7 * 101)
+        patch.setattr(ops, "HEAD_ROWS", 1)
         nats = ops.token_losses(cross_entropy, hidden, targets, mask, head)
         torch.autograd.grad(nats.sum(), hidden)
     assert max(sizes) == 7 * 101
