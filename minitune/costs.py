@@ -125,7 +125,7 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
         done = done + gradients[i]
     yield moment(0, done + _bytes_of(whole, "model.embed_tokens."), row)  # a tied head has two gradients until they are added
     yield moment(0, tree.n_bytes(step.trainable), 0)
-    yield {**moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))}
+    yield moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))
 
 
 def _head(step: Step, params: Params, deltas: Deltas) -> int:

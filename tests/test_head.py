@@ -105,3 +105,12 @@ def test_a_gradient_of_its_gradient_is_refused_by_plain_autograd_and_right_under
         ).sum()
     )(hidden)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_chunk_has_enough_rows_for_a_matmul_and_no_more_logits_than_that_takes(trains: bool) -> None:
+    limit = ops.HEAD_CHUNK * (ops.TRAINED if trains else 1)
+    for v in (97, 32_000, 128_000, 300_000):
+        rows = ops.head_chunk(torch.empty(v, 1), trains)
+        assert rows >= ops.HEAD_ROWS
+        assert rows == ops.HEAD_ROWS or limit - v < rows * v <= limit
