@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import chat, checkpoint, data, models, pairs, paths, quant, tokenizer, tree
+from minitune import chat, checkpoint, data, hardware, models, pairs, paths, quant, tokenizer, tree
 from minitune.frozen import folder_fingerprint
 from minitune.interop import peft
 from minitune.log import Log
@@ -204,14 +204,8 @@ def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has matrix products of it in hardware (CUDA from Ampere on; a CPU with AVX512-BF16, AMX or Arm's
-    extension), else float32: elsewhere bfloat16 is slower than what it saves."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities()
-        native = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
+    """bfloat16 where the device multiplies it in hardware, else float32: elsewhere bfloat16 is slower than what it saves."""
+    return torch.bfloat16 if hardware.multiplies_bfloat16(device) else torch.float32
 
 
 def _deltas(

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "minitune"
 
 INTEROP, DEMO = 3.5, 9.0  # the side rooms: interop lies under the programs, the demo is made by all of them
 FLOORS = {
-    0.0: "__init__ types tree seeds paths toml arrays tensorfile heap",
+    0.0: "__init__ types tree seeds paths toml arrays tensorfile heap hardware",
     1.0: "grad offload compiled float8 nf4 quant ops blockwise flex attention losses optim optim8 advance lora sampling moe",
     2.0: "models/__init__ models/rope models/decoder models/memory models/spelling models/multimodal models/llama models/mistral "
     "models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_programs import tiny, toy  # noqa: F401 - a fixture
 
-from minitune import checkpoint, tree, world
+from minitune import checkpoint, hardware, tree, world
 from minitune.__main__ import main
 from minitune.world import ModelSource, compute_dtype
 
@@ -31,6 +31,8 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for variable in hardware.LIMITED_TO_AVX2:
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert compute_dtype(CPU) == dtype
     auto = world.load(ModelSource(path=str(tiny / "model"), device="cpu"), tmp_path, 0)
