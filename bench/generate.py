@@ -50,9 +50,9 @@ def rows(name: str, model: Model, leaves: Mapping[str, Params]) -> None:
             for way, wrap in WRAPS.items():
                 torch.compiler.reset()
                 started = time.perf_counter()
-                step_ms(model._replace(wrap=wrap), params, n_rows)
+                step_ms(model._replace(block_transform=wrap), params, n_rows)
                 first_s = time.perf_counter() - started
-                times = step_ms(model._replace(wrap=wrap), params, n_rows)
+                times = step_ms(model._replace(block_transform=wrap), params, n_rows)
                 low, _, _, _, middle, _, _, _, high = statistics.quantiles(times, n=10)
                 print(
                     f"| {name} | {kind} | {n_rows} | {way} | {middle:.2f} | {low:.2f} - {high:.2f} | {first_s:.1f} |", flush=True
@@ -63,7 +63,7 @@ def main() -> None:
     print("| model | weights | prompts | way | ms a step | 10 % - 90 % | first, s |")
     print("|---|---|---|---|---|---|---|")
     for name in sys.argv[1:] or ["demo", "125m"]:
-        model = models.open(paths.locate("demo")) if name == "demo" else Model(llama, LLAMA_125M)
+        model = models.open(paths.locate("demo")) if name == "demo" else Model(llama.FAMILY, LLAMA_125M)
         dense = model.init(0)
         half = {key: w.bfloat16() for key, w in dense.items()}
         codes = {kind: quant.packed(quant.Quantization(scheme).quantize(half)) for kind, scheme in SCHEMES.items()}

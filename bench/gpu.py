@@ -98,9 +98,9 @@ def start(kind: str, params: Params) -> tuple[Params, Any, Any, Any]:
 def arranged(model: Model, compile_blocks: str, remat: str, device: str) -> Model:
     """The model with its block compiled once for all layers and steps, every block computed again in the backward, or both."""
     if compile_blocks == "yes":
-        model = model._replace(wrap=compiled.wrap(print))
+        model = model._replace(block_transform=compiled.wrap(print))
     if remat == "host" and device == "cuda":
-        model = model._replace(again=offload.remat(offload.side_stream(torch.device(device))))
+        model = model._replace(remat=offload.remat(offload.side_stream(torch.device(device))))
     return model if remat == "no" else model._replace(n_remat=model.config.n_layers)
 
 

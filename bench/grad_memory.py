@@ -52,7 +52,7 @@ def measure(way: str, n_layers: int, d_model: int) -> dict[str, float]:
         d_ff=d_model * 8 // 3,
         vocab_size=8192,
     )
-    model = Model(llama, config)
+    model = Model(llama.FAMILY, config)
     params = model.init(0)
     rule = Lora(8, 16.0, ("*_proj.weight",))
     tokens = torch.randint(0, 8192, (4, 256), generator=torch.Generator().manual_seed(0))

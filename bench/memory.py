@@ -46,7 +46,7 @@ def step_and_run(
     if kind == "qlora":
         params = quant.Quantization(quant.NF4(), targets).quantize(params)
     if lora is None:
-        params, trainable = objectives.full(params, ("*",), dtype=how.get("trained", torch.float32))
+        params, trainable = objectives.split_trainable(params, ("*",), dtype=how.get("trained", torch.float32))
     else:
         trainable = lora.init(params, 0)
     loss, batch = losses.CrossEntropy(), rows(model.config.vocab_size, n_rows, n_tokens)

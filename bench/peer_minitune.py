@@ -24,7 +24,7 @@ def opened(name):
     model = models.open(folder)
     params = checkpoint.load_params(folder, model.shapes(), DTYPE)
     if args.compile:
-        model = model._replace(wrap=compiled.wrap(print))
+        model = model._replace(block_transform=compiled.wrap(print))
     if args.variant == "remat":
         model = model._replace(n_remat=model.config.n_layers)
     return model, params
@@ -57,7 +57,7 @@ def supervised():
         params = quant.Quantization(quant.NF4()).quantize(params)
     lora = None if args.task.startswith("full") else LORA
     if lora is None:
-        params, trainable = objectives.full(params, ("*",))
+        params, trainable = objectives.split_trainable(params, ("*",))
         if args.dtype == "bfloat16":  # the peers train in bfloat16 whole
             trainable = {name: w.to(DTYPE) for name, w in trainable.items()}
     else:

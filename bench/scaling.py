@@ -39,7 +39,7 @@ def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callabl
     n_layers, vocab_size, n, rows, length = case
     heads = {"n_heads": d_model // 64, "n_kv_heads": max(1, d_model // 192), "d_head": 64}
     config = llama.Config(n_layers=n_layers, d_model=d_model, d_ff=d_model * 8 // 3, vocab_size=vocab_size, **heads)
-    model = Model(llama, config)
+    model = Model(llama.FAMILY, config)
     params = {name: w.bfloat16() for name, w in model.init(0).items()}
     tokens = torch.randint(0, vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0))
     segments = (torch.arange(length) * 2 // length + 1).to(torch.int32).expand_as(tokens)

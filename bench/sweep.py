@@ -47,7 +47,7 @@ def shape(d_model: int, n_layers: int, vocab_size: int) -> llama.Config:
 def both(
     config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool, device: str
 ) -> dict[str, Callable]:
-    model = Model(llama, config)
+    model = Model(llama.FAMILY, config)
     params = {name: w.to(device, dtype) for name, w in model.init(0).items()}
     tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0)).to(device)
     labelled = torch.arange(length, device=device).expand_as(tokens) >= length // 2
@@ -55,7 +55,7 @@ def both(
     optimizers = [optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
     deltas = [RULE.init(params, i) for i in range(n)]
     stacked = sweep.stack(deltas)
-    single, folded = (model._replace(wrap=compiled.wrap(print)) if compile_blocks else model for _ in range(2))
+    single, folded = (model._replace(block_transform=compiled.wrap(print)) if compile_blocks else model for _ in range(2))
     alone = [train_step(sft(single, CrossEntropy(), RULE), o, micro_batch=rows, donate=True) for o in optimizers]
     states, own = ([o.init(d) for o, d in zip(optimizers, deltas, strict=True)] for _ in range(2))
     step = sweep.sweep_step(folded, CrossEntropy(), [RULE] * n, optimizers, micro_batch=rows, donate=True)
@@ -68,7 +68,7 @@ def both(
 
 
 def examples(config: llama.Config, n: int, length: int, device: str) -> dict[str, Callable]:
-    model = Model(llama, config)
+    model = Model(llama.FAMILY, config)
     params = {name: w.to(device) for name, w in model.init(0).items()}
     tokens = torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(0)).to(device)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))

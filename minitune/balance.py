@@ -1,15 +1,14 @@
 """Keeping routers even: the load-balancing loss of a mixture of experts as a term of any objective with one forward."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitune import moe
-from minitune.models import Model, decoder
-from minitune.models.experts import is_routed
+from minitune.models import Model, Probe
+from minitune.models.experts import router_weight
 from minitune.objectives import Objective
 from minitune.types import InputError, Mean, Params, Taught, Trainable
 
@@ -25,33 +24,12 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
         raise InputError("balance: the model has no experts, expected a family such as mixtral; leave the term out")
 
     def with_term(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
-        found: list[Tensor] = []
-        mean, readings = objective(model._replace(wrap=_noting(model, found), n_remat=0))(trainable, params, batch)
+        logits: list[Tensor] = []
+        probe = Probe((router_weight(experts),), lambda name, y: logits.append(y))
+        mean, readings = objective(model._replace(probe=probe))(trainable, params, batch)
         rows = batch.rows if isinstance(batch, Taught) else batch
-        uneven = moe.load_balance(torch.stack(found).flatten(1, 2), experts.n_active, (rows.segment_ids > 0).flatten())
+        uneven = moe.load_balance(torch.stack(logits).flatten(1, 2), experts.n_active, (rows.segment_ids > 0).flatten())
         total = mean.total + coefficient * uneven * mean.weight
         return Mean(total, mean.weight), {**readings, "load_balance": Mean(uneven * mean.weight, mean.weight)}
 
     return with_term
-
-
-def _noting(model: Model, found: list[Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """The model's wrap for blocks that note down what their routers say, once each: so what is computed again lies inside."""
-
-    def wrap(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        kept = model.wrap(block), model.wrap(partial(decoder.routed_block, model.config))
-        lean = [model.again(one) for one in kept]
-        layers: list[Params] = []  # that have run
-
-        def noted(w: Params, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
-            plain, routed = lean if len(layers) < model.n_remat else kept
-            layers.append(w)
-            if not is_routed(model.config.experts, w):
-                return plain(w, deltas, x, *rest)
-            both = routed(w, deltas, x, *rest)
-            found.append(both[..., x.shape[-1] :])
-            return both[..., : x.shape[-1]]
-
-        return noted
-
-    return wrap

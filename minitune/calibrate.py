@@ -1,19 +1,17 @@
 """Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not its entries, change least."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Annotated, NamedTuple
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from msgspec import Meta
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from minitune.models import Model
+from minitune.models import Model, decoder
 from minitune.quant import NF4, Int4, Int8, Quantization, refuse_not_finite
-from minitune.types import NO_DELTAS, Batch, Deltas, InputError, Params, QInt4, QInt8
+from minitune.types import Batch, InputError, Params, QInt4, QInt8
 
 BLOCK = 128  # columns whose errors are spread together, a multiple of every group: it changes the time, not the result
 
@@ -33,21 +31,17 @@ class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
 Method = Rtn | Gptq
 
 
-class _Walk(NamedTuple):
-    """One batch on its way through the blocks, each called with (weights, deltas, x, *rest)."""
+class BlockInputs(NamedTuple):
+    """One batch on its way through the blocks: what the next block is given."""
 
-    block: Callable[..., Tensor]
-    calls: list[tuple[Params, Deltas, tuple[Any, ...]]]  # for each block: weights, deltas, rest
     x: Float[Tensor, "B T D"]
-    real: Bool[Tensor, "B T"]
+    attention: Mapping[decoder.Kind, decoder.Places]
+    is_token: Bool[Tensor, "B T"]  # False at padding
 
 
-def gptq(
-    model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float, deltas: Deltas = NO_DELTAS
-) -> Params:
+def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float) -> Params:
     """All parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
-    experts see of it; deltas are as a forward takes them. Block by block: what a block sees has come through the quantized blocks
-    before it.
+    experts see of it. Block by block: what a block sees has come through the quantized blocks before it.
 
     InputError for an nf4 or float8 scheme, for no batches, and for a weight that is not finite or that no linear map of the model
     uses.
@@ -61,19 +55,16 @@ def gptq(
     if not batches:
         raise InputError("calibrate: no row of data to calibrate on, expected at least one; look at the data table of gptq")
     refuse_not_finite(params, plan)
-    quantized: dict[str, QInt8 | QInt4] = {}
-    head = model.family.head_name(model.config)
-    names = {id(params[name]): name for name in grids}
+    head = decoder.head_name(model.config)
     with torch.no_grad():
-        walks = [_start(model, params, deltas, batch) for batch in batches]
-        for i in range(len(walks[0].calls)):
-            grams = _summed(_grams(walk, i, names) for walk in walks)
+        inputs = [before_first_block(model, params, batch) for batch in batches]
+        for i in range(model.config.n_layers):
+            grams = _summed(_grams(model, params, i, one, grids) for one in inputs)
             new = {name: gptq_weight(params[name], gram, grids[name], damp) for name, gram in grams.items()}
-            walks = [_advanced(walk, i, {id(params[name]): leaf for name, leaf in new.items()}) for walk in walks]
-            quantized = {**quantized, **new}
-        params = {**params, **quantized}
+            params = {**params, **new}
+            inputs = [after_block(model, params, i, one) for one in inputs]
         if head in grids:
-            gram = _summed({head: _gram(model.hidden(params, batch, deltas)[batch.segment_ids > 0])} for batch in batches)[head]
+            gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
             params = {**params, head: gptq_weight(params[head], gram, grids[head], damp)}
     unused = next((name for name in grids if isinstance(params[name], Tensor)), None)
     if unused is not None:
@@ -119,56 +110,31 @@ def _inverse_factor(gram: Float[Tensor, "in in"], damp: float) -> Float[Tensor, 
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
-def _start(model: Model, params: Params, deltas: Deltas, batch: Batch) -> _Walk:
-    """The batch before the first block: a forward whose blocks are noted down and not run."""
-    calls: list[tuple[Params, Deltas, tuple[Any, ...]]] = []
-    blocks: list[Callable[..., Tensor]] = []
-    entering: list[Tensor] = []
-
-    def noted(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def note(w: Params, d: Deltas, x: Tensor, *rest: Any) -> Tensor:
-            blocks.append(block)
-            entering.append(x)
-            calls.append((w, d, rest))
-            return x
-
-        return note
-
-    model.family.hidden(model.config, params, batch.tokens, deltas, segment_ids=batch.segment_ids, wrap=noted)
-    return _Walk(blocks[0], calls, entering[0], batch.segment_ids > 0)
+def before_first_block(model: Model, params: Params, batch: Batch) -> BlockInputs:
+    """The batch as the first block is given it."""
+    x, attention = decoder.before_first_block(model.config, params, batch.tokens, batch.segment_ids)
+    return BlockInputs(x, attention, batch.segment_ids > 0)
 
 
-def _grams(walk: _Walk, i: int, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """X^T X over the real tokens for the weights of block i that `names` knows by the id of their leaf."""
-    w, d, rest = walk.calls[i]
-    # ops.linear casts a weight to the dtype of its input: done here first, so that it meets the very tensor that is looked for
-    cast = {key: leaf.to(walk.x.dtype) if id(leaf) in names else leaf for key, leaf in w.items()}
-    inputs = _LinearInputs({id(cast[key]): names[id(leaf)] for key, leaf in w.items() if id(leaf) in names}, walk.real)
-    with inputs:
-        walk.block(cast, d, walk.x, *rest)
-    return inputs.grams
+def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: decoder.Tap | None = None) -> BlockInputs:
+    """The batch behind block i; tap sees the block's linear maps."""
+    kind = decoder.layer_kind(model.config, i)
+    return inputs._replace(x=decoder.block(model.config, decoder.layer_of(params, i), inputs.x, inputs.attention[kind], tap=tap))
 
 
-def _advanced(walk: _Walk, i: int, quantized: Mapping[int, Any]) -> _Walk:
-    """The walk behind block i, whose leaves are replaced by id."""
-    w, d, rest = walk.calls[i]
-    return walk._replace(x=walk.block({key: quantized.get(id(leaf), leaf) for key, leaf in w.items()}, d, walk.x, *rest))
+def _grams(model: Model, params: Params, i: int, inputs: BlockInputs, names: Container[str]) -> dict[str, Tensor]:
+    """X^T X over the real tokens for those weights of block i that are among `names`."""
+    grams: dict[str, Tensor] = {}
 
+    def add(name: str, x: Tensor, y: Tensor) -> None:
+        whole_name = f"model.layers.{i}.{name}"
+        if whole_name in names:
+            # an expert's rows have left their places, and padding with them
+            rows = x[inputs.is_token] if x.shape[:-1] == inputs.is_token.shape else x
+            grams.update(_summed([grams, {whole_name: _gram(rows)}]))
 
-class _LinearInputs(TorchFunctionMode):
-    """Sums X^T X of every F.linear whose weight is one of `names`, by id."""
-
-    def __init__(self, names: Mapping[int, str], real: Bool[Tensor, "B T"]) -> None:
-        super().__init__()
-        self.names, self.real = names, real
-        self.grams: dict[str, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and id(args[1]) in self.names:
-            x = args[0]
-            rows = x[self.real] if x.shape[:-1] == self.real.shape else x  # an expert's rows, which have left their places
-            self.grams = _summed([self.grams, {self.names[id(args[1])]: _gram(rows)}])
-        return func(*args, **(kwargs or {}))
+    after_block(model, params, i, inputs, add)
+    return grams
 
 
 def _gram(x: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:

@@ -21,7 +21,7 @@ from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model, decoder, memory
 from minitune.objectives import Teacher
 from minitune.tree import Tree
-from minitune.types import Delta, Deltas, Params, Trainable
+from minitune.types import Adapted, Delta, Params, Trainable
 
 Parts = Mapping[str, int]  # what is in memory -> its bytes
 BESIDE = 45  # bytes of a token: id, segment and mask, as they come and moved to the place that predicts them; the targets' places
@@ -68,23 +68,24 @@ def floor(step: Step) -> Parts:
         return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device), leaves)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        params, trainable, teacher = without_values((step.params, step.trainable, step.teacher and step.teacher[1:]))
+        params, trainable, teacher = without_values((step.params, step.trainable, step.teacher and step.teacher.params))
         step = step._replace(params=params, trainable=trainable)
         if step.teacher is not None:
-            step = step._replace(teacher=Teacher(step.teacher.model, *teacher))
+            step = step._replace(teacher=Teacher(step.teacher.model, teacher))
         return max(_moments(step, state), key=lambda parts: sum(parts.values()))
 
 
 def _moments(step: Step, state: int) -> Iterator[Parts]:
     """What is in memory at every moment of a step that may be its fullest."""
     config, n = step.model.config, step.n_rows * step.n_tokens
-    params, deltas = tree.map(_leaf, objectives.attach(step.params, fresh(step.trainable), step.lora))
+    params = tree.map(_leaf, objectives.apply_trainable(step.params, fresh(step.trainable), step.lora))
+    deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
     embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
     x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
     x = fresh(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
-    spans = memory.block_spans(config, step.model.n_remat, params, deltas, x, places)
+    spans = memory.block_spans(config, step.model.n_remat, params, x, places)
     if step.offloaded:  # two inputs are on their way
         lean = [span._replace(kept=0, transient=span.transient + 2 * tree.n_bytes(x)) for span in spans[: step.model.n_remat]]
         spans = [*lean, *spans[step.model.n_remat :]]
@@ -97,10 +98,10 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     rounded = {name: whole[name].to(kinds[name]) for name in step.rounded}
     copies = {name: w for name, w in whole.items() if w.dtype != kinds[name] or name in rounded}  # as they are computed with
     casts = [_bytes_of(copies, layer) for layer in layers]
-    head_name, row = step.model.family.head_name(config), x.numel() * x.element_size()
+    head_name, row = decoder.head_name(config), x.numel() * x.element_size()
     always = {
         "weights": tree.n_bytes([w for name, w in step.params.items() if name not in whole]),
-        "second model": tree.n_bytes((step.beside, step.teacher and step.teacher[1:])),
+        "second model": tree.n_bytes((step.beside, step.teacher and step.teacher.params)),
         "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
         "optimizer": state,
         "batch": n * BESIDE + tree.n_bytes(list(places.values())),
@@ -113,10 +114,10 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
         parts = {"copies": sum(casts[:n_open]), "gradients": own + earlier, "transient": transient}
         return {**always, **parts, "activations": sum(span.kept for span in spans[:n_open])}
 
-    trained = [leaf for leaf in tree.leaves(step.model.head(params, deltas)) if leaf.requires_grad]
+    trained = [leaf for leaf in tree.leaves(step.model.head(params)) if leaf.requires_grad]
     # the labelled rows, as they are and one after the other, and their gradients, which wait for the backward; the gradient of a
     # head is summed over its chunks in float32
-    at_head = moment(len(spans), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params, deltas))
+    at_head = moment(len(spans), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params))
     wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
     yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name) + wide}
     done = tree.n_bytes(trained)
@@ -128,24 +129,24 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     yield moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))
 
 
-def _head(step: Step, params: Params, deltas: Deltas) -> int:
+def _head(step: Step, params: Params) -> int:
     """Bytes of a chunk of logits with their gradient and what the loss makes of the last piece, or with the head's gradient."""
-    head, delta = step.model.head(params, deltas)
-    trained = tree.n_bytes([leaf for leaf in tree.leaves((head, delta)) if leaf.requires_grad])
+    head = step.model.head(params)
+    trained = tree.n_bytes([leaf for leaf in tree.leaves(head) if leaf.requires_grad])
     n = min(step.n_rows * step.n_tokens, ops.head_chunk(head, trained > 0))
     loss, beside = step.loss if isinstance(step.loss, TokenLoss | DistillationLoss) else CrossEntropy(), []
     like = params["model.embed_tokens.weight"]
 
-    def logits_of(model: Model, rows: int, head: Any, delta: Delta | None) -> Tensor:
-        states = torch.empty(rows, model.config.d_model, dtype=like.dtype, device=like.device)
-        return model.logits(states, head, delta).detach()
+    def logits_of(model: Model, params: Params) -> Tensor:
+        states = torch.empty(n, model.config.d_model, dtype=like.dtype, device=like.device)
+        return model.logits(params, states).detach()
 
-    logits = logits_of(step.model, n, head, delta)
+    logits = logits_of(step.model, params)
     if step.teacher is not None:
-        beside = [logits_of(step.teacher.model, n, *step.teacher.model.head(*step.teacher[1:]))]
+        beside = [logits_of(step.teacher.model, step.teacher.params)]
     piece, *given = (x[: ops.rows_at_once(x)] for x in (logits, *beside))
     targets = torch.empty(len(piece), dtype=torch.int64, device=like.device)
-    own = memory.span(lambda x: loss(step.model.family.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
+    own = memory.span(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
     last = sum(own) - tree.n_bytes(piece)  # with the gradient of this piece, which is one of the logits'
     return tree.n_bytes((logits, beside)) + max(tree.n_bytes(logits) + last, trained)
 
@@ -160,7 +161,7 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
     config, experts = model.config, model.config.experts
     first = min((_place(name) for name in trainable), default=(torch.inf, 0))
     total = 0.0
-    head = model.family.head_name(config)
+    head = decoder.head_name(config)
     for name, shape in model.shapes().items():
         if len(shape) < 2 or (name.endswith("embed_tokens.weight") and name != head):
             continue

@@ -24,7 +24,7 @@ from minitune.objectives import Teacher, answer_logps
 from minitune.pairs import PairSet
 from minitune.tensorfile import read_header
 from minitune.tree import Tree
-from minitune.types import Batch, Deltas, InputError, Params, Taught
+from minitune.types import Batch, InputError, Params, Taught
 
 LAYOUT = 1  # of both caches: another number makes every cache anew
 FORWARD_TOKENS = 2**13  # tokens in a forward, padding included
@@ -41,17 +41,17 @@ class Tops(NamedTuple):
 
 
 def reference_logps(
-    model: Model, params: Params, deltas: Deltas, pairset: PairSet, source: Source, cache: Path, progress: Progress | None = None
+    model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: Progress | None = None
 ) -> np.ndarray:
     """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of judged answers and mismatched ones.
 
     InputError for a damaged cache.
     """
     n = pairset.report.n_samples
-    folder = cache / arrays.key(LAYOUT, "reference", pairset.key, *_model_key(model, params, deltas))
+    folder = cache / arrays.key(LAYOUT, "reference", pairset.key, *_model_key(model, params))
     if not folder.is_dir():
         with arrays.filling(folder) as aside, _shown(progress, "reference log-probs", n) as show, torch.no_grad():
-            np.save(aside / "logps.npy", _answer_logps(model, params, deltas, pairset, source, show))
+            np.save(aside / "logps.npy", _answer_logps(model, params, pairset, source, show))
     with arrays.intact(folder, f"log-probs of {n} samples"):
         (logps,) = arrays.load(folder, "logps")
         if logps.shape != (n, 2):
@@ -67,7 +67,7 @@ def teacher_tops(
     Zero where there is no target. Logits of ops.head_chunk targets exist at a time. InputError for a k that the
     vocabulary does not have, and for a damaged cache.
     """
-    n_tokens, vocab_size = len(dataset.tokens), teacher.model.head(teacher.params, teacher.deltas)[0].shape[0]
+    n_tokens, vocab_size = len(dataset.tokens), teacher.model.head(teacher.params).shape[0]
     if not 0 < k <= vocab_size:
         raise InputError(f"frozen: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; change it")
     folder = cache / arrays.key(LAYOUT, "tops", dataset.key, k, temperature, *_model_key(*teacher))
@@ -131,14 +131,12 @@ def _sampled(path: Path) -> Iterator[bytes]:
                 yield file.read(min(SAMPLE_BYTES, end - max(start, at)))
 
 
-def _answer_logps(
-    model: Model, params: Params, deltas: Deltas, pairset: PairSet, source: Source, show: Callable[[int], None]
-) -> np.ndarray:
+def _answer_logps(model: Model, params: Params, pairset: PairSet, source: Source, show: Callable[[int], None]) -> np.ndarray:
     n, place = pairset.report.n_samples, _place(params)
     logps, done = np.zeros((n, 2), dtype=np.float32), 0
     for rows in _batched(np.diff(pairset.answers.offsets).reshape(n, -1).max(1)):
         both = tree.map(lambda x: x.to(place), tuple(pairs.select(pairset, rows, source))[:2])
-        logps[rows] = np.stack([_numpy(answer_logps(model, params, deltas, one)) for one in both], axis=1)
+        logps[rows] = np.stack([_numpy(answer_logps(model, params, one)) for one in both], axis=1)
         done += len(rows)
         show(done)
     return logps
@@ -148,18 +146,17 @@ def _top_rows(
     teacher: Teacher, dataset: Dataset, k: int, temperature: float, show: Callable[[int], None]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(places in the data set [n], ids [n k], log-probs [n k]) of all targets, chunk by chunk."""
-    model, params, deltas = teacher
-    head, delta = model.head(params, deltas)
-    chunk, place, done = ops.head_chunk(head), _place(params), 0
+    model, params = teacher
+    chunk, place, done = ops.head_chunk(model.head(params)), _place(params), 0
     documents = Documents(dataset.tokens, dataset.mask, dataset.offsets)
     numbered = documents._replace(tokens=np.arange(len(dataset.tokens)))
     for rows in _batched(np.diff(dataset.offsets)):
         batch = padded([[documents.at(i)] for i in rows])
         places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.labelled()])
         batch = tree.map(lambda x: x.to(place), batch)
-        states = model.hidden(params, batch, deltas).roll(1, 1)[batch.labelled()]  # the state before a token predicts it
+        states = model.hidden(params, batch).roll(1, 1)[batch.labelled()]  # the state before a token predicts it
         for start in range(0, len(places), chunk):
-            logits = model.logits(states[start : start + chunk], head, delta)
+            logits = model.logits(params, states[start : start + chunk])
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             top = (wide / temperature).log_softmax(-1).topk(k)
             yield places[start : start + chunk], _numpy(top.indices), _numpy(top.values)
@@ -167,8 +164,8 @@ def _top_rows(
         show(done)
 
 
-def _model_key(model: Model, params: Params, deltas: Deltas) -> tuple[str, Any, str]:
-    return model.family.__name__, msgspec.to_builtins(model.config), fingerprint((params, deltas))
+def _model_key(model: Model, params: Params) -> tuple[str, Any, str]:
+    return model.family.name, msgspec.to_builtins(model.config), fingerprint(params)
 
 
 def _digest(x: Tensor) -> str:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from minitune import quant, seeds, tree
 from minitune.attention import Seen, document_positions, documents
-from minitune.models import Model
+from minitune.models import Model, decoder
 from minitune.sampling import Sampling, next_tokens
 from minitune.tokenizer import Tokenizer
-from minitune.types import Deltas, InputError, Params
+from minitune.types import InputError, Params
 
 STRIDE = 128  # a step attends to the filled slots of the cache, rounded up to this, so that shapes rarely change
 
@@ -21,7 +21,6 @@ def stream(
     model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    deltas: Deltas,
     *,
     sampling: Sampling,
     row_seeds: Sequence[int],
@@ -30,7 +29,7 @@ def stream(
     """Each step's tokens, one a prompt, for max_new_tokens steps or until the caller stops asking; row b draws from row_seeds[b].
 
     Prompts of all lengths run as one batch, padded on the left, and no row depends on another. The keys and values of all steps
-    have their place from the start. model.wrap transforms the block of the steps after the first, such as torch.compile.
+    have their place from the start. model.block_transform, such as torch.compile, is applied to the block of the later steps.
     InputError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
@@ -45,16 +44,15 @@ def stream(
     slots, first = torch.arange(n_slots, device=like.device)[None], torch.tensor(pad, device=like.device)[:, None]
     segments = (slots[:, :width] >= first).to(torch.int32)
     caches = _empty_caches(model, len(prompts), n_slots, like)
-    block = partial(model.family.block, model.config)
-    later = model.wrap(block)
+    block = partial(decoder.block, model.config)
+    later = model.block_transform(block)
 
     tokens, positions, seen, n_read = said, document_positions(segments), documents(segments), width
     for step in range(max_new_tokens):
         with torch.no_grad():
             read = [tree.map(lambda x: x[:, :, :n_read], cache) for cache in caches]  # noqa: B023 - called right here
-            hidden = model.family.decode(model.config, params, tokens, deltas, read, positions, seen, block)
-            head, delta = model.head(params, deltas)
-            new = next_tokens(model.logits(hidden[:, -1], head, delta), said, sampling, row_seeds, step)
+            hidden = decoder.decode(model.config, params, tokens, read, positions, seen, block)
+            new = next_tokens(model.logits(params, hidden[:, -1]), said, sampling, row_seeds, step)
         yield new
         tokens, said, block = new[:, None], torch.cat([said, new[:, None]], dim=1), later
         filled = width + step
@@ -65,7 +63,6 @@ def generate(
     model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    deltas: Deltas,
     *,
     sampling: Sampling,
     seed: int,
@@ -75,7 +72,7 @@ def generate(
     """New tokens for each prompt, up to max_new_tokens or a stop token, which is not returned; the token of prompt i at a step
     depends on (seed, i, step) and that prompt alone."""
     row_seeds = [seeds.derive(seed, "prompt", i) for i in range(len(prompts))]
-    steps = stream(model, params, prompts, deltas, sampling=sampling, row_seeds=row_seeds, max_new_tokens=max_new_tokens)
+    steps = stream(model, params, prompts, sampling=sampling, row_seeds=row_seeds, max_new_tokens=max_new_tokens)
     return _rows(steps, len(prompts), stop_ids, lambda row: False)
 
 
@@ -83,21 +80,19 @@ def greedy(
     model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    deltas: Deltas,
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
     """generate with the most likely token at every step: argmax of the full forward, token by token."""
     rule = Sampling()
-    return generate(model, params, prompts, deltas, sampling=rule, seed=0, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return generate(model, params, prompts, sampling=rule, seed=0, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
 
 def answers(
     model: Model,
     params: Params,
-    deltas: Deltas,
-    asked: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     *,
     sampling: Sampling,
@@ -124,15 +119,14 @@ def answers(
         return bool(strings) and _stop(decode(row[-n_tail:]), strings) is not None and _stop(decode(row), strings) is not None
 
     params = _packed(params)  # once, not for every batch
-    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         steps = stream(
             model,
             params,
-            [asked[i] for i in batch],
-            deltas,
+            [prompts[i] for i in batch],
             sampling=sampling,
             row_seeds=[seeds.derive(seed, "prompt", i) for i in batch],
             max_new_tokens=max_new_tokens,
@@ -141,7 +135,7 @@ def answers(
             text = decode(row)
             texts[i] = text[: _stop(text, strings)]
         on_progress(len(texts))
-    return [texts[i] for i in range(len(asked))]
+    return [texts[i] for i in range(len(prompts))]
 
 
 def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> Iterator[str]:
@@ -197,7 +191,7 @@ def _rounded(n: int) -> int:
 
 def _empty_caches(model: Model, n_rows: int, n_slots: int, like: Tensor) -> list:
     shape = (n_rows, model.config.n_kv_heads, n_slots, model.config.d_head)
-    return [model.family.Cache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(model.config.n_layers)]
+    return [decoder.Cache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(model.config.n_layers)]
 
 
 def _check_stops(stop_strings: Sequence[str]) -> None:

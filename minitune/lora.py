@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import ops, seeds, tree
-from minitune.types import Delta, Deltas, InputError, Params, Trainable
+from minitune.types import Adapted, Delta, Deltas, InputError, Params, Trainable
 
 Rank = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -64,13 +64,19 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             (*experts, out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
             unit = torch.rand(*experts, rank, in_, generator=seeds.generator(seed, "lora", name))
             fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(*experts, out, rank, device=device))
-            return fresh._replace(m=ops.row_norms(w, fresh)) if self.dora else fresh
+            return fresh._replace(m=ops.row_norms(Adapted(w, *fresh))) if self.dora else fresh
 
         return {name: delta(name, params[name]) for name in self.names(params)}
 
-    def scaled(self, deltas: Deltas) -> Deltas:
-        """The deltas as a forward takes them, with s inside b."""
-        return {name: delta._replace(b=self.scale(delta) * delta.b) for name, delta in deltas.items()}
+    def apply(self, params: Params, deltas: Deltas) -> Params:
+        """Parameters for a forward: each adapted weight becomes one leaf that multiplies as W + s b a; TypeError for a delta of
+        a weight that params do not have or that is adapted already."""
+        for name in deltas:
+            if name not in params or isinstance(params[name], Adapted):
+                state = "adapted already" if name in params else "not there"
+                raise TypeError(f"lora: {name} is {state}, expected a weight of the base; apply deltas to the base's params once")
+        adapted = {name: Adapted(params[name], d.a, self.scale(d) * d.b, d.m) for name, d in deltas.items()}
+        return {**params, **adapted}
 
     def merge(self, params: Params, deltas: Deltas) -> Params:
         """All parameters, the adapted ones replaced by merged_weight, rounded once to the dtype of W.

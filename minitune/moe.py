@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune.grad import under_transform
 from minitune.ops import linear
-from minitune.types import Delta, QTensor
+from minitune.types import Adapted, QTensor
 
 
 class Routes(NamedTuple):
@@ -44,66 +44,68 @@ def top_then_sigmoid(logits: Float[Tensor, "n X"], k: int) -> Routes:
     return Routes(experts, _wide(top).sigmoid())
 
 
-class Stack(NamedTuple):
-    """The linear maps x (w[e] + (b @ a)[e]) + bias[e] of all experts, in one tensor each."""
+Tap = Callable[[Tensor, Tensor], None]  # (rows of one expert, what its linear map made of them)
 
-    w: Float[Tensor, "X in out"]
-    delta: Delta | None  # a [X R out], b [X in R]
+
+class StackedExperts(NamedTuple):
+    """The linear maps x W[e] + bias[e] of all experts, in one leaf of each kind."""
+
+    w: Float[Tensor, "X in out"] | Adapted  # adapted: W + b @ a with a [X R out] and b [X in R]
     bias: Float[Tensor, "X out"] | None
 
 
-class Linears(NamedTuple):
+class ExpertLinear(NamedTuple):
     """One linear map of every expert, in the experts' order; stack: the same, where a checkpoint keeps them in one tensor."""
 
-    weights: Sequence[Tensor | QTensor]  # [out, in] each
-    deltas: Sequence[Delta | None]
+    weights: Sequence[Tensor | QTensor | Adapted]  # [out, in] each
     biases: Sequence[Tensor | None]  # [out] each
-    stack: Stack | None = None
+    taps: Sequence[Tap | None]
+    stack: StackedExperts | None = None
 
 
-def stacked(w: Float[Tensor, "X in out"], delta: Delta | None, bias: Float[Tensor, "X out"] | None) -> Linears:
-    """The maps x W[e] + bias[e] of experts that are kept in one tensor, without copying it.
-
-    The delta has a leading expert dimension and the layout of W: W + b @ a, with a [X R out] and b [X in R].
-    """
-    none = [None] * len(w)
-    deltas = none if delta is None else [Delta(b.T, a.T) for a, b in zip(delta.a, delta.b, strict=True)]
+def stacked(w: Float[Tensor, "X in out"] | Adapted, bias: Float[Tensor, "X out"] | None) -> ExpertLinear:
+    """The maps x W[e] + bias[e] of experts that are kept in one tensor, without copying it."""
+    if isinstance(w, Adapted):
+        weights = [Adapted(one.T, b.T, a.T) for one, a, b in zip(w.w, w.a, w.b, strict=True)]
+    else:
+        weights = [one.T for one in w.unbind()]
+    none = [None] * len(weights)
     biases = none if bias is None else list(bias.unbind())
-    return Linears([one.T for one in w.unbind()], deltas, biases, Stack(w, delta, bias))
+    return ExpertLinear(weights, biases, none, StackedExperts(w, bias))
 
 
 def mixture(
     x: Float[Tensor, "n D"],
     routes: Routes,
-    into: Sequence[Linears],
+    up: Sequence[ExpertLinear],
     activation: Callable[..., Float[Tensor, "m F"]],
-    out: Linears,
+    down: ExpertLinear,
     *,
-    weigh_input: bool = False,
+    scale_input: bool = False,
 ) -> Float[Tensor, "n D"]:
-    """Each token's sum over its experts e of weight * out_e(activation(into_e(x))); weigh_input: of out_e(activation(into_e(
+    """Each token's sum over its experts e of weight * down_e(activation(up_e(x))); scale_input: of down_e(activation(up_e(
     weight * x))), for experts without biases.
 
     Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert: all of them in one kernel
-    where torch has one for the stack that they lie in, else one by one, so that a quantized weight, a delta or GPTQ's view of
-    a weight's inputs is what it is in any linear map. Under a functorch transform, which can't follow how many tokens an expert
+    where torch has one for the stack that they lie in, else one by one, so that a quantized or adapted weight, or a tap
+    of its inputs, is what it is in any linear map. Under a functorch transform, which can't follow how many tokens an expert
     has, every expert is given all tokens.
     """
-    n, n_experts = len(x), len(out.weights)
+    n, n_experts = len(x), len(down.weights)
     if under_transform():
         chosen = F.one_hot(routes.experts, n_experts).to(routes.weights.dtype)
         weights = (routes.weights[..., None] * chosen).sum(1).T.flatten()
-        y = _experts(x.repeat(n_experts, 1), weights, [n] * n_experts, into, activation, out, weigh_input)
+        y = _experts(x.repeat(n_experts, 1), weights, [n] * n_experts, up, activation, down, scale_input)
         return y.unflatten(0, (n_experts, n)).sum(0).to(x.dtype)
     flat = routes.experts.flatten()
     order = flat.argsort(stable=True)
     ends = torch.searchsorted(flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True)
-    at_once = all(_in_one_kernel(maps.stack, x) for maps in (*into, out))
+    at_once = all(_in_one_kernel(maps.stack, x) for maps in (*up, down))
     groups = ends if at_once else _n_rows(ends, len(flat))
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend on its scheduling
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
     weights = routes.weights.flatten().index_select(0, order)
-    y = _experts(rows, weights, groups, into, activation, out, weigh_input).index_select(0, order.argsort())
+    y = _experts(rows, weights, groups, up, activation, down, scale_input).index_select(0, order.argsort())
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
 
 
@@ -132,33 +134,41 @@ def _experts(
     rows: Tensor,
     weights: Tensor,
     groups: Tensor | Sequence[int],
-    into: Sequence[Linears],
+    up: Sequence[ExpertLinear],
     activation: Callable[..., Tensor],
-    out: Linears,
-    weigh_input: bool,
+    down: ExpertLinear,
+    scale_input: bool,
 ) -> Tensor:
-    """Weighed results of rows that lie in the order of their experts. groups: where each expert's rows end, for the experts at
-    once, or how many rows it has, for one by one."""
-    rows = rows * weights[:, None].to(rows.dtype) if weigh_input else rows
-    y = _grouped(activation(*(_grouped(rows, groups, maps) for maps in into)), groups, out)
-    return y if weigh_input else y * weights[:, None]
+    """Results, times their weights, of rows that lie in the order of their experts.
+
+    groups: where each expert's rows end, for all experts at once, or how many rows it has, for one by one.
+    """
+    rows = rows * weights[:, None].to(rows.dtype) if scale_input else rows
+    y = _grouped(activation(*(_grouped(rows, groups, maps) for maps in up)), groups, down)
+    return y if scale_input else y * weights[:, None]
 
 
-def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: Linears) -> Tensor:
+def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -> Tensor:
     if isinstance(groups, Tensor):
         assert maps.stack is not None, "only a stack is multiplied at once"
         return _at_once(rows, groups, *maps.stack)
-    each = zip(rows.split(list(groups)), maps.weights, maps.deltas, maps.biases, strict=True)
-    return torch.cat([linear(some, w, delta, bias) for some, w, delta, bias in each if len(some)])
+    results = []
+    for some, w, bias, tap in zip(rows.split(list(groups)), maps.weights, maps.biases, maps.taps, strict=True):
+        if len(some):
+            results.append(linear(some, w, bias))
+            if tap is not None:
+                tap(some, results[-1])
+    return torch.cat(results)
 
 
-def _at_once(rows: Tensor, ends: Tensor, w: Tensor, delta: Delta | None, bias: Tensor | None) -> Tensor:
+def _at_once(rows: Tensor, ends: Tensor, w: Tensor | Adapted, bias: Tensor | None) -> Tensor:
     def times(x: Tensor, w: Tensor) -> Tensor:
         return F.grouped_mm(x, w.to(x.dtype), offs=ends)
 
-    y = times(rows, w)
-    if delta is not None:
-        y = y + times(times(rows, delta.b), delta.a)
+    if isinstance(w, Adapted):
+        y = times(rows, w.w) + times(times(rows, w.b), w.a)
+    else:
+        y = times(rows, w)
     if bias is not None:  # by a product and not by an index, whose gradient a GPU would sum in any order
         expert = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device), right=True)
         y = y + (expert[:, None] == torch.arange(len(ends), device=ends.device)).to(y.dtype) @ bias.to(y.dtype)
@@ -172,11 +182,12 @@ def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _in_one_kernel(stack: Stack | None, x: Tensor) -> bool:
+def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
     """Whether torch multiplies the rows of all experts at once: it wants rows of whole 16 bytes."""
     if stack is None or not _has_kernel(x):
         return False
-    sizes = [*stack.w.shape[1:], *(() if stack.delta is None else stack.delta.a.shape[1:2])]
+    rank = stack.w.a.shape[1:2] if isinstance(stack.w, Adapted) else ()
+    sizes = [*stack.w.shape[1:], *rank]
     return all(n * x.element_size() % 16 == 0 for n in sizes)
 
 

@@ -12,7 +12,7 @@ from minitune import ops, tree
 from minitune.lora import Lora
 from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model
-from minitune.types import NO_DELTAS, Batch, Delta, Deltas, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
+from minitune.types import Batch, Delta, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
 
 Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
 
@@ -37,12 +37,11 @@ class Teacher(NamedTuple):
 
     model: Model
     params: Params
-    deltas: Deltas = NO_DELTAS
 
 
-def attach(params: Params, trainable: Trainable, lora: Lora | None) -> tuple[Params, Deltas]:
-    """(params, deltas) as a forward takes them: a trainable tensor replaces the weight of its name, cast to that weight's dtype,
-    and a Delta is scaled by its rule. TypeError for deltas without a rule."""
+def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:
+    """Parameters for a forward: a trainable tensor replaces the weight of its name, cast to that weight's dtype, and a Delta
+    adapts it by the rule. TypeError for deltas without a rule, InputError for a weight that trains whole and is not there."""
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
     missing = next((name for name, w in params.items() if isinstance(w, Tensor) and w.is_meta and name not in trainable), None)
     if missing is not None:
@@ -50,15 +49,16 @@ def attach(params: Params, trainable: Trainable, lora: Lora | None) -> tuple[Par
     replaced = {name: leaf.to(params[name].dtype) for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
     if deltas and lora is None:
         raise TypeError(f"objectives: {next(iter(deltas))} is a Delta, expected a Lora rule beside it")
-    return {**params, **replaced}, lora.scaled(deltas) if lora is not None else {}
+    whole = {**params, **replaced}
+    return whole if lora is None else lora.apply(whole, deltas)
 
 
 def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
     """Supervised fine-tuning: the loss of every labelled token given those before it."""
 
     def objective(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        params, deltas = attach(params, trainable, lora)
-        return Mean.of(model.token_losses(params, batch, deltas, loss), batch.labelled()), {}
+        nats = model.token_losses(apply_trainable(params, trainable, lora), batch, loss)
+        return Mean.of(nats, batch.labelled()), {}
 
     return objective
 
@@ -74,8 +74,8 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
         frozen = None
         if loss.uses_reference and not isinstance(pairs.reference, Tensor):
             with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
-                frozen = pair_logps(model, *attach(params, _held(reference, "preference"), lora), pairs)
-        policy = pair_logps(model, *attach(params, trainable, lora), pairs)
+                frozen = pair_logps(model, apply_trainable(params, required(reference, "preference"), lora), pairs)
+        policy = pair_logps(model, apply_trainable(params, trainable, lora), pairs)
         if loss.uses_reference and isinstance(pairs.reference, Tensor):
             frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
         chosen, rejected = loss.rewards(policy, frozen)
@@ -100,16 +100,16 @@ def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trai
 
     def objective(trainable: Trainable, params: Params, judged: Judged) -> tuple[Mean, dict[str, Mean]]:
         rows = judged.answers, judged.mismatched
-        adapted = attach(params, trainable, lora)
+        adapted = apply_trainable(params, trainable, lora)
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
-            drifted = answer_logps(model, *adapted, rows[1])
+            drifted = answer_logps(model, adapted, rows[1])
             if isinstance(judged.reference, Tensor):
                 frozen, held = judged.reference.unbind(1)
             else:
-                base = attach(params, _held(reference, "judgement"), lora)
-                frozen, held = (answer_logps(model, *base, one) for one in rows)
+                base = apply_trainable(params, required(reference, "judgement"), lora)
+                frozen, held = (answer_logps(model, base, one) for one in rows)
             kl = (drifted - held).mean().clamp(min=0.0)
-        policy = answer_logps(model, *adapted, rows[0])
+        policy = answer_logps(model, adapted, rows[0])
         rewards = loss.rewards(policy, frozen)
         readings = {
             "reward_desirable": Mean.of(rewards, judged.desirable),
@@ -128,22 +128,23 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
     """
 
     def objective(trainable: Trainable, params: Params, batch: Batch | Taught) -> tuple[Mean, dict[str, Mean]]:
-        adapted = attach(params, trainable, lora)
+        adapted = apply_trainable(params, trainable, lora)
         if isinstance(batch, Taught):
             tops = (batch.top_ids, batch.top_logps)
             on_top = ops.by_rows(lambda y, t, top: loss.on_top(y, t, *top))
-            nats = model.token_losses(adapted[0], batch.rows, adapted[1], on_top, tops)
+            nats = model.token_losses(adapted, batch.rows, on_top, tops)
             return Mean.of(nats, batch.rows.labelled()), {}
-        wise = _held(teacher, "distillation")
-        head, delta = wise.model.head(wise.params, wise.deltas)
-        place = head.device
+        frozen = required(teacher, "distillation")
+        device = tree.leaves(frozen.model.head(frozen.params))[0].device
         with torch.no_grad():
-            states = wise.model.hidden(wise.params, tree.map(lambda x: x.to(place), batch), wise.deltas).roll(1, 1)
+            teacher_hidden = frozen.model.hidden(frozen.params, tree.map(lambda x: x.to(device), batch))
+            teacher_hidden = teacher_hidden.roll(1, 1)  # hidden[t] predicts token t + 1: aligned with the targets
 
-        def against(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:
-            return ops.by_rows(loss)(logits, targets, wise.model.logits(states, head, delta).to(logits.device))
+        def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+            teacher_logits = frozen.model.logits(frozen.params, hidden)
+            return ops.by_rows(loss)(logits, targets, teacher_logits.to(logits.device))
 
-        nats = model.token_losses(adapted[0], batch, adapted[1], against, states)
+        nats = model.token_losses(adapted, batch, divergence, teacher_hidden)
         return Mean.of(nats, batch.labelled()), {}
 
     return objective
@@ -154,22 +155,22 @@ def quantization_aware(objective: Objective, fake: Callable[[Trainable], Trainab
     return lambda trainable, params, batch: objective(fake(trainable), params, batch)
 
 
-def answer_logps(model: Model, params: Params, deltas: Deltas, rows: Batch) -> Float[Tensor, "B"]:
+def answer_logps(model: Model, params: Params, rows: Batch) -> Float[Tensor, "B"]:
     """log p of each row's labelled tokens given those before them, summed, in nats."""
-    return -model.token_losses(params, rows, deltas, CrossEntropy()).sum(1)
+    return -model.token_losses(params, rows, CrossEntropy()).sum(1)
 
 
-def pair_logps(model: Model, params: Params, deltas: Deltas, pairs: Pairs) -> LogProbs:
+def pair_logps(model: Model, params: Params, pairs: Pairs) -> LogProbs:
     """Log-probs of chosen and rejected answers from one forward over both."""
     width = max(pairs.chosen.tokens.shape[1], pairs.rejected.tokens.shape[1])
     padded = (tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows) for rows in (pairs.chosen, pairs.rejected))
     rows = tree.map(lambda x, y: torch.cat([x, y]), *padded)
-    logps = answer_logps(model, params, deltas, rows)
+    logps = answer_logps(model, params, rows)
     return LogProbs(*logps.chunk(2), *rows.labelled().sum(1).to(logps.dtype).chunk(2))
 
 
-def full(
-    params: Params, globs: tuple[str, ...], stored: Params = NO_DELTAS, dtype: torch.dtype = torch.float32
+def split_trainable(
+    params: Params, globs: tuple[str, ...], stored: Params | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Params, Trainable]:
     """(params, trainable) for training chosen weights whole: copies to train, and the originals freed.
 
@@ -178,7 +179,7 @@ def full(
     A trained weight stays in params as dtype and shape alone (on the meta device): it says what to cast to and holds no memory.
     """
     names = tree.select(params, globs, "full: weights")
-    trainable = {name: stored.get(name, params[name]).to(params[name].device, dtype, copy=True) for name in names}
+    trainable = {name: (stored or {}).get(name, params[name]).to(params[name].device, dtype, copy=True) for name in names}
     return {**params, **{name: params[name].to("meta") for name in names}}, trainable
 
 
@@ -186,7 +187,8 @@ def _mean(x: Float[Tensor, "B"]) -> Mean:
     return Mean.of(x, torch.ones_like(x, dtype=torch.bool))
 
 
-def _held(value: Any, name: str) -> Any:
+def required(value: Any, name: str) -> Any:
+    """The value, which is not None; TypeError names the objective that lacks it."""
     if value is None:
         raise TypeError(f"objectives: {name} has nothing frozen to compare with, expected it as an argument or in the batch")
     return value

@@ -42,7 +42,7 @@ def side_stream(device: torch.device) -> Mover:
 
 
 def remat(mover: Mover) -> Callable[[Block], Block]:
-    """grad.remat of a model's blocks f(w, deltas, x, *rest), made anew by every forward, with the mover keeping their inputs x.
+    """grad.remat of a model's blocks f(w, x, *rest), made anew by every forward, with the mover keeping their inputs x.
 
     Differentiable once. Where no gradient is wanted nothing moves, and under a functorch transform inputs stay where they are.
     """
@@ -50,10 +50,10 @@ def remat(mover: Mover) -> Callable[[Block], Block]:
     def again(f: Block) -> Block:
         plain, inputs = grad.remat(f), _Inputs(mover)
 
-        def recomputed(w: Any, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
-            flat, tensors = grad.flattened(lambda x, w, deltas, *rest: f(w, deltas, x, *rest), (x, w, deltas, *rest))
+        def recomputed(w: Any, x: Tensor, *rest: Any) -> Tensor:
+            flat, tensors = grad.flattened(lambda x, w, *rest: f(w, x, *rest), (x, w, *rest))
             if grad.under_transform() or not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
-                return plain(w, deltas, x, *rest)
+                return plain(w, x, *rest)
             return _Offloaded.apply(flat, inputs, *tensors)
 
         return recomputed

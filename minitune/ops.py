@@ -11,7 +11,7 @@ from torch import Tensor
 from minitune import quant, tree
 from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
 from minitune.tree import Tree
-from minitune.types import Delta, QTensor
+from minitune.types import Adapted, QTensor
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
@@ -23,38 +23,45 @@ PIECE = 2**19  # logits that a loss is given at a time on a CPU: what it makes o
 
 def linear(
     x: Float[Tensor, "*rows in"],
-    w: Float[Tensor, "out in"] | QTensor,
-    delta: Delta | None = None,
+    w: Float[Tensor, "out in"] | QTensor | Adapted,
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """x W^T + bias in the dtype of x, with W + b a (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b) or, where
-    the delta has a magnitude, m * (W + b a) / |W + b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5).
-
-    A delta whose leaves have one dimension more, n, holds n adapters: each has its n-th part of the first dimension of x.
-    """
+    """x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted."""
+    if isinstance(w, Adapted):
+        return _adapted_linear(x, w, bias)
     bias = None if bias is None else bias.to(x.dtype)
-    scaled = delta is not None and isinstance(delta.m, Tensor)
-    y = F.linear(x, w.to(x.dtype), None if scaled else bias) if isinstance(w, Tensor) else quant.linear(x, w)
-    if delta is not None:
-        a, b = delta.a.to(x.dtype), delta.b.to(x.dtype)
-        n = 1 if a.ndim == 2 else len(a)
-        rows, z = (t.reshape(n, -1, t.shape[-1]) for t in (x, y))
-        # b^T in its own memory: on a CPU the gradient of a view of b takes ten times as long
-        z = torch.baddbmm(z, rows @ a.mT, b.reshape(n, *b.shape[-2:]).mT.contiguous())
-        if isinstance(delta.m, Tensor):
-            z = z * (delta.m / row_norms(w, delta)).to(x.dtype).unsqueeze(-2)
-        y = z.view(y.shape)
-    return y + bias if bias is not None and (scaled or not isinstance(w, Tensor)) else y
+    if isinstance(w, Tensor):
+        return F.linear(x, w.to(x.dtype), bias)
+    y = quant.linear(x, w)
+    return y if bias is None else y + bias
 
 
-def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tensor, "*n out"]:
+def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
+    """x (W + b a)^T + bias (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b), its rows at length m where the
+    leaf has a magnitude (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    magnitude = w.m if isinstance(w.m, Tensor) else None
+    bias_comes_first = isinstance(w.w, Tensor) and magnitude is None
+    y = linear(x, w.w, bias if bias_comes_first else None)
+
+    a, b = w.a.to(x.dtype), w.b.to(x.dtype)
+    n = 1 if a.ndim == 2 else len(a)
+    rows, z = (t.reshape(n, -1, t.shape[-1]) for t in (x, y))
+    # b^T in its own memory: on a CPU the gradient of a view of b takes ten times as long
+    z = torch.baddbmm(z, rows @ a.mT, b.reshape(n, *b.shape[-2:]).mT.contiguous())
+    if magnitude is not None:
+        z = z * (magnitude / row_norms(w)).to(x.dtype).unsqueeze(-2)
+    y = z.view(y.shape)
+    return y if bias is None or bias_comes_first else y + bias.to(x.dtype)
+
+
+def row_norms(adapted: Adapted) -> Float[Tensor, "*n out"]:
     """|W + b a| of every row in float32 or wider, held constant in the gradient (Liu et al. 2024, section 4.3).
 
     From |W|^2 + 2 W a^T b + b a a^T b, so that the sum W + b a is never built.
     """
-    wide = torch.promote_types(delta.a.dtype, torch.float32)
-    w = (w if isinstance(w, Tensor) else quant.dequantize(w, wide)).detach().to(wide)
-    a, b = delta.a.detach().to(wide), delta.b.detach().to(wide)
+    wide = torch.promote_types(adapted.a.dtype, torch.float32)
+    w = adapted.w if isinstance(adapted.w, Tensor) else quant.dequantize(adapted.w, wide)
+    w, a, b = (x.detach().to(wide) for x in (w, adapted.a, adapted.b))
     square = w.square().sum(-1) + 2 * ((w @ a.mT) * b).sum(-1) + ((b @ (a @ a.mT)) * b).sum(-1)
     return square.clamp(min=torch.finfo(wide).tiny).sqrt()
 
@@ -118,8 +125,7 @@ def token_losses(
     hidden: Float[Tensor, "B T D"],
     targets: Tree,
     mask: Bool[Tensor, "B T"],
-    head: Float[Tensor, "V D"] | QTensor,
-    delta: Delta | None = None,
+    head: Float[Tensor, "V D"] | QTensor | Adapted,
 ) -> Float[Tensor, "B T *values"]:
     """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
 
@@ -129,27 +135,27 @@ def token_losses(
     logits are there: those of its rows, and of the head where that trains (grad.in_chunks: for losses that are summed).
     """
 
-    def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor, delta: Delta | None) -> Tensor:
-        return loss(linear(rows, w, delta), labels)
+    def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor | Adapted) -> Tensor:
+        return loss(linear(rows, w), labels)
 
-    trains = any(leaf.requires_grad for leaf in tree.leaves((head, delta)))
+    trains = any(leaf.requires_grad for leaf in tree.leaves(head))
     chunk = head_chunk(head, trains)
     flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
     if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
-        nats = _chunked(remat(piece), flat, labels, head, delta, chunk).unflatten(0, mask.shape)
+        nats = _chunked(remat(piece), flat, labels, head, chunk).unflatten(0, mask.shape)
         return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
     rows = mask.flatten().nonzero().squeeze(1)
     chosen, given = flat[rows], tree.map(lambda x: x[rows], labels)
-    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head, delta))):
-        nats = _chunked(piece, chosen, given, head, delta, chunk)
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head))):
+        nats = _chunked(piece, chosen, given, head, chunk)
     elif trains:
 
-        def at(start: int, some: Tensor, weights: Tree) -> Tensor:
-            return piece(some, tree.map(lambda x: x[start : start + len(some)], given), *weights)
+        def at(start: int, some: Tensor, head: Tree) -> Tensor:
+            return piece(some, tree.map(lambda x: x[start : start + len(some)], given), head)
 
-        nats = in_chunks(at, chosen, (head, delta), chunk)
+        nats = in_chunks(at, chosen, head, chunk)
     else:
-        nats = _chunked(with_row_gradients(piece), chosen, given, head, delta, chunk)
+        nats = _chunked(with_row_gradients(piece), chosen, given, head, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
 
 
@@ -173,17 +179,15 @@ def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
     return max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
 
 
-def head_chunk(head: Float[Tensor, "V D"] | QTensor, trains: bool = False) -> int:
+def head_chunk(head: Float[Tensor, "V D"] | QTensor | Adapted, trains: bool = False) -> int:
     """How many rows of logits are alive at a time."""
     times = (1 if tree.leaves(head)[0].device.type == "cpu" else ON_GPU) * (TRAINED if trains else 1)
     return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
 
 
-def _chunked(
-    piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Tensor | QTensor, delta: Delta | None, chunk: int
-) -> Tensor:
+def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Tensor | QTensor | Adapted, chunk: int) -> Tensor:
     starts = range(0, max(len(rows), 1), chunk)  # no row at all still makes one empty piece
-    return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head, delta) for i in starts])
+    return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head) for i in starts])
 
 
 def _lean(f: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -94,16 +94,16 @@ def _step(stage: Train, made: _Made) -> Step:
         trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
     teacher = None
     if stage.teacher is not None:
-        wise = _Made(world.drafted(stage.teacher, draft), stage.teacher)
-        teacher = objectives.Teacher(wise.draft.model, _weights(wise))
+        teacher_state = _Made(world.drafted(stage.teacher, draft), stage.teacher)
+        teacher = objectives.Teacher(teacher_state.draft.model, _weights(teacher_state))
     n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
     offloaded = stage.remat == HOST and device.type == "cuda"
     step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
-        adapted = objectives.attach(like[0], fresh(like[1]), draft.lora)
-        n_remat = stage.n_remat(draft.model, *adapted, n_tokens)
+        adapted = objectives.apply_trainable(like[0], fresh(like[1]), draft.lora)
+        n_remat = stage.n_remat(draft.model, adapted, n_tokens)
     return step._replace(model=draft.model._replace(n_remat=n_remat))
 
 

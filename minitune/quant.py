@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune import float8, nf4, tree
 from minitune.grad import under_transform
-from minitune.types import QNF4, Delta, InputError, PackedInt4, Params, QFloat8, QInt4, QInt8, QTensor, Trainable
+from minitune.types import QNF4, Adapted, Delta, InputError, PackedInt4, Params, QFloat8, QInt4, QInt8, QTensor, Trainable
 
 PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
 DECODE_ROWS = 32  # rows up to which the packed kernels beat decoding the weight first: see bench/quant.py
@@ -196,6 +196,8 @@ def packed(params: Params) -> Params:
     """All parameters, int4 leaves on the CPU prepared for decoding few rows at a time, but for shapes that no kernel takes."""
 
     def leaf(w: Any) -> Any:
+        if isinstance(w, Adapted):
+            return w._replace(w=leaf(w.w))
         if not isinstance(w, QInt4) or w.codes.device.type != "cpu":
             return w
         group = w.shape[1] // w.scale.shape[1]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from minitune import ops
 from minitune.losses import cross_entropy
-from minitune.models import Model
-from minitune.types import Deltas, InputError, Params
+from minitune.models import Model, decoder
+from minitune.types import InputError, Params
 
 
 class Score(NamedTuple):
@@ -23,7 +23,6 @@ class Score(NamedTuple):
 def continuations(
     model: Model,
     params: Params,
-    deltas: Deltas,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     batch_size: int,
@@ -51,7 +50,7 @@ def continuations(
         served = [(b, n) for b, row in enumerate(batch) for n in sharers[row]]
         targets = [pairs[n][1] for _, n in served]
         places = [(b, len(batch[b]) - len(t) + i) for (b, _), t in zip(served, targets, strict=True) for i in range(len(t))]
-        logps, greedy = _read(model, params, deltas, batch, places, [token for t in targets for token in t])
+        logps, greedy = _read(model, params, batch, places, [token for t in targets for token in t])
         sizes = [len(t) for t in targets]
         for (_, n), logp, hits in zip(served, logps.split(sizes), greedy.split(sizes), strict=True):
             scores[n] = Score(float(logp.sum()), bool(hits.all()))
@@ -61,7 +60,6 @@ def continuations(
 def _read(
     model: Model,
     params: Params,
-    deltas: Deltas,
     rows: Sequence[Sequence[int]],
     places: Sequence[tuple[int, int]],
     targets: Sequence[int],
@@ -73,10 +71,9 @@ def _read(
     labels = torch.tensor(targets, device=device)
     with torch.no_grad():
         # rows are padded on the right, where a causal model never looks: no mask, so attention takes its fastest path
-        hidden = model.family.hidden(model.config, params, tokens, deltas, wrap=model.wrap)[b, t]
-        head, delta = model.head(params, deltas)
-        chunk = ops.head_chunk(head)
-        pieces = [_judge(model.logits(h, head, delta), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
+        hidden = decoder.hidden(model.config, params, tokens, layer=model.layers())[b, t]
+        chunk = ops.head_chunk(model.head(params))
+        pieces = [_judge(model.logits(params, h), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
     logps, greedy = (torch.cat(side).cpu() for side in zip(*pieces, strict=True))
     return logps, greedy
 

@@ -16,11 +16,11 @@ from minitune.advance import advance_each
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
-from minitune.models import Model
+from minitune.models import Model, decoder
 from minitune.tree import Tree
-from minitune.types import Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
+from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
 
-TOGETHER = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
+CPU_HIDDEN_ELEMENTS = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
 SweepStep = Callable[[Params, Deltas, Sequence[Tree], Batch], tuple[Deltas, list[Tree], Metrics]]
 
 
@@ -46,7 +46,7 @@ def adapter(stacked: Deltas, i: int, rule: Lora) -> Deltas:
     return tree.map(torch.clone, own)
 
 
-def each(stacked: Tree, n: int) -> list[Tree]:
+def unstack(stacked: Tree, n: int) -> list[Tree]:
     """The n trees that a stacked one is made of, as views."""
     columns = zip(*(leaf.unbind() for leaf in tree.leaves(stacked)), strict=True)
     found = [tree.rebuild(stacked, leaves) for leaves in columns]
@@ -54,21 +54,21 @@ def each(stacked: Tree, n: int) -> list[Tree]:
     return found
 
 
-def totals(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
+def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
     """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]: objectives.sft for n adapters.
 
     The rows of all adapters go through the model as one batch, and only the low-rank products tell them apart. A delta on the
     head or on experts, whose rows are no longer in the order of the adapters, makes them go one after another.
     """
-    n, head = len(rules), model.family.head_name(model.config)
+    n, head = len(rules), decoder.head_name(model.config)
 
     def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
-        adapted, together = scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
-        if n == 1 or any(name == head or ".experts." in name for name in adapted):
-            alone = zip((Batch(*x) for x in zip(*batch, strict=True)), each(adapted, n), strict=True)
-            nats = torch.stack([model.token_losses(params, rows, own, loss) for rows, own in alone])
+        scaled, together = _scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
+        if n == 1 or any(name == head or ".experts." in name for name in deltas):
+            members = zip(unstack(batch, n), unstack(scaled, n), strict=True)
+            nats = torch.stack([model.token_losses(_adapted(params, own), rows, loss) for rows, own in members])
         else:
-            nats = model.token_losses(params, together, adapted, loss).view(batch.tokens.shape)
+            nats = model.token_losses(_adapted(params, scaled), together, loss).view(batch.tokens.shape)
         mask = together.labelled().view(batch.tokens.shape)
         total, weight = (x.sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
         return Mean(total, weight.to(nats.dtype))
@@ -76,14 +76,18 @@ def totals(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[De
     return objective
 
 
-def scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
-    """The stacked deltas as a forward takes them, each adapter's scale inside its b."""
+def _scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
+    """Stacked deltas with each adapter's scale inside its b: by its rule, because the pad hides its rank."""
 
     def scales(name: str, b: Tensor) -> Tensor:
         own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
         return torch.tensor(own, dtype=b.dtype, device=b.device).view(-1, *(1 for _ in b.shape[1:]))
 
     return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
+
+
+def _adapted(params: Params, scaled: Deltas) -> Params:
+    return {**params, **{name: Adapted(params[name], *delta) for name, delta in scaled.items()}}
 
 
 def sweep_step(
@@ -99,11 +103,11 @@ def sweep_step(
     def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
         def evaluate(rows: Batch) -> tuple[Mean, Tree]:
             n_numbers = rows.tokens[0].numel() * model.config.d_model
-            size = max(1, TOGETHER // n_numbers) if rows.tokens.device.type == "cpu" else len(rules)
+            size = max(1, CPU_HIDDEN_ELEMENTS // n_numbers) if rows.tokens.device.type == "cpu" else len(rules)
 
             def some(i: int) -> tuple[Mean, Tree]:
                 own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
-                objective = totals(model, loss, rules[i : i + size])
+                objective = adapters_objective(model, loss, rules[i : i + size])
                 return value_and_grad(lambda deltas: objective(deltas, params, mine))(own)
 
             return tree.map(lambda *x: torch.cat(x), *(some(i) for i in range(0, len(rules), size)))

@@ -121,13 +121,12 @@ def _answer(loaded: Loaded, asked: Sequence[Message], sampling: Sampling, seed: 
         limit = loaded.model.config.max_positions
         _tell(f"the conversation has {len(ids)} tokens and the model takes {limit}: /reset forgets it")
         return ""
-    params, deltas = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
+    params = objectives.apply_trainable(loaded.params, loaded.trainable, loaded.lora)
     stops = frozenset(stop_ids(loaded.tokenizer, loaded.template))
     steps = stream(
         loaded.model,
         params,
         [ids],
-        deltas,
         sampling=sampling,
         row_seeds=[seed],
         max_new_tokens=min(max_new_tokens, room),

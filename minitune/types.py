@@ -9,7 +9,6 @@ Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -100,12 +99,29 @@ class PackedInt4(NamedTuple):
         return self.q.shape
 
 
+class Adapted(NamedTuple):
+    """A weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b a) / |W + b a| by rows.
+
+    The scale of the rule that trains the change is inside b: `lora.apply` makes such leaves, and nothing else scales them.
+    Leaves a and b with one dimension more, n, hold n changes of one weight: each serves its n-th part of the rows.
+    """
+
+    w: Any  # a Tensor [out, in], or a QTensor
+    a: Float[Tensor, "*n R in"]
+    b: Float[Tensor, "*n out R"]
+    m: Float[Tensor, "*n out"] | tuple[()] = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.w.shape
+
+
 QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4
-Params = Mapping[str, Any]  # a Tensor, or a QTensor where a linear weight is quantized
+Params = Mapping[str, Any]  # a leaf says how it multiplies: a Tensor, a QTensor (quantized) or an Adapted one
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it
 Metrics = dict[str, Tensor]
-NO_DELTAS: Deltas = MappingProxyType({})
 
 
 class Batch(NamedTuple):

@@ -66,7 +66,7 @@ def expert_config(draw: Callable[..., Any], name: str, fields: dict[str, Any]) -
         fields["attention_bias"] = draw(st.booleans())
     if name in NO_HEAD_DIM:
         fields["d_model"] = fields["n_heads"] * fields["d_head"]
-    return models.FAMILIES[name].Config(**fields, experts=Experts(**experts))
+    return models.FAMILIES[name].config(**fields, experts=Experts(**experts))
 
 
 def small_experts(name: str) -> Any:
@@ -86,7 +86,7 @@ def small_experts(name: str) -> Any:
     fields = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "vocab_size": 17, "norm_eps": 1e-2, "rope_theta": 100.0,
               "max_positions": 64, "d_model": 24 if name in NO_HEAD_DIM else 12, "d_ff": 7 if name in ONE_WIDTH else 13,
               "experts": experts, **more}  # fmt: skip
-    return models.FAMILIES[name].Config(**fields)
+    return models.FAMILIES[name].config(**fields)
 
 
 def fused(params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def scalings(draw: st.DrawFn, d_rotary: int) -> Scaling | None:
 @st.composite
 def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
     """A Config of a family, with every choice that its config.json has."""
-    kind, fields = models.FAMILIES[name].Config, draw(sizes())
+    kind, fields = models.FAMILIES[name].config, draw(sizes())
     if name in WITH_EXPERTS:
         return expert_config(draw, name, fields)
     bias, window = draw(st.booleans()), draw(st.sampled_from([None, 1, 3, 8]))
@@ -137,7 +137,7 @@ SMALL = Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=1
 
 def family_of(config: decoder.Config) -> ModuleType:
     """The family whose Config this is."""
-    return next(family for family in models.FAMILIES.values() if family.Config is type(config))
+    return next(family for family in models.FAMILIES.values() if family.config is type(config))
 
 
 def random_params(config: decoder.Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

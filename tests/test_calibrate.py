@@ -16,7 +16,7 @@ from minitune.quant import NF4, Float8, Int4, Int8, Quantization, dequantize, qu
 from minitune.types import Batch, Delta, InputError, Params
 
 WIDE = msgspec.structs.replace(SMALL, d_model=64, d_ff=96, d_head=16)
-MODEL = Model(llama, WIDE)
+MODEL = Model(llama.FAMILY, WIDE)
 INTEGERS: list[Any] = [Int8(), Int4(32), Int4(64), Int4(128)]
 
 
@@ -92,7 +92,7 @@ def test_columns_that_were_never_used_are_rounded_to_nearest(scheme: Int8 | Int4
 
 def inputs_by_hand(params: Params, batches: list[Batch], name: str, layer: int) -> Tensor:
     """The real tokens' inputs of q_proj or gate_proj of a layer, from a model cut off below it."""
-    cut = Model(llama, msgspec.structs.replace(WIDE, n_layers=layer + (name == "mlp.gate_proj")))
+    cut = Model(llama.FAMILY, msgspec.structs.replace(WIDE, n_layers=layer + (name == "mlp.gate_proj")))
     params = {**params, "model.norm.weight": params[f"model.layers.{layer}.input_layernorm.weight"]}
     if name == "mlp.gate_proj":  # a block without its second half
         zero = torch.zeros_like(normal(64, 96))

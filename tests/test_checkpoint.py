@@ -24,7 +24,7 @@ from minitune import checkpoint, models, paths, tree, world
 from minitune.models import Model, llama, rope
 from minitune.types import Delta, InputError
 
-MODEL = Model(llama, SMALL)
+MODEL = Model(llama.FAMILY, SMALL)
 DEMO = paths.PACKAGE / "demo/model"
 
 
@@ -53,16 +53,16 @@ def test_what_is_saved_loads_in_transformers_with_the_same_logits(
 ) -> None:
     folder = tmp_path_factory.mktemp("saved") / "model"
     params, tokens = random_params(config, seed, dtype), random_batch(config, 2, 9, seed).tokens
-    save(folder, params, folder.parent, Model(llama, config), shard_bytes=300 if sharded else 10**9)
+    save(folder, params, folder.parent, Model(llama.FAMILY, config), shard_bytes=300 if sharded else 10**9)
     assert (folder / "model.safetensors.index.json").exists() == sharded
     hf, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         wanted = hf.eval()(tokens).logits
-    found = Model(llama, config).forward(params, tokens)
+    found = Model(llama.FAMILY, config).forward(params, tokens)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1)
     assert models.open(folder).config == config
-    back = checkpoint.load_params(folder, MODEL.family.shapes(config))
+    back = checkpoint.load_params(folder, decoder.shapes(config))
     assert list(back) == list(params)
     assert all(torch.equal(back[name], params[name]) for name in params)
 
@@ -138,13 +138,13 @@ def test_the_4x_spelling_of_config_json_is_read_alike(tmp_path: Path) -> None:
     config = llama.Config(
         **{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"rope_scaling": rope.Llama3(8.0, 1.0, 4.0, 13)}
     )
-    hf = llama.to_hf(config)
+    hf = llama.FAMILY.to_hf(config)
     for kept in ("rope_parameters", "rope_theta rope_scaling"):
         one = {k: v for k, v in hf.items() if not k.startswith("rope") or k in kept.split()}
         (tmp_path / "config.json").write_text(json.dumps(one))
         assert models.open(tmp_path).config == config
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "llama3"
-    assert llama.from_hf(
+    assert llama.FAMILY.from_hf(
         {**hf, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
     ).rope_scaling == rope.Linear(2.0)
 
@@ -181,7 +181,7 @@ def test_a_folder_without_generation_config_goes_on_stopping_where_its_config_sa
 
 def test_loading_is_memory_mapped(tmp_path: Path) -> None:
     config = llama.Config(n_layers=1, n_heads=2, n_kv_heads=2, d_model=512, d_head=64, d_ff=8, vocab_size=40_000)
-    big = Model(llama, config)
+    big = Model(llama.FAMILY, config)
     save_file({name: torch.zeros(shape) for name, shape in big.shapes().items()}, tmp_path / "model.safetensors")
     mapped = str((tmp_path / "model.safetensors").resolve())
     before = _resident_bytes()
@@ -296,7 +296,7 @@ def test_buffers_and_a_repeated_tied_head_are_left_out(tmp_path: Path) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
     }
     save_file({**params, **extra}, tmp_path / "model.safetensors")
-    assert set(checkpoint.load_params(tmp_path, llama.shapes(config))) == set(params)
+    assert set(checkpoint.load_params(tmp_path, decoder.shapes(config))) == set(params)
 
 
 CONFIG_ERRORS = {
@@ -314,7 +314,7 @@ CONFIG_ERRORS = {
 @pytest.mark.parametrize("name", CONFIG_ERRORS)
 def test_a_config_json_that_is_not_understood_is_refused(name: str, tmp_path: Path) -> None:
     change, message = CONFIG_ERRORS[name]
-    (tmp_path / "config.json").write_text(json.dumps({**llama.to_hf(SMALL), **change}))
+    (tmp_path / "config.json").write_text(json.dumps({**llama.FAMILY.to_hf(SMALL), **change}))
     with pytest.raises(InputError, match=message):
         models.open(tmp_path)
 

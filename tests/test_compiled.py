@@ -50,7 +50,7 @@ COUNTED = (
     + """
 found = []
 for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
-    config = family.Config(n_layers=depth, **SIZES)
+    config = family.config(n_layers=depth, **SIZES)
     found.append(counted(family, config, Model(family, config).init(0, 0.3)))
 print(found, said)
 """
@@ -62,7 +62,7 @@ mixed = {"*.self_attn.*": quant.Int4(32), "*.mlp.up_proj.weight": quant.Int8(), 
 found = []
 for scheme, depth in ((None, 2), (quant.NF4(), 2), (quant.NF4(), 5)):
     config = llama.Config(n_layers=depth, **{**SIZES, "d_model": 32, "d_head": 8, "d_ff": 64})
-    params = Model(llama, config).init(0, 0.3)
+    params = Model(llama.FAMILY, config).init(0, 0.3)
     params = params if scheme is None else quant.Quantization(scheme, exceptions=mixed).quantize(params)
     found.append(counted(llama, config, params, (9, 14, 23)))
 print(found, said)
@@ -123,7 +123,7 @@ torch.compile = lambda block, **how: block
 wrap, models = compiled.wrap(said.append), []
 for cap in (None, 0.3):
     config = gemma2.Config(n_layers=2, **SIZES, attention_cap=cap, final_cap=None)
-    models.append((Model(gemma2, config, wrap), Model(gemma2, config), Model(gemma2, config).init(0, 0.7)))
+    models.append((Model(gemma2.FAMILY, config, wrap), Model(gemma2.FAMILY, config), Model(gemma2.FAMILY, config).init(0, 0.7)))
 for ours, theirs, params in models + models:
     same(stepped(ours, 9, params)[0], stepped(theirs, 9, params)[0])
 print("same")
@@ -135,8 +135,8 @@ def running(graph, inputs):
 compiled._lowered = running
 for cap in range(1, 11):
     config = gemma2.Config(n_layers=1, **SIZES, attention_cap=float(cap), final_cap=None)
-    params, before = Model(gemma2, config).init(0, 0.3), len(ran)
-    stepped(Model(gemma2, config, compiled.wrap(said.append)), 9, params)
+    params, before = Model(gemma2.FAMILY, config).init(0, 0.3), len(ran)
+    stepped(Model(gemma2.FAMILY, config, compiled.wrap(said.append)), 9, params)
     print(len(ran) - before, end=" ")
 print(said)
 """
@@ -159,9 +159,9 @@ print(len(said), said[0])
 """
 WITHOUT = """
 config = llama.Config(n_layers=2, **SIZES)
-params = Model(llama, config).init(0, 0.3)
-ours = stepped(Model(llama, config, compiled.wrap(said.append)), 9, params)
-same(ours[0], stepped(Model(llama, config), 9, params)[0])
+params = Model(llama.FAMILY, config).init(0, 0.3)
+ours = stepped(Model(llama.FAMILY, config, compiled.wrap(said.append)), 9, params)
+same(ours[0], stepped(Model(llama.FAMILY, config), 9, params)[0])
 print(len(said), said[0])
 """
 BROKEN = """

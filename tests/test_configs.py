@@ -27,7 +27,7 @@ def stated(path: Path) -> int:
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_shape_counts_what_was_published(path: Path):
     model = models.open_config(path)
-    counted = sum(math.prod(shape) for shape in model.family.shapes(model.config).values())
+    counted = sum(math.prod(shape) for shape in decoder.shapes(model.config).values())
     assert counted == stated(path)
 
 
@@ -48,7 +48,7 @@ def test_transformers_builds_the_same_weights_from_a_shape(path: Path):
     hf = {key: value for key, value in model.family.to_hf(config).items() if key != "architectures"}
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf)).state_dict()
-        ours = fused({name: torch.empty(shape) for name, shape in model.family.shapes(config).items()})
+        ours = fused({name: torch.empty(shape) for name, shape in decoder.shapes(config).items()})
     if config.tie_embeddings:
         theirs.pop("lm_head.weight")
     assert {name: w.shape for name, w in ours.items()} == {name: w.shape for name, w in theirs.items()}

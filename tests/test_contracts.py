@@ -146,8 +146,8 @@ def test_a_family_is_causal_and_its_config_survives_config_json(name: str, data:
     before, after = (Model(family, config).forward(params, t) for t in (tokens, changed))
     assert torch.equal(before[:, :at], after[:, :at])
     assert not torch.equal(before[:, at:], after[:, at:])
-    assert set(params) == set(family.shapes(config))
-    assert family.head_name(config) in params
+    assert set(params) == set(decoder.shapes(config))
+    assert decoder.head_name(config) in params
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:

@@ -55,7 +55,7 @@ def folder_of(tmp_path: Path) -> Path:
 
 def save_compressed(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG, activations: str = "none") -> Path:
     beside = Companions(folder_of(tmp_path), [3], template="{{ bos_token }}")
-    compressed.save(tmp_path / "model", params, Model(llama, config), beside, activations=activations)
+    compressed.save(tmp_path / "model", params, Model(llama.FAMILY, config), beside, activations=activations)
     return tmp_path / "model"
 
 
@@ -85,7 +85,7 @@ def test_compressed_tensors_load_in_transformers_with_the_same_logits(name: str,
     config = llama.Config(**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__} | {"tie_embeddings": tied})
     params = {n: SCHEMES[name](n, w) for n, w in random_params(config).items()}
     folder = save_compressed(tmp_path, params, config)
-    wanted = Model(llama, config).forward({n: dense(w) for n, w in params.items()}, TOKENS)
+    wanted = Model(llama.FAMILY, config).forward({n: dense(w) for n, w in params.items()}, TOKENS)
     torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
@@ -99,9 +99,9 @@ def test_w8a8_rounds_the_activations_of_every_token(tmp_path: Path, monkeypatch:
             x = (x / scale).round().clamp(-128, 127) * scale
         return x @ dense(w).T
 
-    plain = Model(llama, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
+    plain = Model(llama.FAMILY, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
     monkeypatch.setattr(decoder, "linear", linear)
-    wanted = Model(llama, CONFIG).forward(params, TOKENS)
+    wanted = Model(llama.FAMILY, CONFIG).forward(params, TOKENS)
     found, atol = theirs(folder, TOKENS), 1e-5 * float(wanted.abs().max())
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
     assert (plain - wanted).abs().max() > 100 * atol
@@ -113,7 +113,7 @@ def test_w8a8_beside_w4a16_is_mixed_precision(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
     assert [group["format"] for group in config["config_groups"].values()] == ["int-quantized", "pack-quantized"]
-    wanted = Model(llama, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
+    wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
     torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
 
 
@@ -137,7 +137,7 @@ def test_a_compressed_folder_in_bfloat16(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     assert {str(w.dtype) for n, w in tensors.items() if n.endswith("scale")} == {"torch.bfloat16"}
     rounded = {n: w._replace(scale=w.scale.bfloat16()) if isinstance(w, QInt4) else w for n, w in params.items()}
-    wanted = Model(llama, CONFIG).forward({n: dense(w).bfloat16() for n, w in rounded.items()}, TOKENS)
+    wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w).bfloat16() for n, w in rounded.items()}, TOKENS)
     torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
@@ -169,7 +169,7 @@ def nf4(w: Tensor) -> QNF4:
 
 
 def save_nf4(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG) -> Path:
-    nf4_layout.save(tmp_path / "model", params, Model(llama, config), Companions(folder_of(tmp_path), [3]))
+    nf4_layout.save(tmp_path / "model", params, Model(llama.FAMILY, config), Companions(folder_of(tmp_path), [3]))
     return tmp_path / "model"
 
 
@@ -205,7 +205,7 @@ def test_nf4_folders_load_in_transformers_with_the_same_logits(reach: str, tmp_p
         codes = torch.stack([w.codes >> 4, w.codes & 15], dim=2).view(-1, 64).int()
         return (table[codes] * absmax[:, None]).view(w.shape)
 
-    wanted = Model(llama, CONFIG).forward({n: whole(w) for n, w in params.items()}, TOKENS)
+    wanted = Model(llama.FAMILY, CONFIG).forward({n: whole(w) for n, w in params.items()}, TOKENS)
     # bitsandbytes' own matmul rounds to bfloat16 on some processors; its weights are compared here
     model = AutoModelForCausalLM.from_pretrained(save_nf4(tmp_path, params)).dequantize().eval()
     with torch.no_grad():

@@ -54,7 +54,7 @@ def model_of(config: decoder.Config) -> Model:
 def sized(name: str, **fields: Any) -> decoder.Config:
     """A config of a family, at sizes where every mechanism shows."""
     sizes = {"n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_head": 8, "d_ff": 13, "vocab_size": 17}
-    return models.FAMILIES[name].Config(**{**sizes, "norm_eps": 1e-3, "rope_theta": 30.0, "max_positions": 29, **fields})
+    return models.FAMILIES[name].config(**{**sizes, "norm_eps": 1e-3, "rope_theta": 30.0, "max_positions": 29, **fields})
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -251,12 +251,12 @@ def check_decoding(config: decoder.Config, seed: int) -> None:
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
         read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
-        found.append(model.family.decode(config, params, new, {}, read, positions, seen, run))
+        found.append(decoder.decode(config, params, new, {}, read, positions, seen, run))
         at += width
         positions, seen = positions[:, -1:] + 1, Seen(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
         start = max(lengths) - length
-        wanted = model.family.hidden(config, params, tokens[row : row + 1, start:])
+        wanted = decoder.hidden(config, params, tokens[row : row + 1, start:])
         torch.testing.assert_close(torch.cat(found, dim=1)[row, start:], wanted[0], rtol=1e-5, atol=1e-5)
 
 
@@ -363,7 +363,7 @@ def test_a_config_json_with_sizes_alone_means_what_it_means_to_transformers(name
     config = models.from_hf({"model_type": name, **sizes, "head_dim": 16}).config
     params, tokens = random_params(config), random_batch(config, 1, 9).tokens
     hf = AutoModelForCausalLM.from_config(theirs).eval()
-    hf.load_state_dict({**({"lm_head.weight": params[family.head_name(config)]} if config.tie_embeddings else {}), **params})
+    hf.load_state_dict({**({"lm_head.weight": params[decoder.head_name(config)]} if config.tie_embeddings else {}), **params})
     with torch.no_grad():
         assert distance(model_of(config).forward(params, tokens), hf(tokens).logits) <= ATOL
     assert config == models.from_hf(theirs.to_dict()).config
@@ -553,7 +553,7 @@ def test_windows_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: 
 def test_llama_and_mistral_are_the_decoder_as_it_is() -> None:
     base = decoder.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
     for family, differs in ((llama, set()), (mistral, {"layers"})):
-        fields = family.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
+        fields = family.config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
         assert {f for f in base.__struct_fields__ if getattr(base, f) != getattr(fields, f)} == differs
 
 

@@ -146,7 +146,7 @@ def test_deltas_on_every_linear_map_equal_merged_weights(name: str, dora: bool) 
     }
     assert sum(".experts." in key for key in deltas) == 3 * 5 * sum(config.experts.at(i) for i in range(2))
     tokens = random_batch(config, 2, 19).tokens
-    found = model.forward(params, tokens, rule.scaled(deltas))
+    found = model.forward(rule.apply(params, deltas), tokens)
     assert distance(found, model.forward(rule.merge(params, deltas), tokens)) <= 1e-6 if dora else 1e-10
     assert distance(found, model.forward(params, tokens)) > 0.01
 
@@ -158,7 +158,7 @@ def test_deltas_on_all_experts_at_once_equal_merged_weights(name: str) -> None:
     rule = Lora(rank=3, alpha=2.0, targets=("*.experts.*_proj", "*.router.weight", "*o_proj.weight"), ranks={"*.down_proj": 2})
     fresh = rule.init(params, 0)
     tokens = random_batch(config, 2, 19).tokens
-    assert torch.equal(model.forward(params, tokens, rule.scaled(fresh)), model.forward(params, tokens))
+    assert torch.equal(model.forward(rule.apply(params, fresh), tokens), model.forward(params, tokens))
     generator = torch.Generator().manual_seed(3)
     deltas = {
         key: d._replace(a=d.a.double(), b=torch.randn(d.b.shape, generator=generator, dtype=torch.float64))
@@ -167,10 +167,10 @@ def test_deltas_on_all_experts_at_once_equal_merged_weights(name: str) -> None:
     check_deltas(params, deltas, "here")
     assert {round(6 * rule.scale(d)) for key, d in deltas.items() if "down_proj" in key} == {6}  # 2 / 2
     assert {round(6 * rule.scale(d)) for key, d in deltas.items() if "gate_up_proj" in key} == {4}  # 2 / 3
-    found = model.forward(params, tokens, rule.scaled(deltas))
+    found = model.forward(rule.apply(params, deltas), tokens)
     assert distance(found, model.forward(rule.merge(params, deltas), tokens)) <= 1e-10
     experts = {key: d for key, d in deltas.items() if ".experts." in key}
-    assert distance(found, model.forward(params, tokens, rule.scaled({**deltas, **{key: fresh[key] for key in experts}}))) > 0.01
+    assert distance(found, model.forward(rule.apply(params, {**deltas, **{key: fresh[key] for key in experts}}), tokens)) > 0.01
 
 
 def test_a_delta_that_does_not_fit_all_experts_is_refused() -> None:
@@ -264,8 +264,8 @@ def test_the_golden_test_fails_without_what_llama_4_adds(mechanism: str) -> None
     wrong = msgspec.structs.replace(config, **LLAMA4[mechanism])
     with torch.no_grad():
         wanted = reference(config, params)(tokens).logits
-        assert distance(Model(llama4, config).forward(params, tokens), wanted) <= ATOL
-        assert distance(Model(llama4, wrong).forward(params, tokens), wanted) > 100 * ATOL
+        assert distance(Model(llama4.FAMILY, config).forward(params, tokens), wanted) <= ATOL
+        assert distance(Model(llama4.FAMILY, wrong).forward(params, tokens), wanted) > 100 * ATOL
 
 
 @pytest.mark.parametrize("dropped", ["sinks", "router.bias", "gate_up_proj_bias", "down_proj_bias", "q_proj.bias", "o_proj.bias"])
@@ -275,8 +275,8 @@ def test_the_golden_test_fails_without_what_gpt_oss_adds(dropped: str) -> None:
     with torch.no_grad():
         wanted = reference(config, params)(tokens).logits
         kept = {key: w for key, w in params.items() if not key.endswith(dropped)}
-        assert distance(Model(gpt_oss, config).forward(params, tokens), wanted) <= ATOL
-        assert distance(Model(gpt_oss, config).forward(kept, tokens), wanted) > 100 * ATOL
+        assert distance(Model(gpt_oss.FAMILY, config).forward(params, tokens), wanted) <= ATOL
+        assert distance(Model(gpt_oss.FAMILY, config).forward(kept, tokens), wanted) > 100 * ATOL
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
@@ -323,7 +323,7 @@ def mxfp4_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
             stored[name] = whole[name] = w.bfloat16()
     folder.mkdir()
     checkpoint.save_tensors(folder / "model.safetensors", stored)
-    hf = {**gpt_oss.to_hf(config), "dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    hf = {**gpt_oss.FAMILY.to_hf(config), "dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
     (folder / "config.json").write_text(json.dumps(hf))
     return config, whole
 
@@ -360,13 +360,13 @@ def test_mxfp4_parts_that_do_not_fit_are_refused(part: str, tmp_path: Path) -> N
 
 
 def test_gpt_oss_in_another_quantized_format_is_refused() -> None:
-    hf = gpt_oss.to_hf(small_experts("gpt_oss"))
+    hf = gpt_oss.FAMILY.to_hf(small_experts("gpt_oss"))
     with pytest.raises(InputError, match="is quantized as 'awq', expected 'mxfp4' or plain weights"):
         models.from_hf({**hf, "quantization_config": {"quant_method": "awq"}})
 
 
 def test_gpt_oss_without_rope_parameters_has_the_yarn_of_its_paper() -> None:
-    hf = {key: value for key, value in gpt_oss.to_hf(small_experts("gpt_oss")).items() if not key.startswith("rope")}
+    hf = {key: value for key, value in gpt_oss.FAMILY.to_hf(small_experts("gpt_oss")).items() if not key.startswith("rope")}
     config = models.from_hf(hf).config
     assert config.rope_theta == 150000.0
     assert config.rope_scaling == Yarn(32.0, 4096, beta_fast=32.0, beta_slow=1.0, truncate=False)
@@ -388,7 +388,7 @@ def test_gptq_reaches_every_expert_that_has_tokens() -> None:
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_random_weights_of_experts_start_small(name: str) -> None:
     weights = Model(models.FAMILIES[name], small_experts(name)).init(0)
-    assert list(weights) == list(models.FAMILIES[name].shapes(small_experts(name)))
+    assert list(weights) == list(decoder.shapes(small_experts(name)))
     for key, w in weights.items():
         if key.endswith("norm.weight"):
             assert torch.equal(w, torch.ones_like(w))

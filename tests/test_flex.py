@@ -35,8 +35,8 @@ def counting(graph, inputs):
     return lookup_backend("aot_eager")(graph, inputs) if len(graphs) > 2 else graph.forward  # the backward of any length too
 compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 config = gemma2.Config(n_layers=2, **SIZES, attention_cap=0.7, window=150, sinks=True)
-params = Model(gemma2, config).init(0, 0.3)
-plain, wrapped = Model(gemma2, config), Model(gemma2, config, compiled.wrap(said.append))
+params = Model(gemma2.FAMILY, config).init(0, 0.3)
+plain, wrapped = Model(gemma2.FAMILY, config), Model(gemma2.FAMILY, config, compiled.wrap(said.append))
 for length in lengths:
     ours, theirs = (stepped(m, length, params) for m in (wrapped, plain))
     same(ours[0], theirs[0])

@@ -154,7 +154,7 @@ def test_a_lora_step_over_8_bit_floats(monkeypatch: pytest.MonkeyPatch, calls: l
     config = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=16, d_ff=96, vocab_size=17)
     params = {name: (0.1 * w).bfloat16() for name, w in random_params(config).items()}
     params = quant.Quantization(quant.Float8()).quantize(params)
-    model, batch, rule = Model(llama, config), random_batch(config, 3, 17), Lora(2, 4.0, ("*_proj.weight",))
+    model, batch, rule = Model(llama.FAMILY, config), random_batch(config, 3, 17), Lora(2, 4.0, ("*_proj.weight",))
     deltas = rule.init(params, 0)
     deltas = {name: delta._replace(b=normal(*delta.b.shape, scale=0.1)) for name, delta in deltas.items()}
 
@@ -206,7 +206,7 @@ def test_the_compressed_folder_is_read_by_transformers(tmp_path: Path, monkeypat
         return x @ dense(w).T
 
     monkeypatch.setattr(decoder, "linear", linear)
-    wanted = Model(llama, CONFIG).forward(params, TOKENS)
+    wanted = Model(llama.FAMILY, CONFIG).forward(params, TOKENS)
     torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
 
@@ -236,4 +236,4 @@ def test_bitsandbytes_holds_no_8_bit_floats(tmp_path: Path):
     params = {n: quant.quantize(w, quant.Float8()) if is_linear(n) else w for n, w in random_params(CONFIG).items()}
     beside = checkpoint.Companions(tmp_path, [3])
     with pytest.raises(InputError, match=r"q_proj.weight is float8, expected NF4; write it in the format"):
-        bitsandbytes.save(tmp_path / "model", params, Model(llama, CONFIG), beside)
+        bitsandbytes.save(tmp_path / "model", params, Model(llama.FAMILY, CONFIG), beside)

@@ -24,7 +24,7 @@ from minitune.models import Model, llama
 from minitune.stages.base import stop_ids
 from minitune.types import InputError
 
-MODEL = Model(llama, SMALL)
+MODEL = Model(llama.FAMILY, SMALL)
 DEMO = paths.PACKAGE / "demo/model"
 DEMO_TEXT = tokenizer.open_tokenizer(DEMO)
 DEMO_TEMPLATE = chat.open_template(DEMO, DEMO_TEXT)

@@ -28,7 +28,7 @@ from minitune.pairs import PairSet
 from minitune.types import InputError, Judged, Pairs
 
 SMALL = msgspec.structs.replace(TWO_LAYERS, n_layers=1)
-MODEL, PARAMS = Model(llama, SMALL), random_params(SMALL)
+MODEL, PARAMS = Model(llama.FAMILY, SMALL), random_params(SMALL)
 DELTAS = Lora(rank=3, alpha=5.0, targets=("*_proj.weight",)).init(PARAMS, 0)
 DELTAS = {name: delta._replace(b=torch.full_like(delta.b, 0.05)) for name, delta in DELTAS.items()}
 TEACHER = Teacher(MODEL, PARAMS, DELTAS)
@@ -148,7 +148,7 @@ def test_the_caches_are_made_anew_when_anything_changes(tmp_path: Path) -> None:
     pairset, dataset = random_pairs([5, 3, 4, 8], judged=False), random_dataset([5, 3, 4])
     name = "model.layers.0.mlp.up_proj.weight"
     other = {**PARAMS, name: PARAMS[name].index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(0.125))}
-    config = Model(llama, msgspec.structs.replace(SMALL, rope_theta=77.0))
+    config = Model(llama.FAMILY, msgspec.structs.replace(SMALL, rope_theta=77.0))
 
     def refer(model: Model = MODEL, params: Any = PARAMS, deltas: Any = DELTAS, pairset: PairSet = pairset) -> int:
         reference_logps(model, params, deltas, pairset, SOURCE, tmp_path / "reference")

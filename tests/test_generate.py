@@ -25,7 +25,7 @@ from minitune.quant import dequantize
 from minitune.sampling import Sampling, filtered, next_tokens
 from minitune.types import Delta, PackedInt4, QInt8
 
-MODEL = Model(llama, SMALL)
+MODEL = Model(llama.FAMILY, SMALL)
 DRAWN = Sampling(temperature=1.5, top_k=11, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
 
 
@@ -118,9 +118,9 @@ def test_sampling_refuses(knobs: dict[str, float], message: str) -> None:
 @given(config=configs(scaling="default"), seed=st.integers(0, 2**32), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_greedy_equals_transformers_on_a_left_padded_batch(config: llama.Config, seed: int, lengths: list[int]) -> None:
     params, prompts, n_new = random_params(config, seed, torch.float64), prompts_of(lengths, seed, config.vocab_size), 7
-    free = greedy(Model(llama, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[])
+    free = greedy(Model(llama.FAMILY, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[])
     stop = free[0][n_new // 2]
-    found = greedy(Model(llama, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
+    found = greedy(Model(llama.FAMILY, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
     width = max(lengths)
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -152,11 +152,11 @@ def test_the_cache_equals_the_full_forward_wherever_its_strides_end(config: llam
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "STRIDE", stride)
         options: Any = {"sampling": DRAWN, "row_seeds": [5, 6, 7], "max_new_tokens": 8}
-        found = torch.stack(list(stream(Model(llama, config), params, prompts, {}, **options))).T.tolist()
+        found = torch.stack(list(stream(Model(llama.FAMILY, config), params, prompts, {}, **options))).T.tolist()
     for row_seed, prompt, row in zip((5, 6, 7), prompts, found, strict=True):
         tokens = torch.tensor([prompt])
         for step in range(8):
-            logits = Model(llama, config).forward(params, tokens)[:, -1]
+            logits = Model(llama.FAMILY, config).forward(params, tokens)[:, -1]
             tokens = torch.cat([tokens, next_tokens(logits, tokens, DRAWN, [row_seed], step)[:, None]], dim=1)
         assert row == tokens[0, len(prompt) :].tolist()
 
@@ -209,7 +209,7 @@ def test_int4_leaves_are_packed_once_and_for_bfloat16_alone(demo: Any, monkeypat
 def test_a_model_whose_blocks_are_recomputed_decodes_alike() -> None:
     params, prompts = random_params(SMALL), prompts_of([3, 5], 0)
     run = partial(greedy, params=params, prompts=prompts, deltas={}, max_new_tokens=6, stop_ids=[])
-    assert run(MODEL._replace(wrap=remat)) == run(MODEL)
+    assert run(MODEL._replace(block_transform=remat)) == run(MODEL)
 
 
 def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,10 +239,10 @@ from minitune import generate
 from minitune.models import Model, llama
 generate.STRIDE, graphs = 4, []
 config = llama.Config(n_layers=3, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17)
-model = Model(llama, config)
+model = Model(llama.FAMILY, config)
 wrap = partial(torch.compile, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph.forward)
 run = partial(generate.greedy, params=model.init(0, 0.4), prompts=[[1, 2, 3], [4]], deltas={}, max_new_tokens=25, stop_ids=[])
-assert run(model._replace(wrap=wrap)) == run(model)
+assert run(model._replace(block_transform=wrap)) == run(model)
 print(len(graphs))
 """
 

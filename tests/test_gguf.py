@@ -41,7 +41,7 @@ def nothing(tmp_path: Path) -> Path:
 
 
 def save(path: Path, params: Mapping[str, Any], tokenizer: Path, types: Types, config: llama.Config = CONFIG) -> list[str]:
-    return gguf.save(path, params, Model(llama, config), types, tokenizer=tokenizer, template="{{ x }}", stop_ids=[5])
+    return gguf.save(path, params, Model(llama.FAMILY, config), types, tokenizer=tokenizer, template="{{ x }}", stop_ids=[5])
 
 
 def fields(path: Path) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def test_transformers_reads_the_file_with_the_same_logits(
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
     with torch.no_grad():
         found = model(TOKENS).logits
-    wanted = Model(llama, config).forward(params, TOKENS)
+    wanted = Model(llama.FAMILY, config).forward(params, TOKENS)
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol * float(wanted.abs().max()))
 
 

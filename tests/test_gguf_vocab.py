@@ -72,7 +72,7 @@ def exported(folder: Path, n_rows: int) -> tuple[dict[str, Any], list[str]]:
     config = llama.Config(
         n_layers=1, n_heads=1, n_kv_heads=1, d_model=2, d_head=2, d_ff=2, vocab_size=n_rows, rope_theta=10.0, max_positions=8
     )
-    model = Model(llama, config)
+    model = Model(llama.FAMILY, config)
     path = folder / "model.gguf"
     notes = gguf.save(
         path, model.init(0), model, gguf.Types("F32"), tokenizer=folder, template="{{ bos_token }}", stop_ids=[2, 381]

@@ -31,7 +31,7 @@ def test_llama_logits_equal_transformers(config: llama.Config, seed: int, length
     tokens = random_batch(config, n_rows, length, seed).tokens
     with torch.no_grad():
         wanted = reference(config, params)(tokens).logits
-        found = Model(llama, config).forward(params, tokens)
+        found = Model(llama.FAMILY, config).forward(params, tokens)
     assert distance(found, wanted) <= ATOL
 
 
@@ -52,7 +52,7 @@ def test_llama_gradients_equal_transformers(
         wanted = dict(hf.named_parameters())
         scale = max(float(p.grad.abs().max()) for p in wanted.values()) or 1.0
         for wrap in (lambda f: f, remat):
-            model = Model(llama, config, wrap)
+            model = Model(llama.FAMILY, config, wrap)
             loss, grads = value_and_grad(lambda p, m=model: Mean.of(m.token_losses(p, batch, {}, CrossEntropy()), mask))(params)
             assert loss.total == pytest.approx(float((nats * mask[:, 1:]).sum().detach()), rel=atol, abs=atol)
             assert int(loss.weight) == int(mask.sum())
@@ -91,10 +91,10 @@ def test_the_golden_test_fails_when_a_mechanism_is_taken_out(name: str, monkeypa
     params, tokens = random_params(config), random_batch(config, 2, 23).tokens
     with torch.no_grad():
         wanted = reference(config, params)(tokens).logits
-        assert distance(Model(llama, config).forward(params, tokens), wanted) <= ATOL
+        assert distance(Model(llama.FAMILY, config).forward(params, tokens), wanted) <= ATOL
         module, attribute, mutant = MUTATIONS[name]
         monkeypatch.setattr(module, attribute, mutant)
-        assert distance(Model(llama, config).forward(params, tokens), wanted) > 100 * ATOL
+        assert distance(Model(llama.FAMILY, config).forward(params, tokens), wanted) > 100 * ATOL
 
 
 @pytest.mark.parametrize("dropped", ["q_proj.bias", "o_proj.bias", "down_proj.bias"])
@@ -104,14 +104,14 @@ def test_the_golden_test_fails_when_a_bias_is_dropped(dropped: str) -> None:
     with torch.no_grad():
         wanted = reference(config, params)(tokens).logits
         kept = {name: w for name, w in params.items() if not name.endswith(dropped)}
-        assert distance(Model(llama, config).forward(kept, tokens), wanted) > 100 * ATOL
+        assert distance(Model(llama.FAMILY, config).forward(kept, tokens), wanted) > 100 * ATOL
 
 
 def test_llama_in_bfloat16_is_within_its_own_rounding_of_float32() -> None:
     params, tokens = random_params(SMALL), random_batch(SMALL, 3, 19).tokens
     half = {name: w.bfloat16() for name, w in params.items()}
-    exact = Model(llama, SMALL).forward({name: w.float() for name, w in half.items()}, tokens)
-    found = Model(llama, SMALL).forward(half, tokens)
+    exact = Model(llama.FAMILY, SMALL).forward({name: w.float() for name, w in half.items()}, tokens)
+    found = Model(llama.FAMILY, SMALL).forward(half, tokens)
     with torch.no_grad():
         theirs = reference(SMALL, half)(tokens).logits
     assert found.dtype == torch.bfloat16
@@ -125,12 +125,12 @@ def test_greedy_decoding_equals_the_full_forward_and_transformers(config: llama.
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     stop = int(torch.randint(0, config.vocab_size, (), generator=generator))
-    found = greedy(Model(llama, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
+    found = greedy(Model(llama.FAMILY, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
     hf = reference(config, params)
     for prompt, row in zip(prompts, found, strict=True):
         tokens = list(prompt)
         for _ in range(n_new):
-            tokens.append(int(Model(llama, config).forward(params, torch.tensor([tokens]))[0, -1].argmax()))
+            tokens.append(int(Model(llama.FAMILY, config).forward(params, torch.tensor([tokens]))[0, -1].argmax()))
         whole = tokens[len(prompt) :]
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
         theirs = hf.generate(
@@ -146,7 +146,7 @@ def test_greedy_decoding_equals_the_full_forward_and_transformers(config: llama.
 
 def test_greedy_decoding_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="a prompt is empty, expected at least one token"):
-        greedy(Model(llama, SMALL), random_params(SMALL), [[1], []], {}, max_new_tokens=3, stop_ids=[])
+        greedy(Model(llama.FAMILY, SMALL), random_params(SMALL), [[1], []], {}, max_new_tokens=3, stop_ids=[])
 
 
 OPTIMIZERS = {
@@ -221,7 +221,7 @@ def test_value_and_grad_equals_torch_func(config: llama.Config, seed: int, lengt
     params, batch = random_params(config, seed, torch.float64), random_batch(config, 2, length, seed)
 
     def objective(p: tree.Tree) -> Mean:
-        return Mean.of(Model(llama, config).token_losses(p, batch, {}, CrossEntropy()), batch.labelled())
+        return Mean.of(Model(llama.FAMILY, config).token_losses(p, batch, {}, CrossEntropy()), batch.labelled())
 
     loss, grads = value_and_grad(objective)(params)
     wanted, total = torch.func.grad_and_value(lambda p: objective(p).total)(params)

@@ -96,7 +96,7 @@ class Subject(NamedTuple):
 
 def on_disk(folder: Path, tokenizer_folder: Path, end: int) -> Subject:
     """A folder as checkpoint writes it, with random weights."""
-    model, params = Model(llama, TINY), {name: 0.4 * w for name, w in random_params(TINY).items()}
+    model, params = Model(llama.FAMILY, TINY), {name: 0.4 * w for name, w in random_params(TINY).items()}
     checkpoint.save_folder(folder, params, model, checkpoint.Companions(tokenizer_folder, [end]))
     texts = tokenizer.open_tokenizer(folder)
     return Subject(folder, model, params, texts, chat.open_template(folder, texts), end)
@@ -434,7 +434,7 @@ def test_without_lm_eval_the_message_names_the_extra(subject: Subject, tasks: Pa
 @settings(max_examples=12)
 @given(st.data())
 def test_scores_equal_a_whole_forward_for_each_pair(data: st.DataObject) -> None:
-    model, params = Model(llama, SMALL), random_params(SMALL)
+    model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     name = "model.layers.1.mlp.down_proj.weight"
     deltas = {name: Delta(torch.ones(1, SMALL.d_ff), torch.linspace(-1, 1, SMALL.d_model)[:, None])}
     ids, max_length = st.integers(0, SMALL.vocab_size - 1), data.draw(st.integers(4, 9))
@@ -467,7 +467,7 @@ def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> N
 
         return counted
 
-    model = Model(llama, SMALL, wrap)
+    model = Model(llama.FAMILY, SMALL, wrap)
     pairs = [([1, 2], [n]) for n in range(5)] + [([1], [2, 3]), ([1, 2, 3, 4], [5, 6]), ([7], [8])]
     scores = scoring.continuations(model, random_params(SMALL), {}, pairs, batch_size=2, max_length=64)
     assert shapes[:: SMALL.n_layers] == [(2, 5), (1, 1)]
@@ -478,4 +478,4 @@ def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> N
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 5)])
 def test_pairs_that_have_no_score_are_refused(pair: tuple[list[int], list[int]]) -> None:
     with pytest.raises(InputError, match=r"scoring: a context of \d and a continuation of \d tokens, expected .* 1 to 4$"):
-        scoring.continuations(Model(llama, SMALL), random_params(SMALL), {}, [pair], batch_size=2, max_length=4)
+        scoring.continuations(Model(llama.FAMILY, SMALL), random_params(SMALL), {}, [pair], batch_size=2, max_length=4)

@@ -35,7 +35,7 @@ RULES = {
     "dora with everything": Lora(3, 5.0, TARGETS, RANKS, rslora=True, dora=True),
 }
 Params = dict[str, torch.Tensor]
-SMALL_NAMES = tuple(Model(llama, SMALL).shapes())
+SMALL_NAMES = tuple(Model(llama.FAMILY, SMALL).shapes())
 
 
 def config(**fields: Any) -> llama.Config:
@@ -54,8 +54,8 @@ def moved(leaves: Trainable, seed: int = 0, size: float = 0.3) -> dict[str, Any]
 
 
 def logits(c: llama.Config, params: Params, tokens: torch.Tensor, trainable: Trainable, rule: Lora | None) -> torch.Tensor:
-    whole, deltas = objectives.attach(params, trainable, rule)
-    return Model(llama, c).forward(whole, tokens, deltas)
+    whole, deltas = objectives.apply_trainable(params, trainable, rule)
+    return Model(llama.FAMILY, c).forward(whole, tokens, deltas)
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -227,8 +227,8 @@ def loss_and_grads(
     c: llama.Config, params: Params, trainable: Trainable, rule: Lora, batch: Batch, wrap: Callable = lambda f: f
 ) -> tuple[Mean, Trainable]:
     def objective(leaves: Trainable) -> Mean:
-        whole, deltas = objectives.attach(params, leaves, rule)
-        return Mean.of(Model(llama, c, wrap).token_losses(whole, batch, deltas, CrossEntropy()), batch.labelled())
+        whole, deltas = objectives.apply_trainable(params, leaves, rule)
+        return Mean.of(Model(llama.FAMILY, c, wrap).token_losses(whole, batch, deltas, CrossEntropy()), batch.labelled())
 
     return value_and_grad(objective)(trainable)
 
@@ -264,7 +264,7 @@ def test_peft_reads_what_we_write_and_we_read_it_back(name: str, whole: str, tie
     found = logits(c, params, tokens, trainable, rule)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(reference(c, params), tmp_path / "adapter")(tokens).logits
-        final, deltas = objectives.attach(params, trainable, rule)
+        final, deltas = objectives.apply_trainable(params, trainable, rule)
         merged = reference(c, dict(rule.merge(final, {n: trainable[n] for n in deltas})))(tokens).logits
     assert distance(found, theirs) <= ATOL
     assert distance(found, merged) <= ATOL

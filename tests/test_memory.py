@@ -43,13 +43,13 @@ def test_the_bytes_that_a_function_keeps_are_those_of_its_saved_tensors() -> Non
 def test_a_budget_is_kept_with_as_few_blocks_computed_again_as_it_takes() -> None:
     params, batch = random_params(CONFIG), random_batch(CONFIG, 3, 41)
     deltas = RULE.init(params, 0)
-    model = Model(llama, CONFIG)
+    model = Model(llama.FAMILY, CONFIG)
     kept = [kept_by_forward(model._replace(n_remat=n), params, deltas, batch) for n in range(6)]
     assert kept == sorted(kept, reverse=True)
     assert kept[0] > 3 * kept[5]
     beside = kept[5] - 5 * 3 * 41 * CONFIG.d_model * 4  # of the last norm, the angles and the scaled deltas
     first = (kept[1] - kept[2]) - (kept[0] - kept[1])  # what the first block keeps less: its input needs no gradient
-    adapted = objectives.attach(params, grad.fresh(deltas), RULE)
+    adapted = objectives.apply_trainable(params, grad.fresh(deltas), RULE)
     for n in range(6):
         room = kept[n] - beside + (first if n == 0 else 0)
         assert memory.n_remat(CONFIG, *adapted, 3, 41, room) == n
@@ -64,7 +64,7 @@ def test_any_number_of_blocks_computed_again_gives_the_same_gradient() -> None:
     deltas = tree.map(torch.Tensor.double, RULE.init(params, 0))
     grads = []
     for n in range(SMALL.n_layers + 1):
-        objective = objectives.sft(Model(llama, SMALL, n_remat=n), CrossEntropy(), RULE)
+        objective = objectives.sft(Model(llama.FAMILY, SMALL, n_remat=n), CrossEntropy(), RULE)
         grads.append(grad.value_and_grad(lambda d, f=objective: f(d, params, batch), has_aux=True)(deltas))
     for one in grads[1:]:
         tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12), one, grads[0])
@@ -76,7 +76,7 @@ def test_no_backward_below_the_first_adapted_layer(remat: bool) -> None:
     flops = {}
     for first in (0, 3):
         rule = Lora(4, 8.0, tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in range(first, 5)))
-        objective = objectives.sft(Model(llama, CONFIG, n_remat=5 if remat else 0), CrossEntropy(), rule)
+        objective = objectives.sft(Model(llama.FAMILY, CONFIG, n_remat=5 if remat else 0), CrossEntropy(), rule)
         deltas = rule.init(params, 0)
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             objective(deltas, params, batch)
@@ -84,7 +84,7 @@ def test_no_backward_below_the_first_adapted_layer(remat: bool) -> None:
             grad.value_and_grad(lambda d, f=objective: f(d, params, batch), has_aux=True)(deltas)
         flops[first] = both.get_total_flops() - forward.get_total_flops()
     with FlopCounterMode(display=False) as block:
-        Model(llama, CONFIG).hidden(params, batch, {})
+        Model(llama.FAMILY, CONFIG).hidden(params, batch, {})
     share = block.get_total_flops() / 5
     # three layers less to go back through: at least their activation gradients, and with remat their second forward too
     assert flops[0] - flops[3] > 2.5 * share * (2 if remat else 1)

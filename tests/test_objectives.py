@@ -86,7 +86,7 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
         float(metrics["reward_chosen"] - metrics["reward_rejected"]), abs=1e-5
     )
     merged = LORA.merge(params, start)
-    frozen, whole = objectives.full(params, ("*",))
+    frozen, whole = objectives.split_trainable(params, ("*",))
     copy = {name: w.clone() for name, w in params.items()}
     trained = {name: merged[name].clone() for name in whole}
     full = dpo_step(frozen, trained, optimizer.init(trained), both, reference=copy, **{**common, "lora": None})[2]
@@ -153,7 +153,7 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
     teacher = Teacher(Model(models.llama, big), random_params(big, seed + 1, torch.float64))
     batch, loss = random_batch(SMALL, 2, length, seed), kind(temperature=1.7, ratio=0.6)
     objective = objectives.distillation(model, loss, None, teacher)
-    frozen, whole = objectives.full(params, ("*",))
+    frozen, whole = objectives.split_trainable(params, ("*",))
     frozen = {name: w.double() for name, w in frozen.items()}
     whole = {name: params[name] for name in whole}
 
@@ -195,7 +195,7 @@ def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
 def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
     model, params = Model(models.llama, SMALL), random_params(SMALL)
     wise, batch, optimizer = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 4, 13), optim.AdamW(lr=2e-2)
-    frozen, trainable = objectives.full(params, ("*",))
+    frozen, trainable = objectives.split_trainable(params, ("*",))
     state, seen = optimizer.init(trainable), []
     for _ in range(40):
         trainable, state, metrics = kd_step(
@@ -209,7 +209,7 @@ def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
 def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None:
     model, params = Model(models.llama, SMALL), random_params(SMALL)
     batch = random_batch(SMALL, 2, 9)
-    frozen, whole = objectives.full(params, ("*",))
+    frozen, whole = objectives.split_trainable(params, ("*",))
 
     def coarse(w: torch.Tensor) -> torch.Tensor:
         return w + ((w * 4).round() / 4 - w).detach()
@@ -226,11 +226,11 @@ def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None
 
 def test_a_weight_that_trains_whole_must_be_in_the_tree() -> None:
     model, params = Model(models.llama, SMALL), random_params(SMALL)
-    frozen, whole = objectives.full(params, ("*norm.weight",))
+    frozen, whole = objectives.split_trainable(params, ("*norm.weight",))
     with pytest.raises(InputError, match=r"model\.norm\.weight is trained whole, but the trainable tree does not hold it"):
-        objectives.attach(frozen, {name: w for name, w in whole.items() if name != "model.norm.weight"}, None)
+        objectives.apply_trainable(frozen, {name: w for name, w in whole.items() if name != "model.norm.weight"}, None)
     with pytest.raises(TypeError, match="is a Delta, expected a Lora rule"):
-        objectives.attach(params, LORA.init(params, 0), None)
+        objectives.apply_trainable(params, LORA.init(params, 0), None)
     optimizer = optim.SGD(lr=0.1)
     step = sft_step(frozen, whole, optimizer.init(whole), random_batch(SMALL, 2, 9), model=model, lora=None, optimizer=optimizer)
     assert not torch.equal(step[0]["model.norm.weight"], whole["model.norm.weight"])

@@ -85,7 +85,7 @@ def alive(refs: Refs) -> int:
 def both(model: Model, late: Late) -> tuple[Model, Model]:
     """The model whose inputs stay, and the one whose inputs are away."""
     lean = model._replace(n_remat=model.config.n_layers)
-    return lean, lean._replace(again=offload.remat(late.mover))
+    return lean, lean._replace(remat=offload.remat(late.mover))
 
 
 def same(ours: Any, theirs: Any) -> None:
@@ -114,7 +114,7 @@ def watched(events: list[tuple[str, int]], first: str, note: Callable[[Tensor], 
 
 def test_an_input_leaves_during_its_block_and_returns_during_the_backward_of_the_one_behind() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
-    model = both(Model(llama, CONFIG, watched(late.events, "mlp.up_proj.weight")), late)[1]
+    model = both(Model(llama.FAMILY, CONFIG, watched(late.events, "mlp.up_proj.weight")), late)[1]
     gradient(objectives.sft(model, CrossEntropy(), RULE), RULE.init(params, 0), params, batch)
     forward = [("send", 0), ("run", 0)]
     for i in range(1, 5):
@@ -135,7 +135,7 @@ def test_on_the_device_live_two_inputs_in_the_forward_and_two_in_the_backward() 
             counts.append(alive(given))
 
         wrap = watched([], "mlp.up_proj.weight", note)
-        model = dict(zip(("here", "away"), both(Model(llama, CONFIG, wrap), late), strict=True))[name]
+        model = dict(zip(("here", "away"), both(Model(llama.FAMILY, CONFIG, wrap), late), strict=True))[name]
         gradient(objectives.sft(model, CrossEntropy(), RULE), RULE.init(params, 0), params, batch)
         assert len(counts) == 10
         most[name] = max(counts[:5]), max(counts[5:])
@@ -151,8 +151,8 @@ def test_on_the_device_live_two_inputs_in_the_forward_and_two_in_the_backward() 
 def test_steps_are_the_same_to_the_last_bit(rule: Lora | None) -> None:
     params, late, ends = random_params(CONFIG), Late(), []
     optimizer = optim.chain(optim.ClipByGlobalNorm(0.3), optim.AdamW(lr=1e-2))
-    frozen, trainable = (params, rule.init(params, 1)) if rule else objectives.full(params, ("*",))
-    for model in both(Model(llama, CONFIG), late):
+    frozen, trainable = (params, rule.init(params, 1)) if rule else objectives.split_trainable(params, ("*",))
+    for model in both(Model(llama.FAMILY, CONFIG), late):
         objective = objectives.sft(model, CrossEntropy(), rule)
         step, evaluate = steps.train_step(objective, optimizer, micro_batch=2), steps.eval_step(objective)
         state, told = (trainable, optimizer.init(trainable)), []
@@ -174,7 +174,7 @@ def test_preferences_and_two_forwards_before_one_backward_are_the_same_to_the_la
     rows = [random_batch(CONFIG, 3, n, seed=n) for n in (7, 12)]
     deltas = tree.map(lambda x: x + 0.01, RULE.init(params, 0))
     found = []
-    for model in both(Model(llama, CONFIG), late):
+    for model in both(Model(llama.FAMILY, CONFIG), late):
         one = objectives.sft(model, CrossEntropy(), RULE)
 
         def twice(leaves: Any, params: Any, batches: Any, one: Any = one) -> Any:
@@ -193,7 +193,7 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
     deltas = sweep.stack([rule.init(params, i) for i, rule in enumerate(rules)])
     batch = tree.map(lambda x: x.unflatten(0, (2, 3)), random_batch(CONFIG, 6, 9))
     optimizers, found = [optim.AdamW(lr=1e-2), optim.AdamW(lr=1e-3)], []
-    for model in both(Model(llama, CONFIG), late):
+    for model in both(Model(llama.FAMILY, CONFIG), late):
         step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=2)
         states = [o.init(d) for o, d in zip(optimizers, sweep.each(deltas, 2), strict=True)]
         found.append(step(params, deltas, states, batch))
@@ -201,7 +201,7 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
     assert len(late.returned) == 2 * 4
 
     experts = Experts(n_experts=4, n_active=2, d_ff=7, names="qwen", layers=(True, False))
-    config = FAMILIES["qwen3_moe"].Config(**SIZES, experts=experts)
+    config = FAMILIES["qwen3_moe"].config(**SIZES, experts=experts)
     params, batch, found = random_params(config), random_batch(config, 2, 9), []
     for model in both(Model(FAMILIES["qwen3_moe"], config), late):
         objective = balanced(partial(objectives.sft, loss=CrossEntropy(), lora=None), model, 0.1)
@@ -213,7 +213,7 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
 def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
     params, late = random_params(SMALL), Late()
     deltas, batch, found = RULE.init(params, 0), random_batch(SMALL, 3, 9), []
-    for model in both(Model(llama, SMALL), late):
+    for model in both(Model(llama.FAMILY, SMALL), late):
         objective = objectives.sft(model, CrossEntropy(), RULE)
 
         def of_row(leaves: Any, row: Any, objective: Any = objective) -> Mean:
@@ -231,7 +231,7 @@ def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
 
 def test_a_gradient_can_be_taken_twice_and_by_halves_but_not_of_itself() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
-    lean, model = both(Model(llama, CONFIG), late)
+    lean, model = both(Model(llama.FAMILY, CONFIG), late)
     own = RULE.scaled(grad.fresh(RULE.init(params, 0)))
     upper, leaves = (own[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
     theirs = lean.hidden(params, batch, own).exp().sum()
@@ -266,7 +266,7 @@ def failing(fault: list[int]) -> Callable[..., Any]:
 def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) -> None:
     late, params, batch, fault = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11), [0]
     deltas = RULE.init(params, 0)
-    lean, model = both(Model(llama, CONFIG, failing(fault)), late)
+    lean, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
     wanted = gradient(objectives.sft(lean, CrossEntropy(), RULE), deltas, params, batch)
     states = model.hidden(params, batch, RULE.scaled(grad.fresh(deltas)))
     assert alive(late.sources) == 1
@@ -322,11 +322,11 @@ def copied(x):
     moved.append(1)
     return x.clone()
 config = llama.Config(n_layers=3, n_heads=4, n_kv_heads=2, d_model=16, d_head=6, d_ff=13, vocab_size=17)
-params, rule = Model(llama, config).init(0, 0.3), Lora(3, 8.0, ("*_proj.weight",))
+params, rule = Model(llama.FAMILY, config).init(0, 0.3), Lora(3, 8.0, ("*_proj.weight",))
 tokens = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(0))
 batch = Batch(tokens, torch.ones_like(tokens), torch.ones_like(tokens, dtype=torch.bool))
-lean, found = Model(llama, config, compiled.wrap(print), n_remat=3), []
-for model in (lean, lean._replace(again=offload.remat(offload.Mover(copied, copied, lambda x: x)))):
+lean, found = Model(llama.FAMILY, config, compiled.wrap(print), n_remat=3), []
+for model in (lean, lean._replace(remat=offload.remat(offload.Mover(copied, copied, lambda x: x)))):
     objective = objectives.sft(model, CrossEntropy(), rule)
     found.append(grad.value_and_grad(lambda d: objective(d, params, batch), has_aux=True)(rule.init(params, 0)))
     found.append(len(graphs))
@@ -396,8 +396,8 @@ def on_cuda(n_layers: int, rows: int, length: int) -> tuple[llama.Config, Any, A
 @needs_cuda
 def test_on_cuda_gradients_are_those_of_inputs_that_stay() -> None:
     config, params, deltas, batch = on_cuda(7, 4, 1031)
-    lean = Model(llama, config, n_remat=7)
-    away = lean._replace(again=offload.remat(offload.side_stream(torch.device("cuda"))))
+    lean = Model(llama.FAMILY, config, n_remat=7)
+    away = lean._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))
     wanted = gradient(objectives.sft(lean, CrossEntropy(), RULE), deltas, params, batch)
     for _ in range(5):
         same(gradient(objectives.sft(away, CrossEntropy(), RULE), deltas, params, batch), wanted)
@@ -416,8 +416,8 @@ def test_on_cuda_what_is_sent_lies_in_pinned_memory_and_returns_to_the_last_bit(
 @needs_cuda
 def test_on_cuda_the_peak_is_lower_by_the_inputs_of_most_blocks() -> None:
     config, params, deltas, batch = on_cuda(16, 4, 1024)
-    lean, peaks = Model(llama, config, n_remat=16), []
-    for model in (lean, lean._replace(again=offload.remat(offload.side_stream(torch.device("cuda"))))):
+    lean, peaks = Model(llama.FAMILY, config, n_remat=16), []
+    for model in (lean, lean._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))):
         for _ in range(2):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -228,7 +228,7 @@ OPTIONS = {
 @pytest.mark.parametrize("donate", [False, True])
 def test_every_option_trains_a_model_and_donation_changes_nothing_but_where_it_lies(name: str, donate: bool) -> None:
     optimizer, dtype = OPTIONS[name]
-    model, params, batch = Model(llama, SMALL), random_params(SMALL), random_batch(SMALL, 2, 13)
+    model, params, batch = Model(llama.FAMILY, SMALL), random_params(SMALL), random_batch(SMALL, 2, 13)
     trainable = {path: w.to(dtype, copy=True) for path, w in params.items()}
     state, losses = optimizer.init(trainable), []
     step = train_step(sft(model, CrossEntropy(), None), optimizer, micro_batch=1, donate=donate)

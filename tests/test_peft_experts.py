@@ -61,13 +61,13 @@ def test_peft_reads_deltas_on_every_linear_map_and_we_read_them_back(name: str, 
     matrices = {n for n, w in params.items() if w.ndim > 1 and not n.endswith(("_bias", "embed_tokens.weight", "lm_head.weight"))}
     assert set(deltas) == matrices
     save(tmp_path, deltas, rule, params)
-    found = model.forward(params, tokens, rule.scaled(deltas))
+    found = model.forward(rule.apply(params, deltas), tokens)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(reference(config, params), tmp_path).eval()(tokens).logits
     assert distance(found, theirs) <= ATOL
     for part in (".self_attn.", ".experts.", ROUTERS.get(name, ".mlp.gate"), "shared_expert", ".0.mlp.down_proj."):
         fewer = {n: d for n, d in deltas.items() if part not in n}  # nothing that was written is without effect
-        assert len(fewer) == len(deltas) or distance(model.forward(params, tokens, rule.scaled(fewer)), theirs) > 10 * ATOL
+        assert len(fewer) == len(deltas) or distance(model.forward(rule.apply(params, fewer), tokens), theirs) > 10 * ATOL
 
     again, back, _ = peft.load(tmp_path, names=params)
     check_deltas(params, back, "here")
@@ -119,7 +119,7 @@ def test_an_adapter_that_peft_made_is_read(case: str, tmp_path: Path) -> None:
     assert all(isinstance(delta, Delta) for delta in deltas.values())
     assert all(x.is_contiguous() for x in leaves)
     assert len({x.data_ptr() for x in leaves}) == len(leaves)
-    assert distance(model.forward(params, tokens, rule.scaled(deltas)), wanted) <= ATOL
+    assert distance(model.forward(rule.apply(params, deltas), tokens), wanted) <= ATOL
     assert distance(model.forward(params, tokens), wanted) > 1000 * ATOL
     save(tmp_path / "ours", deltas, rule, params)  # and is written so that PEFT reads it again
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_merged_adapter_of_stacked_experts_equals_the_one_beside_the_model() -
         params, tokens, model = random_params(config, 3), random_batch(config, 2, 19).tokens, Model(FAMILIES[name], config)
         deltas = moved(rule, params)
         merged = model.forward(rule.merge(params, deltas), tokens)
-        assert distance(model.forward(params, tokens, rule.scaled(deltas)), merged) <= ATOL
+        assert distance(model.forward(rule.apply(params, deltas), tokens), merged) <= ATOL
 
 
 @pytest.mark.parametrize(

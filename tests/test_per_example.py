@@ -36,7 +36,7 @@ def of_a_row(model: Model, params: dict[str, torch.Tensor]) -> object:
 @given(config=configs(), seed=SEEDS, rows=st.integers(1, 5), chunk=st.integers(1, 6), whole=st.booleans(), wide=st.booleans())
 def test_per_example_is_a_loop(config: llama.Config, seed: int, rows: int, chunk: int, whole: bool, wide: bool) -> None:
     params = random_params(config, seed, torch.float64 if wide else torch.float32)
-    batch, model = random_batch(config, rows, 9, seed), Model(llama, config, remat if seed % 2 else lambda f: f)
+    batch, model = random_batch(config, rows, 9, seed), Model(llama.FAMILY, config, remat if seed % 2 else lambda f: f)
     trainable = dict(params) if whole else random_deltas(params, seed)
     fn = of_a_row(model, params)
     means, grads = per_example(fn, chunk=chunk)(trainable, batch)
@@ -96,7 +96,7 @@ def test_the_noise_has_the_stated_variance_and_is_a_function_of_seed_step_and_le
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bool) -> None:
-    model, params = Model(llama, SMALL), random_params(SMALL, dtype=torch.float64)
+    model, params = Model(llama.FAMILY, SMALL), random_params(SMALL, dtype=torch.float64)
     batch = random_batch(SMALL, 5, 11, packed=False)
     batch = batch._replace(loss_mask=torch.ones_like(batch.loss_mask), segment_ids=torch.ones_like(batch.segment_ids))
     optimizer, trainable = optim.SGD(lr=0.1), random_deltas(params, 1)
@@ -113,7 +113,7 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
 
 
 def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
-    model, params = Model(llama, SMALL), random_params(SMALL)
+    model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, 1), optim.SGD(lr=1.0)
     objective, privacy = sft(model, CrossEntropy(), RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
     state = private.init(optimizer, trainable)._replace(step=torch.tensor(9))

@@ -32,12 +32,12 @@ memory = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(memory)
 
 SIZES = {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "d_model": 90, "d_head": 14, "d_ff": 262, "vocab_size": 1031}
-LLAMA = Model(llama, llama.Config(**SIZES))
-BROAD = Model(llama, llama.Config(**{**SIZES, "vocab_size": 7919}))
-TIED = Model(llama, llama.Config(**{**SIZES, "vocab_size": 7919}, tie_embeddings=True))
+LLAMA = Model(llama.FAMILY, llama.Config(**SIZES))
+BROAD = Model(llama.FAMILY, llama.Config(**{**SIZES, "vocab_size": 7919}))
+TIED = Model(llama.FAMILY, llama.Config(**{**SIZES, "vocab_size": 7919}, tie_embeddings=True))
 WIDE_HEADS = {**SIZES, "n_heads": 2, "n_kv_heads": 1, "d_head": 46}  # as wide beside d_model as they are in the real ones
-GEMMA = Model(gemma2, gemma2.Config(**WIDE_HEADS, tie_embeddings=True, window=200))
-MIXTRAL = Model(mixtral, mixtral.Config(**SIZES, experts=Experts(n_experts=5, n_active=2, d_ff=98, names="mixtral")))
+GEMMA = Model(gemma2.FAMILY, gemma2.Config(**WIDE_HEADS, tie_embeddings=True, window=200))
+MIXTRAL = Model(mixtral.FAMILY, mixtral.Config(**SIZES, experts=Experts(n_experts=5, n_active=2, d_ff=98, names="mixtral")))
 ROUNDED = (optim.AdamW(lr=1e-3), optim.RoundStochastically(0))
 
 
@@ -109,7 +109,7 @@ def test_the_matrix_products_of_a_step_are_those_that_torch_counts(model: Model,
         names = [name for name in params if any(fnmatchcase(name, glob) for glob in globs.split())]
         rule = Lora(3, 6.0, tuple(n for n in names if params[n].ndim == 2 and "model.layers" in n))
         trainable = {name: params[name] for name in names} if whole else rule.init(params, 0)
-        head = model.family.head_name(model.config)
+        head = decoder.head_name(model.config)
         beyond = n_unlabelled * 2 * params[head].numel() * (3 if head in trainable else 2)
         for n_remat in (0, 2):
             again = model._replace(n_remat=n_remat)
@@ -144,7 +144,7 @@ def test_attention_is_counted_over_the_keys_that_are_seen() -> None:
     assert beside_products(LLAMA._replace(n_remat=2), every) == pytest.approx((3 * 3 + 2) * pairs / 2)
     assert beside_products(LLAMA, {one: every[one]}) == pytest.approx((1 + 2 * 3) * pairs / 2)
     assert beside_products(LLAMA, {"lm_head.weight": every["lm_head.weight"]}) == pytest.approx(3 * pairs / 2)
-    narrow = Model(gemma2, gemma2.Config(**SIZES, window=16))  # layers 0 and 2
+    narrow = Model(gemma2.FAMILY, gemma2.Config(**SIZES, window=16))  # layers 0 and 2
     assert beside_products(narrow, {}) == pytest.approx((2 * 16 / 64 + 1) * pairs / 2)
 
 

@@ -29,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and the demo's tokenizer, and a few rows of the demo's data and of prose."""
     folder = tmp_path_factory.mktemp("tiny")
     demo = paths.locate("demo")
-    model = Model(llama, TINY)
+    model = Model(llama.FAMILY, TINY)
     params = {name: 0.1 * w for name, w in random_params(TINY).items()}
     checkpoint.save_folder(folder / "model", params, model, checkpoint.Companions(demo, []))
     for name in ("orders-train", "orders-heldout", "orders-pairs"):

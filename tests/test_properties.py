@@ -134,7 +134,7 @@ def test_value_and_grad_names_a_leaf_that_is_no_float() -> None:
 def test_vmap_of_value_and_grad_equals_a_loop(config: llama.Config, seed: int) -> None:
     params, batch = random_params(config, seed, torch.float64), random_batch(config, 3, 9, seed)
     for wrap in (lambda f: f, remat):
-        model = Model(llama, config, wrap)
+        model = Model(llama.FAMILY, config, wrap)
 
         def one(p: tree.Tree, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, m: Model = model) -> tree.Tree:
             row = Batch(tokens[None], ids[None], mask[None])
@@ -312,7 +312,7 @@ def test_the_head_never_holds_whole_logits() -> None:
 @settings(max_examples=10)
 @given(config=configs(scaling="llama3"), seed=SEEDS, lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5))
 def test_packed_equals_unpacked(config: llama.Config, seed: int, lengths: list[int]) -> None:
-    params, model = random_params(config, seed, torch.float64), Model(llama, config)
+    params, model = random_params(config, seed, torch.float64), Model(llama.FAMILY, config)
     generator = torch.Generator().manual_seed(seed)
     documents = [torch.randint(0, config.vocab_size, (n,), generator=generator) for n in lengths]
     packed = Batch(
@@ -335,7 +335,7 @@ def test_packed_equals_unpacked(config: llama.Config, seed: int, lengths: list[i
 
 
 def test_a_document_does_not_see_its_neighbours() -> None:
-    params, model = random_params(SMALL), Model(llama, SMALL)
+    params, model = random_params(SMALL), Model(llama.FAMILY, SMALL)
     batch = random_batch(SMALL, 1, 21)
     logits = model.forward(params, batch.tokens, segment_ids=batch.segment_ids)
     first = batch.segment_ids == 1
@@ -357,7 +357,7 @@ def test_labels_never_cross_documents_or_padding() -> None:
 def step_parts(seed: int = 0, n_rows: int = 6) -> tuple[Model, dict[str, torch.Tensor], Lora, dict[str, Delta], Batch]:
     params = random_params(SMALL, seed)
     rule = Lora(rank=3, alpha=6.0, targets=TARGETS)
-    return Model(llama, SMALL), params, rule, random_deltas(params, rule, seed), random_batch(SMALL, n_rows, 13, seed)
+    return Model(llama.FAMILY, SMALL), params, rule, random_deltas(params, rule, seed), random_batch(SMALL, n_rows, 13, seed)
 
 
 def trainables(
@@ -365,8 +365,8 @@ def trainables(
 ) -> Iterator[tuple[tree.Tree, tree.Tree, Lora | None]]:
     """(params, trainable, rule) of every kind of training."""
     yield params, deltas, rule
-    yield (*objectives.full(params, ("*",)), None)
-    frozen, norms = objectives.full(params, ("*norm.weight",))
+    yield (*objectives.split_trainable(params, ("*",)), None)
+    frozen, norms = objectives.split_trainable(params, ("*norm.weight",))
     yield frozen, {**deltas, **norms}, rule
 
 
@@ -481,16 +481,16 @@ def test_deltas_without_a_rule_are_refused() -> None:
     params = random_params(SMALL)
     deltas = Lora(2, 2.0, ("lm_head.weight",)).init(params, 0)
     with pytest.raises(TypeError, match=r"lm_head\.weight is a Delta, expected a Lora rule beside it"):
-        objectives.attach(params, deltas, None)
+        objectives.apply_trainable(params, deltas, None)
 
 
 def test_training_whole_keeps_float32_copies_and_frees_the_originals() -> None:
     params = random_params(SMALL, dtype=torch.bfloat16)
-    frozen, trainable = objectives.full(params, ("*norm.weight",))
+    frozen, trainable = objectives.split_trainable(params, ("*norm.weight",))
     assert all(w.dtype == torch.float32 for w in trainable.values())
     assert all(frozen[name].is_meta == name.endswith("norm.weight") for name in params)
-    attached, deltas = objectives.attach(frozen, trainable, None)
+    attached, deltas = objectives.apply_trainable(frozen, trainable, None)
     assert deltas == {}
     assert_same(attached, params)
     with pytest.raises(InputError, match="is trained whole, but the trainable tree does not hold it"):
-        sft(Model(llama, SMALL), CrossEntropy(), None)({}, frozen, random_batch(SMALL, 1, 5))
+        sft(Model(llama.FAMILY, SMALL), CrossEntropy(), None)({}, frozen, random_batch(SMALL, 1, 5))

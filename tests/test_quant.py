@@ -246,7 +246,7 @@ def test_one_weight_at_a_time_is_whole(name: str, monkeypatch: pytest.MonkeyPatc
     config = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=128, d_head=32, d_ff=160, vocab_size=17)
     dense = {name: 0.1 * w for name, w in random_params(config).items()}
     params = Quantization(SCHEMES[name]).quantize(dense)
-    model, batch, rule = Model(llama, config), random_batch(config, 1, 11), Lora(2, 4.0, ("*_proj.weight",))
+    model, batch, rule = Model(llama.FAMILY, config), random_batch(config, 1, 11), Lora(2, 4.0, ("*_proj.weight",))
     deltas = rule.init(dense, 0)
     shapes = {w.shape for name, w in dense.items() if name.endswith("_proj.weight")}
     largest = max(shape.numel() for shape in shapes)
@@ -464,7 +464,7 @@ def test_a_model_over_codes_is_the_model_over_their_weights(name: str):
     params = Quantization(SCHEMES[name]).quantize(random_params(WIDE))
     dense = {n: w if isinstance(w, Tensor) else dequantize(w, torch.float32) for n, w in params.items()}
     tokens = random_batch(WIDE, 2, 9).tokens
-    model = Model(llama, WIDE)
+    model = Model(llama.FAMILY, WIDE)
     torch.testing.assert_close(model.forward(params, tokens), model.forward(dense, tokens), rtol=0, atol=1e-6)
     assert not torch.allclose(model.forward(params, tokens), model.forward(random_params(WIDE), tokens), atol=1e-3)
 

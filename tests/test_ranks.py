@@ -25,7 +25,7 @@ OPTIMIZER = optim.SGD(lr=0.5)
 def one_step(batch: Batch) -> tree.Tree:
     params = random_params(SMALL)
     deltas = RULE.init(params, 0)
-    step = train_step(sft(Model(llama, SMALL), CrossEntropy(), RULE), OPTIMIZER, micro_batch=1)
+    step = train_step(sft(Model(llama.FAMILY, SMALL), CrossEntropy(), RULE), OPTIMIZER, micro_batch=1)
     return step(params, deltas, OPTIMIZER.init(deltas), batch)
 
 

@@ -126,7 +126,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
 ) -> None:
     wide = llama.Config(**{**{f: getattr(TINY, f) for f in TINY.__struct_fields__}, "vocab_size": 1031})
     demo = tiny / "model"
-    checkpoint.save_folder(tmp_path / "wide", random_params(wide), Model(llama, wide), checkpoint.Companions(demo, []))
+    checkpoint.save_folder(tmp_path / "wide", random_params(wide), Model(llama.FAMILY, wide), checkpoint.Companions(demo, []))
     stages = LORA + TRAIN + f'loss = {{ kind = "forward_kl" }}\nteacher = {{ path = "{tmp_path / "wide"}" }}\n'
     assert start(tmp_path, tiny, stages) == 2
     assert "has a student of 1024 tokens and a teacher of 1031, expected one vocabulary" in capsys.readouterr().err

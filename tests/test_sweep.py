@@ -104,7 +104,7 @@ def assert_each_is_itself_alone(
 def test_each_adapter_takes_the_steps_that_it_takes_alone(
     config: llama.Config, points: list[tuple], rows: int, micro: int, dora: bool, rematted: bool, wide: bool
 ) -> None:
-    model = Model(llama, config, remat) if rematted else Model(llama, config)
+    model = Model(llama.FAMILY, config, remat) if rematted else Model(llama.FAMILY, config)
     params, data = (
         random_params(config, dtype=torch.float64 if wide else torch.float32),
         batches(config, len(points), 11, rows, 9),
@@ -142,7 +142,7 @@ def test_each_adapter_is_itself_alone_whatever_is_adapted(name: str, monkeypatch
 
 
 def test_an_adapter_that_breaks_is_skipped_and_the_others_step_as_if_alone() -> None:
-    model, params, own = Model(llama, SMALL), random_params(SMALL), rule(2, 3.0)
+    model, params, own = Model(llama.FAMILY, SMALL), random_params(SMALL), rule(2, 3.0)
     (batch,) = batches(SMALL, 3, 1, 2, 9)
     starts = [own.init(params, seed) for seed in range(3)]
     starts[1] = tree.map(lambda x: torch.full_like(x, torch.inf), starts[1])
@@ -175,7 +175,7 @@ def compiled(block):
     graph = lambda graph, _: graphs.append(1) or graph.forward
     return torch.compile(block, fullgraph=True, backend=graph)
 config = llama.Config(n_layers=5, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17)
-model = Model(llama, config)
+model = Model(llama.FAMILY, config)
 params, rule = model.init(0, 0.4), Lora(3, 8.0, ("*_proj.weight",), dora=True)
 deltas = sweep.stack([rule.init(params, seed) for seed in range(3)])
 tokens = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), tokens > 3)
 optimizers = [optim.SGD(lr) for lr in (0.1, 0.2, 0.3)]
 states = [o.init(part) for o, part in zip(optimizers, sweep.each(deltas, 3))]
 run = lambda model: sweep.sweep_step(model, CrossEntropy(), [rule] * 3, optimizers, micro_batch=2)(params, deltas, states, batch)
-(found, *_, ours), (wanted, *_, theirs) = run(model._replace(wrap=compiled)), run(model)
+(found, *_, ours), (wanted, *_, theirs) = run(model._replace(block_transform=compiled)), run(model)
 def same(x, y):  # either is within 2e-6 of float64, as a share of a leaf's largest value: sums of other orders
     torch.testing.assert_close(x, y, rtol=0.0, atol=1e-5 * float(y.abs().max()))
 tree.map(same, (found, ours), (wanted, theirs))

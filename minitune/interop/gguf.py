@@ -73,8 +73,8 @@ def save(
     to Q4_0, keep their codes. InputError for a family other than llama, a glob that matches nothing and a vocabulary that is
     larger than the embedding.
     """
-    if model.family is not llama:
-        raise InputError(f"gguf: a model of {model.family.__name__}, expected the llama family; save it as a Hugging Face folder")
+    if model.family is not llama.FAMILY:
+        raise InputError(f"gguf: a model of {model.family.name}, expected the llama family; save it as a Hugging Face folder")
     if isinstance(model.config.rope_scaling, (rope.Yarn, rope.LongRope)):
         kind = type(model.config.rope_scaling).__name__.lower()
         raise InputError(f"gguf: RoPE scaling {kind!r}, expected none, linear, dynamic or llama3; save a Hugging Face folder")

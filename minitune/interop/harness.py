@@ -15,7 +15,7 @@ from minitune.chat import Template
 from minitune.models import Model
 from minitune.sampling import Sampling
 from minitune.tokenizer import Tokenizer
-from minitune.types import Deltas, InputError, Params
+from minitune.types import InputError, Params
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that has no formula for it
 SEED = 1234  # of what a task asks to be drawn: the harness's own
@@ -50,7 +50,6 @@ def check(include: Path | None) -> None:
 def evaluate(
     model: Model,
     params: Params,
-    deltas: Deltas,
     tokenizer: Tokenizer,
     template: Template,
     *,
@@ -72,9 +71,7 @@ def evaluate(
     Python's, numpy's and torch's global generators are seeded, as lm_eval does. InputError for a task or data that is not there.
     """
     check(include)
-    backend = language_model(
-        model, params, deltas, tokenizer, template, batch_size=batch_size, max_length=max_length, stop_ids=stop_ids
-    )
+    backend = language_model(model, params, tokenizer, template, batch_size=batch_size, max_length=max_length, stop_ids=stop_ids)
     from lm_eval import __version__
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -115,7 +112,6 @@ def evaluate(
 def language_model(
     model: Model,
     params: Params,
-    deltas: Deltas,
     tokenizer: Tokenizer,
     template: Template,
     *,
@@ -141,7 +137,7 @@ def language_model(
         return bos + tokenizer.encode(text, parse_special=True)
 
     def scores(pairs: Sequence[tuple[list[int], list[int]]]) -> list[scoring.Score]:
-        return scoring.continuations(model, params, deltas, pairs, batch_size=batch_size, max_length=n_max)
+        return scoring.continuations(model, params, pairs, batch_size=batch_size, max_length=n_max)
 
     class Adapter(TemplateLM):
         """What the harness asks, answered by pure functions."""
@@ -193,7 +189,6 @@ def language_model(
                 answers = generate.answers(
                     model,
                     params,
-                    deltas,
                     [(encode(requests[n].args[0]) or [prefix_id])[-width:] for n in group],
                     tokenizer,
                     **rules._asdict(),

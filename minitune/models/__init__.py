@@ -1,10 +1,10 @@
-"""Model families: modules that export Config, from_hf, to_hf, shapes, head_name, hidden, decode, forward and Cache."""
+"""Models: families by name, and the model that a folder or a shape file describes."""
 
 import json
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ from torch import Tensor
 from minitune import ops, seeds, tree
 from minitune.grad import remat
 from minitune.models import (
+    decoder,
     gemma,
     gemma2,
     gemma3,
@@ -35,91 +36,118 @@ from minitune.models import (
     qwen3_moe,
     smollm3,
 )
+from minitune.models.family import Family
 from minitune.models.multimodal import text_config
 from minitune.tree import Tree
-from minitune.types import NO_DELTAS, Batch, Delta, Deltas, InputError, Params
+from minitune.types import Batch, InputError, Params
 
 FAMILIES = {  # by the model_type of config.json
-    "llama": llama,
-    "mistral": mistral,
-    "ministral3": ministral3,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3,
-    "phi3": phi3,
-    "olmo2": olmo2,
-    "olmo3": olmo3,
-    "smollm3": smollm3,
-    "granite": granite,
-    "mixtral": mixtral,
-    "qwen2_moe": qwen2_moe,
-    "qwen3_moe": qwen3_moe,
-    "olmoe": olmoe,
-    "gpt_oss": gpt_oss,
-    "llama4_text": llama4,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "ministral3": ministral3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "phi3": phi3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "granite": granite.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
+    "llama4_text": llama4.FAMILY,
 }
 
 
-class Model(NamedTuple):
-    """A family with its numbers: all that is needed to run parameters. `wrap` transforms every block, e.g. compiled.wrap; the
-    backward computes the first n_remat blocks again, which is what `again` makes them do: grad.remat or offload.remat(...)."""
+BlockTransform = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
-    family: ModuleType
+
+class Probe(NamedTuple):
+    """A look at what linear maps of the blocks give, through which gradients flow: also of blocks that are compiled or computed
+    again in the backward."""
+
+    weights: tuple[str, ...]  # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed by
+    receive: Callable[[str, Tensor], None]  # called with the weight's whole name and its map's output [B T out], once a forward
+
+
+class Model(NamedTuple):
+    """A family with its numbers: all that is needed to run parameters.
+
+    block_transform is applied to the function of every block, such as models.compiled.wrap; the backward computes the first
+    n_remat blocks again, by the transform `remat`: grad.remat or offload.remat(...).
+    """
+
+    family: Family
     config: Any
-    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f
+    block_transform: BlockTransform = lambda f: f
     n_remat: int = 0
-    again: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = remat
+    remat: BlockTransform = remat
+    probe: Probe | None = None
 
     def forward(
         self,
         params: Params,
         tokens: Int[Tensor, "B T"],
-        deltas: Deltas = NO_DELTAS,
         *,
         segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of every token."""
-        return self.family.forward(self.config, params, tokens, deltas, segment_ids=segment_ids)
+        return decoder.forward(self.config, params, tokens, segment_ids=segment_ids)
 
-    def hidden(self, params: Params, rows: Batch, deltas: Deltas) -> Float[Tensor, "B T D"]:
+    def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart."""
-        how = {"segment_ids": rows.segment_ids, "wrap": self.wrap, "n_remat": self.n_remat, "again": self.again}
-        return self.family.hidden(self.config, params, rows.tokens, deltas, **how)
+        return decoder.hidden(self.config, params, rows.tokens, segment_ids=rows.segment_ids, layer=self.layers())
 
-    def head(self, params: Params, deltas: Deltas) -> tuple[Any, Delta | None]:
-        """(weight [V, D], delta) that `logits` takes."""
-        name = self.family.head_name(self.config)
-        return params[name], deltas.get(name)
+    def layers(self) -> Callable[[int], Callable[..., Tensor]]:
+        """Function that gives the function of layer i, called as (its leaves, x, its attention inputs)."""
+        if self.probe is None:
+            run = self.block_transform(partial(decoder.block, self.config))
+        else:
+            run = self.block_transform(partial(probed_block, self.config, self.probe.weights))
+        recomputed = self.remat(run)
 
-    def logits(self, states: Float[Tensor, "*rows D"], head: Any, delta: Delta | None) -> Float[Tensor, "*rows V"]:
+        def layer(i: int) -> Callable[..., Tensor]:
+            block = recomputed if i < self.n_remat else run
+            return block if self.probe is None else partial(_report, block, self.probe, i)
+
+        return layer
+
+    def head(self, params: Params) -> Any:
+        """Leaf [V, D] that turns hidden states into logits: the embedding itself when tied."""
+        return params[decoder.head_name(self.config)]
+
+    def logits(self, params: Params, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits of hidden states, scaled and capped as the family does."""
-        return self.family.scaled_logits(self.config, ops.linear(states, head, delta))
+        return decoder.scaled_logits(self.config, ops.linear(states, self.head(params)))
 
     def token_losses(
-        self, params: Params, batch: Batch, deltas: Deltas, loss: Callable[..., Tensor], beside: Tree = None
+        self, params: Params, batch: Batch, loss: Callable[..., Tensor], extra: Tree = None
     ) -> Float[Tensor, "B T *values"]:
         """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
 
-        loss(logits [n V], targets [n]), by ops.by_rows; or, with `beside`, a tree of tensors [B, T, ...] that belong to the
-        prediction of each token as loss_mask does, loss(logits, targets, rows of beside), by as many rows as the head is.
+        loss(logits [n V], targets [n]), by ops.by_rows; or, with `extra`, a tree of tensors [B, T, ...] that belong to the
+        prediction of each token as loss_mask does, loss(logits, targets, rows of extra), by as many rows as the head is.
         """
-        head, delta = self.head(params, deltas)
         mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
-        targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, beside))
+        targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
 
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
-            return loss(self.family.scaled_logits(self.config, logits), *rows)
+            return loss(decoder.scaled_logits(self.config, logits), *rows)
 
         def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
-            return ops.by_rows(row_losses)(logits, rows[0]) if beside is None else row_losses(logits, *rows)
+            return ops.by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
 
-        return ops.token_losses(chunk_losses, self.hidden(params, batch, deltas), targets, mask, head, delta).roll(1, 1)
+        hidden = self.hidden(params, batch)
+        return ops.token_losses(chunk_losses, hidden, targets, mask, self.head(params)).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""
-        return self.family.shapes(self.config)
+        return decoder.shapes(self.config)
 
     def init(self, seed: int, std: float = 0.02) -> dict[str, Tensor]:
         """Random float32 parameters: norms that multiply by one, biases zero, matrices normal(0, std), those that write to the
@@ -135,6 +163,30 @@ class Model(NamedTuple):
             return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
 
         return {name: weight(name, shape) for name, shape in self.shapes().items()}
+
+
+def probed_block(
+    config: decoder.Config, weights: tuple[str, ...], w: Params, x: Float[Tensor, "B T D"], *rest: Any
+) -> Float[Tensor, "B T D_and_outputs"]:
+    """The block's result followed by the outputs of the linear maps of `weights`, in one tensor, as remat wants it."""
+    outputs: dict[str, Tensor] = {}
+
+    def tap(name: str, x: Tensor, y: Tensor) -> None:
+        if name in weights:
+            outputs[name] = y
+
+    result = decoder.block(config, w, x, *rest, tap=tap)
+    return torch.cat([result, *(outputs[name] for name in weights if name in w)], dim=-1)
+
+
+def _report(block: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any) -> Tensor:
+    """The result of a probed block, whose outputs the probe has received."""
+    names = [name for name in probe.weights if name in w]
+    sizes = [x.shape[-1], *(w[name].shape[0] for name in names)]
+    result, *outputs = block(w, x, *rest).split(sizes, dim=-1)
+    for name, y in zip(names, outputs, strict=True):
+        probe.receive(f"model.layers.{i}.{name}", y)
+    return result
 
 
 def open(folder: Path) -> Model:
@@ -178,12 +230,12 @@ def open_config(path: Path) -> Model:
         raise InputError(f"models: {path}: {error}") from None
     family = _family(table.pop("family", None), str(path))
     try:
-        return Model(family, msgspec.convert(table, family.Config))
+        return Model(family, msgspec.convert(table, family.config))
     except msgspec.ValidationError as error:
         raise InputError(f"models: {path}: {error}") from None
 
 
-def _family(name: Any, where: str) -> ModuleType:
+def _family(name: Any, where: str) -> Family:
     if name not in FAMILIES:
         raise InputError(f"models: {where} is of family {name!r}, expected one of {', '.join(FAMILIES)}")
     return FAMILIES[name]

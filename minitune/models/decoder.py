@@ -15,11 +15,10 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
-from minitune.grad import remat
 from minitune.models import rope
-from minitune.models.experts import Experts, expert_shapes, is_routed, routed_feed_forward, router_logits
+from minitune.models.experts import Experts, expert_shapes, is_routed, routed_feed_forward
 from minitune.ops import Norm, embed, geglu, linear, rms_norm, rope_table, rotate, swiglu
-from minitune.types import NO_DELTAS, Deltas, Params
+from minitune.types import Params
 
 Size = Annotated[int, Meta(gt=0)]
 QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each behind RoPE, no weight
@@ -94,6 +93,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "mlp" if self.experts is None else self.experts.mlp
 
 
+Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its output)
+
+
 class Kind(NamedTuple):
     """What sets a layer's attention apart from another's; layers of one kind share their angles and what they see."""
 
@@ -148,35 +150,23 @@ def head_name(config: Config) -> str:
 def block(
     config: Config,
     w: Params,
-    deltas: Deltas,
     x: Float[Tensor, "B T D"],
     places: Places,
     cache: tuple[Cache, Int[Tensor, "T"]] | None = None,
+    tap: Tap | None = None,
 ) -> Float[Tensor, "B T D"]:
     """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)), with the norms where the config has them.
 
-    w and deltas hold this layer's leaves by Hugging Face name. With (cache, slots) the keys and values of x are written to these
-    slots, and x attends to the whole cache.
+    w holds this layer's leaves by Hugging Face name. With (cache, slots) the keys and values of x are written to these slots, and
+    x attends to the whole cache. tap(name, x, y) is called after each linear map of the block, with the name of its weight within
+    the layer, its input and its output; experts of a mixture call it with the rows that they were given.
     """
-    return _block(config, w, deltas, x, places, cache)[0]
-
-
-def routed_block(
-    config: Config, w: Params, deltas: Deltas, x: Float[Tensor, "B T D"], places: Places
-) -> Float[Tensor, "B T D_and_X"]:
-    """A block with experts, its result followed by what the router gave each of them: one tensor, as remat wants it."""
-    assert config.experts is not None, "only a block with experts has a router"
-    x, h = _block(config, w, deltas, x, places, None)
-    return torch.cat([x, router_logits(config.experts, w, deltas, h)], dim=-1)
-
-
-def _block(
-    config: Config, w: Params, deltas: Deltas, x: Tensor, places: Places, cache: tuple[Cache, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """(the block's result, what its mlp was given)."""
 
     def proj(name: str, x: Tensor) -> Tensor:
-        return linear(x, w[f"{name}.weight"], deltas.get(f"{name}.weight"), w.get(f"{name}.bias"))
+        y = linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+        if tap is not None:
+            tap(f"{name}.weight", x, y)
+        return y
 
     def norm(name: str | None, x: Tensor) -> Tensor:
         return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm)
@@ -186,23 +176,33 @@ def _block(
 
     attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
     x = x + weighed(norm(attention_out, _attend(config, w, proj, norm, norm(attention_in, x), places, cache)))
-    h = norm(mlp_in, x)
-    return x + weighed(norm(mlp_out, _feed_forward(config, w, deltas, proj, h))), h
+    return x + weighed(norm(mlp_out, _feed_forward(config, w, proj, norm(mlp_in, x), tap)))
 
 
 def hidden(
     config: Config,
     params: Params,
     tokens: Int[Tensor, "B T"],
-    deltas: Deltas = NO_DELTAS,
     *,
     segment_ids: Int[Tensor, "B T"] | None = None,
-    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f,
-    n_remat: int = 0,
-    again: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = remat,
+    layer: Callable[[int], Callable[..., Tensor]] | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """Final normed hidden states; `wrap` transforms the block (compile), `again` makes the first n_remat blocks ones that the
-    backward computes again, segment_ids keep packed documents apart."""
+    """Final normed hidden states; segment_ids keep packed documents apart.
+
+    layer(i) is the function that runs layer i, called as (its leaves, x, its attention inputs); block itself if not given.
+    """
+    plain = partial(block, config)
+    x, inputs = before_first_block(config, params, tokens, segment_ids)
+    for i in range(config.n_layers):
+        run = plain if layer is None else layer(i)
+        x = run(layer_of(params, i), x, inputs[layer_kind(config, i)])
+    return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
+
+
+def before_first_block(
+    config: Config, params: Params, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
+) -> tuple[Float[Tensor, "B T D"], dict[Kind, Places]]:
+    """Embedded tokens, and the attention inputs of every kind of layer."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
         seen = causal(lengths, tokens.device)
@@ -212,20 +212,13 @@ def hidden(
         if isinstance(config.rope_scaling, rope.BY_LENGTH):
             lengths = document_lengths(segment_ids)
     x = _embedded(config, params, tokens)
-    places = places_of(config, positions, lengths, seen, x.dtype)
-    run = wrap(partial(block, config))
-    lean = again(run)
-    for i in range(config.n_layers):
-        one = lean if i < n_remat else run
-        x = one(layer_of(params, i), layer_of(deltas, i), x, places[layer_kind(config, i)])
-    return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
+    return x, places_of(config, positions, lengths, seen, x.dtype)
 
 
 def decode(
     config: Config,
     params: Params,
     tokens: Int[Tensor, "B T"],
-    deltas: Deltas,
     caches: Sequence[Cache],
     positions: Int[Tensor, "B T"],
     seen: Seen,
@@ -241,7 +234,7 @@ def decode(
     x = _embedded(config, params, tokens)
     places, slots = places_of(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
     for i, cache in enumerate(caches):
-        x = run(layer_of(params, i), layer_of(deltas, i), x, places[layer_kind(config, i)], (cache, slots))
+        x = run(layer_of(params, i), x, places[layer_kind(config, i)], (cache, slots))
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
@@ -256,14 +249,12 @@ def forward(
     config: Config,
     params: Params,
     tokens: Int[Tensor, "B T"],
-    deltas: Deltas = NO_DELTAS,
     *,
     segment_ids: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T V"]:
     """Logits of every token; training never holds these whole, see Model.token_losses."""
-    name = head_name(config)
-    states = hidden(config, params, tokens, deltas, segment_ids=segment_ids)
-    return scaled_logits(config, linear(states, params[name], deltas.get(name)))
+    states = hidden(config, params, tokens, segment_ids=segment_ids)
+    return scaled_logits(config, linear(states, params[head_name(config)]))
 
 
 def _attend(
@@ -303,9 +294,9 @@ def _attend(
     return proj("self_attn.o_proj", out.transpose(1, 2).flatten(2))
 
 
-def _feed_forward(config: Config, w: Params, deltas: Deltas, proj: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+def _feed_forward(config: Config, w: Params, proj: Callable[[str, Tensor], Tensor], x: Tensor, tap: Tap | None) -> Tensor:
     if config.experts is not None and is_routed(config.experts, w):
-        return routed_feed_forward(config.experts, w, deltas, x)
+        return routed_feed_forward(config.experts, w, proj, x, tap)
     mlp = config.mlp
     gate, up = (
         proj(f"{mlp}.gate_up_proj", x).chunk(2, dim=-1)

@@ -1,6 +1,7 @@
 """A block's feed-forward as a mixture of experts: its numbers, the names of its weights, and how they are used."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -10,8 +11,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from minitune import moe
-from minitune.ops import linear, swiglu
-from minitune.types import Deltas, Params
+from minitune.ops import swiglu
+from minitune.types import Params
 
 Size = Annotated[int, Meta(gt=0)]
 
@@ -110,23 +111,28 @@ def is_routed(experts: Experts, w: Params) -> bool:
     return f"{NAMES[experts.names].router}.weight" in w
 
 
-def router_logits(experts: Experts, w: Params, deltas: Deltas, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T X"]:
-    """What the router of a layer gives every expert; w and deltas hold that layer's leaves."""
-    name = NAMES[experts.names].router
-    return linear(x, w[f"{name}.weight"], deltas.get(f"{name}.weight"), w.get(f"{name}.bias"))
+def router_weight(experts: Experts) -> str:
+    """Name of the router's weight within a layer."""
+    return f"{NAMES[experts.names].router}.weight"
 
 
-def routed_feed_forward(experts: Experts, w: Params, deltas: Deltas, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-    """The mixture's output, and that of the shared expert if there is one; w and deltas hold the layer's leaves."""
+def routed_feed_forward(
+    experts: Experts,
+    w: Params,
+    proj: Callable[[str, Tensor], Tensor],
+    x: Float[Tensor, "B T D"],
+    tap: Callable[[str, Tensor, Tensor], None] | None,
+) -> Float[Tensor, "B T D"]:
+    """The mixture's output, and that of the shared expert if there is one.
+
+    w holds the layer's leaves; proj(name, x) is the linear map of one of them; tap is what decoder.block says.
+    """
     names = NAMES[experts.names]
-
-    def proj(name: str, x: Tensor) -> Tensor:
-        return linear(x, w[f"{name}.weight"], deltas.get(f"{name}.weight"))
-
-    routes = _routes(experts, router_logits(experts, w, deltas, x).flatten(0, 1))
-    into = [_linears(experts, name, w, deltas) for name in names.into]
-    out, early = _linears(experts, names.out, w, deltas), experts.router == "top_then_sigmoid"
-    y = moe.mixture(x.flatten(0, 1), routes, into, _activation(experts), out, weigh_input=early).unflatten(0, x.shape[:2])
+    routes = _routes(experts, proj(names.router, x).flatten(0, 1))
+    up = [_linear_maps(experts, name, w, tap) for name in names.into]
+    down = _linear_maps(experts, names.out, w, tap)
+    scale_input = experts.router == "top_then_sigmoid"
+    y = moe.mixture(x.flatten(0, 1), routes, up, _activation(experts), down, scale_input=scale_input).unflatten(0, x.shape[:2])
     if experts.d_shared is None:
         return y
     hidden = swiglu(proj(f"{names.shared}.gate_proj", x), proj(f"{names.shared}.up_proj", x))
@@ -142,15 +148,17 @@ def _routes(experts: Experts, logits: Tensor) -> moe.Routes:
     return moe.softmax_then_top(logits, experts.n_active, experts.renormalised)
 
 
-def _linears(experts: Experts, name: str, w: Params, deltas: Deltas) -> moe.Linears:
+def _linear_maps(experts: Experts, name: str, w: Params, tap: Callable[[str, Tensor, Tensor], None] | None) -> moe.ExpertLinear:
+    """One linear map of every expert."""
     if "{e}" not in name:
-        return moe.stacked(w[name], deltas.get(name), w.get(f"{name}_bias"))
+        return moe.stacked(w[name], w.get(f"{name}_bias"))
     each = [name.format(e=e) for e in range(experts.n_experts)]
-    return moe.Linears([w[one] for one in each], [deltas.get(one) for one in each], [None] * len(each))
+    taps = [None if tap is None else partial(tap, one) for one in each]
+    return moe.ExpertLinear([w[one] for one in each], [None] * len(each), taps)
 
 
 def _activation(experts: Experts) -> Callable[..., Any]:
-    """What turns the results of `into` into the input of `out`."""
+    """What turns the results of the first maps into the input of the last."""
     if experts.names == "gpt_oss":
         return lambda y: moe.clamped_swiglu(y[..., ::2], y[..., 1::2], experts.limit, experts.slope)
     return swiglu if len(NAMES[experts.names].into) == 2 else lambda y: swiglu(*y.chunk(2, dim=-1))

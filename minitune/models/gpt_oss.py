@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder, rope
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
 from minitune.models.experts import Experts
-from minitune.models.spelling import Spelling, layer_pattern, layer_types
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types
 from minitune.ops import Norm
 from minitune.types import InputError
 
 
 class Config(decoder.Config, frozen=True, kw_only=True):
-    """The numbers that a gpt-oss is made of."""
+    """Numbers that a gpt-oss is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     norm: Norm = "w_before_cast"
@@ -36,29 +36,8 @@ YARN = {
 }
 
 
-SPELLING = Spelling(
-    "gpt_oss",
-    "GptOssForCausalLM",
-    names={"attention_bias": "attention_bias", "window": "sliding_window"},
-    fixed={"hidden_act": ("silu",)},
-    absent={"rms_norm_eps": 1e-5, "head_dim": 64, "sliding_window": 128},
-    also=(
-        "num_local_experts",
-        "num_experts_per_tok",
-        "experts_per_token",
-        "swiglu_limit",
-        "swiglu_alpha",
-        "layer_types",
-        "initial_context_length",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "quantization_config",
-    ),
-)
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     named = "rope_parameters" in hf or "rope_scaling" in hf
     theta, scaling = rope.from_hf(hf if named else {**hf, "rope_scaling": YARN}, where, 150000.0)
     packed = (hf.get("quantization_config") or {}).get("quant_method", "mxfp4")
@@ -75,17 +54,42 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
         "slope": hf.get("swiglu_alpha", 1.702),
     }
     layers = layer_pattern(hf, ("window", "full"), where)
-    return SPELLING.read(Config, hf, where, rope_theta=theta, rope_scaling=scaling, layers=layers, experts=experts)
+    return {"rope_theta": theta, "rope_scaling": scaling, "layers": layers, "experts": experts}
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
     experts = config.experts
-    return SPELLING.write(
-        config,
-        num_local_experts=experts.n_experts,
-        num_experts_per_tok=experts.n_active,
-        swiglu_limit=experts.limit,
-        swiglu_alpha=experts.slope,
-        layer_types=layer_types(config),
-    )
+    return {
+        "num_local_experts": experts.n_experts,
+        "num_experts_per_tok": experts.n_active,
+        "swiglu_limit": experts.limit,
+        "swiglu_alpha": experts.slope,
+        "layer_types": layer_types(config),
+    }
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        fields={"attention_bias": "attention_bias", "window": "sliding_window"},
+        required={"hidden_act": ("silu",)},
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 64, "sliding_window": 128},
+        ignored=(
+            "num_local_experts",
+            "num_experts_per_tok",
+            "experts_per_token",
+            "swiglu_limit",
+            "swiglu_alpha",
+            "layer_types",
+            "initial_context_length",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "quantization_config",
+        ),
+    ),
+    read,
+    write,
+)

@@ -3,33 +3,23 @@
 Touvron et al. 2023, arXiv 2307.09288; Grattafiori et al. 2024, arXiv 2407.21783.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from minitune.models import decoder
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
-from minitune.models.spelling import Spelling
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig
 
 
 class Config(decoder.Config, frozen=True):
-    """The numbers that a Llama is made of."""
+    """Numbers that a Llama is made of."""
 
 
-SPELLING = Spelling(
-    "llama",
-    "LlamaForCausalLM",
-    names={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    fixed={"hidden_act": ("silu",)},
-    allowed={"rope_interleaved": (False,)},
-    also=("is_llama_config",),
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "llama",
+        "LlamaForCausalLM",
+        fields={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        required={"hidden_act": ("silu",)},
+        accepted={"rope_interleaved": (False,)},
+        ignored=("is_llama_config",),
+    ),
 )
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
-    return SPELLING.read(Config, hf, where)
-
-
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
-    return SPELLING.write(config)

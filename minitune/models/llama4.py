@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder, rope
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
 from minitune.models.experts import Experts
-from minitune.models.spelling import Spelling, layer_pattern, layer_types, pattern
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
 
 LAYERS: tuple[decoder.Reach, ...] = ("chunk", "chunk", "chunk", "full")
 
 
 class Config(decoder.Config, frozen=True, kw_only=True):
-    """The numbers that a Llama 4 is made of."""
+    """Numbers that a Llama 4 is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     qk_norm: decoder.QKNorm = "rotated"
@@ -28,35 +28,8 @@ class Config(decoder.Config, frozen=True, kw_only=True):
     nope_growth: float | None = 0.1
 
 
-SPELLING = Spelling(
-    "llama4_text",
-    "Llama4ForCausalLM",
-    names={"d_ff": "intermediate_size_mlp", "attention_bias": "attention_bias", "chunk": "attention_chunk_size"},
-    fixed={"hidden_act": ("silu",)},
-    allowed={"router_jitter_noise": (0.0,)},
-    absent={"rms_norm_eps": 1e-5, "head_dim": 128, "attention_chunk_size": 8192},
-    also=(
-        "intermediate_size",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "moe_layers",
-        "interleave_moe_layer_step",
-        "no_rope_layers",
-        "no_rope_layer_interval",
-        "layer_types",
-        "use_qk_norm",
-        "attn_temperature_tuning",
-        "attn_scale",
-        "floor_scale",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "for_llm_compressor",
-    ),
-)
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     n, every, step = hf.get("num_hidden_layers") or 0, hf.get("no_rope_layer_interval", 4), hf.get("interleave_moe_layer_step", 1)
     turned = hf.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(n)]  # 1 where a layer has RoPE
     rope_layers = pattern([bool(x) for x in turned[:n]], (True, True, True, False))
@@ -74,34 +47,62 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
         "layers": pattern([i in routed for i in range(n)], (True,)),
     }
     theta, scaling = rope.from_hf(hf, where, 500000.0)
-    return SPELLING.read(
-        Config,
-        hf,
-        where,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rope_layers=rope_layers,
-        layers=layers,
-        qk_norm="rotated" if hf.get("use_qk_norm", True) else "none",
-        nope_growth=hf.get("attn_scale", 0.1) if hf.get("attn_temperature_tuning", True) else None,
-        nope_span=hf.get("floor_scale", 8192),
-        experts=experts,
-    )
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_layers": rope_layers,
+        "layers": layers,
+        "qk_norm": "rotated" if hf.get("use_qk_norm", True) else "none",
+        "nope_growth": hf.get("attn_scale", 0.1) if hf.get("attn_temperature_tuning", True) else None,
+        "nope_span": hf.get("floor_scale", 8192),
+        "experts": experts,
+    }
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
     growth, experts = config.nope_growth, config.experts
-    return SPELLING.write(
-        config,
-        intermediate_size=experts.d_ff,
-        num_local_experts=experts.n_experts,
-        num_experts_per_tok=experts.n_active,
-        moe_layers=[i for i in range(config.n_layers) if experts.at(i)],
-        no_rope_layers=[int(decoder.layer_kind(config, i).rope) for i in range(config.n_layers)],
-        layer_types=layer_types(config),
-        use_qk_norm=config.qk_norm != "none",
-        attn_temperature_tuning=growth is not None,
-        attn_scale=0.1 if growth is None else growth,
-        floor_scale=config.nope_span,
-    )
+    return {
+        "intermediate_size": experts.d_ff,
+        "num_local_experts": experts.n_experts,
+        "num_experts_per_tok": experts.n_active,
+        "moe_layers": [i for i in range(config.n_layers) if experts.at(i)],
+        "no_rope_layers": [int(decoder.layer_kind(config, i).rope) for i in range(config.n_layers)],
+        "layer_types": layer_types(config),
+        "use_qk_norm": config.qk_norm != "none",
+        "attn_temperature_tuning": growth is not None,
+        "attn_scale": 0.1 if growth is None else growth,
+        "floor_scale": config.nope_span,
+    }
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "llama4_text",
+        "Llama4ForCausalLM",
+        fields={"d_ff": "intermediate_size_mlp", "attention_bias": "attention_bias", "chunk": "attention_chunk_size"},
+        required={"hidden_act": ("silu",)},
+        accepted={"router_jitter_noise": (0.0,)},
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "attention_chunk_size": 8192},
+        ignored=(
+            "intermediate_size",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "moe_layers",
+            "interleave_moe_layer_step",
+            "no_rope_layers",
+            "no_rope_layer_interval",
+            "layer_types",
+            "use_qk_norm",
+            "attn_temperature_tuning",
+            "attn_scale",
+            "floor_scale",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "for_llm_compressor",
+        ),
+    ),
+    read,
+    write,
+)

@@ -14,10 +14,10 @@ from minitune.attention import causal
 from minitune.grad import fresh, kept_bytes, remat
 from minitune.models import decoder
 from minitune.tree import Tree
-from minitune.types import Deltas, InputError, Params
+from minitune.types import InputError, Params
 
 
-def n_remat(config: decoder.Config, params: Params, deltas: Deltas, n_rows: int, n_tokens: int, n_bytes: int) -> int:
+def n_remat(config: decoder.Config, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
     """The fewest blocks to compute again in the backward of n_rows x n_tokens so that all blocks together keep at most n_bytes.
 
     What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
@@ -27,8 +27,7 @@ def n_remat(config: decoder.Config, params: Params, deltas: Deltas, n_rows: int,
     seen = causal(n_tokens, x.device)
     places = decoder.places_of(config, seen.last, n_tokens, seen, x.dtype)[decoder.layer_kind(config, n - 1)]
     rows = x.numel() * x.element_size()  # what every block keeps, its input
-    layer = decoder.layer_of(params, n - 1), decoder.layer_of(deltas, n - 1)
-    inner = kept_bytes(_block(config), x, *layer, places)
+    inner = kept_bytes(_block(config), x, decoder.layer_of(params, n - 1), places)
     found = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if found is None:
         raise InputError(
@@ -63,21 +62,21 @@ def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
 
 
 def block_spans(
-    config: decoder.Config, n_remat: int, params: Params, deltas: Deltas, x: Tensor, places: dict[decoder.Kind, decoder.Places]
+    config: decoder.Config, n_remat: int, params: Params, x: Tensor, places: dict[decoder.Kind, decoder.Places]
 ) -> list[Span]:
     """The Span of every block, given where the tokens stand and a tensor x [B T D] that has a gradient if the embedding has one;
     blocks that are alike are measured once."""
     spans: list[Span] = []
     known: dict[Any, Span] = {}
     for i in range(config.n_layers):
-        kind, own = decoder.layer_kind(config, i), (decoder.layer_of(params, i), decoder.layer_of(deltas, i))
-        leaves = tuple((path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(own))
+        kind, layer = decoder.layer_kind(config, i), decoder.layer_of(params, i)
+        leaves = tuple((path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer))
         alike = (kind, i < n_remat, x.requires_grad, leaves)
         if alike not in known:
             run = _block(config)
-            known[alike] = span(remat(run) if i < n_remat else run, x, *own, places[kind])
+            known[alike] = span(remat(run) if i < n_remat else run, x, layer, places[kind])
         spans.append(known[alike])
-        x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(own)) else x
+        x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return spans
 
 
@@ -110,7 +109,7 @@ class _Live(TorchDispatchMode):
 
 
 def _block(config: decoder.Config) -> Callable[..., Tensor]:
-    def block(x: Tensor, w: Params, own: Deltas, places: decoder.Places) -> Tensor:
-        return decoder.block(config, w, own, x, places)
+    def block(x: Tensor, w: Params, places: decoder.Places) -> Tensor:
+        return decoder.block(config, w, x, places)
 
     return block

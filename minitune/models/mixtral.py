@@ -7,31 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder, rope
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
 from minitune.models.experts import Experts
-from minitune.models.spelling import Spelling
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig
 
 
 class Config(decoder.Config, frozen=True, kw_only=True):
-    """The numbers that a Mixtral is made of."""
+    """Numbers that a Mixtral is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     layers: tuple[decoder.Reach, ...] = ("window",)
 
 
-SPELLING = Spelling(
-    "mixtral",
-    "MixtralForCausalLM",
-    names={"window": "sliding_window"},
-    fixed={"hidden_act": ("silu",)},
-    allowed={"router_jitter_noise": (0.0,)},
-    absent={"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
-    also=("num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
-)
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     theta, scaling = rope.from_hf(hf, where, 1e6)
     experts = {
         "n_experts": hf.get("num_local_experts", 8),
@@ -39,10 +28,26 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
         "d_ff": hf.get("intermediate_size"),
         "names": "mixtral",
     }
-    return SPELLING.read(Config, hf, where, rope_theta=theta, rope_scaling=scaling, experts=experts)
+    return {"rope_theta": theta, "rope_scaling": scaling, "experts": experts}
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
     experts = config.experts
-    return SPELLING.write(config, num_local_experts=experts.n_experts, num_experts_per_tok=experts.n_active)
+    return {"num_local_experts": experts.n_experts, "num_experts_per_tok": experts.n_active}
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "mixtral",
+        "MixtralForCausalLM",
+        fields={"window": "sliding_window"},
+        required={"hidden_act": ("silu",)},
+        accepted={"router_jitter_noise": (0.0,)},
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+        ignored=("num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
+    ),
+    read,
+    write,
+)

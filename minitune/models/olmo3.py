@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder, olmo2
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
-from minitune.models.spelling import Spelling, layer_pattern, layer_types, layered_rope, layered_rope_to_hf
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, layered_rope, layered_rope_to_hf
 
 
 class Config(olmo2.Config, frozen=True):
-    """The numbers that an OLMo 3 is made of."""
+    """Numbers that an OLMo 3 is made of."""
 
     layers: tuple[decoder.Reach, ...] = ("window", "window", "window", "full")
     window: decoder.Size | None = 4096
@@ -20,22 +20,27 @@ class Config(olmo2.Config, frozen=True):
     window_rope_theta: float | None = 5e5
 
 
-SPELLING = Spelling(
-    "olmo3",
-    "Olmo3ForCausalLM",
-    names={"attention_bias": "attention_bias", "window": "sliding_window"},
-    fixed={"hidden_act": ("silu",)},
-    absent={"rms_norm_eps": 1e-5},
-    also=("layer_types",),
-)
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     layers = layer_pattern(hf, ("window", "window", "window", "full"), where)
-    return SPELLING.read(Config, hf, where, layers=layers, **layered_rope(hf, where, 5e5, hf.get("rope_theta", 5e5)))
+    return {"layers": layers, **layered_rope(hf, where, 5e5, hf.get("rope_theta", 5e5))}
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
-    return SPELLING.write(config, layer_types=layer_types(config), **layered_rope_to_hf(config))
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
+    return {"layer_types": layer_types(config), **layered_rope_to_hf(config)}
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        fields={"attention_bias": "attention_bias", "window": "sliding_window"},
+        required={"hidden_act": ("silu",)},
+        defaults={"rms_norm_eps": 1e-5},
+        ignored=("layer_types",),
+    ),
+    read,
+    write,
+)

@@ -7,37 +7,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder, rope
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
-from minitune.models.spelling import Spelling, rotary_factor
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, rotary_factor
 
 
 class Config(decoder.Config, frozen=True):
-    """The numbers that a Phi-3 is made of."""
+    """Numbers that a Phi-3 is made of."""
 
     fused: bool = True
     layers: tuple[decoder.Reach, ...] = ("window",)
 
 
 NO_BIAS = ("attention_bias", "mlp_bias", "lm_head_bias")
-SPELLING = Spelling(
-    "phi3",
-    "Phi3ForCausalLM",
-    names={"window": "sliding_window", "rotary_factor": "partial_rotary_factor"},
-    fixed={"hidden_act": ("silu",), "resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
-    allowed={**dict.fromkeys(NO_BIAS, (False,)), "full_attn_mod": (1,), "interpolate_factor": (1,)},
-    absent={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
-)
 
 
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
-    hf = {**SPELLING.absent, **hf}
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     theta, scaling = rope.from_hf(hf, where)
-    return SPELLING.read(Config, hf, where, rope_theta=theta, rope_scaling=scaling, rotary_factor=rotary_factor(hf))
+    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_factor": rotary_factor(hf)}
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
     written = rope.to_hf(config.rope_theta, config.rope_scaling)
     written["rope_parameters"]["partial_rotary_factor"] = config.rotary_factor
     if isinstance(config.rope_scaling, rope.LongRope):
@@ -48,4 +39,19 @@ def to_hf(config: Config) -> dict[str, Any]:
             "rope_scaling": {"type": kind, **written["rope_scaling"]},
             "original_max_position_embeddings": original,
         }
-    return SPELLING.write(config, **written)
+    return written
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "phi3",
+        "Phi3ForCausalLM",
+        fields={"window": "sliding_window", "rotary_factor": "partial_rotary_factor"},
+        required={"hidden_act": ("silu",), "resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
+        accepted={**dict.fromkeys(NO_BIAS, (False,)), "full_attn_mod": (1,), "interpolate_factor": (1,)},
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+    ),
+    read,
+    write,
+)

@@ -7,31 +7,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
-from minitune.models.spelling import Spelling, late_windows, late_windows_to_hf
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, sliding_after, sliding_after_to_hf
 
 
 class Config(decoder.Config, frozen=True):
-    """The numbers that a Qwen2 is made of."""
+    """Numbers that a Qwen2 is made of."""
 
     qkv_bias: bool = True
 
 
-SPELLING = Spelling(
-    "qwen2",
-    "Qwen2ForCausalLM",
-    fixed={"hidden_act": ("silu",)},
-    allowed={"use_mrope": (False,)},
-    absent={"max_position_embeddings": 32768},
-    also=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
+    return sliding_after(hf, where)
+
+
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
+    return sliding_after_to_hf(config)
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        required={"hidden_act": ("silu",)},
+        accepted={"use_mrope": (False,)},
+        defaults={"max_position_embeddings": 32768},
+        ignored=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    ),
+    read,
+    write,
 )
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
-    return SPELLING.read(Config, hf, where, **late_windows(hf, where))
-
-
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
-    return SPELLING.write(config, **late_windows_to_hf(config))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
 from minitune.models.experts import Experts
-from minitune.models.spelling import Spelling, layer_pattern, layer_types, pattern
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
 
 MIXTURE = (  # fields of config.json that `mixture` reads, or that say nothing
     "num_experts",
@@ -26,24 +26,14 @@ WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_ty
 
 
 class Config(decoder.Config, frozen=True, kw_only=True):
-    """The numbers that a Qwen2 with experts is made of."""
+    """Numbers that a Qwen2 with experts is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     qkv_bias: bool = True
 
 
-SPELLING = Spelling(
-    "qwen2_moe",
-    "Qwen2MoeForCausalLM",
-    names={"qkv_bias": "qkv_bias"},
-    fixed={"hidden_act": ("silu",)},
-    allowed={"use_mrope": (False,)},
-    also=("shared_expert_intermediate_size", *WINDOW, *MIXTURE),
-)
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     experts = {
         **mixture(hf, n_experts=60, n_active=4, d_ff=1408),
         "d_shared": hf.get("shared_expert_intermediate_size", 5632),
@@ -55,19 +45,18 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
         ["window" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers") or 0)], ("full",)
     )
     layers = layer_pattern(hf, default, where) if window else ("full",)
-    return SPELLING.read(Config, hf, where, experts=experts, window=window, layers=layers)
+    return {"experts": experts, "window": window, "layers": layers}
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
-    return SPELLING.write(
-        config,
-        shared_expert_intermediate_size=config.experts.d_shared,
-        use_sliding_window=config.window is not None,
-        sliding_window=config.window,
-        layer_types=layer_types(config),
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
+    return {
+        "shared_expert_intermediate_size": config.experts.d_shared,
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "layer_types": layer_types(config),
         **mixture_to_hf(config.n_layers, config.experts),
-    )
+    }
 
 
 def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> dict[str, Any]:
@@ -95,3 +84,18 @@ def mixture_to_hf(n_layers: int, experts: Experts) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(n_layers) if not experts.at(i)],
     }
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        fields={"qkv_bias": "qkv_bias"},
+        required={"hidden_act": ("silu",)},
+        accepted={"use_mrope": (False,)},
+        ignored=("shared_expert_intermediate_size", *WINDOW, *MIXTURE),
+    ),
+    read,
+    write,
+)

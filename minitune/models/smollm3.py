@@ -7,37 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import decoder, rope
-from minitune.models.decoder import Cache, block, decode, forward, head_name, hidden, scaled_logits, shapes  # noqa: F401 - what runs it
-from minitune.models.spelling import Spelling, layer_pattern, layer_types, pattern
+from minitune.models.family import Family
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
 
 
 class Config(decoder.Config, frozen=True):
-    """The numbers that a SmolLM3 is made of."""
+    """Numbers that a SmolLM3 is made of."""
 
     rope_layers: tuple[bool, ...] = (True, True, True, False)
     rope_theta: float = 2e6
     tie_embeddings: bool = True
 
 
-SPELLING = Spelling(
-    "smollm3",
-    "SmolLM3ForCausalLM",
-    names={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    fixed={"hidden_act": ("silu",)},
-    absent={"max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4},
-    also=(
-        "no_rope_layers",
-        "no_rope_layer_interval",
-        "use_sliding_window",
-        "sliding_window",
-        "layer_types",
-        "max_window_layers",
-    ),
-)
-
-
-def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
+def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Config fields that a config.json says in this family's own way."""
     n, every = hf.get("num_hidden_layers") or 0, hf.get("no_rope_layer_interval", 4)
     default = (True,) * (every - 1) + (False,)
     turned = hf.get("no_rope_layers")  # 1 where a layer has RoPE, whatever the name says
@@ -46,16 +29,36 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Config:
     late = ["full" if rope_layers[i % len(rope_layers)] else "window" for i in range(n)] if window else []
     layers = layer_pattern(hf, pattern(late, ("full",)), where) if window else ("full",)
     theta, scaling = rope.from_hf(hf, where, 2e6)
-    read = {"rope_layers": rope_layers, "window": window, "layers": layers, "rope_theta": theta, "rope_scaling": scaling}
-    return SPELLING.read(Config, hf, where, **read)
+    return {"rope_layers": rope_layers, "window": window, "layers": layers, "rope_theta": theta, "rope_scaling": scaling}
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read alike."""
-    return SPELLING.write(
-        config,
-        no_rope_layers=[int(decoder.layer_kind(config, i).rope) for i in range(config.n_layers)],
-        use_sliding_window=config.window is not None,
-        sliding_window=config.window,
-        layer_types=layer_types(config),
-    )
+def write(config: Config) -> dict[str, Any]:
+    """config.json fields that only this family has."""
+    return {
+        "no_rope_layers": [int(decoder.layer_kind(config, i).rope) for i in range(config.n_layers)],
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "layer_types": layer_types(config),
+    }
+
+
+FAMILY = Family(
+    Config,
+    HFConfig(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        fields={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        required={"hidden_act": ("silu",)},
+        defaults={"max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4},
+        ignored=(
+            "no_rope_layers",
+            "no_rope_layer_interval",
+            "use_sliding_window",
+            "sliding_window",
+            "layer_types",
+            "max_window_layers",
+        ),
+    ),
+    read,
+    write,
+)

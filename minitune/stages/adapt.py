@@ -58,7 +58,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         """world with trainable deltas."""
         params, trainable, rule = world.loaded.params, world.loaded.trainable, self.rule
         if self.train:
-            params, whole = objectives.full(params, self.train, world.loaded.stored)
+            params, whole = objectives.split_trainable(params, self.train, world.loaded.stored)
             trainable = {**trainable, **whole}
         deltas = rule.init(world.loaded.params, world.seed)
         n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
@@ -84,7 +84,8 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
 
     def run(self, world: World) -> World:
         """world with trainable weights."""
-        params, whole = objectives.full(world.loaded.params, self.weights, world.loaded.stored, getattr(torch, self.dtype))
+        loaded, dtype = world.loaded, getattr(torch, self.dtype)
+        params, whole = objectives.split_trainable(loaded.params, self.weights, loaded.stored, dtype)
         n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
         world.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
         return world.with_model(params=params, trainable={**world.loaded.trainable, **whole})

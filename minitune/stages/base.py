@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from minitune import chat, objectives, tree
-from minitune.types import Deltas, Params, Trainable
+from minitune.types import Params, Trainable
 from minitune.world import Draft, World
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
@@ -54,8 +54,8 @@ def device_of(params: Params, trainable: Trainable) -> torch.device:
     return next((leaf.device for leaf in tree.leaves((params, trainable)) if not leaf.is_meta), torch.device("cpu"))
 
 
-def attached(world: World) -> tuple[Params, Deltas]:
-    """(params, deltas) as a forward takes them, with weights that train under quantization rounded as in training."""
+def adapted_params(world: World) -> Params:
+    """Parameters for a forward, with weights that train under quantization rounded as in training."""
     loaded = world.loaded
     trainable = world.fake.fake(loaded.trainable) if world.fake else loaded.trainable
-    return objectives.attach(loaded.params, trainable, loaded.lora)
+    return objectives.apply_trainable(loaded.params, trainable, loaded.lora)

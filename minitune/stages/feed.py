@@ -34,8 +34,8 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
         found = pairs.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         said = None
         if cached and loss.uses_reference:
-            adapted = objectives.attach(loaded.params, loaded.trainable, loaded.lora)
-            said = frozen.reference_logps(loaded.model, *adapted, found, source, paths.cache(), world.log.progress)
+            adapted = objectives.apply_trainable(loaded.params, loaded.trainable, loaded.lora)
+            said = frozen.reference_logps(loaded.model, adapted, found, source, paths.cache(), world.log.progress)
         return Feed(
             describe(found.report),
             lambda cursor, n: pairs.take(found, cursor, n, source, world.seed, said),

@@ -16,8 +16,8 @@ from minitune.interop import harness
 from minitune.losses import cross_entropy
 from minitune.models import Model
 from minitune.sampling import Sampling
-from minitune.stages.base import BaseStage, Positive, attached, device_of, stop_ids
-from minitune.types import Batch, Deltas, Params
+from minitune.stages.base import BaseStage, Positive, adapted_params, device_of, stop_ids
+from minitune.types import Batch, Params
 from minitune.world import Draft, Stopped, World, asked_data
 
 
@@ -43,10 +43,10 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         source, loaded = world.data[self.data], world.loaded
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         device = device_of(loaded.params, loaded.trainable)
-        params, deltas = attached(world)
+        params = adapted_params(world)
         total = torch.zeros(3, dtype=torch.float64, device=device)  # nats, right ones, how many
         for batch in batches(dataset, source, self.batch_size):
-            total = total + _sums(loaded.model, params, deltas, tree.map(lambda x: x.to(device), batch))
+            total = total + _sums(loaded.model, params, tree.map(lambda x: x.to(device), batch))
         nats, right = (total[:2] / total[2].clamp(min=1.0)).tolist()
         record: dict[str, Any] = {
             "loss_nats": nats,
@@ -97,7 +97,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         file = world.folder / f"{self.label}.jsonl"
         asked = prompts(world.data[self.data], world.loaded.tokenizer, world.loaded.template)[: self.limit]
         ids = [one.ids for one in asked]
-        model = world.loaded.model._replace(wrap=compiled.wrap(world.log.say)) if self.compiled else world.loaded.model
+        model = world.loaded.model._replace(block_transform=compiled.wrap(world.log.say)) if self.compiled else world.loaded.model
         world_of = world.with_model(model=model)
         found = answered(world_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
         lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]
@@ -129,11 +129,10 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
         if self.label in world.records:
             return world
         loaded = world.loaded
-        params, deltas = attached(world)
+        params = adapted_params(world)
         results = harness.evaluate(
             loaded.model,
             params,
-            deltas,
             loaded.tokenizer,
             loaded.template,
             tasks=self.tasks,
@@ -163,7 +162,7 @@ def answered(
 ) -> list[str]:
     """The model's answers to prompts, in their order; world.Stopped when the run is asked to stop."""
     loaded = world.loaded
-    params, deltas = attached(world)
+    params = adapted_params(world)
     with world.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
@@ -174,7 +173,6 @@ def answered(
         return answers(
             loaded.model,
             params,
-            deltas,
             ids,
             loaded.tokenizer,
             sampling=sampling,
@@ -187,14 +185,14 @@ def answered(
         )
 
 
-def _sums(model: Model, params: Params, deltas: Deltas, batch: Batch) -> Float[Tensor, "3"]:
+def _sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"]:
     """Nats, how many targets were the likeliest tokens, and how many targets there are: summed over a batch."""
 
     def values(logits: Tensor, targets: Tensor) -> Tensor:
         return torch.stack([cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
 
     with torch.no_grad():
-        sums = model.token_losses(params, batch, deltas, values).double().sum((0, 1))
+        sums = model.token_losses(params, batch, values).double().sum((0, 1))
     return torch.cat([sums, batch.labelled().sum()[None].double()])
 
 

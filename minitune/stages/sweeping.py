@@ -73,7 +73,7 @@ def run(stage: Any, world: World, model: Model, optimizer_of: Callable[[Any], An
     optimizers = [optimizer_of(point.stage) for point in found]
     seeds = list(dict.fromkeys(_seed(point, world) for point in found))
     deltas, n = sweep.stack(starts), len(found)
-    states = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.each(deltas, n), strict=True)]
+    states = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.unstack(deltas, n), strict=True)]
     state = {"trainable": deltas, "opt_state": states, "best": tree.map(torch.clone, deltas)}
     state, marks = loop.train(
         stage, world, state, loop.start(n, len(seeds)), lambda: _work(stage, world, model, found, rules, optimizers, seeds)
@@ -180,7 +180,7 @@ def _together(batches: Sequence[Batch]) -> Batch:
 
 def _heldout(stage: Any, world: World, model: Model, rules: Sequence[Lora], deltas: Deltas) -> list[float]:
     """Each adapter's mean loss over the held-out data."""
-    total, device = sweep.totals(model, stage.loss, rules), device_of(world.loaded.params, deltas)
+    total, device = sweep.adapters_objective(model, stage.loss, rules), device_of(world.loaded.params, deltas)
     sums = torch.zeros(2, len(rules), device=device)
     for batch in _feed(stage, world, stage.evaluate.data).batches(max(1, stage.evaluate.batch_size // len(rules))):
         rows = tree.map(lambda x: x.to(device).expand(len(rules), *x.shape), batch)

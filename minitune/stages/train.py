@@ -19,7 +19,7 @@ from minitune.stages import loop, sweeping
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.stages.feed import Feed, feed
 from minitune.steps import Step, eval_step, train_step
-from minitune.types import Deltas, InputError, Mean, Params, Trainable
+from minitune.types import InputError, Mean, Params, Trainable
 from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
 
 
@@ -179,11 +179,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     def _model(self, world: World) -> Model:
         loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
         if self.compiled or (self.compiled is None and device.type == "cuda"):
-            model = model._replace(wrap=compiled.wrap(world.log.say))
-        adapted = objectives.attach(loaded.params, fresh(loaded.trainable), loaded.lora)
-        n_remat = self.n_remat(model, *adapted, world.data[self.data].seq_len)
+            model = model._replace(block_transform=compiled.wrap(world.log.say))
+        adapted = objectives.apply_trainable(loaded.params, fresh(loaded.trainable), loaded.lora)
+        n_remat = self.n_remat(model, adapted, world.data[self.data].seq_len)
         if self.remat == HOST and device.type == "cuda":
-            model = model._replace(again=offload.remat(offload.side_stream(device)))
+            model = model._replace(remat=offload.remat(offload.side_stream(device)))
         elif self.remat == HOST:
             world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}: its memory is the host's already")
         elif isinstance(self.remat, str):
@@ -197,7 +197,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         at_once = len(sweeping.points(self)) if self.sweep is not None else 2 if isinstance(self.loss, PairLoss) else 1
         return min(self.micro_batch_size or self.batch_size, self.batch_size) * at_once
 
-    def n_remat(self, model: Model, params: Params, deltas: Deltas, n_tokens: int) -> int:
+    def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
         """How many blocks are computed again in the backward of rows of n_tokens; InputError for a budget that is too small."""
         if self.remat == HOST:
             return model.config.n_layers
@@ -205,16 +205,16 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return model.config.n_layers if self.remat else 0
         number, unit = ROOM.findall(self.remat)[0]
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
-        return memory.n_remat(model.config, params, deltas, self.n_rows, n_tokens, n_bytes)
+        return memory.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
 
     def _teacher(self, world: World) -> Teacher:
-        wise = load(self.teacher or ModelSource(), world.folder, world.seed)
-        if wise.tokenizer.fingerprint != world.loaded.tokenizer.fingerprint:
+        teacher = load(self.teacher or ModelSource(), world.folder, world.seed)
+        if teacher.tokenizer.fingerprint != world.loaded.tokenizer.fingerprint:
             raise InputError(
-                f"stages: {self.label} has a teacher whose tokenizer ({wise.tokenizer_folder}) is not the student's "
+                f"stages: {self.label} has a teacher whose tokenizer ({teacher.tokenizer_folder}) is not the student's "
                 f"({world.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
             )
-        return Teacher(wise.model, *objectives.attach(wise.params, wise.trainable, wise.lora))
+        return Teacher(teacher.model, objectives.apply_trainable(teacher.params, teacher.trainable, teacher.lora))
 
     def _heldout(self, world: World, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
         """The objective's mean over the held-out data."""

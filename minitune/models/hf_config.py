@@ -61,26 +61,26 @@ HARMLESS = frozenset(
 )
 
 
-class Spelling(NamedTuple):
-    """What of a family's config.json is read, and what it must say because the decoder does nothing else.
+class HFConfig(NamedTuple):
+    """How a family spells its config.json, and what it must say there because the decoder does nothing else.
 
-    names: Config field -> config.json field, beside NAMES. fixed: config.json field -> the values that it may have, of which
-    the first is written; allowed: the same, not written. absent: what a missing field means. also: fields that from_hf reads
-    by itself, or that say nothing.
+    fields: Config field -> config.json field, besides NAMES. required: config.json field -> the values that it may have, of which
+    the first is written; accepted: the same, not written. defaults: what a missing field means. ignored: fields that the family
+    reads by itself, or that say nothing.
     """
 
     model_type: str
     architecture: str
-    names: Mapping[str, str] = NONE
-    fixed: Mapping[str, tuple[Any, ...]] = NONE
-    allowed: Mapping[str, tuple[Any, ...]] = NONE
-    absent: Mapping[str, Any] = NONE
-    also: tuple[str, ...] = ()
+    fields: Mapping[str, str] = NONE
+    required: Mapping[str, tuple[Any, ...]] = NONE
+    accepted: Mapping[str, tuple[Any, ...]] = NONE
+    defaults: Mapping[str, Any] = NONE
+    ignored: tuple[str, ...] = ()
 
     def read(self, kind: type[C], hf: Mapping[str, Any], where: str, **read: Any) -> C:
         """The Config, with the fields that the family has read by itself; InputError names what is not understood."""
-        names, fixed = {**NAMES, **self.names}, {**ALLOWED, **self.allowed, **self.fixed}
-        known = {*names.values(), *fixed, *self.also, *ROPE, *HARMLESS}
+        names, fixed = {**NAMES, **self.fields}, {**ALLOWED, **self.accepted, **self.required}
+        known = {*names.values(), *fixed, *self.ignored, *ROPE, *HARMLESS}
         unknown = next((key for key in hf if key not in known), None)
         if unknown is not None:
             raise InputError(
@@ -98,7 +98,7 @@ class Spelling(NamedTuple):
             raise InputError(
                 f"models: {where} has partial_rotary_factor {rotary}, expected 1.0; {self.model_type} rotates whole heads"
             )
-        hf = {**self.absent, **hf}
+        hf = {**self.defaults, **hf}
         fields = {field: hf[name] for field, name in names.items() if name in hf and (field not in NAMES or hf[name] is not None)}
         n_heads, d_model = fields.get("n_heads"), fields.get("d_model")
         d_head = d_model // n_heads if isinstance(n_heads, int) and isinstance(d_model, int) and n_heads > 0 else None
@@ -119,12 +119,12 @@ class Spelling(NamedTuple):
 
     def write(self, config: decoder.Config, **written: Any) -> dict[str, Any]:
         """A config.json that transformers 4.x and 5.x read alike, with the fields that the family writes by itself."""
-        names = {**NAMES, **self.names}
+        names = {**NAMES, **self.fields}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **{name: getattr(config, field) for field, name in names.items()},
-            **{name: values[0] for name, values in self.fixed.items()},
+            **{name: values[0] for name, values in self.required.items()},
             **rope.to_hf(config.rope_theta, config.rope_scaling),
             **written,
         }
@@ -185,7 +185,7 @@ def layered_rope_to_hf(config: decoder.Config) -> dict[str, Any]:
     return {**flat, "rope_parameters": {"full_attention": flat["rope_parameters"], "sliding_attention": near}}
 
 
-def late_windows(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+def sliding_after(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """window and layers where the first max_window_layers layers are full and the rest see a window, if windows are used."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     n, n_full = hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28)
@@ -193,8 +193,8 @@ def late_windows(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"window": window, "layers": layer_pattern(hf, late, where) if window is not None else ("full",)}
 
 
-def late_windows_to_hf(config: decoder.Config) -> dict[str, Any]:
-    """What `late_windows` reads."""
+def sliding_after_to_hf(config: decoder.Config) -> dict[str, Any]:
+    """What `sliding_after` reads."""
     types = layer_types(config)
     first = next((i for i, one in enumerate(types) if one != "full_attention"), config.n_layers)
     used = config.window is not None
