@@ -1,0 +1,76 @@
+"""One decoder block, the file to read first: norms, a mixer in which tokens see one another, and a feed-forward.
+
+Vaswani et al. 2017, arXiv 1706.03762, in the form of Touvron et al. 2023, arXiv 2302.13971.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitune.models.config import Config, MixerName
+from minitune.models.experts import is_routed, routed_feed_forward
+from minitune.models.mixers import MIXERS
+from minitune.models.mixers.mixer import LayerMaps
+from minitune.models.weights import NORMS
+from minitune.ops import geglu, linear, rms_norm, swiglu
+from minitune.tree import Tree
+from minitune.types import Params
+
+ACTIVATIONS = {"silu": swiglu, "gelu_tanh": geglu}
+Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its output)
+
+
+def block(
+    config: Config,
+    mixer: MixerName,
+    w: Params,
+    x: Float[Tensor, "B T D"],
+    inputs: Any,
+    cache: tuple[Tree, Int[Tensor, "T"]] | None = None,
+    tap: Tap | None = None,
+) -> Float[Tensor, "B T D"]:
+    """x + mixer(norm(x)), then x + mlp(norm(x)), with the norms where the config has them.
+
+    w holds this layer's leaves by Hugging Face name, inputs what the layer's mixer shares with others of its kind. With
+    (cache, slots) the state of x is written to these slots, and x sees the whole cache. tap(name, x, y) is called after each
+    linear map of the block, with the name of its weight within the layer, its input and its output; experts of a mixture call
+    it with the rows that they were given.
+    """
+
+    def proj(name: str, x: Tensor) -> Tensor:
+        y = linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+        if tap is not None:
+            tap(f"{name}.weight", x, y)
+        return y
+
+    def norm(name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm)
+
+    def residual(x: Tensor, change: Tensor) -> Tensor:
+        return x + (change if config.residual_multiplier == 1 else change * config.residual_multiplier)
+
+    attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
+
+    # every token sees those before it
+    mixed = MIXERS[mixer].apply(config, LayerMaps(w, proj, norm), norm(attention_in, x), inputs, cache)
+    x = residual(x, norm(attention_out, mixed))
+
+    # every token by itself
+    h = norm(mlp_in, x)
+    if config.experts is not None and is_routed(config.experts, w):
+        y = routed_feed_forward(config.experts, w, proj, h, tap)
+    else:
+        y = _feed_forward(config, proj, h)
+    return residual(x, norm(mlp_out, y))
+
+
+def _feed_forward(config: Config, proj: Callable[[str, Tensor], Tensor], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """down(activation(gate(x)) * up(x))."""
+    mlp = config.mlp
+    if config.fused:
+        gate, up = proj(f"{mlp}.gate_up_proj", x).chunk(2, dim=-1)
+    else:
+        gate, up = proj(f"{mlp}.gate_proj", x), proj(f"{mlp}.up_proj", x)
+    return proj(f"{mlp}.down_proj", ACTIVATIONS[config.activation](gate, up))

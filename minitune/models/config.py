@@ -1,0 +1,111 @@
+"""Numbers that a decoder is made of, and what sets one of its layers apart from another."""
+
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from minitune.models import rope
+from minitune.models.experts import Experts
+from minitune.ops import Norm
+
+Size = Annotated[int, Meta(gt=0)]
+QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each after RoPE, no weight
+NormPlacement = Literal["before", "after", "both"]  # of attention and of the mlp
+RopeLayout = Literal["half", "interleaved"]  # the dimensions that RoPE rotates together: i and i + half; 2i and 2i + 1
+AttentionType = Literal["full", "sliding", "chunked"]  # which earlier tokens are attended to: all, the last, those of a chunk
+MixerName = Literal["grouped_query"]
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Numbers that a decoder is made of; the patterns mixers, layer_types and rope_layers repeat over depth."""
+
+    n_layers: Annotated[int, Meta(gt=0, le=10_000)]
+    n_heads: Size
+    n_kv_heads: Size
+    d_model: Size
+    d_head: Size
+    d_ff: Size
+    vocab_size: Size
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: rope.Scaling | None = None
+    tie_embeddings: bool = False
+    max_positions: Size = 2048
+    attention_bias: bool = False  # on q, k, v and o
+    mlp_bias: bool = False
+
+    qkv_bias: bool = False  # on q, k, v alone
+    fused: bool = False  # q, k, v in one weight, and gate, up in another
+    norm: Norm = "w_after_cast"
+    norms: NormPlacement = "before"
+    qk_norm: QKNorm = "none"
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_multiplier: float | Literal["sqrt_d_model"] = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None  # of the scores; None: d_head^-0.5
+    attention_cap: float | None = None
+    logit_divisor: float = 1.0
+    final_cap: float | None = None
+    mixers: tuple[MixerName, ...] = ("grouped_query",)
+    layer_types: tuple[AttentionType, ...] = ("full",)
+    window: Size | None = None  # tokens; None: sliding layers are full
+    chunk: Size | None = None  # tokens
+    rope_layers: tuple[bool, ...] = (True,)
+    rotary_factor: float = 1.0  # the part of each head's dimensions, from the first, that RoPE rotates
+    window_rope_theta: float | None = None  # of sliding layers, which are then unscaled; None: RoPE as on the others
+    rope_in_float32: bool = False
+    rope_layout: RopeLayout = "half"
+    nope_growth: float | None = None  # queries without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
+    nope_span: Size = 8192  # tokens
+    experts: Experts | None = None  # in place of the mlp, on the layers that it says
+    sinks: bool = False  # one more score a head, learned, whose weight goes nowhere
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        if self.d_rotary % 2:
+            what = f"d_head {self.d_head}"
+            if self.rotary_factor != 1:
+                what = f"int({self.rotary_factor} * {what})"
+            raise ValueError(f"{what} is odd, expected an even number: RoPE rotates pairs")
+        if not (self.mixers and self.layer_types and self.rope_layers):
+            raise ValueError("mixers, layer_types or rope_layers is empty, expected a pattern such as ['full']")
+        if isinstance(self.rope_scaling, rope.LongRope):
+            n_factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            if n_factors != {self.d_rotary // 2}:
+                raise ValueError(
+                    f"longrope has lists of {sorted(n_factors)} factors, expected {self.d_rotary // 2} in each"
+                )
+
+    @property
+    def d_rotary(self) -> int:
+        """Dimensions of a head that RoPE rotates."""
+        return int(self.d_head * self.rotary_factor)
+
+    @property
+    def mlp(self) -> str:
+        """Name that the weights of a plain mlp begin with."""
+        return "mlp" if self.experts is None else self.experts.mlp
+
+
+class LayerKind(NamedTuple):
+    """What sets a layer's mixer apart from another's; layers of one kind share their inputs, such as angles and masks."""
+
+    mixer: MixerName
+    attention: AttentionType
+    rope: bool
+
+
+def layer_kind(config: Config, i: int) -> LayerKind:
+    """Kind of layer i."""
+    return LayerKind(
+        config.mixers[i % len(config.mixers)],
+        config.layer_types[i % len(config.layer_types)],
+        config.rope_layers[i % len(config.rope_layers)],
+    )
+
+
+def layer_kinds(config: Config) -> list[LayerKind]:
+    """Every kind of layer that the model has, once, in the order of its first layer."""
+    return list(dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers)))

@@ -1,0 +1,5 @@
+"""Mixers: the part of a block in which tokens see one another, one file each, listed here by the name that a Config uses."""
+
+from minitune.models.mixers.grouped_query import GROUPED_QUERY
+
+MIXERS = {"grouped_query": GROUPED_QUERY}

@@ -1,0 +1,169 @@
+"""Grouped-query attention: several query heads share a key and a value head (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitune import tree
+from minitune.attention import KeyRange, attention, chunked, windowed
+from minitune.models import rope
+from minitune.models.config import AttentionType, Config, LayerKind
+from minitune.models.mixers.mixer import LayerMaps, Mixer, TokenPositions
+from minitune.models.shapes import Shapes, linear_shapes
+from minitune.ops import rms_norm, rope_table, rotate
+
+
+class AttentionInputs(NamedTuple):
+    """What the attention layers of one kind are given beside x."""
+
+    rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None  # cos and sin; None: this layer has no RoPE
+    keys: KeyRange
+    query_scale: Float[Tensor, "b T"] | None
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer: a slot for every token of the whole decode, filled from the left."""
+
+    k: Float[Tensor, "B K slots E"]
+    v: Float[Tensor, "B K slots E_v"]
+
+
+def shapes(config: Config) -> Shapes:
+    """Names and shapes of the weights within a layer."""
+    d, bias = config.d_model, config.attention_bias or config.qkv_bias
+    n_q, n_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    if config.fused:
+        weights = linear_shapes("self_attn.qkv_proj", n_q + 2 * n_kv, d, bias)
+    else:
+        weights = linear_shapes("self_attn.q_proj", n_q, d, bias)
+        weights |= linear_shapes("self_attn.k_proj", n_kv, d, bias)
+        weights |= linear_shapes("self_attn.v_proj", n_kv, d, bias)
+    if config.qk_norm == "head":
+        weights |= {"self_attn.q_norm.weight": (config.d_head,), "self_attn.k_norm.weight": (config.d_head,)}
+    elif config.qk_norm == "projection":
+        weights |= {"self_attn.q_norm.weight": (n_q,), "self_attn.k_norm.weight": (n_kv,)}
+    weights |= linear_shapes("self_attn.o_proj", d, n_q, config.attention_bias)
+    if config.sinks:
+        weights["self_attn.sinks"] = (config.n_heads,)
+    return weights
+
+
+def inputs(
+    config: Config, kinds: Sequence[LayerKind], where: TokenPositions, dtype: torch.dtype
+) -> dict[LayerKind, AttentionInputs]:
+    """Attention inputs of every kind of layer, each range of keys and each table of angles made once."""
+    keys: dict[AttentionType, KeyRange] = dict.fromkeys(("full", "sliding", "chunked"), where.keys)
+    if config.window is not None and any(kind.attention == "sliding" for kind in kinds):
+        keys["sliding"] = windowed(where.keys, config.window)
+    if config.chunk is not None and any(kind.attention == "chunked" for kind in kinds):
+        keys["chunked"] = chunked(where.keys, where.positions, config.chunk)
+
+    # layers that rotate by the same rule share their angles
+    rules = {kind: _rope_rule(config, kind) for kind in kinds}
+    tables = {rule: _angles(config, *rule, where, dtype) for rule in dict.fromkeys(rules.values())}
+
+    query_scale = rope.query_scale(config.rope_scaling, where.positions)
+    nope_scale = query_scale
+    if config.nope_growth is not None:
+        steps = torch.floor((where.positions + 1) / config.nope_span)
+        nope_scale = 1 + config.nope_growth * torch.log1p(steps)
+
+    def of_kind(kind: LayerKind) -> AttentionInputs:
+        if kind.rope:
+            return AttentionInputs(tables[rules[kind]], keys[kind.attention], query_scale)
+        return AttentionInputs(None, keys[kind.attention], nope_scale)
+
+    return {kind: of_kind(kind) for kind in kinds}
+
+
+def apply(
+    config: Config,
+    layer: LayerMaps,
+    x: Float[Tensor, "B T D"],
+    inputs: AttentionInputs,
+    cache: tuple[KVCache, Tensor] | None,
+) -> Float[Tensor, "B T D"]:
+    """Attention of x over itself, or over the whole cache after the keys and values of x were written to its slots."""
+    q, k, v = _queries_keys_values(config, layer, x)
+
+    # positions
+    if inputs.rope is not None:
+        if config.rope_layout == "interleaved":  # the same order for queries and keys leaves their products as they are
+            q, k = (t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for t in (q, k))
+        q, k = rotate(q, inputs.rope), rotate(k, inputs.rope)
+        if config.qk_norm == "rotated":
+            q, k = (rms_norm(t, t.new_ones(config.d_head), config.norm_eps) for t in (q, k))
+    if inputs.query_scale is not None:
+        q = q * inputs.query_scale[:, None, :, None].to(q.dtype)
+
+    if cache is not None:
+        k, v = tree.donate_at(cache[0], cache[1], KVCache(k, v), dim=2)
+    y = attention(
+        q,
+        k,
+        v,
+        inputs.keys,
+        scale=config.attention_scale,
+        soft_cap=config.attention_cap,
+        sinks=layer.weights.get("self_attn.sinks"),
+    )
+    return layer.linear("self_attn.o_proj", y.transpose(1, 2).flatten(2))
+
+
+def empty_cache(config: Config, n_rows: int, n_slots: int, like: Tensor) -> KVCache:
+    """Cache of one layer for n_rows rows of n_slots tokens, in the dtype and on the device of `like`."""
+    shape = (n_rows, config.n_kv_heads, n_slots, config.d_head)
+    return KVCache(like.new_zeros(shape), like.new_zeros(shape))
+
+
+def filled(cache: KVCache, n: int) -> KVCache:
+    """The first n slots of the cache, as views of it."""
+    return KVCache(cache.k[:, :, :n], cache.v[:, :, :n])
+
+
+def flops(config: Config, kind: LayerKind, companions: float) -> float:
+    """Floating-point operations of a token's scores and of its sum of values, in a document with `companions` tokens."""
+    limits = {"full": None, "sliding": config.window, "chunked": config.chunk}
+    limit = limits[kind.attention] or companions
+    return 4 * config.n_heads * config.d_head * min(companions / 2, limit)
+
+
+def _queries_keys_values(config: Config, layer: LayerMaps, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads [B heads T E] of queries, keys and values, normed where the family does so before RoPE."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, config.d_head)).transpose(1, 2)
+
+    if config.fused:
+        n_rows = [n * config.d_head for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        q, k, v = layer.linear("self_attn.qkv_proj", x).split(n_rows, dim=-1)
+    else:
+        q, k, v = (layer.linear(f"self_attn.{name}_proj", x) for name in "qkv")
+    if config.qk_norm == "projection":
+        q, k = layer.norm("self_attn.q_norm", q), layer.norm("self_attn.k_norm", k)
+    q, k, v = heads(q), heads(k), heads(v)
+    if config.qk_norm == "head":
+        q, k = layer.norm("self_attn.q_norm", q), layer.norm("self_attn.k_norm", k)
+    return q, k, v
+
+
+def _rope_rule(config: Config, kind: LayerKind) -> tuple[float, rope.Scaling | None]:
+    """Base and scaling of a layer's angles."""
+    if kind.attention == "sliding" and config.window_rope_theta is not None:
+        return config.window_rope_theta, None
+    return config.rope_theta, config.rope_scaling
+
+
+def _angles(
+    config: Config, theta: float, scaling: rope.Scaling | None, where: TokenPositions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
+    frequencies = rope.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)
+    magnitude = rope.magnitude(scaling, config.max_positions)
+    return rope_table(where.positions, frequencies.to(where.positions.device), wide, magnitude)
+
+
+GROUPED_QUERY = Mixer(shapes, inputs, apply, empty_cache, filled, flops)

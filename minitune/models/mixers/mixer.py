@@ -1,0 +1,46 @@
+"""What a mixer declares: everything that the decoder, generation and planning want to know of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Int
+from torch import Tensor
+
+from minitune.attention import KeyRange
+from minitune.models.config import Config, LayerKind
+from minitune.models.shapes import Shapes
+from minitune.tree import Tree
+from minitune.types import Params
+
+
+class TokenPositions(NamedTuple):
+    """Where the tokens of a call stand."""
+
+    positions: Int[Tensor, "b T"]  # within their documents, from 0
+    lengths: int | Int[Tensor, "b T"]  # of their documents, in tokens
+    keys: KeyRange  # that each token may see at most
+
+
+class LayerMaps(NamedTuple):
+    """One layer's weights, and the two operations that a mixer does with them by name."""
+
+    weights: Params
+    linear: Callable[[str, Tensor], Tensor]  # (name without ".weight", x) -> x W^T + bias
+    norm: Callable[[str, Tensor], Tensor]
+
+
+class Mixer(NamedTuple):
+    """A way for tokens to see one another, as five pure functions of a Config.
+
+    inputs gives what the layers of each kind share in a call; apply maps [B T D] to [B T D], and with (cache, slots) it writes
+    the state of the tokens to these slots and reads the whole cache; empty_cache makes the state of one layer for n_rows rows
+    of n_slots tokens, and filled gives its first n slots as views; flops counts a token's forward beyond linear maps, in a
+    document with `companions` tokens on average.
+    """
+
+    shapes: Callable[[Config], Shapes]
+    inputs: Callable[[Config, Sequence[LayerKind], TokenPositions, Any], dict[LayerKind, Any]]
+    apply: Callable[[Config, LayerMaps, Tensor, Any, tuple[Tree, Tensor] | None], Tensor]
+    empty_cache: Callable[[Config, int, int, Tensor], Tree]
+    filled: Callable[[Tree, int], Tree]
+    flops: Callable[[Config, LayerKind, float], float]

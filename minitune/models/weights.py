@@ -1,0 +1,72 @@
+"""Names and shapes of a decoder's weights: Hugging Face names, [out, in], in the order of the forward."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from minitune.models.config import Config, layer_kind
+from minitune.models.experts import expert_shapes
+from minitune.models.mixers import MIXERS
+from minitune.models.shapes import Shapes, linear_shapes
+
+NORMS = {  # names of the norms: before and after attention, before and after the mlp
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
+def shapes(config: Config) -> Shapes:
+    """Every weight's name and shape; a tied head is not listed: it is the embedding."""
+    weights: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.d_model)}
+    for i in range(config.n_layers):
+        weights |= {f"model.layers.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
+    weights["model.norm.weight"] = (config.d_model,)
+    if not config.tie_embeddings:
+        weights["lm_head.weight"] = (config.vocab_size, config.d_model)
+    return weights
+
+
+def head_name(config: Config) -> str:
+    """Weight that turns hidden states into logits: the embedding itself when tied."""
+    return "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+
+
+def layer_shapes(config: Config, i: int) -> Shapes:
+    """Weights of layer i by their names within it."""
+    attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
+    mixer = MIXERS[layer_kind(config, i).mixer]
+    return {
+        **_norm_shape(attention_in, config.d_model),
+        **mixer.shapes(config),
+        **_norm_shape(attention_out, config.d_model),
+        **_norm_shape(mlp_in, config.d_model),
+        **_feed_forward_shapes(config, i),
+        **_norm_shape(mlp_out, config.d_model),
+    }
+
+
+def layer_of(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Leaves of layer i by their names within it."""
+    prefix = f"model.layers.{i}."
+    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+
+
+def _feed_forward_shapes(config: Config, i: int) -> Shapes:
+    if config.experts is not None and config.experts.at(i):
+        return expert_shapes(config.experts, config.d_model)
+    d, d_ff, bias = config.d_model, config.d_ff, config.mlp_bias
+    if config.fused:
+        first = linear_shapes(f"{config.mlp}.gate_up_proj", 2 * d_ff, d, bias)
+    else:
+        first = linear_shapes(f"{config.mlp}.gate_proj", d_ff, d, bias)
+        first |= linear_shapes(f"{config.mlp}.up_proj", d_ff, d, bias)
+    return first | linear_shapes(f"{config.mlp}.down_proj", d, d_ff, bias)
+
+
+def _norm_shape(name: str | None, d: int) -> Shapes:
+    return {} if name is None else {f"{name}.weight": (d,)}
