@@ -84,8 +84,8 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
     x = fresh(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
-    places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
-    spans = memory.block_spans(config, step.model.n_remat, params, x, places)
+    inputs = decoder.attention_inputs(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
+    spans = memory.block_spans(config, step.model.n_remat, params, x, inputs)
     if step.offloaded:  # two inputs are on their way
         lean = [span._replace(kept=0, transient=span.transient + 2 * tree.n_bytes(x)) for span in spans[: step.model.n_remat]]
         spans = [*lean, *spans[step.model.n_remat :]]
@@ -104,7 +104,7 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
         "second model": tree.n_bytes((step.beside, step.teacher and step.teacher.params)),
         "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
         "optimizer": state,
-        "batch": n * BESIDE + tree.n_bytes(list(places.values())),
+        "batch": n * BESIDE + tree.n_bytes(list(inputs.values())),
     }
     # of the micro-batches before this one, whose sum the next one is added to
     earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0

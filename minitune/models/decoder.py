@@ -103,8 +103,8 @@ class Kind(NamedTuple):
     rope: bool
 
 
-class Places(NamedTuple):
-    """Where the tokens of a call stand, as layers of one kind see it."""
+class AttentionInputs(NamedTuple):
+    """What attention takes besides its queries, keys and values: the same for all layers of one kind."""
 
     rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None  # cos and sin; None: this layer has no RoPE
     seen: Seen
@@ -151,7 +151,7 @@ def block(
     config: Config,
     w: Params,
     x: Float[Tensor, "B T D"],
-    places: Places,
+    inputs: AttentionInputs,
     cache: tuple[Cache, Int[Tensor, "T"]] | None = None,
     tap: Tap | None = None,
 ) -> Float[Tensor, "B T D"]:
@@ -175,7 +175,7 @@ def block(
         return x if config.residual_multiplier == 1 else x * config.residual_multiplier
 
     attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
-    x = x + weighed(norm(attention_out, _attend(config, w, proj, norm, norm(attention_in, x), places, cache)))
+    x = x + weighed(norm(attention_out, _attend(config, w, proj, norm, norm(attention_in, x), inputs, cache)))
     return x + weighed(norm(mlp_out, _feed_forward(config, w, proj, norm(mlp_in, x), tap)))
 
 
@@ -201,7 +201,7 @@ def hidden(
 
 def before_first_block(
     config: Config, params: Params, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
-) -> tuple[Float[Tensor, "B T D"], dict[Kind, Places]]:
+) -> tuple[Float[Tensor, "B T D"], dict[Kind, AttentionInputs]]:
     """Embedded tokens, and the attention inputs of every kind of layer."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
@@ -212,7 +212,7 @@ def before_first_block(
         if isinstance(config.rope_scaling, rope.BY_LENGTH):
             lengths = document_lengths(segment_ids)
     x = _embedded(config, params, tokens)
-    return x, places_of(config, positions, lengths, seen, x.dtype)
+    return x, attention_inputs(config, positions, lengths, seen, x.dtype)
 
 
 def decode(
@@ -232,9 +232,9 @@ def decode(
     angles, as in transformers.
     """
     x = _embedded(config, params, tokens)
-    places, slots = places_of(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
+    inputs, slots = attention_inputs(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
     for i, cache in enumerate(caches):
-        x = run(layer_of(params, i), x, places[layer_kind(config, i)], (cache, slots))
+        x = run(layer_of(params, i), x, inputs[layer_kind(config, i)], (cache, slots))
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
@@ -263,7 +263,7 @@ def _attend(
     proj: Callable[[str, Tensor], Tensor],
     norm: Callable[[str, Tensor], Tensor],
     x: Tensor,
-    places: Places,
+    inputs: AttentionInputs,
     cache: tuple[Cache, Tensor] | None,
 ) -> Tensor:
     def heads(x: Tensor) -> Tensor:
@@ -279,18 +279,18 @@ def _attend(
     q, k, v = heads(q), heads(k), heads(v)
     if config.qk_norm == "head":
         q, k = norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)
-    if places.rope is not None:
+    if inputs.rope is not None:
         if config.rope_pairs == "neighbours":  # the same order for queries and keys leaves their products as they are
             q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
-        q, k = rotate(q, places.rope), rotate(k, places.rope)
-    if places.rope is not None and config.qk_norm == "rotated":
+        q, k = rotate(q, inputs.rope), rotate(k, inputs.rope)
+    if inputs.rope is not None and config.qk_norm == "rotated":
         q, k = (rms_norm(x, x.new_ones(config.d_head), config.norm_eps) for x in (q, k))
-    if places.query_scale is not None:
-        q = q * places.query_scale[:, None, :, None].to(q.dtype)
+    if inputs.query_scale is not None:
+        q = q * inputs.query_scale[:, None, :, None].to(q.dtype)
     if cache is not None:
         k, v = tree.donate_at(cache[0], cache[1], Cache(k, v), dim=2)
     scale, soft_cap, sinks = config.attention_scale, config.attention_cap, w.get("self_attn.sinks")
-    out = attention(q, k, v, places.seen, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    out = attention(q, k, v, inputs.seen, scale=scale, soft_cap=soft_cap, sinks=sinks)
     return proj("self_attn.o_proj", out.transpose(1, 2).flatten(2))
 
 
@@ -313,8 +313,10 @@ def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 
-def places_of(config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype) -> dict[Kind, Places]:
-    """The places of every kind of layer that the model has, each run of keys and each table of angles made once."""
+def attention_inputs(
+    config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype
+) -> dict[Kind, AttentionInputs]:
+    """Attention inputs of every kind of layer in the model; each key range and each table of angles is made once."""
     kinds = dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers))
     reach: dict[Reach, Seen] = {"full": seen, "window": seen, "chunk": seen}
     if config.window is not None and any(kind.reach == "window" for kind in kinds):
@@ -334,7 +336,9 @@ def places_of(config: Config, positions: Tensor, lengths: int | Tensor, seen: Se
     if config.nope_growth is not None:
         nope_scale = 1 + config.nope_growth * torch.log1p(torch.floor((positions + 1) / config.nope_span))
     return {
-        kind: Places(tables[rules[kind]], reach[kind.reach], scale) if kind.rope else Places(None, reach[kind.reach], nope_scale)
+        kind: AttentionInputs(tables[rules[kind]], reach[kind.reach], scale)
+        if kind.rope
+        else AttentionInputs(None, reach[kind.reach], nope_scale)
         for kind in kinds
     }
 

@@ -25,9 +25,9 @@ def n_remat(config: decoder.Config, params: Params, n_rows: int, n_tokens: int, 
     like, n = params["model.embed_tokens.weight"], config.n_layers
     x = torch.ones(n_rows, n_tokens, config.d_model, dtype=like.dtype, device=like.device)
     seen = causal(n_tokens, x.device)
-    places = decoder.places_of(config, seen.last, n_tokens, seen, x.dtype)[decoder.layer_kind(config, n - 1)]
+    inputs = decoder.attention_inputs(config, seen.last, n_tokens, seen, x.dtype)[decoder.layer_kind(config, n - 1)]
     rows = x.numel() * x.element_size()  # what every block keeps, its input
-    inner = kept_bytes(_block(config), x, decoder.layer_of(params, n - 1), places)
+    inner = kept_bytes(_block(config), x, decoder.layer_of(params, n - 1), inputs)
     found = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if found is None:
         raise InputError(
@@ -62,7 +62,7 @@ def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
 
 
 def block_spans(
-    config: decoder.Config, n_remat: int, params: Params, x: Tensor, places: dict[decoder.Kind, decoder.Places]
+    config: decoder.Config, n_remat: int, params: Params, x: Tensor, inputs: dict[decoder.Kind, decoder.AttentionInputs]
 ) -> list[Span]:
     """The Span of every block, given where the tokens stand and a tensor x [B T D] that has a gradient if the embedding has one;
     blocks that are alike are measured once."""
@@ -74,7 +74,7 @@ def block_spans(
         alike = (kind, i < n_remat, x.requires_grad, leaves)
         if alike not in known:
             run = _block(config)
-            known[alike] = span(remat(run) if i < n_remat else run, x, layer, places[kind])
+            known[alike] = span(remat(run) if i < n_remat else run, x, layer, inputs[kind])
         spans.append(known[alike])
         x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return spans
@@ -109,7 +109,7 @@ class _Live(TorchDispatchMode):
 
 
 def _block(config: decoder.Config) -> Callable[..., Tensor]:
-    def block(x: Tensor, w: Params, places: decoder.Places) -> Tensor:
-        return decoder.block(config, w, x, places)
+    def block(x: Tensor, w: Params, inputs: decoder.AttentionInputs) -> Tensor:
+        return decoder.block(config, w, x, inputs)
 
     return block
