@@ -176,8 +176,8 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
             total += n_a * (2 + back) + 3 * n_b
         total += forward if place[0] < model.n_remat and first <= (place[0], len(STEPS)) else 0
     for i in range(config.n_layers):
-        reach = decoder.layer_kind(config, i).reach
-        limit = {"full": companions, "window": config.window, "chunk": config.chunk}[reach] or companions
+        attention_type = decoder.layer_kind(config, i).type
+        limit = {"full": companions, "sliding": config.window, "chunked": config.chunk}[attention_type] or companions
         forward = 4 * config.n_heads * config.d_head * min(companions / 2, limit)
         back = first <= (i, ATTENTION)
         total += forward * (3 if back else 1) + (forward if i < model.n_remat and first <= (i, len(STEPS)) else 0)

@@ -35,7 +35,7 @@ DENSE = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
     *("gemma3_text", "phi3", "olmo2", "olmo3", "smollm3", "granite"),
 )
-REACHES: tuple[decoder.Reach, ...] = ("full", "window")
+ATTENTION_TYPES: tuple[decoder.AttentionType, ...] = ("full", "sliding")
 
 
 @st.composite
@@ -103,7 +103,7 @@ def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
     else:
         fields["rope_scaling"] = scaling
     if name in ("qwen2", "qwen3", "smollm3") and window is not None:
-        fields |= {"window": window, "layers": draw(patterns(fields["n_layers"], ("full",), REACHES))}
+        fields |= {"window": window, "layer_types": draw(patterns(fields["n_layers"], ("full",), ATTENTION_TYPES))}
     if name in ("gemma2", "gemma3_text"):
         scalar = draw(st.integers(1, 30))
         fields |= {
@@ -113,7 +113,7 @@ def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
     if name == "gemma2":
         fields |= {"attention_cap": draw(st.sampled_from([None, 1.0, 3.0])), "window": window or 5}
     if name in ("gemma2", "gemma3_text", "olmo3"):
-        fields["layers"] = draw(patterns(fields["n_layers"], kind(**fields).layers, REACHES))
+        fields["layer_types"] = draw(patterns(fields["n_layers"], kind(**fields).layer_types, ATTENTION_TYPES))
     if name == "smollm3":
         fields["rope_layers"] = draw(patterns(fields["n_layers"], (True, True, True, False), (True, False)))
     if name == "granite":

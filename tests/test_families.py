@@ -122,8 +122,8 @@ GROWING = rope.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
 MECHANISMS = {  # what is taken out -> (family, its config, what the config says instead)
     "window": ("mistral", {"window": 3}, {"window": None}),
     "width of the window": ("mistral", {"window": 3}, {"window": 4}),
-    "which layers have windows": ("gemma2", {"window": 3}, {"layers": ("full", "window")}),
-    "late windows": ("qwen2", {"window": 3, "layers": ("full", "full", "full", "window")}, {"layers": ("full",)}),
+    "which layers have windows": ("gemma2", {"window": 3}, {"layer_types": ("full", "sliding")}),
+    "late windows": ("qwen2", {"window": 3, "layer_types": ("full", "full", "full", "sliding")}, {"layer_types": ("full",)}),
     "norm of heads": ("qwen3", {}, {"qk_norm": "none"}),
     "norm of projections": ("olmo2", {}, {"qk_norm": "none"}),
     "one plus w": ("gemma", {}, {"norm": "w_before_cast"}),
@@ -134,7 +134,11 @@ MECHANISMS = {  # what is taken out -> (family, its config, what the config says
     "cap of scores": ("gemma2", {"attention_cap": 2.0}, {"attention_cap": None}),
     "cap of logits": ("gemma2", {"final_cap": 3.0}, {"final_cap": None}),
     "the order of caps": ("gemma2", {"attention_cap": 2.0, "final_cap": 9.0}, {"attention_cap": 9.0, "final_cap": 2.0}),
-    "RoPE of windows": ("gemma3_text", {"layers": ("window", "full"), "window_rope_theta": 3.0}, {"window_rope_theta": None}),
+    "RoPE of windows": (
+        "gemma3_text",
+        {"layer_types": ("sliding", "full"), "window_rope_theta": 3.0},
+        {"window_rope_theta": None},
+    ),
     "no scaling on windows": ("olmo3", {"rope_scaling": YARNS[0], "window_rope_theta": 30.0}, {"window_rope_theta": None}),
     "layers without RoPE": ("smollm3", {}, {"rope_layers": (True,)}),
     "part of each head": ("phi3", {"rotary_factor": 0.5}, {"rotary_factor": 1.0}),
@@ -277,7 +281,7 @@ def check_packing(config: decoder.Config, seed: int, lengths: list[int]) -> None
 
 
 def test_chunks_decode_and_pack_as_they_run() -> None:
-    config = sized("llama", layers=("chunk", "full"), chunk=3, rope_layers=(True, False))
+    config = sized("llama", layer_types=("chunked", "full"), chunk=3, rope_layers=(True, False))
     check_decoding(config, 0)
     check_packing(config, 0, [5, 1, 7, 11])
     params, tokens = random_params(config), random_batch(config, 1, 9).tokens
@@ -418,8 +422,8 @@ def test_every_family_refuses_a_field_that_it_does_not_know(name: str) -> None:
 
 
 def test_empty_patterns_are_refused() -> None:
-    with pytest.raises(ValueError, match="layers or rope_layers is empty, expected a pattern"):
-        sized("gemma2", layers=())
+    with pytest.raises(ValueError, match="layer_types or rope_layers is empty, expected a pattern"):
+        sized("gemma2", layer_types=())
 
 
 # folders of models that also see images
@@ -552,7 +556,7 @@ def test_windows_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: 
 
 def test_llama_and_mistral_are_the_decoder_as_it_is() -> None:
     base = decoder.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
-    for family, differs in ((llama, set()), (mistral, {"layers"})):
+    for family, differs in ((llama, set()), (mistral, {"layer_types"})):
         fields = family.config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
         assert {f for f in base.__struct_fields__ if getattr(base, f) != getattr(fields, f)} == differs
 

@@ -248,7 +248,7 @@ def test_the_golden_test_fails_when_a_number_of_the_experts_is_another(name: str
 LLAMA4 = {
     "chunks": {"chunk": None},
     "width of a chunk": {"chunk": 4},
-    "which layers have chunks": {"layers": ("full", "chunk")},
+    "which layers have chunks": {"layer_types": ("full", "chunked")},
     "layers without RoPE": {"rope_layers": (True,)},
     "neighbours": {"rope_pairs": "halves"},
     "norm of turned heads": {"qk_norm": "none"},

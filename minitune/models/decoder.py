@@ -23,11 +23,12 @@ from minitune.types import Params
 Size = Annotated[int, Meta(gt=0)]
 QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each behind RoPE, no weight
 Pairs = Literal["halves", "neighbours"]  # the dimensions that RoPE turns together: i and i + half; 2i and 2i + 1
-Reach = Literal["full", "window", "chunk"]  # which earlier tokens a layer attends to: all, the last few, those of its chunk
+# the earlier tokens that a layer attends to: all, the last few, those of its chunk
+AttentionType = Literal["full", "sliding", "chunked"]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The numbers that a decoder is made of and what its blocks do; the patterns `layers` and `rope_layers` repeat over depth."""
+    """The numbers that a decoder is made of and what its blocks do; the patterns `layer_types` and `rope_layers` repeat over depth."""
 
     n_layers: Annotated[int, Meta(gt=0, le=10_000)]
     n_heads: Size
@@ -56,12 +57,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention_cap: float | None = None
     logit_divisor: float = 1.0
     final_cap: float | None = None
-    layers: tuple[Reach, ...] = ("full",)
-    window: Size | None = None  # tokens; None: window layers are full
+    layer_types: tuple[AttentionType, ...] = ("full",)
+    window: Size | None = None  # tokens; None: sliding layers are full
     chunk: Size | None = None  # tokens
     rope_layers: tuple[bool, ...] = (True,)
     rotary_factor: float = 1.0  # the part of each head's dimensions, from the first, that RoPE turns
-    window_rope_theta: float | None = None  # of window layers, which are then unscaled; None: RoPE as on the others
+    window_rope_theta: float | None = None  # of sliding layers, which are then unscaled; None: RoPE as on the others
     rope_in_float32: bool = False
     rope_pairs: Pairs = "halves"
     nope_growth: float | None = None  # queries of layers without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
@@ -75,8 +76,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.d_rotary % 2:
             what = f"d_head {self.d_head}" if self.rotary_factor == 1 else f"int({self.rotary_factor} * d_head {self.d_head})"
             raise ValueError(f"{what} is odd, expected an even number: RoPE rotates pairs")
-        if not self.layers or not self.rope_layers:
-            raise ValueError("layers or rope_layers is empty, expected a pattern such as ['full']")
+        if not self.layer_types or not self.rope_layers:
+            raise ValueError("layer_types or rope_layers is empty, expected a pattern such as ['full']")
         if isinstance(self.rope_scaling, rope.LongRope):
             found = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if found != {self.d_rotary // 2}:
@@ -99,7 +100,7 @@ Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its
 class Kind(NamedTuple):
     """What sets a layer's attention apart from another's; layers of one kind share their angles and what they see."""
 
-    reach: Reach
+    type: AttentionType
     rope: bool
 
 
@@ -128,7 +129,7 @@ ACTIVATIONS = {"silu": swiglu, "gelu_tanh": geglu}
 
 def layer_kind(config: Config, i: int) -> Kind:
     """The kind of layer i."""
-    return Kind(config.layers[i % len(config.layers)], config.rope_layers[i % len(config.rope_layers)])
+    return Kind(config.layer_types[i % len(config.layer_types)], config.rope_layers[i % len(config.rope_layers)])
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -318,15 +319,15 @@ def attention_inputs(
 ) -> dict[Kind, AttentionInputs]:
     """Attention inputs of every kind of layer in the model; each key range and each table of angles is made once."""
     kinds = dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers))
-    reach: dict[Reach, Seen] = {"full": seen, "window": seen, "chunk": seen}
-    if config.window is not None and any(kind.reach == "window" for kind in kinds):
-        reach["window"] = windowed(seen, config.window)
-    if config.chunk is not None and any(kind.reach == "chunk" for kind in kinds):
-        reach["chunk"] = chunked(seen, positions, config.chunk)
+    key_ranges: dict[AttentionType, Seen] = {"full": seen, "sliding": seen, "chunked": seen}
+    if config.window is not None and any(kind.type == "sliding" for kind in kinds):
+        key_ranges["sliding"] = windowed(seen, config.window)
+    if config.chunk is not None and any(kind.type == "chunked" for kind in kinds):
+        key_ranges["chunked"] = chunked(seen, positions, config.chunk)
     wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
     rules = {
         kind: (config.window_rope_theta, None)
-        if kind.reach == "window" and config.window_rope_theta is not None
+        if kind.type == "sliding" and config.window_rope_theta is not None
         else (config.rope_theta, config.rope_scaling)
         for kind in kinds
     }
@@ -336,9 +337,9 @@ def attention_inputs(
     if config.nope_growth is not None:
         nope_scale = 1 + config.nope_growth * torch.log1p(torch.floor((positions + 1) / config.nope_span))
     return {
-        kind: AttentionInputs(tables[rules[kind]], reach[kind.reach], scale)
+        kind: AttentionInputs(tables[rules[kind]], key_ranges[kind.type], scale)
         if kind.rope
-        else AttentionInputs(None, reach[kind.reach], nope_scale)
+        else AttentionInputs(None, key_ranges[kind.type], nope_scale)
         for kind in kinds
     }
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from minitune.models import decoder, gemma
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 
 
 class Config(gemma.Config, frozen=True):
@@ -17,19 +17,19 @@ class Config(gemma.Config, frozen=True):
     norms: Literal["before", "after", "both"] = "both"
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
-    layers: tuple[decoder.Reach, ...] = ("window", "full")
+    layer_types: tuple[decoder.AttentionType, ...] = ("sliding", "full")
     window: decoder.Size | None = 4096
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
-    layers = layer_pattern(hf, ("window", "full"), where)
-    return {"attention_scale": attention_scale(hf), "layers": layers}
+    layer_types = layer_pattern(hf, ("sliding", "full"), where)
+    return {"attention_scale": attention_scale(hf), "layer_types": layer_types}
 
 
 def write(config: Config) -> dict[str, Any]:
     """config.json fields that only this family has."""
-    return {"query_pre_attn_scalar": query_pre_attn_scalar(config), "layer_types": layer_types(config)}
+    return {"query_pre_attn_scalar": query_pre_attn_scalar(config), "layer_types": layer_types_to_hf(config)}
 
 
 def attention_scale(hf: Mapping[str, Any]) -> float | None:

@@ -13,7 +13,7 @@ from minitune.models.hf_config import HFConfig
 class Config(decoder.Config, frozen=True):
     """Numbers that a Ministral 3 is made of."""
 
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[decoder.AttentionType, ...] = ("sliding",)
 
 
 PUBLISHED = rope.Yarn(16.0, 16384, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)

@@ -11,7 +11,7 @@ from minitune.models.hf_config import HFConfig
 class Config(decoder.Config, frozen=True):
     """Numbers that a Mistral is made of."""
 
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[decoder.AttentionType, ...] = ("sliding",)
 
 
 FAMILY = Family(

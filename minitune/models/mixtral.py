@@ -16,7 +16,7 @@ class Config(decoder.Config, frozen=True, kw_only=True):
     """Numbers that a Mixtral is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[decoder.AttentionType, ...] = ("sliding",)
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class Config(decoder.Config, frozen=True):
     """Numbers that a Phi-3 is made of."""
 
     fused: bool = True
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[decoder.AttentionType, ...] = ("sliding",)
 
 
 NO_BIAS = ("attention_bias", "mlp_bias", "lm_head_bias")

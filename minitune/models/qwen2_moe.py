@@ -9,7 +9,7 @@ from typing import Any
 from minitune.models import decoder
 from minitune.models.experts import Experts
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
 
 MIXTURE = (  # fields of config.json that `mixture` reads, or that say nothing
     "num_experts",
@@ -42,10 +42,10 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     n_windows = min(hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28))  # of which every second one has one
     default = pattern(
-        ["window" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers") or 0)], ("full",)
+        ["sliding" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers") or 0)], ("full",)
     )
-    layers = layer_pattern(hf, default, where) if window else ("full",)
-    return {"experts": experts, "window": window, "layers": layers}
+    layer_types = layer_pattern(hf, default, where) if window else ("full",)
+    return {"experts": experts, "window": window, "layer_types": layer_types}
 
 
 def write(config: Config) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def write(config: Config) -> dict[str, Any]:
         "shared_expert_intermediate_size": config.experts.d_shared,
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
-        "layer_types": layer_types(config),
+        "layer_types": layer_types_to_hf(config),
         **mixture_to_hf(config.n_layers, config.experts),
     }
 

@@ -18,7 +18,7 @@ class Config(decoder.Config, frozen=True, kw_only=True):
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     qk_norm: Literal["none", "head", "projection"] = "head"
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[decoder.AttentionType, ...] = ("sliding",)
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
