@@ -250,7 +250,7 @@ LLAMA4 = {
     "width of a chunk": {"chunk": 4},
     "which layers have chunks": {"layer_types": ("full", "chunked")},
     "layers without RoPE": {"rope_layers": (True,)},
-    "neighbours": {"rope_pairs": "halves"},
+    "interleaved": {"rope_layout": "half"},
     "norm of turned heads": {"qk_norm": "none"},
     "growth of queries": {"nope_growth": None},
     "where queries grow": {"nope_span": 5},

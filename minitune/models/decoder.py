@@ -22,13 +22,13 @@ from minitune.types import Params
 
 Size = Annotated[int, Meta(gt=0)]
 QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each behind RoPE, no weight
-Pairs = Literal["halves", "neighbours"]  # the dimensions that RoPE turns together: i and i + half; 2i and 2i + 1
+RopeLayout = Literal["half", "interleaved"]  # the dimensions that RoPE turns together: i and i + half; 2i and 2i + 1
 # the earlier tokens that a layer attends to: all, the last few, those of its chunk
 AttentionType = Literal["full", "sliding", "chunked"]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The numbers that a decoder is made of and what its blocks do; the patterns `layer_types` and `rope_layers` repeat over depth."""
+    """Numbers that a decoder is made of and what its blocks do; `layer_types` and `rope_layers` are patterns that repeat over depth."""
 
     n_layers: Annotated[int, Meta(gt=0, le=10_000)]
     n_heads: Size
@@ -64,7 +64,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rotary_factor: float = 1.0  # the part of each head's dimensions, from the first, that RoPE turns
     window_rope_theta: float | None = None  # of sliding layers, which are then unscaled; None: RoPE as on the others
     rope_in_float32: bool = False
-    rope_pairs: Pairs = "halves"
+    rope_layout: RopeLayout = "half"
     nope_growth: float | None = None  # queries of layers without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
     nope_span: Size = 8192  # tokens
     experts: Experts | None = None  # in place of the mlp, on the layers that it says
@@ -281,7 +281,7 @@ def _attend(
     if config.qk_norm == "head":
         q, k = norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)
     if inputs.rope is not None:
-        if config.rope_pairs == "neighbours":  # the same order for queries and keys leaves their products as they are
+        if config.rope_layout == "interleaved":  # the same order for queries and keys leaves their products as they are
             q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
         q, k = rotate(q, inputs.rope), rotate(k, inputs.rope)
     if inputs.rope is not None and config.qk_norm == "rotated":

@@ -22,7 +22,7 @@ class Config(decoder.Config, frozen=True, kw_only=True):
     layer_types: tuple[decoder.AttentionType, ...] = LAYERS
     chunk: decoder.Size | None = 8192
     rope_layers: tuple[bool, ...] = (True, True, True, False)
-    rope_pairs: decoder.Pairs = "neighbours"
+    rope_layout: decoder.RopeLayout = "interleaved"
     rope_theta: float = 500000.0
     rope_in_float32: bool = True
     nope_growth: float | None = 0.1
