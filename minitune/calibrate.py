@@ -35,7 +35,7 @@ class BlockInputs(NamedTuple):
     """One batch on its way through the blocks: what the next block is given."""
 
     x: Float[Tensor, "B T D"]
-    attention: Mapping[decoder.Kind, decoder.AttentionInputs]
+    attention: Mapping[decoder.AttentionKind, decoder.AttentionInputs]
     is_token: Bool[Tensor, "B T"]  # False at padding
 
 

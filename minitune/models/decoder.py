@@ -97,7 +97,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its output)
 
 
-class Kind(NamedTuple):
+class AttentionKind(NamedTuple):
     """What sets a layer's attention apart from another's; layers of one kind share their angles and what they see."""
 
     type: AttentionType
@@ -127,9 +127,9 @@ NORMS = {  # names of the norms: before and after attention, before and after th
 ACTIVATIONS = {"silu": swiglu, "gelu_tanh": geglu}
 
 
-def layer_kind(config: Config, i: int) -> Kind:
+def layer_kind(config: Config, i: int) -> AttentionKind:
     """The kind of layer i."""
-    return Kind(config.layer_types[i % len(config.layer_types)], config.rope_layers[i % len(config.rope_layers)])
+    return AttentionKind(config.layer_types[i % len(config.layer_types)], config.rope_layers[i % len(config.rope_layers)])
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -202,7 +202,7 @@ def hidden(
 
 def before_first_block(
     config: Config, params: Params, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
-) -> tuple[Float[Tensor, "B T D"], dict[Kind, AttentionInputs]]:
+) -> tuple[Float[Tensor, "B T D"], dict[AttentionKind, AttentionInputs]]:
     """Embedded tokens, and the attention inputs of every kind of layer."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
@@ -316,7 +316,7 @@ def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
 
 def attention_inputs(
     config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype
-) -> dict[Kind, AttentionInputs]:
+) -> dict[AttentionKind, AttentionInputs]:
     """Attention inputs of every kind of layer in the model; each key range and each table of angles is made once."""
     kinds = dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers))
     key_ranges: dict[AttentionType, Seen] = {"full": seen, "sliding": seen, "chunked": seen}

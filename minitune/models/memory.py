@@ -62,7 +62,7 @@ def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
 
 
 def block_spans(
-    config: decoder.Config, n_remat: int, params: Params, x: Tensor, inputs: dict[decoder.Kind, decoder.AttentionInputs]
+    config: decoder.Config, n_remat: int, params: Params, x: Tensor, inputs: dict[decoder.AttentionKind, decoder.AttentionInputs]
 ) -> list[Span]:
     """The Span of every block, given where the tokens stand and a tensor x [B T D] that has a gradient if the embedding has one;
     blocks that are alike are measured once."""
