@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from minitune import quant, seeds, tree
-from minitune.attention import Seen, document_positions, documents
+from minitune.attention import KeyRange, document_positions, documents
 from minitune.models import Model, decoder
 from minitune.sampling import Sampling, next_tokens
 from minitune.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def stream(
     n_slots = _rounded(width + max_new_tokens)
     like = params["model.embed_tokens.weight"]
     pad = [width - len(prompt) for prompt in prompts]
-    # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has seen it already
+    # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has counted it
     said = torch.tensor([[p[0]] * n + list(p) for p, n in zip(prompts, pad, strict=True)], device=like.device)
     slots, first = torch.arange(n_slots, device=like.device)[None], torch.tensor(pad, device=like.device)[:, None]
     segments = (slots[:, :width] >= first).to(torch.int32)
@@ -47,16 +47,20 @@ def stream(
     block = partial(decoder.block, model.config)
     later = model.block_transform(block)
 
-    tokens, positions, seen, n_read = said, document_positions(segments), documents(segments), width
+    tokens, positions, key_range, n_read = said, document_positions(segments), documents(segments), width
     for step in range(max_new_tokens):
         with torch.no_grad():
             read = [tree.map(lambda x: x[:, :, :n_read], cache) for cache in caches]  # noqa: B023 - called right here
-            hidden = decoder.decode(model.config, params, tokens, read, positions, seen, block)
+            hidden = decoder.decode(model.config, params, tokens, read, positions, key_range, block)
             new = next_tokens(model.logits(params, hidden[:, -1]), said, sampling, row_seeds, step)
         yield new
         tokens, said, block = new[:, None], torch.cat([said, new[:, None]], dim=1), later
         filled = width + step
-        positions, seen, n_read = positions[:, -1:] + 1, Seen(first, slots[:, filled : filled + 1].clone()), _rounded(filled + 1)
+        positions, key_range, n_read = (
+            positions[:, -1:] + 1,
+            KeyRange(first, slots[:, filled : filled + 1].clone()),
+            _rounded(filled + 1),
+        )
 
 
 def generate(

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from minitune import checkpoint, models
-from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
+from minitune.attention import KeyRange, attention, causal, chunked, document_lengths, document_positions, documents, windowed
 from minitune.interop import gguf
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, cross_entropy
@@ -250,14 +250,14 @@ def check_decoding(config: decoder.Config, seed: int) -> None:
     shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
     caches = [decoder.Cache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
     run = partial(model.family.block, config)
-    at, positions, seen = 0, document_positions(segments), documents(segments)
+    at, positions, key_range = 0, document_positions(segments), documents(segments)
     found = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
         read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
-        found.append(decoder.decode(config, params, new, {}, read, positions, seen, run))
+        found.append(decoder.decode(config, params, new, {}, read, positions, key_range, run))
         at += width
-        positions, seen = positions[:, -1:] + 1, Seen(first, torch.tensor([[at]]))
+        positions, key_range = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
         start = max(lengths) - length
         wanted = decoder.hidden(config, params, tokens[row : row + 1, start:])
@@ -511,36 +511,36 @@ def test_attention_equals_its_definition(seed: int, cap: float | None, sunk: boo
     q, k, v = (torch.randn(2, n, t, 3, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
     sinks = torch.randn(4, generator=generator, dtype=torch.float64) if sunk else None
     last = torch.arange(t).expand(2, -1)
-    seen = Seen((torch.rand(2, t, generator=generator) * (last + 1)).long(), last)
-    wanted = plain(q, k, v, seen.mask(t), scale, cap, sinks)
-    torch.testing.assert_close(attention(q, k, v, seen, scale=scale, soft_cap=cap, sinks=sinks), wanted)
+    key_range = KeyRange((torch.rand(2, t, generator=generator) * (last + 1)).long(), last)
+    wanted = plain(q, k, v, key_range.mask(t), scale, cap, sinks)
+    torch.testing.assert_close(attention(q, k, v, key_range, scale=scale, soft_cap=cap, sinks=sinks), wanted)
     one = torch.func.vmap(
         lambda q, k, v, *s: attention(
-            q[None], k[None], v[None], Seen(*(x[None] for x in s)), scale=scale, soft_cap=cap, sinks=sinks
+            q[None], k[None], v[None], KeyRange(*(x[None] for x in s)), scale=scale, soft_cap=cap, sinks=sinks
         )
     )
-    torch.testing.assert_close(one(q, k, v, *seen)[:, 0], wanted)
+    torch.testing.assert_close(one(q, k, v, *key_range)[:, 0], wanted)
     whole = causal(t, q.device)
     found = attention(q, k, v, whole, scale=scale, soft_cap=cap, sinks=sinks)
     torch.testing.assert_close(found, plain(q, k, v, whole.mask(t).expand(2, -1, -1, -1), scale, cap, sinks))
-    late = Seen(seen.first[:, -1:], last[:, -1:])  # the last query alone, as in decoding
+    late = KeyRange(key_range.first[:, -1:], last[:, -1:])  # the last query alone, as in decoding
     found = attention(q[:, :, -1:], k, v, late, scale=scale, soft_cap=cap, sinks=sinks)
     torch.testing.assert_close(found, wanted[:, :, -1:])
 
 
 def test_windows_chunks_and_lengths_by_hand() -> None:
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
-    seen = documents(segments)
+    key_range = documents(segments)
     assert document_lengths(segments).tolist() == [[4, 4, 4, 4, 2, 2, 1]]
 
-    def rows(seen: Seen) -> list[list[int]]:
-        return [row.nonzero().flatten().tolist() for row in seen.mask(7)[0, 0]]
+    def rows(key_range: KeyRange) -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for row in key_range.mask(7)[0, 0]]
 
-    assert rows(windowed(seen, 2)) == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
-    assert rows(chunked(seen, document_positions(segments), 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
-    assert rows(windowed(seen, 7)) == rows(seen)
+    assert rows(windowed(key_range, 2)) == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
+    assert rows(chunked(key_range, document_positions(segments), 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
+    assert rows(windowed(key_range, 7)) == rows(key_range)
     assert rows(windowed(causal(3, segments.device), 2)) == [[0], [0, 1], [1, 2]]
-    late = windowed(Seen((), torch.tensor([[5]])), 3)
+    late = windowed(KeyRange((), torch.tensor([[5]])), 3)
     assert rows(late) == [[3, 4, 5]]
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from minitune import tree
-from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
+from minitune.attention import KeyRange, attention, causal, chunked, document_lengths, document_positions, documents, windowed
 from minitune.models import rope
 from minitune.models.experts import Experts, expert_shapes, is_routed, routed_feed_forward
 from minitune.ops import Norm, embed, geglu, linear, rms_norm, rope_table, rotate, swiglu
@@ -108,7 +108,7 @@ class AttentionInputs(NamedTuple):
     """What attention takes besides its queries, keys and values: the same for all layers of one kind."""
 
     rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None  # cos and sin; None: this layer has no RoPE
-    seen: Seen
+    key_range: KeyRange
     query_scale: Float[Tensor, "b T"] | None
 
 
@@ -206,14 +206,14 @@ def before_first_block(
     """Embedded tokens, and the attention inputs of every kind of layer."""
     lengths: int | Tensor = tokens.shape[1]
     if segment_ids is None:
-        seen = causal(lengths, tokens.device)
-        positions = seen.last
+        key_range = causal(lengths, tokens.device)
+        positions = key_range.last
     else:
-        positions, seen = document_positions(segment_ids), documents(segment_ids)
+        positions, key_range = document_positions(segment_ids), documents(segment_ids)
         if isinstance(config.rope_scaling, rope.BY_LENGTH):
             lengths = document_lengths(segment_ids)
     x = _embedded(config, params, tokens)
-    return x, attention_inputs(config, positions, lengths, seen, x.dtype)
+    return x, attention_inputs(config, positions, lengths, key_range, x.dtype)
 
 
 def decode(
@@ -222,18 +222,18 @@ def decode(
     tokens: Int[Tensor, "B T"],
     caches: Sequence[Cache],
     positions: Int[Tensor, "B T"],
-    seen: Seen,
+    key_range: KeyRange,
     run: Callable[..., Float[Tensor, "B T D"]],
 ) -> Float[Tensor, "B T D"]:
     """Hidden states of new tokens behind older ones, whose keys and values the caches hold; theirs are written to slots
-    seen.last, the same of every row.
+    key_range.last, the same of every row.
 
     Each row is one document, whose last token is its last slot. run is partial(block, config), or what a caller has made of it,
     such as torch.compile's. A RoPE that depends on the length of the text takes it as it is now; keys that are cached keep their
     angles, as in transformers.
     """
     x = _embedded(config, params, tokens)
-    inputs, slots = attention_inputs(config, positions, positions[:, -1:] + 1, seen, x.dtype), seen.last[0]
+    inputs, slots = attention_inputs(config, positions, positions[:, -1:] + 1, key_range, x.dtype), key_range.last[0]
     for i, cache in enumerate(caches):
         x = run(layer_of(params, i), x, inputs[layer_kind(config, i)], (cache, slots))
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
@@ -291,7 +291,7 @@ def _attend(
     if cache is not None:
         k, v = tree.donate_at(cache[0], cache[1], Cache(k, v), dim=2)
     scale, soft_cap, sinks = config.attention_scale, config.attention_cap, w.get("self_attn.sinks")
-    out = attention(q, k, v, inputs.seen, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    out = attention(q, k, v, inputs.key_range, scale=scale, soft_cap=soft_cap, sinks=sinks)
     return proj("self_attn.o_proj", out.transpose(1, 2).flatten(2))
 
 
@@ -315,15 +315,15 @@ def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
 
 
 def attention_inputs(
-    config: Config, positions: Tensor, lengths: int | Tensor, seen: Seen, dtype: torch.dtype
+    config: Config, positions: Tensor, lengths: int | Tensor, key_range: KeyRange, dtype: torch.dtype
 ) -> dict[AttentionKind, AttentionInputs]:
     """Attention inputs of every kind of layer in the model; each key range and each table of angles is made once."""
     kinds = dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers))
-    key_ranges: dict[AttentionType, Seen] = {"full": seen, "sliding": seen, "chunked": seen}
+    key_ranges: dict[AttentionType, KeyRange] = {"full": key_range, "sliding": key_range, "chunked": key_range}
     if config.window is not None and any(kind.type == "sliding" for kind in kinds):
-        key_ranges["sliding"] = windowed(seen, config.window)
+        key_ranges["sliding"] = windowed(key_range, config.window)
     if config.chunk is not None and any(kind.type == "chunked" for kind in kinds):
-        key_ranges["chunked"] = chunked(seen, positions, config.chunk)
+        key_ranges["chunked"] = chunked(key_range, positions, config.chunk)
     wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
     rules = {
         kind: (config.window_rope_theta, None)

@@ -24,8 +24,8 @@ def n_remat(config: decoder.Config, params: Params, n_rows: int, n_tokens: int, 
     """
     like, n = params["model.embed_tokens.weight"], config.n_layers
     x = torch.ones(n_rows, n_tokens, config.d_model, dtype=like.dtype, device=like.device)
-    seen = causal(n_tokens, x.device)
-    inputs = decoder.attention_inputs(config, seen.last, n_tokens, seen, x.dtype)[decoder.layer_kind(config, n - 1)]
+    key_range = causal(n_tokens, x.device)
+    inputs = decoder.attention_inputs(config, key_range.last, n_tokens, key_range, x.dtype)[decoder.layer_kind(config, n - 1)]
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     inner = kept_bytes(_block(config), x, decoder.layer_of(params, n - 1), inputs)
     found = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
@@ -49,7 +49,7 @@ class Span(NamedTuple):
 def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
     """The Span of f(x, *rest), whose result counts nowhere; the tensors may be fake (torch._subclasses.FakeTensorMode).
 
-    What an operator allocates for itself, and frees before it returns, is not seen.
+    What an operator allocates for itself, and frees before it returns, is not counted.
     """
     with _Live() as live, torch.enable_grad():
         y = f(x.clone(), *rest)  # a copy, so that it counts if it is kept
