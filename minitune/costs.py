@@ -85,12 +85,14 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     x = fresh(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     inputs = decoder.attention_inputs(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
-    spans = memory.block_spans(config, step.model.n_remat, params, x, inputs)
+    blocks = memory.measure_blocks(config, step.model.n_remat, params, x, inputs)
     if step.offloaded:  # two inputs are on their way
-        lean = [span._replace(kept=0, transient=span.transient + 2 * tree.n_bytes(x)) for span in spans[: step.model.n_remat]]
-        spans = [*lean, *spans[step.model.n_remat :]]
-    below = fresh(x) if x.requires_grad or any(span.kept for span in spans) else x
-    spans = [*spans, memory.span(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
+        recomputed = [
+            block._replace(kept=0, transient=block.transient + 2 * tree.n_bytes(x)) for block in blocks[: step.model.n_remat]
+        ]
+        blocks = [*recomputed, *blocks[step.model.n_remat :]]
+    below = fresh(x) if x.requires_grad or any(block.kept for block in blocks) else x
+    blocks = [*blocks, memory.measure(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
     whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
     layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
     gradients = [_bytes_of({**whole, **deltas}, layer) for layer in layers]
@@ -110,19 +112,19 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0
 
     def moment(n_open: int, own: int, transient: int) -> Parts:
-        """While the backward has yet to go through the first n_open spans, with the gradients of this micro-batch so far."""
+        """While the backward has yet to go through the first n_open blocks, with the gradients of this micro-batch so far."""
         parts = {"copies": sum(casts[:n_open]), "gradients": own + earlier, "transient": transient}
-        return {**always, **parts, "activations": sum(span.kept for span in spans[:n_open])}
+        return {**always, **parts, "activations": sum(block.kept for block in blocks[:n_open])}
 
     trained = [leaf for leaf in tree.leaves(step.model.head(params)) if leaf.requires_grad]
     # the labelled rows, as they are and one after the other, and their gradients, which wait for the backward; the gradient of a
     # head is summed over its chunks in float32
-    at_head = moment(len(spans), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params))
+    at_head = moment(len(blocks), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params))
     wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
     yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name) + wide}
     done = tree.n_bytes(trained)
-    for i in reversed(range(len(spans))):
-        yield moment(i + 1, done, spans[i].transient)
+    for i in reversed(range(len(blocks))):
+        yield moment(i + 1, done, blocks[i].transient)
         done = done + gradients[i]
     yield moment(0, done + _bytes_of(whole, "model.embed_tokens."), row)  # a tied head has two gradients until they are added
     yield moment(0, tree.n_bytes(step.trainable), 0)
@@ -146,7 +148,7 @@ def _head(step: Step, params: Params) -> int:
         beside = [logits_of(step.teacher.model, step.teacher.params)]
     piece, *given = (x[: ops.rows_at_once(x)] for x in (logits, *beside))
     targets = torch.empty(len(piece), dtype=torch.int64, device=like.device)
-    own = memory.span(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
+    own = memory.measure(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
     last = sum(own) - tree.n_bytes(piece)  # with the gradient of this piece, which is one of the logits'
     return tree.n_bytes((logits, beside)) + max(tree.n_bytes(logits) + last, trained)
 

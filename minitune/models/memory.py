@@ -37,17 +37,15 @@ def n_remat(config: decoder.Config, params: Params, n_rows: int, n_tokens: int, 
     return found
 
 
-class Span(NamedTuple):
-    """Bytes that a function keeps for its backward, its input among them if that is kept, and the most that going back through
-    it holds beside those: gradients of its result, its input and its weights too. Where nothing has a gradient: that going
-    through it holds."""
+class BlockMemory(NamedTuple):
+    """Bytes that a block needs in a training step."""
 
-    kept: int
-    transient: int
+    kept: int  # for its backward, its input included if that is kept
+    transient: int  # the most that its backward adds, gradients included; its forward, if nothing has a gradient
 
 
-def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
-    """The Span of f(x, *rest), whose result counts nowhere; the tensors may be fake (torch._subclasses.FakeTensorMode).
+def measure(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> BlockMemory:
+    """Memory of f(x, *rest), whose result counts nowhere; the tensors may be fake (torch._subclasses.FakeTensorMode).
 
     What an operator allocates for itself, and frees before it returns, is not counted.
     """
@@ -58,26 +56,28 @@ def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
         if leaves:
             live.peak = live.now
             torch.autograd.grad(y, leaves, torch.empty_like(y), allow_unused=True)
-    return Span(kept, live.peak - kept - result)
+    return BlockMemory(kept, live.peak - kept - result)
 
 
-def block_spans(
+def measure_blocks(
     config: decoder.Config, n_remat: int, params: Params, x: Tensor, inputs: dict[decoder.AttentionKind, decoder.AttentionInputs]
-) -> list[Span]:
-    """The Span of every block, given where the tokens stand and a tensor x [B T D] that has a gradient if the embedding has one;
-    blocks that are alike are measured once."""
-    spans: list[Span] = []
-    known: dict[Any, Span] = {}
+) -> list[BlockMemory]:
+    """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the embedding has one.
+
+    Blocks that are alike are measured once.
+    """
+    measured: list[BlockMemory] = []
+    known: dict[Any, BlockMemory] = {}
     for i in range(config.n_layers):
         kind, layer = decoder.layer_kind(config, i), decoder.layer_of(params, i)
         leaves = tuple((path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer))
         alike = (kind, i < n_remat, x.requires_grad, leaves)
         if alike not in known:
             run = _block(config)
-            known[alike] = span(remat(run) if i < n_remat else run, x, layer, inputs[kind])
-        spans.append(known[alike])
+            known[alike] = measure(remat(run) if i < n_remat else run, x, layer, inputs[kind])
+        measured.append(known[alike])
         x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
-    return spans
+    return measured
 
 
 class _Live(TorchDispatchMode):
