@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune import objectives, ops, tree
 from minitune.advance import scratch_bytes
 from minitune.attention import documents
-from minitune.grad import fresh
+from minitune.grad import detached_leaves
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model, decoder, memory
@@ -78,11 +78,11 @@ def floor(step: Step) -> Parts:
 def _moments(step: Step, state: int) -> Iterator[Parts]:
     """What is in memory at every moment of a step that may be its fullest."""
     config, n = step.model.config, step.n_rows * step.n_tokens
-    params = tree.map(_leaf, objectives.apply_trainable(step.params, fresh(step.trainable), step.lora))
+    params = tree.map(_leaf, objectives.apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
     deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
     embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
     x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
-    x = fresh(x) if embedding.requires_grad else x
+    x = detached_leaves(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     inputs = decoder.attention_inputs(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
     blocks = memory.measure_blocks(config, step.model.n_remat, params, x, inputs)
@@ -91,7 +91,7 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
             block._replace(kept=0, transient=block.transient + 2 * tree.n_bytes(x)) for block in blocks[: step.model.n_remat]
         ]
         blocks = [*recomputed, *blocks[step.model.n_remat :]]
-    below = fresh(x) if x.requires_grad or any(block.kept for block in blocks) else x
+    below = detached_leaves(x) if x.requires_grad or any(block.kept for block in blocks) else x
     blocks = [*blocks, memory.measure(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
     whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
     layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
@@ -148,7 +148,7 @@ def _head(step: Step, params: Params) -> int:
         beside = [logits_of(step.teacher.model, step.teacher.params)]
     piece, *given = (x[: ops.rows_at_once(x)] for x in (logits, *beside))
     targets = torch.empty(len(piece), dtype=torch.int64, device=like.device)
-    own = memory.measure(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
+    own = memory.measure(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), detached_leaves(piece))
     last = sum(own) - tree.n_bytes(piece)  # with the gradient of this piece, which is one of the logits'
     return tree.n_bytes((logits, beside)) + max(tree.n_bytes(logits) + last, trained)
 
@@ -200,4 +200,4 @@ def _bytes_of(leaves: Mapping[str, Any], prefix: str) -> int:
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return fresh(x) if x.requires_grad else x
+    return detached_leaves(x) if x.requires_grad else x

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from minitune import tree
 from minitune.attention import causal
-from minitune.grad import fresh, kept_bytes, remat
+from minitune.grad import detached_leaves, kept_bytes, remat
 from minitune.models import decoder
 from minitune.tree import Tree
 from minitune.types import InputError, Params
@@ -76,7 +76,7 @@ def measure_blocks(
             run = _block(config)
             known[alike] = measure(remat(run) if i < n_remat else run, x, layer, inputs[kind])
         measured.append(known[alike])
-        x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
+        x = detached_leaves(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return measured
 
 
