@@ -11,9 +11,11 @@ from minitune import blockwise, flex
 from minitune.grad import under_transform
 
 
-class Seen(NamedTuple):
-    """The keys that each query sees: places first .. last, without a gap, and neither ever falls along a row. Causal rows, packed
-    documents, windows, chunks and padding are all of this kind."""
+class KeyRange(NamedTuple):
+    """Keys that each query attends to: positions first .. last without a gap, neither of which falls along a row.
+
+    Causal rows, packed documents, windows, chunks and padding are all of this kind.
+    """
 
     first: Int[Tensor, "b T"] | tuple[()]  # (): the first key of all
     last: Int[Tensor, "b T"]  # the query's own place
@@ -28,25 +30,25 @@ class Seen(NamedTuple):
         return ((keys >= self.starts()[..., None]) & (keys <= self.last[..., None]))[:, None]
 
 
-def causal(n_tokens: int, device: torch.device) -> Seen:
+def causal(n_tokens: int, device: torch.device) -> KeyRange:
     """Every token sees itself and all before it."""
-    return Seen((), torch.arange(n_tokens, device=device)[None])
+    return KeyRange((), torch.arange(n_tokens, device=device)[None])
 
 
-def documents(segment_ids: Int[Tensor, "B T"]) -> Seen:
+def documents(segment_ids: Int[Tensor, "B T"]) -> KeyRange:
     """Every token sees itself and what comes before it in its own document; padding (0) sees padding only."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    return Seen(_starts(segment_ids, index), index[None])
+    return KeyRange(_starts(segment_ids, index), index[None])
 
 
-def windowed(seen: Seen, window: int) -> Seen:
+def windowed(key_range: KeyRange, window: int) -> KeyRange:
     """Of what each query sees the last `window` keys, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b)."""
-    return seen._replace(first=torch.maximum(seen.starts(), seen.last - (window - 1)))
+    return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - (window - 1)))
 
 
-def chunked(seen: Seen, positions: Int[Tensor, "b T"], chunk: int) -> Seen:
+def chunked(key_range: KeyRange, positions: Int[Tensor, "b T"], chunk: int) -> KeyRange:
     """Of what each query sees the keys of its own chunk: those whose position p has the same p // chunk."""
-    return seen._replace(first=torch.maximum(seen.starts(), seen.last - positions % chunk))
+    return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - positions % chunk))
 
 
 def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -66,7 +68,7 @@ def attention(
     q: Float[Tensor, "B N T E"],
     k: Float[Tensor, "B K S E"],
     v: Float[Tensor, "B K S E"],
-    seen: Seen,
+    key_range: KeyRange,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -79,14 +81,14 @@ def attention(
     (gpt-oss, arXiv 2508.10925, section 2.2).
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    first = seen.first.expand(len(q), -1) if isinstance(seen.first, Tensor) else None
+    first = key_range.first.expand(len(q), -1) if isinstance(key_range.first, Tensor) else None
     if flex.serves(q, k):
         return flex.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
     if q.device.type == "cpu" and q.shape[2] == k.shape[2] and not under_transform():  # no cache: a query's place is its own
         return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
     if soft_cap is None and sinks is None and not under_transform():
-        whole = not isinstance(seen.first, Tensor) and q.shape[2] == k.shape[2]
-        mask = None if whole else seen.mask(k.shape[2])
+        whole = not isinstance(key_range.first, Tensor) and q.shape[2] == k.shape[2]
+        mask = None if whole else key_range.mask(k.shape[2])
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=factor, enable_gqa=grouped)
     # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they loop over examples
@@ -94,7 +96,7 @@ def attention(
     scores = (q.unflatten(1, (-1, groups)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * factor
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    scores = scores.masked_fill(~seen.mask(k.shape[2]), -torch.inf)
+    scores = scores.masked_fill(~key_range.mask(k.shape[2]), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)

@@ -1,7 +1,7 @@
 """Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not its entries, change least."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -10,6 +10,9 @@ from msgspec import Meta
 from torch import Tensor
 
 from minitune.models import Model, decoder
+from minitune.models.block import Tap, block
+from minitune.models.config import LayerKind, layer_kind
+from minitune.models.weights import head_name, layer_of
 from minitune.quant import NF4, Int4, Int8, Quantization, refuse_not_finite
 from minitune.types import Batch, InputError, Params, QInt4, QInt8
 
@@ -35,7 +38,7 @@ class BlockInputs(NamedTuple):
     """One batch on its way through the blocks: what the next block is given."""
 
     x: Float[Tensor, "B T D"]
-    attention: Mapping[decoder.Kind, decoder.Places]
+    mixer: Mapping[LayerKind, Any]  # what the mixers of each kind of layer share
     is_token: Bool[Tensor, "B T"]  # False at padding
 
 
@@ -55,7 +58,7 @@ def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Q
     if not batches:
         raise InputError("calibrate: no row of data to calibrate on, expected at least one; look at the data table of gptq")
     refuse_not_finite(params, plan)
-    head = decoder.head_name(model.config)
+    head = head_name(model.config)
     with torch.no_grad():
         inputs = [before_first_block(model, params, batch) for batch in batches]
         for i in range(model.config.n_layers):
@@ -112,14 +115,14 @@ def _inverse_factor(gram: Float[Tensor, "in in"], damp: float) -> Float[Tensor, 
 
 def before_first_block(model: Model, params: Params, batch: Batch) -> BlockInputs:
     """The batch as the first block is given it."""
-    x, attention = decoder.before_first_block(model.config, params, batch.tokens, batch.segment_ids)
-    return BlockInputs(x, attention, batch.segment_ids > 0)
+    x, mixer = decoder.before_first_block(model.config, params, batch.tokens, batch.segment_ids)
+    return BlockInputs(x, mixer, batch.segment_ids > 0)
 
 
-def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: decoder.Tap | None = None) -> BlockInputs:
+def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: Tap | None = None) -> BlockInputs:
     """The batch behind block i; tap sees the block's linear maps."""
-    kind = decoder.layer_kind(model.config, i)
-    return inputs._replace(x=decoder.block(model.config, decoder.layer_of(params, i), inputs.x, inputs.attention[kind], tap=tap))
+    kind = layer_kind(model.config, i)
+    return inputs._replace(x=block(model.config, kind.mixer, layer_of(params, i), inputs.x, inputs.mixer[kind], tap=tap))
 
 
 def _grams(model: Model, params: Params, i: int, inputs: BlockInputs, names: Container[str]) -> dict[str, Tensor]:

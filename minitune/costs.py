@@ -15,10 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune import objectives, ops, tree
 from minitune.advance import scratch_bytes
 from minitune.attention import documents
-from minitune.grad import fresh
+from minitune.grad import detached_leaves
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model, decoder, memory
+from minitune.models.config import layer_kind
+from minitune.models.mixers import MIXERS
+from minitune.models.mixers.mixer import TokenPositions
+from minitune.models.weights import head_name
 from minitune.objectives import Teacher
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params, Trainable
@@ -78,19 +82,22 @@ def floor(step: Step) -> Parts:
 def _moments(step: Step, state: int) -> Iterator[Parts]:
     """What is in memory at every moment of a step that may be its fullest."""
     config, n = step.model.config, step.n_rows * step.n_tokens
-    params = tree.map(_leaf, objectives.apply_trainable(step.params, fresh(step.trainable), step.lora))
+    params = tree.map(_leaf, objectives.apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
     deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
     embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
     x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
-    x = fresh(x) if embedding.requires_grad else x
+    x = detached_leaves(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
-    places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
-    spans = memory.block_spans(config, step.model.n_remat, params, x, places)
+    where = TokenPositions(segment_ids.long(), step.n_tokens, documents(segment_ids))
+    inputs = decoder.mixer_inputs(config, where, x.dtype)
+    blocks = memory.measure_blocks(config, step.model.n_remat, params, x, inputs)
     if step.offloaded:  # two inputs are on their way
-        lean = [span._replace(kept=0, transient=span.transient + 2 * tree.n_bytes(x)) for span in spans[: step.model.n_remat]]
-        spans = [*lean, *spans[step.model.n_remat :]]
-    below = fresh(x) if x.requires_grad or any(span.kept for span in spans) else x
-    spans = [*spans, memory.span(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
+        recomputed = [
+            block._replace(kept=0, transient=block.transient + 2 * tree.n_bytes(x)) for block in blocks[: step.model.n_remat]
+        ]
+        blocks = [*recomputed, *blocks[step.model.n_remat :]]
+    below = detached_leaves(x) if x.requires_grad or any(block.kept for block in blocks) else x
+    blocks = [*blocks, memory.measure(lambda x, w: ops.rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
     whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
     layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
     gradients = [_bytes_of({**whole, **deltas}, layer) for layer in layers]
@@ -98,31 +105,31 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     rounded = {name: whole[name].to(kinds[name]) for name in step.rounded}
     copies = {name: w for name, w in whole.items() if w.dtype != kinds[name] or name in rounded}  # as they are computed with
     casts = [_bytes_of(copies, layer) for layer in layers]
-    head_name, row = decoder.head_name(config), x.numel() * x.element_size()
+    head, row = head_name(config), x.numel() * x.element_size()
     always = {
         "weights": tree.n_bytes([w for name, w in step.params.items() if name not in whole]),
         "second model": tree.n_bytes((step.beside, step.teacher and step.teacher.params)),
         "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
         "optimizer": state,
-        "batch": n * BESIDE + tree.n_bytes(list(places.values())),
+        "batch": n * BESIDE + tree.n_bytes(list(inputs.values())),
     }
     # of the micro-batches before this one, whose sum the next one is added to
     earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0
 
     def moment(n_open: int, own: int, transient: int) -> Parts:
-        """While the backward has yet to go through the first n_open spans, with the gradients of this micro-batch so far."""
+        """While the backward has yet to go through the first n_open blocks, with the gradients of this micro-batch so far."""
         parts = {"copies": sum(casts[:n_open]), "gradients": own + earlier, "transient": transient}
-        return {**always, **parts, "activations": sum(span.kept for span in spans[:n_open])}
+        return {**always, **parts, "activations": sum(block.kept for block in blocks[:n_open])}
 
     trained = [leaf for leaf in tree.leaves(step.model.head(params)) if leaf.requires_grad]
     # the labelled rows, as they are and one after the other, and their gradients, which wait for the backward; the gradient of a
     # head is summed over its chunks in float32
-    at_head = moment(len(spans), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params))
+    at_head = moment(len(blocks), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params))
     wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
-    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name) + wide}
+    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head) + wide}
     done = tree.n_bytes(trained)
-    for i in reversed(range(len(spans))):
-        yield moment(i + 1, done, spans[i].transient)
+    for i in reversed(range(len(blocks))):
+        yield moment(i + 1, done, blocks[i].transient)
         done = done + gradients[i]
     yield moment(0, done + _bytes_of(whole, "model.embed_tokens."), row)  # a tied head has two gradients until they are added
     yield moment(0, tree.n_bytes(step.trainable), 0)
@@ -146,7 +153,7 @@ def _head(step: Step, params: Params) -> int:
         beside = [logits_of(step.teacher.model, step.teacher.params)]
     piece, *given = (x[: ops.rows_at_once(x)] for x in (logits, *beside))
     targets = torch.empty(len(piece), dtype=torch.int64, device=like.device)
-    own = memory.span(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), fresh(piece))
+    own = memory.measure(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), detached_leaves(piece))
     last = sum(own) - tree.n_bytes(piece)  # with the gradient of this piece, which is one of the logits'
     return tree.n_bytes((logits, beside)) + max(tree.n_bytes(logits) + last, trained)
 
@@ -161,7 +168,7 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
     config, experts = model.config, model.config.experts
     first = min((_place(name) for name in trainable), default=(torch.inf, 0))
     total = 0.0
-    head = decoder.head_name(config)
+    head = head_name(config)
     for name, shape in model.shapes().items():
         if len(shape) < 2 or (name.endswith("embed_tokens.weight") and name != head):
             continue
@@ -176,9 +183,8 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
             total += n_a * (2 + back) + 3 * n_b
         total += forward if place[0] < model.n_remat and first <= (place[0], len(STEPS)) else 0
     for i in range(config.n_layers):
-        reach = decoder.layer_kind(config, i).reach
-        limit = {"full": companions, "window": config.window, "chunk": config.chunk}[reach] or companions
-        forward = 4 * config.n_heads * config.d_head * min(companions / 2, limit)
+        kind = layer_kind(config, i)
+        forward = MIXERS[kind.mixer].flops(config, kind, companions)
         back = first <= (i, ATTENTION)
         total += forward * (3 if back else 1) + (forward if i < model.n_remat and first <= (i, len(STEPS)) else 0)
     return total
@@ -198,4 +204,4 @@ def _bytes_of(leaves: Mapping[str, Any], prefix: str) -> int:
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return fresh(x) if x.requires_grad else x
+    return detached_leaves(x) if x.requires_grad else x

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minitune import quant, seeds, tree
-from minitune.attention import Seen, document_positions, documents
+from minitune import quant, seeds
+from minitune.attention import KeyRange, document_positions, documents
 from minitune.models import Model, decoder
 from minitune.sampling import Sampling, next_tokens
 from minitune.tokenizer import Tokenizer
@@ -39,24 +39,27 @@ def stream(
     n_slots = _rounded(width + max_new_tokens)
     like = params["model.embed_tokens.weight"]
     pad = [width - len(prompt) for prompt in prompts]
-    # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has seen it already
+    # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has counted it
     said = torch.tensor([[p[0]] * n + list(p) for p, n in zip(prompts, pad, strict=True)], device=like.device)
     slots, first = torch.arange(n_slots, device=like.device)[None], torch.tensor(pad, device=like.device)[:, None]
     segments = (slots[:, :width] >= first).to(torch.int32)
-    caches = _empty_caches(model, len(prompts), n_slots, like)
-    block = partial(decoder.block, model.config)
-    later = model.block_transform(block)
+    caches = decoder.empty_caches(model.config, len(prompts), n_slots, like)
+    block_of, later = decoder.plain_block_of(model.config), model._replace(n_remat=0).block_of()
 
-    tokens, positions, seen, n_read = said, document_positions(segments), documents(segments), width
+    tokens, positions, key_range, n_read = said, document_positions(segments), documents(segments), width
     for step in range(max_new_tokens):
         with torch.no_grad():
-            read = [tree.map(lambda x: x[:, :, :n_read], cache) for cache in caches]  # noqa: B023 - called right here
-            hidden = decoder.decode(model.config, params, tokens, read, positions, seen, block)
+            read = decoder.filled_caches(model.config, caches, n_read)
+            hidden = decoder.decode(model.config, params, tokens, read, positions, key_range, block_of)
             new = next_tokens(model.logits(params, hidden[:, -1]), said, sampling, row_seeds, step)
         yield new
-        tokens, said, block = new[:, None], torch.cat([said, new[:, None]], dim=1), later
+        tokens, said, block_of = new[:, None], torch.cat([said, new[:, None]], dim=1), later
         filled = width + step
-        positions, seen, n_read = positions[:, -1:] + 1, Seen(first, slots[:, filled : filled + 1].clone()), _rounded(filled + 1)
+        positions, key_range, n_read = (
+            positions[:, -1:] + 1,
+            KeyRange(first, slots[:, filled : filled + 1].clone()),
+            _rounded(filled + 1),
+        )
 
 
 def generate(
@@ -187,11 +190,6 @@ def _packed(params: Params) -> Params:
 
 def _rounded(n: int) -> int:
     return -(-n // STRIDE) * STRIDE
-
-
-def _empty_caches(model: Model, n_rows: int, n_slots: int, like: Tensor) -> list:
-    shape = (n_rows, model.config.n_kv_heads, n_slots, model.config.d_head)
-    return [decoder.Cache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(model.config.n_layers)]
 
 
 def _check_stops(stop_strings: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ def value_and_grad(fn: Callable[[Tree], Any], has_aux: bool = False) -> Callable
                 raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
         if under_transform():
             return _transformed(fn, has_aux, params)
-        own = fresh(params)
+        own = detached_leaves(params)
         with torch.enable_grad():
             value = fn(own)
         total = (value[0] if has_aux else value).total
@@ -46,8 +46,8 @@ def value_and_grad(fn: Callable[[Tree], Any], has_aux: bool = False) -> Callable
     return evaluate
 
 
-def fresh(params: Tree) -> Tree:
-    """The same leaves as tensors of their own, of which autograd records what is done with them."""
+def detached_leaves(params: Tree) -> Tree:
+    """Copies of the leaves that share memory with them and that autograd differentiates by."""
     return tree.map(lambda x: x.detach().requires_grad_(), params)
 
 

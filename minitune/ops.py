@@ -87,17 +87,17 @@ def rms_norm(
         w = w.to(wide.dtype)
         return (scaled * (1.0 + w if kind == "one_plus_w" else w)).to(x.dtype)
 
-    return _lean(normed)(x, w)
+    return _recomputed(normed)(x, w)
 
 
 def swiglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
-    return _lean(lambda gate, up: F.silu(gate) * up)(gate, up)
+    return _recomputed(lambda gate, up: F.silu(gate) * up)(gate, up)
 
 
 def geglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
     """gelu(gate) * up with the tanh form of gelu (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
-    return _lean(lambda gate, up: F.gelu(gate, approximate="tanh") * up)(gate, up)
+    return _recomputed(lambda gate, up: F.gelu(gate, approximate="tanh") * up)(gate, up)
 
 
 def rope_table(
@@ -190,6 +190,6 @@ def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Ten
     return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head) for i in starts])
 
 
-def _lean(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """f, whose backward computes it again: element-wise work costs less than keeping what it makes on the way."""
+def _recomputed(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Function f recomputed in the backward: element-wise work costs less than keeping its intermediate results."""
     return remat(f) if torch.is_grad_enabled() and not under_transform() and not torch.compiler.is_compiling() else f

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import costs, models, objectives, optim, program, quant, stages, tree, world
 from minitune.costs import Step
-from minitune.grad import fresh
+from minitune.grad import detached_leaves
 from minitune.losses import Kto, PairLoss
 from minitune.stages import sweeping
 from minitune.stages.train import HOST, Train
@@ -102,7 +102,7 @@ def _step(stage: Train, made: _Made) -> Step:
     step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
-        adapted = objectives.apply_trainable(like[0], fresh(like[1]), draft.lora)
+        adapted = objectives.apply_trainable(like[0], detached_leaves(like[1]), draft.lora)
         n_remat = stage.n_remat(draft.model, adapted, n_tokens)
     return step._replace(model=draft.model._replace(n_remat=n_remat))
 

@@ -71,7 +71,7 @@ def _read(
     labels = torch.tensor(targets, device=device)
     with torch.no_grad():
         # rows are padded on the right, where a causal model never looks: no mask, so attention takes its fastest path
-        hidden = decoder.hidden(model.config, params, tokens, layer=model.layers())[b, t]
+        hidden = decoder.hidden(model.config, params, tokens, block_of=model.block_of())[b, t]
         chunk = ops.head_chunk(model.head(params))
         pieces = [_judge(model.logits(params, h), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
     logps, greedy = (torch.cat(side).cpu() for side in zip(*pieces, strict=True))

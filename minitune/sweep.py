@@ -16,7 +16,8 @@ from minitune.advance import advance_each
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
-from minitune.models import Model, decoder
+from minitune.models import Model
+from minitune.models.weights import head_name
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
 
@@ -60,7 +61,7 @@ def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> 
     The rows of all adapters go through the model as one batch, and only the low-rank products tell them apart. A delta on the
     head or on experts, whose rows are no longer in the order of the adapters, makes them go one after another.
     """
-    n, head = len(rules), decoder.head_name(model.config)
+    n, head = len(rules), head_name(model.config)
 
     def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
         scaled, together = _scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))

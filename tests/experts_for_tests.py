@@ -44,11 +44,11 @@ def expert_config(draw: Callable[..., Any], name: str, fields: dict[str, Any]) -
         experts |= {"d_shared": draw(st.sampled_from([2, 9])), "shared_gate": True}
         fields["qkv_bias"] = draw(st.booleans())
         if window is not None:
-            fields["layers"] = pattern(("full",), ("full", "window"))
+            fields["layer_types"] = pattern(("full",), ("full", "sliding"))
     if name == "gpt_oss":
         experts |= {"router": "top_then_softmax", "bias": True, "limit": draw(st.sampled_from([0.3, 7.0])), "slope": 1.3}
         fields |= {"window": window or 5, "rope_scaling": Yarn(4.0, 13, beta_fast=32.0, beta_slow=1.0, truncate=False)}
-        fields["layers"] = pattern(("window", "full"), ("full", "window"))
+        fields["layer_types"] = pattern(("sliding", "full"), ("full", "sliding"))
     if name == "llama4_text":
         experts |= {"router": "top_then_sigmoid", "d_shared": experts["d_ff"], "layers": pattern((True,), (True, False))}
         fields |= {
@@ -58,7 +58,7 @@ def expert_config(draw: Callable[..., Any], name: str, fields: dict[str, Any]) -
         }
         fields |= {"nope_growth": draw(st.sampled_from([None, 0.7])), "attention_bias": draw(st.booleans())}
         fields["rope_layers"] = pattern((True, True, True, False), (True, False))
-        fields["layers"] = pattern(("chunk", "chunk", "chunk", "full"), ("chunk", "full"))
+        fields["layer_types"] = pattern(("chunked", "chunked", "chunked", "full"), ("chunked", "full"))
         fields["rope_scaling"] = draw(st.sampled_from([None, Llama3(8.0, 1.0, 4.0, 13)]))
     if name in ONE_WIDTH:
         fields["d_ff"] = experts["d_ff"]
@@ -82,7 +82,7 @@ def small_experts(name: str) -> Any:
     more: dict[str, Any] = {"window": 5} if name in ("mixtral", "qwen3_moe", "gpt_oss") else {}
     more |= {"rope_scaling": Yarn(4.0, 13, truncate=False)} if name == "gpt_oss" else {}
     if name == "llama4_text":
-        more = {"chunk": 5, "nope_growth": 0.7, "nope_span": 4, "layers": ("chunk", "full"), "rope_layers": (True, False)}
+        more = {"chunk": 5, "nope_growth": 0.7, "nope_span": 4, "layer_types": ("chunked", "full"), "rope_layers": (True, False)}
     fields = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "vocab_size": 17, "norm_eps": 1e-2, "rope_theta": 100.0,
               "max_positions": 64, "d_model": 24 if name in NO_HEAD_DIM else 12, "d_ff": 7 if name in ONE_WIDTH else 13,
               "experts": experts, **more}  # fmt: skip

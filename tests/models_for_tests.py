@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models
 from minitune.grad import value_and_grad
-from minitune.models import Model, decoder
+from minitune.models import Model
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.llama import Config
 from minitune.models.rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
 from minitune.types import Batch, Mean
@@ -35,7 +36,7 @@ DENSE = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
     *("gemma3_text", "phi3", "olmo2", "olmo3", "smollm3", "granite"),
 )
-REACHES: tuple[decoder.Reach, ...] = ("full", "window")
+ATTENTION_TYPES: tuple[AttentionType, ...] = ("full", "sliding")
 
 
 @st.composite
@@ -77,7 +78,7 @@ def scalings(draw: st.DrawFn, d_rotary: int) -> Scaling | None:
 
 
 @st.composite
-def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
+def family_configs(draw: st.DrawFn, name: str) -> DecoderConfig:
     """A Config of a family, with every choice that its config.json has."""
     kind, fields = models.FAMILIES[name].config, draw(sizes())
     if name in WITH_EXPERTS:
@@ -103,7 +104,7 @@ def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
     else:
         fields["rope_scaling"] = scaling
     if name in ("qwen2", "qwen3", "smollm3") and window is not None:
-        fields |= {"window": window, "layers": draw(patterns(fields["n_layers"], ("full",), REACHES))}
+        fields |= {"window": window, "layer_types": draw(patterns(fields["n_layers"], ("full",), ATTENTION_TYPES))}
     if name in ("gemma2", "gemma3_text"):
         scalar = draw(st.integers(1, 30))
         fields |= {
@@ -113,7 +114,7 @@ def family_configs(draw: st.DrawFn, name: str) -> decoder.Config:
     if name == "gemma2":
         fields |= {"attention_cap": draw(st.sampled_from([None, 1.0, 3.0])), "window": window or 5}
     if name in ("gemma2", "gemma3_text", "olmo3"):
-        fields["layers"] = draw(patterns(fields["n_layers"], kind(**fields).layers, REACHES))
+        fields["layer_types"] = draw(patterns(fields["n_layers"], kind(**fields).layer_types, ATTENTION_TYPES))
     if name == "smollm3":
         fields["rope_layers"] = draw(patterns(fields["n_layers"], (True, True, True, False), (True, False)))
     if name == "granite":
@@ -135,19 +136,19 @@ def patterns(draw: st.DrawFn, n: int, default: tuple[Any, ...], values: tuple[An
 SMALL = Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17, max_positions=64)
 
 
-def family_of(config: decoder.Config) -> ModuleType:
+def family_of(config: DecoderConfig) -> ModuleType:
     """The family whose Config this is."""
     return next(family for family in models.FAMILIES.values() if family.config is type(config))
 
 
-def random_params(config: decoder.Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def random_params(config: DecoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Every weight from a wide normal, norms and biases included, so that nothing is at a value where a mistake hides."""
     generator = torch.Generator().manual_seed(seed)
     shapes = family_of(config).shapes(config)
     return {name: 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
 
 
-def reference(config: decoder.Config, params: Mapping[str, torch.Tensor]) -> Any:
+def reference(config: DecoderConfig, params: Mapping[str, torch.Tensor]) -> Any:
     """transformers' own model with these weights, in evaluation mode."""
     hf = family_of(config).to_hf(config)
     fields = {key: value for key, value in hf.items() if key not in ("architectures", "model_type")}
@@ -179,7 +180,7 @@ def widened() -> Iterator[None]:
 Answer = tuple[torch.Tensor, dict[str, torch.Tensor]]  # logits, and the gradients of a random sum of them
 
 
-def answers(config: decoder.Config, params: Mapping[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> tuple[Answer, Answer]:
+def answers(config: DecoderConfig, params: Mapping[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> tuple[Answer, Answer]:
     """What minitune and transformers make of the tokens, in the dtype of the params; weights in the layout of transformers."""
     hf, model = reference(config, params), Model(family_of(config), config)
     wanted = hf(tokens).logits
@@ -199,7 +200,7 @@ def separation(found: Answer, wanted: Answer) -> tuple[float, float]:
     return float((found[0] - wanted[0]).abs().max() / wanted[0].abs().max()), grads / scale
 
 
-def check_against_transformers(config: decoder.Config, params: dict[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> None:
+def check_against_transformers(config: DecoderConfig, params: dict[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> None:
     """In float64 the two are one function with one gradient; in float32 minitune is as near to it as transformers is, or nearer
     than 1e-5."""
     ours, theirs = answers(config, params, tokens, seed)
@@ -211,7 +212,7 @@ def check_against_transformers(config: decoder.Config, params: dict[str, torch.T
         assert error <= max(1e-5, 4 * their_error)
 
 
-def random_batch(config: decoder.Config, n_rows: int, length: int, seed: int = 0, packed: bool = True) -> Batch:
+def random_batch(config: DecoderConfig, n_rows: int, length: int, seed: int = 0, packed: bool = True) -> Batch:
     """Rows of documents with random borders, padding at the end and a random loss mask."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, config.vocab_size, (n_rows, length), generator=generator)
@@ -222,7 +223,7 @@ def random_batch(config: decoder.Config, n_rows: int, length: int, seed: int = 0
     return Batch(tokens, segment_ids, (torch.rand(n_rows, length, generator=generator) < 0.6) & (segment_ids > 0))
 
 
-def save_reference(config: decoder.Config, params: dict[str, torch.Tensor], folder: Path) -> Any:
+def save_reference(config: DecoderConfig, params: dict[str, torch.Tensor], folder: Path) -> Any:
     """A folder as transformers' save_pretrained writes it."""
     model = reference(config, params)
     model.save_pretrained(folder)

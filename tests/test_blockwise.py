@@ -6,17 +6,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune import blockwise
-from minitune.attention import Seen, attention, causal, documents, windowed
+from minitune.attention import KeyRange, attention, causal, documents, windowed
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float, cap: float | None, sinks: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_range: KeyRange,
+    scale: float,
+    cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     scores = scale * q @ k.mT
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~seen.mask(k.shape[2]), -torch.inf)
+    scores = scores.masked_fill(~key_range.mask(k.shape[2]), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     return scores.softmax(-1)[..., : k.shape[2]] @ v
@@ -30,7 +36,7 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
     rows = data.draw(st.sampled_from([1, b]))  # places of one row stand for all
     segments = 1 + (torch.rand(rows, length, generator=generator) < data.draw(st.sampled_from([0.0, 0.3]))).cumsum(1)
     real = torch.randint(1, length + 1, (rows, 1), generator=generator)
-    seen = data.draw(
+    key_range = data.draw(
         st.sampled_from(
             [
                 windowed(documents(torch.where(torch.arange(length) < real, segments, 0)), window),
@@ -47,8 +53,8 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", 8 * block)
         patch.setattr(blockwise, "APART", data.draw(st.sampled_from([0, 1e9])))
-        out = attention(q, k, v, seen, scale=0.37, soft_cap=cap, sinks=sinks)
-        wanted = plain(q, k, v, seen, 0.37, cap, sinks)
+        out = attention(q, k, v, key_range, scale=0.37, soft_cap=cap, sinks=sinks)
+        wanted = plain(q, k, v, key_range, 0.37, cap, sinks)
         torch.testing.assert_close(out, wanted)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         for a, c in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (out, wanted)), strict=True):
@@ -65,10 +71,10 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, 
     ]
     given = [x.detach().bfloat16().requires_grad_() for x in exact]
     cotangent = torch.randn(2, 4, 300, 16, generator=generator, dtype=torch.float64)
-    seen = documents((torch.arange(300) * n_documents // 300 + 1).expand(2, -1))
-    wanted = plain(*exact, seen, 0.25, None, None)
-    ours = attention(*given, seen, scale=0.25)
-    fused = torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=seen.mask(300), scale=0.25, enable_gqa=True)
+    key_range = documents((torch.arange(300) * n_documents // 300 + 1).expand(2, -1))
+    wanted = plain(*exact, key_range, 0.25, None, None)
+    ours = attention(*given, key_range, scale=0.25)
+    fused = torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=key_range.mask(300), scale=0.25, enable_gqa=True)
     truth, mine, theirs = (
         [y, *torch.autograd.grad(y, x, cotangent.to(y.dtype))] for y, x in ((wanted, exact), (ours, given), (fused, given))
     )
@@ -99,8 +105,8 @@ def test_rows_go_together_unless_going_apart_saves_work() -> None:
 
 
 def test_a_gradient_of_its_gradient_is_refused_rather_than_wrong() -> None:
-    seen = documents((torch.arange(300) * 7 // 300 + 1)[None])
+    key_range = documents((torch.arange(300) * 7 // 300 + 1)[None])
     q, k, v = (torch.randn(1, 2, 300, 4, requires_grad=True) for _ in range(3))
-    (grad,) = torch.autograd.grad(attention(q, k, v, seen).square().sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(attention(q, k, v, key_range).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, paths, tree, world
-from minitune.models import Model, llama, rope
+from minitune.models import Model, llama, rope, weights
 from minitune.types import Delta, InputError
 
 MODEL = Model(llama.FAMILY, SMALL)
@@ -62,7 +62,7 @@ def test_what_is_saved_loads_in_transformers_with_the_same_logits(
     found = Model(llama.FAMILY, config).forward(params, tokens)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1)
     assert models.open(folder).config == config
-    back = checkpoint.load_params(folder, decoder.shapes(config))
+    back = checkpoint.load_params(folder, weights.shapes(config))
     assert list(back) == list(params)
     assert all(torch.equal(back[name], params[name]) for name in params)
 
@@ -296,7 +296,7 @@ def test_buffers_and_a_repeated_tied_head_are_left_out(tmp_path: Path) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
     }
     save_file({**params, **extra}, tmp_path / "model.safetensors")
-    assert set(checkpoint.load_params(tmp_path, decoder.shapes(config))) == set(params)
+    assert set(checkpoint.load_params(tmp_path, weights.shapes(config))) == set(params)
 
 
 CONFIG_ERRORS = {

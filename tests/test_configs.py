@@ -12,6 +12,7 @@ from experts_for_tests import fused
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models
+from minitune.models import weights
 
 SHAPES = sorted((Path(__file__).parents[1] / "configs" / "models").glob("*.toml"))
 
@@ -27,7 +28,7 @@ def stated(path: Path) -> int:
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_shape_counts_what_was_published(path: Path):
     model = models.open_config(path)
-    counted = sum(math.prod(shape) for shape in decoder.shapes(model.config).values())
+    counted = sum(math.prod(shape) for shape in weights.shapes(model.config).values())
     assert counted == stated(path)
 
 
@@ -48,7 +49,7 @@ def test_transformers_builds_the_same_weights_from_a_shape(path: Path):
     hf = {key: value for key, value in model.family.to_hf(config).items() if key != "architectures"}
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf)).state_dict()
-        ours = fused({name: torch.empty(shape) for name, shape in decoder.shapes(config).items()})
+        ours = fused({name: torch.empty(shape) for name, shape in weights.shapes(config).items()})
     if config.tie_embeddings:
         theirs.pop("lm_head.weight")
     assert {name: w.shape for name, w in ours.items()} == {name: w.shape for name, w in theirs.items()}

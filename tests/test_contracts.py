@@ -11,7 +11,8 @@ from models_for_tests import DENSE, family_configs, random_params
 
 from minitune import models, optim, stages, tree
 from minitune.losses import AnswerLoss, DistillationLoss, Loss, PairLoss, TokenLoss
-from minitune.models import Model
+from minitune.models import Model, weights
+from minitune.models.weights import head_name
 from minitune.paths import locate
 from minitune.types import LogProbs
 
@@ -146,8 +147,8 @@ def test_a_family_is_causal_and_its_config_survives_config_json(name: str, data:
     before, after = (Model(family, config).forward(params, t) for t in (tokens, changed))
     assert torch.equal(before[:, :at], after[:, :at])
     assert not torch.equal(before[:, at:], after[:, at:])
-    assert set(params) == set(decoder.shapes(config))
-    assert decoder.head_name(config) in params
+    assert set(params) == set(weights.shapes(config))
+    assert head_name(config) in params
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:

@@ -31,11 +31,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from minitune import checkpoint, models
-from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
+from minitune.attention import KeyRange, attention, causal, chunked, document_lengths, document_positions, documents, windowed
 from minitune.interop import gguf
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, cross_entropy
-from minitune.models import Model, decoder, gemma3, llama, mistral, rope
+from minitune.models import Model, decoder, gemma3, llama, mistral, rope, weights
+from minitune.models.config import DecoderConfig
+from minitune.models.mixers.grouped_query import KVCache
+from minitune.models.weights import head_name
 from minitune.types import Delta, InputError
 
 ATOL = 1e-5  # of the largest value
@@ -47,11 +50,11 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
-def model_of(config: decoder.Config) -> Model:
+def model_of(config: DecoderConfig) -> Model:
     return Model(family_of(config), config)
 
 
-def sized(name: str, **fields: Any) -> decoder.Config:
+def sized(name: str, **fields: Any) -> DecoderConfig:
     """A config of a family, at sizes where every mechanism shows."""
     sizes = {"n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_head": 8, "d_ff": 13, "vocab_size": 17}
     return models.FAMILIES[name].config(**{**sizes, "norm_eps": 1e-3, "rope_theta": 30.0, "max_positions": 29, **fields})
@@ -122,8 +125,8 @@ GROWING = rope.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
 MECHANISMS = {  # what is taken out -> (family, its config, what the config says instead)
     "window": ("mistral", {"window": 3}, {"window": None}),
     "width of the window": ("mistral", {"window": 3}, {"window": 4}),
-    "which layers have windows": ("gemma2", {"window": 3}, {"layers": ("full", "window")}),
-    "late windows": ("qwen2", {"window": 3, "layers": ("full", "full", "full", "window")}, {"layers": ("full",)}),
+    "which layers have windows": ("gemma2", {"window": 3}, {"layer_types": ("full", "sliding")}),
+    "late windows": ("qwen2", {"window": 3, "layer_types": ("full", "full", "full", "sliding")}, {"layer_types": ("full",)}),
     "norm of heads": ("qwen3", {}, {"qk_norm": "none"}),
     "norm of projections": ("olmo2", {}, {"qk_norm": "none"}),
     "one plus w": ("gemma", {}, {"norm": "w_before_cast"}),
@@ -134,7 +137,11 @@ MECHANISMS = {  # what is taken out -> (family, its config, what the config says
     "cap of scores": ("gemma2", {"attention_cap": 2.0}, {"attention_cap": None}),
     "cap of logits": ("gemma2", {"final_cap": 3.0}, {"final_cap": None}),
     "the order of caps": ("gemma2", {"attention_cap": 2.0, "final_cap": 9.0}, {"attention_cap": 9.0, "final_cap": 2.0}),
-    "RoPE of windows": ("gemma3_text", {"layers": ("window", "full"), "window_rope_theta": 3.0}, {"window_rope_theta": None}),
+    "RoPE of windows": (
+        "gemma3_text",
+        {"layer_types": ("sliding", "full"), "window_rope_theta": 3.0},
+        {"window_rope_theta": None},
+    ),
     "no scaling on windows": ("olmo3", {"rope_scaling": YARNS[0], "window_rope_theta": 30.0}, {"window_rope_theta": None}),
     "layers without RoPE": ("smollm3", {}, {"rope_layers": (True,)}),
     "part of each head": ("phi3", {"rotary_factor": 0.5}, {"rotary_factor": 1.0}),
@@ -164,7 +171,7 @@ def test_the_comparison_fails_when_a_mechanism_is_taken_out(name: str) -> None:
     assert distance(model_of(msgspec.structs.replace(config, **changes)).forward(params, tokens), wanted) > 100 * ATOL
 
 
-BEFORE = {**decoder.NORMS, "after": ("post_attention_layernorm", None, "post_feedforward_layernorm", None)}
+BEFORE = {**weights.NORMS, "after": ("post_attention_layernorm", None, "post_feedforward_layernorm", None)}
 MUTANTS = {
     "norms behind alone": ("olmo2", {}, decoder, "NORMS", BEFORE),
     "magnitude of yarn": ("llama", {"rope_scaling": YARN}, rope, "magnitude", lambda *_: 1.0),
@@ -237,23 +244,23 @@ def test_decoding_with_a_cache_equals_the_full_forward(name: str, data: st.DataO
     check_decoding(config, seed)
 
 
-def check_decoding(config: decoder.Config, seed: int) -> None:
+def check_decoding(config: DecoderConfig, seed: int) -> None:
     """Two rows of other lengths, padded on the left, then three tokens one by one."""
     model, params, lengths, n_new = model_of(config), random_params(config, seed, torch.float64), (4, 9), 3
     tokens = random_batch(config, 2, max(lengths) + n_new, seed).tokens
     first = torch.tensor([max(lengths) - n for n in lengths])[:, None]
     segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
     shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
-    caches = [decoder.Cache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
+    caches = [KVCache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
     run = partial(model.family.block, config)
-    at, positions, seen = 0, document_positions(segments), documents(segments)
+    at, positions, key_range = 0, document_positions(segments), documents(segments)
     found = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
         read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
-        found.append(decoder.decode(config, params, new, {}, read, positions, seen, run))
+        found.append(decoder.decode(config, params, new, {}, read, positions, key_range, run))
         at += width
-        positions, seen = positions[:, -1:] + 1, Seen(first, torch.tensor([[at]]))
+        positions, key_range = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
         start = max(lengths) - length
         wanted = decoder.hidden(config, params, tokens[row : row + 1, start:])
@@ -267,7 +274,7 @@ def test_packed_equals_unpacked(name: str, data: st.DataObject, seed: int, lengt
     check_packing(data.draw(family_configs(name)), seed, lengths)
 
 
-def check_packing(config: decoder.Config, seed: int, lengths: list[int]) -> None:
+def check_packing(config: DecoderConfig, seed: int, lengths: list[int]) -> None:
     model, params = model_of(config), random_params(config, seed, torch.float64)
     tokens = torch.randint(0, config.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     segments = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), torch.tensor(lengths))[None].to(torch.int32)
@@ -277,7 +284,7 @@ def check_packing(config: decoder.Config, seed: int, lengths: list[int]) -> None
 
 
 def test_chunks_decode_and_pack_as_they_run() -> None:
-    config = sized("llama", layers=("chunk", "full"), chunk=3, rope_layers=(True, False))
+    config = sized("llama", layer_types=("chunked", "full"), chunk=3, rope_layers=(True, False))
     check_decoding(config, 0)
     check_packing(config, 0, [5, 1, 7, 11])
     params, tokens = random_params(config), random_batch(config, 1, 9).tokens
@@ -363,7 +370,7 @@ def test_a_config_json_with_sizes_alone_means_what_it_means_to_transformers(name
     config = models.from_hf({"model_type": name, **sizes, "head_dim": 16}).config
     params, tokens = random_params(config), random_batch(config, 1, 9).tokens
     hf = AutoModelForCausalLM.from_config(theirs).eval()
-    hf.load_state_dict({**({"lm_head.weight": params[decoder.head_name(config)]} if config.tie_embeddings else {}), **params})
+    hf.load_state_dict({**({"lm_head.weight": params[head_name(config)]} if config.tie_embeddings else {}), **params})
     with torch.no_grad():
         assert distance(model_of(config).forward(params, tokens), hf(tokens).logits) <= ATOL
     assert config == models.from_hf(theirs.to_dict()).config
@@ -418,8 +425,8 @@ def test_every_family_refuses_a_field_that_it_does_not_know(name: str) -> None:
 
 
 def test_empty_patterns_are_refused() -> None:
-    with pytest.raises(ValueError, match="layers or rope_layers is empty, expected a pattern"):
-        sized("gemma2", layers=())
+    with pytest.raises(ValueError, match="layer_types or rope_layers is empty, expected a pattern"):
+        sized("gemma2", layer_types=())
 
 
 # folders of models that also see images
@@ -507,36 +514,36 @@ def test_attention_equals_its_definition(seed: int, cap: float | None, sunk: boo
     q, k, v = (torch.randn(2, n, t, 3, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
     sinks = torch.randn(4, generator=generator, dtype=torch.float64) if sunk else None
     last = torch.arange(t).expand(2, -1)
-    seen = Seen((torch.rand(2, t, generator=generator) * (last + 1)).long(), last)
-    wanted = plain(q, k, v, seen.mask(t), scale, cap, sinks)
-    torch.testing.assert_close(attention(q, k, v, seen, scale=scale, soft_cap=cap, sinks=sinks), wanted)
+    key_range = KeyRange((torch.rand(2, t, generator=generator) * (last + 1)).long(), last)
+    wanted = plain(q, k, v, key_range.mask(t), scale, cap, sinks)
+    torch.testing.assert_close(attention(q, k, v, key_range, scale=scale, soft_cap=cap, sinks=sinks), wanted)
     one = torch.func.vmap(
         lambda q, k, v, *s: attention(
-            q[None], k[None], v[None], Seen(*(x[None] for x in s)), scale=scale, soft_cap=cap, sinks=sinks
+            q[None], k[None], v[None], KeyRange(*(x[None] for x in s)), scale=scale, soft_cap=cap, sinks=sinks
         )
     )
-    torch.testing.assert_close(one(q, k, v, *seen)[:, 0], wanted)
+    torch.testing.assert_close(one(q, k, v, *key_range)[:, 0], wanted)
     whole = causal(t, q.device)
     found = attention(q, k, v, whole, scale=scale, soft_cap=cap, sinks=sinks)
     torch.testing.assert_close(found, plain(q, k, v, whole.mask(t).expand(2, -1, -1, -1), scale, cap, sinks))
-    late = Seen(seen.first[:, -1:], last[:, -1:])  # the last query alone, as in decoding
+    late = KeyRange(key_range.first[:, -1:], last[:, -1:])  # the last query alone, as in decoding
     found = attention(q[:, :, -1:], k, v, late, scale=scale, soft_cap=cap, sinks=sinks)
     torch.testing.assert_close(found, wanted[:, :, -1:])
 
 
 def test_windows_chunks_and_lengths_by_hand() -> None:
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
-    seen = documents(segments)
+    key_range = documents(segments)
     assert document_lengths(segments).tolist() == [[4, 4, 4, 4, 2, 2, 1]]
 
-    def rows(seen: Seen) -> list[list[int]]:
-        return [row.nonzero().flatten().tolist() for row in seen.mask(7)[0, 0]]
+    def rows(key_range: KeyRange) -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for row in key_range.mask(7)[0, 0]]
 
-    assert rows(windowed(seen, 2)) == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
-    assert rows(chunked(seen, document_positions(segments), 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
-    assert rows(windowed(seen, 7)) == rows(seen)
+    assert rows(windowed(key_range, 2)) == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
+    assert rows(chunked(key_range, document_positions(segments), 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
+    assert rows(windowed(key_range, 7)) == rows(key_range)
     assert rows(windowed(causal(3, segments.device), 2)) == [[0], [0, 1], [1, 2]]
-    late = windowed(Seen((), torch.tensor([[5]])), 3)
+    late = windowed(KeyRange((), torch.tensor([[5]])), 3)
     assert rows(late) == [[3, 4, 5]]
 
 
@@ -551,8 +558,8 @@ def test_windows_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: 
 
 
 def test_llama_and_mistral_are_the_decoder_as_it_is() -> None:
-    base = decoder.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
-    for family, differs in ((llama, set()), (mistral, {"layers"})):
+    base = DecoderConfig(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
+    for family, differs in ((llama, set()), (mistral, {"layer_types"})):
         fields = family.config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
         assert {f for f in base.__struct_fields__ if getattr(base, f) != getattr(fields, f)} == differs
 

@@ -248,9 +248,9 @@ def test_the_golden_test_fails_when_a_number_of_the_experts_is_another(name: str
 LLAMA4 = {
     "chunks": {"chunk": None},
     "width of a chunk": {"chunk": 4},
-    "which layers have chunks": {"layers": ("full", "chunk")},
+    "which layers have chunks": {"layer_types": ("full", "chunked")},
     "layers without RoPE": {"rope_layers": (True,)},
-    "neighbours": {"rope_pairs": "halves"},
+    "interleaved": {"rope_layout": "half"},
     "norm of turned heads": {"qk_norm": "none"},
     "growth of queries": {"nope_growth": None},
     "where queries grow": {"nope_span": 5},
@@ -388,7 +388,7 @@ def test_gptq_reaches_every_expert_that_has_tokens() -> None:
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_random_weights_of_experts_start_small(name: str) -> None:
     weights = Model(models.FAMILIES[name], small_experts(name)).init(0)
-    assert list(weights) == list(decoder.shapes(small_experts(name)))
+    assert list(weights) == list(weights.shapes(small_experts(name)))
     for key, w in weights.items():
         if key.endswith("norm.weight"):
             assert torch.equal(w, torch.ones_like(w))

@@ -16,7 +16,7 @@ from test_compiled import output
 from torch._subclasses import FakeTensorMode
 
 from minitune import flex
-from minitune.attention import Seen, causal, chunked, document_positions, documents, windowed
+from minitune.attention import KeyRange, causal, chunked, document_positions, documents, windowed
 
 CPU = torch.device("cpu")
 SEEN = ("causal", "documents", "windows", "chunks", "padding")
@@ -54,31 +54,31 @@ device, dtype = torch.device(os.environ["DEVICE"]), getattr(torch, os.environ["D
 trains = device.type == "cuda"  # torch has no backward for the CPU, and no sum of exponentials, which sinks need
 flex.serves = flex.serves if trains else lambda q, k: True
 generator = torch.Generator().manual_seed(0)
-seen = runs(os.environ["KIND"], 3, 517, 200, 0.01, generator)
-seen = type(seen)(*(x if isinstance(x, tuple) else x.to(device) for x in seen))
+key_range = runs(os.environ["KIND"], 3, 517, 200, 0.01, generator)
+key_range = type(key_range)(*(x if isinstance(x, tuple) else x.to(device) for x in key_range))
 drawn = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in [(3, n, 517, 64) for n in (6, 2, 2, 6)] + [(6,)]]
 q, k, v, cotangent, sinks = drawn
 def results(run, wide):
     leaves = [x.to(wide).requires_grad_(trains) for x in (q, k, v, *([sinks] if trains else []))]
     out = run(*leaves[:3], leaves[3] if trains else None)
     return [out, *(torch.autograd.grad(out, leaves, cotangent.to(wide)) if trains else [])]
-ours = torch.compile(lambda q, k, v, sinks: attention(q, k, v, seen, scale=0.1, soft_cap=2.0, sinks=sinks), fullgraph=True)
-theirs = lambda q, k, v, sinks: plain(q, k, v, seen, 0.1, 2.0, sinks)
+ours = torch.compile(lambda q, k, v, sinks: attention(q, k, v, key_range, scale=0.1, soft_cap=2.0, sinks=sinks), fullgraph=True)
+theirs = lambda q, k, v, sinks: plain(q, k, v, key_range, 0.1, 2.0, sinks)
 for found, wanted in zip(results(ours, dtype), results(theirs, torch.float64), strict=True):
     print(float(torch.linalg.vector_norm(found.double() - wanted) / torch.linalg.vector_norm(wanted)))
 """
 
 
-def runs(kind: str, rows: int, length: int, reach: int, share: float, generator: torch.Generator) -> Seen:
+def runs(kind: str, rows: int, length: int, reach: int, share: float, generator: torch.Generator) -> KeyRange:
     """What queries see: documents that end at a token with probability `share`, a window or chunk of `reach` keys in them."""
     segments = 1 + (torch.rand(rows, length, generator=generator) < share).cumsum(1)
     if kind == "padding":
         real = torch.randint(0, length + 1, (rows, 1), generator=generator)
         segments = torch.where(torch.arange(length) < real, segments, 0)
-    seen = causal(length, CPU) if kind == "causal" else documents(segments)
+    key_range = causal(length, CPU) if kind == "causal" else documents(segments)
     if kind == "windows":
-        return windowed(seen, reach)
-    return chunked(seen, document_positions(segments), reach) if kind == "chunks" else seen
+        return windowed(key_range, reach)
+    return chunked(key_range, document_positions(segments), reach) if kind == "chunks" else key_range
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,15 +95,15 @@ def test_it_equals_plain_sums_with_its_gradients(data: st.DataObject, kind: str,
     generator = torch.Generator().manual_seed(seed)
     b, n_kv, groups, e = (data.draw(st.integers(1, 3)) for _ in range(4))
     length, reach = (data.draw(st.integers(1, n)) for n in (40, 12))
-    seen = runs(kind, b, length, reach, data.draw(st.sampled_from([0.0, 0.1, 0.4])), generator)
+    key_range = runs(kind, b, length, reach, data.draw(st.sampled_from([0.0, 0.1, 0.4])), generator)
     cap = data.draw(st.sampled_from([None, 0.9]))
     heads = (n_kv * groups, n_kv, n_kv)
     q, k, v = (torch.randn(b, n, length, e, generator=generator, dtype=torch.float64).requires_grad_() for n in heads)
     sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64).requires_grad_() if data.draw(st.booleans()) else None
     leaves = [x for x in (q, k, v, sinks) if x is not None]
-    first = seen.first if isinstance(seen.first, torch.Tensor) else None
+    first = key_range.first if isinstance(key_range.first, torch.Tensor) else None
     out = flex.attend(q, k, v, first, sinks, scale=0.37, soft_cap=cap)
-    wanted = plain(q, k, v, seen, 0.37, cap, sinks)
+    wanted = plain(q, k, v, key_range, 0.37, cap, sinks)
     torch.testing.assert_close(out, wanted)
     cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     for a, c in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (out, wanted)), strict=True):
@@ -121,13 +121,13 @@ def test_it_equals_plain_sums_with_its_gradients(data: st.DataObject, kind: str,
 )
 def test_its_blocks_are_those_of_the_whole_mask(kind: str, length: int, block: int, reach: int, share: float, seed: int) -> None:
     """Those that torch finds by looking at every place: needed ones and those seen whole, by queries and by keys."""
-    seen = runs(kind, 2, length, reach, share, torch.Generator().manual_seed(seed))
-    first = seen.first if isinstance(seen.first, torch.Tensor) else None
+    key_range = runs(kind, 2, length, reach, share, torch.Generator().manual_seed(seed))
+    first = key_range.first if isinstance(key_range.first, torch.Tensor) else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "BLOCK", block)
         found = flex.block_mask(first, length, CPU)
-    rows = len(seen.starts())
-    mask = seen.mask(length)
+    rows = len(key_range.starts())
+    mask = key_range.mask(length)
     wanted = torch_flex.create_block_mask(
         lambda b, h, q, k: mask[b, 0, q, k], rows, None, length, length, "cpu", BLOCK_SIZE=block
     )

@@ -67,13 +67,17 @@ MUTATIONS = {
     "no causal mask": (
         decoder,
         "attention",
-        lambda q, k, v, seen, **rest: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        lambda q, k, v, key_range, **rest: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     ),
-    "no scaling of scores": (decoder, "attention", lambda q, k, v, seen, **rest: attention.attention(q, k, v, seen, scale=1.0)),
+    "no scaling of scores": (
+        decoder,
+        "attention",
+        lambda q, k, v, key_range, **rest: attention.attention(q, k, v, key_range, scale=1.0),
+    ),
     "key heads in another order": (
         decoder,
         "attention",
-        lambda q, k, v, seen, **rest: attention.attention(q, k.flip(1), v.flip(1), seen),
+        lambda q, k, v, key_range, **rest: attention.attention(q, k.flip(1), v.flip(1), key_range),
     ),
     "no RoPE scaling": (rope, "Llama3", type(None)),
     "norm without epsilon": (decoder, "rms_norm", lambda x, w, eps, kind: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True))),

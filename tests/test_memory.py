@@ -23,7 +23,7 @@ RULE = Lora(4, 8.0, ("*_proj.weight",))
 
 def kept_by_forward(model: Model, params: dict, deltas: dict, batch: object) -> int:
     """Bytes that all blocks together keep, counted over a whole forward."""
-    own = RULE.scaled(grad.fresh(deltas))
+    own = RULE.scaled(grad.detached_leaves(deltas))
 
     def forward(x: torch.Tensor, *_: object) -> torch.Tensor:
         return model.hidden({**params, "model.embed_tokens.weight": x}, batch, own)
@@ -49,7 +49,7 @@ def test_a_budget_is_kept_with_as_few_blocks_computed_again_as_it_takes() -> Non
     assert kept[0] > 3 * kept[5]
     beside = kept[5] - 5 * 3 * 41 * CONFIG.d_model * 4  # of the last norm, the angles and the scaled deltas
     first = (kept[1] - kept[2]) - (kept[0] - kept[1])  # what the first block keeps less: its input needs no gradient
-    adapted = objectives.apply_trainable(params, grad.fresh(deltas), RULE)
+    adapted = objectives.apply_trainable(params, grad.detached_leaves(deltas), RULE)
     for n in range(6):
         room = kept[n] - beside + (first if n == 0 else 0)
         assert memory.n_remat(CONFIG, *adapted, 3, 41, room) == n

@@ -232,7 +232,7 @@ def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
 def test_a_gradient_can_be_taken_twice_and_by_halves_but_not_of_itself() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
     lean, model = both(Model(llama.FAMILY, CONFIG), late)
-    own = RULE.scaled(grad.fresh(RULE.init(params, 0)))
+    own = RULE.scaled(grad.detached_leaves(RULE.init(params, 0)))
     upper, leaves = (own[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
     theirs = lean.hidden(params, batch, own).exp().sum()
     ours = model.hidden(params, batch, own).exp().sum()
@@ -268,7 +268,7 @@ def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) ->
     deltas = RULE.init(params, 0)
     lean, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
     wanted = gradient(objectives.sft(lean, CrossEntropy(), RULE), deltas, params, batch)
-    states = model.hidden(params, batch, RULE.scaled(grad.fresh(deltas)))
+    states = model.hidden(params, batch, RULE.scaled(grad.detached_leaves(deltas)))
     assert alive(late.sources) == 1
     assert alive(late.copies) == 5
     del states

@@ -21,6 +21,7 @@ from minitune.grad import value_and_grad
 from minitune.lora import Lora
 from minitune.models import Model, gemma2, llama, mixtral
 from minitune.models.experts import Experts
+from minitune.models.weights import head_name
 from minitune.stages import Train
 from minitune.types import Delta, InputError
 from minitune.world import World
@@ -109,7 +110,7 @@ def test_the_matrix_products_of_a_step_are_those_that_torch_counts(model: Model,
         names = [name for name in params if any(fnmatchcase(name, glob) for glob in globs.split())]
         rule = Lora(3, 6.0, tuple(n for n in names if params[n].ndim == 2 and "model.layers" in n))
         trainable = {name: params[name] for name in names} if whole else rule.init(params, 0)
-        head = decoder.head_name(model.config)
+        head = head_name(model.config)
         beyond = n_unlabelled * 2 * params[head].numel() * (3 if head in trainable else 2)
         for n_remat in (0, 2):
             again = model._replace(n_remat=n_remat)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import objectives, ops, optim, seeds, tree
-from minitune.attention import Seen, attention, causal, document_positions, documents
+from minitune.attention import KeyRange, attention, causal, document_positions, documents
 from minitune.grad import accumulate, remat, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, cross_entropy
@@ -238,7 +238,7 @@ def test_attention_equals_plain_sums_with_its_gradients(b: int, k: int, g: int, 
         torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), qkv) for y in (found, wanted)))
         if isinstance(seen.first, torch.Tensor):
             last = seen.last.expand(b, -1)
-            batched = torch.func.vmap(lambda *x: attention(*(y[None] for y in x[:3]), Seen(*(y[None] for y in x[3:])))[0])
+            batched = torch.func.vmap(lambda *x: attention(*(y[None] for y in x[:3]), KeyRange(*(y[None] for y in x[3:])))[0])
             torch.testing.assert_close(batched(*qkv, seen.first, last), wanted)
 
 

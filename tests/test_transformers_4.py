@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_families import MECHANISMS, distance, model_of, sized
 
 from minitune import checkpoint, models
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 
 ATOL = 1e-5  # of the largest logit
 VARIABLE = "TRANSFORMERS_4"  # a folder with transformers 4.57 and what it needs in other versions; see CONTRIBUTING.md
@@ -55,7 +55,7 @@ def moderate(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: w * min(1.0, 3 / w.shape[-1] ** 0.5) if w.ndim == 2 else w for n, w in params.items()}
 
 
-def save(folder: Path, config: decoder.Config, params: dict[str, torch.Tensor], source: Path | None) -> None:
+def save(folder: Path, config: DecoderConfig, params: dict[str, torch.Tensor], source: Path | None) -> None:
     checkpoint.save_folder(folder, params, model_of(config), checkpoint.Companions(folder, [2], source=source))
 
 

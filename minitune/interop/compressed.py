@@ -9,7 +9,8 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, int32, tensor, uint8
 
 from minitune import checkpoint
-from minitune.models import Model, decoder
+from minitune.models import Model
+from minitune.models.weights import head_name
 from minitune.types import QNF4, InputError, Params, QFloat8, QInt4, QInt8
 
 Activations = Literal["none", "int8"]
@@ -98,7 +99,7 @@ def unquantized(params: Params, model: Model) -> list[str]:
     """The linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
     embedding = "model.embed_tokens.weight"
     linears = [name for name, w in params.items() if isinstance(w, Tensor) and w.ndim == 2 and name != embedding]
-    return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (decoder.head_name(model.config) == embedding)
+    return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (head_name(model.config) == embedding)
 
 
 def _config(schemes: Mapping[_Scheme, list[str]], ignore: list[str]) -> dict[str, Any]:

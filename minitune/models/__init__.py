@@ -35,9 +35,13 @@ from minitune.models import (
     qwen3,
     qwen3_moe,
     smollm3,
+    weights,
 )
+from minitune.models.block import block
+from minitune.models.config import DecoderConfig, MixerName, layer_kind
 from minitune.models.family import Family
 from minitune.models.multimodal import text_config
+from minitune.models.weights import head_name
 from minitune.tree import Tree
 from minitune.types import Batch, InputError, Params
 
@@ -101,25 +105,28 @@ class Model(NamedTuple):
 
     def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart."""
-        return decoder.hidden(self.config, params, rows.tokens, segment_ids=rows.segment_ids, layer=self.layers())
+        return decoder.hidden(self.config, params, rows.tokens, segment_ids=rows.segment_ids, block_of=self.block_of())
 
-    def layers(self) -> Callable[[int], Callable[..., Tensor]]:
-        """Function that gives the function of layer i, called as (its leaves, x, its attention inputs)."""
+    def block_of(self) -> decoder.BlockOf:
+        """Function that gives the block of layer i: transformed, computed again in the backward, probed, as the model says."""
+        runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
+        recomputed = {mixer: self.remat(run) for mixer, run in runs.items()}
+
+        def block_of(i: int) -> Callable[..., Tensor]:
+            chosen = recomputed if i < self.n_remat else runs
+            run = chosen[layer_kind(self.config, i).mixer]
+            return run if self.probe is None else partial(_report, run, self.probe, i)
+
+        return block_of
+
+    def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
         if self.probe is None:
-            run = self.block_transform(partial(decoder.block, self.config))
-        else:
-            run = self.block_transform(partial(probed_block, self.config, self.probe.weights))
-        recomputed = self.remat(run)
-
-        def layer(i: int) -> Callable[..., Tensor]:
-            block = recomputed if i < self.n_remat else run
-            return block if self.probe is None else partial(_report, block, self.probe, i)
-
-        return layer
+            return partial(block, self.config, mixer)
+        return partial(probed_block, self.config, mixer, self.probe.weights)
 
     def head(self, params: Params) -> Any:
         """Leaf [V, D] that turns hidden states into logits: the embedding itself when tied."""
-        return params[decoder.head_name(self.config)]
+        return params[head_name(self.config)]
 
     def logits(self, params: Params, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits of hidden states, scaled and capped as the family does."""
@@ -147,7 +154,7 @@ class Model(NamedTuple):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""
-        return decoder.shapes(self.config)
+        return weights.shapes(self.config)
 
     def init(self, seed: int, std: float = 0.02) -> dict[str, Tensor]:
         """Random float32 parameters: norms that multiply by one, biases zero, matrices normal(0, std), those that write to the
@@ -166,7 +173,12 @@ class Model(NamedTuple):
 
 
 def probed_block(
-    config: decoder.Config, weights: tuple[str, ...], w: Params, x: Float[Tensor, "B T D"], *rest: Any
+    config: DecoderConfig,
+    mixer: MixerName,
+    weights: tuple[str, ...],
+    w: Params,
+    x: Float[Tensor, "B T D"],
+    *rest: Any,
 ) -> Float[Tensor, "B T D_and_outputs"]:
     """The block's result followed by the outputs of the linear maps of `weights`, in one tensor, as remat wants it."""
     outputs: dict[str, Tensor] = {}
@@ -175,15 +187,15 @@ def probed_block(
         if name in weights:
             outputs[name] = y
 
-    result = decoder.block(config, w, x, *rest, tap=tap)
+    result = block(config, mixer, w, x, *rest, tap=tap)
     return torch.cat([result, *(outputs[name] for name in weights if name in w)], dim=-1)
 
 
-def _report(block: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any) -> Tensor:
+def _report(run: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any) -> Tensor:
     """The result of a probed block, whose outputs the probe has received."""
     names = [name for name in probe.weights if name in w]
     sizes = [x.shape[-1], *(w[name].shape[0] for name in names)]
-    result, *outputs = block(w, x, *rest).split(sizes, dim=-1)
+    result, *outputs = run(w, x, *rest).split(sizes, dim=-1)
     for name, y in zip(names, outputs, strict=True):
         probe.receive(f"model.layers.{i}.{name}", y)
     return result

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune.models.config import Config, MixerName
+from minitune.models.config import DecoderConfig, MixerName
 from minitune.models.experts import is_routed, routed_feed_forward
 from minitune.models.mixers import MIXERS
 from minitune.models.mixers.mixer import LayerMaps
@@ -23,7 +23,7 @@ Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its
 
 
 def block(
-    config: Config,
+    config: DecoderConfig,
     mixer: MixerName,
     w: Params,
     x: Float[Tensor, "B T D"],
@@ -66,7 +66,9 @@ def block(
     return residual(x, norm(mlp_out, y))
 
 
-def _feed_forward(config: Config, proj: Callable[[str, Tensor], Tensor], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+def _feed_forward(
+    config: DecoderConfig, proj: Callable[[str, Tensor], Tensor], x: Float[Tensor, "B T D"]
+) -> Float[Tensor, "B T D"]:
     """down(activation(gate(x)) * up(x))."""
     mlp = config.mlp
     if config.fused:

@@ -17,7 +17,7 @@ AttentionType = Literal["full", "sliding", "chunked"]  # which earlier tokens ar
 MixerName = Literal["grouped_query"]
 
 
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Numbers that a decoder is made of; the patterns mixers, layer_types and rope_layers repeat over depth."""
 
     n_layers: Annotated[int, Meta(gt=0, le=10_000)]
@@ -74,9 +74,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if isinstance(self.rope_scaling, rope.LongRope):
             n_factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if n_factors != {self.d_rotary // 2}:
-                raise ValueError(
-                    f"longrope has lists of {sorted(n_factors)} factors, expected {self.d_rotary // 2} in each"
-                )
+                raise ValueError(f"longrope has lists of {sorted(n_factors)} factors, expected {self.d_rotary // 2} in each")
 
     @property
     def d_rotary(self) -> int:
@@ -97,7 +95,7 @@ class LayerKind(NamedTuple):
     rope: bool
 
 
-def layer_kind(config: Config, i: int) -> LayerKind:
+def layer_kind(config: DecoderConfig, i: int) -> LayerKind:
     """Kind of layer i."""
     return LayerKind(
         config.mixers[i % len(config.mixers)],
@@ -106,6 +104,6 @@ def layer_kind(config: Config, i: int) -> LayerKind:
     )
 
 
-def layer_kinds(config: Config) -> list[LayerKind]:
+def layer_kinds(config: DecoderConfig) -> list[LayerKind]:
     """Every kind of layer that the model has, once, in the order of its first layer."""
     return list(dict.fromkeys(layer_kind(config, i) for i in range(config.n_layers)))

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune import tree
 from minitune.attention import KeyRange, causal, document_lengths, document_positions, documents
 from minitune.models import rope
 from minitune.models.block import block
-from minitune.models.config import Config, LayerKind, layer_kind, layer_kinds
+from minitune.models.config import DecoderConfig, LayerKind, layer_kind, layer_kinds
 from minitune.models.mixers import MIXERS
 from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.weights import head_name, layer_of
@@ -24,7 +23,7 @@ BlockOf = Callable[[int], Callable[..., Tensor]]  # the function of layer i, cal
 
 
 def hidden(
-    config: Config,
+    config: DecoderConfig,
     params: Params,
     tokens: Int[Tensor, "B T"],
     *,
@@ -39,20 +38,20 @@ def hidden(
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
-def plain_block_of(config: Config) -> BlockOf:
+def plain_block_of(config: DecoderConfig) -> BlockOf:
     """Blocks as they are: neither compiled nor computed again."""
     return lambda i: partial(block, config, layer_kind(config, i).mixer)
 
 
 def before_first_block(
-    config: Config, params: Params, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
+    config: DecoderConfig, params: Params, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
 ) -> tuple[Float[Tensor, "B T D"], dict[LayerKind, Any]]:
     """Embedded tokens, and the inputs that the mixers of every kind of layer share."""
     x = _embedded(config, params, tokens)
     return x, mixer_inputs(config, token_positions(config, tokens, segment_ids), x.dtype)
 
 
-def token_positions(config: Config, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None) -> TokenPositions:
+def token_positions(config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None) -> TokenPositions:
     """Positions of tokens that are one document a row, or of the documents that segment_ids tell apart."""
     n_tokens = tokens.shape[1]
     if segment_ids is None:
@@ -64,7 +63,7 @@ def token_positions(config: Config, tokens: Int[Tensor, "B T"], segment_ids: Int
     return TokenPositions(document_positions(segment_ids), lengths, documents(segment_ids))
 
 
-def mixer_inputs(config: Config, where: TokenPositions, dtype: torch.dtype) -> dict[LayerKind, Any]:
+def mixer_inputs(config: DecoderConfig, where: TokenPositions, dtype: torch.dtype) -> dict[LayerKind, Any]:
     """Inputs of every kind of layer that the model has, made by the kind's mixer."""
     inputs: dict[LayerKind, Any] = {}
     for name in dict.fromkeys(config.mixers):
@@ -74,7 +73,7 @@ def mixer_inputs(config: Config, where: TokenPositions, dtype: torch.dtype) -> d
 
 
 def decode(
-    config: Config,
+    config: DecoderConfig,
     params: Params,
     tokens: Int[Tensor, "B T"],
     caches: Sequence[Tree],
@@ -96,20 +95,20 @@ def decode(
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
-def empty_caches(config: Config, n_rows: int, n_slots: int, like: Tensor) -> list[Tree]:
+def empty_caches(config: DecoderConfig, n_rows: int, n_slots: int, like: Tensor) -> list[Tree]:
     """One empty cache a layer, for n_rows rows of n_slots tokens."""
     mixers = [MIXERS[layer_kind(config, i).mixer] for i in range(config.n_layers)]
     return [mixer.empty_cache(config, n_rows, n_slots, like) for mixer in mixers]
 
 
-def filled_caches(config: Config, caches: Sequence[Tree], n_slots: int) -> list[Tree]:
+def filled_caches(config: DecoderConfig, caches: Sequence[Tree], n_slots: int) -> list[Tree]:
     """The first n_slots slots of every cache, as views."""
     mixers = [MIXERS[layer_kind(config, i).mixer] for i in range(config.n_layers)]
     return [mixer.filled(cache, n_slots) for mixer, cache in zip(mixers, caches, strict=True)]
 
 
 def forward(
-    config: Config,
+    config: DecoderConfig,
     params: Params,
     tokens: Int[Tensor, "B T"],
     *,
@@ -120,14 +119,14 @@ def forward(
     return scaled_logits(config, linear(states, params[head_name(config)]))
 
 
-def scaled_logits(config: Config, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+def scaled_logits(config: DecoderConfig, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
     """Logits of the model from those of its head: divided and capped, where the family does so."""
     if config.logit_divisor != 1:
         logits = logits / config.logit_divisor
     return logits if config.final_cap is None else config.final_cap * torch.tanh(logits / config.final_cap)
 
 
-def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
+def _embedded(config: DecoderConfig, params: Params, tokens: Tensor) -> Tensor:
     x = embed(tokens, params["model.embed_tokens.weight"])
     if config.embedding_multiplier == "sqrt_d_model":  # rounded to the dtype of the weights, as it was in training
         return x * torch.tensor(config.d_model**0.5, dtype=x.dtype, device=x.device)

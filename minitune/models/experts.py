@@ -125,7 +125,7 @@ def routed_feed_forward(
 ) -> Float[Tensor, "B T D"]:
     """The mixture's output, and that of the shared expert if there is one.
 
-    w holds the layer's leaves; proj(name, x) is the linear map of one of them; tap is what decoder.block says.
+    w holds the layer's leaves; proj(name, x) is the linear map of one of them; tap is what block says.
     """
     names = NAMES[experts.names]
     routes = _routes(experts, proj(names.router, x).flatten(0, 1))

@@ -1,9 +1,9 @@
-"""A model family as a value: the Config that sets it apart, and how its config.json is read and written."""
+"""A model family as a value: the config that sets it apart, and how its config.json is read and written."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from minitune.models.decoder import Config
+from minitune.models.config import DecoderConfig
 from minitune.models.hf_config import HFConfig
 
 Fields = dict[str, Any]
@@ -16,10 +16,11 @@ def _no_fields(*_: Any) -> Fields:
 class Family(NamedTuple):
     """What a family declares; `models.FAMILIES` lists them, and the decoder runs them all.
 
-    read gives the Config fields that a config.json says in the family's own way, write the config.json fields that only it has.
+    read gives the config's fields that a config.json says in the family's own way, write the config.json fields that
+    only it has.
     """
 
-    config: type[Config]
+    config: type[DecoderConfig]
     hf: HFConfig
     read: Callable[[Mapping[str, Any], str], Fields] = _no_fields
     write: Callable[[Any], Fields] = _no_fields
@@ -29,10 +30,10 @@ class Family(NamedTuple):
         """model_type of its config.json."""
         return self.hf.model_type
 
-    def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> Config:
+    def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
         """Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
         return self.hf.read(self.config, hf, where, **self.read({**self.hf.defaults, **hf}, where))
 
-    def to_hf(self, config: Config) -> dict[str, Any]:
+    def to_hf(self, config: DecoderConfig) -> dict[str, Any]:
         """Content of a config.json that transformers 4.x and 5.x read alike."""
         return self.hf.write(config, **self.write(config))

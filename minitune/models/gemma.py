@@ -5,13 +5,13 @@ Gemma Team 2024, arXiv 2403.08295, section 2.
 
 from typing import Literal
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 from minitune.ops import Norm
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Gemma is made of."""
 
     norm: Norm = "one_plus_w"

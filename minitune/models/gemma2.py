@@ -6,9 +6,10 @@ Gemma Team 2024, arXiv 2408.00118, section 2.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from minitune.models import decoder, gemma
+from minitune.models import gemma
+from minitune.models.config import AttentionType, DecoderConfig, Size
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 
 
 class Config(gemma.Config, frozen=True):
@@ -17,19 +18,19 @@ class Config(gemma.Config, frozen=True):
     norms: Literal["before", "after", "both"] = "both"
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
-    layers: tuple[decoder.Reach, ...] = ("window", "full")
-    window: decoder.Size | None = 4096
+    layer_types: tuple[AttentionType, ...] = ("sliding", "full")
+    window: Size | None = 4096
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
-    layers = layer_pattern(hf, ("window", "full"), where)
-    return {"attention_scale": attention_scale(hf), "layers": layers}
+    layer_types = layer_pattern(hf, ("sliding", "full"), where)
+    return {"attention_scale": attention_scale(hf), "layer_types": layer_types}
 
 
 def write(config: Config) -> dict[str, Any]:
     """config.json fields that only this family has."""
-    return {"query_pre_attn_scalar": query_pre_attn_scalar(config), "layer_types": layer_types(config)}
+    return {"query_pre_attn_scalar": query_pre_attn_scalar(config), "layer_types": layer_types_to_hf(config)}
 
 
 def attention_scale(hf: Mapping[str, Any]) -> float | None:
@@ -38,7 +39,7 @@ def attention_scale(hf: Mapping[str, Any]) -> float | None:
     return None if scalar == hf.get("head_dim", 256) else scalar**-0.5
 
 
-def query_pre_attn_scalar(config: decoder.Config) -> int:
+def query_pre_attn_scalar(config: DecoderConfig) -> int:
     """What `attention_scale` reads."""
     return config.d_head if config.attention_scale is None else round(config.attention_scale**-2)
 

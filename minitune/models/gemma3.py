@@ -6,10 +6,11 @@ Gemma Team 2025, arXiv 2503.19786, section 2.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from minitune.models import decoder, gemma
+from minitune.models import gemma
+from minitune.models.config import AttentionType, Size
 from minitune.models.family import Family
 from minitune.models.gemma2 import attention_scale, query_pre_attn_scalar
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, layered_rope, layered_rope_to_hf
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, layered_rope, layered_rope_to_hf
 
 
 class Config(gemma.Config, frozen=True):
@@ -17,8 +18,8 @@ class Config(gemma.Config, frozen=True):
 
     norms: Literal["before", "after", "both"] = "both"
     qk_norm: Literal["none", "head", "projection"] = "head"
-    layers: tuple[decoder.Reach, ...] = ("window", "window", "window", "window", "window", "full")
-    window: decoder.Size | None = 4096
+    layer_types: tuple[AttentionType, ...] = ("sliding", "sliding", "sliding", "sliding", "sliding", "full")
+    window: Size | None = 4096
     rope_theta: float = 1e6
     window_rope_theta: float | None = 1e4
 
@@ -26,15 +27,15 @@ class Config(gemma.Config, frozen=True):
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
     n = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    layers = layer_pattern(hf, ("window",) * (n - 1) + ("full",), where)
-    return {"attention_scale": attention_scale(hf), "layers": layers, **layered_rope(hf, where, 1e6, 1e4)}
+    layer_types = layer_pattern(hf, ("sliding",) * (n - 1) + ("full",), where)
+    return {"attention_scale": attention_scale(hf), "layer_types": layer_types, **layered_rope(hf, where, 1e6, 1e4)}
 
 
 def write(config: Config) -> dict[str, Any]:
     """config.json fields that only this family has."""
     return {
         "query_pre_attn_scalar": query_pre_attn_scalar(config),
-        "layer_types": layer_types(config),
+        "layer_types": layer_types_to_hf(config),
         "rope_local_base_freq": config.window_rope_theta,
         **layered_rope_to_hf(config),
     }

@@ -6,23 +6,24 @@ OpenAI 2025, arXiv 2508.10925, section 2.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import AttentionType, DecoderConfig, Size
 from minitune.models.experts import Experts
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 from minitune.ops import Norm
 from minitune.types import InputError
 
 
-class Config(decoder.Config, frozen=True, kw_only=True):
+class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that a gpt-oss is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     norm: Norm = "w_before_cast"
     attention_bias: bool = True
     sinks: bool = True
-    layers: tuple[decoder.Reach, ...] = ("window", "full")
-    window: decoder.Size | None = 128
+    layer_types: tuple[AttentionType, ...] = ("sliding", "full")
+    window: Size | None = 128
     rope_theta: float = 150000.0
 
 
@@ -53,8 +54,8 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "limit": hf.get("swiglu_limit", 7.0),
         "slope": hf.get("swiglu_alpha", 1.702),
     }
-    layers = layer_pattern(hf, ("window", "full"), where)
-    return {"rope_theta": theta, "rope_scaling": scaling, "layers": layers, "experts": experts}
+    layer_types = layer_pattern(hf, ("sliding", "full"), where)
+    return {"rope_theta": theta, "rope_scaling": scaling, "layer_types": layer_types, "experts": experts}
 
 
 def write(config: Config) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def write(config: Config) -> dict[str, Any]:
         "num_experts_per_tok": experts.n_active,
         "swiglu_limit": experts.limit,
         "swiglu_alpha": experts.slope,
-        "layer_types": layer_types(config),
+        "layer_types": layer_types_to_hf(config),
     }
 
 

@@ -3,12 +3,12 @@
 IBM 2024, as published with its weights; Yang et al. 2022, arXiv 2203.03466 (muP), is where the multipliers come from.
 """
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Granite is made of."""
 
     attention_scale: float | None = 1.0

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import AttentionType, DecoderConfig, layer_kind
 from minitune.types import InputError
 
-C = TypeVar("C", bound=decoder.Config)
+C = TypeVar("C", bound=DecoderConfig)
 NONE: Mapping[str, Any] = MappingProxyType({})
 NAMES = {  # field of a Config -> field of config.json, in every family
     "n_layers": "num_hidden_layers",
@@ -24,7 +25,11 @@ NAMES = {  # field of a Config -> field of config.json, in every family
     "max_positions": "max_position_embeddings",
 }
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
-REACHES: dict[str, decoder.Reach] = {"full_attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
+ATTENTION_TYPES: dict[str, AttentionType] = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+}
 ALLOWED = {"attention_dropout": (0.0,)}
 HARMLESS = frozenset(
     [
@@ -117,7 +122,7 @@ class HFConfig(NamedTuple):
         except msgspec.ValidationError as error:
             raise InputError(f"models: {where}: {error} (in minitune's names for the fields)") from None
 
-    def write(self, config: decoder.Config, **written: Any) -> dict[str, Any]:
+    def write(self, config: DecoderConfig, **written: Any) -> dict[str, Any]:
         """A config.json that transformers 4.x and 5.x read alike, with the fields that the family writes by itself."""
         names = {**NAMES, **self.fields}
         return {
@@ -137,18 +142,18 @@ def rotary_factor(hf: Mapping[str, Any]) -> float:
     return 1.0 if outer is None else outer
 
 
-def layer_pattern(hf: Mapping[str, Any], default: tuple[decoder.Reach, ...], where: str) -> tuple[decoder.Reach, ...]:
+def layer_pattern(hf: Mapping[str, Any], default: tuple[AttentionType, ...], where: str) -> tuple[AttentionType, ...]:
     """The pattern of layer_types, and `default` where there are none or where they repeat it."""
     types = hf.get("layer_types")
     if types is None:
         return default
-    odd = next((one for one in types if one not in REACHES), None)
+    odd = next((one for one in types if one not in ATTENTION_TYPES), None)
     if odd is not None or len(types) != hf.get("num_hidden_layers"):
         raise InputError(
             f"models: {where} has {len(types)} layer_types, one {odd!r}; expected {hf.get('num_hidden_layers')} "
-            f"of {', '.join(REACHES)}"
+            f"of {', '.join(ATTENTION_TYPES)}"
         )
-    return pattern([REACHES[one] for one in types], default)
+    return pattern([ATTENTION_TYPES[one] for one in types], default)
 
 
 def pattern(values: list[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -157,10 +162,10 @@ def pattern(values: list[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
     return next((p for p in (default, *starts) if all(x == p[i % len(p)] for i, x in enumerate(values))), default)
 
 
-def layer_types(config: decoder.Config) -> list[str]:
+def layer_types_to_hf(config: DecoderConfig) -> list[str]:
     """What `layer_pattern` reads."""
-    names = {reach: name for name, reach in REACHES.items()}
-    return [names[decoder.layer_kind(config, i).reach] for i in range(config.n_layers)]
+    names = {attention_type: name for name, attention_type in ATTENTION_TYPES.items()}
+    return [names[layer_kind(config, i).attention] for i in range(config.n_layers)]
 
 
 def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) 
     return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": near_theta}
 
 
-def layered_rope_to_hf(config: decoder.Config) -> dict[str, Any]:
+def layered_rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """What `layered_rope` reads, in both spellings."""
     flat = rope.to_hf(config.rope_theta, config.rope_scaling)
     near = rope.to_hf(config.window_rope_theta or config.rope_theta, None)["rope_parameters"]
@@ -186,16 +191,16 @@ def layered_rope_to_hf(config: decoder.Config) -> dict[str, Any]:
 
 
 def sliding_after(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """window and layers where the first max_window_layers layers are full and the rest see a window, if windows are used."""
+    """window and layer_types where the first max_window_layers layers are full and the rest see a window, if windows are used."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     n, n_full = hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28)
-    late = pattern(["full" if i < n_full else "window" for i in range(n)], ("full",))
-    return {"window": window, "layers": layer_pattern(hf, late, where) if window is not None else ("full",)}
+    late = pattern(["full" if i < n_full else "sliding" for i in range(n)], ("full",))
+    return {"window": window, "layer_types": layer_pattern(hf, late, where) if window is not None else ("full",)}
 
 
-def sliding_after_to_hf(config: decoder.Config) -> dict[str, Any]:
+def sliding_after_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """What `sliding_after` reads."""
-    types = layer_types(config)
+    types = layer_types_to_hf(config)
     first = next((i for i, one in enumerate(types) if one != "full_attention"), config.n_layers)
     used = config.window is not None
     return {"use_sliding_window": used, "sliding_window": config.window, "max_window_layers": first, "layer_types": types}

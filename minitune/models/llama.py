@@ -3,12 +3,12 @@
 Touvron et al. 2023, arXiv 2307.09288; Grattafiori et al. 2024, arXiv 2407.21783.
 """
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Llama is made of."""
 
 

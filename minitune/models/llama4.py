@@ -6,23 +6,24 @@ Meta 2025, as published with the weights; the growth of queries on layers withou
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import AttentionType, DecoderConfig, QKNorm, RopeLayout, Size, layer_kind
 from minitune.models.experts import Experts
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
 
-LAYERS: tuple[decoder.Reach, ...] = ("chunk", "chunk", "chunk", "full")
+LAYERS: tuple[AttentionType, ...] = ("chunked", "chunked", "chunked", "full")
 
 
-class Config(decoder.Config, frozen=True, kw_only=True):
+class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that a Llama 4 is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    qk_norm: decoder.QKNorm = "rotated"
-    layers: tuple[decoder.Reach, ...] = LAYERS
-    chunk: decoder.Size | None = 8192
+    qk_norm: QKNorm = "rotated"
+    layer_types: tuple[AttentionType, ...] = LAYERS
+    chunk: Size | None = 8192
     rope_layers: tuple[bool, ...] = (True, True, True, False)
-    rope_pairs: decoder.Pairs = "neighbours"
+    rope_layout: RopeLayout = "interleaved"
     rope_theta: float = 500000.0
     rope_in_float32: bool = True
     nope_growth: float | None = 0.1
@@ -33,8 +34,8 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     n, every, step = hf.get("num_hidden_layers") or 0, hf.get("no_rope_layer_interval", 4), hf.get("interleave_moe_layer_step", 1)
     turned = hf.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(n)]  # 1 where a layer has RoPE
     rope_layers = pattern([bool(x) for x in turned[:n]], (True, True, True, False))
-    reaches = ["chunk" if rope_layers[i % len(rope_layers)] else "full" for i in range(n)]
-    layers = pattern(reaches, LAYERS) if hf.get("layer_types") is None else layer_pattern(hf, LAYERS, where)
+    types = ["chunked" if rope_layers[i % len(rope_layers)] else "full" for i in range(n)]
+    layer_types = pattern(types, LAYERS) if hf.get("layer_types") is None else layer_pattern(hf, LAYERS, where)
     routed = hf.get("moe_layers")
     routed = range(step - 1, n, step) if routed is None else routed
     experts = {
@@ -51,7 +52,7 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_layers": rope_layers,
-        "layers": layers,
+        "layer_types": layer_types,
         "qk_norm": "rotated" if hf.get("use_qk_norm", True) else "none",
         "nope_growth": hf.get("attn_scale", 0.1) if hf.get("attn_temperature_tuning", True) else None,
         "nope_span": hf.get("floor_scale", 8192),
@@ -67,8 +68,8 @@ def write(config: Config) -> dict[str, Any]:
         "num_local_experts": experts.n_experts,
         "num_experts_per_tok": experts.n_active,
         "moe_layers": [i for i in range(config.n_layers) if experts.at(i)],
-        "no_rope_layers": [int(decoder.layer_kind(config, i).rope) for i in range(config.n_layers)],
-        "layer_types": layer_types(config),
+        "no_rope_layers": [int(layer_kind(config, i).rope) for i in range(config.n_layers)],
+        "layer_types": layer_types_to_hf(config),
         "use_qk_norm": config.qk_norm != "none",
         "attn_temperature_tuning": growth is not None,
         "attn_scale": 0.1 if growth is None else growth,

@@ -10,24 +10,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minitune import tree
-from minitune.attention import causal
-from minitune.grad import fresh, kept_bytes, remat
+from minitune.grad import detached_leaves, kept_bytes, remat
 from minitune.models import decoder
+from minitune.models.block import block
+from minitune.models.config import DecoderConfig, LayerKind, layer_kind
+from minitune.models.weights import layer_of
 from minitune.tree import Tree
 from minitune.types import InputError, Params
 
 
-def n_remat(config: decoder.Config, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
+def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
     """The fewest blocks to compute again in the backward of n_rows x n_tokens so that all blocks together keep at most n_bytes.
 
     What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
     """
     like, n = params["model.embed_tokens.weight"], config.n_layers
     x = torch.ones(n_rows, n_tokens, config.d_model, dtype=like.dtype, device=like.device)
-    seen = causal(n_tokens, x.device)
-    places = decoder.places_of(config, seen.last, n_tokens, seen, x.dtype)[decoder.layer_kind(config, n - 1)]
+    inputs = decoder.mixer_inputs(config, decoder.token_positions(config, x[..., 0], None), x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
-    inner = kept_bytes(_block(config), x, decoder.layer_of(params, n - 1), places)
+    last = layer_kind(config, n - 1)
+    inner = kept_bytes(_x_first(config, last), x, layer_of(params, n - 1), inputs[last])
     found = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if found is None:
         raise InputError(
@@ -37,19 +39,17 @@ def n_remat(config: decoder.Config, params: Params, n_rows: int, n_tokens: int, 
     return found
 
 
-class Span(NamedTuple):
-    """Bytes that a function keeps for its backward, its input among them if that is kept, and the most that going back through
-    it holds beside those: gradients of its result, its input and its weights too. Where nothing has a gradient: that going
-    through it holds."""
+class BlockMemory(NamedTuple):
+    """Bytes that a block needs in a training step."""
 
-    kept: int
-    transient: int
+    kept: int  # for its backward, its input included if that is kept
+    transient: int  # the most that its backward adds, gradients included; its forward, if nothing has a gradient
 
 
-def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
-    """The Span of f(x, *rest), whose result counts nowhere; the tensors may be fake (torch._subclasses.FakeTensorMode).
+def measure(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> BlockMemory:
+    """Memory of f(x, *rest), whose result counts nowhere; the tensors may be fake (torch._subclasses.FakeTensorMode).
 
-    What an operator allocates for itself, and frees before it returns, is not seen.
+    What an operator allocates for itself, and frees before it returns, is not counted.
     """
     with _Live() as live, torch.enable_grad():
         y = f(x.clone(), *rest)  # a copy, so that it counts if it is kept
@@ -58,26 +58,28 @@ def span(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> Span:
         if leaves:
             live.peak = live.now
             torch.autograd.grad(y, leaves, torch.empty_like(y), allow_unused=True)
-    return Span(kept, live.peak - kept - result)
+    return BlockMemory(kept, live.peak - kept - result)
 
 
-def block_spans(
-    config: decoder.Config, n_remat: int, params: Params, x: Tensor, places: dict[decoder.Kind, decoder.Places]
-) -> list[Span]:
-    """The Span of every block, given where the tokens stand and a tensor x [B T D] that has a gradient if the embedding has one;
-    blocks that are alike are measured once."""
-    spans: list[Span] = []
-    known: dict[Any, Span] = {}
+def measure_blocks(
+    config: DecoderConfig, n_remat: int, params: Params, x: Tensor, inputs: dict[LayerKind, Any]
+) -> list[BlockMemory]:
+    """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the embedding has one.
+
+    Blocks that are alike are measured once.
+    """
+    measured: list[BlockMemory] = []
+    known: dict[Any, BlockMemory] = {}
     for i in range(config.n_layers):
-        kind, layer = decoder.layer_kind(config, i), decoder.layer_of(params, i)
+        kind, layer = layer_kind(config, i), layer_of(params, i)
         leaves = tuple((path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer))
         alike = (kind, i < n_remat, x.requires_grad, leaves)
         if alike not in known:
-            run = _block(config)
-            known[alike] = span(remat(run) if i < n_remat else run, x, layer, places[kind])
-        spans.append(known[alike])
-        x = fresh(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
-    return spans
+            run = _x_first(config, kind)
+            known[alike] = measure(remat(run) if i < n_remat else run, x, layer, inputs[kind])
+        measured.append(known[alike])
+        x = detached_leaves(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
+    return measured
 
 
 class _Live(TorchDispatchMode):
@@ -108,8 +110,6 @@ class _Live(TorchDispatchMode):
         self.now = self.now - n_bytes
 
 
-def _block(config: decoder.Config) -> Callable[..., Tensor]:
-    def block(x: Tensor, w: Params, places: decoder.Places) -> Tensor:
-        return decoder.block(config, w, x, places)
-
-    return block
+def _x_first(config: DecoderConfig, kind: LayerKind) -> Callable[..., Tensor]:
+    """The block as a function of x and then of the rest, which is how memory is measured."""
+    return lambda x, w, inputs: block(config, kind.mixer, w, x, inputs)

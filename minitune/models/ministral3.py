@@ -5,15 +5,16 @@ Mistral AI 2025, as published with its weights.
 
 import msgspec
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Ministral 3 is made of."""
 
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[AttentionType, ...] = ("sliding",)
 
 
 PUBLISHED = rope.Yarn(16.0, 16384, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)

@@ -3,15 +3,15 @@
 Jiang et al. 2023, arXiv 2310.06825.
 """
 
-from minitune.models import decoder
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Mistral is made of."""
 
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[AttentionType, ...] = ("sliding",)
 
 
 FAMILY = Family(

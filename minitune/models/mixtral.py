@@ -6,17 +6,18 @@ Jiang et al. 2024, arXiv 2401.04088.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
 
-class Config(decoder.Config, frozen=True, kw_only=True):
+class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that a Mixtral is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[AttentionType, ...] = ("sliding",)
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

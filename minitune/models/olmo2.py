@@ -5,13 +5,13 @@ OLMo Team 2025, arXiv 2501.00656, section 2.
 
 from typing import Literal
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 from minitune.ops import Norm
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that an OLMo 2 is made of."""
 
     norm: Norm = "w_before_cast"

@@ -6,13 +6,13 @@ Muennighoff et al. 2024, arXiv 2409.02060.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
 
-class Config(decoder.Config, frozen=True, kw_only=True):
+class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that an OLMoE is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here

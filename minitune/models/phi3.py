@@ -6,16 +6,17 @@ Abdin et al. 2024, arXiv 2404.14219; Abouelenin et al. 2025, arXiv 2503.01743, s
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, rotary_factor
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Phi-3 is made of."""
 
     fused: bool = True
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[AttentionType, ...] = ("sliding",)
 
 
 NO_BIAS = ("attention_bias", "mlp_bias", "lm_head_bias")

@@ -6,12 +6,12 @@ Yang et al. 2024, arXiv 2407.10671, section 2.2.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, sliding_after, sliding_after_to_hf
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Qwen2 is made of."""
 
     qkv_bias: bool = True

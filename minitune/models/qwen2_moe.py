@@ -6,10 +6,10 @@ Yang et al. 2024, arXiv 2407.10671, section 2.2.2.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.experts import Experts
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
 
 MIXTURE = (  # fields of config.json that `mixture` reads, or that say nothing
     "num_experts",
@@ -25,7 +25,7 @@ MIXTURE = (  # fields of config.json that `mixture` reads, or that say nothing
 WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
-class Config(decoder.Config, frozen=True, kw_only=True):
+class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that a Qwen2 with experts is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
@@ -42,10 +42,10 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     n_windows = min(hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28))  # of which every second one has one
     default = pattern(
-        ["window" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers") or 0)], ("full",)
+        ["sliding" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers") or 0)], ("full",)
     )
-    layers = layer_pattern(hf, default, where) if window else ("full",)
-    return {"experts": experts, "window": window, "layers": layers}
+    layer_types = layer_pattern(hf, default, where) if window else ("full",)
+    return {"experts": experts, "window": window, "layer_types": layer_types}
 
 
 def write(config: Config) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def write(config: Config) -> dict[str, Any]:
         "shared_expert_intermediate_size": config.experts.d_shared,
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
-        "layer_types": layer_types(config),
+        "layer_types": layer_types_to_hf(config),
         **mixture_to_hf(config.n_layers, config.experts),
     }
 

@@ -6,12 +6,12 @@ Yang et al. 2025, arXiv 2505.09388, section 2.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from minitune.models import decoder
+from minitune.models.config import DecoderConfig
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, sliding_after, sliding_after_to_hf
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a Qwen3 is made of."""
 
     qk_norm: Literal["none", "head", "projection"] = "head"

@@ -6,19 +6,19 @@ Yang et al. 2025, arXiv 2505.09388, section 2.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from minitune.models import decoder
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 from minitune.models.qwen2_moe import MIXTURE, mixture, mixture_to_hf
 
 
-class Config(decoder.Config, frozen=True, kw_only=True):
+class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that a Qwen3 with experts is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     qk_norm: Literal["none", "head", "projection"] = "head"
-    layers: tuple[decoder.Reach, ...] = ("window",)
+    layer_types: tuple[AttentionType, ...] = ("sliding",)
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

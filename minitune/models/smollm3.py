@@ -6,12 +6,13 @@ Bakouch et al. 2025, as published with its weights; NoPE: Kazemnejad et al. 2023
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import decoder, rope
+from minitune.models import rope
+from minitune.models.config import DecoderConfig, layer_kind
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types, pattern
+from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
 
 
-class Config(decoder.Config, frozen=True):
+class Config(DecoderConfig, frozen=True):
     """Numbers that a SmolLM3 is made of."""
 
     rope_layers: tuple[bool, ...] = (True, True, True, False)
@@ -26,19 +27,25 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     turned = hf.get("no_rope_layers")  # 1 where a layer has RoPE, whatever the name says
     rope_layers = default if turned is None else pattern([bool(x) for x in turned[:n]], default)
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    late = ["full" if rope_layers[i % len(rope_layers)] else "window" for i in range(n)] if window else []
-    layers = layer_pattern(hf, pattern(late, ("full",)), where) if window else ("full",)
+    late = ["full" if rope_layers[i % len(rope_layers)] else "sliding" for i in range(n)] if window else []
+    layer_types = layer_pattern(hf, pattern(late, ("full",)), where) if window else ("full",)
     theta, scaling = rope.from_hf(hf, where, 2e6)
-    return {"rope_layers": rope_layers, "window": window, "layers": layers, "rope_theta": theta, "rope_scaling": scaling}
+    return {
+        "rope_layers": rope_layers,
+        "window": window,
+        "layer_types": layer_types,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
 
 
 def write(config: Config) -> dict[str, Any]:
     """config.json fields that only this family has."""
     return {
-        "no_rope_layers": [int(decoder.layer_kind(config, i).rope) for i in range(config.n_layers)],
+        "no_rope_layers": [int(layer_kind(config, i).rope) for i in range(config.n_layers)],
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
-        "layer_types": layer_types(config),
+        "layer_types": layer_types_to_hf(config),
     }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models.config import Config, layer_kind
+from minitune.models.config import DecoderConfig, layer_kind
 from minitune.models.experts import expert_shapes
 from minitune.models.mixers import MIXERS
 from minitune.models.shapes import Shapes, linear_shapes
@@ -20,7 +20,7 @@ NORMS = {  # names of the norms: before and after attention, before and after th
 }
 
 
-def shapes(config: Config) -> Shapes:
+def shapes(config: DecoderConfig) -> Shapes:
     """Every weight's name and shape; a tied head is not listed: it is the embedding."""
     weights: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.d_model)}
     for i in range(config.n_layers):
@@ -31,12 +31,12 @@ def shapes(config: Config) -> Shapes:
     return weights
 
 
-def head_name(config: Config) -> str:
+def head_name(config: DecoderConfig) -> str:
     """Weight that turns hidden states into logits: the embedding itself when tied."""
     return "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
 
 
-def layer_shapes(config: Config, i: int) -> Shapes:
+def layer_shapes(config: DecoderConfig, i: int) -> Shapes:
     """Weights of layer i by their names within it."""
     attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
     mixer = MIXERS[layer_kind(config, i).mixer]
@@ -56,7 +56,7 @@ def layer_of(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
-def _feed_forward_shapes(config: Config, i: int) -> Shapes:
+def _feed_forward_shapes(config: DecoderConfig, i: int) -> Shapes:
     if config.experts is not None and config.experts.at(i):
         return expert_shapes(config.experts, config.d_model)
     d, d_ff, bias = config.d_model, config.d_ff, config.mlp_bias

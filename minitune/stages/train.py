@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitune import checkpoint, compiled, objectives, offload, optim, tree
 from minitune.data import Cursor
-from minitune.grad import fresh
+from minitune.grad import detached_leaves
 from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
 from minitune.models import Model, memory
 from minitune.objectives import Objective, Teacher
@@ -180,7 +180,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
         if self.compiled or (self.compiled is None and device.type == "cuda"):
             model = model._replace(block_transform=compiled.wrap(world.log.say))
-        adapted = objectives.apply_trainable(loaded.params, fresh(loaded.trainable), loaded.lora)
+        adapted = objectives.apply_trainable(loaded.params, detached_leaves(loaded.trainable), loaded.lora)
         n_remat = self.n_remat(model, adapted, world.data[self.data].seq_len)
         if self.remat == HOST and device.type == "cuda":
             model = model._replace(remat=offload.remat(offload.side_stream(device)))

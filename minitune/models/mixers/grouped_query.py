@@ -10,7 +10,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.attention import KeyRange, attention, chunked, windowed
 from minitune.models import rope
-from minitune.models.config import AttentionType, Config, LayerKind
+from minitune.models.config import AttentionType, DecoderConfig, LayerKind
 from minitune.models.mixers.mixer import LayerMaps, Mixer, TokenPositions
 from minitune.models.shapes import Shapes, linear_shapes
 from minitune.ops import rms_norm, rope_table, rotate
@@ -31,7 +31,7 @@ class KVCache(NamedTuple):
     v: Float[Tensor, "B K slots E_v"]
 
 
-def shapes(config: Config) -> Shapes:
+def shapes(config: DecoderConfig) -> Shapes:
     """Names and shapes of the weights within a layer."""
     d, bias = config.d_model, config.attention_bias or config.qkv_bias
     n_q, n_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
@@ -52,7 +52,7 @@ def shapes(config: Config) -> Shapes:
 
 
 def inputs(
-    config: Config, kinds: Sequence[LayerKind], where: TokenPositions, dtype: torch.dtype
+    config: DecoderConfig, kinds: Sequence[LayerKind], where: TokenPositions, dtype: torch.dtype
 ) -> dict[LayerKind, AttentionInputs]:
     """Attention inputs of every kind of layer, each range of keys and each table of angles made once."""
     keys: dict[AttentionType, KeyRange] = dict.fromkeys(("full", "sliding", "chunked"), where.keys)
@@ -80,7 +80,7 @@ def inputs(
 
 
 def apply(
-    config: Config,
+    config: DecoderConfig,
     layer: LayerMaps,
     x: Float[Tensor, "B T D"],
     inputs: AttentionInputs,
@@ -113,7 +113,7 @@ def apply(
     return layer.linear("self_attn.o_proj", y.transpose(1, 2).flatten(2))
 
 
-def empty_cache(config: Config, n_rows: int, n_slots: int, like: Tensor) -> KVCache:
+def empty_cache(config: DecoderConfig, n_rows: int, n_slots: int, like: Tensor) -> KVCache:
     """Cache of one layer for n_rows rows of n_slots tokens, in the dtype and on the device of `like`."""
     shape = (n_rows, config.n_kv_heads, n_slots, config.d_head)
     return KVCache(like.new_zeros(shape), like.new_zeros(shape))
@@ -124,14 +124,14 @@ def filled(cache: KVCache, n: int) -> KVCache:
     return KVCache(cache.k[:, :, :n], cache.v[:, :, :n])
 
 
-def flops(config: Config, kind: LayerKind, companions: float) -> float:
+def flops(config: DecoderConfig, kind: LayerKind, companions: float) -> float:
     """Floating-point operations of a token's scores and of its sum of values, in a document with `companions` tokens."""
     limits = {"full": None, "sliding": config.window, "chunked": config.chunk}
     limit = limits[kind.attention] or companions
     return 4 * config.n_heads * config.d_head * min(companions / 2, limit)
 
 
-def _queries_keys_values(config: Config, layer: LayerMaps, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _queries_keys_values(config: DecoderConfig, layer: LayerMaps, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heads [B heads T E] of queries, keys and values, normed where the family does so before RoPE."""
 
     def heads(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _queries_keys_values(config: Config, layer: LayerMaps, x: Tensor) -> tuple[T
     return q, k, v
 
 
-def _rope_rule(config: Config, kind: LayerKind) -> tuple[float, rope.Scaling | None]:
+def _rope_rule(config: DecoderConfig, kind: LayerKind) -> tuple[float, rope.Scaling | None]:
     """Base and scaling of a layer's angles."""
     if kind.attention == "sliding" and config.window_rope_theta is not None:
         return config.window_rope_theta, None
@@ -158,7 +158,7 @@ def _rope_rule(config: Config, kind: LayerKind) -> tuple[float, rope.Scaling | N
 
 
 def _angles(
-    config: Config, theta: float, scaling: rope.Scaling | None, where: TokenPositions, dtype: torch.dtype
+    config: DecoderConfig, theta: float, scaling: rope.Scaling | None, where: TokenPositions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
     frequencies = rope.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)

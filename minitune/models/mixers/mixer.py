@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from minitune.attention import KeyRange
-from minitune.models.config import Config, LayerKind
+from minitune.models.config import DecoderConfig, LayerKind
 from minitune.models.shapes import Shapes
 from minitune.tree import Tree
 from minitune.types import Params
@@ -30,7 +30,7 @@ class LayerMaps(NamedTuple):
 
 
 class Mixer(NamedTuple):
-    """A way for tokens to see one another, as five pure functions of a Config.
+    """A way for tokens to see one another, as six pure functions of a config.
 
     inputs gives what the layers of each kind share in a call; apply maps [B T D] to [B T D], and with (cache, slots) it writes
     the state of the tokens to these slots and reads the whole cache; empty_cache makes the state of one layer for n_rows rows
@@ -38,9 +38,9 @@ class Mixer(NamedTuple):
     document with `companions` tokens on average.
     """
 
-    shapes: Callable[[Config], Shapes]
-    inputs: Callable[[Config, Sequence[LayerKind], TokenPositions, Any], dict[LayerKind, Any]]
-    apply: Callable[[Config, LayerMaps, Tensor, Any, tuple[Tree, Tensor] | None], Tensor]
-    empty_cache: Callable[[Config, int, int, Tensor], Tree]
+    shapes: Callable[[DecoderConfig], Shapes]
+    inputs: Callable[[DecoderConfig, Sequence[LayerKind], TokenPositions, Any], dict[LayerKind, Any]]
+    apply: Callable[[DecoderConfig, LayerMaps, Tensor, Any, tuple[Tree, Tensor] | None], Tensor]
+    empty_cache: Callable[[DecoderConfig, int, int, Tensor], Tree]
     filled: Callable[[Tree, int], Tree]
-    flops: Callable[[Config, LayerKind, float], float]
+    flops: Callable[[DecoderConfig, LayerKind, float], float]
