@@ -17,7 +17,7 @@ from minitune.advance import scratch_bytes
 from minitune.attention import documents
 from minitune.grad import detached_leaves
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
+from minitune.losses import CrossEntropy
 from minitune.models import Model, decoder, memory
 from minitune.models.config import layer_kind
 from minitune.models.mixers import MIXERS
@@ -141,7 +141,7 @@ def _head(step: Step, params: Params) -> int:
     head = step.model.head(params)
     trained = tree.n_bytes([leaf for leaf in tree.leaves(head) if leaf.requires_grad])
     n = min(step.n_rows * step.n_tokens, ops.head_chunk(head, trained > 0))
-    loss, beside = step.loss if isinstance(step.loss, TokenLoss | DistillationLoss) else CrossEntropy(), []
+    loss, beside = CrossEntropy() if step.loss.compares_answers else step.loss, []
     like = params["model.embed_tokens.weight"]
 
     def logits_of(model: Model, params: Params) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minitune import ops, tree
 from minitune.lora import Lora
-from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
+from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss, UnpairedLoss
+from minitune.losses.base import BaseLoss, ObjectiveName
 from minitune.models import Model
 from minitune.types import Batch, Delta, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
 
@@ -21,7 +22,7 @@ Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
 class PreferenceLoss(Protocol):
     """What a loss over pairs of answers must do: every struct of losses.PairLoss does, and so may your own class."""
 
-    uses_reference: ClassVar[bool]
+    needs_reference: ClassVar[bool]
 
     def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Tensor, Tensor]:
         """The implicit rewards of chosen and rejected, [B] each."""
@@ -37,6 +38,13 @@ class Teacher(NamedTuple):
 
     model: Model
     params: Params
+
+
+class Frozen(NamedTuple):
+    """What an objective compares a model with; a loss says which of these it needs."""
+
+    reference: Trainable | None = None  # the trainable tree as it was when training began; {}: the parameters alone
+    teacher: Teacher | None = None
 
 
 def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:
@@ -72,11 +80,11 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
 
     def objective(trainable: Trainable, params: Params, pairs: Pairs) -> tuple[Mean, dict[str, Mean]]:
         frozen = None
-        if loss.uses_reference and not isinstance(pairs.reference, Tensor):
+        if loss.needs_reference and not isinstance(pairs.reference, Tensor):
             with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
                 frozen = pair_logps(model, apply_trainable(params, required(reference, "preference"), lora), pairs)
         policy = pair_logps(model, apply_trainable(params, trainable, lora), pairs)
-        if loss.uses_reference and isinstance(pairs.reference, Tensor):
+        if loss.needs_reference and isinstance(pairs.reference, Tensor):
             frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
         chosen, rejected = loss.rewards(policy, frozen)
         readings = {
@@ -92,7 +100,7 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
     return objective
 
 
-def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
+def unpaired_preference(model: Model, loss: UnpairedLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
     """Learning from single answers, each found desirable or not (KTO); the reference is given as for `preference`.
 
     The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
@@ -106,7 +114,7 @@ def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trai
             if isinstance(judged.reference, Tensor):
                 frozen, held = judged.reference.unbind(1)
             else:
-                base = apply_trainable(params, required(reference, "judgement"), lora)
+                base = apply_trainable(params, required(reference, "unpaired_preference"), lora)
                 frozen, held = (answer_logps(model, base, one) for one in rows)
             kl = (drifted - held).mean().clamp(min=0.0)
         policy = answer_logps(model, adapted, rows[0])
@@ -148,6 +156,19 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
         return Mean.of(nats, batch.labelled()), {}
 
     return objective
+
+
+OBJECTIVES: dict[ObjectiveName, Callable[[Model, Any, Lora | None, Frozen], Objective]] = {
+    "supervised": lambda model, loss, lora, frozen: sft(model, loss, lora),
+    "preference": lambda model, loss, lora, frozen: preference(model, loss, lora, frozen.reference),
+    "unpaired_preference": lambda model, loss, lora, frozen: unpaired_preference(model, loss, lora, frozen.reference),
+    "distillation": lambda model, loss, lora, frozen: distillation(model, loss, lora, frozen.teacher),
+}
+
+
+def objective_of(loss: BaseLoss, model: Model, lora: Lora | None, frozen: Frozen) -> Objective:
+    """Objective that a loss declares, with what it compares the model with."""
+    return OBJECTIVES[loss.objective](model, loss, lora, frozen)
 
 
 def quantization_aware(objective: Objective, fake: Callable[[Trainable], Trainable]) -> Objective:

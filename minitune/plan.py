@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune import costs, models, objectives, optim, program, quant, stages, tree, world
 from minitune.costs import Step
 from minitune.grad import detached_leaves
-from minitune.losses import Kto, PairLoss
 from minitune.stages import sweeping
 from minitune.stages.train import HOST, Train
 from minitune.types import InputError, Params, Trainable
@@ -88,7 +87,7 @@ def _step(stage: Train, made: _Made) -> Step:
     draft, (device, _) = made.draft, world.compute_place(made.source)
     params, trainable = _weights(made), _trainable(made)
     optimizer = stage.optimizer_for(trainable, seed=0)
-    beside: Trainable = trainable if isinstance(stage.loss, PairLoss | Kto) else {}  # as it was before the first step
+    beside: Trainable = trainable if stage.loss.compares_answers else {}  # as it was before the first step
     if stage.sweep is not None:
         n = len(sweeping.points(stage))
         trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
@@ -110,7 +109,7 @@ def _step(stage: Train, made: _Made) -> Step:
 def _flops_per_token(stage: Train, step: Step) -> float:
     """Of a step over rows of one document each, with the forward of a reference or a teacher that is asked in every step."""
     asked = [step.teacher.model] if step.teacher is not None and stage.cached_top_k is None else []
-    if isinstance(stage.loss, PairLoss | Kto) and stage.loss.uses_reference and stage.reference != "cached":
+    if stage.loss.needs_reference and stage.reference != "cached":
         asked = [step.model]
     forward = sum(costs.flops_per_token(model, {}, step.n_tokens) for model in asked)
     return costs.flops_per_token(step.model, step.trainable, step.n_tokens) + forward

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models_for_tests import DENSE, family_configs, random_params
 
 from minitune import models, optim, stages, tree
-from minitune.losses import AnswerLoss, DistillationLoss, Loss, PairLoss, TokenLoss
+from minitune.losses import DistillationLoss, Loss, PairLoss, TokenLoss, UnpairedLoss
 from minitune.models import Model, weights
 from minitune.models.weights import head_name
 from minitune.paths import locate
@@ -30,7 +30,7 @@ def smallest(kind: type) -> Any:
 
 
 def test_a_loss_belongs_to_one_group() -> None:
-    groups = [kind for group in (TokenLoss, PairLoss, AnswerLoss, DistillationLoss) for kind in members(group)]
+    groups = [kind for group in (TokenLoss, PairLoss, UnpairedLoss, DistillationLoss) for kind in members(group)]
     assert groups == members(Loss)
     assert len({kind.__struct_config__.tag for kind in groups}) == len(groups)
 
@@ -50,7 +50,7 @@ def calls_of(kind: type, n: int, generator: torch.Generator) -> list[tuple[Any, 
     loss, targets = smallest(kind), torch.randint(0, 5, (n,), generator=generator)
     if kind in members(PairLoss):
         return [(pairs, (randn(n, 2), randn(n, 2), randn(n, 2)), None)]
-    if kind in members(AnswerLoss):
+    if kind in members(UnpairedLoss):
         return [(kto, (randn(n), randn(n), randn(n)), torch.tensor(0.5))]
     if kind in members(TokenLoss):
         return [(lambda logits, y, _: loss(logits, y), (randn(n, 5), targets), None)]
@@ -82,7 +82,7 @@ def test_a_loss_is_its_table(kind: type) -> None:
     assert kind.__doc__
     assert kind.__struct_config__.frozen
     assert kind.__struct_config__.forbid_unknown_fields
-    assert hasattr(kind, "uses_reference") == hasattr(kind, "rewards") == (kind in members(PairLoss) + members(AnswerLoss))
+    assert hasattr(kind, "needs_reference") == hasattr(kind, "rewards") == (kind in members(PairLoss) + members(UnpairedLoss))
 
 
 @pytest.mark.parametrize("kind", members(optim.Optimizer))

@@ -357,7 +357,6 @@ def test_what_transformers_saves_is_loaded_whole(
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_config_json_with_sizes_alone_means_what_it_means_to_transformers(name: str) -> None:
-    family = models.FAMILIES[name]
     sizes = {
         "num_hidden_layers": 5,
         "num_attention_heads": 8,

@@ -118,7 +118,7 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     rows, others = answers(SMALL, 6, 11, 0), answers(SMALL, 6, 11, 1)
     judged = Judged(rows, others, torch.tensor([True, False, True, True, False, False]))
     optimizer, trainable = optim.AdamW(lr=1e-2), LORA.init(params, 0)
-    step = train_step(objectives.judgement(model, losses.Kto(), LORA, {}), optimizer, micro_batch=6)
+    step = train_step(objectives.unpaired_preference(model, losses.Kto(), LORA, {}), optimizer, micro_batch=6)
     state = optimizer.init(trainable)
     trainable, state, first = step(params, trainable, state, judged)
     assert float(first["loss_nats"]) == pytest.approx(0.5, abs=1e-6)  # 1 - sigmoid(0)
@@ -130,9 +130,9 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     with torch.no_grad():
         held = torch.stack([objectives.answer_logps(model, params, {}, one) for one in (rows, others)], 1)
     evaluate = value_and_grad(
-        lambda t: objectives.judgement(model, losses.Kto(), LORA, None)(t, params, judged._replace(reference=held))[0]
+        lambda t: objectives.unpaired_preference(model, losses.Kto(), LORA, None)(t, params, judged._replace(reference=held))[0]
     )
-    live = value_and_grad(lambda t: objectives.judgement(model, losses.Kto(), LORA, {})(t, params, judged)[0])
+    live = value_and_grad(lambda t: objectives.unpaired_preference(model, losses.Kto(), LORA, {})(t, params, judged)[0])
     for a, b in zip(tree.leaves(evaluate(trainable)), tree.leaves(live(trainable)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 from minitune import data, frozen, objectives, pairs, paths, tree
 from minitune.data import Cursor
 from minitune.documents import Report
-from minitune.losses import DistillationLoss, Kto, Loss, PairLoss
+from minitune.losses import Loss
 from minitune.objectives import Teacher
 from minitune.tree import Tree
 from minitune.world import World
@@ -30,10 +30,10 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
     """The [data] table `name` as `loss` wants it: rows, pairs or judged answers, and with what a frozen model said of them
     where that is kept on disk."""
     source, loaded = world.data[name], world.loaded
-    if isinstance(loss, PairLoss | Kto):
+    if loss.compares_answers:
         found = pairs.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         said = None
-        if cached and loss.uses_reference:
+        if cached and loss.needs_reference:
             adapted = objectives.apply_trainable(loaded.params, loaded.trainable, loaded.lora)
             said = frozen.reference_logps(loaded.model, adapted, found, source, paths.cache(), world.log.progress)
         return Feed(
@@ -43,7 +43,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
         )
     rows = data.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
     told = describe(rows.report) + (f", rows {rows.fill(source, world.seed):.1%} full" if source.packed else "")
-    if teacher is None or top_k is None or not isinstance(loss, DistillationLoss):
+    if teacher is None or top_k is None:
         return Feed(
             told,
             lambda cursor, n: data.take(rows, cursor, n, source, world.seed),

@@ -13,7 +13,6 @@ from rich.table import Table
 from minitune import sweep, tree
 from minitune.data import Cursor
 from minitune.lora import Lora
-from minitune.losses import TokenLoss
 from minitune.models import Model
 from minitune.stages import loop
 from minitune.stages.base import device_of
@@ -49,7 +48,7 @@ def points(stage: Any) -> list[Point]:
 def check(stage: Any, draft: Draft) -> None:
     """InputError unless the stage trains deltas by a loss of tokens and says on which data the best adapter is found."""
     found = points(stage)
-    if not isinstance(stage.loss, TokenLoss):
+    if stage.loss.objective != "supervised":
         raise InputError(
             f"stages: {stage.label} has a sweep and loss {stage.loss.__struct_config__.tag!r}, expected cross_entropy"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune import checkpoint, compiled, objectives, offload, optim, tree
 from minitune.data import Cursor
 from minitune.grad import detached_leaves
-from minitune.losses import CrossEntropy, DistillationLoss, Kto, Loss, PairLoss, TokenLoss
+from minitune.losses import CrossEntropy, Loss
 from minitune.models import Model, memory
 from minitune.objectives import Objective, Teacher
 from minitune.stages import loop, sweeping
@@ -66,24 +66,24 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         if not draft.adapted and not draft.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
-            asked_data(draft, name, self.label, *self._formats)
-        if isinstance(self.loss, DistillationLoss) != (self.teacher is not None):
+            asked_data(draft, name, self.label, *self.loss.formats)
+        if self.loss.needs_teacher != (self.teacher is not None):
             raise InputError(
                 f"stages: {self.label} has {'no teacher' if self.teacher is None else 'a teacher'}, expected one exactly with a "
                 "distillation loss (forward_kl, reverse_kl, symmetric_kl, jensen_shannon)"
             )
         if self.teacher is not None:
-            wise = drafted(self.teacher, draft)
-            ours, theirs = draft.model.config.vocab_size, wise.model.config.vocab_size
+            teacher = drafted(self.teacher, draft)
+            ours, theirs = draft.model.config.vocab_size, teacher.model.config.vocab_size
             if ours != theirs:
                 raise InputError(
                     f"stages: {self.label} has a student of {ours} tokens and a teacher of {theirs}, expected one vocabulary"
                 )
-        if self.reference == "base" and isinstance(self.loss, PairLoss | Kto) and draft.whole:
+        if self.reference == "base" and self.loss.compares_answers and draft.whole:
             raise InputError(
                 f"stages: {self.label} has reference = 'base', but {min(draft.whole)} trains whole; expected 'start' or 'cached'"
             )
-        if isinstance(self.loss, Kto) and min(self.batch_size, self.micro_batch_size or self.batch_size) < 2:
+        if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
             raise InputError(
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
@@ -95,19 +95,13 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             sweeping.check(self, draft)
         return draft
 
-    @property
-    def _formats(self) -> tuple[str, ...]:
-        if isinstance(self.loss, Kto):
-            return ("judged",)
-        return ("pairs",) if isinstance(self.loss, PairLoss) else ("instruct", "chat", "text")
-
     def run(self, world: World) -> World:
         """world with the trained tree; continues from the newest state in the run folder."""
         if self.sweep is not None:
             return sweeping.run(self, world, self._model(world), Train._optimizer)
         best, start = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable
         optimizer = self.optimizer_for(start, world.seed)
-        if isinstance(self.loss, PairLoss | Kto):  # the reference is what training started from, and steps write over their trees
+        if self.loss.compares_answers:  # the reference is what training started from, and steps write over their trees
             start = tree.map(torch.clone, start)
         state = {"trainable": start, "opt_state": optimizer.init(start)}
         state, marks = loop.train(self, world, state, loop.start(1), lambda: self._work(world, optimizer, best))
@@ -165,15 +159,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def _objective(self, world: World) -> tuple[Objective, Teacher | None]:
         loaded, model, teacher = world.loaded, self._model(world), None
-        if isinstance(self.loss, TokenLoss):
-            objective = objectives.sft(model, self.loss, loaded.lora)
-        elif isinstance(self.loss, DistillationLoss):
+        if self.loss.needs_teacher:
             teacher = self._teacher(world)
-            objective = objectives.distillation(model, self.loss, loaded.lora, teacher)
-        else:
-            reference = {} if self.reference == "base" or not _moved(loaded.trainable) else loaded.trainable
-            kind: Any = objectives.judgement if isinstance(self.loss, Kto) else objectives.preference
-            objective = kind(model, self.loss, loaded.lora, reference)
+        from_base = self.reference == "base" or not _moved(loaded.trainable)
+        frozen = objectives.Frozen({} if from_base else loaded.trainable, teacher)
+        objective = objectives.objective_of(self.loss, model, loaded.lora, frozen)
         return (objectives.quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
 
     def _model(self, world: World) -> Model:
@@ -194,7 +184,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     @property
     def n_rows(self) -> int:
         """Rows that go through the model together in a micro-batch: both answers of a pair, every adapter's of a sweep."""
-        at_once = len(sweeping.points(self)) if self.sweep is not None else 2 if isinstance(self.loss, PairLoss) else 1
+        at_once = self.loss.rows_per_sample
+        if self.sweep is not None:
+            at_once = len(sweeping.points(self))
         return min(self.micro_batch_size or self.batch_size, self.batch_size) * at_once
 
     def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
