@@ -1,6 +1,6 @@
 """What every member of a registry must keep: losses, optimizers, schedules, stages, families. Being listed is being tested."""
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import DENSE, family_configs, random_params
 
-from minitune import models, optim, stages, tree
+from minitune import models, objectives, optim, stages, tree
 from minitune.losses import DistillationLoss, Loss, PairLoss, TokenLoss, UnpairedLoss
 from minitune.models import Model, weights
 from minitune.models.weights import head_name
 from minitune.paths import locate
+from minitune.source import Source
 from minitune.types import LogProbs
 
 
@@ -82,7 +83,17 @@ def test_a_loss_is_its_table(kind: type) -> None:
     assert kind.__doc__
     assert kind.__struct_config__.frozen
     assert kind.__struct_config__.forbid_unknown_fields
-    assert hasattr(kind, "needs_reference") == hasattr(kind, "rewards") == (kind in members(PairLoss) + members(UnpairedLoss))
+
+
+@pytest.mark.parametrize("kind", members(Loss))
+def test_a_loss_declares_what_trains_it_and_what_it_needs(kind: type) -> None:
+    assert kind.objective in objectives.OBJECTIVES
+    assert kind.formats
+    assert set(kind.formats) <= set(get_args(get_type_hints(Source)["format"]))
+    assert kind.compares_answers == hasattr(kind, "rewards") == (kind in members(PairLoss) + members(UnpairedLoss))
+    assert kind.needs_teacher == hasattr(kind, "on_top") == (kind in members(DistillationLoss))
+    assert kind.compares_answers or not kind.needs_reference
+    assert kind.rows_per_sample == (2 if kind in members(PairLoss) else 1)
 
 
 @pytest.mark.parametrize("kind", members(optim.Optimizer))
