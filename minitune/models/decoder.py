@@ -21,14 +21,20 @@ from minitune.ops import Norm, embed, geglu, linear, rms_norm, rope_table, rotat
 from minitune.types import Params
 
 Size = Annotated[int, Meta(gt=0)]
-QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each behind RoPE, no weight
-RopeLayout = Literal["half", "interleaved"]  # the dimensions that RoPE turns together: i and i + half; 2i and 2i + 1
+# norms of queries and keys: of each head, of all heads together, of each behind RoPE without a weight
+QKNorm = Literal["none", "head", "projection", "rotated"]
+# where attention and the mlp have their norms
+NormPlacement = Literal["before", "after", "both"]
+Activation = Literal["silu", "gelu_tanh"]
+EmbeddingMultiplier = float | Literal["sqrt_d_model"]
+# the dimensions that RoPE turns together: i and i + half; 2i and 2i + 1
+RopeLayout = Literal["half", "interleaved"]
 # the earlier tokens that a layer attends to: all, the last few, those of its chunk
 AttentionType = Literal["full", "sliding", "chunked"]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Numbers that a decoder is made of and what its blocks do; `layer_types` and `rope_layers` are patterns that repeat over depth."""
+    """Numbers that a decoder is made of and what its blocks do; `layer_types` and `rope_layers` repeat over depth."""
 
     n_layers: Annotated[int, Meta(gt=0, le=10_000)]
     n_heads: Size
@@ -48,10 +54,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qkv_bias: bool = False  # on q, k and v alone
     fused: bool = False  # q, k, v in one weight, and gate, up in another
     norm: Norm = "w_after_cast"
-    norms: Literal["before", "after", "both"] = "before"  # of attention and of the mlp
+    norms: NormPlacement = "before"
     qk_norm: QKNorm = "none"
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    embedding_multiplier: float | Literal["sqrt_d_model"] = 1.0
+    activation: Activation = "silu"
+    embedding_multiplier: EmbeddingMultiplier = 1.0
     residual_multiplier: float = 1.0
     attention_scale: float | None = None  # of the scores; None: d_head^-0.5
     attention_cap: float | None = None

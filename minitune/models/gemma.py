@@ -3,8 +3,6 @@
 Gemma Team 2024, arXiv 2403.08295, section 2.
 """
 
-from typing import Literal
-
 from minitune.models import decoder
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
@@ -15,8 +13,8 @@ class Config(decoder.Config, frozen=True):
     """Numbers that a Gemma is made of."""
 
     norm: Norm = "one_plus_w"
-    activation: Literal["silu", "gelu_tanh"] = "gelu_tanh"
-    embedding_multiplier: float | Literal["sqrt_d_model"] = "sqrt_d_model"
+    activation: decoder.Activation = "gelu_tanh"
+    embedding_multiplier: decoder.EmbeddingMultiplier = "sqrt_d_model"
     tie_embeddings: bool = True
 
 

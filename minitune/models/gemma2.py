@@ -4,7 +4,7 @@ Gemma Team 2024, arXiv 2408.00118, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minitune.models import decoder, gemma
 from minitune.models.family import Family
@@ -14,7 +14,7 @@ from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 class Config(gemma.Config, frozen=True):
     """Numbers that a Gemma 2 is made of."""
 
-    norms: Literal["before", "after", "both"] = "both"
+    norms: decoder.NormPlacement = "both"
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
     layer_types: tuple[decoder.AttentionType, ...] = ("sliding", "full")

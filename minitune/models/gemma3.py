@@ -4,7 +4,7 @@ Gemma Team 2025, arXiv 2503.19786, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minitune.models import decoder, gemma
 from minitune.models.family import Family
@@ -15,8 +15,8 @@ from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 class Config(gemma.Config, frozen=True):
     """Numbers that a Gemma 3 is made of."""
 
-    norms: Literal["before", "after", "both"] = "both"
-    qk_norm: Literal["none", "head", "projection"] = "head"
+    norms: decoder.NormPlacement = "both"
+    qk_norm: decoder.QKNorm = "head"
     layer_types: tuple[decoder.AttentionType, ...] = ("sliding", "sliding", "sliding", "sliding", "sliding", "full")
     window: decoder.Size | None = 4096
     rope_theta: float = 1e6

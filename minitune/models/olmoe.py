@@ -4,7 +4,7 @@ Muennighoff et al. 2024, arXiv 2409.02060.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minitune.models import decoder
 from minitune.models.experts import Experts
@@ -16,7 +16,7 @@ class Config(decoder.Config, frozen=True, kw_only=True):
     """Numbers that an OLMoE is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    qk_norm: Literal["none", "head", "projection"] = "projection"
+    qk_norm: decoder.QKNorm = "projection"
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Yang et al. 2025, arXiv 2505.09388, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minitune.models import decoder
 from minitune.models.experts import Experts
@@ -17,7 +17,7 @@ class Config(decoder.Config, frozen=True, kw_only=True):
     """Numbers that a Qwen3 with experts is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    qk_norm: Literal["none", "head", "projection"] = "head"
+    qk_norm: decoder.QKNorm = "head"
     layer_types: tuple[decoder.AttentionType, ...] = ("sliding",)
 
 
