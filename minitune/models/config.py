@@ -12,6 +12,8 @@ from minitune.ops import Norm
 Size = Annotated[int, Meta(gt=0)]
 QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each after RoPE, no weight
 NormPlacement = Literal["before", "after", "both"]  # of attention and of the mlp
+Activation = Literal["silu", "gelu_tanh"]
+EmbeddingMultiplier = float | Literal["sqrt_d_model"]
 RopeLayout = Literal["half", "interleaved"]  # the dimensions that RoPE rotates together: i and i + half; 2i and 2i + 1
 AttentionType = Literal["full", "sliding", "chunked"]  # which earlier tokens are attended to: all, the last, those of a chunk
 MixerName = Literal["grouped_query"]
@@ -40,8 +42,8 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm: Norm = "w_after_cast"
     norms: NormPlacement = "before"
     qk_norm: QKNorm = "none"
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    embedding_multiplier: float | Literal["sqrt_d_model"] = 1.0
+    activation: Activation = "silu"
+    embedding_multiplier: EmbeddingMultiplier = 1.0
     residual_multiplier: float = 1.0
     attention_scale: float | None = None  # of the scores; None: d_head^-0.5
     attention_cap: float | None = None

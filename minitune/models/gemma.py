@@ -3,9 +3,7 @@
 Gemma Team 2024, arXiv 2403.08295, section 2.
 """
 
-from typing import Literal
-
-from minitune.models.config import DecoderConfig
+from minitune.models.config import Activation, DecoderConfig, EmbeddingMultiplier
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 from minitune.ops import Norm
@@ -15,8 +13,8 @@ class Config(DecoderConfig, frozen=True):
     """Numbers that a Gemma is made of."""
 
     norm: Norm = "one_plus_w"
-    activation: Literal["silu", "gelu_tanh"] = "gelu_tanh"
-    embedding_multiplier: float | Literal["sqrt_d_model"] = "sqrt_d_model"
+    activation: Activation = "gelu_tanh"
+    embedding_multiplier: EmbeddingMultiplier = "sqrt_d_model"
     tie_embeddings: bool = True
 
 

@@ -4,10 +4,10 @@ Gemma Team 2024, arXiv 2408.00118, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minitune.models import gemma
-from minitune.models.config import AttentionType, DecoderConfig, Size
+from minitune.models.config import AttentionType, DecoderConfig, NormPlacement, Size
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 
@@ -15,7 +15,7 @@ from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 class Config(gemma.Config, frozen=True):
     """Numbers that a Gemma 2 is made of."""
 
-    norms: Literal["before", "after", "both"] = "both"
+    norms: NormPlacement = "both"
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
     layer_types: tuple[AttentionType, ...] = ("sliding", "full")

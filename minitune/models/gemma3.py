@@ -4,10 +4,10 @@ Gemma Team 2025, arXiv 2503.19786, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minitune.models import gemma
-from minitune.models.config import AttentionType, Size
+from minitune.models.config import AttentionType, NormPlacement, QKNorm, Size
 from minitune.models.family import Family
 from minitune.models.gemma2 import attention_scale, query_pre_attn_scalar
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, layered_rope, layered_rope_to_hf
@@ -16,8 +16,8 @@ from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 class Config(gemma.Config, frozen=True):
     """Numbers that a Gemma 3 is made of."""
 
-    norms: Literal["before", "after", "both"] = "both"
-    qk_norm: Literal["none", "head", "projection"] = "head"
+    norms: NormPlacement = "both"
+    qk_norm: QKNorm = "head"
     layer_types: tuple[AttentionType, ...] = ("sliding", "sliding", "sliding", "sliding", "sliding", "full")
     window: Size | None = 4096
     rope_theta: float = 1e6

@@ -3,9 +3,7 @@
 OLMo Team 2025, arXiv 2501.00656, section 2.
 """
 
-from typing import Literal
-
-from minitune.models.config import DecoderConfig
+from minitune.models.config import DecoderConfig, NormPlacement, QKNorm
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 from minitune.ops import Norm
@@ -15,8 +13,8 @@ class Config(DecoderConfig, frozen=True):
     """Numbers that an OLMo 2 is made of."""
 
     norm: Norm = "w_before_cast"
-    norms: Literal["before", "after", "both"] = "after"
-    qk_norm: Literal["none", "head", "projection"] = "projection"
+    norms: NormPlacement = "after"
+    qk_norm: QKNorm = "projection"
     rope_in_float32: bool = True
 
 

@@ -4,9 +4,9 @@ Muennighoff et al. 2024, arXiv 2409.02060.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from minitune.models.config import DecoderConfig
+from minitune.models.config import DecoderConfig, QKNorm
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
@@ -16,7 +16,7 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that an OLMoE is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    qk_norm: Literal["none", "head", "projection"] = "projection"
+    qk_norm: QKNorm = "projection"
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

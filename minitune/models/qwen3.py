@@ -4,9 +4,9 @@ Yang et al. 2025, arXiv 2505.09388, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from minitune.models.config import DecoderConfig
+from minitune.models.config import DecoderConfig, QKNorm
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, sliding_after, sliding_after_to_hf
 
@@ -14,7 +14,7 @@ from minitune.models.hf_config import HFConfig, sliding_after, sliding_after_to_
 class Config(DecoderConfig, frozen=True):
     """Numbers that a Qwen3 is made of."""
 
-    qk_norm: Literal["none", "head", "projection"] = "head"
+    qk_norm: QKNorm = "head"
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -4,9 +4,9 @@ Yang et al. 2025, arXiv 2505.09388, section 2.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from minitune.models.config import AttentionType, DecoderConfig
+from minitune.models.config import AttentionType, DecoderConfig, QKNorm
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
@@ -17,7 +17,7 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
     """Numbers that a Qwen3 with experts is made of."""
 
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
-    qk_norm: Literal["none", "head", "projection"] = "head"
+    qk_norm: QKNorm = "head"
     layer_types: tuple[AttentionType, ...] = ("sliding",)
 
 
