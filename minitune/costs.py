@@ -13,13 +13,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import objectives, ops, tree
-from minitune.advance import scratch_bytes
 from minitune.attention import documents
 from minitune.grad import fresh
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model, decoder, memory
 from minitune.objectives import Teacher
+from minitune.optim.apply import scratch_bytes
+from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
 from minitune.types import Delta, Deltas, Params, Trainable
 
@@ -45,7 +46,7 @@ class Step(NamedTuple):
     params: Params  # those of weights that train whole say what dtype is computed with, and are not there
     trainable: Trainable
     lora: Lora | None
-    optimizer: Any
+    optimizer: GradientTransformation
     loss: Any
     device: torch.device
     n_rows: int  # that go through the model together in a micro-batch: both answers of a pair
