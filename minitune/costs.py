@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import objectives, ops, tree
-from minitune.advance import scratch_bytes
 from minitune.attention import documents
 from minitune.grad import detached_leaves
 from minitune.lora import Lora
@@ -24,6 +23,8 @@ from minitune.models.mixers import MIXERS
 from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.weights import head_name
 from minitune.objectives import Teacher
+from minitune.optim.apply import scratch_bytes
+from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params, Trainable
 
@@ -49,7 +50,7 @@ class Step(NamedTuple):
     params: Params  # those of weights that train whole say what dtype is computed with, and are not there
     trainable: Trainable
     lora: Lora | None
-    optimizer: Any
+    optimizer: GradientTransformation
     loss: Any
     device: torch.device
     n_rows: int  # that go through the model together in a micro-batch: both answers of a pair

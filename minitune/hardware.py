@@ -20,3 +20,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in BFLOAT16_EXTENSIONS)
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """True if operations are queued on the device, so that reading a value makes the host wait for all before it."""
+    return device.type != "cpu"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device lacks it: on Apple's GPUs, and on some of Intel's."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not getattr(torch.xpu.get_device_properties(device), "has_fp64", False):
+        return torch.float32
+    return torch.float64

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import seeds, tree
-from minitune.advance import advance
 from minitune.grad import per_example
 from minitune.objectives import Objective
+from minitune.optim.apply import apply_gradients
+from minitune.optim.transforms import GradientTransformation
 from minitune.steps import Step
 from minitune.tree import Tree
 from minitune.types import Mean, Metrics, Params, Trainable
@@ -34,7 +35,7 @@ class PrivateState(NamedTuple):
     inner: Tree
 
 
-def init(optimizer: Any, params: Tree) -> PrivateState:
+def init(optimizer: GradientTransformation, params: Tree) -> PrivateState:
     """The state of a private step before the first one."""
     return PrivateState(torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device), optimizer.init(params))
 
@@ -66,7 +67,7 @@ def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
     return tree.rebuild(grads, [noise(path, g) for path, g in tree.items(grads)])
 
 
-def private_step(objective: Objective, optimizer: Any, privacy: Privacy, *, donate: bool = False) -> Step:
+def private_step(objective: Objective, optimizer: GradientTransformation, privacy: Privacy, *, donate: bool = False) -> Step:
     """A step on (sum of the clipped gradients + noise) / B, each gradient that of one row's mean loss; B: rows of the batch.
 
     The optimizer's state is what `init` gives. Rows without a target count in B, because who has none is private too.
@@ -83,15 +84,17 @@ def private_step(objective: Objective, optimizer: Any, privacy: Privacy, *, dona
         grads = noised(total, privacy.noise * privacy.max_norm, privacy.seed, taken)
         n = torch.tensor(float(len(norms)), device=norms.device)
         norm = tree.norm(grads) / n
-        sound = torch.isfinite(norm)
-        new, inner = advance(optimizer, grads, opt_state.inner, trainable, divisor=n, norm=norm, sound=sound, donate=donate)
+        is_finite = torch.isfinite(norm)
+        new, inner = apply_gradients(
+            optimizer, grads, opt_state.inner, trainable, divisor=n, norm=norm, is_finite=is_finite, donate=donate
+        )
         finite = torch.isfinite(losses.total)
         metrics = {
             "loss_nats": Mean.of(losses.total, finite).value(),
             "grad_norm": norm,
             "clipped_share": (norms > privacy.max_norm).float().mean(),
             batch.counts: losses.weight.sum(),
-            "skipped": (~sound).float(),
+            "skipped": (~is_finite).float(),
         }
         return new, PrivateState(opt_state.step + 1, inner), metrics
 

@@ -6,19 +6,20 @@ from typing import Any
 import torch
 
 from minitune import tree
-from minitune.advance import advance
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, DistillationLoss
 from minitune.models import Model
 from minitune.objectives import Objective, PreferenceLoss, Teacher, distillation, preference, sft
+from minitune.optim.apply import apply_gradients
+from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
 from minitune.types import Batch, Mean, Metrics, Pairs, Params, Trainable, over_ranks
 
 Step = Callable[[Params, Trainable, Tree, Any], tuple[Trainable, Tree, Metrics]]
 
 
-def train_step(objective: Objective, optimizer: Any, *, micro_batch: int, donate: bool = False) -> Step:
+def train_step(objective: Objective, optimizer: GradientTransformation, *, micro_batch: int, donate: bool = False) -> Step:
     """The step of an objective under an optimizer, in micro-batches of `micro_batch` rows whose sums are divided once.
 
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing and says so in
@@ -37,17 +38,19 @@ def train_step(objective: Objective, optimizer: Any, *, micro_batch: int, donate
         grads = tree.map(over_ranks, grads)
         divisor = torch.where(loss.weight > 0, loss.weight, 1.0)  # the one division, for all ranks and micro-batches
         norm = tree.norm(grads) / divisor
-        sound = torch.isfinite(loss.total) & torch.isfinite(norm) & (loss.weight > 0)
-        new, new_state = advance(optimizer, grads, opt_state, trainable, divisor=divisor, norm=norm, sound=sound, donate=donate)
+        is_finite = torch.isfinite(loss.total) & torch.isfinite(norm) & (loss.weight > 0)
+        new, new_state = apply_gradients(
+            optimizer, grads, opt_state, trainable, divisor=divisor, norm=norm, is_finite=is_finite, donate=donate
+        )
         metrics = {name: mean.over_ranks().value() for name, mean in extras.items()}
-        metrics |= {"loss_nats": loss.value(), "grad_norm": norm, batch.counts: loss.weight, "skipped": (~sound).float()}
+        metrics |= {"loss_nats": loss.value(), "grad_norm": norm, batch.counts: loss.weight, "skipped": (~is_finite).float()}
         return new, new_state, metrics
 
     return step
 
 
 def sft_step(
-    params: Params, trainable: Trainable, opt_state: Tree, batch: Batch, *, model: Model, lora: Lora | None, optimizer: Any
+    params: Params, trainable: Trainable, opt_state: Tree, batch: Batch, *, model: Model, lora: Lora | None, optimizer: GradientTransformation
 ) -> tuple[Trainable, Tree, Metrics]:
     """One supervised step on the whole batch: cross-entropy of its labelled tokens. No argument is written."""
     step = train_step(sft(model, CrossEntropy(), lora), optimizer, micro_batch=batch.tokens.shape[0])
@@ -64,7 +67,7 @@ def dpo_step(
     loss: PreferenceLoss,
     lora: Lora | None,
     reference: Trainable | None,
-    optimizer: Any,
+    optimizer: GradientTransformation,
 ) -> tuple[Trainable, Tree, Metrics]:
     """One preference step on the whole batch of pairs: DPO or any of its kin; reference as objectives.preference takes it."""
     step = train_step(preference(model, loss, lora, reference), optimizer, micro_batch=len(pairs.chosen.tokens))
@@ -81,7 +84,7 @@ def kd_step(
     loss: DistillationLoss,
     lora: Lora | None,
     teacher: Teacher,
-    optimizer: Any,
+    optimizer: GradientTransformation,
 ) -> tuple[Trainable, Tree, Metrics]:
     """One distillation step on the whole batch: the divergence from the teacher on its labelled tokens."""
     step = train_step(distillation(model, loss, lora, teacher), optimizer, micro_batch=len(batch.tokens))

@@ -5,19 +5,19 @@ neither gets a gradient and the pad stays exactly zero: each adapter takes the s
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minitune import tree
-from minitune.advance import advance_each
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
 from minitune.models import Model
 from minitune.models.weights import head_name
+from minitune.optim.apply import apply_gradients_each
+from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
 
@@ -92,7 +92,13 @@ def _adapted(params: Params, scaled: Deltas) -> Params:
 
 
 def sweep_step(
-    model: Model, loss: TokenLoss, rules: Sequence[Lora], optimizers: Sequence[Any], *, micro_batch: int, donate: bool = False
+    model: Model,
+    loss: TokenLoss,
+    rules: Sequence[Lora],
+    optimizers: Sequence[GradientTransformation],
+    *,
+    micro_batch: int,
+    donate: bool = False,
 ) -> SweepStep:
     """steps.train_step of n adapters at once, each under its own Lora rule and optimizer.
 
@@ -118,12 +124,12 @@ def sweep_step(
         mean, grads = mean.over_ranks(), tree.map(over_ranks, grads)
         divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
         norms = _norms(grads) / divisors
-        sound = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
+        is_finite = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
 
         new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
         # written into `new` and `states`, which are ours here
-        advance_each(optimizers, grads, states, new, divisors=divisors, norms=norms, sound=sound)
-        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight, "skipped": (~sound).float()}
+        apply_gradients_each(optimizers, grads, states, new, divisors=divisors, norms=norms, is_finite=is_finite)
+        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight, "skipped": (~is_finite).float()}
         return new, list(states), metrics
 
     return step

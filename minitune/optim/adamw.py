@@ -1,0 +1,179 @@
+"""AdamW, by its definition and by torch's kernel that reads and writes all of its memory once."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+import msgspec
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitune import hardware, tree
+from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_tree, wide_zeros, zero_count
+from minitune.tree import Tree
+
+# elements per fused call; bounds the scratch memory of a donated step
+FUSED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26, "xpu": 2**26}
+Rounded = Callable[[Tensor, str, int], Tensor]  # (float32 values of a slice, path of its leaf, its start) -> bfloat16
+
+
+class AdamState(NamedTuple):
+    """Steps taken, and the running means of the gradient and of its square, in the structure of the parameters."""
+
+    step: Int[Tensor, ""]
+    mu: Tree
+    nu: Tree
+
+
+class FusedSlice(NamedTuple):
+    """A part of a leaf that one call of the kernel updates, and where it begins in the flattened leaf."""
+
+    path: str
+    start: int
+    p: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+
+
+class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw", tag_field="kind"):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+
+    scope: ClassVar[Scope] = "element"
+    lr: NonNegative
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.0
+
+    def init(self, params: Tree) -> AdamState:
+        """Zero moments, in float32 or wider."""
+        return AdamState(zero_count(params), tree.map(wide_zeros, params), tree.map(wide_zeros, params))
+
+    def update(self, grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
+        """-lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr * weight_decay * p."""
+        b1, b2 = self.betas
+        t = state.step + 1
+        grads = tree.map(lambda m, g: g.to(m.dtype), state.mu, grads)
+        mu = tree.map(lambda m, g: torch.lerp(m, g, 1 - b1), state.mu, grads)
+        nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        rate = self.lr / bias_correction(b1, t)
+        root = bias_correction(b2, t).sqrt()
+
+        def leaf(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
+            return -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.eps) - (self.lr * self.weight_decay) * p
+
+        return tree.map(leaf, mu, nu, params), AdamState(t, mu, nu)
+
+    def slice_state(self, state: AdamState, slices: Sequence[Slice]) -> AdamState:
+        """Moments of these slices, where they lie, and a copy of the step count."""
+        mu, nu = (slice_tree(tree.leaves(moment), slices) for moment in (state.mu, state.nu))
+        return AdamState(state.step.clone(), mu, nu)
+
+    def counts(self, state: AdamState) -> Int[Tensor, ""]:
+        """The step count."""
+        return state.step
+
+    def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
+        """Those of one fused call: a scaled gradient; for bfloat16 also a wide one and a wide weight; for rounding three integers."""
+        narrow = any(x.dtype == torch.bfloat16 for x in leaves)
+        elements = min(sum(x.numel() for x in leaves), FUSED_ELEMENTS.get(leaves[0].device.type, FUSED_ELEMENTS["cpu"]))
+        return 4 * elements * (1 + 2 * narrow + 3 * (narrow and rounds))
+
+    def is_fusable(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: AdamState) -> bool:
+        """True if torch's kernel takes these tensors: contiguous, on one device, moments as wide as weights or float32."""
+        return all(
+            _is_fusable(*leaves) for leaves in zip(params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True)
+        )
+
+    def fused_update(
+        self,
+        paths: Sequence[str],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: AdamState,
+        *,
+        grad_scale: Float[Tensor, ""],
+        lr_scale: Float[Tensor, ""],
+        path_factors: Sequence[float],
+        rounded: Rounded | None,
+        is_finite: Bool[Tensor, ""] | None,
+    ) -> None:
+        """Write over params and moments what a step on grads * grad_scale makes of them; the step count stays.
+
+        The learning rate is lr * lr_scale * the leaf's own factor. Nothing is written if is_finite is false; None says that
+        the caller has looked at it.
+        """
+        leaves = zip(params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True)
+        groups: dict[tuple[float, torch.dtype, torch.device], list[tuple[str, tuple[Tensor, ...]]]] = {}
+        for path, factor, four in zip(paths, path_factors, leaves, strict=True):
+            groups.setdefault((factor, four[0].dtype, four[0].device), []).append((path, four))
+
+        for (factor, dtype, device), members in groups.items():
+            lr = (self.lr * factor * lr_scale).to(device, torch.float32)
+            step = (state.step + 1).to(device, torch.float32)
+            found_inf = None if is_finite is None else (~is_finite).to(device, torch.float32)
+            for chunk in _chunks(members, FUSED_ELEMENTS[device.type]):
+                p, g, m, v = ([one[i] for one in chunk] for i in range(2, 6))
+                # weights of 16 bits beside wider moments are updated as float32 copies
+                wide = [x.to(y.dtype) for x, y in zip(p, m, strict=True)]
+                g = [x.to(y.dtype) for x, y in zip(g, m, strict=True)]
+                g = torch._foreach_mul(g, grad_scale.to(device, m[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+                donate_adamw(self, lr, step, wide, g, m, v, found_inf)
+                if dtype == m[0].dtype:
+                    continue
+                new = wide if rounded is None else [rounded(x, one.path, one.start) for x, one in zip(wide, chunk, strict=True)]
+                tree.donate(p, new)
+
+
+def bias_correction(beta: float, step: Int[Tensor, ""]) -> Float[Tensor, ""]:
+    """1 - beta^step, exact to the last digits where a power in float32 would have lost four of its seven at step 1."""
+    wide = step.to(hardware.widest_float(step.device))
+    return -torch.expm1(wide * (math.log(beta) if beta else -math.inf))
+
+
+def donate_adamw(
+    rule: AdamW,
+    lr: Float[Tensor, ""],
+    step: Float[Tensor, ""],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mu: Sequence[Tensor],
+    nu: Sequence[Tensor],
+    found_inf: Float[Tensor, ""] | None = None,
+) -> None:
+    """Write over params, mu and nu their values after AdamW's step number `step` (from 1), by torch's one-pass kernel.
+
+    The kernel writes nothing where found_inf is 1. Beside tree.donate the only writer of tensors, and like it only for memory
+    that the caller gave away.
+    """
+    b1, b2 = rule.betas
+    steps, rates = [step] * len(params), {"beta1": b1, "beta2": b2, "weight_decay": rule.weight_decay, "eps": rule.eps}
+    lists = [list(params), list(grads), list(mu), list(nu), [], steps]
+    flags = {"amsgrad": False, "maximize": False, "found_inf": found_inf}
+    with torch.no_grad():
+        torch._fused_adamw_(*lists, lr=lr, **rates, **flags)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
+
+
+def _chunks(members: Sequence[tuple[str, tuple[Tensor, ...]]], limit: int) -> Iterator[list[FusedSlice]]:
+    """The leaves (p, g, m, v) of each path in their order, in lists of slices that have at most `limit` elements together."""
+    chunk: list[FusedSlice] = []
+    room = limit
+    for path, leaves in members:
+        start = 0
+        for part in zip(*(x.reshape(-1).split(limit) for x in leaves), strict=True):
+            n = part[0].numel()
+            if room < n:
+                yield chunk
+                chunk, room = [], limit
+            chunk.append(FusedSlice(path, start, *part))
+            start, room = start + n, room - n
+    if chunk:
+        yield chunk
+
+
+def _is_fusable(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
+    kinds = {(p.dtype, g.dtype), (m.dtype, v.dtype)}
+    kept = kinds == {(p.dtype, p.dtype)} or kinds == {(torch.bfloat16,) * 2, (torch.float32,) * 2}
+    whole = p.shape == m.shape == v.shape == g.shape and p.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+    return kept and whole and p.device == m.device == v.device == g.device and p.device.type in FUSED_ELEMENTS

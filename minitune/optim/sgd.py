@@ -1,0 +1,45 @@
+"""Gradient descent with momentum."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from minitune import tree
+from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_scratch_bytes, slice_tree
+from minitune.tree import Tree
+
+
+class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
+    """Gradient descent with momentum, and weight decay in the gradient (Sutskever et al. 2013, eq. 1-4, as torch.optim.SGD)."""
+
+    scope: ClassVar[Scope] = "element"
+    lr: NonNegative
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    weight_decay: NonNegative = 0.0
+
+    def init(self, params: Tree) -> Tree:
+        """Zero momentum."""
+        return tree.map(torch.zeros_like, params)
+
+    def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        """-lr * m, with m = momentum * m + g; nesterov looks one step ahead: -lr * (g + momentum * m)."""
+        grads = tree.map(lambda g, p: g + self.weight_decay * p, grads, params)
+        state = tree.map(lambda m, g: self.momentum * m + g, state, grads)
+        ahead = tree.map(lambda m, g: g + self.momentum * m, state, grads) if self.nesterov else state
+        return tree.map(lambda m: -self.lr * m, ahead), state
+
+    def slice_state(self, state: Tree, slices: Sequence[Slice]) -> dict[str, Tensor]:
+        """Momentum of these slices."""
+        return slice_tree(tree.leaves(state), slices)
+
+    def counts(self, state: Tree) -> tuple[()]:
+        """None: a step does not depend on how many were taken."""
+        return ()
+
+    def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
+        """Those of a step slice by slice."""
+        return slice_scratch_bytes(leaves, rounds)

@@ -1,0 +1,165 @@
+"""The interface of gradient transforms, what they may declare about themselves, and those that only rescale gradients.
+
+A transform needs `init` and `update`, and is then applied as they define it: the updates of the whole tree exist at once. It
+takes less memory and time if it declares what it can do. `apply.py` asks for these declarations and never for a type:
+
+    scope                   "element" or "leaf": an element's update depends on no more than that element, or than its leaf
+    slice_state, counts     (with scope) the part of its state that belongs to some slices of leaves, and its step counts
+    gradient_factor(norm)   its update is the gradient times this factor, which depends on the gradient's norm alone
+    path_factor(path)       its update is the incoming update times this factor
+    step_factor(state)      its update is the incoming update times this factor, which depends on its step count alone
+    fused_update(...)       it has a kernel that writes parameters and state in one pass (see adamw.py)
+    rounded(...)            it ends a chain by rounding what parameters become (see rounding.py)
+    branches(...)           it gives the leaves to several transforms (see partition.py)
+    scratch_bytes(leaves, rounds=)   memory that a donated step allocates beside its arguments
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+
+import msgspec
+import torch
+from jaxtyping import Float, Int
+from msgspec import Meta
+from torch import Tensor
+
+from minitune import tree
+from minitune.tree import Tree
+
+NonNegative = Annotated[float, Meta(ge=0.0)]
+Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
+Scope = Literal["element", "leaf"]
+SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}  # elements updated at a time without a fused kernel
+
+
+class GradientTransformation(Protocol):
+    """An optimizer, or a part of one: a pure function of gradients with a state of its own."""
+
+    def init(self, params: Tree) -> Tree:
+        """The state before the first step."""
+        ...
+
+    def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        """(updates, next state); the updates are added to params, or given to the next transform of a chain."""
+        ...
+
+
+class Slice(NamedTuple):
+    """Elements start .. end of leaf number `index`, counted over the flattened leaf."""
+
+    index: int
+    path: str
+    start: int
+    end: int
+
+
+def take_slice(x: Tensor, start: int, end: int) -> Tensor:
+    """Elements start .. end of the flattened x; a whole leaf keeps its shape."""
+    return x if end - start == x.numel() else x.reshape(-1)[start:end]
+
+
+def slice_tree(leaves: Sequence[Tensor], slices: Sequence[Slice]) -> dict[str, Tensor]:
+    """The slices of these leaves, by the path of each leaf."""
+    return {part.path: take_slice(leaves[part.index], part.start, part.end) for part in slices}
+
+
+def slice_limit(device: torch.device) -> int:
+    """How many elements are updated at a time on this device."""
+    return SLICE_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
+
+
+def slice_scratch_bytes(leaves: Sequence[Tensor], rounds: bool) -> int:
+    """Memory of a step that goes slice by slice: moments, terms and the update, eight float32 numbers an element.
+
+    A step that rounds at random goes leaf by leaf.
+    """
+    largest = max(x.numel() for x in leaves)
+    return 4 * 8 * (largest if rounds else min(largest, 2 * slice_limit(leaves[0].device)))
+
+
+class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1)."""
+
+    max_norm: Annotated[float, Meta(gt=0.0)]
+
+    def init(self, params: Tree) -> tuple[()]:
+        """No state."""
+        return ()
+
+    def update(self, grads: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
+        """g * gradient_factor(|g|)."""
+        scale = self.gradient_factor(tree.norm(grads))
+        return tree.map(lambda g: g * scale.to(g.dtype), grads), ()
+
+    def gradient_factor(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """min(1, max_norm / (norm + 1e-6)), the small term as in torch.nn.utils.clip_grad_norm_."""
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Multiply updates by a factor of their own: learning-rate groups, as globs over the paths of leaves. The first match wins.
+
+    {"*.b": 16.0} is LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4.1); {"*norm.weight": 0.0} holds the norms still.
+    """
+
+    scope: ClassVar[Scope] = "element"
+    factors: dict[str, NonNegative]
+
+    def init(self, params: Tree) -> tuple[()]:
+        """No state; InputError for a glob that matches no leaf."""
+        tree.select([path for path, _ in tree.items(params)], list(self.factors), "optim: lr factor")
+        return ()
+
+    def update(self, grads: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
+        """u * path_factor(path)."""
+        return tree.rebuild(grads, [self.path_factor(path) * g for path, g in tree.items(grads)]), ()
+
+    def path_factor(self, path: str) -> float:
+        """Factor of the first glob that matches the path; 1 if none does."""
+        return next((factor for glob, factor in self.factors.items() if fnmatchcase(path, glob)), 1.0)
+
+    def slice_state(self, state: tuple[()], slices: Sequence[Slice]) -> tuple[()]:
+        """No state."""
+        return ()
+
+    def counts(self, state: tuple[()]) -> tuple[()]:
+        """None."""
+        return ()
+
+
+class Chain(NamedTuple):
+    """Transforms applied one after the other."""
+
+    parts: tuple[Any, ...]
+
+    def init(self, params: Tree) -> tuple[Tree, ...]:
+        """Each part's state."""
+        return tuple(part.init(params) for part in self.parts)
+
+    def update(self, grads: Tree, state: Sequence[Tree], params: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+        """Feed each part's updates to the next."""
+        states = []
+        for part, part_state in zip(self.parts, state, strict=True):
+            grads, new = part.update(grads, part_state, params)
+            states.append(new)
+        return grads, tuple(states)
+
+    def links(self, state: Sequence[Tree]) -> list[tuple[GradientTransformation, Tree]]:
+        """Each part with its state, in order."""
+        return list(zip(self.parts, state, strict=True))
+
+
+def chain(*parts: GradientTransformation) -> Chain:
+    """Compose transforms: chain(ClipByGlobalNorm(1.0), AdamW(lr=1e-3))."""
+    return Chain(parts)
+
+
+def zero_count(params: Tree) -> Int[Tensor, ""]:
+    """No step taken yet, on the device of the parameters."""
+    return torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
+
+
+def wide_zeros(x: Tensor) -> Tensor:
+    """Zeros in the shape of x, in float32 or wider."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
