@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune import moe
+from minitune.hardware import to_device
 from minitune.models import Model, decoder
 from minitune.models.experts import is_routed
 from minitune.objectives import Objective
@@ -28,7 +29,8 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
         found: list[Tensor] = []
         mean, readings = objective(model._replace(wrap=_noting(model, found), n_remat=0))(trainable, params, batch)
         rows = batch.rows if isinstance(batch, Taught) else batch
-        uneven = moe.load_balance(torch.stack(found).flatten(1, 2), experts.n_active, (rows.segment_ids > 0).flatten())
+        real = to_device((rows.segment_ids > 0).flatten(), mean.total.device)
+        uneven = moe.load_balance(torch.stack(found).flatten(1, 2), experts.n_active, real)
         total = mean.total + coefficient * uneven * mean.weight
         return Mean(total, mean.weight), {**readings, "load_balance": Mean(uneven * mean.weight, mean.weight)}
 

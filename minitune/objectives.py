@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import ops, tree
+from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses import AnswerLoss, CrossEntropy, DistillationLoss, TokenLoss
 from minitune.models import Model
@@ -58,7 +59,7 @@ def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
 
     def objective(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         params, deltas = attach(params, trainable, lora)
-        return Mean.of(model.token_losses(params, batch, deltas, loss), batch.labelled()), {}
+        return Mean.of(model.token_losses(params, batch, deltas, loss, summed=True), batch.labelled()), {}
 
     return objective
 
@@ -77,7 +78,8 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
                 frozen = pair_logps(model, *attach(params, _held(reference, "preference"), lora), pairs)
         policy = pair_logps(model, *attach(params, trainable, lora), pairs)
         if loss.uses_reference and isinstance(pairs.reference, Tensor):
-            frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
+            cached = to_device(pairs.reference, policy.chosen.device)
+            frozen = policy._replace(chosen=cached[:, 0], rejected=cached[:, 1])
         chosen, rejected = loss.rewards(policy, frozen)
         readings = {
             "reward_chosen": chosen,
@@ -104,19 +106,19 @@ def judgement(model: Model, loss: AnswerLoss, lora: Lora | None, reference: Trai
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
             drifted = answer_logps(model, *adapted, rows[1])
             if isinstance(judged.reference, Tensor):
-                frozen, held = judged.reference.unbind(1)
+                frozen, held = to_device(judged.reference, drifted.device).unbind(1)
             else:
                 base = attach(params, _held(reference, "judgement"), lora)
                 frozen, held = (answer_logps(model, *base, one) for one in rows)
             kl = (drifted - held).mean().clamp(min=0.0)
         policy = answer_logps(model, *adapted, rows[0])
-        rewards = loss.rewards(policy, frozen)
+        rewards, desirable = loss.rewards(policy, frozen), to_device(judged.desirable, policy.device)
         readings = {
-            "reward_desirable": Mean.of(rewards, judged.desirable),
-            "reward_undesirable": Mean.of(rewards, ~judged.desirable),
+            "reward_desirable": Mean.of(rewards, desirable),
+            "reward_undesirable": Mean.of(rewards, ~desirable),
             "kl_nats": _mean(kl.expand_as(policy)),
         }
-        return _mean(loss(policy, frozen, judged.desirable, kl)), tree.map(Tensor.detach, readings)
+        return _mean(loss(policy, frozen, desirable, kl)), tree.map(Tensor.detach, readings)
 
     return objective
 
@@ -132,18 +134,17 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
         if isinstance(batch, Taught):
             tops = (batch.top_ids, batch.top_logps)
             on_top = ops.by_rows(lambda y, t, top: loss.on_top(y, t, *top))
-            nats = model.token_losses(adapted[0], batch.rows, adapted[1], on_top, tops)
+            nats = model.token_losses(adapted[0], batch.rows, adapted[1], on_top, tops, summed=True)
             return Mean.of(nats, batch.rows.labelled()), {}
         wise = _held(teacher, "distillation")
         head, delta = wise.model.head(wise.params, wise.deltas)
-        place = head.device
         with torch.no_grad():
-            states = wise.model.hidden(wise.params, tree.map(lambda x: x.to(place), batch), wise.deltas).roll(1, 1)
+            states = wise.model.hidden(wise.params, batch, wise.deltas).roll(1, 1)
 
         def against(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:
             return ops.by_rows(loss)(logits, targets, wise.model.logits(states, head, delta).to(logits.device))
 
-        nats = model.token_losses(adapted[0], batch, adapted[1], against, states)
+        nats = model.token_losses(adapted[0], batch, adapted[1], against, states, summed=True)
         return Mean.of(nats, batch.labelled()), {}
 
     return objective
@@ -165,7 +166,8 @@ def pair_logps(model: Model, params: Params, deltas: Deltas, pairs: Pairs) -> Lo
     padded = (tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows) for rows in (pairs.chosen, pairs.rejected))
     rows = tree.map(lambda x, y: torch.cat([x, y]), *padded)
     logps = answer_logps(model, params, deltas, rows)
-    return LogProbs(*logps.chunk(2), *rows.labelled().sum(1).to(logps.dtype).chunk(2))
+    n_tokens = to_device(rows.labelled().sum(1), logps.device).to(logps.dtype)
+    return LogProbs(*logps.chunk(2), *n_tokens.chunk(2))
 
 
 def full(

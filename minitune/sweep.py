@@ -14,6 +14,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.advance import advance_each
 from minitune.grad import accumulate, value_and_grad
+from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
 from minitune.models import Model
@@ -66,10 +67,10 @@ def totals(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[De
         adapted, together = scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
         if n == 1 or any(name == head or ".experts." in name for name in adapted):
             alone = zip((Batch(*x) for x in zip(*batch, strict=True)), each(adapted, n), strict=True)
-            nats = torch.stack([model.token_losses(params, rows, own, loss) for rows, own in alone])
+            nats = torch.stack([model.token_losses(params, rows, own, loss, summed=True) for rows, own in alone])
         else:
-            nats = model.token_losses(params, together, adapted, loss).view(batch.tokens.shape)
-        mask = together.labelled().view(batch.tokens.shape)
+            nats = model.token_losses(params, together, adapted, loss, summed=True).view(batch.tokens.shape)
+        mask = to_device(together.labelled(), nats.device).view(batch.tokens.shape)
         total, weight = (x.sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
         return Mean(total, weight.to(nats.dtype))
 
@@ -81,7 +82,7 @@ def scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
 
     def scales(name: str, b: Tensor) -> Tensor:
         own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
-        return torch.tensor(own, dtype=b.dtype, device=b.device).view(-1, *(1 for _ in b.shape[1:]))
+        return to_device(torch.tensor(own, dtype=b.dtype), b.device).view(-1, *(1 for _ in b.shape[1:]))
 
     return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
 
@@ -98,8 +99,8 @@ def sweep_step(
 
     def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
         def evaluate(rows: Batch) -> tuple[Mean, Tree]:
-            n_numbers = rows.tokens[0].numel() * model.config.d_model
-            size = max(1, TOGETHER // n_numbers) if rows.tokens.device.type == "cpu" else len(rules)
+            n_numbers, place = rows.tokens[0].numel() * model.config.d_model, tree.leaves(trainable)[0].device
+            size = max(1, TOGETHER // n_numbers) if place.type == "cpu" else len(rules)
 
             def some(i: int) -> tuple[Mean, Tree]:
                 own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitune import ops, seeds, tree
 from minitune.grad import remat
+from minitune.hardware import to_device
 from minitune.models import (
     gemma,
     gemma2,
@@ -84,9 +85,11 @@ class Model(NamedTuple):
         return self.family.forward(self.config, params, tokens, deltas, segment_ids=segment_ids)
 
     def hidden(self, params: Params, rows: Batch, deltas: Deltas) -> Float[Tensor, "B T D"]:
-        """Final hidden states of every token, packed documents apart."""
-        how = {"segment_ids": rows.segment_ids, "wrap": self.wrap, "n_remat": self.n_remat, "again": self.again}
-        return self.family.hidden(self.config, params, rows.tokens, deltas, **how)
+        """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
+        place = params["model.embed_tokens.weight"].device
+        tokens, segment_ids = to_device(rows.tokens, place), to_device(rows.segment_ids, place)
+        how = {"segment_ids": segment_ids, "wrap": self.wrap, "n_remat": self.n_remat, "again": self.again}
+        return self.family.hidden(self.config, params, tokens, deltas, **how)
 
     def head(self, params: Params, deltas: Deltas) -> tuple[Any, Delta | None]:
         """(weight [V, D], delta) that `logits` takes."""
@@ -98,12 +101,21 @@ class Model(NamedTuple):
         return self.family.scaled_logits(self.config, ops.linear(states, head, delta))
 
     def token_losses(
-        self, params: Params, batch: Batch, deltas: Deltas, loss: Callable[..., Tensor], beside: Tree = None
+        self,
+        params: Params,
+        batch: Batch,
+        deltas: Deltas,
+        loss: Callable[..., Tensor],
+        beside: Tree = None,
+        *,
+        summed: bool = False,
     ) -> Float[Tensor, "B T *values"]:
         """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
 
         loss(logits [n V], targets [n]), by ops.by_rows; or, with `beside`, a tree of tensors [B, T, ...] that belong to the
         prediction of each token as loss_mask does, loss(logits, targets, rows of beside), by as many rows as the head is.
+        summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
+        through a head that trains (grad.in_chunks). A batch on the host spares it the wait in ops.token_losses.
         """
         head, delta = self.head(params, deltas)
         mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
@@ -115,7 +127,8 @@ class Model(NamedTuple):
         def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
             return ops.by_rows(row_losses)(logits, rows[0]) if beside is None else row_losses(logits, *rows)
 
-        return ops.token_losses(chunk_losses, self.hidden(params, batch, deltas), targets, mask, head, delta).roll(1, 1)
+        states = self.hidden(params, batch, deltas)
+        return ops.token_losses(chunk_losses, states, targets, mask, head, delta, summed=summed).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""

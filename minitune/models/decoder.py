@@ -16,6 +16,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.attention import Seen, attention, causal, chunked, document_lengths, document_positions, documents, windowed
 from minitune.grad import remat
+from minitune.hardware import to_device
 from minitune.models import rope
 from minitune.models.experts import Experts, expert_shapes, is_routed, routed_feed_forward, router_logits
 from minitune.ops import Norm, embed, geglu, linear, rms_norm, rope_table, rotate, swiglu
@@ -318,7 +319,7 @@ def _feed_forward(config: Config, w: Params, deltas: Deltas, proj: Callable[[str
 def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
     x = embed(tokens, params["model.embed_tokens.weight"])
     if config.embedding_multiplier == "sqrt_d_model":  # rounded to the dtype of the weights, as it was in training
-        return x * torch.tensor(config.d_model**0.5, dtype=x.dtype, device=x.device)
+        return x * x.new_full((), config.d_model**0.5)
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 
@@ -352,7 +353,7 @@ def _angles(
     config: Config, theta: float, scaling: rope.Scaling | None, positions: Tensor, lengths: int | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     f = rope.frequencies(config.d_rotary, theta, scaling, lengths, config.max_positions)
-    return rope_table(positions, f.to(positions.device), dtype, rope.magnitude(scaling, config.max_positions))
+    return rope_table(positions, to_device(f, positions.device), dtype, rope.magnitude(scaling, config.max_positions))
 
 
 def _layer_shapes(config: Config, i: int) -> dict[str, tuple[int, ...]]:
