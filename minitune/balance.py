@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitune import moe
+from minitune.hardware import to_device
 from minitune.models import Model, Probe
 from minitune.models.experts import router_weight
 from minitune.objectives import Objective
@@ -28,7 +29,8 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
         probe = Probe((router_weight(experts),), lambda name, y: logits.append(y))
         mean, readings = objective(model._replace(probe=probe))(trainable, params, batch)
         rows = batch.rows if isinstance(batch, Taught) else batch
-        uneven = moe.load_balance(torch.stack(logits).flatten(1, 2), experts.n_active, (rows.segment_ids > 0).flatten())
+        is_token = to_device((rows.segment_ids > 0).flatten(), mean.total.device)
+        uneven = moe.load_balance(torch.stack(logits).flatten(1, 2), experts.n_active, is_token)
         total = mean.total + coefficient * uneven * mean.weight
         return Mean(total, mean.weight), {**readings, "load_balance": Mean(uneven * mean.weight, mean.weight)}
 

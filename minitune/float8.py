@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float8e4m3fn
 from torch import Tensor
 
+from minitune import hardware
 from minitune.grad import under_transform
 
 E4M3 = torch.float8_e4m3fn
@@ -21,8 +22,7 @@ def takes(x: Float[Tensor, "*rows in"], codes: Float8e4m3fn[Tensor, "out in"]) -
     """Whether x, or a cotangent of its product, can be multiplied by these codes as 8-bit floats: bfloat16 on a card that has
     them, outside of vmap and torch.func.grad. Everywhere else the weight is decoded."""
     fits = x.dtype == torch.bfloat16 and x.numel() > 0 and all(size % STEP == 0 for size in codes.shape)
-    able = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= CAPABILITY
-    return fits and able and not under_transform()
+    return fits and hardware.cuda_capability(x.device) >= CAPABILITY and not under_transform()
 
 
 def rounded(rows: Float[Tensor, "*n in"]) -> tuple[Float8e4m3fn[Tensor, "*n in"], Float[Tensor, "*n 1"]]:

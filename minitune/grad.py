@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune import tree
+from minitune.hardware import is_accelerator
 from minitune.tree import Tree
 
 
@@ -181,43 +182,59 @@ class _RowGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if len(ctx.saved_tensors) == 1 and bool((grad_outputs[0] == 1).all()):  # a sum's: spares a pass over what is large
+        # a sum's cotangent spares a pass over what is large; an accelerator would be waited for to see it
+        if len(ctx.saved_tensors) == 1 and not is_accelerator(grad_outputs[0].device) and bool((grad_outputs[0] == 1).all()):
             return None, ctx.saved_tensors[0]
         cotangents = grad_outputs[0].unsqueeze(-1) if grad_outputs[0].ndim == 1 else grad_outputs[0].flatten(1)
         parts = (c[:, None] * g for c, g in zip(cotangents.unbind(1), ctx.saved_tensors, strict=True))
         return None, reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
 
 
-def in_chunks(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int) -> Tensor:
+def in_chunks(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int, summed: bool = False) -> Tensor:
     """f(start, rows[start : start + chunk], weights) -> one value a row, for all chunks together, with the gradients of rows and
     weights taken in the forward: right if the values are then summed, which is when they all have one cotangent.
 
-    If they turn out to have others, every chunk is computed again. What f closes over gets no gradient. Differentiable once.
+    On a CPU, every chunk is computed again if the cotangents turn out to differ. An accelerator would be waited for to see
+    them, so there the caller says what they are: with `summed` they are 1, and the gradients are NaN if they are not;
+    without it every chunk is computed again. What f closes over gets no gradient. Differentiable once.
     """
     structure = tree.map(lambda _: _HOLE, weights)
-    return _InChunks.apply(lambda start, x, *w: f(start, x, tree.rebuild(structure, w)), chunk, rows, *tree.leaves(weights))
+
+    def of_leaves(start: int, x: Tensor, *leaves: Tensor) -> Tensor:
+        return f(start, x, tree.rebuild(structure, leaves))
+
+    return _InChunks.apply(of_leaves, chunk, summed, rows, *tree.leaves(weights))
 
 
 class _InChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
-        ctx.f, ctx.chunk = f, chunk
-        values, grads = _chunk_gradients(f, chunk, tensors, ctx.needs_input_grad[2:], lambda x, start: torch.ones_like(x))
+    def forward(ctx: Any, f: Callable[..., Tensor], chunk: int, summed: bool, *tensors: Tensor) -> Tensor:
+        ctx.f, ctx.chunk, ctx.summed = f, chunk, summed
+        if is_accelerator(tensors[0].device) and not summed:
+            ctx.save_for_backward(*tensors)
+            starts = range(0, max(len(tensors[0]), 1), chunk)
+            return torch.cat([f(i, tensors[0][i : i + chunk], *tensors[1:]) for i in starts])
+        values, grads = _chunk_gradients(f, chunk, tensors, ctx.needs_input_grad[3:], lambda x, start: torch.ones_like(x))
         ctx.save_for_backward(*tensors, *grads)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        needed, cotangent = ctx.needs_input_grad[2:], grad_outputs[0]
+        needed, cotangent = ctx.needs_input_grad[3:], grad_outputs[0]
         tensors, grads = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        accelerated = is_accelerator(cotangent.device)
         one = cotangent.flatten()[:1].sum()  # of no row too
-        if bool((cotangent == one).all()):
+        if accelerated and ctx.summed:
+            fault = torch.where((cotangent == 1).all(), 0.0, torch.nan)
+            firsts = [g.view(-1)[:1] for g in grads if g.numel() > 0]
+            tree.donate_sum(firsts, [fault.to(x.dtype)[None] for x in firsts])
+        elif not accelerated and bool((cotangent == one).all()):
             grads = grads if bool(one == 1) else [g * one.to(g.dtype) for g in grads]  # a copy is as large as the head
         else:
             grads = _chunk_gradients(ctx.f, ctx.chunk, tensors, needed, lambda x, i: cotangent[i : i + len(x)])[1]
         given = iter(grads)
-        return None, None, *(next(given) if need else None for need in needed)
+        return None, None, None, *(next(given) if need else None for need in needed)
 
 
 def _chunk_gradients(

@@ -1,25 +1,74 @@
 """Facts about the processor or accelerator that a tensor lies on; all questions of that kind are asked here."""
 
 import os
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 BFLOAT16_EXTENSIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of Arm
 LIMITED_TO_AVX2 = {"ATEN_CPU_CAPABILITY": ("avx2", "default"), "ONEDNN_MAX_CPU_ISA": ("AVX2", "AVX", "SSE41")}
+MPS_BFLOAT16_MACOS = (14, 0)  # the first macOS whose Metal has bfloat16
+
+
+class Capabilities(NamedTuple):
+    """What torch can do on a type of device."""
+
+    float64: bool
+    streams: bool  # copies to and from pinned memory on a stream of their own, which events put in order
+    compiles: bool  # torch.compile is worth its seconds without being asked for
+
+
+CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
+    {
+        "cpu": Capabilities(float64=True, streams=False, compiles=False),
+        "cuda": Capabilities(float64=True, streams=True, compiles=True),
+        "xpu": Capabilities(float64=False, streams=True, compiles=True),  # client cards have no float64
+        "mps": Capabilities(float64=False, streams=False, compiles=False),
+    }
+)
+LEAST = Capabilities(float64=False, streams=False, compiles=False)  # of a type of device that the table does not name
+
+
+def capabilities(device: torch.device) -> Capabilities:
+    """The row of CAPABILITIES for a device."""
+    return CAPABILITIES.get(device.type, LEAST)
+
+
+def accelerator() -> str | None:
+    """The type of accelerator that torch finds on this machine, if it is one of CAPABILITIES."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None and found.type in CAPABILITIES else None
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """True if work on the device is queued by the host and done beside it."""
+    return device.type != "cpu"
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """True if the device has matrix products of bfloat16 in hardware.
 
-    On CUDA that is Ampere and later; on a CPU it is AVX512-BF16, AMX or Arm's extension, unless the
-    environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA tell torch to use none of them.
+    On CUDA that is Ampere and later, on MPS macOS 14 and later; on a CPU it is AVX512-BF16, AMX or Arm's extension,
+    unless the environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA tell torch to use none of them.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "xpu":
+        return torch.xpu.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(*MPS_BFLOAT16_MACOS)
     if any(os.environ.get(name) in values for name, values in LIMITED_TO_AVX2.items()):
         return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in BFLOAT16_EXTENSIONS)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in BFLOAT16_EXTENSIONS)
+
+
+def cuda_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, for kernels that exist for CUDA alone; (0, 0) for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def is_asynchronous(device: torch.device) -> bool:
@@ -28,9 +77,60 @@ def is_asynchronous(device: torch.device) -> bool:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 where the device lacks it: on Apple's GPUs, and on some of Intel's."""
+    """float64 where the device has it, else float32."""
+    return torch.float64 if capabilities(device).float64 else torch.float32
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a copy from the host is queued there and the host does not wait for it.
+
+    It goes through pinned memory, which torch's allocator keeps until the copy is done. Where a device has no
+    such copies the host waits, because torch may else read the memory of x after it was freed. Tensors without
+    memory of their own, fake ones and those of a functorch transform, are not pinned.
+    """
+    if x.device == device or x.device.type != "cpu" or not capabilities(device).streams:
+        return x.to(device)
+    if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return x.to(device, non_blocking=True)
+    return _pinned(x).to(device, non_blocking=True)
+
+
+def reading(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy x to the host; the function that is returned waits for that copy alone and returns it.
+
+    Work that is queued on the device after this call goes on meanwhile.
+    """
+    if not capabilities(x.device).streams:
+        return lambda: x.to("cpu")
+    streams = _module(x.device)
+    copy, done = x.to("cpu", non_blocking=True), streams.Event()
+    done.record(streams.current_stream(x.device))
+
+    def read() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return read
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that tensors on an accelerator have had; of MPS, which counts no peak, what the process holds of it now."""
     if device.type == "mps":
-        return torch.float32
-    if device.type == "xpu" and not getattr(torch.xpu.get_device_properties(device), "has_fp64", False):
-        return torch.float32
-    return torch.float64
+        return torch.mps.driver_allocated_memory()
+    return _module(device).max_memory_allocated(device)
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of an accelerator; of MPS, which shares the machine's, what Metal recommends to use at most."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return _module(device).get_device_properties(device).total_memory
+
+
+def _pinned(x: Tensor) -> Tensor:
+    return x.pin_memory()
+
+
+def _module(device: torch.device) -> Any:
+    """torch.cuda, torch.xpu or torch.mps."""
+    return torch.get_device_module(device)

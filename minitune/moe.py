@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from minitune import hardware
 from minitune.grad import under_transform
 from minitune.ops import linear
 from minitune.types import Adapted, QTensor
@@ -193,7 +194,7 @@ def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
 
 def _has_kernel(x: Tensor) -> bool:
     """On a CPU the experts one by one are as fast (bench/moe.py)."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.dtype == torch.bfloat16 and hardware.cuda_capability(x.device) >= (8, 0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import ops, tree
+from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss, UnpairedLoss
 from minitune.losses.base import BaseLoss, ObjectiveName
@@ -65,7 +66,7 @@ def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
     """Supervised fine-tuning: the loss of every labelled token given those before it."""
 
     def objective(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        nats = model.token_losses(apply_trainable(params, trainable, lora), batch, loss)
+        nats = model.token_losses(apply_trainable(params, trainable, lora), batch, loss, summed=True)
         return Mean.of(nats, batch.labelled()), {}
 
     return objective
@@ -85,7 +86,8 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
                 frozen = pair_logps(model, apply_trainable(params, required(reference, "preference"), lora), pairs)
         policy = pair_logps(model, apply_trainable(params, trainable, lora), pairs)
         if loss.needs_reference and isinstance(pairs.reference, Tensor):
-            frozen = policy._replace(chosen=pairs.reference[:, 0], rejected=pairs.reference[:, 1])
+            cached = to_device(pairs.reference, policy.chosen.device)
+            frozen = policy._replace(chosen=cached[:, 0], rejected=cached[:, 1])
         chosen, rejected = loss.rewards(policy, frozen)
         readings = {
             "reward_chosen": chosen,
@@ -112,19 +114,19 @@ def unpaired_preference(model: Model, loss: UnpairedLoss, lora: Lora | None, ref
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
             drifted = answer_logps(model, adapted, rows[1])
             if isinstance(judged.reference, Tensor):
-                frozen, held = judged.reference.unbind(1)
+                frozen, held = to_device(judged.reference, drifted.device).unbind(1)
             else:
                 base = apply_trainable(params, required(reference, "unpaired_preference"), lora)
                 frozen, held = (answer_logps(model, base, one) for one in rows)
             kl = (drifted - held).mean().clamp(min=0.0)
         policy = answer_logps(model, adapted, rows[0])
-        rewards = loss.rewards(policy, frozen)
+        rewards, desirable = loss.rewards(policy, frozen), to_device(judged.desirable, policy.device)
         readings = {
-            "reward_desirable": Mean.of(rewards, judged.desirable),
-            "reward_undesirable": Mean.of(rewards, ~judged.desirable),
+            "reward_desirable": Mean.of(rewards, desirable),
+            "reward_undesirable": Mean.of(rewards, ~desirable),
             "kl_nats": _mean(kl.expand_as(policy)),
         }
-        return _mean(loss(policy, frozen, judged.desirable, kl)), tree.map(Tensor.detach, readings)
+        return _mean(loss(policy, frozen, desirable, kl)), tree.map(Tensor.detach, readings)
 
     return objective
 
@@ -140,19 +142,18 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
         if isinstance(batch, Taught):
             tops = (batch.top_ids, batch.top_logps)
             on_top = ops.by_rows(lambda y, t, top: loss.on_top(y, t, *top))
-            nats = model.token_losses(adapted, batch.rows, on_top, tops)
+            nats = model.token_losses(adapted, batch.rows, on_top, tops, summed=True)
             return Mean.of(nats, batch.rows.labelled()), {}
         frozen = required(teacher, "distillation")
-        device = tree.leaves(frozen.model.head(frozen.params))[0].device
         with torch.no_grad():
-            teacher_hidden = frozen.model.hidden(frozen.params, tree.map(lambda x: x.to(device), batch))
+            teacher_hidden = frozen.model.hidden(frozen.params, batch)
             teacher_hidden = teacher_hidden.roll(1, 1)  # hidden[t] predicts token t + 1: aligned with the targets
 
         def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
             teacher_logits = frozen.model.logits(frozen.params, hidden)
             return ops.by_rows(loss)(logits, targets, teacher_logits.to(logits.device))
 
-        nats = model.token_losses(adapted, batch, divergence, teacher_hidden)
+        nats = model.token_losses(adapted, batch, divergence, teacher_hidden, summed=True)
         return Mean.of(nats, batch.labelled()), {}
 
     return objective
@@ -187,7 +188,8 @@ def pair_logps(model: Model, params: Params, pairs: Pairs) -> LogProbs:
     padded = (tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows) for rows in (pairs.chosen, pairs.rejected))
     rows = tree.map(lambda x, y: torch.cat([x, y]), *padded)
     logps = answer_logps(model, params, rows)
-    return LogProbs(*logps.chunk(2), *rows.labelled().sum(1).to(logps.dtype).chunk(2))
+    n_tokens = to_device(rows.labelled().sum(1), logps.device).to(logps.dtype)
+    return LogProbs(*logps.chunk(2), *n_tokens.chunk(2))
 
 
 def split_trainable(

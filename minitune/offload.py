@@ -24,18 +24,20 @@ class Mover(NamedTuple):
 
 
 def side_stream(device: torch.device) -> Mover:
-    """The Mover of a CUDA device: copies to and from pinned memory on a stream of their own, beside the computation."""
-    side = torch.cuda.Stream(device)
+    """The Mover of an accelerator with streams: copies to and from pinned memory on a stream of their own, beside the
+    computation."""
+    streams = torch.get_device_module(device)  # torch.cuda or torch.xpu
+    side = streams.Stream(device)
 
     def copied(x: Tensor, to: torch.device) -> tuple[Tensor, Any]:
         # waited for: what computes x, and what still reads the memory that the side stream may be given for this copy. So no
         # tensor needs record_stream, which frees memory only once the device has caught up with a host that runs far ahead
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        side.wait_stream(streams.current_stream(device))
+        with streams.stream(side):
             return x.to(to, non_blocking=True), side.record_event()  # to the host, such a copy is pinned
 
     def wait(copy: tuple[Tensor, Any]) -> Tensor:
-        torch.cuda.current_stream(device).wait_event(copy[1])
+        streams.current_stream(device).wait_event(copy[1])
         return copy[0]
 
     return Mover(lambda x: copied(x, torch.device("cpu")), lambda sent: copied(sent[0], device), wait)

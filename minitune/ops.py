@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitune import quant, tree
 from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
+from minitune.hardware import to_device
 from minitune.tree import Tree
 from minitune.types import Adapted, QTensor
 
@@ -126,13 +127,18 @@ def token_losses(
     targets: Tree,
     mask: Bool[Tensor, "B T"],
     head: Float[Tensor, "V D"] | QTensor | Adapted,
+    *,
+    summed: bool = False,
 ) -> Float[Tensor, "B T *values"]:
     """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
 
     targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
     A loss may give several values a row.
     Labelled rows are flattened and cut in chunks, see head_chunk. The gradients of each chunk are taken while its
-    logits are there: those of its rows, and of the head where that trains (grad.in_chunks: for losses that are summed).
+    logits are there: those of its rows, and of the head where that trains (grad.in_chunks, which says what
+    `summed` is for).
+    targets and mask may lie on the host beside hidden states on an accelerator: the labelled rows are then counted
+    there and sent. If the mask lies on an accelerator, the host waits for it to learn how many rows are labelled.
     """
 
     def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor | Adapted) -> Tensor:
@@ -140,12 +146,16 @@ def token_losses(
 
     trains = any(leaf.requires_grad for leaf in tree.leaves(head))
     chunk = head_chunk(head, trains)
-    flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
+    flat, labels, place = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets), hidden.device
     if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
+        labels, mask = tree.map(lambda x: to_device(x, place), (labels, mask))
         nats = _chunked(remat(piece), flat, labels, head, chunk).unflatten(0, mask.shape)
         return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
     rows = mask.flatten().nonzero().squeeze(1)
-    chosen, given = flat[rows], tree.map(lambda x: x[rows], labels)
+    # rows are taken where they lie: what comes from the host is no more than the labelled ones
+    given = tree.map(lambda x: to_device(x[to_device(rows, x.device)], place), labels)
+    rows = to_device(rows, place)
+    chosen = flat[rows]
     if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head))):
         nats = _chunked(piece, chosen, given, head, chunk)
     elif trains:
@@ -153,7 +163,7 @@ def token_losses(
         def at(start: int, some: Tensor, head: Tree) -> Tensor:
             return piece(some, tree.map(lambda x: x[start : start + len(some)], given), head)
 
-        nats = in_chunks(at, chosen, head, chunk)
+        nats = in_chunks(at, chosen, head, chunk, summed)
     else:
         nats = _chunked(with_row_gradients(piece), chosen, given, head, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)

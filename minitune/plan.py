@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import costs, models, objectives, optim, program, quant, stages, tree, world
+from minitune import costs, hardware, models, objectives, optim, program, quant, stages, tree, world
 from minitune.costs import Step
 from minitune.grad import detached_leaves
 from minitune.stages import sweeping
@@ -97,7 +97,7 @@ def _step(stage: Train, made: _Made) -> Step:
         teacher = objectives.Teacher(teacher_state.draft.model, _weights(teacher_state))
     n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
-    offloaded = stage.remat == HOST and device.type == "cuda"
+    offloaded = stage.remat == HOST and hardware.capabilities(device).streams
     step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
@@ -183,7 +183,7 @@ def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
     yield f"with {stage.label}.micro_batch_size=1", step
     step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
     yield f"and {stage.label}.remat=true", step
-    if step.device.type == "cuda":
+    if hardware.capabilities(step.device).streams:
         step = step._replace(offloaded=True)
         yield f"and {stage.label}.remat={HOST} in its place", step
     if lora:
@@ -196,6 +196,6 @@ def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
 
 def _memory_bytes(device: torch.device) -> int:
     """All of the memory of the accelerator, or of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if hardware.is_accelerator(device):
+        return hardware.total_bytes(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitune import seeds, tree
 from minitune.grad import per_example
+from minitune.hardware import to_device
 from minitune.objectives import Objective
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
@@ -29,7 +30,7 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PrivateState(NamedTuple):
-    """Steps taken, from which the noise is drawn, and the optimizer's state."""
+    """Steps taken, on the host, where the noise is drawn from them, and the optimizer's state."""
 
     step: Int[Tensor, ""]
     inner: Tree
@@ -37,7 +38,7 @@ class PrivateState(NamedTuple):
 
 def init(optimizer: GradientTransformation, params: Tree) -> PrivateState:
     """The state of a private step before the first one."""
-    return PrivateState(torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device), optimizer.init(params))
+    return PrivateState(torch.zeros((), dtype=torch.int64), optimizer.init(params))
 
 
 def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]:
@@ -62,7 +63,7 @@ def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
 
     def noise(path: str, g: Tensor) -> Tensor:
         drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=_wide(g))
-        return g + (deviation * drawn).to(g.device, g.dtype)
+        return g + to_device((deviation * drawn).to(g.dtype), g.device)
 
     return tree.rebuild(grads, [noise(path, g) for path, g in tree.items(grads)])
 
@@ -78,11 +79,13 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
             value, _ = objective(leaves, params, tree.map(lambda x: x[None], row))
             return Mean(value.value(), value.weight)
 
+        place = tree.leaves(trainable)[0].device
+        batch = tree.map(lambda x: to_device(x, place), batch)  # under vmap no token is counted, so none is kept on the host
         losses, each = per_example(mean, chunk=privacy.chunk)(trainable, batch)
         total, norms = clipped_sum(each, privacy.max_norm)
         taken = int(opt_state.step)
         grads = noised(total, privacy.noise * privacy.max_norm, privacy.seed, taken)
-        n = torch.tensor(float(len(norms)), device=norms.device)
+        n = norms.new_full((), len(norms))
         norm = tree.norm(grads) / n
         is_finite = torch.isfinite(norm)
         new, inner = apply_gradients(

@@ -11,6 +11,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from minitune import seeds
+from minitune.hardware import to_device, widest_float
 
 Logits = Float[Tensor, "B V"]
 
@@ -88,7 +89,8 @@ def next_tokens(
     if sampling.temperature == 0:
         return logits.argmax(1)
     draws = [torch.rand((), generator=seeds.generator(seed, "token", step), dtype=torch.float64) for seed in row_seeds]
-    cumulative = logits.double().softmax(1).cumsum(1)
+    wide = widest_float(logits.device)
+    cumulative = logits.to(wide).softmax(1).cumsum(1)
     # a total below or above 1 by rounding is scaled for; strictly more, so that a token of probability 0 is never drawn
-    wanted = torch.stack(draws).to(logits.device)[:, None] * cumulative[:, -1:]
+    wanted = to_device(torch.stack(draws).to(wide), logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.grad import accumulate, value_and_grad
+from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses import TokenLoss
 from minitune.models import Model
@@ -67,10 +68,10 @@ def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> 
         scaled, together = _scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
         if n == 1 or any(name == head or ".experts." in name for name in deltas):
             members = zip(unstack(batch, n), unstack(scaled, n), strict=True)
-            nats = torch.stack([model.token_losses(_adapted(params, own), rows, loss) for rows, own in members])
+            nats = torch.stack([model.token_losses(_adapted(params, own), rows, loss, summed=True) for rows, own in members])
         else:
-            nats = model.token_losses(_adapted(params, scaled), together, loss).view(batch.tokens.shape)
-        mask = together.labelled().view(batch.tokens.shape)
+            nats = model.token_losses(_adapted(params, scaled), together, loss, summed=True).view(batch.tokens.shape)
+        mask = to_device(together.labelled(), nats.device).view(batch.tokens.shape)
         total, weight = (x.sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
         return Mean(total, weight.to(nats.dtype))
 
@@ -82,7 +83,7 @@ def _scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
 
     def scales(name: str, b: Tensor) -> Tensor:
         own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
-        return torch.tensor(own, dtype=b.dtype, device=b.device).view(-1, *(1 for _ in b.shape[1:]))
+        return to_device(torch.tensor(own, dtype=b.dtype), b.device).view(-1, *(1 for _ in b.shape[1:]))
 
     return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
 
@@ -109,8 +110,8 @@ def sweep_step(
 
     def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
         def evaluate(rows: Batch) -> tuple[Mean, Tree]:
-            n_numbers = rows.tokens[0].numel() * model.config.d_model
-            size = max(1, CPU_HIDDEN_ELEMENTS // n_numbers) if rows.tokens.device.type == "cpu" else len(rules)
+            n_numbers, device = rows.tokens[0].numel() * model.config.d_model, tree.leaves(trainable)[0].device
+            size = max(1, CPU_HIDDEN_ELEMENTS // n_numbers) if device.type == "cpu" else len(rules)
 
             def some(i: int) -> tuple[Mean, Tree]:
                 own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
@@ -129,7 +130,12 @@ def sweep_step(
         new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
         # written into `new` and `states`, which are ours here
         apply_gradients_each(optimizers, grads, states, new, divisors=divisors, norms=norms, is_finite=is_finite)
-        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight, "skipped": (~is_finite).float()}
+        metrics = {
+            "loss_nats": mean.total / divisors,
+            "grad_norm": norms,
+            batch.counts: mean.weight,
+            "skipped": (~is_finite).float(),
+        }
         return new, list(states), metrics
 
     return step

@@ -17,6 +17,7 @@ from jaxtyping import BFloat16, Bool, Float, Float8e4m3fn, Int, Int8, UInt8
 from torch import Tensor
 
 from minitune import InputError as InputError
+from minitune.hardware import to_device
 
 
 class Delta(NamedTuple):
@@ -125,7 +126,12 @@ Metrics = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Rows of tokens: segment_ids 0 is padding, else a document's number in its row; loss_mask: tokens[b, t] is a target."""
+    """Rows of tokens: segment_ids 0 is padding, else a document's number in its row; loss_mask: tokens[b, t] is a target.
+
+    A batch may lie on the host beside weights on an accelerator, and that is where it belongs: a step counts its labelled
+    tokens there and sends what each micro-batch needs. A step on a batch that lies on an accelerator is as right, but the
+    host waits for every micro-batch to learn how many of its tokens are labelled.
+    """
 
     tokens: Int[Tensor, "B T"]
     segment_ids: Int[Tensor, "B T"]
@@ -199,7 +205,11 @@ class Mean(NamedTuple):
 
     @staticmethod
     def of(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> "Mean":
-        """Sum of x where mask, and how many; x may hold anything, NaN included, where mask is False."""
+        """Sum of x where mask, and how many; x may hold anything, NaN included, where mask is False.
+
+        The mask may lie on the host.
+        """
+        mask = to_device(mask, x.device)
         return Mean(torch.where(mask, x, 0.0).sum(), mask.sum().to(x.dtype))
 
     def over_ranks(self) -> "Mean":

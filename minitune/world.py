@@ -39,7 +39,7 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str | None = None  # a folder; `path` if absent
     deltas: str | None = None  # a folder with a PEFT adapter to put on the model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights and of compute, and never of what trains
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
     chat_template_kwargs: dict[str, Any] = {}  # told to the chat template wherever it renders, such as enable_thinking
 
 
@@ -127,9 +127,12 @@ def drafted(source: ModelSource, draft: Draft) -> Draft:
                 f"world: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
                 f"{model.config.vocab_size}; are they of two models?"
             )
-    if source.device == "cuda" and not torch.cuda.is_available():
+    found = hardware.accelerator()
+    if source.device not in ("auto", "cpu", found):
+        here = "no accelerator" if found is None else f"an accelerator of type {found}"
+        choices = "'auto' or 'cpu'" if found is None else f"'auto', 'cpu' or '{found}'"
         raise InputError(
-            "world: [model] device = 'cuda', but torch finds no CUDA device; expected 'auto' or 'cpu' on this machine"
+            f"world: [model] device = '{source.device}', but torch finds {here}, expected {choices} on this machine; correct it"
         )
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     rule, found, base = None, {}, None
@@ -198,8 +201,7 @@ def load(source: ModelSource, run: Path, seed: int) -> Loaded:
 
 def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:
     """Where a model lies and what it computes in, "auto" decided."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if source.device == "auto" else source.device)
+    device = torch.device((hardware.accelerator() or "cpu") if source.device == "auto" else source.device)
     return device, compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
 
 

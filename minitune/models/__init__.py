@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitune import ops, seeds, tree
 from minitune.grad import remat
+from minitune.hardware import to_device
 from minitune.models import (
     decoder,
     gemma,
@@ -104,8 +105,10 @@ class Model(NamedTuple):
         return decoder.forward(self.config, params, tokens, segment_ids=segment_ids)
 
     def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
-        """Final hidden states of every token, packed documents apart."""
-        return decoder.hidden(self.config, params, rows.tokens, segment_ids=rows.segment_ids, block_of=self.block_of())
+        """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
+        device = params["model.embed_tokens.weight"].device
+        tokens, segment_ids = to_device(rows.tokens, device), to_device(rows.segment_ids, device)
+        return decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=self.block_of())
 
     def block_of(self) -> decoder.BlockOf:
         """Function that gives the block of layer i: transformed, computed again in the backward, probed, as the model says."""
@@ -133,12 +136,14 @@ class Model(NamedTuple):
         return decoder.scaled_logits(self.config, ops.linear(states, self.head(params)))
 
     def token_losses(
-        self, params: Params, batch: Batch, loss: Callable[..., Tensor], extra: Tree = None
+        self, params: Params, batch: Batch, loss: Callable[..., Tensor], extra: Tree = None, *, summed: bool = False
     ) -> Float[Tensor, "B T *values"]:
-        """The loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
+        """Loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
 
         loss(logits [n V], targets [n]), by ops.by_rows; or, with `extra`, a tree of tensors [B, T, ...] that belong to the
         prediction of each token as loss_mask does, loss(logits, targets, rows of extra), by as many rows as the head is.
+        summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
+        through a head that trains (grad.in_chunks). A batch on the host spares it the wait in ops.token_losses.
         """
         mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
@@ -150,7 +155,7 @@ class Model(NamedTuple):
             return ops.by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
 
         hidden = self.hidden(params, batch)
-        return ops.token_losses(chunk_losses, hidden, targets, mask, self.head(params)).roll(1, 1)
+        return ops.token_losses(chunk_losses, hidden, targets, mask, self.head(params), summed=summed).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""

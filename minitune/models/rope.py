@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minitune.hardware import to_device
 from minitune.types import InputError
 
 
@@ -76,7 +77,7 @@ def frequencies(
     if isinstance(scaling, Dynamic):
         lengths = torch.as_tensor(length).clamp(min=max_positions)[..., None].float()
         stretch = scaling.factor * lengths / max_positions - (scaling.factor - 1)
-        return 1.0 / (theta * stretch ** (d_rotary / (d_rotary - 2))) ** powers.to(lengths.device)
+        return 1.0 / (theta * stretch ** (d_rotary / (d_rotary - 2))) ** to_device(powers, lengths.device)
     f = 1.0 / theta**powers
     if isinstance(scaling, Linear):
         return f / scaling.factor
@@ -90,7 +91,7 @@ def frequencies(
     if isinstance(scaling, LongRope):
         lengths = torch.as_tensor(length)[..., None]
         long, short = (
-            f.to(lengths.device) / lengths.new_tensor(x, dtype=f.dtype) for x in (scaling.long_factor, scaling.short_factor)
+            to_device(f / torch.tensor(x, dtype=f.dtype), lengths.device) for x in (scaling.long_factor, scaling.short_factor)
         )
         return torch.where(lengths > scaling.original_max_position_embeddings, long, short)
     return f

@@ -259,7 +259,9 @@ def _donate_slices(
     for places in update_in_slices(pipeline, leaves):
         # (place in the pipeline, elements) -> a slice of the whole tree, and one of the leaves that the rule knows
         in_tree = [Slice(pipeline.numbers[i], paths[pipeline.numbers[i]], start, end) for i, start, end in places]
-        in_rule = [part._replace(index=i) for part, (i, _, _) in zip(in_tree, places, strict=True)] if pipeline.is_part else in_tree
+        in_rule = (
+            [part._replace(index=i) for part, (i, _, _) in zip(in_tree, places, strict=True)] if pipeline.is_part else in_tree
+        )
         params = {part.path: take_slice(leaves[part.index], part.start, part.end) for part in in_tree}
         grads = {part.path: take_slice(gradients.leaves[part.index], part.start, part.end) for part in in_tree}
         rule, tail = pipeline.rule, pipeline.tail

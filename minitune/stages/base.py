@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-from minitune import chat, objectives, tree
+from minitune import chat, hardware, objectives, tree
 from minitune.types import Params, Trainable
 from minitune.world import Draft, World
 
@@ -43,8 +43,8 @@ def stop_ids(tokenizer: Any, template: chat.Template) -> list[int]:
 
 def peak_mem_bytes(device: torch.device) -> int:
     """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if hardware.is_accelerator(device):
+        return hardware.peak_bytes(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -5,22 +5,25 @@ A stage trains one model or many adapters at once; what is counted for each of t
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from minitune import checkpoint, tree
+from minitune import checkpoint, hardware
 from minitune.data import Cursor
 from minitune.stages.base import device_of, peak_mem_bytes
 from minitune.tree import Tree
-from minitune.types import InputError
+from minitune.types import InputError, Metrics
 from minitune.world import Stopped, World
 
 SKIPS = 20  # consecutive steps without a finite gradient after which a run stops
 
 Row = dict[str, float | int]
+Read = Mapping[str, Sequence[float]]  # what a step measured, by name: a value for each model that trains
 
 
 class Marks(msgspec.Struct, frozen=True):
@@ -37,12 +40,15 @@ class Marks(msgspec.Struct, frozen=True):
     peak_mem_bytes: int = 0
     n_worse: int = 0  # evaluations in a row without a new best
 
-    def after(self, cursors: Sequence[Cursor], time_s: float, n_tokens: int, rows: Sequence[Row], mem_bytes: int) -> "Marks":
-        """The marks one step later."""
+    def queued(self, cursors: Sequence[Cursor]) -> "Marks":
+        """The marks once one more step is queued, behind which the data goes on at `cursors`."""
+        places = tuple((cursor.epoch, cursor.row) for cursor in cursors)
+        return msgspec.structs.replace(self, step=self.step + 1, cursors=places)
+
+    def after(self, time_s: float, n_tokens: int, rows: Sequence[Row], mem_bytes: int) -> "Marks":
+        """The marks once a step is read that took time_s."""
         return msgspec.structs.replace(
             self,
-            step=self.step + 1,
-            cursors=tuple((cursor.epoch, cursor.row) for cursor in cursors),
             time_s=self.time_s + time_s,
             n_tokens=self.n_tokens + n_tokens,
             n_skipped=tuple(before + int(row["skipped"]) for before, row in zip(self.n_skipped, rows, strict=True)),
@@ -77,9 +83,26 @@ class Work(NamedTuple):
 
     take: Callable[[Sequence[Cursor]], tuple[Tree, list[Cursor]]]  # a batch and where the next one begins
     n_tokens: Callable[[Tree], int]
-    step: Callable[[Tree, Tree, int], tuple[Tree, list[Row]]]  # (state, batch, steps then done) -> (state, rows of the log)
+    step: Callable[[Tree, Tree], tuple[Tree, Metrics]]  # (state, batch) -> (state, what the step measured, not yet read)
+    rows: Callable[[int, Read], list[Row]]  # (steps done, what was read) -> rows of the log
     heldout: Callable[[Tree], list[float]]  # losses of a state
     keep: Callable[[Tree, Marks, list[bool]], Tree]  # the state once its new bests are kept
+
+
+class Unread(NamedTuple):
+    """A step that is queued, and what waits for its metrics."""
+
+    step: int
+    n_tokens: int
+    read: Callable[[], Read]
+
+
+def reading(metrics: Metrics) -> Callable[[], Read]:
+    """Begin to copy a step's metrics to the host, all at once; the function that is returned waits for them."""
+    names, values = list(metrics), metrics.values()
+    wide = reduce(torch.promote_types, (x.dtype for x in values), torch.float32)
+    read = hardware.reading(torch.stack([x.reshape(-1).to(wide) for x in values]))
+    return lambda: dict(zip(names, read().tolist(), strict=True))
 
 
 def start(n: int, n_orders: int = 1) -> Marks:
@@ -104,34 +127,45 @@ def train(stage: Any, world: World, state: Tree, marks: Marks, prepare: Callable
     world.log.rewind(marks.step)
     if marks.over(stage):
         return state, marks
-    work, skips, device = prepare(), 0, device_of(world.loaded.params, state["trainable"])
+    work, device, skips, since = prepare(), device_of(world.loaded.params, state["trainable"]), 0, 0.0
+    ahead = 1 if hardware.is_accelerator(device) else 0  # steps that are queued before one is read
+    unread: deque[Unread] = deque()
     with world.log.progress(stage.label, stage.steps, marks.step) as progress:
         while not marks.over(stage):
-            started = time.perf_counter()
+            since = since if unread else time.perf_counter()
             batch, cursors = work.take([Cursor(*cursor) for cursor in marks.cursors])
-            batch = tree.map(lambda x: x.to(device), batch)
-            state, rows = work.step(state, batch, marks.step + 1)
-            n_tokens, time_s = work.n_tokens(batch), time.perf_counter() - started
-            marks = marks.after(cursors, time_s, n_tokens, rows, peak_mem_bytes(device))
-            shown = {"tokens_per_second": n_tokens / time_s, "mem_bytes": marks.peak_mem_bytes}
-            best = min(rows, key=lambda row: row["loss"])
-            progress.update(marks.step, {"loss": best["loss"], "lr": best["lr"], **shown})
-            losses: list[Row] = [{} for _ in rows]
-            if stage.evaluate is not None and (marks.step % stage.evaluate.every == 0 or marks.step == stage.steps):
-                nats = work.heldout(state)
-                losses = [{"heldout_loss": value} for value in nats]
-                marks, better = marks.judged(nats)
-                state = work.keep(state, marks, better)
-            for one, loss in zip(rows, losses, strict=True):
-                world.log.metrics(marks.step, {**one, **shown, **loss})
+            state, metrics = work.step(state, batch)
+            marks = marks.queued(cursors)
+            unread.append(Unread(marks.step, work.n_tokens(batch), reading(metrics)))
+            evaluates = stage.evaluate is not None and (marks.step % stage.evaluate.every == 0 or marks.step == stage.steps)
+            stopping, saves = world.stopping(), marks.step % stage.save_every == 0
 
-            skips = skips + 1 if all(one["skipped"] for one in rows) else 0
-            stopping, over = world.stopping(), marks.over(stage)
-            if stopping or skips == SKIPS or over or marks.step % stage.save_every == 0:
+            # nothing is judged or saved before every step is read, and the last row waits for the evaluation
+            everything = evaluates or saves or stopping or marks.step == stage.steps
+            while len(unread) > (0 if everything or skips >= SKIPS else ahead):
+                entry = unread.popleft()
+                rows, now = work.rows(entry.step, entry.read()), time.perf_counter()
+                marks = marks.after(now - since, entry.n_tokens, rows, peak_mem_bytes(device))
+                shown = {"tokens_per_second": entry.n_tokens / (now - since), "mem_bytes": marks.peak_mem_bytes}
+                since = now
+                best = min(rows, key=lambda row: row["loss"])
+                progress.update(entry.step, {"loss": best["loss"], "lr": best["lr"], **shown})
+                losses: list[Row] = [{} for _ in rows]
+                if evaluates and not unread:
+                    nats = work.heldout(state)
+                    losses = [{"heldout_loss": value} for value in nats]
+                    marks, better = marks.judged(nats)
+                    state = work.keep(state, marks, better)
+                for one, loss in zip(rows, losses, strict=True):
+                    world.log.metrics(entry.step, {**one, **shown, **loss})
+                skips = skips + 1 if all(one["skipped"] for one in rows) or skips >= SKIPS else 0
+
+            stopping, over = stopping or (not unread and world.stopping()), marks.over(stage)
+            if stopping or skips >= SKIPS or over or saves:
                 checkpoint.save_state(folder, marks.step, state, {"marks": msgspec.to_builtins(marks)})
             if stopping and not over:
                 raise Stopped(marks.step, folder)
-            if skips == SKIPS:
+            if skips >= SKIPS:
                 raise InputError(
                     f"stages: {stage.label} had {SKIPS} steps in a row without a finite gradient or a target token, "
                     f"up to step {marks.step}; they changed nothing. Lower the learning rate, or look at the data"

@@ -12,11 +12,12 @@ from torch import Tensor
 from minitune import checkpoint, compiled, paths, tree
 from minitune.data import Source, batches, prepare, prompts
 from minitune.generate import answers
+from minitune.hardware import to_device, widest_float
 from minitune.interop import harness
 from minitune.losses import cross_entropy
 from minitune.models import Model
 from minitune.sampling import Sampling
-from minitune.stages.base import BaseStage, Positive, adapted_params, device_of, stop_ids
+from minitune.stages.base import BaseStage, Positive, adapted_params, stop_ids
 from minitune.types import Batch, Params
 from minitune.world import Draft, Stopped, World, asked_data
 
@@ -42,11 +43,10 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             return world
         source, loaded = world.data[self.data], world.loaded
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-        device = device_of(loaded.params, loaded.trainable)
         params = adapted_params(world)
-        total = torch.zeros(3, dtype=torch.float64, device=device)  # nats, right ones, how many
-        for batch in batches(dataset, source, self.batch_size):
-            total = total + _sums(loaded.model, params, tree.map(lambda x: x.to(device), batch))
+        sums = [_sums(loaded.model, params, batch) for batch in batches(dataset, source, self.batch_size)]
+        # nats, right ones, how many: added up on the host in float64, which an accelerator may lack
+        total = sum(torch.stack(sums).to("cpu", torch.float64).unbind(), torch.zeros(3, dtype=torch.float64))
         nats, right = (total[:2] / total[2].clamp(min=1.0)).tolist()
         record: dict[str, Any] = {
             "loss_nats": nats,
@@ -192,8 +192,10 @@ def _sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"]:
         return torch.stack([cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
 
     with torch.no_grad():
-        sums = model.token_losses(params, batch, values).double().sum((0, 1))
-    return torch.cat([sums, batch.labelled().sum()[None].double()])
+        nats_and_right = model.token_losses(params, batch, values)
+        sums = nats_and_right.to(widest_float(nats_and_right.device)).sum((0, 1))
+    n_targets = to_device(batch.labelled().sum(), sums.device).to(sums.dtype)
+    return torch.cat([sums, n_targets[None]])
 
 
 def model_bytes(world: World) -> int:

@@ -12,12 +12,13 @@ from rich.table import Table
 
 from minitune import sweep, tree
 from minitune.data import Cursor
+from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.models import Model
 from minitune.stages import loop
 from minitune.stages.base import device_of
 from minitune.stages.feed import Feed, feed
-from minitune.types import Batch, Delta, Deltas, InputError
+from minitune.types import Batch, Delta, Deltas, InputError, Metrics
 from minitune.world import Draft, World
 
 KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, seed, lora.rank, lora.alpha or lora.rslora"
@@ -107,23 +108,28 @@ def _work(
         own = [taken[seeds.index(_seed(point, world))][0] for point in found]
         return _together(own), [after for _, after in taken]
 
-    def step(state: Any, batch: Batch, done: int) -> tuple[Any, list[loop.Row]]:
+    def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         trainable, states, metrics = all_step(world.loaded.params, state["trainable"], state["opt_state"], batch)
-        columns = {name: values.tolist() for name, values in metrics.items()}
-        own = ({name: column[i] for name, column in columns.items()} for i in range(len(found)))
-        rows = [
+        return {**state, "trainable": trainable, "opt_state": states}, metrics
+
+    def rows(done: int, metrics: loop.Read) -> list[loop.Row]:
+        own = ({name: column[i] for name, column in metrics.items()} for i in range(len(found)))
+        return [
             {"adapter": i, **_numbers(point), **loop.row(point.stage, done, values)}
             for i, (point, values) in enumerate(zip(found, own, strict=True))
         ]
-        return {**state, "trainable": trainable, "opt_state": states}, rows
 
     def keep(state: Any, marks: loop.Marks, better: list[bool]) -> Any:
         def newest(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            return torch.where(torch.tensor(better, device=new.device).view(-1, *(1 for _ in new.shape[1:])), new, kept)
+            won = to_device(torch.tensor(better), new.device)
+            return torch.where(won.view(-1, *(1 for _ in new.shape[1:])), new, kept)
 
         return {**state, "best": tree.map(newest, state["best"], state["trainable"])}
 
-    return loop.Work(take, feeds[0].n_tokens, step, lambda state: _heldout(stage, world, model, rules, state["trainable"]), keep)
+    def heldout(state: Any) -> list[float]:
+        return _heldout(stage, world, model, rules, state["trainable"])
+
+    return loop.Work(take, feeds[0].n_tokens, step, rows, heldout, keep)
 
 
 def _point(stage: Any, table: Mapping[str, Any]) -> Point:
@@ -182,7 +188,7 @@ def _heldout(stage: Any, world: World, model: Model, rules: Sequence[Lora], delt
     total, device = sweep.adapters_objective(model, stage.loss, rules), device_of(world.loaded.params, deltas)
     sums = torch.zeros(2, len(rules), device=device)
     for batch in _feed(stage, world, stage.evaluate.data).batches(max(1, stage.evaluate.batch_size // len(rules))):
-        rows = tree.map(lambda x: x.to(device).expand(len(rules), *x.shape), batch)
+        rows = tree.map(lambda x: x.expand(len(rules), *x.shape), batch)
         with torch.no_grad():
             sums = sums + torch.stack(total(deltas, world.loaded.params, rows))
     return (sums[0] / sums[1].clamp(min=1.0)).tolist()

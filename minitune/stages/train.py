@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, compiled, objectives, offload, optim, tree
+from minitune import checkpoint, compiled, hardware, objectives, offload, optim, tree
 from minitune.data import Cursor
 from minitune.grad import detached_leaves
 from minitune.losses import CrossEntropy, Loss
@@ -19,7 +19,7 @@ from minitune.stages import loop, sweeping
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.stages.feed import Feed, feed
 from minitune.steps import Step, eval_step, train_step
-from minitune.types import InputError, Mean, Params, Trainable
+from minitune.types import InputError, Mean, Metrics, Params, Trainable
 from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
 
 
@@ -127,10 +127,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             batch, after = fed.take(cursors[0], self.batch_size)
             return batch, [after]
 
-        def step(state: Any, batch: Any, done: int) -> tuple[Any, list[loop.Row]]:
+        def step(state: Any, batch: Any) -> tuple[Any, Metrics]:
             trainable, opt_state, metrics = one(world.loaded.params, state["trainable"], state["opt_state"], batch)
-            row = loop.row(self, done, {name: float(value) for name, value in metrics.items()})
-            return {"trainable": trainable, "opt_state": opt_state}, [row]
+            return {"trainable": trainable, "opt_state": opt_state}, metrics
+
+        def rows(done: int, metrics: loop.Read) -> list[loop.Row]:
+            return [loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
         def heldout(state: Any) -> list[float]:
             assert self.evaluate is not None, "there is nothing to evaluate on"
@@ -142,7 +144,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 checkpoint.save_state(best, marks.step, {"trainable": state["trainable"]}, {"loss_nats": marks.nats[0]})
             return state
 
-        return loop.Work(take, fed.n_tokens, step, heldout, keep)
+        return loop.Work(take, fed.n_tokens, step, rows, heldout, keep)
 
     def _feed(self, world: World, name: str, teacher: Teacher | None) -> Feed:
         return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
@@ -168,14 +170,14 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def _model(self, world: World) -> Model:
         loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
-        if self.compiled or (self.compiled is None and device.type == "cuda"):
+        if self.compiled or (self.compiled is None and hardware.capabilities(device).compiles):
             model = model._replace(block_transform=compiled.wrap(world.log.say))
         adapted = objectives.apply_trainable(loaded.params, detached_leaves(loaded.trainable), loaded.lora)
         n_remat = self.n_remat(model, adapted, world.data[self.data].seq_len)
-        if self.remat == HOST and device.type == "cuda":
+        if self.remat == HOST and hardware.capabilities(device).streams:
             model = model._replace(remat=offload.remat(offload.side_stream(device)))
         elif self.remat == HOST:
-            world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}: its memory is the host's already")
+            world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}, which sends nothing to the host")
         elif isinstance(self.remat, str):
             told = f"{n_remat} of {model.config.n_layers} blocks are computed again to stay within {self.remat}"
             world.log.say(f"{self.label}: {told}")
@@ -213,7 +215,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         device = device_of(world.loaded.params, trainable)
         total, step = Mean(torch.zeros((), device=device), torch.zeros((), device=device)), eval_step(objective)
         for batch in batches:
-            total = tree.add(total, step(trainable, world.loaded.params, tree.map(lambda x: x.to(device), batch))[0])
+            total = tree.add(total, step(trainable, world.loaded.params, batch)[0])
         return float(total.value())
 
     def _record(self, marks: loop.Marks) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.attention import KeyRange, attention, chunked, windowed
+from minitune.hardware import to_device
 from minitune.models import rope
 from minitune.models.config import AttentionType, DecoderConfig, LayerKind
 from minitune.models.mixers.mixer import LayerMaps, Mixer, TokenPositions
@@ -163,7 +164,7 @@ def _angles(
     wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
     frequencies = rope.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)
     magnitude = rope.magnitude(scaling, config.max_positions)
-    return rope_table(where.positions, frequencies.to(where.positions.device), wide, magnitude)
+    return rope_table(where.positions, to_device(frequencies, where.positions.device), wide, magnitude)
 
 
 GROUPED_QUERY = Mixer(shapes, inputs, apply, empty_cache, filled, flops)
