@@ -118,10 +118,12 @@ def _show(name: str, *overrides: str) -> None:
 
 def _check(name: str, *overrides: str) -> None:
     file = _announced(_program_file(name))
-    from minitune import program, world
+    from minitune import places, program, world
 
     loaded = program.load(file, overrides)
-    for line in world.check(loaded.model, loaded.data, loaded.stage):
+    lines = world.check(loaded.model, loaded.data, loaded.stage)
+    places.check(loaded)
+    for line in lines:
         sys.stdout.write(f"{line}\n")
 
 

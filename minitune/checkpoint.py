@@ -1,9 +1,8 @@
 """Weights and training state on disk: safetensors and JSON only, written aside, synced and renamed: a crash loses nothing."""
 
-import errno
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minitune import tensorfile, tree
+from minitune.io.atomic import GONE, NEW, OLD, atomic_folder, put_back, remove_folder, require_room
+from minitune.io.results import result_folder
 from minitune.models import Model, config_json, mxfp4
 from minitune.models.multimodal import text_config, text_name
 from minitune.tokenizer import TOKENIZER_FILES
@@ -25,10 +26,11 @@ from minitune.tree import Tree
 from minitune.types import InputError, Params
 
 SHARD_BYTES = 5 * 10**9
+STATE = re.compile(r"step-\d+")
+STATE_FILES = ("state.json", "state.safetensors")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NO_KEYS: Mapping[str, Any] = MappingProxyType({})
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # fmt: off
 WORDS = {  # safetensors' own for each dtype
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
@@ -47,97 +49,6 @@ class Companions(NamedTuple):
     stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
     template: str | None = None  # written where the tokenizer's folder ships none
     source: Path | None = None  # whose config.json and generation_config.json pass through; made anew without
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any instant, meets the old content or the new one and nothing between."""
-    with atomic_file(path) as aside:
-        aside.write_bytes(data)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with _told_when_full(path):
-        try:
-            yield aside
-            _sync(aside)
-            aside.replace(path)
-            _sync(path.parent)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
-
-    InputError for a full disk.
-    """
-    aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    _put_back(old)
-    with _told_when_full(path):
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-            for file in sorted(aside.rglob("*")):
-                _sync(file)
-            _sync(aside)
-            if path.exists():  # rename can't replace a folder that holds files
-                path.rename(old)
-            aside.rename(path)
-            _sync(path.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            _put_back(old)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove a folder so that a crash at any instant leaves it whole or leaves none of that name."""
-    gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _put_back(old: Path) -> None:
-    """What a replacement set aside: it takes its place again if the new folder has not come there, else it goes."""
-    path = old.with_name(old.name[1:].removesuffix(".old"))
-    if old.exists() and not path.exists():
-        old.rename(path)
-    elif old.exists():
-        remove_folder(old)
-
-
-@contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise InputError(
-            f"checkpoint: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
-            "there before is as it was. Free some space and run the same command again"
-        ) from None
-
-
-def free_bytes(path: Path) -> int:
-    """The bytes that can be written where a path lies or will lie."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
-
-
-def require_room(path: Path, n_bytes: int, what: str) -> None:
-    """InputError with the bytes needed and free if n_bytes do not fit where a path will lie."""
-    free = free_bytes(path)
-    if n_bytes > free:
-        raise InputError(
-            f"checkpoint: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
-            "some space, or choose another folder"
-        )
 
 
 def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -203,7 +114,7 @@ def save_folder(
     tensors that it passes as params. InputError, before anything is written, if the disk is too small.
     """
     require_room(folder, tree.n_bytes(params), "the weights")
-    with atomic_folder(folder) as aside:
+    with result_folder(folder) as aside:
         _write_json(aside / "config.json", {**_config(beside, model, params), **config_keys})
         _write_json(aside / "generation_config.json", _stopping(beside))
         _write_weights(aside, params, shard_bytes)
@@ -220,7 +131,9 @@ def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], ke
     InputError, before anything is written, if the disk is too small.
     """
     path = folder / f"step-{step:08d}"
-    for left in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.gone")):  # by a process that was killed
+    if extras := _extras(path):
+        raise InputError(f"checkpoint: {path} holds {extras[0]}, expected {' and '.join(STATE_FILES)} alone; move it away")
+    for left in (*folder.glob(f".step-*{NEW}"), *folder.glob(f".step-*{GONE}")):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     require_room(path, tree.n_bytes(state), "the training state")
     with atomic_folder(path) as aside:
@@ -231,15 +144,22 @@ def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], ke
                 file.write(piece)
         _write_json(aside / "state.json", {"step": step, "sha256": digest.hexdigest(), **meta})
     for old in committed(folder)[:-keep]:
-        remove_folder(old)
+        if not _extras(old):
+            remove_folder(old)
     return path
+
+
+def _extras(path: Path) -> list[str]:
+    """The names in a state's folder that are no part of a state: a user put them there, so they are not removed."""
+    return sorted(file.name for file in path.iterdir() if file.name not in STATE_FILES) if path.is_dir() else []
 
 
 def committed(folder: Path) -> list[Path]:
     """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
-    for old in folder.glob(".step-*.old"):
-        _put_back(old)
-    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
+    for old in folder.glob(f".step-*{OLD}"):
+        put_back(old)
+    found = [path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -388,11 +308,3 @@ def _stopping(beside: Companions) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

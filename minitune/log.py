@@ -16,7 +16,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from minitune import checkpoint, toml
+from minitune import toml
+from minitune.io import atomic
 from minitune.types import InputError
 
 Number = float | int
@@ -115,7 +116,7 @@ class Log:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
         kept = b"".join(line for stage, step, line in _rows(self._path) if keep(stage, step))
         if self._path.exists() and kept != self._path.read_bytes():
-            checkpoint.write_atomic(self._path, kept)
+            atomic.write_atomic(self._path, kept)
         return self._path.open("ab")
 
 
@@ -168,7 +169,7 @@ def _wandb_run(folder: Path, keywords: Mapping[str, Any], program: Mapping[str, 
         "resume": "allow",
     }
     run = wandb.init(**{**ours, **keywords, "config": {**program, **config}})
-    checkpoint.write_atomic(id_file, run.id.encode())
+    atomic.write_atomic(id_file, run.id.encode())
     return run
 
 

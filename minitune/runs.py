@@ -1,7 +1,6 @@
 """One run of a program: its folder, its manifest, its lock, whether it is resumed, and the fold over its stages."""
 
 import fcntl
-import hashlib
 import os
 import platform
 import signal
@@ -20,17 +19,16 @@ from typing import IO, Annotated, Any, NamedTuple
 import msgspec
 
 import minitune
-from minitune import checkpoint, heap, log, paths, toml
+from minitune import heap, log, paths, places, toml
+from minitune.io import atomic
+from minitune.io.results import Record, file_record, hashed_record, iso_time
 from minitune.program import Program, resolved
 from minitune.report import report
 from minitune.types import InputError
-from minitune.world import ModelSource, Stopped, check, open_world
+from minitune.world import Stopped, check, open_world
 
-HASHED_BELOW_BYTES = 64 * 2**20  # weights beyond this are told apart by size and time: hashing them would delay every start
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "msgspec", "wandb")
 NOT_THE_RUN = ("log", "resume", "out")  # keys of a program that may change while a run goes on
-
-Record = dict[str, Any]
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -96,6 +94,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     """
     heap.keep_freed()
     check(program.model, program.data, program.stage)  # before a folder is made or a weight is read
+    places.check(program)
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
@@ -150,9 +149,7 @@ def open_run(program: Program, *, program_text: str) -> Run:
             folder.rename(aside)
             notes = (f"{folder} {obstacle}: moved to {aside}",)
         new.rename(folder)
-        descriptor = os.open(out, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        atomic.sync(out)
     except BaseException:
         lock.close()
         raise
@@ -190,7 +187,7 @@ def _prepared(program: Program, program_text: str, folder: Path) -> Path:
     """A fresh run folder under another name, so that under its own it exists whole or not at all."""
     new = folder.with_name(f".{folder.name}.new")  # one left by a kill is written over: the lock is ours
     (new / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(new / "program.toml", program_text.encode())
+    atomic.write_atomic(new / "program.toml", program_text.encode())
     _write_json(new / "records.json", {})
     _write_json(new / "manifest.json", Manifest(program.seed, dict(_inputs(program)), (_start(),)))
     return new
@@ -212,38 +209,26 @@ def _continued(program: Program, program_text: str, folder: Path, lock: IO[str])
         notes += (f"versions changed since it was stopped ({', '.join(changed)}): it may not continue bit for bit",)
     records = _json(folder / "records.json", dict[str, Record])
     _write_json(folder / "manifest.json", msgspec.structs.replace(manifest, starts=(*manifest.starts, start)))
-    checkpoint.write_atomic(folder / "program.toml", program_text.encode())
+    atomic.write_atomic(folder / "program.toml", program_text.encode())
     return Run(folder, True, records, notes, lock)
 
 
 def _inputs(program: Program) -> Iterator[tuple[str, Record]]:
     """Every file that the program reads, by the path that it writes: SHA-256 and size, or size and time for large weights."""
-    sources = {"model": program.model}
-    for stage in program.stage:
-        parts = {f"{stage.label}.{field}": getattr(stage, field) for field in stage.__struct_fields__}
-        sources |= {key: part for key, part in parts.items() if isinstance(part, ModelSource)}
-    fields = ("path", "config", "tokenizer", "deltas")
-    model = {f"{at}.{key}": getattr(one, key) for at, one in sources.items() for key in fields}
-    model = {key: path for key, path in model.items() if path is not None and not path.startswith("run/")}
-    data = {f"data.{key}.path": source.path for key, source in program.data.items()}
-    for key, written in (model | data).items():
+    data = places.data_inputs(program)
+    for key, written in (places.model_inputs(program) | data).items():
         path = paths.locate(written)
         if not path.exists():
             raise InputError(f"runs: {key} {written!r} does not exist (looked for {path.absolute()}), expected a file or folder")
         for file in sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]:
             name = f"{written}/{file.name}" if path.is_dir() else written
-            stat = file.stat()
-            if key in data or stat.st_size < HASHED_BELOW_BYTES:
-                with file.open("rb") as stream:
-                    yield name, {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": stat.st_size}
-            else:
-                yield name, {"bytes": stat.st_size, "time": _iso(stat.st_mtime)}
+            yield name, hashed_record(file) if key in data else file_record(file)
 
 
 def _start() -> Start:
     versions = {"minitune": minitune.__version__, "python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in PACKAGES}
-    return Start(_iso(datetime.now(UTC).timestamp()), socket.gethostname(), os.getpid(), versions)
+    return Start(iso_time(datetime.now(UTC).timestamp()), socket.gethostname(), os.getpid(), versions)
 
 
 def _lock(path: Path, folder: Path) -> IO[str]:
@@ -260,10 +245,6 @@ def _lock(path: Path, folder: Path) -> IO[str]:
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
-
-
-def _iso(time_s: float) -> str:
-    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds")
 
 
 def _read(path: Path) -> bytes:
@@ -283,4 +264,4 @@ def _json(path: Path, kind: Any) -> Any:
 
 
 def _write_json(path: Path, tree: Mapping[str, Any] | Manifest) -> None:
-    checkpoint.write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")
+    atomic.write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

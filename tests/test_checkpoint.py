@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, paths, tree, world
+from minitune.io import atomic
 from minitune.models import Model, llama, rope, weights
 from minitune.types import Delta, InputError
 
@@ -444,8 +445,8 @@ def test_a_save_that_dies_at_any_operation_loses_no_committed_state(step: int, e
 
 def test_a_folder_that_can_not_be_replaced_stays_and_a_killed_replacement_is_put_right(tmp_path: Path) -> None:
     def write(content: bytes) -> None:
-        with checkpoint.atomic_folder(tmp_path / "model") as aside:
-            checkpoint.write_atomic(aside / "file", content)
+        with atomic.atomic_folder(tmp_path / "model") as aside:
+            atomic.write_atomic(aside / "file", content)
 
     for error, k in itertools.product((OSError(errno.EIO, "broken"), Killed()), range(1, 20)):
         write(b"old!")
@@ -454,7 +455,7 @@ def test_a_folder_that_can_not_be_replaced_stays_and_a_killed_replacement_is_put
             write(b"new!")
         if isinstance(error, OSError):  # at once; after a kill, the next writer finds what was set aside
             assert (tmp_path / "model/file").read_bytes() in (b"old!", b"new!")
-        with contextlib.suppress(RuntimeError), checkpoint.atomic_folder(tmp_path / "model"):
+        with contextlib.suppress(RuntimeError), atomic.atomic_folder(tmp_path / "model"):
             raise RuntimeError
         assert (tmp_path / "model/file").read_bytes() in (b"old!", b"new!")
 
@@ -467,10 +468,10 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path: Path) -> None:
             checkpoint.save_state(tmp_path, 2, STATE, {})
         with pytest.raises(InputError, match=r"out needs 12,528 bytes for the weights, its disk has 43 free"):
             save(tmp_path / "out", random_params(SMALL), tmp_path)
-        checkpoint.write_atomic(tmp_path / "file", b"content")
+        atomic.write_atomic(tmp_path / "file", b"content")
         Faults(patch, 2, OSError(errno.EDQUOT, "quota"))
         with pytest.raises(InputError, match=r"file does not fit on its disk, where 43 bytes are free, expected more; what was"):
-            checkpoint.write_atomic(tmp_path / "file", b"another")
+            atomic.write_atomic(tmp_path / "file", b"another")
     assert (tmp_path / "file").read_bytes() == b"content"
     assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"]
 
@@ -527,14 +528,14 @@ def test_a_state_of_another_program_is_refused(tmp_path: Path) -> None:
 
 def test_atomic_writes_replace_whole_files_and_folders(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
-        checkpoint.write_atomic(tmp_path / "file", content)
+        atomic.write_atomic(tmp_path / "file", content)
         assert (tmp_path / "file").read_bytes() == content
-        with checkpoint.atomic_folder(tmp_path / "folder") as aside:
+        with atomic.atomic_folder(tmp_path / "folder") as aside:
             (aside / content.decode()).write_bytes(content)
         assert [p.name for p in (tmp_path / "folder").iterdir()] == [content.decode()]
 
     def fails_midway() -> None:
-        with checkpoint.atomic_folder(tmp_path / "folder") as aside:
+        with atomic.atomic_folder(tmp_path / "folder") as aside:
             (aside / "three").write_bytes(b"three")
             raise RuntimeError("midway")
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "minitune"
 
 INTEROP, DEMO = 3.5, 9.0  # the side rooms: interop lies under the programs, the demo is made by all of them
 FLOORS = {
-    0.0: "__init__ types tree seeds paths toml arrays tensorfile heap hardware",
+    0.0: "__init__ types tree seeds paths toml arrays tensorfile heap hardware io/__init__ io/atomic io/results",
     1.0: "grad offload compiled float8 nf4 quant ops blockwise flex attention losses optim optim8 advance lora sampling moe",
     2.0: "models/__init__ models/rope models/decoder models/memory models/spelling models/multimodal models/llama models/mistral "
     "models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "
@@ -22,12 +22,12 @@ FLOORS = {
     INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
     4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/loop stages/train stages/sweeping "
-    "stages/measure stages/write log program report runs talk sample plan folders hub __main__",
+    "stages/measure stages/write log program places report runs talk sample plan folders hub __main__",
     DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts demo/pairs",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
-    **dict.fromkeys(["types", "toml"], "__init__"),
+    **dict.fromkeys(["types", "toml", "io/atomic", "io/results"], "__init__"),
     **dict.fromkeys(["tree", "paths", "arrays"], "types"),
     "offload": "grad",
     "ops": "grad quant",
@@ -57,12 +57,13 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     ),
     "program": "world stages/__init__ log",
     "report": "log",
-    "runs": "world log program report",
+    "places": "world program",
+    "runs": "world log program places report",
     "talk": "world stages/base",
     "sample": "program",
     "plan": "program world stages/__init__ stages/sweeping stages/train",
     "hub": "folders",
-    "__main__": "world stages/__init__ log program runs talk sample plan folders hub",
+    "__main__": "world stages/__init__ log program places runs talk sample plan folders hub",
 }
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
 WITH_TORCH = {"jinja2": "template"}  # torch depends on it, so it is there; only this module wants it

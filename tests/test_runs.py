@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import minitune
-from minitune import checkpoint, program, runs
+from minitune import program, runs
 from minitune.data import Source
+from minitune.io import atomic, results
 from minitune.log import Log, LogConfig
 from minitune.program import Program
 from minitune.types import InputError
@@ -50,6 +51,10 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     @property
     def label(self) -> str:
         return self.name
+
+    @property
+    def result(self) -> None:
+        return None
 
     def run(self, world: FakeWorld) -> FakeWorld:
         if self.name in world.records:
@@ -132,7 +137,7 @@ def test_numbers_that_json_lacks_become_null(tiny: Program) -> None:
 
 
 def test_the_manifest_names_versions_seed_and_inputs(tiny: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "HASHED_BELOW_BYTES", 7)  # "weights" has 7 bytes
+    monkeypatch.setattr(results, "HASHED_BELOW_BYTES", 7)  # "weights" has 7 bytes
     manifest = json.loads((opened(changed(tiny, seed=5)).folder / "manifest.json").read_bytes())
     (start,) = manifest["starts"]
     assert manifest["seed"] == 5
@@ -303,7 +308,7 @@ def test_a_run_folder_exists_whole_or_not_at_all(tiny: Program, monkeypatch: pyt
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomic", unplugged(checkpoint.write_atomic))
+        patch.setattr(atomic, "write_atomic", unplugged(atomic.write_atomic))
         patch.setattr(Path, "rename", unplugged(Path.rename))
         with pytest.raises(Unplugged):
             opened(fresh)

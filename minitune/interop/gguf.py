@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from minitune import checkpoint, quant, tree
+from minitune import quant, tree
 from minitune.interop import gguf_blocks, gguf_vocab
+from minitune.io.results import result_file
 from minitune.models import Model, llama, rope
 from minitune.types import QNF4, InputError, Params, QInt4, QInt8, QTensor
 
@@ -84,7 +85,7 @@ def save(
     if template is not None:
         keys["tokenizer.chat_template"] = template
     path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.atomic_file(path) as aside, aside.open("wb") as file:
+    with result_file(path) as aside, aside.open("wb") as file:
         _write_header(file, keys, parts)
         for part in parts:
             for rows in _encoded(part):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitune import checkpoint
 from minitune.interop import peft_experts
+from minitune.io.results import result_folder
 from minitune.lora import Lora
 from minitune.models.multimodal import text_name, wrapped_name
 from minitune.types import Delta, InputError, Trainable
@@ -100,7 +101,7 @@ def save(
         parts |= {f"{module}{PARTS[part]}": leaf for part, leaf in leaves.items() if isinstance(leaf, Tensor)}
     tensors = {f"{PREFIX}{within(name)}": leaf for name, leaf in {**parts, **whole}.items()}
     origin = Base(base, fingerprint, dict(quantization) if quantization is not None else None)
-    with checkpoint.atomic_folder(folder) as aside:
+    with result_folder(folder) as aside:
         checkpoint.save_tensors(aside / WEIGHTS, tensors)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (aside / ORIGIN).write_text(json.dumps({"base": msgspec.to_builtins(origin)}, indent=2) + "\n", encoding="utf-8")

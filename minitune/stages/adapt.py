@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitune import calibrate, checkpoint, objectives, paths, quant, tree
 from minitune.data import batches, prepare
+from minitune.io import atomic
 from minitune.lora import Lora, merge_error
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.types import QNF4, Delta, InputError, Params, QFloat8, QInt4, QInt8
@@ -171,7 +172,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         else:
             codes = self._codes(world)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with checkpoint.atomic_file(file) as aside:
+            with atomic.atomic_file(file) as aside:
                 checkpoint.save_tensors(aside, dict(tree.items(codes)))
         device = device_of(loaded.params, loaded.trainable)
         moved = {name: tree.map(lambda x: x.to(device), w) for name, w in codes.items()}

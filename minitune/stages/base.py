@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from minitune import chat, hardware, objectives, tree
+from minitune.io.results import Result
 from minitune.types import Params, Trainable
 from minitune.world import Draft, World
 
@@ -23,6 +24,11 @@ class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def label(self) -> str:
         """The stage's name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
+
+    @property
+    def result(self) -> Result | None:
+        """Where the stage writes what outlives the run; None for a stage that writes nothing."""
+        return None
 
     def check(self, draft: Draft) -> Draft:
         """The draft after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""

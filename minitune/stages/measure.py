@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import checkpoint, compiled, paths, tree
+from minitune import compiled, paths, tree
 from minitune.data import Source, batches, prepare, prompts
 from minitune.generate import answers
 from minitune.hardware import to_device, widest_float
 from minitune.interop import harness
+from minitune.io import atomic
+from minitune.io.results import Result
 from minitune.losses import cross_entropy
 from minitune.models import Model
 from minitune.sampling import Sampling
@@ -92,16 +94,21 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         asked_data(draft, self.data, self.label, "instruct", "chat")
         return draft
 
+    @property
+    def result(self) -> Result:
+        """The answers, in the run folder."""
+        return Result(f"run/{self.label}.jsonl", "file")
+
     def run(self, world: World) -> World:
         """world with a record of where the answers lie."""
-        file = world.folder / f"{self.label}.jsonl"
+        file = paths.locate(self.result.path, world.folder)
         asked = prompts(world.data[self.data], world.loaded.tokenizer, world.loaded.template)[: self.limit]
         ids = [one.ids for one in asked]
         model = world.loaded.model._replace(block_transform=compiled.wrap(world.log.say)) if self.compiled else world.loaded.model
         world_of = world.with_model(model=model)
         found = answered(world_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
         lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]
-        checkpoint.write_atomic(file, ("\n".join(lines) + "\n").encode())
+        atomic.write_atomic(file, ("\n".join(lines) + "\n").encode())
         for one, answer in list(zip(asked, found, strict=True))[: self.samples]:
             world.log.say(f"prompt  {one.messages[-1]['content']}\nanswer  {answer}")
         return world.record(self.label, {"what": f"{len(found)} answers", "path": str(file)})

@@ -8,6 +8,7 @@ from torch import Tensor
 from minitune import checkpoint
 from minitune.frozen import folder_fingerprint
 from minitune.interop import bitsandbytes, compressed, gguf, peft
+from minitune.io.results import Result
 from minitune.models import config_json
 from minitune.paths import locate
 from minitune.stages.adapt import Dtype, Onto, check_onto, merged
@@ -43,15 +44,16 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         if self.what == "deltas" and draft.lora is not None:
             ranks = {name: draft.lora.rank_of(name) for name in draft.adapted}
             peft.check(ranks, draft.whole, names=draft.params, dora=draft.lora.dora)
-        return draft._replace(saved={**draft.saved, self._place: draft.model})
+        return draft._replace(saved={**draft.saved, self.result.path: draft.model})
 
     @property
-    def _place(self) -> str:
-        return self.path or f"run/{self.what}"
+    def result(self) -> Result:
+        """The folder that is written."""
+        return Result(self.path or f"run/{self.what}", "folder")
 
     def run(self, world: World) -> World:
         """world with a record of where the result lies."""
-        loaded, folder = world.loaded, locate(self._place, world.folder)
+        loaded, folder = world.loaded, locate(self.result.path, world.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         if self.what == "deltas" and loaded.lora is not None:
             rule = world.quantization
@@ -93,10 +95,17 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             )
         return draft
 
+    @property
+    def result(self) -> Result:
+        """The folder that is written, or the file."""
+        if self.format == "gguf":
+            return Result(self.path or "run/model.gguf", "file")
+        return Result(self.path or f"run/{self.format}", "folder")
+
     def run(self, world: World) -> World:
         """world with a record of where the result lies and of its bytes."""
         loaded = world.loaded
-        target = locate(self.path or ("run/model.gguf" if self.format == "gguf" else f"run/{self.format}"), world.folder)
+        target = locate(self.result.path, world.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
         params, beside = {**loaded.stored, **codes}, _companions(world)
         if self.format == "gguf":

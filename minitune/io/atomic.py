@@ -1,0 +1,120 @@
+"""Files and folders that are replaced whole: written under another name, synced and renamed, so that a crash loses nothing."""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitune import InputError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NEW, OLD, GONE = ".minitune-new", ".minitune-old", ".minitune-gone"  # ends of names that exist only while something is replaced
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash at any instant, meets the old content or the new one and nothing between."""
+    with atomic_file(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
+    aside = path.with_name(f".{path.name}{NEW}")
+    with _explained_when_full(path):
+        try:
+            yield aside
+            sync(aside)
+            aside.replace(path)
+            sync(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
+
+    Whoever calls this knows that the older one may go; results.result_folder finds it out. InputError for a full disk.
+    """
+    aside, old = path.with_name(f".{path.name}{NEW}"), path.with_name(f".{path.name}{OLD}")
+    shutil.rmtree(aside, ignore_errors=True)
+    put_back(old)
+    with _explained_when_full(path):
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            for file in sorted(aside.rglob("*")):
+                sync(file)
+            sync(aside)
+            # No system renames a folder over one that holds files, and Windows renames none over an empty one.
+            if path.exists():
+                path.rename(old)
+            aside.rename(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            put_back(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a crash at any instant leaves it whole or leaves none of that name."""
+    gone = path.with_name(f".{path.name}{GONE}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def put_back(old: Path) -> None:
+    """Give a folder that a replacement set aside its place again if the new one has not come there; else remove it."""
+    path = old.with_name(old.name[1:].removesuffix(OLD))
+    if old.exists() and not path.exists():
+        old.rename(path)
+    elif old.exists():
+        remove_folder(old)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; on Windows, which opens no folder, only files are flushed."""
+    if path.is_dir():
+        if sys.platform == "win32":
+            return
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def free_bytes(path: Path) -> int:
+    """The bytes that can be written where a path lies or will lie."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_room(path: Path, n_bytes: int, what: str) -> None:
+    """InputError with the bytes needed and free if n_bytes do not fit where a path will lie."""
+    free = free_bytes(path)
+    if n_bytes > free:
+        raise InputError(
+            f"checkpoint: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
+            "some space, or choose another folder"
+        )
+
+
+@contextmanager
+def _explained_when_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(
+            f"checkpoint: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
+            "there before is as it was. Free some space and run the same command again"
+        ) from None

@@ -1,0 +1,133 @@
+"""Results of a run under paths that a user chose: a save replaces an earlier save, and never anything else.
+
+A folder that a save wrote holds `.minitune-files.json`, the list of its files. A single file has its list in
+`.NAME.minitune-files.json` in the same folder. PEFT, transformers and llama.cpp ignore both.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from minitune import InputError
+from minitune.io.atomic import atomic_file, atomic_folder, write_atomic
+
+MARKER = ".minitune-files.json"
+HASHED_BELOW_BYTES = 64 * 2**20  # hashing larger files would delay every start: size and time tell them apart
+
+Record = dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What a stage writes: a path as the program has it, and what will lie there."""
+
+    path: str
+    kind: Literal["folder", "file"]
+
+
+class _Marker(msgspec.Struct, frozen=True):
+    """The records of the files that a save wrote; a file that was replaced has those of its last two contents."""
+
+    files: dict[str, tuple[Record, ...]]
+
+
+def file_record(file: Path) -> Record:
+    """SHA-256 and size of a file, or size and time of a large one."""
+    stat = file.stat()
+    if stat.st_size >= HASHED_BELOW_BYTES:
+        return {"bytes": stat.st_size, "time": iso_time(stat.st_mtime)}
+    return hashed_record(file)
+
+
+def hashed_record(file: Path) -> Record:
+    """SHA-256 and size of a file of any size."""
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
+
+
+def iso_time(time_s: float) -> str:
+    """A time in seconds since 1970 as ISO 8601, to the second."""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def result_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill with files, which takes the place of `path` when the block ends without an error.
+
+    InputError as require_replaceable raises it, before the block and again after it, and for a full disk.
+    """
+    require_replaceable(path, "folder")
+    with atomic_folder(path) as aside:
+        yield aside
+        marker = _Marker({file.name: (file_record(file),) for file in sorted(aside.iterdir())})
+        _write(aside / MARKER, marker)
+        require_replaceable(path, "folder")
+
+
+@contextmanager
+def result_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends without an error; raises as result_folder does."""
+    require_replaceable(path, "file")
+    with atomic_file(path) as aside:
+        yield aside
+        require_replaceable(path, "file")
+        # Both contents are recorded before the replacement: after a crash, whichever lies there is known.
+        before = [file_record(path)] if path.exists() else []
+        _write(_beside(path), _Marker({path.name: (*before, file_record(aside))}))
+
+
+def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
+    """InputError unless nothing lies at a path, or an empty folder, or exactly what an earlier save wrote there."""
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not place.is_dir():
+        raise InputError(f"results: {path} would lie in {place}, which is no folder; choose another path")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink():
+        raise _refused(path, "is a symbolic link", "give the path that it points to")
+    if kind == "file":
+        if not path.is_file():
+            raise _refused(path, "is no file")
+        if file_record(path) not in _read(_beside(path)).files.get(path.name, ()):
+            raise _refused(path, "was not written by an export stage, or was changed after it")
+    elif not path.is_dir():
+        raise _refused(path, "is a file where a folder is to be written")
+    else:
+        _require_earlier_save(path)
+
+
+def _require_earlier_save(folder: Path) -> None:
+    files = _read(folder / MARKER).files
+    for entry in sorted(folder.iterdir()):
+        if entry.name == MARKER and files:
+            continue
+        if entry.name not in files or entry.is_symlink() or not entry.is_file():
+            raise _refused(folder, f"holds {entry.name}, which no save stage wrote")
+        if file_record(entry) not in files[entry.name]:
+            raise _refused(folder, f"holds {entry.name}, which was changed after it was saved")
+
+
+def _refused(path: Path, found: str, advice: str = "choose another path, or move it away") -> InputError:
+    return InputError(f"results: {path} {found}, expected nothing there, or an earlier save of a run and no more; {advice}")
+
+
+def _beside(path: Path) -> Path:
+    """The marker of a single file."""
+    return path.with_name(f".{path.name}{MARKER}")
+
+
+def _read(path: Path) -> _Marker:
+    """A marker; an empty one for a file that is missing or that no save wrote."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Marker)
+    except (OSError, ValueError, RecursionError):
+        return _Marker({})
+
+
+def _write(path: Path, marker: _Marker) -> None:
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(marker), indent=2) + b"\n")
