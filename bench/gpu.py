@@ -32,7 +32,6 @@ from roof import gemm_flops_per_s, synchronize
 from minitune import compiled, models, objectives, offload, ops, optim, quant
 from minitune.costs import flops_per_token
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
 from minitune.models import Model
 from minitune.steps import train_step
 from minitune.types import Batch, InputError, Params
@@ -109,7 +108,7 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
     length, compile_blocks, remat = variant
     batch, companions = packed_rows(model.config.vocab_size, args.tokens, length, args.device)
     frozen, trainable, rule, optimizer = start(kind, params)
-    objective = objectives.sft(arranged(model, compile_blocks, remat, args.device), CrossEntropy(), rule)
+    objective = objectives.sft(arranged(model, compile_blocks, remat, args.device), rule)
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
     state, times = optimizer.init(trainable), []
     for i in range(WARM_UPS + STEPS):

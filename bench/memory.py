@@ -53,7 +53,7 @@ def step_and_run(
     objective, at_once = objectives.sft(model, loss, lora), micro
     if kind == "dpo":
         loss, batch, at_once = losses.Dpo(), Pairs(batch, batch), 2 * micro
-        objective = objectives.preference(model, loss, lora, {})
+        objective = objectives.preference(model, lora, loss, {})
     optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), *how.get("optimizers", (optim.AdamW(lr=1e-3),)))
     state = optimizer.init(trainable)
     run = train_step(objective, optimizer, micro_batch=micro, donate=True)

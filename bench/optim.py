@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from minitune.advance import advance
 
 from minitune import optim, tree
-from minitune.advance import advance
 
 RATES = {"lr": 1e-3, "weight_decay": 0.1}
 REPEATS = 7

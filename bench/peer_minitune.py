@@ -64,7 +64,7 @@ def supervised():
         trainable = lora.init(params, 0)
     if args.task == "kd":
         teacher = objectives.Teacher(*opened(args.model))
-        objective = objectives.distillation(model, losses.ForwardKL(ratio=0.5), lora, teacher)
+        objective = objectives.distillation(model, lora, losses.ForwardKL(ratio=0.5), teacher)
     else:
         objective = objectives.sft(model, losses.CrossEntropy(), lora)
     step = steps.train_step(objective, OPTIMIZER, micro_batch=args.batch, donate=True)
@@ -77,7 +77,7 @@ def preference():
     rows = C.load_rows("dpo", args.model, args.steps * args.batch, args.seq_len, args.batch)
     model, params = opened(args.model)
     step = steps.train_step(
-        objectives.preference(model, losses.Dpo(beta=C.BETA), LORA, {}), OPTIMIZER, micro_batch=args.batch, donate=True
+        objectives.preference(model, LORA, losses.Dpo(beta=C.BETA), {}), OPTIMIZER, micro_batch=args.batch, donate=True
     )
 
     def pairs(some):

@@ -48,7 +48,7 @@ def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callabl
     counted = costs.Step(model, params, deltas[0], RULE, optimizer, CrossEntropy(), torch.device("cpu"), rows, length)
     if n == 1:
         step, state = (
-            train_step(sft(model, CrossEntropy(), RULE), optimizer, micro_batch=rows, donate=True),
+            train_step(sft(model, RULE), optimizer, micro_batch=rows, donate=True),
             optimizer.init(deltas[0]),
         )
         alone = Batch(*(x[0] for x in batch))

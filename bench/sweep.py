@@ -56,7 +56,7 @@ def both(
     deltas = [RULE.init(params, i) for i in range(n)]
     stacked = sweep.stack(deltas)
     single, folded = (model._replace(block_transform=compiled.wrap(print)) if compile_blocks else model for _ in range(2))
-    alone = [train_step(sft(single, CrossEntropy(), RULE), o, micro_batch=rows, donate=True) for o in optimizers]
+    alone = [train_step(sft(single, RULE), o, micro_batch=rows, donate=True) for o in optimizers]
     states, own = ([o.init(d) for o, d in zip(optimizers, deltas, strict=True)] for _ in range(2))
     step = sweep.sweep_step(folded, CrossEntropy(), [RULE] * n, optimizers, micro_batch=rows, donate=True)
 
@@ -72,7 +72,7 @@ def examples(config: llama.Config, n: int, length: int, device: str) -> dict[str
     params = {name: w.to(device) for name, w in model.init(0).items()}
     tokens = torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(0)).to(device)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
-    deltas, objective = RULE.init(params, 0), sft(model, CrossEntropy(), RULE)
+    deltas, objective = RULE.init(params, 0), sft(model, RULE)
 
     def of_row(leaves: tree.Tree, row: Batch) -> object:
         return objective(leaves, params, tree.map(lambda x: x[None], row))[0]

@@ -24,22 +24,23 @@ def under_transform() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def value_and_grad(fn: Callable[[Tree], Any], has_aux: bool = False) -> Callable[[Tree], tuple[Any, Tree]]:
-    """Turn `fn: tree -> Mean` into `tree -> (Mean, gradient of its total)`; with has_aux, fn returns (Mean, aux).
+def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
+    """Turn `fn: (tree, *rest) -> Mean` into `(tree, *rest) -> (Mean, gradient of its total by the tree)`.
 
-    The contract of torch.func.grad_and_value, value first: no argument is written, no `.grad` is set, and a leaf
-    that fn does not use gets a zero gradient. The result carries no graph. TypeError names a leaf that is not floating point.
+    With has_aux, fn returns (Mean, aux). This is the contract of torch.func.grad_and_value, value first: no argument is
+    written, no `.grad` is set, and a leaf that fn does not use gets a zero gradient. The result carries no graph. TypeError
+    names a leaf that is not floating point.
     """
 
-    def evaluate(params: Tree) -> tuple[Any, Tree]:
+    def evaluate(params: Tree, *rest: Any) -> tuple[Any, Tree]:
         for path, leaf in tree.items(params):
             if not leaf.is_floating_point():
                 raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
         if under_transform():
-            return _transformed(fn, has_aux, params)
+            return _transformed(fn, has_aux, params, rest)
         own = detached_leaves(params)
         with torch.enable_grad():
-            value = fn(own)
+            value = fn(own, *rest)
         total = (value[0] if has_aux else value).total
         grads = _autograd([total], tree.leaves(own), [torch.ones_like(total)])
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
@@ -290,9 +291,9 @@ def _autograd(values: list[Tensor], inputs: list[Tensor], cotangents: list[Tenso
     return torch.autograd.grad(values, inputs, cotangents, allow_unused=True, materialize_grads=True)
 
 
-def _transformed(fn: Callable[[Tree], Any], has_aux: bool, params: Tree) -> tuple[Any, Tree]:
+def _transformed(fn: Callable[..., Any], has_aux: bool, params: Tree, rest: Sequence[Any]) -> tuple[Any, Tree]:
     def total(fresh: Tree) -> tuple[Tensor, Any]:
-        value = fn(fresh)
+        value = fn(fresh, *rest)
         return (value[0] if has_aux else value).total, value
 
     grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(params)

@@ -62,7 +62,7 @@ def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> 
     return whole if lora is None else lora.apply(whole, deltas)
 
 
-def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
+def sft(model: Model, lora: Lora | None, loss: TokenLoss = CrossEntropy()) -> Objective:  # noqa: B008 - a frozen struct
     """Supervised fine-tuning: the loss of every labelled token given those before it."""
 
     def objective(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
@@ -72,7 +72,7 @@ def sft(model: Model, loss: TokenLoss, lora: Lora | None) -> Objective:
     return objective
 
 
-def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
+def preference(model: Model, lora: Lora | None, loss: PreferenceLoss, reference: Trainable | None) -> Objective:
     """Learning from pairs of answers: one forward for chosen and rejected, and one without gradient for the reference.
 
     reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None for a loss that
@@ -102,7 +102,7 @@ def preference(model: Model, loss: PreferenceLoss, lora: Lora | None, reference:
     return objective
 
 
-def unpaired_preference(model: Model, loss: UnpairedLoss, lora: Lora | None, reference: Trainable | None) -> Objective:
+def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, reference: Trainable | None) -> Objective:
     """Learning from single answers, each found desirable or not (KTO); the reference is given as for `preference`.
 
     The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
@@ -131,7 +131,7 @@ def unpaired_preference(model: Model, loss: UnpairedLoss, lora: Lora | None, ref
     return objective
 
 
-def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teacher: Teacher | None) -> Objective:
+def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None) -> Objective:
     """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (Taught).
 
     Neither model's whole logits ever exist: the teacher's hidden states go through its head chunk by chunk, as the student's do.
@@ -159,17 +159,17 @@ def distillation(model: Model, loss: DistillationLoss, lora: Lora | None, teache
     return objective
 
 
-OBJECTIVES: dict[ObjectiveName, Callable[[Model, Any, Lora | None, Frozen], Objective]] = {
-    "supervised": lambda model, loss, lora, frozen: sft(model, loss, lora),
-    "preference": lambda model, loss, lora, frozen: preference(model, loss, lora, frozen.reference),
-    "unpaired_preference": lambda model, loss, lora, frozen: unpaired_preference(model, loss, lora, frozen.reference),
-    "distillation": lambda model, loss, lora, frozen: distillation(model, loss, lora, frozen.teacher),
+OBJECTIVES: dict[ObjectiveName, Callable[[Model, Lora | None, Any, Frozen], Objective]] = {
+    "supervised": lambda model, lora, loss, frozen: sft(model, lora, loss),
+    "preference": lambda model, lora, loss, frozen: preference(model, lora, loss, frozen.reference),
+    "unpaired_preference": lambda model, lora, loss, frozen: unpaired_preference(model, lora, loss, frozen.reference),
+    "distillation": lambda model, lora, loss, frozen: distillation(model, lora, loss, frozen.teacher),
 }
 
 
-def objective_of(loss: BaseLoss, model: Model, lora: Lora | None, frozen: Frozen) -> Objective:
+def objective_of(model: Model, lora: Lora | None, loss: BaseLoss, frozen: Frozen) -> Objective:
     """Objective that a loss declares, with what it compares the model with."""
-    return OBJECTIVES[loss.objective](model, loss, lora, frozen)
+    return OBJECTIVES[loss.objective](model, lora, loss, frozen)
 
 
 def quantization_aware(objective: Objective, fake: Callable[[Trainable], Trainable]) -> Objective:

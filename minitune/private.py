@@ -13,9 +13,8 @@ from minitune.hardware import to_device
 from minitune.objectives import Objective
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
-from minitune.steps import Step
 from minitune.tree import Tree
-from minitune.types import Mean, Metrics, Params, Trainable
+from minitune.types import Mean, Metrics, Params, Step, Trainable, TrainState
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -34,11 +33,6 @@ class PrivateState(NamedTuple):
 
     step: Int[Tensor, ""]
     inner: Tree
-
-
-def init(optimizer: GradientTransformation, params: Tree) -> PrivateState:
-    """The state of a private step before the first one."""
-    return PrivateState(torch.zeros((), dtype=torch.int64), optimizer.init(params))
 
 
 def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]:
@@ -69,12 +63,18 @@ def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
 
 
 def private_step(objective: Objective, optimizer: GradientTransformation, privacy: Privacy, *, donate: bool = False) -> Step:
-    """A step on (sum of the clipped gradients + noise) / B, each gradient that of one row's mean loss; B: rows of the batch.
+    """Step on (sum of the clipped gradients + noise) / B, each gradient that of one row's mean loss; B: rows of the batch.
 
-    The optimizer's state is what `init` gives. Rows without a target count in B, because who has none is private too.
+    Rows without a target count in B, because who has none is private too.
     """
 
-    def step(params: Params, trainable: Trainable, opt_state: PrivateState, batch: Any) -> tuple[Trainable, Tree, Metrics]:
+    def init(trainable: Trainable) -> TrainState:
+        n_steps = torch.zeros((), dtype=torch.int64)
+        return TrainState(trainable, PrivateState(n_steps, optimizer.init(trainable)))
+
+    def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        trainable, opt_state = state
+
         def mean(leaves: Trainable, row: Any) -> Mean:
             value, _ = objective(leaves, params, tree.map(lambda x: x[None], row))
             return Mean(value.value(), value.weight)
@@ -99,9 +99,9 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
             batch.counts: losses.weight.sum(),
             "skipped": (~is_finite).float(),
         }
-        return new, PrivateState(opt_state.step + 1, inner), metrics
+        return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
 
-    return step
+    return Step(init, update)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,4 +1,7 @@
-"""Pure, stateless step functions: (params, trainable, opt_state, batch) -> (trainable, opt_state, metrics)."""
+"""Pure, stateless steps: `step.init(trainable) -> state`, `step.update(params, state, batch) -> (state, metrics)`.
+
+`train_step` makes one of any objective and any optimizer; every loss has its named step.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,101 +11,180 @@ import torch
 from minitune import tree
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy, DistillationLoss
+from minitune.losses import Cpo, CrossEntropy, DistillationLoss, Dpo, ForwardKL, Hinge, Ipo, Kto, Orpo, SimPO
 from minitune.models import Model
-from minitune.objectives import Objective, PreferenceLoss, Teacher, distillation, preference, sft
+from minitune.objectives import Objective, PreferenceLoss, Teacher, distillation, preference, sft, unpaired_preference
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
+from minitune.sharding.collectives import sum_over_ranks
 from minitune.tree import Tree
-from minitune.types import Batch, Mean, Metrics, Pairs, Params, Trainable, over_ranks
-
-Step = Callable[[Params, Trainable, Tree, Any], tuple[Trainable, Tree, Metrics]]
+from minitune.types import Mean, Metrics, Params, Step, Trainable, TrainState
 
 
-def train_step(objective: Objective, optimizer: GradientTransformation, *, micro_batch: int, donate: bool = False) -> Step:
-    """The step of an objective under an optimizer, in micro-batches of `micro_batch` rows whose sums are divided once.
+def train_step(
+    objective: Objective,
+    optimizer: GradientTransformation,
+    *,
+    micro_batch: int | None = None,
+    donate: bool = False,
+) -> Step:
+    """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows (None: all) whose sums are divided once.
 
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing and says so in
-    metrics["skipped"]. With donate=True the trainable and optimizer tensors that are passed in are overwritten by the new ones.
+    metrics["skipped"]. With donate=True the tensors of the state that is passed in are overwritten by the new ones.
     """
 
-    def step(params: Params, trainable: Trainable, opt_state: Tree, batch: Any) -> tuple[Trainable, Tree, Metrics]:
+    def init(trainable: Trainable) -> TrainState:
+        return TrainState(trainable, optimizer.init(trainable))
+
+    def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        # sums over the batch: of losses, of what the objective reports, and of gradients
         def evaluate(rows: Any) -> tuple[Any, Tree]:
-            return value_and_grad(lambda leaves: objective(leaves, params, rows), has_aux=True)(trainable)
+            return value_and_grad(objective, has_aux=True)(state.trainable, params, rows)
 
-        starts = range(0, len(tree.leaves(batch)[0]), micro_batch)
-        micro_batches = (tree.map(lambda x, i=i: x[i : i + micro_batch], batch) for i in starts)
-        (loss, extras), grads = accumulate(evaluate, micro_batches)
+        sums = accumulate(evaluate, _micro_batches(batch, micro_batch))
+        (loss, reports), grads = sum_over_ranks(sums)
 
-        loss = loss.over_ranks()
-        grads = tree.map(over_ranks, grads)
-        divisor = torch.where(loss.weight > 0, loss.weight, 1.0)  # the one division, for all ranks and micro-batches
+        # the one division, for all ranks and micro-batches
+        divisor = torch.where(loss.weight > 0, loss.weight, 1.0)
         norm = tree.norm(grads) / divisor
         is_finite = torch.isfinite(loss.total) & torch.isfinite(norm) & (loss.weight > 0)
-        new, new_state = apply_gradients(
-            optimizer, grads, opt_state, trainable, divisor=divisor, norm=norm, is_finite=is_finite, donate=donate
+        trainable, opt_state = apply_gradients(
+            optimizer,
+            grads,
+            state.opt_state,
+            state.trainable,
+            divisor=divisor,
+            norm=norm,
+            is_finite=is_finite,
+            donate=donate,
         )
-        metrics = {name: mean.over_ranks().value() for name, mean in extras.items()}
-        metrics |= {"loss_nats": loss.value(), "grad_norm": norm, batch.counts: loss.weight, "skipped": (~is_finite).float()}
-        return new, new_state, metrics
 
-    return step
+        metrics = {name: mean.value() for name, mean in reports.items()}
+        metrics |= {"loss_nats": loss.value(), "grad_norm": norm}
+        metrics |= {batch.counts: loss.weight, "skipped": (~is_finite).float()}
+        return TrainState(trainable, opt_state), metrics
 
-
-def sft_step(
-    params: Params,
-    trainable: Trainable,
-    opt_state: Tree,
-    batch: Batch,
-    *,
-    model: Model,
-    lora: Lora | None,
-    optimizer: GradientTransformation,
-) -> tuple[Trainable, Tree, Metrics]:
-    """One supervised step on the whole batch: cross-entropy of its labelled tokens. No argument is written."""
-    step = train_step(sft(model, CrossEntropy(), lora), optimizer, micro_batch=batch.tokens.shape[0])
-    return step(params, trainable, opt_state, batch)
-
-
-def dpo_step(
-    params: Params,
-    trainable: Trainable,
-    opt_state: Tree,
-    pairs: Pairs,
-    *,
-    model: Model,
-    loss: PreferenceLoss,
-    lora: Lora | None,
-    reference: Trainable | None,
-    optimizer: GradientTransformation,
-) -> tuple[Trainable, Tree, Metrics]:
-    """One preference step on the whole batch of pairs: DPO or any of its kin; reference as objectives.preference takes it."""
-    step = train_step(preference(model, loss, lora, reference), optimizer, micro_batch=len(pairs.chosen.tokens))
-    return step(params, trainable, opt_state, pairs)
-
-
-def kd_step(
-    params: Params,
-    trainable: Trainable,
-    opt_state: Tree,
-    batch: Batch,
-    *,
-    model: Model,
-    loss: DistillationLoss,
-    lora: Lora | None,
-    teacher: Teacher,
-    optimizer: GradientTransformation,
-) -> tuple[Trainable, Tree, Metrics]:
-    """One distillation step on the whole batch: the divergence from the teacher on its labelled tokens."""
-    step = train_step(distillation(model, loss, lora, teacher), optimizer, micro_batch=len(batch.tokens))
-    return step(params, trainable, opt_state, batch)
+    return Step(init, update)
 
 
 def eval_step(objective: Objective) -> Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]:
-    """The objective's value without its gradient."""
+    """Function that gives the objective's value without its gradient."""
+    return torch.no_grad()(objective)
 
-    def step(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
-        with torch.no_grad():
-            return objective(trainable, params, batch)
 
-    return step
+def sft_step(model: Model, lora: Lora | None, optimizer: GradientTransformation, **how: Any) -> Step:
+    """Step of supervised fine-tuning on a Batch; `how` is what train_step takes."""
+    return train_step(sft(model, lora, CrossEntropy()), optimizer, **how)
+
+
+def preference_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    loss: PreferenceLoss,
+    reference: Trainable | None,
+    **how: Any,
+) -> Step:
+    """Step of any loss over Pairs; reference as objectives.preference takes it, `how` as train_step does."""
+    return train_step(preference(model, lora, loss, reference), optimizer, **how)
+
+
+def dpo_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    reference: Trainable | None,
+    loss: Dpo = Dpo(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of direct preference optimization on Pairs."""
+    return preference_step(model, lora, optimizer, loss, reference, **how)
+
+
+def ipo_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    reference: Trainable | None,
+    loss: Ipo = Ipo(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of identity preference optimization on Pairs."""
+    return preference_step(model, lora, optimizer, loss, reference, **how)
+
+
+def hinge_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    reference: Trainable | None,
+    loss: Hinge = Hinge(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of the hinge loss of RSO and SLiC on Pairs."""
+    return preference_step(model, lora, optimizer, loss, reference, **how)
+
+
+def simpo_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    loss: SimPO = SimPO(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of simple preference optimization on Pairs: no reference."""
+    return preference_step(model, lora, optimizer, loss, None, **how)
+
+
+def orpo_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    loss: Orpo = Orpo(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of odds-ratio preference optimization on Pairs: no reference."""
+    return preference_step(model, lora, optimizer, loss, None, **how)
+
+
+def cpo_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    loss: Cpo = Cpo(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of contrastive preference optimization on Pairs: no reference."""
+    return preference_step(model, lora, optimizer, loss, None, **how)
+
+
+def kto_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    reference: Trainable | None,
+    loss: Kto = Kto(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of Kahneman-Tversky optimization on an UnpairedBatch."""
+    return train_step(unpaired_preference(model, lora, loss, reference), optimizer, **how)
+
+
+def kd_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    teacher: Teacher | None,
+    loss: DistillationLoss = ForwardKL(),  # noqa: B008 - a frozen struct
+    **how: Any,
+) -> Step:
+    """Step of distillation on a Batch, or on a TeacherBatch without the teacher itself."""
+    return train_step(distillation(model, lora, loss, teacher), optimizer, **how)
+
+
+def _micro_batches(batch: Any, n_rows: int | None) -> Any:
+    """The batch in parts of n_rows rows."""
+    total = len(tree.leaves(batch)[0])
+    size = n_rows or total
+    return (tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, total, size))

@@ -19,11 +19,11 @@ from minitune.models import Model
 from minitune.models.weights import head_name
 from minitune.optim.apply import apply_gradients_each
 from minitune.optim.transforms import GradientTransformation
+from minitune.sharding.collectives import sum_over_ranks
 from minitune.tree import Tree
-from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, over_ranks
+from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, Step, TrainState
 
 CPU_HIDDEN_ELEMENTS = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
-SweepStep = Callable[[Params, Deltas, Sequence[Tree], Batch], tuple[Deltas, list[Tree], Metrics]]
 
 
 def stack(adapters: Sequence[Deltas]) -> Deltas:
@@ -100,15 +100,21 @@ def sweep_step(
     *,
     micro_batch: int,
     donate: bool = False,
-) -> SweepStep:
-    """steps.train_step of n adapters at once, each under its own Lora rule and optimizer.
+) -> Step:
+    """Step of n adapters at once, each under its own Lora rule and optimizer.
 
-    The step takes stacked deltas, a list of n optimizer states and a batch of leaves [n, B, T], of which `micro_batch` rows of
+    Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T], of which `micro_batch` rows of
     every adapter go through one forward; on the CPU of as many adapters as its cache holds the hidden states of. Metrics are [n].
     Clipping, and skipping of what is not finite, are each adapter's own.
     """
 
-    def step(params: Params, trainable: Deltas, opt_state: Sequence[Tree], batch: Batch) -> tuple[Deltas, list[Tree], Metrics]:
+    def init(trainable: Deltas) -> TrainState:
+        members = zip(optimizers, unstack(trainable, len(optimizers)), strict=True)
+        return TrainState(trainable, [optimizer.init(own) for optimizer, own in members])
+
+    def update(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, opt_state = state
+
         def evaluate(rows: Batch) -> tuple[Mean, Tree]:
             n_numbers, device = rows.tokens[0].numel() * model.config.d_model, tree.leaves(trainable)[0].device
             size = max(1, CPU_HIDDEN_ELEMENTS // n_numbers) if device.type == "cpu" else len(rules)
@@ -116,13 +122,13 @@ def sweep_step(
             def some(i: int) -> tuple[Mean, Tree]:
                 own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
                 objective = adapters_objective(model, loss, rules[i : i + size])
-                return value_and_grad(lambda deltas: objective(deltas, params, mine))(own)
+                return value_and_grad(objective)(own, params, mine)
 
             return tree.map(lambda *x: torch.cat(x), *(some(i) for i in range(0, len(rules), size)))
 
         starts = range(0, batch.tokens.shape[1], micro_batch)
         mean, grads = accumulate(evaluate, (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts))
-        mean, grads = mean.over_ranks(), tree.map(over_ranks, grads)
+        mean, grads = sum_over_ranks((mean, grads))
         divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
         norms = _norms(grads) / divisors
         is_finite = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
@@ -136,9 +142,9 @@ def sweep_step(
             batch.counts: mean.weight,
             "skipped": (~is_finite).float(),
         }
-        return new, list(states), metrics
+        return TrainState(new, list(states)), metrics
 
-    return step
+    return Step(init, update)
 
 
 def _norms(stacked: Tree) -> Tensor:

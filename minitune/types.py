@@ -8,11 +8,10 @@
 Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.0.self_attn.q_proj.weight".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Union
 
 import torch
-import torch.distributed as dist
 from jaxtyping import BFloat16, Bool, Float, Float8e4m3fn, Int, Int8, UInt8
 from torch import Tensor
 
@@ -212,19 +211,20 @@ class Mean(NamedTuple):
         mask = to_device(mask, x.device)
         return Mean(torch.where(mask, x, 0.0).sum(), mask.sum().to(x.dtype))
 
-    def over_ranks(self) -> "Mean":
-        """The mean over every rank's elements: totals and weights summed."""
-        return Mean(*over_ranks(torch.stack([self.total, self.weight])).unbind())
-
     def value(self) -> Float[Tensor, ""]:
         """total / weight, and 0 for an empty mean (whose total is 0)."""
         return self.total / torch.where(self.weight > 0, self.weight, 1.0)
 
 
-def over_ranks(x: Tensor) -> Tensor:
-    """The sum of x over all ranks of the default process group; x itself in a single process. Not differentiable."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    summed = x.detach().clone()
-    dist.all_reduce(summed)
-    return summed
+class TrainState(NamedTuple):
+    """What a step changes: the trees that train, and the optimizer's state."""
+
+    trainable: Any  # Trainable; of a sweep, stacked Deltas
+    opt_state: Any  # a tree of tensors
+
+
+class Step(NamedTuple):
+    """A training step as two pure functions; steps.py makes them."""
+
+    init: Callable[[Any], TrainState]  # trainable -> state
+    update: Callable[[Params, TrainState, Any], tuple[TrainState, Metrics]]  # (params, state, batch) -> (state, metrics)

@@ -25,7 +25,7 @@ def stepped(model, length, params, seed=0):
     tokens = torch.randint(0, 17, (2, length), generator=generator)
     segments = 1 + (torch.rand(2, length, generator=generator) < 0.1).int().cumsum(1).int()
     batch = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool))
-    step = steps.train_step(objectives.sft(model, CrossEntropy(), rule), optimizer, micro_batch=2)
+    step = steps.train_step(objectives.sft(model, rule), optimizer, micro_batch=2)
     return step(params, deltas, optimizer.init(deltas), batch)
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -1,22 +1,18 @@
 """Steps on an accelerator: nothing waits for it, nothing lies on the wrong device, and nothing asks for what it lacks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from device_for_tests import META, WITHOUT_FLOAT64, Waited, on_device, simulated
-from experts_for_tests import expert_config
-from models_for_tests import SMALL, family_of, random_batch, random_params
+from device_for_tests import META, WITHOUT_FLOAT64, on_device, simulated
+from models_for_tests import SMALL, random_batch, random_params
 
-from minitune import hardware, objectives, optim, private, steps, sweep, tree
-from minitune.generate import stream
+from minitune import hardware, objectives, optim, tree
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy, Dpo, ForwardKL, Kto, Orpo
+from minitune.losses import Dpo, ForwardKL, Kto, Orpo
 from minitune.models import Model, llama
 from minitune.objectives import Teacher
-from minitune.sampling import Sampling
-from minitune.types import Batch, Judged, Pairs, Taught
+from minitune.types import Judged, Pairs, Taught
 
 MODEL = Model(llama, SMALL)
 RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
@@ -44,14 +40,14 @@ def teacher(params: Any) -> Teacher:
 def lora_objectives(params: Any) -> dict[str, tuple[Any, Any]]:
     """(objective, batch on the host) of every kind of step."""
     return {
-        "sft": (objectives.sft(MODEL, CrossEntropy(), RULE), ROWS),
-        "dpo": (objectives.preference(MODEL, Dpo(), RULE, {}), PAIRS),
-        "dpo with a cached reference": (objectives.preference(MODEL, Dpo(), RULE, None), PAIRS._replace(reference=LOGPS)),
-        "orpo": (objectives.preference(MODEL, Orpo(), RULE, None), PAIRS),
+        "sft": (objectives.sft(MODEL, RULE), ROWS),
+        "dpo": (objectives.preference(MODEL, RULE, Dpo(), {}), PAIRS),
+        "dpo with a cached reference": (objectives.preference(MODEL, RULE, Dpo(), None), PAIRS._replace(reference=LOGPS)),
+        "orpo": (objectives.preference(MODEL, RULE, Orpo(), None), PAIRS),
         "kto": (objectives.judgement(MODEL, Kto(), RULE, {}), JUDGED),
         "kto with a cached reference": (objectives.judgement(MODEL, Kto(), RULE, None), JUDGED._replace(reference=LOGPS)),
-        "kd": (objectives.distillation(MODEL, ForwardKL(), RULE, teacher(params)), ROWS),
-        "kd with a cached teacher": (objectives.distillation(MODEL, ForwardKL(), RULE, None), TOPS),
+        "kd": (objectives.distillation(MODEL, RULE, ForwardKL(), teacher(params)), ROWS),
+        "kd with a cached teacher": (objectives.distillation(MODEL, RULE, ForwardKL(), None), TOPS),
     }
 
 

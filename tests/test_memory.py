@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minitune import grad, objectives, tree
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
 from minitune.models import Model, llama, memory
 from minitune.types import InputError
 
@@ -64,7 +63,7 @@ def test_any_number_of_blocks_computed_again_gives_the_same_gradient() -> None:
     deltas = tree.map(torch.Tensor.double, RULE.init(params, 0))
     grads = []
     for n in range(SMALL.n_layers + 1):
-        objective = objectives.sft(Model(llama.FAMILY, SMALL, n_remat=n), CrossEntropy(), RULE)
+        objective = objectives.sft(Model(llama.FAMILY, SMALL, n_remat=n), RULE)
         grads.append(grad.value_and_grad(lambda d, f=objective: f(d, params, batch), has_aux=True)(deltas))
     for one in grads[1:]:
         tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12), one, grads[0])
@@ -76,7 +75,7 @@ def test_no_backward_below_the_first_adapted_layer(remat: bool) -> None:
     flops = {}
     for first in (0, 3):
         rule = Lora(4, 8.0, tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in range(first, 5)))
-        objective = objectives.sft(Model(llama.FAMILY, CONFIG, n_remat=5 if remat else 0), CrossEntropy(), rule)
+        objective = objectives.sft(Model(llama.FAMILY, CONFIG, n_remat=5 if remat else 0), rule)
         deltas = rule.init(params, 0)
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             objective(deltas, params, batch)

@@ -99,7 +99,7 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
 def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: type) -> None:
     model, params = Model(models.llama, SMALL), random_params(SMALL)
     both, optimizer, trainable = pairs(SMALL, 5, 3), optim.AdamW(lr=1e-2), LORA.init(params, 0)
-    objective = objectives.preference(model, kind(), LORA, {})
+    objective = objectives.preference(model, LORA, kind(), {})
     whole, split = (train_step(objective, optimizer, micro_batch=n) for n in (5, 2))
     state = optimizer.init(trainable)
     one, two = (step(params, trainable, state, both)[2] for step in (whole, split))
@@ -118,7 +118,7 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     rows, others = answers(SMALL, 6, 11, 0), answers(SMALL, 6, 11, 1)
     judged = Judged(rows, others, torch.tensor([True, False, True, True, False, False]))
     optimizer, trainable = optim.AdamW(lr=1e-2), LORA.init(params, 0)
-    step = train_step(objectives.unpaired_preference(model, losses.Kto(), LORA, {}), optimizer, micro_batch=6)
+    step = train_step(objectives.unpaired_preference(model, LORA, losses.Kto(), {}), optimizer, micro_batch=6)
     state = optimizer.init(trainable)
     trainable, state, first = step(params, trainable, state, judged)
     assert float(first["loss_nats"]) == pytest.approx(0.5, abs=1e-6)  # 1 - sigmoid(0)
@@ -130,9 +130,9 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     with torch.no_grad():
         held = torch.stack([objectives.answer_logps(model, params, {}, one) for one in (rows, others)], 1)
     evaluate = value_and_grad(
-        lambda t: objectives.unpaired_preference(model, losses.Kto(), LORA, None)(t, params, judged._replace(reference=held))[0]
+        lambda t: objectives.unpaired_preference(model, LORA, losses.Kto(), None)(t, params, judged._replace(reference=held))[0]
     )
-    live = value_and_grad(lambda t: objectives.unpaired_preference(model, losses.Kto(), LORA, {})(t, params, judged)[0])
+    live = value_and_grad(lambda t: objectives.unpaired_preference(model, LORA, losses.Kto(), {})(t, params, judged)[0])
     for a, b in zip(tree.leaves(evaluate(trainable)), tree.leaves(live(trainable)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -152,7 +152,7 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
     big = models.llama.Config(**{**{f: getattr(SMALL, f) for f in SMALL.__struct_fields__}, "d_model": 20, "n_layers": 3})
     teacher = Teacher(Model(models.llama, big), random_params(big, seed + 1, torch.float64))
     batch, loss = random_batch(SMALL, 2, length, seed), kind(temperature=1.7, ratio=0.6)
-    objective = objectives.distillation(model, loss, None, teacher)
+    objective = objectives.distillation(model, None, loss, teacher)
     frozen, whole = objectives.split_trainable(params, ("*",))
     frozen = {name: w.double() for name, w in frozen.items()}
     whole = {name: params[name] for name in whole}
@@ -181,12 +181,12 @@ def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
     loss = losses.ForwardKL(temperature=2.0, ratio=0.7)
     logps = (model.forward(wise.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1) / 2.0).log_softmax(-1)
     deltas = moved(params)
-    live = objectives.distillation(model, loss, LORA, wise)(deltas, params, batch)[0]
+    live = objectives.distillation(model, LORA, loss, wise)(deltas, params, batch)[0]
     bounds = []
     for k in (1, 4, SMALL.vocab_size):
         top, ids = logps.topk(k)
         taught = Taught(batch, ids, top)
-        bounds.append(objectives.distillation(model, loss, LORA, None)(deltas, params, taught)[0])
+        bounds.append(objectives.distillation(model, LORA, loss, None)(deltas, params, taught)[0])
     assert [float(b.weight) for b in bounds] == [float(live.weight)] * 3
     assert float(bounds[0].total) < float(bounds[1].total) < float(bounds[2].total)
     torch.testing.assert_close(bounds[2].total, live.total, rtol=1e-5, atol=1e-5)

@@ -115,7 +115,7 @@ def watched(events: list[tuple[str, int]], first: str, note: Callable[[Tensor], 
 def test_an_input_leaves_during_its_block_and_returns_during_the_backward_of_the_one_behind() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
     model = both(Model(llama.FAMILY, CONFIG, watched(late.events, "mlp.up_proj.weight")), late)[1]
-    gradient(objectives.sft(model, CrossEntropy(), RULE), RULE.init(params, 0), params, batch)
+    gradient(objectives.sft(model, RULE), RULE.init(params, 0), params, batch)
     forward = [("send", 0), ("run", 0)]
     for i in range(1, 5):
         forward += [("wait send", i - 1), ("send", i), ("run", i)]
@@ -136,7 +136,7 @@ def test_on_the_device_live_two_inputs_in_the_forward_and_two_in_the_backward() 
 
         wrap = watched([], "mlp.up_proj.weight", note)
         model = dict(zip(("here", "away"), both(Model(llama.FAMILY, CONFIG, wrap), late), strict=True))[name]
-        gradient(objectives.sft(model, CrossEntropy(), RULE), RULE.init(params, 0), params, batch)
+        gradient(objectives.sft(model, RULE), RULE.init(params, 0), params, batch)
         assert len(counts) == 10
         most[name] = max(counts[:5]), max(counts[5:])
         if name == "away":
@@ -153,7 +153,7 @@ def test_steps_are_the_same_to_the_last_bit(rule: Lora | None) -> None:
     optimizer = optim.chain(optim.ClipByGlobalNorm(0.3), optim.AdamW(lr=1e-2))
     frozen, trainable = (params, rule.init(params, 1)) if rule else objectives.split_trainable(params, ("*",))
     for model in both(Model(llama.FAMILY, CONFIG), late):
-        objective = objectives.sft(model, CrossEntropy(), rule)
+        objective = objectives.sft(model, rule)
         step, evaluate = steps.train_step(objective, optimizer, micro_batch=2), steps.eval_step(objective)
         state, told = (trainable, optimizer.init(trainable)), []
         for i in range(2):
@@ -175,13 +175,13 @@ def test_preferences_and_two_forwards_before_one_backward_are_the_same_to_the_la
     deltas = tree.map(lambda x: x + 0.01, RULE.init(params, 0))
     found = []
     for model in both(Model(llama.FAMILY, CONFIG), late):
-        one = objectives.sft(model, CrossEntropy(), RULE)
+        one = objectives.sft(model, RULE)
 
         def twice(leaves: Any, params: Any, batches: Any, one: Any = one) -> Any:
             means = [one(leaves, params, batch)[0] for batch in batches]
             return Mean(means[0].total * means[1].total, means[0].weight), {}
 
-        dpo = objectives.preference(model, Dpo(), RULE, RULE.init(params, 1))
+        dpo = objectives.preference(model, RULE, Dpo(), RULE.init(params, 1))
         found.append((gradient(dpo, deltas, params, Pairs(*rows)), gradient(twice, deltas, params, rows)))
     same(found[0], found[1])
     assert sum(what == "send" for what, _ in late.events) == 3 * 5
@@ -214,7 +214,7 @@ def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
     params, late = random_params(SMALL), Late()
     deltas, batch, found = RULE.init(params, 0), random_batch(SMALL, 3, 9), []
     for model in both(Model(llama.FAMILY, SMALL), late):
-        objective = objectives.sft(model, CrossEntropy(), RULE)
+        objective = objectives.sft(model, RULE)
 
         def of_row(leaves: Any, row: Any, objective: Any = objective) -> Mean:
             return objective(leaves, params, tree.map(lambda x: x[None], row))[0]
@@ -267,14 +267,14 @@ def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) ->
     late, params, batch, fault = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11), [0]
     deltas = RULE.init(params, 0)
     lean, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
-    wanted = gradient(objectives.sft(lean, CrossEntropy(), RULE), deltas, params, batch)
+    wanted = gradient(objectives.sft(lean, RULE), deltas, params, batch)
     states = model.hidden(params, batch, RULE.scaled(grad.detached_leaves(deltas)))
     assert alive(late.sources) == 1
     assert alive(late.copies) == 5
     del states
     assert alive(late.sources + late.copies + late.returned) == 0
     fault[0] = at
-    objective = objectives.sft(model, CrossEntropy(), RULE)
+    objective = objectives.sft(model, RULE)
     try:
         gradient(objective, deltas, params, batch)
         raise AssertionError("expected a failure")
@@ -327,7 +327,7 @@ tokens = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(0)
 batch = Batch(tokens, torch.ones_like(tokens), torch.ones_like(tokens, dtype=torch.bool))
 lean, found = Model(llama.FAMILY, config, compiled.wrap(print), n_remat=3), []
 for model in (lean, lean._replace(remat=offload.remat(offload.Mover(copied, copied, lambda x: x)))):
-    objective = objectives.sft(model, CrossEntropy(), rule)
+    objective = objectives.sft(model, rule)
     found.append(grad.value_and_grad(lambda d: objective(d, params, batch), has_aux=True)(rule.init(params, 0)))
     found.append(len(graphs))
 torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
@@ -398,9 +398,9 @@ def test_on_cuda_gradients_are_those_of_inputs_that_stay() -> None:
     config, params, deltas, batch = on_cuda(7, 4, 1031)
     lean = Model(llama.FAMILY, config, n_remat=7)
     away = lean._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))
-    wanted = gradient(objectives.sft(lean, CrossEntropy(), RULE), deltas, params, batch)
+    wanted = gradient(objectives.sft(lean, RULE), deltas, params, batch)
     for _ in range(5):
-        same(gradient(objectives.sft(away, CrossEntropy(), RULE), deltas, params, batch), wanted)
+        same(gradient(objectives.sft(away, RULE), deltas, params, batch), wanted)
 
 
 @needs_cuda
@@ -421,7 +421,7 @@ def test_on_cuda_the_peak_is_lower_by_the_inputs_of_most_blocks() -> None:
         for _ in range(2):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            gradient(objectives.sft(model, CrossEntropy(), RULE), deltas, params, batch)
+            gradient(objectives.sft(model, RULE), deltas, params, batch)
         peaks.append(torch.cuda.max_memory_allocated())
     one = batch.tokens.numel() * config.d_model * 4  # bytes of a block's input
     assert peaks[0] - peaks[1] > 11 * one

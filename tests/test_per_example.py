@@ -11,7 +11,6 @@ from models_for_tests import SMALL, configs, random_batch, random_params
 from minitune import optim, private, tree
 from minitune.grad import per_example, remat, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.private import Privacy
@@ -28,7 +27,7 @@ def random_deltas(params: dict[str, torch.Tensor], seed: int) -> tree.Tree:
 
 
 def of_a_row(model: Model, params: dict[str, torch.Tensor]) -> object:
-    objective = sft(model, CrossEntropy(), RULE)
+    objective = sft(model, RULE)
     return lambda trainable, row: objective(trainable, params, tree.map(lambda x: x[None], row))[0]
 
 
@@ -100,10 +99,10 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
     batch = random_batch(SMALL, 5, 11, packed=False)
     batch = batch._replace(loss_mask=torch.ones_like(batch.loss_mask), segment_ids=torch.ones_like(batch.segment_ids))
     optimizer, trainable = optim.SGD(lr=0.1), random_deltas(params, 1)
-    step = private.private_step(sft(model, CrossEntropy(), RULE), optimizer, Privacy(1e9, 0.0, 0, chunk=2), donate=donate)
+    step = private.private_step(sft(model, RULE), optimizer, Privacy(1e9, 0.0, 0, chunk=2), donate=donate)
     given_ = tree.map(torch.clone, trainable)
     new, state, metrics = step(params, given_, private.init(optimizer, trainable), batch)
-    mean, grads = value_and_grad(lambda t: sft(model, CrossEntropy(), RULE)(t, params, batch)[0])(trainable)
+    mean, grads = value_and_grad(lambda t: sft(model, RULE)(t, params, batch)[0])(trainable)
     wanted = tree.map(lambda p, g: p - 0.1 * g / mean.weight, trainable, grads)  # rows of one length: their mean is the mean
     torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-11)
     assert float(metrics["loss_nats"]) == pytest.approx(float(mean.value()), rel=1e-6)
@@ -115,7 +114,7 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
 def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, 1), optim.SGD(lr=1.0)
-    objective, privacy = sft(model, CrossEntropy(), RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
+    objective, privacy = sft(model, RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
     state = private.init(optimizer, trainable)._replace(step=torch.tensor(9))
     new, after, metrics = private.private_step(objective, optimizer, privacy)(params, trainable, state, batch)
 

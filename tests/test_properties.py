@@ -380,7 +380,7 @@ def test_a_step_is_pure_and_donation_changes_only_where_the_result_lies(kind: in
     before = copy.deepcopy((whole, trainable, state, batch))
     results = []
     for donate in (False, True):
-        step = train_step(sft(model, CrossEntropy(), lora), optimizer, micro_batch=4, donate=donate)
+        step = train_step(sft(model, lora), optimizer, micro_batch=4, donate=donate)
         given_trainable, given_state = copy.deepcopy((trainable, state))
         for _ in range(3):
             new, new_state, metrics = step(params, given_trainable, given_state, batch)
@@ -405,7 +405,7 @@ def test_a_step_in_micro_batches_equals_the_step_on_the_whole_batch(seed: int, m
     optimizer = optim.SGD(lr=0.1)  # proportional to the gradient: Adam would hide its scale
     state = optimizer.init(deltas)
     wanted = sft_step(params, deltas, state, batch, model=model, lora=rule, optimizer=optimizer)
-    found = train_step(sft(model, CrossEntropy(), rule), optimizer, micro_batch=micro)(params, deltas, state, batch)
+    found = train_step(sft(model, rule), optimizer, micro_batch=micro)(params, deltas, state, batch)
     assert_trees_close(found[0], wanted[0], 1e-6)
     assert_trees_close(found[2], wanted[2], 1e-5)
 
@@ -459,7 +459,7 @@ def test_a_step_without_targets_or_with_a_non_finite_gradient_changes_nothing() 
 
 def test_an_eval_step_gives_the_mean_without_a_graph() -> None:
     model, params, rule, deltas, batch = step_parts()
-    objective = sft(model, CrossEntropy(), rule)
+    objective = sft(model, rule)
     mean, extras = eval_step(objective)(deltas, params, batch)
     assert extras == {}
     assert not mean.total.requires_grad
@@ -493,4 +493,4 @@ def test_training_whole_keeps_float32_copies_and_frees_the_originals() -> None:
     assert deltas == {}
     assert_same(attached, params)
     with pytest.raises(InputError, match="is trained whole, but the trainable tree does not hold it"):
-        sft(Model(llama.FAMILY, SMALL), CrossEntropy(), None)({}, frozen, random_batch(SMALL, 1, 5))
+        sft(Model(llama.FAMILY, SMALL), None)({}, frozen, random_batch(SMALL, 1, 5))

@@ -12,7 +12,6 @@ from models_for_tests import SMALL, random_batch, random_params
 
 from minitune import optim, tree
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
@@ -25,7 +24,7 @@ OPTIMIZER = optim.SGD(lr=0.5)
 def one_step(batch: Batch) -> tree.Tree:
     params = random_params(SMALL)
     deltas = RULE.init(params, 0)
-    step = train_step(sft(Model(llama.FAMILY, SMALL), CrossEntropy(), RULE), OPTIMIZER, micro_batch=1)
+    step = train_step(sft(Model(llama.FAMILY, SMALL), RULE), OPTIMIZER, micro_batch=1)
     return step(params, deltas, OPTIMIZER.init(deltas), batch)
 
 

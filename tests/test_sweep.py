@@ -49,7 +49,7 @@ def alone(model: Model, params: dict, own: Lora, optimizer: object, seed: int, d
     """(deltas, optimizer state, metrics of all steps) of one adapter trained by itself."""
     deltas = fresh(own, params, seed)
     state, told = optimizer.init(deltas), []
-    step = train_step(objectives.sft(model, CrossEntropy(), own), optimizer, micro_batch=micro)
+    step = train_step(objectives.sft(model, own), optimizer, micro_batch=micro)
     for batch in data:
         deltas, state, metrics = step(params, deltas, state, batch)
         told.append(metrics)
@@ -156,7 +156,7 @@ def test_an_adapter_that_breaks_is_skipped_and_the_others_step_as_if_alone() -> 
     found, after, metrics = step(params, sweep.stack(starts), states, batch)
     assert metrics["skipped"].tolist() == [0.0, 1.0, 0.0]
     for i, optimizer in enumerate(optimizers):
-        one = train_step(objectives.sft(model, CrossEntropy(), own), optimizer, micro_batch=2)
+        one = train_step(objectives.sft(model, own), optimizer, micro_batch=2)
         wanted, state, _ = one(params, starts[i], states[i], Batch(*(x[i] for x in batch)))
         torch.testing.assert_close(sweep.adapter(found, i, own), wanted, rtol=0.0, atol=1e-6)
         torch.testing.assert_close(after[i], state, rtol=0.0, atol=1e-6)

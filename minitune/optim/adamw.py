@@ -75,7 +75,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Those of one fused call: a scaled gradient; for bfloat16 also a wide one and a wide weight; for rounding three integers."""
+        """Bytes of one fused call: a scaled gradient; for bfloat16 a wide one and a wide weight; for rounding three integers."""
         narrow = any(x.dtype == torch.bfloat16 for x in leaves)
         elements = min(sum(x.numel() for x in leaves), FUSED_ELEMENTS.get(leaves[0].device.type, FUSED_ELEMENTS["cpu"]))
         return 4 * elements * (1 + 2 * narrow + 3 * (narrow and rounds))

@@ -18,7 +18,7 @@ from minitune.models import Model
 from minitune.stages import loop
 from minitune.stages.base import device_of
 from minitune.stages.feed import Feed, feed
-from minitune.types import Batch, Delta, Deltas, InputError, Metrics
+from minitune.types import Batch, Delta, Deltas, InputError, Metrics, TrainState
 from minitune.world import Draft, World
 
 KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, seed, lora.rank, lora.alpha or lora.rslora"
@@ -109,8 +109,9 @@ def _work(
         return _together(own), [after for _, after in taken]
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
-        trainable, states, metrics = all_step(world.loaded.params, state["trainable"], state["opt_state"], batch)
-        return {**state, "trainable": trainable, "opt_state": states}, metrics
+        before = TrainState(state["trainable"], state["opt_state"])
+        after, metrics = all_step.update(world.loaded.params, before, batch)
+        return {**state, **after._asdict()}, metrics
 
     def rows(done: int, metrics: loop.Read) -> list[loop.Row]:
         own = ({name: column[i] for name, column in metrics.items()} for i in range(len(found)))

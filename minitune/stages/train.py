@@ -18,8 +18,8 @@ from minitune.objectives import Objective, Teacher
 from minitune.stages import loop, sweeping
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.stages.feed import Feed, feed
-from minitune.steps import Step, eval_step, train_step
-from minitune.types import InputError, Mean, Metrics, Params, Trainable
+from minitune.steps import eval_step, train_step
+from minitune.types import InputError, Mean, Metrics, Params, Trainable, TrainState
 from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
 
 
@@ -121,15 +121,16 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         fed = self._feed(world, self.data, teacher)
         world.log.say(f"{self.label}: {self.data} has {fed.told}")
         # donated: the trees are this stage's own, and the ones before the step are never asked for again, but as a reference
-        one: Step = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
+        one = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
 
         def take(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
             batch, after = fed.take(cursors[0], self.batch_size)
             return batch, [after]
 
         def step(state: Any, batch: Any) -> tuple[Any, Metrics]:
-            trainable, opt_state, metrics = one(world.loaded.params, state["trainable"], state["opt_state"], batch)
-            return {"trainable": trainable, "opt_state": opt_state}, metrics
+            before = TrainState(state["trainable"], state["opt_state"])
+            after, metrics = one.update(world.loaded.params, before, batch)
+            return after._asdict(), metrics
 
         def rows(done: int, metrics: loop.Read) -> list[loop.Row]:
             return [loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
@@ -165,7 +166,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             teacher = self._teacher(world)
         from_base = self.reference == "base" or not _moved(loaded.trainable)
         frozen = objectives.Frozen({} if from_base else loaded.trainable, teacher)
-        objective = objectives.objective_of(self.loss, model, loaded.lora, frozen)
+        objective = objectives.objective_of(model, loaded.lora, self.loss, frozen)
         return (objectives.quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
 
     def _model(self, world: World) -> Model:

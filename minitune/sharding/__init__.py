@@ -1,0 +1,1 @@
+"""Who holds which part of a tensor, and the only communication between processes."""
