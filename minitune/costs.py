@@ -16,7 +16,7 @@ from minitune import objectives, ops, tree
 from minitune.attention import documents
 from minitune.grad import detached_leaves
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
+from minitune.losses.token import CrossEntropy
 from minitune.models import Model, decoder, memory
 from minitune.models.config import layer_kind
 from minitune.models.mixers import MIXERS

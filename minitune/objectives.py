@@ -11,8 +11,9 @@ from torch import Tensor
 from minitune import ops, tree
 from minitune.hardware import to_device
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy, DistillationLoss, TokenLoss, UnpairedLoss
 from minitune.losses.base import BaseLoss, ObjectiveName
+from minitune.losses.registry import DistillationLoss, TokenLoss, UnpairedLoss
+from minitune.losses.token import CrossEntropy
 from minitune.models import Model
 from minitune.types import Batch, Delta, InputError, Judged, LogProbs, Mean, Pairs, Params, Taught, Trainable
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import ops
-from minitune.losses import cross_entropy
+from minitune.losses.token import cross_entropy
 from minitune.models import Model, decoder
 from minitune.types import InputError, Params
 

@@ -11,7 +11,11 @@ import torch
 from minitune import tree
 from minitune.grad import accumulate, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import Cpo, CrossEntropy, DistillationLoss, Dpo, ForwardKL, Hinge, Ipo, Kto, Orpo, SimPO
+from minitune.losses.distillation import ForwardKL
+from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
+from minitune.losses.registry import DistillationLoss
+from minitune.losses.token import CrossEntropy
+from minitune.losses.unpaired import Kto
 from minitune.models import Model
 from minitune.objectives import Objective, PreferenceLoss, Teacher, distillation, preference, sft, unpaired_preference
 from minitune.optim.apply import apply_gradients

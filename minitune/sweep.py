@@ -14,7 +14,7 @@ from minitune import tree
 from minitune.grad import accumulate, value_and_grad
 from minitune.hardware import to_device
 from minitune.lora import Lora
-from minitune.losses import TokenLoss
+from minitune.losses.registry import TokenLoss
 from minitune.models import Model
 from minitune.models.weights import head_name
 from minitune.optim.apply import apply_gradients_each

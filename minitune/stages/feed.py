@@ -8,7 +8,7 @@ import numpy as np
 from minitune import data, frozen, objectives, pairs, paths, tree
 from minitune.data import Cursor
 from minitune.documents import Report
-from minitune.losses import Loss
+from minitune.losses.registry import Loss
 from minitune.objectives import Teacher
 from minitune.tree import Tree
 from minitune.world import World

@@ -16,7 +16,7 @@ from minitune.hardware import to_device, widest_float
 from minitune.interop import harness
 from minitune.io import atomic
 from minitune.io.results import Result
-from minitune.losses import cross_entropy
+from minitune.losses.token import cross_entropy
 from minitune.models import Model
 from minitune.sampling import Sampling
 from minitune.stages.base import BaseStage, Positive, adapted_params, stop_ids

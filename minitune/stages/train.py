@@ -12,7 +12,8 @@ from torch import Tensor
 from minitune import checkpoint, compiled, hardware, objectives, offload, optim, tree
 from minitune.data import Cursor
 from minitune.grad import detached_leaves
-from minitune.losses import CrossEntropy, Loss
+from minitune.losses.registry import Loss
+from minitune.losses.token import CrossEntropy
 from minitune.models import Model, memory
 from minitune.objectives import Objective, Teacher
 from minitune.stages import loop, sweeping
