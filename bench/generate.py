@@ -37,7 +37,7 @@ def step_ms(model: Model, params: Params, n_rows: int) -> list[float]:
     prompts: Sequence[Sequence[int]] = [[1 + i % 7 for i in range(N_PROMPT)] for _ in range(n_rows)]
     times = [time.perf_counter()]
     options: dict[str, Any] = {"sampling": Sampling(), "row_seeds": range(n_rows), "max_new_tokens": N_STEPS + 1}
-    for tokens in stream(model, params, prompts, {}, **options):
+    for tokens in stream(model, params, prompts, **options):
         tokens.tolist()
         times.append(time.perf_counter())
     return [1e3 * (b - a) for a, b in pairwise(times[1:])]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -14,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models
 from minitune.grad import value_and_grad
-from minitune.models import Model
+from minitune.models import Model, weights
 from minitune.models.config import AttentionType, DecoderConfig
+from minitune.models.family import Family
 from minitune.models.llama import Config
 from minitune.models.rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
 from minitune.types import Batch, Mean
@@ -136,7 +136,7 @@ def patterns(draw: st.DrawFn, n: int, default: tuple[Any, ...], values: tuple[An
 SMALL = Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17, max_positions=64)
 
 
-def family_of(config: DecoderConfig) -> ModuleType:
+def family_of(config: DecoderConfig) -> Family:
     """The family whose Config this is."""
     return next(family for family in models.FAMILIES.values() if family.config is type(config))
 
@@ -144,7 +144,7 @@ def family_of(config: DecoderConfig) -> ModuleType:
 def random_params(config: DecoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Every weight from a wide normal, norms and biases included, so that nothing is at a value where a mistake hides."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = family_of(config).shapes(config)
+    shapes = weights.shapes(config)
     return {name: 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
 
 

@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_those_of_transformers(name: str, n_remat: int) -
 def test_padding_and_the_mask_of_targets_do_not_count_as_tokens_without_a_document() -> None:
     config = small_experts("mixtral")
     params, batch = random_params(config), random_batch(config, 3, 17)
-    objective = balanced(SFT, Model(models.mixtral, config), 1.0)
+    objective = balanced(SFT, Model(models.mixtral.FAMILY, config), 1.0)
     _, readings = objective({}, params, batch)
     other = batch._replace(tokens=torch.where(batch.segment_ids > 0, batch.tokens, (batch.tokens + 1) % 17))
     assert not torch.equal(other.tokens, batch.tokens)
@@ -60,9 +60,9 @@ def test_with_deltas_the_term_reaches_the_router_and_what_lies_before_it() -> No
     params, batch = random_params(config), random_batch(config, 3, 17)
     lora = Lora(rank=2, alpha=2.0, targets=("*mlp.gate.weight", "*q_proj.weight"))
     deltas = lora.init(params, 0)
-    objective = balanced(lambda model: sft(model, lora), Model(models.olmoe, config), 100.0)
+    objective = balanced(lambda model: sft(model, lora), Model(models.olmoe.FAMILY, config), 100.0)
     _, grads = grad.value_and_grad(lambda t: objective(t, params, batch), has_aux=True)(deltas)
-    plain = sft(Model(models.olmoe, config), lora)
+    plain = sft(Model(models.olmoe.FAMILY, config), lora)
     _, without = grad.value_and_grad(lambda t: plain(t, params, batch), has_aux=True)(deltas)
     reached = {name for name in deltas if not torch.allclose(grads[name].b, without[name].b, rtol=1e-3)}
     assert reached == set(deltas)
@@ -70,4 +70,4 @@ def test_with_deltas_the_term_reaches_the_router_and_what_lies_before_it() -> No
 
 def test_a_model_without_experts_has_nothing_to_balance() -> None:
     with pytest.raises(InputError, match="balance: the model has no experts, expected a family such as mixtral"):
-        balanced(SFT, Model(models.llama, SMALL), 0.1)
+        balanced(SFT, Model(models.llama.FAMILY, SMALL), 0.1)

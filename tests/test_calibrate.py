@@ -98,7 +98,7 @@ def inputs_by_hand(params: Params, batches: list[Batch], name: str, layer: int) 
         zero = torch.zeros_like(normal(64, 96))
         norm = params[f"model.layers.{layer}.post_attention_layernorm.weight"]
         params = {**params, f"model.layers.{layer}.mlp.down_proj.weight": zero, "model.norm.weight": norm}
-    return torch.cat([cut.hidden(params, batch, {})[batch.segment_ids > 0] for batch in batches])
+    return torch.cat([cut.hidden(params, batch)[batch.segment_ids > 0] for batch in batches])
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -136,7 +136,7 @@ def test_only_what_is_planned_changes_and_the_head_can_be():
     assert list(quantized) == list(params)
     assert all(leaf is params[name] for name, leaf in quantized.items() if name not in plan)
     assert all(type(quantized[name]) is type(quantize(params[name], scheme)) for name, scheme in plan.items())
-    x = MODEL.hidden(quantized, batch, {})[batch.segment_ids > 0]
+    x = MODEL.hidden(quantized, batch)[batch.segment_ids > 0]
     wanted = gptq_weight(params["lm_head.weight"], x.T @ x, Int8(), 0.01)
     assert all(map(torch.equal, quantized["lm_head.weight"], wanted))
 

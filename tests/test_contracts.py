@@ -164,7 +164,7 @@ def test_a_family_is_causal_and_its_config_survives_config_json(name: str, data:
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:
     config = models.open_config(locate("configs/models/demo.toml")).config
-    model = Model(models.llama, config)
+    model = Model(models.llama.FAMILY, config)
     one, same, other = model.init(0), model.init(0), model.init(1)
     assert {name: w.shape for name, w in one.items()} == {name: torch.Size(shape) for name, shape in model.shapes().items()}
     assert all(torch.equal(one[name], same[name]) for name in one)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy, cross_entropy
 from minitune.models import Model, decoder, gemma3, llama, mistral, rope, weights
 from minitune.models.config import DecoderConfig
-from minitune.models.mixers.grouped_query import KVCache
 from minitune.models.weights import head_name
 from minitune.types import Delta, InputError
 
@@ -246,19 +244,18 @@ def test_decoding_with_a_cache_equals_the_full_forward(name: str, data: st.DataO
 
 def check_decoding(config: DecoderConfig, seed: int) -> None:
     """Two rows of other lengths, padded on the left, then three tokens one by one."""
-    model, params, lengths, n_new = model_of(config), random_params(config, seed, torch.float64), (4, 9), 3
+    params, lengths, n_new = random_params(config, seed, torch.float64), (4, 9), 3
     tokens = random_batch(config, 2, max(lengths) + n_new, seed).tokens
     first = torch.tensor([max(lengths) - n for n in lengths])[:, None]
     segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
-    shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
-    caches = [KVCache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
-    run = partial(model.family.block, config)
+    caches = decoder.empty_caches(config, 2, max(lengths) + n_new, params["model.embed_tokens.weight"])
+    block_of = decoder.plain_block_of(config)
     at, positions, key_range = 0, document_positions(segments), documents(segments)
     found = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
-        read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
-        found.append(decoder.decode(config, params, new, {}, read, positions, key_range, run))
+        read = decoder.filled_caches(config, caches, at + width)
+        found.append(decoder.decode(config, params, new, read, positions, key_range, block_of))
         at += width
         positions, key_range = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
@@ -305,7 +302,7 @@ def test_lora_on_every_linear_merges_exactly(name: str, data: st.DataObject, see
 
     deltas = {n: Delta(drawn(d.a), drawn(d.b)) for n, d in rule.init(params, seed).items()}
     assert set(deltas) == {n for n, shape in model_of(config).shapes().items() if len(shape) == 2 and "layers" in n}
-    found = model_of(config).forward(params, tokens, rule.scaled(deltas))
+    found = model_of(config).forward(rule.apply(params, deltas), tokens)
     wanted = model_of(config).forward(rule.merge(params, deltas), tokens)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert distance(found, model_of(config).forward(params, tokens)) > 100 * ATOL
@@ -320,8 +317,8 @@ def test_losses_and_logits_are_those_of_the_whole_forward(name: str, data: st.Da
     logits = model.forward(params, batch.tokens, segment_ids=batch.segment_ids)
     nats = cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()).view(2, -1)
     wanted = torch.where(batch.labelled()[:, 1:], nats, 0.0)
-    torch.testing.assert_close(model.token_losses(params, batch, {}, CrossEntropy())[:, 1:], wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model.logits(model.hidden(params, batch, {}), *model.head(params, {})), logits)
+    torch.testing.assert_close(model.token_losses(params, batch, CrossEntropy())[:, 1:], wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.logits(params, model.hidden(params, batch)), logits)
 
 
 # config.json
@@ -474,7 +471,7 @@ def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str,
     assert distance(model.forward(params, tokens), wanted) <= ATOL
     checkpoint.save_folder(tmp_path / "text", params, model, checkpoint.Companions(tmp_path, [5], source=tmp_path / "whole"))
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", **EAGER.get(name, {})).eval()
-    assert type(alone).__name__ == family_of(config).SPELLING.architecture
+    assert type(alone).__name__ == family_of(config).hf.architecture
     with torch.no_grad():
         assert distance(alone(tokens).logits, wanted) <= ATOL
     assert models.open(tmp_path / "text").config == config
@@ -559,7 +556,7 @@ def test_windows_and_angles_are_made_once_for_all_layers_of_a_kind(monkeypatch: 
 def test_llama_and_mistral_are_the_decoder_as_it_is() -> None:
     base = DecoderConfig(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
     for family, differs in ((llama, set()), (mistral, {"layer_types"})):
-        fields = family.config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
+        fields = family.Config(n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_ff=4, vocab_size=4)
         assert {f for f in base.__struct_fields__ if getattr(base, f) != getattr(fields, f)} == differs
 
 

@@ -123,7 +123,7 @@ def test_greedy_decoding_equals_the_full_forward(name: str) -> None:
     config = small_experts(name)
     params, model = random_params(config, 2), Model(models.FAMILIES[name], config)
     prompts = [torch.randint(0, 17, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 4)]
-    found = greedy(model, params, prompts, {}, max_new_tokens=6, stop_ids=[])
+    found = greedy(model, params, prompts, max_new_tokens=6, stop_ids=[])
     for prompt, row in zip(prompts, found, strict=True):
         tokens = list(prompt)
         for _ in range(6):
@@ -299,7 +299,7 @@ def test_what_experts_can_not_be_is_refused() -> None:
         Experts(2, 3, 7, "qwen")
     with pytest.raises(ValueError, match="layers is empty, expected a pattern such as"):
         Experts(2, 1, 7, "mixtral", layers=())
-    hf = qwen3_moe.to_hf(small_experts("qwen3_moe"))
+    hf = qwen3_moe.FAMILY.to_hf(small_experts("qwen3_moe"))
     with pytest.raises(InputError, match="n_active 9 is more than n_experts 5"):
         models.from_hf({**hf, "num_experts_per_tok": 9})
     with pytest.raises(InputError, match="'shared_expert_intermediate_size' = 4, unknown to the qwen3_moe family"):
@@ -376,12 +376,12 @@ def test_gptq_reaches_every_expert_that_has_tokens() -> None:
     config = msgspec.structs.replace(small_experts("mixtral"), experts=Experts(3, 2, 8, "mixtral"), d_ff=8)
     params, batch = random_params(config), random_batch(config, 4, 29, packed=False)
     rule = quant.Quantization(quant.Int8(), ("*.experts.*.weight",))
-    found = calibrate.gptq(Model(models.mixtral, config), params, [batch], rule, damp=0.01)
+    found = calibrate.gptq(Model(models.mixtral.FAMILY, config), params, [batch], rule, damp=0.01)
     plain = rule.quantize(params)
     names = [name for name in params if ".experts." in name]
     assert all(isinstance(found[name], QInt8) for name in names)
     assert not all(torch.equal(found[name].codes, plain[name].codes) for name in names)
-    exact, rounded = (Model(models.mixtral, config).forward(some, batch.tokens) for some in (params, found))
+    exact, rounded = (Model(models.mixtral.FAMILY, config).forward(some, batch.tokens) for some in (params, found))
     assert 0 < distance(rounded, exact) < 0.2
 
 

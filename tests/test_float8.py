@@ -159,7 +159,7 @@ def test_a_lora_step_over_8_bit_floats(monkeypatch: pytest.MonkeyPatch, calls: l
     deltas = {name: delta._replace(b=normal(*delta.b.shape, scale=0.1)) for name, delta in deltas.items()}
 
     def total(deltas: dict[str, Delta]) -> Mean:
-        return Mean.of(model.token_losses(params, batch, rule.scaled(deltas), CrossEntropy()), batch.labelled())
+        return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.labelled())
 
     decoded, wanted = value_and_grad(total)(deltas)
     monkeypatch.setattr(float8, "takes", on_cpu)

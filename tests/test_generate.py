@@ -118,9 +118,9 @@ def test_sampling_refuses(knobs: dict[str, float], message: str) -> None:
 @given(config=configs(scaling="default"), seed=st.integers(0, 2**32), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_greedy_equals_transformers_on_a_left_padded_batch(config: llama.Config, seed: int, lengths: list[int]) -> None:
     params, prompts, n_new = random_params(config, seed, torch.float64), prompts_of(lengths, seed, config.vocab_size), 7
-    free = greedy(Model(llama.FAMILY, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[])
+    free = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[])
     stop = free[0][n_new // 2]
-    found = greedy(Model(llama.FAMILY, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
+    found = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[stop])
     width = max(lengths)
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -136,7 +136,7 @@ def test_greedy_equals_transformers_on_a_left_padded_batch(config: llama.Config,
 def test_the_repetition_penalty_equals_transformers_and_counts_no_padding(seed: int, penalty: float) -> None:
     params, prompts = random_params(SMALL, seed, torch.float64), prompts_of([2, 7], seed)
     rule = Sampling(repetition_penalty=penalty)
-    found = generate.generate(MODEL, params, prompts, {}, sampling=rule, seed=0, max_new_tokens=9, stop_ids=[])
+    found = generate.generate(MODEL, params, prompts, sampling=rule, seed=0, max_new_tokens=9, stop_ids=[])
     hf: Any = reference(SMALL, params)
     for prompt, row in zip(prompts, found, strict=True):
         options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -152,7 +152,7 @@ def test_the_cache_equals_the_full_forward_wherever_its_strides_end(config: llam
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "STRIDE", stride)
         options: Any = {"sampling": DRAWN, "row_seeds": [5, 6, 7], "max_new_tokens": 8}
-        found = torch.stack(list(stream(Model(llama.FAMILY, config), params, prompts, {}, **options))).T.tolist()
+        found = torch.stack(list(stream(Model(llama.FAMILY, config), params, prompts, **options))).T.tolist()
     for row_seed, prompt, row in zip((5, 6, 7), prompts, found, strict=True):
         tokens = torch.tensor([prompt])
         for step in range(8):
@@ -188,7 +188,7 @@ def test_deltas_and_quantized_leaves_decode_as_what_they_stand_for() -> None:
 
 def test_the_cache_has_the_dtype_and_device_of_the_embedding() -> None:
     half = {name: w.bfloat16() for name, w in random_params(SMALL).items()}
-    assert [len(row) for row in greedy(MODEL, half, [[1, 2], [3]], {}, max_new_tokens=4, stop_ids=[])] == [4, 4]
+    assert [len(row) for row in greedy(MODEL, half, [[1, 2], [3]], max_new_tokens=4, stop_ids=[])] == [4, 4]
 
 
 def test_int4_leaves_are_packed_once_and_for_bfloat16_alone(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +214,12 @@ def test_a_model_whose_blocks_are_recomputed_decodes_alike() -> None:
 
 def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     params, prompts, calls = random_params(SMALL, 3), prompts_of([3, 5], 3), []
-    rows = greedy(MODEL, params, prompts, {}, max_new_tokens=12, stop_ids=[])
+    rows = greedy(MODEL, params, prompts, max_new_tokens=12, stop_ids=[])
     decode = llama.decode
     monkeypatch.setattr(llama, "decode", lambda *args: calls.append(1) or decode(*args))
-    greedy(MODEL, params, prompts, {}, max_new_tokens=12, stop_ids=[rows[0][2], rows[1][4]])
+    greedy(MODEL, params, prompts, max_new_tokens=12, stop_ids=[rows[0][2], rows[1][4]])
     assert len(calls) <= 5
-    steps = stream(MODEL, params, prompts, {}, sampling=Sampling(), row_seeds=[0, 0], max_new_tokens=12)
+    steps = stream(MODEL, params, prompts, sampling=Sampling(), row_seeds=[0, 0], max_new_tokens=12)
     calls.clear()
     assert [step.tolist() for step in islice(steps, 2)] == [list(column) for column in list(zip(*rows, strict=True))[:2]]
     assert len(calls) == 2
@@ -227,7 +227,7 @@ def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch: pytest.Mo
 
 
 def test_a_caller_may_differentiate_between_steps() -> None:
-    steps = stream(MODEL, random_params(SMALL), [[1]], {}, sampling=Sampling(), row_seeds=[0], max_new_tokens=2)
+    steps = stream(MODEL, random_params(SMALL), [[1]], sampling=Sampling(), row_seeds=[0], max_new_tokens=2)
     for _ in steps:
         assert torch.is_grad_enabled()
 
@@ -255,7 +255,7 @@ def test_the_block_is_compiled_at_most_twice_for_a_batch() -> None:
 
 def test_stream_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="generate: a prompt is empty, expected at least one token"):
-        next(stream(MODEL, random_params(SMALL), [[]], {}, sampling=Sampling(), row_seeds=[0], max_new_tokens=1))
+        next(stream(MODEL, random_params(SMALL), [[]], sampling=Sampling(), row_seeds=[0], max_new_tokens=1))
 
 
 def decoded(tokens: Sequence[int], table: Sequence[bytes]) -> str:
@@ -320,7 +320,7 @@ def answered(demo: Any, batch_size: int = 2, stop_ids: Sequence[int] = (), stops
 
 def test_answers_come_in_order_whatever_the_batches(demo: Any) -> None:
     model, params, text, asked = demo
-    rows = [greedy(model, params, [prompt], {}, max_new_tokens=12, stop_ids=[])[0] for prompt in asked]
+    rows = [greedy(model, params, [prompt], max_new_tokens=12, stop_ids=[])[0] for prompt in asked]
     expected = [text.decode(row, skip_special=True) for row in rows]
     seen: list[int] = []
     assert answered(demo, 3, on_progress=seen.append) == expected
@@ -335,7 +335,7 @@ def test_answers_come_in_order_whatever_the_batches(demo: Any) -> None:
 def test_answers_end_before_a_stop_string_that_lies_across_tokens(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params, text, asked = demo
     free = answered(demo)
-    row = greedy(model, params, [asked[1]], {}, max_new_tokens=12, stop_ids=[])[0]
+    row = greedy(model, params, [asked[1]], max_new_tokens=12, stop_ids=[])[0]
     border = len(text.decode(row[:5], skip_special=True))
     stop = free[1][border - 1 : border + 1]
     found = answered(demo, stops=["never seen", stop])
@@ -352,7 +352,7 @@ def test_answers_end_before_a_stop_string_that_lies_across_tokens(demo: Any, mon
 
 def test_a_stop_string_that_is_a_special_token_is_that_token(demo: Any) -> None:
     model, params, text, asked = demo
-    token = greedy(model, params, [asked[1]], {}, max_new_tokens=12, stop_ids=[])[0][3]
+    token = greedy(model, params, [asked[1]], max_new_tokens=12, stop_ids=[])[0][3]
     marked = model, params, text._replace(special={**text.special, "<|halt|>": token}), asked
     found = answered(marked, stops=["<|halt|>"])
     assert found == answered(marked, stop_ids=[token]) != answered(marked)

@@ -53,7 +53,7 @@ def test_llama_gradients_equal_transformers(
         scale = max(float(p.grad.abs().max()) for p in wanted.values()) or 1.0
         for wrap in (lambda f: f, remat):
             model = Model(llama.FAMILY, config, wrap)
-            loss, grads = value_and_grad(lambda p, m=model: Mean.of(m.token_losses(p, batch, {}, CrossEntropy()), mask))(params)
+            loss, grads = value_and_grad(lambda p, m=model: Mean.of(m.token_losses(p, batch, CrossEntropy()), mask))(params)
             assert loss.total == pytest.approx(float((nats * mask[:, 1:]).sum().detach()), rel=atol, abs=atol)
             assert int(loss.weight) == int(mask.sum())
             assert {n: float((grads[n] - wanted[n].grad).abs().max().detach()) / scale for n in params} == pytest.approx(
@@ -129,7 +129,7 @@ def test_greedy_decoding_equals_the_full_forward_and_transformers(config: llama.
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     stop = int(torch.randint(0, config.vocab_size, (), generator=generator))
-    found = greedy(Model(llama.FAMILY, config), params, prompts, {}, max_new_tokens=n_new, stop_ids=[stop])
+    found = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[stop])
     hf = reference(config, params)
     for prompt, row in zip(prompts, found, strict=True):
         tokens = list(prompt)
@@ -150,7 +150,7 @@ def test_greedy_decoding_equals_the_full_forward_and_transformers(config: llama.
 
 def test_greedy_decoding_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="a prompt is empty, expected at least one token"):
-        greedy(Model(llama.FAMILY, SMALL), random_params(SMALL), [[1], []], {}, max_new_tokens=3, stop_ids=[])
+        greedy(Model(llama.FAMILY, SMALL), random_params(SMALL), [[1], []], max_new_tokens=3, stop_ids=[])
 
 
 OPTIMIZERS = {
@@ -225,7 +225,7 @@ def test_value_and_grad_equals_torch_func(config: llama.Config, seed: int, lengt
     params, batch = random_params(config, seed, torch.float64), random_batch(config, 2, length, seed)
 
     def objective(p: tree.Tree) -> Mean:
-        return Mean.of(Model(llama.FAMILY, config).token_losses(p, batch, {}, CrossEntropy()), batch.labelled())
+        return Mean.of(Model(llama.FAMILY, config).token_losses(p, batch, CrossEntropy()), batch.labelled())
 
     loss, grads = value_and_grad(objective)(params)
     wanted, total = torch.func.grad_and_value(lambda p: objective(p).total)(params)

@@ -217,9 +217,7 @@ def test_a_trained_model_equals_the_transformers_backend(tmp_path: Path) -> None
     demo = Subject(folder, model, params, texts, chat.open_template(folder, texts), 6)
     rows = [row["input"] for row in map(json.loads, paths.locate("demo/orders-heldout.jsonl").read_text().splitlines()[:4])]
     ids = [texts.encode(row, parse_special=True) for row in rows]
-    said = [
-        texts.decode(row, skip_special=True) for row in generate.greedy(model, params, ids, {}, max_new_tokens=3, stop_ids=[])
-    ]
+    said = [texts.decode(row, skip_special=True) for row in generate.greedy(model, params, ids, max_new_tokens=3, stop_ids=[])]
     docs = [{"q": row, "choices": [text, "of", "a", "was"], "gold": 0} for row, text in zip(rows, said, strict=True)]
     write_task(tmp_path, "multiple_choice", docs, target_delimiter="")
     write_task(tmp_path, "generate_until", docs, generation_kwargs={"until": [","], "max_gen_toks": 8})

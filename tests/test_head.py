@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune import ops, quant
-from minitune.types import Delta
+from minitune import ops, quant, tree
+from minitune.types import Adapted
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32))
@@ -22,8 +22,9 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
     )
     draw = {"generator": generator, "dtype": torch.float64}
     hidden, head = torch.randn(b, t, d, **draw).requires_grad_(), torch.randn(v + 1, d, **draw)
-    delta = Delta(torch.randn(2, d, **draw), torch.randn(v + 1, 2, **draw)) if data.draw(st.booleans()) else None
-    trained = [x.requires_grad_() for x in (head, *(delta[:2] if delta else ())) if data.draw(st.booleans())]
+    is_adapted = data.draw(st.booleans())
+    leaf = Adapted(head, torch.randn(2, d, **draw), torch.randn(v + 1, 2, **draw)) if is_adapted else head
+    trained = [x.requires_grad_() for x in tree.leaves(leaf) if data.draw(st.booleans())]
     targets, mask = torch.randint(0, v + 1, (b, t), generator=generator), torch.rand(b, t, generator=generator) < p
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -37,8 +38,8 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
         patch.setattr(ops, "HEAD_CHUNK", chunk * (v + 1))
         patch.setattr(ops, "HEAD_ROWS", 1)
         patch.setattr(ops, "TRAINED", 1)
-        found = ops.token_losses(loss, hidden, targets, mask, head, delta)
-    w = head if delta is None else head + delta.b @ delta.a
+        found = ops.token_losses(loss, hidden, targets, mask, leaf)
+    w = head + leaf.b @ leaf.a if isinstance(leaf, Adapted) else head
     whole = loss((hidden @ w.T).flatten(0, 1), targets.flatten()).unflatten(0, (b, t))
     wanted = torch.where(mask if n_values == 1 else mask[..., None], whole, 0.0)
     torch.testing.assert_close(found, wanted)

@@ -20,7 +20,7 @@ from minitune.interop import peft
 from minitune.lora import Lora, check_deltas, merge_error
 from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
-from minitune.types import Batch, Delta, InputError, Mean, QInt8, Trainable
+from minitune.types import Adapted, Batch, Delta, InputError, Mean, QInt8, Trainable
 
 ATOL = 1e-5  # of the scale of logits or gradients
 SEEDS = st.integers(0, 2**32)
@@ -54,8 +54,7 @@ def moved(leaves: Trainable, seed: int = 0, size: float = 0.3) -> dict[str, Any]
 
 
 def logits(c: llama.Config, params: Params, tokens: torch.Tensor, trainable: Trainable, rule: Lora | None) -> torch.Tensor:
-    whole, deltas = objectives.apply_trainable(params, trainable, rule)
-    return Model(llama.FAMILY, c).forward(whole, tokens, deltas)
+    return Model(llama.FAMILY, c).forward(objectives.apply_trainable(params, trainable, rule), tokens)
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -115,7 +114,7 @@ def test_a_row_of_zeros_stays_one_under_dora() -> None:
     deltas = rule.init({name: w}, 0)
     torch.testing.assert_close(rule.merge({name: w}, deltas)[name], w)
     x = randn(2, 12, dtype=torch.float32)
-    torch.testing.assert_close(ops.linear(x, w, rule.scaled(deltas)[name]), x @ w.T)
+    torch.testing.assert_close(ops.linear(x, rule.apply({name: w}, deltas)[name]), x @ w.T)
 
 
 def test_merge_rounds_once_and_merge_error_is_what_rounding_or_another_base_lost() -> None:
@@ -173,8 +172,8 @@ def test_row_norms_equal_the_sum_that_they_never_build(out: int, in_: int, rank:
     wanted = (w + delta.b @ delta.a).norm(dim=1)
     # the square is a difference of larger terms: its error is theirs, whatever is left of them
     size = (w.norm(dim=1) + delta.b.norm(dim=1) * delta.a.norm()) ** 2
-    assert bool(((ops.row_norms(w, delta) ** 2 - wanted**2).abs() <= 1e-14 * size).all())
-    low = ops.row_norms(w.bfloat16(), tree.map(torch.Tensor.bfloat16, delta))
+    assert bool(((ops.row_norms(Adapted(w, *delta)) ** 2 - wanted**2).abs() <= 1e-14 * size).all())
+    low = ops.row_norms(tree.map(torch.Tensor.bfloat16, Adapted(w, *delta)))
     assert low.dtype == torch.float32
     exact = (w.bfloat16().double() + delta.b.bfloat16().double() @ delta.a.bfloat16().double()).norm(dim=1)
     assert bool(((low.double() ** 2 - exact**2).abs() <= 1e-5 * size).all())
@@ -187,7 +186,7 @@ def test_a_dora_linear_equals_its_formula_with_the_norm_held_constant(n: int, ou
     leaves = [x.requires_grad_(), *(leaf.requires_grad_() for leaf in delta)]
     total = w + delta.b @ delta.a
     wanted = x @ (total * (delta.m / total.detach().norm(dim=1))[:, None]).T + bias
-    found = ops.linear(x, w, delta, bias)
+    found = ops.linear(x, Adapted(w, *delta), bias)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     weight = randn(n, out, seed=seed + 6)
     for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (found, wanted)), strict=True):
@@ -227,8 +226,8 @@ def loss_and_grads(
     c: llama.Config, params: Params, trainable: Trainable, rule: Lora, batch: Batch, wrap: Callable = lambda f: f
 ) -> tuple[Mean, Trainable]:
     def objective(leaves: Trainable) -> Mean:
-        whole, deltas = objectives.apply_trainable(params, leaves, rule)
-        return Mean.of(Model(llama.FAMILY, c, wrap).token_losses(whole, batch, deltas, CrossEntropy()), batch.labelled())
+        adapted = objectives.apply_trainable(params, leaves, rule)
+        return Mean.of(Model(llama.FAMILY, c, wrap).token_losses(adapted, batch, CrossEntropy()), batch.labelled())
 
     return value_and_grad(objective)(trainable)
 
@@ -264,8 +263,9 @@ def test_peft_reads_what_we_write_and_we_read_it_back(name: str, whole: str, tie
     found = logits(c, params, tokens, trainable, rule)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(reference(c, params), tmp_path / "adapter")(tokens).logits
-        final, deltas = objectives.apply_trainable(params, trainable, rule)
-        merged = reference(c, dict(rule.merge(final, {n: trainable[n] for n in deltas})))(tokens).logits
+        final = {**params, **{n: x for n, x in trainable.items() if isinstance(x, torch.Tensor)}}
+        deltas = {n: x for n, x in trainable.items() if isinstance(x, Delta)}
+        merged = reference(c, dict(rule.merge(final, deltas)))(tokens).logits
     assert distance(found, theirs) <= ATOL
     assert distance(found, merged) <= ATOL
     for part in trainable:  # nothing that was written is without effect

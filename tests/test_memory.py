@@ -83,7 +83,7 @@ def test_no_backward_below_the_first_adapted_layer(remat: bool) -> None:
             grad.value_and_grad(lambda d, f=objective: f(d, params, batch), has_aux=True)(deltas)
         flops[first] = both.get_total_flops() - forward.get_total_flops()
     with FlopCounterMode(display=False) as block:
-        Model(llama.FAMILY, CONFIG).hidden(params, batch, {})
+        Model(llama.FAMILY, CONFIG).hidden(params, batch)
     share = block.get_total_flops() / 5
     # three layers less to go back through: at least their activation gradients, and with remat their second forward too
     assert flops[0] - flops[3] > 2.5 * share * (2 if remat else 1)

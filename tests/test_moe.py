@@ -1,6 +1,6 @@
 """Mixtures of experts against transformers' own blocks, and what must hold for any of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
 from minitune import grad, moe, ops, quant
-from minitune.types import Delta, Mean
+from minitune.types import Adapted, Delta, Mean
 
 ATOL = 1e-5
 D, WIDTH, X, K = 11, 5, 7, 3  # D_model, d_ff, experts, experts a token
@@ -35,11 +35,11 @@ class Case(NamedTuple):
     wrong: dict[str, dict[str, Any]]
 
 
-def plain(weights: list[Tensor]) -> moe.Linears:
-    return moe.Linears(weights, [None] * len(weights), [None] * len(weights))
+def plain(weights: list[Tensor]) -> moe.ExpertLinear:
+    return moe.ExpertLinear(weights, [None] * len(weights), [None] * len(weights))
 
 
-def separate(w: Leaves) -> tuple[list[moe.Linears], moe.Linears]:
+def separate(w: Leaves) -> tuple[list[moe.ExpertLinear], moe.ExpertLinear]:
     """Each expert's own leaves, as they lie on disk: gate and up, down."""
     halves = [one.chunk(2) for one in w["experts.gate_up_proj"]]
     gate, up = ([pair[i] for pair in halves] for i in (0, 1))
@@ -69,17 +69,17 @@ def halves(y: Tensor) -> Tensor:
 
 
 def gpt_oss(w: Leaves, x: Tensor, *, router: Any, activation: Any, dropped: str = "") -> Tensor:
-    into = moe.stacked(w["experts.gate_up_proj"], None, None if dropped == "up" else w["experts.gate_up_proj_bias"])
-    out = moe.stacked(w["experts.down_proj"], None, None if dropped == "down" else w["experts.down_proj_bias"])
+    into = moe.stacked(w["experts.gate_up_proj"], None if dropped == "up" else w["experts.gate_up_proj_bias"])
+    out = moe.stacked(w["experts.down_proj"], None if dropped == "down" else w["experts.down_proj_bias"])
     return moe.mixture(x, router(F.linear(x, w["router.weight"], w["router.bias"])), [into], activation, out)
 
 
-def llama4(w: Leaves, x: Tensor, *, router: Any, weigh_input: bool) -> Tensor:
+def llama4(w: Leaves, x: Tensor, *, router: Any, scale_input: bool) -> Tensor:
     hidden = ops.swiglu(F.linear(x, w["shared_expert.gate_proj.weight"]), F.linear(x, w["shared_expert.up_proj.weight"]))
-    into, out = (moe.stacked(w[f"experts.{name}_proj"], None, None) for name in ("gate_up", "down"))
+    into, out = (moe.stacked(w[f"experts.{name}_proj"], None) for name in ("gate_up", "down"))
     routes = router(F.linear(x, w["router.weight"]))
     shared = F.linear(hidden, w["shared_expert.down_proj.weight"])
-    return shared + moe.mixture(x, routes, [into], halves, out, weigh_input=weigh_input)
+    return shared + moe.mixture(x, routes, [into], halves, out, scale_input=scale_input)
 
 
 def softmax(renormalised: bool) -> Callable[[Tensor], moe.Routes]:
@@ -93,7 +93,7 @@ WRONG = {
 }
 KEPT, DIVIDED = {"router": softmax(False)}, {"router": softmax(True)}
 OSS = {"router": partial(moe.top_then_softmax, k=K), "activation": partial(interleaved, limit=7.0)}
-SCOUT = {"router": partial(moe.top_then_sigmoid, k=K), "weigh_input": True}
+SCOUT = {"router": partial(moe.top_then_sigmoid, k=K), "scale_input": True}
 CASES = {
     "mixtral": Case(lambda: MixtralSparseMoeBlock(MixtralConfig(**SIZES)), partial(gated, **DIVIDED), {**WRONG, "sum": KEPT}),
     "qwen2_moe": Case(
@@ -123,7 +123,7 @@ CASES = {
     "llama4": Case(
         lambda: Llama4TextMoe(Llama4TextConfig(**SIZES)),
         partial(llama4, **SCOUT),
-        {"softmax": {"router": softmax(False)}, "output weighed": {"weigh_input": False}},
+        {"softmax": {"router": softmax(False)}, "output weighed": {"scale_input": False}},
     ),
 }
 
@@ -203,21 +203,22 @@ def test_an_expert_without_tokens_is_never_read() -> None:
     wanted = moe.mixture(x, routes, into, ops.swiglu, out)
     used = set(routes.experts.flatten().tolist())
 
-    def missing(maps: moe.Linears) -> Any:
+    def missing(maps: moe.ExpertLinear) -> Any:
         return maps._replace(weights=[w if e in used else None for e, w in enumerate(maps.weights)])
 
     unchecked = moe.mixture.__wrapped__ if hasattr(moe.mixture, "__wrapped__") else moe.mixture
     assert torch.equal(unchecked(x, routes, [missing(maps) for maps in into], ops.swiglu, missing(out)), wanted)
 
 
-def random_deltas(shapes: list[tuple[int, int]], generator: torch.Generator, dora: bool = False) -> list[Delta | None]:
-    """A delta of its own rank for every expert but the second."""
+def random_adapted(weights: Sequence[Tensor], generator: torch.Generator, dora: bool) -> list[Any]:
+    """The weights, each but the second adapted at a rank of its own."""
 
-    def delta(rank: int, d_out: int, d_in: int) -> Delta:
+    def adapted(rank: int, w: Tensor) -> Adapted:
+        d_out, d_in = w.shape
         a, b = torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
-        return Delta(a, b, torch.rand(d_out, generator=generator)) if dora else Delta(a, b)
+        return Adapted(w, a, b, torch.rand(d_out, generator=generator)) if dora else Adapted(w, a, b)
 
-    return [None if e == 1 else delta(1 + e % 3, *shape) for e, shape in enumerate(shapes)]
+    return [w if e == 1 else adapted(1 + e % 3, w) for e, w in enumerate(weights)]
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -225,15 +226,16 @@ def test_deltas_of_single_experts_equal_merged_weights(dora: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     into, out = separate(random_block(CASES["mixtral"], 5)[1])
     x, maps = random_input(17, 5), [*into, out]
-    adapted = [one._replace(deltas=random_deltas([w.shape for w in one.weights], generator, dora)) for one in maps]
+    changed = [random_adapted(one.weights, generator, dora) for one in maps]
 
-    def merged(w: Tensor, delta: Delta | None) -> Tensor:
-        if delta is None:
+    def merged(w: Any) -> Tensor:
+        if isinstance(w, Tensor):
             return w
-        total = w + delta.b @ delta.a
-        return total if not isinstance(delta.m, Tensor) else total * (delta.m / total.norm(dim=1))[:, None]
+        total = w.w + w.b @ w.a
+        return total if not isinstance(w.m, Tensor) else total * (w.m / total.norm(dim=1))[:, None]
 
-    whole = [plain([merged(*pair) for pair in zip(one.weights, one.deltas, strict=True)]) for one in adapted]
+    adapted = [plain(weights) for weights in changed]
+    whole = [plain([merged(w) for w in weights]) for weights in changed]
     routes = moe.softmax_then_top(torch.randn(17, X, generator=generator), K, True)
     found, wanted = (moe.mixture(x, routes, some[:2], ops.swiglu, some[2]) for some in (adapted, whole))
     assert distance(found, wanted) <= 10 * ATOL
@@ -246,16 +248,17 @@ def test_a_delta_of_stacked_experts_has_the_layout_of_their_weight() -> None:
     w, bias, x = leaves["experts.gate_up_proj"], leaves["experts.gate_up_proj_bias"], random_input(9, 6)
     delta = Delta(torch.randn(X, 2, w.shape[2], generator=generator), torch.randn(X, w.shape[1], 2, generator=generator))
     routes = moe.top_then_softmax(torch.randn(9, X, generator=generator), K)
-    out = moe.stacked(leaves["experts.down_proj"], None, leaves["experts.down_proj_bias"])
-    found = moe.mixture(x, routes, [moe.stacked(w, delta, bias)], halves, out)
-    wanted = moe.mixture(x, routes, [moe.stacked(w + delta.b @ delta.a, None, bias)], halves, out)
+    out = moe.stacked(leaves["experts.down_proj"], leaves["experts.down_proj_bias"])
+    found = moe.mixture(x, routes, [moe.stacked(Adapted(w, *delta), bias)], halves, out)
+    wanted = moe.mixture(x, routes, [moe.stacked(w + delta.b @ delta.a, bias)], halves, out)
     assert distance(found, wanted) <= ATOL
-    assert distance(found, moe.mixture(x, routes, [moe.stacked(w, None, bias)], halves, out)) > 0.1
+    assert distance(found, moe.mixture(x, routes, [moe.stacked(w, bias)], halves, out)) > 0.1
 
 
-def stack_of(leaves: Leaves, name: str) -> moe.Linears:
+def stack_of(leaves: Leaves, name: str) -> moe.ExpertLinear:
     a, b = leaves.get(f"{name}.a"), leaves.get(f"{name}.b")
-    return moe.stacked(leaves[name], None if a is None or b is None else Delta(a, b), leaves.get(f"{name}.bias"))
+    w = leaves[name] if a is None or b is None else Adapted(leaves[name], a, b)
+    return moe.stacked(w, leaves.get(f"{name}.bias"))
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, grad.remat], ids=["plain", "remat"])
@@ -305,18 +308,18 @@ def test_experts_in_one_kernel_equal_experts_one_by_one(
 
 def test_what_the_kernel_does_not_take_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 16)
-    assert not moe._in_one_kernel(moe.Stack(torch.ones(X, 16, 8), None, None), x)  # on the CPU
+    assert not moe._in_one_kernel(moe.StackedExperts(torch.ones(X, 16, 8), None), x)  # on the CPU
     monkeypatch.setattr(moe, "_has_kernel", lambda x: True)
     for stack, taken in {
-        moe.Stack(torch.ones(X, 16, 8), None, None): True,
-        moe.Stack(torch.ones(X, 16, 4), None, None): True,
-        moe.Stack(torch.ones(X, 16, 7), None, None): False,
-        moe.Stack(torch.ones(X, 15, 8), None, None): False,
-        moe.Stack(torch.ones(X, 16, 8), Delta(torch.ones(X, 4, 8), torch.ones(X, 16, 4)), None): True,
-        moe.Stack(torch.ones(X, 16, 8), Delta(torch.ones(X, 2, 8), torch.ones(X, 16, 2)), None): False,
+        moe.StackedExperts(torch.ones(X, 16, 8), None): True,
+        moe.StackedExperts(torch.ones(X, 16, 4), None): True,
+        moe.StackedExperts(torch.ones(X, 16, 7), None): False,
+        moe.StackedExperts(torch.ones(X, 15, 8), None): False,
+        moe.StackedExperts(Adapted(torch.ones(X, 16, 8), torch.ones(X, 4, 8), torch.ones(X, 16, 4)), None): True,
+        moe.StackedExperts(Adapted(torch.ones(X, 16, 8), torch.ones(X, 2, 8), torch.ones(X, 16, 2)), None): False,
     }.items():
         assert moe._in_one_kernel(stack, x) == taken
-    assert not moe._in_one_kernel(moe.Stack(torch.ones(X, 16, 4), None, None), x.bfloat16())
+    assert not moe._in_one_kernel(moe.StackedExperts(torch.ones(X, 16, 4), None), x.bfloat16())
     _, leaves = random_block(CASES["mixtral"], 4)
     into, out = separate(leaves)
     assert all(maps.stack is None for maps in (*into, out))

@@ -53,7 +53,7 @@ def plain_logps(model: Model, params: dict, deltas: dict, rows: Batch) -> torch.
 @settings(max_examples=8)
 @given(config=configs("default"), n=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_one_forward_over_pairs_gives_every_answers_own_log_prob(config: models.llama.Config, n: int, seed: int) -> None:
-    model, params = Model(models.llama, config), random_params(config, seed, torch.float64)
+    model, params = Model(models.llama.FAMILY, config), random_params(config, seed, torch.float64)
     both, deltas = pairs(config, n, seed), LORA.scaled(moved(random_params(config, seed)))
     found = objectives.pair_logps(model, params, deltas, both)
     torch.testing.assert_close(found.chosen, plain_logps(model, params, deltas, both.chosen))
@@ -63,7 +63,7 @@ def test_one_forward_over_pairs_gives_every_answers_own_log_prob(config: models.
 
 
 def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     both, optimizer = pairs(SMALL, 5, 0), optim.SGD(lr=0.1)
     start, fresh = moved(params), LORA.init(params, 0)
     common = {"model": model, "loss": losses.Dpo(), "lora": LORA, "optimizer": optimizer}
@@ -97,7 +97,7 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
 
 @pytest.mark.parametrize("kind", [losses.Dpo, losses.Ipo, losses.Hinge, losses.SimPO, losses.Orpo, losses.Cpo])
 def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: type) -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     both, optimizer, trainable = pairs(SMALL, 5, 3), optim.AdamW(lr=1e-2), LORA.init(params, 0)
     objective = objectives.preference(model, LORA, kind(), {})
     whole, split = (train_step(objective, optimizer, micro_batch=n) for n in (5, 2))
@@ -114,7 +114,7 @@ def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: t
 
 
 def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     rows, others = answers(SMALL, 6, 11, 0), answers(SMALL, 6, 11, 1)
     judged = Judged(rows, others, torch.tensor([True, False, True, True, False, False]))
     optimizer, trainable = optim.AdamW(lr=1e-2), LORA.init(params, 0)
@@ -148,9 +148,9 @@ DIVERGENCES = [losses.ForwardKL, losses.ReverseKL, losses.SymmetricKL, losses.Je
     kind=st.sampled_from(DIVERGENCES),
 )
 def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int, chunk: int, seed: int, kind: type) -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL, seed, torch.float64)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL, seed, torch.float64)
     big = models.llama.Config(**{**{f: getattr(SMALL, f) for f in SMALL.__struct_fields__}, "d_model": 20, "n_layers": 3})
-    teacher = Teacher(Model(models.llama, big), random_params(big, seed + 1, torch.float64))
+    teacher = Teacher(Model(models.llama.FAMILY, big), random_params(big, seed + 1, torch.float64))
     batch, loss = random_batch(SMALL, 2, length, seed), kind(temperature=1.7, ratio=0.6)
     objective = objectives.distillation(model, None, loss, teacher)
     frozen, whole = objectives.split_trainable(params, ("*",))
@@ -176,7 +176,7 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
 
 
 def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     wise, batch = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 3, 11)
     loss = losses.ForwardKL(temperature=2.0, ratio=0.7)
     logps = (model.forward(wise.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1) / 2.0).log_softmax(-1)
@@ -193,7 +193,7 @@ def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
 
 
 def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     wise, batch, optimizer = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 4, 13), optim.AdamW(lr=2e-2)
     frozen, trainable = objectives.split_trainable(params, ("*",))
     state, seen = optimizer.init(trainable), []
@@ -207,7 +207,7 @@ def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
 
 
 def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     batch = random_batch(SMALL, 2, 9)
     frozen, whole = objectives.split_trainable(params, ("*",))
 
@@ -225,7 +225,7 @@ def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None
 
 
 def test_a_weight_that_trains_whole_must_be_in_the_tree() -> None:
-    model, params = Model(models.llama, SMALL), random_params(SMALL)
+    model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     frozen, whole = objectives.split_trainable(params, ("*norm.weight",))
     with pytest.raises(InputError, match=r"model\.norm\.weight is trained whole, but the trainable tree does not hold it"):
         objectives.apply_trainable(frozen, {name: w for name, w in whole.items() if name != "model.norm.weight"}, None)

@@ -110,7 +110,7 @@ def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_
     rule, deltas, _ = peft.load(folder / "deltas", names=base)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     tokens = torch.randint(0, 1024, (2, 13), generator=torch.Generator().manual_seed(0))
-    found = model.forward(base, tokens, rule.scaled(deltas))
+    found = model.forward(rule.apply(base, deltas), tokens)
     with torch.no_grad():
         wanted = merged(tokens).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

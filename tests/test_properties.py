@@ -19,7 +19,7 @@ from minitune.losses import CrossEntropy, cross_entropy
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import eval_step, sft_step, train_step
-from minitune.types import Batch, Delta, InputError, Mean
+from minitune.types import Adapted, Batch, Delta, InputError, Mean
 
 SEEDS = st.integers(0, 2**32)
 TARGETS = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight")
@@ -138,7 +138,7 @@ def test_vmap_of_value_and_grad_equals_a_loop(config: llama.Config, seed: int) -
 
         def one(p: tree.Tree, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, m: Model = model) -> tree.Tree:
             row = Batch(tokens[None], ids[None], mask[None])
-            return value_and_grad(lambda q: Mean.of(m.token_losses(q, row, {}, CrossEntropy()), row.labelled()))(p)
+            return value_and_grad(lambda q: Mean.of(m.token_losses(q, row, CrossEntropy()), row.labelled()))(p)
 
         found = torch.func.vmap(one, in_dims=(None, 0, 0, 0))(params, *batch)
         for i in range(3):
@@ -276,14 +276,15 @@ def test_the_chunked_head_equals_the_whole_one(b: int, t: int, v: int, chunk: in
     logits = hidden @ (head + delta.b @ delta.a).T
     wanted = torch.where(mask, cross_entropy(logits, targets), 0.0)
     weight = randn(b, t, seed=seed + 4)
-    leaves = [hidden, head, *delta[:2]]
+    leaf = Adapted(head, *delta)
+    leaves = [hidden, *tree.leaves(leaf)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "HEAD_CHUNK", chunk * v)
         patch.setattr(ops, "HEAD_ROWS", 1)
-        found = ops.token_losses(cross_entropy, hidden, targets, mask, head, delta)
+        found = ops.token_losses(cross_entropy, hidden, targets, mask, leaf)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (found, wanted)))
-        rows = torch.func.vmap(lambda h, y, m: ops.token_losses(cross_entropy, h[None], y[None], m[None], head, delta)[0])
+        rows = torch.func.vmap(lambda h, y, m: ops.token_losses(cross_entropy, h[None], y[None], m[None], leaf)[0])
         torch.testing.assert_close(rows(hidden, targets, mask), wanted)
 
 
@@ -323,7 +324,7 @@ def test_packed_equals_unpacked(config: llama.Config, seed: int, lengths: list[i
 
     def objective(batches: list[Batch]) -> tree.Tree:
         def total(p: tree.Tree) -> Mean:
-            means = [Mean.of(model.token_losses(p, b, {}, CrossEntropy()), b.labelled()) for b in batches]
+            means = [Mean.of(model.token_losses(p, b, CrossEntropy()), b.labelled()) for b in batches]
             return Mean(*(torch.stack(parts).sum() for parts in zip(*means, strict=True)))
 
         return value_and_grad(total)(params)
@@ -434,7 +435,7 @@ def test_the_logged_loss_is_the_mean_that_was_differentiated() -> None:
     params64, deltas64 = tree.map(torch.Tensor.double, params), tree.map(torch.Tensor.double, deltas)
 
     def mean(d: tree.Tree) -> torch.Tensor:
-        logits = model.forward(params64, batch.tokens, rule.scaled(d), segment_ids=batch.segment_ids)
+        logits = model.forward(rule.apply(params64, d), batch.tokens, segment_ids=batch.segment_ids)
         return F.cross_entropy(logits[:, :-1][mask[:, 1:]], batch.tokens[:, 1:][mask[:, 1:]])
 
     grads, loss = torch.func.grad_and_value(mean)(deltas64)
@@ -489,8 +490,6 @@ def test_training_whole_keeps_float32_copies_and_frees_the_originals() -> None:
     frozen, trainable = objectives.split_trainable(params, ("*norm.weight",))
     assert all(w.dtype == torch.float32 for w in trainable.values())
     assert all(frozen[name].is_meta == name.endswith("norm.weight") for name in params)
-    attached, deltas = objectives.apply_trainable(frozen, trainable, None)
-    assert deltas == {}
-    assert_same(attached, params)
+    assert_same(objectives.apply_trainable(frozen, trainable, None), params)
     with pytest.raises(InputError, match="is trained whole, but the trainable tree does not hold it"):
         sft(Model(llama.FAMILY, SMALL), None)({}, frozen, random_batch(SMALL, 1, 5))

@@ -38,7 +38,7 @@ def said(loaded: Loaded, params: Params, *turns: str, system: str | None = None)
         messages.append({"role": "user", "content": turn})
         ids = chat.encode_prompt(loaded.tokenizer, loaded.template, messages)
         stops = stop_ids(loaded.tokenizer, loaded.template)
-        row = greedy(loaded.model, params, [ids], {}, max_new_tokens=N_NEW, stop_ids=stops)[0]
+        row = greedy(loaded.model, params, [ids], max_new_tokens=N_NEW, stop_ids=stops)[0]
         found.append(loaded.tokenizer.decode(row, skip_special=True))
         messages.append({"role": "assistant", "content": found[-1]})
     return found
@@ -164,7 +164,7 @@ def test_bytes_that_are_no_text(talked: Any, monkeypatch: pytest.MonkeyPatch, ca
 def test_a_conversation_longer_than_the_model_takes_is_said(talked: Any, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = chat.encode_prompt(loaded.tokenizer, loaded.template, [{"role": "user", "content": TURNS[0]}])
     config = msgspec.structs.replace(loaded.model.config, max_positions=len(ids) + 2)
-    monkeypatch.setattr(talk, "load", lambda *_: loaded._replace(model=models.Model(models.llama, config)))
+    monkeypatch.setattr(talk, "load", lambda *_: loaded._replace(model=models.Model(models.llama.FAMILY, config)))
     out, err = talked(TURNS[0], TURNS[1], "/reset", TURNS[0])
     whole = said(loaded, loaded.params, TURNS[0])[0]
     first, second = out.splitlines()
