@@ -6,20 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune import blockwise
-from minitune.attention import Seen, attention, causal, documents, windowed
-
-
-def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float, cap: float | None, sinks: torch.Tensor | None
-) -> torch.Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    scores = scale * q @ k.mT
-    scores = scores if cap is None else cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~seen.mask(k.shape[2]), -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
-    return scores.softmax(-1)[..., : k.shape[2]] @ v
+from minitune.attention import attention, causal, documents, windowed
+from support.attention import plain
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32))

@@ -16,13 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params, reference, save_reference
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, paths, tree, world
 from minitune.models import Model, llama, rope
 from minitune.types import Delta, InputError
+from support.models import SMALL, configs, random_batch, random_params, reference, save_reference
 
 MODEL = Model(llama, SMALL)
 DEMO = paths.PACKAGE / "demo/model"

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import DENSE, family_configs, random_params
 
 from minitune import models, optim, stages, tree
 from minitune.losses import AnswerLoss, DistillationLoss, Loss, PairLoss, TokenLoss
 from minitune.models import Model
 from minitune.paths import locate
 from minitune.types import LogProbs
+from support.models import DENSE, family_configs, random_params
 
 
 def members(union: Any) -> list[type]:

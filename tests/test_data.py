@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import WORDS, llama
 
 from minitune import documents as stored
 from minitune import paths
@@ -28,6 +27,7 @@ from minitune.source import Source, read_rows
 from minitune.stages import Train
 from minitune.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import Batch, InputError
+from support.tokenizers import WORDS, llama
 
 TOKENIZER, TEMPLATE = llama()[0], compile_template(CHATML, {"eos_token": "</s>"}, "chatml")
 

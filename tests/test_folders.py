@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import pytest
 import tokenizers
 import torch
-from models_for_tests import SMALL, random_params
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +22,7 @@ from minitune.lora import Lora, check_deltas
 from minitune.models import Model, llama
 from minitune.stages.base import stop_ids
 from minitune.types import InputError
+from support.models import SMALL, random_params
 
 MODEL = Model(llama, SMALL)
 DEMO = paths.PACKAGE / "demo/model"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import SMALL, random_params, save_reference
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from minitune import folders, paths
 from minitune.__main__ import main
 from minitune.folders import facts
 from minitune.types import InputError
+from support.models import SMALL, random_params, save_reference
 
 DEMO = paths.PACKAGE / "demo/model"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
 @pytest.mark.timeout(600)  # two minutes on two quiet cores

@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 
 from minitune import grad, moe, ops, quant
 from minitune.types import Delta, Mean
+from support.closeness import distance
 
 ATOL = 1e-5
 D, WIDTH, X, K = 11, 5, 7, 3  # D_model, d_ff, experts, experts a token
@@ -146,10 +147,6 @@ def random_input(n: int, seed: int, tied: bool = False) -> Tensor:
     return torch.where(torch.arange(n)[:, None] % 2 == 0, 0.0, x) if tied else x  # rows of zeros, whose logits are all equal
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float(((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)).detach())
-
-
 @settings(max_examples=12)
 @pytest.mark.parametrize("name", CASES)
 @given(n=st.sampled_from([1, 2, 13]), seed=st.integers(0, 2**32), tied=st.booleans())
@@ -210,7 +207,7 @@ def test_an_expert_without_tokens_is_never_read() -> None:
     assert torch.equal(unchecked(x, routes, [missing(maps) for maps in into], ops.swiglu, missing(out)), wanted)
 
 
-def random_deltas(shapes: list[tuple[int, int]], generator: torch.Generator, dora: bool = False) -> list[Delta | None]:
+def deltas_of_experts(shapes: list[tuple[int, int]], generator: torch.Generator, dora: bool = False) -> list[Delta | None]:
     """A delta of its own rank for every expert but the second."""
 
     def delta(rank: int, d_out: int, d_in: int) -> Delta:
@@ -225,7 +222,7 @@ def test_deltas_of_single_experts_equal_merged_weights(dora: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     into, out = separate(random_block(CASES["mixtral"], 5)[1])
     x, maps = random_input(17, 5), [*into, out]
-    adapted = [one._replace(deltas=random_deltas([w.shape for w in one.weights], generator, dora)) for one in maps]
+    adapted = [one._replace(deltas=deltas_of_experts([w.shape for w in one.weights], generator, dora)) for one in maps]
 
     def merged(w: Tensor, delta: Delta | None) -> Tensor:
         if delta is None:

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import losses, models, objectives, ops, optim, tree
 from minitune.grad import value_and_grad
@@ -14,6 +13,7 @@ from minitune.models import Model
 from minitune.objectives import Teacher
 from minitune.steps import dpo_step, kd_step, sft_step, train_step
 from minitune.types import Batch, InputError, Judged, Pairs, Taught
+from support.models import SMALL, configs, random_batch, random_params
 
 LORA = Lora(rank=3, alpha=6.0, targets=("*_proj.weight",))
 

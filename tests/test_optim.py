@@ -6,7 +6,6 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, random_batch, random_params
 
 from minitune import advance as advance_module
 from minitune import optim, optim8, tree
@@ -16,6 +15,7 @@ from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
 from minitune.types import Delta
+from support.models import SMALL, random_batch, random_params
 
 SEEDS = st.integers(0, 2**32)
 
