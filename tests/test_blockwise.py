@@ -9,6 +9,8 @@ from minitune import blockwise
 from minitune.attention import attention, causal, documents, windowed
 from support.attention import plain
 
+pytestmark = pytest.mark.fast
+
 
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed: int) -> None:

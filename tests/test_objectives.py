@@ -15,6 +15,8 @@ from minitune.steps import dpo_step, kd_step, sft_step, train_step
 from minitune.types import Batch, InputError, Judged, Pairs, Taught
 from support.models import SMALL, configs, random_batch, random_params
 
+pytestmark = pytest.mark.fast
+
 LORA = Lora(rank=3, alpha=6.0, targets=("*_proj.weight",))
 
 

@@ -22,6 +22,8 @@ from minitune.types import Batch, Delta, InputError, Mean
 from support.closeness import assert_trees_close
 from support.models import SMALL, configs, randn, random_batch, random_deltas, random_params
 
+pytestmark = pytest.mark.fast
+
 SEEDS = st.integers(0, 2**32)
 TARGETS = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight")
 

@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models, tree
 from minitune.grad import value_and_grad
@@ -150,6 +149,8 @@ def random_params(config: decoder.Config, seed: int = 0, dtype: torch.dtype = to
 
 def reference(config: decoder.Config, params: Mapping[str, torch.Tensor]) -> Any:
     """transformers' own model with these weights, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # here: most tests of small models do without this import
+
     hf = family_of(config).to_hf(config)
     fields = {key: value for key, value in hf.items() if key not in ("architectures", "model_type")}
     numbers = AutoConfig.for_model(hf["model_type"], **fields, pad_token_id=None, bos_token_id=None, eos_token_id=None)

@@ -65,16 +65,14 @@ def spawn(words: list[str], **options: object) -> subprocess.Popen:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen, stage: str = "train") -> None:
-    """Until that step of a stage is in metrics.jsonl."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    """Wait until that step of a stage is in metrics.jsonl; a process that hangs runs into the limit that guards every test."""
+    while True:
         if process.poll() is not None:
             raise AssertionError(f"ended early with {process.returncode}: {process.communicate()}")
         path = folder / "metrics.jsonl"
         if path.exists() and f'"stage": "{stage}", "step": {step},' in path.read_text():
             return
         time.sleep(0.002)
-    raise AssertionError(f"step {step} never came")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

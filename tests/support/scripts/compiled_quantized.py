@@ -7,7 +7,7 @@ from support.scripts.blocks import SIZES, count_whole_graphs, counted, said
 count_whole_graphs()
 mixed = {"*.self_attn.*": quant.Int4(32), "*.mlp.up_proj.weight": quant.Int8(), "*.mlp.gate_proj.weight": quant.Float8()}
 found = []
-for scheme, depth in ((None, 2), (quant.NF4(), 2), (quant.NF4(), 5)):
+for scheme, depth in ((None, 2), (quant.NF4(), 2), (quant.NF4(), 3)):
     config = llama.Config(n_layers=depth, **{**SIZES, "d_model": 32, "d_head": 8, "d_ff": 64})
     params = Model(llama, config).init(0, 0.3)
     params = params if scheme is None else quant.Quantization(scheme, exceptions=mixed).quantize(params)
