@@ -45,6 +45,7 @@ if any(name.partition(".")[0] == "minitune" for name in sys.modules):
     raise RuntimeError("conftest: minitune was imported before its signatures could be checked")
 jaxtyping.install_import_hook("minitune", "beartype.beartype")
 
+pytest.register_assert_rewrite("support")
 import torch  # noqa: E402  (after the environment is set)
 
 # deadline and too_slow measure the machine, and a shared machine is no property of the code.
@@ -53,6 +54,13 @@ settings.register_profile(
 )
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out, under `-m fast`, the files without that mark: importing what they compare with takes longer than the tests."""
+    if config.option.markexpr != "fast" or collection_path.suffix != ".py":
+        return None
+    return True if "pytest.mark.fast" not in collection_path.read_text("utf-8") else None
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -81,3 +89,13 @@ def torch_settings() -> Iterator[None]:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model and the demo's tokenizer, and a few rows of the demo's data and of prose."""
+    from support.programs import write_tiny  # here, because it imports transformers, which a run of a few tests does without
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny(folder)
+    return folder

@@ -4,8 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from experts_for_tests import fused, small_experts
-from models_for_tests import SMALL, random_batch, random_params, reference
 
 from minitune import grad, models
 from minitune.balance import balanced
@@ -14,6 +12,8 @@ from minitune.losses import CrossEntropy
 from minitune.models import Model
 from minitune.objectives import sft
 from minitune.types import Batch, InputError
+from support.experts import fused, small_experts
+from support.models import SMALL, random_batch, random_params, reference
 
 SFT = partial(sft, loss=CrossEntropy(), lora=None)
 

@@ -7,13 +7,12 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
 def test_the_gpu_bench_fills_its_table_at_toy_size() -> None:

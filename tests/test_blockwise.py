@@ -6,26 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune import blockwise
-from minitune.attention import KeyRange, attention, causal, documents, windowed
+from minitune.attention import attention, causal, documents, windowed
+from support.attention import plain
 
-
-def plain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_range: KeyRange,
-    scale: float,
-    cap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    scores = scale * q @ k.mT
-    scores = scores if cap is None else cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~key_range.mask(k.shape[2]), -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
-    return scores.softmax(-1)[..., : k.shape[2]] @ v
+pytestmark = pytest.mark.fast
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32))

@@ -6,7 +6,6 @@ import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import SMALL, random_batch, random_params
 from torch import Tensor
 
 from minitune import calibrate, seeds
@@ -14,6 +13,7 @@ from minitune.calibrate import Gptq, Method, Rtn, gptq, gptq_weight
 from minitune.models import Model, llama
 from minitune.quant import NF4, Float8, Int4, Int8, Quantization, dequantize, quantize
 from minitune.types import Batch, Delta, InputError, Params
+from support.models import SMALL, random_batch, random_params
 
 WIDE = msgspec.structs.replace(SMALL, d_model=64, d_ff=96, d_head=16)
 MODEL = Model(llama.FAMILY, WIDE)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import byte_level, llama, llama_config, sentencepiece_model, texts, wild, write_folder
 
 from minitune import template as sandbox
 from minitune.chat import (
@@ -27,6 +26,7 @@ from minitune.chat import (
 )
 from minitune.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import InputError
+from support.tokenizers import byte_level, llama, llama_config, sentencepiece_model, texts, wild, write_folder
 
 LLAMA3 = """\
 {{- bos_token }}

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params, reference, save_reference
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,6 +23,7 @@ from minitune import checkpoint, models, paths, tree, world
 from minitune.io import atomic
 from minitune.models import Model, llama, rope, weights
 from minitune.types import Delta, InputError
+from support.models import SMALL, configs, random_batch, random_params, reference, save_reference
 
 MODEL = Model(llama.FAMILY, SMALL)
 DEMO = paths.PACKAGE / "demo/model"

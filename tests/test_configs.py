@@ -8,13 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from experts_for_tests import fused
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import models
 from minitune.models import weights
+from support.experts import fused
+from support.paths import ROOT
 
-SHAPES = sorted((Path(__file__).parents[1] / "configs" / "models").glob("*.toml"))
+SHAPES = sorted((ROOT / "configs" / "models").glob("*.toml"))
 
 
 def stated(path: Path) -> int:

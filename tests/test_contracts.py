@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import DENSE, family_configs, random_params
 
 from minitune import models, objectives, optim, stages, tree
 from minitune.losses import DistillationLoss, Loss, PairLoss, TokenLoss, UnpairedLoss
@@ -16,6 +15,7 @@ from minitune.models.weights import head_name
 from minitune.paths import locate
 from minitune.source import Source
 from minitune.types import LogProbs
+from support.models import DENSE, family_configs, random_params
 
 
 def members(union: Any) -> list[type]:

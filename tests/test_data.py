@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import WORDS, llama
 
 from minitune import documents as stored
 from minitune import paths
@@ -28,6 +27,7 @@ from minitune.source import Source, read_rows
 from minitune.stages import Train
 from minitune.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import Batch, InputError
+from support.tokenizers import WORDS, llama
 
 TOKENIZER, TEMPLATE = llama()[0], compile_template(CHATML, {"eos_token": "</s>"}, "chatml")
 
@@ -134,11 +134,37 @@ def test_rows_of_realistic_lengths_are_97_percent_full(mean: int, spread: float,
     assert sum(lengths) / (len(rows) * seq_len) >= 0.97
 
 
-def test_packing_is_fast() -> None:
-    lengths = np.random.default_rng(1).lognormal(6.0, 0.9, 100_000).astype(int).clip(8, 4096).tolist()
-    start = time.process_time()
-    epoch_rows(lengths, 4096, True, 0, 0)
-    assert time.process_time() - start < 5.0  # a search through all documents takes minutes
+class CountedLengths(list[int]):
+    """Lengths of documents that count how often one is read."""
+
+    n_reads = 0
+
+    def __getitem__(self, i: Any) -> Any:
+        self.n_reads += 1
+        return super().__getitem__(i)
+
+
+def test_packing_searches_among_lengths_and_not_among_documents() -> None:
+    """Twice as many documents take twice as many steps of the interpreter; a search through all documents takes four times."""
+
+    def n_lines(n_documents: int) -> int:
+        lengths = CountedLengths(np.random.default_rng(1).lognormal(3.0, 0.5, n_documents).astype(int).clip(8, 128).tolist())
+        counted = [0]
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            counted[0] += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            filled_rows(range(n_documents), lengths, 128)
+        finally:
+            sys.settrace(before)
+        assert lengths.n_reads <= 3 * n_documents
+        return counted[0]
+
+    assert n_lines(2000) < 2.5 * n_lines(1000)
 
 
 @pytest.mark.parametrize("packed", [True, False])

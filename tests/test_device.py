@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from device_for_tests import META, WITHOUT_FLOAT64, on_device, simulated
 from models_for_tests import SMALL, random_batch, random_params
 
+from device_for_tests import META, WITHOUT_FLOAT64, on_device, simulated
 from minitune import hardware, objectives, optim, tree
 from minitune.lora import Lora
 from minitune.losses import Dpo, ForwardKL, Kto, Orpo
@@ -14,7 +14,7 @@ from minitune.models import Model, llama
 from minitune.objectives import Teacher
 from minitune.types import Judged, Pairs, Taught
 
-MODEL = Model(llama, SMALL)
+MODEL = Model(llama.FAMILY, SMALL)
 RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
 ROWS = random_batch(SMALL, 4, 9)
 PAIRS = Pairs(ROWS, random_batch(SMALL, 4, 7, seed=1))
@@ -44,8 +44,11 @@ def lora_objectives(params: Any) -> dict[str, tuple[Any, Any]]:
         "dpo": (objectives.preference(MODEL, RULE, Dpo(), {}), PAIRS),
         "dpo with a cached reference": (objectives.preference(MODEL, RULE, Dpo(), None), PAIRS._replace(reference=LOGPS)),
         "orpo": (objectives.preference(MODEL, RULE, Orpo(), None), PAIRS),
-        "kto": (objectives.judgement(MODEL, Kto(), RULE, {}), JUDGED),
-        "kto with a cached reference": (objectives.judgement(MODEL, Kto(), RULE, None), JUDGED._replace(reference=LOGPS)),
+        "kto": (objectives.unpaired_preference(MODEL, Kto(), RULE, {}), JUDGED),
+        "kto with a cached reference": (
+            objectives.unpaired_preference(MODEL, Kto(), RULE, None),
+            JUDGED._replace(reference=LOGPS),
+        ),
         "kd": (objectives.distillation(MODEL, RULE, ForwardKL(), teacher(params)), ROWS),
         "kd with a cached teacher": (objectives.distillation(MODEL, RULE, ForwardKL(), None), TOPS),
     }

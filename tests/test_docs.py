@@ -1,15 +1,15 @@
 """The pages in docs/ are true: their snippets run, stay short, and compute what they say."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from minitune import tree
 from minitune.grad import value_and_grad
+from support.paths import ROOT
 
-PAGE = (Path(__file__).parents[1] / "docs/research.md").read_text("utf-8")
+PAGE = (ROOT / "docs/research.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 

@@ -11,7 +11,6 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import random_params, reference
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -21,52 +20,8 @@ from minitune.interop import bitsandbytes as nf4_layout
 from minitune.interop import compressed
 from minitune.models import Model, decoder, llama
 from minitune.types import QNF4, InputError, QInt4, QInt8
-
-CONFIG = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=16, d_ff=128, vocab_size=17, max_positions=64)
-
-
-def int8(w: Tensor) -> QInt8:
-    scale = w.abs().amax(1, keepdim=True) / 127
-    return QInt8((w / scale).round().to(torch.int8), scale)
-
-
-def int4(w: Tensor, group: int) -> QInt4:
-    blocks = w.unflatten(1, (-1, group))
-    scale = blocks.abs().amax(2, keepdim=True) / 7.5
-    codes = ((blocks / scale).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
-    return QInt4(codes[:, ::2] | codes[:, 1::2] << 4, scale.squeeze(2))
-
-
-def dense(w: Any) -> Tensor:
-    """The weight that a leaf stands for, in float32."""
-    if isinstance(w, QInt8):
-        return w.codes.float() * w.scale.float()
-    if isinstance(w, QInt4):
-        codes = torch.stack([w.codes & 15, w.codes >> 4], dim=2).flatten(1).float() - 8
-        return (codes.unflatten(1, (w.scale.shape[1], -1)) * w.scale.float()[..., None]).flatten(1)
-    return w
-
-
-def folder_of(tmp_path: Path) -> Path:
-    (tmp_path / "tokenizer").mkdir(exist_ok=True)
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
-    return tmp_path / "tokenizer"
-
-
-def save_compressed(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG, activations: str = "none") -> Path:
-    beside = Companions(folder_of(tmp_path), [3], template="{{ bos_token }}")
-    compressed.save(tmp_path / "model", params, Model(llama.FAMILY, config), beside, activations=activations)
-    return tmp_path / "model"
-
-
-def theirs(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()(tokens).logits
-
-
-def is_linear(name: str) -> bool:
-    return "_proj.weight" in name
-
+from support.models import random_params, reference
+from support.quantized import CONFIG, TOKENS, dense, folder_of, int4, int8, is_linear, logits_of_transformers, save_compressed
 
 SCHEMES = {
     "w4 groups of 32": lambda name, w: int4(w, 32) if is_linear(name) else w,
@@ -76,7 +31,6 @@ SCHEMES = {
     "w4 and w8": lambda name, w: int4(w, 32) if ".mlp." in name else int8(w) if is_linear(name) else w,
     "one layer": lambda name, w: int4(w, 32) if is_linear(name) and ".0." in name else w,
 }
-TOKENS = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -86,7 +40,7 @@ def test_compressed_tensors_load_in_transformers_with_the_same_logits(name: str,
     params = {n: SCHEMES[name](n, w) for n, w in random_params(config).items()}
     folder = save_compressed(tmp_path, params, config)
     wanted = Model(llama.FAMILY, config).forward({n: dense(w) for n, w in params.items()}, TOKENS)
-    torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(logits_of_transformers(folder, TOKENS), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_w8a8_rounds_the_activations_of_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +56,7 @@ def test_w8a8_rounds_the_activations_of_every_token(tmp_path: Path, monkeypatch:
     plain = Model(llama.FAMILY, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
     monkeypatch.setattr(decoder, "linear", linear)
     wanted = Model(llama.FAMILY, CONFIG).forward(params, TOKENS)
-    found, atol = theirs(folder, TOKENS), 1e-5 * float(wanted.abs().max())
+    found, atol = logits_of_transformers(folder, TOKENS), 1e-5 * float(wanted.abs().max())
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
     assert (plain - wanted).abs().max() > 100 * atol
 
@@ -114,7 +68,7 @@ def test_w8a8_beside_w4a16_is_mixed_precision(tmp_path: Path) -> None:
     assert config["format"] == "mixed-precision"
     assert [group["format"] for group in config["config_groups"].values()] == ["int-quantized", "pack-quantized"]
     wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
-    torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+    torch.testing.assert_close(logits_of_transformers(folder, TOKENS), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
 
 
 @given(out=st.integers(1, 9), half=st.integers(1, 19), seed=st.integers(0, 2**32))
@@ -138,7 +92,7 @@ def test_a_compressed_folder_in_bfloat16(tmp_path: Path) -> None:
     assert {str(w.dtype) for n, w in tensors.items() if n.endswith("scale")} == {"torch.bfloat16"}
     rounded = {n: w._replace(scale=w.scale.bfloat16()) if isinstance(w, QInt4) else w for n, w in params.items()}
     wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w).bfloat16() for n, w in rounded.items()}, TOKENS)
-    torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+    torch.testing.assert_close(logits_of_transformers(folder, TOKENS), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
 NF4 = QNF4(torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), torch.ones(1), torch.ones(()))

@@ -9,23 +9,8 @@ import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
-from experts_for_tests import WITH_EXPERTS, small_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import (
-    DENSE,
-    SCALINGS,
-    YARNS,
-    answers,
-    check_against_transformers,
-    family_configs,
-    family_of,
-    random_batch,
-    random_params,
-    reference,
-    save_reference,
-    separation,
-)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -34,28 +19,29 @@ from minitune.attention import KeyRange, attention, causal, chunked, document_le
 from minitune.interop import gguf
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy, cross_entropy
-from minitune.models import Model, decoder, gemma3, llama, mistral, rope, weights
+from minitune.models import decoder, gemma3, llama, mistral, rope, weights
 from minitune.models.config import DecoderConfig
 from minitune.models.weights import head_name
 from minitune.types import Delta, InputError
+from support.closeness import distance
+from support.experts import WITH_EXPERTS, small_experts
+from support.families import IMAGES, LONG, MECHANISMS, VISION, YARN, check_decoding, check_packing, sized
+from support.models import (
+    DENSE,
+    answers,
+    check_against_transformers,
+    family_configs,
+    family_of,
+    model_of,
+    random_batch,
+    random_params,
+    reference,
+    save_reference,
+    separation,
+)
 
 ATOL = 1e-5  # of the largest value
 SEEDS = st.integers(0, 2**32)
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest wanted value."""
-    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
-
-
-def model_of(config: DecoderConfig) -> Model:
-    return Model(family_of(config), config)
-
-
-def sized(name: str, **fields: Any) -> DecoderConfig:
-    """A config of a family, at sizes where every mechanism shows."""
-    sizes = {"n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_head": 8, "d_ff": 13, "vocab_size": 17}
-    return models.FAMILIES[name].config(**{**sizes, "norm_eps": 1e-3, "rope_theta": 30.0, "max_positions": 29, **fields})
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -116,46 +102,6 @@ def test_the_comparison_fails_when_a_gradient_is_lost(name: str, monkeypatch: py
     logits, grads = separation(*answers(config, params, tokens, 0))
     assert logits <= ATOL
     assert grads > 100 * ATOL
-
-
-LLAMA3, YARN, LONG = SCALINGS["llama3"], YARNS[1], rope.LongRope((1.0, 1.5, 2.0, 1.0), (3.0, 2.0, 1.5, 1.0), 13)
-GROWING = rope.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
-MECHANISMS = {  # what is taken out -> (family, its config, what the config says instead)
-    "window": ("mistral", {"window": 3}, {"window": None}),
-    "width of the window": ("mistral", {"window": 3}, {"window": 4}),
-    "which layers have windows": ("gemma2", {"window": 3}, {"layer_types": ("full", "sliding")}),
-    "late windows": ("qwen2", {"window": 3, "layer_types": ("full", "full", "full", "sliding")}, {"layer_types": ("full",)}),
-    "norm of heads": ("qwen3", {}, {"qk_norm": "none"}),
-    "norm of projections": ("olmo2", {}, {"qk_norm": "none"}),
-    "one plus w": ("gemma", {}, {"norm": "w_before_cast"}),
-    "gelu": ("gemma", {}, {"activation": "silu"}),
-    "scaled embeddings": ("gemma", {}, {"embedding_multiplier": 1.0}),
-    "norms behind": ("gemma2", {}, {"norms": "before"}),
-    "attention scale": ("gemma2", {"attention_scale": 0.1}, {"attention_scale": None}),
-    "cap of scores": ("gemma2", {"attention_cap": 2.0}, {"attention_cap": None}),
-    "cap of logits": ("gemma2", {"final_cap": 3.0}, {"final_cap": None}),
-    "the order of caps": ("gemma2", {"attention_cap": 2.0, "final_cap": 9.0}, {"attention_cap": 9.0, "final_cap": 2.0}),
-    "RoPE of windows": (
-        "gemma3_text",
-        {"layer_types": ("sliding", "full"), "window_rope_theta": 3.0},
-        {"window_rope_theta": None},
-    ),
-    "no scaling on windows": ("olmo3", {"rope_scaling": YARNS[0], "window_rope_theta": 30.0}, {"window_rope_theta": None}),
-    "layers without RoPE": ("smollm3", {}, {"rope_layers": (True,)}),
-    "part of each head": ("phi3", {"rotary_factor": 0.5}, {"rotary_factor": 1.0}),
-    "embedding multiplier": ("granite", {"embedding_multiplier": 0.5}, {"embedding_multiplier": 1.0}),
-    "residual multiplier": ("granite", {"residual_multiplier": 0.5}, {"residual_multiplier": 1.0}),
-    "attention multiplier": ("granite", {"attention_scale": 0.1}, {"attention_scale": None}),
-    "logit divisor": ("granite", {"logit_divisor": 3.0}, {"logit_divisor": 1.0}),
-    "growth of queries": ("ministral3", {"rope_scaling": GROWING}, {"rope_scaling": rope.Yarn(4.0, 5)}),
-    "linear": ("llama", {"rope_scaling": SCALINGS["linear"]}, {"rope_scaling": None}),
-    "dynamic": ("llama", {"rope_scaling": SCALINGS["dynamic"]}, {"rope_scaling": None}),
-    "llama3": ("llama", {"rope_scaling": LLAMA3}, {"rope_scaling": None}),
-    "yarn": ("llama", {"rope_scaling": YARN}, {"rope_scaling": None}),
-    "ends of yarn's ramp": ("llama", {"rope_scaling": YARN}, {"rope_scaling": msgspec.structs.replace(YARN, truncate=True)}),
-    "longrope": ("phi3", {"rope_scaling": LONG}, {"rope_scaling": None}),
-    "longrope beyond": ("phi3", {"rope_scaling": LONG}, {"rope_scaling": msgspec.structs.replace(LONG, long_factor=(1.0,) * 4)}),
-}
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -242,42 +188,11 @@ def test_decoding_with_a_cache_equals_the_full_forward(name: str, data: st.DataO
     check_decoding(config, seed)
 
 
-def check_decoding(config: DecoderConfig, seed: int) -> None:
-    """Two rows of other lengths, padded on the left, then three tokens one by one."""
-    params, lengths, n_new = random_params(config, seed, torch.float64), (4, 9), 3
-    tokens = random_batch(config, 2, max(lengths) + n_new, seed).tokens
-    first = torch.tensor([max(lengths) - n for n in lengths])[:, None]
-    segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
-    caches = decoder.empty_caches(config, 2, max(lengths) + n_new, params["model.embed_tokens.weight"])
-    block_of = decoder.plain_block_of(config)
-    at, positions, key_range = 0, document_positions(segments), documents(segments)
-    found = []
-    for width in (max(lengths), *[1] * n_new):
-        new = tokens[:, at : at + width]
-        read = decoder.filled_caches(config, caches, at + width)
-        found.append(decoder.decode(config, params, new, read, positions, key_range, block_of))
-        at += width
-        positions, key_range = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
-    for row, length in enumerate(lengths):
-        start = max(lengths) - length
-        wanted = decoder.hidden(config, params, tokens[row : row + 1, start:])
-        torch.testing.assert_close(torch.cat(found, dim=1)[row, start:], wanted[0], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", DENSE)
 @settings(max_examples=3)
 @given(data=st.data(), seed=SEEDS, lengths=st.lists(st.integers(1, 33), min_size=1, max_size=4))
 def test_packed_equals_unpacked(name: str, data: st.DataObject, seed: int, lengths: list[int]) -> None:
     check_packing(data.draw(family_configs(name)), seed, lengths)
-
-
-def check_packing(config: DecoderConfig, seed: int, lengths: list[int]) -> None:
-    model, params = model_of(config), random_params(config, seed, torch.float64)
-    tokens = torch.randint(0, config.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
-    segments = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), torch.tensor(lengths))[None].to(torch.int32)
-    packed = model.forward(params, tokens, segment_ids=segments)
-    alone = torch.cat([model.forward(params, part) for part in tokens.split(lengths, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_chunks_decode_and_pack_as_they_run() -> None:
@@ -426,23 +341,6 @@ def test_empty_patterns_are_refused() -> None:
 
 
 # folders of models that also see images
-
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-IMAGES = {
-    "gemma3": (
-        sized("gemma3_text"),
-        {"mm_tokens_per_image": 4, "boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3},
-    ),
-    "mistral3": (sized("mistral"), {"image_token_index": 3}),
-    "llama4": (small_experts("llama4_text"), {"boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3}),
-}
 
 
 EAGER = {"llama4": {"experts_implementation": "eager"}}  # the others refuse odd sizes

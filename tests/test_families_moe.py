@@ -8,19 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from experts_for_tests import WITH_EXPERTS, small_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import (
-    answers,
-    check_against_transformers,
-    family_configs,
-    random_batch,
-    random_params,
-    reference,
-    separation,
-)
-from test_families import check_decoding, check_packing
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -32,14 +21,21 @@ from minitune.models import Model, gpt_oss, llama4, qwen3_moe
 from minitune.models.experts import Experts
 from minitune.models.rope import Yarn
 from minitune.types import Delta, InputError, Mean, QInt8
+from support.closeness import distance
+from support.experts import WITH_EXPERTS, small_experts
+from support.families import check_decoding, check_packing
+from support.models import (
+    answers,
+    check_against_transformers,
+    family_configs,
+    random_batch,
+    random_params,
+    reference,
+    separation,
+)
 
 ATOL = 1e-5  # of the largest value
 SEEDS = st.integers(0, 2**32)
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, as a share of the largest wanted value."""
-    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

@@ -4,81 +4,19 @@ Its kernels need CUDA. On the CPU torch runs what they are written after, with w
 because it has no kernel for them, so these tests lift that refusal.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blockwise import plain
-from test_compiled import output
 from torch._subclasses import FakeTensorMode
 
 from minitune import flex
-from minitune.attention import KeyRange, causal, chunked, document_positions, documents, windowed
+from support.attention import plain, runs
+from support.scripts import run_script
 
 CPU = torch.device("cpu")
 SEEN = ("causal", "documents", "windows", "chunks", "padding")
-TRACED = """
-import torch.nn.attention.flex_attention as torch_flex
-from torch._dynamo.backends.registry import lookup_backend
-from minitune import flex
-torch_flex._validate_device = lambda *_: None
-flex.serves = lambda q, k: torch.compiler.is_compiling()
-lengths, square = (200, 300, 517), []
-def counting(graph, inputs):
-    graphs.append(1)
-    shapes = [n.meta["example_value"].shape for n in graph.graph.nodes if isinstance(n.meta.get("example_value"), torch.Tensor)]
-    for a, b in ((str(s[-2]), str(s[-1])) for s in shapes if len(s) > 1):  # as text: a comparison would fix a length that is free
-        square.extend([a] if a == b and (a.isidentifier() or a in map(str, lengths)) else [])
-    return lookup_backend("aot_eager")(graph, inputs) if len(graphs) > 2 else graph.forward  # the backward of any length too
-compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
-config = gemma2.Config(n_layers=2, **SIZES, attention_cap=0.7, window=150, sinks=True)
-params = Model(gemma2.FAMILY, config).init(0, 0.3)
-plain, wrapped = Model(gemma2.FAMILY, config), Model(gemma2.FAMILY, config, compiled.wrap(said.append))
-for length in lengths:
-    ours, theirs = (stepped(m, length, params) for m in (wrapped, plain))
-    same(ours[0], theirs[0])
-    print(len(graphs), end=" ")
-print(square, said)
-"""
-KERNEL = """
-import os, sys
-sys.path.insert(0, os.environ["TESTS"])
-from test_blockwise import plain
-from test_flex import runs
-from minitune import flex
-from minitune.attention import attention
-device, dtype = torch.device(os.environ["DEVICE"]), getattr(torch, os.environ["DTYPE"])
-trains = device.type == "cuda"  # torch has no backward for the CPU, and no sum of exponentials, which sinks need
-flex.serves = flex.serves if trains else lambda q, k: True
-generator = torch.Generator().manual_seed(0)
-key_range = runs(os.environ["KIND"], 3, 517, 200, 0.01, generator)
-key_range = type(key_range)(*(x if isinstance(x, tuple) else x.to(device) for x in key_range))
-drawn = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in [(3, n, 517, 64) for n in (6, 2, 2, 6)] + [(6,)]]
-q, k, v, cotangent, sinks = drawn
-def results(run, wide):
-    leaves = [x.to(wide).requires_grad_(trains) for x in (q, k, v, *([sinks] if trains else []))]
-    out = run(*leaves[:3], leaves[3] if trains else None)
-    return [out, *(torch.autograd.grad(out, leaves, cotangent.to(wide)) if trains else [])]
-ours = torch.compile(lambda q, k, v, sinks: attention(q, k, v, key_range, scale=0.1, soft_cap=2.0, sinks=sinks), fullgraph=True)
-theirs = lambda q, k, v, sinks: plain(q, k, v, key_range, 0.1, 2.0, sinks)
-for found, wanted in zip(results(ours, dtype), results(theirs, torch.float64), strict=True):
-    print(float(torch.linalg.vector_norm(found.double() - wanted) / torch.linalg.vector_norm(wanted)))
-"""
-
-
-def runs(kind: str, rows: int, length: int, reach: int, share: float, generator: torch.Generator) -> KeyRange:
-    """What queries see: documents that end at a token with probability `share`, a window or chunk of `reach` keys in them."""
-    segments = 1 + (torch.rand(rows, length, generator=generator) < share).cumsum(1)
-    if kind == "padding":
-        real = torch.randint(0, length + 1, (rows, 1), generator=generator)
-        segments = torch.where(torch.arange(length) < real, segments, 0)
-    key_range = causal(length, CPU) if kind == "causal" else documents(segments)
-    if kind == "windows":
-        return windowed(key_range, reach)
-    return chunked(key_range, document_positions(segments), reach) if kind == "chunks" else key_range
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,7 +98,7 @@ def test_a_sink_that_weighs_nothing_changes_nothing_and_one_that_weighs_all_leav
 def test_a_block_is_one_graph_without_a_square_mask_whatever_the_length() -> None:
     """Traced as on CUDA and run by torch's reference: for the first layer, whose input needs no gradient, and for the others, and
     both again for lengths of any size. No tensor of T x T is in any."""
-    assert output(TRACED) == "2 4 4 [] []\n"
+    assert run_script("flex_traced") == "2 4 4 [] []\n"
 
 
 FITS = {"device": "cuda", "dtype": torch.bfloat16, "size": 64, "n_keys": 5}
@@ -190,7 +128,7 @@ def test_what_its_kernels_take_is_theirs_when_it_is_compiled(fits: bool, changed
 def kernel_errors(kind: str, device: str, dtype: str) -> list[float]:
     """Of Inductor's kernels, as shares of what float64 gives, in the L2 norm: of the result and of every gradient. 517 tokens
     have blocks that are seen whole, seen in part and cut off."""
-    told = output(KERNEL, KIND=kind, DEVICE=device, DTYPE=dtype, TESTS=str(Path(__file__).parent))
+    told = run_script("flex_kernel", kind, device, dtype)
     return [float(line) for line in told.split()]
 
 

@@ -11,10 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import random_batch, random_params
-from test_exports import CONFIG, TOKENS, dense, is_linear, save_compressed, theirs
-from test_programs import tiny, toy  # noqa: F401 - a fixture
-from test_stages import LORA, TRAIN, evaluation, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,6 +20,9 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import Model, decoder, llama
 from minitune.types import Delta, InputError, Mean, QFloat8
+from support.models import random_batch, random_params
+from support.programs import LORA, TRAIN, evaluation, run
+from support.quantized import CONFIG, TOKENS, dense, is_linear, logits_of_transformers, save_compressed
 
 NUMBERS = torch.arange(256, dtype=torch.uint8).view(float8.E4M3).double()
 NUMBERS = NUMBERS[NUMBERS.isfinite()].unique()
@@ -207,13 +206,13 @@ def test_the_compressed_folder_is_read_by_transformers(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(decoder, "linear", linear)
     wanted = Model(llama.FAMILY, CONFIG).forward(params, TOKENS)
-    torch.testing.assert_close(theirs(folder, TOKENS), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+    torch.testing.assert_close(logits_of_transformers(folder, TOKENS), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
 
 FLOAT8 = '[[stage]]\nop = "quantize"\nscheme = { kind = "float8" }\n'
 
 
-def test_a_program_trains_over_8_bit_floats_and_writes_them(tiny: Path, tmp_path: Path):  # noqa: F811
+def test_a_program_trains_over_8_bit_floats_and_writes_them(tiny: Path, tmp_path: Path):
     stages = FLOAT8 + LORA + TRAIN + evaluation("after") + '[[stage]]\nop = "save"\nwhat = "merged"\ndtype = "float32"\n'
     summary = run(tmp_path, tiny, stages)
     kept = checkpoint.load_tensors(next((tmp_path / "p/checkpoints").glob("*quantize*/quantized.safetensors")))

@@ -4,7 +4,6 @@ import json
 import random
 import resource
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import pytest
 import tokenizers
 import torch
-from models_for_tests import SMALL, random_params
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +21,7 @@ from minitune.lora import Lora, check_deltas
 from minitune.models import Model, llama
 from minitune.stages.base import stop_ids
 from minitune.types import InputError
+from support.models import SMALL, random_params
 
 MODEL = Model(llama.FAMILY, SMALL)
 DEMO = paths.PACKAGE / "demo/model"
@@ -298,7 +297,8 @@ def test_soak_mutated_files(i: int, whole: Path, tmp_path: Path) -> None:
 
 
 def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
-    """Read n mutations of a subject: nothing but InputError is raised, each within a second, all within 256 MiB."""
+    """Read n mutations of a subject: nothing but InputError is raised, and all within 256 MiB. One that is never done with runs
+    into the limit that guards every test."""
     file, read, first = SUBJECTS[i]
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
     place = (folder / file).parent if "/" in file else folder
@@ -308,13 +308,11 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     for number in range(n):
         damaged = mutated(content, first, SPICE, random.Random(f"{seed} {file} {number}"))
         (folder / file).write_bytes(damaged)
-        started = time.process_time()
         try:
             read(place)
         except InputError:
             refused += 1
         except Exception as error:
             raise AssertionError(f"mutation {number} of {file} raised {error!r}: {damaged[:3000]!r}") from error
-        assert time.process_time() - started < 1, damaged
     assert refused > n / 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024  # KiB

@@ -13,8 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL as TWO_LAYERS
-from models_for_tests import random_params
 from safetensors.torch import save_file
 
 from minitune import data, frozen, ops, pairs, quant
@@ -26,6 +24,8 @@ from minitune.models import Model, llama
 from minitune.objectives import Teacher, pair_logps
 from minitune.pairs import PairSet
 from minitune.types import InputError, Judged, Pairs
+from support.models import SMALL as TWO_LAYERS
+from support.models import random_params
 
 SMALL = msgspec.structs.replace(TWO_LAYERS, n_layers=1)
 MODEL, PARAMS = Model(llama.FAMILY, SMALL), random_params(SMALL)

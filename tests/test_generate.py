@@ -1,7 +1,5 @@
 """Decoding: what is drawn and how often, what a row depends on, where an answer ends, and what is printed of it meanwhile."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, pairwise
@@ -11,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_params, reference
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
@@ -24,6 +21,8 @@ from minitune.models import Model, llama
 from minitune.quant import dequantize
 from minitune.sampling import Sampling, filtered, next_tokens
 from minitune.types import Delta, PackedInt4, QInt8
+from support.models import SMALL, configs, random_params, reference
+from support.scripts import run_script
 
 MODEL = Model(llama.FAMILY, SMALL)
 DRAWN = Sampling(temperature=1.5, top_k=11, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
@@ -232,25 +231,9 @@ def test_a_caller_may_differentiate_between_steps() -> None:
         assert torch.is_grad_enabled()
 
 
-COMPILED = """
-from functools import partial
-import torch
-from minitune import generate
-from minitune.models import Model, llama
-generate.STRIDE, graphs = 4, []
-config = llama.Config(n_layers=3, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17)
-model = Model(llama.FAMILY, config)
-wrap = partial(torch.compile, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph.forward)
-run = partial(generate.greedy, params=model.init(0, 0.4), prompts=[[1, 2, 3], [4]], deltas={}, max_new_tokens=25, stop_ids=[])
-assert run(model._replace(block_transform=wrap)) == run(model)
-print(len(graphs))
-"""
-
-
 def test_the_block_is_compiled_at_most_twice_for_a_batch() -> None:
     """In a process of its own: torch can't trace the checks of signatures that the tests run under."""
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "2\n"), result.stderr
+    assert run_script("generate_compiled") == "2\n"
 
 
 def test_stream_refuses_an_empty_prompt() -> None:

@@ -12,7 +12,6 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SCALINGS, random_params
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from minitune.interop import gguf, gguf_blocks
 from minitune.interop.gguf import Types
 from minitune.models import Model, llama, rope
 from minitune.types import InputError, QInt4, QInt8
+from support.models import SCALINGS, random_params
 
 CONFIG = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=32, d_ff=96, vocab_size=67, max_positions=64)
 TOKENS = torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -10,13 +10,13 @@ import pytest
 import sentencepiece
 import tokenizers
 from gguf.vocab import SentencePieceVocab
-from test_tokenizer import CHAT_TOKENS, corpus, llama_config, sentencepiece_model
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from minitune.interop import gguf
 from minitune.models import Model, llama
 from minitune.tokenizer import open_tokenizer
+from support.tokenizers import CHAT_TOKENS, corpus, llama_config, sentencepiece_model
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXTS = [

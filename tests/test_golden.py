@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params, reference, widened
 
 from minitune import attention, optim, tree
 from minitune.generate import greedy
@@ -16,13 +15,10 @@ from minitune.grad import remat, value_and_grad
 from minitune.losses import CrossEntropy
 from minitune.models import Model, decoder, llama, rope
 from minitune.types import Mean
+from support.closeness import distance
+from support.models import SMALL, configs, random_batch, random_params, reference, widened
 
 ATOL = 1e-5  # of the logit scale
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest wanted value."""
-    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
 @given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(2, 37), n_rows=st.integers(1, 3))

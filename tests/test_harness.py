@@ -19,14 +19,14 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from models_for_tests import SMALL, random_params
-from test_tokenizer import llama_config, sentencepiece_model, write_folder
 
 from minitune import chat, checkpoint, generate, models, paths, scoring, tokenizer
 from minitune.interop import harness
 from minitune.models import Model, llama
 from minitune.template import with_options
 from minitune.types import Delta, InputError
+from support.models import SMALL, random_params
+from support.tokenizers import llama_config, sentencepiece_model, write_folder
 
 TINY = llama.Config(
     n_layers=2, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_ff=24, vocab_size=1024, tie_embeddings=True, max_positions=80

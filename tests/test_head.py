@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from minitune import ops, quant, tree
 from minitune.types import Adapted
 
+pytestmark = pytest.mark.fast
+
 
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) -> None:

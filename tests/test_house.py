@@ -1,30 +1,18 @@
 """The house: who may import whom, how long a file may be, what is never written. A rule is a function of one module's source."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "minitune"
+from support.house import FLOORS, INTEROP
+from support.paths import PACKAGE, ROOT, TESTS
 
-INTEROP, DEMO = 3.5, 9.0  # the side rooms: interop lies under the programs, the demo is made by all of them
-FLOORS = {
-    0.0: "__init__ types tree seeds paths toml arrays tensorfile heap hardware io/__init__ io/atomic io/results",
-    1.0: "grad offload compiled float8 nf4 quant ops blockwise flex attention losses optim optim8 advance lora sampling moe",
-    2.0: "models/__init__ models/rope models/decoder models/memory models/spelling models/multimodal models/llama models/mistral "
-    "models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "
-    "models/smollm3 models/granite models/experts models/mxfp4 models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe "
-    "models/gpt_oss models/llama4 checkpoint vocabulary tokenizer template chat source packing documents data pairs",
-    3.0: "objectives balance steps sweep private generate frozen calibrate scoring costs",
-    INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
-    "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
-    4.0: "world stages/__init__ stages/base stages/feed stages/adapt stages/loop stages/train stages/sweeping "
-    "stages/measure stages/write log program places report runs talk sample plan folders hub __main__",
-    DEMO: "demo/__init__ demo/__main__ demo/orders demo/words demo/texts demo/pairs",
-}
+pytestmark = pytest.mark.fast
+
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
     **dict.fromkeys(["types", "toml", "io/atomic", "io/results"], "__init__"),
@@ -93,6 +81,9 @@ RUNS = {"torch.load", "torch.save", "eval", "exec", "compile", "__import__"}
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 
 
+parsed = functools.cache(ast.parse)  # every rule reads every file
+
+
 def dotted(node: ast.AST | None) -> str:
     """`a.b.c` of a name or an attribute chain, else an empty string."""
     if isinstance(node, ast.Attribute):
@@ -110,7 +101,7 @@ def scoped(tree: ast.AST, scopes: tuple[ast.AST, ...] = ()) -> Iterator[tuple[as
 
 def imports(module: str, source: str) -> Iterator[tuple[int, str, bool]]:
     """(line, dotted name, whether at the top of the file) of every import, in functions too."""
-    for node, scopes in scoped(ast.parse(source)):
+    for node, scopes in scoped(parsed(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, not scopes) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -164,14 +155,14 @@ def within_budget(module: str, source: str) -> list[str]:
 
 def no_nn_module(module: str, source: str) -> list[str]:
     """No class derives from nn.Module."""
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.walk(parsed(source)) if isinstance(node, ast.ClassDef)]
     return [f"{c.lineno}: class {c.name}" for c in classes if any(ast.unparse(b).split(".")[-1] == "Module" for b in c.bases)]
 
 
 def no_global_state(module: str, source: str) -> list[str]:
     """Modules and classes hold no list, dict or set but UPPER_CASE dicts and Struct defaults; no global, no cache decorator."""
     found = []
-    for node, scopes in scoped(ast.parse(source)):
+    for node, scopes in scoped(parsed(source)):
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and all(isinstance(scope, ast.ClassDef) for scope in scopes):
             names = [dotted(target) for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
             constant = isinstance(node.value, ast.Dict) and all(name.isupper() for name in names)
@@ -190,7 +181,7 @@ def no_global_state(module: str, source: str) -> list[str]:
 def tables_are_constant(module: str, source: str) -> list[str]:
     """Nothing writes to an UPPER_CASE table."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         written = None
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
             written = node.value
@@ -247,7 +238,7 @@ def no_tensor_writes(module: str, source: str) -> list[str]:
     """No x.f_(), no out=, no item or augmented assignment but to local numbers and containers; the exceptions are DONATIONS."""
     found = []
     has_tensors = any(name.partition(".")[0] == "torch" for _, name, _ in imports(module, source))
-    for node, scopes in scoped(ast.parse(source)):
+    for node, scopes in scoped(parsed(source)):
         if isinstance(node, ast.Call):
             method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             inside = [getattr(scope, "name", "") for scope in scopes]
@@ -284,7 +275,7 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncF
 
 def documented(module: str, source: str) -> list[str]:
     """A docstring on the module and every public name; an annotation on every argument and result of a public function."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     found = ["1: no module docstring"] if tree.body and not ast.get_docstring(tree) else []
     for name, node in public(tree):
         if not ast.get_docstring(node):
@@ -299,7 +290,7 @@ def documented(module: str, source: str) -> list[str]:
 
 def well_named(module: str, source: str) -> list[str]:
     """No get_, make_, utils, helpers, manager or trainer."""
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (*DEFS, ast.ClassDef))]
+    nodes = [n for n in ast.walk(parsed(source)) if isinstance(n, (*DEFS, ast.ClassDef))]
     named = [(1, module.split("/")[-1]), *((n.lineno, n.name) for n in nodes)]
     bad = re.compile(r"_*(get_|make_)|.*(utils|helper|manager|trainer)", re.IGNORECASE)
     return [f"{line}: {name}" for line, name in named if bad.match(name)]
@@ -309,7 +300,7 @@ def no_leftovers(module: str, source: str) -> list[str]:
     """No print outside log and __main__, no notes to oneself, no postponed annotations: the checks under test need real ones."""
     found = [f"{i}: {m[0]}" for i, line in enumerate(source.splitlines(), 1) if (m := re.search(r"\b(TODO|FIXME|XXX)\b", line))]
     found += [f"{line}: {name}" for line, name, _ in imports(module, source) if name == "__future__.annotations"]
-    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    calls = [n for n in ast.walk(parsed(source)) if isinstance(n, ast.Call)]
     return found + [f"{c.lineno}: print" for c in calls if dotted(c.func) == "print" and module not in ("log", "__main__")]
 
 
@@ -317,7 +308,7 @@ def data_is_not_code(module: str, source: str) -> list[str]:
     """Nothing that runs what a file or a program says: no pickles, no eval or exec, no import by name."""
     found = [f"{line}: {name}" for line, name, _ in imports(module, source) if name.split(".")[0] in {*PICKLES, "importlib"}]
     found = [f for f in found if "importlib.metadata" not in f and "importlib.resources" not in f]
-    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    calls = [n for n in ast.walk(parsed(source)) if isinstance(n, ast.Call)]
     found += [f"{c.lineno}: {dotted(c.func)}" for c in calls if dotted(c.func) in RUNS]
     return found + [f"{c.lineno}: allow_pickle" for c in calls if any(k.arg == "allow_pickle" for k in c.keywords)]
 
@@ -328,7 +319,7 @@ def draws_are_seeded(module: str, source: str) -> list[str]:
     banned = re.compile(
         r"random\.(?!Random$).*|(np|numpy)\.random\.(?!default_rng$).*|torch\.manual_seed|.*\.(dropout|randn?_like)"
     )
-    for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+    for call in (n for n in ast.walk(parsed(source)) if isinstance(n, ast.Call)):
         name = dotted(call.func)
         draws = name.startswith("torch.") and name.removeprefix("torch.") in DRAWS
         if banned.fullmatch(name) or (draws and not any(k.arg == "generator" for k in call.keywords)):
@@ -436,3 +427,71 @@ def test_house(rule: Rule):
 def test_rule_finds_what_it_forbids(rule: Rule, module: str, source: str):
     assert rule(module, source)
     assert not rule("data", CLEAN)
+
+
+def imports_no_test_module(source: str) -> list[str]:
+    """A test module imports no other one: what two of them need lies in tests/support. None is found from a file's own place."""
+    found = [
+        f"{line}: imports {name}" for line, name, _ in imports("", source) if re.match(r"\.|(tests\.)?(test_|conftest)", name)
+    ]
+    return found + [f"{i}: __file__" for i, line in enumerate(source.splitlines(), 1) if re.search(r"\bPath\(__file__\)", line)]
+
+
+def bounds_no_time(source: str) -> list[str]:
+    """No test reads a clock or the CPU time: what it would bound is the machine that it runs on. Speed belongs to bench/."""
+    clocks = {"perf_counter", "process_time", "monotonic", "thread_time", "ru_utime", "ru_stime"}
+    used = [node for node in ast.walk(parsed(source)) if isinstance(node, (ast.Attribute, ast.Name))]
+    return [f"{n.lineno}: {ast.unparse(n)}" for n in used if (n.attr if isinstance(n, ast.Attribute) else n.id) in clocks]
+
+
+TEST_SOURCES = {str(path.relative_to(TESTS)): path.read_text("utf-8") for path in sorted(TESTS.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("rule", [imports_no_test_module, bounds_no_time], ids=lambda rule: rule.__name__)
+def test_tests_keep_their_rules(rule: Callable[[str], list[str]]):
+    """support/paths.py is the one file that knows where it lies, and support/scripts is found from there."""
+    found = [
+        f"tests/{path}:{line}" for path, source in TEST_SOURCES.items() if path != "support/paths.py" for line in rule(source)
+    ]
+    assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        (imports_no_test_module, "from test_stages import run"),
+        (imports_no_test_module, "def f():\n    import test_stages"),
+        (imports_no_test_module, "from tests.test_stages import run"),
+        (imports_no_test_module, "from .test_stages import run"),
+        (imports_no_test_module, "from conftest import SCRATCH"),
+        (imports_no_test_module, "ROOT = Path(" + "__file__).parent"),
+        (bounds_no_time, "start = time.perf_counter()"),
+        (bounds_no_time, "from time import monotonic\nmonotonic()"),
+        (bounds_no_time, "used = usage.ru_utime + usage.ru_stime"),
+    ],
+)
+def test_a_rule_for_tests_finds_what_it_forbids(rule: Callable[[str], list[str]], source: str):
+    assert rule(source)
+    assert not rule("from support.models import SMALL\nimport time\ntime.sleep(0.1)")
+
+
+PINNED = re.compile(r'(^|[\s{,.])dtype\s*=\s*"(?!auto")')
+
+
+def pinned_without_a_reason(text: str) -> list[str]:
+    """A program leaves every dtype to the machine, or says in a comment on that line why it does not."""
+    return [f"{i}: {line}" for i, line in enumerate(text.splitlines(), 1) if PINNED.search(line) and "#" not in line]
+
+
+def test_no_program_pins_a_dtype_without_a_reason():
+    programs = {path: path.read_text("utf-8") for path in sorted((ROOT / "programs").rglob("*.toml"))}
+    found = [f"{path.relative_to(ROOT)}:{line}" for path, text in programs.items() for line in pinned_without_a_reason(text)]
+    assert not found, f"{pinned_without_a_reason.__doc__}\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "pin", ['dtype = "bfloat16"', 'model.dtype  = "float32"', 'teacher = { path = "demo", dtype = "bfloat16" }']
+)
+def test_a_pinned_dtype_is_found(pin: str):
+    assert pinned_without_a_reason(f'name = "a"\n{pin}\n')
+    assert not pinned_without_a_reason(f'{pin}  # half the bytes\ndtype = "auto"\nteacher = {{ path = "demo" }}\n')

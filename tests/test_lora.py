@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, random_batch, random_params, reference
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,8 @@ from minitune.lora import Lora, check_deltas, merge_error
 from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.types import Adapted, Batch, Delta, InputError, Mean, QInt8, Trainable
+from support.closeness import distance
+from support.models import SMALL, randn, random_batch, random_params, reference
 
 ATOL = 1e-5  # of the scale of logits or gradients
 SEEDS = st.integers(0, 2**32)
@@ -43,10 +44,6 @@ def config(**fields: Any) -> llama.Config:
     return llama.Config(**{f: getattr(SMALL, f) for f in SMALL.__struct_fields__} | {"mlp_bias": True, **fields})
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def moved(leaves: Trainable, seed: int = 0, size: float = 0.3) -> dict[str, Any]:
     """A trainable tree with a random step taken from it, so that no part is at its initial value."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,11 +52,6 @@ def moved(leaves: Trainable, seed: int = 0, size: float = 0.3) -> dict[str, Any]
 
 def logits(c: llama.Config, params: Params, tokens: torch.Tensor, trainable: Trainable, rule: Lora | None) -> torch.Tensor:
     return Model(llama.FAMILY, c).forward(objectives.apply_trainable(params, trainable, rule), tokens)
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest wanted value."""
-    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
 def save(folder: Path, trainable: Trainable, rule: Lora, names: Collection[str] = SMALL_NAMES) -> None:

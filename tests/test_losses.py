@@ -40,6 +40,8 @@ from minitune.losses import (
 from minitune.losses.base import log1mexp
 from minitune.types import LogProbs
 
+pytestmark = pytest.mark.fast
+
 seeds = st.integers(0, 2**32)
 betas = st.sampled_from([0.05, 0.3, 1.0, 2.5])
 smoothings = st.sampled_from([0.0, 0.1, 0.5, 0.8, 1.0])

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import SMALL, random_params, reference
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,6 +19,7 @@ from minitune.models import Model, llama
 from minitune.optim import SGD
 from minitune.steps import dpo_step
 from minitune.types import Batch, LogProbs, Pairs
+from support.models import SMALL, random_params, reference
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's own switch for the warning that importing trl.experimental gives
 

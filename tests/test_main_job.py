@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
-@pytest.mark.timeout(600)  # two minutes on two quiet cores
 def test_the_demo_learns_and_shows_it(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "minitune", "programs/lora.toml", f"out={tmp_path}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

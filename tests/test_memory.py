@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_for_tests import SMALL, random_batch, random_params
-from test_programs import tiny  # noqa: F401 - a fixture
-from test_stages import LORA, TRAIN, run, start
 from torch.utils.flop_counter import FlopCounterMode
 
 from minitune import grad, objectives, tree
 from minitune.lora import Lora
 from minitune.models import Model, llama, memory
 from minitune.types import InputError
+from support.models import SMALL, random_batch, random_params
+from support.programs import LORA, TRAIN, run, start
 
 CONFIG = llama.Config(
     n_layers=5, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, d_ff=48, vocab_size=61, norm_eps=1e-3, tie_embeddings=False
@@ -90,7 +89,7 @@ def test_no_backward_below_the_first_adapted_layer(remat: bool) -> None:
 
 
 def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:

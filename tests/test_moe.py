@@ -1,6 +1,6 @@
 """Mixtures of experts against transformers' own blocks, and what must hold for any of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 
 from minitune import grad, moe, ops, quant
 from minitune.types import Adapted, Delta, Mean
+from support.closeness import distance
 
 ATOL = 1e-5
 D, WIDTH, X, K = 11, 5, 7, 3  # D_model, d_ff, experts, experts a token
@@ -114,7 +115,7 @@ CASES = {
         partial(gpt_oss, **OSS),
         {
             "softmax over all": {"router": softmax(False)},
-            "halves": {"activation": halves},
+            "half": {"activation": halves},
             "no clamp": {"activation": partial(interleaved, limit=1e9)},
             "no bias": {"dropped": "up"},
             "no bias behind": {"dropped": "down"},
@@ -144,10 +145,6 @@ def values(block: nn.Module, x: Tensor) -> Tensor:
 def random_input(n: int, seed: int, tied: bool = False) -> Tensor:
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(seed + 1))
     return torch.where(torch.arange(n)[:, None] % 2 == 0, 0.0, x) if tied else x  # rows of zeros, whose logits are all equal
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float(((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)).detach())
 
 
 @settings(max_examples=12)
@@ -210,8 +207,8 @@ def test_an_expert_without_tokens_is_never_read() -> None:
     assert torch.equal(unchecked(x, routes, [missing(maps) for maps in into], ops.swiglu, missing(out)), wanted)
 
 
-def random_adapted(weights: Sequence[Tensor], generator: torch.Generator, dora: bool) -> list[Any]:
-    """The weights, each but the second adapted at a rank of its own."""
+def deltas_of_experts(shapes: list[tuple[int, int]], generator: torch.Generator, dora: bool = False) -> list[Delta | None]:
+    """A delta of its own rank for every expert but the second."""
 
     def adapted(rank: int, w: Tensor) -> Adapted:
         d_out, d_in = w.shape
@@ -226,7 +223,7 @@ def test_deltas_of_single_experts_equal_merged_weights(dora: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     into, out = separate(random_block(CASES["mixtral"], 5)[1])
     x, maps = random_input(17, 5), [*into, out]
-    changed = [random_adapted(one.weights, generator, dora) for one in maps]
+    adapted = [one._replace(deltas=deltas_of_experts([w.shape for w in one.weights], generator, dora)) for one in maps]
 
     def merged(w: Any) -> Tensor:
         if isinstance(w, Tensor):

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import losses, models, objectives, ops, optim, tree
 from minitune.grad import value_and_grad
@@ -14,6 +13,9 @@ from minitune.models import Model
 from minitune.objectives import Teacher
 from minitune.steps import dpo_step, kd_step, sft_step, train_step
 from minitune.types import Batch, InputError, Judged, Pairs, Taught
+from support.models import SMALL, configs, random_batch, random_params
+
+pytestmark = pytest.mark.fast
 
 LORA = Lora(rank=3, alpha=6.0, targets=("*_proj.weight",))
 
@@ -214,7 +216,7 @@ def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None
     def coarse(w: torch.Tensor) -> torch.Tensor:
         return w + ((w * 4).round() / 4 - w).detach()
 
-    plain = objectives.sft(model, losses.CrossEntropy(), None)
+    plain = objectives.sft(model, None)
     aware = objectives.quantization_aware(plain, lambda t: tree.map(coarse, t))
     evaluate = value_and_grad(lambda t: aware(t, frozen, batch)[0])
     there = value_and_grad(lambda t: plain(t, frozen, batch)[0])

@@ -5,9 +5,6 @@ then is an error. On a CUDA device with the real one.
 """
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import SMALL, random_batch, random_params
-from test_programs import tiny  # noqa: F401 - a fixture
-from test_stages import LORA, TRAIN, run
 from torch import Tensor
 
 from minitune import grad, objectives, offload, optim, steps, sweep, tree
@@ -29,6 +23,9 @@ from minitune.losses import CrossEntropy, Dpo
 from minitune.models import FAMILIES, Model, llama
 from minitune.models.experts import Experts
 from minitune.types import Batch, Mean, Pairs
+from support.models import SMALL, random_batch, random_params
+from support.programs import LORA, TRAIN, run
+from support.scripts import run_script
 
 SIZES = {"n_layers": 5, "n_heads": 2, "n_kv_heads": 1, "d_model": 14, "d_head": 6, "d_ff": 13, "vocab_size": 17}
 CONFIG = llama.Config(**SIZES, tie_embeddings=False)
@@ -195,7 +192,7 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
     optimizers, found = [optim.AdamW(lr=1e-2), optim.AdamW(lr=1e-3)], []
     for model in both(Model(llama.FAMILY, CONFIG), late):
         step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=2)
-        states = [o.init(d) for o, d in zip(optimizers, sweep.each(deltas, 2), strict=True)]
+        states = [o.init(d) for o, d in zip(optimizers, sweep.unstack(deltas, 2), strict=True)]
         found.append(step(params, deltas, states, batch))
     same(found[0], found[1])
     assert len(late.returned) == 2 * 4
@@ -286,7 +283,7 @@ def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) ->
 
 
 def test_a_stage_on_a_cuda_device_sends_its_inputs_away(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,40 +303,8 @@ def test_a_stage_on_a_cuda_device_sends_its_inputs_away(
     assert alive(late.sources + late.copies + late.returned) == 0
 
 
-COMPILED = """
-import torch
-from minitune import compiled, grad, objectives, offload
-from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
-from minitune.types import Batch
-graphs, moved, real = [], [], torch.compile
-def counting(graph, inputs):
-    graphs.append(1)
-    return graph.forward
-torch.compile = lambda block, **how: real(block, fullgraph=True, backend=counting)
-def copied(x):
-    moved.append(1)
-    return x.clone()
-config = llama.Config(n_layers=3, n_heads=4, n_kv_heads=2, d_model=16, d_head=6, d_ff=13, vocab_size=17)
-params, rule = Model(llama.FAMILY, config).init(0, 0.3), Lora(3, 8.0, ("*_proj.weight",))
-tokens = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(0))
-batch = Batch(tokens, torch.ones_like(tokens), torch.ones_like(tokens, dtype=torch.bool))
-lean, found = Model(llama.FAMILY, config, compiled.wrap(print), n_remat=3), []
-for model in (lean, lean._replace(remat=offload.remat(offload.Mover(copied, copied, lambda x: x)))):
-    objective = objectives.sft(model, rule)
-    found.append(grad.value_and_grad(lambda d: objective(d, params, batch), has_aux=True)(rule.init(params, 0)))
-    found.append(len(graphs))
-torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
-print(found[1] == found[3], len(moved))
-"""
-
-
 def test_compiled_blocks_are_the_same_graphs_with_the_same_result() -> None:
-    words = [sys.executable, "-W", "ignore", "-c", COMPILED]
-    result = subprocess.run(words, capture_output=True, text=True, env=os.environ)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "True 5\n"
+    assert run_script("offload_compiled") == "True 5\n"
 
 
 def test_the_side_stream_waits_for_the_computation_and_it_for_the_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:

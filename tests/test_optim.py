@@ -15,6 +15,7 @@ from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
 from minitune.types import Delta
+from support.models import SMALL, random_batch, random_params
 
 SEEDS = st.integers(0, 2**32)
 

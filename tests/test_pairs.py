@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import WORDS, llama
 
 from minitune import documents, pairs, paths, tokenizer
 from minitune.chat import CHATML, Template, compile_template, encode_chat, encode_prompt, open_template
@@ -20,6 +19,7 @@ from minitune.data import Cursor, Source, prepare, prompts
 from minitune.pairs import PairSet, batches, conversations, select, take
 from minitune.tokenizer import Tokenizer
 from minitune.types import Batch, InputError, Judged, Pairs
+from support.tokenizers import WORDS, llama
 
 TINY = llama()[0], compile_template(CHATML, {"eos_token": "</s>"}, "chatml")
 DEMO_TOKENIZER = tokenizer.open_tokenizer(paths.locate("demo"))

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from experts_for_tests import WITH_EXPERTS, small_experts
-from models_for_tests import random_batch, random_params, reference
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from minitune import tree
@@ -18,6 +16,9 @@ from minitune.stages.adapt import LoraStage
 from minitune.stages.write import Save
 from minitune.types import Delta, Deltas, InputError
 from minitune.world import Draft
+from support.closeness import distance
+from support.experts import WITH_EXPERTS, small_experts
+from support.models import random_batch, random_params, reference
 
 ATOL = 1e-5  # of the scale of the logits
 ROUTED = {name: 1 if name == "qwen2_moe" else 0 for name in WITH_EXPERTS}  # a layer with experts
@@ -46,10 +47,6 @@ def moved(rule: Lora, params: dict[str, torch.Tensor]) -> Deltas:
 
 def save(folder: Path, deltas: Deltas, rule: Lora, names: Any) -> None:
     peft.save(folder, deltas, rule, base="x", fingerprint=None, quantization=None, names=names)
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize("rslora", [False, True])

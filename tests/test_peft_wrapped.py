@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from experts_for_tests import small_experts
-from models_for_tests import random_batch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_families import IMAGES, VISION, distance, family_of, model_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from minitune import checkpoint, models, tree
 from minitune.interop import peft
 from minitune.lora import Lora, check_deltas
 from minitune.types import InputError
+from support.closeness import distance
+from support.experts import small_experts
+from support.families import IMAGES, VISION
+from support.models import family_of, model_of, random_batch
 
 ATOL = 1e-5  # of the largest logit
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")

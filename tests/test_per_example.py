@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import optim, private, tree
 from minitune.grad import per_example, remat, value_and_grad
@@ -15,15 +14,10 @@ from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.private import Privacy
 from minitune.types import Batch, Mean
+from support.models import SMALL, configs, random_batch, random_deltas, random_params
 
 RULE = Lora(2, 4.0, ("*_proj.weight",))
 SEEDS = st.integers(0, 2**32)
-
-
-def random_deltas(params: dict[str, torch.Tensor], seed: int) -> tree.Tree:
-    generator = torch.Generator().manual_seed(seed)
-    like = params["model.norm.weight"]
-    return tree.map(lambda x: 0.3 * torch.randn(x.shape, generator=generator).to(like), RULE.init(params, seed))
 
 
 def of_a_row(model: Model, params: dict[str, torch.Tensor]) -> object:
@@ -36,7 +30,7 @@ def of_a_row(model: Model, params: dict[str, torch.Tensor]) -> object:
 def test_per_example_is_a_loop(config: llama.Config, seed: int, rows: int, chunk: int, whole: bool, wide: bool) -> None:
     params = random_params(config, seed, torch.float64 if wide else torch.float32)
     batch, model = random_batch(config, rows, 9, seed), Model(llama.FAMILY, config, remat if seed % 2 else lambda f: f)
-    trainable = dict(params) if whole else random_deltas(params, seed)
+    trainable = dict(params) if whole else random_deltas(params, RULE, seed)
     fn = of_a_row(model, params)
     means, grads = per_example(fn, chunk=chunk)(trainable, batch)
     for i in range(rows):
@@ -98,7 +92,7 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL, dtype=torch.float64)
     batch = random_batch(SMALL, 5, 11, packed=False)
     batch = batch._replace(loss_mask=torch.ones_like(batch.loss_mask), segment_ids=torch.ones_like(batch.segment_ids))
-    optimizer, trainable = optim.SGD(lr=0.1), random_deltas(params, 1)
+    optimizer, trainable = optim.SGD(lr=0.1), random_deltas(params, RULE, 1)
     step = private.private_step(sft(model, RULE), optimizer, Privacy(1e9, 0.0, 0, chunk=2), donate=donate)
     given_ = tree.map(torch.clone, trainable)
     new, state, metrics = step(params, given_, private.init(optimizer, trainable), batch)
@@ -114,6 +108,9 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
 def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, 1), optim.SGD(lr=1.0)
+    objective, privacy = sft(model, RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
+    model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
+    batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, RULE, 1), optim.SGD(lr=1.0)
     objective, privacy = sft(model, RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
     state = private.init(optimizer, trainable)._replace(step=torch.tensor(9))
     new, after, metrics = private.private_step(objective, optimizer, privacy)(params, trainable, state, batch)

@@ -10,12 +10,9 @@ from unittest import mock
 import msgspec
 import pytest
 import torch
-from models_for_tests import random_params
-from test_programs import tiny  # noqa: F401 - a fixture
-from test_stages import LORA, NF4, TRAIN, start
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from minitune import advance, blockwise, costs, losses, models, objectives, ops, optim, plan, program, tree
+from minitune import advance, blockwise, costs, models, objectives, ops, optim, plan, program, tree
 from minitune.__main__ import main
 from minitune.grad import value_and_grad
 from minitune.lora import Lora
@@ -25,8 +22,11 @@ from minitune.models.weights import head_name
 from minitune.stages import Train
 from minitune.types import Delta, InputError
 from minitune.world import World
+from support.models import random_params
+from support.paths import ROOT
+from support.programs import LORA, NF4, TRAIN, start
 
-_spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "bench/memory.py")
+_spec = importlib.util.spec_from_file_location("memory", ROOT / "bench/memory.py")
 assert _spec is not None
 assert _spec.loader is not None
 memory = importlib.util.module_from_spec(_spec)
@@ -114,7 +114,7 @@ def test_the_matrix_products_of_a_step_are_those_that_torch_counts(model: Model,
         beyond = n_unlabelled * 2 * params[head].numel() * (3 if head in trainable else 2)
         for n_remat in (0, 2):
             again = model._replace(n_remat=n_remat)
-            objective = objectives.sft(again, losses.CrossEntropy(), None if whole else rule)
+            objective = objectives.sft(again, None if whole else rule)
             with FlopCounterMode(display=False) as counted:
                 value_and_grad(lambda leaves, f=objective: f(leaves, params, batch), has_aux=True)(trainable)
             wanted = batch.tokens.numel() * costs.flops_per_token(again, trainable, 0.0) - beyond
@@ -151,7 +151,7 @@ def test_attention_is_counted_over_the_keys_that_are_seen() -> None:
 
 def test_the_flops_of_8b_are_those_of_the_budget() -> None:
     """6 N a token for every weight; 4 N for LoRA less the gradients of the first layer's input, which nobody needs."""
-    model = models.open_config(Path(__file__).parents[1] / "configs/models/llama-3.1-8b.toml")
+    model = models.open_config(ROOT / "configs/models/llama-3.1-8b.toml")
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     n, d = 8_030_261_248 - 128256 * 4096 - 65 * 4096, 4096  # without the embedding and the norms
     assert costs.flops_per_token(model, params, 2048.0) == 6 * n + 6 * 32 * d * 2048
@@ -167,7 +167,7 @@ def plan_of(capsys: pytest.CaptureFixture[str], *args: Any, **how: Any) -> str:
 
 
 def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -191,7 +191,7 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     assert told.endswith("  or a smaller model, or a lora stage in place of a full one\n")
 
 
-def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:
     """The step of a real run's world, beside that of the plan."""
     seen: dict[str, Any] = {}
 
@@ -212,7 +212,7 @@ def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) ->
 
 
 def test_a_program_that_trains_nothing_is_refused(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_programs import tiny, toy  # noqa: F401 - a fixture
 
 from minitune import checkpoint, hardware, tree, world
 from minitune.__main__ import main
 from minitune.world import ModelSource, compute_dtype
+from support.programs import toy
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def test_auto_is_bfloat16_where_the_processor_multiplies_it(
     has: dict[str, bool],
     dtype: torch.dtype,
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -49,7 +49,7 @@ def test_auto_on_cuda_asks_for_bfloat16_in_hardware(major: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
-def test_what_trains_is_float32_beside_bfloat16_compute(name: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_trains_is_float32_beside_bfloat16_compute(name: str, tiny: Path, tmp_path: Path) -> None:
     assert main([name, *toy(name, tiny, tmp_path), "model.dtype=bfloat16"]) == 0
     state = checkpoint.load_tensors(checkpoint.committed(tmp_path / name / "checkpoints/train")[-1] / "state.safetensors")
     trained = {key: x.dtype for key, x in tree.items(state) if key.startswith("trainable.")}
@@ -65,7 +65,7 @@ def matmul_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("matmul_precision")
-def test_tf32_is_off_unless_the_program_asks(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_tf32_is_off_unless_the_program_asks(tiny: Path, tmp_path: Path) -> None:
     for words, wanted in (([], "ieee"), (["tf32=true"], "tf32"), (["tf32=false"], "ieee")):
         assert main(["eval", *toy("eval", tiny, tmp_path), *words]) == 0
         assert torch.backends.cuda.matmul.fp32_precision == wanted

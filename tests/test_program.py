@@ -18,6 +18,8 @@ from minitune.stages import LoraStage
 from minitune.types import InputError
 from minitune.world import ModelSource
 
+pytestmark = pytest.mark.fast
+
 TEXT = """\
 # the smallest program
 name = "tiny"

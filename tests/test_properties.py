@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import objectives, ops, optim, seeds, tree
 from minitune.attention import KeyRange, attention, causal, document_positions, documents
@@ -20,25 +19,13 @@ from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import eval_step, sft_step, train_step
 from minitune.types import Adapted, Batch, Delta, InputError, Mean
+from support.closeness import assert_trees_close
+from support.models import SMALL, configs, randn, random_batch, random_deltas, random_params
+
+pytestmark = pytest.mark.fast
 
 SEEDS = st.integers(0, 2**32)
 TARGETS = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight")
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def random_deltas(params: dict[str, torch.Tensor], rule: Lora, seed: int = 0) -> dict[str, Delta]:
-    """Deltas of which neither half is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    return tree.map(lambda x: 0.3 * torch.randn(x.shape, generator=generator), rule.init(params, seed))
-
-
-def assert_trees_close(found: tree.Tree, wanted: tree.Tree, tolerance: float) -> None:
-    """Every leaf within tolerance of the largest value of the wanted tree."""
-    scale = max(float(leaf.abs().max()) for leaf in tree.leaves(wanted)) or 1.0
-    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * scale), found, wanted)
 
 
 # trees

@@ -10,10 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-import tokenizers
 import trl
-from test_tokenizer import corpus, write_folder
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from minitune import data, pairs
@@ -22,6 +19,7 @@ from minitune.source import Mixed, Source
 from minitune.template import with_options
 from minitune.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import InputError
+from support.tokenizers import with_special_tokens, write_folder
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 PUBLISHED = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
@@ -58,15 +56,8 @@ CONVERSATIONS: dict[str, tuple[list[Message], list[Any]]] = {
 @cache
 def speaker() -> tuple[Tokenizer, PreTrainedTokenizerFast]:
     """minitune's and transformers' tokenizers of one folder that has the special tokens of all the templates."""
-    folder = write_folder(None, {**NAMES, "clean_up_tokenization_spaces": False})
-    fast = tokenizers.Tokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=letters))
-    fast.add_special_tokens([*NAMES.values(), *sorted({token for text in PUBLISHED.values() for token in SPECIAL.findall(text)})])
-    fast.save(str(folder / "tokenizer.json"))
-    return open_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    special = sorted({token for text in PUBLISHED.values() for token in SPECIAL.findall(text)})
+    return with_special_tokens(NAMES, [*NAMES.values(), *special])
 
 
 @cache

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from models_for_tests import SMALL, random_batch, random_params
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.quant import NF4, Float8, Int4, Int8, Quantization, Scheme, dequantize, fake, linear, packed, quantize
 from minitune.types import QNF4, Delta, InputError, Mean, QFloat8, QInt4, QInt8
+from support.models import SMALL, random_batch, random_params
 
 SCHEMES: dict[str, Scheme] = {
     "int8": Int8(),

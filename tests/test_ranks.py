@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models_for_tests import SMALL, random_batch, random_params
 
 from minitune import optim, tree
 from minitune.lora import Lora
@@ -16,6 +15,7 @@ from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
 from minitune.types import Batch, Mean
+from support.models import SMALL, random_batch, random_params
 
 RULE = Lora(rank=2, alpha=4.0, targets=("*.self_attn.*_proj.weight",))
 OPTIMIZER = optim.SGD(lr=0.5)

@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_house import FLOORS
-from test_programs import tiny, toy  # noqa: F401 - a fixture
 
 from minitune import paths
 from minitune.__main__ import main
+from support.house import FLOORS
+from support.paths import ROOT
+from support.programs import toy
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 
@@ -34,7 +34,7 @@ def test_the_python_snippet_runs() -> None:
 
 
 def test_every_command_is_known_and_those_of_minitune_run(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,

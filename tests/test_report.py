@@ -2,9 +2,12 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from minitune.report import report
+
+pytestmark = pytest.mark.fast
 
 SUMMARY = {
     "before": {

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import WORDS, llama
 
 from minitune import pairs, tokenizer
 from minitune.chat import CHATML, compile_template, encode_chat, open_template
@@ -24,6 +23,7 @@ from minitune.data import Cursor, Dataset, cache_key, messages, prepare, prompts
 from minitune.packing import epoch_documents, epoch_rows, fill
 from minitune.source import Mixed, Source, Split, located, read_rows
 from minitune.types import InputError
+from support.tokenizers import WORDS, llama
 
 TOOLS = (
     "{% if tools %}<|im_start|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>{% endif %}"

@@ -9,56 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_for_tests import random_params
-from test_programs import COMMAND, TINY, rows_without_time, spawn, tiny, toy, wait_for_step  # noqa: F401 - a fixture
 
 from minitune import checkpoint, models, quant
 from minitune.__main__ import main
 from minitune.interop import peft
 from minitune.models import Model, llama
-
-HEAD = """
-name = "{name}"
-[model]
-path = "{tiny}/model"
-dtype = "float32"
-[data.train]
-path = "{tiny}/orders-train.jsonl"
-format = "instruct"
-seq_len = 256
-[data.heldout]
-path = "{tiny}/orders-heldout.jsonl"
-format = "instruct"
-seq_len = 256
-[data.pairs]
-path = "{tiny}/orders-pairs.jsonl"
-format = "pairs"
-seq_len = 256
-[data.judged]
-path = "{tiny}/orders-pairs.jsonl"
-format = "judged"
-seq_len = 256
-"""
-LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'
-NF4 = '[[stage]]\nop = "quantize"\nscheme = { kind = "nf4" }\n'
-TRAIN = '[[stage]]\nop = "train"\ndata = "train"\nsteps = 4\nbatch_size = 4\nsave_every = 2\n'
-TRAIN += 'optimizer = { kind = "adamw", lr = 0.05 }\n'
-
-
-def evaluation(name: str) -> str:
-    return f'[[stage]]\nop = "eval"\nname = "{name}"\ndata = "heldout"\nlimit = 2\nmax_new_tokens = 2\n'
-
-
-def run(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p") -> dict:  # noqa: F811
-    """The summary of a program made of these stages."""
-    assert start(tmp_path, tiny, stages, *words, name=name) == 0
-    return json.loads((tmp_path / name / "summary.json").read_text())
-
-
-def start(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p", verb: tuple[str, ...] = ()) -> int:  # noqa: F811
-    (tmp_path / f"{name}.toml").write_text(HEAD.format(name=name, tiny=tiny) + stages)
-    return main([*verb, str(tmp_path / f"{name}.toml"), f"out={tmp_path}", *words])
-
+from support.models import random_params
+from support.programs import COMMAND, LORA, NF4, TINY, TRAIN, evaluation, rows_without_time, run, spawn, start, toy, wait_for_step
 
 REFUSED = {
     "no teacher": (LORA + TRAIN + 'loss = { kind = "forward_kl" }\n', "has no teacher, expected one exactly with a distillation"),
@@ -108,7 +65,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_stages_that_do_not_fit_are_refused_before_anything_is_loaded(
     name: str,
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -120,7 +77,7 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_loaded(
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -132,7 +89,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
     assert "has a student of 1024 tokens and a teacher of 1031, expected one vocabulary" in capsys.readouterr().err
 
 
-def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, tmp_path: Path) -> None:
     rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "20.0")  # a rate that soon does harm
     watch = 'evaluate = { data = "heldout", every = 3, patience = 2, batch_size = 8 }\n'
     summary = run(tmp_path, tiny, LORA + rising + watch + evaluation("after"))
@@ -162,7 +119,7 @@ def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, 
 
 
 def test_a_run_without_a_finite_heldout_loss_says_so(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -172,7 +129,7 @@ def test_a_run_without_a_finite_heldout_loss_says_so(
     assert "train had no finite held-out loss in 4 steps; lower the learning rate" in capsys.readouterr().err
 
 
-def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_path: Path) -> None:
     pairs = TRAIN.replace('"train"\nsteps', '"pairs"\nsteps') + 'loss = { kind = "dpo" }\n'
     losses = {}
     for reference in ("start", "base", "cached"):
@@ -198,7 +155,7 @@ KINDS = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto", "forward_kl", "re
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:
     data = "judged" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
     stages = LORA + TRAIN.replace('"train"\nsteps', f'"{data}"\nsteps') + f'loss = {{ kind = "{kind}" }}\n'
     teacher = 'teacher = { path = "demo" }\n' if data == "train" else ""
@@ -213,7 +170,7 @@ def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> 
         assert all(row["reward_margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-4) for row in rows)
 
 
-def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Path) -> None:
     words = [*toy("generate", tiny, tmp_path), "generate.sampling={}"]
     for compiled in ("true", "false"):
         command = [*COMMAND, "generate", *words, f"name={compiled}", f"generate.compiled={compiled}"]
@@ -224,7 +181,7 @@ def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Pat
     assert len(one) == 5
 
 
-def test_a_distillation_killed_in_mid_run_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_distillation_killed_in_mid_run_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     words = [*toy("kd", tiny, tmp_path, steps=12), "train-distilled.save_every=5"]
     for name in ("straight", "killed"):
         process = spawn(["kd", *words, f"name={name}"])
@@ -242,7 +199,7 @@ def test_a_distillation_killed_in_mid_run_continues_bit_for_bit(tiny: Path, tmp_
 
 
 def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -283,7 +240,7 @@ def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     assert re.search(r"\([0-9a-f]{12}\), whose weights are not those of .* \([0-9a-f]{12}\)", capsys.readouterr().err)
 
 
-def test_weights_trained_under_rounding_are_converted_exactly(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_trained_under_rounding_are_converted_exactly(tiny: Path, tmp_path: Path) -> None:
     scheme = '[[stage]]\nop = "{}"\nscheme = {{ kind = "int4", group = 32 }}\n'
     stages = '[[stage]]\nop = "full"\n' + scheme.format("qat") + TRAIN + evaluation("rounded")
     stages += (
@@ -295,7 +252,7 @@ def test_weights_trained_under_rounding_are_converted_exactly(tiny: Path, tmp_pa
     assert summary["int4"]["model_bytes"] < summary["dense"]["model_bytes"]
 
 
-def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight_one(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight_one(tiny: Path, tmp_path: Path) -> None:
     words = [*toy("pipeline", tiny, tmp_path, steps=20), "sft.save_every=3", "dpo.save_every=3"]
     straight = subprocess.run([*COMMAND, "pipeline", *words, "name=straight"], capture_output=True, text=True)
     assert straight.returncode == 0, straight.stderr
@@ -320,7 +277,7 @@ def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight
     assert all(f"│ {name} " in last.stdout for name in ("base", "sft", "tuned", "dpo", "preferred", "quantize", "int4"))
 
 
-def test_what_trains_starts_from_the_exact_weights_whatever_computes(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_trains_starts_from_the_exact_weights_whatever_computes(tiny: Path, tmp_path: Path) -> None:
     stages = '[[stage]]\nop = "full"\n[[stage]]\nop = "save"\nwhat = "params"\n'
     run(tmp_path, tiny, stages, "model.dtype=bfloat16")
     model = models.open(tiny / "model")
@@ -329,7 +286,7 @@ def test_what_trains_starts_from_the_exact_weights_whatever_computes(tiny: Path,
     assert any(not torch.equal(w, w.bfloat16().float()) for w in wanted.values())
 
 
-def test_bfloat16_weights_train_by_stochastic_rounding(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bfloat16_weights_train_by_stochastic_rounding(tiny: Path, tmp_path: Path) -> None:
     save = '[[stage]]\nop = "save"\nwhat = "params"\ndtype = "float32"\n'
     stages = (
         '[[stage]]\nop = "full"\ndtype = "{}"\n' + TRAIN.replace("lr = 0.05", "lr = 1e-6") + save

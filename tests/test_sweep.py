@@ -1,14 +1,9 @@
 """Many adapters at once are the same adapters one after another: functions first, then the stage."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from experts_for_tests import small_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, configs, random_batch, random_params
 
 from minitune import objectives, optim, quant, sweep, tree
 from minitune.grad import remat
@@ -17,6 +12,9 @@ from minitune.losses import CrossEntropy
 from minitune.models import FAMILIES, Model, llama
 from minitune.steps import train_step
 from minitune.types import Batch
+from support.experts import small_experts
+from support.models import SMALL, configs, random_batch, random_params
+from support.scripts import run_script
 
 TARGETS = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight")
 
@@ -60,7 +58,10 @@ def swept(
     model: Model, params: dict, rules: list[Lora], optimizers: list, seeds: list[int], data: list[Batch], micro: int
 ) -> tuple:
     deltas = sweep.stack([fresh(own, params, seed) for own, seed in zip(rules, seeds, strict=True)])
-    states, told = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.each(deltas, len(rules)), strict=True)], []
+    states, told = (
+        [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.unstack(deltas, len(rules)), strict=True)],
+        [],
+    )
     step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=micro)
     for batch in data:
         deltas, states, metrics = step(params, deltas, states, batch)
@@ -162,37 +163,7 @@ def test_an_adapter_that_breaks_is_skipped_and_the_others_step_as_if_alone() -> 
         torch.testing.assert_close(after[i], state, rtol=0.0, atol=1e-6)
 
 
-COMPILED = """
-from functools import partial
-import torch
-from minitune import optim, sweep, tree
-from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
-from minitune.types import Batch
-graphs = []
-def compiled(block):
-    graph = lambda graph, _: graphs.append(1) or graph.forward
-    return torch.compile(block, fullgraph=True, backend=graph)
-config = llama.Config(n_layers=5, n_heads=4, n_kv_heads=2, d_model=12, d_head=6, d_ff=13, vocab_size=17)
-model = Model(llama.FAMILY, config)
-params, rule = model.init(0, 0.4), Lora(3, 8.0, ("*_proj.weight",), dora=True)
-deltas = sweep.stack([rule.init(params, seed) for seed in range(3)])
-tokens = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(0))
-batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), tokens > 3)
-optimizers = [optim.SGD(lr) for lr in (0.1, 0.2, 0.3)]
-states = [o.init(part) for o, part in zip(optimizers, sweep.each(deltas, 3))]
-run = lambda model: sweep.sweep_step(model, CrossEntropy(), [rule] * 3, optimizers, micro_batch=2)(params, deltas, states, batch)
-(found, *_, ours), (wanted, *_, theirs) = run(model._replace(block_transform=compiled)), run(model)
-def same(x, y):  # either is within 2e-6 of float64, as a share of a leaf's largest value: sums of other orders
-    torch.testing.assert_close(x, y, rtol=0.0, atol=1e-5 * float(y.abs().max()))
-tree.map(same, (found, ours), (wanted, theirs))
-print(len(graphs))
-"""
-
-
 def test_the_block_of_all_adapters_is_compiled_twice_whatever_the_depth() -> None:
     """Once for the first layer, whose input needs no gradient. In a process of its own: torch can't trace the checks of
     signatures that the tests run under."""
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "2\n"), result.stderr
+    assert run_script("sweep_compiled") == "2\n"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_programs import rows_without_time, tiny, toy  # noqa: F401 - fixtures
-from test_stages import LORA, TRAIN, run, start
 
 from minitune import checkpoint
 from minitune.__main__ import main
+from support.programs import LORA, TRAIN, rows_without_time, run, start
 
 WATCH = 'evaluate = { data = "heldout", every = 6, batch_size = 8 }\n'
 SWEPT = TRAIN.replace("steps = 4", "steps = 12").replace("lr = 0.05", "lr = 0.01, eps = 1e-4") + WATCH
@@ -32,7 +31,7 @@ def rows_of(folder: Path, adapter: int | None = None) -> list[dict]:
     return [row for row in rows if adapter is None or row["adapter"] == adapter]
 
 
-def test_each_adapter_of_a_sweep_is_the_run_by_itself_and_the_best_goes_on(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_each_adapter_of_a_sweep_is_the_run_by_itself_and_the_best_goes_on(tiny: Path, tmp_path: Path) -> None:
     save = '[[stage]]\nop = "save"\nwhat = "deltas"\n'
     summary = run(tmp_path, tiny, LORA + SWEPT + LISTED + save, name="together")
     losses = {}
@@ -55,7 +54,7 @@ def test_each_adapter_of_a_sweep_is_the_run_by_itself_and_the_best_goes_on(tiny:
         torch.testing.assert_close(x, alone[name], rtol=0.0, atol=1e-6)
 
 
-def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(tiny: Path, tmp_path: Path) -> None:
     grid = 'sweep = { "optimizer.lr" = [0.02, 0.01], seed = [3, 4] }\n'
     run(tmp_path, tiny, LORA + SWEPT + grid, name="straight")
     folder = tmp_path / "straight"
@@ -92,7 +91,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_sweep_that_does_not_fit_is_refused_before_anything_is_loaded(
     name: str,
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -103,7 +102,7 @@ def test_a_sweep_that_does_not_fit_is_refused_before_anything_is_loaded(
 
 
 def test_a_sweep_needs_deltas_alone_and_fresh_ones_for_another_rank(
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:

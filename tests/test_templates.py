@@ -1,25 +1,21 @@
 """Chat templates built as the well-known families build theirs: text equal to transformers', and the mask of every turn."""
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import corpus, texts, wild, write_folder
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from minitune.chat import Message, Template, compile_template, encode_chat, encode_prompt, open_template, render
 from minitune.template import CLOSE, OPEN
 from minitune.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import InputError
+from support.tokenizers import texts, wild, with_special_tokens, write_folder
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SPECIAL = [
@@ -343,17 +339,7 @@ def conversations(draw: st.DrawFn, system: bool, tools: bool) -> tuple[list[Mess
 @cache
 def speaker() -> tuple[Tokenizer, PreTrainedTokenizerFast]:
     """minitune's and transformers' tokenizers of one folder that has the special tokens of all the templates."""
-    fast = tokenizers.Tokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=letters))
-    fast.add_special_tokens(SPECIAL)
-    fast.add_tokens(PLAIN)
-    folder = Path(tempfile.mkdtemp())
-    fast.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({**NAMES, "clean_up_tokenization_spaces": False}))
-    return open_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    return with_special_tokens(NAMES, SPECIAL, PLAIN)
 
 
 @cache

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
-from test_tokenizer import WORDS
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from minitune.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import InputError
 from minitune.vocabulary import CUTS
+from support.tokenizers import WORDS
 
 QWEN2 = CUTS.replace(r"\p{N}{1,3}", r"\p{N}")
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<tool_call>"]

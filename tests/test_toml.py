@@ -13,6 +13,8 @@ from hypothesis import given
 from minitune import toml
 from minitune.types import InputError
 
+pytestmark = pytest.mark.fast
+
 
 class Sgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
     lr: Annotated[float, msgspec.Meta(gt=0)]

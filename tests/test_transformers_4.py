@@ -1,20 +1,20 @@
 """What is saved loads in transformers 4.57 too, with equal logits; that runs in a process of its own, beside the current one."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from experts_for_tests import WITH_EXPERTS, small_experts
-from models_for_tests import random_batch, random_params
 from safetensors.torch import load_file, save_file
-from test_families import MECHANISMS, distance, model_of, sized
 
 from minitune import checkpoint, models
 from minitune.models.config import DecoderConfig
+from support.closeness import distance
+from support.experts import WITH_EXPERTS, small_experts
+from support.families import MECHANISMS, sized
+from support.models import model_of, random_batch, random_params
+from support.scripts import run_script
 
 ATOL = 1e-5  # of the largest logit
 VARIABLE = "TRANSFORMERS_4"  # a folder with transformers 4.57 and what it needs in other versions; see CONTRIBUTING.md
@@ -23,30 +23,11 @@ CASES = {name: sized(family, **fields) for name, (family, fields, _) in MECHANIS
 CASES |= {name: small_experts(name) for name in WITH_EXPERTS}
 CLAMP = msgspec.structs.replace(CASES["gpt_oss"].experts, limit=7.0)  # no number of the config there
 CASES["gpt_oss"] = msgspec.structs.replace(CASES["gpt_oss"], experts=CLAMP)
-THEIRS = """
-import sys
-from pathlib import Path
-import torch, transformers
-from safetensors.torch import load_file, save_file
-assert transformers.__version__.startswith("4.57."), transformers.__version__
-root, name = Path(sys.argv[1]), sys.argv[2]
-tokens = load_file(root / "tokens")["tokens"]
-for folder in sorted((root / name).iterdir()):
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    assert not any(report.values()), (folder, report)
-    with torch.no_grad():
-        save_file({"logits": model.eval()(tokens).logits}, root / f"{name} {folder.name}")
-    model.save_pretrained(root / "theirs" / folder.name)
-"""
 
 
 def logits_of_4(root: Path, name: str) -> dict[str, torch.Tensor]:
     """What transformers 4.57 computes from root/name/CASE; it saves each model in root/theirs/CASE."""
-    path = os.pathsep.join([os.environ[VARIABLE], *sys.path])
-    words = [sys.executable, "-W", "ignore", "-c", THEIRS, str(root), name]
-    result = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_script("transformers_4", str(root), name, PYTHONPATH=os.environ[VARIABLE])
     return {case: load_file(root / f"{name} {case}")["logits"] for case in CASES}
 
 

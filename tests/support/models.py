@@ -7,18 +7,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from experts_for_tests import WITH_EXPERTS, expert_config, fused
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitune import models
+from minitune import models, tree
 from minitune.grad import value_and_grad
+from minitune.lora import Lora
 from minitune.models import Model, weights
 from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.family import Family
 from minitune.models.llama import Config
 from minitune.models.rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
-from minitune.types import Batch, Mean
+from minitune.types import Batch, Delta, Mean
+from support.experts import WITH_EXPERTS, expert_config, fused
 
 SCALINGS = {
     "default": None,
@@ -150,6 +150,8 @@ def random_params(config: DecoderConfig, seed: int = 0, dtype: torch.dtype = tor
 
 def reference(config: DecoderConfig, params: Mapping[str, torch.Tensor]) -> Any:
     """transformers' own model with these weights, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # here: most tests of small models do without this import
+
     hf = family_of(config).to_hf(config)
     fields = {key: value for key, value in hf.items() if key not in ("architectures", "model_type")}
     numbers = AutoConfig.for_model(hf["model_type"], **fields, pad_token_id=None, bos_token_id=None, eos_token_id=None)
@@ -228,3 +230,19 @@ def save_reference(config: DecoderConfig, params: dict[str, torch.Tensor], folde
     model = reference(config, params)
     model.save_pretrained(folder)
     return model
+
+
+def model_of(config: DecoderConfig) -> Model:
+    return Model(family_of(config), config)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Draws from a normal distribution with a seed of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_deltas(params: Mapping[str, torch.Tensor], rule: Lora, seed: int = 0) -> dict[str, Delta]:
+    """Deltas in the dtype of the params, of which neither half is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    like = params["model.norm.weight"]
+    return tree.map(lambda x: 0.3 * torch.randn(x.shape, generator=generator).to(like), rule.init(params, seed))

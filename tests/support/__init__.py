@@ -1,0 +1,1 @@
+"""What several test modules share: models, tokenizers, programs, and how near two results are."""

@@ -1,0 +1,128 @@
+"""Programs at toy size: a tiny model with its data, overrides, stages to put together, and runs in a process of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minitune import checkpoint, paths, program
+from minitune.__main__ import main
+from minitune.models import Model, llama
+from support.models import random_params
+
+TINY = llama.Config(n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, d_ff=64, vocab_size=1024, tie_embeddings=True)
+SHIPPED = paths.shipped()
+
+
+def write_tiny(folder: Path) -> None:
+    """Fill a folder with a tiny random model and the demo's tokenizer, and a few rows of the demo's data and of prose."""
+    demo = paths.locate("demo")
+    model = Model(llama.FAMILY, TINY)
+    params = {name: 0.1 * w for name, w in random_params(TINY).items()}
+    checkpoint.save_folder(folder / "model", params, model, checkpoint.Companions(demo, []))
+    for name in ("orders-train", "orders-heldout", "orders-pairs"):
+        rows = paths.locate(f"demo/{name}.jsonl").read_text().splitlines()[:40]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "text.jsonl").write_text('{"text": "Nine lamps went to Oslo on a grey Monday."}\n' * 9)
+    shape = "family = 'llama'\n" + "\n".join(
+        f"{f} = {json.dumps(getattr(TINY, f))}" for f in ("n_layers", "n_heads", "n_kv_heads")
+    )
+    rest = "\n".join(
+        f"{f} = {json.dumps(getattr(TINY, f))}" for f in ("d_model", "d_head", "d_ff", "vocab_size", "tie_embeddings")
+    )
+    (folder / "shape.toml").write_text(f"{shape}\n{rest}\n")
+
+
+def toy(name: str, tiny: Path, out: Path, steps: int = 3) -> list[str]:
+    """Overrides that make a shipped program small."""
+    loaded = program.load(SHIPPED[name])
+    words = [f"out={out}"]
+    words += [f"model.path={tiny / 'model'}"] if loaded.model.path else [f"model.config={tiny / 'shape.toml'}"]
+    for key, source in loaded.data.items():
+        words.append(f"data.{key}.path={tiny / ('text' if source.format == 'text' else Path(source.path).stem)}.jsonl")
+    for stage in loaded.stage:
+        label, fields = stage.label, stage.__struct_fields__
+        if "steps" in fields:
+            words += [f"{label}.steps={steps}", f"{label}.batch_size=4", f"{label}.save_every=2"]
+            words += [f"{label}.evaluate.every=2", f"{label}.evaluate.batch_size=16"] if stage.evaluate else []
+        if "max_new_tokens" in fields:
+            words += [f"{label}.limit=5", f"{label}.max_new_tokens=4"]
+        if "model" in fields and not stage.model.path.startswith("run/"):
+            words.append(f"{label}.model.path={tiny / 'model'}")
+        if "method" in fields and hasattr(stage.method, "rows"):
+            words.append(f"{label}.method.rows=4")
+    return words
+
+
+COMMAND = [sys.executable, "-m", "minitune"]
+
+
+def spawn(words: list[str], **options: object) -> subprocess.Popen:
+    return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, stage: str = "train") -> None:
+    """Wait until that step of a stage is in metrics.jsonl; a process that hangs runs into the limit that guards every test."""
+    while True:
+        if process.poll() is not None:
+            raise AssertionError(f"ended early with {process.returncode}: {process.communicate()}")
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"stage": "{stage}", "step": {step},' in path.read_text():
+            return
+        time.sleep(0.002)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_tensors(checkpoint.committed(folder / "checkpoints/train")[-1] / "state.safetensors")
+
+
+def rows_without_time(folder: Path) -> list[dict]:
+    timed = ("tokens_per_second", "mem_bytes")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+STAGES_HEAD = """
+name = "{name}"
+[model]
+path = "{tiny}/model"
+dtype = "float32"
+[data.train]
+path = "{tiny}/orders-train.jsonl"
+format = "instruct"
+seq_len = 256
+[data.heldout]
+path = "{tiny}/orders-heldout.jsonl"
+format = "instruct"
+seq_len = 256
+[data.pairs]
+path = "{tiny}/orders-pairs.jsonl"
+format = "pairs"
+seq_len = 256
+[data.judged]
+path = "{tiny}/orders-pairs.jsonl"
+format = "judged"
+seq_len = 256
+"""
+LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'
+NF4 = '[[stage]]\nop = "quantize"\nscheme = { kind = "nf4" }\n'
+TRAIN = '[[stage]]\nop = "train"\ndata = "train"\nsteps = 4\nbatch_size = 4\nsave_every = 2\n'
+TRAIN += 'optimizer = { kind = "adamw", lr = 0.05 }\n'
+
+
+def evaluation(name: str) -> str:
+    return f'[[stage]]\nop = "eval"\nname = "{name}"\ndata = "heldout"\nlimit = 2\nmax_new_tokens = 2\n'
+
+
+def run(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p") -> dict:
+    """The summary of a program made of these stages."""
+    assert start(tmp_path, tiny, stages, *words, name=name) == 0
+    return json.loads((tmp_path / name / "summary.json").read_text())
+
+
+def start(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p", verb: tuple[str, ...] = ()) -> int:
+    (tmp_path / f"{name}.toml").write_text(STAGES_HEAD.format(name=name, tiny=tiny) + stages)
+    return main([*verb, str(tmp_path / f"{name}.toml"), f"out={tmp_path}", *words])

@@ -1,0 +1,11 @@
+"""Numbers of graphs of a shallow model, a deep one, and one with two kinds of layers."""
+
+from minitune.models import Model, gemma2, llama
+from support.scripts.blocks import SIZES, count_whole_graphs, counted, said
+
+count_whole_graphs()
+found = []
+for family, depth in ((llama, 2), (llama, 5), (gemma2, 2)):
+    config = family.Config(n_layers=depth, **SIZES)
+    found.append(counted(family, config, Model(family, config).init(0, 0.3)))
+print(found, said)
