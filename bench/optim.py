@@ -1,4 +1,4 @@
-"""Time and memory of one optimizer step: minitune's donated step against torch.optim.AdamW, fused and foreach.
+"""Time and memory of one optimizer step: minitune's donated step against torch.optim, AdamW and Muon.
 
     python bench/optim.py [elements] [leaves]
 
@@ -6,6 +6,7 @@ All ways take their steps by turns in one process; CPU time, median and spread o
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from minitune.advance import advance
 
 from minitune import optim, tree
+from minitune.optim.apply import apply_gradients
 
 RATES = {"lr": 1e-3, "weight_decay": 0.1}
 REPEATS = 7
@@ -24,7 +25,8 @@ REPEATS = 7
 
 def random_tree(n: int, leaves: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {f"w{i}": torch.randn(n // leaves, generator=generator).to(dtype) for i in range(leaves)}
+    n_rows = max(k for k in range(1, math.isqrt(n // leaves) + 1) if n // leaves % k == 0)  # as square as it can be
+    return {f"w{i}": torch.randn(n_rows, n // leaves // n_rows, generator=generator).to(dtype) for i in range(leaves)}
 
 
 def ours(optimizer: object, n: int, leaves: int, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
@@ -34,16 +36,17 @@ def ours(optimizer: object, n: int, leaves: int, dtype: torch.dtype = torch.floa
 
     def step() -> None:
         norm = tree.norm(grads)
-        states[0] = advance(optimizer, grads, states[0], params, divisor=one, norm=norm, sound=one > 0, donate=True)[1]
+        how = {"divisor": one, "norm": norm, "is_finite": one > 0, "donate": True}
+        states[0] = apply_gradients(optimizer, grads, states[0], params, **how)[1]
 
     return step
 
 
-def theirs(n: int, leaves: int, **how: bool) -> Callable[[], None]:
+def theirs(n: int, leaves: int, kind: type = torch.optim.AdamW, **how: object) -> Callable[[], None]:
     params = [x.requires_grad_() for x in random_tree(n, leaves).values()]
     for p, g in zip(params, random_tree(n, leaves).values(), strict=True):
         p.grad = g
-    optimizer = torch.optim.AdamW(params, **RATES, **how)
+    optimizer = kind(params, **RATES, **how)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -55,12 +58,12 @@ def theirs(n: int, leaves: int, **how: bool) -> Callable[[], None]:
 def by_definition(n: int, leaves: int) -> Callable[[], None]:
     optimizer, params, grads = chain(), random_tree(n, leaves), random_tree(n, leaves)
     state = optimizer.init(params)
-    sound = torch.tensor(True)
+    is_finite = torch.tensor(True)
 
     def step() -> None:
         updates, after = optimizer.update(tree.map(lambda g: g / 1.0, grads), state, params)
-        new = tree.map(lambda p, u: torch.where(sound, p + u, p), params, updates)
-        tree.donate((params, state), (new, tree.map(lambda old, new: torch.where(sound, new, old), state, after)))
+        new = tree.map(lambda p, u: torch.where(is_finite, p + u, p), params, updates)
+        tree.donate((params, state), (new, tree.map(lambda old, new: torch.where(is_finite, new, old), state, after)))
 
     return step
 
@@ -72,9 +75,11 @@ def chain(*more: object, kind: type = optim.AdamW) -> optim.Chain:
 WAYS = {
     "torch.optim.AdamW(fused=True) + clip": lambda n, k: theirs(n, k, fused=True),
     "torch.optim.AdamW(foreach=True) + clip": lambda n, k: theirs(n, k, foreach=True),
-    "minitune by definition (before)": by_definition,
+    "minitune, by definition": by_definition,
     "minitune, donated": lambda n, k: ours(chain(), n, k),
     "minitune adamw8bit": lambda n, k: ours(chain(kind=optim.AdamW8bit), n, k),
+    "torch.optim.Muon + clip": lambda n, k: theirs(n, k, torch.optim.Muon),
+    "minitune muon": lambda n, k: ours(chain(kind=optim.Muon), n, k),
     "minitune bfloat16, stochastic": lambda n, k: ours(chain(optim.RoundStochastically(0)), n, k, torch.bfloat16),
 }
 

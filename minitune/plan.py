@@ -13,9 +13,10 @@ from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import costs, hardware, models, objectives, optim, program, quant, stages, tree, world
+from minitune import costs, hardware, models, objectives, program, quant, stages, tree, world
 from minitune.costs import Step
 from minitune.grad import detached_leaves
+from minitune.optim.eight_bit import AdamW8bit
 from minitune.stages import sweeping
 from minitune.stages.train import HOST, Train
 from minitune.types import InputError, Params, Trainable
@@ -191,7 +192,7 @@ def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
         codes = _codes(step.params, {name: quant.NF4() for name in dense if step.params[name].shape[1] % 2 == 0})
         yield "and a quantize stage with scheme nf4 before the lora stage", step._replace(params={**step.params, **codes})
     else:
-        yield f"and {stage.label}.optimizer.kind=adamw8bit", step._replace(optimizer=optim.AdamW8bit(lr=0.0))
+        yield f"and {stage.label}.optimizer.kind=adamw8bit", step._replace(optimizer=AdamW8bit(lr=0.0))
 
 
 def _memory_bytes(device: torch.device) -> int:

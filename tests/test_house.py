@@ -18,9 +18,8 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     **dict.fromkeys(["types", "toml", "io/atomic", "io/results"], "__init__"),
     **dict.fromkeys(["tree", "paths", "arrays"], "types"),
     "offload": "grad",
+    "optim/apply": "grad",
     "ops": "grad quant",
-    "optim": "optim8",
-    "advance": "grad optim optim8",
     "attention": "grad blockwise flex",
     "flex": "grad",
     "moe": "grad ops",
@@ -75,7 +74,7 @@ DONATIONS = {
     ("tree", "donate", "copy_"),
     ("tree", "donate_at", "index_copy_"),
     ("tree", "donate_sum", "add_"),
-    ("advance", "donate_adamw", "_fused_adamw_"),
+    ("optim/adamw", "donate_adamw", "_fused_adamw_"),
 }
 RUNS = {"torch.load", "torch.save", "eval", "exec", "compile", "__import__"}
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from minitune import advance, blockwise, costs, models, objectives, ops, optim, plan, program, tree
+from minitune import blockwise, costs, models, objectives, ops, optim, plan, program, tree
 from minitune.__main__ import main
 from minitune.grad import value_and_grad
 from minitune.lora import Lora
 from minitune.models import Model, gemma2, llama, mixtral
 from minitune.models.experts import Experts
 from minitune.models.weights import head_name
+from minitune.optim import adamw, transforms
 from minitune.stages import Train
 from minitune.types import Delta, InputError
 from minitune.world import World
@@ -80,8 +81,8 @@ def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pyte
     monkeypatch.setattr(ops, "HEAD_CHUNK", chunk)
     monkeypatch.setattr(ops, "HEAD_ROWS", 1)
     monkeypatch.setattr(blockwise, "BLOCK", 128)
-    monkeypatch.setattr(advance, "FUSED_ELEMENTS", {"cpu": 2**14})
-    monkeypatch.setattr(advance, "PIECE_ELEMENTS", {"cpu": 2**13})
+    monkeypatch.setattr(adamw, "FUSED_ELEMENTS", {"cpu": 2**14})
+    monkeypatch.setattr(transforms, "SLICE_ELEMENTS", {"cpu": 2**13})
     step, run = built(*case, **how)
     assert 0.95 <= memory.peak_bytes(step, run) / sum(costs.floor(step).values()) <= 1.05
 

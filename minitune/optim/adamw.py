@@ -1,7 +1,7 @@
 """AdamW, by its definition and by torch's kernel that reads and writes all of its memory once."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import msgspec
@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import hardware, tree
+from minitune.optim.rounding import Rounding
 from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_tree, wide_zeros, zero_count
 from minitune.tree import Tree
 
 # elements per fused call; bounds the scratch memory of a donated step
 FUSED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26, "xpu": 2**26}
-Rounded = Callable[[Tensor, str, int], Tensor]  # (float32 values of a slice, path of its leaf, its start) -> bfloat16
 
 
 class AdamState(NamedTuple):
@@ -96,7 +96,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         grad_scale: Float[Tensor, ""],
         lr_scale: Float[Tensor, ""],
         path_factors: Sequence[float],
-        rounded: Rounded | None,
+        rounded: Rounding | None,
         is_finite: Bool[Tensor, ""] | None,
     ) -> None:
         """Write over params and moments what a step on grads * grad_scale makes of them; the step count stays.

@@ -125,7 +125,7 @@ def scratch_bytes(optimizer: GradientTransformation, params: Tree) -> int:
         return 3 * tree.n_bytes(params)
     sizes = []
     for pipeline in pipelines:
-        rounds = any(hasattr(link.transform, "rounded") for link in pipeline.tail)
+        rounds = any(hasattr(link.transform, "rounding_after") for link in pipeline.tail)
         sizes.append(pipeline.rule.transform.scratch_bytes([leaves[i] for i in pipeline.numbers], rounds=rounds))
     return max(sizes)
 
@@ -192,7 +192,7 @@ def _donate_step(
 def _is_fused(pipeline: Pipeline, gradients: Gradients, leaves: Sequence[Tensor]) -> bool:
     """True if the rule has a kernel for these tensors, and only factors and then a rounding come behind it."""
     rule, tail = pipeline.rule.transform, [link.transform for link in pipeline.tail]
-    if tail and hasattr(tail[-1], "rounded"):
+    if tail and hasattr(tail[-1], "rounding_after"):
         tail = tail[:-1]
     if not all(hasattr(part, "path_factor") or hasattr(part, "step_factor") for part in tail):
         return False
@@ -217,7 +217,7 @@ def _donate_fused(
         elif hasattr(transform, "path_factor"):
             by_path.append(transform)
         else:
-            rounded = _rounding(transform, state)
+            rounded = transform.rounding_after(state)
 
     own_paths, own_leaves, own_grads = ([values[i] for i in pipeline.numbers] for values in (paths, leaves, gradients.leaves))
     pipeline.rule.transform.fused_update(
@@ -231,11 +231,6 @@ def _donate_fused(
         rounded=rounded,
         is_finite=gradients.is_finite,
     )
-
-
-def _rounding(transform: Any, step: Tensor) -> Any:
-    """Function (values of a slice, path, start) -> rounded values, after so many steps."""
-    return lambda x, path, start: transform.rounded(x, step, path, start)
 
 
 def _clip_factors(clips: Sequence[Link], gradients: Gradients) -> list[Tensor]:

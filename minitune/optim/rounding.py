@@ -1,18 +1,18 @@
 """Rounding at random of parameters in bfloat16, which keeps the steps that rounding to the nearest would drop.
 
-The random numbers are a hash of (seed, step, path, place of the element): each has its own, whatever slice of a leaf is rounded,
-on every device alike, and no device waits for the host to read its step count.
+A CPU draws from a generator of (seed, step, path), which is the fastest there. An accelerator hashes (seed, step, path, place of
+the element) itself: a generator on the host would need the step count, and the queue would wait until it is read.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import msgspec
 import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
-from minitune import seeds, tree
+from minitune import hardware, seeds, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
 from minitune.tree import Tree
 
@@ -21,11 +21,21 @@ MIX_32 = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of the hash "lowbias32"
 MIX_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of splitmix64 (Steele et al. 2014)
 
 
+Rounding = Callable[[Tensor, str, int], Tensor]  # (float32 values of a slice, path of its leaf, its start) -> bfloat16
+
+
+class StepKeys(NamedTuple):
+    """Two numbers of 31 bits that look unrelated from one step to the next."""
+
+    first: Int[Tensor, ""]
+    second: Int[Tensor, ""]
+
+
 class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last transform before bfloat16 parameters: an update u becomes the one that takes p to p + u rounded up or down at
     random, with the odds that make its mean p + u; steps too small for bfloat16 then add up in place of being lost."""
 
-    scope: ClassVar[Scope] = "leaf"  # an update does not know where a slice began
+    scope: ClassVar[Scope] = "leaf"  # the draws of a leaf are one sequence
     seed: int
 
     def init(self, params: Tree) -> Int[Tensor, ""]:
@@ -35,17 +45,39 @@ class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     def update(self, grads: Tree, state: Int[Tensor, ""], params: Tree) -> tuple[Tree, Int[Tensor, ""]]:
         """round(p + u) - p in float32, drawn from (seed, step, path); leaves of other dtypes keep their u."""
 
+        rounded = self.rounding_after(state)
+
         def change(path: str, u: Tensor, p: Tensor) -> Tensor:
             if p.dtype != torch.bfloat16:
                 return u
-            return self.rounded(p.float() + u.float(), state, path, 0).float() - p.float()
+            return rounded(p.float() + u.float(), path, 0).float() - p.float()
 
         pairs = zip(tree.items(grads), tree.leaves(params), strict=True)
         return tree.rebuild(grads, [change(path, u, p) for (path, u), p in pairs]), state + 1
 
-    def rounded(self, x: Float[Tensor, "*shape"], step: Int[Tensor, ""], path: str, start: int) -> BFloat16[Tensor, "*shape"]:
-        """Elements start, start + 1, ... of a leaf in float32, rounded as they are after `step` steps."""
-        return stochastic_bfloat16(x, draw_16_bits(self.seed, step, path, start, x.numel()).view(x.shape))
+    def rounding_after(self, step: Int[Tensor, ""]) -> Rounding:
+        """Function that rounds float32 elements start, start + 1, ... of a leaf as it is done after `step` steps.
+
+        The slices of a leaf are to come in their order, because those of a generator are one sequence.
+        """
+        if hardware.is_asynchronous(step.device):
+            keys = step_keys(self.seed, step)
+
+            def hashed(x: Tensor, path: str, start: int) -> Tensor:
+                leaf_key = seeds.derive(self.seed, "rounding", path) & 0x7FFFFFFF
+                return stochastic_bfloat16(x, draw_16_bits(keys, leaf_key, start, x.numel()).view(x.shape))
+
+            return hashed
+
+        n_steps, generators = int(step), {}
+
+        def drawn(x: Tensor, path: str, start: int) -> Tensor:
+            if start == 0:
+                generators[path] = seeds.generator(self.seed, "rounding", n_steps, path)
+            bits = torch.randint(0, 2**16, x.shape, generator=generators[path], dtype=torch.int32)
+            return stochastic_bfloat16(x, bits.to(x.device))
+
+        return drawn
 
     def slice_state(self, state: Int[Tensor, ""], slices: Sequence[Slice]) -> Int[Tensor, ""]:
         """The step count, for every slice the old one."""
@@ -65,25 +97,23 @@ def stochastic_bfloat16(x: Float[Tensor, "*shape"], drawn: Int[Tensor, "*shape"]
     return torch.where(torch.isfinite(x), cut, x).to(torch.bfloat16)
 
 
-def draw_16_bits(seed: int, step: Int[Tensor, ""], path: str, start: int, n: int) -> Int[Tensor, "n"]:
-    """Uniform integers in [0, 2^16) for elements start .. start + n of a leaf, on the device of `step`.
+def draw_16_bits(keys: StepKeys, leaf_key: int, start: int, n: int) -> Int[Tensor, "n"]:
+    """Uniform integers in [0, 2^16) for elements start .. start + n of a leaf, on the device of the keys.
 
     One hash of 32 bits serves two neighbours.
     """
-    first_key, second_key = _step_keys(seed, step)
-    leaf_key = seeds.derive(seed, "rounding", path) & 0x7FFFFFFF
-    x = torch.arange(start // 2, (start + n + 1) // 2, dtype=torch.int32, device=step.device)
-    x = (x * GOLDEN + first_key) ^ leaf_key
-    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX_32[0] + second_key
+    x = torch.arange(start // 2, (start + n + 1) // 2, dtype=torch.int32, device=keys.first.device)
+    x = (x * GOLDEN + keys.first) ^ leaf_key
+    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX_32[0] + keys.second
     x = (x ^ ((x >> 15) & 0x1FFFF)) * MIX_32[1]
     x = x ^ ((x >> 16) & 0xFFFF)
     return (x.view(torch.int16)[start % 2 : start % 2 + n]).to(torch.int32) & 0xFFFF
 
 
-def _step_keys(seed: int, step: Int[Tensor, ""]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
-    """Two numbers of 31 bits that look unrelated from one step to the next."""
+def step_keys(seed: int, step: Int[Tensor, ""]) -> StepKeys:
+    """Keys of a step, computed where its count lies."""
     z = (step + 1) * (0x9E3779B97F4A7C15 - 2**64) + seeds.derive(seed, "rounding")
     z = (z ^ ((z >> 30) & (2**34 - 1))) * MIX_64[0]
     z = (z ^ ((z >> 27) & (2**37 - 1))) * MIX_64[1]
     z = z ^ ((z >> 31) & (2**33 - 1))
-    return (z & 0x7FFFFFFF).to(torch.int32), ((z >> 32) & 0x7FFFFFFF).to(torch.int32)
+    return StepKeys((z & 0x7FFFFFFF).to(torch.int32), ((z >> 32) & 0x7FFFFFFF).to(torch.int32))

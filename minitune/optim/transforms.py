@@ -9,14 +9,14 @@ takes less memory and time if it declares what it can do. `apply.py` asks for th
     path_factor(path)       its update is the incoming update times this factor
     step_factor(state)      its update is the incoming update times this factor, which depends on its step count alone
     fused_update(...)       it has a kernel that writes parameters and state in one pass (see adamw.py)
-    rounded(...)            it ends a chain by rounding what parameters become (see rounding.py)
+    rounding_after(step)    it ends a chain by rounding what parameters become (see rounding.py)
     branches(...)           it gives the leaves to several transforms (see partition.py)
     scratch_bytes(leaves, rounds=)   memory that a donated step allocates beside its arguments
 """
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import torch
@@ -33,6 +33,7 @@ Scope = Literal["element", "leaf"]
 SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}  # elements updated at a time without a fused kernel
 
 
+@runtime_checkable
 class GradientTransformation(Protocol):
     """An optimizer, or a part of one: a pure function of gradients with a state of its own."""
 

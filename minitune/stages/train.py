@@ -9,13 +9,18 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, compiled, hardware, objectives, offload, optim, tree
+from minitune import checkpoint, compiled, hardware, objectives, offload, tree
 from minitune.data import Cursor
 from minitune.grad import detached_leaves
 from minitune.losses.registry import Loss
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model, memory
 from minitune.objectives import Objective, Teacher
+from minitune.optim.adamw import AdamW
+from minitune.optim.registry import Optimizer
+from minitune.optim.rounding import RoundStochastically
+from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
+from minitune.optim.transforms import Chain, ClipByGlobalNorm, NonNegative, ScaleByGlob, chain
 from minitune.stages import loop, sweeping
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.stages.feed import Feed, feed
@@ -49,12 +54,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # log-probs computed once; or the parameters without deltas
     teacher: ModelSource | None = None  # of a distillation loss
     cached_top_k: Positive | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
-    optimizer: optim.Optimizer = optim.AdamW(lr=1e-4)
-    lr_factors: dict[str, optim.NonNegative] = msgspec.field(
+    optimizer: Optimizer = AdamW(lr=1e-4)
+    lr_factors: dict[str, NonNegative] = msgspec.field(
         default_factory=dict
     )  # glob over trained leaves -> factor; {"*.b" = 16.0} is LoRA+
-    schedule: optim.Schedule = optim.Constant()
-    clip_norm: optim.NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
+    schedule: Schedule = Constant()
+    clip_norm: NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
     save_every: Positive = 100  # steps
     remat: bool | str = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
@@ -117,7 +122,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             world.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
         return world.with_model(trainable=trainable).record(self.label, self._record(marks))
 
-    def _work(self, world: World, optimizer: optim.Chain, best: Path) -> loop.Work:
+    def _work(self, world: World, optimizer: Chain, best: Path) -> loop.Work:
         objective, teacher = self._objective(world)
         fed = self._feed(world, self.data, teacher)
         world.log.say(f"{self.label}: {self.data} has {fed.told}")
@@ -151,15 +156,15 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     def _feed(self, world: World, name: str, teacher: Teacher | None) -> Feed:
         return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
 
-    def optimizer_for(self, trainable: Trainable, seed: int) -> optim.Chain:
+    def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
         """The optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
         narrow = any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(trainable))
-        return optim.chain(*self._optimizer().parts, *([optim.RoundStochastically(seed)] if narrow else []))
+        return chain(*self._optimizer().parts, *([RoundStochastically(seed)] if narrow else []))
 
-    def _optimizer(self) -> optim.Chain:
-        clip = [optim.ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
-        factors = [optim.ScaleByGlob(self.lr_factors)] if self.lr_factors else []
-        return optim.chain(*clip, self.optimizer, *factors, optim.ScaleBySchedule(self.schedule, self.steps))
+    def _optimizer(self) -> Chain:
+        clip = [ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
+        factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
+        return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.steps))
 
     def _objective(self, world: World) -> tuple[Objective, Teacher | None]:
         loaded, model, teacher = world.loaded, self._model(world), None
