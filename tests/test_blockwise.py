@@ -36,7 +36,7 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
     leaves = [x for x in (q, k, v, sinks) if x is not None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", 8 * block)
-        patch.setattr(blockwise, "APART", data.draw(st.sampled_from([0, 1e9])))
+        patch.setattr(blockwise, "PADDED", data.draw(st.sampled_from([1.0, 1.5, 1e9])))
         out = attention(q, k, v, key_range, scale=0.37, soft_cap=cap, sinks=sinks)
         wanted = plain(q, k, v, key_range, 0.37, cap, sinks)
         torch.testing.assert_close(out, wanted)
@@ -67,25 +67,37 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, 
         assert off < 1.5 * fused_off
 
 
-def test_what_no_query_sees_is_never_touched() -> None:
+def test_no_query_meets_a_key_of_another_document() -> None:
     segments = (torch.arange(300) * 7 // 300 + 1)[None]
     first = documents(segments).starts()
-    plan = blockwise.blocks(first, 300, 1, torch.float32)
-    assert sum((b.end - b.start) * (b.end - b.lowest) for b in plan) < 300 * 300 * 0.3
+    plan = blockwise.layout(first.numpy(), 64)
+    assert sum(b.n_spans * (b.end - b.start) * (b.end - b.lowest) for b in plan.blocks) <= 7 * 43 * 43
     q, k, v = (torch.randn(1, 2, 300, 4) for _ in range(3))
-    start = int(first[0, 128])  # the block from query 128 on begins here
+    start = int(first[0, 128])  # where the document of token 128 begins
     assert start > 42
     out, poisoned = (attention(q, keys, v, documents(segments)) for keys in (k, k.index_fill(2, torch.arange(start), torch.nan)))
-    assert torch.equal(out[:, :, 128:], poisoned[:, :, 128:])
+    assert torch.equal(out[:, :, start:], poisoned[:, :, start:])
 
 
-def test_rows_go_together_unless_going_apart_saves_work() -> None:
-    first = documents(torch.stack([torch.arange(300) * 7 // 300 + 1, torch.ones(300, dtype=torch.long)])).starts()
-    together, apart = blockwise.blocks(first, 300, 1, torch.float32), blockwise.blocks(first, 300, 64, torch.float32)
-    assert [b.rows for b in together] == [slice(None)] * 5
-    assert [b.rows for b in apart[-2:]] == [slice(0, 1), slice(1, 2)]
-    assert [b.lowest for b in apart[-2:]] == [int(first[0, 256:].min()), 0]
-    assert all(b.rows == slice(None) for b in blockwise.blocks(first[:1].expand(5, -1), 300, 64, torch.float32))
+def test_a_window_leaves_out_the_keys_before_it() -> None:
+    seen = windowed(causal(300, torch.device("cpu")), 30)
+    plan = blockwise.layout(seen.starts().numpy(), 64)
+    assert [b.lowest for b in plan.blocks] == [0, 35, 99, 163, 227]
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), size=st.integers(1, 70))
+def test_every_token_has_one_slot_and_padding_is_bounded(lengths: list[int], size: int) -> None:
+    begins = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    first = begins.repeat_interleave(torch.tensor(lengths))[None]
+    plan = blockwise.layout(first.numpy(), size)
+    for table in (plan.queries, plan.keys):
+        tokens = torch.cat([torch.from_numpy(box[real]) for box, real in zip(table.tokens, table.filled, strict=True)])
+        assert torch.equal(tokens.sort().values, torch.arange(sum(lengths)))
+    assert sum(box.size for box in plan.keys.tokens) <= blockwise.PADDED * sum(lengths)
+    assert sum(box.size for box in plan.queries.tokens) <= blockwise.PADDED * sum(lengths)
+    x = torch.randn(1, 3, sum(lengths), 2)
+    for table in (plan.queries, plan.keys):
+        assert torch.equal(table.scattered(table.gathered(x), x.shape), x)
 
 
 def test_a_gradient_of_its_gradient_is_refused_rather_than_wrong() -> None:
