@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import objectives, ops, tree
+from minitune import hardware, objectives, ops, tree
 from minitune.advance import scratch_bytes
 from minitune.attention import documents
 from minitune.grad import fresh
@@ -80,7 +80,8 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     config, n = step.model.config, step.n_rows * step.n_tokens
     params, deltas = tree.map(_leaf, objectives.attach(step.params, fresh(step.trainable), step.lora))
     embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
-    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
+    computed = hardware.product_dtype(embedding.dtype, embedding.device)
+    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=computed, device=embedding.device)
     x = fresh(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     places = decoder.places_of(config, segment_ids.long(), step.n_tokens, documents(segment_ids), x.dtype)
@@ -137,7 +138,8 @@ def _head(step: Step, params: Params, deltas: Deltas) -> int:
     like = params["model.embed_tokens.weight"]
 
     def logits_of(model: Model, rows: int, head: Any, delta: Delta | None) -> Tensor:
-        states = torch.empty(rows, model.config.d_model, dtype=like.dtype, device=like.device)
+        dtype = hardware.product_dtype(like.dtype, like.device)
+        states = torch.empty(rows, model.config.d_model, dtype=dtype, device=like.device)
         return model.logits(states, head, delta).detach()
 
     logits = logits_of(step.model, n, head, delta)

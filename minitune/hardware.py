@@ -20,3 +20,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in BFLOAT16_EXTENSIONS)
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of activations for weights of `dtype`: float32 in place of a bfloat16 that the device does not multiply.
+
+    torch emulates such products, about fifty times slower than those of float32.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and not multiplies_bfloat16(device) else dtype

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitune import quant, tree
+from minitune import hardware, quant, tree, widened
 from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
 from minitune.tree import Tree
 from minitune.types import Delta, QTensor
@@ -34,7 +34,13 @@ def linear(
     """
     bias = None if bias is None else bias.to(x.dtype)
     scaled = delta is not None and isinstance(delta.m, Tensor)
-    y = F.linear(x, w.to(x.dtype), None if scaled else bias) if isinstance(w, Tensor) else quant.linear(x, w)
+    narrow = isinstance(w, Tensor) and w.itemsize < x.itemsize
+    if not isinstance(w, Tensor):
+        y = quant.linear(x, w)
+    elif narrow:
+        y = widened.linear(x, w)
+    else:
+        y = F.linear(x, w.to(x.dtype), None if scaled else bias)
     if delta is not None:
         a, b = delta.a.to(x.dtype), delta.b.to(x.dtype)
         n = 1 if a.ndim == 2 else len(a)
@@ -44,7 +50,7 @@ def linear(
         if isinstance(delta.m, Tensor):
             z = z * (delta.m / row_norms(w, delta)).to(x.dtype).unsqueeze(-2)
         y = z.view(y.shape)
-    return y + bias if bias is not None and (scaled or not isinstance(w, Tensor)) else y
+    return y + bias if bias is not None and (scaled or narrow or not isinstance(w, Tensor)) else y
 
 
 def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tensor, "*n out"]:
@@ -60,8 +66,11 @@ def row_norms(w: Float[Tensor, "out in"] | QTensor, delta: Delta) -> Float[Tenso
 
 
 def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, "B T D"]:
-    """Row tokens[b, t] of the embedding, in its dtype."""
-    return F.embedding(tokens, w)
+    """Row tokens[b, t] of the embedding, in its dtype; in float32 where the device multiplies no bfloat16.
+
+    All that follows takes its dtype from here: such a device multiplies float32 activations by weights that stay in 16 bits.
+    """
+    return F.embedding(tokens, w).to(hardware.product_dtype(w.dtype, w.device))
 
 
 def rms_norm(

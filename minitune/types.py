@@ -100,7 +100,18 @@ class PackedInt4(NamedTuple):
         return self.q.shape
 
 
-QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4
+class PackedInt8(NamedTuple):
+    """An int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after loading and never saved."""
+
+    q: QInt8
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.q.shape
+
+
+QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4 | PackedInt8
 Params = Mapping[str, Any]  # a Tensor, or a QTensor where a linear weight is quantized
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it

@@ -297,7 +297,8 @@ def _attend(
     if places.query_scale is not None:
         q = q * places.query_scale[:, None, :, None].to(q.dtype)
     if cache is not None:
-        k, v = tree.donate_at(cache[0], cache[1], Cache(k, v), dim=2)
+        new = Cache(*(x.to(old.dtype) for x, old in zip((k, v), cache[0], strict=True)))
+        k, v = (x.to(q.dtype) for x in tree.donate_at(cache[0], cache[1], new, dim=2))
     scale, soft_cap, sinks = config.attention_scale, config.attention_cap, w.get("self_attn.sinks")
     out = attention(q, k, v, places.seen, scale=scale, soft_cap=soft_cap, sinks=sinks)
     return proj("self_attn.o_proj", out.transpose(1, 2).flatten(2))
@@ -318,7 +319,7 @@ def _feed_forward(config: Config, w: Params, deltas: Deltas, proj: Callable[[str
 def _embedded(config: Config, params: Params, tokens: Tensor) -> Tensor:
     x = embed(tokens, params["model.embed_tokens.weight"])
     if config.embedding_multiplier == "sqrt_d_model":  # rounded to the dtype of the weights, as it was in training
-        return x * torch.tensor(config.d_model**0.5, dtype=x.dtype, device=x.device)
+        return x * torch.tensor(config.d_model**0.5, dtype=params["model.embed_tokens.weight"].dtype, device=x.device)
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitune import tree
+from minitune import hardware, tree
 from minitune.attention import causal
 from minitune.grad import fresh, kept_bytes, remat
 from minitune.models import decoder
@@ -23,7 +23,8 @@ def n_remat(config: decoder.Config, params: Params, deltas: Deltas, n_rows: int,
     What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
     """
     like, n = params["model.embed_tokens.weight"], config.n_layers
-    x = torch.ones(n_rows, n_tokens, config.d_model, dtype=like.dtype, device=like.device)
+    computed = hardware.product_dtype(like.dtype, like.device)
+    x = torch.ones(n_rows, n_tokens, config.d_model, dtype=computed, device=like.device)
     seen = causal(n_tokens, x.device)
     places = decoder.places_of(config, seen.last, n_tokens, seen, x.dtype)[decoder.layer_kind(config, n - 1)]
     rows = x.numel() * x.element_size()  # what every block keeps, its input
