@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import objectives, ops, tree
+from minitune import hardware, objectives, ops, tree
 from minitune.attention import documents
 from minitune.grad import detached_leaves
 from minitune.lora import Lora
@@ -86,7 +86,8 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     params = tree.map(_leaf, objectives.apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
     deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
     embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
-    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=embedding.dtype, device=embedding.device)
+    dtype = hardware.product_dtype(embedding.dtype, embedding.device)
+    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=dtype, device=embedding.device)
     x = detached_leaves(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     where = TokenPositions(segment_ids.long(), step.n_tokens, documents(segment_ids))
@@ -146,7 +147,8 @@ def _head(step: Step, params: Params) -> int:
     like = params["model.embed_tokens.weight"]
 
     def logits_of(model: Model, params: Params) -> Tensor:
-        states = torch.empty(n, model.config.d_model, dtype=like.dtype, device=like.device)
+        dtype = hardware.product_dtype(like.dtype, like.device)
+        states = torch.empty(n, model.config.d_model, dtype=dtype, device=like.device)
         return model.logits(params, states).detach()
 
     logits = logits_of(step.model, params)

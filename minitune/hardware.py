@@ -66,6 +66,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(found.get(name, False) for name in BFLOAT16_EXTENSIONS)
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of activations for weights of `dtype`: float32 in place of a bfloat16 that the device does not multiply.
+
+    torch emulates such products, about fifty times slower than those of float32.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and not multiplies_bfloat16(device) else dtype
+
+
 def cuda_capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a CUDA device, for kernels that exist for CUDA alone; (0, 0) for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

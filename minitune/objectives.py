@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import ops, tree
+from minitune import hardware, ops, tree
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.base import BaseLoss, ObjectiveName
@@ -51,12 +51,16 @@ class Frozen(NamedTuple):
 
 def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:
     """Parameters for a forward: a trainable tensor replaces the weight of its name, cast to that weight's dtype, and a Delta
-    adapts it by the rule. TypeError for deltas without a rule, InputError for a weight that trains whole and is not there."""
+    adapts it by the rule. TypeError for deltas without a rule, InputError for a weight that trains whole and is not there.
+
+    Where either dtype is a bfloat16 that the device does not multiply, nothing is cast: `ops.linear` takes both as they are.
+    """
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
     missing = next((name for name, w in params.items() if isinstance(w, Tensor) and w.is_meta and name not in trainable), None)
     if missing is not None:
         raise InputError(f"objectives: {missing} is trained whole, but the trainable tree does not hold it")
-    replaced = {name: leaf.to(params[name].dtype) for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    replaced = {name: leaf.to(_multiplied_dtype(leaf, params[name].dtype)) for name, leaf in whole.items()}
     if deltas and lora is None:
         raise TypeError(f"objectives: {next(iter(deltas))} is a Delta, expected a Lora rule beside it")
     whole = {**params, **replaced}
@@ -205,6 +209,12 @@ def split_trainable(
     names = tree.select(params, globs, "full: weights")
     trainable = {name: (stored or {}).get(name, params[name]).to(params[name].device, dtype, copy=True) for name in names}
     return {**params, **{name: params[name].to("meta") for name in names}}, trainable
+
+
+def _multiplied_dtype(leaf: Tensor, computed: torch.dtype) -> torch.dtype:
+    """The dtype in which a forward takes a trained leaf whose weight was loaded as `computed`."""
+    emulated = any(hardware.product_dtype(dtype, leaf.device) != dtype for dtype in (leaf.dtype, computed))
+    return leaf.dtype if emulated else computed
 
 
 def _mean(x: Float[Tensor, "B"]) -> Mean:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitune import quant, tree
+from minitune import hardware, quant, tree, widened
 from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
 from minitune.hardware import to_device
 from minitune.tree import Tree
@@ -31,9 +31,12 @@ def linear(
     if isinstance(w, Adapted):
         return _adapted_linear(x, w, bias)
     bias = None if bias is None else bias.to(x.dtype)
-    if isinstance(w, Tensor):
+    if not isinstance(w, Tensor):
+        y = quant.linear(x, w)
+    elif w.itemsize < x.itemsize:
+        y = widened.linear(x, w)
+    else:
         return F.linear(x, w.to(x.dtype), bias)
-    y = quant.linear(x, w)
     return y if bias is None else y + bias
 
 
@@ -41,6 +44,7 @@ def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
     """x (W + b a)^T + bias (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b), its rows at length m where the
     leaf has a magnitude (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
     magnitude = w.m if isinstance(w.m, Tensor) else None
+    # a product that takes the bias along adds it first
     bias_comes_first = isinstance(w.w, Tensor) and magnitude is None
     y = linear(x, w.w, bias if bias_comes_first else None)
 
@@ -68,8 +72,11 @@ def row_norms(adapted: Adapted) -> Float[Tensor, "*n out"]:
 
 
 def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, "B T D"]:
-    """Row tokens[b, t] of the embedding, in its dtype."""
-    return F.embedding(tokens, w)
+    """Row tokens[b, t] of the embedding, in its dtype; in float32 where the device multiplies no bfloat16.
+
+    All that follows takes its dtype from here: such a device multiplies float32 activations by weights that stay in 16 bits.
+    """
+    return F.embedding(tokens, w).to(hardware.product_dtype(w.dtype, w.device))
 
 
 def rms_norm(

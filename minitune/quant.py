@@ -10,13 +10,26 @@ from typing import Any, ClassVar, Literal
 import msgspec
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune import float8, nf4, tree
 from minitune.grad import under_transform
-from minitune.types import QNF4, Adapted, Delta, InputError, PackedInt4, Params, QFloat8, QInt4, QInt8, QTensor, Trainable
+from minitune.types import (
+    QNF4,
+    Adapted,
+    Delta,
+    InputError,
+    PackedInt4,
+    PackedInt8,
+    Params,
+    QFloat8,
+    QInt4,
+    QInt8,
+    QTensor,
+    Trainable,
+)
 
 PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
 DECODE_ROWS = 32  # rows up to which the packed kernels beat decoding the weight first: see bench/quant.py
@@ -114,7 +127,7 @@ def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
 
 def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The weight that the codes stand for, computed in float32 and rounded once to dtype."""
-    if isinstance(q, PackedInt4):
+    if isinstance(q, PackedInt4 | PackedInt8):
         return dequantize(q.q, dtype)
     codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else nf4.blocks(q)
     whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
@@ -193,11 +206,16 @@ def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
 
 
 def packed(params: Params) -> Params:
-    """All parameters, int4 leaves on the CPU prepared for decoding few rows at a time, but for shapes that no kernel takes."""
+    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows, but for shapes that no kernel takes.
+
+    torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply in float32.
+    """
 
     def leaf(w: Any) -> Any:
         if isinstance(w, Adapted):
             return w._replace(w=leaf(w.w))
+        if isinstance(w, QInt8) and w.codes.device.type == "cpu":
+            return PackedInt8(w)
         if not isinstance(w, QInt4) or w.codes.device.type != "cpu":
             return w
         group = w.shape[1] // w.scale.shape[1]
@@ -213,18 +231,14 @@ def packed(params: Params) -> Params:
 def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out"]:
     """x W^T in the dtype of x; differentiable in x any number of times, and nothing but the codes is kept for that.
 
-    A few bfloat16 rows on the CPU that need no gradient go through torch's packed kernels, which never build the weight.
+    A few rows of a packed weight that need no gradient are rounded to bfloat16 and go through torch's packed kernels, which never
+    build the weight.
     """
-    few = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= DECODE_ROWS * x.shape[-1]
-    if few and isinstance(q, QInt8 | PackedInt4) and not (torch.is_grad_enabled() and x.requires_grad) and not under_transform():
-        rows = x.reshape(-1, x.shape[-1])
-        if isinstance(q, QInt8):
-            y = torch.ops.aten._weight_int8pack_mm(rows, q.codes, q.scale.flatten().to(x.dtype))
-        else:
-            group = q.shape[1] // q.q.scale.shape[1]
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q.codes, group, q.scales)
-        return y.view(*x.shape[:-1], -1)
-    q = q.q if isinstance(q, PackedInt4) else q
+    if isinstance(q, PackedInt4 | PackedInt8):
+        few = x.numel() <= DECODE_ROWS * x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
+        if few and x.dtype in (torch.bfloat16, torch.float32) and not under_transform():
+            return _packed_product(x.reshape(-1, x.shape[-1]).to(torch.bfloat16), q).to(x.dtype).view(*x.shape[:-1], -1)
+        q = q.q
     if isinstance(q, QFloat8) and float8.takes(x, q.codes):
         return float8.product(x, *q, False)
     if not torch.compiler.is_compiling():
@@ -232,6 +246,12 @@ def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out
     if torch.is_grad_enabled() and x.requires_grad:
         return _TracedLinear.apply(x, type(q), *q)
     return F.linear(x, _decoded_behind(x, type(q), q))  # where tracing _TracedLinear fails on the number of leaves
+
+
+def _packed_product(rows: BFloat16[Tensor, "n in"], q: PackedInt4 | PackedInt8) -> BFloat16[Tensor, "n out"]:
+    if isinstance(q, PackedInt8):
+        return torch.ops.aten._weight_int8pack_mm(rows, q.q.codes, q.q.scale.flatten().to(rows.dtype))
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q.codes, q.shape[1] // q.q.scale.shape[1], q.scales)
 
 
 class _Linear(torch.autograd.Function):

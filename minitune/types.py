@@ -99,6 +99,17 @@ class PackedInt4(NamedTuple):
         return self.q.shape
 
 
+class PackedInt8(NamedTuple):
+    """An int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after loading and never saved."""
+
+    q: QInt8
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return self.q.shape
+
+
 class Adapted(NamedTuple):
     """A weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b a) / |W + b a| by rows.
 
@@ -117,7 +128,7 @@ class Adapted(NamedTuple):
         return self.w.shape
 
 
-QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4
+QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4 | PackedInt8
 Params = Mapping[str, Any]  # a leaf says how it multiplies: a Tensor, a QTensor (quantized) or an Adapted one
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it

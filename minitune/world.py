@@ -17,6 +17,7 @@ from minitune.log import Log
 from minitune.lora import Lora, check_deltas
 from minitune.paths import locate
 from minitune.template import with_options
+from minitune.tree import Tree
 from minitune.types import Delta, InputError, Params, Trainable
 
 
@@ -181,7 +182,9 @@ def open_world(
     template = _template(source, place, text)
     for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
         (pairs if one.format in pairs.FORMATS else data).prepare(one, text, template, paths.cache())
-    return World(seed, folder, log, stopping, located, records, load(source, folder, seed))
+    loaded = load(source, folder, seed)
+    say_widening(log, "model", loaded.params)
+    return World(seed, folder, log, stopping, located, records, loaded)
 
 
 def load(source: ModelSource, run: Path, seed: int) -> Loaded:
@@ -203,6 +206,17 @@ def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:
     """Where a model lies and what it computes in, "auto" decided."""
     device = torch.device((hardware.accelerator() or "cpu") if source.device == "auto" else source.device)
     return device, compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
+
+
+def say_widening(log: Log, label: str, leaves: Tree) -> None:
+    """Say in one line of the log what becomes of bfloat16 leaves on a device that multiplies no bfloat16."""
+    dense = [x for x in tree.leaves(leaves) if x.dtype == torch.bfloat16]
+    device = next((x.device for x in dense if hardware.product_dtype(x.dtype, x.device) != x.dtype), None)
+    if device is not None:
+        log.say(
+            f"{label}: this {device.type} multiplies no bfloat16, so weights stay in 16 bits and are widened a block at a time "
+            "for float32 products; activations are float32"
+        )
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

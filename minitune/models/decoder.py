@@ -129,5 +129,5 @@ def scaled_logits(config: DecoderConfig, logits: Float[Tensor, "*rows V"]) -> Fl
 def _embedded(config: DecoderConfig, params: Params, tokens: Tensor) -> Tensor:
     x = embed(tokens, params["model.embed_tokens.weight"])
     if config.embedding_multiplier == "sqrt_d_model":  # rounded to the dtype of the weights, as it was in training
-        return x * x.new_full((), config.d_model**0.5)
+        return x * params["model.embed_tokens.weight"].new_full((), config.d_model**0.5)
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier

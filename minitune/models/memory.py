@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitune import tree
+from minitune import hardware, tree
 from minitune.grad import detached_leaves, kept_bytes, remat
 from minitune.models import decoder
 from minitune.models.block import block
@@ -25,7 +25,8 @@ def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n
     What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
     """
     like, n = params["model.embed_tokens.weight"], config.n_layers
-    x = torch.ones(n_rows, n_tokens, config.d_model, dtype=like.dtype, device=like.device)
+    dtype = hardware.product_dtype(like.dtype, like.device)
+    x = torch.ones(n_rows, n_tokens, config.d_model, dtype=dtype, device=like.device)
     inputs = decoder.mixer_inputs(config, decoder.token_positions(config, x[..., 0], None), x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)

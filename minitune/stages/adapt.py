@@ -13,7 +13,7 @@ from minitune.io import atomic
 from minitune.lora import Lora, merge_error
 from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.types import QNF4, Delta, InputError, Params, QFloat8, QInt4, QInt8
-from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
+from minitune.world import Draft, ModelSource, World, asked_data, drafted, load, say_widening
 
 Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -89,6 +89,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
         params, whole = objectives.split_trainable(loaded.params, self.weights, loaded.stored, dtype)
         n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
         world.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
+        say_widening(world.log, self.label, whole)
         return world.with_model(params=params, trainable={**world.loaded.trainable, **whole})
 
 
@@ -104,7 +105,9 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
     def run(self, world: World) -> World:
         """world with the other model and nothing to train yet."""
         world.log.say(f"{self.label}: {self.model.path or self.model.config}")
-        return world._replace(loaded=load(self.model, world.folder, world.seed), quantization=None, fake=None)
+        loaded = load(self.model, world.folder, world.seed)
+        say_widening(world.log, self.label, loaded.params)
+        return world._replace(loaded=loaded, quantization=None, fake=None)
 
 
 class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):

@@ -26,7 +26,7 @@ from minitune.stages.base import BaseStage, Positive, device_of
 from minitune.stages.feed import Feed, feed
 from minitune.steps import eval_step, train_step
 from minitune.types import InputError, Mean, Metrics, Params, Trainable, TrainState
-from minitune.world import Draft, ModelSource, World, asked_data, drafted, load
+from minitune.world import Draft, ModelSource, World, asked_data, drafted, load, say_widening
 
 
 class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -215,6 +215,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 f"stages: {self.label} has a teacher whose tokenizer ({teacher.tokenizer_folder}) is not the student's "
                 f"({world.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
             )
+        say_widening(world.log, f"{self.label}: teacher", teacher.params)
         return Teacher(teacher.model, objectives.apply_trainable(teacher.params, teacher.trainable, teacher.lora))
 
     def _heldout(self, world: World, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:

@@ -101,7 +101,8 @@ def apply(
         q = q * inputs.query_scale[:, None, :, None].to(q.dtype)
 
     if cache is not None:
-        k, v = tree.donate_at(cache[0], cache[1], KVCache(k, v), dim=2)
+        new = KVCache(*(t.to(old.dtype) for t, old in zip((k, v), cache[0], strict=True)))
+        k, v = (t.to(q.dtype) for t in tree.donate_at(cache[0], cache[1], new, dim=2))
     y = attention(
         q,
         k,
