@@ -34,7 +34,7 @@ from minitune.costs import flops_per_token
 from minitune.lora import Lora
 from minitune.models import Model
 from minitune.steps import train_step
-from minitune.types import Batch, InputError, Params
+from minitune.types import Batch, InputError, Params, TrainState
 
 SHAPE = Path(__file__).parents[1] / "configs/models/llama-3.1-8b.toml"
 TOY = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_head": 16, "d_ff": 128, "vocab_size": 512}
@@ -116,7 +116,7 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
             torch.cuda.reset_peak_memory_stats()
         synchronize(args.device)
         started = time.perf_counter()
-        trainable, state, metrics = step(frozen, trainable, state, batch)
+        (trainable, state), metrics = step.update(frozen, TrainState(trainable, state), batch)
         synchronize(args.device)
         times += [time.perf_counter() - started] if i >= WARM_UPS else []
     if float(metrics["skipped"]):

@@ -10,7 +10,7 @@ torch = C.setup_torch()
 
 from minitune import checkpoint, compiled, heap, losses, models, objectives, optim, quant, steps  # noqa: E402
 from minitune.lora import Lora  # noqa: E402
-from minitune.types import Batch, Pairs  # noqa: E402
+from minitune.types import Batch, Pairs, TrainState  # noqa: E402
 
 heap.keep_freed()  # as a program run by `python -m minitune` does
 DTYPE = getattr(torch, args.dtype)
@@ -41,7 +41,7 @@ def timed(step, params, trainable, batches, shapes):
     state = OPTIMIZER.init(trainable)
     clock = C.Steps()
     for batch in batches:
-        trainable, state, metrics = step(params, trainable, state, batch)
+        (trainable, state), metrics = step.update(params, TrainState(trainable, state), batch)
         clock.done(metrics["loss_nats"])
     C.report("minitune", args, clock, shapes, versions=C.git_like_versions("torch"))
 

@@ -21,7 +21,7 @@ from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
-from minitune.types import Batch
+from minitune.types import Batch, TrainState
 
 RULE = Lora(8, 16.0, ("*_proj.weight",))
 BASE = (12, 32000, 1, 4, 512)  # layers, vocabulary, adapters, rows, tokens a row
@@ -52,7 +52,7 @@ def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callabl
             optimizer.init(deltas[0]),
         )
         alone = Batch(*(x[0] for x in batch))
-        return lambda: step(params, deltas[0], state, alone), counted
+        return lambda: step.update(params, TrainState(deltas[0], state), alone), counted
     states = [optimizer.init(one) for one in deltas]
     at_once = sweep.sweep_step(model, CrossEntropy(), [RULE] * n, [optimizer] * n, micro_batch=rows, donate=True)
     stacked = sweep.stack(deltas)

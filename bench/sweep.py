@@ -24,7 +24,7 @@ from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
-from minitune.types import Batch
+from minitune.types import Batch, TrainState
 
 RULE = Lora(8, 16.0, ("*_proj.weight",))
 REPEATS = 5
@@ -64,7 +64,7 @@ def both(
         for i in range(n):
             alone[i](params, deltas[i], own[i], Batch(*(x[i] for x in batch)))
 
-    return {"one after another": loop, "at once": lambda: step(params, stacked, states, batch)}
+    return {"one after another": loop, "at once": lambda: step.update(params, TrainState(stacked, states), batch)}
 
 
 def examples(config: llama.Config, n: int, length: int, device: str) -> dict[str, Callable]:

@@ -17,7 +17,7 @@ from minitune import objectives
 from minitune.losses import Cpo, Dpo, Hinge, Ipo, Kto, Orpo, PairLoss, SimPO, dpo, forward_kl, jensen_shannon, reverse_kl
 from minitune.models import Model, llama
 from minitune.optim import SGD
-from minitune.steps import dpo_step
+from minitune.steps import preference_step
 from minitune.types import Batch, LogProbs, Pairs
 from support.models import SMALL, random_params, reference
 
@@ -185,21 +185,12 @@ def test_pairs_against_a_reference_cost_what_dpo_trainer_says(loss: PairLoss, lo
     ("loss", "loss_type"), [(Dpo(beta=0.3), "sigmoid"), (Hinge(beta=0.05), "hinge"), (Ipo(beta=0.2), "ipo")], ids=str
 )
 def test_a_step_of_ours_is_the_step_of_dpo_trainer(loss: PairLoss, loss_type: str, tmp_path: Path) -> None:
-    """dpo_step, from Hugging Face weights to new weights: its loss, its metrics, and its gradient as what SGD at rate 1 moves."""
+    """preference_step, from Hugging Face weights to new weights: its loss, its metrics, and its gradient as what SGD at rate 1 moves."""
     peer = dpo_peer(a_model(0), a_model(1), PAIRS, tmp_path, loss_type=[loss_type], beta=loss.beta)
     model, optimizer = Model(llama.FAMILY, SMALL), SGD(lr=1.0)
     params, trainable = objectives.split_trainable(random_params(SMALL, 0), ("*",))
-    after, _, metrics = dpo_step(
-        params,
-        trainable,
-        optimizer.init(trainable),
-        PAIRS,
-        model=model,
-        loss=loss,
-        lora=None,
-        reference=random_params(SMALL, 1),
-        optimizer=optimizer,
-    )
+    step = preference_step(model, None, optimizer, loss, random_params(SMALL, 1))
+    (after, _), metrics = step.update(params, step.init(trainable), PAIRS)
     assert float(metrics["loss_nats"]) == pytest.approx(float(peer.loss), rel=1e-5, abs=1e-6)
     for ours, theirs in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins"), ("accuracy", "accuracies")):
         assert float(metrics[f"reward_{ours}"]) == pytest.approx(peer.metrics[f"rewards/{theirs}"], rel=1e-5, abs=1e-6)

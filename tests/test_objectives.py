@@ -12,7 +12,7 @@ from minitune.lora import Lora
 from minitune.models import Model
 from minitune.objectives import Teacher
 from minitune.steps import dpo_step, kd_step, sft_step, train_step
-from minitune.types import Batch, InputError, Judged, Pairs, Taught
+from minitune.types import Batch, InputError, Judged, Pairs, Taught, TrainState
 from support.models import SMALL, configs, random_batch, random_params
 
 pytestmark = pytest.mark.fast
@@ -56,10 +56,10 @@ def plain_logps(model: Model, params: dict, deltas: dict, rows: Batch) -> torch.
 @given(config=configs("default"), n=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_one_forward_over_pairs_gives_every_answers_own_log_prob(config: models.llama.Config, n: int, seed: int) -> None:
     model, params = Model(models.llama.FAMILY, config), random_params(config, seed, torch.float64)
-    both, deltas = pairs(config, n, seed), LORA.scaled(moved(random_params(config, seed)))
-    found = objectives.pair_logps(model, params, deltas, both)
-    torch.testing.assert_close(found.chosen, plain_logps(model, params, deltas, both.chosen))
-    torch.testing.assert_close(found.rejected, plain_logps(model, params, deltas, both.rejected))
+    both, adapted = pairs(config, n, seed), LORA.apply(params, moved(random_params(config, seed)))
+    found = objectives.pair_logps(model, adapted, both)
+    torch.testing.assert_close(found.chosen, plain_logps(model, adapted, both.chosen))
+    torch.testing.assert_close(found.rejected, plain_logps(model, adapted, both.rejected))
     assert found.n_chosen.tolist() == both.chosen.labelled().sum(1).tolist()
     assert found.n_rejected.tolist() == both.rejected.labelled().sum(1).tolist()
 
@@ -68,19 +68,24 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
     model, params = Model(models.llama.FAMILY, SMALL), random_params(SMALL)
     both, optimizer = pairs(SMALL, 5, 0), optim.SGD(lr=0.1)
     start, fresh = moved(params), LORA.init(params, 0)
-    common = {"model": model, "loss": losses.Dpo(), "lora": LORA, "optimizer": optimizer}
-    _, _, first = dpo_step(params, fresh, optimizer.init(fresh), both, reference={}, **common)
+
+    def stepped(start: tree.Tree, rows: Pairs, reference: tree.Tree | None) -> tuple[tree.Tree, dict]:
+        step = dpo_step(model, LORA, optimizer, reference)
+        (new, _), metrics = step.update(params, step.init(start), rows)
+        return new, metrics
+
+    _, first = stepped(fresh, both, {})
     assert float(first["loss_nats"]) == pytest.approx(0.693147, abs=1e-6)
     assert float(first["reward_accuracy"]) == 0.0
     assert int(first["pairs"]) == 5
-    _, _, same = dpo_step(params, start, optimizer.init(start), both, reference=start, **common)
+    _, same = stepped(start, both, start)
     assert float(same["loss_nats"]) == pytest.approx(0.693147, abs=1e-6)
     # the model without deltas, a frozen tree of whole weights, and log-probs that were computed before
-    live, _, metrics = dpo_step(params, start, optimizer.init(start), both, reference={}, **common)
+    live, metrics = stepped(start, both, {})
     with torch.no_grad():
-        held = objectives.pair_logps(model, params, {}, both)
+        held = objectives.pair_logps(model, params, both)
     cached = both._replace(reference=torch.stack([held.chosen, held.rejected], 1))
-    kept, _, again = dpo_step(params, start, optimizer.init(start), cached, reference=None, **common)
+    kept, again = stepped(start, cached, None)
     for a, b in zip(tree.leaves(live), tree.leaves(kept), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert float(metrics["loss_nats"]) == pytest.approx(float(again["loss_nats"]), abs=1e-6)
@@ -91,10 +96,11 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
     frozen, whole = objectives.split_trainable(params, ("*",))
     copy = {name: w.clone() for name, w in params.items()}
     trained = {name: merged[name].clone() for name in whole}
-    full = dpo_step(frozen, trained, optimizer.init(trained), both, reference=copy, **{**common, "lora": None})[2]
+    step = dpo_step(model, None, optimizer, copy)
+    _, full = step.update(frozen, step.init(trained), both)
     assert float(full["loss_nats"]) == pytest.approx(float(metrics["loss_nats"]), abs=1e-5)
     with pytest.raises(TypeError, match="preference has nothing frozen to compare with"):
-        dpo_step(params, start, optimizer.init(start), both, reference=None, **common)
+        stepped(start, both, None)
 
 
 @pytest.mark.parametrize("kind", [losses.Dpo, losses.Ipo, losses.Hinge, losses.SimPO, losses.Orpo, losses.Cpo])
@@ -104,7 +110,7 @@ def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: t
     objective = objectives.preference(model, LORA, kind(), {})
     whole, split = (train_step(objective, optimizer, micro_batch=n) for n in (5, 2))
     state = optimizer.init(trainable)
-    one, two = (step(params, trainable, state, both)[2] for step in (whole, split))
+    one, two = (step.update(params, TrainState(trainable, state), both)[1] for step in (whole, split))
     assert set(one) == set(two)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
@@ -122,12 +128,12 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     optimizer, trainable = optim.AdamW(lr=1e-2), LORA.init(params, 0)
     step = train_step(objectives.unpaired_preference(model, LORA, losses.Kto(), {}), optimizer, micro_batch=6)
     state = optimizer.init(trainable)
-    trainable, state, first = step(params, trainable, state, judged)
+    (trainable, state), first = step.update(params, TrainState(trainable, state), judged)
     assert float(first["loss_nats"]) == pytest.approx(0.5, abs=1e-6)  # 1 - sigmoid(0)
     assert int(first["answers"]) == 6
     assert float(first["kl_nats"]) == 0.0
     for _ in range(30):
-        trainable, state, last = step(params, trainable, state, judged)
+        (trainable, state), last = step.update(params, TrainState(trainable, state), judged)
     assert float(last["reward_desirable"]) > 0.1 > -0.1 > float(last["reward_undesirable"])
     with torch.no_grad():
         held = torch.stack([objectives.answer_logps(model, params, {}, one) for one in (rows, others)], 1)
@@ -199,10 +205,9 @@ def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
     wise, batch, optimizer = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 4, 13), optim.AdamW(lr=2e-2)
     frozen, trainable = objectives.split_trainable(params, ("*",))
     state, seen = optimizer.init(trainable), []
+    step = kd_step(model, None, optimizer, wise)
     for _ in range(40):
-        trainable, state, metrics = kd_step(
-            frozen, trainable, state, batch, model=model, loss=losses.ForwardKL(), lora=None, teacher=wise, optimizer=optimizer
-        )
+        (trainable, state), metrics = step.update(frozen, TrainState(trainable, state), batch)
         seen.append(float(metrics["loss_nats"]))
     assert seen[-1] < 0.2 * seen[0]
     assert int(metrics["target_tokens"]) == int(batch.labelled().sum())
@@ -234,6 +239,7 @@ def test_a_weight_that_trains_whole_must_be_in_the_tree() -> None:
     with pytest.raises(TypeError, match="is a Delta, expected a Lora rule"):
         objectives.apply_trainable(params, LORA.init(params, 0), None)
     optimizer = optim.SGD(lr=0.1)
-    step = sft_step(frozen, whole, optimizer.init(whole), random_batch(SMALL, 2, 9), model=model, lora=None, optimizer=optimizer)
-    assert not torch.equal(step[0]["model.norm.weight"], whole["model.norm.weight"])
-    assert F.cosine_similarity(step[0]["model.norm.weight"], whole["model.norm.weight"], dim=0) > 0.5
+    step = sft_step(model, None, optimizer)
+    (new, _), _ = step.update(frozen, step.init(whole), random_batch(SMALL, 2, 9))
+    assert not torch.equal(new["model.norm.weight"], whole["model.norm.weight"])
+    assert F.cosine_similarity(new["model.norm.weight"], whole["model.norm.weight"], dim=0) > 0.5

@@ -22,7 +22,7 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy, Dpo
 from minitune.models import FAMILIES, Model, llama
 from minitune.models.experts import Experts
-from minitune.types import Batch, Mean, Pairs
+from minitune.types import Batch, Mean, Pairs, TrainState
 from support.models import SMALL, random_batch, random_params
 from support.programs import LORA, TRAIN, run
 from support.scripts import run_script
@@ -154,7 +154,7 @@ def test_steps_are_the_same_to_the_last_bit(rule: Lora | None) -> None:
         step, evaluate = steps.train_step(objective, optimizer, micro_batch=2), steps.eval_step(objective)
         state, told = (trainable, optimizer.init(trainable)), []
         for i in range(2):
-            *state, metrics = step(frozen, *state, random_batch(CONFIG, 3, 11 + i, seed=i))
+            state, metrics = step.update(frozen, TrainState(*state), random_batch(CONFIG, 3, 11 + i, seed=i))
             n_events = len(late.events)
             told.append((metrics, evaluate(state[0], frozen, random_batch(CONFIG, 1, 9, seed=9))))
             assert len(late.events) == n_events  # nothing moves where no gradient is wanted
@@ -193,7 +193,7 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
     for model in both(Model(llama.FAMILY, CONFIG), late):
         step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=2)
         states = [o.init(d) for o, d in zip(optimizers, sweep.unstack(deltas, 2), strict=True)]
-        found.append(step(params, deltas, states, batch))
+        found.append(step.update(params, TrainState(deltas, states), batch))
     same(found[0], found[1])
     assert len(late.returned) == 2 * 4
 

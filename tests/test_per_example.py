@@ -13,7 +13,7 @@ from minitune.lora import Lora
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.private import Privacy
-from minitune.types import Batch, Mean
+from minitune.types import Batch, Mean, TrainState
 from support.models import SMALL, configs, random_batch, random_deltas, random_params
 
 RULE = Lora(2, 4.0, ("*_proj.weight",))
@@ -95,7 +95,7 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
     optimizer, trainable = optim.SGD(lr=0.1), random_deltas(params, RULE, 1)
     step = private.private_step(sft(model, RULE), optimizer, Privacy(1e9, 0.0, 0, chunk=2), donate=donate)
     given_ = tree.map(torch.clone, trainable)
-    new, state, metrics = step(params, given_, private.init(optimizer, trainable), batch)
+    (new, state), metrics = step.update(params, step.init(given_), batch)
     mean, grads = value_and_grad(lambda t: sft(model, RULE)(t, params, batch)[0])(trainable)
     wanted = tree.map(lambda p, g: p - 0.1 * g / mean.weight, trainable, grads)  # rows of one length: their mean is the mean
     torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-11)
@@ -112,8 +112,10 @@ def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, RULE, 1), optim.SGD(lr=1.0)
     objective, privacy = sft(model, RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
-    state = private.init(optimizer, trainable)._replace(step=torch.tensor(9))
-    new, after, metrics = private.private_step(objective, optimizer, privacy)(params, trainable, state, batch)
+    step = private.private_step(objective, optimizer, privacy)
+    start = step.init(trainable)
+    start = start._replace(opt_state=start.opt_state._replace(step=torch.tensor(9)))
+    (new, after), metrics = step.update(params, start, batch)
 
     def mean(t: tree.Tree, row: Batch) -> Mean:
         value = objective(t, params, tree.map(lambda x: x[None], row))[0]

@@ -18,7 +18,7 @@ from minitune.losses import CrossEntropy, cross_entropy
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import eval_step, sft_step, train_step
-from minitune.types import Adapted, Batch, Delta, InputError, Mean
+from minitune.types import Adapted, Batch, Delta, InputError, Mean, TrainState
 from support.closeness import assert_trees_close
 from support.models import SMALL, configs, randn, random_batch, random_deltas, random_params
 
@@ -371,7 +371,7 @@ def test_a_step_is_pure_and_donation_changes_only_where_the_result_lies(kind: in
         step = train_step(sft(model, lora), optimizer, micro_batch=4, donate=donate)
         given_trainable, given_state = copy.deepcopy((trainable, state))
         for _ in range(3):
-            new, new_state, metrics = step(params, given_trainable, given_state, batch)
+            (new, new_state), metrics = step.update(params, TrainState(given_trainable, given_state), batch)
             pointers = [x.data_ptr() for x in tree.leaves((given_trainable, given_state))]
             assert ([x.data_ptr() for x in tree.leaves((new, new_state))] == pointers) == donate
             given_trainable, given_state = new, new_state
@@ -392,10 +392,10 @@ def test_a_step_in_micro_batches_equals_the_step_on_the_whole_batch(seed: int, m
     model, params, rule, deltas, batch = step_parts(seed)
     optimizer = optim.SGD(lr=0.1)  # proportional to the gradient: Adam would hide its scale
     state = optimizer.init(deltas)
-    wanted = sft_step(params, deltas, state, batch, model=model, lora=rule, optimizer=optimizer)
-    found = train_step(sft(model, rule), optimizer, micro_batch=micro)(params, deltas, state, batch)
-    assert_trees_close(found[0], wanted[0], 1e-6)
-    assert_trees_close(found[2], wanted[2], 1e-5)
+    wanted = sft_step(model, rule, optimizer).update(params, TrainState(deltas, state), batch)
+    found = train_step(sft(model, rule), optimizer, micro_batch=micro).update(params, TrainState(deltas, state), batch)
+    assert_trees_close(found[0].trainable, wanted[0].trainable, 1e-6)
+    assert_trees_close(found[1], wanted[1], 1e-5)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -406,7 +406,7 @@ def test_vmap_over_a_step_takes_the_steps_of_a_loop(dora: bool) -> None:
     alone = [rule.init(params, seed) for seed in (0, 1)]
 
     def step(deltas: tree.Tree, state: tree.Tree) -> tree.Tree:
-        return sft_step(params, deltas, state, batch, model=model, lora=rule, optimizer=optimizer)
+        return sft_step(model, rule, optimizer).update(params, TrainState(deltas, state), batch)
 
     stacked = [tree.map(lambda *x: torch.stack(x), *trees) for trees in (alone, [optimizer.init(d) for d in alone])]
     found = torch.func.vmap(step)(*stacked)
@@ -417,7 +417,7 @@ def test_vmap_over_a_step_takes_the_steps_of_a_loop(dora: bool) -> None:
 def test_the_logged_loss_is_the_mean_that_was_differentiated() -> None:
     model, params, rule, deltas, batch = step_parts()
     optimizer = optim.SGD(lr=1.0)
-    new, _, metrics = sft_step(params, deltas, optimizer.init(deltas), batch, model=model, lora=rule, optimizer=optimizer)
+    (new, _), metrics = sft_step(model, rule, optimizer).update(params, TrainState(deltas, optimizer.init(deltas)), batch)
     mask = batch.labelled()
     params64, deltas64 = tree.map(torch.Tensor.double, params), tree.map(torch.Tensor.double, deltas)
 
@@ -439,10 +439,10 @@ def test_a_step_without_targets_or_with_a_non_finite_gradient_changes_nothing() 
     nothing = batch._replace(loss_mask=torch.zeros_like(batch.loss_mask))
     broken = {**params, "model.norm.weight": torch.full_like(params["model.norm.weight"], torch.nan)}
     for p, b in ((params, nothing), (broken, batch)):
-        new, new_state, metrics = sft_step(p, deltas, state, b, model=model, lora=rule, optimizer=optimizer)
+        (new, new_state), metrics = sft_step(model, rule, optimizer).update(p, TrainState(deltas, state), b)
         assert metrics["skipped"] == 1
         assert_same((new, new_state), (deltas, state))
-    assert sft_step(params, deltas, state, batch, model=model, lora=rule, optimizer=optimizer)[2]["skipped"] == 0
+    assert sft_step(model, rule, optimizer).update(params, TrainState(deltas, state), batch)[1]["skipped"] == 0
 
 
 def test_an_eval_step_gives_the_mean_without_a_graph() -> None:
@@ -451,7 +451,7 @@ def test_an_eval_step_gives_the_mean_without_a_graph() -> None:
     mean, extras = eval_step(objective)(deltas, params, batch)
     assert extras == {}
     assert not mean.total.requires_grad
-    (wanted, _), _ = value_and_grad(lambda d: objective(d, params, batch), has_aux=True)(deltas)
+    (wanted, _), _ = value_and_grad(objective, has_aux=True)(deltas, params, batch)
     torch.testing.assert_close(mean, wanted)
 
 

@@ -14,7 +14,7 @@ from minitune.lora import Lora
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.steps import train_step
-from minitune.types import Batch, Mean
+from minitune.types import Batch, Mean, TrainState
 from support.models import SMALL, random_batch, random_params
 
 RULE = Lora(rank=2, alpha=4.0, targets=("*.self_attn.*_proj.weight",))
@@ -25,7 +25,7 @@ def one_step(batch: Batch) -> tree.Tree:
     params = random_params(SMALL)
     deltas = RULE.init(params, 0)
     step = train_step(sft(Model(llama.FAMILY, SMALL), RULE), OPTIMIZER, micro_batch=1)
-    return step(params, deltas, OPTIMIZER.init(deltas), batch)
+    return step.update(params, TrainState(deltas, OPTIMIZER.init(deltas)), batch)
 
 
 def rows_of_rank(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -39,8 +39,8 @@ def run_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    new, _, metrics = one_step(rows_of_rank(random_batch(SMALL, 6, 11), rank, world_size))
-    mean = Mean(torch.tensor(float(rank)), torch.tensor(1.0)).over_ranks()
+    (new, _), metrics = one_step(rows_of_rank(random_batch(SMALL, 6, 11), rank, world_size))
+    mean = sum_over_ranks(Mean(torch.tensor(float(rank)), torch.tensor(1.0)))
     torch.save({**dict(tree.items((new, metrics))), "mean": mean.value()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -53,7 +53,7 @@ def test_a_step_on_uneven_ranks_equals_one_process(world_size: int, tmp_path: Pa
     mp.spawn(run_rank, args=(world_size, port, tmp_path), nprocs=world_size)
     batch = random_batch(SMALL, 6, 11)
     masks = [rows_of_rank(batch, rank, world_size).loss_mask for rank in range(world_size)]
-    new, _, metrics = one_step(batch._replace(loss_mask=torch.cat(masks)))
+    (new, _), metrics = one_step(batch._replace(loss_mask=torch.cat(masks)))
     wanted = dict(tree.items((new, metrics)))
     for rank in range(world_size):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -11,7 +11,7 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import FAMILIES, Model, llama
 from minitune.steps import train_step
-from minitune.types import Batch
+from minitune.types import Batch, TrainState
 from support.experts import small_experts
 from support.models import SMALL, configs, random_batch, random_params
 from support.scripts import run_script
@@ -49,7 +49,7 @@ def alone(model: Model, params: dict, own: Lora, optimizer: object, seed: int, d
     state, told = optimizer.init(deltas), []
     step = train_step(objectives.sft(model, own), optimizer, micro_batch=micro)
     for batch in data:
-        deltas, state, metrics = step(params, deltas, state, batch)
+        (deltas, state), metrics = step.update(params, TrainState(deltas, state), batch)
         told.append(metrics)
     return deltas, state, told
 
@@ -64,7 +64,7 @@ def swept(
     )
     step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=micro)
     for batch in data:
-        deltas, states, metrics = step(params, deltas, states, batch)
+        (deltas, states), metrics = step.update(params, TrainState(deltas, states), batch)
         told.append(metrics)
     return deltas, states, told
 
@@ -154,11 +154,11 @@ def test_an_adapter_that_breaks_is_skipped_and_the_others_step_as_if_alone() -> 
     ]
     states = [optimizer.init(start) for optimizer, start in zip(optimizers, starts, strict=True)]
     step = sweep.sweep_step(model, CrossEntropy(), [own] * 3, optimizers, micro_batch=2)
-    found, after, metrics = step(params, sweep.stack(starts), states, batch)
+    (found, after), metrics = step.update(params, TrainState(sweep.stack(starts), states), batch)
     assert metrics["skipped"].tolist() == [0.0, 1.0, 0.0]
     for i, optimizer in enumerate(optimizers):
         one = train_step(objectives.sft(model, own), optimizer, micro_batch=2)
-        wanted, state, _ = one(params, starts[i], states[i], Batch(*(x[i] for x in batch)))
+        (wanted, state), _ = one.update(params, TrainState(starts[i], states[i]), Batch(*(x[i] for x in batch)))
         torch.testing.assert_close(sweep.adapter(found, i, own), wanted, rtol=0.0, atol=1e-6)
         torch.testing.assert_close(after[i], state, rtol=0.0, atol=1e-6)
 

@@ -16,7 +16,7 @@ from minitune.objectives import sft
 from minitune.optim import adamw, transforms
 from minitune.optim.apply import apply_gradients, apply_gradients_each, scratch_bytes
 from minitune.steps import train_step
-from minitune.types import Delta
+from minitune.types import Delta, TrainState
 
 
 def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> tree.Tree:
@@ -137,7 +137,7 @@ def test_every_option_trains_a_model_and_donation_changes_nothing_but_where_it_l
     pure = train_step(sft(model, None), optimizer, micro_batch=1)
     for _ in range(6):
         wanted = pure(params, trainable, state, batch)
-        trainable, state, metrics = step(params, trainable, state, batch)
+        (trainable, state), metrics = step.update(params, TrainState(trainable, state), batch)
         tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), (trainable, state), wanted[:2])
         losses.append(float(metrics["loss_nats"]))
     assert losses[-1] < 0.9 * losses[0]

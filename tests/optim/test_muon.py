@@ -16,7 +16,7 @@ from minitune.objectives import sft
 from minitune.optim import muon
 from minitune.optim.apply import apply_gradients, scratch_bytes
 from minitune.steps import train_step
-from minitune.types import InputError
+from minitune.types import InputError, TrainState
 
 SHAPES = {"tall": (13, 7), "wide": (7, 13), "same": (7, 13), "square": (5, 5), "row": (1, 9), "column": (9, 1)}
 
@@ -140,7 +140,7 @@ def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, t
     for i in range(8):
         if i == 4:
             checkpoint.save_state(tmp_path, 4, {"trainable": trainable, "opt_state": state}, {})
-        trainable, state, metrics = step(params, trainable, state, batch)
+        (trainable, state), metrics = step.update(params, TrainState(trainable, state), batch)
         losses.append(float(metrics["loss_nats"]))
     assert losses[-1] < 0.9 * losses[0]
     ends.append(trainable)
@@ -148,7 +148,7 @@ def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, t
     saved = checkpoint.load_state(tmp_path / "step-00000004", fresh)[0]
     trainable, state = saved["trainable"], saved["opt_state"]
     for _ in range(4):
-        trainable, state, _ = step(params, trainable, state, batch)
+        (trainable, state), _ = step.update(params, TrainState(trainable, state), batch)
     torch.testing.assert_close(trainable, ends[0], rtol=0, atol=0)
 
 

@@ -8,7 +8,7 @@ import torch
 from minitune import compiled, objectives, optim, steps
 from minitune.lora import Lora
 from minitune.models import Model
-from minitune.types import Batch
+from minitune.types import Batch, TrainState
 
 SIZES = {"n_heads": 4, "n_kv_heads": 2, "d_model": 16, "d_head": 6, "d_ff": 13, "vocab_size": 17}
 graphs: list[int] = []
@@ -24,7 +24,7 @@ def stepped(model: Model, length: int, params: Any) -> Any:
     segments = 1 + (torch.rand(2, length, generator=generator) < 0.1).int().cumsum(1).int()
     batch = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool))
     step = steps.train_step(objectives.sft(model, rule), optimizer, micro_batch=2)
-    return step(params, deltas, optimizer.init(deltas), batch)
+    return step.update(params, TrainState(deltas, optimizer.init(deltas)), batch)
 
 
 def same(a: Any, b: Any) -> None:

@@ -30,14 +30,14 @@ deltas = sweep.stack([rule.init(params, seed) for seed in range(3)])
 tokens = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(0))
 batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), tokens > 3)
 optimizers = [optim.SGD(lr) for lr in (0.1, 0.2, 0.3)]
-states = [o.init(part) for o, part in zip(optimizers, sweep.unstack(deltas, 3), strict=True)]
 
 
 def run(model: Model) -> Any:
     """One step of the three."""
-    return sweep.sweep_step(model, CrossEntropy(), [rule] * 3, optimizers, micro_batch=2)(params, deltas, states, batch)
+    step = sweep.sweep_step(model, CrossEntropy(), [rule] * 3, optimizers, micro_batch=2)
+    return step.update(params, step.init(deltas), batch)
 
 
-(found, *_, ours), (wanted, *_, theirs) = run(model._replace(block_transform=compiled)), run(model)
+((found, _), ours), ((wanted, _), theirs) = run(model._replace(block_transform=compiled)), run(model)
 tree.map(same, (found, ours), (wanted, theirs))
 print(len(graphs))
