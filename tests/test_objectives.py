@@ -41,12 +41,12 @@ def moved(params: dict, seed: int = 5) -> dict:
     return {name: d._replace(b=0.3 * torch.randn(d.b.shape, generator=generator).to(d.b)) for name, d in deltas.items()}
 
 
-def plain_logps(model: Model, params: dict, deltas: dict, rows: Batch) -> torch.Tensor:
+def plain_logps(model: Model, params: dict, rows: Batch) -> torch.Tensor:
     """Each row alone, without padding, through whole logits."""
     sums = []
     for tokens, segments, mask in zip(*rows, strict=True):
         n = int((segments > 0).sum())
-        logp = model.forward(params, tokens[None, :n], deltas)[0].log_softmax(-1)
+        logp = model.forward(params, tokens[None, :n])[0].log_softmax(-1)
         picked = logp[torch.arange(n - 1), tokens[1:n]]
         sums.append(picked[mask[1:n]].sum())
     return torch.stack(sums)
