@@ -11,7 +11,7 @@ from torch import Tensor
 from minitune import quant, tree
 from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
 from minitune.tree import Tree
-from minitune.types import Adapted, QTensor
+from minitune.types import Adapted, Delta, QTensor
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
@@ -26,12 +26,17 @@ def linear(
     w: Float[Tensor, "out in"] | QTensor | Adapted,
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted."""
+    """Product x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted.
+
+    TypeError for a Delta, whose scale only the rule that trains it knows.
+    """
     if isinstance(w, Adapted):
         return _adapted_linear(x, w, bias)
     bias = None if bias is None else bias.to(x.dtype)
     if isinstance(w, Tensor):
         return F.linear(x, w.to(x.dtype), bias)
+    if isinstance(w, Delta):
+        raise TypeError("ops: a leaf of the params is a Delta, expected a weight; make the params of a forward by Lora.apply")
     y = quant.linear(x, w)
     return y if bias is None else y + bias
 

@@ -37,7 +37,7 @@ def counting(graph, inputs):
 compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 def counted(family, config, params, lengths=(9, 9, 14, 23, 17, 40)):
     torch._dynamo.reset()
-    plain, wrapped = Model(family, config), Model(family, config, compiled.wrap(said.append))
+    plain, wrapped = Model(family.FAMILY, config), Model(family.FAMILY, config, compiled.wrap(said.append))
     before = len(graphs)
     for n_remat in (0, 1):
         for length in lengths:
@@ -50,8 +50,8 @@ COUNTED = (
     + """
 found = []
 for family, depth in ((llama, 2), (llama, 9), (gemma2, 2)):
-    config = family.config(n_layers=depth, **SIZES)
-    found.append(counted(family, config, Model(family, config).init(0, 0.3)))
+    config = family.Config(n_layers=depth, **SIZES)
+    found.append(counted(family, config, Model(family.FAMILY, config).init(0, 0.3)))
 print(found, said)
 """
 )

@@ -11,7 +11,7 @@ from models_for_tests import DENSE, family_configs, random_params
 
 from minitune import models, optim, stages, tree
 from minitune.losses import AnswerLoss, DistillationLoss, Loss, PairLoss, TokenLoss
-from minitune.models import Model
+from minitune.models import Model, decoder
 from minitune.paths import locate
 from minitune.types import LogProbs
 
@@ -123,13 +123,12 @@ def test_a_stage_has_a_tag_a_label_and_a_docstring(kind: type) -> None:
     assert kind.run.__doc__
 
 
-EXPORTS = ("Config", "Cache", "from_hf", "to_hf", "shapes", "head_name", "block", "hidden", "decode", "scaled_logits", "forward")
-
-
 @pytest.mark.parametrize("name", sorted(models.FAMILIES))
-def test_a_family_exports_the_same_names_and_reads_what_it_writes(name: str) -> None:
+def test_a_family_is_listed_by_its_model_type_and_has_a_config_of_its_own(name: str) -> None:
     family = models.FAMILIES[name]
-    assert [export for export in EXPORTS if not hasattr(family, export)] == []
+    assert family.name == name
+    assert issubclass(family.config, decoder.Config)
+    assert [other for other, one in models.FAMILIES.items() if one.config is family.config] == [name]
 
 
 @settings(max_examples=3)

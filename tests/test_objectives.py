@@ -39,12 +39,12 @@ def moved(params: dict, seed: int = 5) -> dict:
     return {name: d._replace(b=0.3 * torch.randn(d.b.shape, generator=generator).to(d.b)) for name, d in deltas.items()}
 
 
-def plain_logps(model: Model, params: dict, deltas: dict, rows: Batch) -> torch.Tensor:
+def plain_logps(model: Model, params: dict, rows: Batch) -> torch.Tensor:
     """Each row alone, without padding, through whole logits."""
     sums = []
     for tokens, segments, mask in zip(*rows, strict=True):
         n = int((segments > 0).sum())
-        logp = model.forward(params, tokens[None, :n], deltas)[0].log_softmax(-1)
+        logp = model.forward(params, tokens[None, :n])[0].log_softmax(-1)
         picked = logp[torch.arange(n - 1), tokens[1:n]]
         sums.append(picked[mask[1:n]].sum())
     return torch.stack(sums)
@@ -54,10 +54,10 @@ def plain_logps(model: Model, params: dict, deltas: dict, rows: Batch) -> torch.
 @given(config=configs("default"), n=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_one_forward_over_pairs_gives_every_answers_own_log_prob(config: models.llama.Config, n: int, seed: int) -> None:
     model, params = Model(models.llama.FAMILY, config), random_params(config, seed, torch.float64)
-    both, deltas = pairs(config, n, seed), LORA.scaled(moved(random_params(config, seed)))
-    found = objectives.pair_logps(model, params, deltas, both)
-    torch.testing.assert_close(found.chosen, plain_logps(model, params, deltas, both.chosen))
-    torch.testing.assert_close(found.rejected, plain_logps(model, params, deltas, both.rejected))
+    both, adapted = pairs(config, n, seed), LORA.apply(params, moved(random_params(config, seed)))
+    found = objectives.pair_logps(model, adapted, both)
+    torch.testing.assert_close(found.chosen, plain_logps(model, adapted, both.chosen))
+    torch.testing.assert_close(found.rejected, plain_logps(model, adapted, both.rejected))
     assert found.n_chosen.tolist() == both.chosen.labelled().sum(1).tolist()
     assert found.n_rejected.tolist() == both.rejected.labelled().sum(1).tolist()
 
@@ -76,7 +76,7 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
     # the model without deltas, a frozen tree of whole weights, and log-probs that were computed before
     live, _, metrics = dpo_step(params, start, optimizer.init(start), both, reference={}, **common)
     with torch.no_grad():
-        held = objectives.pair_logps(model, params, {}, both)
+        held = objectives.pair_logps(model, params, both)
     cached = both._replace(reference=torch.stack([held.chosen, held.rejected], 1))
     kept, _, again = dpo_step(params, start, optimizer.init(start), cached, reference=None, **common)
     for a, b in zip(tree.leaves(live), tree.leaves(kept), strict=True):
@@ -128,7 +128,7 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
         trainable, state, last = step(params, trainable, state, judged)
     assert float(last["reward_desirable"]) > 0.1 > -0.1 > float(last["reward_undesirable"])
     with torch.no_grad():
-        held = torch.stack([objectives.answer_logps(model, params, {}, one) for one in (rows, others)], 1)
+        held = torch.stack([objectives.answer_logps(model, params, one) for one in (rows, others)], 1)
     evaluate = value_and_grad(
         lambda t: objectives.judgement(model, losses.Kto(), LORA, None)(t, params, judged._replace(reference=held))[0]
     )

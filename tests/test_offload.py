@@ -28,6 +28,7 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy, Dpo
 from minitune.models import FAMILIES, Model, llama
 from minitune.models.experts import Experts
+from minitune.quant import base_weight
 from minitune.types import Batch, Mean, Pairs
 
 SIZES = {"n_layers": 5, "n_heads": 2, "n_kv_heads": 1, "d_model": 14, "d_head": 6, "d_ff": 13, "vocab_size": 17}
@@ -102,10 +103,10 @@ def watched(events: list[tuple[str, int]], first: str, note: Callable[[Tensor], 
     layers: dict[int, int] = {}
 
     def wrap(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(w: Any, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
-            events.append(("run", layers.setdefault(w[first].data_ptr(), len(layers))))
+        def run(w: Any, x: Tensor, *rest: Any) -> Tensor:
+            events.append(("run", layers.setdefault(base_weight(w[first]).data_ptr(), len(layers))))
             note(x)
-            return block(w, deltas, x, *rest)
+            return block(w, x, *rest)
 
         return run
 
@@ -195,7 +196,7 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
     optimizers, found = [optim.AdamW(lr=1e-2), optim.AdamW(lr=1e-3)], []
     for model in both(Model(llama.FAMILY, CONFIG), late):
         step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=2)
-        states = [o.init(d) for o, d in zip(optimizers, sweep.each(deltas, 2), strict=True)]
+        states = [o.init(d) for o, d in zip(optimizers, sweep.unstack(deltas, 2), strict=True)]
         found.append(step(params, deltas, states, batch))
     same(found[0], found[1])
     assert len(late.returned) == 2 * 4
@@ -232,10 +233,10 @@ def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
 def test_a_gradient_can_be_taken_twice_and_by_halves_but_not_of_itself() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
     lean, model = both(Model(llama.FAMILY, CONFIG), late)
-    own = RULE.scaled(grad.detached_leaves(RULE.init(params, 0)))
-    upper, leaves = (own[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
-    theirs = lean.hidden(params, batch, own).exp().sum()
-    ours = model.hidden(params, batch, own).exp().sum()
+    adapted = RULE.apply(params, grad.detached_leaves(RULE.init(params, 0)))
+    upper, leaves = (adapted[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
+    theirs = lean.hidden(adapted, batch).exp().sum()
+    ours = model.hidden(adapted, batch).exp().sum()
     for wanted in ([upper], [leaves, upper], [leaves], [upper], [leaves]):
         same(*(list(torch.autograd.grad(y, wanted, retain_graph=True)) for y in (ours, theirs)))
     assert late.most <= 3  # that of a backward which stopped halfway, too
@@ -268,7 +269,7 @@ def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) ->
     deltas = RULE.init(params, 0)
     lean, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
     wanted = gradient(objectives.sft(lean, CrossEntropy(), RULE), deltas, params, batch)
-    states = model.hidden(params, batch, RULE.scaled(grad.detached_leaves(deltas)))
+    states = model.hidden(RULE.apply(params, grad.detached_leaves(deltas)), batch)
     assert alive(late.sources) == 1
     assert alive(late.copies) == 5
     del states

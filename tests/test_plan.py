@@ -19,7 +19,7 @@ from minitune import advance, blockwise, costs, losses, models, objectives, ops,
 from minitune.__main__ import main
 from minitune.grad import value_and_grad
 from minitune.lora import Lora
-from minitune.models import Model, gemma2, llama, mixtral
+from minitune.models import Model, decoder, gemma2, llama, mixtral
 from minitune.models.experts import Experts
 from minitune.stages import Train
 from minitune.types import Delta, InputError

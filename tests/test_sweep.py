@@ -60,7 +60,10 @@ def swept(
     model: Model, params: dict, rules: list[Lora], optimizers: list, seeds: list[int], data: list[Batch], micro: int
 ) -> tuple:
     deltas = sweep.stack([fresh(own, params, seed) for own, seed in zip(rules, seeds, strict=True)])
-    states, told = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.each(deltas, len(rules)), strict=True)], []
+    states, told = (
+        [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.unstack(deltas, len(rules)), strict=True)],
+        [],
+    )
     step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=micro)
     for batch in data:
         deltas, states, metrics = step(params, deltas, states, batch)
@@ -132,7 +135,7 @@ def test_each_adapter_is_itself_alone_whatever_is_adapted(name: str, monkeypatch
     config = SMALL if family == "llama" else small_experts(family)
     params = random_params(config)
     if name == "two adapters a forward":
-        monkeypatch.setattr(sweep, "TOGETHER", 2 * 9 * config.d_model)
+        monkeypatch.setattr(sweep, "CPU_HIDDEN_ELEMENTS", 2 * 9 * config.d_model)
     if quantized:
         params = {key: quant.quantize(w, quant.Int8()) if key.endswith("_proj.weight") else w for key, w in params.items()}
     model = Model(FAMILIES[family], config)
@@ -181,7 +184,7 @@ deltas = sweep.stack([rule.init(params, seed) for seed in range(3)])
 tokens = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(0))
 batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), tokens > 3)
 optimizers = [optim.SGD(lr) for lr in (0.1, 0.2, 0.3)]
-states = [o.init(part) for o, part in zip(optimizers, sweep.each(deltas, 3))]
+states = [o.init(part) for o, part in zip(optimizers, sweep.unstack(deltas, 3))]
 run = lambda model: sweep.sweep_step(model, CrossEntropy(), [rule] * 3, optimizers, micro_batch=2)(params, deltas, states, batch)
 (found, *_, ours), (wanted, *_, theirs) = run(model._replace(block_transform=compiled)), run(model)
 def same(x, y):  # either is within 2e-6 of float64, as a share of a leaf's largest value: sums of other orders
