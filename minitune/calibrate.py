@@ -13,7 +13,7 @@ from minitune.models import Model, decoder
 from minitune.models.block import Tap, block
 from minitune.models.config import LayerKind, layer_kind
 from minitune.models.weights import head_name, layer_of
-from minitune.quant import NF4, Int4, Int8, Quantization, refuse_not_finite
+from minitune.quant import NF4, Int4, Int8, Quantization, base_weight, refuse_not_finite, with_base_weight
 from minitune.types import Batch, InputError, Params, QInt4, QInt8
 
 BLOCK = 128  # columns whose errors are spread together, a multiple of every group: it changes the time, not the result
@@ -44,7 +44,8 @@ class BlockInputs(NamedTuple):
 
 def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float) -> Params:
     """All parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
-    experts see of it. Block by block: what a block sees has come through the quantized blocks before it.
+    experts see of it. Block by block: what a block sees has come through the quantized blocks before it. Of an adapted leaf the
+    weight is quantized, and its change stays as it is.
 
     InputError for an nf4 or float8 scheme, for no batches, and for a weight that is not finite or that no linear map of the model
     uses.
@@ -59,17 +60,23 @@ def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Q
         raise InputError("calibrate: no row of data to calibrate on, expected at least one; look at the data table of gptq")
     refuse_not_finite(params, plan)
     head = head_name(model.config)
+    dense = params
+
+    def calibrated(name: str, gram: Tensor) -> Any:
+        """Leaf of a weight as codes, adapted as before."""
+        codes = gptq_weight(base_weight(dense[name]), gram, grids[name], damp)
+        return with_base_weight(dense[name], codes)
+
     with torch.no_grad():
         inputs = [before_first_block(model, params, batch) for batch in batches]
         for i in range(model.config.n_layers):
             grams = _summed(_grams(model, params, i, one, grids) for one in inputs)
-            new = {name: gptq_weight(params[name], gram, grids[name], damp) for name, gram in grams.items()}
-            params = {**params, **new}
+            params = {**params, **{name: calibrated(name, gram) for name, gram in grams.items()}}
             inputs = [after_block(model, params, i, one) for one in inputs]
         if head in grids:
             gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
-            params = {**params, head: gptq_weight(params[head], gram, grids[head], damp)}
-    unused = next((name for name in grids if isinstance(params[name], Tensor)), None)
+            params = {**params, head: calibrated(head, gram)}
+    unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
     if unused is not None:
         raise InputError(
             f"calibrate: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn"

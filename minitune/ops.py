@@ -12,7 +12,7 @@ from minitune import hardware, quant, tree, widened
 from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
 from minitune.hardware import to_device
 from minitune.tree import Tree
-from minitune.types import Adapted, QTensor
+from minitune.types import Adapted, Delta, QTensor
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
@@ -27,10 +27,15 @@ def linear(
     w: Float[Tensor, "out in"] | QTensor | Adapted,
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted."""
+    """Product x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted.
+
+    TypeError for a Delta, whose scale only the rule that trains it knows.
+    """
     if isinstance(w, Adapted):
         return _adapted_linear(x, w, bias)
     bias = None if bias is None else bias.to(x.dtype)
+    if isinstance(w, Delta):
+        raise TypeError("ops: a leaf of the params is a Delta, expected a weight; make the params of a forward by Lora.apply")
     if not isinstance(w, Tensor):
         y = quant.linear(x, w)
     elif w.itemsize < x.itemsize:

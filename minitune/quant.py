@@ -163,7 +163,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         schemes = {name: self._scheme(name) for name in names}
         plan = {name: scheme for name, scheme in schemes.items() if scheme is not None}
         for name, scheme in plan.items():
-            w = params[name]
+            w = base_weight(params[name])
             if not isinstance(w, Tensor):
                 raise InputError(f"quant: {name} is a {type(w).__name__} already, expected a plain weight; narrow the weights")
             if w.ndim != 2 or name.endswith("embed_tokens.weight"):
@@ -181,7 +181,8 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """All parameters, the planned ones rounded to nearest; InputError names one that holds NaN or infinity."""
         plan = self.plan(params)
         refuse_not_finite(params, plan)
-        return {name: quantize(w, plan[name]) if name in plan else w for name, w in params.items()}
+        codes = {name: quantize(base_weight(params[name]), scheme) for name, scheme in plan.items()}
+        return {name: with_base_weight(w, codes[name]) if name in codes else w for name, w in params.items()}
 
     def fake(self, trainable: Trainable) -> Trainable:
         """The trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
@@ -200,9 +201,19 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
     """InputError names the first weight that holds NaN or infinity, for which no scale exists."""
-    bad = next((name for name in names if not bool(params[name].isfinite().all())), None)
+    bad = next((name for name in names if not bool(base_weight(params[name]).isfinite().all())), None)
     if bad is not None:
         raise InputError(f"quant: {bad} holds values that are not finite, expected numbers; has the training diverged?")
+
+
+def base_weight(leaf: Any) -> Any:
+    """Weight that an adapted leaf changes; any other leaf is its own."""
+    return leaf.w if isinstance(leaf, Adapted) else leaf
+
+
+def with_base_weight(leaf: Any, w: Any) -> Any:
+    """Leaf that multiplies by w in place of its own weight, adapted as before."""
+    return leaf._replace(w=w) if isinstance(leaf, Adapted) else w
 
 
 def packed(params: Params) -> Params:
@@ -212,8 +223,6 @@ def packed(params: Params) -> Params:
     """
 
     def leaf(w: Any) -> Any:
-        if isinstance(w, Adapted):
-            return w._replace(w=leaf(w.w))
         if isinstance(w, QInt8) and w.codes.device.type == "cpu":
             return PackedInt8(w)
         if not isinstance(w, QInt4) or w.codes.device.type != "cpu":
@@ -225,7 +234,7 @@ def packed(params: Params) -> Params:
         scale = w.scale.T.to(torch.bfloat16)
         return PackedInt4(w, codes, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 
-    return {name: leaf(w) for name, w in params.items()}
+    return {name: with_base_weight(w, leaf(base_weight(w))) for name, w in params.items()}
 
 
 def linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, "*rows out"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitune import calibrate, seeds
 from minitune.calibrate import Gptq, Method, Rtn, gptq, gptq_weight
+from minitune.lora import Lora
 from minitune.models import Model, llama
 from minitune.quant import NF4, Float8, Int4, Int8, Quantization, dequantize, quantize
 from minitune.types import Batch, Delta, InputError, Params
@@ -144,12 +145,14 @@ def test_only_what_is_planned_changes_and_the_head_can_be():
 def test_deltas_are_part_of_what_is_calibrated_on():
     params, rule, batch = random_params(WIDE), Quantization(Int4()), random_batch(WIDE, 3, 17)
     up = "model.layers.0.mlp.up_proj.weight"
-    deltas = {up: Delta(normal(2, 64), normal(96, 2))}
+    deltas, lora = {up: Delta(normal(2, 64), normal(96, 2))}, Lora(rank=2, alpha=2.0, targets=(up,))
     merged = {**params, up: params[up] + deltas[up].b @ deltas[up].a}
     name = "model.layers.0.mlp.down_proj.weight"
-    beside = gptq(MODEL, params, [batch], rule, damp=0.01, deltas=deltas)[name]
-    inside = gptq(MODEL, merged, [batch], rule, damp=0.01)[name]
+    adapted = gptq(MODEL, lora.apply(params, deltas), [batch], rule, damp=0.01)
+    beside, inside = adapted[name], gptq(MODEL, merged, [batch], rule, damp=0.01)[name]
     without = gptq(MODEL, params, [batch], rule, damp=0.01)[name]
+    assert all(torch.equal(x, y) for x, y in zip(adapted[up][1:3], deltas[up][:2], strict=True))
+    assert levels_of(adapted[up].w, Int4()).eq(levels_of(gptq(MODEL, params, [batch], rule, damp=0.01)[up], Int4())).all()
     assert levels_of(beside, Int4()).ne(levels_of(inside, Int4())).double().mean() < 0.002
     assert levels_of(beside, Int4()).ne(levels_of(without, Int4())).double().mean() > 0.05
 

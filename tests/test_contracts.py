@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minitune import models, objectives, optim, stages, tree
 from minitune.losses import DistillationLoss, Loss, PairLoss, TokenLoss, UnpairedLoss
 from minitune.models import Model, weights
+from minitune.models.config import DecoderConfig
 from minitune.models.weights import head_name
 from minitune.paths import locate
 from minitune.source import Source
@@ -135,13 +136,12 @@ def test_a_stage_has_a_tag_a_label_and_a_docstring(kind: type) -> None:
     assert kind.run.__doc__
 
 
-EXPORTS = ("Config", "Cache", "from_hf", "to_hf", "shapes", "head_name", "block", "hidden", "decode", "scaled_logits", "forward")
-
-
 @pytest.mark.parametrize("name", sorted(models.FAMILIES))
-def test_a_family_exports_the_same_names_and_reads_what_it_writes(name: str) -> None:
+def test_a_family_is_listed_by_its_model_type_and_has_a_config_of_its_own(name: str) -> None:
     family = models.FAMILIES[name]
-    assert [export for export in EXPORTS if not hasattr(family, export)] == []
+    assert family.name == name
+    assert issubclass(family.config, DecoderConfig)
+    assert [other for other, one in models.FAMILIES.items() if one.config is family.config] == [name]
 
 
 @settings(max_examples=3)

@@ -49,8 +49,9 @@ def test_the_new_loss_learns(names: dict) -> None:
 
 def test_task_arithmetic_adds_the_products(names: dict) -> None:
     lora, params = names["lora"], names["params"]
-    deltas, trained = lora.scaled(names["deltas"]), lora.scaled(names["trained"])
-    merged = {n: params[n] + deltas[n].b @ deltas[n].a + 0.5 * trained[n].b @ trained[n].a for n in deltas}
+    deltas, trained = names["deltas"], names["trained"]
+    changes = {n: deltas[n].b @ deltas[n].a + 0.5 * trained[n].b @ trained[n].a for n in deltas}
+    merged = {n: params[n] + lora.alpha / lora.rank * change for n, change in changes.items()}
     wanted = names["model"].forward({**params, **merged}, names["tokens"])
     torch.testing.assert_close(names["logits"], wanted, rtol=0, atol=1e-4)
     base = names["model"].forward(params, names["tokens"])

@@ -20,7 +20,7 @@ from minitune.data import Cursor, Dataset, Source
 from minitune.documents import Documents, Report
 from minitune.frozen import fingerprint, folder_fingerprint, reference_logps, taught, teacher_tops
 from minitune.lora import Lora
-from minitune.models import Model, llama
+from minitune.models import Model, decoder, llama
 from minitune.objectives import Teacher, pair_logps
 from minitune.pairs import PairSet
 from minitune.types import InputError, Judged, Pairs
@@ -29,9 +29,11 @@ from support.models import random_params
 
 SMALL = msgspec.structs.replace(TWO_LAYERS, n_layers=1)
 MODEL, PARAMS = Model(llama.FAMILY, SMALL), random_params(SMALL)
-DELTAS = Lora(rank=3, alpha=5.0, targets=("*_proj.weight",)).init(PARAMS, 0)
+RULE = Lora(rank=3, alpha=5.0, targets=("*_proj.weight",))
+DELTAS = RULE.init(PARAMS, 0)
 DELTAS = {name: delta._replace(b=torch.full_like(delta.b, 0.05)) for name, delta in DELTAS.items()}
-TEACHER = Teacher(MODEL, PARAMS, DELTAS)
+ADAPTED = RULE.apply(PARAMS, DELTAS)
+TEACHER = Teacher(MODEL, ADAPTED)
 SEQ_LEN = 23
 SOURCE = Source("f.jsonl", "instruct", SEQ_LEN)
 
@@ -71,18 +73,18 @@ def test_cached_log_probs_are_the_live_ones(
     pairset = random_pairs(lengths, judged)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "FORWARD_TOKENS", forward_tokens)
-        said = reference_logps(MODEL, PARAMS, DELTAS, pairset, SOURCE, tmp_path_factory.mktemp("cache"))
+        said = reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path_factory.mktemp("cache"))
     assert (said.dtype, said.shape) == (np.float32, (pairset.report.n_samples, 2))
     batch, _ = pairs.take(pairset, Cursor(0, 0), n_rows, SOURCE, 1, said)
     assert isinstance(batch.reference, torch.Tensor)
-    live = pair_logps(MODEL, PARAMS, DELTAS, Pairs(batch[0], batch[1]))
+    live = pair_logps(MODEL, ADAPTED, Pairs(batch[0], batch[1]))
     torch.testing.assert_close(batch.reference, torch.stack(live[:2], dim=1), rtol=1e-6, atol=1e-6)
     assert isinstance(batch, Judged) == judged
     # and an independent reading of them, one answer at a time, without padding
     rows = pairset.order(1, 0)
     for row, kept in zip(rows[:n_rows], batch.reference, strict=False):
         one = pairset.answers.at(row if judged else 2 * row)
-        logits = MODEL.forward(PARAMS, torch.from_numpy(one.tokens.astype(np.int64))[None], DELTAS)[0].log_softmax(-1)
+        logits = MODEL.forward(ADAPTED, torch.from_numpy(one.tokens.astype(np.int64))[None])[0].log_softmax(-1)
         logps = [logits[t - 1, one.tokens[t]] for t in range(len(one.tokens)) if one.mask[t]]
         torch.testing.assert_close(kept[0], torch.stack(logps).sum(), rtol=1e-5, atol=1e-5)
 
@@ -119,7 +121,7 @@ def test_cached_tops_are_the_live_ones(
     known = taught(batch, data.take(places, cursor, n_rows, source, 3)[0].tokens, tops)
     assert known.top_ids.shape == known.top_logps.shape == (*batch.tokens.shape, k)
     assert known.rows is batch
-    logits = MODEL.forward(PARAMS, batch.tokens, DELTAS, segment_ids=batch.segment_ids).roll(1, 1)  # of each token's prediction
+    logits = MODEL.forward(ADAPTED, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)  # of each token's prediction
     live = (logits / temperature).log_softmax(-1)
     targets = batch.labelled()
     torch.testing.assert_close(live.gather(-1, known.top_ids)[targets], known.top_logps[targets], rtol=1e-6, atol=1e-6)
@@ -134,8 +136,8 @@ def test_a_quantized_frozen_model_speaks_too(tmp_path: Path) -> None:
     leaf = quant.QInt8(codes, torch.full((len(codes), 1), 0.003))
     params = {**PARAMS, name: leaf}
     pairset = random_pairs([5, 3], judged=False)
-    said = reference_logps(MODEL, params, {}, pairset, SOURCE, tmp_path)
-    wide = reference_logps(MODEL, {**PARAMS, name: codes * 0.003}, {}, pairset, SOURCE, tmp_path)
+    said = reference_logps(MODEL, params, pairset, SOURCE, tmp_path)
+    wide = reference_logps(MODEL, {**PARAMS, name: codes * 0.003}, pairset, SOURCE, tmp_path)
     np.testing.assert_allclose(said, wide, rtol=1e-4)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -147,19 +149,20 @@ def entries(folder: Path) -> int:
 def test_the_caches_are_made_anew_when_anything_changes(tmp_path: Path) -> None:
     pairset, dataset = random_pairs([5, 3, 4, 8], judged=False), random_dataset([5, 3, 4])
     name = "model.layers.0.mlp.up_proj.weight"
-    other = {**PARAMS, name: PARAMS[name].index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(0.125))}
+    changed = PARAMS[name].index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(0.125))
+    other = {**ADAPTED, name: ADAPTED[name]._replace(w=changed)}
     config = Model(llama.FAMILY, msgspec.structs.replace(SMALL, rope_theta=77.0))
 
-    def refer(model: Model = MODEL, params: Any = PARAMS, deltas: Any = DELTAS, pairset: PairSet = pairset) -> int:
-        reference_logps(model, params, deltas, pairset, SOURCE, tmp_path / "reference")
+    def refer(model: Model = MODEL, params: Any = ADAPTED, pairset: PairSet = pairset) -> int:
+        reference_logps(model, params, pairset, SOURCE, tmp_path / "reference")
         return entries(tmp_path / "reference")
 
     assert [refer(), refer()] == [1, 1]
     assert refer(params=other) == 2
-    assert refer(deltas={}) == 3
+    assert refer(params=PARAMS) == 3
     assert refer(model=config) == 4
     assert refer(pairset=pairset._replace(key="other")) == 5
-    assert refer(params={key: w.double() for key, w in PARAMS.items()}) == 6
+    assert refer(params=RULE.apply({key: w.double() for key, w in PARAMS.items()}, DELTAS)) == 6
 
     def teach(teacher: Teacher = TEACHER, dataset: Dataset = dataset, k: int = 3, temperature: float = 1.0) -> int:
         teacher_tops(teacher, dataset, k, temperature, tmp_path / "tops")
@@ -174,9 +177,9 @@ def test_the_caches_are_made_anew_when_anything_changes(tmp_path: Path) -> None:
 
 def test_a_kept_value_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairset, dataset = random_pairs([5, 3, 4, 8], judged=True), random_dataset([5, 3, 4])
-    first = reference_logps(MODEL, PARAMS, DELTAS, pairset, SOURCE, tmp_path), teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path)
-    monkeypatch.setattr(llama, "hidden", None)
-    second = reference_logps(MODEL, PARAMS, DELTAS, pairset, SOURCE, tmp_path), teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path)
+    first = reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path), teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path)
+    monkeypatch.setattr(decoder, "hidden", None)
+    second = reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path), teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path)
     assert isinstance(second[0], np.memmap)
     assert isinstance(second[1].ids, np.memmap)
     np.testing.assert_array_equal(first[0], second[0])
@@ -208,7 +211,7 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         told.append("closed")
 
     monkeypatch.setattr(frozen, "FORWARD_TOKENS", 10)
-    reference_logps(MODEL, PARAMS, DELTAS, random_pairs([5, 3, 4, 8, 2, 2], False), SOURCE, tmp_path, progress)
+    reference_logps(MODEL, ADAPTED, random_pairs([5, 3, 4, 8, 2, 2], False), SOURCE, tmp_path, progress)
     assert told == [("reference log-probs", 3), (1, {}), (3, {}), "closed"]
     told = []
     teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path, progress)
@@ -220,7 +223,7 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_damaged_cache_is_refused(name: str, damage: Callable[[bytes], bytes] | None, tmp_path: Path) -> None:
     pairset, dataset = random_pairs([5, 3], judged=False), random_dataset([5, 3, 4])
     compute = {
-        "reference": lambda: reference_logps(MODEL, PARAMS, DELTAS, pairset, SOURCE, tmp_path / "reference"),
+        "reference": lambda: reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path / "reference"),
         "tops": lambda: teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path / "tops"),
     }
     for kind in ["tops"] if name == "ids.npy" else compute:

@@ -17,7 +17,7 @@ from minitune import chat, generate, models, paths, quant, sampling, tokenizer
 from minitune.generate import answers, greedy, pieces, stream
 from minitune.grad import remat
 from minitune.lora import Lora
-from minitune.models import Model, llama
+from minitune.models import Model, decoder, llama
 from minitune.quant import dequantize
 from minitune.sampling import Sampling, filtered, next_tokens
 from minitune.types import Delta, PackedInt4, QInt8
@@ -162,7 +162,7 @@ def test_the_cache_equals_the_full_forward_wherever_its_strides_end(config: llam
 
 def test_generation_is_reproducible_and_a_prompt_answers_by_its_place_and_seed() -> None:
     params, prompts = random_params(SMALL, 1, torch.float64), prompts_of([4, 4, 9], 1)
-    run = partial(generate.generate, MODEL, params, deltas={}, sampling=DRAWN, max_new_tokens=20, stop_ids=[])
+    run = partial(generate.generate, MODEL, params, sampling=DRAWN, max_new_tokens=20, stop_ids=[])
     first = run(prompts=prompts, seed=0)
     assert run(prompts=prompts, seed=0) == first
     assert run(prompts=prompts[:2], seed=0) == first[:2]
@@ -179,10 +179,10 @@ def test_deltas_and_quantized_leaves_decode_as_what_they_stand_for() -> None:
     a, b = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, in_), (out, 3)))
     deltas, rule = {name: Delta(a, b)}, Lora(rank=3, alpha=3.0, targets=(name,))
     run = partial(greedy, MODEL, prompts=prompts, max_new_tokens=9, stop_ids=[])
-    assert run(params, deltas=deltas) == run(rule.merge(params, deltas), deltas={}) != run(params, deltas={})
+    assert run(rule.apply(params, deltas)) == run(rule.merge(params, deltas)) != run(params)
     q = QInt8(torch.randint(-127, 128, (out, in_), generator=generator).to(torch.int8), torch.full((out, 1), 0.01))
     dense = {**params, name: dequantize(q, torch.float64)}
-    assert run({**params, name: q}, deltas={}) == run(dense, deltas={}) != run(params, deltas={})
+    assert run({**params, name: q}) == run(dense) != run(params)
 
 
 def test_the_cache_has_the_dtype_and_device_of_the_embedding() -> None:
@@ -207,15 +207,15 @@ def test_int4_leaves_are_packed_once_and_for_bfloat16_alone(demo: Any, monkeypat
 
 def test_a_model_whose_blocks_are_recomputed_decodes_alike() -> None:
     params, prompts = random_params(SMALL), prompts_of([3, 5], 0)
-    run = partial(greedy, params=params, prompts=prompts, deltas={}, max_new_tokens=6, stop_ids=[])
+    run = partial(greedy, params=params, prompts=prompts, max_new_tokens=6, stop_ids=[])
     assert run(MODEL._replace(block_transform=remat)) == run(MODEL)
 
 
 def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     params, prompts, calls = random_params(SMALL, 3), prompts_of([3, 5], 3), []
     rows = greedy(MODEL, params, prompts, max_new_tokens=12, stop_ids=[])
-    decode = llama.decode
-    monkeypatch.setattr(llama, "decode", lambda *args: calls.append(1) or decode(*args))
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda *args: calls.append(1) or decode(*args))
     greedy(MODEL, params, prompts, max_new_tokens=12, stop_ids=[rows[0][2], rows[1][4]])
     assert len(calls) <= 5
     steps = stream(MODEL, params, prompts, sampling=Sampling(), row_seeds=[0, 0], max_new_tokens=12)
@@ -298,7 +298,7 @@ def demo() -> tuple[Model, dict[str, Tensor], tokenizer.Tokenizer, list[list[int
 def answered(demo: Any, batch_size: int = 2, stop_ids: Sequence[int] = (), stops: Sequence[str] = (), **more: Any) -> list[str]:
     model, params, text, asked = demo
     options = {"sampling": Sampling(), "seed": 0, "max_new_tokens": 12, "on_progress": lambda done: None, **more}
-    return answers(model, params, {}, asked, text, batch_size=batch_size, stop_ids=stop_ids, stop_strings=stops, **options)
+    return answers(model, params, asked, text, batch_size=batch_size, stop_ids=stop_ids, stop_strings=stops, **options)
 
 
 def test_answers_come_in_order_whatever_the_batches(demo: Any) -> None:
@@ -327,8 +327,8 @@ def test_answers_end_before_a_stop_string_that_lies_across_tokens(demo: Any, mon
     shown = pieces(row, partial(text.decode, skip_special=True), [stop])
     assert "".join(shown) == found[1]
     calls: list[int] = []
-    decode = llama.decode
-    monkeypatch.setattr(llama, "decode", lambda *args: calls.append(1) or decode(*args))
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda *args: calls.append(1) or decode(*args))
     assert answered((model, params, text, asked[1:2]), stops=[stop]) == found[1:2]
     assert len(calls) == next(n for n in range(13) if stop in text.decode(row[:n], skip_special=True)) < 12
 

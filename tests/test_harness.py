@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from minitune import chat, checkpoint, generate, models, paths, scoring, tokenizer
 from minitune.interop import harness
+from minitune.lora import Lora
 from minitune.models import Model, llama
 from minitune.template import with_options
 from minitune.types import Delta, InputError
@@ -434,20 +435,21 @@ def test_without_lm_eval_the_message_names_the_extra(subject: Subject, tasks: Pa
 def test_scores_equal_a_whole_forward_for_each_pair(data: st.DataObject) -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     name = "model.layers.1.mlp.down_proj.weight"
-    deltas = {name: Delta(torch.ones(1, SMALL.d_ff), torch.linspace(-1, 1, SMALL.d_model)[:, None])}
+    delta = Delta(torch.ones(1, SMALL.d_ff), torch.linspace(-1, 1, SMALL.d_model)[:, None])
+    adapted = Lora(rank=1, alpha=1.0, targets=(name,)).apply(params, {name: delta})
     ids, max_length = st.integers(0, SMALL.vocab_size - 1), data.draw(st.integers(4, 9))
     contexts = data.draw(st.lists(st.lists(ids, min_size=1, max_size=9), min_size=1, max_size=3))
     pairs = [
         (data.draw(st.sampled_from(contexts)), data.draw(st.lists(ids, min_size=1, max_size=max_length)))
         for _ in range(data.draw(st.integers(0, 5)))
     ]
-    pairs += [(c, generate.greedy(model, params, [c], deltas, max_new_tokens=2, stop_ids=[])[0]) for c in contexts]
-    found = scoring.continuations(model, params, deltas, pairs, batch_size=data.draw(st.integers(1, 4)), max_length=max_length)
+    pairs += [(c, generate.greedy(model, adapted, [c], max_new_tokens=2, stop_ids=[])[0]) for c in contexts]
+    found = scoring.continuations(model, adapted, pairs, batch_size=data.draw(st.integers(1, 4)), max_length=max_length)
     assert len(found) == len(pairs)
     for (context, continuation), score in zip(pairs, found, strict=True):
         row = torch.tensor([*context, *continuation])[-max_length - 1 :]
         with torch.no_grad():
-            logps = model.forward(params, row[None, :-1], deltas)[0].log_softmax(-1)[-len(continuation) :]
+            logps = model.forward(adapted, row[None, :-1])[0].log_softmax(-1)[-len(continuation) :]
         targets = row[-len(continuation) :]
         assert score.logp_nats == pytest.approx(float(logps.gather(1, targets[:, None]).sum()), rel=1e-5, abs=1e-5)
         assert score.greedy == torch.equal(logps.argmax(-1), targets)
@@ -459,15 +461,15 @@ def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> N
     shapes: list[tuple[int, ...]] = []
 
     def wrap(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def counted(w: Any, deltas: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def counted(w: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
             shapes.append(tuple(x.shape[:2]))
-            return block(w, deltas, x, *rest)
+            return block(w, x, *rest)
 
         return counted
 
     model = Model(llama.FAMILY, SMALL, wrap)
     pairs = [([1, 2], [n]) for n in range(5)] + [([1], [2, 3]), ([1, 2, 3, 4], [5, 6]), ([7], [8])]
-    scores = scoring.continuations(model, random_params(SMALL), {}, pairs, batch_size=2, max_length=64)
+    scores = scoring.continuations(model, random_params(SMALL), pairs, batch_size=2, max_length=64)
     assert shapes[:: SMALL.n_layers] == [(2, 5), (1, 1)]
     assert math.exp(scores[3].logp_nats) < 1.0
     assert scores[0] != scores[1]
@@ -476,4 +478,4 @@ def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> N
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 5)])
 def test_pairs_that_have_no_score_are_refused(pair: tuple[list[int], list[int]]) -> None:
     with pytest.raises(InputError, match=r"scoring: a context of \d and a continuation of \d tokens, expected .* 1 to 4$"):
-        scoring.continuations(Model(llama.FAMILY, SMALL), random_params(SMALL), {}, [pair], batch_size=2, max_length=4)
+        scoring.continuations(Model(llama.FAMILY, SMALL), random_params(SMALL), [pair], batch_size=2, max_length=4)

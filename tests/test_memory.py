@@ -21,12 +21,12 @@ RULE = Lora(4, 8.0, ("*_proj.weight",))
 
 def kept_by_forward(model: Model, params: dict, deltas: dict, batch: object) -> int:
     """Bytes that all blocks together keep, counted over a whole forward."""
-    own = RULE.scaled(grad.detached_leaves(deltas))
+    adapted = RULE.apply(params, grad.detached_leaves(deltas))
 
     def forward(x: torch.Tensor, *_: object) -> torch.Tensor:
-        return model.hidden({**params, "model.embed_tokens.weight": x}, batch, own)
+        return model.hidden({**adapted, "model.embed_tokens.weight": x}, batch)
 
-    return grad.kept_bytes(forward, params["model.embed_tokens.weight"], params, own)
+    return grad.kept_bytes(forward, params["model.embed_tokens.weight"], adapted)
 
 
 def test_the_bytes_that_a_function_keeps_are_those_of_its_saved_tensors() -> None:
@@ -50,11 +50,11 @@ def test_a_budget_is_kept_with_as_few_blocks_computed_again_as_it_takes() -> Non
     adapted = objectives.apply_trainable(params, grad.detached_leaves(deltas), RULE)
     for n in range(6):
         room = kept[n] - beside + (first if n == 0 else 0)
-        assert memory.n_remat(CONFIG, *adapted, 3, 41, room) == n
+        assert memory.n_remat(CONFIG, adapted, 3, 41, room) == n
         if n < 5:
-            assert memory.n_remat(CONFIG, *adapted, 3, 41, room - 1) == n + 1
+            assert memory.n_remat(CONFIG, adapted, 3, 41, room - 1) == n + 1
     with pytest.raises(InputError, match=r"memory: 5 blocks keep .* MiB for the backward of 3 x 41 tokens when all are computed"):
-        memory.n_remat(CONFIG, *adapted, 3, 41, 5 * 3 * 41 * CONFIG.d_model * 4 - 1)
+        memory.n_remat(CONFIG, adapted, 3, 41, 5 * 3 * 41 * CONFIG.d_model * 4 - 1)
 
 
 def test_any_number_of_blocks_computed_again_gives_the_same_gradient() -> None:

@@ -136,7 +136,7 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
         (trainable, state), last = step.update(params, TrainState(trainable, state), judged)
     assert float(last["reward_desirable"]) > 0.1 > -0.1 > float(last["reward_undesirable"])
     with torch.no_grad():
-        held = torch.stack([objectives.answer_logps(model, params, {}, one) for one in (rows, others)], 1)
+        held = torch.stack([objectives.answer_logps(model, params, one) for one in (rows, others)], 1)
     evaluate = value_and_grad(
         lambda t: objectives.unpaired_preference(model, LORA, losses.Kto(), None)(t, params, judged._replace(reference=held))[0]
     )

@@ -22,6 +22,7 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy, Dpo
 from minitune.models import FAMILIES, Model, llama
 from minitune.models.experts import Experts
+from minitune.quant import base_weight
 from minitune.types import Batch, Mean, Pairs, TrainState
 from support.models import SMALL, random_batch, random_params
 from support.programs import LORA, TRAIN, run
@@ -99,10 +100,10 @@ def watched(events: list[tuple[str, int]], first: str, note: Callable[[Tensor], 
     layers: dict[int, int] = {}
 
     def wrap(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(w: Any, deltas: Any, x: Tensor, *rest: Any) -> Tensor:
-            events.append(("run", layers.setdefault(w[first].data_ptr(), len(layers))))
+        def run(w: Any, x: Tensor, *rest: Any) -> Tensor:
+            events.append(("run", layers.setdefault(base_weight(w[first]).data_ptr(), len(layers))))
             note(x)
-            return block(w, deltas, x, *rest)
+            return block(w, x, *rest)
 
         return run
 
@@ -229,10 +230,10 @@ def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
 def test_a_gradient_can_be_taken_twice_and_by_halves_but_not_of_itself() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
     lean, model = both(Model(llama.FAMILY, CONFIG), late)
-    own = RULE.scaled(grad.detached_leaves(RULE.init(params, 0)))
-    upper, leaves = (own[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
-    theirs = lean.hidden(params, batch, own).exp().sum()
-    ours = model.hidden(params, batch, own).exp().sum()
+    adapted = RULE.apply(params, grad.detached_leaves(RULE.init(params, 0)))
+    upper, leaves = (adapted[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
+    theirs = lean.hidden(adapted, batch).exp().sum()
+    ours = model.hidden(adapted, batch).exp().sum()
     for wanted in ([upper], [leaves, upper], [leaves], [upper], [leaves]):
         same(*(list(torch.autograd.grad(y, wanted, retain_graph=True)) for y in (ours, theirs)))
     assert late.most <= 3  # that of a backward which stopped halfway, too
@@ -265,7 +266,7 @@ def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) ->
     deltas = RULE.init(params, 0)
     lean, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
     wanted = gradient(objectives.sft(lean, RULE), deltas, params, batch)
-    states = model.hidden(params, batch, RULE.scaled(grad.detached_leaves(deltas)))
+    states = model.hidden(RULE.apply(params, grad.detached_leaves(deltas)), batch)
     assert alive(late.sources) == 1
     assert alive(late.copies) == 5
     del states

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from minitune import checkpoint, models, tree
+from minitune import checkpoint, models, objectives, tree
 from minitune.interop import peft
 from minitune.lora import Lora, check_deltas
 from minitune.types import InputError
@@ -58,7 +58,7 @@ def test_an_adapter_of_the_text_within_goes_both_ways(whole: tuple[str, Any], tm
     trainable = {**deltas, "model.norm.weight": params["model.norm.weight"] + 0.5}
     save = {"base": "x", "fingerprint": None, "quantization": None, "names": params}
     peft.save(tmp_path / "ours", trainable, rule, **save, wrapper=name)
-    found = model.forward({**params, "model.norm.weight": trainable["model.norm.weight"]}, tokens, rule.scaled(deltas))
+    found = model.forward(objectives.apply_trainable(params, trainable, rule), tokens)
     with torch.no_grad():
         PeftModel.from_pretrained(hf, tmp_path / "ours")
         theirs = text_logits(hf, tokens)

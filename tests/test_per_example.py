@@ -13,7 +13,7 @@ from minitune.lora import Lora
 from minitune.models import Model, llama
 from minitune.objectives import sft
 from minitune.private import Privacy
-from minitune.types import Batch, Mean, TrainState
+from minitune.types import Batch, Mean
 from support.models import SMALL, configs, random_batch, random_deltas, random_params
 
 RULE = Lora(2, 4.0, ("*_proj.weight",))

@@ -21,7 +21,7 @@ from minitune.lora import Lora
 from minitune.losses import CrossEntropy
 from minitune.models import Model, llama
 from minitune.quant import NF4, Float8, Int4, Int8, Quantization, Scheme, dequantize, fake, linear, packed, quantize
-from minitune.types import QNF4, Delta, InputError, Mean, QFloat8, QInt4, QInt8
+from minitune.types import QNF4, Adapted, Delta, InputError, Mean, QFloat8, QInt4, QInt8
 from support.models import SMALL, random_batch, random_params
 
 SCHEMES: dict[str, Scheme] = {
@@ -472,4 +472,4 @@ def test_a_model_over_codes_is_the_model_over_their_weights(name: str):
 def test_ops_linear_takes_codes_with_a_delta():
     q = quantize(normal(37, 64), Int8())
     x, delta = normal(3, 64), Delta(normal(2, 64), normal(37, 2), normal(37).abs())
-    torch.testing.assert_close(ops.linear(x, q, delta), ops.linear(x, dequantize(q, torch.float32), delta))
+    torch.testing.assert_close(ops.linear(x, Adapted(q, *delta)), ops.linear(x, Adapted(dequantize(q, torch.float32), *delta)))

@@ -133,7 +133,7 @@ def test_each_adapter_is_itself_alone_whatever_is_adapted(name: str, monkeypatch
     config = SMALL if family == "llama" else small_experts(family)
     params = random_params(config)
     if name == "two adapters a forward":
-        monkeypatch.setattr(sweep, "TOGETHER", 2 * 9 * config.d_model)
+        monkeypatch.setattr(sweep, "CPU_HIDDEN_ELEMENTS", 2 * 9 * config.d_model)
     if quantized:
         params = {key: quant.quantize(w, quant.Int8()) if key.endswith("_proj.weight") else w for key, w in params.items()}
     model = Model(FAMILIES[family], config)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models_for_tests import SMALL, random_params, reference
-from test_programs import tiny, toy  # noqa: F401 - a fixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,14 +17,14 @@ from minitune import compiled, generate, hardware, objectives, ops, quant, tree,
 from minitune.__main__ import main
 from minitune.grad import kept_bytes, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
 from minitune.models import Model, llama, mixtral
 from minitune.models.experts import Experts
 from minitune.types import Batch
+from test_programs import tiny, toy  # noqa: F401 - a fixture
 
 # torch.mv is not among them: its kernel for bfloat16 adds up in float32 on any processor
 EMULATED = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_dot_product_flash_attention_for_cpu")
-MODEL = Model(llama, SMALL)
+MODEL = Model(llama.FAMILY, SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -135,11 +134,11 @@ def test_a_model_in_16_bits_is_the_float32_model_of_its_weights(wrapped: bool) -
     params = half(random_params(SMALL))
     wide = {name: w.float() for name, w in params.items()}
     batch, rule = batch_of(SMALL.vocab_size), Lora(3, 8.0, ("*_proj.weight",))
-    model = MODEL._replace(wrap=compiled.wrap(pytest.fail)) if wrapped else MODEL
+    model = MODEL._replace(block_transform=compiled.wrap(pytest.fail)) if wrapped else MODEL
     deltas = tree.map(lambda x: x + 0.01, rule.init(params, 0))
 
     def run(model: Model, params: dict[str, Tensor]) -> Any:
-        objective = objectives.sft(model, CrossEntropy(), rule)
+        objective = objectives.sft(model, rule)
         return value_and_grad(lambda t: objective(t, params, batch)[0])(deltas)
 
     torch.testing.assert_close(run(model, params), run(MODEL, wide), rtol=2e-5, atol=2e-5)
@@ -150,10 +149,10 @@ def test_a_model_in_16_bits_is_the_float32_model_of_its_weights(wrapped: bool) -
 def test_weights_that_train_stay_in_their_own_dtype() -> None:
     params = random_params(SMALL)
     for trained, computed in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        held, whole = objectives.full({name: w.to(computed) for name, w in params.items()}, ("*",), params, trained)
-        attached, _ = objectives.attach(held, whole, None)
+        held, whole = objectives.split_trainable({name: w.to(computed) for name, w in params.items()}, ("*",), params, trained)
+        attached, _ = objectives.apply_trainable(held, whole, None)
         assert all(attached[name] is leaf for name, leaf in whole.items())
-        objective = objectives.sft(MODEL, CrossEntropy(), None)
+        objective = objectives.sft(MODEL, None)
         value, grads = value_and_grad(lambda t, held=held: objective(t, held, batch_of(SMALL.vocab_size))[0])(whole)
         assert value.total.dtype == torch.float32
         assert {g.dtype for g in grads.values()} == {trained}
@@ -213,9 +212,9 @@ def test_no_program_multiplies_bfloat16(case: str, tiny: Path, tmp_path: Path, c
 def test_no_expert_multiplies_bfloat16() -> None:
     experts = Experts(n_experts=4, n_active=2, d_ff=13, names="mixtral")
     sizes = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 20, "d_head": 6, "d_ff": 13, "vocab_size": 17}
-    model = Model(mixtral, mixtral.Config(**sizes, experts=experts))
+    model = Model(mixtral.FAMILY, mixtral.Config(**sizes, experts=experts))
     params, rule, found = half(model.init(0, 0.3)), Lora(3, 8.0, ("*_proj.weight",)), []
-    deltas, objective = rule.init(params, 0), objectives.sft(model, CrossEntropy(), rule)
+    deltas, objective = rule.init(params, 0), objectives.sft(model, rule)
     with bfloat16_products(found):
         value_and_grad(lambda t: objective(t, params, batch_of(17))[0])(deltas)
         generate.greedy(model, params, [[1, 2], [3]], {}, max_new_tokens=3, stop_ids=[])
