@@ -88,7 +88,7 @@ def mixture(
     Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert: all of them in one kernel
     where torch has one for the stack that they lie in, else one by one, so that a quantized weight, a delta or GPTQ's view of
     a weight's inputs is what it is in any linear map. Under a functorch transform, which can't follow how many tokens an expert
-    has, every expert is given all tokens.
+    has, every expert is given all tokens. One by one, the host waits for the device to learn how many rows each expert has.
     """
     n, n_experts = len(x), len(out.weights)
     if under_transform():

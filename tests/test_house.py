@@ -27,7 +27,8 @@ FLOORS = {
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
-    **dict.fromkeys(["types", "toml"], "__init__"),
+    "toml": "__init__",
+    "types": "__init__ hardware",
     **dict.fromkeys(["tree", "paths", "arrays"], "types"),
     "offload": "grad",
     "ops": "grad quant",
