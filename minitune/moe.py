@@ -89,8 +89,8 @@ def mixture(
 
     Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert: all of them in one kernel
     where torch has one for the stack that they lie in, else one by one, so that a quantized or adapted weight, or a tap
-    of its inputs, is what it is in any linear map. Under a functorch transform, which can't follow how many tokens an expert
-    has, every expert is given all tokens.
+    of its inputs, is what it is in any linear map. One by one, the host waits for the device to learn how many rows each expert
+    has. Under a functorch transform, which can't follow how many tokens an expert has, every expert is given all tokens.
     """
     n, n_experts = len(x), len(down.weights)
     if under_transform():

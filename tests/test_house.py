@@ -15,7 +15,9 @@ pytestmark = pytest.mark.fast
 
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one folder may import each other
-    **dict.fromkeys(["types", "toml", "io/atomic", "io/results"], "__init__"),
+    "toml": "__init__",
+    "types": "__init__ hardware",
+    **dict.fromkeys(["io/atomic", "io/results"], "__init__"),
     **dict.fromkeys(["tree", "paths", "arrays"], "types"),
     "offload": "grad",
     "optim/apply": "grad",

@@ -182,9 +182,10 @@ WRONG = {
         ["data.train.chat_template_kwargs={ date = 1 }"],
         r"chat_template_kwargs has 'date', expected what .* asks for: nothing",
     ),
-    "no such device": (["model.device=cuda"], "torch finds no CUDA device")
-    if not torch.cuda.is_available()
-    else (["seed=-1"], "seed"),
+    "no such device": (
+        ["model.device=mps" if torch.cuda.is_available() else "model.device=cuda"],
+        "torch finds .*, expected 'auto'",
+    ),
     "zero steps": (["train.steps=0"], "steps"),
 }
 
