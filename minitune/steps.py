@@ -50,7 +50,14 @@ def train_step(objective: Objective, optimizer: GradientTransformation, *, micro
 
 
 def sft_step(
-    params: Params, trainable: Trainable, opt_state: Tree, batch: Batch, *, model: Model, lora: Lora | None, optimizer: GradientTransformation
+    params: Params,
+    trainable: Trainable,
+    opt_state: Tree,
+    batch: Batch,
+    *,
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
 ) -> tuple[Trainable, Tree, Metrics]:
     """One supervised step on the whole batch: cross-entropy of its labelled tokens. No argument is written."""
     step = train_step(sft(model, CrossEntropy(), lora), optimizer, micro_batch=batch.tokens.shape[0])

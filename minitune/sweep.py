@@ -124,7 +124,12 @@ def sweep_step(
         new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
         # written into `new` and `states`, which are ours here
         apply_gradients_each(optimizers, grads, states, new, divisors=divisors, norms=norms, is_finite=is_finite)
-        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight, "skipped": (~is_finite).float()}
+        metrics = {
+            "loss_nats": mean.total / divisors,
+            "grad_norm": norms,
+            batch.counts: mean.weight,
+            "skipped": (~is_finite).float(),
+        }
         return new, list(states), metrics
 
     return step

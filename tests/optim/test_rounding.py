@@ -43,7 +43,9 @@ def test_small_steps_add_up_under_stochastic_rounding_and_are_lost_without() -> 
     }.items():
         params, state, one = start, optimizer.init(start), torch.tensor(1.0)
         for _ in range(50):
-            params, state = apply_gradients(optimizer, grads, state, params, divisor=one, norm=one, is_finite=one > 0, donate=False)
+            params, state = apply_gradients(
+                optimizer, grads, state, params, divisor=one, norm=one, is_finite=one > 0, donate=False
+            )
         assert params["w"].dtype == torch.bfloat16
         ends[name] = float(params["w"].float().mean())
     assert ends["nearest"] == 1.0
