@@ -100,7 +100,11 @@ def test_a_loss_declares_what_trains_it_and_what_it_needs(kind: type) -> None:
 @pytest.mark.parametrize("kind", members(optim.Optimizer))
 def test_an_optimizer_descends_keeps_its_state_shape_and_is_proportional_to_its_rate(kind: type) -> None:
     rule = smallest(kind)
-    params = {"w": torch.tensor([3.0, -2.0]), "deep": (torch.tensor(1.5),)}
+    params = {
+        "w": torch.tensor([3.0, -2.0]),
+        "deep": (torch.tensor(1.5),),
+        "matrix": torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 2.0]]),
+    }
     state, first = rule.init(params), params
     structure = [(path, leaf.shape, leaf.dtype) for path, leaf in tree.items(state)]
     for _ in range(200):

@@ -75,7 +75,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Bytes of one fused call: a scaled gradient; for bfloat16 a wide one and a wide weight; for rounding three integers."""
+        """Bytes of one fused call: a scaled gradient, for bfloat16 a wide one and a wide weight, for rounding three integers."""
         narrow = any(x.dtype == torch.bfloat16 for x in leaves)
         elements = min(sum(x.numel() for x in leaves), FUSED_ELEMENTS.get(leaves[0].device.type, FUSED_ELEMENTS["cpu"]))
         return 4 * elements * (1 + 2 * narrow + 3 * (narrow and rounds))
@@ -114,7 +114,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
             step = (state.step + 1).to(device, torch.float32)
             found_inf = None if is_finite is None else (~is_finite).to(device, torch.float32)
             for chunk in _chunks(members, FUSED_ELEMENTS[device.type]):
-                p, g, m, v = ([one[i] for one in chunk] for i in range(2, 6))
+                p, g, m, v = zip(*((one.p, one.g, one.m, one.v) for one in chunk), strict=True)
                 # weights of 16 bits beside wider moments are updated as float32 copies
                 wide = [x.to(y.dtype) for x, y in zip(p, m, strict=True)]
                 g = [x.to(y.dtype) for x, y in zip(g, m, strict=True)]

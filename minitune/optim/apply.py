@@ -147,8 +147,8 @@ def _resolved(
     optimizer: GradientTransformation, state: Tree, paths: Sequence[str], leaves: Sequence[Tensor]
 ) -> tuple[list[Link], list[Pipeline]]:
     """(leading clips, pipelines behind them): one of all leaves, or one for each rule of a partition; none for clips alone."""
-    links = [(optimizer, state)] if not hasattr(optimizer, "links") else optimizer.links(state)
-    links = [Link(*link) for link in links]
+    links_of = getattr(optimizer, "links", lambda state: [(optimizer, state)])
+    links = [Link(*link) for link in links_of(state)]
     n_clips = next((i for i, link in enumerate(links) if not hasattr(link.transform, "gradient_factor")), len(links))
     clips, rest = links[:n_clips], links[n_clips:]
     if not rest:
@@ -227,7 +227,7 @@ def _donate_fused(
         pipeline.rule.state,
         grad_scale=grad_scale,
         lr_scale=lr_scale,
-        path_factors=[math.prod(part.path_factor(path) for part in by_path) for path in own_paths],
+        path_factors=[math.prod((part.path_factor(path) for part in by_path), start=1.0) for path in own_paths],
         rounded=rounded,
         is_finite=gradients.is_finite,
     )
@@ -254,11 +254,11 @@ def _donate_slices(
     for places in update_in_slices(pipeline, leaves):
         # (place in the pipeline, elements) -> a slice of the whole tree, and one of the leaves that the rule knows
         in_tree = [Slice(pipeline.numbers[i], paths[pipeline.numbers[i]], start, end) for i, start, end in places]
-        in_rule = (
-            [part._replace(index=i) for part, (i, _, _) in zip(in_tree, places, strict=True)] if pipeline.is_part else in_tree
-        )
-        params = {part.path: take_slice(leaves[part.index], part.start, part.end) for part in in_tree}
-        grads = {part.path: take_slice(gradients.leaves[part.index], part.start, part.end) for part in in_tree}
+        in_rule = in_tree
+        if pipeline.is_part:
+            in_rule = [part._replace(number=i) for part, (i, _, _) in zip(in_tree, places, strict=True)]
+        params = {part.path: take_slice(leaves[part.number], part.start, part.end) for part in in_tree}
+        grads = {part.path: take_slice(gradients.leaves[part.number], part.start, part.end) for part in in_tree}
         rule, tail = pipeline.rule, pipeline.tail
         state = (
             rule.transform.slice_state(rule.state, in_rule),

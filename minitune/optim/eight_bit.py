@@ -65,7 +65,7 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
                 return Moment8(*(x[part.start // BLOCK : -(-part.end // BLOCK)] for x in moment))
             return take_slice(moment, part.start, part.end)
 
-        mu, nu = ([cut(moment[part.index], part) for part in slices] for moment in (state.mu, state.nu))
+        mu, nu = ([cut(moment[part.number], part) for part in slices] for moment in (state.mu, state.nu))
         return AdamState(state.step.clone(), mu, nu)
 
     def counts(self, state: AdamState) -> Int[Tensor, ""]:

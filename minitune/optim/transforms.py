@@ -47,9 +47,9 @@ class GradientTransformation(Protocol):
 
 
 class Slice(NamedTuple):
-    """Elements start .. end of leaf number `index`, counted over the flattened leaf."""
+    """Elements start .. end of leaf `number`, counted over the flattened leaf."""
 
-    index: int
+    number: int
     path: str
     start: int
     end: int
@@ -62,7 +62,7 @@ def take_slice(x: Tensor, start: int, end: int) -> Tensor:
 
 def slice_tree(leaves: Sequence[Tensor], slices: Sequence[Slice]) -> dict[str, Tensor]:
     """The slices of these leaves, by the path of each leaf."""
-    return {part.path: take_slice(leaves[part.index], part.start, part.end) for part in slices}
+    return {part.path: take_slice(leaves[part.number], part.start, part.end) for part in slices}
 
 
 def slice_limit(device: torch.device) -> int:

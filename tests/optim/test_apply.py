@@ -1,6 +1,5 @@
 """One step of an optimizer is its update, however it is computed, and no device waits for the host."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -154,9 +153,8 @@ class RefusesToWait(TorchDispatchMode):
 
 
 @pytest.fixture
-def asynchronous(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "is_asynchronous", lambda device: True)
-    yield
 
 
 def every_way() -> dict[str, tuple[Any, torch.dtype]]:

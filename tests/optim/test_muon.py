@@ -94,9 +94,7 @@ def test_globs_say_what_takes_adamw() -> None:
     assert list(state[1].mu) == ["b.w"]
     with pytest.raises(InputError, match=r"optim: muon.adamw: 'c\.\*' matches no weight; the nearest are"):
         optim.Muon(lr=0.01, adamw=("c.*",)).init(params)
-    with pytest.raises(
-        InputError, match=r"optim: muon finds no matrix .*\(norm, ...\), expected a 2-D weight .*; use kind = 'adamw'"
-    ):
+    with pytest.raises(InputError, match=r"optim: muon finds no matrix .*\(norm, ...\), expected a 2-D weight .*'adamw'"):
         optim.Muon(lr=0.01).init({"norm": torch.ones(3)})
 
 
@@ -134,7 +132,7 @@ def test_momentum_is_all_that_a_matrix_keeps() -> None:
 def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, tmp_path: Path) -> None:
     model, params, batch = Model(llama.FAMILY, SMALL), random_params(SMALL), random_batch(SMALL, 2, 13)
     trainable = tree.map(torch.clone, params) if lora is None else lora.init(params, 0)
-    optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), optim.Muon(lr=1e-2), optim.ScaleBySchedule(optim.Cosine(), 20))
+    optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), optim.Muon(lr=5e-2), optim.ScaleBySchedule(optim.Cosine(), 20))
     step = train_step(sft(model, lora), optimizer, micro_batch=1)
     state, losses, ends = optimizer.init(trainable), [], []
     for i in range(8):
