@@ -1,6 +1,5 @@
 """The plan verb: whether each training stage of a program fits this machine, and what a step of it is made of."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import costs, models, objectives, optim, program, quant, stages, tree, world
+from minitune import costs, host, models, objectives, optim, program, quant, stages, tree, world
 from minitune.costs import Step
 from minitune.grad import fresh
 from minitune.losses import Kto, PairLoss
@@ -199,4 +198,4 @@ def _memory_bytes(device: torch.device) -> int:
     """All of the memory of the accelerator, or of this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host.total_bytes()
