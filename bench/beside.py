@@ -51,8 +51,8 @@ def run(peer: str, job: str) -> None:
     if done.returncode or not (ROOT / "one.jsonl").is_file():
         print(f"{peer} {job}: exit {done.returncode}: {(done.stderr or done.stdout).strip()[-300:]}", flush=True)
         return
-    record = json.loads((ROOT / "one.jsonl").read_text().splitlines()[-1])
-    with OUT.open("a") as file:
+    record = json.loads((ROOT / "one.jsonl").read_text("utf-8").splitlines()[-1])
+    with OUT.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**record, "job": job}) + "\n")
     print(f"{peer} {job}: {record['tokens_per_core_s']} tokens/core-s, {record['peak_rss_mib']} MiB", flush=True)
 
@@ -61,11 +61,11 @@ def table() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     import limit  # of the peers' scripts
 
-    limits = [json.loads(path.read_text()) for path in ROOT.glob("limit*.json")]
+    limits = [json.loads(path.read_text("utf-8")) for path in ROOT.glob("limit*.json")]
     best = {key: max(one[key] for one in limits) for key in limits[0] if key.startswith("peak_")}
     best["copy"] = {"1024 MiB": {"copy_gbs_per_core": max(one["copy"]["1024 MiB"]["copy_gbs_per_core"] for one in limits)}}
     records: dict[tuple[str, str], list[dict]] = {}
-    for line in OUT.read_text().splitlines():
+    for line in OUT.read_text("utf-8").splitlines():
         record = json.loads(line)
         records.setdefault((record["job"], record["peer"]), []).append(record)
     print("| task | " + " | ".join(ALL) + " | against the best |\n|" + "---|" * (len(ALL) + 2))

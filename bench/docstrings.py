@@ -74,11 +74,12 @@ def build(folder: Path) -> None:
     (folder / "model/tokenizer.model").write_bytes(model_bytes.getvalue())
     special = {"4": "<|im_start|>", "5": "<|im_end|>"}
     added = {i: {"content": text, "special": True} for i, text in special.items()}
-    (folder / "model/tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "added_tokens_decoder": added}))
+    config = json.dumps({"eos_token": "</s>", "added_tokens_decoder": added})
+    (folder / "model/tokenizer_config.json").write_text(config, encoding="utf-8")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     for name, part in (("heldout", order[:N_HELDOUT]), ("train", order[N_HELDOUT:])):
         rows = ({"instruction": pairs[i][0], "output": pairs[i][1]} for i in part)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def floor_flops_per_token(kind: str, seq_len: int, target_share: float) -> float:

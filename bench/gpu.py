@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import queue
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from roof import gemm_flops_per_s, synchronize
 
-from minitune import compiled, models, objectives, offload, ops, optim, quant
+from minitune import compiled, host, models, objectives, offload, ops, optim, quant
 from minitune.costs import flops_per_token
 from minitune.lora import Lora
 from minitune.models import Model
@@ -121,7 +120,7 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
         times += [time.perf_counter() - started] if i >= WARM_UPS else []
     if float(metrics["skipped"]):
         raise InputError("a step was skipped: its gradient is not finite")
-    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_cpu = host.peak_bytes()
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else on_cpu
     return {"time_s": statistics.median(times), "n_tokens": batch.tokens.numel(), "companions": companions, "peak": peak}
 

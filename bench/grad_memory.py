@@ -7,7 +7,6 @@ Memory is the peak of the process above its peak before the gradient.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from minitune import tree
+from minitune import host, tree
 from minitune.grad import value_and_grad
 from minitune.lora import Lora
 from minitune.losses import CrossEntropy
@@ -39,7 +38,7 @@ WAYS = {
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return host.peak_bytes() / 2**20
 
 
 def measure(way: str, n_layers: int, d_model: int) -> dict[str, float]:

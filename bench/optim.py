@@ -85,7 +85,7 @@ WAYS = {
 
 
 def peak_mib() -> float:
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent before the fork
+    status = Path("/proc/self/status").read_text("utf-8")  # ru_maxrss would count the parent before the fork
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from minitune.io.atomic import sync
 from minitune.types import InputError
 
 
@@ -32,9 +32,7 @@ def filling(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in (*aside.iterdir(), aside):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            sync(path)
         try:
             aside.rename(folder)
         except OSError:

@@ -5,7 +5,6 @@ Everything goes through the huggingface_hub package: tokens, proxies, retries an
 
 import argparse
 import errno
-import fcntl
 import fnmatch
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, Never
 import msgspec
 
 from minitune.folders import INDEX, SINGLE, n_bytes_told, refused
+from minitune.io import locks
 
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
 ADAPTER = "adapter_model.safetensors"
@@ -82,6 +82,7 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
         commit = str(info.sha)
 
         def bring(sizes: Mapping[str, int]) -> None:
+            _refuse_foreign(folder, repo, sizes)
             for name in _unfinished(folder, sizes):
                 (folder / name).unlink(missing_ok=True)  # huggingface_hub would take it for the whole file
             hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(sizes))
@@ -127,6 +128,26 @@ def _refuse_others(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
         raise refused(f"hub: {other} is no file of {repo} at this revision, expected none beside them; remove it or choose --to")
 
 
+def _refuse_foreign(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
+    """InputError for a file that a download would replace although none brought it, or a user changed it since."""
+    for name in sizes:
+        if os.path.lexists(folder / name) and not _downloaded(folder, name):
+            raise refused(
+                f"hub: {folder / name} was not downloaded, or was changed since, expected nothing of that name or the file "
+                f"of {repo}; move it away, or choose another folder with --to"
+            )
+
+
+def _downloaded(folder: Path, name: str) -> bool:
+    """Whether a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
+    record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    try:
+        time_s = float(record.read_text(encoding="utf-8").splitlines()[2])
+        return (folder / name).is_file() and (folder / name).stat().st_mtime <= time_s + 1
+    except (OSError, ValueError, IndexError):
+        return False
+
+
 def _unfinished(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     there = {name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in sizes}
     return {name: n for name, n in sizes.items() if there[name] != n}
@@ -148,14 +169,15 @@ def _require_room(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 def _alone(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock, which falls when this process ends, however it ends: one fetches, others find it done."""
     (folder / ".cache").mkdir(parents=True, exist_ok=True)
-    with (folder / ".cache" / "minitune.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tell(f"hub: waiting for another process that fetches into {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: huggingface_hub still keeps two processes from writing one file
+    try:
+        lock = locks.acquire(
+            folder / ".cache" / "minitune.lock",
+            wait=lambda holder: tell(f"hub: waiting for {holder}, which fetches into {folder}"),
+        )
+    except NotImplementedError:
+        yield  # a file system without locks: huggingface_hub still keeps two processes from writing one file
+        return
+    with lock:
         yield
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from minitune.io.locks import holder_file
 from minitune.io.results import Result, require_replaceable
 from minitune.paths import locate
 from minitune.program import Program
@@ -62,7 +63,8 @@ def _check_apart(key: str, path: Path, others: Mapping[str, Path]) -> None:
 
 def _check_run(key: str, path: Path, run: Path) -> None:
     lock = run.with_name(f".{run.name}.lock")
-    for place, name in ((Path.cwd(), "the working folder"), (run, "the run folder"), (lock, "the run's lock")):
+    own = [(Path.cwd(), "the working folder"), (run, "the run folder"), (lock, "the run's lock")]
+    for place, name in (*own, (holder_file(lock), "the run's lock"), (run.with_name(f".{run.name}.new"), "the run folder")):
         if _within(place, path):
             raise _refused(key, f"is or holds {name} ({place})")
     part = next(_below(path, run), None)

@@ -1,6 +1,5 @@
 """The plan verb: whether each training stage of a program fits this machine, and what a step of it is made of."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import costs, hardware, models, objectives, program, quant, stages, tree, world
+from minitune import costs, hardware, host, models, objectives, program, quant, stages, tree, world
 from minitune.costs import Step
 from minitune.grad import detached_leaves
 from minitune.optim.eight_bit import AdamW8bit
@@ -199,4 +198,4 @@ def _memory_bytes(device: torch.device) -> int:
     """All of the memory of the accelerator, or of this machine."""
     if hardware.is_accelerator(device):
         return hardware.total_bytes(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host.total_bytes()

@@ -15,6 +15,7 @@ from minitune.types import InputError
 from minitune.world import ModelSource
 
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # a folder's name on any system, and never one that hides or leaves its folder
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # devices of Windows, whatever the ending
 _VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
 
 
@@ -63,6 +64,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     places = _Places(path, toml.key_lines(text), given)
     raw = _expand(raw, (), places)
     program = toml.decode(raw, Program, places.where)
+    _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)
     return program
 
@@ -90,14 +92,24 @@ def _refuse_bad_names(names: Sequence[str | None], places: _Places) -> None:
         path = ("stage", n, "name")
         if name is None or not re.fullmatch(_PLAIN, name):
             raise InputError(f"{places.where(path)}: {toml.shown(path)} is {name!r}, expected letters, digits, . _ -")
+        _refuse_reserved(name, path, places)
         if name in Program.__struct_fields__:
             raise InputError(f"{places.where(path)}: {toml.shown(path)} is {name!r}, a key of the program; choose another name")
-        first = names.index(name)
+        # Folders are named after stages, and some systems take Train and train for one folder.
+        first = [other and other.casefold() for other in names].index(name.casefold())
         if first != n:
             raise InputError(
                 f"{places.where(path)}: stage[{n}] is called {name!r} as stage[{first}] is, expected one stage of each name; "
                 f'give it one with name = "..."'
             )
+
+
+def _refuse_reserved(name: str, path: toml.KeyPath, places: _Places) -> None:
+    if _RESERVED.fullmatch(name) or name.endswith("."):
+        raise InputError(
+            f"{places.where(path)}: {toml.shown(path)} is {name!r}, which Windows can't have as a folder, expected another name; "
+            "change it"
+        )
 
 
 def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> toml.KeyPath:

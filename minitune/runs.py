@@ -1,6 +1,5 @@
 """One run of a program: its folder, its manifest, its lock, whether it is resumed, and the fold over its stages."""
 
-import fcntl
 import os
 import platform
 import signal
@@ -14,13 +13,13 @@ from itertools import count
 from pathlib import Path
 from time import perf_counter
 from types import FrameType, TracebackType
-from typing import IO, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 import minitune
 from minitune import heap, log, paths, places, toml
-from minitune.io import atomic
+from minitune.io import atomic, locks
 from minitune.io.results import Record, file_record, hashed_record, iso_time
 from minitune.program import Program, resolved
 from minitune.report import report
@@ -55,11 +54,14 @@ class Run(NamedTuple):
     resumed: bool
     records: dict[str, Record]  # of the stages that were finished before
     notes: tuple[str, ...]  # what the user should be told
-    lock: IO[str]
+    lock: locks.Lock
 
 
 class StopSignals:
-    """Catches SIGTERM and SIGINT while it is entered; called, it says whether one has come. A second SIGINT acts as usual."""
+    """Catches SIGTERM, SIGINT and Windows' SIGBREAK while it is entered; called, it says whether one has come.
+
+    A second SIGINT acts as usual.
+    """
 
     def __init__(self) -> None:
         """Outside of the main thread it catches nothing."""
@@ -71,7 +73,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._caught) for number in (signal.SIGTERM, signal.SIGINT)}
+            # SIGBREAK exists on Windows only, where it is what one process can send to another.
+            names = ("SIGTERM", "SIGINT", "SIGBREAK")
+            numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+            self._before = {number: signal.signal(number, self._caught) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -193,7 +198,7 @@ def _prepared(program: Program, program_text: str, folder: Path) -> Path:
     return new
 
 
-def _continued(program: Program, program_text: str, folder: Path, lock: IO[str]) -> Run:
+def _continued(program: Program, program_text: str, folder: Path, lock: locks.Lock) -> Run:
     manifest = _json(folder / "manifest.json", Manifest)
     inputs, start = dict(_inputs(program)), _start()
     for name in inputs | manifest.inputs:
@@ -231,20 +236,16 @@ def _start() -> Start:
     return Start(iso_time(datetime.now(UTC).timestamp()), socket.gethostname(), os.getpid(), versions)
 
 
-def _lock(path: Path, folder: Path) -> IO[str]:
-    """Hold the lock file until it is closed or the process ends, however it ends."""
-    lock = path.open("a+", encoding="utf-8")
+def _lock(path: Path, folder: Path) -> locks.Lock:
+    """The lock of a run folder; InputError if another process trains in it, or the file system has no locks."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise InputError(f"runs: {folder} is in use by {holder}, expected one trainer a folder; wait, or change name") from None
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
+        return locks.acquire(path)
+    except locks.Busy as busy:
+        raise InputError(
+            f"runs: {folder} is in use by {busy.holder}, expected one trainer a folder; wait, or change name"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise InputError(f"runs: {path} can't be locked ({error}), expected a file system with locks; change out") from None
 
 
 def _read(path: Path) -> bytes:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from minitune import quant
 from minitune.interop import gguf, gguf_blocks
 from minitune.interop.gguf import Types
+from minitune.io import results
 from minitune.models import Model, llama, rope
 from minitune.types import InputError, QInt4, QInt8
 from support.models import SCALINGS, random_params
@@ -189,7 +190,8 @@ def test_a_file_written_in_small_pieces_is_the_same_file(tmp_path: Path, nothing
 
 
 def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"old")
+    with results.result_file(tmp_path / "model.gguf") as aside:
+        aside.write_bytes(b"old")
 
     def full(w: Tensor, kind: str) -> Tensor:
         raise OSError("disk full")
@@ -198,7 +200,7 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, nothin
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path / "model.gguf", random_params(CONFIG), nothing, Types("F32"))
     assert (tmp_path / "model.gguf").read_bytes() == b"old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "tokenizer"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".model.gguf{results.MARKER}", "model.gguf", "tokenizer"]
 
 
 def test_what_can_not_be_written_is_refused(tmp_path: Path, nothing: Path) -> None:

@@ -18,7 +18,8 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "toml": "__init__",
     "types": "__init__ hardware",
     **dict.fromkeys(["io/atomic", "io/results"], "__init__"),
-    **dict.fromkeys(["tree", "paths", "arrays"], "types"),
+    **dict.fromkeys(["tree", "paths"], "types"),
+    "arrays": "types io/atomic",
     "offload": "grad",
     "optim/apply": "grad",
     "ops": "grad quant",
@@ -55,7 +56,7 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     "__main__": "world stages/__init__ log program places runs talk sample plan folders hub",
 }
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
-WITH_TORCH = {"jinja2": "template"}  # torch depends on it, so it is there; only this module wants it
+WITH_TORCH = {"jinja2": "template", "filelock": "io/locks"}  # torch depends on them; only these modules import them
 EXTRAS = {  # imported in functions of these modules
     "tokenizers": "vocabulary",
     "pyarrow": "source",
@@ -328,6 +329,21 @@ def draws_are_seeded(module: str, source: str) -> list[str]:
     return found
 
 
+def text_is_utf8(module: str, source: str) -> list[str]:
+    """Every call that opens a file as text names its encoding: without one, Windows takes the one of the user's country."""
+    found, tree = [], ast.parse(source)
+    ours = {name.rpartition(".")[2] for _, name, _ in imports(module, source) if name.startswith("minitune")}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, named = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+        method, text = name.rpartition(".")[2], [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+        binary = any(re.fullmatch(r"[rwax+]*b[rwax+]*", str(arg)) for arg in text)
+        positional = {"read_text": 1, "write_text": 2, "open": 4 if name == "open" else 3}.get(method)
+        another = name.partition(".")[0] in ours | {"os"}
+        if positional and not binary and not another and "encoding" not in named and len(call.args) < positional:
+            found.append(f"{call.lineno}: {name} without encoding")
+    return found
+
+
 WRITTEN = (  # each writes a tensor, or something that may be one
     *("x[0] = 1", "x += 1", "x.grad = None", "y = x * 2; y += 1", "y = 0.0; y = torch.zeros(3); y += 1", "self.m[0] = 1"),
     *("sums = {}; sums['a'] += x", "params['a'] += x", "params['a'][0] = 1", "for y in params.values(): y *= 2"),
@@ -381,6 +397,12 @@ RULES: dict[Rule, list[tuple[str, str]]] = {  # each with the violations that it
         ("ops", "def f(x):\n    import importlib\n    return importlib.import_module(x)"),
         ("ops", "eval('1')"),
     ],
+    text_is_utf8: [
+        ("ops", "open('x')"),
+        ("ops", "path.open('w')"),
+        ("ops", "(folder / 'x').read_text()"),
+        ("ops", "path.write_text('x')"),
+    ],
     draws_are_seeded: [
         ("ops", "torch.randn(3)"),
         ("ops", "torch.manual_seed(0)"),
@@ -405,7 +427,9 @@ def f(n: int, *names: str) -> dict[str, int]:
     draws = torch.randn(n, generator=torch.Generator().manual_seed(0)), random.Random(0).random()
     return {**counts, "total": total, "draws": len(draws)}
 '''
-SOURCES = {str(path.relative_to(PACKAGE).with_suffix("")): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def test_every_file_has_a_floor():
@@ -420,6 +444,11 @@ def test_house(rule: Rule):
         for line in rule(module, SOURCES[module])
     ]
     assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+
+
+def test_benchmarks_read_and_write_utf8():
+    files = sorted(PACKAGE.with_name("bench").glob("*.py"))
+    assert not [f"{file.name}:{line}" for file in files for line in text_is_utf8(file.stem, file.read_text("utf-8"))]
 
 
 @pytest.mark.parametrize(

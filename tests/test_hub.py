@@ -163,10 +163,31 @@ def test_only_what_is_needed_is_fetched_and_only_once(server: Hub, tmp_path: Pat
     fetch(tmp_path / "a/b", revision="v1")
     assert server.fetched() == []
     (tmp_path / "a/b" / SHARDS[0]).write_bytes(b"cut")
+    os.utime(tmp_path / "a/b" / SHARDS[0], (1, 1))  # by the machine that went down, and by nobody later
     (tmp_path / "a/b/config.json").unlink()
     fetch(tmp_path / "a/b")
     assert held(tmp_path / "a/b") == NEEDED
     assert server.fetched() == sorted([SHARDS[0], "config.json"])
+
+
+@pytest.mark.parametrize("content", [b"my own weights", NEEDED[SHARDS[0]]])
+def test_a_file_that_no_download_brought_stays(server: Hub, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / SHARDS[0]).write_bytes(content)
+    with pytest.raises(InputError, match=rf"hub: .*{SHARDS[0]} was not downloaded, .*expected nothing .*choose another folder"):
+        fetch(tmp_path / "mine")
+    assert (tmp_path / "mine" / SHARDS[0]).read_bytes() == content
+    assert SHARDS[0] not in server.fetched()
+
+
+def test_a_downloaded_file_that_a_user_changed_stays(server: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path / "model")
+    (tmp_path / "model/config.json").write_bytes(b"{ }")
+    later = time.time() + 60
+    os.utime(tmp_path / "model/config.json", (later, later))
+    with pytest.raises(InputError, match=r"hub: .*config\.json was not downloaded, or was changed since"):
+        fetch(tmp_path / "model")
+    assert (tmp_path / "model/config.json").read_bytes() == b"{ }"
 
 
 def command(server: Hub, *words: str, **env: str) -> subprocess.Popen[str]:

@@ -90,6 +90,14 @@ def test_load(load) -> None:
         ),
         ('name    = "second"', "", r":18: stage\[1\] is called 'lora' as stage\[0\] is, expected one stage of each name"),
         ('"second"', '"model"', r":20: stage\[1\].name is 'model', a key of the program; choose another name"),
+        ('"second"', '"LoRA"', r":20: stage\[1\] is called 'LoRA' as stage\[0\] is, expected one stage of each name"),
+        ('"second"', '"aux.b"', r":20: stage\[1\].name is 'aux.b', which Windows can't have as a folder, expected another name"),
+        (
+            'name = "tiny"',
+            'name = "Con"',
+            r":2: name is 'Con', which Windows can't have as a folder, expected another name; change",
+        ),
+        ('name = "tiny"', 'name = "tiny."', r":2: name is 'tiny\.', which Windows can't have as a folder"),
         ('"second"', '"a/b"', r":20: stage\[1\].name is 'a/b', expected letters, digits, \. _ -"),
     ],
 )
@@ -208,7 +216,9 @@ words = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(
     ["${HOME}", "$${", "$$${x}", "${", '"', "'''", "a\nb"]
 )
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,8}", fullmatch=True).filter(
-    lambda name: name not in Program.__struct_fields__
+    lambda name: (
+        name not in Program.__struct_fields__ and not re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", name)
+    )
 )
 json_values = st.recursive(
     st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | words,
@@ -233,7 +243,7 @@ programs = st.builds(
         st.builds(Source, path=words, format=st.sampled_from(["instruct", "chat", "text"]), seq_len=st.integers(2, 2**20)),
         max_size=3,
     ),
-    stage=st.lists(names, min_size=1, max_size=3, unique=True).flatmap(
+    stage=st.lists(names, min_size=1, max_size=3, unique_by=str.casefold).flatmap(
         lambda names: st.tuples(*(loras.map(lambda lora, name=name: msgspec.structs.replace(lora, name=name)) for name in names))
     ),
     log=st.builds(LogConfig, wandb=st.none() | st.dictionaries(words, json_values, max_size=3), every=st.integers(1, 2**40)),

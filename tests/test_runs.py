@@ -1,6 +1,5 @@
 """Runs: the folder, the manifest, the lock, what is resumed and what is moved aside, signals, and the fold over stages."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ import torch
 import minitune
 from minitune import program, runs
 from minitune.data import Source
-from minitune.io import atomic, results
+from minitune.io import atomic, locks, results
 from minitune.log import Log, LogConfig
 from minitune.program import Program
 from minitune.types import InputError
@@ -334,24 +333,24 @@ def test_a_killed_trainer_leaves_no_lock(tiny: Program, tmp_path: Path) -> None:
     lock = tmp_path / "runs" / ".tiny.lock"
     lock.parent.mkdir()
     hold = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('pid 7 on far'); "
-        "f.flush(); print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from minitune.io import locks; path = Path(sys.argv[1]); "
+        "lock = locks.acquire(path); locks.holder_file(path).write_text('pid 7 on far'); "
+        "print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout.readline() == b"locked\n"
         with pytest.raises(InputError, match=r"tiny is in use by pid 7 on far, expected one trainer a folder"):
             opened(tiny)
         other.kill()
-    opened(tiny)
-    assert lock.read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
+    with runs.open_run(tiny, program_text=program.resolved(tiny)).lock:
+        assert locks.holder_file(lock).read_text(encoding="utf-8") == f"pid {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_an_error_while_opening_lets_the_lock_go(tiny: Program, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         opened(changed(tiny, resume=True))
-    with (tmp_path / "runs" / ".tiny.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    locks.acquire(tmp_path / "runs" / ".tiny.lock").close()
 
 
 @pytest.fixture
@@ -415,6 +414,26 @@ def test_a_second_sigint_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert capfd.readouterr().err.splitlines()[0] == "SIGINT: stopping after this step"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_console_that_closes_on_windows_stops_the_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)  # a number that this system has
+    with runs.StopSignals() as stopping:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stopping()
+        assert stopping.number == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_file_system_without_locks_is_told(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(locks, "acquire", refuse)
+    with pytest.raises(InputError, match=r"runs: \S+\.tiny\.lock can't be locked \(.*flock\), expected a file system with locks"):
+        opened(tiny)
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread() -> None:

@@ -1,13 +1,11 @@
 """What every stage has, and what several of them need."""
 
-import resource
-import sys
 from typing import Annotated, Any
 
 import msgspec
 import torch
 
-from minitune import chat, hardware, objectives, tree
+from minitune import chat, hardware, host, objectives, tree
 from minitune.io.results import Result
 from minitune.types import Params, Trainable
 from minitune.world import Draft, World
@@ -51,8 +49,7 @@ def peak_mem_bytes(device: torch.device) -> int:
     """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
     if hardware.is_accelerator(device):
         return hardware.peak_bytes(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return host.peak_bytes()
 
 
 def device_of(params: Params, trainable: Trainable) -> torch.device:

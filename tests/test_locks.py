@@ -1,0 +1,60 @@
+"""Locks: one holder at a time, named to the others, and freed when its process ends."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from minitune.io import locks
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from minitune.io import locks
+lock = locks.acquire(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_is_refused_with_its_holder_and_freed_by_the_holders_death(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(locks.Busy, match=f"^pid {other.pid} on "):
+            locks.acquire(path)
+        other.kill()
+    locks.acquire(path).close()
+
+
+def test_a_lock_can_be_waited_for(tmp_path: Path) -> None:
+    path, told = tmp_path / "lock", []
+    first = locks.acquire(path)
+    waiting = threading.Event()
+
+    def wait(holder: str) -> None:
+        told.append(holder)
+        waiting.set()
+
+    def second() -> None:
+        with locks.acquire(path, wait):
+            told.append("acquired")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert waiting.wait(60)
+    assert len(told) == 1
+    first.close()
+    thread.join(60)
+    assert told[1:] == ["acquired"]
+
+
+def test_a_holder_that_left_no_name_is_another_process(tmp_path: Path) -> None:
+    with locks.acquire(tmp_path / "lock"):
+        locks.holder_file(tmp_path / "lock").unlink()
+        with pytest.raises(locks.Busy, match=r"^another process$"):
+            locks.acquire(tmp_path / "lock")
+    locks.acquire(tmp_path / "lock").close()
