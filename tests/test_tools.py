@@ -42,7 +42,7 @@ done
 
 
 @pytest.mark.parametrize(
-    "broken", ["pip install torch==2.13.0", "pip install --no-deps", "pip install -e .[test]", "pytest ", None]
+    "broken", ["pip install torch==2.13.0", "pip install --no-deps", "pip install -e .[test]", "pytest ", "pytest tests", None]
 )
 def test_ci_fails_when_a_step_fails_and_leaves_nothing(tmp_path: Path, broken: str | None):
     """With a Python whose pip and pytest only echo: the real steps take minutes."""
