@@ -25,10 +25,10 @@ def linear(x: Float[Tensor, "*rows in"], w: Float[Tensor, "out in"]) -> Float[Te
     """
     vector = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32 and w.is_contiguous()
     if vector and w.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not under_transform():
-        return torch.mv(w, x.flatten().to(w.dtype)).to(x.dtype).view(*x.shape[:-1], -1)
+        return torch.mv(w, x.flatten().to(w.dtype)).to(x.dtype).view(*x.shape[:-1], w.shape[0])
     rows = x.reshape(-1, x.shape[-1])
     y = _product(rows, w.mT) if torch.compiler.is_compiling() else _Product.apply(rows, w.mT)
-    return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
+    return y.view(*x.shape[:-1], w.shape[0])
 
 
 class _Product(torch.autograd.Function):

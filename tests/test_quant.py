@@ -430,7 +430,8 @@ def test_when_the_packed_kernels_are_taken(name: str, kernel: str):
 
     few = normal(quant.DECODE_ROWS, 256, dtype=torch.bfloat16)
     assert takes(few)
-    assert not takes(few.float())
+    assert takes(few.float())
+    assert not takes(few.double())
     assert not takes(normal(quant.DECODE_ROWS + 1, 256, dtype=torch.bfloat16))
     assert not takes(few.clone().requires_grad_())
     with torch.no_grad():
