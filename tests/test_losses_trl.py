@@ -185,7 +185,7 @@ def test_pairs_against_a_reference_cost_what_dpo_trainer_says(loss: PairLoss, lo
     ("loss", "loss_type"), [(Dpo(beta=0.3), "sigmoid"), (Hinge(beta=0.05), "hinge"), (Ipo(beta=0.2), "ipo")], ids=str
 )
 def test_a_step_of_ours_is_the_step_of_dpo_trainer(loss: PairLoss, loss_type: str, tmp_path: Path) -> None:
-    """preference_step, from Hugging Face weights to new weights: its loss, its metrics, and its gradient as what SGD at rate 1 moves."""
+    """preference_step from old to new weights: its loss, its metrics, and its gradient as what SGD at rate 1 moves."""
     peer = dpo_peer(a_model(0), a_model(1), PAIRS, tmp_path, loss_type=[loss_type], beta=loss.beta)
     model, optimizer = Model(llama.FAMILY, SMALL), SGD(lr=1.0)
     params, trainable = objectives.split_trainable(random_params(SMALL, 0), ("*",))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import SMALL, random_params, reference
+from support.models import SMALL, random_params, reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ from minitune.lora import Lora
 from minitune.models import Model, llama, mixtral
 from minitune.models.experts import Experts
 from minitune.types import Batch
-from test_programs import tiny, toy  # noqa: F401 - a fixture
+from support.programs import toy
 
 # torch.mv is not among them: its kernel for bfloat16 adds up in float32 on any processor
 EMULATED = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_dot_product_flash_attention_for_cpu")
@@ -155,7 +155,7 @@ def test_weights_that_train_stay_in_their_own_dtype() -> None:
         attached, _ = objectives.apply_trainable(held, whole, None)
         assert all(attached[name] is leaf for name, leaf in whole.items())
         objective = objectives.sft(MODEL, None)
-        value, grads = value_and_grad(lambda t, held=held: objective(t, held, batch_of(SMALL.vocab_size))[0])(whole)
+        (value, _), grads = value_and_grad(objective, has_aux=True)(whole, held, batch_of(SMALL.vocab_size))
         assert value.total.dtype == torch.float32
         assert {g.dtype for g in grads.values()} == {trained}
 
