@@ -140,7 +140,15 @@ def test_a_sweep_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {x.device for x in tree.leaves(metrics)} == {META}
 
 
-SIZES = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 12, "d_head": 6, "vocab_size": 17, "max_positions": 64}
+SIZES: dict[str, Any] = {
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_model": 12,
+    "d_head": 6,
+    "vocab_size": 17,
+    "max_positions": 64,
+}
 CONFIGS = {
     "dynamic RoPE": msgspec.structs.replace(SMALL, rope_scaling=Dynamic(2.0)),
     "longrope": msgspec.structs.replace(SMALL, rope_scaling=LongRope((1.0, 1.5, 2.0), (2.0, 3.0, 4.0), 5)),
