@@ -157,6 +157,33 @@ for _ in range(2):
     same(torch.autograd.grad(block(x), x, torch.ones(3)), (torch.ones(3).sin() * 3,))
 print(len(said), said[0])
 """
+PROBED = (
+    COUNTING
+    + """
+from minitune.grad import value_and_grad
+from minitune.models import Probe
+from minitune.types import Mean
+config = llama.Config(n_layers=3, **SIZES)
+params, tokens = Model(llama.FAMILY, config).init(0, 0.3), torch.arange(18).view(2, 9) % 17
+batch = Batch(tokens, torch.ones_like(tokens), tokens > 3)
+def probed(model):
+    received = []
+    model = model._replace(probe=Probe(("self_attn.v_proj.weight", "mlp.up_proj.weight"), lambda *given: received.append(given)))
+    def objective(leaves):
+        received.clear()
+        hidden = model.hidden(leaves, batch)
+        return Mean(hidden.square().sum() + sum(y.sin().sum() for _, y in received), torch.ones(())), hidden
+    answer = value_and_grad(objective, has_aux=True)(params)
+    return [name for name, _ in received], [y.detach() for _, y in received], answer
+wrap = compiled.wrap(said.append)
+names, *wanted = probed(Model(llama.FAMILY, config))
+for n_remat in (0, 2):
+    found_names, *found = probed(Model(llama.FAMILY, config, wrap, n_remat=n_remat))
+    assert found_names == names and len(names) == 6
+    same(found, wanted)
+print(len(graphs) > 0, said)
+"""
+)
 WITHOUT = """
 config = llama.Config(n_layers=2, **SIZES)
 params = Model(llama.FAMILY, config).init(0, 0.3)
@@ -217,6 +244,10 @@ def test_a_backward_without_a_kernel_is_found_before_the_first_forward_has_run()
     told = output(UNLOWERED)
     assert told.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (Lowering")
     assert "needs 132 KiB" in told
+
+
+def test_a_probe_of_compiled_blocks_receives_the_same_outputs_and_gradients() -> None:
+    assert output(PROBED) == "True []\n"
 
 
 def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Path) -> None:

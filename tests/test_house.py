@@ -15,9 +15,10 @@ FLOORS = {
     0.0: "__init__ types tree seeds paths toml arrays tensorfile heap hardware",
     1.0: "grad offload compiled float8 nf4 quant ops blockwise flex attention losses optim optim8 advance lora sampling moe",
     2.0: "models/__init__ models/rope models/decoder models/memory models/hf_config models/family models/multimodal "
-    "models/llama models/mistral models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "
-    "models/smollm3 models/granite models/experts models/mxfp4 models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe "
-    "models/gpt_oss models/llama4 checkpoint vocabulary tokenizer template chat source packing documents data pairs",
+    "models/llama models/mistral models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 "
+    "models/gemma3 models/phi3 models/olmo2 models/olmo3 models/smollm3 models/granite models/experts models/mxfp4 "
+    "models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe models/gpt_oss models/llama4 checkpoint "
+    "vocabulary tokenizer template chat source packing documents data pairs",
     3.0: "objectives balance steps sweep private generate frozen calibrate scoring costs",
     INTEROP: "interop/__init__ interop/peft interop/peft_experts interop/compressed interop/gguf "
     "interop/gguf_blocks interop/gguf_vocab interop/bitsandbytes interop/harness",
