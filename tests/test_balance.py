@@ -44,6 +44,20 @@ def test_loss_and_gradients_are_those_of_transformers(name: str, n_remat: int) -
     assert float(readings["load_balance"].value()) >= config.experts.n_active - 1e-5
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_blocks_computed_again_give_the_same_term_and_gradients_to_the_last_bit(name: str) -> None:
+    config = small_experts(name)
+    params, batch = random_params(config), random_batch(config, 3, 17)
+
+    def evaluated(n_remat: int) -> object:
+        objective = balanced(SFT, Model(models.FAMILIES[name], config, n_remat=n_remat), 0.7)
+        return grad.value_and_grad(lambda t: objective(t, params, batch), has_aux=True)(params)
+
+    kept = evaluated(0)
+    for n_remat in (1, config.n_layers):
+        torch.testing.assert_close(evaluated(n_remat), kept, rtol=0, atol=0)
+
+
 def test_padding_and_the_mask_of_targets_do_not_count_as_tokens_without_a_document() -> None:
     config = small_experts("mixtral")
     params, batch = random_params(config), random_batch(config, 3, 17)

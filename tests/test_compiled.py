@@ -48,6 +48,10 @@ def test_a_backward_without_a_kernel_is_found_before_the_first_forward_has_run()
     assert "needs 132 KiB" in told
 
 
+def test_a_probe_of_compiled_blocks_receives_the_same_outputs_and_gradients() -> None:
+    assert run_script("compiled_probed") == "True []\n"
+
+
 def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Path) -> None:
     told = run_script("compiled_without", CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert told.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (InvalidCxxCompiler")

@@ -140,6 +140,27 @@ def test_lora_refuses_what_it_cannot_adapt() -> None:
         Lora(2, 2.0, (*TARGETS, "lm_head*")).init(tied, 0)
 
 
+def test_deltas_are_applied_once_and_to_weights_that_are_there() -> None:
+    params, rule = random_params(SMALL), RULES["plain"]
+    deltas, name = rule.init(params, 0), "model.layers.0.self_attn.q_proj.weight"
+    adapted = rule.apply(params, deltas)
+    assert {key for key, leaf in adapted.items() if isinstance(leaf, Adapted)} == set(deltas)
+    with pytest.raises(TypeError, match=rf"lora: {name} is adapted already, expected a weight of the base"):
+        rule.apply(adapted, deltas)
+    with pytest.raises(TypeError, match=rf"lora: {name} is not there, expected a weight of the base"):
+        rule.apply({key: w for key, w in params.items() if key != name}, deltas)
+
+
+def test_a_delta_can_not_be_multiplied_by_without_its_scale() -> None:
+    params, tokens = random_params(SMALL), random_batch(SMALL, 1, 5).tokens
+    deltas = RULES["plain"].init(params, 0)
+    with pytest.raises(TypeError):  # with the message of the checked signatures, which the tests run under
+        Model(llama.FAMILY, SMALL).forward({**params, **deltas}, tokens)
+    linear = getattr(ops.linear, "__wrapped__", ops.linear)
+    with pytest.raises(TypeError, match=r"ops: a leaf of the params is a Delta, expected a weight; make .* by Lora\.apply"):
+        linear(torch.ones(2, 12), deltas["model.layers.0.self_attn.q_proj.weight"])
+
+
 def test_deltas_of_another_base_are_refused() -> None:
     params = random_params(SMALL)
     fitting = Lora(2, 2.0, ("lm_head.weight",)).init(params, 0)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import SMALL, random_params, reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +19,7 @@ from minitune.lora import Lora
 from minitune.models import Model, llama, mixtral
 from minitune.models.experts import Experts
 from minitune.types import Batch
+from support.models import SMALL, random_params, reference
 from support.programs import toy
 
 # torch.mv is not among them: its kernel for bfloat16 adds up in float32 on any processor
