@@ -46,7 +46,7 @@ def count_whole_graphs() -> None:
 def counted(family: Any, config: Any, params: Any, lengths: tuple[int, ...] = (9, 9, 14, 23)) -> int:
     """Number of graphs for steps on batches of these lengths, recomputed and not, each equal to the plain step."""
     torch._dynamo.reset()
-    plain, wrapped = Model(family, config), Model(family, config, compiled.wrap(said.append))
+    plain, wrapped = Model(family.FAMILY, config), Model(family.FAMILY, config, compiled.wrap(said.append))
     before = len(graphs)
     for n_remat in (0, 1):
         for length in lengths:

@@ -7,5 +7,5 @@ count_whole_graphs()
 found = []
 for family, depth in ((llama, 2), (llama, 5), (gemma2, 2)):
     config = family.Config(n_layers=depth, **SIZES)
-    found.append(counted(family, config, Model(family, config).init(0, 0.3)))
+    found.append(counted(family, config, Model(family.FAMILY, config).init(0, 0.3)))
 print(found, said)

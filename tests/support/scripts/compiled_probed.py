@@ -9,7 +9,7 @@ from minitune import compiled
 from minitune.grad import value_and_grad
 from minitune.models import Model, Probe, llama
 from minitune.types import Batch, Mean
-from support.scripts.blocks import SIZES, counting, graphs, said, same
+from support.scripts.blocks import SIZES, counting, graphs, said
 
 compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 WEIGHTS = ("self_attn.v_proj.weight", "mlp.up_proj.weight")
@@ -38,5 +38,5 @@ for n_remat in (0, 2):
     found_names, found = probed(Model(llama.FAMILY, config, compiled.wrap(said.append), n_remat=n_remat))
     assert found_names == names
     assert len(names) == 2 * config.n_layers
-    same(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
 print(len(graphs) > 0, said)
