@@ -98,7 +98,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """
     if x.device == device or x.device.type != "cpu" or not capabilities(device).streams:
         return x.to(device)
-    if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+    if type(x) is not Tensor or wrapped:
         return x.to(device, non_blocking=True)
     return _pinned(x).to(device, non_blocking=True)
 
