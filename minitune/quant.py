@@ -193,7 +193,7 @@ def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
 
 
 def packed(params: Params) -> Params:
-    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, but for shapes that no kernel takes.
+    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a kernel takes their shape.
 
     torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply in float32.
     """

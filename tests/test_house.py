@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "minitune"
 INTEROP, DEMO = 3.5, 9.0  # the side rooms: interop lies under the programs, the demo is made by all of them
 FLOORS = {
     0.0: "__init__ types tree seeds paths toml arrays tensorfile heap hardware",
-    1.0: "grad offload compiled float8 nf4 quant ops blockwise flex attention losses optim optim8 advance lora sampling moe",
+    1.0: "grad offload compiled float8 nf4 quant widened ops blockwise flex attention losses optim optim8 advance lora sampling "
+    "moe",
     2.0: "models/__init__ models/rope models/decoder models/memory models/spelling models/multimodal models/llama models/mistral "
     "models/ministral3 models/qwen2 models/qwen3 models/gemma models/gemma2 models/gemma3 models/phi3 models/olmo2 models/olmo3 "
     "models/smollm3 models/granite models/experts models/mxfp4 models/mixtral models/qwen2_moe models/qwen3_moe models/olmoe "
@@ -30,7 +31,8 @@ SAME_FLOOR = {  # module -> what it may import of its own floor; modules of one 
     **dict.fromkeys(["types", "toml"], "__init__"),
     **dict.fromkeys(["tree", "paths", "arrays"], "types"),
     "offload": "grad",
-    "ops": "grad quant",
+    "ops": "grad quant widened",
+    "widened": "grad",
     "optim": "optim8",
     "advance": "grad optim optim8",
     "attention": "grad blockwise flex",

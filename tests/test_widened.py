@@ -52,6 +52,8 @@ def bfloat16_products(found: list[str]) -> Iterator[None]:
     """Collect the names of the matrix products that torch runs on bfloat16, those inside of operators and backwards too."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         yield
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
     for event in profiled.profiler.kineto_results.events():
         name = event.name().removeprefix("aten::")
         if name in EMULATED and "c10::BFloat16" in event.dtypes():
@@ -150,12 +152,11 @@ def test_a_model_in_16_bits_is_the_float32_model_of_its_weights() -> None:
 
 
 def test_weights_that_train_stay_in_their_own_dtype() -> None:
-    params = random_params(SMALL)
+    params, objective = random_params(SMALL), objectives.sft(MODEL, CrossEntropy(), None)
     for trained, computed in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         held, whole = objectives.full({name: w.to(computed) for name, w in params.items()}, ("*",), params, trained)
         attached, _ = objectives.attach(held, whole, None)
         assert all(attached[name] is leaf for name, leaf in whole.items())
-        objective = objectives.sft(MODEL, CrossEntropy(), None)
         value, grads = value_and_grad(lambda t, held=held: objective(t, held, batch_of(SMALL.vocab_size))[0])(whole)
         assert value.total.dtype == torch.float32
         assert {g.dtype for g in grads.values()} == {trained}
@@ -212,7 +213,15 @@ def test_no_program_multiplies_bfloat16(case: str, tiny: Path, tmp_path: Path, c
 
 def test_no_expert_multiplies_bfloat16() -> None:
     experts = Experts(n_experts=4, n_active=2, d_ff=13, names="mixtral")
-    sizes = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 20, "d_head": 6, "d_ff": 13, "vocab_size": 17}
+    sizes: dict[str, Any] = {
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_model": 20,
+        "d_head": 6,
+        "d_ff": 13,
+        "vocab_size": 17,
+    }
     model = Model(mixtral, mixtral.Config(**sizes, experts=experts))
     params, rule, found = half(model.init(0, 0.3)), Lora(3, 8.0, ("*_proj.weight",)), []
     deltas, objective = rule.init(params, 0), objectives.sft(model, CrossEntropy(), rule)
