@@ -51,12 +51,15 @@ def ratios(wide: Callable[[], object], narrow: Callable[[], object], repeats: in
     return statistics.median(pair[0] for pair in pairs), [a / b for a, b in pairs]
 
 
-def training(model: Model, params: Mapping[str, Any], rule: Lora | None, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+def training(
+    model: Model, params: Mapping[str, Any], rule: Lora | None, dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
     tokens = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
     params, trainable = (params, rule.init(params, 0)) if rule else objectives.full(params, ("*",), params, dtype)
     optimizer = optim.AdamW(lr=1e-4)
-    step, state = steps.train_step(objectives.sft(model, CrossEntropy(), rule), optimizer, micro_batch=1), optimizer.init(trainable)
+    state = optimizer.init(trainable)
+    step = steps.train_step(objectives.sft(model, CrossEntropy(), rule), optimizer, micro_batch=1)
     return lambda: step(params, trainable, state, batch)
 
 

@@ -217,7 +217,7 @@ def with_base_weight(leaf: Any, w: Any) -> Any:
 
 
 def packed(params: Params) -> Params:
-    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows, but for shapes that no kernel takes.
+    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a kernel takes their shape.
 
     torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply in float32.
     """

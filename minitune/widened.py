@@ -13,15 +13,16 @@ from torch.autograd import forward_ad
 
 from minitune.grad import under_transform
 
-BLOCK = 2**19  # weights widened at a time: 2 MiB in float32, see bench/narrow.py
+BLOCK = 2**18  # weights widened at a time: 1 MiB in float32, see bench/narrow.py
 COLUMNS = 128  # but at least so many columns of them, or a matmul of many rows has too little to do
 
 
 def linear(x: Float[Tensor, "*rows in"], w: Float[Tensor, "out in"]) -> Float[Tensor, "*rows out"]:
-    """x W^T in the dtype of x, which is wider than that of w; sums are float32 or wider, the gradient of w has its dtype.
+    """x W^T in the dtype of x, which is wider than that of w; the gradient of w has the dtype of w.
 
-    One float32 row on a CPU that needs no gradient, which is a step of decoding, is rounded to bfloat16 and multiplied by torch's
-    kernel for a bfloat16 matrix and a vector. It adds up in float32 and needs no such instruction: memory bounds its speed.
+    Products and sums are those of float32 weights that were rounded to 16 bits: activations are never rounded, so results are at
+    least as precise as bfloat16 in hardware gives them. One float32 row on a CPU that needs no gradient, which is a step of
+    decoding, is rounded to bfloat16 as there: torch's kernel for a bfloat16 matrix and a vector adds up in float32 on any CPU.
     """
     vector = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32 and w.is_contiguous()
     if vector and w.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not under_transform():
@@ -56,9 +57,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x, m), (t_x, t_m) = ctx.saved_tensors, tangents
-        parts = [_Product.apply(t_x, m)] if t_x is not None else []
-        parts += [_Product.apply(x, t_m)] if t_m is not None else []
-        return sum(parts[1:], parts[0])
+        by_x = None if t_x is None else _Product.apply(t_x, m)
+        by_m = None if t_m is None else _Product.apply(x, t_m)
+        if by_x is None or by_m is None:
+            return by_m if by_x is None else by_x
+        return by_x + by_m
 
 
 @torch.library.custom_op("minitune::widened_product", mutates_args=())
@@ -69,6 +72,7 @@ def _product(x: Tensor, m: Tensor) -> Tensor:
 
 @torch.library.custom_op("minitune::widened_product_gradient", mutates_args=())
 def _product_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """x^T grad as an operator, for the same reason."""
     return _gradient(x, grad, dtype).mT.clone().mT  # an operator may return no view
 
 

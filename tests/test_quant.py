@@ -456,7 +456,7 @@ def test_few_rows_under_vmap_are_decoded(name: str):
 
 
 def test_what_has_no_kernel_is_not_packed():
-    params = {"w": normal(48, 64), "int8": quantize(normal(48, 64), Int8()), "odd": quantize(normal(40, 64), Int4())}
+    params = {"w": normal(48, 64), "nf4": quantize(normal(48, 64), NF4()), "odd": quantize(normal(40, 64), Int4())}
     assert all(leaf is params[name] for name, leaf in packed(params).items())
 
 

@@ -51,6 +51,8 @@ def bfloat16_products(found: list[str]) -> Iterator[None]:
     """Collect the names of the matrix products that torch runs on bfloat16, those inside of operators and backwards too."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         yield
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
     for event in profiled.profiler.kineto_results.events():
         name = event.name().removeprefix("aten::")
         if name in EMULATED and "c10::BFloat16" in event.dtypes():
@@ -149,12 +151,11 @@ def test_a_model_in_16_bits_is_the_float32_model_of_its_weights() -> None:
 
 
 def test_weights_that_train_stay_in_their_own_dtype() -> None:
-    params = random_params(SMALL)
+    params, objective = random_params(SMALL), objectives.sft(MODEL, None)
     for trained, computed in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         held, whole = objectives.split_trainable({name: w.to(computed) for name, w in params.items()}, ("*",), params, trained)
-        attached, _ = objectives.apply_trainable(held, whole, None)
+        attached = objectives.apply_trainable(held, whole, None)
         assert all(attached[name] is leaf for name, leaf in whole.items())
-        objective = objectives.sft(MODEL, None)
         (value, _), grads = value_and_grad(objective, has_aux=True)(whole, held, batch_of(SMALL.vocab_size))
         assert value.total.dtype == torch.float32
         assert {g.dtype for g in grads.values()} == {trained}
