@@ -157,6 +157,30 @@ class _Remat(torch.autograd.Function):
         return None, *pullback(ctx.f, ctx.saved_tensors, grad_outputs[0], ctx.needs_input_grad[1:])
 
 
+def with_derivative(f: Callable[..., Tensor], derivative: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Tensor]:
+    """f of tensors alone, whose backward is derivative(cotangent, needed, *tensors): nothing inside f is kept.
+
+    derivative returns the vector-Jacobian product of every tensor, None where `needed` has False. It must not be what is
+    differentiated itself: for a gradient of the gradient f is computed once more, by autograd.
+    """
+    return lambda *tensors: _WithDerivative.apply(f, derivative, *tensors)
+
+
+class _WithDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Callable[..., Tensor], derivative: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        ctx.f, ctx.derivative = f, derivative
+        ctx.save_for_backward(*tensors)
+        return f(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            return None, None, *pullback(ctx.f, ctx.saved_tensors, grad_outputs[0], needed)
+        return None, None, *ctx.derivative(grad_outputs[0], needed, *ctx.saved_tensors)
+
+
 def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """f(rows [n ...], *args) -> values [n ...], whose gradient by rows is taken in the forward, while what f makes is there.
 

@@ -1,7 +1,7 @@
 """The few operations that a decoder is made of; every one a pure function of tensors."""
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import hardware, quant, tree, widened
-from minitune.grad import in_chunks, remat, under_transform, with_row_gradients
+from minitune.grad import in_chunks, remat, under_transform, with_derivative, with_row_gradients
 from minitune.hardware import to_device
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, QTensor
@@ -100,12 +100,34 @@ def rms_norm(
         w = w.to(wide.dtype)
         return (scaled * (1.0 + w if kind == "one_plus_w" else w)).to(x.dtype)
 
-    return _recomputed(normed)(x, w)
+    def derivative(d_y: Tensor, needed: Sequence[bool], x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        # with r = 1 / sqrt(mean(x^2) + eps) and y = s x r: d_x = r (s d_y - x r^2 mean(x s d_y)), d_s = sum of d_y x r
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        d_x = d_w = None
+        if needed[0]:
+            after = kind == "w_after_cast"
+            factor = w.to(x.dtype) if after else w.to(wide.dtype)
+            d_scaled = ((d_y if after else d_y.to(wide.dtype)) * (1.0 + factor if kind == "one_plus_w" else factor)).to(
+                wide.dtype
+            )
+            along = (wide * d_scaled).mean(-1, keepdim=True) * r.square()
+            d_x = (torch.addcmul(d_scaled, wide, along, value=-1.0) * r).to(x.dtype)
+        if needed[1]:
+            scaled = (wide * r).to(x.dtype if kind == "w_after_cast" else wide.dtype)
+            d_w = (d_y.to(scaled.dtype) * scaled).reshape(-1, x.shape[-1]).sum(0).to(w.dtype)
+        return d_x, d_w
+
+    return _recomputed(normed, derivative)(x, w)
 
 
 def swiglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
-    return _recomputed(lambda gate, up: F.silu(gate) * up)(gate, up)
+
+    def derivative(d_y: Tensor, _: Sequence[bool], gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten.silu_backward(d_y * up, gate), d_y * F.silu(gate)
+
+    return _recomputed(lambda gate, up: F.silu(gate) * up, derivative)(gate, up)
 
 
 def geglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
@@ -129,8 +151,11 @@ def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T e"], Floa
     cos, sin = (table[:, None] for table in rope)
     if cos.shape[-1] < x.shape[-1]:
         return torch.cat([rotate(x[..., : cos.shape[-1]], rope), x[..., cos.shape[-1] :]], dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    # with the heads of a token side by side, as the linear map before left them; the sign goes to the table, which is smaller
+    x, cos, sin = (t.transpose(1, 2) for t in (x, cos, sin))
+    (first, second), (upper, lower) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    turned = x * cos + torch.cat([second, first], dim=-1) * torch.cat([-upper, lower], dim=-1)
+    return turned.to(x.dtype).transpose(1, 2)
 
 
 def token_losses(
@@ -212,6 +237,11 @@ def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Ten
     return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head) for i in starts])
 
 
-def _recomputed(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Function f recomputed in the backward: element-wise work costs less than keeping its intermediate results."""
-    return remat(f) if torch.is_grad_enabled() and not under_transform() and not torch.compiler.is_compiling() else f
+def _recomputed(f: Callable[..., Tensor], derivative: Callable[..., Any] | None = None) -> Callable[..., Tensor]:
+    """Function f, which the backward recomputes or takes the `derivative` of (grad.with_derivative).
+
+    Element-wise work costs less than keeping its intermediate results.
+    """
+    if not torch.is_grad_enabled() or under_transform() or torch.compiler.is_compiling():
+        return f
+    return remat(f) if derivative is None else with_derivative(f, derivative)
