@@ -19,8 +19,8 @@ from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model, decoder, memory
 from minitune.models.config import layer_kind
-from minitune.models.mixers import MIXERS
 from minitune.models.mixers.mixer import TokenPositions
+from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import head_name
 from minitune.objectives import Teacher
 from minitune.optim.apply import scratch_bytes

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minitune.models.config import DecoderConfig, MixerName
 from minitune.models.experts import is_routed, routed_feed_forward
-from minitune.models.mixers import MIXERS
 from minitune.models.mixers.mixer import LayerMaps
+from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import NORMS
 from minitune.ops import geglu, linear, rms_norm, swiglu
 from minitune.tree import Tree

@@ -12,8 +12,8 @@ from minitune.attention import KeyRange, causal, document_lengths, document_posi
 from minitune.models import rope
 from minitune.models.block import block
 from minitune.models.config import DecoderConfig, LayerKind, layer_kind, layer_kinds
-from minitune.models.mixers import MIXERS
 from minitune.models.mixers.mixer import TokenPositions
+from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import head_name, layer_of
 from minitune.ops import embed, linear, rms_norm
 from minitune.tree import Tree

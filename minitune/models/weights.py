@@ -5,7 +5,7 @@ from typing import Any
 
 from minitune.models.config import DecoderConfig, layer_kind
 from minitune.models.experts import expert_shapes
-from minitune.models.mixers import MIXERS
+from minitune.models.mixers.registry import MIXERS
 from minitune.models.shapes import Shapes, linear_shapes
 
 NORMS = {  # names of the norms: before and after attention, before and after the mlp
