@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from roof import gemm_flops_per_s
 
-from minitune import models, program, runs
+from minitune import models
+from minitune.programs import program
+from minitune.programs.run import run_program
 
 HERE = Path(__file__).parent
 SHAPE = models.open_config(HERE.parent / "configs/models/llama-125m.toml")
@@ -100,7 +102,7 @@ def main() -> None:
     words = [f"model.path={folder / 'model'}", f"out={folder / 'runs'}", "resume=false"]
     words += [f"data.{name}.path={folder / name}.jsonl" for name in ("train", "heldout")]
     loaded = program.load(HERE / f"docstrings-{kind}.toml", [*words, *overrides])
-    summary = runs.run_program(loaded)
+    summary = run_program(loaded)
     roofs.append(gemm_flops_per_s(torch.float32))
     report = summary["train"]["data"]
     target_share = report["n_target_tokens"] / report["n_tokens"]

@@ -17,10 +17,14 @@ from typing import Any
 
 import torch
 
-from minitune import models, paths, quant
-from minitune.generate import stream
-from minitune.models import Model, llama
-from minitune.sampling import Sampling
+from minitune import models
+from minitune.inference.generate import stream
+from minitune.inference.sampling import Sampling
+from minitune.io import paths
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4, Int4, Int8, packed
 from minitune.types import Params
 
 N_STEPS = 40
@@ -28,7 +32,7 @@ N_PROMPT = 64
 LLAMA_125M = llama.Config(
     n_layers=12, n_heads=12, n_kv_heads=4, d_model=768, d_head=64, d_ff=2560, vocab_size=32000, tie_embeddings=True
 )
-SCHEMES = {"int8, bfloat16": quant.Int8(), "int4, bfloat16": quant.Int4(), "nf4, bfloat16": quant.NF4()}
+SCHEMES = {"int8, bfloat16": Int8(), "int4, bfloat16": Int4(), "nf4, bfloat16": NF4()}
 WRAPS: dict[str, Callable[..., Any]] = {"eager": lambda f: f, "compiled": torch.compile}
 
 
@@ -66,7 +70,7 @@ def main() -> None:
         model = models.open(paths.locate("demo")) if name == "demo" else Model(llama.FAMILY, LLAMA_125M)
         dense = model.init(0)
         half = {key: w.bfloat16() for key, w in dense.items()}
-        codes = {kind: quant.packed(quant.Quantization(scheme).quantize(half)) for kind, scheme in SCHEMES.items()}
+        codes = {kind: packed(Quantization(scheme).quantize(half)) for kind, scheme in SCHEMES.items()}
         rows(name, model, {"float32": dense, "bfloat16": half} | codes)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 

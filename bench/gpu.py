@@ -7,7 +7,7 @@ compiled, recomputed and not.
 Random bfloat16 weights in the shape of configs/models/llama-3.1-8b.toml, packed rows of 2,048 and 8,192 tokens, every token a
 target. Each way of training has a process of its own, which measures the roof (the best of 20 matmuls) and then its variants,
 the most wanted first; a variant that fails gives a row with the reason, and one that the time does not reach says so.
-FLOPs a token: minitune.costs.flops_per_token, with no block computed again: what the share of the roof counts.
+FLOPs a token: minitune.planning.flops.flops_per_token, with no block computed again: what the share of the roof counts.
 Full: bfloat16 weights rounded to nearest and 8-bit Adam moments: float32 weights of 8B do not fit beside their gradients.
 """
 
@@ -28,17 +28,27 @@ from typing import Any
 import torch
 from roof import gemm_flops_per_s, synchronize
 
-from minitune import compiled, host, models, objectives, offload, ops, optim, quant
-from minitune.costs import flops_per_token
+from minitune import host, models
+from minitune.algorithms.supervised import sft
+from minitune.autodiff import offload
+from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.models import Model
+from minitune.models.compile import wrap
+from minitune.nn import head
+from minitune.optim import eight_bit
+from minitune.optim.adamw import AdamW
+from minitune.optim.transforms import ClipByGlobalNorm, chain
+from minitune.planning.flops import flops_per_token
+from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4, Float8
 from minitune.steps import train_step
-from minitune.types import Batch, InputError, Params, TrainState
+from minitune.types import Batch, Params, TrainState
 
 SHAPE = Path(__file__).parents[1] / "configs/models/llama-3.1-8b.toml"
 TOY = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_head": 16, "d_ff": 128, "vocab_size": 512}
 KINDS = ("lora", "qlora", "float8", "full")
-SCHEMES = {"qlora": quant.NF4(), "float8": quant.Float8()}
+SCHEMES = {"qlora": NF4(), "float8": Float8()}
 RULE = Lora(rank=16, alpha=32.0, targets=("*_proj.weight",))
 WARM_UPS, STEPS = 2, 3
 HEADER = ("training", "row, tokens", "compiled", "remat", "tokens/s", "of the roof", "peak, GiB", "remark")
@@ -89,14 +99,14 @@ def start(kind: str, params: Params) -> tuple[Params, Any, Any, Any]:
     """(params, trainable, LoRA rule, optimizer) of a way of training."""
     if kind == "full":
         frozen = {name: w.to("meta") for name, w in params.items()}
-        return frozen, dict(params), None, optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW8bit(lr=1e-5))
-    return params, RULE.init(params, 0), RULE, optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-4))
+        return frozen, dict(params), None, chain(ClipByGlobalNorm(1.0), eight_bit.AdamW8bit(lr=1e-5))
+    return params, RULE.init(params, 0), RULE, chain(ClipByGlobalNorm(1.0), AdamW(lr=1e-4))
 
 
 def arranged(model: Model, compile_blocks: str, remat: str, device: str) -> Model:
     """The model with its block compiled once for all layers and steps, every block computed again in the backward, or both."""
     if compile_blocks == "yes":
-        model = model._replace(block_transform=compiled.wrap(print))
+        model = model._replace(block_transform=wrap(print))
     if remat == "host" and device == "cuda":
         model = model._replace(remat=offload.remat(offload.side_stream(torch.device(device))))
     return model if remat == "no" else model._replace(n_remat=model.config.n_layers)
@@ -107,7 +117,7 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
     length, compile_blocks, remat = variant
     batch, companions = packed_rows(model.config.vocab_size, args.tokens, length, args.device)
     frozen, trainable, rule, optimizer = start(kind, params)
-    objective = objectives.sft(arranged(model, compile_blocks, remat, args.device), rule)
+    objective = sft(arranged(model, compile_blocks, remat, args.device), rule)
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
     state, times = optimizer.init(trainable), []
     for i in range(WARM_UPS + STEPS):
@@ -128,14 +138,14 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
 def run_kind(kind: str, args: argparse.Namespace) -> None:
     """One JSON line for the roof, and one a variant."""
     if args.head_chunk:
-        ops.HEAD_CHUNK = args.head_chunk
+        head.HEAD_CHUNK = args.head_chunk
     n, repeats = (256, 2) if args.toy else (8192, 20)
     roof = gemm_flops_per_s(torch.bfloat16, n, repeats, args.device)[1]
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(json.dumps({"card": card, "roof": roof}), flush=True)
     model, params = opened(args)
     if kind in SCHEMES:
-        params = quant.Quantization(SCHEMES[kind]).quantize(params)
+        params = Quantization(SCHEMES[kind]).quantize(params)
     for variant in variants(args.toy):
         try:
             found = measured(kind, model, params, variant, args)

@@ -16,10 +16,11 @@ from collections.abc import Callable
 import torch
 
 from minitune import host, tree
-from minitune.grad import value_and_grad
+from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
+from minitune.losses.token import CrossEntropy
+from minitune.models import Model
+from minitune.models.families import llama
 from minitune.types import Batch, Mean
 
 REPEATS = 5

@@ -20,9 +20,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from minitune import costs, losses, models, objectives, optim, quant, tree
+from minitune import models, tree
+from minitune.algorithms.objective import split_trainable
+from minitune.algorithms.preference import preference
+from minitune.algorithms.supervised import sft
 from minitune.lora import Lora
+from minitune.losses.preference import Dpo
+from minitune.losses.token import CrossEntropy
 from minitune.models import Model
+from minitune.optim.adamw import AdamW
+from minitune.optim.transforms import ClipByGlobalNorm, chain
+from minitune.planning.memory import Step, floor
+from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4
 from minitune.steps import train_step
 from minitune.types import Batch, Pairs, Params
 
@@ -40,29 +50,29 @@ def rows(vocab_size: int, n_rows: int, n_tokens: int) -> Batch:
 
 def step_and_run(
     kind: str, model: Model, params: Params, n_rows: int, n_tokens: int, targets: tuple[str, ...] = TARGETS, **how: Any
-) -> tuple[costs.Step, Callable[[], Any]]:
+) -> tuple[Step, Callable[[], Any]]:
     """(a step as its costs are counted, the same step as a function to run); how: micro_batch, trained (a dtype), optimizers."""
     lora, micro = None if kind == "full" else Lora(8, 16.0, targets), how.get("micro_batch", n_rows)
     if kind == "qlora":
-        params = quant.Quantization(quant.NF4(), targets).quantize(params)
+        params = Quantization(NF4(), targets).quantize(params)
     if lora is None:
-        params, trainable = objectives.split_trainable(params, ("*",), dtype=how.get("trained", torch.float32))
+        params, trainable = split_trainable(params, ("*",), dtype=how.get("trained", torch.float32))
     else:
         trainable = lora.init(params, 0)
-    loss, batch = losses.CrossEntropy(), rows(model.config.vocab_size, n_rows, n_tokens)
-    objective, at_once = objectives.sft(model, loss, lora), micro
+    loss, batch = CrossEntropy(), rows(model.config.vocab_size, n_rows, n_tokens)
+    objective, at_once = sft(model, loss, lora), micro
     if kind == "dpo":
-        loss, batch, at_once = losses.Dpo(), Pairs(batch, batch), 2 * micro
-        objective = objectives.preference(model, lora, loss, {})
-    optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), *how.get("optimizers", (optim.AdamW(lr=1e-3),)))
+        loss, batch, at_once = Dpo(), Pairs(batch, batch), 2 * micro
+        objective = preference(model, lora, loss, {})
+    optimizer = chain(ClipByGlobalNorm(1.0), *how.get("optimizers", (AdamW(lr=1e-3),)))
     state = optimizer.init(trainable)
     run = train_step(objective, optimizer, micro_batch=micro, donate=True)
     where = torch.device("cpu"), at_once, n_tokens, n_rows // micro
-    step = costs.Step(model, params, trainable, lora, optimizer, loss, *where)
+    step = Step(model, params, trainable, lora, optimizer, loss, *where)
     return step, lambda: run(params, trainable, state, batch)
 
 
-def peak_bytes(step: costs.Step, run: Callable[[], Any]) -> int:
+def peak_bytes(step: Step, run: Callable[[], Any]) -> int:
     """The most bytes of tensors at once during a step: those that it is given, and what torch's allocator gives out meanwhile."""
     run()  # what torch sets up on a first call is no part of a step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -86,7 +96,7 @@ def measured(kind: str, dtype: str, again: bool, toy: bool) -> dict[str, float]:
     model = model._replace(config=config, n_remat=config.n_layers if again else 0)
     params = {name: w.to(getattr(torch, dtype)) for name, w in model.init(0).items()}
     step, run = step_and_run(kind, model, params, 2 if kind == "dpo" else 4, 128 if toy else 512)
-    return {"floor": sum(costs.floor(step).values()), "measured": peak_bytes(step, run)}
+    return {"floor": sum(floor(step).values()), "measured": peak_bytes(step, run)}
 
 
 def main() -> None:

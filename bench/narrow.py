@@ -17,10 +17,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minitune import checkpoint, generate, hardware, heap, models, objectives, optim, paths, quant, steps, widened
+from minitune import checkpoint, hardware, models, steps
+from minitune.algorithms import objective
+from minitune.algorithms.supervised import sft
+from minitune.inference.generate import greedy
+from minitune.io import paths
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
+from minitune.losses.token import CrossEntropy
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.optim.adamw import AdamW
+from minitune.programs.allocator import keep_freed
+from minitune.quant import widened
+from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4, Int8
 from minitune.types import Batch
 
 MID = llama.Config(n_layers=2, n_heads=8, n_kv_heads=4, d_model=512, d_head=64, d_ff=1536, vocab_size=8192)
@@ -56,16 +66,16 @@ def training(
 ) -> Callable[[], object]:
     tokens = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
-    params, trainable = (params, rule.init(params, 0)) if rule else objectives.full(params, ("*",), params, dtype)
-    optimizer = optim.AdamW(lr=1e-4)
+    params, trainable = (params, rule.init(params, 0)) if rule else objective.full(params, ("*",), params, dtype)
+    optimizer = AdamW(lr=1e-4)
     state = optimizer.init(trainable)
-    step = steps.train_step(objectives.sft(model, CrossEntropy(), rule), optimizer, micro_batch=1)
+    step = steps.train_step(sft(model, CrossEntropy(), rule), optimizer, micro_batch=1)
     return lambda: step(params, trainable, state, batch)
 
 
 def decoding(model: Model, params: Mapping[str, Any], rows: int) -> Callable[[], object]:
     prompts = [[1 + i, 2, 3] for i in range(rows)]
-    return lambda: generate.greedy(model, params, prompts, {}, max_new_tokens=NEW_TOKENS, stop_ids=[])
+    return lambda: greedy(model, params, prompts, {}, max_new_tokens=NEW_TOKENS, stop_ids=[])
 
 
 def scoring(model: Model, params: Mapping[str, Any]) -> Callable[[], object]:
@@ -83,8 +93,8 @@ def workloads(name: str, repeats: int) -> None:
     model, wide = model_of(name)
     narrow = {key: w.bfloat16() for key, w in wide.items()}
     rule = Lora(8, 16.0, ("*_proj.weight",))
-    codes = [quant.Quantization(quant.NF4()).quantize(params) for params in (wide, narrow)]
-    int8 = [quant.Quantization(quant.Int8()).quantize(params) for params in (wide, narrow)]
+    codes = [Quantization(NF4()).quantize(params) for params in (wide, narrow)]
+    int8 = [Quantization(Int8()).quantize(params) for params in (wide, narrow)]
     rows = {
         "LoRA step": [training(model, params, rule) for params in (wide, narrow)],
         "full step, float32 weights": [training(model, params, None) for params in (wide, narrow)],
@@ -131,7 +141,7 @@ def products() -> None:
 
 
 def main() -> None:
-    heap.keep_freed()
+    keep_freed()
     words = sys.argv[1:] or ["demo"]
     has = hardware.multiplies_bfloat16(torch.device("cpu"))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16 in hardware: {has}\n")

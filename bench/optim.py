@@ -16,8 +16,12 @@ from pathlib import Path
 
 import torch
 
-from minitune import optim, tree
+from minitune import tree
+from minitune.optim import eight_bit, muon, rounding, transforms
+from minitune.optim.adamw import AdamW
 from minitune.optim.apply import apply_gradients
+from minitune.optim.schedules import Cosine, ScaleBySchedule
+from minitune.optim.transforms import Chain, ClipByGlobalNorm
 
 RATES = {"lr": 1e-3, "weight_decay": 0.1}
 REPEATS = 7
@@ -68,8 +72,8 @@ def by_definition(n: int, leaves: int) -> Callable[[], None]:
     return step
 
 
-def chain(*more: object, kind: type = optim.AdamW) -> optim.Chain:
-    return optim.chain(optim.ClipByGlobalNorm(1.0), kind(**RATES), optim.ScaleBySchedule(optim.Cosine(), 1000), *more)
+def chain(*more: object, kind: type = AdamW) -> Chain:
+    return transforms.chain(ClipByGlobalNorm(1.0), kind(**RATES), ScaleBySchedule(Cosine(), 1000), *more)
 
 
 WAYS = {
@@ -77,10 +81,10 @@ WAYS = {
     "torch.optim.AdamW(foreach=True) + clip": lambda n, k: theirs(n, k, foreach=True),
     "minitune, by definition": by_definition,
     "minitune, donated": lambda n, k: ours(chain(), n, k),
-    "minitune adamw8bit": lambda n, k: ours(chain(kind=optim.AdamW8bit), n, k),
+    "minitune adamw8bit": lambda n, k: ours(chain(kind=eight_bit.AdamW8bit), n, k),
     "torch.optim.Muon + clip": lambda n, k: theirs(n, k, torch.optim.Muon),
-    "minitune muon": lambda n, k: ours(chain(kind=optim.Muon), n, k),
-    "minitune bfloat16, stochastic": lambda n, k: ours(chain(optim.RoundStochastically(0)), n, k, torch.bfloat16),
+    "minitune muon": lambda n, k: ours(chain(kind=muon.Muon), n, k),
+    "minitune bfloat16, stochastic": lambda n, k: ours(chain(rounding.RoundStochastically(0)), n, k, torch.bfloat16),
 }
 
 

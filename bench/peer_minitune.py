@@ -8,14 +8,26 @@ import common as C
 args = C.parser("minitune", ["lora", "lora_packed", "full", "full_packed", "qlora", "dpo", "kd"]).parse_args()
 torch = C.setup_torch()
 
-from minitune import checkpoint, compiled, heap, losses, models, objectives, optim, quant, steps  # noqa: E402
-from minitune.lora import Lora  # noqa: E402
-from minitune.types import Batch, Pairs, TrainState  # noqa: E402
+from minitune import checkpoint, models, steps
+from minitune.algorithms.distillation import Teacher, distillation
+from minitune.algorithms.objective import split_trainable
+from minitune.algorithms.preference import preference as algorithms_preference
+from minitune.algorithms.supervised import sft
+from minitune.lora import Lora
+from minitune.losses.distillation import ForwardKL
+from minitune.losses.preference import Dpo
+from minitune.losses.token import CrossEntropy
+from minitune.models.compile import wrap
+from minitune.optim.adamw import AdamW
+from minitune.programs.allocator import keep_freed
+from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4
+from minitune.types import Batch, Pairs, TrainState
 
-heap.keep_freed()  # as a program run by `python -m minitune` does
+keep_freed()  # as a program run by `python -m minitune` does
 DTYPE = getattr(torch, args.dtype)
 LORA = Lora(rank=C.RANK, alpha=float(C.ALPHA), targets=("*_proj.weight",))
-OPTIMIZER = optim.AdamW(lr=C.LR, weight_decay=0.01)
+OPTIMIZER = AdamW(lr=C.LR, weight_decay=0.01)
 
 
 def opened(name):
@@ -24,7 +36,7 @@ def opened(name):
     model = models.open(folder)
     params = checkpoint.load_params(folder, model.shapes(), DTYPE)
     if args.compile:
-        model = model._replace(block_transform=compiled.wrap(print))
+        model = model._replace(block_transform=wrap(print))
     if args.variant == "remat":
         model = model._replace(n_remat=model.config.n_layers)
     return model, params
@@ -54,19 +66,19 @@ def supervised():
     name = "tiny32k" if args.task == "kd" else args.model
     model, params = opened(name)
     if args.task == "qlora":
-        params = quant.Quantization(quant.NF4()).quantize(params)
+        params = Quantization(NF4()).quantize(params)
     lora = None if args.task.startswith("full") else LORA
     if lora is None:
-        params, trainable = objectives.split_trainable(params, ("*",))
+        params, trainable = split_trainable(params, ("*",))
         if args.dtype == "bfloat16":  # the peers train in bfloat16 whole
             trainable = {name: w.to(DTYPE) for name, w in trainable.items()}
     else:
         trainable = lora.init(params, 0)
     if args.task == "kd":
-        teacher = objectives.Teacher(*opened(args.model))
-        objective = objectives.distillation(model, lora, losses.ForwardKL(ratio=0.5), teacher)
+        teacher = Teacher(*opened(args.model))
+        objective = distillation(model, lora, ForwardKL(ratio=0.5), teacher)
     else:
-        objective = objectives.sft(model, losses.CrossEntropy(), lora)
+        objective = sft(model, CrossEntropy(), lora)
     step = steps.train_step(objective, OPTIMIZER, micro_batch=args.batch, donate=True)
     batches = (rows_to_batch(rows[i * args.batch : (i + 1) * args.batch]) for i in range(args.steps))
     timed(step, params, trainable, batches, C.shapes_sft(rows, args.batch, args.steps))
@@ -77,7 +89,7 @@ def preference():
     rows = C.load_rows("dpo", args.model, args.steps * args.batch, args.seq_len, args.batch)
     model, params = opened(args.model)
     step = steps.train_step(
-        objectives.preference(model, LORA, losses.Dpo(beta=C.BETA), {}), OPTIMIZER, micro_batch=args.batch, donate=True
+        algorithms_preference(model, LORA, Dpo(beta=C.BETA), {}), OPTIMIZER, micro_batch=args.batch, donate=True
     )
 
     def pairs(some):

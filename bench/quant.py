@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune import quant
-from minitune.calibrate import gptq_weight
-from minitune.quant import NF4, Int4, Int8
-from minitune.types import QTensor
+from minitune.algorithms.gptq import gptq_weight
+from minitune.quant.schemes import NF4, Int4, Int8, Scheme, dequantize, packed, quantize
+from minitune.quant.tensors import QTensor
 
 REPEATS = 11
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
@@ -48,15 +47,15 @@ def table(rows: dict[str, dict[str, str]], corner: str) -> None:
 
 
 def decoded(x: Tensor, q: QTensor) -> Tensor:
-    return F.linear(x, quant.dequantize(q, x.dtype))
+    return F.linear(x, dequantize(q, x.dtype))
 
 
 def main() -> None:
     d_out, d_in = [int(word) for word in sys.argv[1:3]] or [2048, 2048]
     w = 0.02 * normal(d_out, d_in, seed=0)
     dense = w.bfloat16()
-    leaves = {name: quant.quantize(w, scheme) for name, scheme in (("int8", Int8()), ("int4", Int4()), ("nf4", NF4()))}
-    q8, q4 = leaves["int8"], quant.packed(leaves)["int4"]
+    leaves = {name: quantize(w, scheme) for name, scheme in (("int8", Int8()), ("int4", Int4()), ("nf4", NF4()))}
+    q8, q4 = leaves["int8"], packed(leaves)["int4"]
     print(f"{d_out} x {d_in}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16 x\n")
     with torch.no_grad():
         rows = {}
@@ -68,7 +67,7 @@ def main() -> None:
             ways["int4 packed"] = lambda x=x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, q4.codes, 32, q4.scales)
             rows[str(n)] = timed(ways)
         table(rows, "rows")
-        table({"quantize": timed({name: lambda s=s: quant.quantize(w, s) for name, s in SCHEMES.items()})}, "ms")
+        table({"quantize": timed({name: lambda s=s: quantize(w, s) for name, s in SCHEMES.items()})}, "ms")
         x = normal(512, 16, seed=1) @ normal(16, 512, seed=2) + 0.3 * normal(512, 512, seed=3)
         table({name: errors(w[:256, :512], x, scheme) for name, scheme in SCHEMES.items()}, "relative squared error")
 
@@ -76,11 +75,11 @@ def main() -> None:
 SCHEMES = {"int8": Int8(), "int4 of 32": Int4(32), "int4 of 64": Int4(64), "int4 of 128": Int4(128), "nf4": NF4()}
 
 
-def errors(w: Tensor, x: Tensor, scheme: quant.Scheme) -> dict[str, str]:
+def errors(w: Tensor, x: Tensor, scheme: Scheme) -> dict[str, str]:
     def of(change: Tensor, whole: Tensor) -> str:
         return f"{float(change.square().mean() / whole.square().mean()):.2e}"
 
-    nearest = quant.dequantize(quant.quantize(w, scheme), torch.float32)
+    nearest = dequantize(quantize(w, scheme), torch.float32)
     row = {"weights, nearest": of(nearest - w, w), "weights, nearest, fixed scale": "-"}
     row |= {"outputs, nearest": of(x @ (nearest - w).T, x @ w.T), "outputs, GPTQ": "-"}
     if isinstance(scheme, Int4):
@@ -88,7 +87,7 @@ def errors(w: Tensor, x: Tensor, scheme: quant.Scheme) -> dict[str, str]:
         scale = groups.abs().amax(-1, keepdim=True) / 7.5
         row["weights, nearest, fixed scale"] = of((scheme.levels(groups, scale) * scale - groups).flatten(1), w)
     if not isinstance(scheme, NF4):
-        q = quant.dequantize(gptq_weight(w, x.T @ x, scheme, 0.01), torch.float32)
+        q = dequantize(gptq_weight(w, x.T @ x, scheme, 0.01), torch.float32)
         row["outputs, GPTQ"] = of(x @ (q - w).T, x @ w.T)
     return row
 

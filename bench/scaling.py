@@ -4,7 +4,7 @@
 
 bfloat16 Llamas of random weights, LoRA of rank 8 on all linears, AdamW, rows of two documents, every token a target, eager.
 Tokens for each second of CPU time over all threads, median and spread of 5 steps; the share of the limit is the step's FLOPs
-(minitune.costs) at the best of 20 matmuls of 2048^3, measured before each row in the same process; the floor is plan's.
+(minitune.planning.memory) at the best of 20 matmuls of 2048^3, measured before each row in the same process; the floor is plan's.
 """
 
 import argparse
@@ -15,11 +15,17 @@ from collections.abc import Callable, Iterator
 import torch
 from roof import gemm_flops_per_s
 
-from minitune import costs, heap, optim, sweep
+from minitune.algorithms import sweep
+from minitune.algorithms.supervised import sft
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
-from minitune.objectives import sft
+from minitune.losses.token import CrossEntropy
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.optim.adamw import AdamW
+from minitune.planning import memory
+from minitune.planning.flops import flops_per_token
+from minitune.planning.memory import Step
+from minitune.programs.allocator import keep_freed
 from minitune.steps import train_step
 from minitune.types import Batch, TrainState
 
@@ -34,7 +40,7 @@ CHANGES = {
 TOY = {"adapters": [(2, 300, n, 1, 16) for n in (1, 2)]}
 
 
-def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callable[[], object], costs.Step]:
+def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callable[[], object], Step]:
     """(a step of all adapters as a function to run, the same as its costs are counted, of one adapter)."""
     n_layers, vocab_size, n, rows, length = case
     heads = {"n_heads": d_model // 64, "n_kv_heads": max(1, d_model // 192), "d_head": 64}
@@ -43,9 +49,9 @@ def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callabl
     params = {name: w.bfloat16() for name, w in model.init(0).items()}
     tokens = torch.randint(0, vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0))
     segments = (torch.arange(length) * 2 // length + 1).to(torch.int32).expand_as(tokens)
-    batch, optimizer = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool)), optim.AdamW(lr=1e-4)
+    batch, optimizer = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool)), AdamW(lr=1e-4)
     deltas = [RULE.init(params, i) for i in range(n)]
-    counted = costs.Step(model, params, deltas[0], RULE, optimizer, CrossEntropy(), torch.device("cpu"), rows, length)
+    counted = Step(model, params, deltas[0], RULE, optimizer, CrossEntropy(), torch.device("cpu"), rows, length)
     if n == 1:
         step, state = (
             train_step(sft(model, RULE), optimizer, micro_batch=rows, donate=True),
@@ -72,8 +78,8 @@ def lines(toy: bool) -> Iterator[str]:
                 run()
                 times += [time.process_time() - started] if i > 1 else []
             tokens, middle = n * rows * length, statistics.median(times)
-            per_token = costs.flops_per_token(counted.model, counted.trainable, length / 2)
-            floor = f"{sum(costs.floor(counted).values()) / 2**20:,.0f}" if n == 1 else ""
+            per_token = flops_per_token(counted.model, counted.trainable, length / 2)
+            floor = f"{sum(memory.floor(counted).values()) / 2**20:,.0f}" if n == 1 else ""
             rate = f"{tokens / middle:,.0f} ±{(tokens / min(times) - tokens / max(times)) / 2:,.0f}"
             share = per_token * tokens / middle / (limit / torch.get_num_threads())
             yield f"| {what} | {n_layers} | {vocab_size:,} | {n} | {rows} x {length} | {rate} | {share:.0%} | {floor} |"
@@ -83,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="tiny shapes, in seconds: does it run?")
     args = parser.parse_args()
-    heap.keep_freed()  # as a program does
+    keep_freed()  # as a program does
     columns = [
         "changed",
         "layers",

@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from roof import synchronize
 
-from minitune import compiled, heap, optim, sweep, tree
-from minitune.grad import per_example, value_and_grad
+from minitune import tree
+from minitune.algorithms import sweep
+from minitune.algorithms.supervised import sft
+from minitune.autodiff.value_and_grad import per_example, value_and_grad
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
-from minitune.objectives import sft
+from minitune.losses.token import CrossEntropy
+from minitune.models import Model
+from minitune.models.compile import wrap
+from minitune.models.families import llama
+from minitune.optim.adamw import AdamW
+from minitune.optim.transforms import ClipByGlobalNorm, chain
+from minitune.programs.allocator import keep_freed
 from minitune.steps import train_step
 from minitune.types import Batch, TrainState
 
@@ -52,10 +58,10 @@ def both(
     tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0)).to(device)
     labelled = torch.arange(length, device=device).expand_as(tokens) >= length // 2
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), labelled)
-    optimizers = [optim.chain(optim.ClipByGlobalNorm(1.0), optim.AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
+    optimizers = [chain(ClipByGlobalNorm(1.0), AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
     deltas = [RULE.init(params, i) for i in range(n)]
     stacked = sweep.stack(deltas)
-    single, folded = (model._replace(block_transform=compiled.wrap(print)) if compile_blocks else model for _ in range(2))
+    single, folded = (model._replace(block_transform=wrap(print)) if compile_blocks else model for _ in range(2))
     alone = [train_step(sft(single, RULE), o, micro_batch=rows, donate=True) for o in optimizers]
     states, own = ([o.init(d) for o, d in zip(optimizers, deltas, strict=True)] for _ in range(2))
     step = sweep.sweep_step(folded, CrossEntropy(), [RULE] * n, optimizers, micro_batch=rows, donate=True)
@@ -127,7 +133,7 @@ def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype
 
 
 def main(words: Sequence[str]) -> None:
-    heap.keep_freed()  # as a program does
+    keep_freed()  # as a program does
     device = "cuda" if "cuda" in words else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")

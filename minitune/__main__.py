@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Never
 
-from minitune import InputError, __version__, paths, toml
+from minitune import __version__
+from minitune.errors import InputError
+from minitune.io import paths, toml
 
 HELP = """\
 usage: python -m minitune PROGRAM.toml [KEY=VALUE ...]
@@ -52,7 +54,7 @@ def _run_words(words: list[str]) -> int:
     elif words[0] == "cp":
         _cp(*words[1:]) if len(words) == 3 else _refuse(f"cp {' '.join(words[1:])}, expected cp NAME DEST")
     elif words == ["schema"]:
-        from minitune import program
+        from minitune.programs import program
 
         sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
     elif words[0] in ("show", "check"):
@@ -63,27 +65,27 @@ def _run_words(words: list[str]) -> int:
         if len(words) == 1:
             _refuse("plan without a program, expected plan PROGRAM [KEY=VALUE ...]")
         file = _announced(_program_file(words[1]))
-        from minitune import plan
+        from minitune.cli.plan import show
 
-        return plan.show(file, words[2:])
+        return show(file, words[2:])
     elif words[0] == "show-sample":
         if len(words) == 1:
             _refuse("show-sample without a program, expected show-sample PROGRAM [--n 3] [--data NAME] [KEY=VALUE ...]")
-        from minitune import sample
+        from minitune.cli import show_sample
 
-        return sample.show(_program_file(words[1]), words[2:])
+        return show_sample.show(_program_file(words[1]), words[2:])
     elif words[0] == "chat":
-        from minitune import talk
+        from minitune.cli import chat
 
-        return talk.chat(words[1:])
+        return chat.chat(words[1:])
     elif words[0] == "download":
-        from minitune import hub
+        from minitune.cli.download import download
 
-        return hub.download(words[1:])
+        return download(words[1:])
     elif words[0] == "inspect":
-        from minitune import folders
+        from minitune.cli.inspect import inspect
 
-        return folders.inspect(*words[1:]) if len(words) == 2 else _refuse("inspect without a folder, expected inspect FOLDER")
+        return inspect(*words[1:]) if len(words) == 2 else _refuse("inspect without a folder, expected inspect FOLDER")
     elif words[0] in VERBS:
         _refuse(f"{' '.join(words)}, expected {words[0]} alone")
     else:
@@ -111,30 +113,34 @@ def _cp(name: str, dest: str) -> None:
 
 
 def _show(name: str, *overrides: str) -> None:
-    from minitune import program
+    from minitune.programs import program
 
     sys.stdout.write(program.resolved(program.load(_program_file(name), overrides)))
 
 
 def _check(name: str, *overrides: str) -> None:
     file = _announced(_program_file(name))
-    from minitune import places, program, world
+    from minitune.programs import program, save_paths
+    from minitune.programs.loading import check
 
     loaded = program.load(file, overrides)
-    lines = world.check(loaded.model, loaded.data, loaded.stage)
-    places.check(loaded)
+    lines = check(loaded.model, loaded.data, loaded.stage)
+    save_paths.check(loaded)
     for line in lines:
         sys.stdout.write(f"{line}\n")
 
 
 def _run(name: str, *overrides: str) -> int:
     file = _announced(_program_file(name))
-    from minitune import program, runs, world
+    from minitune.programs import program
+    from minitune.programs.run import run_program
+    from minitune.programs.signals import StopSignals
+    from minitune.programs.state import Stopped
 
-    stop = runs.StopSignals()
+    stop = StopSignals()
     try:
-        runs.run_program(program.load(file, overrides), stop)
-    except world.Stopped as stopped:
+        run_program(program.load(file, overrides), stop)
+    except Stopped as stopped:
         sys.stderr.write(f"stopped at step {stopped.step}, saved in {stopped.folder}; run the same command to continue\n")
         return 128 + (stop.number or 0)
     return 0

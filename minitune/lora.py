@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune import ops, seeds, tree
-from minitune.types import Adapted, Delta, Deltas, InputError, Params, Trainable
+from minitune import seeds, tree
+from minitune.errors import InputError
+from minitune.nn.linear import row_norms
+from minitune.types import Adapted, Delta, Deltas, Params, Trainable
 
 Rank = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -64,7 +66,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             (*experts, out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
             unit = torch.rand(*experts, rank, in_, generator=seeds.generator(seed, "lora", name))
             fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(*experts, out, rank, device=device))
-            return fresh._replace(m=ops.row_norms(Adapted(w, *fresh))) if self.dora else fresh
+            return fresh._replace(m=row_norms(Adapted(w, *fresh))) if self.dora else fresh
 
         return {name: delta(name, params[name]) for name in self.names(params)}
 

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 
 from minitune import tree
-from minitune.grad import accumulate, value_and_grad
+from minitune.algorithms.distillation import Teacher, distillation
+from minitune.algorithms.objective import Objective
+from minitune.algorithms.preference import PreferenceLoss, preference
+from minitune.algorithms.supervised import sft
+from minitune.algorithms.unpaired import unpaired_preference
+from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL
 from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
 from minitune.losses.registry import DistillationLoss
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
-from minitune.models import Model
-from minitune.objectives import Objective, PreferenceLoss, Teacher, distillation, preference, sft, unpaired_preference
+from minitune.models.model import Model
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import sum_over_ranks
@@ -90,7 +94,7 @@ def preference_step(
     reference: Trainable | None,
     **how: Any,
 ) -> Step:
-    """Step of any loss over Pairs; reference as objectives.preference takes it, `how` as train_step does."""
+    """Step of any loss over Pairs; reference as preference.preference takes it, `how` as train_step does."""
     return train_step(preference(model, lora, loss, reference), optimizer, **how)
 
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune.types import InputError
+from minitune.errors import InputError
+from minitune.types import Params, Trainable
 
 SUM_ELEMENTS = 2**18  # that are added up at a time
 Tree = Any  # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
@@ -168,3 +169,8 @@ def _like(tree: Tree, children: list[Tree]) -> Tree:
     if isinstance(tree, Mapping):
         return dict(zip(tree, children, strict=True))
     return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+
+
+def device_of(params: Params, trainable: Trainable) -> torch.device:
+    """Where a model lives; weights that train whole are on the meta device in params."""
+    return next((leaf.device for leaf in leaves((params, trainable)) if not leaf.is_meta), torch.device("cpu"))

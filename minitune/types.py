@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Union
 
 import torch
-from jaxtyping import BFloat16, Bool, Float, Float8e4m3fn, Int, Int8, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitune import InputError as InputError
 from minitune.hardware import to_device
 
 
@@ -28,86 +27,6 @@ class Delta(NamedTuple):
     a: Float[Tensor, "R in"]
     b: Float[Tensor, "out R"]
     m: Float[Tensor, "out"] | tuple[()] = ()  # not None, which torch.func counts as a leaf that is no tensor
-
-
-class QInt8(NamedTuple):
-    """A weight as codes * scale: codes in [-127, 127], one scale an output channel."""
-
-    codes: Int8[Tensor, "out in"]
-    scale: Float[Tensor, "out 1"]
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return self.codes.shape
-
-
-class QFloat8(NamedTuple):
-    """A weight as codes * scale: codes are 8-bit floats (e4m3) up to 448, one scale an output channel."""
-
-    codes: Float8e4m3fn[Tensor, "out in"]
-    scale: Float[Tensor, "out 1"]
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return self.codes.shape
-
-
-class QInt4(NamedTuple):
-    """A weight as (code - 8) * scale: byte k of a row holds code 2k in its low four bits and 2k + 1 in its high ones;
-    each scale serves in / groups neighbours of its row."""
-
-    codes: UInt8[Tensor, "out half"]
-    scale: Float[Tensor, "out groups"]
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
-
-
-class QNF4(NamedTuple):
-    """A weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
-    8-bit codes of a dynamic map, times nested_absmax of their block of 256, plus offset (Dettmers et al. 2023, arXiv 2305.14314,
-    section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes."""
-
-    codes: UInt8[Tensor, "out half"]
-    absmax: UInt8[Tensor, "blocks"]
-    nested_absmax: Float[Tensor, "nested"]
-    offset: Float[Tensor, ""]
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
-
-
-class PackedInt4(NamedTuple):
-    """An int4 weight for decoding: beside its codes, the same codes in the order that torch's CPU kernel reads.
-
-    That order depends on the processor, so this leaf is made after loading and never saved.
-    """
-
-    q: QInt4
-    codes: UInt8[Tensor, "out half"]
-    scales: BFloat16[Tensor, "groups out 2"]  # (scale, zero point)
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return self.q.shape
-
-
-class PackedInt8(NamedTuple):
-    """An int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after loading and never saved."""
-
-    q: QInt8
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in] of the weight."""
-        return self.q.shape
 
 
 class Adapted(NamedTuple):
@@ -128,7 +47,6 @@ class Adapted(NamedTuple):
         return self.w.shape
 
 
-QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4 | PackedInt8
 Params = Mapping[str, Any]  # a leaf says how it multiplies: a Tensor, a QTensor (quantized) or an Adapted one
 Deltas = Mapping[str, Delta]
 Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune import ops
-from minitune.grad import kept_bytes
+from minitune.nn.elementwise import geglu, rms_norm, swiglu
+from minitune.planning.activations import kept_bytes
 
 
 def norm(x: Tensor, w: Tensor, *, plus: float) -> Tensor:
@@ -17,11 +17,11 @@ def norm(x: Tensor, w: Tensor, *, plus: float) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[int, ...]]] = {  # ours, the formula, the second shape
-    "w_after_cast": (partial(ops.rms_norm, eps=1e-5, kind="w_after_cast"), partial(norm, plus=0.0), (7,)),
-    "w_before_cast": (partial(ops.rms_norm, eps=1e-5, kind="w_before_cast"), partial(norm, plus=0.0), (7,)),
-    "one_plus_w": (partial(ops.rms_norm, eps=1e-5, kind="one_plus_w"), partial(norm, plus=1.0), (7,)),
-    "swiglu": (ops.swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, (3, 5, 7)),
-    "geglu": (ops.geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, (3, 5, 7)),
+    "w_after_cast": (partial(rms_norm, eps=1e-5, kind="w_after_cast"), partial(norm, plus=0.0), (7,)),
+    "w_before_cast": (partial(rms_norm, eps=1e-5, kind="w_before_cast"), partial(norm, plus=0.0), (7,)),
+    "one_plus_w": (partial(rms_norm, eps=1e-5, kind="one_plus_w"), partial(norm, plus=1.0), (7,)),
+    "swiglu": (swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, (3, 5, 7)),
+    "geglu": (geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, (3, 5, 7)),
 }
 
 

@@ -18,12 +18,14 @@ from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
-from minitune import paths, program, runs
 from minitune.demo.orders import HELDOUT, TASK, TRAIN, rows
 from minitune.demo.pairs import pair_rows
 from minitune.demo.texts import pretraining_texts
-from minitune.io import atomic
+from minitune.io import paths
+from minitune.io.atomic import write_atomic
 from minitune.io.results import MARKER
+from minitune.programs import program
+from minitune.programs.run import run_program
 
 SEED = 0
 N_TRAIN, N_HELDOUT, N_PAIRS = 5000, 240, 1500  # rows
@@ -126,12 +128,12 @@ def main() -> int:
 
     model = HERE / "model"
     model.mkdir(exist_ok=True)
-    atomic.write_atomic(model / "tokenizer.model", train_tokenizer(tokenizer_texts()))
-    atomic.write_atomic(model / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2).encode())
+    write_atomic(model / "tokenizer.model", train_tokenizer(tokenizer_texts()))
+    write_atomic(model / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2).encode())
 
     for folder, changes in (("model", ()), ("student", STUDENT)):
         pretrain = program.load(paths.program_file("demo/pretrain"), [*changes, *sys.argv[1:]])
-        summary = runs.run_program(pretrain)
+        summary = run_program(pretrain)
         shutil.copytree(summary["save"]["path"], HERE / folder, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
     return 0
 

@@ -6,17 +6,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, nf4
-from minitune.interop.compressed import unquantized
-from minitune.models import Model
-from minitune.types import QNF4, InputError, Params
+from minitune.checkpoint.hf_folder import Companions, save_folder
+from minitune.errors import InputError
+from minitune.interop.compressed_tensors import unquantized
+from minitune.models.model import Model
+from minitune.quant import nf4
+from minitune.quant.tensors import QNF4
+from minitune.types import Params
 
 
 def save(
     folder: Path,
     params: Params,
     model: Model,
-    beside: checkpoint.Companions,
+    beside: Companions,
 ) -> None:
     """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
 
@@ -43,7 +46,7 @@ def save(
         "bnb_4bit_use_double_quant": True,
         "llm_int8_skip_modules": unquantized(params, model),
     }
-    checkpoint.save_folder(folder, tensors, model, beside, config_keys={"quantization_config": config})
+    save_folder(folder, tensors, model, beside, config_keys={"quantization_config": config})
 
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
-"""Files and folders that are replaced whole: written under another name, synced and renamed, so that a crash loses nothing."""
+"""Files and folders that are written whole or not at all, and the room that their disk has."""
 
 import errno
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from minitune import InputError
+from minitune.errors import InputError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NEW, OLD, GONE = ".minitune-new", ".minitune-old", ".minitune-gone"  # ends of names that exist only while something is replaced
@@ -118,3 +120,7 @@ def _explained_when_full(path: Path) -> Iterator[None]:
             f"checkpoint: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
             "there before is as it was. Free some space and run the same command again"
         ) from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from minitune import InputError
+from minitune.errors import InputError
 from minitune.io.atomic import atomic_file, atomic_folder, write_atomic
 
 MARKER = ".minitune-files.json"

@@ -14,7 +14,8 @@ from minitune.models.experts import is_routed, routed_feed_forward
 from minitune.models.mixers.mixer import LayerMaps
 from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import NORMS
-from minitune.ops import geglu, linear, rms_norm, swiglu
+from minitune.nn.elementwise import geglu, rms_norm, swiglu
+from minitune.nn.linear import linear
 from minitune.tree import Tree
 from minitune.types import Params
 

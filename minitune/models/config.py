@@ -5,9 +5,9 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from minitune.models import rope
+from minitune.models import rope_scaling as models_rope_scaling
 from minitune.models.experts import Experts
-from minitune.ops import Norm
+from minitune.nn.elementwise import Norm
 
 Size = Annotated[int, Meta(gt=0)]
 QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each after RoPE, no weight
@@ -31,7 +31,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab_size: Size
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: rope.Scaling | None = None
+    rope_scaling: models_rope_scaling.Scaling | None = None
     tie_embeddings: bool = False
     max_positions: Size = 2048
     attention_bias: bool = False  # on q, k, v and o
@@ -73,7 +73,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{what} is odd, expected an even number: RoPE rotates pairs")
         if not (self.mixers and self.layer_types and self.rope_layers):
             raise ValueError("mixers, layer_types or rope_layers is empty, expected a pattern such as ['full']")
-        if isinstance(self.rope_scaling, rope.LongRope):
+        if isinstance(self.rope_scaling, models_rope_scaling.LongRope):
             n_factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if n_factors != {self.d_rotary // 2}:
                 raise ValueError(f"longrope has lists of {sorted(n_factors)} factors, expected {self.d_rotary // 2} in each")

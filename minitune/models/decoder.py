@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune.attention import KeyRange, causal, document_lengths, document_positions, documents
-from minitune.models import rope
+from minitune.models import rope_scaling
 from minitune.models.block import block
 from minitune.models.config import DecoderConfig, LayerKind, layer_kind, layer_kinds
 from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import head_name, layer_of
-from minitune.ops import embed, linear, rms_norm
+from minitune.nn.attention.key_range import KeyRange, causal, document_lengths, document_positions, documents
+from minitune.nn.elementwise import rms_norm
+from minitune.nn.linear import embed, linear
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -58,7 +59,7 @@ def token_positions(config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_i
         keys = causal(n_tokens, tokens.device)
         return TokenPositions(keys.last, n_tokens, keys)
     lengths: int | Tensor = n_tokens
-    if isinstance(config.rope_scaling, rope.BY_LENGTH):
+    if isinstance(config.rope_scaling, rope_scaling.BY_LENGTH):
         lengths = document_lengths(segment_ids)
     return TokenPositions(document_positions(segment_ids), lengths, documents(segment_ids))
 

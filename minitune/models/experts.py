@@ -10,8 +10,8 @@ from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor
 
-from minitune import moe
-from minitune.ops import swiglu
+from minitune.nn import moe
+from minitune.nn.elementwise import swiglu
 from minitune.types import Params
 
 Size = Annotated[int, Meta(gt=0)]

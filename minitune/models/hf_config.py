@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from minitune.models import rope
+from minitune.errors import InputError
+from minitune.models import rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig, layer_kind
-from minitune.types import InputError
 
 C = TypeVar("C", bound=DecoderConfig)
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -114,7 +114,7 @@ class HFConfig(NamedTuple):
             "max_positions": 2048,
         }
         if "rope_theta" not in read:
-            read = {**read, "rope_theta": rope.from_hf(hf, where)[0], "rope_scaling": rope.from_hf(hf, where)[1]}
+            read = {**read, "rope_theta": rope_scaling.from_hf(hf, where)[0], "rope_scaling": rope_scaling.from_hf(hf, where)[1]}
         read = {**read, "rope_scaling": msgspec.to_builtins(read["rope_scaling"])}
         required = {field: None for field in NAMES if field != "tie_embeddings"}
         try:
@@ -130,7 +130,7 @@ class HFConfig(NamedTuple):
             "model_type": self.model_type,
             **{name: getattr(config, field) for field, name in names.items()},
             **{name: values[0] for name, values in self.required.items()},
-            **rope.to_hf(config.rope_theta, config.rope_scaling),
+            **rope_scaling.to_hf(config.rope_theta, config.rope_scaling),
             **written,
         }
 
@@ -172,21 +172,21 @@ def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) 
     """rope_theta, rope_scaling and window_rope_theta, flat (4.x) or by layer type (5.x); InputError if windows are scaled."""
     nested = hf.get("rope_parameters") or {}
     if "full_attention" not in nested and "sliding_attention" not in nested:
-        whole, scaling = rope.from_hf(hf, where, theta)
+        whole, scaling = rope_scaling.from_hf(hf, where, theta)
         return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": hf.get("rope_local_base_freq", local)}
     full = {"rope_theta": hf.get("rope_theta", theta), **(nested.get("full_attention") or {})}
     near = {"rope_theta": hf.get("rope_local_base_freq", local), **(nested.get("sliding_attention") or {})}
-    near_theta, near_scaling = rope.one_from_hf(near, hf, where)
+    near_theta, near_scaling = rope_scaling.one_from_hf(near, hf, where)
     if near_scaling is not None:
         raise InputError(f"models: {where} scales RoPE on sliding layers ({near['rope_type']!r}), expected the default there")
-    whole, scaling = rope.one_from_hf(full, hf, where)
+    whole, scaling = rope_scaling.one_from_hf(full, hf, where)
     return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": near_theta}
 
 
 def layered_rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """What `layered_rope` reads, in both spellings."""
-    flat = rope.to_hf(config.rope_theta, config.rope_scaling)
-    near = rope.to_hf(config.window_rope_theta or config.rope_theta, None)["rope_parameters"]
+    flat = rope_scaling.to_hf(config.rope_theta, config.rope_scaling)
+    near = rope_scaling.to_hf(config.window_rope_theta or config.rope_theta, None)["rope_parameters"]
     return {**flat, "rope_parameters": {"full_attention": flat["rope_parameters"], "sliding_attention": near}}
 
 

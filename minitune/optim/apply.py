@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minitune import hardware, tree
-from minitune.grad import under_transform
+from minitune.autodiff.value_and_grad import under_transform
 from minitune.optim.transforms import Chain, GradientTransformation, Slice, slice_limit, take_slice
 from minitune.tree import Tree
 

@@ -12,11 +12,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from minitune import hardware, tree
+from minitune.errors import InputError
 from minitune.optim.adamw import AdamW
 from minitune.optim.partition import Branch, Partition
 from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_limit, slice_tree, wide_zeros
 from minitune.tree import Tree
-from minitune.types import InputError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for its slope at zero (Jordan et al. 2024)
 SMALLEST_NORM = 1e-7  # that a matrix is divided by

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from minitune import tree
+from minitune.errors import InputError
 from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
-from minitune.types import InputError
 
 
 class Branch(NamedTuple):

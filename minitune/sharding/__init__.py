@@ -1,1 +1,0 @@
-"""Who holds which part of a tensor, and the only communication between processes."""

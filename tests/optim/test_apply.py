@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 from models_for_tests import SMALL, random_batch, random_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitune import hardware, optim, tree
-from minitune.models import Model, llama
-from minitune.objectives import sft
-from minitune.optim import adamw, transforms
+from minitune import hardware, tree
+from minitune.algorithms.supervised import sft
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.optim import adamw, eight_bit, muon, rounding, transforms
+from minitune.optim.adamw import AdamW
 from minitune.optim.apply import apply_gradients, apply_gradients_each, scratch_bytes
+from minitune.optim.schedules import Cosine, ScaleBySchedule
+from minitune.optim.sgd import SGD
+from minitune.optim.transforms import ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.steps import train_step
 from minitune.types import Delta, TrainState
 
@@ -26,9 +31,9 @@ def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> tree.Tree:
 
 
 def chains(lr: float, clip: float, factor: float, weight_decay: float) -> dict[str, object]:
-    adam, schedule = optim.AdamW(lr=lr, weight_decay=weight_decay), optim.ScaleBySchedule(optim.Cosine(2, end=0.1), 9)
-    parts = optim.ClipByGlobalNorm(clip), adam, optim.ScaleByGlob({"*.b": factor}), schedule
-    return {"bare": adam, "chained": optim.chain(*parts), "twice clipped": optim.chain(optim.ClipByGlobalNorm(2 * clip), *parts)}
+    adam, schedule = AdamW(lr=lr, weight_decay=weight_decay), ScaleBySchedule(Cosine(2, end=0.1), 9)
+    parts = ClipByGlobalNorm(clip), adam, ScaleByGlob({"*.b": factor}), schedule
+    return {"bare": adam, "chained": chain(*parts), "twice clipped": chain(ClipByGlobalNorm(2 * clip), *parts)}
 
 
 def taken(optimizer: object, n: int, divisor: float, by_update: bool, donate: bool, dtype: torch.dtype) -> tree.Tree:
@@ -94,7 +99,7 @@ def test_donated_and_pure_steps_are_the_same_to_the_last_bit(name: str) -> None:
     tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), found, wanted)
 
 
-@pytest.mark.parametrize("optimizer", [optim.AdamW(lr=0.1), optim.SGD(lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("optimizer", [AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9)])
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: object, donate: bool) -> None:
     params, broken = random_tree(0), tree.map(lambda x: x * torch.nan, random_tree(1))
@@ -106,7 +111,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: object, donate: bo
 
 
 def test_gradients_that_share_memory_are_each_their_own() -> None:
-    grad, optimizer = torch.full((3, 4), 2.0), optim.chain(optim.ClipByGlobalNorm(0.1), optim.AdamW(lr=0.1))
+    grad, optimizer = torch.full((3, 4), 2.0), chain(ClipByGlobalNorm(0.1), AdamW(lr=0.1))
     params = {"a": torch.zeros(3, 4), "b": torch.zeros(3, 4), "c": torch.zeros(4, 3)}
     grads = {"a": grad, "b": grad, "c": torch.tensor(2.0).expand(4, 3)}
     one = torch.tensor(1.0)
@@ -119,9 +124,9 @@ def test_gradients_that_share_memory_are_each_their_own() -> None:
 
 
 OPTIONS = {
-    "adamw": (optim.AdamW(lr=1e-2), torch.float32),
-    "8-bit moments": (optim.AdamW8bit(lr=1e-2), torch.float32),
-    "bfloat16 parameters": (optim.chain(optim.AdamW(lr=1e-2), optim.RoundStochastically(0)), torch.bfloat16),
+    "adamw": (AdamW(lr=1e-2), torch.float32),
+    "8-bit moments": (eight_bit.AdamW8bit(lr=1e-2), torch.float32),
+    "bfloat16 parameters": (chain(AdamW(lr=1e-2), rounding.RoundStochastically(0)), torch.bfloat16),
 }
 
 
@@ -158,10 +163,10 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def every_way() -> dict[str, tuple[Any, torch.dtype]]:
-    clip, schedule = optim.ClipByGlobalNorm(0.5), optim.ScaleBySchedule(optim.Cosine(2, end=0.1), 9)
-    chained = {kind.__name__: optim.chain(clip, kind(lr=0.01), schedule) for kind in (optim.AdamW, optim.AdamW8bit, optim.Muon)}
-    momentum = optim.chain(clip, optim.SGD(lr=0.01, momentum=0.9), optim.ScaleByGlob({"*.b": 3.0}))
-    rounds = {f"{name}, rounded": optim.chain(*way.parts, optim.RoundStochastically(3)) for name, way in chained.items()}
+    clip, schedule = ClipByGlobalNorm(0.5), ScaleBySchedule(Cosine(2, end=0.1), 9)
+    chained = {kind.__name__: chain(clip, kind(lr=0.01), schedule) for kind in (AdamW, eight_bit.AdamW8bit, muon.Muon)}
+    momentum = chain(clip, SGD(lr=0.01, momentum=0.9), ScaleByGlob({"*.b": 3.0}))
+    rounds = {f"{name}, rounded": chain(*way.parts, rounding.RoundStochastically(3)) for name, way in chained.items()}
     ways = {name: (way, torch.float32) for name, way in {**chained, "SGD": momentum, "own": Halves()}.items()}
     return {**ways, **{name: (way, torch.bfloat16) for name, way in rounds.items()}}
 
@@ -201,7 +206,7 @@ def test_no_step_on_an_accelerator_reads_a_value_on_the_host(name: str, finite: 
 
 def test_the_simulation_refuses_what_a_cpu_does() -> None:
     params, one = big_tree(0, torch.float32), torch.tensor(1.0)
-    optimizer = optim.AdamW(lr=0.1)
+    optimizer = AdamW(lr=0.1)
     state = optimizer.init(params)
     with RefusesToWait(), pytest.raises(AssertionError, match="reads a value on the host"):
         apply_gradients(optimizer, params, state, params, divisor=one, norm=one, is_finite=one > 0, donate=False)

@@ -7,8 +7,9 @@ from bitsandbytes.functional import create_dynamic_map
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune import optim, tree
+from minitune import tree
 from minitune.optim import eight_bit
+from minitune.optim.adamw import AdamW
 
 SEEDS = st.integers(0, 2**32)
 
@@ -39,7 +40,7 @@ def test_8_bit_adamw_takes_the_steps_of_bitsandbytes(decay: float) -> None:
     p = torch.randn(64, 129, generator=generator)
     theirs = torch.nn.Parameter(p.clone())
     reference = bitsandbytes.optim.AdamW8bit([theirs], lr=1e-2, weight_decay=decay, min_8bit_size=4096)
-    rules = [kind(lr=1e-2, weight_decay=decay) for kind in (optim.AdamW8bit, optim.AdamW)]
+    rules = [kind(lr=1e-2, weight_decay=decay) for kind in (eight_bit.AdamW8bit, AdamW)]
     states, params = [rule.init({"w": p}) for rule in rules], [{"w": p}, {"w": p}]
     for _ in range(6):
         grad = {"w": torch.randn(64, 129, generator=generator)}
@@ -54,7 +55,7 @@ def test_8_bit_adamw_takes_the_steps_of_bitsandbytes(decay: float) -> None:
 
 def test_a_gradient_that_is_tiny_in_its_block_takes_no_giant_step() -> None:
     generator = torch.Generator().manual_seed(0)
-    params, rule = {"w": torch.zeros(64, 128)}, optim.AdamW8bit(lr=1.0)
+    params, rule = {"w": torch.zeros(64, 128)}, eight_bit.AdamW8bit(lr=1.0)
     state = rule.init(params)
     for _ in range(4):
         grads = {"w": torch.randn(64, 128, generator=generator) * torch.logspace(-6, 0, 128)}
@@ -64,10 +65,8 @@ def test_a_gradient_that_is_tiny_in_its_block_takes_no_giant_step() -> None:
 
 def test_8_bit_moments_take_a_quarter_of_the_memory_and_small_leaves_stay_exact() -> None:
     params = {"large": torch.randn(512, 256, generator=torch.Generator().manual_seed(0)), "small": torch.ones(5)}
-    whole, short = (kind(lr=1e-2).init(params) for kind in (optim.AdamW, optim.AdamW8bit))
+    whole, short = (kind(lr=1e-2).init(params) for kind in (AdamW, eight_bit.AdamW8bit))
     assert tree.n_bytes(short) < 0.26 * tree.n_bytes(whole)
     grads = {"large": params["large"], "small": torch.arange(5.0)}
-    found, wanted = (
-        kind(lr=1e-2).update(grads, kind(lr=1e-2).init(params), params)[0] for kind in (optim.AdamW8bit, optim.AdamW)
-    )
+    found, wanted = (kind(lr=1e-2).update(grads, kind(lr=1e-2).init(params), params)[0] for kind in (eight_bit.AdamW8bit, AdamW))
     torch.testing.assert_close(found["small"], wanted["small"], rtol=0, atol=0)

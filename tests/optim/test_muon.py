@@ -9,14 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models_for_tests import SMALL, random_batch, random_params
 
-from minitune import checkpoint, hardware, optim, tree
+from minitune import checkpoint, hardware, tree
+from minitune.algorithms.supervised import sft
+from minitune.errors import InputError
 from minitune.lora import Lora
-from minitune.models import Model, llama
-from minitune.objectives import sft
+from minitune.models import Model
+from minitune.models.families import llama
 from minitune.optim import muon
+from minitune.optim.adamw import AdamW
 from minitune.optim.apply import apply_gradients, scratch_bytes
+from minitune.optim.schedules import Cosine, ScaleBySchedule
+from minitune.optim.transforms import ClipByGlobalNorm, chain
 from minitune.steps import train_step
-from minitune.types import InputError, TrainState
+from minitune.types import TrainState
 
 SHAPES = {"tall": (13, 7), "wide": (7, 13), "same": (7, 13), "square": (5, 5), "row": (1, 9), "column": (9, 1)}
 
@@ -52,7 +57,7 @@ def test_20_steps_are_those_of_torch_in_float32(adjust: Any, nesterov: bool, mon
     """torch's products are of bfloat16 everywhere; for once it is given float32."""
     how: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust}
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: False)
-    ours = steps(optim.Muon(**how), random_tree(0), 20)
+    ours = steps(muon.Muon(**how), random_tree(0), 20)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     theirs = torch_steps(lambda leaves: torch.optim.Muon(leaves, **how), random_tree(0), 20)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -61,7 +66,7 @@ def test_20_steps_are_those_of_torch_in_float32(adjust: Any, nesterov: bool, mon
 def test_20_steps_are_those_of_torch_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: True)
     params = random_tree(0)
-    ours = steps(optim.Muon(lr=0.02, adjust_lr_fn="original"), params, 20, donate=False)
+    ours = steps(muon.Muon(lr=0.02, adjust_lr_fn="original"), params, 20, donate=False)
     theirs = torch_steps(lambda leaves: torch.optim.Muon(leaves, lr=0.02, weight_decay=0.0), params, 20)
     moved, apart = (tree.norm(tree.map(torch.sub, theirs, other)) for other in (params, ours))
     assert float(apart) < 0.02 * float(moved)
@@ -77,9 +82,9 @@ def test_what_is_no_matrix_and_embeddings_and_head_take_adamw() -> None:
     }
     params = random_tree(0, {"w": (5, 3), **others})
     rest = {name: params[name] for name in others}
-    ours = steps(optim.Muon(lr=0.01, weight_decay=0.1, adamw_lr_factor=0.5), params, 1)
+    ours = steps(muon.Muon(lr=0.01, weight_decay=0.1, adamw_lr_factor=0.5), params, 1)
     generated = random_tree(1, {name: tuple(p.shape) for name, p in params.items()})
-    adamw, one = optim.AdamW(lr=0.005, weight_decay=0.1), torch.tensor(1.0)
+    adamw, one = AdamW(lr=0.005, weight_decay=0.1), torch.tensor(1.0)
     how = {"divisor": one, "norm": one, "is_finite": one > 0, "donate": False}
     rest_grads = {name: generated[name] for name in others}
     wanted, _ = apply_gradients(adamw, rest_grads, adamw.init(rest), rest, **how)
@@ -88,14 +93,14 @@ def test_what_is_no_matrix_and_embeddings_and_head_take_adamw() -> None:
 
 def test_globs_say_what_takes_adamw() -> None:
     params = random_tree(0, {"a.w": (5, 3), "b.w": (5, 3), "model.embed_tokens.weight": (11, 3)})
-    rule = optim.Muon(lr=0.01, adamw=("b.*",))
+    rule = muon.Muon(lr=0.01, adamw=("b.*",))
     state = rule.init(params)
     assert list(state[0]) == ["a.w", "model.embed_tokens.weight"]
     assert list(state[1].mu) == ["b.w"]
     with pytest.raises(InputError, match=r"optim: muon.adamw: 'c\.\*' matches no weight; the nearest are"):
-        optim.Muon(lr=0.01, adamw=("c.*",)).init(params)
+        muon.Muon(lr=0.01, adamw=("c.*",)).init(params)
     with pytest.raises(InputError, match=r"optim: muon finds no matrix .*\(norm, ...\), expected a 2-D weight .*'adamw'"):
-        optim.Muon(lr=0.01).init({"norm": torch.ones(3)})
+        muon.Muon(lr=0.01).init({"norm": torch.ones(3)})
 
 
 @given(n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 2**32))
@@ -119,20 +124,20 @@ def test_matrices_of_one_shape_are_each_their_own(seed: int) -> None:
 
 def test_matched_steps_are_as_long_as_those_of_adamw() -> None:
     params = random_tree(0, {"w": (64, 96)})
-    moved = tree.map(torch.sub, steps(optim.Muon(lr=1.0), tree.map(torch.clone, params), 1), params)
+    moved = tree.map(torch.sub, steps(muon.Muon(lr=1.0), tree.map(torch.clone, params), 1), params)
     assert float(moved["w"].square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)  # what AdamW's have in training
 
 
 def test_momentum_is_all_that_a_matrix_keeps() -> None:
     params = random_tree(0, {"w": (64, 96), "norm": (64,)})
-    assert tree.n_bytes(optim.Muon(lr=1.0).init(params)) == 4 * 64 * 96 + 2 * 4 * 64 + 8
+    assert tree.n_bytes(muon.Muon(lr=1.0).init(params)) == 4 * 64 * 96 + 2 * 4 * 64 + 8
 
 
 @pytest.mark.parametrize("lora", [None, Lora(3, 6.0, ("*_proj.weight",))], ids=["full", "lora"])
 def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, tmp_path: Path) -> None:
     model, params, batch = Model(llama.FAMILY, SMALL), random_params(SMALL), random_batch(SMALL, 2, 13)
     trainable = tree.map(torch.clone, params) if lora is None else lora.init(params, 0)
-    optimizer = optim.chain(optim.ClipByGlobalNorm(1.0), optim.Muon(lr=5e-2), optim.ScaleBySchedule(optim.Cosine(), 20))
+    optimizer = chain(ClipByGlobalNorm(1.0), muon.Muon(lr=5e-2), ScaleBySchedule(Cosine(), 20))
     step = train_step(sft(model, lora), optimizer, micro_batch=1)
     state, losses, ends = optimizer.init(trainable), [], []
     for i in range(8):
@@ -152,4 +157,4 @@ def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, t
 
 def test_plan_knows_the_scratch_of_a_step() -> None:
     params = {"w": torch.empty(512, 700, device="meta"), "x": torch.empty(700, 300, device="meta")}
-    assert scratch_bytes(optim.Muon(lr=1.0), params) == 4 * (4 * 512 * 700 + 2 * 512**2)
+    assert scratch_bytes(muon.Muon(lr=1.0), params) == 4 * (4 * 512 * 700 + 2 * 512**2)

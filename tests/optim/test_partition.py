@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from minitune import optim, tree
+from minitune import tree
+from minitune.errors import InputError
+from minitune.optim import eight_bit, partition
+from minitune.optim.adamw import AdamW
 from minitune.optim.apply import apply_gradients
-from minitune.types import Delta, InputError
+from minitune.optim.sgd import SGD
+from minitune.optim.transforms import ClipByGlobalNorm, ScaleByGlob, chain
+from minitune.types import Delta
 
-RULES = {"*norm*": optim.AdamW(lr=0.1), "*.b": optim.AdamW8bit(lr=0.02), "*": optim.SGD(lr=0.5, momentum=0.9)}
+RULES = {"*norm*": AdamW(lr=0.1), "*.b": eight_bit.AdamW8bit(lr=0.02), "*": SGD(lr=0.5, momentum=0.9)}
 
 
 def random_tree(seed: int) -> tree.Tree:
@@ -18,8 +23,8 @@ def random_tree(seed: int) -> tree.Tree:
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_each_leaf_takes_the_step_of_its_rule(donate: bool) -> None:
-    rules, params, one = optim.partition(RULES), random_tree(0), torch.tensor(1.0)
-    optimizer = optim.chain(optim.ClipByGlobalNorm(0.5), rules, optim.ScaleByGlob({"w": 3.0}))
+    rules, params, one = partition.partition(RULES), random_tree(0), torch.tensor(1.0)
+    optimizer = chain(ClipByGlobalNorm(0.5), rules, ScaleByGlob({"w": 3.0}))
     state, by_update, other = optimizer.init(params), random_tree(0), optimizer.init(params)
     for i in range(3):
         grads = random_tree(i + 1)
@@ -28,8 +33,8 @@ def test_each_leaf_takes_the_step_of_its_rule(donate: bool) -> None:
         updates, other = optimizer.update(grads, other, by_update)
         by_update = tree.add(by_update, updates)
         torch.testing.assert_close((params, state), (by_update, other), rtol=1e-5, atol=1e-6)
-    sgd = optim.chain(optim.SGD(lr=0.5, momentum=0.9), optim.ScaleByGlob({"w": 3.0}))
-    alone, own, clip = {"w": random_tree(0)["w"]}, sgd.init({"w": params["w"]}), optim.ClipByGlobalNorm(0.5)
+    sgd = chain(SGD(lr=0.5, momentum=0.9), ScaleByGlob({"w": 3.0}))
+    alone, own, clip = {"w": random_tree(0)["w"]}, sgd.init({"w": params["w"]}), ClipByGlobalNorm(0.5)
     for i in range(3):
         clipped = clip.update(random_tree(i + 1), (), None)[0]
         updates, own = sgd.update({"w": clipped["w"]}, own, alone)
@@ -39,4 +44,4 @@ def test_each_leaf_takes_the_step_of_its_rule(donate: bool) -> None:
 
 def test_a_leaf_that_no_glob_matches_is_named() -> None:
     with pytest.raises(InputError, match=r"optim: no glob of the partition matches 'w' \(only \*norm\*\); end it with '\*'"):
-        optim.partition({"*norm*": optim.SGD(lr=0.1)}).init(random_tree(0))
+        partition.partition({"*norm*": SGD(lr=0.1)}).init(random_tree(0))

@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitune import hardware, optim
+from minitune import hardware
+from minitune.optim import rounding
 from minitune.optim.apply import apply_gradients
 from minitune.optim.rounding import draw_16_bits, step_keys
+from minitune.optim.sgd import SGD
+from minitune.optim.transforms import chain
 
 SEEDS = st.integers(0, 2**32)
 
@@ -23,14 +26,14 @@ def test_stochastic_rounding_is_unbiased_and_gives_a_neighbour(selects: bool, va
 
 def check_rounding(value: float, seed: int) -> None:
     x = torch.full((20000,), value)
-    found = optim.RoundStochastically(seed).rounding_after(torch.tensor(3))(x, "w", 0).double()
+    found = rounding.RoundStochastically(seed).rounding_after(torch.tensor(3))(x, "w", 0).double()
     low = torch.tensor(value).view(torch.int32) & -(2**16)
     ends = torch.stack([low, low + 2**16]).view(torch.float32).double()
     assert set(found.unique().tolist()) <= set(ends.tolist())
     gap = float((ends[1] - ends[0]).abs())
     assert float(found.mean() - x.double().mean()) == pytest.approx(0.0, abs=5 * 0.5 * gap / 20000**0.5)
     exact = torch.tensor([value, torch.inf, -torch.inf, torch.nan]).bfloat16().float()
-    kept = optim.RoundStochastically(seed).rounding_after(torch.tensor(3))(exact, "w", 0).float()
+    kept = rounding.RoundStochastically(seed).rounding_after(torch.tensor(3))(exact, "w", 0).float()
     torch.testing.assert_close(kept, exact, rtol=0, atol=0, equal_nan=True)
 
 
@@ -38,8 +41,8 @@ def test_small_steps_add_up_under_stochastic_rounding_and_are_lost_without() -> 
     start, grads = {"w": torch.full((4000,), 1.0, dtype=torch.bfloat16)}, {"w": torch.ones(4000, dtype=torch.bfloat16)}
     ends = {}
     for name, optimizer in {
-        "nearest": optim.SGD(lr=1e-4),
-        "random": optim.chain(optim.SGD(lr=1e-4), optim.RoundStochastically(3)),
+        "nearest": SGD(lr=1e-4),
+        "random": chain(SGD(lr=1e-4), rounding.RoundStochastically(3)),
     }.items():
         params, state, one = start, optimizer.init(start), torch.tensor(1.0)
         for _ in range(50):

@@ -2,7 +2,7 @@
 
 import torch
 
-from minitune.attention import KeyRange, causal, chunked, document_positions, documents, windowed
+from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_positions, documents, windowed
 
 
 def plain(

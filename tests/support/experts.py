@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitune import models
 from minitune.models.experts import Experts
-from minitune.models.rope import Llama3, Yarn
+from minitune.models.rope_scaling import Llama3, Yarn
 
 WITH_EXPERTS = ("gpt_oss", "llama4_text", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 ONE_WIDTH = ("gpt_oss", "mixtral", "olmoe")  # intermediate_size is that of the experts

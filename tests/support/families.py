@@ -7,10 +7,10 @@ import msgspec
 import torch
 
 from minitune import models
-from minitune.attention import KeyRange, document_positions, documents
-from minitune.models import decoder, rope
+from minitune.models import decoder, rope_scaling
 from minitune.models.config import DecoderConfig
 from minitune.models.mixers.grouped_query import KVCache
+from minitune.nn.attention.key_range import KeyRange, document_positions, documents
 from support.experts import small_experts
 from support.models import SCALINGS, YARNS, model_of, random_batch, random_params
 
@@ -21,8 +21,8 @@ def sized(name: str, **fields: Any) -> DecoderConfig:
     return models.FAMILIES[name].config(**{**sizes, "norm_eps": 1e-3, "rope_theta": 30.0, "max_positions": 29, **fields})
 
 
-LLAMA3, YARN, LONG = SCALINGS["llama3"], YARNS[1], rope.LongRope((1.0, 1.5, 2.0, 1.0), (3.0, 2.0, 1.5, 1.0), 13)
-GROWING = rope.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
+LLAMA3, YARN, LONG = SCALINGS["llama3"], YARNS[1], rope_scaling.LongRope((1.0, 1.5, 2.0, 1.0), (3.0, 2.0, 1.5, 1.0), 13)
+GROWING = rope_scaling.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
 MECHANISMS = {  # what is taken out -> (family, its config, what the config says instead)
     "window": ("mistral", {"window": 3}, {"window": None}),
     "width of the window": ("mistral", {"window": 3}, {"window": 4}),
@@ -46,7 +46,7 @@ MECHANISMS = {  # what is taken out -> (family, its config, what the config says
     "residual multiplier": ("granite", {"residual_multiplier": 0.5}, {"residual_multiplier": 1.0}),
     "attention multiplier": ("granite", {"attention_scale": 0.1}, {"attention_scale": None}),
     "logit divisor": ("granite", {"logit_divisor": 3.0}, {"logit_divisor": 1.0}),
-    "growth of queries": ("ministral3", {"rope_scaling": GROWING}, {"rope_scaling": rope.Yarn(4.0, 5)}),
+    "growth of queries": ("ministral3", {"rope_scaling": GROWING}, {"rope_scaling": rope_scaling.Yarn(4.0, 5)}),
     "linear": ("llama", {"rope_scaling": SCALINGS["linear"]}, {"rope_scaling": None}),
     "dynamic": ("llama", {"rope_scaling": SCALINGS["dynamic"]}, {"rope_scaling": None}),
     "llama3": ("llama", {"rope_scaling": LLAMA3}, {"rope_scaling": None}),

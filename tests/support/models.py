@@ -10,13 +10,13 @@ import torch
 from hypothesis import strategies as st
 
 from minitune import models, tree
-from minitune.grad import value_and_grad
+from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.lora import Lora
 from minitune.models import Model, weights
 from minitune.models.config import AttentionType, DecoderConfig
+from minitune.models.families.llama import Config
 from minitune.models.family import Family
-from minitune.models.llama import Config
-from minitune.models.rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
+from minitune.models.rope_scaling import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
 from minitune.types import Batch, Delta, Mean
 from support.experts import WITH_EXPERTS, expert_config, fused
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
-from minitune import checkpoint, paths, program
+from minitune import checkpoint
 from minitune.__main__ import main
-from minitune.models import Model, llama
+from minitune.io import paths
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.programs import program
 from support.models import random_params
 
 TINY = llama.Config(n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, d_ff=64, vocab_size=1024, tie_embeddings=True)

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minitune.checkpoint import Companions
-from minitune.interop import compressed
-from minitune.models import Model, llama
-from minitune.types import QInt4, QInt8
+from minitune.interop import compressed_tensors
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.quant.tensors import QInt4, QInt8
 
 CONFIG = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=16, d_ff=128, vocab_size=17, max_positions=64)
 
@@ -46,7 +47,7 @@ def folder_of(tmp_path: Path) -> Path:
 
 def save_compressed(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG, activations: str = "none") -> Path:
     beside = Companions(folder_of(tmp_path), [3], template="{{ bos_token }}")
-    compressed.save(tmp_path / "model", params, Model(llama.FAMILY, config), beside, activations=activations)
+    compressed_tensors.save(tmp_path / "model", params, Model(llama.FAMILY, config), beside, activations=activations)
     return tmp_path / "model"
 
 

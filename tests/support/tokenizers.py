@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from minitune.tokenizer import Tokenizer, open_tokenizer
+from minitune.text.tokenizer import Tokenizer, open_tokenizer
 
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"]
 WORDS = ["the", "a", "order", "of", "two", "three", "apples", "pears", "Berlin", "please", "send", "12", "7", "boxes", "from"]

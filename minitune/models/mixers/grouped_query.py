@@ -8,13 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import tree
-from minitune.attention import KeyRange, attention, chunked, windowed
 from minitune.hardware import to_device
-from minitune.models import rope
+from minitune.models import rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig, LayerKind
 from minitune.models.mixers.mixer import LayerMaps, Mixer, TokenPositions
 from minitune.models.shapes import Shapes, linear_shapes
-from minitune.ops import rms_norm, rope_table, rotate
+from minitune.nn.attention.attention import attention
+from minitune.nn.attention.key_range import KeyRange, chunked, windowed
+from minitune.nn.elementwise import rms_norm
+from minitune.nn.rope import rope_table, rotate
 
 
 class AttentionInputs(NamedTuple):
@@ -66,7 +68,7 @@ def inputs(
     rules = {kind: _rope_rule(config, kind) for kind in kinds}
     tables = {rule: _angles(config, *rule, where, dtype) for rule in dict.fromkeys(rules.values())}
 
-    query_scale = rope.query_scale(config.rope_scaling, where.positions)
+    query_scale = rope_scaling.query_scale(config.rope_scaling, where.positions)
     nope_scale = query_scale
     if config.nope_growth is not None:
         steps = torch.floor((where.positions + 1) / config.nope_span)
@@ -152,7 +154,7 @@ def _queries_keys_values(config: DecoderConfig, layer: LayerMaps, x: Tensor) -> 
     return q, k, v
 
 
-def _rope_rule(config: DecoderConfig, kind: LayerKind) -> tuple[float, rope.Scaling | None]:
+def _rope_rule(config: DecoderConfig, kind: LayerKind) -> tuple[float, rope_scaling.Scaling | None]:
     """Base and scaling of a layer's angles."""
     if kind.attention == "sliding" and config.window_rope_theta is not None:
         return config.window_rope_theta, None
@@ -160,11 +162,11 @@ def _rope_rule(config: DecoderConfig, kind: LayerKind) -> tuple[float, rope.Scal
 
 
 def _angles(
-    config: DecoderConfig, theta: float, scaling: rope.Scaling | None, where: TokenPositions, dtype: torch.dtype
+    config: DecoderConfig, theta: float, scaling: rope_scaling.Scaling | None, where: TokenPositions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
-    frequencies = rope.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)
-    magnitude = rope.magnitude(scaling, config.max_positions)
+    frequencies = rope_scaling.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)
+    magnitude = rope_scaling.magnitude(scaling, config.max_positions)
     return rope_table(where.positions, to_device(frequencies, where.positions.device), wide, magnitude)
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
-from minitune.attention import KeyRange
 from minitune.models.config import DecoderConfig, LayerKind
 from minitune.models.shapes import Shapes
+from minitune.nn.attention.key_range import KeyRange
 from minitune.tree import Tree
 from minitune.types import Params
 

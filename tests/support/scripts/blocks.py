@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
-from minitune import compiled, objectives, optim, steps
+from minitune import steps
+from minitune.algorithms.supervised import sft
 from minitune.lora import Lora
 from minitune.models import Model
+from minitune.models.compile import wrap
+from minitune.optim.sgd import SGD
 from minitune.types import Batch, TrainState
 
 SIZES = {"n_heads": 4, "n_kv_heads": 2, "d_model": 16, "d_head": 6, "d_ff": 13, "vocab_size": 17}
@@ -17,13 +20,13 @@ said: list[str] = []
 
 def stepped(model: Model, length: int, params: Any) -> Any:
     """New deltas, optimizer state and metrics after one step on a batch of this length."""
-    rule, optimizer = Lora(3, 8.0, ("*_proj.weight",)), optim.SGD(0.1)
+    rule, optimizer = Lora(3, 8.0, ("*_proj.weight",)), SGD(0.1)
     deltas = rule.init(params, 0)
     generator = torch.Generator().manual_seed(length)
     tokens = torch.randint(0, 17, (2, length), generator=generator)
     segments = 1 + (torch.rand(2, length, generator=generator) < 0.1).int().cumsum(1).int()
     batch = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool))
-    step = steps.train_step(objectives.sft(model, rule), optimizer, micro_batch=2)
+    step = steps.train_step(sft(model, rule), optimizer, micro_batch=2)
     return step.update(params, TrainState(deltas, optimizer.init(deltas)), batch)
 
 
@@ -40,13 +43,13 @@ def counting(graph: Any, inputs: Any) -> Any:
 
 def count_whole_graphs() -> None:
     """From here on a block is compiled by `counting`, and a block that is not one graph is an error."""
-    compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
+    _lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 
 
 def counted(family: Any, config: Any, params: Any, lengths: tuple[int, ...] = (9, 9, 14, 23)) -> int:
     """Number of graphs for steps on batches of these lengths, recomputed and not, each equal to the plain step."""
     torch._dynamo.reset()
-    plain, wrapped = Model(family.FAMILY, config), Model(family.FAMILY, config, compiled.wrap(said.append))
+    plain, wrapped = Model(family.FAMILY, config), Model(family.FAMILY, config, wrap(said.append))
     before = len(graphs)
     for n_remat in (0, 1):
         for length in lengths:

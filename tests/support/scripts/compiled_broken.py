@@ -1,6 +1,6 @@
 """A block that raises."""
 
-from minitune import compiled
+from minitune.models.compile import wrap
 
 
 def block() -> None:
@@ -9,6 +9,6 @@ def block() -> None:
 
 
 try:
-    compiled.wrap(print)(block)()
+    wrap(print)(block)()
 except ValueError as error:
     print(error)

@@ -1,6 +1,7 @@
 """Numbers of graphs of a shallow model, a deep one, and one with two kinds of layers."""
 
-from minitune.models import Model, gemma2, llama
+from minitune.models import Model
+from minitune.models.families import gemma2, llama
 from support.scripts.blocks import SIZES, count_whole_graphs, counted, said
 
 count_whole_graphs()

@@ -3,16 +3,17 @@
 import torch
 from torch._inductor import metrics
 
-from minitune import quant
+from minitune.quant import schemes
+from minitune.quant.schemes import NF4, Int4, _levels_at_once, dequantize, quantize
 
-found, on_cpu = [], quant._levels
-for scheme in (quant.Int4(32), quant.NF4()):
-    q = quant.quantize(torch.randn(37, 96, generator=torch.Generator().manual_seed(0)), scheme)
-    for form in (on_cpu, quant._levels_at_once):
-        expected = quant.dequantize(q, torch.bfloat16)
-        quant._levels = form
+found, on_cpu = [], schemes._levels
+for scheme in (Int4(32), NF4()):
+    q = quantize(torch.randn(37, 96, generator=torch.Generator().manual_seed(0)), scheme)
+    for form in (on_cpu, _levels_at_once):
+        expected = dequantize(q, torch.bfloat16)
+        schemes._levels = form
         metrics.reset()
         torch._dynamo.reset()
-        assert torch.equal(torch.compile(quant.dequantize, fullgraph=True)(q, torch.bfloat16), expected)
+        assert torch.equal(torch.compile(dequantize, fullgraph=True)(q, torch.bfloat16), expected)
     found.append(metrics.generated_kernel_count)
 print(found)

@@ -6,8 +6,10 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from minitune import float8, quant
-from minitune.grad import kept_bytes
+from minitune.planning.activations import kept_bytes
+from minitune.quant import float8
+from minitune.quant.linear import quantized_linear
+from minitune.quant.schemes import NF4, Float8, Int4, Int8, quantize
 
 float8.takes = lambda x, codes: True  # torch multiplies them on a CPU too
 products: list[Any] = []
@@ -35,14 +37,14 @@ def in_order(graph: Any, inputs: Any) -> Any:
 
 def both(x: torch.Tensor, first: Any, second: Any) -> torch.Tensor:
     """Two layers."""
-    return quant.linear(quant.linear(x, first).tanh(), second)
+    return quantized_linear(quantized_linear(x, first).tanh(), second)
 
 
 backend = aot_autograd(fw_compiler=in_order, bw_compiler=in_order, partition_fn=min_cut_rematerialization_partition)
 x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 x[0, 0] = torch.inf
-for scheme in (quant.Int8(), quant.Float8(), quant.Int4(32), quant.NF4()):
-    first, second = (quant.quantize(w, scheme) for w in torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))
+for scheme in (Int8(), Float8(), Int4(32), NF4()):
+    first, second = (quantize(w, scheme) for w in torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))
     torch._dynamo.reset()
     results = []
     for run in (both, torch.compile(both, fullgraph=True, backend=backend)):

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from minitune import compiled
-from minitune.models import Model, gemma2
+from minitune.models import Model
+from minitune.models import compile as compiled
+from minitune.models.compile import wrap
+from minitune.models.families import gemma2
 from support.scripts.blocks import SIZES, said, stepped
 
 ran: list[int] = []
@@ -18,6 +20,6 @@ compiled._lowered = running
 for cap in range(1, 11):
     config = gemma2.Config(n_layers=1, **SIZES, attention_cap=float(cap), final_cap=None)
     params, before = Model(gemma2.FAMILY, config).init(0, 0.3), len(ran)
-    stepped(Model(gemma2.FAMILY, config, compiled.wrap(said.append)), 9, params)
+    stepped(Model(gemma2.FAMILY, config, wrap(said.append)), 9, params)
     print(len(ran) - before, end=" ")
 print(said)

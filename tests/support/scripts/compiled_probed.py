@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from minitune import compiled
-from minitune.grad import value_and_grad
-from minitune.models import Model, Probe, llama
+from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.models import Model, Probe
+from minitune.models.compile import _lowered, wrap
+from minitune.models.families import llama
 from minitune.types import Batch, Mean
 from support.scripts.blocks import SIZES, counting, graphs, said
 
-compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
+_lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 WEIGHTS = ("self_attn.v_proj.weight", "mlp.up_proj.weight")
 config = llama.Config(n_layers=3, **SIZES)
 params, tokens = Model(llama.FAMILY, config).init(0, 0.3), torch.arange(18).view(2, 9) % 17
@@ -35,7 +36,7 @@ def probed(model: Model) -> tuple[list[str], Any]:
 
 names, wanted = probed(Model(llama.FAMILY, config))
 for n_remat in (0, 2):
-    found_names, found = probed(Model(llama.FAMILY, config, compiled.wrap(said.append), n_remat=n_remat))
+    found_names, found = probed(Model(llama.FAMILY, config, wrap(said.append), n_remat=n_remat))
     assert found_names == names
     assert len(names) == 2 * config.n_layers
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)

@@ -2,8 +2,9 @@
 
 import torch
 
-from minitune import compiled
-from minitune.models import Model, gemma2
+from minitune.models import Model
+from minitune.models import compile as compiled
+from minitune.models.families import gemma2
 from support.scripts.blocks import SIZES, said, same, stepped
 
 torch.compile = lambda block, **how: block

@@ -3,7 +3,7 @@
 import torch
 from torch._inductor.lowering import register_lowering
 
-from minitune import compiled
+from minitune.models.compile import wrap
 from support.scripts.blocks import said, same
 
 
@@ -24,7 +24,7 @@ def no_kernel(x: object) -> None:
 
 
 x = torch.full((3,), 0.5, requires_grad=True)
-block = compiled.wrap(said.append)(lambda x: twice(x * 3))
+block = wrap(said.append)(lambda x: twice(x * 3))
 for _ in range(2):
     same(block(x), x * 6)
     same(torch.autograd.grad(block(x), x, torch.ones(3)), (torch.ones(3).sin() * 3,))

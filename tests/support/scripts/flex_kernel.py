@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from minitune import flex
-from minitune.attention import attention
+from minitune.nn.attention import flex
+from minitune.nn.attention.attention import attention
 from support.attention import plain, runs
 
 kind, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])

@@ -6,8 +6,11 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 from torch._dynamo.backends.registry import lookup_backend
 
-from minitune import compiled, flex
-from minitune.models import Model, gemma2
+from minitune.models import Model
+from minitune.models import compile as compiled
+from minitune.models.compile import wrap
+from minitune.models.families import gemma2
+from minitune.nn.attention import flex
 from support.scripts.blocks import SIZES, count_whole_graphs, graphs, said, same, stepped
 
 torch_flex._validate_device = lambda *_: None
@@ -29,7 +32,7 @@ count_whole_graphs()
 compiled._lowered = tracing
 config = gemma2.Config(n_layers=2, **SIZES, attention_cap=0.7, window=150, sinks=True)
 params = Model(gemma2.FAMILY, config).init(0, 0.3)
-plain, wrapped = Model(gemma2.FAMILY, config), Model(gemma2.FAMILY, config, compiled.wrap(said.append))
+plain, wrapped = Model(gemma2.FAMILY, config), Model(gemma2.FAMILY, config, wrap(said.append))
 for length in lengths:
     ours, theirs = (stepped(m, length, params) for m in (wrapped, plain))
     same(ours[0], theirs[0])

@@ -5,10 +5,10 @@ import sys
 
 import torch
 
-from minitune import heap
+from minitune.programs.allocator import keep_freed
 
 if sys.argv[1] == "kept":
-    assert heap.keep_freed()
+    assert keep_freed()
 
 
 def faults() -> int:

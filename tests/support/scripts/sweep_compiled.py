@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 
-from minitune import optim, sweep, tree
+from minitune import tree
+from minitune.algorithms import sweep
 from minitune.lora import Lora
-from minitune.losses import CrossEntropy
-from minitune.models import Model, llama
+from minitune.losses.token import CrossEntropy
+from minitune.models import Model
+from minitune.models.families import llama
+from minitune.optim.sgd import SGD
 from minitune.types import Batch
 
 graphs: list[int] = []
@@ -29,7 +32,7 @@ params, rule = model.init(0, 0.4), Lora(3, 8.0, ("*_proj.weight",), dora=True)
 deltas = sweep.stack([rule.init(params, seed) for seed in range(3)])
 tokens = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(0))
 batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), tokens > 3)
-optimizers = [optim.SGD(lr) for lr in (0.1, 0.2, 0.3)]
+optimizers = [SGD(lr) for lr in (0.1, 0.2, 0.3)]
 
 
 def run(model: Model) -> Any:

@@ -1,0 +1,48 @@
+"""Distillation from a teacher."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitune.algorithms.objective import Objective, apply_trainable, required
+from minitune.lora import Lora
+from minitune.losses.registry import DistillationLoss
+from minitune.models.model import Model
+from minitune.nn.head import by_rows
+from minitune.types import Batch, Mean, Params, Taught, Trainable
+
+
+class Teacher(NamedTuple):
+    """A frozen model to learn from, in its own dtype and on its own device."""
+
+    model: Model
+    params: Params
+
+
+def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None) -> Objective:
+    """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (Taught).
+
+    Neither model's whole logits ever exist: the teacher's hidden states go through its head chunk by chunk, as the student's do.
+    """
+
+    def objective(trainable: Trainable, params: Params, batch: Batch | Taught) -> tuple[Mean, dict[str, Mean]]:
+        adapted = apply_trainable(params, trainable, lora)
+        if isinstance(batch, Taught):
+            tops = (batch.top_ids, batch.top_logps)
+            on_top = by_rows(lambda y, t, top: loss.on_top(y, t, *top))
+            nats = model.token_losses(adapted, batch.rows, on_top, tops, summed=True)
+            return Mean.of(nats, batch.rows.labelled()), {}
+        frozen = required(teacher, "distillation")
+        with torch.no_grad():
+            teacher_hidden = frozen.model.hidden(frozen.params, batch)
+            teacher_hidden = teacher_hidden.roll(1, 1)  # hidden[t] predicts token t + 1: aligned with the targets
+
+        def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+            teacher_logits = frozen.model.logits(frozen.params, hidden)
+            return by_rows(loss)(logits, targets, teacher_logits.to(logits.device))
+
+        nats = model.token_losses(adapted, batch, divergence, teacher_hidden, summed=True)
+        return Mean.of(nats, batch.labelled()), {}
+
+    return objective

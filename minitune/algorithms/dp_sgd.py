@@ -1,0 +1,108 @@
+"""Differential privacy: each example's gradient is clipped, and noise hides what any one of them did (DP-SGD)."""
+
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitune import seeds, tree
+from minitune.algorithms.objective import Objective
+from minitune.autodiff.value_and_grad import per_example
+from minitune.hardware import to_device
+from minitune.optim.apply import apply_gradients
+from minitune.optim.transforms import GradientTransformation
+from minitune.tree import Tree
+from minitune.types import Mean, Metrics, Params, Step, Trainable, TrainState
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """DP-SGD's knobs (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): a clipping norm C, and the noise's deviation over C."""
+
+    max_norm: Annotated[float, msgspec.Meta(gt=0.0)]
+    noise: Annotated[float, msgspec.Meta(ge=0.0)]  # sigma, the noise multiplier
+    seed: int
+    chunk: Positive = 8  # examples whose gradients are computed at once
+
+
+class PrivateState(NamedTuple):
+    """Steps taken, on the host, where the noise is drawn from them, and the optimizer's state."""
+
+    step: Int[Tensor, ""]
+    inner: Tree
+
+
+def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]:
+    """(sum of g_i / max(1, |g_i| / max_norm) over examples, norms |g_i|), of gradients with a leading dimension B.
+
+    An example whose gradient is not finite adds nothing, or it alone would decide the step.
+    """
+    squares = torch.stack([g.flatten(1).to(_wide(g)).square().sum(1) for g in tree.leaves(grads)])
+    norms = squares.sum(0).sqrt()
+    good = torch.isfinite(norms)
+    factors = torch.where(good, 1 / (norms / max_norm).clamp(min=1.0), 0.0)
+
+    def summed(g: Tensor) -> Tensor:
+        own = (-1, *(1 for _ in g.shape[1:]))
+        return torch.where(good.view(own), factors.view(own).to(g.dtype) * g, 0.0).sum(0)
+
+    return tree.map(summed, grads), norms
+
+
+def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
+    """grads + normal(0, deviation^2), drawn from (seed, "noise", step, path of the leaf)."""
+
+    def noise(path: str, g: Tensor) -> Tensor:
+        drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=_wide(g))
+        return g + to_device((deviation * drawn).to(g.dtype), g.device)
+
+    return tree.rebuild(grads, [noise(path, g) for path, g in tree.items(grads)])
+
+
+def private_step(objective: Objective, optimizer: GradientTransformation, privacy: Privacy, *, donate: bool = False) -> Step:
+    """Step on (sum of the clipped gradients + noise) / B, each gradient that of one row's mean loss; B: rows of the batch.
+
+    Rows without a target count in B, because who has none is private too.
+    """
+
+    def init(trainable: Trainable) -> TrainState:
+        n_steps = torch.zeros((), dtype=torch.int64)
+        return TrainState(trainable, PrivateState(n_steps, optimizer.init(trainable)))
+
+    def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        trainable, opt_state = state
+
+        def mean(leaves: Trainable, row: Any) -> Mean:
+            value, _ = objective(leaves, params, tree.map(lambda x: x[None], row))
+            return Mean(value.value(), value.weight)
+
+        place = tree.leaves(trainable)[0].device
+        batch = tree.map(lambda x: to_device(x, place), batch)  # under vmap no token is counted, so none is kept on the host
+        losses, each = per_example(mean, chunk=privacy.chunk)(trainable, batch)
+        total, norms = clipped_sum(each, privacy.max_norm)
+        taken = int(opt_state.step)
+        grads = noised(total, privacy.noise * privacy.max_norm, privacy.seed, taken)
+        n = norms.new_full((), len(norms))
+        norm = tree.norm(grads) / n
+        is_finite = torch.isfinite(norm)
+        new, inner = apply_gradients(
+            optimizer, grads, opt_state.inner, trainable, divisor=n, norm=norm, is_finite=is_finite, donate=donate
+        )
+        finite = torch.isfinite(losses.total)
+        metrics = {
+            "loss_nats": Mean.of(losses.total, finite).value(),
+            "grad_norm": norm,
+            "clipped_share": (norms > privacy.max_norm).float().mean(),
+            batch.counts: losses.weight.sum(),
+            "skipped": (~is_finite).float(),
+        }
+        return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
+
+    return Step(init, update)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

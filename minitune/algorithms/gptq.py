@@ -1,0 +1,163 @@
+"""Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not its entries, change least."""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import torch
+from jaxtyping import Bool, Float
+from msgspec import Meta
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.models import decoder
+from minitune.models.block import Tap, block
+from minitune.models.config import LayerKind, layer_kind
+from minitune.models.model import Model
+from minitune.models.weights import head_name, layer_of
+from minitune.quant.rules import Quantization, refuse_not_finite
+from minitune.quant.schemes import NF4, Int4, Int8, base_weight, with_base_weight
+from minitune.quant.tensors import QInt4, QInt8
+from minitune.types import Batch, Params
+
+BLOCK = 128  # columns whose errors are spread together, a multiple of every group: it changes the time, not the result
+
+
+class Rtn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rtn"):
+    """Round every weight to the nearest code; no data is needed."""
+
+
+class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="gptq"):
+    """Round column by column, each error undone as far as the later columns can (Frantar et al. 2022, arXiv 2210.17323)."""
+
+    data: str  # name of a [data] table
+    rows: Annotated[int, Meta(gt=0)]  # of that data
+    damp: Annotated[float, Meta(gt=0)] = 0.01  # added to the Hessian's diagonal, as a part of the diagonal's mean
+
+
+Method = Rtn | Gptq
+
+
+class BlockInputs(NamedTuple):
+    """One batch on its way through the blocks: what the next block is given."""
+
+    x: Float[Tensor, "B T D"]
+    mixer: Mapping[LayerKind, Any]  # what the mixers of each kind of layer share
+    is_token: Bool[Tensor, "B T"]  # False at padding
+
+
+def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float) -> Params:
+    """All parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
+    experts see of it. Block by block: what a block sees has come through the quantized blocks before it. Of an adapted leaf the
+    weight is quantized, and its change stays as it is.
+
+    InputError for an nf4 or float8 scheme, for no batches, and for a weight that is not finite or that no linear map of the model
+    uses.
+    """
+    plan = quantization.plan(params)
+    grids: dict[str, Int8 | Int4] = {name: scheme for name, scheme in plan.items() if isinstance(scheme, Int8 | Int4)}
+    if len(grids) < len(plan):
+        odd = next(name for name in plan if name not in grids)
+        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
+        raise InputError(f"calibrate: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
+    if not batches:
+        raise InputError("calibrate: no row of data to calibrate on, expected at least one; look at the data table of gptq")
+    refuse_not_finite(params, plan)
+    head = head_name(model.config)
+    dense = params
+
+    def calibrated(name: str, gram: Tensor) -> Any:
+        """Leaf of a weight as codes, adapted as before."""
+        codes = gptq_weight(base_weight(dense[name]), gram, grids[name], damp)
+        return with_base_weight(dense[name], codes)
+
+    with torch.no_grad():
+        inputs = [before_first_block(model, params, batch) for batch in batches]
+        for i in range(model.config.n_layers):
+            grams = _summed(_grams(model, params, i, one, grids) for one in inputs)
+            params = {**params, **{name: calibrated(name, gram) for name, gram in grams.items()}}
+            inputs = [after_block(model, params, i, one) for one in inputs]
+        if head in grids:
+            gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
+            params = {**params, head: calibrated(head, gram)}
+    unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
+    if unused is not None:
+        raise InputError(
+            f"calibrate: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn"
+        )
+    return params
+
+
+def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float) -> QInt8 | QInt4:
+    """The leaf that makes |X (W - Q)^T| small, where gram = X^T X (Frantar et al. 2022, algorithm 1).
+
+    The scale of a group is chosen when its first column is reached, from weights that already hold the earlier columns' errors.
+    """
+    d_in = w.shape[1]
+    group = scheme.group_size(d_in)
+    factor = _inverse_factor(gram, damp).to(torch.float32)
+    later, scale = w.float(), w.new_empty(0)
+    levels: list[Tensor] = []
+    scales: list[Tensor] = []
+    for start in range(0, d_in, BLOCK):
+        stop = min(start + BLOCK, d_in)
+        block, later = later[:, : stop - start], later[:, stop - start :]
+        errors: list[Tensor] = []
+        for j in range(start, stop):
+            if j % group == 0:
+                scale = scheme.scale(torch.cat([block, later[:, : max(0, group - block.shape[1])]], dim=1)[:, :group])
+                scales.append(scale)
+            level = scheme.levels(block[:, :1], scale)
+            error = (block[:, :1] - level * scale) / factor[j, j]
+            block = block[:, 1:] - error * factor[j, j + 1 : stop]
+            levels.append(level)
+            errors.append(error)
+        later = later - torch.cat(errors, dim=1) @ factor[start:stop, stop:]
+    return scheme.pack(torch.cat(levels, dim=1), torch.cat(scales, dim=1))
+
+
+def _inverse_factor(gram: Float[Tensor, "in in"], damp: float) -> Float[Tensor, "in in"]:
+    """Upper triangular U with U^T U = (gram + damp mean(diagonal) I)^-1, in float64; the identity where no input was seen."""
+    wide = gram.double()
+    mean = wide.diagonal().mean()
+    damped = wide + torch.where(mean > 0, damp * mean, 1.0) * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def before_first_block(model: Model, params: Params, batch: Batch) -> BlockInputs:
+    """The batch as the first block is given it."""
+    x, mixer = decoder.before_first_block(model.config, params, batch.tokens, batch.segment_ids)
+    return BlockInputs(x, mixer, batch.segment_ids > 0)
+
+
+def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: Tap | None = None) -> BlockInputs:
+    """The batch behind block i; tap sees the block's linear maps."""
+    kind = layer_kind(model.config, i)
+    return inputs._replace(x=block(model.config, kind.mixer, layer_of(params, i), inputs.x, inputs.mixer[kind], tap=tap))
+
+
+def _grams(model: Model, params: Params, i: int, inputs: BlockInputs, names: Container[str]) -> dict[str, Tensor]:
+    """X^T X over the real tokens for those weights of block i that are among `names`."""
+    grams: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor, y: Tensor) -> None:
+        whole_name = f"model.layers.{i}.{name}"
+        if whole_name in names:
+            # an expert's rows have left their places, and padding with them
+            rows = x[inputs.is_token] if x.shape[:-1] == inputs.is_token.shape else x
+            grams.update(_summed([grams, {whole_name: _gram(rows)}]))
+
+    after_block(model, params, i, inputs, add)
+    return grams
+
+
+def _gram(x: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
+    wide = x.float()
+    return wide.T @ wide
+
+
+def _summed(grams: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for one in grams:
+        total = {**total, **{name: total[name] + gram if name in total else gram for name, gram in one.items()}}
+    return total

@@ -1,0 +1,71 @@
+"""Objective: a function (trainable, params, batch) -> (Mean, extras), and what several of them share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitune import hardware, tree
+from minitune.errors import InputError
+from minitune.lora import Lora
+from minitune.losses.token import CrossEntropy
+from minitune.models.model import Model
+from minitune.types import Batch, Delta, Mean, Params, Trainable
+
+Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
+
+
+def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:
+    """Parameters for a forward: a trainable tensor replaces the weight of its name, cast to that weight's dtype, and a Delta
+    adapts it by the rule. TypeError for deltas without a rule, InputError for a weight that trains whole and is not there.
+
+    Where either dtype is a bfloat16 that the device does not multiply, nothing is cast: `linear.linear` takes both as they are.
+    """
+    deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
+    missing = next((name for name, w in params.items() if isinstance(w, Tensor) and w.is_meta and name not in trainable), None)
+    if missing is not None:
+        raise InputError(f"objectives: {missing} is trained whole, but the trainable tree does not hold it")
+    whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    replaced = {name: leaf.to(_multiplied_dtype(leaf, params[name].dtype)) for name, leaf in whole.items()}
+    if deltas and lora is None:
+        raise TypeError(f"objectives: {next(iter(deltas))} is a Delta, expected a Lora rule beside it")
+    whole = {**params, **replaced}
+    return whole if lora is None else lora.apply(whole, deltas)
+
+
+def answer_logps(model: Model, params: Params, rows: Batch) -> Float[Tensor, "B"]:
+    """log p of each row's labelled tokens given those before them, summed, in nats."""
+    return -model.token_losses(params, rows, CrossEntropy()).sum(1)
+
+
+def split_trainable(
+    params: Params, globs: tuple[str, ...], stored: Params | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Params, Trainable]:
+    """(params, trainable) for training chosen weights whole: copies to train, and the originals freed.
+
+    stored: the same weights before they were cast to the dtype of compute, which is what the copies are then made of.
+
+    A trained weight stays in params as dtype and shape alone (on the meta device): it says what to cast to and holds no memory.
+    """
+    names = tree.select(params, globs, "full: weights")
+    trainable = {name: (stored or {}).get(name, params[name]).to(params[name].device, dtype, copy=True) for name in names}
+    return {**params, **{name: params[name].to("meta") for name in names}}, trainable
+
+
+def _multiplied_dtype(leaf: Tensor, computed: torch.dtype) -> torch.dtype:
+    """The dtype in which a forward takes a trained leaf whose weight was loaded as `computed`."""
+    emulated = any(hardware.product_dtype(dtype, leaf.device) != dtype for dtype in (leaf.dtype, computed))
+    return leaf.dtype if emulated else computed
+
+
+def mean_of(x: Float[Tensor, "B"]) -> Mean:
+    return Mean.of(x, torch.ones_like(x, dtype=torch.bool))
+
+
+def required(value: Any, name: str) -> Any:
+    """The value, which is not None; TypeError names the objective that lacks it."""
+    if value is None:
+        raise TypeError(f"objectives: {name} has nothing frozen to compare with, expected it as an argument or in the batch")
+    return value

@@ -1,0 +1,156 @@
+"""Many adapters trained at once on one frozen base: deltas get a leading dimension, and every frozen matmul serves all of them.
+
+Adapters are stacked with their ranks padded by zeros to the largest. A zero in the pad of a meets a zero in the pad of b, so
+neither gets a gradient and the pad stays exactly zero: each adapter takes the steps that it would take alone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune import tree
+from minitune.autodiff.value_and_grad import accumulate, value_and_grad
+from minitune.hardware import to_device
+from minitune.lora import Lora
+from minitune.losses.registry import TokenLoss
+from minitune.models.model import Model
+from minitune.models.weights import head_name
+from minitune.optim.apply import apply_gradients_each
+from minitune.optim.transforms import GradientTransformation
+from minitune.sharding.collectives import sum_over_ranks
+from minitune.tree import Tree
+from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, Step, TrainState
+
+CPU_HIDDEN_ELEMENTS = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
+
+
+def stack(adapters: Sequence[Deltas]) -> Deltas:
+    """Deltas of one set of weights with a leading dimension for the adapters, their ranks padded by zeros to the largest."""
+
+    def stacked(deltas: Sequence[Delta]) -> Delta:
+        rank = max(d.a.shape[-2] for d in deltas)
+        a = torch.stack([F.pad(d.a, (0, 0, 0, rank - d.a.shape[-2])) for d in deltas])
+        b = torch.stack([F.pad(d.b, (0, rank - d.b.shape[-1])) for d in deltas])
+        return Delta(a, b, tree.map(lambda *m: torch.stack(m), *(d.m for d in deltas)))
+
+    return {name: stacked([deltas[name] for deltas in adapters]) for name in adapters[0]}
+
+
+def adapter(stacked: Deltas, i: int, rule: Lora) -> Deltas:
+    """Adapter i alone, without the pad of its rank."""
+    ranks = {name: rule.rank_of(name) for name in stacked}
+    own = {
+        name: Delta(d.a[i, ..., : ranks[name], :], d.b[i, ..., : ranks[name]], tree.map(lambda m: m[i], d.m))
+        for name, d in stacked.items()
+    }
+    return tree.map(torch.clone, own)
+
+
+def unstack(stacked: Tree, n: int) -> list[Tree]:
+    """The n trees that a stacked one is made of, as views."""
+    columns = zip(*(leaf.unbind() for leaf in tree.leaves(stacked)), strict=True)
+    found = [tree.rebuild(stacked, leaves) for leaves in columns]
+    assert len(found) == n
+    return found
+
+
+def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
+    """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]: supervised.sft for n adapters.
+
+    The rows of all adapters go through the model as one batch, and only the low-rank products tell them apart. A delta on the
+    head or on experts, whose rows are no longer in the order of the adapters, makes them go one after another.
+    """
+    n, head = len(rules), head_name(model.config)
+
+    def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
+        scaled, together = _scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
+        if n == 1 or any(name == head or ".experts." in name for name in deltas):
+            members = zip(unstack(batch, n), unstack(scaled, n), strict=True)
+            nats = torch.stack([model.token_losses(_adapted(params, own), rows, loss, summed=True) for rows, own in members])
+        else:
+            nats = model.token_losses(_adapted(params, scaled), together, loss, summed=True).view(batch.tokens.shape)
+        mask = to_device(together.labelled(), nats.device).view(batch.tokens.shape)
+        total, weight = (x.sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
+        return Mean(total, weight.to(nats.dtype))
+
+    return objective
+
+
+def _scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
+    """Stacked deltas with each adapter's scale inside its b: by its rule, because the pad hides its rank."""
+
+    def scales(name: str, b: Tensor) -> Tensor:
+        own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
+        return to_device(torch.tensor(own, dtype=b.dtype), b.device).view(-1, *(1 for _ in b.shape[1:]))
+
+    return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
+
+
+def _adapted(params: Params, scaled: Deltas) -> Params:
+    return {**params, **{name: Adapted(params[name], *delta) for name, delta in scaled.items()}}
+
+
+def sweep_step(
+    model: Model,
+    loss: TokenLoss,
+    rules: Sequence[Lora],
+    optimizers: Sequence[GradientTransformation],
+    *,
+    micro_batch: int,
+    donate: bool = False,
+) -> Step:
+    """Step of n adapters at once, each under its own Lora rule and optimizer.
+
+    Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T], of which `micro_batch` rows of
+    every adapter go through one forward; on the CPU of as many adapters as its cache holds the hidden states of. Metrics are [n].
+    Clipping, and skipping of what is not finite, are each adapter's own.
+    """
+
+    def init(trainable: Deltas) -> TrainState:
+        members = zip(optimizers, unstack(trainable, len(optimizers)), strict=True)
+        return TrainState(trainable, [optimizer.init(own) for optimizer, own in members])
+
+    def update(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, opt_state = state
+
+        def evaluate(rows: Batch) -> tuple[Mean, Tree]:
+            n_numbers, device = rows.tokens[0].numel() * model.config.d_model, tree.leaves(trainable)[0].device
+            size = max(1, CPU_HIDDEN_ELEMENTS // n_numbers) if device.type == "cpu" else len(rules)
+
+            def some(i: int) -> tuple[Mean, Tree]:
+                own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
+                objective = adapters_objective(model, loss, rules[i : i + size])
+                return value_and_grad(objective)(own, params, mine)
+
+            return tree.map(lambda *x: torch.cat(x), *(some(i) for i in range(0, len(rules), size)))
+
+        starts = range(0, batch.tokens.shape[1], micro_batch)
+        mean, grads = accumulate(evaluate, (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts))
+        mean, grads = sum_over_ranks((mean, grads))
+        divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
+        norms = _norms(grads) / divisors
+        is_finite = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
+
+        new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
+        # written into `new` and `states`, which are ours here
+        apply_gradients_each(optimizers, grads, states, new, divisors=divisors, norms=norms, is_finite=is_finite)
+        metrics = {
+            "loss_nats": mean.total / divisors,
+            "grad_norm": norms,
+            batch.counts: mean.weight,
+            "skipped": (~is_finite).float(),
+        }
+        return TrainState(new, list(states)), metrics
+
+    return Step(init, update)
+
+
+def _norms(stacked: Tree) -> Tensor:
+    """Euclidean norm [n] of each adapter's gradient, accumulated in float32 or wider."""
+    parts = [
+        torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in tree.leaves(stacked)
+    ]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)

@@ -1,0 +1,41 @@
+"""Preference optimization over single answers that were found desirable or not."""
+
+import torch
+from torch import Tensor
+
+from minitune import tree
+from minitune.algorithms.objective import Objective, answer_logps, apply_trainable, mean_of, required
+from minitune.hardware import to_device
+from minitune.lora import Lora
+from minitune.losses.registry import UnpairedLoss
+from minitune.models.model import Model
+from minitune.types import Judged, Mean, Params, Trainable
+
+
+def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, reference: Trainable | None) -> Objective:
+    """Learning from single answers, each found desirable or not (KTO); the reference is given as for `preference`.
+
+    The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
+    """
+
+    def objective(trainable: Trainable, params: Params, judged: Judged) -> tuple[Mean, dict[str, Mean]]:
+        rows = judged.answers, judged.mismatched
+        adapted = apply_trainable(params, trainable, lora)
+        with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
+            drifted = answer_logps(model, adapted, rows[1])
+            if isinstance(judged.reference, Tensor):
+                frozen, held = to_device(judged.reference, drifted.device).unbind(1)
+            else:
+                base = apply_trainable(params, required(reference, "unpaired_preference"), lora)
+                frozen, held = (answer_logps(model, base, one) for one in rows)
+            kl = (drifted - held).mean().clamp(min=0.0)
+        policy = answer_logps(model, adapted, rows[0])
+        rewards, desirable = loss.rewards(policy, frozen), to_device(judged.desirable, policy.device)
+        readings = {
+            "reward_desirable": Mean.of(rewards, desirable),
+            "reward_undesirable": Mean.of(rewards, ~desirable),
+            "kl_nats": mean_of(kl.expand_as(policy)),
+        }
+        return mean_of(loss(policy, frozen, desirable, kl)), tree.map(Tensor.detach, readings)
+
+    return objective

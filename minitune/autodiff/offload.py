@@ -1,0 +1,103 @@
+"""Blocks computed again in the backward, whose inputs wait in the host's memory until then (Rhu et al. 2016, arXiv 1602.08124).
+
+A block's input is all that `remat.remat` keeps of it. How a tensor travels is a Mover's business; when, that of _Inputs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minitune.autodiff.remat import flattened
+from minitune.autodiff.remat import remat as autodiff_remat
+from minitune.autodiff.value_and_grad import pullback, under_transform
+
+Block = Callable[..., Tensor]
+
+
+class Mover(NamedTuple):
+    """How a tensor leaves the device and returns. No call makes the host wait."""
+
+    send: Callable[[Tensor], Any]  # begins a copy out; its source must live until it was waited for
+    fetch: Callable[[Any], Any]  # begins a copy back of what was sent
+    wait: Callable[[Any], Tensor]  # lets what is computed from here on come after a copy, and returns its result
+
+
+def side_stream(device: torch.device) -> Mover:
+    """The Mover of an accelerator with streams: copies to and from pinned memory on a stream of their own, beside the
+    computation."""
+    streams = torch.get_device_module(device)  # torch.cuda or torch.xpu
+    side = streams.Stream(device)
+
+    def copied(x: Tensor, to: torch.device) -> tuple[Tensor, Any]:
+        # waited for: what computes x, and what still reads the memory that the side stream may be given for this copy. So no
+        # tensor needs record_stream, which frees memory only once the device has caught up with a host that runs far ahead
+        side.wait_stream(streams.current_stream(device))
+        with streams.stream(side):
+            return x.to(to, non_blocking=True), side.record_event()  # to the host, such a copy is pinned
+
+    def wait(copy: tuple[Tensor, Any]) -> Tensor:
+        streams.current_stream(device).wait_event(copy[1])
+        return copy[0]
+
+    return Mover(lambda x: copied(x, torch.device("cpu")), lambda sent: copied(sent[0], device), wait)
+
+
+def remat(mover: Mover) -> Callable[[Block], Block]:
+    """remat.remat of a model's blocks f(w, x, *rest), made anew by every forward, with the mover keeping their inputs x.
+
+    Differentiable once. Where no gradient is wanted nothing moves, and under a functorch transform inputs stay where they are.
+    """
+
+    def again(f: Block) -> Block:
+        plain, inputs = autodiff_remat(f), _Inputs(mover)
+
+        def recomputed(w: Any, x: Tensor, *rest: Any) -> Tensor:
+            flat, tensors = flattened(lambda x, w, *rest: f(w, x, *rest), (x, w, *rest))
+            if under_transform() or not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
+                return plain(w, x, *rest)
+            return _Offloaded.apply(flat, inputs, *tensors)
+
+        return recomputed
+
+    return again
+
+
+class _Inputs:
+    def __init__(self, mover: Mover) -> None:  # for the block inputs of one forward; its graph alone holds them
+        self.mover, self.sent, self.newest, self.coming = mover, [], None, (-1, None)
+
+    def put(self, x: Tensor) -> int:
+        self._release()  # the one before it, which had the time of a block to leave
+        self.newest = x.detach()  # without its graph, which holds this
+        self.sent.append(self.mover.send(self.newest))
+        return len(self.sent) - 1
+
+    def take(self, i: int) -> Tensor:
+        (place, coming), x = self.coming, self._release()
+        if x is None or i + 1 < len(self.sent):
+            x = self.mover.wait(coming if place == i else self.mover.fetch(self.sent[i]))
+        self.coming = (i - 1, self.mover.fetch(self.sent[i - 1])) if i else (-1, None)  # has a block's backward to arrive in
+        return x
+
+    def _release(self) -> Tensor | None:
+        x, self.newest = self.newest, None
+        if x is not None:
+            self.mover.wait(self.sent[-1])
+        return x
+
+
+class _Offloaded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Block, inputs: _Inputs, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.f, ctx.inputs, ctx.place = f, inputs, inputs.put(x)
+        ctx.save_for_backward(*others)
+        return f(x, *others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        others, x = ctx.saved_tensors, ctx.inputs.take(ctx.place)  # in this order: the first says so if all is gone
+        return None, None, *pullback(ctx.f, [x, *others], grad_outputs[0], ctx.needs_input_grad[2:])

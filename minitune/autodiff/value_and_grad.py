@@ -1,0 +1,133 @@
+"""Gradients of pure functions over trees, with the memory of plain autograd.
+
+`torch.func.grad` keeps a graph of the gradient (create_graph=True), which costs about twice the memory of
+`torch.autograd.grad` and is slower. Here the same contract is kept with fresh detached leaves; inside a functorch
+transform, where detached leaves can't be made, the torch.func form is used and stays right.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune import tree
+from minitune.tree import Tree
+
+
+def under_transform() -> bool:
+    """Whether a functorch transform (vmap, grad, jvp, ...) is being traced here."""
+    # not peek_interpreter_stack(): while torch.compile traces, that always finds one
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
+    """Turn `fn: (tree, *rest) -> Mean` into `(tree, *rest) -> (Mean, gradient of its total by the tree)`.
+
+    With has_aux, fn returns (Mean, aux). This is the contract of torch.func.grad_and_value, value first: no argument is
+    written, no `.grad` is set, and a leaf that fn does not use gets a zero gradient. The result carries no graph. TypeError
+    names a leaf that is not floating point.
+    """
+
+    def evaluate(params: Tree, *rest: Any) -> tuple[Any, Tree]:
+        for path, leaf in tree.items(params):
+            if not leaf.is_floating_point():
+                raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
+        if under_transform():
+            return _transformed(fn, has_aux, params, rest)
+        own = detached_leaves(params)
+        with torch.enable_grad():
+            value = fn(own, *rest)
+        total = (value[0] if has_aux else value).total
+        grads = autograd_grads([total], tree.leaves(own), [torch.ones_like(total)])
+        return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
+
+    return evaluate
+
+
+def detached_leaves(params: Tree) -> Tree:
+    """Copies of the leaves that share memory with them and that autograd differentiates by."""
+    return tree.map(lambda x: x.detach().requires_grad_(), params)
+
+
+def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree, Any], tuple[Any, Tree]]:
+    """Turn `fn: (tree, example) -> Mean` into `(tree, examples) -> (Mean [B], gradients [B, ...] of each example's total)`.
+
+    An example is what the leaves of `examples` hold at one place of their first dimension. Each of the `chunk` that a vmap takes
+    has a view of the tree for leaves of its own, which keeps their gradients apart; memory grows by the activations of `chunk`
+    examples and by what is returned. TypeError names a leaf that is not floating point.
+    """
+
+    def evaluate(params: Tree, examples: Tree) -> tuple[Any, Tree]:
+        def some(rows: Tree) -> tuple[Any, Tree]:
+            def summed(own: Tree) -> tuple[Any, Any]:
+                each = torch.func.vmap(fn)(own, rows)
+                return type(each)(*(x.sum() for x in each)), each
+
+            n = len(tree.leaves(rows)[0])
+            own = tree.map(lambda x: x.expand(n, *x.shape), params)
+            (_, each), grads = value_and_grad(summed, has_aux=True)(own)
+            return each, grads
+
+        starts = range(0, len(tree.leaves(examples)[0]), chunk)
+        parts = [some(tree.map(lambda x, i=i: x[i : i + chunk], examples)) for i in starts]
+        return tree.map(lambda *x: torch.cat(x), *parts)
+
+    return evaluate
+
+
+def accumulate(evaluate: Callable[[Any], Tree], micro_batches: Iterable[Any]) -> Tree:
+    """Sum evaluate(micro_batch) leafwise: totals, weights and gradients add, and whoever calls divides once.
+
+    Peak memory does not grow with the number of micro-batches: each pair of leaves is freed as its sum is made.
+    TypeError if there is no micro-batch.
+    """
+    structure: Tree = None
+    sums: list[Tensor] = []
+    for micro_batch in micro_batches:
+        value = evaluate(micro_batch)
+        structure, parts = tree.map(lambda _: PLACEHOLDER, value), tree.leaves(value)[::-1]
+        del value
+        sums = [torch.add(sums.pop(), parts.pop()) for _ in range(len(sums))][::-1] if sums else parts
+    if structure is None:
+        raise TypeError("grad: no micro-batch to accumulate, expected at least one")
+    return tree.rebuild(structure, sums[::-1])
+
+
+PLACEHOLDER = torch.empty(0)  # stands where a leaf was, so that a kept structure keeps no leaf alive
+
+
+def pullback(
+    f: Callable[..., Tensor], tensors: Sequence[Tensor], cotangent: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Vector-Jacobian product of f for the inputs that need one, None for the others."""
+    if under_transform() or torch.is_grad_enabled():  # grad mode is on here when somebody differentiates the gradient
+
+        def active(*some: Tensor) -> Tensor:
+            given = iter(some)
+            return f(*(next(given) if need else x for x, need in zip(tensors, needed, strict=True)))
+
+        vjp = torch.func.vjp(active, *(x for x, need in zip(tensors, needed, strict=True) if need))[1]
+        grads = vjp(cotangent, retain_graph=torch.is_grad_enabled(), create_graph=torch.is_grad_enabled())
+    else:
+        fresh = [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
+        with torch.enable_grad():
+            value = f(*fresh)
+        grads = autograd_grads([value], [x for x in fresh if x.requires_grad], [cotangent])
+    given = iter(grads)
+    return [next(given) if need else None for need in needed]
+
+
+def autograd_grads(values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor]:
+    if not any(value.requires_grad for value in values):  # fn used no leaf at all
+        return [torch.zeros_like(x) for x in inputs]
+    return torch.autograd.grad(values, inputs, cotangents, allow_unused=True, materialize_grads=True)
+
+
+def _transformed(fn: Callable[..., Any], has_aux: bool, params: Tree, rest: Sequence[Any]) -> tuple[Any, Tree]:
+    def total(fresh: Tree) -> tuple[Tensor, Any]:
+        value = fn(fresh, *rest)
+        return (value[0] if has_aux else value).total, value
+
+    grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(params)
+    return value, grads

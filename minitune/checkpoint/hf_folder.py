@@ -1,0 +1,186 @@
+"""Hugging Face folders: weights read and written, with config.json and the tokenizer's files."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from minitune import tree
+from minitune.checkpoint.tensors import opened_tensors, save_tensors
+from minitune.errors import InputError
+from minitune.io.atomic import require_room, write_json
+from minitune.io.results import result_folder
+from minitune.io.safetensors_header import INDEX, SINGLE
+from minitune.models.hf_multimodal import text_config, text_name
+from minitune.models.model import Model
+from minitune.models.open import config_json
+from minitune.quant import mxfp4
+from minitune.text.tokenizer import TOKENIZER_FILES
+from minitune.types import Params
+
+SHARD_BYTES = 5 * 10**9
+NO_KEYS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Companions(NamedTuple):
+    """What stands beside the weights of a complete Hugging Face folder."""
+
+    tokenizer: Path  # the folder whose tokenizer files are copied, byte for byte
+    stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
+    template: str | None = None  # written where the tokenizer's folder ships none
+    source: Path | None = None  # whose config.json and generation_config.json pass through; made anew without
+
+
+def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights of a Hugging Face folder, memory-mapped: a tensor is read when it is first used, and no tensor twice.
+
+    `shapes` is what the model expects; dtype None keeps what is stored, or bfloat16 for MXFP4, which is unpacked. InputError
+    names file and tensor for anything missing, unexpected, of another shape or cut short. A tied head that the file repeats,
+    buffers and the weights that see images are left out.
+    """
+    params: dict[str, Tensor] = {}
+    packed: dict[str, Tensor] = {}
+    for path, promised in weight_files(folder).items():
+        with opened_tensors(path) as file:
+            held = file.keys()
+            absent = sorted(promised - frozenset(held))
+            if absent:
+                raise InputError(f"checkpoint: {path} lacks {absent[0]}, which {INDEX} says it holds; download both again")
+            for stored in held:
+                name = text_name(stored)
+                if name is None or name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
+                    continue
+                if name not in shapes and mxfp4.whole_name(name) in shapes:
+                    packed[name] = file.get_tensor(stored)
+                    continue
+                if name not in shapes:
+                    raise InputError(
+                        f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?"
+                    )
+                if name in params:
+                    raise InputError(f"checkpoint: {path} holds {name}, which a file before it holds too; download both again")
+                found = tuple(file.get_slice(stored).get_shape())
+                if found != shapes[name]:
+                    raise InputError(
+                        f"checkpoint: {path} holds {name} of shape {list(found)}, expected {list(shapes[name])} from config.json"
+                    )
+                w = file.get_tensor(stored)
+                if not w.is_floating_point():
+                    raise InputError(
+                        f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read"
+                    )
+                params[name] = w if dtype is None else w.to(dtype)
+    params = {**params, **mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)}
+    missing = [name for name in shapes if name not in params]
+    if missing:
+        raise InputError(
+            f"checkpoint: {folder} lacks {missing[0]} and {len(missing) - 1} more weights that config.json calls for"
+        )
+    return {name: params[name] for name in shapes}
+
+
+def save_folder(
+    folder: Path,
+    params: Params,
+    model: Model,
+    beside: Companions,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    config_keys: Mapping[str, Any] = NO_KEYS,
+) -> None:
+    """Write a complete Hugging Face folder: config, weights (with an index when sharded), generation config and tokenizer files.
+
+    In a config.json that passes through, nothing is touched but the dtype and config_keys, which a quantized format has for the
+    tensors that it passes as params. InputError, before anything is written, if the disk is too small.
+    """
+    require_room(folder, tree.n_bytes(params), "the weights")
+    with result_folder(folder) as aside:
+        write_json(aside / "config.json", {**_config(beside, model, params), **config_keys})
+        write_json(aside / "generation_config.json", _stopping(beside))
+        _write_weights(aside, params, shard_bytes)
+        for name in TOKENIZER_FILES:
+            if (beside.tokenizer / name).is_file():
+                shutil.copyfile(beside.tokenizer / name, aside / name)
+        if beside.template is not None:
+            (aside / "chat_template.jinja").write_text(beside.template, encoding="utf-8")
+
+
+def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
+    """The files that hold a model's weights, and what the index says is in each (nothing, where there is no index).
+
+    InputError for a folder without weights, an index that can't be read, and one that points nowhere or out of the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise InputError(f"checkpoint: {folder} holds neither {SINGLE} nor {INDEX}, expected one of them")
+        return {folder / SINGLE: frozenset()}
+    try:
+        found = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {index} has no readable weight_map ({error}); download it again") from None
+    for name in sorted(set(found.values())):
+        if Path(name).name != name or len(name) > 200:
+            raise InputError(f"checkpoint: {index} points to {name[:200]!r}, expected a file name in its own folder")
+        if not (folder / name).is_file():
+            raise InputError(f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard")
+    by_file = sorted((file, name) for name, file in found.items())
+    return {folder / file: frozenset(name for _, name in group) for file, group in groupby(by_file, lambda pair: pair[0])}
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, w in params.items():
+        if shards[-1] and tree.n_bytes(shards[-1]) + tree.n_bytes(w) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = w
+    if len(shards) == 1:
+        save_tensors(folder / SINGLE, shards[0])
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = {"total_size": tree.n_bytes(params), "total_parameters": sum(w.numel() for w in params.values())}
+    write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+
+
+def _config(beside: Companions, model: Model, params: Params) -> dict[str, Any]:
+    dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
+    if beside.source is None:
+        # said, because an absent id is that of the family's own vocabulary, and transformers refuses a padding id beyond this one
+        ids = {"bos_token_id": None, "eos_token_id": [*beside.stop_ids] or None, "pad_token_id": None}
+        return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
+    hf = text_config(config_json(beside.source))
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
+    dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
+    return {**dense, **dict.fromkeys(keys, dtype)}
+
+
+def generation_config(source: Path) -> dict[str, Any]:
+    """A folder's generation_config.json, or what stands for it: the eos_token_id of config.json; InputError if it is no JSON."""
+    path = source / "generation_config.json"
+    if not path.is_file():
+        return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {path} can't be read ({error}), expected a JSON object; download it again") from None
+
+
+def _stopping(beside: Companions) -> dict[str, Any]:
+    generation = {} if beside.source is None else generation_config(beside.source)
+    known = generation.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    return {**generation, "eos_token_id": [*known, *(i for i in beside.stop_ids if i not in known)]}

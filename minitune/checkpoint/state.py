@@ -1,0 +1,85 @@
+"""Training states on disk: written aside, synced and renamed, so that a crash loses nothing."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minitune import tree
+from minitune.checkpoint.tensors import load_tensors, serialized
+from minitune.errors import InputError
+from minitune.io.atomic import GONE, NEW, OLD, atomic_folder, put_back, remove_folder, require_room, write_json
+from minitune.tree import Tree
+
+STATE = re.compile(r"step-\d+")
+STATE_FILES = ("state.json", "state.safetensors")
+
+
+def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], keep: int = 2) -> Path:
+    """Commit a training state as folder/step-N and drop all but the newest `keep`; a crash leaves the earlier ones whole.
+
+    InputError, before anything is written, if the disk is too small.
+    """
+    path = folder / f"step-{step:08d}"
+    if extras := _extras(path):
+        raise InputError(f"checkpoint: {path} holds {extras[0]}, expected {' and '.join(STATE_FILES)} alone; move it away")
+    for left in (*folder.glob(f".step-*{NEW}"), *folder.glob(f".step-*{GONE}")):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    require_room(path, tree.n_bytes(state), "the training state")
+    with atomic_folder(path) as aside:
+        digest = hashlib.sha256()
+        with (aside / "state.safetensors").open("wb") as file:
+            for piece in serialized(dict(tree.items(state))):
+                digest.update(piece)
+                file.write(piece)
+        write_json(aside / "state.json", {"step": step, "sha256": digest.hexdigest(), **meta})
+    for old in committed(folder)[:-keep]:
+        if not _extras(old):
+            remove_folder(old)
+    return path
+
+
+def _extras(path: Path) -> list[str]:
+    """The names in a state's folder that are no part of a state: a user put them there, so they are not removed."""
+    return sorted(file.name for file in path.iterdir() if file.name not in STATE_FILES) if path.is_dir() else []
+
+
+def committed(folder: Path) -> list[Path]:
+    """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
+    for old in folder.glob(f".step-*{OLD}"):
+        put_back(old)
+    found = [path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
+    """(state, meta) of a committed step, in the structure of `like`; InputError if a byte, name, shape or dtype differs."""
+    try:
+        meta = msgspec.json.decode((path / "state.json").read_bytes(), type=dict[str, Any])
+        with (path / "state.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {path} can't be read ({error}); remove it to continue from the step before") from None
+    if digest != meta.get("sha256"):
+        raise InputError(
+            f"checkpoint: {path / 'state.safetensors'} does not match its sha256; remove {path} to continue from the step before"
+        )
+    tensors = load_tensors(path / "state.safetensors")
+    wanted = dict(tree.items(like))
+    odd = sorted(set(tensors) ^ set(wanted))
+    if odd:
+        raise InputError(
+            f"checkpoint: {path} and this program differ in {odd[0]} (and {len(odd) - 1} more); it is of another program"
+        )
+    for name, leaf in wanted.items():
+        found = tensors[name]
+        if found.shape != leaf.shape or found.dtype != leaf.dtype:
+            raise InputError(
+                f"checkpoint: {path} holds {name} {found.dtype}{list(found.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
+            )
+    # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels then round otherwise
+    return tree.rebuild(like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]), meta

@@ -1,0 +1,63 @@
+"""Safetensors files of named tensors, checked as they are read."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.io.safetensors_header import ORDER, header_bytes, read_header
+
+# fmt: off
+WORDS = {  # safetensors' own for each dtype
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
+# fmt: on
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors under their names; storage that two names share is written for each."""
+    with path.open("wb") as file:
+        for piece in serialized(tensors):
+            file.write(piece)
+
+
+def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece: what exists beside the tensors is at most a copy of one of them."""
+    order = sorted(tensors, key=lambda name: (ORDER.index(WORDS[tensors[name].dtype]), name))
+    yield header_bytes({name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order})
+    for name in order:
+        x = tensors[name].detach().cpu().contiguous()
+        flat = x.as_strided((x.numel(),), (1,))  # a single element may keep a stride that view would refuse
+        yield flat.view(torch.uint8).numpy().data
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, memory-mapped; InputError if it is missing, cut short or no such file."""
+    with opened_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    try:
+        read_header(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"checkpoint: {path} is no whole safetensors file ({error}); download or save it again")

@@ -1,0 +1,151 @@
+"""The chat verb: a conversation in the terminal, or one turn a line from a pipe."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Never
+
+import msgspec
+
+from minitune import seeds
+from minitune.algorithms.objective import apply_trainable
+from minitune.errors import InputError
+from minitune.inference.generate import pieces, stream
+from minitune.inference.sampling import Sampling
+from minitune.programs.loading import ModelSource, load
+from minitune.programs.state import Loaded
+from minitune.text.chat import encode_prompt, stop_ids
+from minitune.text.template import Message
+
+COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help shows this"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        raise InputError(f"chat: {message}, expected options as in `{self.prog} --help`; correct the command")
+
+
+def chat(words: Sequence[str]) -> int:
+    """Talk with a model: turns from stdin, answers to stdout as they are written, all else to stderr; returns the exit code.
+
+    InputError for options, folders and templates that do not fit.
+    """
+    options = vars(_parser().parse_args(words))
+    sampling = _sampling(options)
+    if options["max_new_tokens"] < 1:
+        raise InputError(f"chat: --max-new-tokens is {options['max_new_tokens']}, expected at least 1; correct it")
+    source = ModelSource(path=options["folder"], deltas=options["deltas"], chat_template_kwargs=_told(options))
+    loaded = load(source, Path("run"), options["seed"])
+    opening = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+    encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])  # refused now, not later
+
+    messages, n_turns = opening, 0
+    if sys.stdin.isatty():
+        _tell(COMMANDS)
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = opening
+            _tell("the conversation is forgotten")
+        elif line.startswith("/") and line[1:].isalpha():
+            _tell(COMMANDS if line == "/help" else f"{line} is no command: {COMMANDS}")
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            answer = _answer(loaded, asked, sampling, seeds.derive(options["seed"], "turn", n_turns), options["max_new_tokens"])
+            n_turns += 1
+            messages = [*asked, {"role": "assistant", "content": answer}] if answer else messages
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Talk with a model, on a terminal or with one turn a line on stdin."
+    parser = _Parser("python -m minitune chat", description=description, epilog=COMMANDS, allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", help="a Hugging Face model folder, or demo")
+    parser.add_argument("--deltas", metavar="FOLDER", help="a PEFT adapter to put on the model")
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--chat-template-kwargs", default="{}", metavar="JSON", help="such as '{\"enable_thinking\": false}'")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach probability P")
+    parser.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default %(default)s)")
+    return parser
+
+
+def _told(options: dict) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(options["chat_template_kwargs"], type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        found = options["chat_template_kwargs"]
+        raise InputError(
+            f"chat: --chat-template-kwargs is {found!r} ({error}), expected a JSON object; correct the command"
+        ) from None
+
+
+def _sampling(options: dict) -> Sampling:
+    try:
+        return msgspec.convert({name: options[name] for name in Sampling.__struct_fields__}, Sampling)
+    except msgspec.ValidationError as error:
+        reason, _, name = str(error).rstrip("`").partition(" - at `$.")
+        found = f"--{name.replace('_', '-')} is {options[name]}, expected" if name else ""
+        raise InputError(f"chat: {found} {reason.removeprefix('Expected ')}; correct the command".replace("  ", " ")) from None
+
+
+def _lines() -> Iterator[str]:
+    """What is typed or piped, line by line and stripped, until the end."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with suppress(ImportError):  # some systems have none
+            import readline  # noqa: F401 - gives input() its line editing and history
+    while True:
+        try:
+            # bytes that are no UTF-8 come as surrogates, which no tokenizer takes
+            yield input("> " if terminal else "").encode("utf-8", "replace").decode().strip()
+        except KeyboardInterrupt:
+            _tell("\n/exit or Ctrl-D ends")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise InputError(f"chat: the input is not UTF-8 ({error}), expected UTF-8 text; convert it") from None
+
+
+def _answer(loaded: Loaded, asked: Sequence[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> str:
+    """What the model says next, written to stdout while it comes; Ctrl-C cuts it short."""
+    ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
+    room = loaded.model.config.max_positions - len(ids)
+    if room < 1:
+        limit = loaded.model.config.max_positions
+        _tell(f"the conversation has {len(ids)} tokens and the model takes {limit}: /reset forgets it")
+        return ""
+    params = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
+    stops = frozenset(stop_ids(loaded.tokenizer, loaded.template))
+    steps = stream(
+        loaded.model,
+        params,
+        [ids],
+        sampling=sampling,
+        row_seeds=[seed],
+        max_new_tokens=min(max_new_tokens, room),
+    )
+    tokens = takewhile(lambda token: token not in stops, (int(step) for step in steps))
+    said: list[str] = []
+    try:
+        for piece in pieces(tokens, lambda ids: loaded.tokenizer.decode(ids, skip_special=True), ()):
+            said.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" ...")
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return "".join(said)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

@@ -1,0 +1,154 @@
+"""Facts of a model or adapter folder, from its JSON files and tensor headers; weights are not read."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from minitune.errors import InputError
+from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header
+
+ADAPTER_CONFIG, ADAPTER, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "minitune.json"
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+BESIDE_CODES = re.compile(  # what quantized formats keep beside the codes of a weight: no parameters of the model
+    r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
+    r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
+)
+PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
+
+
+class TokenizerFiles(NamedTuple):
+    """What tokenizer files say: the kind, how many tokens, and the added ones with their ids."""
+
+    kind: str
+    size: int | None
+    ids: Mapping[str, int]
+    names: Mapping[str, str]
+
+    @staticmethod
+    def of(folder: Path) -> "TokenizerFiles":
+        model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+        config = json_table(folder / "special_tokens_map.json") | json_table(folder / "tokenizer_config.json")
+        decoder = config.get("added_tokens_decoder")
+        declared = {}
+        for i, token in (decoder if isinstance(decoder, dict) else {}).items():
+            if i.isdecimal() and isinstance(token, dict):
+                declared[str(token.get("content"))] = int(i)
+        found = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
+        names = {name: str(token.get("content") if isinstance(token, dict) else token) for name, token in found.items()}
+        if model.is_file():
+            with model.open("rb") as file:
+                ranks = RANKS.match(file.read(1000)) is not None
+            if not ranks:
+                size, ids, known = _sentencepiece(model)
+                return TokenizerFiles("tokenizer.model (sentencepiece)", size, {**ids, **declared}, {**known, **names})
+            if not fast.is_file():
+                with model.open("rb") as file:
+                    return TokenizerFiles("tokenizer.model (ranks, as Meta's)", sum(1 for _ in file), declared, names)
+        if not fast.is_file():
+            return TokenizerFiles("none", None, declared, names)
+        spec = decoded_json(fast, _Fast)
+        added = {token.content: token.id for token in spec.added_tokens}
+        size = max([len(spec.model.vocab), *(i + 1 for i in added.values())])
+        return TokenizerFiles(f"tokenizer.json ({spec.model.type or 'no type'})", size, {**declared, **added}, names)
+
+    def named(self) -> str:
+        """bos, eos, unk and pad, each with its id where the files say it."""
+        ids = {name: f" {self.ids[text]}" if text in self.ids else "" for name, text in self.names.items()}
+        return ", ".join(f"{name.removesuffix('_token')} {text}{ids[name]}" for name, text in self.names.items())
+
+
+class _FastModel(msgspec.Struct):
+    vocab: dict[str, int] | list[Any] = msgspec.field(default_factory=dict)
+    type: str | None = None
+
+
+class _FastToken(msgspec.Struct):
+    content: str
+    id: int
+
+
+class _Fast(msgspec.Struct):
+    """What is read of a tokenizer.json."""
+
+    model: _FastModel
+    added_tokens: list[_FastToken] = msgspec.field(default_factory=list)
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _sentencepiece(path: Path) -> tuple[int, dict[str, int], dict[str, str]]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_proto=path.read_bytes())
+        roles = {
+            "bos_token": model.bos_id(),
+            "eos_token": model.eos_id(),
+            "unk_token": model.unk_id(),
+            "pad_token": model.pad_id(),
+        }
+        names = {name: model.id_to_piece(i) for name, i in roles.items() if i >= 0}
+        return model.vocab_size(), {text: roles[name] for name, text in names.items()}, names
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"inspect: {path} can't be read by sentencepiece ({error}), fetch the file again") from None
+
+
+def weight_names(folder: Path) -> tuple[list[str], list[str]]:
+    if not (folder / INDEX).is_file():
+        faults = [] if (folder / SINGLE).is_file() else [f"{folder} holds neither {SINGLE} nor {INDEX}"]
+        return [] if faults else [SINGLE], faults
+    names = sorted(set(decoded_json(folder / INDEX, _Index).weight_map.values()))
+    return [name for name in names if Path(name).name == name], [
+        f"{folder / INDEX} points to {name!r}, expected a file in its own folder" for name in names if Path(name).name != name
+    ]
+
+
+def tensor_entries(paths: Iterable[Path]) -> tuple[dict[str, Entry], list[str]]:
+    """(tensors of all files by name, what is wrong with files)."""
+    entries, faults = {}, []
+    for path in paths:
+        try:
+            entries |= read_header(path)
+        except FileNotFoundError:
+            faults.append(f"{path} does not exist, expected it: the folder needs it; download it again")
+        except (OSError, ValueError) as error:
+            faults.append(f"{path} is no whole safetensors file ({error}); download it again")
+    return entries, faults
+
+
+def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> int:
+    """Of the model, where the tensor may be packed codes or what goes with them."""
+    if BESIDE_CODES.fullmatch(name):
+        return 0
+    if PACKED_WORDS.fullmatch(name) and entry.dtype == "I32":
+        return entry.numel * (32 // bits_of(quantization))
+    nibbles = entry.dtype == "U8" and (name.endswith("_blocks") or quantization.get("quant_method") == "bitsandbytes")
+    return entry.numel * (2 if nibbles else 1)
+
+
+def bits_of(quantization: Mapping[str, Any]) -> int:
+    groups = quantization.get("config_groups")
+    found = [quantization.get("bits")]
+    for group in groups.values() if isinstance(groups, dict) else []:
+        weights = group.get("weights") if isinstance(group, dict) else None
+        found.append(weights.get("num_bits") if isinstance(weights, dict) else None)
+    return next((bits for bits in found if bits in (2, 3, 4, 8)), 4)
+
+
+def json_table(path: Path) -> dict[str, Any]:
+    return decoded_json(path, dict[str, Any]) if path.is_file() else {}
+
+
+def decoded_json(path: Path, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"inspect: {path} can't be read ({error}), expected the JSON of its kind; fetch the file again"
+        ) from None

@@ -1,0 +1,199 @@
+"""The inspect verb: what a model or adapter folder holds, in words."""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minitune.cli.folder_facts import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ORIGIN,
+    TokenizerFiles,
+    bits_of,
+    json_table,
+    n_parameters,
+    tensor_entries,
+    weight_names,
+)
+from minitune.errors import InputError
+from minitune.io.paths import locate
+from minitune.io.safetensors_header import BITS, Entry
+from minitune.io.units import n_bytes_told
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")  # of all experts of a layer, one rank after the other
+
+
+class Facts(NamedTuple):
+    """What a folder holds, in a person's words, and what is wrong with it."""
+
+    rows: dict[str, str]
+    faults: list[str]
+
+
+def inspect(word: str) -> int:
+    """Print what a folder (or demo) holds, as a table, and return 0; 2 if a file is missing or damaged, told on stderr.
+
+    InputError for what is no model and no adapter folder.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, faults = facts(locate(word))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(_printable(value)))
+    Console().print(table)
+    for fault in faults:
+        sys.stderr.write(f"inspect: {_printable(fault)}\n")
+    return 2 if faults else 0
+
+
+def facts(folder: Path) -> Facts:
+    """What a model or adapter folder holds; InputError for any other folder, and for JSON that can't be read."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        rows, faults = _adapter(folder)
+    elif (folder / "config.json").is_file():
+        rows, faults = _model(folder)
+    else:
+        raise InputError(f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model or adapter folder")
+    sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
+    return Facts({**rows, "files": f"{len(sizes)}, {n_bytes_told(sum(sizes))}"}, faults)
+
+
+def _model(folder: Path) -> Facts:
+    config = json_table(folder / "config.json")
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, dict) else config  # of a multimodal model, what reads and writes text
+    names, faults = weight_names(folder)
+    entries, damage = tensor_entries(folder / name for name in names)
+    quantization = text.get("quantization_config") or text.get("compression_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
+    tied = text.get("tie_word_embeddings")
+    head = any(name.endswith("lm_head.weight") for name in entries)
+    tokens = TokenizerFiles.of(folder)
+    rows = {
+        "family": ", text of ".join(str(c.get("model_type")) for c in ([inner, config] if text is not config else [config])),
+        "architecture": _listed(config.get("architectures")),
+        "parameters": _count(sum(n_parameters(name, entry, quantization) for name, entry in entries.items())),
+        "dtypes": _dtypes(entries),
+        "shape": _shape(text),
+        "context": _context(text),
+        "vocabulary": f"{_number(text.get('vocab_size'))} in the embedding, {_number(tokens.size)} in the tokenizer",
+        "tied head": f"{'yes' if (not head if tied is None else tied) else 'no'}{'' if tied is not None else ' (not said)'}",
+        "quantized": _quantized(quantization),
+        "tokenizer": tokens.kind,
+        "special tokens": tokens.named(),
+        "stops at": _stops(folder, text, tokens),
+        "template": _template(folder, tokens),
+    }
+    return Facts({name: value for name, value in rows.items() if value}, [*faults, *damage])
+
+
+def _adapter(folder: Path) -> Facts:
+    config = json_table(folder / ADAPTER_CONFIG)
+    entries, damage = tensor_entries([folder / ADAPTER])
+    origin = json_table(folder / ORIGIN).get("base") or {}
+    targets = config.get("target_modules")
+    places = [*(targets if isinstance(targets, list) else [targets]), *_sequence(config.get("target_parameters"))]
+    ends = Counter(str(place).removesuffix(".weight").rpartition(".")[2] for place in places)
+    ranks = Counter(e.shape[0] for name, e in entries.items() if ".lora_A" in name and e.shape and not JOINED.fullmatch(name))
+    joined = sum(JOINED.fullmatch(name) is not None for name in entries)
+    kinds = [word for key, word in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key)]
+    rows = {
+        "adapter": " ".join(kinds) or str(config.get("peft_type")),
+        "rank": ", ".join(f"{rank} in {n} modules" for rank, n in sorted(ranks.items())) or _number(config.get("r")),
+        "joined experts": f"{joined} tensors" if joined else "",
+        "alpha": f"{config.get('lora_alpha')}",
+        "targets": ", ".join(f"{name} x {n}" if n > 1 else name for name, n in ends.items()),
+        "trained whole": _listed(config.get("modules_to_save")),
+        "parameters": _count(sum(entry.numel for entry in entries.values())),
+        "dtypes": _dtypes(entries),
+        "base": str(config.get("base_model_name_or_path")),
+        "base fingerprint": str(origin.get("fingerprint") or "") if isinstance(origin, dict) else "",
+        "base quantized": _quantized(origin.get("quantization") or {}) if isinstance(origin, dict) and origin else "",
+    }
+    return Facts({name: value for name, value in rows.items() if value}, damage)
+
+
+def _quantized(quantization: Any) -> str:
+    if not isinstance(quantization, dict) or not quantization:
+        return "no"
+    words = [quantization.get(key) for key in ("quant_method", "scheme", "format", "fmt")]
+    return f"{' '.join(str(word) for word in words if word) or 'yes'}, {bits_of(quantization)} bits"
+
+
+def _dtypes(entries: Mapping[str, Entry]) -> str:
+    sizes: Counter[str] = Counter()
+    for entry in entries.values():
+        sizes[entry.dtype] += entry.end - entry.start
+    return ", ".join(f"{dtype} {n_bytes_told(n)}" for dtype, n in sizes.most_common()) if set(sizes) <= set(BITS) else ""
+
+
+def _shape(config: Mapping[str, Any]) -> str:
+    words = [
+        ("num_hidden_layers", "{} layers"),
+        ("hidden_size", "d_model {}"),
+        ("num_attention_heads", "{} heads"),
+        ("num_key_value_heads", "{} for keys and values"),
+        ("head_dim", "d_head {}"),
+        ("intermediate_size", "d_ff {}"),
+        ("num_experts", "{} experts"),
+        ("num_local_experts", "{} experts"),
+        ("num_experts_per_tok", "{} a token"),
+    ]
+    return ", ".join(dict.fromkeys(word.format(config[key]) for key, word in words if config.get(key)))
+
+
+def _context(config: Mapping[str, Any]) -> str:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
+    rope = next((value for value in rope.values() if isinstance(value, dict)), rope)  # nested by the kind of layer
+    kind = rope.get("rope_type") or rope.get("type")
+    words = [f"{_number(config.get('max_position_embeddings'))} tokens"]
+    if kind not in (None, "default"):
+        words.append(f"RoPE {kind} x {rope['factor']}" if rope.get("factor") else f"RoPE {kind}")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return ", ".join([*words, *([f"window {_number(window)}"] if window else [])])
+
+
+def _stops(folder: Path, config: Mapping[str, Any], tokens: TokenizerFiles) -> str:
+    found = json_table(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    texts = {i: text for text, i in tokens.ids.items()}
+    return ", ".join(f"{texts.get(i, '')} {i}".strip() for i in _sequence(found) if isinstance(i, int))
+
+
+def _template(folder: Path, tokens: TokenizerFiles) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return "chat_template.jinja"
+    if json_table(folder / "tokenizer_config.json").get("chat_template"):
+        return "tokenizer_config.json"
+    return f"none; the built-in {'ChatML' if all(text in tokens.ids for text in CHATML) else 'plain'} one is used"
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(str(one) for one in _sequence(value))
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "not said" if value is None else str(value)
+
+
+def _count(n: int) -> str:
+    short = next((f" ({n / size:.2f} {unit})" for size, unit in ((10**9, "billion"), (10**6, "million")) if n >= size), "")
+    return f"{n:,}{short}"
+
+
+def _printable(text: str) -> str:
+    """What a file says can't move the cursor or colour the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

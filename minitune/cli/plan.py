@@ -1,0 +1,98 @@
+"""The plan verb: memory and floating-point operations of a program's training stages, and whether they fit."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from minitune import hardware, host
+from minitune.errors import InputError
+from minitune.optim.eight_bit import AdamW8bit
+from minitune.planning.memory import Step, floor
+from minitune.programs import program
+from minitune.programs.plan import Planned, planned, quantized_params
+from minitune.programs.stages.train import HOST
+from minitune.quant.schemes import NF4
+
+MIB = 2**20
+
+
+def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> int:
+    """Print what each training stage of a program needs and whether it fits; returns the exit code. No weight is read.
+
+    InputError for what is wrong with the program, and for one that trains nothing.
+    """
+    found = list(planned(program.load(file, overrides)))
+    if not found:
+        raise InputError(f"plan: {file} has no train stage, expected one; the memory of other stages is that of their weights")
+    screen = console or Console()
+    screen.print(_table(found))
+    for one in found:
+        for line in _verdict(one):
+            screen.print(Text(line), soft_wrap=True)
+    return 0
+
+
+def _table(found: Sequence[Planned]) -> Table:
+    table = Table("at the fullest moment [MiB]")
+    for one in found:
+        table.add_column(one.stage.label, justify="right")
+    for name in found[0].parts:
+        if any(values := [one.parts[name] for one in found]):
+            table.add_row(name, *(f"{value / MIB:,.1f}" for value in values))
+    table.add_section()
+    table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in found))
+    table.add_section()
+    table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in found))
+    table.add_row("TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in found))
+    return table
+
+
+def _tokens(one: Planned) -> int:
+    return one.step.n_rows * one.step.n_tokens * one.step.n_micro_batches
+
+
+def _verdict(one: Planned) -> Iterator[str]:
+    """Whether a stage fits, and what would make it fit."""
+    step, there, n_bytes = one.step, _memory_bytes(one.step.device), one.n_bytes
+    needs = f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need {n_bytes / MIB:,.1f} MiB"
+    has = f"of the {there / MIB:,.0f} MiB of this machine's {step.device.type}"
+    yield f"{needs}, {n_bytes / there:.0%} {has}: {'fits' if n_bytes <= there else 'does not fit'}"
+    for change, less in _smaller(one):
+        if n_bytes <= there:
+            return
+        before, n_bytes = n_bytes, sum(floor(less).values())
+        if n_bytes < before:
+            yield f"  {change}: {n_bytes / MIB:,.1f} MiB{', fits' if n_bytes <= there else ''}"
+    if n_bytes > there:
+        yield "  or a smaller model, or a lora stage in place of a full one" if step.lora is None else "  or a smaller model"
+
+
+def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
+    """Changes to a program that need less memory, the mildest first, each with those before it."""
+    step, stage, lora = one.step, one.stage, one.step.lora is not None
+    n_micro = stage.micro_batch_size or stage.batch_size
+    step = step._replace(n_rows=step.n_rows // n_micro, n_micro_batches=step.n_micro_batches * n_micro)
+    yield f"with {stage.label}.micro_batch_size=1", step
+    step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
+    yield f"and {stage.label}.remat=true", step
+    if hardware.capabilities(step.device).streams:
+        step = step._replace(offloaded=True)
+        yield f"and {stage.label}.remat={HOST} in its place", step
+    if lora:
+        dense = [name for name, w in step.params.items() if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name]
+        codes = quantized_params(step.params, {name: NF4() for name in dense if step.params[name].shape[1] % 2 == 0})
+        yield "and a quantize stage with scheme nf4 before the lora stage", step._replace(params={**step.params, **codes})
+    else:
+        yield f"and {stage.label}.optimizer.kind=adamw8bit", step._replace(optimizer=AdamW8bit(lr=0.0))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All of the memory of the accelerator, or of this machine."""
+    if hardware.is_accelerator(device):
+        return hardware.total_bytes(device)
+    return host.total_bytes()

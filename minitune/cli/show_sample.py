@@ -1,0 +1,136 @@
+"""The show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Never
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from minitune.data import preference
+from minitune.data.source import Source
+from minitune.data.supervised import tokenized
+from minitune.errors import InputError, nearest
+from minitune.io.paths import locate
+from minitune.programs import program
+from minitune.text import tokenizer
+from minitune.text.chat import Tokens, open_template
+from minitune.text.template import Template, with_options
+from minitune.text.tokenizer import Tokenizer
+
+OPEN, CLOSE = "⟦", "⟧"  # around targets, so that they are seen without colour
+TARGET, OTHER = "bold green", "dim"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        raise InputError(f"sample: {message}, expected options as in `{self.prog} --help`; correct the command")
+
+
+def show(file: Path, words: Sequence[str], console: Console | None = None) -> int:
+    """Print the first samples of a program's data: text, ids and mask, the targets marked; returns the exit code.
+
+    words: overrides of the program, --n (samples a file), --data (a [data] table, all if absent). InputError for what the
+    program, its tokenizer or its data have wrong.
+    """
+    options = _parser().parse_intermixed_args(words)
+    if options.n < 1:
+        raise InputError(f"sample: --n is {options.n}, expected at least 1; correct it")
+    asked = program.load(file, options.overrides)
+    if options.data is not None and options.data not in asked.data:
+        known = ", ".join(asked.data) or "none"
+        raise InputError(f"sample: --data {options.data}, expected a [data] table: {known}{nearest(options.data, [*asked.data])}")
+    folder = asked.model.tokenizer or asked.model.path
+    if folder is None:
+        raise InputError(
+            f"sample: {file} has [model] config but no tokenizer, expected the folder that holds the tokenizer's files"
+        )
+    text = tokenizer.open_tokenizer(locate(folder))
+    template = with_options(open_template(locate(folder), text), asked.model.chat_template_kwargs, "[model]")
+    screen = console or Console()
+    screen.print(Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True)
+    for name, source in asked.data.items():
+        if options.data in (None, name):
+            here = msgspec.structs.replace(source, path=str(locate(source.path)))
+            for part in here.parts():
+                _show_file(screen, name, part, text, template, options.n)
+    return 0
+
+
+def _parser() -> _Parser:
+    description = "Show what a program would train on: text, ids and mask of the first samples of its data."
+    parser = _Parser("python -m minitune show-sample PROGRAM", description=description, allow_abbrev=False)
+    parser.add_argument("--n", type=int, default=3, metavar="N", help="samples of each file (default %(default)s)")
+    parser.add_argument("--data", metavar="NAME", help="a [data] table; all of them if absent")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
+    return parser
+
+
+def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, template: Template, n: int) -> None:
+    for where, samples in islice(_samples(source, text, template), n):
+        for kind, whole in samples:
+            tokens = Tokens(whole.ids, [False, *whole.mask[1:]])  # nothing predicts the first token
+            told = f"{len(tokens.ids):,} tokens, {sum(tokens.mask):,} of them targets{_fate(tokens, source)}"
+            screen.print(Text(f"\n{name} {where}{f' {kind}' if kind else ''}: {told}", style="bold"), soft_wrap=True)
+            for line in (_text(tokens, text), _ids(tokens), _mask(tokens)):
+                screen.print(line, soft_wrap=True)
+
+
+def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[str, Tokens]]]]:
+    """("file:line", [(what it is to its loss, tokens)]) of each row."""
+    if source.format not in preference.FORMATS:
+        for where, tokens in tokenized(source, text, template):
+            yield where, [("", tokens)]
+        return
+    words = ("chosen", "rejected") if source.format == "pairs" else ("desirable", "undesirable")
+    for where, answers in preference.tokenized(source, text, template):
+        yield where, [(words[not better], tokens) for tokens, better in answers]
+
+
+def _fate(tokens: Tokens, source: Source) -> str:
+    """What becomes of a sample that is not trained on as it is."""
+    if len(tokens.ids) > source.seq_len:
+        return f" (longer than seq_len = {source.seq_len}: {'dropped' if source.overlong == 'drop' else 'cut there'})"
+    return "" if any(tokens.mask) else " (left out: nothing in it is trained)"
+
+
+def _runs(tokens: Tokens) -> Iterator[tuple[bool, int, int]]:
+    """(trained, start, end) of the tokens that stand together and are all trained, or all not."""
+    start = 0
+    for trained, run in groupby(tokens.mask):
+        end = start + len(list(run))
+        yield trained, start, end
+        start = end
+
+
+def _text(tokens: Tokens, text: Tokenizer) -> Text:
+    shown, before = Text(), ""
+    for trained, _, end in _runs(tokens):
+        whole = text.decode(tokens.ids[:end], skip_special=False)  # from the start on: what a token adds depends on those before
+        _mark(shown, whole[len(before) :], trained)
+        before = whole
+    return shown
+
+
+def _ids(tokens: Tokens) -> Text:
+    shown = Text("ids ", style=OTHER)
+    for trained, start, end in _runs(tokens):
+        _mark(shown.append(" "), " ".join(map(str, tokens.ids[start:end])), trained)
+    return shown
+
+
+def _mask(tokens: Tokens) -> Text:
+    shown = Text("mask ", style=OTHER)
+    for trained, start, end in _runs(tokens):
+        _mark(shown.append(" "), f"{end - start} x {int(trained)}", trained)
+    return shown
+
+
+def _mark(shown: Text, piece: str, trained: bool) -> None:
+    piece = CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), piece)  # pictures of them: data can't steer a terminal
+    shown.append(f"{OPEN}{piece}{CLOSE}" if trained else piece, style=TARGET if trained else OTHER)

@@ -1,0 +1,140 @@
+"""Supervised data: rows tokenized once, kept memory-mapped, and drawn as batches."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from minitune.data import packing
+from minitune.data.conversations import messages, tools
+from minitune.data.cursor import Cursor, next_rows
+from minitune.data.packing import epoch_rows
+from minitune.data.readers import at, located, opened
+from minitune.data.source import Source, column
+from minitune.data.token_store import Documents, Report, collect, load, padded, save
+from minitune.errors import InputError
+from minitune.io import array_cache
+from minitune.text.chat import Tokens, encode_chat
+from minitune.text.template import Template, with_options
+from minitune.text.tokenizer import Tokenizer
+from minitune.types import Batch
+
+LAYOUT = 2  # of the token cache: another number makes every cache anew
+
+
+class Dataset(NamedTuple):
+    """Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for targets; order(seed, epoch): the rows of documents.
+
+    key: a hash of all that the tokens depend on.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+    report: Report
+    order: Callable[[int, int], list[list[int]]]
+    key: str
+
+    def fill(self, source: Source, seed: int) -> float:
+        """The share of tokens in the first epoch's rows that are no padding, with source.packed."""
+        return packing.fill(self.order(seed, 0), np.diff(self.offsets).tolist(), source.seq_len)
+
+
+def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> Dataset:
+    """The source's documents, tokenized once into a folder of `cache` whose name is a hash of all that they depend on.
+
+    InputError for a malformed line, and for data without a single trained token.
+    """
+    if source.format in ("pairs", "judged"):
+        raise InputError(
+            f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
+        )
+    key = cache_key(source, tokenizer, template)
+    if not (cache / key).is_dir():
+        files: list[int] = []  # of each sample that is read
+
+        def samples() -> Iterator[list[Tokens]]:
+            for number, part in enumerate(source.parts()):
+                for _, tokens in tokenized(part, tokenizer, template):
+                    files.append(number)
+                    yield [tokens]
+
+        found, kept, report = collect(samples(), source.path, source.seq_len, source.overlong)
+        save(cache / key, found, report, file=np.array(files, dtype=np.int32)[kept])
+    found, (file,), report = load(cache / key, 1, "file")
+    sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()
+    for size, part in zip(sizes, source.parts(), strict=True):
+        if size == 0:
+            raise InputError(
+                f"data: {part.path} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
+            )
+    lengths, shares = np.diff(found.offsets).tolist(), [one.share for one in source.mix]
+    # an instance's own memo: the order is a pure function, but a step can't afford to compute it
+    order = lru_cache(maxsize=2)(
+        lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares)
+    )
+    return Dataset(*found, report, order, key)
+
+
+def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, Tokens]]:
+    """("file:line", tokens) of every row of the table's own file."""
+    template = with_options(template, source.chat_template_kwargs, source.path)
+    return ((where, _document(row, where, source, tokenizer, template)) for where, row in located(source))
+
+
+def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
+    """The next n_rows rows and the cursor after them; where an epoch ends, the next one completes the batch."""
+    rows, cursor = next_rows(dataset.order, cursor, n_rows, seed)
+    return _batch(dataset, rows, source), cursor
+
+
+def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
+    """One pass in the order of the file, for evaluation; a packed row is full when the next document has no room in it."""
+    rows: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(np.diff(dataset.offsets).tolist()):
+        if source.packed and length <= room:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+            room = source.seq_len
+        room = room - length
+    for start in range(0, len(rows), n_rows):
+        yield _batch(dataset, rows[start : start + n_rows], source)
+
+
+def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
+    """A hash of everything that a source's tokens depend on."""
+    rules = []
+    for part in source.parts():
+        with opened(Path(part.path)) as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        # neither where the file lies nor how rows are packed is in the tokens; the suffix says how it is read
+        ruled = msgspec.structs.replace(part, path=Path(part.path).suffix, packed=True)
+        rules.append((content, msgspec.json.encode(ruled, order="deterministic").decode()))
+    names = sorted(template.special_names.items())
+    sources = [template.source, template.tool_use.source if template.tool_use else None]
+    options = msgspec.json.encode(dict(template.options), order="deterministic").decode()
+    return array_cache.key(LAYOUT, tokenizer.fingerprint, sources, names, options, rules)
+
+
+def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
+    if source.format != "text":
+        said, callable_ = messages(row, source, where), tools(row, source, where)
+        with at(where):
+            return encode_chat(tokenizer, template, said, tools=callable_, train_on=source.train_on)
+    # The text format is raw: what it writes is what the model sees, the strings of special tokens included.
+    ids = tokenizer.encode(column(row, "text", (str,), source, where), parse_special=True)
+    bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    ids = [*(bos if ids[:1] != bos else []), *ids, *eos]
+    return Tokens(ids, [True] * len(ids))
+
+
+def _batch(dataset: Dataset, rows: Sequence[Sequence[int]], source: Source) -> Batch:
+    """Packed: T = seq_len, so that shapes never change; unpacked: T = the longest row."""
+    held = Documents(dataset.tokens, dataset.mask, dataset.offsets)
+    return padded([[held.at(i) for i in row] for row in rows], source.seq_len if source.packed else None)

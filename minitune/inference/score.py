@@ -1,0 +1,84 @@
+"""How likely given texts are: log-probs of continuations, many in one forward."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.losses.token import cross_entropy
+from minitune.models import decoder
+from minitune.models.model import Model
+from minitune.nn.head import head_chunk
+from minitune.types import Params
+
+
+class Score(NamedTuple):
+    """log p(continuation | context) in nats, and whether greedy decoding would have written the continuation."""
+
+    logp_nats: float
+    greedy: bool
+
+
+def continuations(
+    model: Model,
+    params: Params,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    max_length: int,
+) -> list[Score]:
+    """The score of each (context, continuation), token ids both, in the order given.
+
+    Contexts are cut on the left so that a row has at most max_length tokens. Rows run from long to short, batch_size at a time,
+    and pairs that differ in their last token alone share one: the answers A, B, C, D to a question cost one forward of a row.
+    InputError for an empty context and for a continuation that is empty or longer than max_length.
+    """
+    sharers: dict[tuple[int, ...], list[int]] = {}  # the tokens of a row -> the pairs that it serves
+    for n, (context, continuation) in enumerate(pairs):
+        if not context or not 0 < len(continuation) <= max_length:
+            raise InputError(
+                f"scoring: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
+                f"of 1 or more and a continuation of 1 to {max_length}"
+            )
+        row = (*context, *continuation)[-max_length - 1 : -1]
+        sharers.setdefault(row, []).append(n)
+    rows = sorted(sharers, key=len, reverse=True)
+    scores: dict[int, Score] = {}
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        served = [(b, n) for b, row in enumerate(batch) for n in sharers[row]]
+        targets = [pairs[n][1] for _, n in served]
+        places = [(b, len(batch[b]) - len(t) + i) for (b, _), t in zip(served, targets, strict=True) for i in range(len(t))]
+        logps, greedy = _read(model, params, batch, places, [token for t in targets for token in t])
+        sizes = [len(t) for t in targets]
+        for (_, n), logp, hits in zip(served, logps.split(sizes), greedy.split(sizes), strict=True):
+            scores[n] = Score(float(logp.sum()), bool(hits.all()))
+    return [scores[n] for n in range(len(pairs))]
+
+
+def _read(
+    model: Model,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[tuple[int, int]],
+    targets: Sequence[int],
+) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+    """(log p of each target at its (row, position), whether it is the argmax there), on the CPU; no other logits are computed."""
+    width, device = max(map(len, rows)), params["model.embed_tokens.weight"].device
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    b, t = torch.tensor(places, device=device).T
+    labels = torch.tensor(targets, device=device)
+    with torch.no_grad():
+        # rows are padded on the right, where a causal model never looks: no mask, so attention takes its fastest path
+        hidden = decoder.hidden(model.config, params, tokens, block_of=model.block_of())[b, t]
+        chunk = head_chunk(model.head(params))
+        pieces = [_judge(model.logits(params, h), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
+    logps, greedy = (torch.cat(side).cpu() for side in zip(*pieces, strict=True))
+    return logps, greedy
+
+
+def _judge(logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"]) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+    return -cross_entropy(logits, targets), logits.argmax(-1) == targets

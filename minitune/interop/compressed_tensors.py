@@ -1,0 +1,142 @@
+"""Quantized Hugging Face folders in the compressed-tensors format, which transformers and vLLM read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Int, UInt8
+from torch import Tensor, int32, tensor, uint8
+
+from minitune.checkpoint.hf_folder import Companions, save_folder
+from minitune.errors import InputError
+from minitune.models.model import Model
+from minitune.models.weights import head_name
+from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
+from minitune.types import Params
+
+Activations = Literal["none", "int8"]
+
+
+class _Scheme(NamedTuple):
+    """How a group of weights is stored: group_size None is one scale an output channel."""
+
+    bits: int
+    group_size: int | None
+    activations: Literal["none", "int8", "float8"]
+
+    @property
+    def format(self) -> str:
+        """What the format calls weights that are stored so."""
+        return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[self.activations]
+
+
+def save(
+    folder: Path,
+    params: Params,
+    model: Model,
+    beside: Companions,
+    *,
+    activations: Activations,
+) -> None:
+    """Write a complete Hugging Face folder whose QInt4 leaves are W4A16 and whose QInt8 leaves are W8A16, or, with activations
+    "int8", W8A8: every token's activations are rounded to int8 with a scale of their own while the model runs. QFloat8 leaves
+    are W8A8 in 8-bit floats, as they are where minitune multiplies them.
+
+    Scales are stored in the dtype of the unquantized weights. InputError for NF4 leaves and where there is nothing to quantize.
+    vLLM fuses q, k, v and gate, up: it refuses a folder in which the parts of one such layer have different schemes.
+    """
+    dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
+    tensors: dict[str, Tensor] = {}
+    schemes: dict[_Scheme, list[str]] = {}
+    for name, w in params.items():
+        if isinstance(w, Tensor):
+            tensors[name] = w
+            continue
+        module, scheme = name.removesuffix(".weight"), _scheme(name, w, activations)
+        schemes.setdefault(scheme, []).append(module)
+        tensors |= {**stored(module, w, scheme.activations), f"{module}.weight_scale": w.scale.to(dtype)}
+    if not schemes:
+        raise InputError(
+            "compressed: no weight is quantized, expected int8, int4 or float8 leaves; put a quantize stage before this one"
+        )
+    if activations == "int8" and not any(scheme.activations == "int8" for scheme in schemes):
+        raise InputError(
+            "compressed: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
+        )
+    config = {"quantization_config": _config(schemes, unquantized(params, model))}
+    save_folder(folder, tensors, model, beside, config_keys=config)
+
+
+def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
+    if isinstance(w, QInt8):
+        return _Scheme(8, None, activations)
+    if isinstance(w, QFloat8):
+        return _Scheme(8, None, "float8")
+    if isinstance(w, QInt4):
+        return _Scheme(4, w.shape[1] // w.scale.shape[1], "none")
+    found = "NF4" if isinstance(w, QNF4) else type(w).__name__
+    raise InputError(
+        f"compressed: {name} is {found}, expected int8, int4 or float8; "
+        "write NF4 in the format 'bitsandbytes', or quantize to int4"
+    )
+
+
+def stored(module: str, w: QInt8 | QFloat8 | QInt4, activations: str) -> dict[str, Tensor]:
+    """The codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
+    first in the lowest bits."""
+    if activations != "none":
+        return {f"{module}.weight": w.codes}
+    # QInt4 has these bytes already, and for int8 they are the codes with the sign bit flipped
+    rows = w.codes if isinstance(w, QInt4) else w.codes.view(uint8) ^ 0x80
+    return {f"{module}.weight_packed": _words(rows), f"{module}.weight_shape": tensor(w.shape)}
+
+
+def _words(rows: UInt8[Tensor, "out bytes"]) -> Int[Tensor, "out words"]:
+    """Bytes of each row as little-endian int32, the last one filled up with zeros."""
+    return F.pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(int32)
+
+
+def unquantized(params: Params, model: Model) -> list[str]:
+    """The linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
+    embedding = "model.embed_tokens.weight"
+    linears = [name for name, w in params.items() if isinstance(w, Tensor) and w.ndim == 2 and name != embedding]
+    return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (head_name(model.config) == embedding)
+
+
+def _config(schemes: Mapping[_Scheme, list[str]], ignore: list[str]) -> dict[str, Any]:
+    formats = {scheme.format for scheme in schemes}
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(schemes) == 1 else modules,
+            "weights": _rounding(scheme, "channel" if scheme.group_size is None else "group"),
+            "input_activations": _rounding(scheme, "token") if scheme.activations != "none" else None,
+            "output_activations": None,
+            "format": scheme.format,
+        }
+        for i, (scheme, modules) in enumerate(schemes.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ignore,
+        "config_groups": groups,
+    }
+
+
+def _rounding(scheme: _Scheme, strategy: str) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "float" if scheme.activations == "float8" else "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": scheme.group_size,
+        "dynamic": strategy == "token",
+        "observer": None if strategy == "token" else "minmax",
+        "actorder": None,
+        "block_structure": None,
+        "observer_kwargs": {},
+    }

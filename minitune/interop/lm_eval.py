@@ -1,0 +1,297 @@
+"""EleutherAI's lm-evaluation-harness (lm_eval 0.4) over pure functions, with the numbers of its own transformers backend."""
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from minitune.errors import InputError
+from minitune.inference import generate
+from minitune.inference.sampling import Sampling
+from minitune.inference.score import Score, continuations
+from minitune.models.model import Model
+from minitune.text.template import Message, Template, render
+from minitune.text.tokenizer import Tokenizer
+from minitune.types import Params
+
+BOOTSTRAP = 1000  # resamples for the standard error of a metric that has no formula for it
+SEED = 1234  # of what a task asks to be drawn: the harness's own
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that a task gives counts
+DEFAULT_NEW_TOKENS = 256  # the harness's own
+DRAWN = ("top_k", "top_p", "min_p")  # 0 is none of them
+MARK = "\U0010fffd"  # a private character that shows where a rendered message ends
+ENVIRONMENT = {
+    "DISABLE_MULTIPROC": "1",  # resampling forks no copy of a process that holds a model
+    "LOCAL_RANK": "0",  # lm_eval returns nothing on other ranks, and here every rank has all results
+}
+
+
+class _Rules(NamedTuple):
+    """How a task wants its answers written."""
+
+    max_new_tokens: int
+    stop_strings: tuple[str, ...]
+    sampling: Sampling
+
+
+def check(include: Path | None) -> None:
+    """InputError where lm_eval is not installed, or where the folder of task files does not exist or holds none."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise InputError("harness: lm_eval is not installed, this needs the extra eval: pip install 'minitune[eval]'") from None
+    if include is not None and next(include.rglob("*.yaml"), None) is None:
+        raise InputError(f"harness: {include} holds no task, expected a folder with *.yaml files; see docs/eval.md")
+
+
+def evaluate(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    tasks: Sequence[str],
+    include: Path | None,
+    n_shots: int | None,
+    chat_template: bool,
+    system: str | None,
+    batch_size: int,
+    limit: int | float | None,
+    max_length: int | None,
+    stop_ids: Sequence[int],
+) -> dict[str, Any]:
+    """{"lm_eval": its version, "tasks": {name: {"metrics": {metric: {"value", "stderr"}}, "n_samples", "n_shots", "version"}}}.
+
+    tasks: names from the YAML files under the folder `include`, else the harness's own, whose data sets are downloaded unless
+    they are in the cache. n_shots: solved examples in front of each question, the task's own number if None. limit: documents
+    a task, below 1 a share of them. max_length: tokens a row, the model's own limit if None. stop_ids end an answer, as eos does.
+    Python's, numpy's and torch's global generators are seeded, as lm_eval does. InputError for a task or data that is not there.
+    """
+    check(include)
+    backend = language_model(model, params, tokenizer, template, batch_size=batch_size, max_length=max_length, stop_ids=stop_ids)
+    from lm_eval import __version__
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if chat_template and system is not None:  # a template that has no place for it would silently lose it
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+        render(template, messages, add_generation_prompt=True)
+    with _quiet():
+        index = TaskManager(include_path=include, include_defaults=False)
+        if not set(tasks) <= set(index.all_tasks):  # it takes seconds to list the harness's own
+            index = TaskManager(include_path=include)
+        unknown = [name for name in tasks if name not in index.all_tasks]
+        if unknown or not tasks:
+            raise InputError(
+                f"harness: tasks are {list(tasks)}, expected names of tasks under {include} or of lm_eval {__version__}; "
+                + (f"{unknown[0]} is in neither" if unknown else "name at least one")
+            )
+        try:
+            found = simple_evaluate(
+                model=backend,
+                tasks=list(tasks),
+                task_manager=index,
+                num_fewshot=n_shots,
+                apply_chat_template=chat_template,
+                system_instruction=system,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+            )
+        except OSError as error:
+            raise InputError(
+                f"harness: the data of {', '.join(tasks)} can't be read ({error}), expected local files or data sets in the "
+                "cache; run once with the network, or correct data_files"
+            ) from None
+    return {"lm_eval": __version__, "tasks": _plain(found or {})}
+
+
+def language_model(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    batch_size: int,
+    max_length: int | None,
+    stop_ids: Sequence[int],
+) -> Any:
+    """The model as an lm_eval TemplateLM, for those who want more of its functions than `evaluate` returns."""
+    check(None)
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    eos_id = tokenizer.eos_id
+    if eos_id is None:
+        raise InputError("harness: the tokenizer has no eos_token, expected one; name it in tokenizer_config.json")
+    prefix_id = eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    n_max = max_length or model.config.max_positions
+
+    def encode(text: str, special: bool | None = None) -> list[int]:
+        """Ids of a text; bos goes in front where the tokenizer wants it, but for a rendered chat, which brings its own."""
+        opened = not text.startswith(tokenizer.decode([prefix_id], skip_special=False)) if special is None else special
+        bos = [prefix_id] if opened and tokenizer.add_bos and tokenizer.bos_id is not None else []
+        return bos + tokenizer.encode(text, parse_special=True)
+
+    def scores(pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+        return continuations(model, params, pairs, batch_size=batch_size, max_length=n_max)
+
+    class Adapter(TemplateLM):
+        """What the harness asks, answered by pure functions."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return eos_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            return prefix_id
+
+        @property
+        def tokenizer_name(self) -> str:
+            return tokenizer.fingerprint
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            return encode(string, add_special_tokens)
+
+        def chat_template(self, chat_template: bool | str = False) -> str | None:
+            return template.source if chat_template else None
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return _rendered(template, chat_history, add_generation_prompt)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            found = scores([(context, continuation) for _, context, continuation in requests])
+            return [(score.logp_nats, score.greedy) for score in found]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+            windows = []
+            for request in requests:
+                ids = encode(request.args[0])
+                overlapping = utils.get_rolling_token_windows(ids, prefix_id, max_seq_len=n_max, context_len=1)
+                windows.append([utils.make_disjoint_window(window) for window in overlapping])
+            found = iter(scores([window for text in windows for window in text]))
+            return [sum((next(found).logp_nats for _ in text), 0.0) for text in windows]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+            alike: dict[_Rules, list[int]] = {}
+            for n, request in enumerate(requests):
+                alike.setdefault(_rules(request.args[1], n_max), []).append(n)
+            texts: dict[int, str] = {}
+            for rules, group in alike.items():
+                width = n_max - rules.max_new_tokens
+                answers = generate.answers(
+                    model,
+                    params,
+                    [(encode(requests[n].args[0]) or [prefix_id])[-width:] for n in group],
+                    tokenizer,
+                    **rules._asdict(),
+                    seed=SEED,
+                    batch_size=batch_size,
+                    stop_ids=[eos_id, *stop_ids],
+                    on_progress=lambda n_answered: None,
+                )
+                texts |= dict(zip(group, answers, strict=True))
+            return [texts[n] for n in range(len(requests))]
+
+    return Adapter()
+
+
+def _rules(asked: Mapping[str, Any], max_length: int) -> _Rules:
+    """A task's generation_kwargs; InputError for what can't be done here."""
+    known = {*NEW_TOKENS, *DRAWN, "until", "do_sample", "temperature", "repetition_penalty"}
+    odd = {name: value for name, value in asked.items() if name not in known and value not in (None, 1)}  # 1 changes nothing
+    temperature = 0.0 if asked.get("do_sample") is False else asked.get("temperature") or 0.0
+    filters = {name: asked[name] for name in DRAWN if asked.get(name) and temperature}
+    knobs = {"temperature": temperature, "repetition_penalty": asked.get("repetition_penalty") or 1.0, **filters}
+    try:
+        sampling = msgspec.convert({**knobs, **odd}, Sampling)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"harness: a task has generation_kwargs {dict(asked)}: {error}, expected until, max_gen_toks, do_sample, "
+            f"temperature, {', '.join(DRAWN)} or repetition_penalty; copy the task's file and change it"
+        ) from None
+    until = asked.get("until") or []
+    n_new = int(next((asked[name] for name in NEW_TOKENS if asked.get(name) is not None), DEFAULT_NEW_TOKENS))
+    if not 0 < n_new < max_length:
+        raise InputError(
+            f"harness: a task asks for {n_new} new tokens, expected 1 to {max_length - 1}: prompt and answer share max_length"
+        )
+    return _Rules(n_new, tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop), sampling)
+
+
+def _rendered(template: Template, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """A conversation as text, its last turn left open unless a new one is opened; templates that refuse system messages
+    get the rest, as in the harness's own backend."""
+    if not add_generation_prompt:
+        messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + MARK + " "}]
+    try:
+        text = render(template, messages, add_generation_prompt=add_generation_prompt)
+    except InputError:
+        rest = [message for message in messages if message["role"] != "system"]
+        if len(rest) == len(messages):
+            raise
+        text = render(template, rest, add_generation_prompt=add_generation_prompt)
+    if add_generation_prompt:
+        return text
+    text, mark, tail = text.rpartition(MARK)
+    if not mark:
+        raise InputError(f"harness: {template.origin} leaves out what the last message says, expected it for a task's gen_prefix")
+    return text if tail.startswith(" ") else text.rstrip()  # the template strips what a message ends with
+
+
+def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of what simple_evaluate returned, by task and metric; a group of tasks counts as a task."""
+
+    def metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+        cells = {tuple(key.split(",", 1)): value for key, value in row.items() if "," in key}
+        return {
+            name if rule == "none" else f"{name},{rule}": {
+                "value": float(value),
+                "stderr": stderr if isinstance(stderr := cells.get((f"{name}_stderr", rule)), float) else None,
+            }
+            for (name, rule), value in cells.items()
+            if not name.endswith("_stderr")
+        }
+
+    return {
+        name: {
+            "metrics": metrics(row),
+            "n_samples": found["n-samples"].get(name, {}).get("effective"),
+            "n_shots": found["n-shot"].get(name),
+            "version": found["versions"].get(name),
+        }
+        for name, row in {**found["results"], **found.get("groups", {})}.items()
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, no log lines and no download counts of lm_eval and datasets inside: what matters is returned."""
+    from datasets import config
+
+    logger = logging.getLogger("lm_eval")
+    level, counts = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else datasets reports every local file that it opens
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ.update({name: value})

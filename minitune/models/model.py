@@ -1,0 +1,159 @@
+"""Model: a family with its numbers, all that is needed to run parameters."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitune import seeds, tree
+from minitune.autodiff.remat import remat
+from minitune.hardware import to_device
+from minitune.models import decoder, weights
+from minitune.models.block import block
+from minitune.models.config import DecoderConfig, MixerName, layer_kind
+from minitune.models.family import Family
+from minitune.models.weights import head_name
+from minitune.nn import head as nn_head
+from minitune.nn.head import by_rows
+from minitune.nn.linear import linear
+from minitune.tree import Tree
+from minitune.types import Batch, Params
+
+BlockTransform = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+class Probe(NamedTuple):
+    """A look at what linear maps of the blocks give, through which gradients flow: also of blocks that are compiled or computed
+    again in the backward."""
+
+    weights: tuple[str, ...]  # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed by
+    receive: Callable[[str, Tensor], None]  # called with the weight's whole name and its map's output [B T out], once a forward
+
+
+class Model(NamedTuple):
+    """A family with its numbers: all that is needed to run parameters.
+
+    block_transform is applied to the function of every block, such as models.compiled.wrap; the backward computes the first
+    n_remat blocks again, by the transform `remat`: remat.remat or offload.remat(...).
+    """
+
+    family: Family
+    config: Any
+    block_transform: BlockTransform = lambda f: f
+    n_remat: int = 0
+    remat: BlockTransform = remat
+    probe: Probe | None = None
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Tensor, "B T"],
+        *,
+        segment_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of every token."""
+        return decoder.forward(self.config, params, tokens, segment_ids=segment_ids)
+
+    def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
+        """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
+        device = params["model.embed_tokens.weight"].device
+        tokens, segment_ids = to_device(rows.tokens, device), to_device(rows.segment_ids, device)
+        return decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=self.block_of())
+
+    def block_of(self) -> decoder.BlockOf:
+        """Function that gives the block of layer i: transformed, computed again in the backward, probed, as the model says."""
+        runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
+        recomputed = {mixer: self.remat(run) for mixer, run in runs.items()}
+
+        def block_of(i: int) -> Callable[..., Tensor]:
+            chosen = recomputed if i < self.n_remat else runs
+            run = chosen[layer_kind(self.config, i).mixer]
+            return run if self.probe is None else partial(_report, run, self.probe, i)
+
+        return block_of
+
+    def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
+        if self.probe is None:
+            return partial(block, self.config, mixer)
+        return partial(probed_block, self.config, mixer, self.probe.weights)
+
+    def head(self, params: Params) -> Any:
+        """Leaf [V, D] that turns hidden states into logits: the embedding itself when tied."""
+        return params[head_name(self.config)]
+
+    def logits(self, params: Params, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """Logits of hidden states, scaled and capped as the family does."""
+        return decoder.scaled_logits(self.config, linear(states, self.head(params)))
+
+    def token_losses(
+        self, params: Params, batch: Batch, loss: Callable[..., Tensor], extra: Tree = None, *, summed: bool = False
+    ) -> Float[Tensor, "B T *values"]:
+        """Loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
+
+        loss(logits [n V], targets [n]), by head.by_rows; or, with `extra`, a tree of tensors [B, T, ...] that belong to the
+        prediction of each token as loss_mask does, loss(logits, targets, rows of extra), by as many rows as the head is.
+        summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
+        through a head that trains (chunked.in_chunks). A batch on the host spares it the wait in head.token_losses.
+        """
+        mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
+        targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
+
+        def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
+            return loss(decoder.scaled_logits(self.config, logits), *rows)
+
+        def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+            return by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
+
+        hidden = self.hidden(params, batch)
+        return nn_head.token_losses(chunk_losses, hidden, targets, mask, self.head(params), summed=summed).roll(1, 1)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's name and shape."""
+        return weights.shapes(self.config)
+
+    def init(self, seed: int, std: float = 0.02) -> dict[str, Tensor]:
+        """Random float32 parameters: norms that multiply by one, biases zero, matrices normal(0, std), those that write to the
+        residual stream std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3); drawn from (seed, weight name)."""
+
+        def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+            if name.endswith("norm.weight"):
+                return torch.zeros(shape) if self.config.norm == "one_plus_w" else torch.ones(shape)
+            if name.endswith(("bias", "sinks")):
+                return torch.zeros(shape)
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj", ".w2.weight"))
+            scale = std / (2 * self.config.n_layers) ** 0.5 if residual else std
+            return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
+
+        return {name: weight(name, shape) for name, shape in self.shapes().items()}
+
+
+def probed_block(
+    config: DecoderConfig,
+    mixer: MixerName,
+    weights: tuple[str, ...],
+    w: Params,
+    x: Float[Tensor, "B T D"],
+    *rest: Any,
+) -> Float[Tensor, "B T D_and_outputs"]:
+    """The block's result followed by the outputs of the linear maps of `weights`, in one tensor, as remat wants it."""
+    outputs: dict[str, Tensor] = {}
+
+    def tap(name: str, x: Tensor, y: Tensor) -> None:
+        if name in weights:
+            outputs[name] = y
+
+    result = block(config, mixer, w, x, *rest, tap=tap)
+    return torch.cat([result, *(outputs[name] for name in weights if name in w)], dim=-1)
+
+
+def _report(run: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any) -> Tensor:
+    """The result of a probed block, whose outputs the probe has received."""
+    names = [name for name in probe.weights if name in w]
+    sizes = [x.shape[-1], *(w[name].shape[0] for name in names)]
+    result, *outputs = run(w, x, *rest).split(sizes, dim=-1)
+    for name, y in zip(names, outputs, strict=True):
+        probe.receive(f"model.layers.{i}.{name}", y)
+    return result

@@ -1,0 +1,65 @@
+"""Ranges of keys that each query sees: causal, documents apart, windows, chunks."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class KeyRange(NamedTuple):
+    """Keys that each query attends to: positions first .. last without a gap, neither of which falls along a row.
+
+    Causal rows, packed documents, windows, chunks and padding are all of this kind.
+    """
+
+    first: Int[Tensor, "b T"] | tuple[()]  # (): the first key of all
+    last: Int[Tensor, "b T"]  # the query's own place
+
+    def starts(self) -> Int[Tensor, "b T"]:
+        """The first key of every query."""
+        return self.first if isinstance(self.first, Tensor) else torch.zeros_like(self.last)
+
+    def mask(self, n_keys: int) -> Bool[Tensor, "b 1 T {n_keys}"]:
+        """True where a query sees a key."""
+        keys = torch.arange(n_keys, device=self.last.device)
+        return ((keys >= self.starts()[..., None]) & (keys <= self.last[..., None]))[:, None]
+
+
+def causal(n_tokens: int, device: torch.device) -> KeyRange:
+    """Every token sees itself and all before it."""
+    return KeyRange((), torch.arange(n_tokens, device=device)[None])
+
+
+def documents(segment_ids: Int[Tensor, "B T"]) -> KeyRange:
+    """Every token sees itself and what comes before it in its own document; padding (0) sees padding only."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return KeyRange(_starts(segment_ids, index), index[None])
+
+
+def windowed(key_range: KeyRange, window: int) -> KeyRange:
+    """Of what each query sees the last `window` keys, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b)."""
+    return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - (window - 1)))
+
+
+def chunked(key_range: KeyRange, positions: Int[Tensor, "b T"], chunk: int) -> KeyRange:
+    """Of what each query sees the keys of its own chunk: those whose position p has the same p // chunk."""
+    return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - positions % chunk))
+
+
+def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Each token's position within its own document, from 0."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return index - _starts(segment_ids, index)
+
+
+def document_lengths(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """How many tokens the document of each token has."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    back = _starts(segment_ids.flip(1), index).flip(1)  # of the row read backwards: each document's last token
+    return segment_ids.shape[1] - back - _starts(segment_ids, index)
+
+
+def _starts(segment_ids: Tensor, index: Tensor) -> Tensor:
+    changed = torch.cat([torch.ones_like(segment_ids[:, :1]), segment_ids[:, 1:] - segment_ids[:, :-1]], dim=1) != 0
+    return torch.where(changed, index, 0).cummax(dim=1).values

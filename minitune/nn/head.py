@@ -1,0 +1,102 @@
+"""Losses of the head over chunks of rows, so that whole logits never exist."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from minitune import tree
+from minitune.autodiff.chunked import in_chunks, with_row_gradients
+from minitune.autodiff.remat import remat
+from minitune.autodiff.value_and_grad import under_transform
+from minitune.hardware import to_device
+from minitune.nn.linear import linear
+from minitune.quant.tensors import QTensor
+from minitune.tree import Tree
+from minitune.types import Adapted
+
+HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
+HEAD_ROWS = 128  # but at least so many rows of them, or a matmul takes its time to read the head of a large vocabulary
+ON_GPU = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
+TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
+PIECE = 2**19  # logits that a loss is given at a time on a CPU: what it makes of them then stays near a core
+
+
+def token_losses(
+    loss: Callable[[Float[Tensor, "n V"], Tree], Float[Tensor, "n *values"]],
+    hidden: Float[Tensor, "B T D"],
+    targets: Tree,
+    mask: Bool[Tensor, "B T"],
+    head: Float[Tensor, "V D"] | QTensor | Adapted,
+    *,
+    summed: bool = False,
+) -> Float[Tensor, "B T *values"]:
+    """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
+
+    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
+    A loss may give several values a row.
+    Labelled rows are flattened and cut in chunks, see head_chunk. The gradients of each chunk are taken while its
+    logits are there: those of its rows, and of the head where that trains (chunked.in_chunks, which says what
+    `summed` is for).
+    targets and mask may lie on the host beside hidden states on an accelerator: the labelled rows are then counted
+    there and sent. If the mask lies on an accelerator, the host waits for it to learn how many rows are labelled.
+    """
+
+    def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor | Adapted) -> Tensor:
+        return loss(linear(rows, w), labels)
+
+    trains = any(leaf.requires_grad for leaf in tree.leaves(head))
+    chunk = head_chunk(head, trains)
+    flat, labels, place = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets), hidden.device
+    if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
+        labels, mask = tree.map(lambda x: to_device(x, place), (labels, mask))
+        nats = _chunked(remat(piece), flat, labels, head, chunk).unflatten(0, mask.shape)
+        return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
+    rows = mask.flatten().nonzero().squeeze(1)
+    # rows are taken where they lie: what comes from the host is no more than the labelled ones
+    given = tree.map(lambda x: to_device(x[to_device(rows, x.device)], place), labels)
+    rows = to_device(rows, place)
+    chosen = flat[rows]
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head))):
+        nats = _chunked(piece, chosen, given, head, chunk)
+    elif trains:
+
+        def at(start: int, some: Tensor, head: Tree) -> Tensor:
+            return piece(some, tree.map(lambda x: x[start : start + len(some)], given), head)
+
+        nats = in_chunks(at, chosen, head, chunk, summed)
+    else:
+        nats = _chunked(with_row_gradients(piece), chosen, given, head, chunk)
+    return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
+
+
+def by_rows(loss: Callable[..., Float[Tensor, "n *values"]]) -> Callable[..., Float[Tensor, "n *values"]]:
+    """loss(logits [n V], *trees of n rows), taken of a few rows at a time, and its gradient by logits with it: nothing but that
+    gradient is kept. For a loss whose values of a row depend on that row alone. Differentiable once, but under a transform."""
+
+    def pieces(logits: Tensor, *targets: Tree) -> Tensor:
+        if under_transform():
+            return loss(logits, *targets)
+        each = with_row_gradients(loss) if torch.is_grad_enabled() and logits.requires_grad else loss
+        n = rows_at_once(logits)
+        parts = enumerate(logits.split(n))
+        return torch.cat([each(some, *tree.map(lambda x, i=i: x[n * i : n * (i + 1)], targets)) for i, some in parts])
+
+    return pieces
+
+
+def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
+    """How many rows `by_rows` gives to a loss."""
+    return max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
+
+
+def head_chunk(head: Float[Tensor, "V D"] | QTensor | Adapted, trains: bool = False) -> int:
+    """How many rows of logits are alive at a time."""
+    times = (1 if tree.leaves(head)[0].device.type == "cpu" else ON_GPU) * (TRAINED if trains else 1)
+    return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
+
+
+def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Tensor | QTensor | Adapted, chunk: int) -> Tensor:
+    starts = range(0, max(len(rows), 1), chunk)  # no row at all still makes one empty piece
+    return torch.cat([piece(*tree.map(lambda x, i=i: x[i : i + chunk], (rows, labels)), head) for i in starts])

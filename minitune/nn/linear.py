@@ -1,0 +1,75 @@
+"""Linear layers: a dense or quantized weight, and the low-rank change of one."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitune import hardware
+from minitune.quant import widened
+from minitune.quant.linear import quantized_linear
+from minitune.quant.schemes import dequantize
+from minitune.quant.tensors import QTensor
+from minitune.types import Adapted, Delta
+
+
+def linear(
+    x: Float[Tensor, "*rows in"],
+    w: Float[Tensor, "out in"] | QTensor | Adapted,
+    bias: Float[Tensor, "out"] | None = None,
+) -> Float[Tensor, "*rows out"]:
+    """Product x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted.
+
+    TypeError for a Delta, whose scale only the rule that trains it knows.
+    """
+    if isinstance(w, Adapted):
+        return _adapted_linear(x, w, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    if isinstance(w, Delta):
+        raise TypeError("ops: a leaf of the params is a Delta, expected a weight; make the params of a forward by Lora.apply")
+    if not isinstance(w, Tensor):
+        y = quantized_linear(x, w)
+    elif w.itemsize < x.itemsize:
+        y = widened.linear(x, w)
+    else:
+        return F.linear(x, w.to(x.dtype), bias)
+    return y if bias is None else y + bias
+
+
+def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
+    """x (W + b a)^T + bias (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b), its rows at length m where the
+    leaf has a magnitude (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    magnitude = w.m if isinstance(w.m, Tensor) else None
+    # a product that takes the bias along adds it first
+    bias_comes_first = isinstance(w.w, Tensor) and magnitude is None
+    y = linear(x, w.w, bias if bias_comes_first else None)
+
+    a, b = w.a.to(x.dtype), w.b.to(x.dtype)
+    n = 1 if a.ndim == 2 else len(a)
+    rows, z = (t.reshape(n, -1, t.shape[-1]) for t in (x, y))
+    # b^T in its own memory: on a CPU the gradient of a view of b takes ten times as long
+    z = torch.baddbmm(z, rows @ a.mT, b.reshape(n, *b.shape[-2:]).mT.contiguous())
+    if magnitude is not None:
+        z = z * (magnitude / row_norms(w)).to(x.dtype).unsqueeze(-2)
+    y = z.view(y.shape)
+    return y if bias is None or bias_comes_first else y + bias.to(x.dtype)
+
+
+def row_norms(adapted: Adapted) -> Float[Tensor, "*n out"]:
+    """|W + b a| of every row in float32 or wider, held constant in the gradient (Liu et al. 2024, section 4.3).
+
+    From |W|^2 + 2 W a^T b + b a a^T b, so that the sum W + b a is never built.
+    """
+    wide = torch.promote_types(adapted.a.dtype, torch.float32)
+    w = adapted.w if isinstance(adapted.w, Tensor) else dequantize(adapted.w, wide)
+    w, a, b = (x.detach().to(wide) for x in (w, adapted.a, adapted.b))
+    square = w.square().sum(-1) + 2 * ((w @ a.mT) * b).sum(-1) + ((b @ (a @ a.mT)) * b).sum(-1)
+    return square.clamp(min=torch.finfo(wide).tiny).sqrt()
+
+
+def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, "B T D"]:
+    """Row tokens[b, t] of the embedding, in its dtype; in float32 where the device multiplies no bfloat16.
+
+    All that follows takes its dtype from here: such a device multiplies float32 activations by weights that stay in 16 bits.
+    """
+    return F.embedding(tokens, w).to(hardware.product_dtype(w.dtype, w.device))

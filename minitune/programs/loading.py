@@ -1,0 +1,209 @@
+"""Loading of a program's model: checked without its weights, then read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from minitune import hardware, tree
+from minitune.checkpoint.fingerprint import folder_fingerprint
+from minitune.checkpoint.hf_folder import generation_config, load_params
+from minitune.data import preference, supervised
+from minitune.data.readers import read_rows
+from minitune.data.source import Source
+from minitune.errors import InputError
+from minitune.interop.peft.load import load_adapter
+from minitune.io import paths
+from minitune.io.paths import locate
+from minitune.lora import Lora, check_deltas
+from minitune.models.model import Model
+from minitune.models.open import FAMILIES, open_config
+from minitune.models.open import open as models_open
+from minitune.programs.log import Log
+from minitune.programs.state import Draft, Loaded, World
+from minitune.text import tokenizer
+from minitune.text.chat import open_template
+from minitune.text.template import Template, with_options
+from minitune.tree import Tree
+from minitune.types import Delta, Params, Trainable
+
+
+class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the model comes from: a Hugging Face folder, or a shape with random weights and a tokenizer folder.
+
+    dtype "auto" is bfloat16 where the device multiplies it natively, else float32.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    tokenizer: str | None = None  # a folder; `path` if absent
+    deltas: str | None = None  # a folder with a PEFT adapter to put on the model
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights and of compute, and never of what trains
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
+    chat_template_kwargs: dict[str, Any] = {}  # told to the chat template wherever it renders, such as enable_thinking
+
+
+def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[Any]) -> list[str]:
+    """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
+    draft = drafted(source, Draft(sources, Model(FAMILIES["llama"], None), {}))
+    folder = _tokenizer_folder(source)
+    template = _template(source, folder, tokenizer.open_tokenizer(folder))
+    n_params = sum(w.numel() for w in draft.params.values())
+    lines = [f"model: {n_params:,} parameters, vocabulary {draft.model.config.vocab_size:,}, template: {template.origin}"]
+    for name, one in sources.items():
+        next(iter(read_rows(Path(locate(one.path)))))
+        for part in one.parts():
+            with_options(template, part.chat_template_kwargs, part.path)
+        lines.append(f"data: {name} is {locate(one.path)}")
+    for stage in stages:
+        draft = stage.check(draft)
+        lines.append(f"stage: {stage.label}")
+    return lines
+
+
+def drafted(source: ModelSource, draft: Draft) -> Draft:
+    """draft with another model; InputError where its folder, tokenizer or device does not fit."""
+    if source.path in draft.saved:
+        model = draft.saved[str(source.path)]
+    else:
+        model = _model(source)
+        if source.path is not None:
+            generation_config(locate(source.path))  # a save reads it, and not only then
+        folder = _tokenizer_folder(source)
+        text = tokenizer.open_tokenizer(folder)
+        if text.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"world: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
+                f"{model.config.vocab_size}; are they of two models?"
+            )
+    found = hardware.accelerator()
+    if source.device not in ("auto", "cpu", found):
+        here = "no accelerator" if found is None else f"an accelerator of type {found}"
+        choices = "'auto' or 'cpu'" if found is None else f"'auto', 'cpu' or '{found}'"
+        raise InputError(
+            f"world: [model] device = '{source.device}', but torch finds {here}, expected {choices} on this machine; correct it"
+        )
+    params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
+    rule, found, base = None, {}, None
+    if source.deltas is not None and source.deltas not in draft.saved:
+        rule, found, base = load_adapter(locate(source.deltas), names=params)
+        check_deltas(params, found, source.deltas)
+    adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
+    whole = frozenset(found) - adapted
+    over = base.quantization if base is not None else None
+    fresh = Draft(draft.data, model, params, adapted, lora=rule, whole=whole, over=over)
+    return fresh._replace(saved=draft.saved)
+
+
+def asked_data(draft: Draft, name: str, label: str, *formats: str) -> Source:
+    """The [data] table that a stage asks for by name; InputError if there is none, or one of another format."""
+    if name not in draft.data:
+        near = get_close_matches(name, draft.data, n=1, cutoff=0.0) or ["no [data] at all"]
+        raise InputError(f"world: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
+    source = draft.data[name]
+    if source.format not in formats:
+        raise InputError(
+            f"world: stage {label} asks for data {name!r}, which has format {source.format!r}, expected {' or '.join(formats)}"
+        )
+    return source
+
+
+def open_world(
+    source: ModelSource,
+    sources: Mapping[str, Source],
+    seed: int,
+    folder: Path,
+    log: Log,
+    stopping: Callable[[], bool],
+    records: Mapping[str, dict[str, Any]],
+    tf32: bool,
+) -> World:
+    """Load (or draw) the model and its tokenizer, and tokenize the data: the world before the first stage.
+
+    tf32: whether a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. The one setting of torch,
+    which has it for a whole process, that minitune makes.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
+    place = _tokenizer_folder(source)
+    text = tokenizer.open_tokenizer(place)
+    template = _template(source, place, text)
+    for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
+        (preference if one.format in preference.FORMATS else supervised).prepare(one, text, template, paths.cache())
+    loaded = load(source, folder, seed)
+    say_widening(log, "model", loaded.params)
+    return World(seed, folder, log, stopping, located, records, loaded)
+
+
+def load(source: ModelSource, run: Path, seed: int) -> Loaded:
+    """Read (or draw) the weights of a model, its tokenizer and its deltas; a path run/... lies in the run folder."""
+    device, dtype = compute_place(source)
+    model = _model(source, run)
+    path = locate(source.path, run) if source.path is not None else None
+    folder = _tokenizer_folder(source, run)
+    text = tokenizer.open_tokenizer(folder)
+    stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
+    params = {name: w.to(device, dtype) for name, w in stored.items()}
+    rule, trainable = None, {}
+    if source.deltas is not None:
+        rule, trainable = _deltas(source, run, path, params, device)
+    return Loaded(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+
+
+def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:
+    """Where a model lies and what it computes in, "auto" decided."""
+    device = torch.device((hardware.accelerator() or "cpu") if source.device == "auto" else source.device)
+    return device, compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
+
+
+def say_widening(log: Log, label: str, leaves: Tree) -> None:
+    """Say in one line of the log what becomes of bfloat16 leaves on a device that multiplies no bfloat16."""
+    dense = [x for x in tree.leaves(leaves) if x.dtype == torch.bfloat16]
+    device = next((x.device for x in dense if hardware.product_dtype(x.dtype, x.device) != x.dtype), None)
+    if device is not None:
+        log.say(
+            f"{label}: this {device.type} multiplies no bfloat16, so weights stay in 16 bits and are widened a block at a time "
+            "for float32 products; activations are float32"
+        )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, else float32: elsewhere bfloat16 is slower than what it saves."""
+    return torch.bfloat16 if hardware.multiplies_bfloat16(device) else torch.float32
+
+
+def _deltas(
+    source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
+) -> tuple[Lora | None, Trainable]:
+    rule, found, base = load_adapter(locate(str(source.deltas), run), names=params)
+    check_deltas(params, found, str(source.deltas))
+    if base is not None and base.fingerprint is not None and path is not None:
+        here = folder_fingerprint(path)
+        if here != base.fingerprint:
+            raise InputError(
+                f"world: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose weights are "
+                f"not those of {path} ({here[:12]}), expected the same base; point [model] path to it"
+            )
+    return rule, tree.map(lambda x: x.to(device), found)
+
+
+def _model(source: ModelSource, run: Path | None = None) -> Model:
+    if (source.path is None) == (source.config is None):
+        raise InputError(
+            "world: [model] needs exactly one of path (a Hugging Face folder) and config (a shape file with random weights)"
+        )
+    return models_open(locate(source.path, run)) if source.path is not None else open_config(locate(str(source.config)))
+
+
+def _template(source: ModelSource, folder: Path, text: tokenizer.Tokenizer) -> Template:
+    return with_options(open_template(folder, text), source.chat_template_kwargs, "[model]")
+
+
+def _tokenizer_folder(source: ModelSource, run: Path | None = None) -> Path:
+    name = source.tokenizer or source.path
+    if name is None:
+        raise InputError("world: [model] has config but no tokenizer, expected the folder that holds the tokenizer's files")
+    return locate(name, run)

@@ -1,0 +1,126 @@
+"""Plans: what each training stage of a program needs, before anything is loaded."""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minitune import hardware, tree
+from minitune.algorithms.distillation import Teacher
+from minitune.algorithms.objective import apply_trainable
+from minitune.autodiff.value_and_grad import detached_leaves
+from minitune.models.model import Model
+from minitune.models.open import FAMILIES
+from minitune.planning.flops import flops_per_token
+from minitune.planning.memory import Parts, Step, floor
+from minitune.programs import program
+from minitune.programs.loading import ModelSource, compute_place, drafted
+from minitune.programs.stages import sweep as sweep_stage
+from minitune.programs.stages.adapt import Full, Load
+from minitune.programs.stages.quantize import Qat, Quantize
+from minitune.programs.stages.train import HOST, Train
+from minitune.programs.state import Draft
+from minitune.quant.schemes import Scheme, quantize
+from minitune.types import Params, Trainable
+
+
+class Planned(NamedTuple):
+    """A training stage, its step, what that has in memory at its fullest moment, and its floating-point operations."""
+
+    stage: Train
+    step: Step
+    parts: Parts
+    flops_per_token: float
+
+    @property
+    def n_bytes(self) -> int:
+        """The floor of the step's memory."""
+        return sum(self.parts.values())
+
+
+class _Made(NamedTuple):
+    """What the stages so far have made of the model."""
+
+    draft: Draft
+    source: ModelSource
+    schemes: Mapping[str, Scheme] = MappingProxyType({})
+    narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
+    rounded: frozenset[str] = frozenset()
+
+
+def planned(asked: program.Program) -> Iterator[Planned]:
+    """Every training stage of a program with its costs, in order; InputError for what would stop the program there."""
+    nothing = Draft(asked.data, Model(FAMILIES["llama"], None), {})
+    made = _Made(drafted(asked.model, nothing), asked.model)
+    for stage in asked.stage:
+        before, made = made.draft, made._replace(draft=stage.check(made.draft))
+        if isinstance(stage, Load):
+            made = _Made(made.draft, stage.model)
+        elif isinstance(stage, Quantize):
+            made = made._replace(schemes={**made.schemes, **stage.rule.plan(before.params)})
+        elif isinstance(stage, Full) and stage.dtype == "bfloat16":
+            made = made._replace(narrow=made.narrow | made.draft.whole - before.whole)
+        elif isinstance(stage, Qat):
+            made = made._replace(rounded=frozenset(stage.rule.plan(before.params)))
+        elif isinstance(stage, Train):
+            step = _step(stage, made)
+            yield Planned(stage, step, floor(step), _flops_per_token(stage, step))
+
+
+def _step(stage: Train, made: _Made) -> Step:
+    draft, (device, _) = made.draft, compute_place(made.source)
+    params, trainable = _weights(made), _trainable(made)
+    optimizer = stage.optimizer_for(trainable, seed=0)
+    beside: Trainable = trainable if stage.loss.compares_answers else {}  # as it was before the first step
+    if stage.sweep is not None:
+        n = len(sweep_stage.points(stage))
+        trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
+    teacher = None
+    if stage.teacher is not None:
+        teacher_state = _Made(drafted(stage.teacher, draft), stage.teacher)
+        teacher = Teacher(teacher_state.draft.model, _weights(teacher_state))
+    n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
+    where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
+    offloaded = stage.remat == HOST and hardware.capabilities(device).streams
+    step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
+        adapted = apply_trainable(like[0], detached_leaves(like[1]), draft.lora)
+        n_remat = stage.n_remat(draft.model, adapted, n_tokens)
+    return step._replace(model=draft.model._replace(n_remat=n_remat))
+
+
+def _flops_per_token(stage: Train, step: Step) -> float:
+    """Of a step over rows of one document each, with the forward of a reference or a teacher that is asked in every step."""
+    asked = [step.teacher.model] if step.teacher is not None and stage.cached_top_k is None else []
+    if stage.loss.needs_reference and stage.reference != "cached":
+        asked = [step.model]
+    forward = sum(flops_per_token(model, {}, step.n_tokens) for model in asked)
+    return flops_per_token(step.model, step.trainable, step.n_tokens) + forward
+
+
+def _weights(made: _Made) -> Params:
+    """The weights in the dtype of compute or as codes, on the meta device."""
+    draft, (_, dtype) = made.draft, compute_place(made.source)
+    schemes = {name: scheme for name, scheme in made.schemes.items() if name in draft.quantized}
+    return {**{name: w.to(dtype) for name, w in draft.params.items()}, **quantized_params(draft.params, schemes)}
+
+
+def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
+    """The weights that have a scheme as codes; of those that are alike one is made."""
+    alike = {(params[name].shape, scheme): params[name] for name, scheme in schemes.items()}
+    codes = {(shape, scheme): quantize(w, scheme) for (shape, scheme), w in alike.items()}
+    return {name: codes[params[name].shape, scheme] for name, scheme in schemes.items()}
+
+
+def _trainable(made: _Made) -> Trainable:
+    draft, whole = made.draft, {}
+    for name in draft.whole:
+        whole[name] = draft.params[name].to(torch.bfloat16 if name in made.narrow else torch.float32)
+    if draft.lora is None:
+        return whole
+    with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
+        deltas = draft.lora.init(draft.params, 0)
+    return {**tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas), **whole}

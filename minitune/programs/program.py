@@ -1,0 +1,186 @@
+"""A program: one TOML file, complete in itself, decoded into frozen structs before anything else happens."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+from minitune.data.source import Source
+from minitune.errors import InputError, nearest
+from minitune.io import toml, toml_messages
+from minitune.io.toml_messages import shown, types_at
+from minitune.io.toml_writing import dumps
+from minitune.programs.loading import ModelSource
+from minitune.programs.log import LogConfig
+from minitune.programs.stages.stage import Stage
+
+_PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # a folder's name on any system, and never one that hides or leaves its folder
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # devices of Windows, whatever the ending
+_VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `python -m minitune` runs: a model, its data, and the stages that the model goes through, in order."""
+
+    name: Annotated[str, msgspec.Meta(pattern=rf"^{_PLAIN}(?!\n)$", max_length=100)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    out: str = "runs"
+    resume: bool | None = None  # None: continue an unfinished run of this program; True: there must be one; False: start afresh
+    model: ModelSource
+    data: dict[str, Source] = msgspec.field(default_factory=dict)
+    stage: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
+    log: LogConfig = LogConfig()
+    tf32: bool = False  # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less exact
+
+
+class _Places(NamedTuple):
+    """Where each value was written: a line of the file, or an override."""
+
+    file: Path
+    lines: Mapping[toml_messages.KeyPath, int]
+    overrides: Mapping[toml_messages.KeyPath, str]
+
+    def where(self, path: toml_messages.KeyPath) -> str:
+        for n in range(len(path), 0, -1):
+            given = self.overrides.get(path[:n])
+            if given is None and path[:n] in self.lines:
+                return f"program: {self.file}:{self.lines[path[:n]]}"
+            below = [text for at, text in self.overrides.items() if at[:n] == path[:n]]  # one of them made this table
+            if given or below:
+                return f"program: {given or below[0]!r} on the command line"
+        return f"program: {self.file}"
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Program:
+    """Decode a program file, changed by overrides such as "train.optimizer.lr=1e-4"; InputError for anything that does not fit.
+
+    An override begins with a stage's name (its op, if it has none) or a top-level key. Its value is TOML, or else a plain string.
+    Strings may hold ${NAME} for an environment variable; $${ stands for ${.
+    """
+    text, raw = toml.read(path, "program")
+    names, given = _stage_names(raw), {}
+    for override in overrides:
+        given[_override(raw, names, override)] = override
+    places = _Places(path, toml.key_lines(text), given)
+    raw = _expand(raw, (), places)
+    program = toml.decode(raw, Program, places.where)
+    _refuse_reserved(program.name, ("name",), places)
+    _refuse_bad_names(_stage_names(raw), places)
+    return program
+
+
+def resolved(program: Program) -> str:
+    """The program as TOML with every default written out; loading it gives an equal program."""
+    return dumps(_escape(msgspec.to_builtins(program)))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a program, for editors and for checks outside of minitune."""
+    return msgspec.json.schema(Program)
+
+
+def _stage_names(raw: Mapping[str, Any]) -> list[str | None]:
+    """What overrides, records and summary.json call each stage: its name, else its op; None where decoding will find a fault."""
+    tables = raw.get("stage")
+    tables = [table if isinstance(table, Mapping) else {} for table in tables] if isinstance(tables, list) else []
+    names = [table.get("name", table.get("op")) for table in tables]
+    return [name if isinstance(name, str) else None for name in names]
+
+
+def _refuse_bad_names(names: Sequence[str | None], places: _Places) -> None:
+    for n, name in enumerate(names):
+        path = ("stage", n, "name")
+        if name is None or not re.fullmatch(_PLAIN, name):
+            raise InputError(f"{places.where(path)}: {shown(path)} is {name!r}, expected letters, digits, . _ -")
+        _refuse_reserved(name, path, places)
+        if name in Program.__struct_fields__:
+            raise InputError(f"{places.where(path)}: {shown(path)} is {name!r}, a key of the program; choose another name")
+        # Folders are named after stages, and some systems take Train and train for one folder.
+        first = [other and other.casefold() for other in names].index(name.casefold())
+        if first != n:
+            raise InputError(
+                f"{places.where(path)}: stage[{n}] is called {name!r} as stage[{first}] is, expected one stage of each name; "
+                f'give it one with name = "..."'
+            )
+
+
+def _refuse_reserved(name: str, path: toml_messages.KeyPath, places: _Places) -> None:
+    if _RESERVED.fullmatch(name) or name.endswith("."):
+        raise InputError(
+            f"{places.where(path)}: {shown(path)} is {name!r}, which Windows can't have as a folder, expected another name; "
+            "change it"
+        )
+
+
+def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> toml_messages.KeyPath:
+    """Write the value of one "key.path=value" into the parsed tree and return its path there."""
+    what = f"program: {text!r} on the command line"
+    key, equals, value = text.partition("=")
+    head, *rest = key.strip().split(".")
+    tops = [field for field in Program.__struct_fields__ if field != "stage"]
+    if not equals or not all((head, *rest)):
+        raise InputError(f"{what}, expected KEY=VALUE such as seed=1 or train.steps=100")
+    if names.count(head) > 1:
+        places = ", ".join(f"stage[{n}]" for n, name in enumerate(names) if name == head)
+        raise InputError(f'{what}: {head} may be {places}, expected one stage of that name; give the others a name = "..."')
+    if head in names and not rest:
+        raise InputError(f"{what}: {head} is a stage, expected a key of it such as {head}.name=VALUE")
+    if head not in names and head not in tops:
+        known = [*(name for name in names if name), *tops]
+        raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{nearest(head, known)}")
+    top: toml_messages.KeyPath = ("stage", names.index(head)) if head in names else ()
+    table, keys = (raw["stage"][top[1]], rest) if top else (raw, [head, *rest])
+    for n, key in enumerate(keys[:-1], 1):
+        at = (*top, *keys[:n])
+        table = table.setdefault(key, toml.default_at(Program, raw, at))
+        if not isinstance(table, dict):
+            raise InputError(f"{what}: {shown(at)} is no table, expected one that holds {keys[n]}")
+    types = types_at(Program, raw, (*top, *keys))
+    text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
+    table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
+    return (*top, *keys)
+
+
+def _toml_value(text: str, text_only: bool) -> Any:
+    """The value of a TOML expression, or the text itself where it is none, or where only a string can stand (name=2026)."""
+    try:
+        parsed = toml.parse(f"value = {text}", "")
+    except InputError:
+        return text
+    return text if len(parsed) > 1 or (text_only and not isinstance(parsed["value"], str)) else parsed["value"]
+
+
+def _expand(value: Any, path: toml_messages.KeyPath, places: _Places) -> Any:
+    """The tree with ${NAME} replaced in every string."""
+    if isinstance(value, dict):
+        return {key: _expand(child, (*path, key), places) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_expand(child, (*path, n), places) for n, child in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def variable(found: re.Match[str]) -> str:
+        if found.group() == "$${":
+            return "${"
+        name, brace = found.groups()
+        if not (name and brace):
+            raise InputError(f"{places.where(path)}: {shown(path)} holds '${{', expected ${{NAME}}; write $${{ for ${{ itself")
+        if name not in os.environ:
+            raise InputError(f"{places.where(path)}: {shown(path)} holds ${{{name}}}, expected {name} to be set; export it")
+        return os.environ[name]
+
+    text = _VARIABLE.sub(variable, value)
+    if not text.isascii() and text != text.encode("utf-8", "ignore").decode("utf-8"):  # bytes of a shell in another encoding
+        raise InputError(f"{places.where(path)}: {shown(path)} is {text!r}, expected valid UTF-8")
+    return text
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escape(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escape(child) for child in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value

@@ -1,0 +1,108 @@
+"""Where a program reads and where it writes, and that the second never lies in the way of the first."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from minitune.errors import InputError
+from minitune.io.locks import holder_file
+from minitune.io.paths import locate
+from minitune.io.results import Result, require_replaceable
+from minitune.programs.loading import ModelSource
+from minitune.programs.program import Program
+
+MODEL_PATHS = ("path", "config", "tokenizer", "deltas")
+RUN_PARTS = ("checkpoints", "manifest.json", "program.toml", "records.json", "summary.json", "metrics.jsonl", "wandb", "wandb-id")
+
+
+def model_inputs(program: Program) -> dict[str, str]:
+    """Every model folder and config that a program reads, by its key: {"model.path": ..., "train.teacher.path": ...}."""
+    sources = {"model": program.model}
+    for stage in program.stage:
+        parts = {f"{stage.label}.{field}": getattr(stage, field) for field in stage.__struct_fields__}
+        sources |= {key: part for key, part in parts.items() if isinstance(part, ModelSource)}
+    found = {f"{at}.{key}": getattr(source, key) for at, source in sources.items() for key in MODEL_PATHS}
+    return {key: path for key, path in found.items() if path is not None and not path.startswith("run/")}
+
+
+def data_inputs(program: Program) -> dict[str, str]:
+    """Every data file that a program reads, by its key: {"data.train.path": ..., "data.train.mix[0].path": ...}."""
+    found = {}
+    for name, source in program.data.items():
+        mixed = {f"data.{name}.mix[{i}].path": one.path for i, one in enumerate(source.mix)}
+        found |= {f"data.{name}.path": source.path, **mixed}
+    return found
+
+
+def check(program: Program) -> None:
+    """InputError if a stage would write over, into or around what the program reads, its own run folder, the working folder,
+    what another stage writes, or anything else that no save wrote."""
+    run = Path(program.out).expanduser() / program.name
+    inputs = {**model_inputs(program), **data_inputs(program)}
+    read = {key: locate(path) for key, path in inputs.items()}
+    written: dict[str, tuple[Result, Path]] = {}
+    for stage in program.stage:
+        if stage.result is None:
+            continue
+        key, path = f"{stage.label} path {stage.result.path!r}", locate(stage.result.path, run)
+        _check_apart(key, path, {**read, **{other: place for other, (_, place) in written.items()}})
+        _check_run(key, path, run)
+        written[key] = (stage.result, path)
+    for result, path in written.values():
+        # What lies in the run folder now is moved aside before this run begins, or is this run's own.
+        if not _within(path, run):
+            require_replaceable(path, result.kind)
+
+
+def _check_apart(key: str, path: Path, others: Mapping[str, Path]) -> None:
+    for other, place in others.items():
+        relation = _relation(path, place)
+        if relation is not None:
+            raise _refused(key, f"{relation} {other} ({place})")
+
+
+def _check_run(key: str, path: Path, run: Path) -> None:
+    lock = run.with_name(f".{run.name}.lock")
+    own = [(Path.cwd(), "the working folder"), (run, "the run folder"), (lock, "the run's lock")]
+    for place, name in (*own, (holder_file(lock), "the run's lock"), (run.with_name(f".{run.name}.new"), "the run folder")):
+        if _within(place, path):
+            raise _refused(key, f"is or holds {name} ({place})")
+    part = next(_below(path, run), None)
+    if part is not None and part.casefold() in RUN_PARTS:
+        raise _refused(key, f"is or lies in {part} of the run folder")
+
+
+def _refused(key: str, found: str) -> InputError:
+    return InputError(f"places: {key} {found}, expected a place of its own; choose another path, such as run/NAME")
+
+
+def _relation(path: Path, place: Path) -> str | None:
+    """How a path to be written lies to another one, in words; None if they are apart."""
+    if _same(path, place):
+        return "is also"
+    if _within(place, path):
+        return "holds"
+    return "lies inside" if _within(path, place) else None
+
+
+def _below(path: Path, folder: Path) -> Iterator[str]:
+    """The names that lead from a folder down to a path inside it; none for a path outside."""
+    path = Path(os.path.realpath(path))
+    names: list[str] = []
+    for place in (path, *path.parents):
+        if _same(place, folder):
+            yield from reversed(names)
+            return
+        names.append(place.name)
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    inner = Path(os.path.realpath(inner))
+    return any(_same(place, outer) for place in (inner, *inner.parents))
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths are one place, through symbolic links and whatever the case of their letters means here."""
+    if a.exists() and b.exists():
+        return a.samefile(b)
+    return os.path.normcase(os.path.realpath(a)) == os.path.normcase(os.path.realpath(b))

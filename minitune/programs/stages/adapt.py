@@ -1,0 +1,103 @@
+"""Stages that say what trains, or take another model."""
+
+from typing import Literal
+
+import msgspec
+import torch
+
+from minitune import tree
+from minitune.algorithms.objective import split_trainable
+from minitune.errors import InputError
+from minitune.lora import Lora
+from minitune.programs.loading import ModelSource, drafted, load, say_widening
+from minitune.programs.stages.base import BaseStage, Positive
+from minitune.programs.state import Draft, World
+
+
+class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
+    """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
+
+    rank: Positive
+    alpha: float
+    targets: tuple[str, ...]
+    ranks: dict[str, Positive] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
+    rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
+    dora: bool = False  # train the length of every row apart from its direction
+    train: tuple[str, ...] = ()  # globs of weights to train whole beside the deltas: norms, embeddings
+
+    @property
+    def rule(self) -> Lora:
+        """The rule that the deltas follow."""
+        return Lora(self.rank, self.alpha, self.targets, self.ranks, self.rslora, self.dora)
+
+    def check(self, draft: Draft) -> Draft:
+        """The targets match linear weights, `train` matches others, and there are no deltas yet."""
+        adapted = frozenset(self.rule.names(draft.params))
+        whole = frozenset(tree.select(draft.params, self.train, "lora: train")) if self.train else frozenset()
+        if draft.adapted:
+            raise InputError(
+                f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
+            )
+        self._refuse_both(adapted, whole)
+        return draft._replace(adapted=adapted, lora=self.rule, whole=draft.whole | whole)
+
+    def _refuse_both(self, adapted: frozenset[str], whole: frozenset[str]) -> None:
+        both = sorted(adapted & whole)
+        if both:
+            raise InputError(
+                f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected one; narrow targets or train"
+            )
+
+    def run(self, world: World) -> World:
+        """world with trainable deltas."""
+        params, trainable, rule = world.loaded.params, world.loaded.trainable, self.rule
+        if self.train:
+            params, whole = split_trainable(params, self.train, world.loaded.stored)
+            trainable = {**trainable, **whole}
+        deltas = rule.init(world.loaded.params, world.seed)
+        n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
+        n_all = sum(w.shape.numel() for w in params.values())
+        world.log.say(f"{self.label}: rank {self.rank} on {len(deltas)} weights, {n_trained:,} of {n_all:,} parameters train")
+        return world.with_model(params=params, lora=rule, trainable={**trainable, **deltas})
+
+
+class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
+    """Train the weights that the globs match whole, in place of the loaded ones."""
+
+    weights: tuple[str, ...] = ("*",)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
+
+    def check(self, draft: Draft) -> Draft:
+        """The globs match dense weights."""
+        names = frozenset(tree.select(draft.params, self.weights, "full: weights"))
+        odd = sorted(names & (draft.quantized | draft.adapted))
+        if odd:
+            state = "quantized" if odd[0] in draft.quantized else "adapted by a delta"
+            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {state}, expected a plain weight")
+        return draft._replace(whole=draft.whole | names)
+
+    def run(self, world: World) -> World:
+        """world with trainable weights."""
+        loaded, dtype = world.loaded, getattr(torch, self.dtype)
+        params, whole = split_trainable(loaded.params, self.weights, loaded.stored, dtype)
+        n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
+        world.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
+        say_widening(world.log, self.label, whole)
+        return world.with_model(params=params, trainable={**world.loaded.trainable, **whole})
+
+
+class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
+    """Go on with another model; path = "run/NAME" is what a save stage of this program called NAME has written."""
+
+    model: ModelSource
+
+    def check(self, draft: Draft) -> Draft:
+        """The model is there, or a stage before writes it."""
+        return drafted(self.model, draft)
+
+    def run(self, world: World) -> World:
+        """world with the other model and nothing to train yet."""
+        world.log.say(f"{self.label}: {self.model.path or self.model.config}")
+        loaded = load(self.model, world.folder, world.seed)
+        say_widening(world.log, self.label, loaded.params)
+        return world._replace(loaded=loaded, quantization=None, fake=None)

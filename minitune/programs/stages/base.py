@@ -1,0 +1,52 @@
+"""What every stage has, and what several of them need."""
+
+from typing import Annotated
+
+import msgspec
+import torch
+
+from minitune import hardware, host
+from minitune.algorithms.objective import apply_trainable
+from minitune.io.results import Result
+from minitune.programs.state import Draft, World
+from minitune.types import Params
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
+    """One table [[stage]] of a program."""
+
+    name: str | None = None  # what overrides and summary.json call it; the op if absent
+
+    @property
+    def label(self) -> str:
+        """The stage's name in overrides, records and messages."""
+        return self.name or str(self.__struct_config__.tag)
+
+    @property
+    def result(self) -> Result | None:
+        """Where the stage writes what outlives the run; None for a stage that writes nothing."""
+        return None
+
+    def check(self, draft: Draft) -> Draft:
+        """The draft after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
+        return draft
+
+    def run(self, world: World) -> World:
+        """The world after this stage."""
+        raise NotImplementedError
+
+
+def peak_mem_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
+    if hardware.is_accelerator(device):
+        return hardware.peak_bytes(device)
+    return host.peak_bytes()
+
+
+def adapted_params(world: World) -> Params:
+    """Parameters for a forward, with weights that train under quantization rounded as in training."""
+    loaded = world.loaded
+    trainable = world.fake.fake(loaded.trainable) if world.fake else loaded.trainable
+    return apply_trainable(loaded.params, trainable, loaded.lora)

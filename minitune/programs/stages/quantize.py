@@ -1,0 +1,117 @@
+"""Stages that quantize weights, or train them to be quantized."""
+
+from itertools import islice
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from minitune import tree
+from minitune.algorithms import gptq
+from minitune.checkpoint.tensors import load_tensors, save_tensors
+from minitune.data.supervised import batches, prepare
+from minitune.errors import InputError
+from minitune.io import paths
+from minitune.io.atomic import atomic_file
+from minitune.programs.loading import asked_data
+from minitune.programs.stages.base import BaseStage
+from minitune.programs.state import Draft, World
+from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme
+from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
+from minitune.tree import device_of
+from minitune.types import Params
+
+CALIBRATION_ROWS = 8  # a forward
+LAYOUTS: dict[type, Any] = {Int8: QInt8, Float8: QFloat8, Int4: QInt4, NF4: QNF4}
+
+
+class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
+    """Keep the weights that the globs match as codes of 8 or 4 bits, rounded to nearest or calibrated on data."""
+
+    scheme: Scheme
+    weights: tuple[str, ...] = ("*_proj.weight",)
+    exceptions: dict[str, Scheme] = msgspec.field(default_factory=dict)  # glob -> another scheme, the first match wins
+    keep: tuple[str, ...] = ()  # globs of weights to leave as they are
+    method: gptq.Method = gptq.Rtn()
+
+    @property
+    def rule(self) -> Quantization:
+        """Which weight gets which scheme."""
+        return Quantization(self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions})
+
+    def check(self, draft: Draft) -> Draft:
+        """The globs match linear weights whose shapes fit the schemes, without deltas; the calibration data is there."""
+        names = frozenset(self.rule.plan(draft.params))
+        odd = sorted(names & (draft.adapted | draft.whole | draft.quantized))
+        if odd:
+            raise InputError(
+                f"stages: {self.label} is to quantize {odd[0]}, which trains or is quantized already, expected a plain weight; "
+                "put a merge stage before it"
+            )
+        if isinstance(self.method, gptq.Gptq):
+            asked_data(draft, self.method.data, self.label, "instruct", "chat", "text")
+            odd = [s for s in self.rule.plan(draft.params).values() if not isinstance(s, Int8 | Int4)]
+            if odd:
+                kind = "nf4" if isinstance(odd[0], NF4) else "float8"
+                raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
+        return draft._replace(quantized=draft.quantized | names)
+
+    def run(self, world: World) -> World:
+        """world with quantized leaves in its params; the record holds bytes before and after."""
+        loaded, file = world.loaded, world.folder / "checkpoints" / self.label / "quantized.safetensors"
+        names = self.rule.plan(loaded.params)
+        if file.is_file():  # calibration may have taken long
+            tensors = load_tensors(file)
+            kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
+            codes = {name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields)) for name, kind in kinds.items()}
+        else:
+            codes = self._codes(world)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as aside:
+                save_tensors(aside, dict(tree.items(codes)))
+        device = device_of(loaded.params, loaded.trainable)
+        moved = {name: tree.map(lambda x: x.to(device), w) for name, w in codes.items()}
+        params = {**loaded.params, **moved}
+        before, after = tree.n_bytes(loaded.stored), tree.n_bytes({**loaded.stored, **codes})
+        world.log.say(f"{self.label}: {len(codes)} weights, {before / 2**20:.2f} MiB -> {after / 2**20:.2f} MiB")
+        record = {"bytes_before": before, "bytes_after": after, "n_weights": len(codes)}
+        return world.with_model(params=params)._replace(quantization=self.rule).record(self.label, record)
+
+    def _codes(self, world: World) -> Params:
+        loaded = world.loaded
+        names = self.rule.plan(loaded.params)
+        if isinstance(self.method, gptq.Rtn):
+            found = self.rule.quantize({name: loaded.stored[name] for name in names})
+        else:
+            source, device = world.data[self.method.data], device_of(loaded.params, loaded.trainable)
+            dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+            rows = islice(batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS))
+            world.log.say(f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}")
+            some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
+            found = gptq.gptq(loaded.model, loaded.params, some, self.rule, damp=self.method.damp)
+        return {name: tree.map(Tensor.cpu, found[name]) for name in names}
+
+
+class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
+    """Round the weights that train to their quantized values in every forward: quantizing them afterwards loses nothing."""
+
+    scheme: Scheme
+    weights: tuple[str, ...] = ("*_proj.weight",)
+    keep: tuple[str, ...] = ()
+
+    @property
+    def rule(self) -> Quantization:
+        """Which weight is rounded to which scheme."""
+        return Quantization(self.scheme, self.weights, dict.fromkeys(self.keep))
+
+    def check(self, draft: Draft) -> Draft:
+        """Every weight that is to be rounded trains whole."""
+        odd = sorted(set(self.rule.plan(draft.params)) - draft.whole)
+        if odd:
+            raise InputError(f"stages: {self.label} is to round {odd[0]}, which does not train whole; put a full stage before it")
+        return draft
+
+    def run(self, world: World) -> World:
+        """world whose objectives see rounded weights."""
+        return world._replace(fake=self.rule)

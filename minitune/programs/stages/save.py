@@ -1,0 +1,131 @@
+"""Stages that write the result: adapters and model folders, and quantized folders and files for inference."""
+
+from typing import Any, Literal
+
+import msgspec
+from torch import Tensor
+
+from minitune.checkpoint.fingerprint import folder_fingerprint
+from minitune.checkpoint.hf_folder import Companions, save_folder
+from minitune.errors import InputError
+from minitune.interop import bitsandbytes, compressed_tensors
+from minitune.interop.gguf import export
+from minitune.interop.peft.save import check_adapter, save_adapter
+from minitune.io.paths import locate
+from minitune.io.results import Result
+from minitune.models.open import config_json
+from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.merge import Dtype, Onto, check_onto, merged
+from minitune.programs.state import Draft, World
+from minitune.text.chat import stop_ids
+
+
+class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
+    """Write the result: deltas as a PEFT adapter, or a whole Hugging Face folder (`merged` deltas, or `params`)."""
+
+    what: Literal["deltas", "merged", "params"]
+    path: str | None = None  # a folder, run/NAME for one in the run folder; run/<what> if absent
+    onto: Onto = "trained"
+    dtype: Dtype | None = None  # of the weights; as they were stored if absent
+
+    def check(self, draft: Draft) -> Draft:
+        """The model will hold what is to be saved, and PEFT can hold the deltas."""
+        held = "deltas" if draft.adapted else "no deltas"
+        if bool(draft.adapted) != (self.what != "params"):
+            raise InputError(
+                f"stages: {self.label} is to save {self.what!r}, but the model holds {held}; expected 'params' without them"
+            )
+        if self.what == "params" and draft.quantized:
+            raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
+        if self.what == "merged":
+            check_onto(draft, self.label, self.onto)
+        if self.what == "deltas" and draft.merged:
+            raise InputError(
+                f"stages: {self.label} is to save deltas of weights that a merge stage made, which no folder holds, expected "
+                "those of a folder; save params after the merge and load them before the lora stage"
+            )
+        if self.what == "deltas" and draft.lora is not None:
+            ranks = {name: draft.lora.rank_of(name) for name in draft.adapted}
+            check_adapter(ranks, draft.whole, names=draft.params, dora=draft.lora.dora)
+        return draft._replace(saved={**draft.saved, self.result.path: draft.model})
+
+    @property
+    def result(self) -> Result:
+        """The folder that is written."""
+        return Result(self.path or f"run/{self.what}", "folder")
+
+    def run(self, world: World) -> World:
+        """world with a record of where the result lies."""
+        loaded, folder = world.loaded, locate(self.result.path, world.folder)
+        record: dict[str, Any] = {"what": self.what, "path": str(folder)}
+        if self.what == "deltas" and loaded.lora is not None:
+            rule = world.quantization
+            save_adapter(
+                folder,
+                loaded.trainable,
+                loaded.lora,
+                base=str(loaded.source or loaded.tokenizer_folder),
+                fingerprint=folder_fingerprint(loaded.source) if loaded.source else None,
+                quantization=msgspec.to_builtins(rule) if rule else None,
+                names=loaded.params,
+                wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
+            )
+        else:
+            final, errors = merged(world, self.label, self.onto, self.dtype)
+            save_folder(folder, final, loaded.model, _companions(world))
+            record |= errors
+        world.log.say(f"{self.label}: {self.what} in {folder}")
+        return world.record(self.label, record)
+
+
+class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
+    """Write a quantized model for inference elsewhere: transformers and vLLM (compressed-tensors), llama.cpp (gguf), or
+    bitsandbytes (nf4)."""
+
+    format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
+    path: str | None = None  # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if absent
+    activations: Literal["none", "int8"] = "none"  # compressed-tensors: int8 rounds each token's activations as well (W8A8)
+    types: export.Types = export.Types("Q4_K")  # gguf only
+
+    def check(self, draft: Draft) -> Draft:
+        """Nothing is left to merge, and the weights are of the kind that the format holds."""
+        open_ends = sorted(draft.adapted | draft.whole)
+        if open_ends:
+            raise InputError(f"stages: {self.label} finds {open_ends[0]} still training, expected none; put a merge stage before")
+        if self.format != "gguf" and not draft.quantized:
+            raise InputError(
+                f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it"
+            )
+        return draft
+
+    @property
+    def result(self) -> Result:
+        """The folder that is written, or the file."""
+        if self.format == "gguf":
+            return Result(self.path or "run/model.gguf", "file")
+        return Result(self.path or f"run/{self.format}", "folder")
+
+    def run(self, world: World) -> World:
+        """world with a record of where the result lies and of its bytes."""
+        loaded = world.loaded
+        target = locate(self.result.path, world.folder)
+        codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
+        params, beside = {**loaded.stored, **codes}, _companions(world)
+        if self.format == "gguf":
+            said = {"tokenizer": beside.tokenizer, "template": loaded.template.source, "stop_ids": beside.stop_ids}
+            for line in export.save(target, params, loaded.model, self.types, **said):
+                world.log.say(f"{self.label}: {line}")
+        elif self.format == "bitsandbytes":
+            bitsandbytes.save(target, params, loaded.model, beside)
+        else:
+            compressed_tensors.save(target, params, loaded.model, beside, activations=self.activations)
+        n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+        world.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
+        return world.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
+
+
+def _companions(world: World) -> Companions:
+    loaded = world.loaded
+    template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
+    ends = stop_ids(loaded.tokenizer, loaded.template)
+    return Companions(loaded.tokenizer_folder, ends, template, loaded.source)

@@ -1,0 +1,13 @@
+"""Stage: one frozen struct for each thing that a program can do, with `check(draft) -> draft` and `run(world) -> world`.
+
+The union is the registry: TOML, `schema` and the contract tests pick a stage up from it.
+"""
+
+from minitune.programs.stages.adapt import Full, Load, LoraStage
+from minitune.programs.stages.evaluate import Eval, Generate, Harness
+from minitune.programs.stages.merge import Merge
+from minitune.programs.stages.quantize import Qat, Quantize
+from minitune.programs.stages.save import Export, Save
+from minitune.programs.stages.train import Train
+
+Stage = Load | LoraStage | Full | Quantize | Qat | Train | Merge | Eval | Harness | Generate | Save | Export

@@ -1,0 +1,76 @@
+"""State that flows through the stages of a program, and what is known of it before anything is loaded."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from minitune.data.source import Source
+from minitune.lora import Lora
+from minitune.models.model import Model
+from minitune.programs.log import Log
+from minitune.quant.rules import Quantization
+from minitune.text import tokenizer
+from minitune.text.template import Template
+from minitune.types import Params, Trainable
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is on disk
+    """SIGTERM or SIGINT arrived and the state of `step` was saved in `folder`."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"stopped at step {step}, saved in {folder}")
+        self.step, self.folder = step, folder
+
+
+class Loaded(NamedTuple):
+    """A model with its weights, tokenizer and deltas, as the stages work on it."""
+
+    model: Model
+    params: Params
+    stored: Mapping[str, Tensor]  # the dense weights in the dtype of the disk, which is what a save goes back to
+    source: Path | None  # the Hugging Face folder that the weights came from
+    tokenizer_folder: Path
+    tokenizer: tokenizer.Tokenizer
+    template: Template
+    lora: Lora | None
+    trainable: Trainable
+
+
+class World(NamedTuple):
+    """What flows through the stages of a program."""
+
+    seed: int
+    folder: Path  # the run folder, runs/<name>
+    log: Log
+    stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has been seen
+    data: Mapping[str, Source]
+    records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
+    loaded: Loaded
+    quantization: Quantization | None = None  # what the quantized weights of params were made with
+    fake: Quantization | None = None  # what weights that train are rounded to in the forward
+
+    def record(self, label: str, values: dict[str, Any]) -> "World":
+        """This world with one more stage's record."""
+        return self._replace(records={**self.records, label: values})
+
+    def with_model(self, **changes: Any) -> "World":
+        """This world with some of its model's fields replaced."""
+        return self._replace(loaded=self.loaded._replace(**changes))
+
+
+class Draft(NamedTuple):
+    """What is known of a world before anything is loaded: each stage checks itself against it and hands on the next one."""
+
+    data: Mapping[str, Source]
+    model: Model
+    params: Params  # on the meta device
+    adapted: frozenset[str] = frozenset()  # weights with a delta
+    lora: Lora | None = None  # the rule that the deltas follow
+    whole: frozenset[str] = frozenset()  # weights that train whole
+    quantized: frozenset[str] = frozenset()
+    over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
+    merged: bool = False  # whether weights have changed since they were loaded, so that no folder holds them
+    saved: Mapping[str, Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written

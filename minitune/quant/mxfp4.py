@@ -1,0 +1,58 @@
+"""MXFP4, the format of gpt-oss's experts on disk (Rouhani et al. 2023, arXiv 2310.10537, section 3; OCP MX 1.0, section 5.3)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from minitune.errors import InputError
+
+PARTS = ("_blocks", "_scales")  # what follows a weight's name on disk
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0-7; codes 8-15 are their negatives
+BIAS = 127  # of the scales' exponent
+
+
+def dequantize(
+    blocks: UInt8[Tensor, "X out groups 16"], scales: UInt8[Tensor, "X out groups"], dtype: torch.dtype
+) -> Float[Tensor, "X in out"]:
+    """The weights as x @ W takes them: value[code] * 2^(scale - 127), 32 neighbours of an output's inputs to a scale.
+
+    Each byte holds two codes, the first in its low four bits. Every product is exact in bfloat16. One expert is unpacked at a
+    time, so that little more than the result is ever in memory.
+    """
+    values = torch.tensor([*VALUES, *(-value for value in VALUES)], device=blocks.device)
+    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)  # of every byte: low half first
+
+    def one(codes: Tensor, scale: Tensor) -> Tensor:
+        weight = F.embedding(codes.int(), pairs).flatten(2) * torch.exp2(scale.float() - BIAS)[..., None]
+        return weight.flatten(1).T.to(dtype)
+
+    return torch.stack([one(codes, scale) for codes, scale in zip(blocks, scales, strict=True)])
+
+
+def whole_name(name: str) -> str:
+    """The weight that a tensor on disk is a part of, or else its own name."""
+    return next((name.removesuffix(part) for part in PARTS if name.endswith(part)), name)
+
+
+def unpacked(
+    packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights whose parts are `packed`; InputError for a part that is missing or does not fit the weight's shape."""
+
+    def one(name: str) -> Tensor:
+        n, in_, out = shapes[name]
+        wanted = [(n, out, in_ // 32, 16), (n, out, in_ // 32)]
+        blocks, scales = (packed.get(f"{name}{part}") for part in PARTS)
+        found = [None if x is None else tuple(x.shape) for x in (blocks, scales)]
+        if blocks is None or scales is None or found != wanted or in_ % 32:
+            raise InputError(
+                f"checkpoint: {folder} holds {name} {list(shapes[name])} as MXFP4 blocks {found[0]} and scales {found[1]}, "
+                f"expected {wanted[0]} and {wanted[1]}; download it again"
+            )
+        return dequantize(blocks, scales, dtype)
+
+    return {name: one(name) for name in dict.fromkeys(map(whole_name, packed))}

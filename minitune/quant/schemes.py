@@ -1,0 +1,226 @@
+"""Schemes that turn a weight into codes and back."""
+
+from typing import Any, ClassVar, Literal
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from minitune.errors import InputError
+from minitune.quant import float8, nf4
+from minitune.quant.tensors import QNF4, PackedInt4, PackedInt8, QFloat8, QInt4, QInt8, QTensor
+from minitune.types import Adapted, Params
+
+PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
+
+
+class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """Codes times a scale, symmetric about 0, with one scale a group of neighbours in a row."""
+
+    lowest: ClassVar[int]
+    highest: ClassVar[int]
+    divisors: ClassVar[tuple[float, ...]]
+
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale: the row, where a scheme says no other."""
+        return d_in
+
+    def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
+        """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16 before any code is chosen:
+        so bfloat16 files and kernels hold the very same weight, and so does float16 down to 2^-17."""
+        peak = groups.abs().amax(-1, keepdim=True)
+        choices = torch.stack([_storable(peak / divisor) for divisor in self.divisors])
+        if len(choices) == 1:
+            return choices[0]
+        unit = choices[0]  # of the errors, whose squares would leave the range of float32
+        errors = [((self.levels(groups, s) * s - groups) / unit).square().sum(-1, keepdim=True) for s in choices]
+        return choices.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+
+    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+        """round(w / scale), ties to even, clamped to the codes that exist."""
+        return (groups / scale).round().clamp(self.lowest, self.highest)
+
+
+class Int8(_Grid, frozen=True, tag="int8"):
+    """8 bits a weight, one scale an output channel: codes in [-127, 127], scale = max|w| / 127."""
+
+    lowest: ClassVar[int] = -127
+    highest: ClassVar[int] = 127
+    divisors: ClassVar[tuple[float, ...]] = (127.0,)
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt8:
+        """The leaf that stands for levels * scale."""
+        return QInt8(levels.to(torch.int8), scale)
+
+
+class Float8(_Grid, frozen=True, tag="float8"):
+    """8-bit floats (e4m3), one scale an output channel, scale = max|w| / 448. A GPU that multiplies such numbers rounds what it
+    multiplies them by as well, each token with a scale of its own."""
+
+    divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
+
+    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+        """w / scale, rounded to the nearest 8-bit float."""
+        return (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QFloat8:
+        """The leaf that stands for levels * scale."""
+        return QFloat8(levels.to(float8.E4M3), scale)
+
+
+class Int4(_Grid, frozen=True, tag="int4"):
+    """4 bits a weight, one scale for every `group` neighbours of a row: codes in [-8, 7]."""
+
+    lowest: ClassVar[int] = -8
+    highest: ClassVar[int] = 7
+    divisors: ClassVar[tuple[float, ...]] = (7.0, 7.5, 8.0, 8.5, 9.0)
+    group: Literal[32, 64, 128] = 32
+
+    def group_size(self, d_in: int) -> int:
+        """How many neighbours share a scale."""
+        return self.group
+
+    def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt4:
+        """The leaf that stands for levels * scale."""
+        codes = (levels + 8).to(torch.uint8)
+        return QInt4(codes[:, ::2] | codes[:, 1::2] << 4, scale)
+
+
+class NF4(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="nf4"):
+    """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+
+
+Scheme = Int8 | Float8 | Int4 | NF4
+
+
+def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
+    """The leaf whose codes are nearest to w, computed in float32; InputError names a shape that does not fit the scheme."""
+    check_fit("a weight", w, scheme)
+    wide = w.detach().float()
+    if isinstance(scheme, NF4):
+        return nf4.quantized(wide)
+    groups = wide.unflatten(1, (-1, scheme.group_size(w.shape[1])))
+    scale = scheme.scale(groups)
+    return scheme.pack(scheme.levels(groups, scale).flatten(1), scale.squeeze(-1))
+
+
+def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """The weight that the codes stand for, computed in float32 and rounded once to dtype."""
+    if isinstance(q, PackedInt4 | PackedInt8):
+        return dequantize(q.q, dtype)
+    codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else nf4.blocks(q)
+    whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
+    n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
+    if isinstance(codes, FakeTensor):  # what is most in memory, all pieces and the weight that they make, is the same of few
+        n_rows = max(n_rows, -(-len(codes) // 4))
+    pieces = [
+        (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
+        for some, scale in zip(codes.split(n_rows), scales.split(n_rows), strict=True)
+    ]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: q.shape.numel()].view(q.shape)
+
+
+def fake(w: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
+    """dequantize(quantize(w)) in the dtype of w, with the gradient of the identity: the straight-through estimator
+    (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
+    return _StraightThrough.apply(w, scheme)
+
+
+def base_weight(leaf: Any) -> Any:
+    """Weight that an adapted leaf changes; any other leaf is its own."""
+    return leaf.w if isinstance(leaf, Adapted) else leaf
+
+
+def with_base_weight(leaf: Any, w: Any) -> Any:
+    """Leaf that multiplies by w in place of its own weight, adapted as before."""
+    return leaf._replace(w=w) if isinstance(leaf, Adapted) else w
+
+
+def packed(params: Params) -> Params:
+    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a kernel takes their shape.
+
+    torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply in float32.
+    """
+
+    def leaf(w: Any) -> Any:
+        if isinstance(w, QInt8) and w.codes.device.type == "cpu":
+            return PackedInt8(w)
+        if not isinstance(w, QInt4) or w.codes.device.type != "cpu":
+            return w
+        group = w.shape[1] // w.scale.shape[1]
+        if w.shape[0] % 16 or group not in (32, 64, 128):
+            return w
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu((_levels(w, w.codes) + 8).to(torch.int32), 1)
+        scale = w.scale.T.to(torch.bfloat16)
+        return PackedInt4(w, codes, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
+
+    return {name: with_base_weight(w, leaf(base_weight(w))) for name, w in params.items()}
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, scheme: Scheme) -> Tensor:
+        return dequantize(quantize(w, scheme), w.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        return grad_outputs[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
+    d_in = w.shape[-1]
+    if isinstance(scheme, Int4) and d_in % scheme.group:
+        raise InputError(
+            f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of the group {scheme.group}; "
+            "choose another group or scheme for it, or leave it as it is"
+        )
+    if isinstance(scheme, NF4) and d_in % 2:
+        raise InputError(
+            f"quant: {what} has shape {list(w.shape)}, expected an even last size for nf4, which stores pairs; "
+            "choose int8 for it, or leave it as it is"
+        )
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """The nearest bfloat16 as float32; 1 for a group of zeros, or of numbers too small to have a scale."""
+    scale = scale.to(torch.bfloat16).float()
+    return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
+
+
+def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
+    """The numbers that rows of codes stand for, before scaling."""
+    if isinstance(q, QInt8 | QFloat8):
+        return codes.to(torch.float32) if isinstance(q, QFloat8) else codes
+    if isinstance(q, QNF4) and not torch.compiler.is_compiling():
+        table = nf4.LEVELS.to(codes.device, non_blocking=True)
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+        return F.embedding(codes.int(), pairs).flatten(1)
+    if codes.device.type != "cpu":
+        return _levels_at_once(q, codes)
+    if isinstance(q, QInt4):  # the two halves of each byte spread over two bytes, which are neighbours in memory
+        wide = codes.to(torch.int16)
+        return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
+    wide = codes.int()
+    return torch.stack([nf4.LEVELS[wide >> 4], nf4.LEVELS[wide & 15]], -1).flatten(1)
+
+
+def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
+    """The same, each number from its byte on its own: the compiler makes one kernel of this and the scaling."""
+    first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (0 if isinstance(q, QInt4) else 1)
+    halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
+    if isinstance(q, QInt4):
+        return halves.to(torch.int8) - 8
+    return nf4.LEVELS.to(codes.device, non_blocking=True)[halves.int()]

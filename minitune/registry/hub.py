@@ -1,0 +1,193 @@
+"""The download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names, into a plain folder.
+
+Everything goes through the huggingface_hub package: tokens, proxies, retries and partly finished files are its business.
+"""
+
+import errno
+import fnmatch
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minitune.errors import InputError
+from minitune.io import locks
+from minitune.io.safetensors_header import INDEX, SINGLE
+from minitune.io.units import n_bytes_told
+
+SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
+ADAPTER = "adapter_model.safetensors"
+REPO = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)  # no separator, no drive, no glob, nothing hidden
+
+
+def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, int], str]:
+    """Bring the files of a repository that a model needs into a folder: (bytes by name, commit).
+
+    What is there already is not fetched again. InputError for a repository, revision, token, network or disk that won't do.
+    """
+    if not REPO.fullmatch(repo):
+        raise InputError(f"hub: {repo!r} is no name of a repository, expected OWNER/NAME; correct it")
+    try:
+        import huggingface_hub as hf
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise InputError(
+            "hub: the package huggingface_hub is not installed, expected it for downloads; pip install 'minitune[hf]'"
+        ) from None
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with _explained(repo, revision, folder):
+        info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        listed = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        small = {name: n for name, n in listed.items() if FILE.fullmatch(name) and any(fnmatch.fnmatch(name, g) for g in SMALL)}
+        commit = str(info.sha)
+
+        def bring(sizes: Mapping[str, int]) -> None:
+            _refuse_foreign(folder, repo, sizes)
+            for name in _unfinished(folder, sizes):
+                (folder / name).unlink(missing_ok=True)  # huggingface_hub would take it for the whole file
+            hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(sizes))
+
+        with _alone(folder, tell):
+            _require_room(folder, small)
+            bring(small)
+            sizes = {**small, **_weights(repo, folder, listed)}
+            _refuse_others(folder, repo, sizes)
+            missing = _require_room(folder, sizes)
+            if missing:
+                tell(f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, {n_bytes_told(sum(missing.values()))}")
+            bring(sizes)
+            if cut := next(iter(_unfinished(folder, sizes)), None):
+                raise InputError(
+                    f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that {repo} lists, expected the same; "
+                    "run the same command again"
+                )
+    return sizes, commit
+
+
+def _weights(repo: str, folder: Path, listed: Mapping[str, int]) -> dict[str, int]:
+    """The weight files: those of the index if there is one, else the single file, else an adapter's."""
+    if INDEX in listed:
+        try:
+            names = sorted(set(msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, Any])["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"hub: {folder / INDEX} has no readable weight_map ({error!r}); tell the owner of {repo}") from None
+    else:
+        names = [name for name in (SINGLE, ADAPTER) if name in listed][:1]
+    odd = next((name for name in names if not (isinstance(name, str) and FILE.fullmatch(name) and name in listed)), None)
+    if odd is not None:
+        raise InputError(f"hub: {INDEX} of {repo} points to {odd!r}, expected one of its files; tell the owner of {repo}")
+    if not names:
+        found = ", ".join(sorted(listed)[:6]) or "nothing"
+        raise InputError(
+            f"hub: {repo} holds {found}, expected {SINGLE}, {INDEX} or {ADAPTER}; choose a repository with safetensors"
+        )
+    return {name: listed[name] for name in names}
+
+
+def _refuse_others(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
+    other = next((path for path in sorted(folder.glob("*.safetensors")) if path.name not in sizes), None)
+    if other is not None:
+        raise InputError(
+            f"hub: {other} is no file of {repo} at this revision, expected none beside them; remove it or choose --to"
+        )
+
+
+def _refuse_foreign(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
+    """InputError for a file that a download would replace although none brought it, or a user changed it since."""
+    for name in sizes:
+        if os.path.lexists(folder / name) and not _downloaded(folder, name):
+            raise InputError(
+                f"hub: {folder / name} was not downloaded, or was changed since, expected nothing of that name or the file "
+                f"of {repo}; move it away, or choose another folder with --to"
+            )
+
+
+def _downloaded(folder: Path, name: str) -> bool:
+    """Whether a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
+    record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    try:
+        time_s = float(record.read_text(encoding="utf-8").splitlines()[2])
+        return (folder / name).is_file() and (folder / name).stat().st_mtime <= time_s + 1
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _unfinished(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    there = {name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in sizes}
+    return {name: n for name, n in sizes.items() if there[name] != n}
+
+
+def _require_room(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The files that are not there yet; InputError if the disk can't take them."""
+    missing = _unfinished(folder, sizes)
+    needed, free = sum(missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"hub: {folder} needs {needed:,} bytes more, its disk has {free:,} free, expected at least as many; free some space "
+            "or choose another folder with --to"
+        )
+    return missing
+
+
+@contextmanager
+def _alone(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold the folder's lock, which falls when this process ends, however it ends: one fetches, others find it done."""
+    (folder / ".cache").mkdir(parents=True, exist_ok=True)
+    try:
+        lock = locks.acquire(
+            folder / ".cache" / "minitune.lock",
+            wait=lambda holder: tell(f"hub: waiting for {holder}, which fetches into {folder}"),
+        )
+    except NotImplementedError:
+        yield  # a file system without locks: huggingface_hub still keeps two processes from writing one file
+        return
+    with lock:
+        yield
+
+
+@contextmanager
+def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
+    import huggingface_hub.errors as hf
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except Exception as error:  # what its HTTP library raises is of a package that is no dependency here
+        cause = error.__cause__ if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__ else error
+        response = getattr(cause, "response", None)
+        where = f"{constants.ENDPOINT}/{repo}"
+        if isinstance(cause, hf.GatedRepoError):
+            said = f"{repo} is gated, expected access; accept its terms at {where}, then set HF_TOKEN to your token"
+        elif isinstance(cause, hf.RepositoryNotFoundError):
+            said = (
+                f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of a model; correct the name, or "
+                "set HF_TOKEN to a token that may read it"
+            )
+        elif isinstance(cause, hf.RevisionNotFoundError):
+            said = f"{repo} has no revision {revision!r}, expected a branch, a tag or a commit; see {where}/tree/main"
+        elif isinstance(cause, hf.OfflineModeIsEnabled):
+            said = f"{repo} can't be fetched with HF_HUB_OFFLINE set, expected a network; unset it, or use a folder that is there"
+        elif response is not None:
+            status = getattr(response, "status_code", "no status")
+            said = f"{where} answered {status}, expected its files; " + (
+                "set HF_TOKEN to a token that may read it" if status in (401, 403) else "try again later"
+            )
+        elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            said = f"the disk of {folder} is full, expected room for {repo}; free some space or choose another with --to"
+        elif isinstance(cause, OSError) and cause.filename is not None:
+            said = f"{cause.filename} can't be written ({cause.strerror}), expected a folder of yours; choose another with --to"
+        elif isinstance(cause, hf.HFValidationError):
+            said = f"{repo!r} is no name of a repository ({cause}), expected OWNER/NAME; correct it"
+        elif isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
+            said = f"{where} can't be reached ({cause}), expected an answer; check the network, HF_ENDPOINT and the proxy"
+        else:
+            raise
+        raise InputError(f"hub: {' '.join(said.split())}") from None

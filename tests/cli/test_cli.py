@@ -1,0 +1,244 @@
+"""The command line: verbs, exit codes, messages, and that looking is cheap."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Never
+
+import pytest
+
+from minitune import __version__
+from minitune.__main__ import main
+from minitune.errors import InputError
+from minitune.io import paths, toml
+from minitune.programs import loading, program, run
+from minitune.programs.signals import StopSignals
+from minitune.programs.state import Stopped
+from support.scripts import run_script
+
+# Packages that take seconds to import, and that neither a check nor a run without a logger of metrics needs.
+HEAVY = {"transformers", "wandb", "pandas", "sklearn", "scipy", "pyarrow", "lm_eval", "datasets"}
+TEXT = """\
+# Puts deltas on the model.
+# (a second line)
+name = "tiny"
+[model]
+path = "demo"
+[[stage]]
+op = "lora"
+rank = 8
+alpha = 16.0
+targets = ["*"]
+"""
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package as a wheel lays it out, with two programs and a config; the current folder is an empty one."""
+    for name, text in {"lora": TEXT, "demo/pretrain": "name = 'bare'\n"}.items():
+        file = tmp_path / "package" / "_shipped" / "programs" / f"{name}.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "package" / "_shipped" / "configs").mkdir()
+    (tmp_path / "package" / "_shipped" / "configs" / "small.toml").write_text("")
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "package" / "_shipped" / "programs"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr that a command is refused with."""
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("program: ") or out == ""  # which program it was, where the file itself is sound
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m minitune PROGRAM.toml [KEY=VALUE ...]")
+    assert all(f"\n  {verb} " in out for verb in ("ls", "cp", "show", "check", "schema"))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minitune {__version__}\n"
+
+
+@pytest.mark.usefixtures("shipped")
+def test_ls_shows_the_first_comment_of_each_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls"]) == 0
+    assert capsys.readouterr().out == "demo/pretrain\nlora           Puts deltas on the model.\n"
+
+
+@pytest.mark.usefixtures("shipped")
+def test_cp_copies_and_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cp", "lora", "mine.toml"]) == 0
+    assert Path("mine.toml").read_text() == TEXT
+    Path("folder").mkdir()
+    assert main(["cp", "programs/demo/pretrain.toml", "folder"]) == 0
+    assert Path("folder/pretrain.toml").is_file()
+    assert capsys.readouterr().out == "mine.toml\nfolder/pretrain.toml\n"
+    Path("mine.toml").write_text("edited")
+    assert "minitune: mine.toml exists, expected a new file; nothing was copied" in refused(capsys, "cp", "lora", "mine.toml")
+    assert Path("mine.toml").read_text() == "edited"
+    assert "minitune: absent is no folder, expected one that exists" in refused(capsys, "cp", "lora", "absent/mine.toml")
+    assert "minitune: cp lora, expected cp NAME DEST" in refused(capsys, "cp", "lora")
+
+
+def test_programs_are_found_by_path_and_by_shipped_name(shipped: Path) -> None:
+    for name in ("lora", "lora.toml", "programs/lora", "programs/lora.toml"):
+        assert paths.program_file(name) == shipped / "lora.toml"
+    assert paths.program_file("demo/pretrain.toml") == shipped / "demo" / "pretrain.toml"
+    Path("lora.toml").write_text("")
+    assert paths.program_file("lora.toml") == Path("lora.toml")
+    assert paths.program_file("absent.toml") == Path("absent.toml")
+
+
+def test_programs_and_configs_of_a_checkout_stand_beside_the_package() -> None:
+    root = Path(paths.__file__).parent.parent
+    assert paths.shipped("configs") == {
+        str(path.relative_to(root / "configs"))[: -len(".toml")]: path for path in (root / "configs").rglob("*.toml")
+    }
+    assert len(paths.shipped("configs")) > 0
+
+
+def test_paths_in_programs(shipped: Path) -> None:
+    package = shipped.parent.parent
+    assert paths.locate("demo") == package / "demo" / "model"
+    assert paths.locate("demo/orders-train.jsonl") == package / "demo" / "orders-train.jsonl"
+    assert paths.locate("./demo") == Path("demo")
+    assert paths.locate("data/x.jsonl") == Path("data/x.jsonl")
+    assert paths.locate("~/x") == Path.home() / "x"
+    assert paths.locate("configs/small.toml") == package / "_shipped" / "configs" / "small.toml"
+    Path("configs").mkdir()
+    Path("configs/small.toml").write_text("")
+    assert paths.locate("configs/small.toml") == Path("configs/small.toml")
+
+
+def test_show_prints_the_resolved_program(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "lora", "lora.rank=3", "seed=4"]) == 0
+    out = capsys.readouterr().out
+    assert out == program.resolved(program.load(shipped / "lora.toml", ["lora.rank=3", "seed=4"]))
+    assert toml.parse(out, "shown")["seed"] == 4
+
+
+def test_check_prints_findings_or_the_error(
+    shipped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(source: Any, sources: Any, stages: Any) -> list[str]:
+        if stages[0].rank == 1:
+            raise InputError("lora: target 'x' matches no weight")
+        return [f"model: {source.path}", f"data: {len(sources)}"]
+
+    monkeypatch.setattr(loading, "check", check)
+    assert main(["check", "lora"]) == 0
+    assert capsys.readouterr().out == f"program: {shipped / 'lora.toml'}\nmodel: demo\ndata: 0\n"
+    assert refused(capsys, "check", "lora", "lora.rank=1") == "lora: target 'x' matches no weight\n"
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(program.schema()))
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["lroa"],
+            "minitune: lroa is no file, no verb and no shipped program, expected one of ls, cp, show, check, plan, schema, ",
+        ),
+        (["programs/lroa.toml"], "demo/pretrain, lora; did you mean lora?"),
+        (["shwo", "lora"], "did you mean show?"),
+        (["--verbose"], "minitune: --verbose is no file, no verb and no shipped program, expected one of ls"),
+        (["show", "lroa"], "did you mean lora?"),
+        (["show"], "minitune: show without a program, expected show PROGRAM [KEY=VALUE ...]"),
+        (["check"], "minitune: check without a program, expected check PROGRAM [KEY=VALUE ...]"),
+        (["ls", "x"], "minitune: ls x, expected ls alone"),
+        (["schema", "x"], "minitune: schema x, expected schema alone"),
+        (["lora", "lora.rnk=1"], "program: 'lora.rnk=1' on the command line: stage[0].rnk is unknown, expected one of"),
+        (["check", "nowhere"], "minitune: nowhere is no file"),
+        (["demo/pretrain"], "pretrain.toml: model is missing, expected table; add it"),
+    ],
+)
+def test_what_the_user_must_change_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert message in refused(capsys, *words)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_run_gets_the_loaded_program(monkeypatch: pytest.MonkeyPatch, shipped: Path) -> None:
+    ran: list[program.Program] = []
+    monkeypatch.setattr(run, "run_program", lambda loaded, stop: ran.append(loaded))
+    assert main(["programs/lora.toml", "lora.rank=5"]) == 0
+    assert ran == [program.load(shipped / "lora.toml", ["lora.rank=5"])]
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def run_program(loaded: program.Program, stop: StopSignals) -> Never:
+        stop.number = number
+        raise Stopped(7, Path("runs/tiny"))
+
+    monkeypatch.setattr(run, "run_program", run_program)
+    assert main(["lora"]) == code
+    assert capsys.readouterr().err == "stopped at step 7, saved in runs/tiny; run the same command to continue\n"
+
+
+@pytest.mark.usefixtures("shipped")
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_program(loaded: program.Program, stop: StopSignals) -> Never:
+        raise error
+
+    monkeypatch.setattr(run, "run_program", run_program)
+    for error in (ValueError("a bug"), RuntimeError("another")):
+        with pytest.raises(type(error), match=str(error)):
+            main(["lora"])
+    error = KeyboardInterrupt()
+    assert main(["lora"]) == 130
+
+
+def test_looking_needs_no_torch() -> None:
+    look = "import sys; from minitune.__main__ import main; codes = [main([word]) for word in ('--help', 'ls', 'lroa')]; "
+    found = "sys.exit('torch' in sys.modules or codes != [0, 0, 2])"
+    subprocess.run([sys.executable, "-c", look + found], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_python_m_minitune(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "minitune", "absent.toml"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("minitune: absent.toml is no file, no verb and no shipped program, expected one of ls, ")
+
+
+def test_check_speaks_before_torch_is_there_and_compiles_nothing() -> None:
+    """Its first line stands before torch is imported, and all of it loads nothing that is heavy."""
+    code, text, with_torch, imported, n_graphs = json.loads(run_script("cli_imports", "check", "programs/lora.toml"))
+    assert (code, text, with_torch) == (0, "program: programs/lora.toml\n", False)
+    assert "torch" in imported
+    assert not HEAVY & set(imported)
+    assert n_graphs == 0
+
+
+def test_a_run_imports_and_compiles_little_before_its_first_step(tmp_path: Path) -> None:
+    """What a user waits for before the first step, counted in modules and graphs, which are the same on every machine."""
+    words = ["lora", f"out={tmp_path}", "train.steps=1", "train.batch_size=1", "before.limit=1", "after.limit=1"]
+    words += ["before.max_new_tokens=1", "after.max_new_tokens=1"]
+    told = run_script("cli_imports", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    code, text, with_torch, imported, n_graphs = json.loads(told)
+    assert (code, text, with_torch) == (0, f"program: {paths.program_file('lora')}\n", False)
+    assert not HEAVY & set(imported)
+    assert n_graphs == 0  # on a CPU blocks run as they are: compiling them takes longer than a short run

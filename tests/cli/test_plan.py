@@ -1,0 +1,235 @@
+"""The plan of a training stage: the floor of its memory beside what a step really takes, and its floating-point operations."""
+
+import importlib.util
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from minitune import models, tree
+from minitune.__main__ import main
+from minitune.algorithms.supervised import sft
+from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.cli import plan
+from minitune.errors import InputError
+from minitune.lora import Lora
+from minitune.models import Model
+from minitune.models.experts import Experts
+from minitune.models.families import gemma2, llama, mixtral
+from minitune.models.weights import head_name
+from minitune.nn import head
+from minitune.nn.attention import blockwise
+from minitune.optim import adamw, eight_bit, rounding, transforms
+from minitune.optim.adamw import AdamW
+from minitune.optim.sgd import SGD
+from minitune.planning.flops import flops_per_token
+from minitune.planning.memory import Step, floor
+from minitune.programs import program
+from minitune.programs.plan import planned
+from minitune.programs.stages.train import Train
+from minitune.programs.state import World
+from minitune.types import Delta
+from support.models import random_params
+from support.paths import ROOT
+from support.programs import LORA, NF4, TRAIN, start
+
+_spec = importlib.util.spec_from_file_location("memory", ROOT / "bench/memory.py")
+assert _spec is not None
+assert _spec.loader is not None
+memory = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(memory)
+
+SIZES = {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "d_model": 90, "d_head": 14, "d_ff": 262, "vocab_size": 1031}
+LLAMA = Model(llama.FAMILY, llama.Config(**SIZES))
+BROAD = Model(llama.FAMILY, llama.Config(**{**SIZES, "vocab_size": 7919}))
+TIED = Model(llama.FAMILY, llama.Config(**{**SIZES, "vocab_size": 7919}, tie_embeddings=True))
+WIDE_HEADS = {**SIZES, "n_heads": 2, "n_kv_heads": 1, "d_head": 46}  # as wide beside d_model as they are in the real ones
+GEMMA = Model(gemma2.FAMILY, gemma2.Config(**WIDE_HEADS, tie_embeddings=True, window=200))
+MIXTRAL = Model(mixtral.FAMILY, mixtral.Config(**SIZES, experts=Experts(n_experts=5, n_active=2, d_ff=98, names="mixtral")))
+ROUNDED = (AdamW(lr=1e-3), rounding.RoundStochastically(0))
+
+
+def built(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[Step, Any]:
+    """(a step as its costs are counted, the same step as a function to run)."""
+    params = {name: w.to(dtype) / 20 for name, w in random_params(model.config).items()}
+    how |= {"targets": ("*_proj.weight", "*.w?.weight")} if model is MIXTRAL else {}
+    return memory.step_and_run(kind, model, params, n_rows, n_tokens, **how)
+
+
+CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds at a time, and what else is not as usual
+    "lora in bfloat16": ("lora", LLAMA, torch.bfloat16, 5, 83, 2**14, {}),
+    "lora, blocks again": ("lora", LLAMA._replace(n_remat=3), torch.float32, 3, 131, 2**14, {}),
+    "lora, two blocks again": ("lora", LLAMA._replace(n_remat=2), torch.bfloat16, 2, 211, 2**14, {}),
+    "lora, fullest at the head": ("lora", LLAMA, torch.float32, 3, 131, 2**22, {}),
+    "full": ("full", LLAMA, torch.float32, 3, 131, 2**14, {}),
+    "full, blocks again": ("full", LLAMA._replace(n_remat=3), torch.bfloat16, 3, 131, 2**14, {}),
+    "full, micro-batches": ("full", LLAMA, torch.float32, 3, 131, 2**14, {"micro_batch": 1}),
+    "full, a large head": ("full", BROAD, torch.float32, 3, 61, 2**14, {}),
+    "full, a large tied head": ("full", TIED, torch.bfloat16, 3, 61, 2**14, {}),
+    "full, rounded": ("full", LLAMA, torch.bfloat16, 3, 131, 2**14, {"trained": torch.bfloat16, "optimizers": ROUNDED}),
+    "full, 8 bits": ("full", LLAMA, torch.bfloat16, 3, 131, 2**14, {"optimizers": (eight_bit.AdamW8bit(lr=1e-3),)}),
+    "full, momentum": ("full", LLAMA, torch.float32, 3, 131, 2**14, {"optimizers": (SGD(lr=1e-3, momentum=0.9),)}),
+    "qlora": ("qlora", LLAMA, torch.float32, 3, 131, 2**14, {}),
+    "qlora in bfloat16, blocks again": ("qlora", LLAMA._replace(n_remat=3), torch.bfloat16, 3, 131, 2**14, {}),
+    "dpo": ("dpo", LLAMA, torch.float32, 2, 131, 2**14, {}),
+    "dpo in bfloat16, blocks again": ("dpo", LLAMA._replace(n_remat=3), torch.bfloat16, 2, 131, 2**14, {}),
+    "gemma": ("lora", GEMMA, torch.float32, 3, 131, 2**14, {}),
+    "gemma in bfloat16": ("full", GEMMA, torch.bfloat16, 3, 131, 2**14, {}),
+    "experts": ("lora", MIXTRAL, torch.float32, 3, 131, 2**14, {}),
+    "experts in bfloat16, full": ("full", MIXTRAL, torch.bfloat16, 3, 131, 2**14, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunks of the head and of the optimizer, and attention's blocks, are made small, as they are beside a real model."""
+    *case, chunk, how = CASES[name]
+    monkeypatch.setattr(head, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(head, "HEAD_ROWS", 1)
+    monkeypatch.setattr(blockwise, "BLOCK", 128)
+    monkeypatch.setattr(adamw, "FUSED_ELEMENTS", {"cpu": 2**14})
+    monkeypatch.setattr(transforms, "SLICE_ELEMENTS", {"cpu": 2**13})
+    step, run = built(*case, **how)
+    assert 0.95 <= memory.peak_bytes(step, run) / sum(floor(step).values()) <= 1.05
+
+
+def test_the_bench_of_memory_fills_its_table_at_toy_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["memory.py", "--toy", "lora"])
+    memory.main()
+    _, header, _, *table = capsys.readouterr().out.strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(header.strip("|").split("|")) == 6
+    assert [row[:3] for row in cells] == [
+        ["lora", dtype, again] for dtype in ("float32", "bfloat16") for again in ("none", "all")
+    ]
+    assert all(0.9 <= float(row[5]) <= 1.1 for row in cells)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("model", [LLAMA, GEMMA, MIXTRAL], ids=["llama", "gemma", "mixtral"])
+def test_the_matrix_products_of_a_step_are_those_that_torch_counts(model: Model, whole: bool) -> None:
+    """To the last one, whatever trains, blocks computed again or not. Attention is one operator to torch, and not counted."""
+    params, batch = random_params(model.config), memory.rows(model.config.vocab_size, 2, 37)
+    n_unlabelled = 2  # each document's first token, which the head never sees
+    for globs in ("*", "*.1.self_attn.k_proj.weight *.2.*norm.weight", "*.0.*_proj.weight *.w2.*"):
+        names = [name for name in params if any(fnmatchcase(name, glob) for glob in globs.split())]
+        rule = Lora(3, 6.0, tuple(n for n in names if params[n].ndim == 2 and "model.layers" in n))
+        trainable = {name: params[name] for name in names} if whole else rule.init(params, 0)
+        head = head_name(model.config)
+        beyond = n_unlabelled * 2 * params[head].numel() * (3 if head in trainable else 2)
+        for n_remat in (0, 2):
+            again = model._replace(n_remat=n_remat)
+            objective = sft(again, None if whole else rule)
+            with FlopCounterMode(display=False) as counted:
+                value_and_grad(lambda leaves, f=objective: f(leaves, params, batch), has_aux=True)(trainable)
+            wanted = batch.tokens.numel() * flops_per_token(again, trainable, 0.0) - beyond
+            assert counted.get_total_flops() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_inputs_that_wait_in_the_hosts_memory_do_not_grow_with_depth() -> None:
+    def activations(n_layers: int, offloaded: bool) -> int:
+        model = Model(LLAMA.family, msgspec.structs.replace(LLAMA.config, n_layers=n_layers), n_remat=n_layers)
+        step, _ = memory.step_and_run("lora", model, random_params(model.config), 2, 128)
+        return floor(step._replace(offloaded=offloaded))["activations"]
+
+    assert activations(9, True) == activations(5, True)
+    assert activations(9, False) - activations(5, False) == 4 * (2 * 128 * LLAMA.config.d_model * 4)
+
+
+def test_attention_is_counted_over_the_keys_that_are_seen() -> None:
+    """Half of all pairs for causal rows, those of the window where there is one; back twice as many as forward."""
+    c, n_tokens = LLAMA.config, 128
+    pairs = sdpa_flop_count(*[(1, c.n_heads, n_tokens, c.d_head)] * 3) / n_tokens
+
+    def beside_products(model: Model, trainable: Any) -> float:
+        return flops_per_token(model, trainable, n_tokens) - flops_per_token(model, trainable, 0.0)
+
+    every, one = random_params(c), "model.layers.1.self_attn.v_proj.weight"
+    assert beside_products(LLAMA, {}) == pytest.approx(3 * pairs / 2)
+    assert beside_products(LLAMA, every) == pytest.approx(3 * 3 * pairs / 2)
+    assert beside_products(LLAMA._replace(n_remat=2), every) == pytest.approx((3 * 3 + 2) * pairs / 2)
+    assert beside_products(LLAMA, {one: every[one]}) == pytest.approx((1 + 2 * 3) * pairs / 2)
+    assert beside_products(LLAMA, {"lm_head.weight": every["lm_head.weight"]}) == pytest.approx(3 * pairs / 2)
+    narrow = Model(gemma2.FAMILY, gemma2.Config(**SIZES, window=16))  # layers 0 and 2
+    assert beside_products(narrow, {}) == pytest.approx((2 * 16 / 64 + 1) * pairs / 2)
+
+
+def test_the_flops_of_8b_are_those_of_the_budget() -> None:
+    """6 N a token for every weight; 4 N for LoRA less the gradients of the first layer's input, which nobody needs."""
+    model = models.open_config(ROOT / "configs/models/llama-3.1-8b.toml")
+    params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
+    n, d = 8_030_261_248 - 128256 * 4096 - 65 * 4096, 4096  # without the embedding and the norms
+    assert flops_per_token(model, params, 2048.0) == 6 * n + 6 * 32 * d * 2048
+    deltas = {name: Delta(params[name][:16], params[name][:, :16]) for name in params if name.endswith("_proj.weight")}
+    adapters = 6 * sum(delta.a.numel() + delta.b.numel() for delta in deltas.values())
+    beyond = 2 * (d + 2 * 1024) * d + 3 * 2 * 16 * d
+    assert flops_per_token(model, deltas, 100.0) == 4 * n + adapters - beyond + 6 * 32 * d * 100
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *args: Any, **how: Any) -> str:
+    assert start(*args, **how, verb=("plan",)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dpo = TRAIN.replace('data = "train"', 'name = "dpo"\ndata = "pairs"\nloss = { kind = "dpo" }')
+    told = plan_of(capsys, tmp_path, tiny, LORA + TRAIN + dpo)
+    assert re.search(r"train: 4 x 256 tokens at a time need [\d.]+ MiB, \d+% of the [\d,]+ MiB of this machine's cpu: fits", told)
+    assert "dpo: 8 x 256 tokens at a time need" in told
+    assert not list(tmp_path.glob("runs/*"))
+    sft, preferred = planned(program.load(tmp_path / "p.toml"))
+    assert preferred.parts["second model"] == tree.n_bytes(preferred.step.trainable)
+    assert preferred.flops_per_token > sft.flops_per_token
+
+    monkeypatch.setattr(plan, "_memory_bytes", lambda device: sft.n_bytes // 2)
+    told = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
+    assert "does not fit\n  with train.micro_batch_size=1: " in told
+    assert told.endswith(", fits\n")
+    monkeypatch.setattr(plan, "_memory_bytes", lambda device: 1000)
+    told = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
+    assert "and train.optimizer.kind=adamw8bit" in told
+    assert told.endswith("  or a smaller model, or a lora stage in place of a full one\n")
+
+
+def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:
+    """The step of a real run's world, beside that of the plan."""
+    seen: dict[str, Any] = {}
+
+    def spy(stage: Train, world: World, *_: Any) -> Any:
+        seen[stage.label] = world.loaded
+        raise InputError("seen")
+
+    stages = NF4 + LORA.replace("targets", 'train = ["*norm.weight"]\ndora = true\ntargets') + TRAIN
+    with mock.patch.object(Train, "run", spy):
+        assert start(tmp_path, tiny, stages, "model.dtype=bfloat16") == 2
+    (one,) = planned(program.load(tmp_path / "p.toml", ["model.dtype=bfloat16"]))
+
+    def told(leaves: Any) -> dict[str, Any]:
+        return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in tree.items(leaves)}
+
+    assert told(one.step.trainable) == told(seen["train"].trainable)
+    assert told(one.step.params) == told(seen["train"].params)
+
+
+def test_a_program_that_trains_nothing_is_refused(
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert start(tmp_path, tiny, NF4, verb=("plan",)) == 2
+    assert "p.toml has no train stage, expected one" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err == "minitune: plan without a program, expected plan PROGRAM [KEY=VALUE ...]\n"

@@ -1,0 +1,158 @@
+"""Rooms of the house: which may import which, what starts without torch, and the picture of them in the README."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "minitune"
+
+GROUND = "errors host seeds hardware types tree"  # the nouns that every room may import
+BELOW_ALGORITHMS = f"{GROUND} io losses autodiff sharding quant nn optim lora text data models checkpoint"
+BELOW_PROGRAMS = f"{BELOW_ALGORITHMS} inference algorithms steps planning interop registry"
+ROOMS = {  # room -> the rooms that it may import
+    "errors": "",
+    "host": "errors",
+    "seeds": "errors host",
+    "hardware": "errors host seeds",
+    "types": "errors host seeds hardware",
+    "tree": "errors host seeds hardware types",
+    "io": "errors",
+    "losses": "errors types",
+    "autodiff": GROUND,
+    "sharding": GROUND,
+    "quant": f"{GROUND} autodiff",
+    "nn": f"{GROUND} autodiff quant sharding",
+    "optim": f"{GROUND} autodiff",
+    "lora": f"{GROUND} quant nn",
+    "text": f"{GROUND} io",
+    "data": f"{GROUND} io text",
+    "models": f"{GROUND} io autodiff quant nn sharding",
+    "checkpoint": f"{GROUND} io quant text models sharding",
+    "inference": f"{GROUND} losses quant nn text models",
+    "algorithms": BELOW_ALGORITHMS,
+    "steps": f"{BELOW_ALGORITHMS} algorithms",
+    "planning": f"{BELOW_ALGORITHMS} algorithms",
+    "interop": f"{BELOW_ALGORITHMS} inference",
+    "registry": "errors io checkpoint",
+    "programs": BELOW_PROGRAMS,
+    "cli": f"{BELOW_PROGRAMS} programs",
+    "demo": f"{BELOW_PROGRAMS} programs",
+}
+ROOMS["__main__"] = f"{ROOMS['cli']} cli __init__"
+ROOMS["__init__"] = "errors"
+WITHOUT_TORCH = ("minitune.errors", "minitune.io.paths", "minitune.io.atomic", "minitune.registry.hub", "minitune.cli.inspect")
+
+
+def imported(source: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, in functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{'.' * node.level}{node.module or ''}.{alias.name}") for alias in node.names)
+
+
+def wrong_imports(path: str, source: str) -> list[str]:
+    """Imports of a file, given its path in the package, that its room may not make."""
+    room = path.partition("/")[0].removesuffix(".py")
+    allowed = {room, *ROOMS[room].split()}
+    wrong = []
+    for line, name in imported(source):
+        if name.startswith("."):
+            wrong.append(f"{line}: {name} is relative")
+        if name.partition(".")[0] != "minitune":
+            continue
+        other = name.split(".")[1]
+        other = other if other in ROOMS else "__init__"
+        if other not in allowed and name != "minitune.__version__":
+            wrong.append(f"{line}: {room} imports {name}")
+    return wrong
+
+
+def doors(path: str, source: str) -> list[str]:
+    """Names that a file inside the package takes from a door (an `__init__`) in place of the file that defines them."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minitune."):
+            folder = ROOT / str(node.module).replace(".", "/")
+            for alias in node.names:
+                is_module = (folder / f"{alias.name}.py").is_file() or (folder / alias.name).is_dir()
+                if folder.is_dir() and not is_module:
+                    wrong.append(f"{node.lineno}: {alias.name} from the door {node.module}")
+    return [] if path.endswith("__init__.py") else wrong
+
+
+FILES = {str(path.relative_to(PACKAGE)): path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def test_every_file_belongs_to_a_room():
+    assert {path.partition("/")[0].removesuffix(".py") for path in FILES} == set(ROOMS)
+
+
+def test_rooms_import_what_the_table_says():
+    assert not [f"minitune/{path}:{line}" for path, source in FILES.items() for line in wrong_imports(path, source)]
+
+
+def test_a_file_is_imported_and_not_the_door():
+    assert not [f"minitune/{path}:{line}" for path, source in FILES.items() for line in doors(path, source)]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tree.py", "from minitune.io import paths"),
+        ("io/atomic.py", "from minitune.types import Params"),
+        ("losses/token.py", "def f():\n    from minitune import steps"),
+        ("programs/run.py", "import minitune.cli.chat"),
+        ("data/source.py", "from .readers import opened"),
+        ("interop/lm_eval.py", "from minitune.programs import log"),
+        ("cli/chat.py", "from minitune.demo import orders"),
+    ],
+)
+def test_a_wrong_import_is_found(path: str, source: str):
+    assert wrong_imports(path, source)
+
+
+def test_a_door_is_found():
+    assert doors("programs/run.py", "from minitune.models import Model")
+    assert not doors("programs/run.py", "from minitune.models.model import Model")
+
+
+def test_a_door_only_names_what_people_import():
+    for path, source in FILES.items():
+        if path.endswith("/__init__.py") and source:
+            assert len(source.splitlines()) <= 40, path
+            body = ast.parse(source).body[1:]
+            assert all(isinstance(node, ast.ImportFrom) for node in body), path
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_it_starts_without_torch(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def picture() -> str:
+    """The table as it stands in the README."""
+    rows = []
+    for room, allowed in ROOMS.items():
+        folder = (PACKAGE / room).is_dir()
+        words = (
+            allowed.replace(BELOW_PROGRAMS, "all above")
+            .replace(BELOW_ALGORITHMS, "checkpoint and all above it")
+            .replace(GROUND, "ground")
+        )
+        rows.append(f"{room + '/' if folder else room:12} {words}".rstrip())
+    return "\n".join(rows)
+
+
+def test_the_picture_in_the_readme_is_the_table():
+    held = re.search(r"```rooms\n(.*?)\n```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert held is not None, "README.md holds no block ```rooms"
+    assert held[1] == picture()

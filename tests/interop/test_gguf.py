@@ -1,0 +1,307 @@
+"""GGUF files against the gguf package, transformers' reader, and blocks that are taken apart one value at a time."""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf as reference
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from minitune.errors import InputError
+from minitune.interop.gguf import blocks as gguf_blocks
+from minitune.interop.gguf import export
+from minitune.interop.gguf.export import Types
+from minitune.io import results
+from minitune.models import Model, rope_scaling
+from minitune.models.families import llama
+from minitune.quant.schemes import NF4, Int4, dequantize, quantize
+from minitune.quant.tensors import QInt4, QInt8
+from support.models import SCALINGS, random_params
+
+CONFIG = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=32, d_ff=96, vocab_size=67, max_positions=64)
+TOKENS = torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def varied(config: llama.Config, **changes: Any) -> llama.Config:
+    return llama.Config(**{f: getattr(config, f) for f in config.__struct_fields__} | changes)
+
+
+@pytest.fixture
+def nothing(tmp_path: Path) -> Path:
+    """A tokenizer that llama.cpp has no counterpart for."""
+    import tokenizers
+
+    (tmp_path / "tokenizer").mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "tokenizer/tokenizer.json"))
+    return tmp_path / "tokenizer"
+
+
+def save(path: Path, params: Mapping[str, Any], tokenizer: Path, types: Types, config: llama.Config = CONFIG) -> list[str]:
+    return export.save(path, params, Model(llama.FAMILY, config), types, tokenizer=tokenizer, template="{{ x }}", stop_ids=[5])
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reference.GGUFReader(path).fields.items()}
+
+
+def dequantized(path: Path) -> dict[str, Tensor]:
+    tensors = reference.GGUFReader(path).tensors
+    return {t.name: torch.from_numpy(np.array(reference.quants.dequantize(t.data, t.tensor_type))) for t in tensors}
+
+
+# files
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kind", "atol"), [("F32", 1e-5), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 2e-2)])
+def test_transformers_reads_the_file_with_the_same_logits(
+    kind: Any, atol: float, tied: bool, tmp_path: Path, nothing: Path
+) -> None:
+    config = varied(CONFIG, tie_embeddings=tied, rope_theta=5e5, norm_eps=1e-3)
+    params = random_params(config)
+    assert "takes token ids only" in save(tmp_path / "model.gguf", params, nothing, Types(kind), config)[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = model(TOKENS).logits
+    wanted = Model(llama.FAMILY, config).forward(params, TOKENS)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=atol * float(wanted.abs().max()))
+
+
+def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> None:
+    config = varied(CONFIG, attention_bias=True, mlp_bias=True, n_layers=12)
+    params = random_params(config)
+    save(tmp_path / "model.gguf", params, nothing, Types("F16"), config)
+    tensors = {t.name: t for t in reference.GGUFReader(tmp_path / "model.gguf").tensors}
+    names = reference.get_tensor_name_map(reference.MODEL_ARCH.LLAMA, 12)
+    wanted = {str(names.get_name(n, (".weight", ".bias"))): w for n, w in params.items()}
+    assert tensors.keys() == wanted.keys()
+    for name, w in wanted.items():
+        assert tuple(tensors[name].shape) == tuple(w.shape)[::-1]
+        assert tensors[name].tensor_type.name == ("F32" if w.ndim == 1 else "F16")
+        assert tensors[name].data_offset % 32 == 0
+    data = dequantized(tmp_path / "model.gguf")
+    for kind, heads in (("q", 4), ("k", 2)):  # as in llama.cpp's converter
+        for leaf, stored in (("weight", torch.float16), ("bias", torch.float32)):
+            w = params[f"model.layers.11.self_attn.{kind}_proj.{leaf}"].to(stored).float()
+            permuted = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+            assert torch.equal(data[f"blk.11.attn_{kind}.{leaf}"], permuted)
+    assert torch.equal(data["blk.11.attn_v.bias"], params["model.layers.11.self_attn.v_proj.bias"])
+    found = fields(tmp_path / "model.gguf")
+    assert {key: found[key] for key in found if key.startswith(("llama.", "general."))} == {
+        "general.architecture": "llama",
+        "general.file_type": 1,
+        "general.quantization_version": 2,
+        "llama.context_length": 64,
+        "llama.embedding_length": 64,
+        "llama.block_count": 12,
+        "llama.feed_forward_length": 96,
+        "llama.vocab_size": 67,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "llama.attention.key_length": 32,
+        "llama.attention.value_length": 32,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": 32,
+    }
+    assert found["tokenizer.chat_template"] == "{{ x }}"
+
+
+def test_types_by_glob_and_what_stands_in_for_rows_that_do_not_fit(tmp_path: Path, nothing: Path) -> None:
+    config = varied(CONFIG, d_model=256, d_ff=36)
+    types = Types("Q4_K", {"lm_head.weight": "Q6_K", "*.1.mlp.*": "Q6_K", "*.mlp.*": "Q8_0", "*.embed_tokens.weight": "BF16"})
+    notes = save(tmp_path / "model.gguf", random_params(config), nothing, types, config)
+    found = {t.name: t.tensor_type.name for t in reference.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert {name: kind for name, kind in found.items() if not name.endswith("norm.weight")} == {
+        "token_embd.weight": "BF16",
+        "output.weight": "Q6_K",
+        **{f"blk.{i}.attn_{name}.weight": "Q4_K" for i in range(2) for name in "qkv"},
+        **{f"blk.{i}.attn_output.weight": "Q4_0" for i in range(2)},
+        **{f"blk.0.ffn_{name}.weight": kind for name, kind in (("gate", "Q8_0"), ("up", "Q8_0"), ("down", "F16"))},
+        **{f"blk.1.ffn_{name}.weight": kind for name, kind in (("gate", "Q6_K"), ("up", "Q6_K"), ("down", "F16"))},
+    }
+    assert [note for note in notes if ".1." in note] == [
+        "model.layers.1.self_attn.o_proj.weight is Q4_0, not Q4_K: its rows of 128 are no multiple of 256",
+        "model.layers.1.mlp.down_proj.weight is F16, not Q6_K: its rows of 36 are no multiple of 256",
+    ]
+    assert fields(tmp_path / "model.gguf")["general.file_type"] == 14
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rope_scaling_is_written_as_llama_cpp_wants_it(name: str, tmp_path: Path, nothing: Path) -> None:
+    config = varied(CONFIG, rope_scaling=SCALINGS[name])
+    notes = save(tmp_path / "model.gguf", random_params(config), nothing, Types("F32"), config)
+    found, data = fields(tmp_path / "model.gguf"), dequantized(tmp_path / "model.gguf")
+    frequencies = 1e4 ** -(torch.arange(16) / 16) / data.get("rope_freqs.weight", torch.ones(16))
+    frequencies = frequencies / found.get("llama.rope.scaling.factor", 1.0)
+    torch.testing.assert_close(frequencies, rope_scaling.frequencies(32, 1e4, config.rope_scaling, 1, 64))
+    assert ("rope_freqs.weight" in data) == (name == "llama3")
+    assert found.get("llama.rope.scaling.type") == ("linear" if name == "linear" else None)
+    assert [n for n in notes if "RoPE" in n] == ["dynamic RoPE scaling left out: llama.cpp is right up to 64 tokens"] * (
+        name == "dynamic"
+    )
+
+
+def test_quantized_leaves_keep_their_codes_where_the_blocks_fit(tmp_path: Path, nothing: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params: dict[str, Any] = random_params(CONFIG)
+    eights = QInt8(torch.randint(-127, 128, (128, 64), generator=generator, dtype=torch.int8), torch.rand(128, 1).half().float())
+    fours = QInt4(torch.randint(0, 256, (96, 32), generator=generator, dtype=torch.uint8), torch.rand(96, 2).half().float())
+    params |= {"model.layers.0.self_attn.q_proj.weight": eights, "model.layers.0.mlp.up_proj.weight": fours}
+    whole = eights.codes * eights.scale
+    permuted = whole.reshape(4, 2, 16, 64).swapaxes(1, 2).reshape(128, 64)
+    save(tmp_path / "model.gguf", params, nothing, Types("Q8_0", {"*.up_proj.weight": "Q4_0"}))
+    data = dequantized(tmp_path / "model.gguf")
+    assert torch.equal(data["blk.0.attn_q.weight"], permuted)
+    codes = torch.stack([fours.codes & 15, fours.codes >> 4], dim=2).flatten(1).float() - 8
+    assert torch.equal(data["blk.0.ffn_up.weight"], codes * fours.scale.repeat_interleave(32, 1))
+    save(
+        tmp_path / "model.gguf",
+        {**params, "model.layers.0.mlp.up_proj.weight": params["model.layers.1.mlp.up_proj.weight"]},
+        nothing,
+        Types("F32"),
+    )
+    assert torch.equal(dequantized(tmp_path / "model.gguf")["blk.0.attn_q.weight"], permuted)
+
+
+def test_other_quantized_leaves_are_dequantized(tmp_path: Path, nothing: Path) -> None:
+    config = varied(CONFIG, d_model=256)
+    plain = random_params(config)
+    name, wide = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+    params = {**plain, name: quantize(plain[name], Int4(128)), wide: quantize(plain[wide], NF4())}
+    whole = {**plain, name: dequantize(params[name], torch.float32), wide: dequantize(params[wide], torch.float32)}
+    for kind in ("F32", "Q4_K"):
+        files = [tmp_path / "quantized.gguf", tmp_path / "whole.gguf"]
+        for file, some in zip(files, (params, whole), strict=True):
+            save(file, some, nothing, Types(kind), config)
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_file_written_in_small_pieces_is_the_same_file(tmp_path: Path, nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("whole", "pieces"):
+        save(tmp_path / name, random_params(CONFIG), nothing, Types("Q4_0"))
+        monkeypatch.setattr(export, "CHUNK", 3000)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "pieces").read_bytes()
+
+
+def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with results.result_file(tmp_path / "model.gguf") as aside:
+        aside.write_bytes(b"old")
+
+    def full(w: Tensor, kind: str) -> Tensor:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(gguf_blocks, "encode", full)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "model.gguf", random_params(CONFIG), nothing, Types("F32"))
+    assert (tmp_path / "model.gguf").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".model.gguf{results.MARKER}", "model.gguf", "tokenizer"]
+
+
+def test_what_can_not_be_written_is_refused(tmp_path: Path, nothing: Path) -> None:
+    with pytest.raises(InputError, match=r"gguf: exceptions: '\*\.expert\.\*' matches no weight"):
+        save(tmp_path / "model.gguf", random_params(CONFIG), nothing, Types("F16", {"*.expert.*": "F32"}))
+    config = varied(CONFIG, vocab_size=1)
+    with pytest.raises(InputError, match=r"tokenizer has 2 tokens, expected at most 1, the rows of the embedding"):
+        save(tmp_path / "model.gguf", random_params(config), nothing, Types("F16"), config)
+    with pytest.raises(InputError, match=r"gguf: a model of minitune.models.rope_scaling, expected the llama family"):
+        export.save(tmp_path / "x", {}, Model(rope_scaling, CONFIG), Types("F16"), tokenizer=nothing, template=None, stop_ids=[])
+
+
+# blocks
+
+
+def blocks(seed: int, n_rows: int, width: int, spread: float) -> Tensor:
+    """Rows with sub-blocks of very different sizes, empty, one-sided and constant ones among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_rows, width // 32, 32, generator=generator)
+    x = x * torch.exp(spread * torch.randn(n_rows, width // 32, 1, generator=generator))
+    kinds = torch.randint(0, 6, (n_rows, width // 32, 1), generator=generator)
+    x = torch.where(kinds == 0, 0.0, torch.where(kinds == 1, x.abs(), torch.where(kinds == 2, x[..., :1], x)))
+    return x.flatten(1)
+
+
+@given(seed=st.integers(0, 2**32), n_rows=st.integers(1, 5), n=st.integers(1, 7), spread=st.floats(0, 3), ties=st.booleans())
+def test_simple_types_are_the_bytes_of_the_gguf_package(seed: int, n_rows: int, n: int, spread: float, ties: bool) -> None:
+    w = blocks(seed, n_rows, 32 * n, spread)
+    w = w.round() if ties else w
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
+        wanted = reference.quants.quantize(w.numpy(), GGMLQuantizationType[kind])
+        found = gguf_blocks.encode(w, kind)
+        assert found.numpy().tobytes() == wanted.tobytes(), kind
+        assert found.shape == (n_rows, w.shape[1] // gguf_blocks.TYPES[kind].block * gguf_blocks.TYPES[kind].n_bytes)
+
+
+def half(data: bytes) -> float:
+    return struct.unpack("<e", data)[0]
+
+
+def slow_q4_k(data: bytes) -> list[float]:
+    """The 256 values of a block, one at a time, from the layout's description."""
+    d, d_min, packed, codes = half(data[0:2]), half(data[2:4]), data[4:16], data[16:]
+    values = []
+    for sub in range(8):
+        if sub < 4:
+            s, m = packed[sub] & 63, packed[4 + sub] & 63
+        else:
+            s = packed[4 + sub] & 15 | packed[sub - 4] >> 6 << 4
+            m = packed[4 + sub] >> 4 | packed[sub] >> 6 << 4
+        for i in range(32):
+            byte = codes[sub // 2 * 32 + i]
+            values.append(d * s * (byte >> 4 if sub % 2 else byte & 15) - d_min * m)
+    return values
+
+
+def slow_q6_k(data: bytes) -> list[float]:
+    """As above."""
+    low, high, scales, d = data[:128], data[128:192], struct.unpack("16b", data[192:208]), half(data[208:210])
+    values = []
+    for i in range(256):
+        part, quarter, at = i // 128, i % 128 // 32, i % 32
+        nibble = low[64 * part + 32 * (quarter % 2) + at] >> 4 * (quarter // 2) & 15
+        values.append(d * scales[i // 16] * ((nibble | (high[32 * part + at] >> 2 * quarter & 3) << 4) - 32))
+    return values
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32), spread=st.floats(0, 3))
+def test_k_types_are_read_by_the_gguf_package_and_lose_at_most_a_step(seed: int, spread: float) -> None:
+    w = blocks(seed, 3, 512, spread)
+    for kind, slow in (("Q4_K", slow_q4_k), ("Q6_K", slow_q6_k)):
+        found = gguf_blocks.encode(w, kind)
+        back = torch.from_numpy(reference.quants.dequantize(found.numpy(), GGMLQuantizationType[kind]))
+        n_bytes = gguf_blocks.TYPES[kind].n_bytes
+        values = [v for block in found.reshape(-1, n_bytes) for v in slow(bytes(block.tolist()))]
+        torch.testing.assert_close(back.flatten(), torch.tensor(values), rtol=1e-6, atol=1e-30)
+        subs, error = w.view(6, -1, 32 if kind == "Q4_K" else 16), (back - w).abs().view(6, -1, 32 if kind == "Q4_K" else 16)
+        if kind == "Q4_K":  # a step of the sub-block, and a 63rd of the block's largest step and minimum
+            low = subs.amin(2).clamp(max=0)
+            width = subs.amax(2) - low
+            bound = width / 14 + (width.amax(1, keepdim=True) - low.amin(1, keepdim=True)) / 63
+        else:  # the same, with steps of a 32nd, and a 128th of the largest
+            largest = subs.abs().amax(2)
+            bound = largest / 31 + largest.amax(1, keepdim=True) / 128
+        assert bool((error <= bound[:, :, None] * 1.01 + 1e-6).all()), kind
+
+
+def test_the_search_for_scales_pays() -> None:
+    """Root-mean-square error relative to Q4_0, on normal weights and with columns of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(16, 1024, generator=generator)
+    columns = normal * torch.exp(0.7 * torch.randn(1, 1024, generator=generator))
+    for w, share in ((normal, 0.82), (columns, 0.72)):  # without a part of the search: 0.822 to 0.833, and 0.721 to 0.728
+        decoded = {
+            kind: reference.quants.dequantize(gguf_blocks.encode(w, kind).numpy(), GGMLQuantizationType[kind])
+            for kind in ("Q4_0", "Q4_K", "Q8_0", "Q6_K")
+        }
+        rms = {kind: float((torch.from_numpy(back) - w).square().mean().sqrt()) for kind, back in decoded.items()}
+        assert rms["Q4_K"] < share * rms["Q4_0"]
+        assert rms["Q6_K"] < 0.21 * rms["Q4_0"]

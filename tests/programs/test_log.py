@@ -1,0 +1,245 @@
+"""The terminal, metrics.jsonl and an offline wandb run, read back."""
+
+import io
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from time import sleep
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from minitune.errors import InputError
+from minitune.programs import log
+from minitune.programs.log import Log, LogConfig
+
+
+def piped() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def rows(folder: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_say_and_show_print_what_they_are_given(tmp_path: Path) -> None:
+    console = piped()
+    with Log(tmp_path, LogConfig(), {}, console) as out:
+        out.say("[not markup] " + "long " * 40)
+        out.show(Text("[also not markup]"))
+    text = written(console)
+    assert "[not markup] " + "long " * 40 + "\n" in text
+    assert "[also not markup]" in text
+
+
+def test_metrics_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
+    with Log(tmp_path, LogConfig(), {}, piped()) as out:
+        out.begin("train")
+        out.metrics(1, {"loss": 1.5, "grad_norm": math.nan})
+        assert rows(tmp_path) == [{"stage": "train", "step": 1, "loss": 1.5, "grad_norm": "nan"}]  # flushed row by row
+        out.metrics(2, {"loss": math.inf, "grad_norm": -math.inf, "n": 3})
+    assert rows(tmp_path)[1] == {"stage": "train", "step": 2, "loss": "inf", "grad_norm": "-inf", "n": 3}
+
+
+def test_every(tmp_path: Path) -> None:
+    with Log(tmp_path, LogConfig(every=3), {}, piped()) as out:
+        for step in range(1, 8):
+            out.metrics(step, {"loss": 0.0})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 6]
+
+
+def logged(folder: Path, stages: dict[str, range]) -> None:
+    """Log these steps of each stage, each stage rewound to where its steps begin."""
+    with Log(folder, LogConfig(), {}, piped()) as out:
+        for stage, steps in stages.items():
+            out.begin(stage)
+            out.rewind(steps.start - 1)
+            for step in steps:
+                out.metrics(step, {"loss": 1.0 / step})
+
+
+def test_a_resumed_file_equals_a_straight_one(tmp_path: Path) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    straight.mkdir()
+    resumed.mkdir()
+    logged(straight, {"one": range(1, 6), "two": range(1, 8)})
+    logged(resumed, {"one": range(1, 6), "two": range(1, 5)})
+    with (resumed / "metrics.jsonl").open("ab") as torn:
+        torn.write(b'{"stage": "two", "step": 5, "lo')
+    logged(resumed, {"one": range(6, 6), "two": range(3, 8)})  # saved after step 2 of the second stage
+    assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_a_torn_row_is_cut_even_without_a_rewind(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"stage": "a", "step": 1}\n{"stage": "a", "step": 2}')
+    with Log(tmp_path, LogConfig(), {}, piped()) as out:
+        out.begin("b")
+        out.metrics(1, {})
+    assert rows(tmp_path) == [{"stage": "a", "step": 1}, {"stage": "b", "step": 1}]
+
+
+def test_plain_lines_come_first_last_and_every_twentieth(tmp_path: Path) -> None:
+    console = piped()
+    with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("train", 1000, 0) as progress:
+        for step in range(1, 1001):
+            progress.update(step, {"loss": 0.25, "lr": 3e-4, "tokens_per_second": 12345.6, "mem_bytes": 2**31})
+    lines = written(console).splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("train 1/1000  loss 0.2500  lr 3.00e-04  12,346 tokens/s  mem 2.00 GiB  0:")
+    assert lines[-1].endswith("0:00 left")
+    assert lines[-1].startswith("train 1000/1000")
+
+
+def test_plain_lines_come_every_ten_seconds_and_tell_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(log, "monotonic", lambda: clock[0])
+    console = piped()
+    with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("train", 10_000, 100) as progress:
+        for step in range(101, 110):
+            clock[0] += 4.0
+            progress.update(step, {})
+    assert [line.split()[1] for line in written(console).splitlines()] == ["101/10000", "104/10000", "107/10000"]
+    assert written(console).splitlines()[1].endswith(f"{4 * 9896 // 60}:{4 * 9896 % 60:02} left")
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None, legacy_windows=False)
+    with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("train", 8, 2) as progress:
+        progress.update(3, {"loss": 0.25, "lr": 1e-3})
+        out.say("a line above it")
+        progress.update(8, {"loss": 0.125, "lr": 1e-3})
+    text = written(console)
+    assert "a line above it" in text
+    assert "8/8" in text
+    assert "loss 0.1250  lr 1.00e-03" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"loss": 0.0}, "loss 0.0000"),
+        ({"loss": 1e-5}, "loss 1.00e-05"),
+        ({"grad_norm": 2.5e7}, "grad norm 2.50e+07"),
+        ({"loss": math.nan}, "loss nan"),
+        ({"loss": math.inf}, "loss inf"),
+        ({"steps": 12345}, "steps 12,345"),
+        ({"peak_mem_bytes": 5 * 2**20}, "peak mem 5 MiB"),
+    ],
+)
+def test_readings(values: dict[str, float], text: str) -> None:
+    assert log.readings(values) == text
+
+
+def wandb_records(folder: Path) -> Iterator:
+    """The protobuf records of an offline run's file: a header of 7 bytes, then LevelDB log records in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data = file.read_bytes()
+    assert data[:7] == b":W&B" + struct.pack("<HB", 0xBEE1, 0)
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + size > len(data):  # still being written
+            return
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range, n_adapters: int = 0) -> list:
+    (folder / "wandb-files").mkdir(exist_ok=True)
+    monkeypatch.setenv("WANDB_DIR", str(folder / "wandb-files"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    keywords = {"project": "p", "mode": "offline", "tags": ["a"], "config": {"mine": 1}}
+    program = {"name": "tiny", "seed": 3, "stage": [{"op": "lora", "rank": 8}]}
+    with Log(folder, LogConfig(wandb=keywords), program, piped()) as out:
+        out.begin("train")
+        out.rewind(steps.start - 1)
+        for step in steps:
+            values = {"loss": 1.0 / step, "lr": 3e-4, "tokens_per_second": 100.5, "grad_norm": math.nan}
+            for row in [{"adapter": i, **values, "loss": i / step} for i in range(n_adapters)] or [values]:
+                out.metrics(step, row)
+    for _ in range(200):  # its service closes the file only after it has said that the run is finished
+        records = list(wandb_records(folder / "wandb-files"))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        sleep(0.05)
+    raise AssertionError("the offline file has no exit record after 10 s")
+
+
+def history(records: list) -> list[dict]:
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_the_adapters_of_a_sweep_are_groups_of_one_step_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = history(offline_run(tmp_path, monkeypatch, range(1, 3), n_adapters=3))
+    for row, step in zip(found, (1, 2), strict=True):
+        assert [row[f"adapter-{i}/loss"] for i in range(3)] == [i / step for i in range(3)]
+        assert (row["_step"], row["global_step"], row["adapter-2/lr"]) == (step, step, 3e-4)
+        assert "loss" not in row
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # wandb leaves the socket to its own service to the collector
+def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = offline_run(tmp_path, monkeypatch, range(1, 4))
+    for row, step in zip(history(records), (1, 2, 3), strict=True):
+        assert (row["global_step"], row["loss"], row["lr"], row["tokens_per_second"]) == (step, 1.0 / step, 3e-4, 100.5)
+        assert row["_step"] == step
+        assert "grad_norm" in row
+    config: dict = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "run":
+            (run,) = [record.run]
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    assert config | {"_wandb": 0} == {"name": "tiny", "seed": 3, "stage": [{"op": "lora", "rank": 8}], "mine": 1, "_wandb": 0}
+    assert (run.project, run.display_name, list(run.tags)) == ("p", "tiny", ["a"])
+    assert run.run_id == (tmp_path / "wandb-id").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_continued_run_keeps_its_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb-id").write_text("abc123")
+    records = offline_run(tmp_path, monkeypatch, range(5, 6))
+    assert {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"} == {"abc123"}
+    assert (tmp_path / "wandb-id").read_text() == "abc123"
+
+
+def test_a_wrong_wandb_keyword_is_refused(tmp_path: Path) -> None:
+    message = r"log: wandb.projct is unknown, expected a keyword of wandb.init; did you mean 'project'\?"
+    with pytest.raises(InputError, match=message), Log(tmp_path, LogConfig(wandb={"projct": "p"}), {}, piped()):
+        pass
+    message = r"log: wandb.config is 'x', expected a table; the program's own keys are added to it"
+    with pytest.raises(InputError, match=message), Log(tmp_path, LogConfig(wandb={"config": "x"}), {}, piped()):
+        pass
+
+
+def test_wandb_is_not_imported_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # an import of it would fail
+    with Log(tmp_path, LogConfig(), {}, piped()) as out:
+        out.metrics(1, {"loss": 1.0})
+    with pytest.raises(ImportError), Log(tmp_path, LogConfig(wandb={}), {}, piped()):
+        pass

@@ -1,0 +1,57 @@
+"""The last thing that a run shows."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from minitune.programs.report import report
+
+pytestmark = pytest.mark.fast
+
+SUMMARY = {
+    "before": {
+        "loss_nats": 3.25,
+        "exact_match": 0.0,
+        "n_prompts": 240,
+        "model_bytes": 3 * 2**20,
+        "time_s": 2.0,
+        "samples": [{"prompt": "two [red] lamps", "reference": '{"lamps": 2}', "answer": "and so on"}],
+    },
+    "train": {"time_s": 61.0, "steps": 300},
+    "quantize": {"time_s": 0.5, "bytes_before": 3 * 2**20, "bytes_after": 2**20},
+    "after": {
+        "loss_nats": 0.125,
+        "exact_match": 0.925,
+        "n_prompts": 240,
+        "samples": [{"prompt": "two [red] lamps", "reference": '{"lamps": 2}', "answer": '{"lamps": 3}'}],
+    },
+    "save": {"what": "deltas", "path": "runs/lora/deltas"},
+    "steps": 300,
+    "tokens_per_s": 10_234.5,
+    "peak_mem_bytes": 600 * 2**20,
+}
+
+
+def shown(summary: dict) -> list[str]:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report("lora", summary))
+    return [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_the_report_sets_stages_side_by_side() -> None:
+    lines = shown(SUMMARY)
+    assert "before 3.2500 0.0% of 240 3.00 2.0" in lines
+    assert "train 61.0" in lines
+    assert "quantize 1.00 0.5" in lines
+    assert "after 0.1250 92.5% of 240" in lines
+    at = lines.index("prompt two [red] lamps")
+    assert lines[at + 1 : at + 4] == ['reference {"lamps": 2}', "before and so on", 'after {"lamps": 3}']
+    assert "steps 300 tokens per s 10,234 tokens/s mem 600 MiB" in lines or any("10,234 tokens/s" in line for line in lines)
+    assert "deltas in runs/lora/deltas" in lines
+
+
+def test_a_run_without_evaluations_still_says_where_its_result_lies() -> None:
+    lines = shown({"save": SUMMARY["save"], "steps": 3})
+    assert "deltas in runs/lora/deltas" in lines
+    assert not any("exact match" in line for line in lines)

@@ -1,0 +1,459 @@
+"""Runs: the folder, the manifest, the lock, what is resumed and what is moved aside, signals, and the fold over stages."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import torch
+
+from minitune import __version__
+from minitune.data.source import Source
+from minitune.errors import InputError
+from minitune.io import atomic, locks, results
+from minitune.io.atomic import write_atomic
+from minitune.programs import program, run
+from minitune.programs.loading import ModelSource
+from minitune.programs.log import Log, LogConfig
+from minitune.programs.program import Program
+from minitune.programs.run import run_program, summary
+from minitune.programs.run_folder import Run, open_run
+from minitune.programs.signals import StopSignals
+from minitune.programs.state import Stopped
+
+
+class FakeWorld(NamedTuple):
+    seed: int
+    folder: Path
+    log: Log
+    stopping: Any
+    records: Mapping[str, dict]
+
+    def record(self, label: str, values: dict[str, Any]) -> "FakeWorld":
+        return self._replace(records={**self.records, label: values})
+
+
+class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
+    """A stage that logs `steps` rows, and before step `signal_at` gets a signal."""
+
+    steps: int
+    name: str
+    signal_at: int | None = None
+    fail: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def result(self) -> None:
+        return None
+
+    def run(self, world: FakeWorld) -> FakeWorld:
+        if self.name in world.records:
+            return world
+        for step in range(1, self.steps + 1):
+            if self.fail:
+                raise RuntimeError("power cut")
+            if step == self.signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if world.stopping():
+                raise Stopped(step, world.folder)
+            world.log.metrics(step, {"loss": 1.0 / step})
+        record = {"top": {"steps": self.steps}, "last": self.steps}
+        return world._replace(records={**world.records, self.name: record})
+
+
+@pytest.fixture(autouse=True)
+def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worlds without a model: what a run does with its stages does not depend on what they do."""
+
+    def open_world(model, sources, seed, folder, log, stopping, records, tf32) -> FakeWorld:
+        return FakeWorld(seed, folder, log, stopping, records)
+
+    monkeypatch.setattr(run, "open_world", open_world)
+    monkeypatch.setattr(run, "check", lambda model, sources, stages: [])
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Program:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    return Program(
+        name="tiny",
+        out=str(tmp_path / "runs"),
+        model=ModelSource(path=str(tmp_path / "model")),
+        data={"train": Source(path=str(tmp_path / "train.jsonl"), format="text", seq_len=5)},
+        stage=(Count(3, "one"), Count(2, "two")),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def changed(p: Program, **fields: Any) -> Program:
+    return msgspec.structs.replace(p, **fields)
+
+
+def opened(p: Program) -> Run:
+    run = open_run(p, program_text=program.resolved(p))
+    run.lock.close()
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Program, tmp_path: Path) -> None:
+    result = run_program(tiny)
+    folder = tmp_path / "runs" / "tiny"
+    assert all(result[name].pop("time_s") > 0 for name in ("one", "two"))
+    assert result == {"one": {"last": 3}, "two": {"last": 2}, "steps": 2}
+    kept = json.loads((folder / "summary.json").read_bytes())
+    assert {name: kept[name]["last"] for name in ("one", "two")} == {"one": 3, "two": 2}
+    assert (folder / "program.toml").read_text() == program.resolved(tiny)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [("one", 1), ("one", 2), ("one", 3), ("two", 1), ("two", 2)]
+    assert set(json.loads((folder / "records.json").read_bytes())) == {"one", "two"}
+    assert (folder / "checkpoints").is_dir()
+
+
+def test_numbers_that_json_lacks_become_null(tiny: Program) -> None:
+    class Diverged(Count, frozen=True, tag="diverged"):
+        def run(self, world: FakeWorld) -> FakeWorld:
+            return world._replace(records={"one": {"loss_nats": math.nan, "worst": math.inf}})
+
+    run_program(changed(tiny, stage=(Diverged(3, "one"),)))
+    for name in ("records.json", "summary.json"):
+        (record,) = json.loads((Path(tiny.out) / "tiny" / name).read_bytes()).values()
+        assert (record["loss_nats"], record["worst"]) == (None, None)
+
+
+def test_the_manifest_names_versions_seed_and_inputs(tiny: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "HASHED_BELOW_BYTES", 7)  # "weights" has 7 bytes
+    manifest = json.loads((opened(changed(tiny, seed=5)).folder / "manifest.json").read_bytes())
+    (start,) = manifest["starts"]
+    assert manifest["seed"] == 5
+    assert (start["host"], start["pid"]) == (socket.gethostname(), os.getpid())
+    assert start["versions"]["minitune"] == __version__
+    assert start["versions"]["python"] == platform.python_version()
+    assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    config, weights, data = (str(tmp_path / name) for name in ("model/config.json", "model/model.safetensors", "train.jsonl"))
+    assert set(manifest["inputs"]) == {config, weights, data}
+    assert manifest["inputs"][config] == {"sha256": hashlib.sha256(b"{}").hexdigest(), "bytes": 2}
+    assert manifest["inputs"][data]["sha256"] == hashlib.sha256(b'{"text": "x"}\n').hexdigest()
+    assert set(manifest["inputs"][weights]) == {"bytes", "time"}
+
+
+def test_an_unfinished_run_of_the_same_program_is_continued(tiny: Program) -> None:
+    broken = changed(tiny, stage=(tiny.stage[0], Count(2, "two", fail=True)))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_program(broken)
+    run = opened(changed(broken, log=LogConfig(every=7), resume=True, out=f"{tiny.out}/../runs"))
+    assert run.resumed
+    assert set(run.records) == {"one"}
+    assert run.notes == (f"{run.folder} is unfinished: continuing it",)
+    manifest = json.loads((run.folder / "manifest.json").read_bytes())
+    assert len(manifest["starts"]) == 2
+    assert [json.loads(line)["stage"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()] == ["one"] * 3
+    assert {path.name for path in run.folder.parent.iterdir()} == {"tiny", ".tiny.lock"}
+
+
+def test_a_changed_version_is_told(tiny: Program) -> None:
+    folder = opened(tiny).folder
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace(f'"python": "{platform.python_version()}"', '"python": "3.0.0"'))
+    message = (
+        f"versions changed since it was stopped (python 3.0.0 -> {platform.python_version()}): it may not continue bit for bit"
+    )
+    assert opened(tiny).notes[1] == message
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_finished_run_is_moved_aside_and_never_deleted(tiny: Program, tmp_path: Path, resume: bool | None) -> None:
+    out = tmp_path / "runs"
+    kept = []
+    for n in range(3):
+        run_program(changed(tiny, seed=n, resume=resume))
+        kept.append(files(out / "tiny"))
+    assert [files(out / name) for name in ("tiny.1", "tiny.2", "tiny")] == kept
+    run = opened(changed(tiny, resume=resume))
+    assert not run.resumed
+    assert run.records == {}
+    assert run.notes == (f"{out}/tiny is finished: moved to {out}/tiny.3",)
+
+
+def test_another_program_or_resume_false_begins_afresh(tiny: Program, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    assert opened(tiny).notes == ()
+    other = opened(changed(tiny, stage=(tiny.stage[0], Count(9, "two"))))
+    assert other.notes == (f"{out}/tiny holds another program (stage[1].steps is 2 there and 9 here): moved to {out}/tiny.1",)
+    assert not other.resumed
+    fresh = opened(changed(tiny, stage=(tiny.stage[0], Count(9, "two")), resume=False))
+    assert fresh.notes == (f"{out}/tiny is not to be continued (resume = false): moved to {out}/tiny.2",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seed": 3}, r"holds another program \(seed is 0 there and 3 here\), expected an unfinished run to resume"),
+        ({"stage": (Count(3, "one"),)}, r"holds another program \(stage\[1\] stands only there\)"),
+        ({"stage": (Count(3, "one"), Count(2, "two", signal_at=1))}, r"\(stage\[1\].signal_at stands only here\)"),
+        ({"name": "new"}, r"runs/new does not exist, expected an unfinished run to resume; drop resume = true"),
+    ],
+)
+def test_resume_true_needs_an_unfinished_run_of_this_program(tiny: Program, fields: dict[str, Any], message: str) -> None:
+    before = files(opened(tiny).folder)
+    with pytest.raises(InputError, match=message):
+        opened(changed(tiny, resume=True, **fields))
+    assert files(Path(tiny.out) / "tiny") == before
+
+
+def test_resume_true_refuses_a_finished_run(tiny: Program) -> None:
+    run_program(tiny)
+    with pytest.raises(InputError, match=r"runs: \S+tiny is finished, expected an unfinished run to resume; drop resume = true"):
+        opened(changed(tiny, resume=True))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    opened(tiny)  # an empty folder is no obstacle
+    other = tmp_path / "runs" / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for resume in (None, True, False):
+        with pytest.raises(
+            InputError, match=r"other holds no manifest.json, expected a run folder; change name or out, or move it"
+        ):
+            opened(changed(tiny, name="other", resume=resume))
+    assert files(other) == {"thesis.tex": b"years of work"}
+    (tmp_path / "runs" / "file").write_text("")
+    with pytest.raises(InputError, match=r"file holds no manifest.json, expected a run folder"):
+        opened(changed(tiny, name="file"))
+
+
+def test_changed_inputs_stop_a_resume(tiny: Program, tmp_path: Path) -> None:
+    opened(tiny)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"Weights")
+    with pytest.raises(InputError, match=r"runs: \S+model.safetensors is not what it was when \S+tiny began, expected the same"):
+        opened(tiny)
+    weights.write_bytes(b"weights")
+    (tmp_path / "model" / "extra.json").write_text("")
+    with pytest.raises(InputError, match=r"runs: \S+extra.json is not what it was .*; restore it, or set resume = false"):
+        opened(tiny)
+    assert not opened(changed(tiny, resume=False)).resumed
+
+
+def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_path: Path) -> None:
+    gone = changed(tiny, data={"train": Source(path="gone.jsonl", format="text", seq_len=5)})
+    message = r"runs: data.train.path 'gone.jsonl' does not exist \(looked for /.*gone.jsonl\), expected a file or folder"
+    with pytest.raises(InputError, match=message):
+        opened(gone)
+    folder = tmp_path / "runs" / "tiny"
+    assert not folder.exists()
+    run_program(tiny)
+    before = files(folder)
+    with pytest.raises(InputError, match=message):
+        opened(gone)
+    assert files(folder) == before  # not moved aside for a run that can't begin
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("manifest.json", b"{"),
+        ("manifest.json", b"{}"),
+        ("manifest.json", b'{"seed": 0, "inputs": {}, "starts": []}'),
+        ("records.json", b"[]"),
+        ("program.toml", b"= 1"),
+        ("program.toml", b"\xff"),
+    ],
+)
+def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Program, name: str, text: bytes) -> None:
+    folder = opened(tiny).folder
+    (folder / name).write_bytes(text)
+    with pytest.raises(InputError, match=rf"{name}.*expected (what a run writes; set resume = false to begin afresh|TOML)"):
+        opened(tiny)
+    (folder / name).unlink()
+    if name != "manifest.json":
+        with pytest.raises(InputError, match=rf"{name} can't be read .*, expected a run folder's file; set resume = false"):
+            opened(tiny)
+        assert not opened(changed(tiny, resume=False)).resumed
+
+
+class Unplugged(Exception):  # noqa: N818 - no error of a program
+    """The machine went away at this point."""
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_run_folder_exists_whole_or_not_at_all(tiny: Program, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    opened(tiny)
+    fresh, calls = changed(tiny, resume=False), iter(range(100))
+
+    def unplugged(real):
+        def call(*args: Any) -> Any:
+            if next(calls) == at:
+                raise Unplugged
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write_atomic", unplugged(write_atomic))
+        patch.setattr(Path, "rename", unplugged(Path.rename))
+        with pytest.raises(Unplugged):
+            opened(fresh)
+    folder = Path(tiny.out) / "tiny"
+    names = {"program.toml", "manifest.json", "records.json"}
+    assert not folder.exists() or set(files(folder)) == names
+    run = opened(tiny)
+    assert set(files(run.folder)) == names
+    assert run.resumed == (at < 4)  # the last call gives the new folder its name, the one before moves the old one aside
+
+
+def test_a_second_trainer_is_refused_with_the_first_ones_pid_and_host(tiny: Program) -> None:
+    run = open_run(tiny, program_text=program.resolved(tiny))
+    message = rf"runs: \S+tiny is in use by pid {os.getpid()} on {socket.gethostname()}, expected one trainer a folder; wait"
+    for resume in (None, True, False):
+        with pytest.raises(InputError, match=message):
+            opened(changed(tiny, resume=resume))
+    run.lock.close()
+    assert opened(tiny).resumed
+
+
+def test_a_killed_trainer_leaves_no_lock(tiny: Program, tmp_path: Path) -> None:
+    lock = tmp_path / "runs" / ".tiny.lock"
+    lock.parent.mkdir()
+    hold = (
+        "import sys, time; from pathlib import Path; from minitune.io import locks; path = Path(sys.argv[1]); "
+        "lock = locks.acquire(path); locks.holder_file(path).write_text('pid 7 on far'); "
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(InputError, match=r"tiny is in use by pid 7 on far, expected one trainer a folder"):
+            opened(tiny)
+        other.kill()
+    with open_run(tiny, program_text=program.resolved(tiny)).lock:
+        assert locks.holder_file(lock).read_text(encoding="utf-8") == f"pid {os.getpid()} on {socket.gethostname()}\n"
+
+
+def test_an_error_while_opening_lets_the_lock_go(tiny: Program, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        opened(changed(tiny, resume=True))
+    locks.acquire(tmp_path / "runs" / ".tiny.lock").close()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.usefixtures("handlers")
+def test_sigterm_stops_between_steps_and_the_same_program_finishes_later(tiny: Program) -> None:
+    stop = StopSignals()
+    stages = (tiny.stage[0], Count(2, "two", signal_at=2))
+    with pytest.raises(Stopped) as stopped:
+        run_program(changed(tiny, stage=stages), stop)
+    assert (stopped.value.step, stop.number) == (2, signal.SIGTERM)
+    folder = Path(tiny.out) / "tiny"
+    assert not (folder / "summary.json").exists()
+    assert set(json.loads((folder / "records.json").read_bytes())) == {"one"}
+    assert opened(changed(tiny, stage=stages)).resumed
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_in_a_stage_that_does_not_look_stops_before_the_next_one(tiny: Program) -> None:
+    class Deaf(Count, frozen=True, tag="deaf"):
+        def run(self, world: FakeWorld) -> FakeWorld:
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().run(world._replace(stopping=lambda: False))
+
+    stop = StopSignals()
+    with pytest.raises(Stopped) as stopped:
+        run_program(changed(tiny, stage=(Deaf(3, "one"), Count(2, "two"))), stop)
+    assert (stopped.value.step, stop.number) == (3, signal.SIGINT)
+    assert set(json.loads((Path(tiny.out) / "tiny" / "records.json").read_bytes())) == {"one"}
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_in_the_last_stage_lets_the_run_finish(tiny: Program) -> None:
+    class Late(Count, frozen=True, tag="late"):
+        def run(self, world: FakeWorld) -> FakeWorld:
+            world = super().run(world)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return world
+
+    assert run_program(changed(tiny, stage=(Late(3, "one"),)))["steps"] == 3
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_sigint_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
+    try:
+        with StopSignals() as stopping:
+            assert not stopping()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopping()
+            assert stopping.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one is no more than the first: launchers repeat themselves
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+    assert capfd.readouterr().err.splitlines()[0] == "SIGINT: stopping after this step"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_console_that_closes_on_windows_stops_the_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)  # a number that this system has
+    with StopSignals() as stopping:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stopping()
+        assert stopping.number == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_file_system_without_locks_is_told(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(locks, "acquire", refuse)
+    with pytest.raises(InputError, match=r"runs: \S+\.tiny\.lock can't be locked \(.*flock\), expected a file system with locks"):
+        opened(tiny)
+
+
+def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
+    found: list[Any] = []
+
+    def enter() -> None:
+        with StopSignals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_summary_moves_top_up_and_keeps_the_rest_by_stage() -> None:
+    records = {"before": {"loss_nats": 2.0}, "train": {"top": {"steps": 3}, "n": 1}, "more": {"top": {"steps": 5}}}
+    assert summary(records) == {"before": {"loss_nats": 2.0}, "train": {"n": 1}, "more": {}, "steps": 5}

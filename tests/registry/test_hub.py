@@ -1,0 +1,335 @@
+"""Downloads from a server of our own that speaks the Hub's protocol."""
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitune.cli.download import download
+from minitune.errors import InputError
+from minitune.registry import hub
+from minitune.registry.hub import FILE
+
+REPO, COMMIT = "somebody/tiny-model", "c0ffee" + 34 * "0"
+INDEX = "model.safetensors.index.json"
+SHARDS = ("weights-a.safetensors", "weights-b.safetensors")
+NEEDED = {
+    "config.json": b"{}",
+    "tokenizer.json": b'{"version": "1.0"}',
+    "chat_template.jinja": b"{{ messages }}",
+    INDEX: json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode(),
+    SHARDS[0]: bytes(range(256)) * 40,
+    SHARDS[1]: bytes(3),
+}
+NOT_NEEDED = dict.fromkeys(
+    [
+        "README.md",
+        "pytorch_model.bin",
+        "model.gguf",
+        "consolidated.safetensors",
+        "original/params.json",
+        "onnx/model.onnx",
+        "checkpoint-9/config.json",
+        ".gitattributes",
+    ],
+    b"not needed",
+)
+
+
+class Hub:
+    """A server with one repository; `log` holds the requests, `refusal` (status, error code) is what files are answered with."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files, self.log, self.tokens = files, [], []
+        self.refusal: tuple[int, str] | None = None
+        self.delay_s = 0.0
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.log.append(f"{self.command} {self.path}")
+                hub.tokens.append(self.headers.get("Authorization"))
+                hub.answer(self)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.partition("?")[0]
+        for pattern, found in (
+            (r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", self.info),
+            (rf"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>{COMMIT})", self.tree),
+            (rf"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>{COMMIT})/(?P<name>.+)", self.file),
+        ):
+            if match := re.fullmatch(pattern, path):
+                if match["repo"] != REPO:
+                    return refuse(request, 401, "RepoNotFound")
+                return found(request, **{key: value for key, value in match.groupdict().items() if key != "repo"})
+        return refuse(request, 404, "EntryNotFound")
+
+    def info(self, request: BaseHTTPRequestHandler, rev: str) -> None:
+        if rev not in ("main", COMMIT, "v1"):
+            return refuse(request, 404, "RevisionNotFound")
+        siblings = [{"rfilename": name, "size": len(data), "blobId": str(i)} for i, (name, data) in enumerate(self.files.items())]
+        return send(request, json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings, "private": False}).encode())
+
+    def tree(self, request: BaseHTTPRequestHandler, rev: str) -> None:
+        entries = [{"type": "file", "oid": str(i), "size": len(self.files[n]), "path": n} for i, n in enumerate(self.files)]
+        send(request, json.dumps(entries).encode())
+
+    def file(self, request: BaseHTTPRequestHandler, rev: str, name: str) -> None:
+        if self.refusal is not None:
+            return refuse(request, *self.refusal)
+        if request.command == "GET":
+            time.sleep(self.delay_s)
+        return send(request, self.files[name], {"ETag": f'"{len(self.files[name])}-{name}"', "X-Repo-Commit": COMMIT})
+
+    def fetched(self) -> list[str]:
+        """The files that were asked for, each as often as it was."""
+        return sorted(line.rpartition("/")[2] for line in self.log if line.startswith("GET") and "/resolve/" in line)
+
+
+def send(request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+    request.send_response(status)
+    for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+        request.send_header(key, value)
+    request.end_headers()
+    if request.command == "GET":
+        request.wfile.write(body)
+
+
+def refuse(request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+    send(request, b"", {"X-Error-Code": code, "X-Error-Message": code}, status)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub({**NEEDED, **NOT_NEEDED})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    yield hub
+    hub.close()
+    if shown:
+        enable_progress_bars()
+
+
+def fetch(folder: Path, repo: str = REPO, revision: str = "main") -> tuple[dict[str, int], str]:
+    return hub.fetch(repo, revision, folder, lambda text: None)
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_only_what_is_needed_is_fetched_and_only_once(server: Hub, tmp_path: Path) -> None:
+    assert fetch(tmp_path / "a/b") == ({name: len(data) for name, data in NEEDED.items()}, COMMIT)
+    assert held(tmp_path / "a/b") == NEEDED
+    assert server.fetched() == sorted(NEEDED)
+    server.log.clear()
+    fetch(tmp_path / "a/b", revision="v1")
+    assert server.fetched() == []
+    (tmp_path / "a/b" / SHARDS[0]).write_bytes(b"cut")
+    os.utime(tmp_path / "a/b" / SHARDS[0], (1, 1))  # by the machine that went down, and by nobody later
+    (tmp_path / "a/b/config.json").unlink()
+    fetch(tmp_path / "a/b")
+    assert held(tmp_path / "a/b") == NEEDED
+    assert server.fetched() == sorted([SHARDS[0], "config.json"])
+
+
+@pytest.mark.parametrize("content", [b"my own weights", NEEDED[SHARDS[0]]])
+def test_a_file_that_no_download_brought_stays(server: Hub, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / SHARDS[0]).write_bytes(content)
+    with pytest.raises(InputError, match=rf"hub: .*{SHARDS[0]} was not downloaded, .*expected nothing .*choose another folder"):
+        fetch(tmp_path / "mine")
+    assert (tmp_path / "mine" / SHARDS[0]).read_bytes() == content
+    assert SHARDS[0] not in server.fetched()
+
+
+def test_a_downloaded_file_that_a_user_changed_stays(server: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path / "model")
+    (tmp_path / "model/config.json").write_bytes(b"{ }")
+    later = time.time() + 60
+    os.utime(tmp_path / "model/config.json", (later, later))
+    with pytest.raises(InputError, match=r"hub: .*config\.json was not downloaded, or was changed since"):
+        fetch(tmp_path / "model")
+    assert (tmp_path / "model/config.json").read_bytes() == b"{ }"
+
+
+def command(server: Hub, *words: str, **env: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
+    environ = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(Path(hub.__file__).parents[2]),
+        **env,
+    }
+    words = (sys.executable, "-m", "minitune", "download", *words)
+    return subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_many_processes_on_a_node_one_fetches_and_the_first_rank_talks(server: Hub, tmp_path: Path) -> None:
+    server.delay_s = 0.3
+    ranks = [
+        command(server, REPO, "--to", str(tmp_path / "model"), LOCAL_RANK=str(rank), HF_TOKEN="hf_secret") for rank in (0, 1)
+    ]
+    told = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert server.fetched() == sorted(NEEDED)
+    assert held(tmp_path / "model") == NEEDED
+    assert set(server.tokens) == {"Bearer hf_secret"}
+    folder, n_bytes = tmp_path / "model", sum(map(len, NEEDED.values()))
+    assert told[0][0].splitlines() == [
+        f"{folder}: {REPO} at c0ffee000000, 6 files, {n_bytes / 1024:.1f} KiB",
+        f"look at it: python -m minitune inspect {folder}",
+        f"train it:   python -m minitune PROGRAM.toml model.path={folder}",
+    ]
+    assert told[1] == ("", "")
+    assert "hf_secret" not in told[0][1]
+
+
+def test_the_default_folder_is_named_after_the_repository(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1", "optimizer.pt": b"2"}
+    assert download([REPO]) == 0
+    assert held(tmp_path / "models" / REPO) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1"}
+    assert f"model.deltas=models/{REPO}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "refusal", "message"),
+    [
+        ("somebody/else", "main", None, "hub: somebody/else is not at http://127.* or not open to you, expected OWNER/NAME"),
+        (REPO, "v9", None, f"hub: {REPO} has no revision 'v9', expected a branch, a tag or a commit"),
+        (REPO, "main", (403, "GatedRepo"), f"hub: {REPO} is gated, expected access; accept its terms at http://.*/{REPO}, then"),
+        (REPO, "main", (403, "Forbidden"), f"hub: http://.*/{REPO} answered 403, expected its files; set HF_TOKEN to a token"),
+        (REPO, "main", (410, "Gone"), "answered 410, expected its files; try again later"),
+        ("../../etc", "main", None, r"hub: '\.\./\.\./etc' is no name of a repository, expected OWNER/NAME"),
+        ("https://hub/a/b", "main", None, "is no name of a repository"),
+        (f"{REPO}--x", "main", None, r"is no name of a repository \(.*\), expected OWNER/NAME"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    server: Hub, repo: str, revision: str, refusal: tuple[int, str] | None, message: str, tmp_path: Path
+) -> None:
+    server.refusal = refusal
+    with pytest.raises(InputError, match=message) as refused:
+        fetch(tmp_path / "model", repo, revision)
+    assert "\n" not in str(refused.value)
+    assert not held(tmp_path / "model") if (tmp_path / "model").exists() else True
+
+
+def test_no_network_is_one_line(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=f"hub: {REPO} can't be fetched with HF_HUB_OFFLINE set, expected a network; unset it"):
+        fetch(tmp_path / "model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        InputError, match=r"hub: http://127.0.0.1:9/.* can't be reached \(.*\), expected an answer; check the network"
+    ):
+        fetch(tmp_path / "model")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_a_weight_is_fetched(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**4, 0, 1000))
+    with pytest.raises(InputError, match=r"model needs 10,243 bytes more, its disk has 1,000 free, expected at least as many"):
+        fetch(tmp_path / "model")
+    assert not set(SHARDS) & set(server.fetched())
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "/evil.json", "a/../../evil.json", "..\\evil.json", "C:evil.json", ".evil.json"]
+)
+def test_a_hostile_name_is_written_nowhere(server: Hub, name: str, tmp_path: Path) -> None:
+    server.files = {**NEEDED, name: b"evil"}
+    fetch(tmp_path / "model")
+    assert held(tmp_path / "model") == NEEDED
+    assert [path.name for path in tmp_path.rglob("*evil*")] == []
+    server.files = {**NEEDED, INDEX: json.dumps({"weight_map": {"a": name}}).encode(), name: b"evil"}
+    with pytest.raises(InputError, match=rf"{INDEX} of {REPO} points to '.*', expected one of its files"):
+        fetch(tmp_path / "other")
+
+
+PARTS = st.sampled_from(
+    ["..", ".", "/", "\\", "C:", "~", "\0", "\n", "*", "[a]", "?", " ", "a", "B-1", "_", "con", ".json", "\u2215", "%2e"]
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(PARTS, max_size=5).map("".join))
+def test_a_name_that_is_taken_is_a_plain_file_name_everywhere(name: str) -> None:
+    if FILE.fullmatch(name):
+        assert PurePosixPath(name).name == PureWindowsPath(name).name == name
+        assert not name.startswith(".")
+        assert fnmatch.fnmatchcase(name, name)  # huggingface_hub takes names for globs
+    if hub.REPO.fullmatch(name):
+        assert (Path("/models") / name).is_relative_to("/models")
+        assert ".." not in name
+        assert name.count("/") <= 1
+
+
+def test_a_repository_without_safetensors_and_a_folder_with_others_are_refused(server: Hub, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/old.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"old\.safetensors is no file of {REPO} at this revision, expected none beside them"):
+        fetch(tmp_path / "model")
+    server.files = {"config.json": b"{}", "pytorch_model.bin": b""}
+    with pytest.raises(InputError, match=rf"{REPO} holds config\.json, pytorch_model\.bin, expected model\.safetensors"):
+        fetch(tmp_path / "other")
+    server.files = {INDEX: b"{"}
+    with pytest.raises(InputError, match=r"index\.json has no readable weight_map"):
+        fetch(tmp_path / "third")
+
+
+def test_words_that_do_not_fit_are_refused() -> None:
+    for words in ([], ["a", "b"], [REPO, "--into", "x"]):
+        with pytest.raises(InputError, match=r"hub: .*, expected download .*REPO; correct the command"):
+            download(words)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"huggingface_hub is not installed.*pip install 'minitune\[hf\]'"):
+        fetch(tmp_path)
