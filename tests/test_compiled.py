@@ -164,7 +164,8 @@ from minitune.grad import value_and_grad
 from minitune.models import Probe
 from minitune.types import Mean
 config = llama.Config(n_layers=3, **SIZES)
-params, tokens = Model(llama.FAMILY, config).init(0, 0.3), torch.arange(18).view(2, 9) % 17
+params = {name: w.double() for name, w in Model(llama.FAMILY, config).init(0, 0.3).items()}
+tokens = torch.arange(18).view(2, 9) % 17
 batch = Batch(tokens, torch.ones_like(tokens), tokens > 3)
 def probed(model):
     received = []
