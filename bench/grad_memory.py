@@ -59,7 +59,7 @@ def measure(way: str, n_layers: int, d_model: int) -> dict[str, float]:
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
 
     def total(deltas: tree.Tree) -> Mean:
-        return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.labelled())
+        return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.target_mask())
 
     deltas = rule.init(params, 0)
     before, times = peak_mib(), []

@@ -56,8 +56,8 @@ def both(
     model = Model(llama.FAMILY, config)
     params = {name: w.to(device, dtype) for name, w in model.init(0).items()}
     tokens = torch.randint(0, config.vocab_size, (n, rows, length), generator=torch.Generator().manual_seed(0)).to(device)
-    labelled = torch.arange(length, device=device).expand_as(tokens) >= length // 2
-    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), labelled)
+    target_mask = torch.arange(length, device=device).expand_as(tokens) >= length // 2
+    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), target_mask)
     optimizers = [chain(ClipByGlobalNorm(1.0), AdamW(lr=1e-3 * (i + 1))) for i in range(n)]
     deltas = [RULE.init(params, i) for i in range(n)]
     stacked = sweep.stack(deltas)
@@ -111,11 +111,11 @@ def measured(ways: dict[str, Callable], device: str) -> dict[str, tuple[float, f
     return {name: (statistics.median(spent), max(spent) - min(spent)) for name, spent in times.items()}
 
 
-def flops(config: llama.Config, tokens: int, labelled: int) -> float:
+def flops(config: llama.Config, tokens: int, n_targets: int) -> float:
     """Of a LoRA step's frozen matmuls, forward and activation gradient: blocks, but for the gradient of what enters the first
     one, and the head on labelled rows."""
     square, body = config.d_model**2, config.n_layers * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
-    return (4 * body - 6 * square) * tokens + 4 * config.vocab_size * config.d_model * labelled
+    return (4 * body - 6 * square) * tokens + 4 * config.vocab_size * config.d_model * n_targets
 
 
 def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype, compile_blocks: bool, device: str) -> str:

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
         """What the weight of an objective on such rows counts, in metrics."""
         return "target_tokens"
 
-    def labelled(self) -> Bool[Tensor, "B T"]:
+    def target_mask(self) -> Bool[Tensor, "B T"]:
         """The targets that can be predicted: loss_mask, less every document's first token and padding."""
         follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (self.segment_ids[:, 1:] > 0)
         return torch.cat([torch.zeros_like(self.loss_mask[:, :1]), self.loss_mask[:, 1:] & follows], dim=1)
@@ -89,7 +89,7 @@ class Pairs(NamedTuple):
         return "pairs"
 
 
-class Judged(NamedTuple):
+class UnpairedBatch(NamedTuple):
     """Answers that were found desirable or not; mismatched: each prompt with the answer to another prompt of the data."""
 
     answers: Batch
@@ -103,7 +103,7 @@ class Judged(NamedTuple):
         return "answers"
 
 
-class Taught(NamedTuple):
+class TeacherBatch(NamedTuple):
     """Rows with what a teacher says of every token: log-probs of its k likeliest tokens at the loss's temperature."""
 
     rows: Batch

@@ -10,7 +10,7 @@ from minitune.lora import Lora
 from minitune.losses.registry import DistillationLoss
 from minitune.models.model import Model
 from minitune.nn.head import by_rows
-from minitune.types import Batch, Mean, Params, Taught, Trainable
+from minitune.types import Batch, Mean, Params, TeacherBatch, Trainable
 
 
 class Teacher(NamedTuple):
@@ -21,18 +21,18 @@ class Teacher(NamedTuple):
 
 
 def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None) -> Objective:
-    """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (Taught).
+    """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (TeacherBatch).
 
     Neither model's whole logits ever exist: the teacher's hidden states go through its head chunk by chunk, as the student's do.
     """
 
-    def objective(trainable: Trainable, params: Params, batch: Batch | Taught) -> tuple[Mean, dict[str, Mean]]:
+    def objective(trainable: Trainable, params: Params, batch: Batch | TeacherBatch) -> tuple[Mean, dict[str, Mean]]:
         adapted = apply_trainable(params, trainable, lora)
-        if isinstance(batch, Taught):
+        if isinstance(batch, TeacherBatch):
             tops = (batch.top_ids, batch.top_logps)
             on_top = by_rows(lambda y, t, top: loss.on_top(y, t, *top))
             nats = model.token_losses(adapted, batch.rows, on_top, tops, summed=True)
-            return Mean.of(nats, batch.rows.labelled()), {}
+            return Mean.of(nats, batch.rows.target_mask()), {}
         frozen = required(teacher, "distillation")
         with torch.no_grad():
             teacher_hidden = frozen.model.hidden(frozen.params, batch)
@@ -43,6 +43,6 @@ def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teache
             return by_rows(loss)(logits, targets, teacher_logits.to(logits.device))
 
         nats = model.token_losses(adapted, batch, divergence, teacher_hidden, summed=True)
-        return Mean.of(nats, batch.labelled()), {}
+        return Mean.of(nats, batch.target_mask()), {}
 
     return objective

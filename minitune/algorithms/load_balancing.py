@@ -12,7 +12,7 @@ from minitune.hardware import to_device
 from minitune.models.experts import router_weight
 from minitune.models.model import Model, Probe
 from minitune.nn import moe
-from minitune.types import Mean, Params, Taught, Trainable
+from minitune.types import Mean, Params, TeacherBatch, Trainable
 
 
 def balanced(objective: Callable[[Model], Objective], model: Model, coefficient: float) -> Objective:
@@ -29,7 +29,7 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
         logits: list[Tensor] = []
         probe = Probe((router_weight(experts),), lambda name, y: logits.append(y))
         mean, readings = objective(model._replace(probe=probe))(trainable, params, batch)
-        rows = batch.rows if isinstance(batch, Taught) else batch
+        rows = batch.rows if isinstance(batch, TeacherBatch) else batch
         is_token = to_device((rows.segment_ids > 0).flatten(), mean.total.device)
         uneven = moe.load_balance(torch.stack(logits).flatten(1, 2), experts.n_active, is_token)
         total = mean.total + coefficient * uneven * mean.weight

@@ -27,14 +27,14 @@ from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.models.model import Model
 from minitune.nn.head import head_chunk
-from minitune.types import Batch, Params, Taught
+from minitune.types import Batch, Params, TeacherBatch
 
 LAYOUT = 1  # of both caches: another number makes every cache anew
 FORWARD_TOKENS = 2**13  # tokens in a forward, padding included
 Progress = Callable[[str, int], AbstractContextManager[Any]]  # (title, total) -> a value with update(done, readings)
 
 
-class Tops(NamedTuple):
+class TopK(NamedTuple):
     """Row t of both: the k likeliest tokens in the place of token t of a data set, likeliest first, and their log-probs."""
 
     ids: np.ndarray
@@ -62,7 +62,7 @@ def reference_logps(
 
 def teacher_tops(
     teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: Progress | None = None
-) -> Tops:
+) -> TopK:
     """The teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
 
     Zero where there is no target. Logits of head.head_chunk targets exist at a time. InputError for a k that the
@@ -81,16 +81,16 @@ def teacher_tops(
             ids.flush()
             logps.flush()
     with array_cache.intact(folder, f"the {k} likeliest of {n_tokens} tokens"):
-        tops = Tops(*array_cache.load(folder, *Tops._fields))
+        tops = TopK(*array_cache.load(folder, *TopK._fields))
         if not tops.ids.shape == tops.logps.shape == (n_tokens, k):
             raise ValueError(f"arrays of {list(tops.ids.shape)} and {list(tops.logps.shape)}")
     return tops
 
 
-def taught(batch: Batch, positions: Int[Tensor, "B T"], tops: Tops) -> Taught:
+def taught(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
     """The batch with what the teacher says of every token, given where in the data set each one stands."""
     at = positions.numpy()
-    return Taught(batch, torch.from_numpy(tops.ids[at].astype(np.int64)), torch.from_numpy(np.array(tops.logps[at])))
+    return TeacherBatch(batch, torch.from_numpy(tops.ids[at].astype(np.int64)), torch.from_numpy(np.array(tops.logps[at])))
 
 
 def _answer_logps(model: Model, params: Params, pairset: PairSet, source: Source, show: Callable[[int], None]) -> np.ndarray:
@@ -114,9 +114,9 @@ def _top_rows(
     numbered = documents._replace(tokens=np.arange(len(dataset.tokens)))
     for rows in _batched(np.diff(dataset.offsets)):
         batch = padded([[documents.at(i)] for i in rows])
-        places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.labelled()])
+        places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.target_mask()])
         batch = tree.map(lambda x: x.to(place), batch)
-        states = model.hidden(params, batch).roll(1, 1)[batch.labelled()]  # the state before a token predicts it
+        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask()]  # the state before a token predicts it
         for start in range(0, len(places), chunk):
             logits = model.logits(params, states[start : start + chunk])
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

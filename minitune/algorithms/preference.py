@@ -65,5 +65,5 @@ def pair_logps(model: Model, params: Params, pairs: Pairs) -> LogProbs:
     padded = (tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows) for rows in (pairs.chosen, pairs.rejected))
     rows = tree.map(lambda x, y: torch.cat([x, y]), *padded)
     logps = answer_logps(model, params, rows)
-    n_tokens = to_device(rows.labelled().sum(1), logps.device).to(logps.dtype)
+    n_tokens = to_device(rows.target_mask().sum(1), logps.device).to(logps.dtype)
     return LogProbs(*logps.chunk(2), *n_tokens.chunk(2))

@@ -13,6 +13,6 @@ def sft(model: Model, lora: Lora | None, loss: TokenLoss = CrossEntropy()) -> Ob
 
     def objective(trainable: Trainable, params: Params, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         nats = model.token_losses(apply_trainable(params, trainable, lora), batch, loss, summed=True)
-        return Mean.of(nats, batch.labelled()), {}
+        return Mean.of(nats, batch.target_mask()), {}
 
     return objective

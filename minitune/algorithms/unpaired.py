@@ -9,7 +9,7 @@ from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.registry import UnpairedLoss
 from minitune.models.model import Model
-from minitune.types import Judged, Mean, Params, Trainable
+from minitune.types import Mean, Params, Trainable, UnpairedBatch
 
 
 def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, reference: Trainable | None) -> Objective:
@@ -18,7 +18,7 @@ def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, ref
     The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
     """
 
-    def objective(trainable: Trainable, params: Params, judged: Judged) -> tuple[Mean, dict[str, Mean]]:
+    def objective(trainable: Trainable, params: Params, judged: UnpairedBatch) -> tuple[Mean, dict[str, Mean]]:
         rows = judged.answers, judged.mismatched
         adapted = apply_trainable(params, trainable, lora)
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet

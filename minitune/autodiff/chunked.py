@@ -48,7 +48,7 @@ class _RowGradients(torch.autograd.Function):
         return None, reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
 
 
-def in_chunks(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int, summed: bool = False) -> Tensor:
+def chunked_with_gradients(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int, summed: bool = False) -> Tensor:
     """f(start, rows[start : start + chunk], weights) -> one value a row, for all chunks together, with the gradients of rows and
     weights taken in the forward: right if the values are then summed, which is when they all have one cotangent.
 

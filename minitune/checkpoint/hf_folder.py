@@ -28,7 +28,7 @@ SHARD_BYTES = 5 * 10**9
 NO_KEYS: Mapping[str, Any] = MappingProxyType({})
 
 
-class Companions(NamedTuple):
+class FolderExtras(NamedTuple):
     """What stands beside the weights of a complete Hugging Face folder."""
 
     tokenizer: Path  # the folder whose tokenizer files are copied, byte for byte
@@ -89,7 +89,7 @@ def save_folder(
     folder: Path,
     params: Params,
     model: Model,
-    beside: Companions,
+    beside: FolderExtras,
     *,
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
@@ -156,7 +156,7 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config(beside: Companions, model: Model, params: Params) -> dict[str, Any]:
+def _config(beside: FolderExtras, model: Model, params: Params) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
     if beside.source is None:
         # said, because an absent id is that of the family's own vocabulary, and transformers refuses a padding id beyond this one
@@ -179,7 +179,7 @@ def generation_config(source: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint: {path} can't be read ({error}), expected a JSON object; download it again") from None
 
 
-def _stopping(beside: Companions) -> dict[str, Any]:
+def _stopping(beside: FolderExtras) -> dict[str, Any]:
     generation = {} if beside.source is None else generation_config(beside.source)
     known = generation.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]

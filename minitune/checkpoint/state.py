@@ -37,7 +37,7 @@ def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], ke
                 digest.update(piece)
                 file.write(piece)
         write_json(aside / "state.json", {"step": step, "sha256": digest.hexdigest(), **meta})
-    for old in committed(folder)[:-keep]:
+    for old in list_states(folder)[:-keep]:
         if not _extras(old):
             remove_folder(old)
     return path
@@ -48,7 +48,7 @@ def _extras(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir() if file.name not in STATE_FILES) if path.is_dir() else []
 
 
-def committed(folder: Path) -> list[Path]:
+def list_states(folder: Path) -> list[Path]:
     """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
     for old in folder.glob(f".step-*{OLD}"):
         put_back(old)

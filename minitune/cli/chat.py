@@ -16,7 +16,7 @@ from minitune.errors import InputError
 from minitune.inference.generate import pieces, stream
 from minitune.inference.sampling import Sampling
 from minitune.programs.loading import ModelSource, load
-from minitune.programs.state import Loaded
+from minitune.programs.state import LoadedModel
 from minitune.text.chat import encode_prompt, stop_ids
 from minitune.text.template import Message
 
@@ -115,7 +115,7 @@ def _lines() -> Iterator[str]:
             raise InputError(f"chat: the input is not UTF-8 ({error}), expected UTF-8 text; convert it") from None
 
 
-def _answer(loaded: Loaded, asked: Sequence[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> str:
+def _answer(loaded: LoadedModel, asked: Sequence[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> str:
     """What the model says next, written to stdout while it comes; Ctrl-C cuts it short."""
     ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
     room = loaded.model.config.max_positions - len(ids)

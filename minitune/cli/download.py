@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Never
 
 from minitune.errors import InputError
-from minitune.io.units import n_bytes_told
+from minitune.io.units import format_bytes
 from minitune.registry.hub import ADAPTER, fetch
 
 
@@ -38,7 +38,7 @@ def download(words: Sequence[str]) -> int:
     if talks:
         use = f"model.{'deltas' if ADAPTER in sizes else 'path'}={folder}"
         sys.stdout.write(
-            f"{folder}: {options.repo} at {commit[:12]}, {len(sizes)} files, {n_bytes_told(sum(sizes.values()))}\n"
+            f"{folder}: {options.repo} at {commit[:12]}, {len(sizes)} files, {format_bytes(sum(sizes.values()))}\n"
             f"look at it: python -m minitune inspect {folder}\n"
             f"train it:   python -m minitune PROGRAM.toml {use}\n"
         )

@@ -13,7 +13,7 @@ from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header
 ADAPTER_CONFIG, ADAPTER, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "minitune.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-BESIDE_CODES = re.compile(  # what quantized formats keep beside the codes of a weight: no parameters of the model
+QUANT_METADATA = re.compile(  # what quantized formats keep beside the codes of a weight: no parameters of the model
     r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
     r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
 )
@@ -124,7 +124,7 @@ def tensor_entries(paths: Iterable[Path]) -> tuple[dict[str, Entry], list[str]]:
 
 def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> int:
     """Of the model, where the tensor may be packed codes or what goes with them."""
-    if BESIDE_CODES.fullmatch(name):
+    if QUANT_METADATA.fullmatch(name):
         return 0
     if PACKED_WORDS.fullmatch(name) and entry.dtype == "I32":
         return entry.numel * (32 // bits_of(quantization))

@@ -21,7 +21,7 @@ from minitune.cli.folder_facts import (
 from minitune.errors import InputError
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import BITS, Entry
-from minitune.io.units import n_bytes_told
+from minitune.io.units import format_bytes
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")  # of all experts of a layer, one rank after the other
@@ -64,7 +64,7 @@ def facts(folder: Path) -> Facts:
     else:
         raise InputError(f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model or adapter folder")
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
-    return Facts({**rows, "files": f"{len(sizes)}, {n_bytes_told(sum(sizes))}"}, faults)
+    return Facts({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)
 
 
 def _model(folder: Path) -> Facts:
@@ -133,7 +133,7 @@ def _dtypes(entries: Mapping[str, Entry]) -> str:
     sizes: Counter[str] = Counter()
     for entry in entries.values():
         sizes[entry.dtype] += entry.end - entry.start
-    return ", ".join(f"{dtype} {n_bytes_told(n)}" for dtype, n in sizes.most_common()) if set(sizes) <= set(BITS) else ""
+    return ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in sizes.most_common()) if set(sizes) <= set(BITS) else ""
 
 
 def _shape(config: Mapping[str, Any]) -> str:

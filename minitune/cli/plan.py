@@ -32,7 +32,7 @@ def show(file: Path, overrides: Sequence[str], console: Console | None = None) -
     screen = console or Console()
     screen.print(_table(found))
     for one in found:
-        for line in _verdict(one):
+        for line in fit_lines(one):
             screen.print(Text(line), soft_wrap=True)
     return 0
 
@@ -56,7 +56,7 @@ def _tokens(one: Planned) -> int:
     return one.step.n_rows * one.step.n_tokens * one.step.n_micro_batches
 
 
-def _verdict(one: Planned) -> Iterator[str]:
+def fit_lines(one: Planned) -> Iterator[str]:
     """Whether a stage fits, and what would make it fit."""
     step, there, n_bytes = one.step, _memory_bytes(one.step.device), one.n_bytes
     needs = f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need {n_bytes / MIB:,.1f} MiB"

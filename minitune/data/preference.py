@@ -1,4 +1,4 @@
-"""Preference data: rows to Pairs (two answers to a prompt) or Judged (single answers, each desirable or not).
+"""Preference data: rows to Pairs (two answers to a prompt) or UnpairedBatch (single answers, each desirable or not).
 
 The rows are those that TRL documents. What is trained is the answer: the last message, with its end-of-turn token.
 """
@@ -23,7 +23,7 @@ from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat
 from minitune.text.template import Message, Template, with_options
 from minitune.text.tokenizer import Tokenizer
-from minitune.types import Judged, Pairs
+from minitune.types import Pairs, UnpairedBatch
 
 FORMATS = ("pairs", "judged")
 
@@ -65,7 +65,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 
 def take(
     pairset: PairSet, cursor: Cursor, n_rows: int, source: Source, seed: int, reference: np.ndarray | None = None
-) -> tuple[Pairs | Judged, Cursor]:
+) -> tuple[Pairs | UnpairedBatch, Cursor]:
     """The next n_rows pairs (or judged answers) and the cursor after them; where an epoch ends, the next completes the batch.
 
     reference: a frozen model's log-probs [n, 2] of the whole set, of which the batch gets its rows.
@@ -74,13 +74,15 @@ def take(
     return select(pairset, rows, source, reference), cursor
 
 
-def batches(pairset: PairSet, source: Source, n_rows: int, reference: np.ndarray | None = None) -> Iterator[Pairs | Judged]:
+def batches(
+    pairset: PairSet, source: Source, n_rows: int, reference: np.ndarray | None = None
+) -> Iterator[Pairs | UnpairedBatch]:
     """One pass in the order of the file, for evaluation."""
     n = pairset.report.n_samples
     return (select(pairset, range(i, min(i + n_rows, n)), source, reference) for i in range(0, n, n_rows))
 
 
-def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.ndarray | None = None) -> Pairs | Judged:
+def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.ndarray | None = None) -> Pairs | UnpairedBatch:
     """These pairs (or judged answers), all padded to the longest one, so that both halves go through one forward."""
     answers, mismatched = pairset.answers, pairset.mismatched
     if mismatched is None:
@@ -93,7 +95,7 @@ def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.
     said = () if reference is None else torch.from_numpy(np.array(reference[list(rows)], dtype=np.float32))
     if pairset.desirable is None:
         return Pairs(first, second, said)
-    return Judged(first, second, torch.from_numpy(np.array(pairset.desirable[list(rows)], dtype=np.bool_)), said)
+    return UnpairedBatch(first, second, torch.from_numpy(np.array(pairset.desirable[list(rows)], dtype=np.bool_)), said)
 
 
 def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tuple[list[Message], bool]]:

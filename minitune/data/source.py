@@ -39,7 +39,7 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return heldout == (self.part == "heldout")
 
 
-class Mixed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another file whose documents are mixed into a table's own."""
 
     path: str
@@ -65,7 +65,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: dict[str, str] = {}
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
-    mix: tuple[Mixed, ...] = ()
+    mix: tuple[MixtureComponent, ...] = ()
     chat_template_kwargs: dict[str, Any] = {}  # told to the chat template, over those of [model]
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ]
         return [msgspec.structs.replace(self, mix=()), *others]
 
-    def _told(self, one: Mixed) -> dict[str, Any]:
+    def _told(self, one: MixtureComponent) -> dict[str, Any]:
         if one.chat_template_kwargs is not None:
             return one.chat_template_kwargs
         return {} if one.format == "text" else self.chat_template_kwargs

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitune.checkpoint.hf_folder import Companions, save_folder
+from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.errors import InputError
 from minitune.interop.compressed_tensors import unquantized
 from minitune.models.model import Model
@@ -19,7 +19,7 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
-    beside: Companions,
+    beside: FolderExtras,
 ) -> None:
     """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
 

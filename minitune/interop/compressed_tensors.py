@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor, int32, tensor, uint8
 
-from minitune.checkpoint.hf_folder import Companions, save_folder
+from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.errors import InputError
 from minitune.models.model import Model
 from minitune.models.weights import head_name
@@ -35,7 +35,7 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
-    beside: Companions,
+    beside: FolderExtras,
     *,
     activations: Activations,
 ) -> None:

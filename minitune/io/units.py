@@ -1,7 +1,7 @@
 """Numbers of bytes as people read them."""
 
 
-def n_bytes_told(n: int) -> str:
+def format_bytes(n: int) -> str:
     """Bytes as a person reads them: 512 B, 1.5 KiB, 257.3 MiB."""
     size, unit = float(n), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -96,9 +96,9 @@ class Model(NamedTuple):
         loss(logits [n V], targets [n]), by head.by_rows; or, with `extra`, a tree of tensors [B, T, ...] that belong to the
         prediction of each token as loss_mask does, loss(logits, targets, rows of extra), by as many rows as the head is.
         summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
-        through a head that trains (chunked.in_chunks). A batch on the host spares it the wait in head.token_losses.
+        through a head that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in head.token_losses.
         """
-        mask = batch.labelled().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
+        mask = batch.target_mask().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
 
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:

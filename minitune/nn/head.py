@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minitune import tree
-from minitune.autodiff.chunked import in_chunks, with_row_gradients
+from minitune.autodiff.chunked import chunked_with_gradients, with_row_gradients
 from minitune.autodiff.remat import remat
 from minitune.autodiff.value_and_grad import under_transform
 from minitune.hardware import to_device
@@ -18,7 +18,7 @@ from minitune.types import Adapted
 
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
 HEAD_ROWS = 128  # but at least so many rows of them, or a matmul takes its time to read the head of a large vocabulary
-ON_GPU = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
+GPU_CHUNK_FACTOR = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
 TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
 PIECE = 2**19  # logits that a loss is given at a time on a CPU: what it makes of them then stays near a core
 
@@ -37,7 +37,7 @@ def token_losses(
     targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
     A loss may give several values a row.
     Labelled rows are flattened and cut in chunks, see head_chunk. The gradients of each chunk are taken while its
-    logits are there: those of its rows, and of the head where that trains (chunked.in_chunks, which says what
+    logits are there: those of its rows, and of the head where that trains (chunked.chunked_with_gradients, which says what
     `summed` is for).
     targets and mask may lie on the host beside hidden states on an accelerator: the labelled rows are then counted
     there and sent. If the mask lies on an accelerator, the host waits for it to learn how many rows are labelled.
@@ -65,7 +65,7 @@ def token_losses(
         def at(start: int, some: Tensor, head: Tree) -> Tensor:
             return piece(some, tree.map(lambda x: x[start : start + len(some)], given), head)
 
-        nats = in_chunks(at, chosen, head, chunk, summed)
+        nats = chunked_with_gradients(at, chosen, head, chunk, summed)
     else:
         nats = _chunked(with_row_gradients(piece), chosen, given, head, chunk)
     return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
@@ -93,7 +93,7 @@ def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
 
 def head_chunk(head: Float[Tensor, "V D"] | QTensor | Adapted, trains: bool = False) -> int:
     """How many rows of logits are alive at a time."""
-    times = (1 if tree.leaves(head)[0].device.type == "cpu" else ON_GPU) * (TRAINED if trains else 1)
+    times = (1 if tree.leaves(head)[0].device.type == "cpu" else GPU_CHUNK_FACTOR) * (TRAINED if trains else 1)
     return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
 
 

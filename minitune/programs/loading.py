@@ -23,7 +23,7 @@ from minitune.models.model import Model
 from minitune.models.open import FAMILIES, open_config
 from minitune.models.open import open as models_open
 from minitune.programs.log import Log
-from minitune.programs.state import Draft, Loaded, World
+from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
 from minitune.text.template import Template, with_options
@@ -48,7 +48,7 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[Any]) -> list[str]:
     """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
-    draft = drafted(source, Draft(sources, Model(FAMILIES["llama"], None), {}))
+    draft = abstract_state(source, AbstractState(sources, Model(FAMILIES["llama"], None), {}))
     folder = _tokenizer_folder(source)
     template = _template(source, folder, tokenizer.open_tokenizer(folder))
     n_params = sum(w.numel() for w in draft.params.values())
@@ -64,7 +64,7 @@ def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[A
     return lines
 
 
-def drafted(source: ModelSource, draft: Draft) -> Draft:
+def abstract_state(source: ModelSource, draft: AbstractState) -> AbstractState:
     """draft with another model; InputError where its folder, tokenizer or device does not fit."""
     if source.path in draft.saved:
         model = draft.saved[str(source.path)]
@@ -94,11 +94,11 @@ def drafted(source: ModelSource, draft: Draft) -> Draft:
     adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
     whole = frozenset(found) - adapted
     over = base.quantization if base is not None else None
-    fresh = Draft(draft.data, model, params, adapted, lora=rule, whole=whole, over=over)
+    fresh = AbstractState(draft.data, model, params, adapted, lora=rule, whole=whole, over=over)
     return fresh._replace(saved=draft.saved)
 
 
-def asked_data(draft: Draft, name: str, label: str, *formats: str) -> Source:
+def asked_data(draft: AbstractState, name: str, label: str, *formats: str) -> Source:
     """The [data] table that a stage asks for by name; InputError if there is none, or one of another format."""
     if name not in draft.data:
         near = get_close_matches(name, draft.data, n=1, cutoff=0.0) or ["no [data] at all"]
@@ -120,7 +120,7 @@ def open_world(
     stopping: Callable[[], bool],
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
-) -> World:
+) -> PipelineState:
     """Load (or draw) the model and its tokenizer, and tokenize the data: the world before the first stage.
 
     tf32: whether a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. The one setting of torch,
@@ -135,10 +135,10 @@ def open_world(
         (preference if one.format in preference.FORMATS else supervised).prepare(one, text, template, paths.cache())
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
-    return World(seed, folder, log, stopping, located, records, loaded)
+    return PipelineState(seed, folder, log, stopping, located, records, loaded)
 
 
-def load(source: ModelSource, run: Path, seed: int) -> Loaded:
+def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     """Read (or draw) the weights of a model, its tokenizer and its deltas; a path run/... lies in the run folder."""
     device, dtype = compute_place(source)
     model = _model(source, run)
@@ -150,7 +150,7 @@ def load(source: ModelSource, run: Path, seed: int) -> Loaded:
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
-    return Loaded(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+    return LoadedModel(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
 
 
 def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:

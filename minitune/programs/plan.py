@@ -16,12 +16,12 @@ from minitune.models.open import FAMILIES
 from minitune.planning.flops import flops_per_token
 from minitune.planning.memory import Parts, Step, floor
 from minitune.programs import program
-from minitune.programs.loading import ModelSource, compute_place, drafted
+from minitune.programs.loading import ModelSource, abstract_state, compute_place
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.train import HOST, Train
-from minitune.programs.state import Draft
+from minitune.programs.state import AbstractState
 from minitune.quant.schemes import Scheme, quantize
 from minitune.types import Params, Trainable
 
@@ -40,10 +40,10 @@ class Planned(NamedTuple):
         return sum(self.parts.values())
 
 
-class _Made(NamedTuple):
+class PlanState(NamedTuple):
     """What the stages so far have made of the model."""
 
-    draft: Draft
+    draft: AbstractState
     source: ModelSource
     schemes: Mapping[str, Scheme] = MappingProxyType({})
     narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
@@ -52,12 +52,12 @@ class _Made(NamedTuple):
 
 def planned(asked: program.Program) -> Iterator[Planned]:
     """Every training stage of a program with its costs, in order; InputError for what would stop the program there."""
-    nothing = Draft(asked.data, Model(FAMILIES["llama"], None), {})
-    made = _Made(drafted(asked.model, nothing), asked.model)
+    nothing = AbstractState(asked.data, Model(FAMILIES["llama"], None), {})
+    made = PlanState(abstract_state(asked.model, nothing), asked.model)
     for stage in asked.stage:
         before, made = made.draft, made._replace(draft=stage.check(made.draft))
         if isinstance(stage, Load):
-            made = _Made(made.draft, stage.model)
+            made = PlanState(made.draft, stage.model)
         elif isinstance(stage, Quantize):
             made = made._replace(schemes={**made.schemes, **stage.rule.plan(before.params)})
         elif isinstance(stage, Full) and stage.dtype == "bfloat16":
@@ -69,7 +69,7 @@ def planned(asked: program.Program) -> Iterator[Planned]:
             yield Planned(stage, step, floor(step), _flops_per_token(stage, step))
 
 
-def _step(stage: Train, made: _Made) -> Step:
+def _step(stage: Train, made: PlanState) -> Step:
     draft, (device, _) = made.draft, compute_place(made.source)
     params, trainable = _weights(made), _trainable(made)
     optimizer = stage.optimizer_for(trainable, seed=0)
@@ -79,7 +79,7 @@ def _step(stage: Train, made: _Made) -> Step:
         trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
     teacher = None
     if stage.teacher is not None:
-        teacher_state = _Made(drafted(stage.teacher, draft), stage.teacher)
+        teacher_state = PlanState(abstract_state(stage.teacher, draft), stage.teacher)
         teacher = Teacher(teacher_state.draft.model, _weights(teacher_state))
     n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
@@ -101,7 +101,7 @@ def _flops_per_token(stage: Train, step: Step) -> float:
     return flops_per_token(step.model, step.trainable, step.n_tokens) + forward
 
 
-def _weights(made: _Made) -> Params:
+def _weights(made: PlanState) -> Params:
     """The weights in the dtype of compute or as codes, on the meta device."""
     draft, (_, dtype) = made.draft, compute_place(made.source)
     schemes = {name: scheme for name, scheme in made.schemes.items() if name in draft.quantized}
@@ -115,7 +115,7 @@ def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
     return {name: codes[params[name].shape, scheme] for name, scheme in schemes.items()}
 
 
-def _trainable(made: _Made) -> Trainable:
+def _trainable(made: PlanState) -> Trainable:
     draft, whole = made.draft, {}
     for name in draft.whole:
         whole[name] = draft.params[name].to(torch.bfloat16 if name in made.narrow else torch.float32)

@@ -25,7 +25,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to sto
         self.step, self.folder = step, folder
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model with its weights, tokenizer and deltas, as the stages work on it."""
 
     model: Model
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
     trainable: Trainable
 
 
-class World(NamedTuple):
+class PipelineState(NamedTuple):
     """What flows through the stages of a program."""
 
     seed: int
@@ -48,20 +48,20 @@ class World(NamedTuple):
     stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has been seen
     data: Mapping[str, Source]
     records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
-    loaded: Loaded
+    loaded: LoadedModel
     quantization: Quantization | None = None  # what the quantized weights of params were made with
     fake: Quantization | None = None  # what weights that train are rounded to in the forward
 
-    def record(self, label: str, values: dict[str, Any]) -> "World":
+    def record(self, label: str, values: dict[str, Any]) -> "PipelineState":
         """This world with one more stage's record."""
         return self._replace(records={**self.records, label: values})
 
-    def with_model(self, **changes: Any) -> "World":
+    def with_model(self, **changes: Any) -> "PipelineState":
         """This world with some of its model's fields replaced."""
         return self._replace(loaded=self.loaded._replace(**changes))
 
 
-class Draft(NamedTuple):
+class AbstractState(NamedTuple):
     """What is known of a world before anything is loaded: each stage checks itself against it and hands on the next one."""
 
     data: Mapping[str, Source]

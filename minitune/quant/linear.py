@@ -33,7 +33,7 @@ def quantized_linear(x: Float[Tensor, "*rows in"], q: QTensor) -> Float[Tensor, 
         return _Linear.apply(x, type(q), False, *q)
     if torch.is_grad_enabled() and x.requires_grad:
         return _TracedLinear.apply(x, type(q), *q)
-    return F.linear(x, _decoded_behind(x, type(q), q))  # where tracing _TracedLinear fails on the number of leaves
+    return F.linear(x, dequantize_after(x, type(q), q))  # where tracing _TracedLinear fails on the number of leaves
 
 
 def _packed_product(rows: BFloat16[Tensor, "n in"], q: PackedInt4 | PackedInt8) -> BFloat16[Tensor, "n out"]:
@@ -73,7 +73,7 @@ class _TracedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kind: Any, *leaves: Tensor) -> Tensor:
-        return F.linear(x, _decoded_behind(x, kind, leaves))
+        return F.linear(x, dequantize_after(x, kind, leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,10 +83,10 @@ class _TracedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         leaves, grad = ctx.saved_tensors, grad_outputs[0]
-        return grad @ _decoded_behind(grad, ctx.kind, leaves), *(None for _ in range(1 + len(leaves)))
+        return grad @ dequantize_after(grad, ctx.kind, leaves), *(None for _ in range(1 + len(leaves)))
 
 
-def _decoded_behind(x: Tensor, kind: Any, leaves: Sequence[Tensor]) -> Tensor:
+def dequantize_after(x: Tensor, kind: Any, leaves: Sequence[Tensor]) -> Tensor:
     """The weight in the dtype of x, its codes plus a zero that is made of x, so that it waits for x: a compiler would else decode
     all weights of a block at once, and keep those of the forward for the backward."""
     codes, *rest = leaves

@@ -19,7 +19,7 @@ import msgspec
 from minitune.errors import InputError
 from minitune.io import locks
 from minitune.io.safetensors_header import INDEX, SINGLE
-from minitune.io.units import n_bytes_told
+from minitune.io.units import format_bytes
 
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
 ADAPTER = "adapter_model.safetensors"
@@ -55,14 +55,14 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
                 (folder / name).unlink(missing_ok=True)  # huggingface_hub would take it for the whole file
             hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(sizes))
 
-        with _alone(folder, tell):
+        with folder_lock(folder, tell):
             _require_room(folder, small)
             bring(small)
             sizes = {**small, **_weights(repo, folder, listed)}
             _refuse_others(folder, repo, sizes)
             missing = _require_room(folder, sizes)
             if missing:
-                tell(f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, {n_bytes_told(sum(missing.values()))}")
+                tell(f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, {format_bytes(sum(missing.values()))}")
             bring(sizes)
             if cut := next(iter(_unfinished(folder, sizes)), None):
                 raise InputError(
@@ -138,7 +138,7 @@ def _require_room(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 @contextmanager
-def _alone(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+def folder_lock(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock, which falls when this process ends, however it ends: one fetches, others find it done."""
     (folder / ".cache").mkdir(parents=True, exist_ok=True)
     try:

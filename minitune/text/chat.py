@@ -123,7 +123,7 @@ def _encode(
     borders = [0, *(border for turn in turns for border in (turn.start, turn.end)), len(text)]
     ids, mask = [], []
     for n, (start, end) in enumerate(pairwise(borders)):
-        stretch = tokenizer.encode_stretch(text[start:end], opens=start == 0, restore=restore)
+        stretch = tokenizer.encode_span(text[start:end], opens=start == 0, restore=restore)
         ids += stretch
         mask += [train_on == "all" or (n % 2 == 1 and turns[n // 2].trained)] * len(stretch)
     return Tokens(ids, mask)

@@ -27,7 +27,7 @@ def _shield_strings(value: Any, tokenizer: Tokenizer, stand_ins: dict[str, str])
         return [_shield_strings(child, tokenizer, stand_ins) for child in value]
     if not isinstance(value, str):
         return value
-    places = set(starts(tokenizer.find_lookalike, value))
+    places = set(starts(tokenizer.special_case_insensitive, value))
     end = len(value.rstrip())
     tails = range(max(0, end - max(map(len, tokenizer.special), default=0) + 1), end)
     markup = [token for token in tokenizer.special if not token[0].isalnum()]

@@ -50,16 +50,16 @@ class Tokenizer(NamedTuple):
     added: Mapping[str, int]
     find_added: re.Pattern[str]
     find_special: re.Pattern[str]
-    find_lookalike: re.Pattern[str]
+    special_case_insensitive: re.Pattern[str]
     find_ordinary: re.Pattern[str]
-    find_leak: re.Pattern[str]
+    special_known_to_vocab: re.Pattern[str]
     vocabulary: Vocabulary
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         """Ids of a whole text, without bos or eos; parse_special: the strings of special tokens in it become their ids."""
         return self._encode(text, self.find_added if parse_special else self.find_ordinary, True, {})
 
-    def encode_stretch(self, text: str, *, opens: bool, restore: Mapping[int, str]) -> list[int]:
+    def encode_span(self, text: str, *, opens: bool, restore: Mapping[int, str]) -> list[int]:
         """Ids of a stretch of a rendered chat, special tokens parsed; opens: it is the first of its document.
 
         restore is a table for str.translate, applied after the special tokens were found: characters that stand in for
@@ -83,7 +83,7 @@ class Tokenizer(NamedTuple):
 
     def _plain(self, text: str, opens: bool) -> list[int]:
         # The vocabulary would find some special tokens by itself: cut after their first character, they are plain text.
-        borders = [0, *(i + 1 for i in starts(self.find_leak, text)), len(text)]
+        borders = [0, *(i + 1 for i in starts(self.special_known_to_vocab, text)), len(text)]
         parts = [text[a:b] for a, b in pairwise(borders) if a < b]
         return [i for n, part in enumerate(parts) for i in self.vocabulary.ids(part, opens and n == 0)]
 
@@ -129,9 +129,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         added={text: token.id for text, token in added.items()},
         find_added=_pattern(added.values()),
         find_special=_pattern(token for token in added.values() if token.special),
-        find_lookalike=_pattern((AddedToken(text, i, True) for text, i in special.items()), re.IGNORECASE),
+        special_case_insensitive=_pattern((AddedToken(text, i, True) for text, i in special.items()), re.IGNORECASE),
         find_ordinary=_pattern(token for token in added.values() if not token.special),
-        find_leak=_pattern(AddedToken(text, i, True) for text, i in special.items() if text in vocabulary.matches),
+        special_known_to_vocab=_pattern(AddedToken(text, i, True) for text, i in special.items() if text in vocabulary.matches),
         vocabulary=vocabulary,
     )
 

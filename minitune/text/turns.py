@@ -108,7 +108,7 @@ def _turn_span(tokenizer: Tokenizer, conversation: Conversation, text: str, i: i
     end = _shared_end(tokenizer, text, (opened, closed), start)
     if end is None or tokenizer.find_special.sub("", closed[end:]).strip():
         before = len(text) if following is None else len(conversation.text(following, True))
-        end = _end_as_last(tokenizer, text[:before], closed, start, end, _own_end(conversation, i, closed))
+        end = turn_end_when_last(tokenizer, text[:before], closed, start, end, content_end(conversation, i, closed))
     if end is None:
         raise InputError(
             f"chat: {conversation.template.origin} writes no special token after message {i + 1} (assistant), expected one that "
@@ -127,7 +127,9 @@ def _shared_end(tokenizer: Tokenizer, text: str, turns: Sequence[str], start: in
     return end
 
 
-def _end_as_last(tokenizer: Tokenizer, text: str, closed: str, start: int, shared: int | None, own: int | None) -> int | None:
+def turn_end_when_last(
+    tokenizer: Tokenizer, text: str, closed: str, start: int, shared: int | None, own: int | None
+) -> int | None:
     """The end in text of a turn that `closed` ends with, its message's own words up to `own`: where that is before the end that
     is shared, there, else the special token that comes after the words in closed."""
     if own is None or (shared is not None and shared > own):
@@ -140,7 +142,7 @@ def _end_as_last(tokenizer: Tokenizer, text: str, closed: str, start: int, share
     return found[n - 1] if len(found) >= n else None
 
 
-def _own_end(conversation: Conversation, i: int, closed: str) -> int | None:
+def content_end(conversation: Conversation, i: int, closed: str) -> int | None:
     """Where in `closed` the words of its last message end: what comes after them stays when they change. None if they can't."""
     changed = {key: _changed(value) if key != "role" else value for key, value in conversation.messages[i].items()}
     try:

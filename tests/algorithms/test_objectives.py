@@ -25,7 +25,7 @@ from minitune.nn import head
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.steps import dpo_step, kd_step, sft_step, train_step
-from minitune.types import Batch, Judged, Pairs, Taught, TrainState
+from minitune.types import Batch, Pairs, TeacherBatch, TrainState, UnpairedBatch
 from support.models import SMALL, configs, random_batch, random_params
 
 pytestmark = pytest.mark.fast
@@ -73,8 +73,8 @@ def test_one_forward_over_pairs_gives_every_answers_own_log_prob(config: llama.C
     found = pair_logps(model, adapted, both)
     torch.testing.assert_close(found.chosen, plain_logps(model, adapted, both.chosen))
     torch.testing.assert_close(found.rejected, plain_logps(model, adapted, both.rejected))
-    assert found.n_chosen.tolist() == both.chosen.labelled().sum(1).tolist()
-    assert found.n_rejected.tolist() == both.rejected.labelled().sum(1).tolist()
+    assert found.n_chosen.tolist() == both.chosen.target_mask().sum(1).tolist()
+    assert found.n_rejected.tolist() == both.rejected.target_mask().sum(1).tolist()
 
 
 def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> None:
@@ -137,7 +137,7 @@ def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: t
 def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     rows, others = answers(SMALL, 6, 11, 0), answers(SMALL, 6, 11, 1)
-    judged = Judged(rows, others, torch.tensor([True, False, True, True, False, False]))
+    judged = UnpairedBatch(rows, others, torch.tensor([True, False, True, True, False, False]))
     optimizer, trainable = AdamW(lr=1e-2), LORA.init(params, 0)
     step = train_step(unpaired_preference(model, LORA, Kto(), {}), optimizer, micro_batch=6)
     state = optimizer.init(trainable)
@@ -179,9 +179,9 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
     whole = {name: params[name] for name in whole}
 
     def plain(trainable: dict) -> torch.Tensor:
-        student = model.forward(trainable, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[batch.labelled()]
-        wise = teacher.model.forward(teacher.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[batch.labelled()]
-        return loss(student, batch.tokens[batch.labelled()], wise).sum()
+        student = model.forward(trainable, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[batch.target_mask()]
+        wise = teacher.model.forward(teacher.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[batch.target_mask()]
+        return loss(student, batch.tokens[batch.target_mask()], wise).sum()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "HEAD_CHUNK", chunk * SMALL.vocab_size)
@@ -190,7 +190,7 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
     fresh = {name: w.clone().requires_grad_() for name, w in params.items()}
     total = plain(fresh)
     torch.testing.assert_close(mean.total, total.detach())
-    assert int(mean.weight) == int(batch.labelled().sum())
+    assert int(mean.weight) == int(batch.target_mask().sum())
     wanted = torch.autograd.grad(total, list(fresh.values()), allow_unused=True, materialize_grads=True)
     for name, grad in zip(fresh, wanted, strict=True):
         torch.testing.assert_close(grads[name], grad)
@@ -206,7 +206,7 @@ def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
     bounds = []
     for k in (1, 4, SMALL.vocab_size):
         top, ids = logps.topk(k)
-        taught = Taught(batch, ids, top)
+        taught = TeacherBatch(batch, ids, top)
         bounds.append(distillation(model, LORA, loss, None)(deltas, params, taught)[0])
     assert [float(b.weight) for b in bounds] == [float(live.weight)] * 3
     assert float(bounds[0].total) < float(bounds[1].total) < float(bounds[2].total)
@@ -223,7 +223,7 @@ def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
         (trainable, state), metrics = step.update(frozen, TrainState(trainable, state), batch)
         seen.append(float(metrics["loss_nats"]))
     assert seen[-1] < 0.2 * seen[0]
-    assert int(metrics["target_tokens"]) == int(batch.labelled().sum())
+    assert int(metrics["target_tokens"]) == int(batch.target_mask().sum())
 
 
 def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None:

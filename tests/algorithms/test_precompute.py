@@ -33,7 +33,7 @@ from minitune.models.families import llama
 from minitune.nn import head
 from minitune.nn import linear as nn_linear
 from minitune.quant.tensors import QInt8
-from minitune.types import Judged, Pairs
+from minitune.types import Pairs, UnpairedBatch
 from support.models import SMALL as TWO_LAYERS
 from support.models import random_params
 
@@ -89,7 +89,7 @@ def test_cached_log_probs_are_the_live_ones(
     assert isinstance(batch.reference, torch.Tensor)
     live = pair_logps(MODEL, ADAPTED, Pairs(batch[0], batch[1]))
     torch.testing.assert_close(batch.reference, torch.stack(live[:2], dim=1), rtol=1e-6, atol=1e-6)
-    assert isinstance(batch, Judged) == judged
+    assert isinstance(batch, UnpairedBatch) == judged
     # and an independent reading of them, one answer at a time, without padding
     rows = pairset.order(1, 0)
     for row, kept in zip(rows[:n_rows], batch.reference, strict=False):
@@ -133,7 +133,7 @@ def test_cached_tops_are_the_live_ones(
     assert known.rows is batch
     logits = MODEL.forward(ADAPTED, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)  # of each token's prediction
     live = (logits / temperature).log_softmax(-1)
-    targets = batch.labelled()
+    targets = batch.target_mask()
     torch.testing.assert_close(live.gather(-1, known.top_ids)[targets], known.top_logps[targets], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(live.topk(k).values[targets], known.top_logps[targets], rtol=1e-6, atol=1e-6)
     assert (known.top_ids[targets].sort(-1).values.diff(dim=-1) > 0).all()  # k different tokens

@@ -27,8 +27,8 @@ from minitune.io.atomic import atomic_folder, write_atomic
 from minitune.models import Model, rope_scaling
 from minitune.models.families import llama
 from minitune.models.weights import shapes
-from minitune.programs.loading import ModelSource, drafted
-from minitune.programs.state import Draft
+from minitune.programs.loading import ModelSource, abstract_state
+from minitune.programs.state import AbstractState
 from minitune.types import Delta
 from support.models import SMALL, configs, random_batch, random_params, reference, save_reference
 
@@ -48,7 +48,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 
 def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: Any) -> None:
     told = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
-    beside = checkpoint.Companions(**{"tokenizer": tokenizer, "stop_ids": [3], **told})
+    beside = checkpoint.FolderExtras(**{"tokenizer": tokenizer, "stop_ids": [3], **told})
     checkpoint.save_folder(folder, params, model, beside, **options)
 
 
@@ -332,7 +332,7 @@ def test_a_generation_config_that_is_none_is_refused_before_anything_is_loaded(t
     for text in ("{", "[]", "\xff", "[" * 10_000):
         (tmp_path / "model/generation_config.json").write_text(text, encoding="latin-1")
         with pytest.raises(InputError, match=r"generation_config\.json can't be read \(.*\), expected a JSON object; download"):
-            drafted(ModelSource(path=str(tmp_path / "model")), Draft({}, MODEL, {}))
+            abstract_state(ModelSource(path=str(tmp_path / "model")), AbstractState({}, MODEL, {}))
 
 
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -355,18 +355,18 @@ STATE = {"trainable": {"w": Delta(torch.arange(6.0).view(2, 3), torch.ones(4, 2)
 def test_a_state_comes_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 100_000_000, 15):
         checkpoint.save_state(tmp_path, step, tree.map(lambda x, s=step: x + s, STATE), {"cursor": [1, step]}, keep=9)
-    assert [p.name for p in checkpoint.committed(tmp_path)] == [
+    assert [p.name for p in checkpoint.list_states(tmp_path)] == [
         "step-00000005",
         "step-00000010",
         "step-00000015",
         "step-100000000",
     ]
-    state, meta = checkpoint.load_state(checkpoint.committed(tmp_path)[1], STATE)
+    state, meta = checkpoint.load_state(checkpoint.list_states(tmp_path)[1], STATE)
     assert (meta["step"], meta["cursor"]) == (10, [1, 10])
     assert type(state["trainable"]["w"]) is Delta
     tree.map(lambda x, y: torch.testing.assert_close(x, y + 10, rtol=0, atol=0), state, STATE)
     checkpoint.save_state(tmp_path, 100_000_001, STATE, {}, keep=2)
-    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-100000000", "step-100000001"]
+    assert [p.name for p in checkpoint.list_states(tmp_path)] == ["step-100000000", "step-100000001"]
 
 
 class Killed(BaseException):
@@ -440,11 +440,11 @@ def test_a_save_that_dies_at_any_operation_loses_no_committed_state(step: int, e
             faults = Faults(patch, k, error)
             with contextlib.suppress(Killed, OSError, InputError):
                 checkpoint.save_state(folder, step, moved(step), {})
-        steps = [step_of(path) for path in checkpoint.committed(folder)]
+        steps = [step_of(path) for path in checkpoint.list_states(folder)]
         assert steps in ([1, 2], [1, 2, 3], [2, 3])
         checkpoint.save_state(folder, step, moved(step), {})
-        assert [step_of(path) for path in checkpoint.committed(folder)] == ([2, 3] if step == 3 else [1, 2])
-        assert sorted(folder.iterdir()) == checkpoint.committed(folder)
+        assert [step_of(path) for path in checkpoint.list_states(folder)] == ([2, 3] if step == 3 else [1, 2])
+        assert sorted(folder.iterdir()) == checkpoint.list_states(folder)
         if faults.left > 0:
             break
     assert k > 15
@@ -480,7 +480,7 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"file does not fit on its disk, where 43 bytes are free, expected more; what was"):
             write_atomic(tmp_path / "file", b"another")
     assert (tmp_path / "file").read_bytes() == b"content"
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"]
+    assert [path.name for path in checkpoint.list_states(tmp_path)] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("n_kib", [8, 24, 40, 64, 128])
@@ -499,7 +499,7 @@ def test_a_small_disk_keeps_what_it_holds(n_kib: int, tmp_path: Path) -> None:
                 steps.append(step)
             except InputError as error:
                 told.append(str(error))
-            found = checkpoint.committed(disk)
+            found = checkpoint.list_states(disk)
             assert [checkpoint.load_state(path, state)[1]["step"] for path in found] == steps[-3:]
             assert all(torch.equal(checkpoint.load_state(path, state)[0]["w"], state["w"]) for path in found)
         assert all(re.search(r"needs 12,288 bytes .* has [\d,]+ free|does not fit on its disk", line) for line in told)

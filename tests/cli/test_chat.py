@@ -22,7 +22,7 @@ from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models.families import llama
 from minitune.programs.loading import ModelSource, load
-from minitune.programs.state import Loaded
+from minitune.programs.state import LoadedModel
 from minitune.text import tokenizer
 from minitune.text.chat import encode_prompt, open_template, stop_ids
 from minitune.types import Delta, Params
@@ -32,11 +32,11 @@ N_NEW = 7
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return load(ModelSource(path="demo"), Path(), 0)
 
 
-def said(loaded: Loaded, params: Params, *turns: str, system: str | None = None) -> list[str]:
+def said(loaded: LoadedModel, params: Params, *turns: str, system: str | None = None) -> list[str]:
     """The answers of a conversation, each by greedy decoding of all before it."""
     messages = [{"role": "system", "content": system}] if system else []
     found = []
@@ -63,7 +63,7 @@ def talked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def test_a_conversation_remembers_its_turns_and_forgets_them_when_told(talked: Any, loaded: Loaded) -> None:
+def test_a_conversation_remembers_its_turns_and_forgets_them_when_told(talked: Any, loaded: LoadedModel) -> None:
     answers = said(loaded, loaded.params, *TURNS)
     fresh = said(loaded, loaded.params, TURNS[1])
     assert fresh[0] != answers[1]
@@ -78,7 +78,7 @@ def test_commands(talked: Any) -> None:
     assert err == f"{chat.COMMANDS}\n/rest is no command: {chat.COMMANDS}\n"
 
 
-def test_the_system_message_comes_first_and_outlives_a_reset(talked: Any, loaded: Loaded) -> None:
+def test_the_system_message_comes_first_and_outlives_a_reset(talked: Any, loaded: LoadedModel) -> None:
     expected = said(loaded, loaded.params, TURNS[0], system="Short.")
     assert expected != said(loaded, loaded.params, TURNS[0])
     out, _ = talked(TURNS[0], "/reset", TURNS[0], options=("--system", "Short."))
@@ -104,7 +104,7 @@ def test_options_reach_the_template(talked: Any, tmp_path: Path) -> None:
     assert found[0] == f"{answer[0]}\n"
 
 
-def test_an_adapter_is_applied_without_merging(talked: Any, loaded: Loaded, tmp_path: Path) -> None:
+def test_an_adapter_is_applied_without_merging(talked: Any, loaded: LoadedModel, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     out, in_ = loaded.params[name].shape
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +116,9 @@ def test_an_adapter_is_applied_without_merging(talked: Any, loaded: Loaded, tmp_
     assert talked(TURNS[0], options=("--deltas", str(tmp_path / "deltas")))[0] == f"{merged[0]}\n"
 
 
-def test_an_interrupt_stops_the_answer_and_not_the_chat(talked: Any, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_stops_the_answer_and_not_the_chat(
+    talked: Any, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pieces, turns = generate.pieces, iter([0, None])
 
     def interrupted(*args: Any) -> Iterator[str]:
@@ -167,7 +169,9 @@ def test_bytes_that_are_no_text(talked: Any, monkeypatch: pytest.MonkeyPatch, ca
     assert "the input is not UTF-8" in capsys.readouterr().err
 
 
-def test_a_conversation_longer_than_the_model_takes_is_said(talked: Any, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_longer_than_the_model_takes_is_said(
+    talked: Any, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = encode_prompt(loaded.tokenizer, loaded.template, [{"role": "user", "content": TURNS[0]}])
     config = msgspec.structs.replace(loaded.model.config, max_positions=len(ids) + 2)
     monkeypatch.setattr(chat, "load", lambda *_: loaded._replace(model=models.Model(llama.FAMILY, config)))

@@ -90,7 +90,7 @@ def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int
         tmp_path / "out",
         params,
         model,
-        checkpoint.Companions(DEMO, stop_ids(DEMO_TEXT, DEMO_TEMPLATE), source=source),
+        checkpoint.FolderExtras(DEMO, stop_ids(DEMO_TEXT, DEMO_TEMPLATE), source=source),
         shard_bytes=shard_bytes,
     )
     out = tmp_path / "out"
@@ -281,7 +281,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
     byte_level(folder.parent)
     params = random_params(SMALL)
-    checkpoint.save_folder(folder, params, MODEL, checkpoint.Companions(folder.parent, [3]), shard_bytes=8000)
+    checkpoint.save_folder(folder, params, MODEL, checkpoint.FolderExtras(folder.parent, [3]), shard_bytes=8000)
     rule = Lora(3, 5.0, ("*.q_proj.weight", "*.up_proj.weight"), {"*.up_proj.weight": 2}, dora=True)
     deltas = rule.init(params, 0)
     save_adapter(folder / "adapter", deltas, rule, base="a/b", fingerprint="f00d", quantization=None, names=params)

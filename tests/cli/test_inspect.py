@@ -15,7 +15,7 @@ from minitune.__main__ import main
 from minitune.cli.inspect import facts
 from minitune.errors import InputError
 from minitune.io import paths
-from minitune.io.units import n_bytes_told
+from minitune.io.units import format_bytes
 from support.models import SMALL, random_params, save_reference
 
 DEMO = paths.PACKAGE / "demo/model"
@@ -264,7 +264,7 @@ def test_a_file_can_not_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_bytes_are_told_as_a_person_reads_them() -> None:
     sizes = [0, 1023, 1024, 1536, 10 * 2**20, 2**30, 5 * 2**40, 2**60]
-    assert [n_bytes_told(n) for n in sizes] == [
+    assert [format_bytes(n) for n in sizes] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

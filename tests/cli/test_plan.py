@@ -33,7 +33,7 @@ from minitune.planning.memory import Step, floor
 from minitune.programs import program
 from minitune.programs.plan import planned
 from minitune.programs.stages.train import Train
-from minitune.programs.state import World
+from minitune.programs.state import PipelineState
 from minitune.types import Delta
 from support.models import random_params
 from support.paths import ROOT
@@ -208,7 +208,7 @@ def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) ->
     """The step of a real run's world, beside that of the plan."""
     seen: dict[str, Any] = {}
 
-    def spy(stage: Train, world: World, *_: Any) -> Any:
+    def spy(stage: Train, world: PipelineState, *_: Any) -> Any:
         seen[stage.label] = world.loaded
         raise InputError("seen")
 

@@ -40,7 +40,7 @@ from minitune.optim.schedules import Cosine, ScaleBySchedule
 from minitune.optim.sgd import SGD
 from minitune.optim.transforms import ClipByGlobalNorm, chain
 from minitune.programs.stages import training_loop
-from minitune.types import Batch, Judged, Pairs, Taught, TrainState
+from minitune.types import Batch, Pairs, TeacherBatch, TrainState, UnpairedBatch
 from support.device import META, WITH_FLOAT64, WITHOUT_FLOAT64, WaitError, on_device, simulated
 from support.experts import small_experts
 from support.models import SMALL, family_of, random_batch, random_params
@@ -52,9 +52,9 @@ RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = random_batch(CONFIG, 4, 9)
 PAIRS = Pairs(ROWS, random_batch(CONFIG, 4, 7, seed=1))
-JUDGED = Judged(ROWS, PAIRS.rejected, torch.tensor([True, False, False, True]))
+JUDGED = UnpairedBatch(ROWS, PAIRS.rejected, torch.tensor([True, False, False, True]))
 TOP_IDS = torch.randint(0, 17, (4, 9, 3), generator=GENERATOR)
-TOPS = Taught(ROWS, TOP_IDS, torch.randn(4, 9, 3, generator=GENERATOR).log_softmax(-1))
+TOPS = TeacherBatch(ROWS, TOP_IDS, torch.randn(4, 9, 3, generator=GENERATOR).log_softmax(-1))
 LOGPS = torch.randn(4, 2, generator=GENERATOR)
 
 
@@ -292,7 +292,7 @@ def test_rows_that_are_read_a_step_late_are_the_same_rows(
     queued, both = ["queued"], ["queued", "read"]
     # all is read before step 3 and 6 are saved, step 5 is evaluated, and step 7 is the last
     assert order == [*queued, *both, *both, "read", *queued, *both, "read", *both, *both]
-    states = (checkpoint.committed(tmp_path / name / "checkpoints/train")[-1] for name in ("late", "at_once"))
+    states = (checkpoint.list_states(tmp_path / name / "checkpoints/train")[-1] for name in ("late", "at_once"))
     late, at_once = (checkpoint.load_tensors(state / "state.safetensors") for state in states)
     assert all(torch.equal(late[name], at_once[name]) for name in at_once)
 

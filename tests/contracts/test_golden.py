@@ -48,7 +48,7 @@ def test_llama_gradients_equal_transformers(
     batch = batch._replace(segment_ids=torch.ones_like(batch.segment_ids))  # transformers sees no padding here
     with widened() if dtype == torch.float64 else nullcontext():
         hf = reference(config, params)
-        mask = batch.labelled()
+        mask = batch.target_mask()
         logits = hf(batch.tokens).logits[:, :-1]
         nats = F.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
         (nats * mask[:, 1:]).sum().backward()
@@ -228,7 +228,7 @@ def test_value_and_grad_equals_torch_func(config: llama.Config, seed: int, lengt
     params, batch = random_params(config, seed, torch.float64), random_batch(config, 2, length, seed)
 
     def objective(p: tree.Tree) -> Mean:
-        return Mean.of(Model(llama.FAMILY, config).token_losses(p, batch, CrossEntropy()), batch.labelled())
+        return Mean.of(Model(llama.FAMILY, config).token_losses(p, batch, CrossEntropy()), batch.target_mask())
 
     loss, grads = value_and_grad(objective)(params)
     wanted, total = torch.func.grad_and_value(lambda p: objective(p).total)(params)

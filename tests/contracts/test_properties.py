@@ -136,7 +136,7 @@ def test_vmap_of_value_and_grad_equals_a_loop(config: llama.Config, seed: int) -
 
         def one(p: tree.Tree, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, m: Model = model) -> tree.Tree:
             row = Batch(tokens[None], ids[None], mask[None])
-            return value_and_grad(lambda q: Mean.of(m.token_losses(q, row, CrossEntropy()), row.labelled()))(p)
+            return value_and_grad(lambda q: Mean.of(m.token_losses(q, row, CrossEntropy()), row.target_mask()))(p)
 
         found = torch.func.vmap(one, in_dims=(None, 0, 0, 0))(params, *batch)
         for i in range(3):
@@ -322,7 +322,7 @@ def test_packed_equals_unpacked(config: llama.Config, seed: int, lengths: list[i
 
     def objective(batches: list[Batch]) -> tree.Tree:
         def total(p: tree.Tree) -> Mean:
-            means = [Mean.of(model.token_losses(p, b, CrossEntropy()), b.labelled()) for b in batches]
+            means = [Mean.of(model.token_losses(p, b, CrossEntropy()), b.target_mask()) for b in batches]
             return Mean(*(torch.stack(parts).sum() for parts in zip(*means, strict=True)))
 
         return value_and_grad(total)(params)
@@ -347,7 +347,7 @@ def test_a_document_does_not_see_its_neighbours() -> None:
 def test_labels_never_cross_documents_or_padding() -> None:
     every = torch.ones(1, 6, dtype=torch.bool)
     batch = Batch(torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[1, 1, 2, 2, 0, 0]]), every)
-    assert batch.labelled().tolist() == [[False, True, False, True, False, False]]
+    assert batch.target_mask().tolist() == [[False, True, False, True, False, False]]
 
 
 # steps
@@ -429,7 +429,7 @@ def test_the_logged_loss_is_the_mean_that_was_differentiated() -> None:
     model, params, rule, deltas, batch = step_parts()
     optimizer = SGD(lr=1.0)
     (new, _), metrics = sft_step(model, rule, optimizer).update(params, TrainState(deltas, optimizer.init(deltas)), batch)
-    mask = batch.labelled()
+    mask = batch.target_mask()
     params64, deltas64 = tree.map(torch.Tensor.double, params), tree.map(torch.Tensor.double, deltas)
 
     def mean(d: tree.Tree) -> torch.Tensor:

@@ -25,7 +25,7 @@ from minitune.text import tokenizer
 from minitune.text.chat import CHATML, encode_chat, encode_prompt, open_template
 from minitune.text.template import Template, compile_template
 from minitune.text.tokenizer import Tokenizer
-from minitune.types import Batch, Judged, Pairs
+from minitune.types import Batch, Pairs, UnpairedBatch
 from support.tokenizers import WORDS, llama
 
 TINY = llama()[0], compile_template(CHATML, {"eos_token": "</s>"}, "chatml")
@@ -289,7 +289,7 @@ def test_a_mismatched_answer_is_the_one_to_another_prompt(
         return
     source, pairset = prepared(folder, named, speaker, format="judged")
     (batch,) = batches(pairset, source, len(rows))
-    assert isinstance(batch, Judged)
+    assert isinstance(batch, UnpairedBatch)
     assert batch.desirable.tolist() == [label for _, _, label in rows]
     assert batch.reference == ()
     assert written(batch.answers, speaker) == [
@@ -303,7 +303,7 @@ def test_a_mismatched_answer_is_the_one_to_another_prompt(
         (chat(speaker, user(prompt), assistant(answer)), answer + end(speaker)) for prompt, answer in expected
     ]
     one, _ = take(pairset, Cursor(0, 0), 1, source, 0)  # a batch of one has a mismatched answer too
-    assert isinstance(one, Judged)
+    assert isinstance(one, UnpairedBatch)
     assert written(one.mismatched)[0] in written(batch.mismatched)
 
 
@@ -323,7 +323,7 @@ def test_judged_answers_are_cut_at_seq_len_and_keep_their_labels(tmp_path: Path)
     ]
     source, pairset = prepared(tmp_path, rows, format="judged", seq_len=60, overlong="truncate")
     (batch,) = batches(pairset, source, 4)
-    assert isinstance(batch, Judged)
+    assert isinstance(batch, UnpairedBatch)
     assert batch.desirable.tolist() == [False, True, False]
     assert pairset.report.n_without_target == 1
     assert batch.mismatched.tokens.shape[1] == 60

@@ -23,7 +23,7 @@ from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_documents, epoch_rows, fill
 from minitune.data.prompts import prompts
 from minitune.data.readers import located, read_rows
-from minitune.data.source import Mixed, Source, Split
+from minitune.data.source import MixtureComponent, Source, Split
 from minitune.data.supervised import Dataset, cache_key, prepare, take
 from minitune.errors import InputError
 from minitune.text import tokenizer
@@ -242,7 +242,10 @@ def test_a_mixture_is_trained_on_in_its_shares_and_resumes(packed: bool, tmp_pat
         [{"messages": [{"role": "user", "content": f"pears {i}"}, {"role": "assistant", "content": "c"}]} for i in range(9)],
     )
     jsonl(tmp_path / "c.jsonl", [{"body": f"boxes {i}"} for i in range(200)])
-    mix = (Mixed(str(tmp_path / "b.jsonl"), 0.25, "chat"), Mixed(str(tmp_path / "c.jsonl"), 0.15, "text", {"text": "body"}))
+    mix = (
+        MixtureComponent(str(tmp_path / "b.jsonl"), 0.25, "chat"),
+        MixtureComponent(str(tmp_path / "c.jsonl"), 0.15, "text", {"text": "body"}),
+    )
     source = Source(str(jsonl(tmp_path / "a.jsonl", asked(60))), "instruct", 97, packed, mix=mix)
     dataset = opened(source, tmp_path)
     assert dataset.report.n_samples == 60 + 9 + 200
@@ -279,13 +282,15 @@ def test_a_table_without_a_mixture_keeps_its_order(tmp_path: Path) -> None:
 
 def test_a_file_of_a_mixture_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     jsonl(tmp_path / "b.jsonl", [{"instruction": "x " * 200, "output": "y"}])
-    source = Source(str(jsonl(tmp_path / "a.jsonl", asked(5))), "instruct", 64, mix=(Mixed(str(tmp_path / "b.jsonl"), 0.5),))
+    source = Source(
+        str(jsonl(tmp_path / "a.jsonl", asked(5))), "instruct", 64, mix=(MixtureComponent(str(tmp_path / "b.jsonl"), 0.5),)
+    )
     with pytest.raises(
         InputError, match=r"b.jsonl leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
     ):
         opened(source, tmp_path)
     with pytest.raises(InputError, match=r"^data: .*b.jsonl is no file, expected"):
-        opened(msgspec.structs.replace(source, mix=(Mixed("b.jsonl", 0.5),)), tmp_path)
+        opened(msgspec.structs.replace(source, mix=(MixtureComponent("b.jsonl", 0.5),)), tmp_path)
     jsonl(tmp_path / "b.jsonl", [{"instruction": "x", "output": 3}])
     with pytest.raises(InputError, match=r'^data: .*b.jsonl:1 "output" is a int, expected a string; correct the line'):
         opened(source, tmp_path)
@@ -329,9 +334,9 @@ def test_what_a_table_may_say() -> None:
 
 def test_the_files_of_a_table_are_tables_of_its_kind() -> None:
     mix = (
-        Mixed("demo/x.jsonl", 0.1),
-        Mixed("c", 0.1, "text", {"text": "body"}),
-        Mixed("d", 0.1, "instruct", {}, Split(0.5, "train")),
+        MixtureComponent("demo/x.jsonl", 0.1),
+        MixtureComponent("c", 0.1, "text", {"text": "body"}),
+        MixtureComponent("d", 0.1, "instruct", {}, Split(0.5, "train")),
     )
     source = Source("a", "chat", 8, False, "truncate", {"messages": "m"}, "last", Split(0.1, "heldout"), mix)
     own, same, text, other = source.parts()
@@ -351,7 +356,7 @@ def test_everything_that_tokens_depend_on_is_in_the_key(tmp_path: Path) -> None:
     rows = asked(8)
     path, other = jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", rows)
     source = Source(str(path), "instruct", 64)
-    mixed = msgspec.structs.replace(source, mix=(Mixed(str(other), 0.5),))
+    mixed = msgspec.structs.replace(source, mix=(MixtureComponent(str(other), 0.5),))
 
     def key(source: Source, template: Any = TEMPLATE) -> str:
         return cache_key(source, TOKENIZER, template)
@@ -365,15 +370,17 @@ def test_everything_that_tokens_depend_on_is_in_the_key(tmp_path: Path) -> None:
         {"chat_template_kwargs": {"date": 1}},
         {"chat_template_kwargs": {"date": True}},
         {"mix": mixed.mix},
-        {"mix": (Mixed(str(other), 0.5, chat_template_kwargs={"date": 1}),)},
-        {"mix": mixed.mix * 1 + (Mixed(str(other), 0.1),)},
-        {"mix": (Mixed(str(other), 0.5, split=Split(0.5, "train")),)},
-        {"mix": (Mixed(str(other), 0.5, columns={"output": "output"}),)},
-        {"mix": (Mixed(str(other), 0.5, format="chat"),)},
+        {"mix": (MixtureComponent(str(other), 0.5, chat_template_kwargs={"date": 1}),)},
+        {"mix": mixed.mix * 1 + (MixtureComponent(str(other), 0.1),)},
+        {"mix": (MixtureComponent(str(other), 0.5, split=Split(0.5, "train")),)},
+        {"mix": (MixtureComponent(str(other), 0.5, columns={"output": "output"}),)},
+        {"mix": (MixtureComponent(str(other), 0.5, format="chat"),)},
     ]
     keys = [key(source), *(key(msgspec.structs.replace(source, **change)) for change in changes)]
     assert len(set(keys)) == len(keys)
-    assert key(msgspec.structs.replace(source, mix=(Mixed(str(other), 0.3),))) == key(mixed)  # a share is no part of the tokens
+    assert key(msgspec.structs.replace(source, mix=(MixtureComponent(str(other), 0.3),))) == key(
+        mixed
+    )  # a share is no part of the tokens
     assert key(msgspec.structs.replace(source, path=str(other), packed=False)) == key(source)
     assert key(source, TEMPLATE._replace(tool_use=CALLING)) != key(source)
     assert key(source, TEMPLATE._replace(options={"date": 1})) != key(source)

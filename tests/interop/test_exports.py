@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from minitune.checkpoint import Companions
+from minitune.checkpoint import FolderExtras
 from minitune.errors import InputError
 from minitune.interop import bitsandbytes as nf4_layout
 from minitune.interop import compressed_tensors
@@ -125,7 +125,7 @@ def nf4(w: Tensor) -> QNF4:
 
 
 def save_nf4(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG) -> Path:
-    nf4_layout.save(tmp_path / "model", params, Model(llama.FAMILY, config), Companions(folder_of(tmp_path), [3]))
+    nf4_layout.save(tmp_path / "model", params, Model(llama.FAMILY, config), FolderExtras(folder_of(tmp_path), [3]))
     return tmp_path / "model"
 
 

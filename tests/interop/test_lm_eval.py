@@ -105,7 +105,7 @@ class Subject(NamedTuple):
 def on_disk(folder: Path, tokenizer_folder: Path, end: int) -> Subject:
     """A folder as checkpoint writes it, with random weights."""
     model, params = Model(llama.FAMILY, TINY), {name: 0.4 * w for name, w in random_params(TINY).items()}
-    checkpoint.save_folder(folder, params, model, checkpoint.Companions(tokenizer_folder, [end]))
+    checkpoint.save_folder(folder, params, model, checkpoint.FolderExtras(tokenizer_folder, [end]))
     texts = tokenizer.open_tokenizer(folder)
     return Subject(folder, model, params, texts, open_template(folder, texts), end)
 

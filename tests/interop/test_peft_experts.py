@@ -17,7 +17,7 @@ from minitune.lora import Lora, check_deltas
 from minitune.models import FAMILIES, Model
 from minitune.programs.stages.adapt import LoraStage
 from minitune.programs.stages.save import Save
-from minitune.programs.state import Draft
+from minitune.programs.state import AbstractState
 from minitune.types import Delta, Deltas
 from support.closeness import distance
 from support.experts import WITH_EXPERTS, small_experts
@@ -151,7 +151,7 @@ def test_what_peft_cannot_join_is_refused_before_training_and_when_saving(
 ) -> None:
     params = random_params(small_experts(name))
     stage = LoraStage(rank=2, alpha=3.0, **{"targets": ("*.experts.*",), **fields})
-    draft = stage.check(Draft({}, Model(FAMILIES[name], small_experts(name)), params))
+    draft = stage.check(AbstractState({}, Model(FAMILIES[name], small_experts(name)), params))
     with pytest.raises(InputError, match=message):
         Save(what="deltas").check(draft)
     assert Save(what="merged").check(draft).saved

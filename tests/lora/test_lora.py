@@ -252,7 +252,7 @@ def loss_and_grads(
 ) -> tuple[Mean, Trainable]:
     def objective(leaves: Trainable) -> Mean:
         adapted = apply_trainable(params, leaves, rule)
-        return Mean.of(Model(llama.FAMILY, c, wrap).token_losses(adapted, batch, CrossEntropy()), batch.labelled())
+        return Mean.of(Model(llama.FAMILY, c, wrap).token_losses(adapted, batch, CrossEntropy()), batch.target_mask())
 
     return value_and_grad(objective)(trainable)
 
@@ -362,7 +362,7 @@ def test_gradients_of_a_step_equal_those_of_peft(name: str, tmp_path: Path) -> N
 
     model = PeftModel.from_pretrained(reference(c, params), tmp_path, is_trainable=True)
     nats = F.cross_entropy(model(batch.tokens).logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none")
-    total = (nats * batch.labelled()[:, 1:]).sum()
+    total = (nats * batch.target_mask()[:, 1:]).sum()
     total.backward()
     assert float(loss.total) == pytest.approx(float(total.detach()), rel=1e-5)
     theirs = {n: x.grad for n, x in model.named_parameters() if x.grad is not None}

@@ -234,7 +234,7 @@ def test_losses_and_logits_are_those_of_the_whole_forward(name: str, data: st.Da
     model, params, batch = model_of(config), random_params(config, seed), random_batch(config, 2, 11, seed)
     logits = model.forward(params, batch.tokens, segment_ids=batch.segment_ids)
     nats = cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()).view(2, -1)
-    wanted = torch.where(batch.labelled()[:, 1:], nats, 0.0)
+    wanted = torch.where(batch.target_mask()[:, 1:], nats, 0.0)
     torch.testing.assert_close(model.token_losses(params, batch, CrossEntropy())[:, 1:], wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.logits(params, model.hidden(params, batch)), logits)
 
@@ -370,7 +370,7 @@ def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str,
     with torch.no_grad():
         wanted = (hf.language_model if name == "llama4" else hf)(tokens).logits  # whose whole model is broken without an image
     assert distance(model.forward(params, tokens), wanted) <= ATOL
-    checkpoint.save_folder(tmp_path / "text", params, model, checkpoint.Companions(tmp_path, [5], source=tmp_path / "whole"))
+    checkpoint.save_folder(tmp_path / "text", params, model, checkpoint.FolderExtras(tmp_path, [5], source=tmp_path / "whole"))
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", **EAGER.get(name, {})).eval()
     assert type(alone).__name__ == family_of(config).hf.architecture
     with torch.no_grad():

@@ -339,7 +339,7 @@ def test_mxfp4_experts_are_unpacked_as_transformers_does_and_saved_plain(tmp_pat
     params = checkpoint.load_params(tmp_path / "packed", model.shapes())
     assert list(params) == list(wanted)
     assert all(torch.equal(params[name], w) for name, w in wanted.items())
-    checkpoint.save_folder(tmp_path / "plain", params, model, checkpoint.Companions(tmp_path, [2], source=tmp_path / "packed"))
+    checkpoint.save_folder(tmp_path / "plain", params, model, checkpoint.FolderExtras(tmp_path, [2], source=tmp_path / "packed"))
     again = checkpoint.load_params(tmp_path / "plain", models.open(tmp_path / "plain").shapes())
     assert all(torch.equal(again[name], w) for name, w in wanted.items())
     tokens = random_batch(config, 2, 19).tokens

@@ -51,7 +51,7 @@ def test_auto_on_cuda_asks_for_bfloat16_in_hardware(major: int, dtype: torch.dty
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_what_trains_is_float32_beside_bfloat16_compute(name: str, tiny: Path, tmp_path: Path) -> None:
     assert main([name, *toy(name, tiny, tmp_path), "model.dtype=bfloat16"]) == 0
-    state = checkpoint.load_tensors(checkpoint.committed(tmp_path / name / "checkpoints/train")[-1] / "state.safetensors")
+    state = checkpoint.load_tensors(checkpoint.list_states(tmp_path / name / "checkpoints/train")[-1] / "state.safetensors")
     trained = {key: x.dtype for key, x in tree.items(state) if key.startswith("trainable.")}
     assert set(trained.values()) == {torch.float32}
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from minitune import __main__
-from minitune.data.source import Mixed, Source
+from minitune.data.source import MixtureComponent, Source
 from minitune.errors import InputError
 from minitune.io import results
 from minitune.programs import program, save_paths
@@ -32,7 +32,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
         (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
     for name in ("train.jsonl", "mixed.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n', encoding="utf-8")
-    source = Source(path="train.jsonl", format="text", seq_len=5, mix=(Mixed("mixed.jsonl", 0.5),))
+    source = Source(path="train.jsonl", format="text", seq_len=5, mix=(MixtureComponent("mixed.jsonl", 0.5),))
     return Program(name="t", model=ModelSource(path="models/m", deltas="adapter"), data={"train": source}, stage=saving(None))
 
 

@@ -72,7 +72,7 @@ def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_
         wanted = merged(tokens).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
     assert float((model.forward(base, tokens) - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
-    state = checkpoint.load_tensors(checkpoint.committed(folder / "checkpoints/train")[-1] / "state.safetensors")
+    state = checkpoint.load_tensors(checkpoint.list_states(folder / "checkpoints/train")[-1] / "state.safetensors")
     assert all(torch.equal(delta.a, state[f"trainable.{name}.a"]) for name, delta in deltas.items())
     assert (folder / "merged/tokenizer.model").read_bytes() == (tiny / "model/tokenizer.model").read_bytes()
     # the adapter goes back onto the base through [model] deltas
@@ -137,7 +137,7 @@ def test_a_stop_signal_saves_and_the_same_command_continues(number: int, code: i
     assert process.returncode == code, errors
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
-    (saved,) = checkpoint.committed(tmp_path / "lora/checkpoints/train")
+    (saved,) = checkpoint.list_states(tmp_path / "lora/checkpoints/train")
     step = json.loads((saved / "state.json").read_text())["step"]
     assert 4 <= step < 2000
     process = spawn(["lora", *words])
@@ -163,13 +163,13 @@ def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Path, tmp_path:
     wait_for_step(tmp_path / "lora", 7, process)
     process.kill()
     process.communicate()
-    newest = checkpoint.committed(tmp_path / "lora/checkpoints/train")[-1]
+    newest = checkpoint.list_states(tmp_path / "lora/checkpoints/train")[-1]
     (newest / "state.safetensors").write_bytes(b"torn")
     assert main(["lora", *words]) == 2
     assert "does not match its sha256; remove" in capsys.readouterr().err
     shutil.rmtree(newest)
     assert main(["lora", *words, "train.steps=3"]) == 0  # another program: the folder is moved aside, and nothing is lost
-    assert checkpoint.committed(tmp_path / "lora.1/checkpoints/train")
+    assert checkpoint.list_states(tmp_path / "lora.1/checkpoints/train")
 
 
 WRONG = {
@@ -248,11 +248,11 @@ def test_a_run_that_never_has_a_finite_gradient_stops_and_keeps_its_state(
     model = models.open(tiny / "model")
     params = checkpoint.load_params(tiny / "model", model.shapes())
     bad = {**params, "model.norm.weight": params["model.norm.weight"] * torch.nan}
-    checkpoint.save_folder(tmp_path / "broken", bad, model, checkpoint.Companions(tiny / "model", [], source=tiny / "model"))
+    checkpoint.save_folder(tmp_path / "broken", bad, model, checkpoint.FolderExtras(tiny / "model", [], source=tiny / "model"))
     words = [*toy("lora", tiny, tmp_path, steps=100), f"model.path={tmp_path / 'broken'}"]
     assert main(["lora", *words]) == 2
     assert "had 20 steps in a row without a finite gradient or a target token, up to step 20" in capsys.readouterr().err
-    (state,) = checkpoint.committed(tmp_path / "lora/checkpoints/train")[-1:]
+    (state,) = checkpoint.list_states(tmp_path / "lora/checkpoints/train")[-1:]
     kept = checkpoint.load_tensors(state / "state.safetensors")
     assert all(not w.any() for name, w in kept.items() if name.startswith("trainable") and name.endswith(".b"))
 

@@ -86,7 +86,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
 ) -> None:
     wide = llama.Config(**{**{f: getattr(TINY, f) for f in TINY.__struct_fields__}, "vocab_size": 1031})
     demo = tiny / "model"
-    checkpoint.save_folder(tmp_path / "wide", random_params(wide), Model(llama.FAMILY, wide), checkpoint.Companions(demo, []))
+    checkpoint.save_folder(tmp_path / "wide", random_params(wide), Model(llama.FAMILY, wide), checkpoint.FolderExtras(demo, []))
     stages = LORA + TRAIN + f'loss = {{ kind = "forward_kl" }}\nteacher = {{ path = "{tmp_path / "wide"}" }}\n'
     assert start(tmp_path, tiny, stages) == 2
     assert "has a student of 1024 tokens and a teacher of 1031, expected one vocabulary" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, 
     assert main(words) == 0
     assert rows_without_time(tmp_path / "q") == rows_without_time(tmp_path / "p")
     kept, straight = (
-        checkpoint.load_tensors(checkpoint.committed(one / "best")[-1] / "state.safetensors")
+        checkpoint.load_tensors(checkpoint.list_states(one / "best")[-1] / "state.safetensors")
         for one in (folder, tmp_path / "p/checkpoints/train")
     )
     assert all(torch.equal(kept[name], straight[name]) for name in straight)
@@ -298,7 +298,7 @@ def test_bfloat16_weights_train_by_stochastic_rounding(tiny: Path, tmp_path: Pat
     old = checkpoint.load_params(tiny / "model", model.shapes())
     for dtype in ("bfloat16", "float32"):
         run(tmp_path, tiny, stages, f"full.dtype={dtype}", name=dtype)
-    state = checkpoint.load_tensors(checkpoint.committed(tmp_path / "bfloat16/checkpoints/train")[-1] / "state.safetensors")
+    state = checkpoint.load_tensors(checkpoint.list_states(tmp_path / "bfloat16/checkpoints/train")[-1] / "state.safetensors")
     assert {x.dtype for key, x in state.items() if key.startswith("trainable.")} == {torch.bfloat16}
     rounded, exact = (checkpoint.load_params(tmp_path / dtype / "params", model.shapes()) for dtype in ("bfloat16", "float32"))
     start = {name: w.bfloat16().float() for name, w in old.items()}

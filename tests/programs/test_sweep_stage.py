@@ -59,7 +59,7 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(tiny: Path, tmp_
     run(tmp_path, tiny, LORA + SWEPT + grid, name="straight")
     folder = tmp_path / "straight"
     shutil.copytree(folder, tmp_path / "killed" / "straight")
-    states = checkpoint.committed(tmp_path / "killed/straight/checkpoints/train")
+    states = checkpoint.list_states(tmp_path / "killed/straight/checkpoints/train")
     assert [path.name for path in states] == ["step-00000010", "step-00000012"]
     shutil.rmtree(states[-1])
     for name in ("summary.json", "records.json"):
@@ -68,7 +68,8 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(tiny: Path, tmp_
     assert main([str(tmp_path / "straight.toml"), f"out={tmp_path / 'killed'}"]) == 0
     assert rows_without_time(tmp_path / "killed/straight") == rows_without_time(folder)
     ends = [
-        checkpoint.committed(at / "checkpoints/train")[-1] / "state.safetensors" for at in (folder, tmp_path / "killed/straight")
+        checkpoint.list_states(at / "checkpoints/train")[-1] / "state.safetensors"
+        for at in (folder, tmp_path / "killed/straight")
     ]
     assert ends[0].read_bytes() == ends[1].read_bytes()
 

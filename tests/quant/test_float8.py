@@ -165,7 +165,7 @@ def test_a_lora_step_over_8_bit_floats(monkeypatch: pytest.MonkeyPatch, calls: l
     deltas = {name: delta._replace(b=normal(*delta.b.shape, scale=0.1)) for name, delta in deltas.items()}
 
     def total(deltas: dict[str, Delta]) -> Mean:
-        return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.labelled())
+        return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.target_mask())
 
     decoded, wanted = value_and_grad(total)(deltas)
     monkeypatch.setattr(float8, "takes", on_cpu)
@@ -240,6 +240,6 @@ def test_bitsandbytes_holds_no_8_bit_floats(tmp_path: Path):
     from minitune.interop import bitsandbytes
 
     params = {n: quantize(w, Float8()) if is_linear(n) else w for n, w in random_params(CONFIG).items()}
-    beside = checkpoint.Companions(tmp_path, [3])
+    beside = checkpoint.FolderExtras(tmp_path, [3])
     with pytest.raises(InputError, match=r"q_proj.weight is float8, expected NF4; write it in the format"):
         bitsandbytes.save(tmp_path / "model", params, Model(llama.FAMILY, CONFIG), beside)

@@ -263,7 +263,7 @@ def test_one_weight_at_a_time_is_whole(name: str, monkeypatch: pytest.MonkeyPatc
 
     def peak() -> tuple[int, int]:
         def total(deltas: dict[str, Delta]) -> Mean:
-            return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.labelled())
+            return Mean.of(model.token_losses(rule.apply(params, deltas), batch, CrossEntropy()), batch.target_mask())
 
         with WholeWeights(shapes) as counted:
             value_and_grad(total)(deltas)

@@ -208,7 +208,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("case", PROGRAMS)
-def test_no_program_multiplies_bfloat16(case: str, tiny: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+def test_no_program_multiplies_bfloat16(case: str, tiny: Path, tmp_path: Path, capsys: Any) -> None:
     name = case.partition(" ")[0]
     found: list[str] = []
     with bfloat16_products(found):

@@ -37,7 +37,7 @@ def moderate(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, config: DecoderConfig, params: dict[str, torch.Tensor], source: Path | None) -> None:
-    checkpoint.save_folder(folder, params, model_of(config), checkpoint.Companions(folder, [2], source=source))
+    checkpoint.save_folder(folder, params, model_of(config), checkpoint.FolderExtras(folder, [2], source=source))
 
 
 @pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} names no folder; CONTRIBUTING.md says how to make one")

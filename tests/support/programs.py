@@ -25,7 +25,7 @@ def write_tiny(folder: Path) -> None:
     demo = paths.locate("demo")
     model = Model(llama.FAMILY, TINY)
     params = {name: 0.1 * w for name, w in random_params(TINY).items()}
-    checkpoint.save_folder(folder / "model", params, model, checkpoint.Companions(demo, []))
+    checkpoint.save_folder(folder / "model", params, model, checkpoint.FolderExtras(demo, []))
     for name in ("orders-train", "orders-heldout", "orders-pairs"):
         rows = paths.locate(f"demo/{name}.jsonl").read_text().splitlines()[:40]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
@@ -79,7 +79,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, stage: str
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_tensors(checkpoint.committed(folder / "checkpoints/train")[-1] / "state.safetensors")
+    return checkpoint.load_tensors(checkpoint.list_states(folder / "checkpoints/train")[-1] / "state.safetensors")
 
 
 def rows_without_time(folder: Path) -> list[dict]:

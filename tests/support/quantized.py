@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minitune.checkpoint import Companions
+from minitune.checkpoint import FolderExtras
 from minitune.interop import compressed_tensors
 from minitune.models import Model
 from minitune.models.families import llama
@@ -46,7 +46,7 @@ def folder_of(tmp_path: Path) -> Path:
 
 
 def save_compressed(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG, activations: str = "none") -> Path:
-    beside = Companions(folder_of(tmp_path), [3], template="{{ bos_token }}")
+    beside = FolderExtras(folder_of(tmp_path), [3], template="{{ bos_token }}")
     compressed_tensors.save(tmp_path / "model", params, Model(llama.FAMILY, config), beside, activations=activations)
     return tmp_path / "model"
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minitune.data import preference
 from minitune.data.prompts import prompts
-from minitune.data.source import Mixed, Source
+from minitune.data.source import MixtureComponent, Source
 from minitune.data.supervised import prepare
 from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat, encode_prompt, open_template
@@ -185,7 +185,7 @@ def test_an_option_reaches_training_prompts_and_pairs(where: str, folder: Path, 
     other.write_text(json.dumps({"prompt": "two", "chosen": "pear", "rejected": "plum"}) + "\n")
     source = Source(str(file), "chat", 64, chat_template_kwargs=QUIET if where in ("table", "over the model's") else {})
     if where == "mixed":
-        source = msgspec.structs.replace(source, mix=(Mixed(str(file), 0.5, chat_template_kwargs=QUIET),)).parts()[1]
+        source = msgspec.structs.replace(source, mix=(MixtureComponent(str(file), 0.5, chat_template_kwargs=QUIET),)).parts()[1]
     whole = hf.apply_chat_template(said, **QUIET, return_dict=False)
     prompt = hf.apply_chat_template(said[:1], **QUIET, add_generation_prompt=True, return_dict=False)
     assert hf.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")

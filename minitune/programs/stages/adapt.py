@@ -9,9 +9,9 @@ from minitune import tree
 from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
-from minitune.programs.loading import ModelSource, drafted, load, say_widening
+from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
 from minitune.programs.stages.base import BaseStage, Positive
-from minitune.programs.state import Draft, World
+from minitune.programs.state import AbstractState, PipelineState
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
@@ -30,7 +30,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         """The rule that the deltas follow."""
         return Lora(self.rank, self.alpha, self.targets, self.ranks, self.rslora, self.dora)
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The targets match linear weights, `train` matches others, and there are no deltas yet."""
         adapted = frozenset(self.rule.names(draft.params))
         whole = frozenset(tree.select(draft.params, self.train, "lora: train")) if self.train else frozenset()
@@ -48,7 +48,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
                 f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected one; narrow targets or train"
             )
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with trainable deltas."""
         params, trainable, rule = world.loaded.params, world.loaded.trainable, self.rule
         if self.train:
@@ -67,7 +67,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     weights: tuple[str, ...] = ("*",)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The globs match dense weights."""
         names = frozenset(tree.select(draft.params, self.weights, "full: weights"))
         odd = sorted(names & (draft.quantized | draft.adapted))
@@ -76,7 +76,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
             raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {state}, expected a plain weight")
         return draft._replace(whole=draft.whole | names)
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with trainable weights."""
         loaded, dtype = world.loaded, getattr(torch, self.dtype)
         params, whole = split_trainable(loaded.params, self.weights, loaded.stored, dtype)
@@ -91,11 +91,11 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
 
     model: ModelSource
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The model is there, or a stage before writes it."""
-        return drafted(self.model, draft)
+        return abstract_state(self.model, draft)
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with the other model and nothing to train yet."""
         world.log.say(f"{self.label}: {self.model.path or self.model.config}")
         loaded = load(self.model, world.folder, world.seed)

@@ -8,7 +8,7 @@ import torch
 from minitune import hardware, host
 from minitune.algorithms.objective import apply_trainable
 from minitune.io.results import Result
-from minitune.programs.state import Draft, World
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
@@ -29,11 +29,11 @@ class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Where the stage writes what outlives the run; None for a stage that writes nothing."""
         return None
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The draft after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
         return draft
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """The world after this stage."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ def peak_mem_bytes(device: torch.device) -> int:
     return host.peak_bytes()
 
 
-def adapted_params(world: World) -> Params:
+def adapted_params(world: PipelineState) -> Params:
     """Parameters for a forward, with weights that train under quantization rounded as in training."""
     loaded = world.loaded
     trainable = world.fake.fake(loaded.trainable) if world.fake else loaded.trainable

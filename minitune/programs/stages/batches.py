@@ -15,11 +15,11 @@ from minitune.data.supervised import prepare
 from minitune.data.token_store import Report
 from minitune.io import paths
 from minitune.losses.registry import Loss
-from minitune.programs.state import World
+from minitune.programs.state import PipelineState
 from minitune.tree import Tree
 
 
-class Feed(NamedTuple):
+class BatchLoader(NamedTuple):
     """take(cursor, n) -> (batch of n rows, next cursor); batches(n): one pass in the order of the file."""
 
     told: str
@@ -31,7 +31,7 @@ class Feed(NamedTuple):
         return sum(int((leaf > 0).sum()) for path, leaf in tree.items(batch) if path.endswith("segment_ids"))
 
 
-def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> Feed:
+def feed(world: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> BatchLoader:
     """The [data] table `name` as `loss` wants it: rows, pairs or judged answers, and with what a frozen model said of them
     where that is kept on disk."""
     source, loaded = world.data[name], world.loaded
@@ -41,7 +41,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
         if cached and loss.needs_reference:
             adapted = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
             said = reference_logps(loaded.model, adapted, found, source, paths.cache(), world.log.progress)
-        return Feed(
+        return BatchLoader(
             describe(found.report),
             lambda cursor, n: preference.take(found, cursor, n, source, world.seed, said),
             lambda n: preference.batches(found, source, n, said),
@@ -49,7 +49,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
     rows = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
     told = describe(rows.report) + (f", rows {rows.fill(source, world.seed):.1%} full" if source.packed else "")
     if teacher is None or top_k is None:
-        return Feed(
+        return BatchLoader(
             told,
             lambda cursor, n: supervised.take(rows, cursor, n, source, world.seed),
             lambda n: supervised.batches(rows, source, n),
@@ -65,7 +65,7 @@ def feed(world: World, name: str, loss: Loss, *, cached: bool, teacher: Teacher 
         both = zip(supervised.batches(rows, source, n), supervised.batches(places, source, n), strict=True)
         return (taught(batch, at.tokens, tops) for batch, at in both)
 
-    return Feed(told, take, batches)
+    return BatchLoader(told, take, batches)
 
 
 def describe(report: Report) -> str:

@@ -25,7 +25,7 @@ from minitune.models.compile import wrap
 from minitune.models.model import Model
 from minitune.programs.loading import asked_data
 from minitune.programs.stages.base import BaseStage, Positive, adapted_params
-from minitune.programs.state import Draft, Stopped, World
+from minitune.programs.state import AbstractState, PipelineState, Stopped
 from minitune.text.chat import stop_ids
 from minitune.types import Batch, Params
 
@@ -39,12 +39,12 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     limit: Positive | None = None  # prompts to answer; all if absent
     samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to keep in the record and show
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The data is there."""
         asked_data(draft, self.data, self.label, "instruct", "chat", "text")
         return draft
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with a record of loss_nats (per target token), perplexity, token_accuracy (target tokens that were the most
         likely ones), bytes of the model, and exact_match (fraction of answers equal to the reference)."""
         if self.label in world.records:  # a resumed run: this was measured before the run died
@@ -72,7 +72,7 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         )
         return world.record(self.label, record)
 
-    def _answer(self, world: World, source: Source) -> dict[str, Any]:
+    def _answer(self, world: PipelineState, source: Source) -> dict[str, Any]:
         asked = prompts(source, world.loaded.tokenizer, world.loaded.template)[: self.limit]
         found = answered(world, self.label, [one.ids for one in asked], Sampling(), self.batch_size, self.max_new_tokens, ())
         right = [answer.strip() == prompt.reference.strip() for answer, prompt in zip(found, asked, strict=True)]
@@ -95,7 +95,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     limit: Positive | None = None
     samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to show
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The data is there and asks something."""
         asked_data(draft, self.data, self.label, "instruct", "chat")
         return draft
@@ -105,14 +105,14 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         """The answers, in the run folder."""
         return Result(f"run/{self.label}.jsonl", "file")
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with a record of where the answers lie."""
         file = paths.locate(self.result.path, world.folder)
         asked = prompts(world.data[self.data], world.loaded.tokenizer, world.loaded.template)[: self.limit]
         ids = [one.ids for one in asked]
         model = world.loaded.model._replace(block_transform=wrap(world.log.say)) if self.compiled else world.loaded.model
-        world_of = world.with_model(model=model)
-        found = answered(world_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
+        state_of = world.with_model(model=model)
+        found = answered(state_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
         lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]
         write_atomic(file, ("\n".join(lines) + "\n").encode())
         for one, answer in list(zip(asked, found, strict=True))[: self.samples]:
@@ -132,12 +132,12 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     limit: Positive | None = None  # samples a task
     max_length: Positive | None = None  # tokens; what the model was made for if absent
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The extra is installed and the folder of tasks is there."""
         lm_eval.check(paths.locate(self.include) if self.include else None)
         return draft
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with a record of every task's metrics."""
         if self.label in world.records:
             return world
@@ -165,7 +165,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
 
 
 def answered(
-    world: World,
+    world: PipelineState,
     label: str,
     ids: list[list[int]],
     sampling: Sampling,
@@ -207,11 +207,11 @@ def _sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"]:
     with torch.no_grad():
         nats_and_right = model.token_losses(params, batch, values)
         sums = nats_and_right.to(widest_float(nats_and_right.device)).sum((0, 1))
-    n_targets = to_device(batch.labelled().sum(), sums.device).to(sums.dtype)
+    n_targets = to_device(batch.target_mask().sum(), sums.device).to(sums.dtype)
     return torch.cat([sums, n_targets[None]])
 
 
-def model_bytes(world: World) -> int:
+def model_bytes(world: PipelineState) -> int:
     """Bytes of the model as it would be saved now: dense weights as stored, quantized ones as codes, deltas beside them."""
     loaded = world.loaded
     kept = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}

@@ -8,7 +8,7 @@ from torch import Tensor
 from minitune.errors import InputError
 from minitune.lora import Lora, merge_error
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.state import Draft, World
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.schemes import dequantize
 from minitune.tree import device_of
 from minitune.types import Delta
@@ -23,7 +23,7 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
     onto: Onto = "trained"
     dtype: Dtype | None = None  # of the new weights from here on; as they were stored if absent
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """There is something to merge, and what to merge it onto."""
         if not draft.adapted and not draft.whole:
             raise InputError(f"stages: {self.label} finds nothing trained to merge, expected a lora or full stage before it")
@@ -31,7 +31,7 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
         left = draft.quantized - draft.adapted - draft.whole
         return draft._replace(adapted=frozenset(), whole=frozenset(), quantized=left, over=None, merged=True)
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with new weights and nothing to train; the record holds what rounding lost."""
         stored, record = merged(world, self.label, self.onto, self.dtype)
         old, device = world.loaded.params, device_of(world.loaded.params, world.loaded.trainable)
@@ -40,7 +40,7 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
         return world.with_model(params={**old, **new}, stored=stored, lora=None, trainable={}).record(self.label, record)
 
 
-def check_onto(draft: Draft, label: str, onto: Onto) -> None:
+def check_onto(draft: AbstractState, label: str, onto: Onto) -> None:
     """InputError where deltas from a folder are to be merged onto the quantized weights that they trained on elsewhere."""
     if draft.over is not None and onto == "trained":
         raise InputError(
@@ -49,7 +49,7 @@ def check_onto(draft: Draft, label: str, onto: Onto) -> None:
         )
 
 
-def merged(world: World, label: str, onto: Onto, dtype: Dtype | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def merged(world: PipelineState, label: str, onto: Onto, dtype: Dtype | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(all weights with what was trained folded in, a record of merge_error: the largest share of a weight's change lost).
 
     Deltas over quantized weights were trained on the dequantized ones: merging onto those is exact but for rounding, merging
@@ -86,7 +86,7 @@ def merged(world: World, label: str, onto: Onto, dtype: Dtype | None) -> tuple[d
     return weights, record
 
 
-def merge_rule(world: World) -> Lora:
+def merge_rule(world: PipelineState) -> Lora:
     if world.loaded.lora is None:
         raise TypeError("stages: deltas without a Lora rule, expected the stage that made them to set it")
     return world.loaded.lora

@@ -15,7 +15,7 @@ from minitune.io import paths
 from minitune.io.atomic import atomic_file
 from minitune.programs.loading import asked_data
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.state import Draft, World
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme
 from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
@@ -40,7 +40,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         """Which weight gets which scheme."""
         return Quantization(self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions})
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The globs match linear weights whose shapes fit the schemes, without deltas; the calibration data is there."""
         names = frozenset(self.rule.plan(draft.params))
         odd = sorted(names & (draft.adapted | draft.whole | draft.quantized))
@@ -57,7 +57,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
         return draft._replace(quantized=draft.quantized | names)
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with quantized leaves in its params; the record holds bytes before and after."""
         loaded, file = world.loaded, world.folder / "checkpoints" / self.label / "quantized.safetensors"
         names = self.rule.plan(loaded.params)
@@ -78,7 +78,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         record = {"bytes_before": before, "bytes_after": after, "n_weights": len(codes)}
         return world.with_model(params=params)._replace(quantization=self.rule).record(self.label, record)
 
-    def _codes(self, world: World) -> Params:
+    def _codes(self, world: PipelineState) -> Params:
         loaded = world.loaded
         names = self.rule.plan(loaded.params)
         if isinstance(self.method, gptq.Rtn):
@@ -105,13 +105,13 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
         """Which weight is rounded to which scheme."""
         return Quantization(self.scheme, self.weights, dict.fromkeys(self.keep))
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """Every weight that is to be rounded trains whole."""
         odd = sorted(set(self.rule.plan(draft.params)) - draft.whole)
         if odd:
             raise InputError(f"stages: {self.label} is to round {odd[0]}, which does not train whole; put a full stage before it")
         return draft
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world whose objectives see rounded weights."""
         return world._replace(fake=self.rule)

@@ -6,7 +6,7 @@ import msgspec
 from torch import Tensor
 
 from minitune.checkpoint.fingerprint import folder_fingerprint
-from minitune.checkpoint.hf_folder import Companions, save_folder
+from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.errors import InputError
 from minitune.interop import bitsandbytes, compressed_tensors
 from minitune.interop.gguf import export
@@ -16,7 +16,7 @@ from minitune.io.results import Result
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.merge import Dtype, Onto, check_onto, merged
-from minitune.programs.state import Draft, World
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.chat import stop_ids
 
 
@@ -28,7 +28,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     onto: Onto = "trained"
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """The model will hold what is to be saved, and PEFT can hold the deltas."""
         held = "deltas" if draft.adapted else "no deltas"
         if bool(draft.adapted) != (self.what != "params"):
@@ -54,7 +54,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         """The folder that is written."""
         return Result(self.path or f"run/{self.what}", "folder")
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with a record of where the result lies."""
         loaded, folder = world.loaded, locate(self.result.path, world.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
@@ -87,7 +87,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     activations: Literal["none", "int8"] = "none"  # compressed-tensors: int8 rounds each token's activations as well (W8A8)
     types: export.Types = export.Types("Q4_K")  # gguf only
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """Nothing is left to merge, and the weights are of the kind that the format holds."""
         open_ends = sorted(draft.adapted | draft.whole)
         if open_ends:
@@ -105,7 +105,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             return Result(self.path or "run/model.gguf", "file")
         return Result(self.path or f"run/{self.format}", "folder")
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with a record of where the result lies and of its bytes."""
         loaded = world.loaded
         target = locate(self.result.path, world.folder)
@@ -124,8 +124,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         return world.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def _companions(world: World) -> Companions:
+def _companions(world: PipelineState) -> FolderExtras:
     loaded = world.loaded
     template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
     ends = stop_ids(loaded.tokenizer, loaded.template)
-    return Companions(loaded.tokenizer_folder, ends, template, loaded.source)
+    return FolderExtras(loaded.tokenizer_folder, ends, template, loaded.source)

@@ -18,8 +18,8 @@ from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.stages import training_loop
-from minitune.programs.stages.batches import Feed, feed
-from minitune.programs.state import Draft, World
+from minitune.programs.stages.batches import BatchLoader, feed
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.tree import device_of
 from minitune.types import Batch, Delta, Deltas, Metrics, TrainState
 
@@ -48,7 +48,7 @@ def points(stage: Any) -> list[Point]:
     return [_point(stage, table) for table in written]
 
 
-def check(stage: Any, draft: Draft) -> None:
+def check(stage: Any, draft: AbstractState) -> None:
     """InputError unless the stage trains deltas by a loss of tokens and says on which data the best adapter is found."""
     found = points(stage)
     if stage.loss.objective != "supervised":
@@ -63,7 +63,7 @@ def check(stage: Any, draft: Draft) -> None:
         raise InputError(f"stages: {stage.label} has a sweep with the same point twice, expected each once")
 
 
-def run(stage: Any, world: World, model: Model, optimizer_of: Callable[[Any], Any]) -> World:
+def run(stage: Any, world: PipelineState, model: Model, optimizer_of: Callable[[Any], Any]) -> PipelineState:
     """world with the best adapter of the sweep; continues from the newest state in the run folder.
 
     model: with its blocks wrapped as the stage wants them; optimizer_of: a point's stage -> its optimizer.
@@ -97,13 +97,13 @@ def run(stage: Any, world: World, model: Model, optimizer_of: Callable[[Any], An
 
 def _work(
     stage: Any,
-    world: World,
+    world: PipelineState,
     model: Model,
     found: Sequence[Point],
     rules: Sequence[Lora],
     optimizers: Sequence[Any],
     seeds: Sequence[int],
-) -> training_loop.Work:
+) -> training_loop.TrainingTask:
     feeds = [_feed(stage, world._replace(seed=seed), stage.data) for seed in seeds]
     world.log.say(f"{stage.label}: {len(found)} adapters at once; {stage.data} has {feeds[0].told}")
     micro = stage.micro_batch_size or stage.batch_size
@@ -126,7 +126,7 @@ def _work(
             for i, (point, values) in enumerate(zip(found, own, strict=True))
         ]
 
-    def keep(state: Any, marks: training_loop.Marks, better: list[bool]) -> Any:
+    def keep(state: Any, marks: training_loop.LoopState, better: list[bool]) -> Any:
         def newest(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             won = to_device(torch.tensor(better), new.device)
             return torch.where(won.view(-1, *(1 for _ in new.shape[1:])), new, kept)
@@ -136,7 +136,7 @@ def _work(
     def heldout(state: Any) -> list[float]:
         return _heldout(stage, world, model, rules, state["trainable"])
 
-    return training_loop.Work(take, feeds[0].n_tokens, step, rows, heldout, keep)
+    return training_loop.TrainingTask(take, feeds[0].n_tokens, step, rows, heldout, keep)
 
 
 def _point(stage: Any, table: Mapping[str, Any]) -> Point:
@@ -163,7 +163,7 @@ def _placed(fields: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[
     return {**fields, keys[0]: below}
 
 
-def _start(world: World, point: Point, rule: Lora, label: str) -> Deltas:
+def _start(world: PipelineState, point: Point, rule: Lora, label: str) -> Deltas:
     """The deltas that an adapter begins with: the stage's own, or fresh ones where its rank, scale or seed is its own."""
     held = {name: leaf for name, leaf in world.loaded.trainable.items() if isinstance(leaf, Delta)}
     if not point.lora and point.seed is None:
@@ -176,11 +176,11 @@ def _start(world: World, point: Point, rule: Lora, label: str) -> Deltas:
     return rule.init(world.loaded.params, _seed(point, world))
 
 
-def _seed(point: Point, world: World) -> int:
+def _seed(point: Point, world: PipelineState) -> int:
     return world.seed if point.seed is None else point.seed
 
 
-def _feed(stage: Any, world: World, name: str) -> Feed:
+def _feed(stage: Any, world: PipelineState, name: str) -> BatchLoader:
     return feed(world, name, stage.loss, cached=False, teacher=None, top_k=None)
 
 
@@ -190,7 +190,7 @@ def _together(batches: Sequence[Batch]) -> Batch:
     return Batch(*(torch.stack([F.pad(x, (0, width - x.shape[1])) for x in leaves]) for leaves in zip(*batches, strict=True)))
 
 
-def _heldout(stage: Any, world: World, model: Model, rules: Sequence[Lora], deltas: Deltas) -> list[float]:
+def _heldout(stage: Any, world: PipelineState, model: Model, rules: Sequence[Lora], deltas: Deltas) -> list[float]:
     """Each adapter's mean loss over the held-out data."""
     total, device = sweep.adapters_objective(model, stage.loss, rules), device_of(world.loaded.params, deltas)
     sums = torch.zeros(2, len(rules), device=device)
@@ -213,7 +213,7 @@ def _hashable(table: Mapping[str, Any]) -> bool:
     return all(isinstance(value, int | float | str) for value in table.values())
 
 
-def _table(label: str, found: Sequence[Point], marks: training_loop.Marks) -> Table:
+def _table(label: str, found: Sequence[Point], marks: training_loop.LoopState) -> Table:
     table = Table(title=f"{label}: {len(found)} adapters", title_justify="left")
     columns = list(dict.fromkeys(key for point in found for key in point.written))
     for column in ("adapter", *columns, "held-out loss", "best", "at step", "skipped"):
@@ -225,7 +225,7 @@ def _table(label: str, found: Sequence[Point], marks: training_loop.Marks) -> Ta
     return table
 
 
-def _record(found: Sequence[Point], marks: training_loop.Marks, best: int) -> dict[str, Any]:
+def _record(found: Sequence[Point], marks: training_loop.LoopState, best: int) -> dict[str, Any]:
     adapters = [
         {"point": dict(point.written), "heldout_nats": now, "best_heldout_nats": low, "best_step": at, "n_skipped": skipped}
         for point, now, low, at, skipped in zip(found, marks.nats, marks.best_nats, marks.best_step, marks.n_skipped, strict=True)

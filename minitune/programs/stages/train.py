@@ -29,12 +29,12 @@ from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, NonNegative, ScaleByGlob, chain
 from minitune.planning import activations
-from minitune.programs.loading import ModelSource, asked_data, drafted, load, say_widening
+from minitune.programs.loading import ModelSource, abstract_state, asked_data, load, say_widening
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages import training_loop
 from minitune.programs.stages.base import BaseStage, Positive
-from minitune.programs.stages.batches import Feed, feed
-from minitune.programs.state import Draft, World
+from minitune.programs.stages.batches import BatchLoader, feed
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.steps import eval_step, train_step
 from minitune.tree import device_of
 from minitune.types import Mean, Metrics, Params, Trainable, TrainState
@@ -78,7 +78,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
     sweep: sweep_stage.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
-    def check(self, draft: Draft) -> Draft:
+    def check(self, draft: AbstractState) -> AbstractState:
         """Something trains, the data has the format that the loss needs, and a teacher speaks the student's vocabulary."""
         if not draft.adapted and not draft.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
@@ -90,7 +90,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 "distillation loss (forward_kl, reverse_kl, symmetric_kl, jensen_shannon)"
             )
         if self.teacher is not None:
-            teacher = drafted(self.teacher, draft)
+            teacher = abstract_state(self.teacher, draft)
             ours, theirs = draft.model.config.vocab_size, teacher.model.config.vocab_size
             if ours != theirs:
                 raise InputError(
@@ -112,7 +112,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             sweep_stage.check(self, draft)
         return draft
 
-    def run(self, world: World) -> World:
+    def run(self, world: PipelineState) -> PipelineState:
         """world with the trained tree; continues from the newest state in the run folder."""
         if self.sweep is not None:
             return sweep_stage.run(self, world, self._model(world), Train._optimizer)
@@ -133,7 +133,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             world.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
         return world.with_model(trainable=trainable).record(self.label, self._record(marks))
 
-    def _work(self, world: World, optimizer: Chain, best: Path) -> training_loop.Work:
+    def _work(self, world: PipelineState, optimizer: Chain, best: Path) -> training_loop.TrainingTask:
         objective, teacher = self._objective(world)
         fed = self._feed(world, self.data, teacher)
         world.log.say(f"{self.label}: {self.data} has {fed.told}")
@@ -157,14 +157,14 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             held = self._feed(world, self.evaluate.data, teacher)
             return [self._heldout(world, objective, state["trainable"], held.batches(self.evaluate.batch_size))]
 
-        def keep(state: Any, marks: training_loop.Marks, better: list[bool]) -> Any:
+        def keep(state: Any, marks: training_loop.LoopState, better: list[bool]) -> Any:
             if better[0]:
                 save_state(best, marks.step, {"trainable": state["trainable"]}, {"loss_nats": marks.nats[0]})
             return state
 
-        return training_loop.Work(take, fed.n_tokens, step, rows, heldout, keep)
+        return training_loop.TrainingTask(take, fed.n_tokens, step, rows, heldout, keep)
 
-    def _feed(self, world: World, name: str, teacher: Teacher | None) -> Feed:
+    def _feed(self, world: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
         return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
 
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
@@ -177,7 +177,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
         return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.steps))
 
-    def _objective(self, world: World) -> tuple[Objective, Teacher | None]:
+    def _objective(self, world: PipelineState) -> tuple[Objective, Teacher | None]:
         loaded, model, teacher = world.loaded, self._model(world), None
         if self.loss.needs_teacher:
             teacher = self._teacher(world)
@@ -186,7 +186,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         objective = objective_of(model, loaded.lora, self.loss, frozen)
         return (quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
 
-    def _model(self, world: World) -> Model:
+    def _model(self, world: PipelineState) -> Model:
         loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
         if self.compiled or (self.compiled is None and hardware.capabilities(device).compiles):
             model = model._replace(block_transform=wrap(world.log.say))
@@ -219,7 +219,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         return activations.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
 
-    def _teacher(self, world: World) -> Teacher:
+    def _teacher(self, world: PipelineState) -> Teacher:
         teacher = load(self.teacher or ModelSource(), world.folder, world.seed)
         if teacher.tokenizer.fingerprint != world.loaded.tokenizer.fingerprint:
             raise InputError(
@@ -229,7 +229,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         say_widening(world.log, f"{self.label}: teacher", teacher.params)
         return Teacher(teacher.model, apply_trainable(teacher.params, teacher.trainable, teacher.lora))
 
-    def _heldout(self, world: World, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
+    def _heldout(self, world: PipelineState, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
         """The objective's mean over the held-out data."""
         device = device_of(world.loaded.params, trainable)
         total, step = Mean(torch.zeros((), device=device), torch.zeros((), device=device)), eval_step(objective)
@@ -237,7 +237,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             total = tree.add(total, step(trainable, world.loaded.params, batch)[0])
         return float(total.value())
 
-    def _record(self, marks: training_loop.Marks) -> dict[str, Any]:
+    def _record(self, marks: training_loop.LoopState) -> dict[str, Any]:
         best = {"best_step": marks.best_step[0], "best_heldout_nats": marks.best_nats[0]} if self.evaluate else {}
         return {"top": marks.speed(), "time_s": marks.time_s, "n_skipped": marks.n_skipped[0], "steps": marks.step, **best}
 

@@ -14,11 +14,11 @@ import msgspec
 import torch
 
 from minitune import hardware
-from minitune.checkpoint.state import committed, load_state, save_state
+from minitune.checkpoint.state import list_states, load_state, save_state
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.programs.stages.base import peak_mem_bytes
-from minitune.programs.state import Stopped, World
+from minitune.programs.state import PipelineState, Stopped
 from minitune.tree import Tree, device_of
 from minitune.types import Metrics
 
@@ -28,7 +28,7 @@ Row = dict[str, float | int]
 Read = Mapping[str, Sequence[float]]  # what a step measured, by name: a value for each model that trains
 
 
-class Marks(msgspec.Struct, frozen=True):
+class LoopState(msgspec.Struct, frozen=True):
     """Where a training stage is: saved with its state, and enough to go on from there."""
 
     cursors: tuple[tuple[int, int], ...]  # of each order of the data
@@ -42,12 +42,12 @@ class Marks(msgspec.Struct, frozen=True):
     peak_mem_bytes: int = 0
     n_worse: int = 0  # evaluations in a row without a new best
 
-    def queued(self, cursors: Sequence[Cursor]) -> "Marks":
+    def queued(self, cursors: Sequence[Cursor]) -> "LoopState":
         """The marks once one more step is queued, behind which the data goes on at `cursors`."""
         places = tuple((cursor.epoch, cursor.row) for cursor in cursors)
         return msgspec.structs.replace(self, step=self.step + 1, cursors=places)
 
-    def after(self, time_s: float, n_tokens: int, rows: Sequence[Row], mem_bytes: int) -> "Marks":
+    def after(self, time_s: float, n_tokens: int, rows: Sequence[Row], mem_bytes: int) -> "LoopState":
         """The marks once a step is read that took time_s."""
         return msgspec.structs.replace(
             self,
@@ -57,7 +57,7 @@ class Marks(msgspec.Struct, frozen=True):
             peak_mem_bytes=max(self.peak_mem_bytes, mem_bytes),
         )
 
-    def judged(self, nats: Sequence[float]) -> tuple["Marks", list[bool]]:
+    def judged(self, nats: Sequence[float]) -> tuple["LoopState", list[bool]]:
         """The marks after an evaluation, and which of the losses are new bests."""
         pairs = list(zip(nats, self.best_nats, strict=True))
         better = [math.isfinite(now) and (best is None or now < best) for now, best in pairs]
@@ -80,7 +80,7 @@ class Marks(msgspec.Struct, frozen=True):
         return {"tokens_per_s": self.n_tokens / self.time_s, "peak_mem_bytes": self.peak_mem_bytes, "steps": self.step}
 
 
-class Work(NamedTuple):
+class TrainingTask(NamedTuple):
     """What sets one training stage apart from another. A state is a tree with what is trained under "trainable"."""
 
     take: Callable[[Sequence[Cursor]], tuple[Tree, list[Cursor]]]  # a batch and where the next one begins
@@ -88,7 +88,7 @@ class Work(NamedTuple):
     step: Callable[[Tree, Tree], tuple[Tree, Metrics]]  # (state, batch) -> (state, what the step measured, not yet read)
     rows: Callable[[int, Read], list[Row]]  # (steps done, what was read) -> rows of the log
     heldout: Callable[[Tree], list[float]]  # losses of a state
-    keep: Callable[[Tree, Marks, list[bool]], Tree]  # the state once its new bests are kept
+    keep: Callable[[Tree, LoopState, list[bool]], Tree]  # the state once its new bests are kept
 
 
 class Unread(NamedTuple):
@@ -107,9 +107,9 @@ def reading(metrics: Metrics) -> Callable[[], Read]:
     return lambda: dict(zip(names, read().tolist(), strict=True))
 
 
-def start(n: int, n_orders: int = 1) -> Marks:
+def start(n: int, n_orders: int = 1) -> LoopState:
     """The marks of n models before the first step, which read the data in n_orders orders."""
-    return Marks(((0, 0),) * n_orders, (None,) * n, (None,) * n, (0,) * n, (0,) * n)
+    return LoopState(((0, 0),) * n_orders, (None,) * n, (None,) * n, (0,) * n, (0,) * n)
 
 
 def row(stage: Any, done: int, metrics: Mapping[str, float]) -> Row:
@@ -118,13 +118,15 @@ def row(stage: Any, done: int, metrics: Mapping[str, float]) -> Row:
     return {"loss": metrics["loss_nats"], "lr": lr, **{name: value for name, value in metrics.items() if name != "loss_nats"}}
 
 
-def train(stage: Any, world: World, state: Tree, marks: Marks, prepare: Callable[[], Work]) -> tuple[Tree, Marks]:
+def train(
+    stage: Any, world: PipelineState, state: Tree, marks: LoopState, prepare: Callable[[], TrainingTask]
+) -> tuple[Tree, LoopState]:
     """(state, marks) when the stage is over; it goes on from the newest state in the run folder. prepare is not called if that
     is the last one."""
     folder = world.folder / "checkpoints" / stage.label
-    if saved := committed(folder):
+    if saved := list_states(folder):
         state, meta = load_state(saved[-1], state)
-        marks = msgspec.convert(meta["marks"], Marks)
+        marks = msgspec.convert(meta["marks"], LoopState)
         world.log.say(f"{stage.label}: continuing from step {marks.step} of {stage.steps}")
     world.log.rewind(marks.step)
     if marks.over(stage):

@@ -9,6 +9,7 @@ from minitune import steps
 from minitune.algorithms.supervised import sft
 from minitune.lora import Lora
 from minitune.models import Model
+from minitune.models import compile as compiled
 from minitune.models.compile import wrap
 from minitune.optim.sgd import SGD
 from minitune.types import Batch, TrainState
@@ -43,7 +44,7 @@ def counting(graph: Any, inputs: Any) -> Any:
 
 def count_whole_graphs() -> None:
     """From here on a block is compiled by `counting`, and a block that is not one graph is an error."""
-    _lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
+    compiled._lowered, torch.compile = counting, functools.partial(torch.compile, fullgraph=True)
 
 
 def counted(family: Any, config: Any, params: Any, lengths: tuple[int, ...] = (9, 9, 14, 23)) -> int:
