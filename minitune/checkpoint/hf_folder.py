@@ -15,11 +15,13 @@ from minitune import tree
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
+from minitune.io.paths import locate
 from minitune.io.results import result_folder
 from minitune.io.safetensors_header import INDEX, SINGLE
 from minitune.models.hf_multimodal import text_config, text_name
 from minitune.models.model import Model
 from minitune.models.open import config_json
+from minitune.models.open import open as open_model
 from minitune.quant import mxfp4
 from minitune.text.tokenizer import TOKENIZER_FILES
 from minitune.types import Params
@@ -35,6 +37,16 @@ class FolderExtras(NamedTuple):
     stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
     template: str | None = None  # written where the tokenizer's folder ships none
     source: Path | None = None  # whose config.json and generation_config.json pass through; made anew without
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str, Tensor]]:
+    """Model and weights of a Hugging Face folder, given its path or "demo" for the embedded model; InputError as for load_params.
+
+    Weights are memory-mapped where they are stored in dtype, and copied where they are not.
+    """
+    folder = locate(name)
+    model = open_model(folder)
+    return model, load_params(folder, model.shapes(), dtype)
 
 
 def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -1,5 +1,9 @@
-"""Models: families of decoders, opened from a Hugging Face folder or a shape file."""
+"""Models: families of decoders, opened from a Hugging Face folder or a shape file.
 
+`load("demo")` reads the model and its weights; `open` reads the model alone.
+"""
+
+from minitune.checkpoint.hf_folder import load as load
 from minitune.models.model import Model as Model
 from minitune.models.model import Probe as Probe
 from minitune.models.open import FAMILIES as FAMILIES
