@@ -2,9 +2,8 @@
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,20 +23,20 @@ from minitune.losses.token import cross_entropy
 from minitune.models.compile import wrap
 from minitune.models.model import Model
 from minitune.programs.loading import asked_data
-from minitune.programs.stages.base import BaseStage, Positive, adapted_params
+from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.state import AbstractState, PipelineState, Stopped
 from minitune.text.chat import stop_ids
-from minitune.types import Batch, Params
+from minitune.types import Batch, NonNegativeInt, Params, PositiveInt
 
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
 
     data: str
-    batch_size: Positive = 64  # rows per forward
-    max_new_tokens: Positive = 256
-    limit: Positive | None = None  # prompts to answer; all if absent
-    samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to keep in the record and show
+    batch_size: PositiveInt = 64  # rows per forward
+    max_new_tokens: PositiveInt = 256
+    limit: PositiveInt | None = None  # prompts to answer; all if absent
+    samples: NonNegativeInt = 3  # answers to keep in the record and show
 
     def check(self, draft: AbstractState) -> AbstractState:
         """The data is there."""
@@ -88,12 +87,12 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
 
     data: str
     sampling: Sampling = Sampling()
-    max_new_tokens: Positive = 256
+    max_new_tokens: PositiveInt = 256
     stop: tuple[str, ...] = ()  # strings that end an answer
     compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
-    batch_size: Positive = 64
-    limit: Positive | None = None
-    samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to show
+    batch_size: PositiveInt = 64
+    limit: PositiveInt | None = None
+    samples: NonNegativeInt = 3  # answers to show
 
     def check(self, draft: AbstractState) -> AbstractState:
         """The data is there and asks something."""
@@ -125,12 +124,12 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
 
     tasks: tuple[str, ...]
     include: str | None = None  # a folder of task files
-    n_shots: Annotated[int, msgspec.Meta(ge=0)] | None = None  # each task's own if absent
+    n_shots: NonNegativeInt | None = None  # each task's own if absent
     chat_template: bool = False
     system: str | None = None
-    batch_size: Positive = 16
-    limit: Positive | None = None  # samples a task
-    max_length: Positive | None = None  # tokens; what the model was made for if absent
+    batch_size: PositiveInt = 16
+    limit: PositiveInt | None = None  # samples a task
+    max_length: PositiveInt | None = None  # tokens; what the model was made for if absent
 
     def check(self, draft: AbstractState) -> AbstractState:
         """The extra is installed and the folder of tasks is there."""

@@ -27,27 +27,27 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.registry import Optimizer
 from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
-from minitune.optim.transforms import Chain, ClipByGlobalNorm, NonNegative, ScaleByGlob, chain
+from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
 from minitune.programs.loading import ModelSource, abstract_state, asked_data, load, say_widening
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages import training_loop
-from minitune.programs.stages.base import BaseStage, Positive
+from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import BatchLoader, feed
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.steps import eval_step, train_step
 from minitune.tree import device_of
-from minitune.types import Mean, Metrics, Params, Trainable, TrainState
+from minitune.types import Mean, Metrics, NonNegativeFloat, Params, PositiveInt, Trainable, TrainState
 
 
 class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The training loss on held-out data every `every` steps."""
 
     data: str
-    every: Positive  # steps
-    patience: Positive | None = None  # stop after so many evaluations in a row without a new best; never if absent
+    every: PositiveInt  # steps
+    patience: PositiveInt | None = None  # stop after so many evaluations in a row without a new best; never if absent
     keep: Literal["best", "last"] = "best"  # what goes on to the next stage
-    batch_size: Positive = 64  # rows per forward
+    batch_size: PositiveInt = 64  # rows per forward
 
 
 HOST, ROOM = "host", re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")
@@ -57,22 +57,22 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     """Take optimizer steps on the trainable tree, by whatever loss."""
 
     data: str
-    steps: Positive
-    batch_size: Positive  # rows (or pairs) per optimizer step
-    micro_batch_size: Positive | None = None  # rows per forward; the whole batch if absent
+    steps: PositiveInt
+    batch_size: PositiveInt  # rows (or pairs) per optimizer step
+    micro_batch_size: PositiveInt | None = None  # rows per forward; the whole batch if absent
     loss: Loss = CrossEntropy()
     reference: Literal["start", "base", "cached"] = "start"  # of a preference loss: the model as this stage found it, live or its
     # log-probs computed once; or the parameters without deltas
     teacher: ModelSource | None = None  # of a distillation loss
-    cached_top_k: Positive | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
+    cached_top_k: PositiveInt | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
     optimizer: Optimizer = AdamW(lr=1e-4)
-    lr_factors: dict[str, NonNegative] = msgspec.field(
+    lr_factors: dict[str, NonNegativeFloat] = msgspec.field(
         default_factory=dict
     )  # glob over trained leaves -> factor; {"*.b" = 16.0} is LoRA+
     schedule: Schedule = Constant()
-    clip_norm: NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
+    clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
-    save_every: Positive = 100  # steps
+    save_every: PositiveInt = 100  # steps
     remat: bool | str = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
     # that the others fit, with their inputs, in memory such as "8 GiB"; or all, their inputs kept in the host's memory: "host"
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
