@@ -30,6 +30,7 @@ from minitune.models.weights import shapes
 from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.state import AbstractState
 from minitune.types import Delta
+from support.allocation import AllocatedBytes
 from support.models import SMALL, configs, random_batch, random_params, reference, save_reference
 
 MODEL = Model(llama.FAMILY, SMALL)
@@ -117,15 +118,16 @@ def test_a_dtype_without_a_name_in_the_format_is_an_error(tmp_path: Path) -> Non
 
 
 def test_writing_copies_one_tensor_at_a_time() -> None:
-    n_bytes = 40 * 2**20  # above the 32 MiB from which glibc gives every block back the moment that it is freed
-    params = {f"{i}": torch.full((2048, n_bytes // 2048), i, dtype=torch.int8).T for i in range(6)}
+    n_bytes = 2**16
+    params = {f"{i}": torch.full((256, n_bytes // 256), i, dtype=torch.int8).T for i in range(6)}
     assert not params["0"].is_contiguous()  # so that each of them is copied
-    before, written, peak = _resident_bytes(), 0, 0
-    for piece in checkpoint.serialized(params):
-        written += memoryview(piece).nbytes
-        peak = max(peak, _resident_bytes() - before)
+    with AllocatedBytes() as allocated:
+        written = sum(memoryview(piece).nbytes for piece in checkpoint.serialized(params))
     assert written > 6 * n_bytes
-    assert peak < 3 * n_bytes  # the piece in hand and the one being made
+    assert allocated.peak == 2 * n_bytes  # the piece in hand and the one being made
+    with AllocatedBytes() as allocated:
+        pieces = list(checkpoint.serialized(params))
+    assert allocated.peak == 6 * n_bytes == sum(memoryview(piece).nbytes for piece in pieces[1:])
 
 
 @settings(max_examples=6)
