@@ -156,7 +156,7 @@ def test_the_4x_spelling_of_config_json_is_read_alike(tmp_path: Path) -> None:
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "llama3"
     assert llama.FAMILY.from_hf(
         {**hf, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    ).rope_scaling == rope_scaling.Linear(2.0)
+    ).rope_scaling == rope_scaling.LinearScaling(2.0)
 
 
 def test_config_json_passes_through_and_generation_stops_where_training_did(tmp_path: Path, tokenizer_folder: Path) -> None:
