@@ -32,7 +32,7 @@ class BatchLoader(NamedTuple):
 
 
 def feed(world: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> BatchLoader:
-    """The [data] table `name` as `loss` wants it: rows, pairs or judged answers, and with what a frozen model said of them
+    """The [data] table `name` as `loss` wants it: rows, pairs or unpaired answers, and with what a frozen model said of them
     where that is kept on disk."""
     source, loaded = world.data[name], world.loaded
     if loss.compares_answers:
