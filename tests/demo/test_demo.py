@@ -206,7 +206,7 @@ def test_tokenizer_is_what_the_generators_make(pretraining: list[str]) -> None:
     text = tokenizer.open_tokenizer(MODEL)
     made = demo.train_tokenizer(demo.tokenizer_texts())
     assert made == (MODEL / "tokenizer.model").read_bytes()
-    assert json.loads((MODEL / "tokenizer_config.json").read_text()) == demo.tokenizer_config()
+    assert json.loads((MODEL / "tokenizer_config.json").read_text(encoding="utf-8")) == demo.tokenizer_config()
     for line in [*pretraining[:300], *(row["input"] for row in demo.heldout_rows())]:
         ids = text.encode(line, parse_special=True)
         assert text.decode(ids, skip_special=False) == line
@@ -230,7 +230,7 @@ def test_generation_stops_at_the_turn_that_is_trained() -> None:
     )
     assert text.decode(turn.ids, skip_special=False) == "<s><|user|>a<|end|><|assistant|>b<|end|>"
     assert [text.decode([i], skip_special=False) for i, m in zip(turn.ids, turn.mask, strict=True) if m] == ["b", "<|end|>"]
-    stops = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
+    stops = json.loads((MODEL / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     assert text.special["<|end|>"] in stops
 
 
