@@ -12,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import make as demo
+import orders
+import pairs
+import texts
+import words
 from minitune import checkpoint, models
-from minitune.demo import __main__ as demo
-from minitune.demo import orders, pairs, texts, words
 from minitune.io import paths
 from minitune.text import tokenizer
 from minitune.text.chat import encode_chat, open_template

@@ -125,7 +125,7 @@ def third_party(module: str, source: str) -> list[str]:
 
 
 def within_budget(module: str, source: str) -> list[str]:
-    """No file of BUDGET lines or more: 300 are allowed, and demo/orders.py is on its way out of the package."""
+    """No file of BUDGET lines or more."""
     return [f"{n} lines"] if (n := len(source.splitlines())) >= BUDGET else []
 
 
