@@ -277,7 +277,7 @@ def test_a_fingerprint_tells_every_byte(given_: st.DataObject) -> None:
 
 def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> None:
     big = torch.arange(5000.0)
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
 
     def seen(**tensors: torch.Tensor) -> str:
         save_file({"x": big, "y": torch.ones(3, dtype=torch.bfloat16), **tensors}, tmp_path / "model.safetensors")
@@ -289,9 +289,9 @@ def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> 
     prints = {known, *(seen(x=x) for x in changes), seen(y=torch.zeros(3, dtype=torch.bfloat16)), seen(z=torch.ones(1))}
     assert len(prints) == 6
     seen()
-    (tmp_path / "config.json").write_text(json.dumps({"a": 2}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 2}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) not in prints
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) == known
     save_file({"q": torch.ones(1)}, tmp_path / "model-2.safetensors")
     assert folder_fingerprint(tmp_path) != known
@@ -303,7 +303,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     save_file({"q": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"frozen: .* can't be read \(FileNotFoundError.*\), expected whole safetens"):
         folder_fingerprint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     for content in (b"", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 9):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(InputError, match=r"frozen: .* can't be read \(.*\), expected whole safetensors; download it again"):

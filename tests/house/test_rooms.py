@@ -42,7 +42,6 @@ ROOMS = {  # room -> the rooms that it may import
     "registry": "errors io checkpoint",
     "programs": BELOW_PROGRAMS,
     "cli": f"{BELOW_PROGRAMS} programs",
-    "demo": f"{BELOW_PROGRAMS} programs",
 }
 ROOMS["__main__"] = f"{ROOMS['cli']} cli __init__"
 ROOMS["__init__"] = "errors"
@@ -114,7 +113,7 @@ def test_a_file_is_imported_and_not_the_door():
         ("programs/run.py", "import minitune.cli.chat"),
         ("data/source.py", "from .readers import opened"),
         ("interop/lm_eval.py", "from minitune.programs import log"),
-        ("cli/chat.py", "from minitune.demo import orders"),
+        ("cli/chat.py", "import minitune.__main__"),
     ],
 )
 def test_a_wrong_import_is_found(path: str, source: str):
