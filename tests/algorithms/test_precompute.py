@@ -29,9 +29,9 @@ from minitune.data.token_store import Documents, Report
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.models import Model, decoder
+from minitune.models import model as model_file
 from minitune.models.families import llama
 from minitune.nn import head
-from minitune.nn import linear as nn_linear
 from minitune.quant.tensors import QInt8
 from minitune.types import Pairs, UnpairedBatch
 from support.models import SMALL as TWO_LAYERS
@@ -198,10 +198,10 @@ def test_a_kept_value_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_nothing_is_left_of_a_computation_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    linear = nn_linear.linear
+    linear = model_file.linear
     monkeypatch.setattr(head, "HEAD_CHUNK", 1)
     monkeypatch.setattr(head, "HEAD_ROWS", 1)
-    monkeypatch.setattr(nn_linear, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
+    monkeypatch.setattr(model_file, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path)
     assert (len(calls), entries(tmp_path)) == (3, 0)
