@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.tree import Tree
+from minitune.types import wide_dtype
 
 NonNegative = Annotated[float, Meta(ge=0.0)]
 Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
@@ -163,4 +164,4 @@ def zero_count(params: Tree) -> Int[Tensor, ""]:
 
 def wide_zeros(x: Tensor) -> Tensor:
     """Zeros in the shape of x, in float32 or wider."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros_like(x, dtype=wide_dtype(x.dtype))
