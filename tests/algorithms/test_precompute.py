@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from minitune.algorithms import precompute
 from minitune.algorithms.distillation import Teacher
-from minitune.algorithms.precompute import reference_logps, taught, teacher_tops
+from minitune.algorithms.precompute import reference_logps, teacher_tops, with_teacher
 from minitune.algorithms.preference import pair_logps
 from minitune.checkpoint.fingerprint import fingerprint, folder_fingerprint
 from minitune.data import packing, preference
@@ -29,9 +29,9 @@ from minitune.data.token_store import Documents, Report
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.models import Model, decoder
+from minitune.models import model as model_file
 from minitune.models.families import llama
 from minitune.nn import head
-from minitune.nn import linear as nn_linear
 from minitune.quant.tensors import QInt8
 from minitune.types import Pairs, UnpairedBatch
 from support.models import SMALL as TWO_LAYERS
@@ -128,7 +128,7 @@ def test_cached_tops_are_the_live_ones(
     places = dataset._replace(tokens=np.arange(sum(lengths)))
     cursor, n_rows = Cursor(0, len(dataset.order(3, 0)) - 1), 3
     batch, _ = take(dataset, cursor, n_rows, source, 3)
-    known = taught(batch, take(places, cursor, n_rows, source, 3)[0].tokens, tops)
+    known = with_teacher(batch, take(places, cursor, n_rows, source, 3)[0].tokens, tops)
     assert known.top_ids.shape == known.top_logps.shape == (*batch.tokens.shape, k)
     assert known.rows is batch
     logits = MODEL.forward(ADAPTED, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)  # of each token's prediction
@@ -198,10 +198,10 @@ def test_a_kept_value_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_nothing_is_left_of_a_computation_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    linear = nn_linear.linear
+    linear = model_file.linear
     monkeypatch.setattr(head, "HEAD_CHUNK", 1)
     monkeypatch.setattr(head, "HEAD_ROWS", 1)
-    monkeypatch.setattr(nn_linear, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
+    monkeypatch.setattr(model_file, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path)
     assert (len(calls), entries(tmp_path)) == (3, 0)
