@@ -31,35 +31,35 @@ class BatchLoader(NamedTuple):
         return sum(int((leaf > 0).sum()) for path, leaf in tree.items(batch) if path.endswith("segment_ids"))
 
 
-def feed(world: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> BatchLoader:
+def feed(state: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> BatchLoader:
     """The [data] table `name` as `loss` wants it: rows, pairs or judged answers, and with what a frozen model said of them
     where that is kept on disk."""
-    source, loaded = world.data[name], world.loaded
+    source, loaded = state.data[name], state.loaded
     if loss.compares_answers:
         found = preference.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         said = None
         if cached and loss.needs_reference:
             adapted = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
-            said = reference_logps(loaded.model, adapted, found, source, paths.cache(), world.log.progress)
+            said = reference_logps(loaded.model, adapted, found, source, paths.cache(), state.log.progress)
         return BatchLoader(
             describe(found.report),
-            lambda cursor, n: preference.take(found, cursor, n, source, world.seed, said),
+            lambda cursor, n: preference.take(found, cursor, n, source, state.seed, said),
             lambda n: preference.batches(found, source, n, said),
         )
     rows = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-    told = describe(rows.report) + (f", rows {rows.fill(source, world.seed):.1%} full" if source.packed else "")
+    told = describe(rows.report) + (f", rows {rows.fill(source, state.seed):.1%} full" if source.packed else "")
     if teacher is None or top_k is None:
         return BatchLoader(
             told,
-            lambda cursor, n: supervised.take(rows, cursor, n, source, world.seed),
+            lambda cursor, n: supervised.take(rows, cursor, n, source, state.seed),
             lambda n: supervised.batches(rows, source, n),
         )
-    tops = teacher_tops(teacher, rows, top_k, loss.temperature, paths.cache(), world.log.progress)
+    tops = teacher_tops(teacher, rows, top_k, loss.temperature, paths.cache(), state.log.progress)
     places = rows._replace(tokens=np.arange(len(rows.tokens)))  # a batch of these says where in the data each token stands
 
     def take(cursor: Cursor, n: int) -> tuple[Tree, Cursor]:
-        batch, after = supervised.take(rows, cursor, n, source, world.seed)
-        return taught(batch, supervised.take(places, cursor, n, source, world.seed)[0].tokens, tops), after
+        batch, after = supervised.take(rows, cursor, n, source, state.seed)
+        return taught(batch, supervised.take(places, cursor, n, source, state.seed)[0].tokens, tops), after
 
     def batches(n: int) -> Iterator[Tree]:
         both = zip(supervised.batches(rows, source, n), supervised.batches(places, source, n), strict=True)

@@ -48,7 +48,7 @@ def points(stage: Any) -> list[Point]:
     return [_point(stage, table) for table in written]
 
 
-def check(stage: Any, draft: AbstractState) -> None:
+def check(stage: Any, abstract: AbstractState) -> None:
     """InputError unless the stage trains deltas by a loss of tokens and says on which data the best adapter is found."""
     found = points(stage)
     if stage.loss.objective != "supervised":
@@ -57,67 +57,67 @@ def check(stage: Any, draft: AbstractState) -> None:
         )
     if stage.evaluate is None:
         raise InputError(f"stages: {stage.label} has a sweep without evaluate, expected one: it finds the adapter that goes on")
-    if draft.whole:
-        raise InputError(f"stages: {stage.label} has a sweep, but {min(draft.whole)} trains whole, expected deltas only")
+    if abstract.whole:
+        raise InputError(f"stages: {stage.label} has a sweep, but {min(abstract.whole)} trains whole, expected deltas only")
     if len({tuple(point.written.items()) for point in found if _hashable(point.written)}) < len(found):
         raise InputError(f"stages: {stage.label} has a sweep with the same point twice, expected each once")
 
 
-def run(stage: Any, world: PipelineState, model: Model, optimizer_of: Callable[[Any], Any]) -> PipelineState:
-    """world with the best adapter of the sweep; continues from the newest state in the run folder.
+def run(stage: Any, state: PipelineState, model: Model, optimizer_of: Callable[[Any], Any]) -> PipelineState:
+    """state with the best adapter of the sweep; continues from the newest train_state in the run folder.
 
     model: with its blocks wrapped as the stage wants them; optimizer_of: a point's stage -> its optimizer.
     """
-    found, loaded = points(stage), world.loaded
+    found, loaded = points(stage), state.loaded
     assert loaded.lora is not None, "adapters have a rule"
     rules = [msgspec.convert({**msgspec.to_builtins(loaded.lora), **point.lora}, Lora) for point in found]
-    starts = [_start(world, point, rule, stage.label) for point, rule in zip(found, rules, strict=True)]
+    starts = [_start(state, point, rule, stage.label) for point, rule in zip(found, rules, strict=True)]
     optimizers = [optimizer_of(point.stage) for point in found]
-    seeds = list(dict.fromkeys(_seed(point, world) for point in found))
+    seeds = list(dict.fromkeys(_seed(point, state) for point in found))
     deltas, n = sweep.stack(starts), len(found)
     states = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.unstack(deltas, n), strict=True)]
-    state = {"trainable": deltas, "opt_state": states, "best": tree.map(torch.clone, deltas)}
-    state, marks = training_loop.train(
+    train_state = {"trainable": deltas, "opt_state": states, "best": tree.map(torch.clone, deltas)}
+    train_state, loop = training_loop.train(
         stage,
-        world,
         state,
+        train_state,
         training_loop.start(n, len(seeds)),
-        lambda: _work(stage, world, model, found, rules, optimizers, seeds),
+        lambda: _work(stage, state, model, found, rules, optimizers, seeds),
     )
     kept = stage.evaluate.keep == "best"
-    nats = [math.inf if value is None else value for value in (marks.best_nats if kept else marks.nats)]
-    world.log.show(_table(stage.label, found, marks))
+    nats = [math.inf if value is None else value for value in (loop.best_nats if kept else loop.nats)]
+    state.log.show(_table(stage.label, found, loop))
     best = min(range(n), key=lambda i: nats[i])
     if nats[best] == math.inf:
         raise InputError(f"stages: {stage.label} has no adapter with a finite held-out loss; lower the learning rates")
-    world.log.say(f"{stage.label}: adapter {best} goes on ({_told(found[best])}), held-out loss {nats[best]:.4f}")
-    chosen = sweep.adapter(state["best" if kept else "trainable"], best, rules[best])
-    return world.with_model(trainable=chosen, lora=rules[best]).record(stage.label, _record(found, marks, best))
+    state.log.say(f"{stage.label}: adapter {best} goes on ({_told(found[best])}), held-out loss {nats[best]:.4f}")
+    chosen = sweep.adapter(train_state["best" if kept else "trainable"], best, rules[best])
+    return state.with_model(trainable=chosen, lora=rules[best]).record(stage.label, _record(found, loop, best))
 
 
 def _work(
     stage: Any,
-    world: PipelineState,
+    state: PipelineState,
     model: Model,
     found: Sequence[Point],
     rules: Sequence[Lora],
     optimizers: Sequence[Any],
     seeds: Sequence[int],
 ) -> training_loop.TrainingTask:
-    feeds = [_feed(stage, world._replace(seed=seed), stage.data) for seed in seeds]
-    world.log.say(f"{stage.label}: {len(found)} adapters at once; {stage.data} has {feeds[0].told}")
+    feeds = [_feed(stage, state._replace(seed=seed), stage.data) for seed in seeds]
+    state.log.say(f"{stage.label}: {len(found)} adapters at once; {stage.data} has {feeds[0].told}")
     micro = stage.micro_batch_size or stage.batch_size
     all_step = sweep.sweep_step(model, stage.loss, rules, optimizers, micro_batch=micro, donate=True)
 
     def take(cursors: Sequence[Cursor]) -> tuple[Batch, list[Cursor]]:
         taken = [one.take(cursor, stage.batch_size) for one, cursor in zip(feeds, cursors, strict=True)]
-        own = [taken[seeds.index(_seed(point, world))][0] for point in found]
+        own = [taken[seeds.index(_seed(point, state))][0] for point in found]
         return _together(own), [after for _, after in taken]
 
-    def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
-        before = TrainState(state["trainable"], state["opt_state"])
-        after, metrics = all_step.update(world.loaded.params, before, batch)
-        return {**state, **after._asdict()}, metrics
+    def step(train_state: Any, batch: Batch) -> tuple[Any, Metrics]:
+        before = TrainState(train_state["trainable"], train_state["opt_state"])
+        after, metrics = all_step.update(state.loaded.params, before, batch)
+        return {**train_state, **after._asdict()}, metrics
 
     def rows(done: int, metrics: training_loop.Read) -> list[training_loop.Row]:
         own = ({name: column[i] for name, column in metrics.items()} for i in range(len(found)))
@@ -126,15 +126,15 @@ def _work(
             for i, (point, values) in enumerate(zip(found, own, strict=True))
         ]
 
-    def keep(state: Any, marks: training_loop.LoopState, better: list[bool]) -> Any:
+    def keep(train_state: Any, loop: training_loop.LoopState, better: list[bool]) -> Any:
         def newest(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             won = to_device(torch.tensor(better), new.device)
             return torch.where(won.view(-1, *(1 for _ in new.shape[1:])), new, kept)
 
-        return {**state, "best": tree.map(newest, state["best"], state["trainable"])}
+        return {**train_state, "best": tree.map(newest, train_state["best"], train_state["trainable"])}
 
-    def heldout(state: Any) -> list[float]:
-        return _heldout(stage, world, model, rules, state["trainable"])
+    def heldout(train_state: Any) -> list[float]:
+        return _heldout(stage, state, model, rules, train_state["trainable"])
 
     return training_loop.TrainingTask(take, feeds[0].n_tokens, step, rows, heldout, keep)
 
@@ -163,9 +163,9 @@ def _placed(fields: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[
     return {**fields, keys[0]: below}
 
 
-def _start(world: PipelineState, point: Point, rule: Lora, label: str) -> Deltas:
+def _start(state: PipelineState, point: Point, rule: Lora, label: str) -> Deltas:
     """The deltas that an adapter begins with: the stage's own, or fresh ones where its rank, scale or seed is its own."""
-    held = {name: leaf for name, leaf in world.loaded.trainable.items() if isinstance(leaf, Delta)}
+    held = {name: leaf for name, leaf in state.loaded.trainable.items() if isinstance(leaf, Delta)}
     if not point.lora and point.seed is None:
         return held
     if any(bool(delta.b.any()) for delta in held.values()):
@@ -173,15 +173,15 @@ def _start(world: PipelineState, point: Point, rule: Lora, label: str) -> Deltas
             f"stages: {label} sweeps lora or seed, but its deltas are trained already, expected fresh ones; "
             "sweep other keys, or put it right after the lora stage"
         )
-    return rule.init(world.loaded.params, _seed(point, world))
+    return rule.init(state.loaded.params, _seed(point, state))
 
 
-def _seed(point: Point, world: PipelineState) -> int:
-    return world.seed if point.seed is None else point.seed
+def _seed(point: Point, state: PipelineState) -> int:
+    return state.seed if point.seed is None else point.seed
 
 
-def _feed(stage: Any, world: PipelineState, name: str) -> BatchLoader:
-    return feed(world, name, stage.loss, cached=False, teacher=None, top_k=None)
+def _feed(stage: Any, state: PipelineState, name: str) -> BatchLoader:
+    return feed(state, name, stage.loss, cached=False, teacher=None, top_k=None)
 
 
 def _together(batches: Sequence[Batch]) -> Batch:
@@ -190,14 +190,14 @@ def _together(batches: Sequence[Batch]) -> Batch:
     return Batch(*(torch.stack([F.pad(x, (0, width - x.shape[1])) for x in leaves]) for leaves in zip(*batches, strict=True)))
 
 
-def _heldout(stage: Any, world: PipelineState, model: Model, rules: Sequence[Lora], deltas: Deltas) -> list[float]:
+def _heldout(stage: Any, state: PipelineState, model: Model, rules: Sequence[Lora], deltas: Deltas) -> list[float]:
     """Each adapter's mean loss over the held-out data."""
-    total, device = sweep.adapters_objective(model, stage.loss, rules), device_of(world.loaded.params, deltas)
+    total, device = sweep.adapters_objective(model, stage.loss, rules), device_of(state.loaded.params, deltas)
     sums = torch.zeros(2, len(rules), device=device)
-    for batch in _feed(stage, world, stage.evaluate.data).batches(max(1, stage.evaluate.batch_size // len(rules))):
+    for batch in _feed(stage, state, stage.evaluate.data).batches(max(1, stage.evaluate.batch_size // len(rules))):
         rows = tree.map(lambda x: x.expand(len(rules), *x.shape), batch)
         with torch.no_grad():
-            sums = sums + torch.stack(total(deltas, world.loaded.params, rows))
+            sums = sums + torch.stack(total(deltas, state.loaded.params, rows))
     return (sums[0] / sums[1].clamp(min=1.0)).tolist()
 
 
@@ -213,21 +213,21 @@ def _hashable(table: Mapping[str, Any]) -> bool:
     return all(isinstance(value, int | float | str) for value in table.values())
 
 
-def _table(label: str, found: Sequence[Point], marks: training_loop.LoopState) -> Table:
+def _table(label: str, found: Sequence[Point], loop: training_loop.LoopState) -> Table:
     table = Table(title=f"{label}: {len(found)} adapters", title_justify="left")
     columns = list(dict.fromkeys(key for point in found for key in point.written))
     for column in ("adapter", *columns, "held-out loss", "best", "at step", "skipped"):
         table.add_column(column, justify="right")
     for i, point in enumerate(found):
-        nats = ("none" if value is None else f"{value:.4f}" for value in (marks.nats[i], marks.best_nats[i]))
+        nats = ("none" if value is None else f"{value:.4f}" for value in (loop.nats[i], loop.best_nats[i]))
         written = (str(point.written.get(key, "")) for key in columns)
-        table.add_row(str(i), *written, *nats, str(marks.best_step[i]), str(marks.n_skipped[i]))
+        table.add_row(str(i), *written, *nats, str(loop.best_step[i]), str(loop.n_skipped[i]))
     return table
 
 
-def _record(found: Sequence[Point], marks: training_loop.LoopState, best: int) -> dict[str, Any]:
+def _record(found: Sequence[Point], loop: training_loop.LoopState, best: int) -> dict[str, Any]:
     adapters = [
         {"point": dict(point.written), "heldout_nats": now, "best_heldout_nats": low, "best_step": at, "n_skipped": skipped}
-        for point, now, low, at, skipped in zip(found, marks.nats, marks.best_nats, marks.best_step, marks.n_skipped, strict=True)
+        for point, now, low, at, skipped in zip(found, loop.nats, loop.best_nats, loop.best_step, loop.n_skipped, strict=True)
     ]
-    return {"top": marks.speed(), "time_s": marks.time_s, "steps": marks.step, "best_adapter": best, "adapters": adapters}
+    return {"top": loop.speed(), "time_s": loop.time_s, "steps": loop.step, "best_adapter": best, "adapters": adapters}

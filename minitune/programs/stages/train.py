@@ -78,27 +78,27 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
     sweep: sweep_stage.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
-    def check(self, draft: AbstractState) -> AbstractState:
+    def check(self, abstract: AbstractState) -> AbstractState:
         """Something trains, the data has the format that the loss needs, and a teacher speaks the student's vocabulary."""
-        if not draft.adapted and not draft.whole:
+        if not abstract.adapted and not abstract.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
-            asked_data(draft, name, self.label, *self.loss.formats)
+            asked_data(abstract, name, self.label, *self.loss.formats)
         if self.loss.needs_teacher != (self.teacher is not None):
             raise InputError(
                 f"stages: {self.label} has {'no teacher' if self.teacher is None else 'a teacher'}, expected one exactly with a "
                 "distillation loss (forward_kl, reverse_kl, symmetric_kl, jensen_shannon)"
             )
         if self.teacher is not None:
-            teacher = abstract_state(self.teacher, draft)
-            ours, theirs = draft.model.config.vocab_size, teacher.model.config.vocab_size
+            teacher = abstract_state(self.teacher, abstract)
+            ours, theirs = abstract.model.config.vocab_size, teacher.model.config.vocab_size
             if ours != theirs:
                 raise InputError(
                     f"stages: {self.label} has a student of {ours} tokens and a teacher of {theirs}, expected one vocabulary"
                 )
-        if self.reference == "base" and self.loss.compares_answers and draft.whole:
+        if self.reference == "base" and self.loss.compares_answers and abstract.whole:
             raise InputError(
-                f"stages: {self.label} has reference = 'base', but {min(draft.whole)} trains whole; expected 'start' or 'cached'"
+                f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains whole; expected 'start' or 'cached'"
             )
         if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
             raise InputError(
@@ -109,34 +109,34 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 f"stages: {self.label} has remat = {self.remat!r}, expected true, false, 'host', or memory such as '8 GiB'"
             )
         if self.sweep is not None:
-            sweep_stage.check(self, draft)
-        return draft
+            sweep_stage.check(self, abstract)
+        return abstract
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with the trained tree; continues from the newest state in the run folder."""
+    def run(self, state: PipelineState) -> PipelineState:
+        """state with the trained tree; continues from the newest train_state in the run folder."""
         if self.sweep is not None:
-            return sweep_stage.run(self, world, self._model(world), Train._optimizer)
-        best, start = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable
-        optimizer = self.optimizer_for(start, world.seed)
+            return sweep_stage.run(self, state, self._model(state), Train._optimizer)
+        best, start = state.folder / "checkpoints" / self.label / "best", state.loaded.trainable
+        optimizer = self.optimizer_for(start, state.seed)
         if self.loss.compares_answers:  # the reference is what training started from, and steps write over their trees
             start = tree.map(torch.clone, start)
-        state = {"trainable": start, "opt_state": optimizer.init(start)}
-        state, marks = training_loop.train(self, world, state, training_loop.start(1), lambda: self._work(world, optimizer, best))
-        trainable = state["trainable"]
+        train_state = {"trainable": start, "opt_state": optimizer.init(start)}
+        train_state, loop = training_loop.train(self, state, train_state, training_loop.start(1), lambda: self._work(state, optimizer, best))
+        trainable = train_state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
-            (nats,), (step,) = marks.best_nats, marks.best_step
+            (nats,), (step,) = loop.best_nats, loop.best_step
             if nats is None:
                 raise InputError(
-                    f"stages: {self.label} had no finite held-out loss in {marks.step} steps; lower the learning rate"
+                    f"stages: {self.label} had no finite held-out loss in {loop.step} steps; lower the learning rate"
                 )
             trainable = load_state(best / f"step-{step:08d}", {"trainable": trainable})[0]["trainable"]
-            world.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
-        return world.with_model(trainable=trainable).record(self.label, self._record(marks))
+            state.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
+        return state.with_model(trainable=trainable).record(self.label, self._record(loop))
 
-    def _work(self, world: PipelineState, optimizer: Chain, best: Path) -> training_loop.TrainingTask:
-        objective, teacher = self._objective(world)
-        fed = self._feed(world, self.data, teacher)
-        world.log.say(f"{self.label}: {self.data} has {fed.told}")
+    def _work(self, state: PipelineState, optimizer: Chain, best: Path) -> training_loop.TrainingTask:
+        objective, teacher = self._objective(state)
+        fed = self._feed(state, self.data, teacher)
+        state.log.say(f"{self.label}: {self.data} has {fed.told}")
         # donated: the trees are this stage's own, and the ones before the step are never asked for again, but as a reference
         one = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
 
@@ -144,28 +144,28 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             batch, after = fed.take(cursors[0], self.batch_size)
             return batch, [after]
 
-        def step(state: Any, batch: Any) -> tuple[Any, Metrics]:
-            before = TrainState(state["trainable"], state["opt_state"])
-            after, metrics = one.update(world.loaded.params, before, batch)
+        def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
+            before = TrainState(train_state["trainable"], train_state["opt_state"])
+            after, metrics = one.update(state.loaded.params, before, batch)
             return after._asdict(), metrics
 
         def rows(done: int, metrics: training_loop.Read) -> list[training_loop.Row]:
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
-        def heldout(state: Any) -> list[float]:
+        def heldout(train_state: Any) -> list[float]:
             assert self.evaluate is not None, "there is nothing to evaluate on"
-            held = self._feed(world, self.evaluate.data, teacher)
-            return [self._heldout(world, objective, state["trainable"], held.batches(self.evaluate.batch_size))]
+            held = self._feed(state, self.evaluate.data, teacher)
+            return [self._heldout(state, objective, train_state["trainable"], held.batches(self.evaluate.batch_size))]
 
-        def keep(state: Any, marks: training_loop.LoopState, better: list[bool]) -> Any:
+        def keep(train_state: Any, loop: training_loop.LoopState, better: list[bool]) -> Any:
             if better[0]:
-                save_state(best, marks.step, {"trainable": state["trainable"]}, {"loss_nats": marks.nats[0]})
-            return state
+                save_state(best, loop.step, {"trainable": train_state["trainable"]}, {"loss_nats": loop.nats[0]})
+            return train_state
 
         return training_loop.TrainingTask(take, fed.n_tokens, step, rows, heldout, keep)
 
-    def _feed(self, world: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
-        return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
+    def _feed(self, state: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
+        return feed(state, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
 
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
         """The optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
@@ -177,28 +177,28 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
         return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.steps))
 
-    def _objective(self, world: PipelineState) -> tuple[Objective, Teacher | None]:
-        loaded, model, teacher = world.loaded, self._model(world), None
+    def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
+        loaded, model, teacher = state.loaded, self._model(state), None
         if self.loss.needs_teacher:
-            teacher = self._teacher(world)
+            teacher = self._teacher(state)
         from_base = self.reference == "base" or not _moved(loaded.trainable)
         frozen = Frozen({} if from_base else loaded.trainable, teacher)
         objective = objective_of(model, loaded.lora, self.loss, frozen)
-        return (quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
+        return (quantization_aware(objective, state.fake.fake) if state.fake else objective), teacher
 
-    def _model(self, world: PipelineState) -> Model:
-        loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
+    def _model(self, state: PipelineState) -> Model:
+        loaded, model, device = state.loaded, state.loaded.model, device_of(state.loaded.params, state.loaded.trainable)
         if self.compiled or (self.compiled is None and hardware.capabilities(device).compiles):
-            model = model._replace(block_transform=wrap(world.log.say))
+            model = model._replace(block_transform=wrap(state.log.say))
         adapted = apply_trainable(loaded.params, detached_leaves(loaded.trainable), loaded.lora)
-        n_remat = self.n_remat(model, adapted, world.data[self.data].seq_len)
+        n_remat = self.n_remat(model, adapted, state.data[self.data].seq_len)
         if self.remat == HOST and hardware.capabilities(device).streams:
             model = model._replace(remat=offload.remat(offload.side_stream(device)))
         elif self.remat == HOST:
-            world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}, which sends nothing to the host")
+            state.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}, which sends nothing to the host")
         elif isinstance(self.remat, str):
             told = f"{n_remat} of {model.config.n_layers} blocks are computed again to stay within {self.remat}"
-            world.log.say(f"{self.label}: {told}")
+            state.log.say(f"{self.label}: {told}")
         return model._replace(n_remat=n_remat)
 
     @property
@@ -219,27 +219,27 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         return activations.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
 
-    def _teacher(self, world: PipelineState) -> Teacher:
-        teacher = load(self.teacher or ModelSource(), world.folder, world.seed)
-        if teacher.tokenizer.fingerprint != world.loaded.tokenizer.fingerprint:
+    def _teacher(self, state: PipelineState) -> Teacher:
+        teacher = load(self.teacher or ModelSource(), state.folder, state.seed)
+        if teacher.tokenizer.fingerprint != state.loaded.tokenizer.fingerprint:
             raise InputError(
                 f"stages: {self.label} has a teacher whose tokenizer ({teacher.tokenizer_folder}) is not the student's "
-                f"({world.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
+                f"({state.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
             )
-        say_widening(world.log, f"{self.label}: teacher", teacher.params)
+        say_widening(state.log, f"{self.label}: teacher", teacher.params)
         return Teacher(teacher.model, apply_trainable(teacher.params, teacher.trainable, teacher.lora))
 
-    def _heldout(self, world: PipelineState, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
+    def _heldout(self, state: PipelineState, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
         """The objective's mean over the held-out data."""
-        device = device_of(world.loaded.params, trainable)
+        device = device_of(state.loaded.params, trainable)
         total, step = Mean(torch.zeros((), device=device), torch.zeros((), device=device)), eval_step(objective)
         for batch in batches:
-            total = tree.add(total, step(trainable, world.loaded.params, batch)[0])
+            total = tree.add(total, step(trainable, state.loaded.params, batch)[0])
         return float(total.value())
 
-    def _record(self, marks: training_loop.LoopState) -> dict[str, Any]:
-        best = {"best_step": marks.best_step[0], "best_heldout_nats": marks.best_nats[0]} if self.evaluate else {}
-        return {"top": marks.speed(), "time_s": marks.time_s, "n_skipped": marks.n_skipped[0], "steps": marks.step, **best}
+    def _record(self, loop: training_loop.LoopState) -> dict[str, Any]:
+        best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}
+        return {"top": loop.speed(), "time_s": loop.time_s, "n_skipped": loop.n_skipped[0], "steps": loop.step, **best}
 
 
 def _moved(trainable: Trainable) -> bool:

@@ -29,7 +29,7 @@ Read = Mapping[str, Sequence[float]]  # what a step measured, by name: a value f
 
 
 class LoopState(msgspec.Struct, frozen=True):
-    """Where a training stage is: saved with its state, and enough to go on from there."""
+    """Where a training stage is: saved with its train_state, and enough to go on from there."""
 
     cursors: tuple[tuple[int, int], ...]  # of each order of the data
     nats: tuple[float | None, ...]  # at the last evaluation; None if it was not finite
@@ -43,12 +43,12 @@ class LoopState(msgspec.Struct, frozen=True):
     n_worse: int = 0  # evaluations in a row without a new best
 
     def queued(self, cursors: Sequence[Cursor]) -> "LoopState":
-        """The marks once one more step is queued, behind which the data goes on at `cursors`."""
+        """The loop once one more step is queued, behind which the data goes on at `cursors`."""
         places = tuple((cursor.epoch, cursor.row) for cursor in cursors)
         return msgspec.structs.replace(self, step=self.step + 1, cursors=places)
 
     def after(self, time_s: float, n_tokens: int, rows: Sequence[Row], mem_bytes: int) -> "LoopState":
-        """The marks once a step is read that took time_s."""
+        """The loop once a step is read that took time_s."""
         return msgspec.structs.replace(
             self,
             time_s=self.time_s + time_s,
@@ -58,17 +58,17 @@ class LoopState(msgspec.Struct, frozen=True):
         )
 
     def judged(self, nats: Sequence[float]) -> tuple["LoopState", list[bool]]:
-        """The marks after an evaluation, and which of the losses are new bests."""
+        """The loop after an evaluation, and which of the losses are new bests."""
         pairs = list(zip(nats, self.best_nats, strict=True))
         better = [math.isfinite(now) and (best is None or now < best) for now, best in pairs]
-        marks = msgspec.structs.replace(
+        loop = msgspec.structs.replace(
             self,
             nats=tuple(now if math.isfinite(now) else None for now in nats),
             best_nats=tuple(now if won else best for won, (now, best) in zip(better, pairs, strict=True)),
             best_step=tuple(self.step if won else step for won, step in zip(better, self.best_step, strict=True)),
             n_worse=0 if any(better) else self.n_worse + 1,
         )
-        return marks, better
+        return loop, better
 
     def over(self, stage: Any) -> bool:
         """Whether all steps are taken, or the held-out loss has not improved for as long as the stage waits."""
@@ -81,14 +81,14 @@ class LoopState(msgspec.Struct, frozen=True):
 
 
 class TrainingTask(NamedTuple):
-    """What sets one training stage apart from another. A state is a tree with what is trained under "trainable"."""
+    """What sets one training stage apart from another. A train_state is a tree with what is trained under "trainable"."""
 
     take: Callable[[Sequence[Cursor]], tuple[Tree, list[Cursor]]]  # a batch and where the next one begins
     n_tokens: Callable[[Tree], int]
-    step: Callable[[Tree, Tree], tuple[Tree, Metrics]]  # (state, batch) -> (state, what the step measured, not yet read)
+    step: Callable[[Tree, Tree], tuple[Tree, Metrics]]  # (train_state, batch) -> (train_state, what the step measured, not yet read)
     rows: Callable[[int, Read], list[Row]]  # (steps done, what was read) -> rows of the log
-    heldout: Callable[[Tree], list[float]]  # losses of a state
-    keep: Callable[[Tree, LoopState, list[bool]], Tree]  # the state once its new bests are kept
+    heldout: Callable[[Tree], list[float]]  # losses of a train_state
+    keep: Callable[[Tree, LoopState, list[bool]], Tree]  # the train_state once its new bests are kept
 
 
 class Unread(NamedTuple):
@@ -108,7 +108,7 @@ def reading(metrics: Metrics) -> Callable[[], Read]:
 
 
 def start(n: int, n_orders: int = 1) -> LoopState:
-    """The marks of n models before the first step, which read the data in n_orders orders."""
+    """The loop of n models before the first step, which read the data in n_orders orders."""
     return LoopState(((0, 0),) * n_orders, (None,) * n, (None,) * n, (0,) * n, (0,) * n)
 
 
@@ -119,59 +119,59 @@ def row(stage: Any, done: int, metrics: Mapping[str, float]) -> Row:
 
 
 def train(
-    stage: Any, world: PipelineState, state: Tree, marks: LoopState, prepare: Callable[[], TrainingTask]
+    stage: Any, state: PipelineState, train_state: Tree, loop: LoopState, prepare: Callable[[], TrainingTask]
 ) -> tuple[Tree, LoopState]:
-    """(state, marks) when the stage is over; it goes on from the newest state in the run folder. prepare is not called if that
+    """(train_state, loop) when the stage is over; it goes on from the newest train_state in the run folder. prepare is not called if that
     is the last one."""
-    folder = world.folder / "checkpoints" / stage.label
+    folder = state.folder / "checkpoints" / stage.label
     if saved := list_states(folder):
-        state, meta = load_state(saved[-1], state)
-        marks = msgspec.convert(meta["marks"], LoopState)
-        world.log.say(f"{stage.label}: continuing from step {marks.step} of {stage.steps}")
-    world.log.rewind(marks.step)
-    if marks.over(stage):
-        return state, marks
-    work, device, skips, since = prepare(), device_of(world.loaded.params, state["trainable"]), 0, 0.0
+        train_state, meta = load_state(saved[-1], train_state)
+        loop = msgspec.convert(meta["loop"], LoopState)
+        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.steps}")
+    state.log.rewind(loop.step)
+    if loop.over(stage):
+        return train_state, loop
+    work, device, skips, since = prepare(), device_of(state.loaded.params, train_state["trainable"]), 0, 0.0
     ahead = 1 if hardware.is_accelerator(device) else 0  # steps that are queued before one is read
     unread: deque[Unread] = deque()
-    with world.log.progress(stage.label, stage.steps, marks.step) as progress:
-        while not marks.over(stage):
+    with state.log.progress(stage.label, stage.steps, loop.step) as progress:
+        while not loop.over(stage):
             since = since if unread else time.perf_counter()
-            batch, cursors = work.take([Cursor(*cursor) for cursor in marks.cursors])
-            state, metrics = work.step(state, batch)
-            marks = marks.queued(cursors)
-            unread.append(Unread(marks.step, work.n_tokens(batch), reading(metrics)))
-            evaluates = stage.evaluate is not None and (marks.step % stage.evaluate.every == 0 or marks.step == stage.steps)
-            stopping, saves = world.stopping(), marks.step % stage.save_every == 0
+            batch, cursors = work.take([Cursor(*cursor) for cursor in loop.cursors])
+            train_state, metrics = work.step(train_state, batch)
+            loop = loop.queued(cursors)
+            unread.append(Unread(loop.step, work.n_tokens(batch), reading(metrics)))
+            evaluates = stage.evaluate is not None and (loop.step % stage.evaluate.every == 0 or loop.step == stage.steps)
+            stopping, saves = state.stopping(), loop.step % stage.save_every == 0
 
             # nothing is judged or saved before every step is read, and the last row waits for the evaluation
-            everything = evaluates or saves or stopping or marks.step == stage.steps
+            everything = evaluates or saves or stopping or loop.step == stage.steps
             while len(unread) > (0 if everything or skips >= SKIPS else ahead):
                 entry = unread.popleft()
                 rows, now = work.rows(entry.step, entry.read()), time.perf_counter()
-                marks = marks.after(now - since, entry.n_tokens, rows, peak_mem_bytes(device))
-                shown = {"tokens_per_second": entry.n_tokens / (now - since), "mem_bytes": marks.peak_mem_bytes}
+                loop = loop.after(now - since, entry.n_tokens, rows, peak_mem_bytes(device))
+                shown = {"tokens_per_second": entry.n_tokens / (now - since), "mem_bytes": loop.peak_mem_bytes}
                 since = now
                 best = min(rows, key=lambda row: row["loss"])
                 progress.update(entry.step, {"loss": best["loss"], "lr": best["lr"], **shown})
                 losses: list[Row] = [{} for _ in rows]
                 if evaluates and not unread:
-                    nats = work.heldout(state)
+                    nats = work.heldout(train_state)
                     losses = [{"heldout_loss": value} for value in nats]
-                    marks, better = marks.judged(nats)
-                    state = work.keep(state, marks, better)
+                    loop, better = loop.judged(nats)
+                    train_state = work.keep(train_state, loop, better)
                 for one, loss in zip(rows, losses, strict=True):
-                    world.log.metrics(entry.step, {**one, **shown, **loss})
+                    state.log.metrics(entry.step, {**one, **shown, **loss})
                 skips = skips + 1 if all(one["skipped"] for one in rows) or skips >= SKIPS else 0
 
-            stopping, over = stopping or (not unread and world.stopping()), marks.over(stage)
+            stopping, over = stopping or (not unread and state.stopping()), loop.over(stage)
             if stopping or skips >= SKIPS or over or saves:
-                save_state(folder, marks.step, state, {"marks": msgspec.to_builtins(marks)})
+                save_state(folder, loop.step, train_state, {"loop": msgspec.to_builtins(loop)})
             if stopping and not over:
-                raise Stopped(marks.step, folder)
+                raise Stopped(loop.step, folder)
             if skips >= SKIPS:
                 raise InputError(
                     f"stages: {stage.label} had {SKIPS} steps in a row without a finite gradient or a target token, "
-                    f"up to step {marks.step}; they changed nothing. Lower the learning rate, or look at the data"
+                    f"up to step {loop.step}; they changed nothing. Lower the learning rate, or look at the data"
                 )
-    return state, marks
+    return train_state, loop
