@@ -87,7 +87,7 @@ def teacher_tops(
     return tops
 
 
-def taught(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
+def with_teacher(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
     """The batch with what the teacher says of every token, given where in the data set each one stands."""
     at = positions.numpy()
     return TeacherBatch(batch, torch.from_numpy(tops.ids[at].astype(np.int64)), torch.from_numpy(np.array(tops.logps[at])))

@@ -14,7 +14,7 @@ from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import Parts, Step, floor
+from minitune.planning.memory import Parts, StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, compute_place
 from minitune.programs.stages import sweep as sweep_stage
@@ -30,7 +30,7 @@ class Planned(NamedTuple):
     """A training stage, its step, what that has in memory at its fullest moment, and its floating-point operations."""
 
     stage: Train
-    step: Step
+    step: StepSpec
     parts: Parts
     flops_per_token: float
 
@@ -66,10 +66,10 @@ def planned(asked: program.Program) -> Iterator[Planned]:
             made = made._replace(rounded=frozenset(stage.rule.plan(before.params)))
         elif isinstance(stage, Train):
             step = _step(stage, made)
-            yield Planned(stage, step, floor(step), _flops_per_token(stage, step))
+            yield Planned(stage, step, peak_memory(step), _flops_per_token(stage, step))
 
 
-def _step(stage: Train, made: PlanState) -> Step:
+def _step(stage: Train, made: PlanState) -> StepSpec:
     abstract, (device, _) = made.abstract, compute_place(made.source)
     params, trainable = _weights(made), _trainable(made)
     optimizer = stage.optimizer_for(trainable, seed=0)
@@ -84,7 +84,7 @@ def _step(stage: Train, made: PlanState) -> Step:
     n_tokens, n_micro = abstract.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     where = device, stage.n_rows, n_tokens, n_micro, made.rounded & abstract.whole
     offloaded = stage.remat == HOST and hardware.capabilities(device).streams
-    step = Step(abstract.model, params, trainable, abstract.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
+    step = StepSpec(abstract.model, params, trainable, abstract.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
         adapted = apply_trainable(like[0], detached_leaves(like[1]), abstract.lora)
@@ -92,7 +92,7 @@ def _step(stage: Train, made: PlanState) -> Step:
     return step._replace(model=abstract.model._replace(n_remat=n_remat))
 
 
-def _flops_per_token(stage: Train, step: Step) -> float:
+def _flops_per_token(stage: Train, step: StepSpec) -> float:
     """Of a step over rows of one document each, with the forward of a reference or a teacher that is asked in every step."""
     asked = [step.teacher.model] if step.teacher is not None and stage.cached_top_k is None else []
     if stage.loss.needs_reference and stage.reference != "cached":

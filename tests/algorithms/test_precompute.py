@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from minitune.algorithms import precompute
 from minitune.algorithms.distillation import Teacher
-from minitune.algorithms.precompute import reference_logps, taught, teacher_tops
+from minitune.algorithms.precompute import reference_logps, teacher_tops, with_teacher
 from minitune.algorithms.preference import pair_logps
 from minitune.checkpoint.fingerprint import fingerprint, folder_fingerprint
 from minitune.data import packing, preference
@@ -128,7 +128,7 @@ def test_cached_tops_are_the_live_ones(
     places = dataset._replace(tokens=np.arange(sum(lengths)))
     cursor, n_rows = Cursor(0, len(dataset.order(3, 0)) - 1), 3
     batch, _ = take(dataset, cursor, n_rows, source, 3)
-    known = taught(batch, take(places, cursor, n_rows, source, 3)[0].tokens, tops)
+    known = with_teacher(batch, take(places, cursor, n_rows, source, 3)[0].tokens, tops)
     assert known.top_ids.shape == known.top_logps.shape == (*batch.tokens.shape, k)
     assert known.rows is batch
     logits = MODEL.forward(ADAPTED, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)  # of each token's prediction

@@ -8,7 +8,7 @@ import numpy as np
 from minitune import tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
-from minitune.algorithms.precompute import reference_logps, taught, teacher_tops
+from minitune.algorithms.precompute import reference_logps, teacher_tops, with_teacher
 from minitune.data import preference, supervised
 from minitune.data.cursor import Cursor
 from minitune.data.supervised import prepare
@@ -59,11 +59,11 @@ def feed(state: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: 
 
     def take(cursor: Cursor, n: int) -> tuple[Tree, Cursor]:
         batch, after = supervised.take(rows, cursor, n, source, state.seed)
-        return taught(batch, supervised.take(places, cursor, n, source, state.seed)[0].tokens, tops), after
+        return with_teacher(batch, supervised.take(places, cursor, n, source, state.seed)[0].tokens, tops), after
 
     def batches(n: int) -> Iterator[Tree]:
         both = zip(supervised.batches(rows, source, n), supervised.batches(places, source, n), strict=True)
-        return (taught(batch, at.tokens, tops) for batch, at in both)
+        return (with_teacher(batch, at.tokens, tops) for batch, at in both)
 
     return BatchLoader(told, take, batches)
 
