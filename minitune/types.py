@@ -99,7 +99,7 @@ class UnpairedBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on judged answers counts, in metrics."""
+        """What the weight of an objective on unpaired answers counts, in metrics."""
         return "answers"
 
 
