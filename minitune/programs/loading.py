@@ -184,8 +184,8 @@ def _deltas(
         here = folder_fingerprint(path)
         if here != base.fingerprint:
             raise InputError(
-                f"loading: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose weights are "
-                f"not those of {path} ({here[:12]}), expected the same base; point [model] path to it"
+                f"loading: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose "
+                f"weights are not those of {path} ({here[:12]}), expected the same base; point [model] path to it"
             )
     return rule, tree.map(lambda x: x.to(device), found)
 

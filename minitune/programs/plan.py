@@ -17,7 +17,7 @@ from minitune.planning.flops import flops_per_token
 from minitune.planning.memory import Parts, StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, compute_place
-from minitune.programs.stages import sweep as sweep_stage
+from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.train import HOST, Train
@@ -75,7 +75,7 @@ def _step(stage: Train, made: PlanState) -> StepSpec:
     optimizer = stage.optimizer_for(trainable, seed=0)
     beside: Trainable = trainable if stage.loss.compares_answers else {}  # as it was before the first step
     if stage.sweep is not None:
-        n = len(sweep_stage.points(stage))
+        n = len(sweep_points.points(stage))
         trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
     teacher = None
     if stage.teacher is not None:

@@ -10,17 +10,17 @@ from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
-from minitune.programs.stages.base import BaseStage, Positive
+from minitune.programs.stages.base import BaseStage, PositiveInt
 from minitune.programs.state import AbstractState, PipelineState
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
 
-    rank: Positive
+    rank: PositiveInt
     alpha: float
     targets: tuple[str, ...]
-    ranks: dict[str, Positive] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
+    ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
     train: tuple[str, ...] = ()  # globs of weights to train whole beside the deltas: norms, embeddings

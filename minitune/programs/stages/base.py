@@ -11,7 +11,7 @@ from minitune.io.results import Result
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
+PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):

@@ -24,7 +24,7 @@ from minitune.losses.token import cross_entropy
 from minitune.models.compile import wrap
 from minitune.models.model import Model
 from minitune.programs.loading import asked_data
-from minitune.programs.stages.base import BaseStage, Positive, adapted_params
+from minitune.programs.stages.base import BaseStage, PositiveInt, adapted_params
 from minitune.programs.state import AbstractState, PipelineState, Stopped
 from minitune.text.chat import stop_ids
 from minitune.types import Batch, Params
@@ -34,9 +34,9 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
 
     data: str
-    batch_size: Positive = 64  # rows per forward
-    max_new_tokens: Positive = 256
-    limit: Positive | None = None  # prompts to answer; all if absent
+    batch_size: PositiveInt = 64  # rows per forward
+    max_new_tokens: PositiveInt = 256
+    limit: PositiveInt | None = None  # prompts to answer; all if absent
     samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to keep in the record and show
 
     def check(self, abstract: AbstractState) -> AbstractState:
@@ -88,11 +88,11 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
 
     data: str
     sampling: Sampling = Sampling()
-    max_new_tokens: Positive = 256
+    max_new_tokens: PositiveInt = 256
     stop: tuple[str, ...] = ()  # strings that end an answer
     compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
-    batch_size: Positive = 64
-    limit: Positive | None = None
+    batch_size: PositiveInt = 64
+    limit: PositiveInt | None = None
     samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to show
 
     def check(self, abstract: AbstractState) -> AbstractState:
@@ -128,9 +128,9 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     n_shots: Annotated[int, msgspec.Meta(ge=0)] | None = None  # each task's own if absent
     chat_template: bool = False
     system: str | None = None
-    batch_size: Positive = 16
-    limit: Positive | None = None  # samples a task
-    max_length: Positive | None = None  # tokens; what the model was made for if absent
+    batch_size: PositiveInt = 16
+    limit: PositiveInt | None = None  # samples a task
+    max_length: PositiveInt | None = None  # tokens; what the model was made for if absent
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """The extra is installed and the folder of tasks is there."""
