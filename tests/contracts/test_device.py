@@ -315,7 +315,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_sentence(
             if found is None
             else "an accelerator of type mps, expected 'auto', 'cpu' or 'mps'"
         )
-        assert f"world: [model] device = 'xpu', but torch finds {here} on this machine" in error
+        assert f"loading: [model] device = 'xpu', but torch finds {here} on this machine" in error
 
 
 needs_accelerator = pytest.mark.skipif(hardware.accelerator() is None, reason="needs an accelerator, and torch finds none")
