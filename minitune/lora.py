@@ -11,7 +11,7 @@ from torch import Tensor
 from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
-from minitune.types import Adapted, Delta, Deltas, Params, PositiveInt, Trainable
+from minitune.types import Adapted, Delta, Deltas, Params, PositiveInt, Trainable, wide_dtype
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,7 +94,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def merged_weight(self, w: Float[Tensor, "*experts out in"], delta: Delta) -> Float[Tensor, "*experts out in"]:
         """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
-        wide = torch.promote_types(w.dtype, torch.float32)
+        wide = wide_dtype(w.dtype)
         total = w.to(wide) + self.scale(delta) * (delta.b.to(wide) @ delta.a.to(wide))
         if not isinstance(delta.m, Tensor):
             return total

@@ -14,7 +14,18 @@ from minitune.hardware import to_device
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
-from minitune.types import Mean, Metrics, NonNegativeFloat, Params, PositiveFloat, PositiveInt, Step, Trainable, TrainState
+from minitune.types import (
+    Mean,
+    Metrics,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Step,
+    Trainable,
+    TrainState,
+    wide_dtype,
+)
 
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,7 +49,7 @@ def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]
 
     An example whose gradient is not finite adds nothing, or it alone would decide the step.
     """
-    squares = torch.stack([g.flatten(1).to(_wide(g)).square().sum(1) for g in tree.leaves(grads)])
+    squares = torch.stack([g.flatten(1).to(wide_dtype(g.dtype)).square().sum(1) for g in tree.leaves(grads)])
     norms = squares.sum(0).sqrt()
     good = torch.isfinite(norms)
     factors = torch.where(good, 1 / (norms / max_norm).clamp(min=1.0), 0.0)
@@ -54,7 +65,7 @@ def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
     """grads + normal(0, deviation^2), drawn from (seed, "noise", step, path of the leaf)."""
 
     def noise(path: str, g: Tensor) -> Tensor:
-        drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=_wide(g))
+        drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=wide_dtype(g.dtype))
         return g + to_device((deviation * drawn).to(g.dtype), g.device)
 
     return tree.rebuild(grads, [noise(path, g) for path, g in tree.items(grads)])
@@ -100,7 +111,3 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
         return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
 
     return Step(init, update)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -17,7 +17,7 @@ COLUMNS = {
     "chat": ("messages", "tools"),
     "text": ("text",),
     "pairs": ("prompt", "chosen", "rejected", "tools"),
-    "judged": ("prompt", "completion", "label", "chosen", "rejected", "tools"),
+    "unpaired": ("prompt", "completion", "label", "chosen", "rejected", "tools"),
 }
 EXPECTED = {str: "a string", list: "a list of messages", bool: "true or false"}
 Single = Literal["instruct", "chat", "text"]  # the formats whose rows are one document each
@@ -58,7 +58,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     path: str
-    format: Literal["instruct", "chat", "text", "pairs", "judged"]  # the last two are read by pairs.prepare
+    format: Literal["instruct", "chat", "text", "pairs", "unpaired"]  # the last two are read by data.preference.prepare
     seq_len: PositiveInt  # tokens
     packed: bool = True
     overlong: Literal["truncate", "drop"] = "drop"
@@ -79,7 +79,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.format == "text" and self.chat_template_kwargs:
             raise InputError("data: chat_template_kwargs with format = 'text', expected it with conversations only; remove it")
-        if self.mix and self.format in ("pairs", "judged"):
+        if self.mix and self.format in ("pairs", "unpaired"):
             raise InputError(f"data: mix with format = {self.format!r}, expected instruct, chat or text; remove it")
         if (total := sum(one.share for one in self.mix)) >= 1:
             raise InputError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minitune import seeds
 from minitune.hardware import to_device, widest_float
-from minitune.types import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
+from minitune.types import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval, widen
 
 Logits = Float[Tensor, "B V"]
 
@@ -69,7 +69,7 @@ def min_p(logits: Logits, share: float) -> Logits:
 def filtered(logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling) -> Logits:
     """Logits, float32 or wider, of the distribution that a token is drawn from, -inf where never; at temperature 0 they are not
     divided. As in transformers: repetition penalty over the tokens `said` so far, temperature, top-k, top-p, min-p."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widen(logits)
     if sampling.repetition_penalty != 1.0:
         logits = penalized(logits, said, sampling.repetition_penalty)
     if sampling.temperature > 0:

@@ -27,10 +27,10 @@ def kto(
 
 
 class Kto(BaseLoss, frozen=True, tag="kto"):
-    """Kahneman-Tversky optimization: answers are judged one by one, each against the reference point kl."""
+    """Kahneman-Tversky optimization: answers are unpaired, each compared with the reference point kl."""
 
     objective: ClassVar[ObjectiveName] = "unpaired_preference"
-    formats: ClassVar[tuple[str, ...]] = ("judged",)
+    formats: ClassVar[tuple[str, ...]] = ("unpaired",)
     compares_answers: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     min_samples: ClassVar[int] = 2  # the answers of a micro-batch are compared

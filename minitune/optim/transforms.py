@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.tree import Tree
-from minitune.types import NonNegativeFloat, PositiveFloat
+from minitune.types import NonNegativeFloat, PositiveFloat, wide_dtype
 
 Scope = Literal["element", "leaf"]
 SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}  # elements updated at a time without a fused kernel
@@ -164,4 +164,4 @@ def zero_count(params: Tree) -> Int[Tensor, ""]:
 
 def wide_zeros(x: Tensor) -> Tensor:
     """Zeros in the shape of x, in float32 or wider."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros_like(x, dtype=wide_dtype(x.dtype))
