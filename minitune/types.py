@@ -10,13 +10,23 @@ Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Union
+from typing import Annotated, Any, NamedTuple, Union
 
 import torch
 from jaxtyping import Bool, Float, Int
+from msgspec import Meta
 from torch import Tensor
 
 from minitune.hardware import to_device
+
+# numbers in a certain range: msgspec checks them where a program, a config or a data file is decoded
+PositiveInt = Annotated[int, Meta(gt=0)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+UnitInterval = Annotated[float, Meta(ge=0.0, le=1.0)]
+OpenUnitInterval = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
 class Delta(NamedTuple):
@@ -100,7 +110,7 @@ class UnpairedBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on judged answers counts, in metrics."""
+        """What the weight of an objective on unpaired answers counts, in metrics."""
         return "answers"
 
 

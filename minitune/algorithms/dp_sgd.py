@@ -1,6 +1,6 @@
 """Differential privacy: each example's gradient is clipped, and noise hides what any one of them did (DP-SGD)."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -14,18 +14,27 @@ from minitune.hardware import to_device
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
-from minitune.types import Mean, Metrics, Params, Step, Trainable, TrainState, wide_dtype
-
-Positive = Annotated[int, msgspec.Meta(gt=0)]
+from minitune.types import (
+    Mean,
+    Metrics,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Step,
+    Trainable,
+    TrainState,
+    wide_dtype,
+)
 
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DP-SGD's knobs (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): a clipping norm C, and the noise's deviation over C."""
 
-    max_norm: Annotated[float, msgspec.Meta(gt=0.0)]
-    noise: Annotated[float, msgspec.Meta(ge=0.0)]  # sigma, the noise multiplier
+    max_norm: PositiveFloat
+    noise: NonNegativeFloat  # sigma, the noise multiplier
     seed: int
-    chunk: Positive = 8  # examples whose gradients are computed at once
+    chunk: PositiveInt = 8  # examples whose gradients are computed at once
 
 
 class PrivateState(NamedTuple):

@@ -44,7 +44,7 @@ class TopK(NamedTuple):
 def reference_logps(
     model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: Progress | None = None
 ) -> np.ndarray:
-    """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of judged answers and mismatched ones.
+    """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of unpaired answers and mismatched ones.
 
     InputError for a damaged cache.
     """

@@ -1,17 +1,16 @@
 """Losses that compare a student with a teacher, token by token."""
 
 import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from msgspec import Meta
 from torch import Tensor
 
-from minitune.losses.base import BaseLoss, Logits, Nats, ObjectiveName, PositiveFloat, UnitInterval, log1mexp
+from minitune.losses.base import BaseLoss, Logits, Nats, ObjectiveName, log1mexp
 from minitune.losses.token import cross_entropy
-from minitune.types import widen
+from minitune.types import OpenUnitInterval, PositiveFloat, UnitInterval, widen
 
 
 class Distillation(BaseLoss, frozen=True):
@@ -115,7 +114,7 @@ def jensen_shannon(student_logits: Logits, teacher_logits: Logits, *, temperatur
 class JensenShannon(Distillation, frozen=True, tag="jensen_shannon"):
     """The mean divergence of teacher and student from their mixture, at most log 2 a token at temperature 1 and weight 0.5."""
 
-    weight: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
+    weight: OpenUnitInterval = 0.5
 
     def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
         """jensen_shannon."""

@@ -3,7 +3,8 @@
 `load("demo")` reads the model and its weights; `open` reads the model alone.
 """
 
-from minitune.checkpoint.hf_folder import load as load
+from typing import TYPE_CHECKING, Any
+
 from minitune.models.model import Model as Model
 from minitune.models.model import Probe as Probe
 from minitune.models.open import FAMILIES as FAMILIES
@@ -11,3 +12,15 @@ from minitune.models.open import config_json as config_json
 from minitune.models.open import from_hf as from_hf
 from minitune.models.open import open as open
 from minitune.models.open import open_config as open_config
+
+if TYPE_CHECKING:
+    from minitune.checkpoint.hf_folder import load as load
+
+
+def __getattr__(name: str) -> Any:
+    """Name from another room: `load`, whose file imports the models and so can't be imported before them."""
+    if name == "load":
+        from minitune.checkpoint.hf_folder import load
+
+        return load
+    raise AttributeError(f"module 'minitune.models' has no attribute {name!r}")

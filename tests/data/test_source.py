@@ -49,7 +49,7 @@ objects = st.lists(st.dictionaries(st.text(max_size=4), values, max_size=3), min
 
 
 def jsonl(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -67,7 +67,7 @@ def test_a_list_says_what_lines_say(
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     whole = blanks + json.dumps(rows, indent=indent) + blanks
-    (folder / "a.json").write_text(whole)
+    (folder / "a.json").write_text(whole, encoding="utf-8")
     found = list(read_rows(folder / "a.json"))
     assert [row for _, row in found] == rows == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
     assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == rows  # as some data sets call it
@@ -79,7 +79,7 @@ def test_a_list_says_what_lines_say(
 
 def test_rows_of_a_list_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('\n[{"a":\n1}, {"a": 1}\n,\n\n{"b": "\\n"}]')
+    path.write_text('\n[{"a":\n1}, {"a": 1}\n,\n\n{"b": "\\n"}]', encoding="utf-8")
     assert list(read_rows(path)) == [(2, {"a": 1}), (3, {"a": 1}), (6, {"b": "\n"})]
 
 
@@ -169,7 +169,7 @@ def test_a_split_holds_out_its_fraction() -> None:
     assert abs(held - 500) < 5 * (10_000 * 0.05 * 0.95) ** 0.5
 
 
-@pytest.mark.parametrize("format", ["instruct", "pairs", "judged"])
+@pytest.mark.parametrize("format", ["instruct", "pairs", "unpaired"])
 def test_parts_of_a_split_make_up_the_data(format: Any, tmp_path: Path) -> None:
     rows: list[Any] = asked(60)
     if format != "instruct":
@@ -393,11 +393,11 @@ CHAT = Source("f.jsonl", "chat", 64)
 
 
 @pytest.mark.parametrize("written", [[FUNCTION], json.dumps([FUNCTION])])
-@pytest.mark.parametrize("format", ["chat", "pairs", "judged"])
+@pytest.mark.parametrize("format", ["chat", "pairs", "unpaired"])
 def test_tools_reach_the_template(written: Any, format: Any, tmp_path: Path) -> None:
     said = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "7"}]
     rows = {"chat": {"messages": said}, "pairs": {"prompt": "two", "chosen": "7", "rejected": "12"}}
-    rows["judged"] = {"prompt": "two", "completion": "7", "label": True}
+    rows["unpaired"] = {"prompt": "two", "completion": "7", "label": True}
     other = {**rows[format], "prompt": "apples"} if format != "chat" else rows[format]
     path = jsonl(tmp_path / "a.jsonl", [{**rows[format], "functions": written}, other])
     source = Source(str(path), format, 256, columns={"tools": "functions"})
