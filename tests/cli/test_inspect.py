@@ -252,7 +252,7 @@ def test_other_folders_and_damaged_json_are_refused(tmp_path: Path) -> None:
     ):
         facts(tmp_path)
     for text in ("[]", "{", "[" * 100_000, '{"a": 1' + "0" * 10_000):
-        with pytest.raises(InputError, match=r"config\.json can't be read \(.*\), expected the JSON of its kind"):
+        with pytest.raises(InputError, match=r"config\.json can't be read \(.*\), expected a JSON object; fetch the file again"):
             facts(folder(tmp_path, config__json=text))
     folder(tmp_path, config__json={}, tokenizer__model="no model")
     with pytest.raises(InputError, match=r"tokenizer\.model can't be read by sentencepiece"):
