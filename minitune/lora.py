@@ -1,7 +1,7 @@
 """Low-rank adaptation: a rule that makes, scales and merges deltas. It never touches the model it adapts."""
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -11,19 +11,17 @@ from torch import Tensor
 from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
-from minitune.types import Adapted, Delta, Deltas, Params, Trainable
-
-Rank = Annotated[int, msgspec.Meta(gt=0)]
+from minitune.types import Adapted, Delta, Deltas, Params, PositiveInt, Trainable, wide_dtype
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """W' = W + s b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685, eq. 3), or, with dora,
     m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
 
-    rank: Rank
+    rank: PositiveInt
     alpha: float
     targets: tuple[str, ...]
-    ranks: dict[str, Rank] = {}  # glob -> another rank for the targets that it matches; the first match wins
+    ranks: dict[str, PositiveInt] = {}  # glob -> another rank for the targets that it matches; the first match wins
     rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
     dora: bool = False  # train the length m of every row apart from its direction
 
@@ -96,7 +94,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def merged_weight(self, w: Float[Tensor, "*experts out in"], delta: Delta) -> Float[Tensor, "*experts out in"]:
         """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
-        wide = torch.promote_types(w.dtype, torch.float32)
+        wide = wide_dtype(w.dtype)
         total = w.to(wide) + self.scale(delta) * (delta.b.to(wide) @ delta.a.to(wide))
         if not isinstance(delta.m, Tensor):
             return total

@@ -25,11 +25,11 @@ from minitune.text.template import Message, Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Pairs, UnpairedBatch
 
-FORMATS = ("pairs", "judged")
+FORMATS = ("pairs", "unpaired")
 
 
 class PairSet(NamedTuple):
-    """Pair i is answers 2 i (chosen) and 2 i + 1 (rejected); with `desirable`, answer i stands alone and was judged so.
+    """Pair i is answers 2 i (chosen) and 2 i + 1 (rejected); with `desirable`, answer i stands alone, labelled desirable or not.
 
     mismatched[i]: an answer to another prompt than answer i's, fixed, so that what a frozen model says of it can be kept.
     order(seed, epoch): all pairs (or answers) in the order of an epoch. key: a hash of all that the tokens depend on.
@@ -47,15 +47,15 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     """The source's answers, tokenized once into a folder of `cache` whose name is a hash of all that they depend on.
 
     Overlong pairs are dropped or cut as a whole, and pairs whose answers are the same are left out and counted. InputError for
-    a malformed line, for data that leaves nothing, and for judged answers to a single prompt.
+    a malformed line, for data that leaves nothing, and for unpaired answers to a single prompt.
     """
     if source.format not in FORMATS:
-        raise InputError(f"pairs: {source.path} has format {source.format!r}, expected pairs or judged; a row there is no pair")
+        raise InputError(f"pairs: {source.path} has format {source.format!r}, expected pairs or unpaired; a row there is no pair")
     key = cache_key(source, tokenizer, template)
-    judged = source.format == "judged"
+    unpaired = source.format == "unpaired"
     if not (cache / key).is_dir():
         _write(cache / key, source, tokenizer, template)
-    per_sample, more = (1, ("desirable", "mismatched")) if judged else (2, ())
+    per_sample, more = (1, ("desirable", "mismatched")) if unpaired else (2, ())
     answers, others, report = load(cache / key, per_sample, *more)
     desirable, mismatched = others or (None, None)
     # an instance's own memo: the order is a pure function, but a step can't afford to compute it
@@ -66,7 +66,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 def take(
     pairset: PairSet, cursor: Cursor, n_rows: int, source: Source, seed: int, reference: np.ndarray | None = None
 ) -> tuple[Pairs | UnpairedBatch, Cursor]:
-    """The next n_rows pairs (or judged answers) and the cursor after them; where an epoch ends, the next completes the batch.
+    """The next n_rows pairs (or unpaired answers) and the cursor after them; where an epoch ends, the next completes the batch.
 
     reference: a frozen model's log-probs [n, 2] of the whole set, of which the batch gets its rows.
     """
@@ -83,7 +83,7 @@ def batches(
 
 
 def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.ndarray | None = None) -> Pairs | UnpairedBatch:
-    """These pairs (or judged answers), all padded to the longest one, so that both halves go through one forward."""
+    """These pairs (or unpaired answers), all padded to the longest one, so that both halves go through one forward."""
     answers, mismatched = pairset.answers, pairset.mismatched
     if mismatched is None:
         both = [answers.at(2 * i) for i in rows] + [answers.at(2 * i + 1) for i in rows]
@@ -102,12 +102,12 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
     """The conversations of a row, each ending with an answer, and whether that is the better (or a desirable) one.
 
     prompt is a string (a user's message) or messages; an answer a string, messages, or a whole conversation with the prompt
-    at its start; chosen_conversations and rejected_conversations are answers too. A row of format judged may be a pair.
+    at its start; chosen_conversations and rejected_conversations are answers too. A row of format unpaired may be a pair.
     InputError for anything else; where = "file:line".
     """
     row = _plain_names(row, source)
     has = {name: source.columns.get(name, name) in row for name in ("prompt", "chosen", "completion")}
-    if source.format == "judged" and (has["completion"] or not has["chosen"]):
+    if source.format == "unpaired" and (has["completion"] or not has["chosen"]):
         names, desirable = ("completion",), [column(row, "label", (bool,), source, where)]
     else:
         names, desirable = ("chosen", "rejected"), [True, False]

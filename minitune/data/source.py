@@ -2,23 +2,23 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from minitune.errors import InputError, nearest
 from minitune.io import paths
 from minitune.text.turns import TrainOn
+from minitune.types import OpenUnitInterval, PositiveInt
 
 COLUMNS = {
     "instruct": ("instruction", "input", "output"),
     "chat": ("messages", "tools"),
     "text": ("text",),
     "pairs": ("prompt", "chosen", "rejected", "tools"),
-    "judged": ("prompt", "completion", "label", "chosen", "rejected", "tools"),
+    "unpaired": ("prompt", "completion", "label", "chosen", "rejected", "tools"),
 }
 EXPECTED = {str: "a string", list: "a list of messages", bool: "true or false"}
-Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Single = Literal["instruct", "chat", "text"]  # the formats whose rows are one document each
 
 
@@ -28,7 +28,7 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     So no row changes sides when others come or go, and rows that say the same stand on the same side.
     """
 
-    fraction: Share  # of the rows, that are held out
+    fraction: OpenUnitInterval  # of the rows, that are held out
     part: Literal["train", "heldout"]
 
     def takes(self, row: Mapping[str, Any]) -> bool:
@@ -42,7 +42,7 @@ class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another file whose documents are mixed into a table's own."""
 
     path: str
-    share: Share  # of the documents of an epoch, the table's own having the rest
+    share: OpenUnitInterval  # of the documents of an epoch, the table's own having the rest
     format: Single | None = None  # the table's own if absent
     columns: dict[str, str] = {}
     split: Split | None = None
@@ -57,8 +57,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     path: str
-    format: Literal["instruct", "chat", "text", "pairs", "judged"]  # the last two are read by pairs.prepare
-    seq_len: Annotated[int, msgspec.Meta(gt=0)]  # tokens
+    format: Literal["instruct", "chat", "text", "pairs", "unpaired"]  # the last two are read by data.preference.prepare
+    seq_len: PositiveInt  # tokens
     packed: bool = True
     overlong: Literal["truncate", "drop"] = "drop"
     columns: dict[str, str] = {}
@@ -78,7 +78,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.format == "text" and self.chat_template_kwargs:
             raise InputError("data: chat_template_kwargs with format = 'text', expected it with conversations only; remove it")
-        if self.mix and self.format in ("pairs", "judged"):
+        if self.mix and self.format in ("pairs", "unpaired"):
             raise InputError(f"data: mix with format = {self.format!r}, expected instruct, chat or text; remove it")
         if (total := sum(one.share for one in self.mix)) >= 1:
             raise InputError(

@@ -49,7 +49,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 
     InputError for a malformed line, and for data without a single trained token.
     """
-    if source.format in ("pairs", "judged"):
+    if source.format in ("pairs", "unpaired"):
         raise InputError(
             f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
         )

@@ -31,10 +31,11 @@ from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params, Trainable
 
 Parts = Mapping[str, int]  # what is in memory -> its bytes
-BESIDE = 45  # bytes of a token: id, segment and mask, as they come and moved to the place that predicts them; the targets' places
+# id, segment and mask of a token as they come, the same moved to the place that predicts them, the places of targets
+BATCH_BYTES_PER_TOKEN = 45
 
 
-class Step(NamedTuple):
+class StepSpec(NamedTuple):
     """What a training step works on; of tensors only shapes and dtypes are read, so they may be on the meta device."""
 
     model: Model
@@ -48,12 +49,12 @@ class Step(NamedTuple):
     n_tokens: int  # of a row
     n_micro_batches: int = 1
     rounded: Collection[str] = ()  # weights that train whole and are rounded to their quantized values in the forward
-    beside: Tree = ()  # what else is kept: the trainable tree that a reference is made of
+    reference: Tree = ()  # the trainable tree that the policy is compared with
     teacher: Teacher | None = None
     offloaded: bool = False  # inputs of blocks that are computed again wait in the host's memory (offload.py)
 
 
-def floor(step: Step) -> Parts:
+def peak_memory(step: StepSpec) -> Parts:
     """Bytes of what is in memory at the fullest moment of a step whose tokens are all targets; their sum is the floor.
 
     Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is not counted.
@@ -71,7 +72,7 @@ def floor(step: Step) -> Parts:
         return max(_moments(step, state), key=lambda parts: sum(parts.values()))
 
 
-def _moments(step: Step, state: int) -> Iterator[Parts]:
+def _moments(step: StepSpec, state: int) -> Iterator[Parts]:
     """What is in memory at every moment of a step that may be its fullest."""
     config, n = step.model.config, step.n_rows * step.n_tokens
     params = tree.map(_leaf, apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
@@ -101,10 +102,10 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     head, row = head_name(config), x.numel() * x.element_size()
     always = {
         "weights": tree.n_bytes([w for name, w in step.params.items() if name not in whole]),
-        "second model": tree.n_bytes((step.beside, step.teacher and step.teacher.params)),
+        "second model": tree.n_bytes((step.reference, step.teacher and step.teacher.params)),
         "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
         "optimizer": state,
-        "batch": n * BESIDE + tree.n_bytes(list(inputs.values())),
+        "batch": n * BATCH_BYTES_PER_TOKEN + tree.n_bytes(list(inputs.values())),
     }
     # of the micro-batches before this one, whose sum the next one is added to
     earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0
@@ -129,7 +130,7 @@ def _moments(step: Step, state: int) -> Iterator[Parts]:
     yield moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))
 
 
-def _head(step: Step, params: Params) -> int:
+def _head(step: StepSpec, params: Params) -> int:
     """Bytes of a chunk of logits with their gradient and what the loss makes of the last piece, or with the head's gradient."""
     head = step.model.head(params)
     trained = tree.n_bytes([leaf for leaf in tree.leaves(head) if leaf.requires_grad])

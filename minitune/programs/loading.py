@@ -48,26 +48,26 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[Any]) -> list[str]:
     """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
-    draft = abstract_state(source, AbstractState(sources, Model(FAMILIES["llama"], None), {}))
+    abstract = abstract_state(source, AbstractState(sources, Model(FAMILIES["llama"], None), {}))
     folder = _tokenizer_folder(source)
     template = _template(source, folder, tokenizer.open_tokenizer(folder))
-    n_params = sum(w.numel() for w in draft.params.values())
-    lines = [f"model: {n_params:,} parameters, vocabulary {draft.model.config.vocab_size:,}, template: {template.origin}"]
+    n_params = sum(w.numel() for w in abstract.params.values())
+    lines = [f"model: {n_params:,} parameters, vocabulary {abstract.model.config.vocab_size:,}, template: {template.origin}"]
     for name, one in sources.items():
         next(iter(read_rows(Path(locate(one.path)))))
         for part in one.parts():
             with_options(template, part.chat_template_kwargs, part.path)
         lines.append(f"data: {name} is {locate(one.path)}")
     for stage in stages:
-        draft = stage.check(draft)
+        abstract = stage.check(abstract)
         lines.append(f"stage: {stage.label}")
     return lines
 
 
-def abstract_state(source: ModelSource, draft: AbstractState) -> AbstractState:
-    """draft with another model; InputError where its folder, tokenizer or device does not fit."""
-    if source.path in draft.saved:
-        model = draft.saved[str(source.path)]
+def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractState:
+    """abstract with another model; InputError where its folder, tokenizer or device does not fit."""
+    if source.path in abstract.saved:
+        model = abstract.saved[str(source.path)]
     else:
         model = _model(source)
         if source.path is not None:
@@ -76,7 +76,7 @@ def abstract_state(source: ModelSource, draft: AbstractState) -> AbstractState:
         text = tokenizer.open_tokenizer(folder)
         if text.vocab_size > model.config.vocab_size:
             raise InputError(
-                f"world: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
+                f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
                 f"{model.config.vocab_size}; are they of two models?"
             )
     found = hardware.accelerator()
@@ -84,34 +84,34 @@ def abstract_state(source: ModelSource, draft: AbstractState) -> AbstractState:
         here = "no accelerator" if found is None else f"an accelerator of type {found}"
         choices = "'auto' or 'cpu'" if found is None else f"'auto', 'cpu' or '{found}'"
         raise InputError(
-            f"world: [model] device = '{source.device}', but torch finds {here}, expected {choices} on this machine; correct it"
+            f"loading: [model] device = '{source.device}', but torch finds {here}, expected {choices} on this machine; correct it"
         )
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     rule, found, base = None, {}, None
-    if source.deltas is not None and source.deltas not in draft.saved:
+    if source.deltas is not None and source.deltas not in abstract.saved:
         rule, found, base = load_adapter(locate(source.deltas), names=params)
         check_deltas(params, found, source.deltas)
     adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
     whole = frozenset(found) - adapted
     over = base.quantization if base is not None else None
-    fresh = AbstractState(draft.data, model, params, adapted, lora=rule, whole=whole, over=over)
-    return fresh._replace(saved=draft.saved)
+    fresh = AbstractState(abstract.data, model, params, adapted, lora=rule, whole=whole, over=over)
+    return fresh._replace(saved=abstract.saved)
 
 
-def asked_data(draft: AbstractState, name: str, label: str, *formats: str) -> Source:
+def asked_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
     """The [data] table that a stage asks for by name; InputError if there is none, or one of another format."""
-    if name not in draft.data:
-        near = get_close_matches(name, draft.data, n=1, cutoff=0.0) or ["no [data] at all"]
-        raise InputError(f"world: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
-    source = draft.data[name]
+    if name not in abstract.data:
+        near = get_close_matches(name, abstract.data, n=1, cutoff=0.0) or ["no [data] at all"]
+        raise InputError(f"loading: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
+    source = abstract.data[name]
     if source.format not in formats:
         raise InputError(
-            f"world: stage {label} asks for data {name!r}, which has format {source.format!r}, expected {' or '.join(formats)}"
+            f"loading: stage {label} asks for data {name!r}, which has format {source.format!r}, expected {' or '.join(formats)}"
         )
     return source
 
 
-def open_world(
+def open_pipeline(
     source: ModelSource,
     sources: Mapping[str, Source],
     seed: int,
@@ -121,7 +121,7 @@ def open_world(
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
 ) -> PipelineState:
-    """Load (or draw) the model and its tokenizer, and tokenize the data: the world before the first stage.
+    """Load (or draw) the model and its tokenizer, and tokenize the data: the state before the first stage.
 
     tf32: whether a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. The one setting of torch,
     which has it for a whole process, that minitune makes.
@@ -184,8 +184,8 @@ def _deltas(
         here = folder_fingerprint(path)
         if here != base.fingerprint:
             raise InputError(
-                f"world: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose weights are "
-                f"not those of {path} ({here[:12]}), expected the same base; point [model] path to it"
+                f"loading: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose "
+                f"weights are not those of {path} ({here[:12]}), expected the same base; point [model] path to it"
             )
     return rule, tree.map(lambda x: x.to(device), found)
 
@@ -193,7 +193,7 @@ def _deltas(
 def _model(source: ModelSource, run: Path | None = None) -> Model:
     if (source.path is None) == (source.config is None):
         raise InputError(
-            "world: [model] needs exactly one of path (a Hugging Face folder) and config (a shape file with random weights)"
+            "loading: [model] needs exactly one of path (a Hugging Face folder) and config (a shape file with random weights)"
         )
     return models_open(locate(source.path, run)) if source.path is not None else open_config(locate(str(source.config)))
 
@@ -205,5 +205,5 @@ def _template(source: ModelSource, folder: Path, text: tokenizer.Tokenizer) -> T
 def _tokenizer_folder(source: ModelSource, run: Path | None = None) -> Path:
     name = source.tokenizer or source.path
     if name is None:
-        raise InputError("world: [model] has config but no tokenizer, expected the folder that holds the tokenizer's files")
+        raise InputError("loading: [model] has config but no tokenizer, expected the folder that holds the tokenizer's files")
     return locate(name, run)

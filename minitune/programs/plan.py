@@ -14,10 +14,10 @@ from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import Parts, Step, floor
+from minitune.planning.memory import Parts, StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, compute_place
-from minitune.programs.stages import sweep as sweep_stage
+from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.train import HOST, Train
@@ -30,7 +30,7 @@ class Planned(NamedTuple):
     """A training stage, its step, what that has in memory at its fullest moment, and its floating-point operations."""
 
     stage: Train
-    step: Step
+    step: StepSpec
     parts: Parts
     flops_per_token: float
 
@@ -43,7 +43,7 @@ class Planned(NamedTuple):
 class PlanState(NamedTuple):
     """What the stages so far have made of the model."""
 
-    draft: AbstractState
+    abstract: AbstractState
     source: ModelSource
     schemes: Mapping[str, Scheme] = MappingProxyType({})
     narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
@@ -55,44 +55,44 @@ def planned(asked: program.Program) -> Iterator[Planned]:
     nothing = AbstractState(asked.data, Model(FAMILIES["llama"], None), {})
     made = PlanState(abstract_state(asked.model, nothing), asked.model)
     for stage in asked.stage:
-        before, made = made.draft, made._replace(draft=stage.check(made.draft))
+        before, made = made.abstract, made._replace(abstract=stage.check(made.abstract))
         if isinstance(stage, Load):
-            made = PlanState(made.draft, stage.model)
+            made = PlanState(made.abstract, stage.model)
         elif isinstance(stage, Quantize):
             made = made._replace(schemes={**made.schemes, **stage.rule.plan(before.params)})
         elif isinstance(stage, Full) and stage.dtype == "bfloat16":
-            made = made._replace(narrow=made.narrow | made.draft.whole - before.whole)
+            made = made._replace(narrow=made.narrow | made.abstract.whole - before.whole)
         elif isinstance(stage, Qat):
             made = made._replace(rounded=frozenset(stage.rule.plan(before.params)))
         elif isinstance(stage, Train):
             step = _step(stage, made)
-            yield Planned(stage, step, floor(step), _flops_per_token(stage, step))
+            yield Planned(stage, step, peak_memory(step), _flops_per_token(stage, step))
 
 
-def _step(stage: Train, made: PlanState) -> Step:
-    draft, (device, _) = made.draft, compute_place(made.source)
+def _step(stage: Train, made: PlanState) -> StepSpec:
+    abstract, (device, _) = made.abstract, compute_place(made.source)
     params, trainable = _weights(made), _trainable(made)
     optimizer = stage.optimizer_for(trainable, seed=0)
     beside: Trainable = trainable if stage.loss.compares_answers else {}  # as it was before the first step
     if stage.sweep is not None:
-        n = len(sweep_stage.points(stage))
+        n = len(sweep_points.points(stage))
         trainable = beside = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)  # and the best of each so far
     teacher = None
     if stage.teacher is not None:
-        teacher_state = PlanState(abstract_state(stage.teacher, draft), stage.teacher)
-        teacher = Teacher(teacher_state.draft.model, _weights(teacher_state))
-    n_tokens, n_micro = draft.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
-    where = device, stage.n_rows, n_tokens, n_micro, made.rounded & draft.whole
+        teacher_state = PlanState(abstract_state(stage.teacher, abstract), stage.teacher)
+        teacher = Teacher(teacher_state.abstract.model, _weights(teacher_state))
+    n_tokens, n_micro = abstract.data[stage.data].seq_len, -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
+    where = device, stage.n_rows, n_tokens, n_micro, made.rounded & abstract.whole
     offloaded = stage.remat == HOST and hardware.capabilities(device).streams
-    step = Step(draft.model, params, trainable, draft.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
+    step = StepSpec(abstract.model, params, trainable, abstract.lora, optimizer, stage.loss, *where, beside, teacher, offloaded)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
-        adapted = apply_trainable(like[0], detached_leaves(like[1]), draft.lora)
-        n_remat = stage.n_remat(draft.model, adapted, n_tokens)
-    return step._replace(model=draft.model._replace(n_remat=n_remat))
+        adapted = apply_trainable(like[0], detached_leaves(like[1]), abstract.lora)
+        n_remat = stage.n_remat(abstract.model, adapted, n_tokens)
+    return step._replace(model=abstract.model._replace(n_remat=n_remat))
 
 
-def _flops_per_token(stage: Train, step: Step) -> float:
+def _flops_per_token(stage: Train, step: StepSpec) -> float:
     """Of a step over rows of one document each, with the forward of a reference or a teacher that is asked in every step."""
     asked = [step.teacher.model] if step.teacher is not None and stage.cached_top_k is None else []
     if stage.loss.needs_reference and stage.reference != "cached":
@@ -103,9 +103,9 @@ def _flops_per_token(stage: Train, step: Step) -> float:
 
 def _weights(made: PlanState) -> Params:
     """The weights in the dtype of compute or as codes, on the meta device."""
-    draft, (_, dtype) = made.draft, compute_place(made.source)
-    schemes = {name: scheme for name, scheme in made.schemes.items() if name in draft.quantized}
-    return {**{name: w.to(dtype) for name, w in draft.params.items()}, **quantized_params(draft.params, schemes)}
+    abstract, (_, dtype) = made.abstract, compute_place(made.source)
+    schemes = {name: scheme for name, scheme in made.schemes.items() if name in abstract.quantized}
+    return {**{name: w.to(dtype) for name, w in abstract.params.items()}, **quantized_params(abstract.params, schemes)}
 
 
 def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
@@ -116,11 +116,11 @@ def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
 
 
 def _trainable(made: PlanState) -> Trainable:
-    draft, whole = made.draft, {}
-    for name in draft.whole:
-        whole[name] = draft.params[name].to(torch.bfloat16 if name in made.narrow else torch.float32)
-    if draft.lora is None:
+    abstract, whole = made.abstract, {}
+    for name in abstract.whole:
+        whole[name] = abstract.params[name].to(torch.bfloat16 if name in made.narrow else torch.float32)
+    if abstract.lora is None:
         return whole
     with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
-        deltas = draft.lora.init(draft.params, 0)
+        deltas = abstract.lora.init(abstract.params, 0)
     return {**tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas), **whole}

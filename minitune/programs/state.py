@@ -53,16 +53,16 @@ class PipelineState(NamedTuple):
     fake: Quantization | None = None  # what weights that train are rounded to in the forward
 
     def record(self, label: str, values: dict[str, Any]) -> "PipelineState":
-        """This world with one more stage's record."""
+        """This state with one more stage's record."""
         return self._replace(records={**self.records, label: values})
 
     def with_model(self, **changes: Any) -> "PipelineState":
-        """This world with some of its model's fields replaced."""
+        """This state with some of its model's fields replaced."""
         return self._replace(loaded=self.loaded._replace(**changes))
 
 
 class AbstractState(NamedTuple):
-    """What is known of a world before anything is loaded: each stage checks itself against it and hands on the next one."""
+    """What is known of a state before anything is loaded: each stage checks itself against it and hands on the next one."""
 
     data: Mapping[str, Source]
     model: Model

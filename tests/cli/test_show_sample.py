@@ -28,14 +28,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "chat": {"messages": SAID},
     "text": {"text": "Ten planks."},
     "pairs": {"prompt": "two", "chosen": "7", "rejected": "12"},
-    "judged": {"prompt": "two", "completion": "7", "label": False},
+    "unpaired": {"prompt": "two", "completion": "7", "label": False},
 }
 TARGETS = {
     "instruct": ["7<|end|>"],
     "chat": ["7<|end|>", "{}<|end|>"],
     "text": ["Ten planks.</s>"],  # nothing predicts the first token
     "pairs": ["7<|end|>", "12<|end|>"],
-    "judged": ["7<|end|>"],
+    "unpaired": ["7<|end|>"],
 }
 
 
@@ -86,7 +86,7 @@ def test_marks_stand_around_what_is_trained(format: str, tmp_path: Path) -> None
 
 def test_labels_of_answers(tmp_path: Path) -> None:
     assert [f"data.jsonl:1 {word}:" in shown(program(tmp_path, "pairs")) for word in ("chosen", "rejected")] == [True, True]
-    assert "data.jsonl:1 undesirable:" in shown(program(tmp_path, "judged"))
+    assert "data.jsonl:1 undesirable:" in shown(program(tmp_path, "unpaired"))
 
 
 def test_colours_only_add_to_the_marks(tmp_path: Path) -> None:

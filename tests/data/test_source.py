@@ -169,7 +169,7 @@ def test_a_split_holds_out_its_fraction() -> None:
     assert abs(held - 500) < 5 * (10_000 * 0.05 * 0.95) ** 0.5
 
 
-@pytest.mark.parametrize("format", ["instruct", "pairs", "judged"])
+@pytest.mark.parametrize("format", ["instruct", "pairs", "unpaired"])
 def test_parts_of_a_split_make_up_the_data(format: Any, tmp_path: Path) -> None:
     rows: list[Any] = asked(60)
     if format != "instruct":
@@ -393,11 +393,11 @@ CHAT = Source("f.jsonl", "chat", 64)
 
 
 @pytest.mark.parametrize("written", [[FUNCTION], json.dumps([FUNCTION])])
-@pytest.mark.parametrize("format", ["chat", "pairs", "judged"])
+@pytest.mark.parametrize("format", ["chat", "pairs", "unpaired"])
 def test_tools_reach_the_template(written: Any, format: Any, tmp_path: Path) -> None:
     said = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "7"}]
     rows = {"chat": {"messages": said}, "pairs": {"prompt": "two", "chosen": "7", "rejected": "12"}}
-    rows["judged"] = {"prompt": "two", "completion": "7", "label": True}
+    rows["unpaired"] = {"prompt": "two", "completion": "7", "label": True}
     other = {**rows[format], "prompt": "apples"} if format != "chat" else rows[format]
     path = jsonl(tmp_path / "a.jsonl", [{**rows[format], "functions": written}, other])
     source = Source(str(path), format, 256, columns={"tools": "functions"})

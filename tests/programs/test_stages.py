@@ -24,12 +24,14 @@ REFUSED = {
     "no teacher": (LORA + TRAIN + 'loss = { kind = "forward_kl" }\n', "has no teacher, expected one exactly with a distillation"),
     "a teacher for nothing": (LORA + TRAIN + 'teacher = { path = "demo" }\n', "has a teacher, expected one exactly with"),
     "pairs of prose": (LORA + TRAIN + 'loss = { kind = "dpo" }\n', "format 'instruct', expected pairs"),
-    "judged answers of pairs": (
+    "unpaired answers of pairs": (
         LORA + TRAIN.replace('"train"\nsteps', '"pairs"\nsteps') + 'loss = { kind = "kto" }\n',
-        "format 'pairs', expected judged",
+        "format 'pairs', expected unpaired",
     ),
     "one answer at a time": (
-        LORA + TRAIN.replace('"train"\nsteps', '"judged"\nsteps').replace("= 4\nsave", "= 1\nsave") + 'loss = { kind = "kto" }\n',
+        LORA
+        + TRAIN.replace('"train"\nsteps', '"unpaired"\nsteps').replace("= 4\nsave", "= 1\nsave")
+        + 'loss = { kind = "kto" }\n',
         "a batch of one answer, expected two",
     ),
     "base without deltas": (
@@ -147,9 +149,9 @@ def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_pat
         run(tmp_path, tiny, LORA + kd + top, name=f"kd{len(top)}")
     live, cached = ([row["loss"] for row in rows_without_time(tmp_path / one)] for one in ("kd0", "kd20"))
     assert cached == pytest.approx(live, rel=1e-4)
-    judged = TRAIN.replace('"train"\nsteps', '"judged"\nsteps') + 'loss = { kind = "kto" }\n'
+    unpaired = TRAIN.replace('"train"\nsteps', '"unpaired"\nsteps') + 'loss = { kind = "kto" }\n'
     for reference in ("start", "cached"):
-        run(tmp_path, tiny, LORA + judged + f'reference = "{reference}"\n', name=f"kto-{reference}")
+        run(tmp_path, tiny, LORA + unpaired + f'reference = "{reference}"\n', name=f"kto-{reference}")
     live, cached = ([row["loss"] for row in rows_without_time(tmp_path / f"kto-{one}")] for one in ("start", "cached"))
     assert cached == pytest.approx(live, abs=5e-6)
 
@@ -159,14 +161,14 @@ KINDS = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto", "forward_kl", "re
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:
-    data = "judged" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
+    data = "unpaired" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
     stages = LORA + TRAIN.replace('"train"\nsteps', f'"{data}"\nsteps') + f'loss = {{ kind = "{kind}" }}\n'
     teacher = 'teacher = { path = "demo" }\n' if data == "train" else ""
     summary = run(tmp_path, tiny, stages + teacher, "train.optimizer.lr=0.5")
     rows = rows_without_time(tmp_path / "p")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert summary["train"]["n_skipped"] == 0
-    counted = {"judged": "answers", "pairs": "pairs", "train": "target_tokens"}[data]
+    counted = {"unpaired": "answers", "pairs": "pairs", "train": "target_tokens"}[data]
     assert all(row[counted] > 0 for row in rows)
     assert len({row["loss"] for row in rows}) > 1
     if data == "pairs":

@@ -105,9 +105,9 @@ seq_len = 256
 path = "{tiny}/orders-pairs.jsonl"
 format = "pairs"
 seq_len = 256
-[data.judged]
+[data.unpaired]
 path = "{tiny}/orders-pairs.jsonl"
-format = "judged"
+format = "unpaired"
 seq_len = 256
 """
 LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'

@@ -1,7 +1,5 @@
 """What every stage has, and what several of them need."""
 
-from typing import Annotated
-
 import msgspec
 import torch
 
@@ -10,8 +8,6 @@ from minitune.algorithms.objective import apply_trainable
 from minitune.io.results import Result
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
-
-Positive = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
@@ -29,12 +25,12 @@ class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Where the stage writes what outlives the run; None for a stage that writes nothing."""
         return None
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """The draft after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
-        return draft
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """The abstract after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
+        return abstract
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """The world after this stage."""
+    def run(self, state: PipelineState) -> PipelineState:
+        """The state after this stage."""
         raise NotImplementedError
 
 
@@ -45,8 +41,8 @@ def peak_mem_bytes(device: torch.device) -> int:
     return host.peak_bytes()
 
 
-def adapted_params(world: PipelineState) -> Params:
+def adapted_params(state: PipelineState) -> Params:
     """Parameters for a forward, with weights that train under quantization rounded as in training."""
-    loaded = world.loaded
-    trainable = world.fake.fake(loaded.trainable) if world.fake else loaded.trainable
+    loaded = state.loaded
+    trainable = state.fake.fake(loaded.trainable) if state.fake else loaded.trainable
     return apply_trainable(loaded.params, trainable, loaded.lora)
