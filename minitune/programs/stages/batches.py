@@ -71,6 +71,6 @@ def feed(world: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: 
 def describe(report: Report) -> str:
     """A data report in words."""
     odd = {"truncated": report.n_truncated, "dropped": report.n_dropped, "without a target": report.n_without_target}
-    odd |= {"with equal answers": report.n_without_contrast}
+    odd |= {"with equal answers": report.n_identical}
     told = "".join(f", {n:,} {what}" for what, n in odd.items() if n)
     return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{told}"
