@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from minitune.errors import InputError
-from minitune.io.json_file import read_json
+from minitune.io.json_file import read_json, read_json_object
 from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header, read_weight_map
 from minitune.text.ranks import holds_ranks
 from minitune.text.tokenizer import NAMED_TOKENS
@@ -33,7 +33,9 @@ class TokenizerFiles(NamedTuple):
     @staticmethod
     def of(folder: Path) -> "TokenizerFiles":
         model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-        config = json_table(folder / "special_tokens_map.json") | json_table(folder / "tokenizer_config.json")
+        config = read_json_object(folder / "special_tokens_map.json", "inspect", optional=True) | read_json_object(
+            folder / "tokenizer_config.json", "inspect", optional=True
+        )
         decoder = config.get("added_tokens_decoder")
         declared = {}
         for i, token in (decoder if isinstance(decoder, dict) else {}).items():
@@ -135,7 +137,3 @@ def bits_of(quantization: Mapping[str, Any]) -> int:
         weights = group.get("weights") if isinstance(group, dict) else None
         found.append(weights.get("num_bits") if isinstance(weights, dict) else None)
     return next((bits for bits in found if bits in (2, 3, 4, 8)), 4)
-
-
-def json_table(path: Path) -> dict[str, Any]:
-    return read_json(path, dict[str, Any], "inspect", REMEDY) if path.is_file() else {}
