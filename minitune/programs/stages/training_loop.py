@@ -113,7 +113,7 @@ class TrainingTask(NamedTuple):
 
 
 class QueuedStep(NamedTuple):
-    """A step that is queued on the device, and the function that waits for its metrics."""
+    """Step that is queued on the device, and the function that waits for its metrics."""
 
     step: int
     n_tokens: int
@@ -121,7 +121,7 @@ class QueuedStep(NamedTuple):
 
 
 class Due(NamedTuple):
-    """What is due behind a step, besides the next one."""
+    """Work that is due after a step, besides the next one."""
 
     evaluation: bool
     save: bool
@@ -189,7 +189,7 @@ def _take_steps(
     # An accelerator gets its next step before the metrics of the last one are read, so that it never waits.
     n_ahead = 1 if hardware.is_accelerator(device) else 0
     queue: deque[QueuedStep] = deque()
-    n_skipped, last_read = 0, 0.0  # steps in a row that changed nothing; when a step was last read
+    n_skipped, last_read = 0, 0.0
     while not loop.is_finished(stage):
         if not queue:
             last_read = time.perf_counter()
