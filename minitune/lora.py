@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -13,9 +13,8 @@ from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
 from minitune.quant.schemes import dequantize
-from minitune.types import Adapted, Delta, Deltas, Params, Trainable
+from minitune.types import Adapted, Delta, Deltas, Params, PositiveInt, Trainable, wide_dtype
 
-Rank = Annotated[int, msgspec.Meta(gt=0)]
 Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
 
 
@@ -37,10 +36,10 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """W' = W + s b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685, eq. 3), or, with dora,
     m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
 
-    rank: Rank
+    rank: PositiveInt
     alpha: float
     targets: tuple[str, ...]
-    ranks: dict[str, Rank] = {}  # glob -> another rank for the targets that it matches; the first match wins
+    ranks: dict[str, PositiveInt] = {}  # glob -> another rank for the targets that it matches; the first match wins
     rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
     dora: bool = False  # train the length m of every row apart from its direction
 
@@ -125,7 +124,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def merged_weight(self, w: Float[Tensor, "*experts out in"], delta: Delta) -> Float[Tensor, "*experts out in"]:
         """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
-        wide = torch.promote_types(w.dtype, torch.float32)
+        wide = wide_dtype(w.dtype)
         total = w.to(wide) + self.scale(delta) * (delta.b.to(wide) @ delta.a.to(wide))
         if not isinstance(delta.m, Tensor):
             return total

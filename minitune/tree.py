@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune.errors import InputError
-from minitune.types import Params, Trainable
+from minitune.types import Params, Trainable, wide_dtype
 
 SUM_ELEMENTS = 2**18  # that are added up at a time
 Tree = Any  # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
@@ -86,7 +86,7 @@ def add(x: Tree, y: Tree) -> Tree:
 
 def norm(tree: Tree) -> Float[Tensor, ""]:
     """Euclidean norm over all leaves together, accumulated in float32; TypeError for a tree without leaves."""
-    parts = [torch.linalg.vector_norm(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves(tree)]
+    parts = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in leaves(tree)]
     if not parts:
         raise TypeError("tree: norm of a tree without leaves, expected at least one tensor")
     return torch.linalg.vector_norm(torch.stack(parts))

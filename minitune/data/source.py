@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from minitune.errors import InputError
 from minitune.io import paths
 from minitune.text.turns import TrainOn
+from minitune.types import OpenUnitInterval, PositiveInt
 
 COLUMNS = {
     "instruct": ("instruction", "input", "output"),
@@ -19,7 +20,6 @@ COLUMNS = {
     "unpaired": ("prompt", "completion", "label", "chosen", "rejected", "tools"),
 }
 EXPECTED = {str: "a string", list: "a list of messages", bool: "true or false"}
-Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Single = Literal["instruct", "chat", "text"]  # the formats whose rows are one document each
 
 
@@ -29,7 +29,7 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     So no row changes sides when others come or go, and rows that say the same stand on the same side.
     """
 
-    fraction: Share  # of the rows, that are held out
+    fraction: OpenUnitInterval  # of the rows, that are held out
     part: Literal["train", "heldout"]
 
     def takes(self, row: Mapping[str, Any]) -> bool:
@@ -43,7 +43,7 @@ class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another file whose documents are mixed into a table's own."""
 
     path: str
-    share: Share  # of the documents of an epoch, the table's own having the rest
+    share: OpenUnitInterval  # of the documents of an epoch, the table's own having the rest
     format: Single | None = None  # the table's own if absent
     columns: dict[str, str] = {}
     split: Split | None = None
@@ -59,7 +59,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     path: str
     format: Literal["instruct", "chat", "text", "pairs", "unpaired"]  # the last two are read by data.preference.prepare
-    seq_len: Annotated[int, msgspec.Meta(gt=0)]  # tokens
+    seq_len: PositiveInt  # tokens
     packed: bool = True
     overlong: Literal["truncate", "drop"] = "drop"
     columns: dict[str, str] = {}

@@ -40,13 +40,13 @@ class Entry(NamedTuple):
         return prod(self.shape)
 
 
-Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+UInt63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _Raw(msgspec.Struct):
     dtype: str
-    shape: Annotated[list[Size], msgspec.Meta(max_length=64)]
-    data_offsets: tuple[Size, Size]
+    shape: Annotated[list[UInt63], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[UInt63, UInt63]
 
 
 def read_header(path: Path) -> dict[str, Entry]:

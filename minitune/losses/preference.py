@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.losses.base import BaseLoss, Nats, NonNegativeFloat, ObjectiveName, PositiveFloat, UnitInterval, log1mexp
-from minitune.types import LogProbs
+from minitune.losses.base import BaseLoss, Nats, ObjectiveName, log1mexp
+from minitune.types import LogProbs, NonNegativeFloat, PositiveFloat, UnitInterval
 
 
 class PreferenceLoss(BaseLoss, frozen=True):

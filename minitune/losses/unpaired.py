@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minitune.losses.base import BaseLoss, Nats, NonNegativeFloat, ObjectiveName, PositiveFloat
+from minitune.losses.base import BaseLoss, Nats, ObjectiveName
+from minitune.types import NonNegativeFloat, PositiveFloat
 
 
 def kto(

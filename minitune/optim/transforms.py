@@ -16,19 +16,17 @@ takes less memory and time if it declares what it can do. `apply.py` asks for th
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import torch
 from jaxtyping import Float, Int
-from msgspec import Meta
 from torch import Tensor
 
 from minitune import tree
 from minitune.tree import Tree
+from minitune.types import NonNegativeFloat, PositiveFloat, wide_dtype
 
-NonNegative = Annotated[float, Meta(ge=0.0)]
-Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Scope = Literal["element", "leaf"]
 SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}  # elements updated at a time without a fused kernel
 
@@ -82,7 +80,7 @@ def slice_scratch_bytes(leaves: Sequence[Tensor], rounds: bool) -> int:
 class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1)."""
 
-    max_norm: Annotated[float, Meta(gt=0.0)]
+    max_norm: PositiveFloat
 
     def init(self, params: Tree) -> tuple[()]:
         """No state."""
@@ -105,7 +103,7 @@ class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     scope: ClassVar[Scope] = "element"
-    factors: dict[str, NonNegative]
+    factors: dict[str, NonNegativeFloat]
 
     def init(self, params: Tree) -> tuple[()]:
         """No state; InputError for a glob that matches no leaf."""
@@ -163,4 +161,4 @@ def zero_count(params: Tree) -> Int[Tensor, ""]:
 
 def wide_zeros(x: Tensor) -> Tensor:
     """Zeros in the shape of x, in float32 or wider."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros_like(x, dtype=wide_dtype(x.dtype))

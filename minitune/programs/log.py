@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import msgspec
 from rich.console import Console, RenderableType
@@ -18,6 +18,7 @@ from rich.progress import Progress as RichProgress
 
 from minitune.errors import InputError, nearest
 from minitune.io.atomic import write_atomic
+from minitune.types import PositiveInt
 
 Number = float | int
 LINE_EVERY_S = 10.0  # where the output is no terminal: a line after this long,
@@ -28,7 +29,7 @@ class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of what is logged beyond the terminal. wandb: keywords of wandb.init; every: steps between two rows of metrics."""
 
     wandb: dict[str, Any] | None = None
-    every: Annotated[int, msgspec.Meta(gt=0)] = 1
+    every: PositiveInt = 1
 
 
 class Progress:

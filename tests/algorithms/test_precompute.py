@@ -29,9 +29,9 @@ from minitune.data.token_store import Documents, Report
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.models import Model, decoder
+from minitune.models import model as model_file
 from minitune.models.families import llama
 from minitune.nn import head
-from minitune.nn import linear as nn_linear
 from minitune.quant.tensors import QInt8
 from minitune.types import Pairs, UnpairedBatch
 from support.models import SMALL as TWO_LAYERS
@@ -198,10 +198,10 @@ def test_a_kept_value_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_nothing_is_left_of_a_computation_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    linear = nn_linear.linear
+    linear = model_file.linear
     monkeypatch.setattr(head, "HEAD_CHUNK", 1)
     monkeypatch.setattr(head, "HEAD_ROWS", 1)
-    monkeypatch.setattr(nn_linear, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
+    monkeypatch.setattr(model_file, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path)
     assert (len(calls), entries(tmp_path)) == (3, 0)
@@ -277,7 +277,7 @@ def test_a_fingerprint_tells_every_byte(given_: st.DataObject) -> None:
 
 def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> None:
     big = torch.arange(5000.0)
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
 
     def seen(**tensors: torch.Tensor) -> str:
         save_file({"x": big, "y": torch.ones(3, dtype=torch.bfloat16), **tensors}, tmp_path / "model.safetensors")
@@ -289,9 +289,9 @@ def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> 
     prints = {known, *(seen(x=x) for x in changes), seen(y=torch.zeros(3, dtype=torch.bfloat16)), seen(z=torch.ones(1))}
     assert len(prints) == 6
     seen()
-    (tmp_path / "config.json").write_text(json.dumps({"a": 2}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 2}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) not in prints
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) == known
     save_file({"q": torch.ones(1)}, tmp_path / "model-2.safetensors")
     assert folder_fingerprint(tmp_path) != known
@@ -303,7 +303,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     save_file({"q": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"frozen: .* can't be read \(FileNotFoundError.*\), expected whole safetens"):
         folder_fingerprint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     for content in (b"", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 9):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(InputError, match=r"frozen: .* can't be read \(.*\), expected whole safetensors; download it again"):

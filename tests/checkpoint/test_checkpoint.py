@@ -42,7 +42,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(b"\x00\xffbytes")
-    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}', encoding="utf-8")
     return folder
 
 
@@ -149,7 +149,7 @@ def test_the_4x_spelling_of_config_json_is_read_alike(tmp_path: Path) -> None:
     hf = llama.FAMILY.to_hf(config)
     for kept in ("rope_parameters", "rope_theta rope_scaling"):
         one = {k: v for k, v in hf.items() if not k.startswith("rope") or k in kept.split()}
-        (tmp_path / "config.json").write_text(json.dumps(one))
+        (tmp_path / "config.json").write_text(json.dumps(one), encoding="utf-8")
         assert models.open(tmp_path).config == config
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "llama3"
     assert llama.FAMILY.from_hf(
@@ -160,18 +160,18 @@ def test_the_4x_spelling_of_config_json_is_read_alike(tmp_path: Path) -> None:
 def test_config_json_passes_through_and_generation_stops_where_training_did(tmp_path: Path, tokenizer_folder: Path) -> None:
     params = random_params(SMALL)
     save_reference(SMALL, params, tmp_path / "source")
-    original = json.loads((tmp_path / "source/config.json").read_text())
+    original = json.loads((tmp_path / "source/config.json").read_text(encoding="utf-8"))
     original["_name_or_path"] = "somebody/something"
-    (tmp_path / "source/config.json").write_text(json.dumps(original))
+    (tmp_path / "source/config.json").write_text(json.dumps(original), encoding="utf-8")
     half = tree.map(torch.Tensor.bfloat16, params)
     save(tmp_path / "out", half, tokenizer_folder, source=tmp_path / "source", stop_ids=[2, 7], template="{{ bos_token }}")
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {**original, "dtype": "bfloat16"}
-    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
-    theirs = json.loads((tmp_path / "source/generation_config.json").read_text())
+    assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8")) == {**original, "dtype": "bfloat16"}
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))
+    theirs = json.loads((tmp_path / "source/generation_config.json").read_text(encoding="utf-8"))
     assert generation == {**theirs, "eos_token_id": [2, 7]}  # 2 is LlamaConfig's own
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tokenizer_folder / name).read_bytes()
-    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ bos_token }}"
+    assert (tmp_path / "out/chat_template.jinja").read_text(encoding="utf-8") == "{{ bos_token }}"
 
 
 def test_a_folder_without_generation_config_goes_on_stopping_where_its_config_says(
@@ -180,11 +180,11 @@ def test_a_folder_without_generation_config_goes_on_stopping_where_its_config_sa
     params = random_params(SMALL)
     save_reference(SMALL, params, tmp_path / "source")
     (tmp_path / "source/generation_config.json").unlink()
-    config = json.loads((tmp_path / "source/config.json").read_text())
+    config = json.loads((tmp_path / "source/config.json").read_text(encoding="utf-8"))
     for found, wanted in (([5, 7], [5, 7, 2]), (5, [5, 7, 2]), (None, [7, 2]), (7, [7, 2])):
-        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": found}))
+        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": found}), encoding="utf-8")
         save(tmp_path / "out", params, tokenizer_folder, source=tmp_path / "source", stop_ids=[7, 2])
-        assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": wanted}
+        assert json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8")) == {"eos_token_id": wanted}
 
 
 def test_loading_is_memory_mapped(tmp_path: Path) -> None:
@@ -194,14 +194,14 @@ def test_loading_is_memory_mapped(tmp_path: Path) -> None:
     mapped = str((tmp_path / "model.safetensors").resolve())
     before = _resident_bytes()
     params = checkpoint.load_params(tmp_path, big.shapes())
-    assert mapped in Path("/proc/self/maps").read_text()
+    assert mapped in Path("/proc/self/maps").read_text(encoding="utf-8")
     assert _resident_bytes() - before < tree.n_bytes(params) / 10
     assert float(params["lm_head.weight"].abs().sum()) == 0.0
     assert _resident_bytes() - before > tree.n_bytes(params) / 4
 
 
 def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 
 
 def cut(folder: Path) -> None:
@@ -219,7 +219,9 @@ def rewrite(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 def sharded(index: object) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        (folder / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(
+            index if isinstance(index, str) else json.dumps(index), encoding="utf-8"
+        )
 
     return apply
 
@@ -322,7 +324,7 @@ CONFIG_ERRORS = {
 @pytest.mark.parametrize("name", CONFIG_ERRORS)
 def test_a_config_json_that_is_not_understood_is_refused(name: str, tmp_path: Path) -> None:
     change, message = CONFIG_ERRORS[name]
-    (tmp_path / "config.json").write_text(json.dumps({**llama.FAMILY.to_hf(SMALL), **change}))
+    (tmp_path / "config.json").write_text(json.dumps({**llama.FAMILY.to_hf(SMALL), **change}), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         models.open(tmp_path)
 
@@ -338,10 +340,10 @@ def test_a_generation_config_that_is_none_is_refused_before_anything_is_loaded(t
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json does not exist, expected a Hugging Face folder"):
         models.open(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"config\.json is no JSON"):
         models.open(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match="holds a list, expected an object"):
         models.open(tmp_path)
 

@@ -75,15 +75,19 @@ def byte_level(folder: Path) -> None:
     fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     fast.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "added_tokens_decoder": {"257": {"content": "<|im_end|>"}}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 10**6])
 def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int, tmp_path: Path) -> None:
     """config.json with its unknown keys, weights, stop tokens, tokenizer and template, all as they were but what was trained."""
     source = Path(shutil.copytree(DEMO, tmp_path / "source"))
-    config = {**json.loads((DEMO / "config.json").read_text()), "somebody": {"else": ["reads", 1e-7]}, "\u00fc": None}
-    (source / "config.json").write_text(json.dumps(config))
+    config = {
+        **json.loads((DEMO / "config.json").read_text(encoding="utf-8")),
+        "somebody": {"else": ["reads", 1e-7]},
+        "\u00fc": None,
+    }
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model = models.open(DEMO)
     params = {name: w.float() * 1.01 for name, w in checkpoint.load_params(DEMO, model.shapes()).items()}
     checkpoint.save_folder(
@@ -94,7 +98,11 @@ def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int
         shard_bytes=shard_bytes,
     )
     out = tmp_path / "out"
-    assert json.loads((out / "config.json").read_text()) == {**config, "dtype": "float32", "torch_dtype": "float32"}
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == {
+        **config,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
     assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes > 10**6 else 9)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (DEMO / name).read_bytes()
@@ -142,7 +150,7 @@ def read_rows(folder: Path) -> None:
 def with_config(**fields: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
     return change
 
@@ -192,7 +200,7 @@ BAD_ADAPTERS = {
         r"'\(' as a pattern, expected a regular expression .*missing \)",
     ),
     "a deep nest": (
-        lambda folder: (folder / "adapter_config.json").write_text("[" * 10_000),
+        lambda folder: (folder / "adapter_config.json").write_text("[" * 10_000, encoding="utf-8"),
         r"adapter_config\.json: .*; expected a LoRA",
     ),
 }
@@ -287,8 +295,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(folder / "adapter", deltas, rule, base="a/b", fingerprint="f00d", quantization=None, names=params)
     checkpoint.save_state(folder, 1, STATE, {"marks": {"step": 1}})
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "tool_calls": [{"name": "f"}]}]
-    (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"))
-    (folder / "program.toml").write_text(PROGRAM)
+    (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
+    (folder / "program.toml").write_text(PROGRAM, encoding="utf-8")
     return folder
 
 

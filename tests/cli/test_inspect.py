@@ -123,7 +123,7 @@ PACKED = {  # a weight of 16 x 64 as formats keep it, and what their config.json
 def test_packed_weights_count_as_what_they_stand_for(method: str, tmp_path: Path) -> None:
     tensors, more, told = PACKED[method]
     save_file({**tensors, "norm.weight": torch.ones(5)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, **more}}))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, **more}}), encoding="utf-8")
     rows = facts(tmp_path).rows
     assert (rows["parameters"], rows["quantized"]) == (f"{16 * 64 + 5:,}", told)
 
@@ -131,7 +131,9 @@ def test_packed_weights_count_as_what_they_stand_for(method: str, tmp_path: Path
 def folder(path: Path, **files: Any) -> Path:
     path.mkdir(exist_ok=True)
     for name, content in files.items():
-        (path / name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content))
+        (path / name.replace("__", ".")).write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
     return path
 
 

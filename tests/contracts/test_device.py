@@ -264,7 +264,7 @@ def test_a_head_that_trains_has_its_gradient_without_a_look_at_the_cotangents(
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: x for key, x in row.items() if key not in ("tokens_per_second", "mem_bytes")} for row in rows]
 
 

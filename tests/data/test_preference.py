@@ -49,7 +49,7 @@ def assistant(content: str) -> dict[str, str]:
 def prepared(folder: Path, rows: Iterable[Any], speaker: Speaker = TINY, **rules: Any) -> tuple[Source, PairSet]:
     """The rows as a file, and the set that is made of it."""
     path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = Source(str(path), **{"format": "pairs", "seq_len": 256, **rules})
     return source, preference.prepare(source, *speaker, folder / "cache")
 
@@ -183,7 +183,7 @@ def test_conversations(source: Source, row: dict[str, Any], expected: list[Any])
 def test_errors_name_file_and_line(source: Source, row: dict[str, Any], message: str, tmp_path: Path) -> None:
     good = {"prompt": "q", "chosen": "a", "rejected": "b", "completion": "a", "label": True, "q": "q", "good": "a", "bad": "b"}
     path = tmp_path / "f.jsonl"
-    path.write_text(json.dumps(good) + "\n\n" + json.dumps(row) + "\n")
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=f"^(data|pairs): {re.escape(str(path))}:3 .*({message})"):
         preference.prepare(msgspec.structs.replace(source, path=str(path)), *TINY, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

@@ -49,7 +49,7 @@ objects = st.lists(st.dictionaries(st.text(max_size=4), values, max_size=3), min
 
 
 def jsonl(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -67,7 +67,7 @@ def test_a_list_says_what_lines_say(
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     whole = blanks + json.dumps(rows, indent=indent) + blanks
-    (folder / "a.json").write_text(whole)
+    (folder / "a.json").write_text(whole, encoding="utf-8")
     found = list(read_rows(folder / "a.json"))
     assert [row for _, row in found] == rows == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
     assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == rows  # as some data sets call it
@@ -79,7 +79,7 @@ def test_a_list_says_what_lines_say(
 
 def test_rows_of_a_list_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('\n[{"a":\n1}, {"a": 1}\n,\n\n{"b": "\\n"}]')
+    path.write_text('\n[{"a":\n1}, {"a": 1}\n,\n\n{"b": "\\n"}]', encoding="utf-8")
     assert list(read_rows(path)) == [(2, {"a": 1}), (3, {"a": 1}), (6, {"b": "\n"})]
 
 

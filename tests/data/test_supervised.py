@@ -42,7 +42,7 @@ def instruct_file(folder: Path, lengths: Sequence[int]) -> Path:
     """A jsonl of instruct samples with this many words each."""
     rows = [{"instruction": " ".join([WORDS[i % 7]] * n), "output": WORDS[-1 - i % 5]} for i, n in enumerate(lengths)]
     path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -231,7 +231,7 @@ def test_batches_hold_the_tokens_of_the_documents(packed: bool, tmp_path: Path) 
 
 def test_the_first_token_of_a_document_is_never_a_target(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
-    path.write_text('{"body": "two apples"}\n\n{"body": "<s>7<|im_end|>"}\n')
+    path.write_text('{"body": "two apples"}\n\n{"body": "<s>7<|im_end|>"}\n', encoding="utf-8")
     source = Source(str(path), "text", 32, columns={"text": "body"})
     (batch,) = batches(prepared(tmp_path, source), source, 4)
     plain = TOKENIZER.encode("two apples", parse_special=False)
@@ -242,7 +242,9 @@ def test_the_first_token_of_a_document_is_never_a_target(tmp_path: Path) -> None
         (tuple(second), (False, *[True] * (len(second) - 1))),
     ]
     answer_first = tmp_path / "chat.jsonl"
-    answer_first.write_text('{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}')
+    answer_first.write_text(
+        '{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}', encoding="utf-8"
+    )
     source = Source(str(answer_first), "chat", 32)
     bare = compile_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", {}, "bare")
     dataset = prepare(source, TOKENIZER, bare, tmp_path / "cache")
@@ -258,7 +260,7 @@ def test_overlong_samples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None
     ]
     path = tmp_path / "chat.jsonl"
     chats = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in rows]
-    path.write_text("\n".join(map(json.dumps, chats)))
+    path.write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     whole = [encode_chat(TOKENIZER, TEMPLATE, chat["messages"]) for chat in chats]
     seq_len = 40
     dropped = prepared(tmp_path, Source(str(path), "chat", seq_len))
@@ -282,7 +284,7 @@ def test_overlong_samples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None
 )
 def test_data_without_a_target_is_refused(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(line)
+    path.write_text(line, encoding="utf-8")
     with pytest.raises(InputError, match=f"data: {re.escape(str(path))} leaves nothing to train on {message}"):
         prepared(tmp_path, Source(str(path), "chat", 20))
     assert not (tmp_path / "cache").exists()
@@ -309,7 +311,7 @@ def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: 
     assert n_calls(source, template=compile_template(CHATML.replace("role", "role "), {"eos_token": "</s>"}, "other")) == 6
     moved = path.rename(tmp_path / "moved.jsonl")
     assert n_calls(msgspec.structs.replace(source, path=str(moved))) == 6
-    moved.write_text(moved.read_text().replace("order", "pears").replace("the", "a"))
+    moved.write_text(moved.read_text(encoding="utf-8").replace("order", "pears").replace("the", "a"), encoding="utf-8")
     assert n_calls(msgspec.structs.replace(source, path=str(moved))) == 7
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.name.startswith(".")]
 
@@ -431,7 +433,7 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
             InputError, match=r"data: .*none.jsonl is no file, expected a jsonl, json or parquet file; correct the path"
         ):
             read(tmp_path / "none.jsonl")
-        (tmp_path / "empty.jsonl").write_text("\n \n")
+        (tmp_path / "empty.jsonl").write_text("\n \n", encoding="utf-8")
         with pytest.raises(InputError, match=r"data: .*empty.jsonl holds no line, expected one JSON object a line; correct"):
             read(tmp_path / "empty.jsonl")
 
@@ -467,14 +469,14 @@ def test_prompts(tmp_path: Path) -> None:
 
 def test_prompts_need_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"f.jsonl:1 ends with a message of 'user', expected an answer of 'assistant'; correct"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
-    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}')
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"f.jsonl:1 has an answer without text, expected a string to compare with; correct it"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
     with pytest.raises(InputError, match=r"f.jsonl has format 'text', expected instruct or chat; plain text asks for no answer"):
         prompts(Source(str(path), "text", 8), TOKENIZER, TEMPLATE)
-    path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}')
+    path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"^data: .*f.jsonl:1 chat: chatml fails with TypeError"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)

@@ -128,7 +128,7 @@ def write_task(folder: Path, kind: str, docs: list[dict[str, Any]], **changes: A
     """A task file; its name."""
     name = changes.get("task", kind)
     data = folder / f"{name}.jsonl"
-    data.write_text("\n".join(json.dumps(doc) for doc in docs))
+    data.write_text("\n".join(json.dumps(doc) for doc in docs), encoding="utf-8")
     task = {
         "task": name,
         "dataset_path": "json",
@@ -141,7 +141,7 @@ def write_task(folder: Path, kind: str, docs: list[dict[str, Any]], **changes: A
         **TASKS[kind],
         **changes,
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     return name
 
 
@@ -223,7 +223,10 @@ def test_a_trained_model_equals_the_transformers_backend(tmp_path: Path) -> None
     model, texts = models.open(folder), tokenizer.open_tokenizer(folder)
     params = checkpoint.load_params(folder, model.shapes(), torch.float32)
     demo = Subject(folder, model, params, texts, open_template(folder, texts), 6)
-    rows = [row["input"] for row in map(json.loads, paths.locate("demo/orders-heldout.jsonl").read_text().splitlines()[:4])]
+    rows = [
+        row["input"]
+        for row in map(json.loads, paths.locate("demo/orders-heldout.jsonl").read_text(encoding="utf-8").splitlines()[:4])
+    ]
     ids = [texts.encode(row, parse_special=True) for row in rows]
     said = [texts.decode(row, skip_special=True) for row in generate.greedy(model, params, ids, max_new_tokens=3, stop_ids=[])]
     docs = [{"q": row, "choices": [text, "of", "a", "was"], "gold": 0} for row, text in zip(rows, said, strict=True)]
@@ -268,7 +271,7 @@ def test_filters_groups_and_a_missing_stderr_are_named(subject: Subject, tmp_pat
     first = {"name": "first", "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]}
     write_task(tmp_path, "generate_until", DOCS[1:3], filter_list=[first])
     group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
-    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     for name in ("one", "two"):
         write_task(tmp_path, "multiple_choice", DOCS[:3], task=name)
     found = subject.evaluate(tmp_path, "both", "generate_until", "loglikelihood_rolling")["tasks"]

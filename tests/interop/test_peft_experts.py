@@ -182,8 +182,12 @@ def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> N
         path = tmp_path / name / CONFIG
         path.write_text(
             json.dumps(
-                {**json.loads(path.read_text()), "rank_pattern": {"down_proj": 3, "gate_up_proj": 4 if name == "olmoe" else 2}}
-            )
+                {
+                    **json.loads(path.read_text(encoding="utf-8")),
+                    "rank_pattern": {"down_proj": 3, "gate_up_proj": 4 if name == "olmoe" else 2},
+                }
+            ),
+            encoding="utf-8",
         )
         with pytest.raises(InputError, match=r"experts has A .* expected \[3, in\] and \[out, 3\], times the number of experts,"):
             load_adapter(tmp_path / name, names=params)

@@ -406,10 +406,10 @@ def test_what_deltas_were_trained_on_is_kept_beside_them(tmp_path: Path) -> None
     )
     assert load_adapter(tmp_path, names=SMALL_NAMES)[2] == Base("some/base", "f00d", quantization)
     PeftModel.from_pretrained(reference(SMALL, params), tmp_path)  # which does not mind the file
-    (tmp_path / ORIGIN).write_text('{"base": 3}')
+    (tmp_path / ORIGIN).write_text('{"base": 3}', encoding="utf-8")
     with pytest.raises(InputError, match=r"minitune\.json can't be read .*; remove it to go on without knowing the base"):
         load_adapter(tmp_path, names=SMALL_NAMES)
-    (tmp_path / ORIGIN).write_text("{}")
+    (tmp_path / ORIGIN).write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"minitune\.json can't be read"):
         load_adapter(tmp_path, names=SMALL_NAMES)
     (tmp_path / ORIGIN).unlink()
@@ -451,8 +451,8 @@ def test_an_adapter_that_unties_a_tied_head_is_refused(tmp_path: Path) -> None:
 def adapter(folder: Path, *, dora: bool = False, **changes: object) -> Path:
     rule = Lora(2, 4.0, ("lm_head.weight",), dora=dora)
     save(folder, rule.init(random_params(SMALL), 0), rule)
-    fields = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**fields, **changes}))
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps({**fields, **changes}), encoding="utf-8")
     return folder
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from minitune import tree
 from minitune.nn import head as nn_head
-from minitune.nn import linear as nn_linear
 from minitune.nn.head import HEAD_CHUNK, HEAD_ROWS, TRAINED_HEAD_FACTOR, by_rows, head_chunk, token_losses
 from minitune.quant.schemes import Int8, quantize
 from minitune.types import Adapted
@@ -56,8 +55,8 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
 
 def test_the_forward_is_the_only_time_that_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    linear = nn_linear.linear
-    monkeypatch.setattr(nn_linear, "linear", lambda *args: made.append(len(args[0])) or linear(*args))
+    linear = nn_head.linear
+    monkeypatch.setattr(nn_head, "linear", lambda *args: made.append(len(args[0])) or linear(*args))
     hidden = torch.randn(2, 5, 4, requires_grad=True)
     head, targets, mask = torch.randn(11, 4), torch.randint(0, 11, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
     for w in (head, quantize(head, Int8()), head.clone().requires_grad_()):

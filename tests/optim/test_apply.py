@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import SMALL, random_batch, random_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitune import hardware, tree
@@ -21,6 +20,7 @@ from minitune.optim.sgd import SGD
 from minitune.optim.transforms import ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.steps import train_step
 from minitune.types import Delta, TrainState
+from support.models import SMALL, random_batch, random_params
 
 
 def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> tree.Tree:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import SMALL, random_batch, random_params
 
 from minitune import checkpoint, hardware, tree
 from minitune.algorithms.supervised import sft
@@ -22,6 +21,7 @@ from minitune.optim.schedules import Cosine, ScaleBySchedule
 from minitune.optim.transforms import ClipByGlobalNorm, chain
 from minitune.steps import train_step
 from minitune.types import TrainState
+from support.models import SMALL, random_batch, random_params
 
 SHAPES = {"tall": (13, 7), "wide": (7, 13), "same": (7, 13), "square": (5, 5), "row": (1, 9), "column": (9, 1)}
 

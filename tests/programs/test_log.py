@@ -30,7 +30,9 @@ def rows(folder: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_say_and_show_print_what_they_are_given(tmp_path: Path) -> None:
@@ -217,15 +219,15 @@ def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.Mon
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
     assert config | {"_wandb": 0} == {"name": "tiny", "seed": 3, "stage": [{"op": "lora", "rank": 8}], "mine": 1, "_wandb": 0}
     assert (run.project, run.display_name, list(run.tags)) == ("p", "tiny", ["a"])
-    assert run.run_id == (tmp_path / "wandb-id").read_text()
+    assert run.run_id == (tmp_path / "wandb-id").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_continued_run_keeps_its_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wandb-id").write_text("abc123")
+    (tmp_path / "wandb-id").write_text("abc123", encoding="utf-8")
     records = offline_run(tmp_path, monkeypatch, range(5, 6))
     assert {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"} == {"abc123"}
-    assert (tmp_path / "wandb-id").read_text() == "abc123"
+    assert (tmp_path / "wandb-id").read_text(encoding="utf-8") == "abc123"
 
 
 def test_a_wrong_wandb_keyword_is_refused(tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def fake_states(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Program:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     return Program(
         name="tiny",
         out=str(tmp_path / "runs"),
@@ -122,8 +122,8 @@ def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Pro
     assert result == {"one": {"last": 3}, "two": {"last": 2}, "steps": 2}
     kept = json.loads((folder / "summary.json").read_bytes())
     assert {name: kept[name]["last"] for name in ("one", "two")} == {"one": 3, "two": 2}
-    assert (folder / "program.toml").read_text() == program.resolved(tiny)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (folder / "program.toml").read_text(encoding="utf-8") == program.resolved(tiny)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("one", 1), ("one", 2), ("one", 3), ("two", 1), ("two", 2)]
     assert set(json.loads((folder / "records.json").read_bytes())) == {"one", "two"}
     assert (folder / "checkpoints").is_dir()
@@ -166,14 +166,18 @@ def test_an_unfinished_run_of_the_same_program_is_continued(tiny: Program) -> No
     assert run.notes == (f"{run.folder} is unfinished: continuing it",)
     manifest = json.loads((run.folder / "manifest.json").read_bytes())
     assert len(manifest["starts"]) == 2
-    assert [json.loads(line)["stage"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()] == ["one"] * 3
+    assert [json.loads(line)["stage"] for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] == [
+        "one"
+    ] * 3
     assert {path.name for path in run.folder.parent.iterdir()} == {"tiny", ".tiny.lock"}
 
 
 def test_a_changed_version_is_told(tiny: Program) -> None:
     folder = opened(tiny).folder
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(manifest.replace(f'"python": "{platform.python_version()}"', '"python": "3.0.0"'))
+    manifest = (folder / "manifest.json").read_text(encoding="utf-8")
+    (folder / "manifest.json").write_text(
+        manifest.replace(f'"python": "{platform.python_version()}"', '"python": "3.0.0"'), encoding="utf-8"
+    )
     message = (
         f"versions changed since it was stopped (python 3.0.0 -> {platform.python_version()}): it may not continue bit for bit"
     )
@@ -232,14 +236,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny: Program, tmp_path: Path) ->
     opened(tiny)  # an empty folder is no obstacle
     other = tmp_path / "runs" / "other"
     other.mkdir()
-    (other / "thesis.tex").write_text("years of work")
+    (other / "thesis.tex").write_text("years of work", encoding="utf-8")
     for resume in (None, True, False):
         with pytest.raises(
             InputError, match=r"other holds no manifest.json, expected a run folder; change name or out, or move it"
         ):
             opened(changed(tiny, name="other", resume=resume))
     assert files(other) == {"thesis.tex": b"years of work"}
-    (tmp_path / "runs" / "file").write_text("")
+    (tmp_path / "runs" / "file").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"file holds no manifest.json, expected a run folder"):
         opened(changed(tiny, name="file"))
 
@@ -251,7 +255,7 @@ def test_changed_inputs_stop_a_resume(tiny: Program, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"runs: \S+model.safetensors is not what it was when \S+tiny began, expected the same"):
         opened(tiny)
     weights.write_bytes(b"weights")
-    (tmp_path / "model" / "extra.json").write_text("")
+    (tmp_path / "model" / "extra.json").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"runs: \S+extra.json is not what it was .*; restore it, or set resume = false"):
         opened(tiny)
     assert not opened(changed(tiny, resume=False)).resumed

@@ -98,7 +98,7 @@ def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, 
     rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "20.0")  # a rate that soon does harm
     watch = 'evaluate = { data = "heldout", every = 3, patience = 2, batch_size = 8 }\n'
     summary = run(tmp_path, tiny, LORA + rising + watch + evaluation("after"))
-    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     heldout = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
     best = min(heldout, key=lambda step: heldout[step])
     assert set(heldout) == set(range(3, len(rows) + 1, 3))
@@ -181,7 +181,7 @@ def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Pat
         command = [*COMMAND, "generate", *words, f"name={compiled}", f"generate.compiled={compiled}"]
         done = subprocess.run(command, capture_output=True, text=True)  # apart: the signatures' checks are not to be traced
         assert done.returncode == 0, done.stderr
-    one, two = ((tmp_path / name / "generate.jsonl").read_text().splitlines() for name in ("true", "false"))
+    one, two = ((tmp_path / name / "generate.jsonl").read_text(encoding="utf-8").splitlines() for name in ("true", "false"))
     assert one == two
     assert len(one) == 5
 
@@ -271,7 +271,9 @@ def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight
     assert re.search(r"dpo: continuing from step \d+ of 20", last.stdout)
     assert "sft 1/20" not in last.stdout
     assert "tuned: loss" not in last.stdout  # that was measured before the run died
-    killed, wanted = ({**json.loads((tmp_path / one / "summary.json").read_text())} for one in ("killed", "straight"))
+    killed, wanted = (
+        {**json.loads((tmp_path / one / "summary.json").read_text(encoding="utf-8"))} for one in ("killed", "straight")
+    )
     for name in ("base", "tuned", "preferred", "int4"):
         assert killed[name] | {"time_s": 0} == wanted[name] | {"time_s": 0}
     assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "straight")

@@ -529,7 +529,7 @@ def test_reasoning_is_found_under_each_of_its_names(key: str) -> None:
 def test_a_template_for_tools_is_used_where_there_are_some() -> None:
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": QWEN25}]
     folder = write_folder(None, {**NAMES, "chat_template": named})
-    (folder / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str())
+    (folder / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str(), encoding="utf-8")
     tokenizer, theirs = open_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     found = open_template(folder, tokenizer)
     for tools in ([], [FUNCTION]):

@@ -144,8 +144,8 @@ def test_named_tokens() -> None:
 
 def test_old_folders_name_tokens_in_other_files() -> None:
     folder = write_folder(sentencepiece_model(True), {"additional_special_tokens": ["order"]})
-    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
-    (folder / "added_tokens.json").write_text('{"<|im_end|>": 380}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}', encoding="utf-8")
+    (folder / "added_tokens.json").write_text('{"<|im_end|>": 380}', encoding="utf-8")
     ours = open_tokenizer(folder)
     assert (ours.eos_id, ours.vocab_size, ours.decode([380], skip_special=False)) == (380, 381, "<|im_end|>")
     assert "order" not in ours.special  # no piece of the model: its piece is "\u2581order"
@@ -201,13 +201,13 @@ def test_broken_settings_are_refused(file: str, content: bytes, message: str) ->
 
 
 def test_a_broken_tokenizer_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}', encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer.json .*, expected a tokenizer.json; fetch the file again"):
         open_tokenizer(tmp_path)
 
 
 def test_without_the_package_tokenizers_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     real = builtins.__import__
 
     def refuse(name: str, *args: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from minitune.autodiff.value_and_grad import under_transform
 from minitune.nn.attention import blockwise, flex
 from minitune.nn.attention.key_range import KeyRange
+from minitune.types import wide_dtype
 
 
 def attention(
@@ -45,5 +46,5 @@ def attention(
     scores = scores.masked_fill(~key_range.mask(k.shape[2]), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    weights = torch.softmax(scores, dim=-1, dtype=wide_dtype(q.dtype)).to(q.dtype)
     return (weights[..., : k.shape[2]].unflatten(1, (-1, groups)) @ v.unsqueeze(2)).flatten(1, 2)

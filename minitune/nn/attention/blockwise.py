@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import tree
+from minitune.types import wide_dtype
 
 BLOCK = 256  # bytes of a block's queries at one number each: so many that their scores, by keys, stay in a core's cache
 PADDED = 1.5  # slots for each token that spans of one group may take together
@@ -157,7 +158,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks (of no element where there are none)."""
     plan, rule = _layout(first, q), _Rule(q.shape[1] // k.shape[1], scale, soft_cap)
-    wide, n_kv = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    wide, n_kv = wide_dtype(q.dtype), k.shape[1]
     keys, values = plan.keys.gathered(k), plan.keys.gathered(v)
     d_k, d_v = ([torch.zeros(x.shape, dtype=wide) for x in boxes] for boxes in (keys, values))
     d_q, sunk = [], [] if sinks is None else [torch.zeros_like(sinks, dtype=wide)]
@@ -255,7 +256,7 @@ class _Rule(NamedTuple):
             shift = top
             scores = torch.baddbmm(bias if shift is None else bias - shift, rows, keys.mT, alpha=self.scale)
         else:
-            wide = torch.promote_types(rows.dtype, torch.float32)
+            wide = wide_dtype(rows.dtype)
             shift, capped = None, torch.tanh((rows.to(wide) @ keys.to(wide).mT) * (self.scale / self.soft_cap))
             scores, slope = self.soft_cap * capped + bias, 1 - capped.square()
         if sinks is not None:

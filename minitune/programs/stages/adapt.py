@@ -10,8 +10,9 @@ from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
-from minitune.programs.stages.base import BaseStage, PositiveInt
+from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
+from minitune.types import PositiveInt
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):

@@ -1,7 +1,5 @@
 """Base of every stage, and functions that several of them need."""
 
-from typing import Annotated
-
 import msgspec
 import torch
 
@@ -10,8 +8,6 @@ from minitune.algorithms.objective import apply_trainable
 from minitune.io.results import Result
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
-
-PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):

@@ -1,9 +1,7 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
 import json
-from typing import Annotated, Any
-
-import msgspec
+from typing import Any
 
 from minitune.checkpoint.tensors import model_bytes
 from minitune.data.prompts import prompts
@@ -18,9 +16,10 @@ from minitune.io.atomic import write_atomic
 from minitune.io.results import Result
 from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
-from minitune.programs.stages.base import BaseStage, PositiveInt, adapted_params
+from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.state import AbstractState, PipelineState, Stopped
 from minitune.text.chat import stop_ids
+from minitune.types import NonNegativeInt, PositiveInt
 
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
@@ -30,7 +29,7 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     batch_size: PositiveInt = 64  # rows per forward
     max_new_tokens: PositiveInt = 256
     limit: PositiveInt | None = None  # prompts to answer; all if absent
-    samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to keep in the record and show
+    samples: NonNegativeInt = 3  # answers to keep in the record and show
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the data is there."""
@@ -85,7 +84,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
     batch_size: PositiveInt = 64
     limit: PositiveInt | None = None
-    samples: Annotated[int, msgspec.Meta(ge=0)] = 3  # answers to show
+    samples: NonNegativeInt = 3  # answers to show
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the data is there and asks something."""
@@ -121,7 +120,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
 
     tasks: tuple[str, ...]
     include: str | None = None  # a folder of task files
-    n_shots: Annotated[int, msgspec.Meta(ge=0)] | None = None  # each task's own if absent
+    n_shots: NonNegativeInt | None = None  # each task's own if absent
     chat_template: bool = False
     system: str | None = None
     batch_size: PositiveInt = 16

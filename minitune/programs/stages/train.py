@@ -27,18 +27,18 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.registry import Optimizer
 from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
-from minitune.optim.transforms import Chain, ClipByGlobalNorm, NonNegative, ScaleByGlob, chain
+from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
 from minitune.programs.loading import ModelSource, abstract_state, load, require_data, say_widening
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages import sweep_points, training_loop
-from minitune.programs.stages.base import BaseStage, PositiveInt
+from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
 from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.steps import train_step
 from minitune.tree import device_of
-from minitune.types import Metrics, Params, Trainable, TrainState
+from minitune.types import Metrics, NonNegativeFloat, Params, PositiveInt, Trainable, TrainState
 
 HOST = "host"  # value of remat: blocks are computed again, and their inputs are kept in the host's memory
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")  # value of remat such as "8 GiB"
@@ -59,9 +59,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     cached_top_k: PositiveInt | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
     optimizer: Optimizer = AdamW(lr=1e-4)
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
-    lr_factors: dict[str, NonNegative] = msgspec.field(default_factory=dict)
+    lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
-    clip_norm: NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
+    clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
     save_every: PositiveInt = 100  # steps
     # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others

@@ -7,7 +7,7 @@ import msgspec
 from minitune.losses.registry import Loss
 from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
-from minitune.programs.stages.base import PositiveInt
+from minitune.types import PositiveInt
 
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
