@@ -69,26 +69,10 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
     if source.path in abstract.saved:
         model = abstract.saved[str(source.path)]
     else:
-        model = _model(source)
-        if source.path is not None:
-            generation_config(locate(source.path))  # a save reads it, and not only then
-        folder = _tokenizer_folder(source)
-        text = tokenizer.open_tokenizer(folder)
-        if text.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
-                f"{model.config.vocab_size}; are they of two models?"
-            )
-    accelerator = hardware.accelerator()
-    if source.device not in ("auto", "cpu", accelerator):
-        if accelerator is None:
-            present, choices = "no accelerator", "'auto' or 'cpu'"
-        else:
-            present, choices = f"an accelerator of type {accelerator}", f"'auto', 'cpu' or '{accelerator}'"
-        raise InputError(
-            f"loading: [model] device = '{source.device}', but torch finds {present}, expected {choices} on this "
-            "machine; correct it"
-        )
+        model = _checked_model(source)
+    _check_device(source)
+
+    # The same shapes on the meta device: stages that follow match names and shapes, and no weight is read.
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     rule, trainable, base = None, {}, None
     if source.deltas is not None and source.deltas not in abstract.saved:
@@ -104,6 +88,34 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         whole=frozenset(trainable) - adapted,
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
+    )
+
+
+def _checked_model(source: ModelSource) -> Model:
+    """Model of a source; InputError unless its folder can be saved again and its tokenizer fits."""
+    model = _model(source)
+    if source.path is not None:
+        generation_config(locate(source.path))
+    folder = _tokenizer_folder(source)
+    text = tokenizer.open_tokenizer(folder)
+    if text.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
+            f"{model.config.vocab_size}; are they of two models?"
+        )
+    return model
+
+
+def _check_device(source: ModelSource) -> None:
+    accelerator = hardware.accelerator()
+    if source.device in ("auto", "cpu", accelerator):
+        return
+    if accelerator is None:
+        present, choices = "no accelerator", "'auto' or 'cpu'"
+    else:
+        present, choices = f"an accelerator of type {accelerator}", f"'auto', 'cpu' or '{accelerator}'"
+    raise InputError(
+        f"loading: [model] device = '{source.device}', but torch finds {present}, expected {choices} on this machine; correct it"
     )
 
 

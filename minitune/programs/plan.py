@@ -65,11 +65,11 @@ class PlanState(NamedTuple):
         return plan
 
 
-def planned(asked: program.Program) -> Iterator[Planned]:
+def planned(source: program.Program) -> Iterator[Planned]:
     """Every training stage of a program with its costs, in order; InputError for what would stop the program there."""
-    nothing = AbstractState(asked.data, Model(FAMILIES["llama"], None), {})
-    plan = PlanState(abstract_state(asked.model, nothing), asked.model)
-    for stage in asked.stage:
+    nothing = AbstractState(source.data, Model(FAMILIES["llama"], None), {})
+    plan = PlanState(abstract_state(source.model, nothing), source.model)
+    for stage in source.stage:
         plan = plan.after(stage)
         if isinstance(stage, Train):
             step = _step(stage, plan)

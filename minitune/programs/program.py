@@ -85,9 +85,11 @@ def schema() -> dict[str, Any]:
 def _stage_names(raw: Mapping[str, Any]) -> list[str | None]:
     """Name of each stage in overrides, records and summary.json: its name, else its op; None if decoding will refuse it."""
     tables = raw.get("stage")
-    tables = [table if isinstance(table, Mapping) else {} for table in tables] if isinstance(tables, list) else []
-    names = [table.get("name", table.get("op")) for table in tables]
-    return [name if isinstance(name, str) else None for name in names]
+    names = []
+    for table in tables if isinstance(tables, list) else []:
+        name = table.get("name", table.get("op")) if isinstance(table, Mapping) else None
+        names.append(name if isinstance(name, str) else None)
+    return names
 
 
 def _refuse_bad_names(names: Sequence[str | None], places: _Places) -> None:
@@ -131,13 +133,20 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     if head not in names and head not in tops:
         known = [*(name for name in names if name), *tops]
         raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{nearest(head, known)}")
-    top: toml_messages.KeyPath = ("stage", names.index(head)) if head in names else ()
-    table, keys = (raw["stage"][top[1]], rest) if top else (raw, [head, *rest])
+
+    # Walk to the table that holds the key; what is not written on the way begins as its default.
+    top: toml_messages.KeyPath = ()
+    table, keys = raw, [head, *rest]
+    if head in names:
+        top = ("stage", names.index(head))
+        table, keys = raw["stage"][names.index(head)], rest
     for n, key in enumerate(keys[:-1], 1):
         at = (*top, *keys[:n])
         table = table.setdefault(key, toml.default_at(Program, raw, at))
         if not isinstance(table, dict):
             raise InputError(f"{what}: {shown(at)} is no table, expected one that holds {keys[n]}")
+
+    # A number is text where only a string can stand, as in name=2026.
     types = types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
     table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
@@ -150,7 +159,9 @@ def _toml_value(text: str, text_only: bool) -> Any:
         parsed = toml.parse(f"value = {text}", "")
     except InputError:
         return text
-    return text if len(parsed) > 1 or (text_only and not isinstance(parsed["value"], str)) else parsed["value"]
+    if len(parsed) > 1 or (text_only and not isinstance(parsed["value"], str)):
+        return text
+    return parsed["value"]
 
 
 def _expand(value: Any, path: toml_messages.KeyPath, places: _Places) -> Any:

@@ -63,8 +63,14 @@ def _check_apart(key: str, path: Path, others: Mapping[str, Path]) -> None:
 
 def _check_run(key: str, path: Path, run: Path) -> None:
     lock = run.with_name(f".{run.name}.lock")
-    own = [(Path.cwd(), "the working folder"), (run, "the run folder"), (lock, "the run's lock")]
-    for place, name in (*own, (holder_file(lock), "the run's lock"), (run.with_name(f".{run.name}.new"), "the run folder")):
+    places = [
+        (Path.cwd(), "the working folder"),
+        (run, "the run folder"),
+        (lock, "the run's lock"),
+        (holder_file(lock), "the run's lock"),
+        (run.with_name(f".{run.name}.new"), "the run folder"),
+    ]
+    for place, name in places:
         if _within(place, path):
             raise _refused(key, f"is or holds {name} ({place})")
     part = next(_below(path, run), None)
