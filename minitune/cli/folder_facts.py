@@ -9,10 +9,10 @@ import msgspec
 
 from minitune.errors import InputError
 from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header
+from minitune.text.ranks import holds_ranks
+from minitune.text.vocabulary import NAMED_TOKENS
 
 ADAPTER_CONFIG, ADAPTER, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "minitune.json"
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 QUANT_METADATA = re.compile(  # what quantized formats keep beside the codes of a weight: no parameters of the model
     r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
     r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
@@ -40,9 +40,7 @@ class TokenizerFiles(NamedTuple):
         found = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
         names = {name: str(token.get("content") if isinstance(token, dict) else token) for name, token in found.items()}
         if model.is_file():
-            with model.open("rb") as file:
-                ranks = RANKS.match(file.read(1000)) is not None
-            if not ranks:
+            if not holds_ranks(model):
                 size, ids, known = _sentencepiece(model)
                 return TokenizerFiles("tokenizer.model (sentencepiece)", size, {**ids, **declared}, {**known, **names})
             if not fast.is_file():

@@ -7,12 +7,11 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Never
 
-import msgspec
 from rich.console import Console
 from rich.text import Text
 
 from minitune.data import preference
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
@@ -56,7 +55,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     screen.print(Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True)
     for name, source in asked.data.items():
         if options.data in (None, name):
-            here = msgspec.structs.replace(source, path=str(locate(source.path)))
+            here = source.with_paths(locate)
             for part in here.parts():
                 _show_file(screen, name, part, text, template, options.n)
     return 0
@@ -83,7 +82,7 @@ def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, temp
 
 def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[str, Tokens]]]]:
     """("file:line", [(what it is to its loss, tokens)]) of each row."""
-    if source.format not in preference.FORMATS:
+    if source.format not in PREFERENCE_FORMATS:
         for where, tokens in tokenized(source, text, template):
             yield where, [("", tokens)]
         return

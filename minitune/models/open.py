@@ -1,6 +1,5 @@
 """Models opened from a config.json or a shape file."""
 
-import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,14 +68,7 @@ def config_json(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"models: {path} does not exist, expected a Hugging Face folder: config.json, *.safetensors, tokenizer files"
         )
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(hf, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is JSON, but no text
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"models: {path} is no JSON ({error}); download it again") from None
-    if not isinstance(hf, dict):
-        raise InputError(f"models: {path} holds a {type(hf).__name__}, expected an object")
-    return hf
+    return read_json_object(path, "models")
 
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:

@@ -13,7 +13,7 @@ from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import generation_config, load_params
 from minitune.data import preference, supervised
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.errors import InputError
 from minitune.interop.peft.load import load_adapter
 from minitune.io import paths
@@ -54,10 +54,11 @@ def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[A
     n_params = sum(w.numel() for w in draft.params.values())
     lines = [f"model: {n_params:,} parameters, vocabulary {draft.model.config.vocab_size:,}, template: {template.origin}"]
     for name, one in sources.items():
-        next(iter(read_rows(Path(locate(one.path)))))
-        for part in one.parts():
+        located = one.with_paths(locate)
+        next(iter(read_rows(Path(located.path))))
+        for part in located.parts():
             with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {locate(one.path)}")
+        lines.append(f"data: {name} is {located.path}")
     for stage in stages:
         draft = stage.check(draft)
         lines.append(f"stage: {stage.label}")
@@ -127,12 +128,12 @@ def open_world(
     which has it for a whole process, that minitune makes.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
+    located = {name: one.with_paths(locate) for name, one in sources.items()}
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
     template = _template(source, place, text)
     for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
-        (preference if one.format in preference.FORMATS else supervised).prepare(one, text, template, paths.cache())
+        (preference if one.format in PREFERENCE_FORMATS else supervised).prepare(one, text, template, paths.cache())
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)

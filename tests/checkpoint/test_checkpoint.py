@@ -339,7 +339,7 @@ def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json does not exist, expected a Hugging Face folder"):
         models.open(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is no JSON"):
+    with pytest.raises(InputError, match=r"config\.json is not JSON"):
         models.open(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="holds a list, expected an object"):
