@@ -54,7 +54,7 @@ class TokenizerFiles(NamedTuple):
         return TokenizerFiles(f"tokenizer.json ({spec.model.type or 'no type'})", size, {**declared, **added}, names)
 
     def named(self) -> str:
-        """bos, eos, unk and pad, each with its id where the files say it."""
+        """Tokens by role, such as bos and eos, each with its id where the files say it."""
         ids = {name: f" {self.ids[text]}" if text in self.ids else "" for name, text in self.names.items()}
         return ", ".join(f"{name.removesuffix('_token')} {text}{ids[name]}" for name, text in self.names.items())
 

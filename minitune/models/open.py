@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from minitune.errors import InputError
+from minitune.io.json_file import read_json_object
 from minitune.models.families import (
     gemma,
     gemma2,
