@@ -13,7 +13,7 @@ from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import generation_config, load_params
 from minitune.data import preference, supervised
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.errors import InputError
 from minitune.interop.peft.load import load_adapter
 from minitune.io import paths
@@ -54,10 +54,11 @@ def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[P
     n_params = sum(w.numel() for w in abstract.params.values())
     lines = [f"model: {n_params:,} parameters, vocabulary {abstract.model.config.vocab_size:,}, template: {template.origin}"]
     for name, data in sources.items():
-        next(iter(read_rows(Path(locate(data.path)))))
-        for part in data.parts():
+        located = data.with_paths(locate)
+        next(iter(read_rows(Path(located.path))))
+        for part in located.parts():
             with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {locate(data.path)}")
+        lines.append(f"data: {name} is {located.path}")
     for stage in stages:
         abstract = stage.check(abstract)
         lines.append(f"stage: {stage.label}")
@@ -148,13 +149,13 @@ def open_pipeline(
     that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    located = {name: msgspec.structs.replace(x, path=str(locate(x.path))) for name, x in sources.items()}
+    located = {name: data.with_paths(locate) for name, data in sources.items()}
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
     template = _template(source, place, text)
     # Every line of the data is read before a weight is: a bad one costs seconds, not a run.
     for data in located.values():
-        prepare = preference.prepare if data.format in preference.FORMATS else supervised.prepare
+        prepare = preference.prepare if data.format in PREFERENCE_FORMATS else supervised.prepare
         prepare(data, text, template, paths.cache())
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
