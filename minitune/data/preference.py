@@ -15,10 +15,10 @@ from minitune import tree
 from minitune.data.conversations import answered, conversation, tools
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.packing import permutation
-from minitune.data.readers import at, located
+from minitune.data.readers import error_location, rows_with_location
 from minitune.data.source import Source, column
 from minitune.data.supervised import cache_key
-from minitune.data.token_store import Document, Documents, Report, collect, load, padded, save
+from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat
 from minitune.text.template import Message, Template, with_options
@@ -126,9 +126,9 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
 def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
     """("file:line", [(tokens, whether it is the better one, or desirable)]) of every row, the last answer alone trained."""
     template = with_options(template, source.chat_template_kwargs, source.path)
-    for where, row in located(source):
+    for where, row in rows_with_location(source):
         answers, called = conversations(row, source, where), tools(row, source, where)
-        with at(where):
+        with error_location(where):
             yield (
                 where,
                 [(encode_chat(tokenizer, template, turns, tools=called, train_on="last"), better) for turns, better in answers],
@@ -158,7 +158,7 @@ def _whole(prompt: str | list[Any], answer: str | list[Any], where: str) -> list
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     if source.format == "pairs":
         samples = ([tokens for tokens, _ in row] for _, row in tokenized(source, tokenizer, template))
-        answers, _, report = collect(samples, source.path, source.seq_len, source.overlong)
+        answers, _, report = filter_documents(samples, source.path, source.seq_len, source.overlong)
         return save(folder, answers, report)
     labels: list[bool] = []  # of each answer that is read
 
@@ -168,7 +168,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Templat
                 labels.append(desirable)
                 yield [tokens]
 
-    answers, kept, report = collect(single(), source.path, source.seq_len, source.overlong)
+    answers, kept, report = filter_documents(single(), source.path, source.seq_len, source.overlong)
     mismatched = _mismatched(answers, source.path)
     return save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from minitune.data.conversations import answered, messages, tools
-from minitune.data.readers import at, located
+from minitune.data.readers import error_location, rows_with_location
 from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.text.chat import encode_prompt
@@ -28,11 +28,11 @@ def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Pr
     found = []
     for part in source.parts():
         told = with_options(template, part.chat_template_kwargs, part.path)
-        for where, row in located(part):
+        for where, row in rows_with_location(part):
             asked, answer = answered(messages(row, part, where), where)
             if not isinstance(answer.get("content"), str):
                 raise InputError(f"data: {where} has an answer without text, expected a string to compare with; correct it")
-            with at(where):
+            with error_location(where):
                 ids = encode_prompt(tokenizer, told, asked, tools=tools(row, part, where))
             found.append(Prompt(ids, answer["content"], asked))
     return found

@@ -21,14 +21,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.suffix == ".json":
-        with opened(path) as file:
+        with open_rows(path) as file:
             start = file.read(4096).lstrip()
         if start.startswith(b"["):
             return _list_rows(path)
     return _line_rows(path)
 
 
-def located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_with_location(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) of every row of the file that is of the source's part; InputError if none is."""
     path = Path(source.path)
     n_read = n_taken = 0
@@ -44,7 +44,7 @@ def located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
+def error_location(where: str) -> Iterator[None]:
     """Errors of the chat template, raised in the block, get the place of the sample."""
     try:
         yield
@@ -52,7 +52,7 @@ def at(where: str) -> Iterator[None]:
         raise InputError(f"data: {where} {error}") from None
 
 
-def opened(path: Path) -> BufferedReader:
+def open_rows(path: Path) -> BufferedReader:
     """The file, to be read as bytes; InputError if it is none."""
     if not path.is_file():
         raise InputError(f"data: {path} is no file, expected a jsonl, json or parquet file; correct the path")
@@ -61,7 +61,7 @@ def opened(path: Path) -> BufferedReader:
 
 def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     empty = True
-    with opened(path) as file:
+    with open_rows(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 empty = False
@@ -72,7 +72,7 @@ def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     expected = "a list of JSON objects"
-    with opened(path) as file:
+    with open_rows(path) as file:
         content = file.read()
     try:
         rows = msgspec.json.decode(content, type=list[msgspec.Raw])
@@ -99,7 +99,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(
             f"data: {path} needs the package pyarrow, which is not installed; pip install 'minitune[parquet]'"
         ) from None
-    opened(path).close()
+    open_rows(path).close()
     number = 0
     try:
         with pq.ParquetFile(path) as file:

@@ -2,12 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import msgspec
 
-from minitune.errors import InputError
+from minitune.errors import InputError, nearest
 from minitune.io import paths
 from minitune.text.turns import TrainOn
 from minitune.types import OpenUnitInterval, PositiveInt
@@ -126,8 +125,7 @@ def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: S
 def _check_columns(format: str, columns: Mapping[str, str]) -> None:
     for name in columns:
         if name not in COLUMNS[format]:
-            near = get_close_matches(name, COLUMNS[format], n=1, cutoff=0.0)
             raise InputError(
                 f"data: columns names {name!r}, expected {' or '.join(COLUMNS[format])} with format = "
-                f"{format!r}; did you mean {near[0]!r}? (the name here = the name in the file)"
+                f"{format!r} (the name here = the name in the file){nearest(name, COLUMNS[format])}"
             )

@@ -13,9 +13,9 @@ from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.packing import epoch_rows
-from minitune.data.readers import at, located, opened
+from minitune.data.readers import error_location, open_rows, rows_with_location
 from minitune.data.source import Source, column
-from minitune.data.token_store import Documents, Report, collect, load, padded, save
+from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
@@ -63,7 +63,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
                     files.append(number)
                     yield [tokens]
 
-        found, kept, report = collect(samples(), source.path, source.seq_len, source.overlong)
+        found, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
         save(cache / key, found, report, file=np.array(files, dtype=np.int32)[kept])
     found, (file,), report = load(cache / key, 1, "file")
     sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()
@@ -83,7 +83,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, Tokens]]:
     """("file:line", tokens) of every row of the table's own file."""
     template = with_options(template, source.chat_template_kwargs, source.path)
-    return ((where, _document(row, where, source, tokenizer, template)) for where, row in located(source))
+    return ((where, _document(row, where, source, tokenizer, template)) for where, row in rows_with_location(source))
 
 
 def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
@@ -111,7 +111,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     """A hash of everything that a source's tokens depend on."""
     rules = []
     for part in source.parts():
-        with opened(Path(part.path)) as file:
+        with open_rows(Path(part.path)) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         # neither where the file lies nor how rows are packed is in the tokens; the suffix says how it is read
         ruled = msgspec.structs.replace(part, path=Path(part.path).suffix, packed=True)
@@ -125,7 +125,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
 def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
     if source.format != "text":
         said, callable_ = messages(row, source, where), tools(row, source, where)
-        with at(where):
+        with error_location(where):
             return encode_chat(tokenizer, template, said, tools=callable_, train_on=source.train_on)
     # The text format is raw: what it writes is what the model sees, the strings of special tokens included.
     ids = tokenizer.encode(column(row, "text", (str,), source, where), parse_special=True)

@@ -27,7 +27,7 @@ class Report(NamedTuple):
     n_truncated: int
     n_dropped: int
     n_without_target: int
-    n_without_contrast: int = 0
+    n_identical: int = 0
 
 
 class Document(NamedTuple):
@@ -50,14 +50,16 @@ class Documents(NamedTuple):
         return Document(self.tokens[here], self.mask[here])
 
 
-def collect(samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str) -> tuple[Documents, np.ndarray, Report]:
+def filter_documents(
+    samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str
+) -> tuple[Documents, np.ndarray, Report]:
     """(documents, the numbers of the samples that were kept, report) of samples: one text, or the answers to one prompt.
 
     The documents of a sample are kept or left out together; overlong says what to do with one of more than seq_len tokens:
     drop or truncate. InputError if nothing is left.
     """
     tokens, mask, offsets, kept = array("i"), array("b"), array("q", [0]), array("q")
-    n_read = n_truncated = n_dropped = n_without_target = n_without_contrast = 0
+    n_read = n_truncated = n_dropped = n_without_target = n_identical = 0
     for sample in samples:
         n_read += 1
         too_long = any(len(ids) > seq_len for ids, _ in sample)
@@ -70,7 +72,7 @@ def collect(samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlo
             n_without_target += 1
             continue
         if any(ids == cut[0][0] for ids, _ in cut[1:]):
-            n_without_contrast += 1
+            n_identical += 1
             continue
         n_truncated += too_long
         kept.append(n_read - 1)
@@ -79,14 +81,14 @@ def collect(samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlo
             mask.extend(trained)
             offsets.append(len(tokens))
     if not kept:
-        same = f", {n_without_contrast} with two answers that are the same" if n_without_contrast else ""
+        same = f", {n_identical} with two answers that are the same" if n_identical else ""
         raise InputError(
             f"data: {path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than {seq_len} tokens, "
             f"{n_without_target} without a trained token{same}), expected an assistant's turn that fits; raise seq_len, set "
             'overlong = "truncate" or check the columns'
         )
     found = Documents(np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.bool_), np.array(offsets, dtype=np.int64))
-    report = Report(len(kept), len(tokens), sum(mask), n_truncated, n_dropped, n_without_target, n_without_contrast)
+    report = Report(len(kept), len(tokens), sum(mask), n_truncated, n_dropped, n_without_target, n_identical)
     return found, np.array(kept, dtype=np.int64), report
 
 

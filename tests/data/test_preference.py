@@ -334,8 +334,8 @@ def test_unpaired_answers_are_cut_at_seq_len_and_keep_their_labels(tmp_path: Pat
 
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    collect = token_store.collect
-    monkeypatch.setattr(token_store, "collect", lambda *args: [calls.append(1), collect(*args)][1])
+    filter_documents = token_store.filter_documents
+    monkeypatch.setattr(token_store, "filter_documents", lambda *args: [calls.append(1), filter_documents(*args)][1])
     source, pairset = prepared(tmp_path, numbered(3))
     assert isinstance(pairset.answers.tokens, np.memmap)
     again = preference.prepare(source, *TINY, tmp_path / "cache")

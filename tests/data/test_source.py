@@ -22,7 +22,7 @@ from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_documents, epoch_rows, fill
 from minitune.data.prompts import prompts
-from minitune.data.readers import located, read_rows
+from minitune.data.readers import read_rows, rows_with_location
 from minitune.data.source import MixtureComponent, Source, Split
 from minitune.data.supervised import Dataset, cache_key, prepare, take
 from minitune.errors import InputError
@@ -114,7 +114,7 @@ def test_parquet_says_what_lines_say(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert [row for _, row in read_rows(path)] == rows  # no key of one message is in another one
     assert [number for number, _ in read_rows(path)] == list(range(1, len(rows) + 1))
-    list(located(Source(str(path), "chat", 8, split=Split(0.5, "train"))))  # a date can be hashed
+    list(rows_with_location(Source(str(path), "chat", 8, split=Split(0.5, "train"))))  # a date can be hashed
     pq.write_table(pa.Table.from_pylist(rows[:2]), path)
     plain = [{key: value for key, value in row.items() if key != "day"} for row in rows[:2]]
     same = [

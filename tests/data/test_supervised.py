@@ -293,8 +293,8 @@ def test_data_without_a_target_is_refused(line: str, message: str, tmp_path: Pat
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = instruct_file(tmp_path, [3, 4, 5])
     calls = []
-    collect = stored.collect
-    monkeypatch.setattr(stored, "collect", lambda *args: [calls.append(1), collect(*args)][1])
+    filter_documents = stored.filter_documents
+    monkeypatch.setattr(stored, "filter_documents", lambda *args: [calls.append(1), filter_documents(*args)][1])
 
     def n_calls(source: Source, tokenizer: Tokenizer = TOKENIZER, template: Template = TEMPLATE) -> int:
         dataset = prepare(source, tokenizer, template, tmp_path / "cache")
