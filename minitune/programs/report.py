@@ -15,7 +15,7 @@ def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
     records = {name: record for name, record in summary.items() if isinstance(record, Mapping)}
     evals = {name: record for name, record in records.items() if "loss_nats" in record}
     parts: list[RenderableType] = [Text()]
-    if any(_tells(record) for record in records.values()):
+    if any(_has_figures(record) for record in records.values()):
         parts += [_stages(title, records)]
     if evals:
         parts += _samples(evals)
@@ -25,7 +25,7 @@ def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _tells(record: Mapping[str, Any]) -> bool:
+def _has_figures(record: Mapping[str, Any]) -> bool:
     return any(key in record for key in ("loss_nats", "steps", "bytes", "bytes_after"))
 
 
@@ -35,7 +35,7 @@ def _stages(title: str, records: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("loss [nats a token]", "exact match", "size [MiB]", "time [s]"):
         table.add_column(column, justify="right")
     for name, record in records.items():
-        if not _tells(record):
+        if not _has_figures(record):
             continue
         loss = f"{record['loss_nats']:.4f}" if "loss_nats" in record else ""
         match = f"{record['exact_match']:.1%} of {record['n_prompts']}" if "exact_match" in record else ""

@@ -446,16 +446,16 @@ def test_a_file_system_without_locks_is_told(tiny: Program, monkeypatch: pytest.
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
-    found: list[Any] = []
+    handlers: list[Any] = []
 
     def enter() -> None:
         with StopSignals():
-            found.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [signal.getsignal(signal.SIGTERM)]
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_summary_moves_top_up_and_keeps_the_rest_by_stage() -> None:
