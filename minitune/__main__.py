@@ -1,4 +1,4 @@
-"""The command line: run a program, or look at one. What only looks stays fast: torch is imported where it is needed."""
+"""Command line: run a program, or look at one. Verbs that only look stay fast: torch is imported where it is needed."""
 
 import json
 import shutil
@@ -146,7 +146,7 @@ def _run(name: str, *overrides: str) -> int:
 
 
 def _announced(file: Path) -> Path:
-    """The file, named on the terminal if it is TOML: the first line of output, and the first mistake, do not wait for torch."""
+    """Same file, named on the terminal if it is TOML: so the first line, and the first mistake, do not wait for torch."""
     toml.read(file, "program")
     sys.stdout.write(f"program: {file}\n")
     sys.stdout.flush()

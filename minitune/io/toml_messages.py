@@ -13,12 +13,12 @@ KeyPath = tuple[str | int, ...]  # ("stage", 1, "optimizer", "lr"), shown as sta
 
 
 def shown(path: KeyPath) -> str:
-    """A key path as it is written in messages: stage[1].optimizer.lr."""
+    """Key path as it is written in messages: stage[1].optimizer.lr."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
 def types_at(kind: Any, raw: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, ...]:
-    """What a value at a path may be by its struct's annotations; of a tagged union, the struct whose tag stands in `raw`."""
+    """Types of a value at a path by its struct's annotations; of a tagged union, the struct whose tag stands in `raw`."""
     return _types_at(msgspec.inspect.type_info(kind), raw, path)
 
 
@@ -106,7 +106,7 @@ def _types_at(info: msgspec.inspect.Type, value: Any, path: KeyPath) -> tuple[ms
 
 
 def _known(types: Sequence[msgspec.inspect.Type], tag_field: str) -> list[str]:
-    """The tags of those structs that have this tag field; without one the fields of the structs, the values of the literals."""
+    """Tags of those structs that have this tag field; without one the fields of the structs, the values of the literals."""
     known: list[str] = []
     for info in types:
         if isinstance(info, msgspec.inspect.StructType):
@@ -121,7 +121,7 @@ def _known(types: Sequence[msgspec.inspect.Type], tag_field: str) -> list[str]:
 
 
 def _in_words(types: Sequence[msgspec.inspect.Type]) -> str:
-    """The kinds of value as msgspec's messages name them: int, float, str, bool, array, table."""
+    """Kinds of value as msgspec's messages name them: int, float, str, bool, array, table."""
     words = [type(info).__name__.removesuffix("Type").lower() for info in types]
     same = {"struct": "table", "dict": "table", "vartuple": "array", "tuple": "array", "list": "array", "literal": "str"}
     return " or ".join(dict.fromkeys(same.get(word, word) for word in words if word != "none")) or "a value"
