@@ -21,8 +21,11 @@ def program_file(name: str) -> Path:
 
 
 def locate(path: str, run: Path | None = None) -> Path:
-    """Place that a program's path means: demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of
-    the run that asks, the rest is the user's."""
+    """Place that a program's path means.
+
+    demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the run that asks, the rest is
+    the user's.
+    """
     head, _, rest = path.partition("/")
     if head == "demo":
         return PACKAGE / "demo" / (rest or "model")
