@@ -1,4 +1,4 @@
-"""What a finished run shows a person: what it learned, how fast, in how much memory, and where the result lies."""
+"""Report of a finished run for a person: what it learned, how fast, in how much memory, and where the result lies."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from minitune.programs.log import readings
 
 
 def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
-    """The content of a summary.json as one table of stages, the evaluations' samples side by side, and a line of figures."""
+    """Content of a summary.json as one table of stages, the evaluations' samples side by side, and a line of figures."""
     records = {name: record for name, record in summary.items() if isinstance(record, Mapping)}
     evals = {name: record for name, record in records.items() if "loss_nats" in record}
     parts: list[RenderableType] = [Text()]
