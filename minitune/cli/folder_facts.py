@@ -23,7 +23,7 @@ PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
 
 
 class TokenizerFiles(NamedTuple):
-    """What tokenizer files say: the kind, how many tokens, and the added ones with their ids."""
+    """Content of tokenizer files: the kind, how many tokens, and the added ones with their ids."""
 
     kind: str
     size: int | None
@@ -74,7 +74,7 @@ class _FastToken(msgspec.Struct):
 
 
 class _Fast(msgspec.Struct):
-    """What is read of a tokenizer.json."""
+    """Part of a tokenizer.json that is read."""
 
     model: _FastModel
     added_tokens: list[_FastToken] = msgspec.field(default_factory=list)
