@@ -11,7 +11,7 @@ from minitune.errors import InputError
 from minitune.io.json_file import read_json, read_json_object
 from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header, read_weight_map
 from minitune.text.ranks import holds_ranks
-from minitune.text.tokenizer import NAMED_TOKENS
+from minitune.text.vocabulary import NAMED_TOKENS
 
 ADAPTER_CONFIG, ADAPTER, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "minitune.json"
 REMEDY = "fetch the file again"
@@ -23,7 +23,7 @@ PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
 
 
 class TokenizerFiles(NamedTuple):
-    """What tokenizer files say: the kind, how many tokens, and the added ones with their ids."""
+    """Content of tokenizer files: the kind, how many tokens, and the added ones with their ids."""
 
     kind: str
     size: int | None
@@ -58,7 +58,7 @@ class TokenizerFiles(NamedTuple):
         return TokenizerFiles(f"tokenizer.json ({spec.model.type or 'no type'})", size, {**declared, **added}, names)
 
     def named(self) -> str:
-        """bos, eos, unk and pad, each with its id where the files say it."""
+        """Tokens by role, such as bos and eos, each with its id where the files say it."""
         ids = {name: f" {self.ids[text]}" if text in self.ids else "" for name, text in self.names.items()}
         return ", ".join(f"{name.removesuffix('_token')} {text}{ids[name]}" for name, text in self.names.items())
 
@@ -74,7 +74,7 @@ class _FastToken(msgspec.Struct):
 
 
 class _Fast(msgspec.Struct):
-    """What is read of a tokenizer.json."""
+    """Part of a tokenizer.json that is read."""
 
     model: _FastModel
     added_tokens: list[_FastToken] = msgspec.field(default_factory=list)

@@ -1,17 +1,16 @@
-"""The show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
+"""Show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
 
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.text import Text
 
 from minitune.cli.options import OptionParser
 from minitune.data import preference
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
@@ -52,7 +51,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     screen.print(Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True)
     for name, source in asked.data.items():
         if options.data in (None, name):
-            here = msgspec.structs.replace(source, path=str(locate(source.path)))
+            here = source.with_paths(locate)
             for part in here.parts():
                 _show_file(screen, name, part, text, template, options.n)
     return 0
@@ -79,7 +78,7 @@ def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, temp
 
 def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[str, Tokens]]]]:
     """("file:line", [(what it is to its loss, tokens)]) of each row."""
-    if source.format not in preference.FORMATS:
+    if source.format not in PREFERENCE_FORMATS:
         for where, tokens in tokenized(source, text, template):
             yield where, [("", tokens)]
         return
@@ -89,7 +88,7 @@ def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tu
 
 
 def _fate(tokens: Tokens, source: Source) -> str:
-    """What becomes of a sample that is not trained on as it is."""
+    """Words on a sample that is not trained on as it is, or nothing."""
     if len(tokens.ids) > source.seq_len:
         return f" (longer than seq_len = {source.seq_len}: {'dropped' if source.overlong == 'drop' else 'cut there'})"
     return "" if any(tokens.mask) else " (left out: nothing in it is trained)"

@@ -24,7 +24,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
+    """File to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
     aside = path.with_name(f".{path.name}{NEW}")
     with disk_full_is_input_error(path):
         try:
@@ -38,7 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
+    """Folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
 
     Whoever calls this knows that the older one may go; results.result_folder finds it out. InputError for a full disk.
     """
@@ -99,7 +99,7 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """The bytes that can be written where a path lies or will lie."""
+    """Bytes that can be written where a path lies or will lie."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 

@@ -1,7 +1,6 @@
 """Loading of a program's model: checked without its weights, then read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import generation_config, load_params
 from minitune.data import preference, supervised
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
-from minitune.errors import InputError
+from minitune.data.source import PREFERENCE_FORMATS, Source
+from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
 from minitune.io import paths
 from minitune.io.paths import locate
@@ -54,10 +53,11 @@ def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[P
     n_params = sum(w.numel() for w in abstract.params.values())
     lines = [f"model: {n_params:,} parameters, vocabulary {abstract.model.config.vocab_size:,}, template: {template.origin}"]
     for name, data in sources.items():
-        next(iter(read_rows(Path(locate(data.path)))))
-        for part in data.parts():
+        located = data.with_paths(locate)
+        next(iter(read_rows(Path(located.path))))
+        for part in located.parts():
             with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {locate(data.path)}")
+        lines.append(f"data: {name} is {located.path}")
     for stage in stages:
         abstract = stage.check(abstract)
         lines.append(f"stage: {stage.label}")
@@ -122,8 +122,10 @@ def _check_device(source: ModelSource) -> None:
 def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
     """Data table that a stage asks for by name; InputError if there is none, or one of another format."""
     if name not in abstract.data:
-        near = get_close_matches(name, abstract.data, n=1, cutoff=0.0) or ["no [data] at all"]
-        raise InputError(f"loading: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
+        known = ", ".join(abstract.data) or "the program has none"
+        raise InputError(
+            f"loading: stage {label} asks for data {name!r}, expected a [data] table: {known}{nearest(name, [*abstract.data])}"
+        )
     source = abstract.data[name]
     if source.format not in formats:
         raise InputError(
@@ -148,13 +150,13 @@ def open_pipeline(
     that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    located = {name: msgspec.structs.replace(x, path=str(locate(x.path))) for name, x in sources.items()}
+    located = {name: data.with_paths(locate) for name, data in sources.items()}
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
     template = _template(source, place, text)
     # Every line of the data is read before a weight is: a bad one costs seconds, not a run.
     for data in located.values():
-        prepare = preference.prepare if data.format in preference.FORMATS else supervised.prepare
+        prepare = preference.prepare if data.format in PREFERENCE_FORMATS else supervised.prepare
         prepare(data, text, template, paths.cache())
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)

@@ -23,7 +23,7 @@ class Base(msgspec.Struct, frozen=True):
 
 
 def alpha_of(lora: Lora, rank: int) -> float:
-    """The alpha of alpha / rank that gives the rule's scale at a rank."""
+    """Alpha of alpha / rank that gives the rule's scale at a rank."""
     return lora.alpha * rank**0.5 if lora.rslora else lora.alpha
 
 
