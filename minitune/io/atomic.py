@@ -116,6 +116,7 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_full_is_input_error(path: Path) -> Iterator[None]:
+    """Turn a full disk, met while a path is written, into an InputError that says so."""
     try:
         yield
     except OSError as error:
@@ -128,4 +129,5 @@ def disk_full_is_input_error(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON; for files in a folder that atomic_folder replaces as a whole."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

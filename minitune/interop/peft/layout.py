@@ -28,4 +28,5 @@ def alpha_of(lora: Lora, rank: int) -> float:
 
 
 def module_name(name: str) -> str:
+    """Module of a weight: its name without the last part."""
     return name.rpartition(".")[0]
