@@ -30,7 +30,7 @@ from minitune.losses.token import CrossEntropy
 from minitune.models import Model
 from minitune.optim.adamw import AdamW
 from minitune.optim.transforms import ClipByGlobalNorm, chain
-from minitune.planning.memory import Step, floor
+from minitune.planning.memory import StepSpec, peak_memory
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
 from minitune.steps import train_step
@@ -50,7 +50,7 @@ def rows(vocab_size: int, n_rows: int, n_tokens: int) -> Batch:
 
 def step_and_run(
     kind: str, model: Model, params: Params, n_rows: int, n_tokens: int, targets: tuple[str, ...] = TARGETS, **how: Any
-) -> tuple[Step, Callable[[], Any]]:
+) -> tuple[StepSpec, Callable[[], Any]]:
     """(a step as its costs are counted, the same step as a function to run); how: micro_batch, trained (a dtype), optimizers."""
     lora, micro = None if kind == "full" else Lora(8, 16.0, targets), how.get("micro_batch", n_rows)
     if kind == "qlora":
@@ -68,11 +68,11 @@ def step_and_run(
     run = train_step(objective, optimizer, micro_batch=micro, donate=True)
     state = run.init(trainable)
     where = torch.device("cpu"), at_once, n_tokens, n_rows // micro
-    step = Step(model, params, trainable, lora, optimizer, loss, *where)
+    step = StepSpec(model, params, trainable, lora, optimizer, loss, *where)
     return step, lambda: run.update(params, state, batch)
 
 
-def peak_bytes(step: Step, run: Callable[[], Any]) -> int:
+def peak_bytes(step: StepSpec, run: Callable[[], Any]) -> int:
     """The most bytes of tensors at once during a step: those that it is given, and what torch's allocator gives out meanwhile."""
     run()  # what torch sets up on a first call is no part of a step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -96,7 +96,7 @@ def measured(kind: str, dtype: str, again: bool, toy: bool) -> dict[str, float]:
     model = model._replace(config=config, n_remat=config.n_layers if again else 0)
     params = {name: w.to(getattr(torch, dtype)) for name, w in model.init(0).items()}
     step, run = step_and_run(kind, model, params, 2 if kind == "dpo" else 4, 128 if toy else 512)
-    return {"floor": sum(floor(step).values()), "measured": peak_bytes(step, run)}
+    return {"floor": sum(peak_memory(step).values()), "measured": peak_bytes(step, run)}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from minitune.models.families import llama
 from minitune.optim.adamw import AdamW
 from minitune.planning import memory
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import Step
+from minitune.planning.memory import StepSpec
 from minitune.programs.allocator import keep_freed
 from minitune.steps import train_step
 from minitune.types import Batch, TrainState
@@ -40,7 +40,7 @@ CHANGES = {
 TOY = {"adapters": [(2, 300, n, 1, 16) for n in (1, 2)]}
 
 
-def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callable[[], object], Step]:
+def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callable[[], object], StepSpec]:
     """(a step of all adapters as a function to run, the same as its costs are counted, of one adapter)."""
     n_layers, vocab_size, n, rows, length = case
     heads = {"n_heads": d_model // 64, "n_kv_heads": max(1, d_model // 192), "d_head": 64}
@@ -51,7 +51,7 @@ def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callabl
     segments = (torch.arange(length) * 2 // length + 1).to(torch.int32).expand_as(tokens)
     batch, optimizer = Batch(tokens, segments, torch.ones_like(tokens, dtype=torch.bool)), AdamW(lr=1e-4)
     deltas = [RULE.init(params, i) for i in range(n)]
-    counted = Step(model, params, deltas[0], RULE, optimizer, CrossEntropy(), torch.device("cpu"), rows, length)
+    counted = StepSpec(model, params, deltas[0], RULE, optimizer, CrossEntropy(), torch.device("cpu"), rows, length)
     if n == 1:
         step = train_step(sft(model, RULE), optimizer, micro_batch=rows, donate=True)
         state = step.init(deltas[0])
@@ -77,7 +77,7 @@ def lines(toy: bool) -> Iterator[str]:
                 times += [time.process_time() - started] if i > 1 else []
             tokens, middle = n * rows * length, statistics.median(times)
             per_token = flops_per_token(counted.model, counted.trainable, length / 2)
-            floor = f"{sum(memory.floor(counted).values()) / 2**20:,.0f}" if n == 1 else ""
+            floor = f"{sum(memory.peak_memory(counted).values()) / 2**20:,.0f}" if n == 1 else ""
             rate = f"{tokens / middle:,.0f} ±{(tokens / min(times) - tokens / max(times)) / 2:,.0f}"
             share = per_token * tokens / middle / (limit / torch.get_num_threads())
             yield f"| {what} | {n_layers} | {vocab_size:,} | {n} | {rows} x {length} | {rate} | {share:.0%} | {floor} |"

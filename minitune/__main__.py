@@ -4,12 +4,11 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Never
 
 from minitune import __version__
-from minitune.errors import InputError
+from minitune.errors import InputError, nearest
 from minitune.io import paths, toml
 
 HELP = """\
@@ -160,8 +159,7 @@ def _program_file(name: str) -> Path:
         return path
     shipped = list(paths.shipped())
     known = [*VERBS, *shipped]
-    near = get_close_matches(name.removeprefix("programs/").removesuffix(".toml"), known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)
     return _refuse(f"{name} is no file, no verb and no shipped program, expected one of {', '.join(known)}{hint}")
 
 

@@ -5,7 +5,6 @@ written in a table: `mu.model.layers.0.mlp.up_proj.weight.a`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune.errors import InputError
-from minitune.types import Params, Trainable
+from minitune.errors import InputError, closest
+from minitune.types import Params, Trainable, wide_dtype
 
 SUM_ELEMENTS = 2**18  # that are added up at a time
 Tree = Any  # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
@@ -86,7 +85,7 @@ def add(x: Tree, y: Tree) -> Tree:
 
 def norm(tree: Tree) -> Float[Tensor, ""]:
     """Euclidean norm over all leaves together, accumulated in float32; TypeError for a tree without leaves."""
-    parts = [torch.linalg.vector_norm(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves(tree)]
+    parts = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in leaves(tree)]
     if not parts:
         raise TypeError("tree: norm of a tree without leaves, expected at least one tensor")
     return torch.linalg.vector_norm(torch.stack(parts))
@@ -107,7 +106,7 @@ def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
         raise InputError(f"{what}: the list of globs is empty, expected at least one such as '*.mlp.*_proj.weight'")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            near = get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+            near = closest(glob, names, 3, cutoff=0.3) or names[:3]
             raise InputError(f"{what}: {glob!r} matches no weight; the nearest are {', '.join(near)}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 

@@ -4,18 +4,29 @@
     D  d_model             F  d_ff                  R  LoRA rank
     N  attention heads     K  key/value heads       E  d_head
     S  keys that can be attended to (cached + new)  n  labelled rows
+    Ev head size of values, where it is not E
 
 Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.0.self_attn.q_proj.weight".
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Union
+from typing import Annotated, Any, NamedTuple, Union
 
 import torch
 from jaxtyping import Bool, Float, Int
+from msgspec import Meta
 from torch import Tensor
 
 from minitune.hardware import to_device
+
+# numbers in a certain range: msgspec checks them where a program, a config or a data file is decoded
+PositiveInt = Annotated[int, Meta(gt=0)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+UnitInterval = Annotated[float, Meta(ge=0.0, le=1.0)]
+OpenUnitInterval = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
 class Delta(NamedTuple):
@@ -99,7 +110,7 @@ class UnpairedBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on judged answers counts, in metrics."""
+        """What the weight of an objective on unpaired answers counts, in metrics."""
         return "answers"
 
 
@@ -157,3 +168,13 @@ class Step(NamedTuple):
 
     init: Callable[[Any], TrainState]  # trainable -> state
     update: Callable[[Params, TrainState, Any], tuple[TrainState, Metrics]]  # (params, state, batch) -> (state, metrics)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or dtype itself where that is wider: in which sums over many numbers are made."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32 or wider."""
+    return x.to(wide_dtype(x.dtype))

@@ -1,6 +1,6 @@
 """Differential privacy: each example's gradient is clipped, and noise hides what any one of them did (DP-SGD)."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -14,18 +14,27 @@ from minitune.hardware import to_device
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.tree import Tree
-from minitune.types import Mean, Metrics, Params, Step, Trainable, TrainState
-
-Positive = Annotated[int, msgspec.Meta(gt=0)]
+from minitune.types import (
+    Mean,
+    Metrics,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Step,
+    Trainable,
+    TrainState,
+    wide_dtype,
+)
 
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DP-SGD's knobs (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): a clipping norm C, and the noise's deviation over C."""
 
-    max_norm: Annotated[float, msgspec.Meta(gt=0.0)]
-    noise: Annotated[float, msgspec.Meta(ge=0.0)]  # sigma, the noise multiplier
+    max_norm: PositiveFloat
+    noise: NonNegativeFloat  # sigma, the noise multiplier
     seed: int
-    chunk: Positive = 8  # examples whose gradients are computed at once
+    chunk: PositiveInt = 8  # examples whose gradients are computed at once
 
 
 class PrivateState(NamedTuple):
@@ -40,7 +49,7 @@ def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]
 
     An example whose gradient is not finite adds nothing, or it alone would decide the step.
     """
-    squares = torch.stack([g.flatten(1).to(_wide(g)).square().sum(1) for g in tree.leaves(grads)])
+    squares = torch.stack([g.flatten(1).to(wide_dtype(g.dtype)).square().sum(1) for g in tree.leaves(grads)])
     norms = squares.sum(0).sqrt()
     good = torch.isfinite(norms)
     factors = torch.where(good, 1 / (norms / max_norm).clamp(min=1.0), 0.0)
@@ -56,7 +65,7 @@ def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
     """grads + normal(0, deviation^2), drawn from (seed, "noise", step, path of the leaf)."""
 
     def noise(path: str, g: Tensor) -> Tensor:
-        drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=_wide(g))
+        drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=wide_dtype(g.dtype))
         return g + to_device((deviation * drawn).to(g.dtype), g.device)
 
     return tree.rebuild(grads, [noise(path, g) for path, g in tree.items(grads)])
@@ -102,7 +111,3 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
         return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
 
     return Step(init, update)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -1,12 +1,11 @@
 """Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not its entries, change least."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from jaxtyping import Bool, Float
-from msgspec import Meta
 from torch import Tensor
 
 from minitune.errors import InputError
@@ -18,7 +17,7 @@ from minitune.models.weights import head_name, layer_of
 from minitune.quant.rules import Quantization, refuse_not_finite
 from minitune.quant.schemes import NF4, Int4, Int8, base_weight, with_base_weight
 from minitune.quant.tensors import QInt4, QInt8
-from minitune.types import Batch, Params
+from minitune.types import Batch, Params, PositiveFloat, PositiveInt
 
 BLOCK = 128  # columns whose errors are spread together, a multiple of every group: it changes the time, not the result
 
@@ -31,8 +30,8 @@ class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     """Round column by column, each error undone as far as the later columns can (Frantar et al. 2022, arXiv 2210.17323)."""
 
     data: str  # name of a [data] table
-    rows: Annotated[int, Meta(gt=0)]  # of that data
-    damp: Annotated[float, Meta(gt=0)] = 0.01  # added to the Hessian's diagonal, as a part of the diagonal's mean
+    rows: PositiveInt  # of that data
+    damp: PositiveFloat = 0.01  # added to the Hessian's diagonal, as a part of the diagonal's mean
 
 
 Method = Rtn | Gptq

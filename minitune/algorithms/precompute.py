@@ -27,7 +27,7 @@ from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.models.model import Model
 from minitune.nn.head import head_chunk
-from minitune.types import Batch, Params, TeacherBatch
+from minitune.types import Batch, Params, TeacherBatch, widen
 
 LAYOUT = 1  # of both caches: another number makes every cache anew
 FORWARD_TOKENS = 2**13  # tokens in a forward, padding included
@@ -44,7 +44,7 @@ class TopK(NamedTuple):
 def reference_logps(
     model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: Progress | None = None
 ) -> np.ndarray:
-    """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of judged answers and mismatched ones.
+    """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of unpaired answers and mismatched ones.
 
     InputError for a damaged cache.
     """
@@ -87,7 +87,7 @@ def teacher_tops(
     return tops
 
 
-def taught(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
+def with_teacher(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
     """The batch with what the teacher says of every token, given where in the data set each one stands."""
     at = positions.numpy()
     return TeacherBatch(batch, torch.from_numpy(tops.ids[at].astype(np.int64)), torch.from_numpy(np.array(tops.logps[at])))
@@ -119,7 +119,7 @@ def _top_rows(
         states = model.hidden(params, batch).roll(1, 1)[batch.target_mask()]  # the state before a token predicts it
         for start in range(0, len(places), chunk):
             logits = model.logits(params, states[start : start + chunk])
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            wide = widen(logits)
             top = (wide / temperature).log_softmax(-1).topk(k)
             yield places[start : start + chunk], _numpy(top.indices), _numpy(top.values)
         done += len(rows)

@@ -21,7 +21,7 @@ from minitune.optim.apply import apply_gradients_each
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import sum_over_ranks
 from minitune.tree import Tree
-from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, Step, TrainState
+from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, Step, TrainState, wide_dtype
 
 CPU_HIDDEN_ELEMENTS = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
 
@@ -149,8 +149,5 @@ def sweep_step(
 
 def _norms(stacked: Tree) -> Tensor:
     """Euclidean norm [n] of each adapter's gradient, accumulated in float32 or wider."""
-    parts = [
-        torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for x in tree.leaves(stacked)
-    ]
+    parts = [torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide_dtype(x.dtype)) for x in tree.leaves(stacked)]
     return torch.linalg.vector_norm(torch.stack(parts), dim=0)

@@ -18,19 +18,19 @@ def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, ref
     The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
     """
 
-    def objective(trainable: Trainable, params: Params, judged: UnpairedBatch) -> tuple[Mean, dict[str, Mean]]:
-        rows = judged.answers, judged.mismatched
+    def objective(trainable: Trainable, params: Params, batch: UnpairedBatch) -> tuple[Mean, dict[str, Mean]]:
+        rows = batch.answers, batch.mismatched
         adapted = apply_trainable(params, trainable, lora)
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
             drifted = answer_logps(model, adapted, rows[1])
-            if isinstance(judged.reference, Tensor):
-                frozen, held = to_device(judged.reference, drifted.device).unbind(1)
+            if isinstance(batch.reference, Tensor):
+                frozen, held = to_device(batch.reference, drifted.device).unbind(1)
             else:
                 base = apply_trainable(params, required(reference, "unpaired_preference"), lora)
                 frozen, held = (answer_logps(model, base, one) for one in rows)
             kl = (drifted - held).mean().clamp(min=0.0)
         policy = answer_logps(model, adapted, rows[0])
-        rewards, desirable = loss.rewards(policy, frozen), to_device(judged.desirable, policy.device)
+        rewards, desirable = loss.rewards(policy, frozen), to_device(batch.desirable, policy.device)
         readings = {
             "reward_desirable": Mean.of(rewards, desirable),
             "reward_undesirable": Mean.of(rewards, ~desirable),

@@ -12,6 +12,7 @@ from minitune import tree
 from minitune.autodiff.value_and_grad import PLACEHOLDER, autograd_grads
 from minitune.hardware import is_accelerator
 from minitune.tree import Tree
+from minitune.types import wide_dtype
 
 
 def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -106,7 +107,7 @@ def _chunk_gradients(
     chunks say of the others is added up in float32 or wider."""
     rows, *weights = tensors
     chosen = [w for w, need in zip(weights, needed[1:], strict=True) if need]
-    sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in chosen]
+    sums = [torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in chosen]
     values, pieces = [], []
     for start in range(0, max(len(rows), 1), chunk):  # no row at all still makes one empty piece
         fresh = [x.detach().requires_grad_(need) for x, need in zip((rows[start : start + chunk], *weights), needed, strict=True)]

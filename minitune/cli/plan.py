@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune import hardware, host
 from minitune.errors import InputError
 from minitune.optim.eight_bit import AdamW8bit
-from minitune.planning.memory import Step, floor
+from minitune.planning.memory import StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.plan import Planned, planned, quantized_params
 from minitune.programs.stages.train import HOST
@@ -65,14 +65,14 @@ def fit_lines(one: Planned) -> Iterator[str]:
     for change, less in _smaller(one):
         if n_bytes <= there:
             return
-        before, n_bytes = n_bytes, sum(floor(less).values())
+        before, n_bytes = n_bytes, sum(peak_memory(less).values())
         if n_bytes < before:
             yield f"  {change}: {n_bytes / MIB:,.1f} MiB{', fits' if n_bytes <= there else ''}"
     if n_bytes > there:
         yield "  or a smaller model, or a lora stage in place of a full one" if step.lora is None else "  or a smaller model"
 
 
-def _smaller(one: Planned) -> Iterator[tuple[str, Step]]:
+def _smaller(one: Planned) -> Iterator[tuple[str, StepSpec]]:
     """Changes to a program that need less memory, the mildest first, each with those before it."""
     step, stage, lora = one.step, one.stage, one.step.lora is not None
     n_micro = stage.micro_batch_size or stage.batch_size

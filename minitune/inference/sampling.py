@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minitune import seeds
 from minitune.hardware import to_device, widest_float
+from minitune.types import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval, widen
 
 Logits = Float[Tensor, "B V"]
 
@@ -19,11 +20,11 @@ Logits = Float[Tensor, "B V"]
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The likeliest token at temperature 0, else a draw from softmax(logits / temperature) after the filters."""
 
-    temperature: Annotated[float, Meta(ge=0.0)] = 0.0
-    top_k: Annotated[int, Meta(gt=0)] | None = None  # keep the k likeliest tokens
+    temperature: NonNegativeFloat = 0.0
+    top_k: PositiveInt | None = None  # keep the k likeliest tokens
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None  # keep the likeliest tokens that together reach this probability
-    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None  # keep tokens at least this share as likely as the likeliest
-    repetition_penalty: Annotated[float, Meta(gt=0.0)] = 1.0  # over prompt and answer; above 1 makes what was said less likely
+    min_p: UnitInterval | None = None  # keep tokens at least this share as likely as the likeliest
+    repetition_penalty: PositiveFloat = 1.0  # over prompt and answer; above 1 makes what was said less likely
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -68,7 +69,7 @@ def min_p(logits: Logits, share: float) -> Logits:
 def filtered(logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling) -> Logits:
     """Logits, float32 or wider, of the distribution that a token is drawn from, -inf where never; at temperature 0 they are not
     divided. As in transformers: repetition penalty over the tokens `said` so far, temperature, top-k, top-p, min-p."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widen(logits)
     if sampling.repetition_penalty != 1.0:
         logits = penalized(logits, said, sampling.repetition_penalty)
     if sampling.temperature > 0:

@@ -35,7 +35,7 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
-    beside: FolderExtras,
+    extras: FolderExtras,
     *,
     activations: Activations,
 ) -> None:
@@ -58,14 +58,15 @@ def save(
         tensors |= {**stored(module, w, scheme.activations), f"{module}.weight_scale": w.scale.to(dtype)}
     if not schemes:
         raise InputError(
-            "compressed: no weight is quantized, expected int8, int4 or float8 leaves; put a quantize stage before this one"
+            "compressed_tensors: no weight is quantized, expected int8, int4 or float8 leaves; "
+            "put a quantize stage before this one"
         )
     if activations == "int8" and not any(scheme.activations == "int8" for scheme in schemes):
         raise InputError(
-            "compressed: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
+            "compressed_tensors: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
         )
     config = {"quantization_config": _config(schemes, unquantized(params, model))}
-    save_folder(folder, tensors, model, beside, config_keys=config)
+    save_folder(folder, tensors, model, extras, config_keys=config)
 
 
 def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
@@ -75,9 +76,9 @@ def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
         return _Scheme(8, None, "float8")
     if isinstance(w, QInt4):
         return _Scheme(4, w.shape[1] // w.scale.shape[1], "none")
-    found = "NF4" if isinstance(w, QNF4) else type(w).__name__
+    kind = "NF4" if isinstance(w, QNF4) else type(w).__name__
     raise InputError(
-        f"compressed: {name} is {found}, expected int8, int4 or float8; "
+        f"compressed_tensors: {name} is {kind}, expected int8, int4 or float8; "
         "write NF4 in the format 'bitsandbytes', or quantize to int4"
     )
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from minitune.errors import InputError
-from minitune.io.atomic import sync
+from minitune.io.atomic import sync_tree
 
 
 def key(*parts: Any) -> str:
@@ -31,8 +31,7 @@ def filling(folder: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     try:
         yield aside
-        for path in (*aside.iterdir(), aside):
-            sync(path)
+        sync_tree(aside)
         try:
             aside.rename(folder)
         except OSError:

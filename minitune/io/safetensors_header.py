@@ -11,6 +11,8 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from minitune.io.json_file import read_json
+
 BITS = {  # of one element, in the order in which the safetensors library lays tensors out
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 64),
     **dict.fromkeys(["F32", "U32", "I32"], 32),
@@ -40,13 +42,22 @@ class Entry(NamedTuple):
         return prod(self.shape)
 
 
-Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+UInt63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _Raw(msgspec.Struct):
     dtype: str
-    shape: Annotated[list[Size], msgspec.Meta(max_length=64)]
-    data_offsets: tuple[Size, Size]
+    shape: Annotated[list[UInt63], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[UInt63, UInt63]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def read_weight_map(folder: Path, room: str, remedy: str) -> dict[str, str]:
+    """File name of every weight, as the index of a folder's shards says it; InputError as read_json raises it."""
+    return read_json(folder / INDEX, _Index, room, remedy).weight_map
 
 
 def read_header(path: Path) -> dict[str, Entry]:

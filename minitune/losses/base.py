@@ -1,19 +1,15 @@
 """What losses have in common: their types, what each kind declares, and a logarithm that stays finite."""
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import msgspec
 import torch
 from jaxtyping import Float
-from msgspec import Meta
 from torch import Tensor
 
 Nats = Float[Tensor, "*rows"]  # log-probabilities or losses
 Logits = Float[Tensor, "*rows V"]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
-UnitInterval = Annotated[float, Meta(ge=0.0, le=1.0)]
 ObjectiveName = Literal["supervised", "preference", "unpaired_preference", "distillation"]
 
 

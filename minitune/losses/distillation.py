@@ -1,16 +1,16 @@
 """Losses that compare a student with a teacher, token by token."""
 
 import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from msgspec import Meta
 from torch import Tensor
 
-from minitune.losses.base import BaseLoss, Logits, Nats, ObjectiveName, PositiveFloat, UnitInterval, log1mexp
+from minitune.losses.base import BaseLoss, Logits, Nats, ObjectiveName, log1mexp
 from minitune.losses.token import cross_entropy
+from minitune.types import OpenUnitInterval, PositiveFloat, UnitInterval, widen
 
 
 class Distillation(BaseLoss, frozen=True):
@@ -43,7 +43,7 @@ class Distillation(BaseLoss, frozen=True):
         Merging classes never raises a divergence (log sum inequality, Cover & Thomas 2006, section 2.7): this is a lower bound
         of the whole one, and equal to it when k = V. The teacher's mass of the others is known to the rounding of top_logps.
         """
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        wide = widen(logits) / self.temperature
         ids = top_ids.long()
         student, teacher = wide.gather(-1, ids), top_logps.to(wide.dtype)
         if ids.shape[-1] < logits.shape[-1]:  # else there is no other token, hence no class of them
@@ -114,7 +114,7 @@ def jensen_shannon(student_logits: Logits, teacher_logits: Logits, *, temperatur
 class JensenShannon(Distillation, frozen=True, tag="jensen_shannon"):
     """The mean divergence of teacher and student from their mixture, at most log 2 a token at temperature 1 and weight 0.5."""
 
-    weight: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
+    weight: OpenUnitInterval = 0.5
 
     def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
         """jensen_shannon."""
@@ -122,7 +122,7 @@ class JensenShannon(Distillation, frozen=True, tag="jensen_shannon"):
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    return F.log_softmax(widen(logits) / temperature, dim=-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

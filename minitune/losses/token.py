@@ -2,17 +2,17 @@
 
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from minitune.losses.base import BaseLoss, Logits, Nats, ObjectiveName
+from minitune.types import widen
 
 
 def cross_entropy(logits: Logits, targets: Int[Tensor, "*rows"]) -> Nats:
     """log sum_v exp(logits_v) - logits_target, in nats, computed in float32 or wider, one value a row; nothing is averaged."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widen(logits)
     nats = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.reshape(-1), reduction="none")
     return nats.reshape(targets.shape)
 

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minitune.losses.base import BaseLoss, Nats, NonNegativeFloat, ObjectiveName, PositiveFloat
+from minitune.losses.base import BaseLoss, Nats, ObjectiveName
+from minitune.types import NonNegativeFloat, PositiveFloat
 
 
 def kto(
@@ -26,10 +27,10 @@ def kto(
 
 
 class Kto(BaseLoss, frozen=True, tag="kto"):
-    """Kahneman-Tversky optimization: answers are judged one by one, each against the reference point kl."""
+    """Kahneman-Tversky optimization: answers are unpaired, each compared with the reference point kl."""
 
     objective: ClassVar[ObjectiveName] = "unpaired_preference"
-    formats: ClassVar[tuple[str, ...]] = ("judged",)
+    formats: ClassVar[tuple[str, ...]] = ("unpaired",)
     compares_answers: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     min_samples: ClassVar[int] = 2  # the answers of a micro-batch are compared

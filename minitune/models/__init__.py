@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # the room of checkpoints imports this one, so its function is looked up when somebody asks for it
+    """Name from another room: `load`, whose file imports the models and so can't be imported before them."""
     if name == "load":
         from minitune.checkpoint.hf_folder import load
 

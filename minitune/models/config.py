@@ -8,8 +8,8 @@ from msgspec import Meta
 from minitune.models import rope_scaling as models_rope_scaling
 from minitune.models.experts import Experts
 from minitune.nn.elementwise import Norm
+from minitune.types import PositiveInt
 
-Size = Annotated[int, Meta(gt=0)]
 QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each after RoPE, no weight
 NormPlacement = Literal["before", "after", "both"]  # of attention and of the mlp
 Activation = Literal["silu", "gelu_tanh"]
@@ -23,17 +23,17 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Numbers that a decoder is made of; the patterns mixers, layer_types and rope_layers repeat over depth."""
 
     n_layers: Annotated[int, Meta(gt=0, le=10_000)]
-    n_heads: Size
-    n_kv_heads: Size
-    d_model: Size
-    d_head: Size
-    d_ff: Size
-    vocab_size: Size
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt
+    d_model: PositiveInt
+    d_head: PositiveInt
+    d_ff: PositiveInt
+    vocab_size: PositiveInt
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: models_rope_scaling.Scaling | None = None
     tie_embeddings: bool = False
-    max_positions: Size = 2048
+    max_positions: PositiveInt = 2048
     attention_bias: bool = False  # on q, k, v and o
     mlp_bias: bool = False
 
@@ -51,15 +51,15 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     final_cap: float | None = None
     mixers: tuple[MixerName, ...] = ("grouped_query",)
     layer_types: tuple[AttentionType, ...] = ("full",)
-    window: Size | None = None  # tokens; None: sliding layers are full
-    chunk: Size | None = None  # tokens
+    window: PositiveInt | None = None  # tokens; None: sliding layers are full
+    chunk: PositiveInt | None = None  # tokens
     rope_layers: tuple[bool, ...] = (True,)
     rotary_factor: float = 1.0  # the part of each head's dimensions, from the first, that RoPE rotates
     window_rope_theta: float | None = None  # of sliding layers, which are then unscaled; None: RoPE as on the others
     rope_in_float32: bool = False
     rope_layout: RopeLayout = "half"
     nope_growth: float | None = None  # queries without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
-    nope_span: Size = 8192  # tokens
+    nope_span: PositiveInt = 8192  # tokens
     experts: Experts | None = None  # in place of the mlp, on the layers that it says
     sinks: bool = False  # one more score a head, learned, whose weight goes nowhere
 

@@ -2,19 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
 from jaxtyping import Float
-from msgspec import Meta
 from torch import Tensor
 
 from minitune.nn import moe
 from minitune.nn.elementwise import swiglu
-from minitune.types import Params
-
-Size = Annotated[int, Meta(gt=0)]
+from minitune.types import Params, PositiveInt
 
 
 class Names(NamedTuple):
@@ -56,13 +53,13 @@ NAMES = {
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The numbers of a mixture of experts, and what its router does. The pattern `layers` repeats over depth."""
 
-    n_experts: Size
-    n_active: Size  # experts a token
-    d_ff: Size  # of one expert
+    n_experts: PositiveInt
+    n_active: PositiveInt  # experts a token
+    d_ff: PositiveInt  # of one expert
     names: Literal["mixtral", "qwen", "gpt_oss", "llama4"]
     router: Literal["softmax_then_top", "top_then_softmax", "top_then_sigmoid"] = "softmax_then_top"
     renormalised: bool = True  # the weights of softmax_then_top are divided by their sum
-    d_shared: Size | None = None  # d_ff of one more expert, which every token goes through
+    d_shared: PositiveInt | None = None  # d_ff of one more expert, which every token goes through
     shared_gate: bool = False  # the shared expert is weighed by a sigmoid
     bias: bool = False  # on the router and the experts
     limit: float = 7.0  # of gpt-oss's clamped swiglu

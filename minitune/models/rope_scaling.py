@@ -13,7 +13,7 @@ from minitune.errors import InputError
 from minitune.hardware import to_device
 
 
-class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"):
+class LinearScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"):
     """Every frequency divided by factor (Chen et al. 2023, arXiv 2306.15595, eq. 4)."""
 
     factor: float
@@ -61,7 +61,7 @@ class LongRope(
     attention_factor: float | None = None
 
 
-Scaling = Linear | Dynamic | Llama3 | Yarn | LongRope
+Scaling = LinearScaling | Dynamic | Llama3 | Yarn | LongRope
 BY_LENGTH = Dynamic | LongRope  # scalings that depend on how long the text is
 STRETCHED = ("llama3", "yarn", "longrope")  # that know the context before stretching
 
@@ -79,7 +79,7 @@ def frequencies(
         stretch = scaling.factor * lengths / max_positions - (scaling.factor - 1)
         return 1.0 / (theta * stretch ** (d_rotary / (d_rotary - 2))) ** to_device(powers, lengths.device)
     f = 1.0 / theta**powers
-    if isinstance(scaling, Linear):
+    if isinstance(scaling, LinearScaling):
         return f / scaling.factor
     if isinstance(scaling, Llama3):
         turns = scaling.original_max_position_embeddings * f / (2 * math.pi)  # full turns within the original context

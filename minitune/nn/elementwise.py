@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitune.autodiff.remat import remat, with_derivative
 from minitune.autodiff.value_and_grad import under_transform
+from minitune.types import widen
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 
@@ -23,7 +24,7 @@ def rms_norm(
     """
 
     def normed(x: Tensor, w: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widen(x)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         if kind == "w_after_cast":
             return w.to(x.dtype) * scaled.to(x.dtype)
@@ -32,7 +33,7 @@ def rms_norm(
 
     def derivative(d_y: Tensor, needed: Sequence[bool], x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
         # with r = 1 / sqrt(mean(x^2) + eps) and y = s x r: d_x = r (s d_y - x r^2 mean(x s d_y)), d_s = sum of d_y x r
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widen(x)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         d_x = d_w = None
         if needed[0]:

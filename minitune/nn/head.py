@@ -17,10 +17,10 @@ from minitune.tree import Tree
 from minitune.types import Adapted
 
 HEAD_CHUNK = 2**22  # logits alive at a time: 16 MiB in float32, which stay near a core
-HEAD_ROWS = 128  # but at least so many rows of them, or a matmul takes its time to read the head of a large vocabulary
-GPU_CHUNK_FACTOR = 64  # times as many on a GPU, which has no such caches: the head is read once a chunk
-TRAINED = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
-PIECE = 2**19  # logits that a loss is given at a time on a CPU: what it makes of them then stays near a core
+HEAD_ROWS = 128  # least rows of a chunk: with fewer, a matmul takes its time to read the head of a large vocabulary
+GPU_CHUNK_FACTOR = 64  # times as many logits on a GPU, which has no such caches: the head is read once a chunk
+TRAINED_HEAD_FACTOR = 4  # times as many where the head trains: each chunk then adds to a gradient as large as the head
+LOSS_SLICE_LOGITS = 2**19  # logits that a loss sees at a time on a CPU: what it makes of them then stays near a core
 
 
 def token_losses(
@@ -88,12 +88,12 @@ def by_rows(loss: Callable[..., Float[Tensor, "n *values"]]) -> Callable[..., Fl
 
 def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
     """How many rows `by_rows` gives to a loss."""
-    return max(1, PIECE // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
+    return max(1, LOSS_SLICE_LOGITS // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
 
 
 def head_chunk(head: Float[Tensor, "V D"] | QTensor | Adapted, trains: bool = False) -> int:
     """How many rows of logits are alive at a time."""
-    times = (1 if tree.leaves(head)[0].device.type == "cpu" else GPU_CHUNK_FACTOR) * (TRAINED if trains else 1)
+    times = (1 if tree.leaves(head)[0].device.type == "cpu" else GPU_CHUNK_FACTOR) * (TRAINED_HEAD_FACTOR if trains else 1)
     return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
 
 

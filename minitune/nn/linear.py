@@ -10,7 +10,7 @@ from minitune.quant import widened
 from minitune.quant.linear import quantized_linear
 from minitune.quant.schemes import dequantize
 from minitune.quant.tensors import QTensor
-from minitune.types import Adapted, Delta
+from minitune.types import Adapted, Delta, wide_dtype
 
 
 def linear(
@@ -60,7 +60,7 @@ def row_norms(adapted: Adapted) -> Float[Tensor, "*n out"]:
 
     From |W|^2 + 2 W a^T b + b a a^T b, so that the sum W + b a is never built.
     """
-    wide = torch.promote_types(adapted.a.dtype, torch.float32)
+    wide = wide_dtype(adapted.a.dtype)
     w = adapted.w if isinstance(adapted.w, Tensor) else dequantize(adapted.w, wide)
     w, a, b = (x.detach().to(wide) for x in (w, adapted.a, adapted.b))
     square = w.square().sum(-1) + 2 * ((w @ a.mT) * b).sum(-1) + ((b @ (a @ a.mT)) * b).sum(-1)

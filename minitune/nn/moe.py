@@ -17,7 +17,7 @@ from minitune import hardware
 from minitune.autodiff.value_and_grad import under_transform
 from minitune.nn.linear import linear
 from minitune.quant.tensors import QTensor
-from minitune.types import Adapted
+from minitune.types import Adapted, widen
 
 
 class Routes(NamedTuple):
@@ -30,20 +30,20 @@ class Routes(NamedTuple):
 def softmax_then_top(logits: Float[Tensor, "n X"], k: int, renormalised: bool) -> Routes:
     """The k largest of softmax(logits), in float32; renormalised: divided by their sum
     (Jiang et al. 2024, arXiv 2401.04088, section 2.1; Muennighoff et al. 2024, arXiv 2409.02060, eq. 2)."""
-    weights, experts = _wide(logits).softmax(-1).topk(k)
+    weights, experts = widen(logits).softmax(-1).topk(k)
     return Routes(experts, weights / weights.sum(-1, keepdim=True) if renormalised else weights)
 
 
 def top_then_softmax(logits: Float[Tensor, "n X"], k: int) -> Routes:
     """softmax over the k largest logits alone (OpenAI 2025, arXiv 2508.10925, section 2.2)."""
     top, experts = logits.topk(k)
-    return Routes(experts, _wide(top).softmax(-1))
+    return Routes(experts, widen(top).softmax(-1))
 
 
 def top_then_sigmoid(logits: Float[Tensor, "n X"], k: int) -> Routes:
     """sigmoid of the k largest logits (Llama 4, as published with its weights)."""
     top, experts = logits.topk(k)
-    return Routes(experts, _wide(top).sigmoid())
+    return Routes(experts, widen(top).sigmoid())
 
 
 Tap = Callable[[Tensor, Tensor], None]  # (rows of one expert, what its linear map made of them)
@@ -124,7 +124,7 @@ def load_balance(logits: Float[Tensor, "L n X"], k: int, mask: Bool[Tensor, "n"]
 
     Differentiable through P alone; 0 where mask is True nowhere.
     """
-    p = _wide(logits).softmax(-1)
+    p = widen(logits).softmax(-1)
     kept = mask[:, None].to(p.dtype)
     n_rows = (len(logits) * kept.sum()).clamp(min=1.0)
     hits = F.one_hot(p.detach().topk(k).indices, p.shape[-1]).sum(-2).to(p.dtype)
@@ -196,7 +196,3 @@ def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
 def _has_kernel(x: Tensor) -> bool:
     """On a CPU the experts one by one are as fast (bench/moe.py)."""
     return x.dtype == torch.bfloat16 and hardware.cuda_capability(x.device) >= (8, 0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.optim.rounding import Rounding
-from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_tree, wide_zeros, zero_count
+from minitune.optim.transforms import Scope, Slice, slice_tree, wide_zeros, zero_count
 from minitune.tree import Tree
+from minitune.types import Fraction, NonNegativeFloat
 
 # elements per fused call; bounds the scratch memory of a donated step
 FUSED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26, "xpu": 2**26}
@@ -41,10 +42,10 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)."""
 
     scope: ClassVar[Scope] = "element"
-    lr: NonNegative
+    lr: NonNegativeFloat
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: NonNegative = 1e-8
-    weight_decay: NonNegative = 0.0
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> AdamState:
         """Zero moments, in float32 or wider."""

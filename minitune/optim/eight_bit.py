@@ -11,8 +11,9 @@ from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.optim.adamw import AdamState, AdamW
-from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_scratch_bytes, take_slice, zero_count
+from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, take_slice, zero_count
 from minitune.tree import Tree
+from minitune.types import Fraction, NonNegativeFloat
 
 BLOCK = 256  # moments that share one scale
 SMALLEST = 4096  # elements; smaller leaves keep their moments in float32
@@ -30,10 +31,10 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
     sections 2.1 and 2.2); a step is taken with the float32 moments, before they are rounded."""
 
     scope: ClassVar[Scope] = "element"  # or rather a block of elements: slices begin at multiples of BLOCK
-    lr: NonNegative
+    lr: NonNegativeFloat
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: NonNegative = 1e-8
-    weight_decay: NonNegative = 0.0
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> AdamState:
         """Zero moments: in 8 bits for leaves of SMALLEST elements and more."""
@@ -73,8 +74,8 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Those of a step slice by slice."""
-        return slice_scratch_bytes(leaves, rounds)
+        """Ten float32 numbers an element of a slice, two of them the moments, and two codes."""
+        return slice_scratch_bytes(leaves, 42, rounds=rounds)
 
 
 def quantize(x: Float[Tensor, "*shape"], signed: bool) -> Moment8:

@@ -15,8 +15,9 @@ from minitune import hardware, tree
 from minitune.errors import InputError
 from minitune.optim.adamw import AdamW
 from minitune.optim.partition import Branch, Partition
-from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_limit, slice_tree, wide_zeros
+from minitune.optim.transforms import Scope, Slice, slice_limit, slice_tree, wide_zeros
 from minitune.tree import Tree
+from minitune.types import Fraction, NonNegativeFloat
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for its slope at zero (Jordan et al. 2024)
 SMALLEST_NORM = 1e-7  # that a matrix is divided by
@@ -35,16 +36,16 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
     2502.16982, eq. 4). "original" is the default of torch.optim.Muon; AdamW then wants a smaller rate: adamw_lr_factor.
     """
 
-    lr: NonNegative
+    lr: NonNegativeFloat
     momentum: Fraction = 0.95
     nesterov: bool = True
     ns_steps: Annotated[int, Meta(ge=1, lt=100)] = 5  # of Newton and Schulz
-    weight_decay: NonNegative = 0.0  # decoupled, in AdamW too
+    weight_decay: NonNegativeFloat = 0.0  # decoupled, in AdamW too
     adjust_lr_fn: AdjustLr = "match_rms_adamw"
     adamw: tuple[str, ...] | None = None
-    adamw_lr_factor: NonNegative = 1.0  # of lr
+    adamw_lr_factor: NonNegativeFloat = 1.0  # of lr
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # of AdamW
-    eps: NonNegative = 1e-8  # of AdamW
+    eps: NonNegativeFloat = 1e-8  # of AdamW
 
     def init(self, params: Tree) -> tuple[Tree, ...]:
         """The state of the matrices, then that of AdamW; InputError for no matrix, and for a glob that matches no leaf."""
@@ -83,11 +84,11 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
     """The rule of Muon for a tree of matrices; its state is their momentum, in float32 or wider."""
 
     scope: ClassVar[Scope] = "leaf"
-    lr: NonNegative
+    lr: NonNegativeFloat
     momentum: Fraction = 0.95
     nesterov: bool = True
     ns_steps: int = 5
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     adjust_lr_fn: AdjustLr = "match_rms_adamw"
 
     def init(self, params: Tree) -> Tree:
@@ -126,12 +127,19 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Momentum, what is orthogonalized, its two newest iterates, and two products of its shorter side."""
+        """Seven numbers an element of the matrices that go together, or more where they are nearly square.
+
+        Gradient, momentum, what is orthogonalized, its copy and two iterates live beside two products [short, short];
+        afterwards gradient, momentum, direction, its two terms, update and new parameter do.
+        """
         limit = slice_limit(leaves[0].device)
 
         def n_numbers(leaf: Tensor) -> int:
             n_together = max(1, min(limit // leaf.numel(), sum(x.shape == leaf.shape for x in leaves)))
-            return n_together * (4 * leaf.numel() + 2 * min(leaf.shape) ** 2)
+            during = 6 * leaf.numel() + 2 * min(leaf.shape) ** 2
+            if rounds:  # the gradient is in bfloat16 before it is in float32
+                during += leaf.numel() // 2
+            return n_together * max(during, 7 * leaf.numel())
 
         return 4 * max(n_numbers(leaf) for leaf in leaves)
 

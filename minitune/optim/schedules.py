@@ -2,23 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import msgspec
 import torch
 from jaxtyping import Float, Int
-from msgspec import Meta
 from torch import Tensor
 
 from minitune import hardware, tree
-from minitune.optim.transforms import NonNegative, Scope, Slice, zero_count
+from minitune.optim.transforms import Scope, Slice, zero_count
 from minitune.tree import Tree
+from minitune.types import NonNegativeFloat, NonNegativeInt
 
 
 class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
     """A factor of the peak learning rate: a linear rise over warmup_steps, then down to `end` at the last step."""
 
-    warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
 
     def factor(self, step: Int[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
         """The factor of step 0, 1, ..., total_steps - 1; the first step of a warm-up already moves."""
@@ -43,7 +43,7 @@ class Constant(_Schedule, frozen=True, tag="constant"):
 class Linear(_Schedule, frozen=True, tag="linear"):
     """Warm-up, then a straight line to `end` times the peak."""
 
-    end: NonNegative = 0.0
+    end: NonNegativeFloat = 0.0
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """1 - (1 - end) * progress."""
@@ -53,7 +53,7 @@ class Linear(_Schedule, frozen=True, tag="linear"):
 class Cosine(_Schedule, frozen=True, tag="cosine"):
     """Warm-up, then half a cosine to `end` times the peak (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)."""
 
-    end: NonNegative = 0.0
+    end: NonNegativeFloat = 0.0
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """end + (1 - end) * (1 + cos(pi * progress)) / 2."""

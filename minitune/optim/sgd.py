@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.optim.transforms import Fraction, NonNegative, Scope, Slice, slice_scratch_bytes, slice_tree
+from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, slice_tree
 from minitune.tree import Tree
+from minitune.types import Fraction, NonNegativeFloat
 
 
 class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
     """Gradient descent with momentum, and weight decay in the gradient (Sutskever et al. 2013, eq. 1-4, as torch.optim.SGD)."""
 
     scope: ClassVar[Scope] = "element"
-    lr: NonNegative
+    lr: NonNegativeFloat
     momentum: Fraction = 0.0
     nesterov: bool = False
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> Tree:
         """Zero momentum."""
@@ -41,5 +42,5 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Those of a step slice by slice."""
-        return slice_scratch_bytes(leaves, rounds)
+        """Up to five float32 numbers an element of a slice: gradient, momentum, what is ahead, update and new parameter."""
+        return slice_scratch_bytes(leaves, 20, rounds=rounds)

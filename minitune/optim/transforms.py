@@ -16,19 +16,17 @@ takes less memory and time if it declares what it can do. `apply.py` asks for th
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import torch
 from jaxtyping import Float, Int
-from msgspec import Meta
 from torch import Tensor
 
 from minitune import tree
 from minitune.tree import Tree
+from minitune.types import NonNegativeFloat, PositiveFloat, wide_dtype
 
-NonNegative = Annotated[float, Meta(ge=0.0)]
-Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Scope = Literal["element", "leaf"]
 SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}  # elements updated at a time without a fused kernel
 
@@ -70,19 +68,22 @@ def slice_limit(device: torch.device) -> int:
     return SLICE_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
 
 
-def slice_scratch_bytes(leaves: Sequence[Tensor], rounds: bool) -> int:
-    """Memory of a step that goes slice by slice: moments, terms and the update, eight float32 numbers an element.
+def slice_scratch_bytes(leaves: Sequence[Tensor], bytes_per_element: int, *, rounds: bool) -> int:
+    """Memory of an element-wise step that goes slice by slice, given what its largest moment takes an element.
 
-    A step that rounds at random goes leaf by leaf.
+    A step that rounds at random goes leaf by leaf, and its rounding takes 24 bytes an element.
     """
-    largest = max(x.numel() for x in leaves)
-    return 4 * 8 * (largest if rounds else min(largest, 2 * slice_limit(leaves[0].device)))
+    if rounds:
+        return max(bytes_per_element, 24) * max(x.numel() for x in leaves)
+    limit = slice_limit(leaves[0].device)
+    # the last slice of a leaf has all that is left, less than two limits
+    return bytes_per_element * max(min(x.numel(), limit + x.numel() % limit) for x in leaves)
 
 
 class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1)."""
 
-    max_norm: Annotated[float, Meta(gt=0.0)]
+    max_norm: PositiveFloat
 
     def init(self, params: Tree) -> tuple[()]:
         """No state."""
@@ -105,7 +106,7 @@ class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     scope: ClassVar[Scope] = "element"
-    factors: dict[str, NonNegative]
+    factors: dict[str, NonNegativeFloat]
 
     def init(self, params: Tree) -> tuple[()]:
         """No state; InputError for a glob that matches no leaf."""
@@ -163,4 +164,4 @@ def zero_count(params: Tree) -> Int[Tensor, ""]:
 
 def wide_zeros(x: Tensor) -> Tensor:
     """Zeros in the shape of x, in float32 or wider."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros_like(x, dtype=wide_dtype(x.dtype))

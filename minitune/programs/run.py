@@ -8,7 +8,7 @@ import msgspec
 from minitune.io.results import Record
 from minitune.programs import log, save_paths
 from minitune.programs.allocator import keep_freed
-from minitune.programs.loading import check, open_world
+from minitune.programs.loading import check, open_pipeline
 from minitune.programs.program import Program, resolved
 from minitune.programs.report import report
 from minitune.programs.run_folder import open_run, write_record
@@ -29,17 +29,17 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
         for note in run.notes:
             out.say(note)
-        world = open_world(program.model, program.data, program.seed, run.folder, out, stopping, run.records, program.tf32)
+        state = open_pipeline(program.model, program.data, program.seed, run.folder, out, stopping, run.records, program.tf32)
         for stage in program.stage:
             if stopping():
-                raise Stopped(summary(world.records).get("steps", 0), run.folder)
+                raise Stopped(summary(state.records).get("steps", 0), run.folder)
             out.begin(stage.label)
             started = perf_counter()
-            world = stage.run(world)
-            if stage.label in world.records:
-                world = world.record(stage.label, {"time_s": perf_counter() - started, **world.records[stage.label]})
-            write_record(run.folder / "records.json", world.records)
-        result = summary(world.records)
+            state = stage.run(state)
+            if stage.label in state.records:
+                state = state.record(stage.label, {"time_s": perf_counter() - started, **state.records[stage.label]})
+            write_record(run.folder / "records.json", state.records)
+        result = summary(state.records)
         write_record(run.folder / "summary.json", result)
         out.show(report(program.name, result))
         out.say(f"{run.folder} holds this run: summary.json, metrics.jsonl, checkpoints, and the program that made them")
@@ -47,6 +47,6 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
 
 
 def summary(records: Mapping[str, Record]) -> Record:
-    """The records by stage name, with what stands under their key "top" moved to the top level."""
+    """Records by stage name, with what stands under their key "top" moved to the top level."""
     top = {key: value for record in records.values() for key, value in record.get("top", {}).items()}
     return {name: {key: value for key, value in record.items() if key != "top"} for name, record in records.items()} | top

@@ -137,23 +137,23 @@ def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: t
 def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     rows, others = answers(SMALL, 6, 11, 0), answers(SMALL, 6, 11, 1)
-    judged = UnpairedBatch(rows, others, torch.tensor([True, False, True, True, False, False]))
+    unpaired = UnpairedBatch(rows, others, torch.tensor([True, False, True, True, False, False]))
     optimizer, trainable = AdamW(lr=1e-2), LORA.init(params, 0)
     step = train_step(unpaired_preference(model, LORA, Kto(), {}), optimizer, micro_batch=6)
     state = optimizer.init(trainable)
-    (trainable, state), first = step.update(params, TrainState(trainable, state), judged)
+    (trainable, state), first = step.update(params, TrainState(trainable, state), unpaired)
     assert float(first["loss_nats"]) == pytest.approx(0.5, abs=1e-6)  # 1 - sigmoid(0)
     assert int(first["answers"]) == 6
     assert float(first["kl_nats"]) == 0.0
     for _ in range(30):
-        (trainable, state), last = step.update(params, TrainState(trainable, state), judged)
+        (trainable, state), last = step.update(params, TrainState(trainable, state), unpaired)
     assert float(last["reward_desirable"]) > 0.1 > -0.1 > float(last["reward_undesirable"])
     with torch.no_grad():
         held = torch.stack([answer_logps(model, params, one) for one in (rows, others)], 1)
     evaluate = value_and_grad(
-        lambda t: unpaired_preference(model, LORA, Kto(), None)(t, params, judged._replace(reference=held))[0]
+        lambda t: unpaired_preference(model, LORA, Kto(), None)(t, params, unpaired._replace(reference=held))[0]
     )
-    live = value_and_grad(lambda t: unpaired_preference(model, LORA, Kto(), {})(t, params, judged)[0])
+    live = value_and_grad(lambda t: unpaired_preference(model, LORA, Kto(), {})(t, params, unpaired)[0])
     for a, b in zip(tree.leaves(evaluate(trainable)), tree.leaves(live(trainable)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 

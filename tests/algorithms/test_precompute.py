@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from minitune.algorithms import precompute
 from minitune.algorithms.distillation import Teacher
-from minitune.algorithms.precompute import reference_logps, taught, teacher_tops
+from minitune.algorithms.precompute import reference_logps, teacher_tops, with_teacher
 from minitune.algorithms.preference import pair_logps
 from minitune.checkpoint.fingerprint import fingerprint, folder_fingerprint
 from minitune.data import packing, preference
@@ -29,9 +29,9 @@ from minitune.data.token_store import Documents, Report
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.models import Model, decoder
+from minitune.models import model as model_file
 from minitune.models.families import llama
 from minitune.nn import head
-from minitune.nn import linear as nn_linear
 from minitune.quant.tensors import QInt8
 from minitune.types import Pairs, UnpairedBatch
 from support.models import SMALL as TWO_LAYERS
@@ -63,24 +63,24 @@ def random_dataset(lengths: Sequence[int], packed: bool = True) -> Dataset:
     return Dataset(*random_documents(lengths), report, order, f"{lengths}")
 
 
-def random_pairs(lengths: Sequence[int], judged: bool) -> PairSet:
-    n = len(lengths) if judged else len(lengths) // 2
-    lengths = lengths if judged else lengths[: 2 * n]
+def random_pairs(lengths: Sequence[int], unpaired: bool) -> PairSet:
+    n = len(lengths) if unpaired else len(lengths) // 2
+    lengths = lengths if unpaired else lengths[: 2 * n]
     report = Report(n, sum(lengths), 0, 0, 0, 0)
     order = lru_cache(maxsize=2)(lambda seed, epoch: packing.permutation(n, seed, "pairs", epoch))
-    more = (np.arange(n) % 3 == 0, np.roll(np.arange(n), 1)) if judged else (None, None)
-    return PairSet(random_documents(lengths), *more, report, order, f"{lengths} {judged}")
+    more = (np.arange(n) % 3 == 0, np.roll(np.arange(n), 1)) if unpaired else (None, None)
+    return PairSet(random_documents(lengths), *more, report, order, f"{lengths} {unpaired}")
 
 
 lengths_of = st.lists(st.integers(2, SEQ_LEN), min_size=2, max_size=6)
 
 
 @settings(max_examples=8)
-@given(lengths=lengths_of, judged=st.booleans(), forward_tokens=st.sampled_from([29, 97, 4096]), n_rows=st.integers(1, 5))
+@given(lengths=lengths_of, unpaired=st.booleans(), forward_tokens=st.sampled_from([29, 97, 4096]), n_rows=st.integers(1, 5))
 def test_cached_log_probs_are_the_live_ones(
-    lengths: list[int], judged: bool, forward_tokens: int, n_rows: int, tmp_path_factory: pytest.TempPathFactory
+    lengths: list[int], unpaired: bool, forward_tokens: int, n_rows: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pairset = random_pairs(lengths, judged)
+    pairset = random_pairs(lengths, unpaired)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute, "FORWARD_TOKENS", forward_tokens)
         said = reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path_factory.mktemp("cache"))
@@ -89,11 +89,11 @@ def test_cached_log_probs_are_the_live_ones(
     assert isinstance(batch.reference, torch.Tensor)
     live = pair_logps(MODEL, ADAPTED, Pairs(batch[0], batch[1]))
     torch.testing.assert_close(batch.reference, torch.stack(live[:2], dim=1), rtol=1e-6, atol=1e-6)
-    assert isinstance(batch, UnpairedBatch) == judged
+    assert isinstance(batch, UnpairedBatch) == unpaired
     # and an independent reading of them, one answer at a time, without padding
     rows = pairset.order(1, 0)
     for row, kept in zip(rows[:n_rows], batch.reference, strict=False):
-        one = pairset.answers.at(row if judged else 2 * row)
+        one = pairset.answers.at(row if unpaired else 2 * row)
         logits = MODEL.forward(ADAPTED, torch.from_numpy(one.tokens.astype(np.int64))[None])[0].log_softmax(-1)
         logps = [logits[t - 1, one.tokens[t]] for t in range(len(one.tokens)) if one.mask[t]]
         torch.testing.assert_close(kept[0], torch.stack(logps).sum(), rtol=1e-5, atol=1e-5)
@@ -128,7 +128,7 @@ def test_cached_tops_are_the_live_ones(
     places = dataset._replace(tokens=np.arange(sum(lengths)))
     cursor, n_rows = Cursor(0, len(dataset.order(3, 0)) - 1), 3
     batch, _ = take(dataset, cursor, n_rows, source, 3)
-    known = taught(batch, take(places, cursor, n_rows, source, 3)[0].tokens, tops)
+    known = with_teacher(batch, take(places, cursor, n_rows, source, 3)[0].tokens, tops)
     assert known.top_ids.shape == known.top_logps.shape == (*batch.tokens.shape, k)
     assert known.rows is batch
     logits = MODEL.forward(ADAPTED, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)  # of each token's prediction
@@ -145,7 +145,7 @@ def test_a_quantized_frozen_model_speaks_too(tmp_path: Path) -> None:
     codes = torch.randint(-127, 128, PARAMS[name].shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     leaf = QInt8(codes, torch.full((len(codes), 1), 0.003))
     params = {**PARAMS, name: leaf}
-    pairset = random_pairs([5, 3], judged=False)
+    pairset = random_pairs([5, 3], unpaired=False)
     said = reference_logps(MODEL, params, pairset, SOURCE, tmp_path)
     wide = reference_logps(MODEL, {**PARAMS, name: codes * 0.003}, pairset, SOURCE, tmp_path)
     np.testing.assert_allclose(said, wide, rtol=1e-4)
@@ -157,7 +157,7 @@ def entries(folder: Path) -> int:
 
 
 def test_the_caches_are_made_anew_when_anything_changes(tmp_path: Path) -> None:
-    pairset, dataset = random_pairs([5, 3, 4, 8], judged=False), random_dataset([5, 3, 4])
+    pairset, dataset = random_pairs([5, 3, 4, 8], unpaired=False), random_dataset([5, 3, 4])
     name = "model.layers.0.mlp.up_proj.weight"
     changed = PARAMS[name].index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(0.125))
     other = {**ADAPTED, name: ADAPTED[name]._replace(w=changed)}
@@ -186,7 +186,7 @@ def test_the_caches_are_made_anew_when_anything_changes(tmp_path: Path) -> None:
 
 
 def test_a_kept_value_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairset, dataset = random_pairs([5, 3, 4, 8], judged=True), random_dataset([5, 3, 4])
+    pairset, dataset = random_pairs([5, 3, 4, 8], unpaired=True), random_dataset([5, 3, 4])
     first = reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path), teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path)
     monkeypatch.setattr(decoder, "hidden", None)
     second = reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path), teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path)
@@ -198,10 +198,10 @@ def test_a_kept_value_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_nothing_is_left_of_a_computation_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    linear = nn_linear.linear
+    linear = model_file.linear
     monkeypatch.setattr(head, "HEAD_CHUNK", 1)
     monkeypatch.setattr(head, "HEAD_ROWS", 1)
-    monkeypatch.setattr(nn_linear, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
+    monkeypatch.setattr(model_file, "linear", lambda *args: [calls.append(1), linear(*args)][1] if len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path)
     assert (len(calls), entries(tmp_path)) == (3, 0)
@@ -231,7 +231,7 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"", None], ids=["cut", "empty", "gone"])
 @pytest.mark.parametrize("name", ["logps.npy", "ids.npy"])
 def test_a_damaged_cache_is_refused(name: str, damage: Callable[[bytes], bytes] | None, tmp_path: Path) -> None:
-    pairset, dataset = random_pairs([5, 3], judged=False), random_dataset([5, 3, 4])
+    pairset, dataset = random_pairs([5, 3], unpaired=False), random_dataset([5, 3, 4])
     compute = {
         "reference": lambda: reference_logps(MODEL, ADAPTED, pairset, SOURCE, tmp_path / "reference"),
         "tops": lambda: teacher_tops(TEACHER, dataset, 2, 1.0, tmp_path / "tops"),
@@ -277,7 +277,7 @@ def test_a_fingerprint_tells_every_byte(given_: st.DataObject) -> None:
 
 def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> None:
     big = torch.arange(5000.0)
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
 
     def seen(**tensors: torch.Tensor) -> str:
         save_file({"x": big, "y": torch.ones(3, dtype=torch.bfloat16), **tensors}, tmp_path / "model.safetensors")
@@ -289,9 +289,9 @@ def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> 
     prints = {known, *(seen(x=x) for x in changes), seen(y=torch.zeros(3, dtype=torch.bfloat16)), seen(z=torch.ones(1))}
     assert len(prints) == 6
     seen()
-    (tmp_path / "config.json").write_text(json.dumps({"a": 2}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 2}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) not in prints
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) == known
     save_file({"q": torch.ones(1)}, tmp_path / "model-2.safetensors")
     assert folder_fingerprint(tmp_path) != known
@@ -303,7 +303,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     save_file({"q": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"frozen: .* can't be read \(FileNotFoundError.*\), expected whole safetens"):
         folder_fingerprint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     for content in (b"", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 9):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(InputError, match=r"frozen: .* can't be read \(.*\), expected whole safetensors; download it again"):

@@ -300,7 +300,7 @@ def test_a_stage_on_a_cuda_device_sends_its_inputs_away(
 ) -> None:
     def losses(name: str, remat: str) -> list[float]:
         run(tmp_path, tiny, LORA + TRAIN + f"compiled = false\nremat = {remat}\n", name=name)
-        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     late, asked = Late(), []
     wanted = losses("here", "true")

@@ -95,7 +95,7 @@ def test_draws_are_the_seeds(talked: Any) -> None:
 def test_options_reach_the_template(talked: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(paths.locate("demo"), tmp_path / "told")
     source = open_template(folder, tokenizer.open_tokenizer(folder)).source
-    (folder / "chat_template.jinja").write_text("{% if short %}{{ 'Say less: ' }}{% endif %}" + source)
+    (folder / "chat_template.jinja").write_text("{% if short %}{{ 'Say less: ' }}{% endif %}" + source, encoding="utf-8")
     told = load(ModelSource(path=str(folder), chat_template_kwargs={"short": True}), Path(), 0)
     quiet = load(ModelSource(path=str(folder)), Path(), 0)
     answer = said(told, told.params, TURNS[0])

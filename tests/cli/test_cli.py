@@ -40,9 +40,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"lora": TEXT, "demo/pretrain": "name = 'bare'\n"}.items():
         file = tmp_path / "package" / "_shipped" / "programs" / f"{name}.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     (tmp_path / "package" / "_shipped" / "configs").mkdir()
-    (tmp_path / "package" / "_shipped" / "configs" / "small.toml").write_text("")
+    (tmp_path / "package" / "_shipped" / "configs" / "small.toml").write_text("", encoding="utf-8")
     monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -80,14 +80,14 @@ def test_ls_shows_the_first_comment_of_each_program(capsys: pytest.CaptureFixtur
 @pytest.mark.usefixtures("shipped")
 def test_cp_copies_and_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cp", "lora", "mine.toml"]) == 0
-    assert Path("mine.toml").read_text() == TEXT
+    assert Path("mine.toml").read_text(encoding="utf-8") == TEXT
     Path("folder").mkdir()
     assert main(["cp", "programs/demo/pretrain.toml", "folder"]) == 0
     assert Path("folder/pretrain.toml").is_file()
     assert capsys.readouterr().out == "mine.toml\nfolder/pretrain.toml\n"
-    Path("mine.toml").write_text("edited")
+    Path("mine.toml").write_text("edited", encoding="utf-8")
     assert "minitune: mine.toml exists, expected a new file; nothing was copied" in refused(capsys, "cp", "lora", "mine.toml")
-    assert Path("mine.toml").read_text() == "edited"
+    assert Path("mine.toml").read_text(encoding="utf-8") == "edited"
     assert "minitune: absent is no folder, expected one that exists" in refused(capsys, "cp", "lora", "absent/mine.toml")
     assert "minitune: cp lora, expected cp NAME DEST" in refused(capsys, "cp", "lora")
 
@@ -96,7 +96,7 @@ def test_programs_are_found_by_path_and_by_shipped_name(shipped: Path) -> None:
     for name in ("lora", "lora.toml", "programs/lora", "programs/lora.toml"):
         assert paths.program_file(name) == shipped / "lora.toml"
     assert paths.program_file("demo/pretrain.toml") == shipped / "demo" / "pretrain.toml"
-    Path("lora.toml").write_text("")
+    Path("lora.toml").write_text("", encoding="utf-8")
     assert paths.program_file("lora.toml") == Path("lora.toml")
     assert paths.program_file("absent.toml") == Path("absent.toml")
 
@@ -118,7 +118,7 @@ def test_paths_in_programs(shipped: Path) -> None:
     assert paths.locate("~/x") == Path.home() / "x"
     assert paths.locate("configs/small.toml") == package / "_shipped" / "configs" / "small.toml"
     Path("configs").mkdir()
-    Path("configs/small.toml").write_text("")
+    Path("configs/small.toml").write_text("", encoding="utf-8")
     assert paths.locate("configs/small.toml") == Path("configs/small.toml")
 
 
@@ -156,10 +156,10 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
             ["lroa"],
             "minitune: lroa is no file, no verb and no shipped program, expected one of ls, cp, show, check, plan, schema, ",
         ),
-        (["programs/lroa.toml"], "demo/pretrain, lora; did you mean lora?"),
-        (["shwo", "lora"], "did you mean show?"),
+        (["programs/lroa.toml"], "demo/pretrain, lora; did you mean 'lora'?"),
+        (["shwo", "lora"], "did you mean 'show'?"),
         (["--verbose"], "minitune: --verbose is no file, no verb and no shipped program, expected one of ls"),
-        (["show", "lroa"], "did you mean lora?"),
+        (["show", "lroa"], "did you mean 'lora'?"),
         (["show"], "minitune: show without a program, expected show PROGRAM [KEY=VALUE ...]"),
         (["check"], "minitune: check without a program, expected check PROGRAM [KEY=VALUE ...]"),
         (["ls", "x"], "minitune: ls x, expected ls alone"),

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitune import checkpoint, models
+from minitune import checkpoint, host, models
 from minitune.checkpoint.fingerprint import folder_fingerprint
-from minitune.cli.inspect import facts
+from minitune.cli.inspect import summarize
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.errors import InputError
@@ -75,15 +74,19 @@ def byte_level(folder: Path) -> None:
     fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     fast.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "added_tokens_decoder": {"257": {"content": "<|im_end|>"}}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 10**6])
 def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int, tmp_path: Path) -> None:
     """config.json with its unknown keys, weights, stop tokens, tokenizer and template, all as they were but what was trained."""
     source = Path(shutil.copytree(DEMO, tmp_path / "source"))
-    config = {**json.loads((DEMO / "config.json").read_text()), "somebody": {"else": ["reads", 1e-7]}, "\u00fc": None}
-    (source / "config.json").write_text(json.dumps(config))
+    config = {
+        **json.loads((DEMO / "config.json").read_text(encoding="utf-8")),
+        "somebody": {"else": ["reads", 1e-7]},
+        "\u00fc": None,
+    }
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model = models.open(DEMO)
     params = {name: w.float() * 1.01 for name, w in checkpoint.load_params(DEMO, model.shapes()).items()}
     checkpoint.save_folder(
@@ -94,7 +97,11 @@ def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int
         shard_bytes=shard_bytes,
     )
     out = tmp_path / "out"
-    assert json.loads((out / "config.json").read_text()) == {**config, "dtype": "float32", "torch_dtype": "float32"}
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == {
+        **config,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
     assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes > 10**6 else 9)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (DEMO / name).read_bytes()
@@ -110,7 +117,7 @@ def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int
     with torch.no_grad():
         torch.testing.assert_close(model.forward(params, tokens), hf.eval()(tokens).logits, rtol=0, atol=1e-4)
     assert set(stop_ids(DEMO_TEXT, DEMO_TEMPLATE)) <= set(hf.generation_config.eos_token_id)
-    rows, faults = facts(out)
+    rows, faults = summarize(out)
     assert (faults, rows["parameters"], rows["dtypes"]) == ([], "1,820,352 (1.82 million)", "F32 6.9 MiB")
 
 
@@ -142,7 +149,7 @@ def read_rows(folder: Path) -> None:
 def with_config(**fields: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
     return change
 
@@ -192,7 +199,7 @@ BAD_ADAPTERS = {
         r"'\(' as a pattern, expected a regular expression .*missing \)",
     ),
     "a deep nest": (
-        lambda folder: (folder / "adapter_config.json").write_text("[" * 10_000),
+        lambda folder: (folder / "adapter_config.json").write_text("[" * 10_000, encoding="utf-8"),
         r"adapter_config\.json: .*; expected a LoRA",
     ),
 }
@@ -220,14 +227,14 @@ SUBJECTS = (
     Subject("model-00001-of-00002.safetensors", read_model, 1500),
     Subject("model.safetensors.index.json", read_model),
     Subject("config.json", read_model),
-    Subject("config.json", facts),
+    Subject("config.json", summarize),
     Subject("tokenizer.json", read_text),
     Subject("tokenizer_config.json", read_text),
-    Subject("tokenizer.json", facts),
+    Subject("tokenizer.json", summarize),
     Subject("adapter/adapter_config.json", read_adapter),
     Subject("adapter/adapter_model.safetensors", read_adapter, 1500),
     Subject("adapter/minitune.json", read_adapter),
-    Subject("adapter/adapter_config.json", facts),
+    Subject("adapter/adapter_config.json", summarize),
     Subject("rows.jsonl", read_rows),
     Subject("program.toml", lambda folder: program.load(folder / "program.toml")),
     Subject("step-00000001/state.json", lambda folder: checkpoint.load_state(folder, STATE)),
@@ -287,8 +294,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(folder / "adapter", deltas, rule, base="a/b", fingerprint="f00d", quantization=None, names=params)
     checkpoint.save_state(folder, 1, STATE, {"marks": {"step": 1}})
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "tool_calls": [{"name": "f"}]}]
-    (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"))
-    (folder / "program.toml").write_text(PROGRAM)
+    (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
+    (folder / "program.toml").write_text(PROGRAM, encoding="utf-8")
     return folder
 
 
@@ -313,7 +320,7 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     place = (folder / file).parent if "/" in file else folder
     content = (folder / file).read_bytes()
     read(place)
-    refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused, before = 0, host.peak_bytes()
     for number in range(n):
         damaged = mutated(content, first, SPICE, random.Random(f"{seed} {file} {number}"))
         (folder / file).write_bytes(damaged)
@@ -324,4 +331,4 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
         except Exception as error:
             raise AssertionError(f"mutation {number} of {file} raised {error!r}: {damaged[:3000]!r}") from error
     assert refused > n / 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024  # KiB
+    assert host.peak_bytes() - before < 256 * 2**20

@@ -29,7 +29,7 @@ from minitune.optim import adamw, eight_bit, rounding, transforms
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import Step, floor
+from minitune.planning.memory import StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.plan import planned
 from minitune.programs.stages.train import Train
@@ -55,7 +55,7 @@ MIXTRAL = Model(mixtral.FAMILY, mixtral.Config(**SIZES, experts=Experts(n_expert
 ROUNDED = (AdamW(lr=1e-3), rounding.RoundStochastically(0))
 
 
-def built(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[Step, Any]:
+def built(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: int, **how: Any) -> tuple[StepSpec, Any]:
     """(a step as its costs are counted, the same step as a function to run)."""
     params = {name: w.to(dtype) / 20 for name, w in random_params(model.config).items()}
     how |= {"targets": ("*_proj.weight", "*.w?.weight")} if model is MIXTRAL else {}
@@ -96,7 +96,7 @@ def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pyte
     monkeypatch.setattr(adamw, "FUSED_ELEMENTS", {"cpu": 2**14})
     monkeypatch.setattr(transforms, "SLICE_ELEMENTS", {"cpu": 2**13})
     step, run = built(*case, **how)
-    assert 0.95 <= memory.peak_bytes(step, run) / sum(floor(step).values()) <= 1.05
+    assert 0.95 <= memory.peak_bytes(step, run) / sum(peak_memory(step).values()) <= 1.05
 
 
 def test_the_bench_of_memory_fills_its_table_at_toy_size(
@@ -138,7 +138,7 @@ def test_inputs_that_wait_in_the_hosts_memory_do_not_grow_with_depth() -> None:
     def activations(n_layers: int, offloaded: bool) -> int:
         model = Model(LLAMA.family, msgspec.structs.replace(LLAMA.config, n_layers=n_layers), n_remat=n_layers)
         step, _ = memory.step_and_run("lora", model, random_params(model.config), 2, 128)
-        return floor(step._replace(offloaded=offloaded))["activations"]
+        return peak_memory(step._replace(offloaded=offloaded))["activations"]
 
     assert activations(9, True) == activations(5, True)
     assert activations(9, False) - activations(5, False) == 4 * (2 * 128 * LLAMA.config.d_model * 4)
@@ -205,11 +205,11 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
 
 
 def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:
-    """The step of a real run's world, beside that of the plan."""
+    """The step of a real run, compared with that of the plan."""
     seen: dict[str, Any] = {}
 
-    def spy(stage: Train, world: PipelineState, *_: Any) -> Any:
-        seen[stage.label] = world.loaded
+    def spy(stage: Train, state: PipelineState, *_: Any) -> Any:
+        seen[stage.label] = state.loaded
         raise InputError("seen")
 
     stages = NF4 + LORA.replace("targets", 'train = ["*norm.weight"]\ndora = true\ntargets') + TRAIN

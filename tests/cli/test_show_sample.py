@@ -28,26 +28,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "chat": {"messages": SAID},
     "text": {"text": "Ten planks."},
     "pairs": {"prompt": "two", "chosen": "7", "rejected": "12"},
-    "judged": {"prompt": "two", "completion": "7", "label": False},
+    "unpaired": {"prompt": "two", "completion": "7", "label": False},
 }
 TARGETS = {
     "instruct": ["7<|end|>"],
     "chat": ["7<|end|>", "{}<|end|>"],
     "text": ["Ten planks.</s>"],  # nothing predicts the first token
     "pairs": ["7<|end|>", "12<|end|>"],
-    "judged": ["7<|end|>"],
+    "unpaired": ["7<|end|>"],
 }
 
 
 def program(folder: Path, format: str, n: int = 5, **rules: Any) -> Path:
     """A program on the demo model with one table of n rows."""
     data = folder / "data.jsonl"
-    data.write_text((json.dumps(ROWS[format]) + "\n") * n)
+    data.write_text((json.dumps(ROWS[format]) + "\n") * n, encoding="utf-8")
     more = "".join(f"{key} = {value}\n" for key, value in rules.items())
     path = folder / "p.toml"
     path.write_text(
         f'name = "p"\n[model]\npath = "demo"\n[data.train]\npath = "{data}"\nformat = "{format}"\nseq_len = 64\n{more}'
-        '[[stage]]\nop = "lora"\nrank = 1\nalpha = 1.0\ntargets = ["*.mlp.*_proj.weight"]\n'
+        '[[stage]]\nop = "lora"\nrank = 1\nalpha = 1.0\ntargets = ["*.mlp.*_proj.weight"]\n',
+        encoding="utf-8",
     )
     return path
 
@@ -85,7 +86,7 @@ def test_marks_stand_around_what_is_trained(format: str, tmp_path: Path) -> None
 
 def test_labels_of_answers(tmp_path: Path) -> None:
     assert [f"data.jsonl:1 {word}:" in shown(program(tmp_path, "pairs")) for word in ("chosen", "rejected")] == [True, True]
-    assert "data.jsonl:1 undesirable:" in shown(program(tmp_path, "judged"))
+    assert "data.jsonl:1 undesirable:" in shown(program(tmp_path, "unpaired"))
 
 
 def test_colours_only_add_to_the_marks(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_colours_only_add_to_the_marks(tmp_path: Path) -> None:
 
 def test_data_cannot_steer_the_terminal(tmp_path: Path) -> None:
     file = program(tmp_path, "instruct")
-    (tmp_path / "data.jsonl").write_text(json.dumps({"instruction": "a\x1b[2J\x07b\tc", "output": "7"}))
+    (tmp_path / "data.jsonl").write_text(json.dumps({"instruction": "a\x1b[2J\x07b\tc", "output": "7"}), encoding="utf-8")
     text = shown(file)
     assert "\x1b" not in text
     assert "\x07" not in text
@@ -111,12 +112,12 @@ def test_what_becomes_of_samples_is_told(tmp_path: Path) -> None:
     last = shown(file, "data.train.train_on=last", "--n=1").partition("\nids")[0]
     assert f"{OPEN}{{}}<|end|>{CLOSE}" in last
     assert last.count(OPEN) == 2  # the first line says what they mean
-    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": SAID[:1]}))
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": SAID[:1]}), encoding="utf-8")
     assert "0 of them targets (left out: nothing in it is trained)" in shown(file)
 
 
 def test_files_of_a_mixture_are_shown_each(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text(json.dumps(ROWS["chat"]))
+    (tmp_path / "b.jsonl").write_text(json.dumps(ROWS["chat"]), encoding="utf-8")
     mix = f'[{{ path = "{tmp_path / "b.jsonl"}", share = 0.5, format = "chat" }}]'
     text = shown(program(tmp_path, "instruct", mix=mix), "--n", "2")
     assert re.findall(r"train .*/(\w+\.jsonl:\d)", text) == ["data.jsonl:1", "data.jsonl:2", "b.jsonl:1"]
@@ -130,9 +131,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show-sample"]) == 2
     assert "minitune: show-sample without a program, expected show-sample PROGRAM" in capsys.readouterr().err
     assert main(["show-sample", "lroa"]) == 2
-    assert "did you mean lora?" in capsys.readouterr().err
+    assert "did you mean 'lora'?" in capsys.readouterr().err
     file = str(program(tmp_path, "chat"))
-    (tmp_path / "data.jsonl").write_text('{"messages": 3}')
+    (tmp_path / "data.jsonl").write_text('{"messages": 3}', encoding="utf-8")
     assert main(["show-sample", file]) == 2
     assert 'data.jsonl:1 "messages" is a int, expected a list of messages' in capsys.readouterr().err
 
@@ -140,7 +141,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_of_the_model_and_of_the_table_reach_the_template(tmp_path: Path) -> None:
     folder = shutil.copytree(paths.locate("demo"), tmp_path / "told")
     source = open_template(folder, tokenizer.open_tokenizer(folder)).source
-    (folder / "chat_template.jinja").write_text("{{ first }} {{ second }}\n" + source)
+    (folder / "chat_template.jinja").write_text("{{ first }} {{ second }}\n" + source, encoding="utf-8")
     file = program(tmp_path, "chat", chat_template_kwargs='{ second = "pears" }')
     words = [f"model.path={folder}", 'model.chat_template_kwargs={ first = "Two", second = "Ten" }', "--n", "1"]
     assert "Two pears" in shown(file, *words)
@@ -163,7 +164,9 @@ def test_bad_words_are_refused(words: list[str], message: str, tmp_path: Path) -
 
 def test_a_shape_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     file = program(tmp_path, "chat")
-    file.write_text(file.read_text().replace('path = "demo"', 'config = "configs/models/demo.toml"'))
+    file.write_text(
+        file.read_text(encoding="utf-8").replace('path = "demo"', 'config = "configs/models/demo.toml"'), encoding="utf-8"
+    )
     with pytest.raises(
         InputError, match=r"sample: .*p.toml has \[model\] config but no tokenizer, expected the folder that holds"
     ):

@@ -52,7 +52,7 @@ RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = random_batch(CONFIG, 4, 9)
 PAIRS = Pairs(ROWS, random_batch(CONFIG, 4, 7, seed=1))
-JUDGED = UnpairedBatch(ROWS, PAIRS.rejected, torch.tensor([True, False, False, True]))
+UNPAIRED = UnpairedBatch(ROWS, PAIRS.rejected, torch.tensor([True, False, False, True]))
 TOP_IDS = torch.randint(0, 17, (4, 9, 3), generator=GENERATOR)
 TOPS = TeacherBatch(ROWS, TOP_IDS, torch.randn(4, 9, 3, generator=GENERATOR).log_softmax(-1))
 LOGPS = torch.randn(4, 2, generator=GENERATOR)
@@ -68,8 +68,8 @@ def kinds(params: Any, trainable_rule: Lora | None = RULE) -> dict[str, tuple[An
         "dpo": (preference(Dpo(), reference={}), PAIRS),
         "dpo with a cached reference": (preference(Dpo(), reference=None), PAIRS._replace(reference=LOGPS)),
         "orpo": (preference(Orpo(), reference=None), PAIRS),
-        "kto": (unpaired_preference(Kto(), reference={}), JUDGED),
-        "kto with a cached reference": (unpaired_preference(Kto(), reference=None), JUDGED._replace(reference=LOGPS)),
+        "kto": (unpaired_preference(Kto(), reference={}), UNPAIRED),
+        "kto with a cached reference": (unpaired_preference(Kto(), reference=None), UNPAIRED._replace(reference=LOGPS)),
         "kd": (distillation(Teacher(MODEL, params)), ROWS),
         "kd with a cached teacher": (distillation(None), TOPS),
     }
@@ -264,7 +264,7 @@ def test_a_head_that_trains_has_its_gradient_without_a_look_at_the_cotangents(
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: x for key, x in row.items() if key not in ("tokens_per_second", "mem_bytes")} for row in rows]
 
 
@@ -315,7 +315,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_sentence(
             if found is None
             else "an accelerator of type mps, expected 'auto', 'cpu' or 'mps'"
         )
-        assert f"world: [model] device = 'xpu', but torch finds {here} on this machine" in error
+        assert f"loading: [model] device = 'xpu', but torch finds {here} on this machine" in error
 
 
 needs_accelerator = pytest.mark.skipif(hardware.accelerator() is None, reason="needs an accelerator, and torch finds none")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune.data import preference, token_store
+from minitune.data import preference
 from minitune.data.cursor import Cursor
 from minitune.data.preference import PairSet, batches, conversations, select, take
 from minitune.data.prompts import prompts
@@ -49,7 +49,7 @@ def assistant(content: str) -> dict[str, str]:
 def prepared(folder: Path, rows: Iterable[Any], speaker: Speaker = TINY, **rules: Any) -> tuple[Source, PairSet]:
     """The rows as a file, and the set that is made of it."""
     path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = Source(str(path), **{"format": "pairs", "seq_len": 256, **rules})
     return source, preference.prepare(source, *speaker, folder / "cache")
 
@@ -124,7 +124,7 @@ def test_an_answer_right_behind_another_one_is_told_from_it(tmp_path: Path) -> N
     assert [trained for _, trained in written(batch.chosen) + written(batch.rejected)] == ["pears<|im_end|>", "7<|im_end|>"]
 
 
-PAIRS, JUDGED = Source("f.jsonl", "pairs", 64), Source("f.jsonl", "judged", 64)
+PAIRS, UNPAIRED = Source("f.jsonl", "pairs", 64), Source("f.jsonl", "unpaired", 64)
 RENAMED = Source("f.jsonl", "pairs", 64, columns={"prompt": "q", "chosen": "good", "rejected": "bad"})
 Q, A, B, S = user("q"), assistant("a"), assistant("b"), {"role": "system", "content": "s"}
 
@@ -147,10 +147,10 @@ Q, A, B, S = user("q"), assistant("a"), assistant("b"), {"role": "system", "cont
             [([Q, A], True), ([Q, B], False)],
         ),
         (RENAMED, {"q": "q", "good": "a", "bad": "b", "prompt": 3}, [([Q, A], True), ([Q, B], False)]),
-        (JUDGED, {"prompt": "q", "completion": "a", "label": False}, [([Q, A], False)]),
-        (JUDGED, {"prompt": [Q], "completion": [A], "label": True, "chosen": 3}, [([Q, A], True)]),
-        (JUDGED, {"completion": [S, Q, A], "label": True}, [([S, Q, A], True)]),
-        (JUDGED, {"prompt": "q", "chosen": "a", "rejected": "b"}, [([Q, A], True), ([Q, B], False)]),
+        (UNPAIRED, {"prompt": "q", "completion": "a", "label": False}, [([Q, A], False)]),
+        (UNPAIRED, {"prompt": [Q], "completion": [A], "label": True, "chosen": 3}, [([Q, A], True)]),
+        (UNPAIRED, {"completion": [S, Q, A], "label": True}, [([S, Q, A], True)]),
+        (UNPAIRED, {"prompt": "q", "chosen": "a", "rejected": "b"}, [([Q, A], True), ([Q, B], False)]),
     ],
 )
 def test_conversations(source: Source, row: dict[str, Any], expected: list[Any]) -> None:
@@ -174,17 +174,17 @@ def test_conversations(source: Source, row: dict[str, Any], expected: list[Any])
         (PAIRS, {"chosen": [Q], "rejected": [Q, B]}, "ends with a message of 'user', expected an answer of 'assistant'"),
         (PAIRS, {"prompt": [3], "chosen": "a", "rejected": "b"}, 'message 1 has no "role"'),
         (RENAMED, {"q": "q", "good": "a"}, r'has no "bad"'),
-        (JUDGED, {"prompt": "q", "completion": "a"}, r'has no "label" \(only prompt, completion\), expected true or false'),
-        (JUDGED, {"prompt": "q", "completion": "a", "label": 1}, '"label" is a int, expected true or false; correct the line'),
-        (JUDGED, {"prompt": "q"}, r'has no "label"|has no "completion"'),
+        (UNPAIRED, {"prompt": "q", "completion": "a"}, r'has no "label" \(only prompt, completion\), expected true or false'),
+        (UNPAIRED, {"prompt": "q", "completion": "a", "label": 1}, '"label" is a int, expected true or false; correct the line'),
+        (UNPAIRED, {"prompt": "q"}, r'has no "label"|has no "completion"'),
         (PAIRS, {"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "chat: chatml fails with"),
     ],
 )
 def test_errors_name_file_and_line(source: Source, row: dict[str, Any], message: str, tmp_path: Path) -> None:
     good = {"prompt": "q", "chosen": "a", "rejected": "b", "completion": "a", "label": True, "q": "q", "good": "a", "bad": "b"}
     path = tmp_path / "f.jsonl"
-    path.write_text(json.dumps(good) + "\n\n" + json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=f"^(data|pairs): {re.escape(str(path))}:3 .*({message})"):
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"^data: {re.escape(str(path))}:3 .*({message})"):
         preference.prepare(msgspec.structs.replace(source, path=str(path)), *TINY, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -193,7 +193,7 @@ def test_formats_are_not_mixed_up(tmp_path: Path) -> None:
     for read in (lambda source: prepare(source, *TINY, tmp_path), lambda source: prompts(source, *TINY)):
         with pytest.raises(InputError, match=r"data: f.jsonl has format 'pairs', expected instruct(,| or) chat"):
             read(PAIRS)
-    with pytest.raises(InputError, match=r"pairs: f.jsonl has format 'text', expected pairs or judged; a row there is no pair"):
+    with pytest.raises(InputError, match=r"data: f.jsonl has format 'text', expected pairs or unpaired; a row there is no pair"):
         preference.prepare(Source("f.jsonl", "text", 8), *TINY, tmp_path)
     with pytest.raises(InputError, match="columns names 'messages', expected prompt or chosen or rejected or tools with format"):
         Source("f.jsonl", "pairs", 8, columns={"messages": "x"})
@@ -282,12 +282,12 @@ def test_a_mismatched_answer_is_the_one_to_another_prompt(
     speaker: Speaker, rows: list[tuple[str, str, bool]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     named = [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in rows]
-    folder = tmp_path_factory.mktemp("judged")
+    folder = tmp_path_factory.mktemp("unpaired")
     if len({prompt for prompt, _, _ in rows}) == 1:
-        with pytest.raises(InputError, match=r"pairs: .*pairs.jsonl has answers to one prompt only, expected two or more: each"):
-            prepared(folder, named, speaker, format="judged")
+        with pytest.raises(InputError, match=r"data: .*pairs.jsonl has answers to one prompt only, expected two or more: each"):
+            prepared(folder, named, speaker, format="unpaired")
         return
-    source, pairset = prepared(folder, named, speaker, format="judged")
+    source, pairset = prepared(folder, named, speaker, format="unpaired")
     (batch,) = batches(pairset, source, len(rows))
     assert isinstance(batch, UnpairedBatch)
     assert batch.desirable.tolist() == [label for _, _, label in rows]
@@ -309,19 +309,19 @@ def test_a_mismatched_answer_is_the_one_to_another_prompt(
 
 def test_a_mismatched_answer_half_the_data_away_or_next(tmp_path: Path) -> None:
     rows = [{"prompt": p, "completion": "7", "label": True} for p in ("two", "two", "apples", "two", "pears", "two")]
-    _, pairset = prepared(tmp_path, rows, format="judged")
+    _, pairset = prepared(tmp_path, rows, format="unpaired")
     assert pairset.mismatched is not None
     assert pairset.mismatched.tolist() == [4, 4, 5, 2, 1, 2]
 
 
-def test_judged_answers_are_cut_at_seq_len_and_keep_their_labels(tmp_path: Path) -> None:
+def test_unpaired_answers_are_cut_at_seq_len_and_keep_their_labels(tmp_path: Path) -> None:
     long = " ".join(["apples"] * 25)
     rows = [
         {"prompt": "two " * 90, "completion": "7", "label": True},  # leaves nothing to train when cut
         {"prompt": "two", "completion": long, "label": False},
         {"prompt": long, "chosen": "7", "rejected": "two"},
     ]
-    source, pairset = prepared(tmp_path, rows, format="judged", seq_len=60, overlong="truncate")
+    source, pairset = prepared(tmp_path, rows, format="unpaired", seq_len=60, overlong="truncate")
     (batch,) = batches(pairset, source, 4)
     assert isinstance(batch, UnpairedBatch)
     assert batch.desirable.tolist() == [False, True, False]
@@ -334,21 +334,21 @@ def test_judged_answers_are_cut_at_seq_len_and_keep_their_labels(tmp_path: Path)
 
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    collect = token_store.collect
-    monkeypatch.setattr(token_store, "collect", lambda *args: [calls.append(1), collect(*args)][1])
+    filter_documents = preference.filter_documents
+    monkeypatch.setattr(preference, "filter_documents", lambda *args: [calls.append(1), filter_documents(*args)][1])
     source, pairset = prepared(tmp_path, numbered(3))
     assert isinstance(pairset.answers.tokens, np.memmap)
     again = preference.prepare(source, *TINY, tmp_path / "cache")
     assert (len(calls), again.key) == (1, pairset.key)
-    _, judged = prepared(tmp_path, numbered(3), format="judged")
-    assert (len(calls), judged.report.n_samples) == (2, 6)
-    assert judged.key != pairset.key
+    _, unpaired = prepared(tmp_path, numbered(3), format="unpaired")
+    assert (len(calls), unpaired.report.n_samples) == (2, 6)
+    assert unpaired.key != pairset.key
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "report.json", "desirable.npy", "mismatched.npy"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"", None], ids=["cut", "empty", "gone"])
 def test_a_damaged_cache_is_refused(name: str, damage: Callable[[bytes], bytes] | None, tmp_path: Path) -> None:
-    source, _ = prepared(tmp_path, numbered(3), format="judged")
+    source, _ = prepared(tmp_path, numbered(3), format="unpaired")
     (file,) = (tmp_path / "cache").glob(f"*/{name}")
     content = file.read_bytes()
     file.unlink()

@@ -22,10 +22,11 @@ from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_documents, epoch_rows, fill
 from minitune.data.prompts import prompts
-from minitune.data.readers import located, read_rows
+from minitune.data.readers import read_rows, rows_with_location
 from minitune.data.source import MixtureComponent, Source, Split
 from minitune.data.supervised import Dataset, cache_key, prepare, take
 from minitune.errors import InputError
+from minitune.io import paths
 from minitune.text import tokenizer
 from minitune.text.chat import CHATML, encode_chat, open_template
 from minitune.text.template import compile_template
@@ -49,7 +50,7 @@ objects = st.lists(st.dictionaries(st.text(max_size=4), values, max_size=3), min
 
 
 def jsonl(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -67,7 +68,7 @@ def test_a_list_says_what_lines_say(
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     whole = blanks + json.dumps(rows, indent=indent) + blanks
-    (folder / "a.json").write_text(whole)
+    (folder / "a.json").write_text(whole, encoding="utf-8")
     found = list(read_rows(folder / "a.json"))
     assert [row for _, row in found] == rows == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
     assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == rows  # as some data sets call it
@@ -79,7 +80,7 @@ def test_a_list_says_what_lines_say(
 
 def test_rows_of_a_list_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('\n[{"a":\n1}, {"a": 1}\n,\n\n{"b": "\\n"}]')
+    path.write_text('\n[{"a":\n1}, {"a": 1}\n,\n\n{"b": "\\n"}]', encoding="utf-8")
     assert list(read_rows(path)) == [(2, {"a": 1}), (3, {"a": 1}), (6, {"b": "\n"})]
 
 
@@ -114,7 +115,7 @@ def test_parquet_says_what_lines_say(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert [row for _, row in read_rows(path)] == rows  # no key of one message is in another one
     assert [number for number, _ in read_rows(path)] == list(range(1, len(rows) + 1))
-    list(located(Source(str(path), "chat", 8, split=Split(0.5, "train"))))  # a date can be hashed
+    list(rows_with_location(Source(str(path), "chat", 8, split=Split(0.5, "train"))))  # a date can be hashed
     pq.write_table(pa.Table.from_pylist(rows[:2]), path)
     plain = [{key: value for key, value in row.items() if key != "day"} for row in rows[:2]]
     same = [
@@ -169,7 +170,7 @@ def test_a_split_holds_out_its_fraction() -> None:
     assert abs(held - 500) < 5 * (10_000 * 0.05 * 0.95) ** 0.5
 
 
-@pytest.mark.parametrize("format", ["instruct", "pairs", "judged"])
+@pytest.mark.parametrize("format", ["instruct", "pairs", "unpaired"])
 def test_parts_of_a_split_make_up_the_data(format: Any, tmp_path: Path) -> None:
     rows: list[Any] = asked(60)
     if format != "instruct":
@@ -339,10 +340,13 @@ def test_the_files_of_a_table_are_tables_of_its_kind() -> None:
         MixtureComponent("d", 0.1, "instruct", {}, Split(0.5, "train")),
     )
     source = Source("a", "chat", 8, False, "truncate", {"messages": "m"}, "last", Split(0.1, "heldout"), mix)
+    resolved = source.with_paths(paths.locate)
+    assert resolved.path == "a"
+    assert Path(resolved.mix[0].path).is_absolute()  # demo/... is embedded for a file that is mixed in too
+    assert [one.path for one in resolved.parts()] == [resolved.path, *(one.path for one in resolved.mix)]
     own, same, text, other = source.parts()
     assert own == msgspec.structs.replace(source, mix=())
     assert (same.format, same.columns, same.train_on, same.split) == ("chat", {}, "last", None)
-    assert Path(same.path).is_absolute()  # demo/... is embedded here too
     assert (text.format, text.columns, text.train_on) == ("text", {"text": "body"}, "assistant")
     assert (other.format, other.train_on, other.split) == ("instruct", "last", Split(0.5, "train"))
     options = [{"a": 1}, {"a": 1}, {}, {"b": 2}]
@@ -393,11 +397,11 @@ CHAT = Source("f.jsonl", "chat", 64)
 
 
 @pytest.mark.parametrize("written", [[FUNCTION], json.dumps([FUNCTION])])
-@pytest.mark.parametrize("format", ["chat", "pairs", "judged"])
+@pytest.mark.parametrize("format", ["chat", "pairs", "unpaired"])
 def test_tools_reach_the_template(written: Any, format: Any, tmp_path: Path) -> None:
     said = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "7"}]
     rows = {"chat": {"messages": said}, "pairs": {"prompt": "two", "chosen": "7", "rejected": "12"}}
-    rows["judged"] = {"prompt": "two", "completion": "7", "label": True}
+    rows["unpaired"] = {"prompt": "two", "completion": "7", "label": True}
     other = {**rows[format], "prompt": "apples"} if format != "chat" else rows[format]
     path = jsonl(tmp_path / "a.jsonl", [{**rows[format], "functions": written}, other])
     source = Source(str(path), format, 256, columns={"tools": "functions"})

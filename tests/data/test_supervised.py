@@ -15,14 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune.data import token_store as stored
+from minitune.data import supervised
 from minitune.data.conversations import messages
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_rows, filled_rows
-from minitune.data.preference import FORMATS
 from minitune.data.prompts import prompts
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import Dataset, batches, prepare, take
 from minitune.data.token_store import Report
 from minitune.errors import InputError
@@ -42,7 +41,7 @@ def instruct_file(folder: Path, lengths: Sequence[int]) -> Path:
     """A jsonl of instruct samples with this many words each."""
     rows = [{"instruction": " ".join([WORDS[i % 7]] * n), "output": WORDS[-1 - i % 5]} for i, n in enumerate(lengths)]
     path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -105,7 +104,7 @@ def trained_on() -> list[tuple[str, str]]:
     """(program, data table) of whatever a shipped program trains on in packed rows; demo/pretrain's data is not there yet."""
     loaded = {name: load(file) for name, file in paths.shipped().items() if name != "demo/pretrain"}
     tables = {(name, stage.data) for name, one in loaded.items() for stage in one.stage if isinstance(stage, Train)}
-    return sorted((name, key) for name, key in tables if loaded[name].data[key].format not in FORMATS)
+    return sorted((name, key) for name, key in tables if loaded[name].data[key].format not in PREFERENCE_FORMATS)
 
 
 @pytest.mark.parametrize(("name", "key"), trained_on())
@@ -231,7 +230,7 @@ def test_batches_hold_the_tokens_of_the_documents(packed: bool, tmp_path: Path) 
 
 def test_the_first_token_of_a_document_is_never_a_target(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
-    path.write_text('{"body": "two apples"}\n\n{"body": "<s>7<|im_end|>"}\n')
+    path.write_text('{"body": "two apples"}\n\n{"body": "<s>7<|im_end|>"}\n', encoding="utf-8")
     source = Source(str(path), "text", 32, columns={"text": "body"})
     (batch,) = batches(prepared(tmp_path, source), source, 4)
     plain = TOKENIZER.encode("two apples", parse_special=False)
@@ -242,7 +241,9 @@ def test_the_first_token_of_a_document_is_never_a_target(tmp_path: Path) -> None
         (tuple(second), (False, *[True] * (len(second) - 1))),
     ]
     answer_first = tmp_path / "chat.jsonl"
-    answer_first.write_text('{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}')
+    answer_first.write_text(
+        '{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}', encoding="utf-8"
+    )
     source = Source(str(answer_first), "chat", 32)
     bare = compile_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", {}, "bare")
     dataset = prepare(source, TOKENIZER, bare, tmp_path / "cache")
@@ -258,7 +259,7 @@ def test_overlong_samples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None
     ]
     path = tmp_path / "chat.jsonl"
     chats = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in rows]
-    path.write_text("\n".join(map(json.dumps, chats)))
+    path.write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     whole = [encode_chat(TOKENIZER, TEMPLATE, chat["messages"]) for chat in chats]
     seq_len = 40
     dropped = prepared(tmp_path, Source(str(path), "chat", seq_len))
@@ -282,7 +283,7 @@ def test_overlong_samples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None
 )
 def test_data_without_a_target_is_refused(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(line)
+    path.write_text(line, encoding="utf-8")
     with pytest.raises(InputError, match=f"data: {re.escape(str(path))} leaves nothing to train on {message}"):
         prepared(tmp_path, Source(str(path), "chat", 20))
     assert not (tmp_path / "cache").exists()
@@ -291,8 +292,8 @@ def test_data_without_a_target_is_refused(line: str, message: str, tmp_path: Pat
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = instruct_file(tmp_path, [3, 4, 5])
     calls = []
-    collect = stored.collect
-    monkeypatch.setattr(stored, "collect", lambda *args: [calls.append(1), collect(*args)][1])
+    filter_documents = supervised.filter_documents
+    monkeypatch.setattr(supervised, "filter_documents", lambda *args: [calls.append(1), filter_documents(*args)][1])
 
     def n_calls(source: Source, tokenizer: Tokenizer = TOKENIZER, template: Template = TEMPLATE) -> int:
         dataset = prepare(source, tokenizer, template, tmp_path / "cache")
@@ -309,7 +310,7 @@ def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: 
     assert n_calls(source, template=compile_template(CHATML.replace("role", "role "), {"eos_token": "</s>"}, "other")) == 6
     moved = path.rename(tmp_path / "moved.jsonl")
     assert n_calls(msgspec.structs.replace(source, path=str(moved))) == 6
-    moved.write_text(moved.read_text().replace("order", "pears").replace("the", "a"))
+    moved.write_text(moved.read_text(encoding="utf-8").replace("order", "pears").replace("the", "a"), encoding="utf-8")
     assert n_calls(msgspec.structs.replace(source, path=str(moved))) == 7
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.name.startswith(".")]
 
@@ -318,8 +319,8 @@ def test_a_cache_that_another_process_finished_first_is_used(tmp_path: Path, mon
     source = Source(str(instruct_file(tmp_path, [3, 4, 5])), "instruct", 61)
     first = prepared(tmp_path, source)
     monkeypatch.setattr(Path, "is_dir", lambda self: False)
-    save = stored.save
-    monkeypatch.setattr(stored, "save", lambda *args, **more: [monkeypatch.undo(), save(*args, **more)][1])
+    save = supervised.save
+    monkeypatch.setattr(supervised, "save", lambda *args, **more: [monkeypatch.undo(), save(*args, **more)][1])
     second = prepared(tmp_path, source)
     assert second.tokens.tolist() == first.tokens.tolist()
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -431,7 +432,7 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
             InputError, match=r"data: .*none.jsonl is no file, expected a jsonl, json or parquet file; correct the path"
         ):
             read(tmp_path / "none.jsonl")
-        (tmp_path / "empty.jsonl").write_text("\n \n")
+        (tmp_path / "empty.jsonl").write_text("\n \n", encoding="utf-8")
         with pytest.raises(InputError, match=r"data: .*empty.jsonl holds no line, expected one JSON object a line; correct"):
             read(tmp_path / "empty.jsonl")
 
@@ -467,14 +468,14 @@ def test_prompts(tmp_path: Path) -> None:
 
 def test_prompts_need_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"f.jsonl:1 ends with a message of 'user', expected an answer of 'assistant'; correct"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
-    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}')
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"f.jsonl:1 has an answer without text, expected a string to compare with; correct it"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
     with pytest.raises(InputError, match=r"f.jsonl has format 'text', expected instruct or chat; plain text asks for no answer"):
         prompts(Source(str(path), "text", 8), TOKENIZER, TEMPLATE)
-    path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}')
+    path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"^data: .*f.jsonl:1 chat: chatml fails with TypeError"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)

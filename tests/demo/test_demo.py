@@ -12,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import make as demo
+import orders
+import pairs
+import texts
+import words
 from minitune import checkpoint, models
-from minitune.demo import __main__ as demo
-from minitune.demo import orders, pairs, texts, words
 from minitune.io import paths
 from minitune.text import tokenizer
 from minitune.text.chat import encode_chat, open_template
@@ -206,7 +209,7 @@ def test_tokenizer_is_what_the_generators_make(pretraining: list[str]) -> None:
     text = tokenizer.open_tokenizer(MODEL)
     made = demo.train_tokenizer(demo.tokenizer_texts())
     assert made == (MODEL / "tokenizer.model").read_bytes()
-    assert json.loads((MODEL / "tokenizer_config.json").read_text()) == demo.tokenizer_config()
+    assert json.loads((MODEL / "tokenizer_config.json").read_text(encoding="utf-8")) == demo.tokenizer_config()
     for line in [*pretraining[:300], *(row["input"] for row in demo.heldout_rows())]:
         ids = text.encode(line, parse_special=True)
         assert text.decode(ids, skip_special=False) == line
@@ -230,7 +233,7 @@ def test_generation_stops_at_the_turn_that_is_trained() -> None:
     )
     assert text.decode(turn.ids, skip_special=False) == "<s><|user|>a<|end|><|assistant|>b<|end|>"
     assert [text.decode([i], skip_special=False) for i, m in zip(turn.ids, turn.mask, strict=True) if m] == ["b", "<|end|>"]
-    stops = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
+    stops = json.loads((MODEL / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     assert text.special["<|end|>"] in stops
 
 

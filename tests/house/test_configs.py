@@ -20,7 +20,7 @@ SHAPES = sorted((ROOT / "configs" / "models").glob("*.toml"))
 
 def stated(path: Path) -> int:
     """The parameter count in the comment on top of a shape file."""
-    first = path.read_text().splitlines()[0]
+    first = path.read_text(encoding="utf-8").splitlines()[0]
     found = re.fullmatch(r"# .+: ([\d_]+) parameters", first)
     assert found, f"{path.name}: {first!r}, expected '# NAME: N parameters'"
     return int(found[1])
@@ -112,7 +112,7 @@ def test_a_published_config_json_is_the_shape_of_its_name(name: str):
 
 
 def test_every_family_has_a_shape():
-    assert {tomllib.loads(path.read_text())["family"] for path in SHAPES} == set(models.FAMILIES)
+    assert {tomllib.loads(path.read_text(encoding="utf-8"))["family"] for path in SHAPES} == set(models.FAMILIES)
 
 
 def test_the_well_known_llamas_are_there():

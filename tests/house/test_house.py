@@ -358,8 +358,8 @@ def test_house(rule: Rule):
     assert not found, f"{rule.__doc__}\n" + "\n".join(found)
 
 
-def test_benchmarks_read_and_write_utf8():
-    files = sorted(PACKAGE.with_name("bench").glob("*.py"))
+def test_benchmarks_and_tests_read_and_write_utf8():
+    files = sorted([*(ROOT / "bench").rglob("*.py"), *TESTS.rglob("*.py")])
     assert not [f"{file.name}:{line}" for file in files for line in text_is_utf8(file.stem, file.read_text("utf-8"))]
 
 

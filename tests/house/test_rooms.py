@@ -43,7 +43,6 @@ ROOMS = {  # room -> the rooms that it may import
     "registry": "errors io checkpoint",
     "programs": BELOW_PROGRAMS,
     "cli": f"{BELOW_PROGRAMS} programs",
-    "demo": f"{BELOW_PROGRAMS} programs",
 }
 ROOMS["__main__"] = f"{ROOMS['cli']} cli __init__"
 ROOMS["__init__"] = "errors"
@@ -64,6 +63,8 @@ def wrong_imports(path: str, source: str) -> list[str]:
     """Imports of a file, given its path in the package, that its room may not make."""
     room = path.partition("/")[0].removesuffix(".py")
     allowed = {room, *ROOMS[room].split()}
+    if path == "models/__init__.py":  # users find `load`, which reads weights, beside `open`
+        allowed.add("checkpoint")
     wrong = []
     for line, name in imported(source):
         if name.startswith("."):
@@ -114,7 +115,7 @@ def test_a_file_is_imported_and_not_the_door():
         ("programs/run.py", "import minitune.cli.chat"),
         ("data/source.py", "from .readers import opened"),
         ("interop/lm_eval.py", "from minitune.programs import log"),
-        ("cli/chat.py", "from minitune.demo import orders"),
+        ("cli/chat.py", "import minitune.__main__"),
     ],
 )
 def test_a_wrong_import_is_found(path: str, source: str):

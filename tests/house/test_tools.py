@@ -29,7 +29,7 @@ def test_tool_finds_a_fault(command: str, source: str):
 
 def test_ci_runs_what_the_readme_says():
     for path in ("README.md", ".ci/run"):
-        assert "pip install -e '.[test]' && pytest" in (ROOT / path).read_text(), path
+        assert "pip install -e '.[test]' && pytest" in (ROOT / path).read_text(encoding="utf-8"), path
 
 
 FAKE_PYTHON = """#!/bin/sh
@@ -48,7 +48,7 @@ def test_ci_fails_when_a_step_fails_and_leaves_nothing(tmp_path: Path, broken: s
     """With a Python whose pip and pytest only echo: the real steps take minutes."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "scratch").mkdir()
-    (tmp_path / "bin" / "python3.11").write_text(FAKE_PYTHON)
+    (tmp_path / "bin" / "python3.11").write_text(FAKE_PYTHON, encoding="utf-8")
     (tmp_path / "bin" / "python3.11").chmod(0o755)
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "scratch"), "BROKEN": broken or "nothing"}
     result = subprocess.run([ROOT / ".ci" / "run"], env=env, capture_output=True, text=True)

@@ -23,7 +23,6 @@ from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models import Model, decoder
 from minitune.models.families import llama
-from minitune.quant import schemes
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import Int4, dequantize, packed
 from minitune.quant.tensors import PackedInt4, QInt8
@@ -203,7 +202,7 @@ def test_int4_leaves_are_packed_once_and_for_bfloat16_alone(demo: Any, monkeypat
     model, params, text, asked = demo
     calls: list[Any] = []
     pack, name = packed, "model.layers.0.mlp.up_proj.weight"
-    monkeypatch.setattr(schemes, "packed", lambda params: calls.append(pack(params)) or calls[-1])
+    monkeypatch.setattr(inference_generate, "packed", lambda params: calls.append(pack(params)) or calls[-1])
     rule = Quantization(Int4(), (name,))
     answered((model, rule.quantize(params), text, asked), max_new_tokens=3)
     assert not calls

@@ -66,7 +66,7 @@ def test_w8a8_rounds_the_activations_of_every_token(tmp_path: Path, monkeypatch:
 def test_w8a8_beside_w4a16_is_mixed_precision(tmp_path: Path) -> None:
     params = {n: SCHEMES["w4 and w8"](n, w) for n, w in random_params(CONFIG).items()}
     folder = save_compressed(tmp_path, params, activations="int8")
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config["format"] == "mixed-precision"
     assert [group["format"] for group in config["config_groups"].values()] == ["int-quantized", "pack-quantized"]
     wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
@@ -143,7 +143,10 @@ def test_nf4_folders_equal_those_that_transformers_writes(tied: bool, dtype: tor
     wanted, found = (load_file(path / "model.safetensors") for path in (tmp_path / "theirs", folder))
     assert found.keys() == wanted.keys()
     assert all(found[name].dtype == w.dtype and torch.equal(found[name], w) for name, w in wanted.items())
-    configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in (tmp_path / "theirs", folder)]
+    configs = [
+        json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        for path in (tmp_path / "theirs", folder)
+    ]
     assert configs[1].pop("llm_int8_skip_modules") == ["lm_head"]
     assert configs[1].items() <= configs[0].items()
 

@@ -31,7 +31,7 @@ TEXTS = [
 
 def sentencepiece_folder(folder: Path, user_defined: tuple[str, ...] = (), **changes: Any) -> Path:
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(True, user_defined))
-    (folder / "tokenizer_config.json").write_text(json.dumps(llama_config(add_bos_token=True, **changes)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(llama_config(add_bos_token=True, **changes)), encoding="utf-8")
     return folder
 
 
@@ -64,7 +64,9 @@ def byte_level_folder(folder: Path, cut: Any, normalizer: Any = None, model: Any
     fast.add_special_tokens(CHAT_TOKENS)
     fast.add_tokens([AddedToken("two apples", normalized=False)])
     fast.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}), encoding="utf-8"
+    )
     return folder
 
 
@@ -117,7 +119,7 @@ def test_byte_level_tokenizers_come_back_with_the_same_ids(name: str, tmp_path: 
     found, notes = exported(folder, ours.vocab_size + 3)
     assert notes == []
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", name)
-    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert found["tokenizer.ggml.merges"] == [" ".join(merge) for merge in spec["model"]["merges"]]
     tokens = found["tokenizer.ggml.tokens"]
     assert all(tokens[i] == text for text, i in spec["model"]["vocab"].items())

@@ -151,10 +151,10 @@ def test_what_peft_cannot_join_is_refused_before_training_and_when_saving(
 ) -> None:
     params = random_params(small_experts(name))
     stage = LoraStage(rank=2, alpha=3.0, **{"targets": ("*.experts.*",), **fields})
-    draft = stage.check(AbstractState({}, Model(FAMILIES[name], small_experts(name)), params))
+    abstract = stage.check(AbstractState({}, Model(FAMILIES[name], small_experts(name)), params))
     with pytest.raises(InputError, match=message):
-        Save(what="deltas").check(draft)
-    assert Save(what="merged").check(draft).saved
+        Save(what="deltas").check(abstract)
+    assert Save(what="merged").check(abstract).saved
     with pytest.raises(InputError, match=message):
         save(tmp_path / "adapter", stage.rule.init(params, 0), stage.rule, params)
     assert not (tmp_path / "adapter").exists()
@@ -182,8 +182,12 @@ def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> N
         path = tmp_path / name / CONFIG
         path.write_text(
             json.dumps(
-                {**json.loads(path.read_text()), "rank_pattern": {"down_proj": 3, "gate_up_proj": 4 if name == "olmoe" else 2}}
-            )
+                {
+                    **json.loads(path.read_text(encoding="utf-8")),
+                    "rank_pattern": {"down_proj": 3, "gate_up_proj": 4 if name == "olmoe" else 2},
+                }
+            ),
+            encoding="utf-8",
         )
         with pytest.raises(InputError, match=r"experts has A .* expected \[3, in\] and \[out, 3\], times the number of experts,"):
             load_adapter(tmp_path / name, names=params)

@@ -385,7 +385,7 @@ def test_a_folder_that_spells_out_what_differs_alone_is_read() -> None:
     config = models.from_hf({"model_type": "gemma3", "text_config": text, "vision_config": {}}).config
     assert config == gemma3.Config(
         n_layers=34, n_heads=8, n_kv_heads=4, d_model=2560, d_head=256, d_ff=10240, vocab_size=262208, norm_eps=1e-6,
-        rope_scaling=rope_scaling.Linear(8.0), max_positions=131072, window=1024,
+        rope_scaling=rope_scaling.LinearScaling(8.0), max_positions=131072, window=1024,
     )  # fmt: skip
 
 

@@ -328,7 +328,7 @@ def mxfp4_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     folder.mkdir()
     checkpoint.save_tensors(folder / "model.safetensors", stored)
     hf = {**gpt_oss.FAMILY.to_hf(config), "dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf), encoding="utf-8")
     return config, whole
 
 

@@ -6,9 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from experts_for_tests import small_experts
-from models_for_tests import family_of, random_batch, random_params, reference
-from test_families import sized
 from torch import Tensor, nn
 
 from minitune.autodiff.value_and_grad import value_and_grad
@@ -18,6 +15,9 @@ from minitune.models.block import block
 from minitune.models.config import DecoderConfig, layer_kind
 from minitune.models.weights import layer_of
 from minitune.types import Batch, Mean, Params
+from support.experts import small_experts
+from support.families import sized
+from support.models import family_of, random_batch, random_params, reference
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: sized("llama", attention_bias=True, mlp_bias=True),

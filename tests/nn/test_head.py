@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from minitune import tree
 from minitune.nn import head as nn_head
-from minitune.nn import linear as nn_linear
-from minitune.nn.head import HEAD_CHUNK, HEAD_ROWS, TRAINED, by_rows, head_chunk, token_losses
+from minitune.nn.head import HEAD_CHUNK, HEAD_ROWS, TRAINED_HEAD_FACTOR, by_rows, head_chunk, token_losses
 from minitune.quant.schemes import Int8, quantize
 from minitune.types import Adapted
 
@@ -40,10 +39,10 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
     if data.draw(st.booleans()):
         loss = by_rows(loss)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn_head, "PIECE", data.draw(st.integers(1, 3)) * (v + 1))
+        patch.setattr(nn_head, "LOSS_SLICE_LOGITS", data.draw(st.integers(1, 3)) * (v + 1))
         patch.setattr(nn_head, "HEAD_CHUNK", chunk * (v + 1))
         patch.setattr(nn_head, "HEAD_ROWS", 1)
-        patch.setattr(nn_head, "TRAINED", 1)
+        patch.setattr(nn_head, "TRAINED_HEAD_FACTOR", 1)
         found = token_losses(loss, hidden, targets, mask, leaf)
     w = head + leaf.b @ leaf.a if isinstance(leaf, Adapted) else head
     whole = loss((hidden @ w.T).flatten(0, 1), targets.flatten()).unflatten(0, (b, t))
@@ -56,8 +55,8 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
 
 def test_the_forward_is_the_only_time_that_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    linear = nn_linear.linear
-    monkeypatch.setattr(nn_linear, "linear", lambda *args: made.append(len(args[0])) or linear(*args))
+    linear = nn_head.linear
+    monkeypatch.setattr(nn_head, "linear", lambda *args: made.append(len(args[0])) or linear(*args))
     hidden = torch.randn(2, 5, 4, requires_grad=True)
     head, targets, mask = torch.randn(11, 4), torch.randint(0, 11, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
     for w in (head, quantize(head, Int8()), head.clone().requires_grad_()):
@@ -76,7 +75,7 @@ def test_the_forward_is_the_only_time_that_logits_are_made(monkeypatch: pytest.M
 
 
 def test_a_loss_by_rows_keeps_the_gradient_of_its_logits_alone_and_sees_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn_head, "PIECE", 4 * 50)
+    monkeypatch.setattr(nn_head, "LOSS_SLICE_LOGITS", 4 * 50)
     seen: list[int] = []
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -114,7 +113,7 @@ def test_a_gradient_of_its_gradient_is_refused_by_plain_autograd_and_right_under
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_chunk_has_enough_rows_for_a_matmul_and_no_more_logits_than_that_takes(trains: bool) -> None:
-    limit = HEAD_CHUNK * (TRAINED if trains else 1)
+    limit = HEAD_CHUNK * (TRAINED_HEAD_FACTOR if trains else 1)
     for v in (97, 32_000, 128_000, 300_000):
         rows = head_chunk(torch.empty(v, 1), trains)
         assert rows >= HEAD_ROWS

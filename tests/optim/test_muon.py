@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import SMALL, random_batch, random_params
 
 from minitune import checkpoint, hardware, tree
 from minitune.algorithms.supervised import sft
@@ -17,11 +16,12 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim import muon
 from minitune.optim.adamw import AdamW
-from minitune.optim.apply import apply_gradients, scratch_bytes
+from minitune.optim.apply import apply_gradients
 from minitune.optim.schedules import Cosine, ScaleBySchedule
 from minitune.optim.transforms import ClipByGlobalNorm, chain
 from minitune.steps import train_step
 from minitune.types import TrainState
+from support.models import SMALL, random_batch, random_params
 
 SHAPES = {"tall": (13, 7), "wide": (7, 13), "same": (7, 13), "square": (5, 5), "row": (1, 9), "column": (9, 1)}
 
@@ -153,8 +153,3 @@ def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, t
     for _ in range(4):
         (trainable, state), _ = step.update(params, TrainState(trainable, state), batch)
     torch.testing.assert_close(trainable, ends[0], rtol=0, atol=0)
-
-
-def test_plan_knows_the_scratch_of_a_step() -> None:
-    params = {"w": torch.empty(512, 700, device="meta"), "x": torch.empty(700, 300, device="meta")}
-    assert scratch_bytes(muon.Muon(lr=1.0), params) == 4 * (4 * 512 * 700 + 2 * 512**2)

@@ -102,7 +102,7 @@ def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
     losses = {}
     for name, written in (("plain", "false"), ("all", "true"), ("some", '"2 MiB"'), ("host", '"host"')):
         summary = run(tmp_path, tiny, LORA + TRAIN + f"remat = {written}\n", name=name)
-        losses[name] = (summary["steps"], (tmp_path / name / "metrics.jsonl").read_text().count("loss"))
+        losses[name] = (summary["steps"], (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").count("loss"))
     assert losses["plain"] == losses["all"] == losses["some"] == losses["host"]
     told = capsys.readouterr().out
     assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in told

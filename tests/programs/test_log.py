@@ -30,7 +30,9 @@ def rows(folder: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_say_and_show_print_what_they_are_given(tmp_path: Path) -> None:
@@ -196,8 +198,8 @@ def history(records: list) -> list[dict]:
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_the_adapters_of_a_sweep_are_groups_of_one_step_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = history(offline_run(tmp_path, monkeypatch, range(1, 3), n_adapters=3))
-    for row, step in zip(found, (1, 2), strict=True):
+    rows = history(offline_run(tmp_path, monkeypatch, range(1, 3), n_adapters=3))
+    for row, step in zip(rows, (1, 2), strict=True):
         assert [row[f"adapter-{i}/loss"] for i in range(3)] == [i / step for i in range(3)]
         assert (row["_step"], row["global_step"], row["adapter-2/lr"]) == (step, step, 3e-4)
         assert "loss" not in row
@@ -217,15 +219,15 @@ def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.Mon
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
     assert config | {"_wandb": 0} == {"name": "tiny", "seed": 3, "stage": [{"op": "lora", "rank": 8}], "mine": 1, "_wandb": 0}
     assert (run.project, run.display_name, list(run.tags)) == ("p", "tiny", ["a"])
-    assert run.run_id == (tmp_path / "wandb-id").read_text()
+    assert run.run_id == (tmp_path / "wandb-id").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_continued_run_keeps_its_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wandb-id").write_text("abc123")
+    (tmp_path / "wandb-id").write_text("abc123", encoding="utf-8")
     records = offline_run(tmp_path, monkeypatch, range(5, 6))
     assert {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"} == {"abc123"}
-    assert (tmp_path / "wandb-id").read_text() == "abc123"
+    assert (tmp_path / "wandb-id").read_text(encoding="utf-8") == "abc123"
 
 
 def test_a_wrong_wandb_keyword_is_refused(tmp_path: Path) -> None:

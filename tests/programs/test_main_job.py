@@ -16,7 +16,7 @@ def test_the_demo_learns_and_shows_it(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "minitune", "programs/lora.toml", f"out={tmp_path}", *shorter]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "lora/summary.json").read_text())
+    summary = json.loads((tmp_path / "lora/summary.json").read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     assert before["n_prompts"] == after["n_prompts"] == 100
     assert before["exact_match"] < 0.05
@@ -24,7 +24,7 @@ def test_the_demo_learns_and_shows_it(tmp_path: Path) -> None:
     assert after["loss_nats"] < before["loss_nats"] / 10
     for shown in (f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}", "tokens/s", "MiB", f"deltas in {tmp_path}"):
         assert shown in done.stdout.replace("\n", " ") or shown in done.stdout.replace("\n", ""), shown
-    rows = [json.loads(line) for line in (tmp_path / "lora/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "lora/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] / 4
     sample = json.loads(after["samples"][0]["answer"])
     assert set(sample) == {"customer", "items", "city", "date"}

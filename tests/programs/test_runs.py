@@ -33,14 +33,14 @@ from minitune.programs.signals import StopSignals
 from minitune.programs.state import Stopped
 
 
-class FakeWorld(NamedTuple):
+class FakeState(NamedTuple):
     seed: int
     folder: Path
     log: Log
     stopping: Any
     records: Mapping[str, dict]
 
-    def record(self, label: str, values: dict[str, Any]) -> "FakeWorld":
+    def record(self, label: str, values: dict[str, Any]) -> "FakeState":
         return self._replace(records={**self.records, label: values})
 
 
@@ -60,38 +60,38 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     def result(self) -> None:
         return None
 
-    def run(self, world: FakeWorld) -> FakeWorld:
-        if self.name in world.records:
-            return world
+    def run(self, state: FakeState) -> FakeState:
+        if self.name in state.records:
+            return state
         for step in range(1, self.steps + 1):
             if self.fail:
                 raise RuntimeError("power cut")
             if step == self.signal_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if world.stopping():
-                raise Stopped(step, world.folder)
-            world.log.metrics(step, {"loss": 1.0 / step})
+            if state.stopping():
+                raise Stopped(step, state.folder)
+            state.log.metrics(step, {"loss": 1.0 / step})
         record = {"top": {"steps": self.steps}, "last": self.steps}
-        return world._replace(records={**world.records, self.name: record})
+        return state._replace(records={**state.records, self.name: record})
 
 
 @pytest.fixture(autouse=True)
-def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worlds without a model: what a run does with its stages does not depend on what they do."""
+def fake_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States without a model: what a run does with its stages does not depend on what they do."""
 
-    def open_world(model, sources, seed, folder, log, stopping, records, tf32) -> FakeWorld:
-        return FakeWorld(seed, folder, log, stopping, records)
+    def open_pipeline(model, sources, seed, folder, log, stopping, records, tf32) -> FakeState:
+        return FakeState(seed, folder, log, stopping, records)
 
-    monkeypatch.setattr(run, "open_world", open_world)
+    monkeypatch.setattr(run, "open_pipeline", open_pipeline)
     monkeypatch.setattr(run, "check", lambda model, sources, stages: [])
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Program:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     return Program(
         name="tiny",
         out=str(tmp_path / "runs"),
@@ -122,8 +122,8 @@ def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Pro
     assert result == {"one": {"last": 3}, "two": {"last": 2}, "steps": 2}
     kept = json.loads((folder / "summary.json").read_bytes())
     assert {name: kept[name]["last"] for name in ("one", "two")} == {"one": 3, "two": 2}
-    assert (folder / "program.toml").read_text() == program.resolved(tiny)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (folder / "program.toml").read_text(encoding="utf-8") == program.resolved(tiny)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("one", 1), ("one", 2), ("one", 3), ("two", 1), ("two", 2)]
     assert set(json.loads((folder / "records.json").read_bytes())) == {"one", "two"}
     assert (folder / "checkpoints").is_dir()
@@ -131,8 +131,8 @@ def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Pro
 
 def test_numbers_that_json_lacks_become_null(tiny: Program) -> None:
     class Diverged(Count, frozen=True, tag="diverged"):
-        def run(self, world: FakeWorld) -> FakeWorld:
-            return world._replace(records={"one": {"loss_nats": math.nan, "worst": math.inf}})
+        def run(self, state: FakeState) -> FakeState:
+            return state._replace(records={"one": {"loss_nats": math.nan, "worst": math.inf}})
 
     run_program(changed(tiny, stage=(Diverged(3, "one"),)))
     for name in ("records.json", "summary.json"):
@@ -166,14 +166,18 @@ def test_an_unfinished_run_of_the_same_program_is_continued(tiny: Program) -> No
     assert run.notes == (f"{run.folder} is unfinished: continuing it",)
     manifest = json.loads((run.folder / "manifest.json").read_bytes())
     assert len(manifest["starts"]) == 2
-    assert [json.loads(line)["stage"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()] == ["one"] * 3
+    assert [json.loads(line)["stage"] for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] == [
+        "one"
+    ] * 3
     assert {path.name for path in run.folder.parent.iterdir()} == {"tiny", ".tiny.lock"}
 
 
 def test_a_changed_version_is_told(tiny: Program) -> None:
     folder = opened(tiny).folder
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(manifest.replace(f'"python": "{platform.python_version()}"', '"python": "3.0.0"'))
+    manifest = (folder / "manifest.json").read_text(encoding="utf-8")
+    (folder / "manifest.json").write_text(
+        manifest.replace(f'"python": "{platform.python_version()}"', '"python": "3.0.0"'), encoding="utf-8"
+    )
     message = (
         f"versions changed since it was stopped (python 3.0.0 -> {platform.python_version()}): it may not continue bit for bit"
     )
@@ -232,14 +236,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny: Program, tmp_path: Path) ->
     opened(tiny)  # an empty folder is no obstacle
     other = tmp_path / "runs" / "other"
     other.mkdir()
-    (other / "thesis.tex").write_text("years of work")
+    (other / "thesis.tex").write_text("years of work", encoding="utf-8")
     for resume in (None, True, False):
         with pytest.raises(
             InputError, match=r"other holds no manifest.json, expected a run folder; change name or out, or move it"
         ):
             opened(changed(tiny, name="other", resume=resume))
     assert files(other) == {"thesis.tex": b"years of work"}
-    (tmp_path / "runs" / "file").write_text("")
+    (tmp_path / "runs" / "file").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"file holds no manifest.json, expected a run folder"):
         opened(changed(tiny, name="file"))
 
@@ -251,7 +255,7 @@ def test_changed_inputs_stop_a_resume(tiny: Program, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"runs: \S+model.safetensors is not what it was when \S+tiny began, expected the same"):
         opened(tiny)
     weights.write_bytes(b"weights")
-    (tmp_path / "model" / "extra.json").write_text("")
+    (tmp_path / "model" / "extra.json").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"runs: \S+extra.json is not what it was .*; restore it, or set resume = false"):
         opened(tiny)
     assert not opened(changed(tiny, resume=False)).resumed
@@ -381,9 +385,9 @@ def test_sigterm_stops_between_steps_and_the_same_program_finishes_later(tiny: P
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_in_a_stage_that_does_not_look_stops_before_the_next_one(tiny: Program) -> None:
     class Deaf(Count, frozen=True, tag="deaf"):
-        def run(self, world: FakeWorld) -> FakeWorld:
+        def run(self, state: FakeState) -> FakeState:
             os.kill(os.getpid(), signal.SIGINT)
-            return super().run(world._replace(stopping=lambda: False))
+            return super().run(state._replace(stopping=lambda: False))
 
     stop = StopSignals()
     with pytest.raises(Stopped) as stopped:
@@ -395,10 +399,10 @@ def test_a_signal_in_a_stage_that_does_not_look_stops_before_the_next_one(tiny: 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_in_the_last_stage_lets_the_run_finish(tiny: Program) -> None:
     class Late(Count, frozen=True, tag="late"):
-        def run(self, world: FakeWorld) -> FakeWorld:
-            world = super().run(world)
+        def run(self, state: FakeState) -> FakeState:
+            state = super().run(state)
             os.kill(os.getpid(), signal.SIGTERM)
-            return world
+            return state
 
     assert run_program(changed(tiny, stage=(Late(3, "one"),)))["steps"] == 3
 
@@ -442,16 +446,16 @@ def test_a_file_system_without_locks_is_told(tiny: Program, monkeypatch: pytest.
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
-    found: list[Any] = []
+    handlers: list[Any] = []
 
     def enter() -> None:
         with StopSignals():
-            found.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [signal.getsignal(signal.SIGTERM)]
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_summary_moves_top_up_and_keeps_the_rest_by_stage() -> None:

@@ -24,12 +24,14 @@ REFUSED = {
     "no teacher": (LORA + TRAIN + 'loss = { kind = "forward_kl" }\n', "has no teacher, expected one exactly with a distillation"),
     "a teacher for nothing": (LORA + TRAIN + 'teacher = { path = "demo" }\n', "has a teacher, expected one exactly with"),
     "pairs of prose": (LORA + TRAIN + 'loss = { kind = "dpo" }\n', "format 'instruct', expected pairs"),
-    "judged answers of pairs": (
+    "unpaired answers of pairs": (
         LORA + TRAIN.replace('"train"\nsteps', '"pairs"\nsteps') + 'loss = { kind = "kto" }\n',
-        "format 'pairs', expected judged",
+        "format 'pairs', expected unpaired",
     ),
     "one answer at a time": (
-        LORA + TRAIN.replace('"train"\nsteps', '"judged"\nsteps').replace("= 4\nsave", "= 1\nsave") + 'loss = { kind = "kto" }\n',
+        LORA
+        + TRAIN.replace('"train"\nsteps', '"unpaired"\nsteps').replace("= 4\nsave", "= 1\nsave")
+        + 'loss = { kind = "kto" }\n',
         "a batch of one answer, expected two",
     ),
     "base without deltas": (
@@ -96,7 +98,7 @@ def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, 
     rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "20.0")  # a rate that soon does harm
     watch = 'evaluate = { data = "heldout", every = 3, patience = 2, batch_size = 8 }\n'
     summary = run(tmp_path, tiny, LORA + rising + watch + evaluation("after"))
-    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     heldout = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
     best = min(heldout, key=lambda step: heldout[step])
     assert set(heldout) == set(range(3, len(rows) + 1, 3))
@@ -147,9 +149,9 @@ def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_pat
         run(tmp_path, tiny, LORA + kd + top, name=f"kd{len(top)}")
     live, cached = ([row["loss"] for row in rows_without_time(tmp_path / one)] for one in ("kd0", "kd20"))
     assert cached == pytest.approx(live, rel=1e-4)
-    judged = TRAIN.replace('"train"\nsteps', '"judged"\nsteps') + 'loss = { kind = "kto" }\n'
+    unpaired = TRAIN.replace('"train"\nsteps', '"unpaired"\nsteps') + 'loss = { kind = "kto" }\n'
     for reference in ("start", "cached"):
-        run(tmp_path, tiny, LORA + judged + f'reference = "{reference}"\n', name=f"kto-{reference}")
+        run(tmp_path, tiny, LORA + unpaired + f'reference = "{reference}"\n', name=f"kto-{reference}")
     live, cached = ([row["loss"] for row in rows_without_time(tmp_path / f"kto-{one}")] for one in ("start", "cached"))
     assert cached == pytest.approx(live, abs=5e-6)
 
@@ -159,14 +161,14 @@ KINDS = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto", "forward_kl", "re
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:
-    data = "judged" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
+    data = "unpaired" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
     stages = LORA + TRAIN.replace('"train"\nsteps', f'"{data}"\nsteps') + f'loss = {{ kind = "{kind}" }}\n'
     teacher = 'teacher = { path = "demo" }\n' if data == "train" else ""
     summary = run(tmp_path, tiny, stages + teacher, "train.optimizer.lr=0.5")
     rows = rows_without_time(tmp_path / "p")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert summary["train"]["n_skipped"] == 0
-    counted = {"judged": "answers", "pairs": "pairs", "train": "target_tokens"}[data]
+    counted = {"unpaired": "answers", "pairs": "pairs", "train": "target_tokens"}[data]
     assert all(row[counted] > 0 for row in rows)
     assert len({row["loss"] for row in rows}) > 1
     if data == "pairs":
@@ -179,7 +181,7 @@ def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Pat
         command = [*COMMAND, "generate", *words, f"name={compiled}", f"generate.compiled={compiled}"]
         done = subprocess.run(command, capture_output=True, text=True)  # apart: the signatures' checks are not to be traced
         assert done.returncode == 0, done.stderr
-    one, two = ((tmp_path / name / "generate.jsonl").read_text().splitlines() for name in ("true", "false"))
+    one, two = ((tmp_path / name / "generate.jsonl").read_text(encoding="utf-8").splitlines() for name in ("true", "false"))
     assert one == two
     assert len(one) == 5
 
@@ -210,27 +212,27 @@ def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     saves += '[[stage]]\nop = "save"\nname = "trained"\nwhat = "merged"\npath = "run/trained"\ndtype = "float32"\n'
     saves += '[[stage]]\nop = "save"\nname = "stored"\nwhat = "merged"\npath = "run/stored"\nonto = "stored"\ndtype = "float32"\n'
     summary = run(tmp_path, tiny, NF4 + LORA + TRAIN + evaluation("after") + saves)
-    told = capsys.readouterr().out
-    assert "merged onto the dequantized weights" in told
+    output = capsys.readouterr().out
+    assert "merged onto the dequantized weights" in output
     assert summary["trained"]["merge_error"] < 1e-6 < 0.01 < summary["stored"]["merge_error"]
     assert summary["quantize"]["bytes_after"] < summary["quantize"]["bytes_before"]
     model = models.open(tiny / "model")
     base = checkpoint.load_params(tiny / "model", model.shapes())
     rule, deltas, _ = load_adapter(tmp_path / "p/deltas", names=base)
-    found, onto_stored = (checkpoint.load_params(tmp_path / "p" / one, model.shapes()) for one in ("trained", "stored"))
+    onto_trained, onto_stored = (checkpoint.load_params(tmp_path / "p" / one, model.shapes()) for one in ("trained", "stored"))
     for name in deltas:
         rounded = dequantize(quantize(base[name].float(), schemes.NF4()), torch.float32)
-        torch.testing.assert_close(found[name], rule.merged_weight(rounded, deltas[name]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(onto_trained[name], rule.merged_weight(rounded, deltas[name]), rtol=0, atol=1e-6)
         torch.testing.assert_close(onto_stored[name], rule.merged_weight(base[name], deltas[name]), rtol=0, atol=1e-6)
     # the merged model is the one that was evaluated
-    again = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/trained'}", name="again")
-    assert again["after"]["loss_nats"] == pytest.approx(summary["after"]["loss_nats"], rel=1e-5)
+    reloaded = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/trained'}", name="again")
+    assert reloaded["after"]["loss_nats"] == pytest.approx(summary["after"]["loss_nats"], rel=1e-5)
     # onto a dense base, it is merged when asked for
     adapter = f"model.deltas={tmp_path / 'p/deltas'}"
     for op in ('"merge"', '"save"\nwhat = "merged"\ndtype = "float32"'):
         assert start(tmp_path, tiny, f"[[stage]]\nop = {op}\n", adapter, name="dense") == 2
-        told = capsys.readouterr().err
-        assert re.search(r"but that was quantized by \{'scheme'.*nf4.* and is dense here, expected onto = 'stored'", told)
+        output = capsys.readouterr().err
+        assert re.search(r"but that was quantized by \{'scheme'.*nf4.* and is dense here, expected onto = 'stored'", output)
     run(tmp_path, tiny, f'[[stage]]\nop = {op}\nonto = "stored"\n', adapter, name="dense")
     dense = checkpoint.load_params(tmp_path / "dense/merged", model.shapes())
     assert all(torch.equal(dense[name], onto_stored[name]) for name in dense)
@@ -269,7 +271,9 @@ def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight
     assert re.search(r"dpo: continuing from step \d+ of 20", last.stdout)
     assert "sft 1/20" not in last.stdout
     assert "tuned: loss" not in last.stdout  # that was measured before the run died
-    killed, wanted = ({**json.loads((tmp_path / one / "summary.json").read_text())} for one in ("killed", "straight"))
+    killed, wanted = (
+        {**json.loads((tmp_path / one / "summary.json").read_text(encoding="utf-8"))} for one in ("killed", "straight")
+    )
     for name in ("base", "tuned", "preferred", "int4"):
         assert killed[name] | {"time_s": 0} == wanted[name] | {"time_s": 0}
     assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "straight")
@@ -284,8 +288,8 @@ def test_what_trains_starts_from_the_exact_weights_whatever_computes(tiny: Path,
     stages = '[[stage]]\nop = "full"\n[[stage]]\nop = "save"\nwhat = "params"\n'
     run(tmp_path, tiny, stages, "model.dtype=bfloat16")
     model = models.open(tiny / "model")
-    found, wanted = (checkpoint.load_params(path, model.shapes()) for path in (tmp_path / "p/params", tiny / "model"))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    saved, wanted = (checkpoint.load_params(path, model.shapes()) for path in (tmp_path / "p/params", tiny / "model"))
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
     assert any(not torch.equal(w, w.bfloat16().float()) for w in wanted.values())
 
 

@@ -27,7 +27,7 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rows_of(folder: Path, adapter: int | None = None) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if adapter is None or row["adapter"] == adapter]
 
 
@@ -38,17 +38,19 @@ def test_each_adapter_of_a_sweep_is_the_run_by_itself_and_the_best_goes_on(tiny:
     for i, point in enumerate(POINTS):
         words = [f"{key.replace('optimizer', 'train.optimizer')}={value}" for key, value in point.items()]
         run(tmp_path, tiny, LORA + SWEPT + save, *words, name=f"alone{i}")
-        wanted, found = rows_of(tmp_path / f"alone{i}"), rows_of(tmp_path / "together", i)
-        assert [row["step"] for row in found] == [row["step"] for row in wanted] == list(range(1, 13))
+        alone, together = rows_of(tmp_path / f"alone{i}"), rows_of(tmp_path / "together", i)
+        assert [row["step"] for row in together] == [row["step"] for row in alone] == list(range(1, 13))
         for name in ("loss", "lr", "grad_norm", "target_tokens", "skipped"):
-            assert [row[name] for row in found] == pytest.approx([row[name] for row in wanted], rel=1e-5)
-        losses[i] = wanted[-1]["heldout_loss"]
-        assert found[-1]["heldout_loss"] == pytest.approx(losses[i], rel=1e-6)
-        assert found[-1]["optimizer.lr"] == point["optimizer.lr"]
+            assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-5)
+        losses[i] = alone[-1]["heldout_loss"]
+        assert together[-1]["heldout_loss"] == pytest.approx(losses[i], rel=1e-6)
+        assert together[-1]["optimizer.lr"] == point["optimizer.lr"]
     best = min(losses, key=lambda i: losses[i])
     assert summary["train"]["best_adapter"] == best
     found, wanted = (next((tmp_path / name).rglob("adapter_model.safetensors")).parent for name in ("together", f"alone{best}"))
-    assert (found / "adapter_config.json").read_text() == (wanted / "adapter_config.json").read_text()
+    assert (found / "adapter_config.json").read_text(encoding="utf-8") == (wanted / "adapter_config.json").read_text(
+        encoding="utf-8"
+    )
     alone = deltas(wanted)
     for name, x in deltas(found).items():
         torch.testing.assert_close(x, alone[name], rtol=0.0, atol=1e-6)
@@ -64,7 +66,7 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(tiny: Path, tmp_
     shutil.rmtree(states[-1])
     for name in ("summary.json", "records.json"):
         (tmp_path / "killed/straight" / name).unlink()
-    (tmp_path / "killed/straight/records.json").write_text("{}")
+    (tmp_path / "killed/straight/records.json").write_text("{}", encoding="utf-8")
     assert main([str(tmp_path / "straight.toml"), f"out={tmp_path / 'killed'}"]) == 0
     assert rows_without_time(tmp_path / "killed/straight") == rows_without_time(folder)
     ends = [

@@ -195,7 +195,7 @@ def test_a_card_multiplies_as_the_cpu_does():
 def test_the_compressed_folder_is_read_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     params = {n: quantize(w, Float8()) if is_linear(n) else w for n, w in random_params(CONFIG).items()}
     folder = save_compressed(tmp_path, params)
-    asked = json.loads((folder / "config.json").read_text())["quantization_config"]
+    asked = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     group = asked["config_groups"]["group_0"]
     assert (asked["format"], group["weights"]["type"], group["weights"]["strategy"]) == ("float-quantized", "float", "channel")
     assert (group["input_activations"]["type"], group["input_activations"]["dynamic"]) == ("float", True)

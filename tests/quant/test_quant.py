@@ -23,8 +23,8 @@ from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model
 from minitune.models.families import llama
+from minitune.nn import linear as nn_linear
 from minitune.nn.linear import linear
-from minitune.quant import linear as quant_linear
 from minitune.quant import nf4
 from minitune.quant import schemes as quant_schemes
 from minitune.quant.linear import DECODE_ROWS, quantized_linear
@@ -273,7 +273,7 @@ def test_one_weight_at_a_time_is_whole(name: str, monkeypatch: pytest.MonkeyPatc
     whole, numbers = peak()
     assert whole == 1
     assert numbers <= 3 * largest + activations < 14 * largest
-    monkeypatch.setattr(quant_linear, "quantized_linear", lambda x, q: F.linear(x, dequantize(q, x.dtype)))
+    monkeypatch.setattr(nn_linear, "quantized_linear", lambda x, q: F.linear(x, dequantize(q, x.dtype)))
     assert peak()[0] == 11  # of a linear whose graph keeps its weight: all but the first q, k, v, whose input needs no gradient
 
 

@@ -17,10 +17,9 @@ from minitune.__main__ import main
 from minitune.algorithms.objective import apply_trainable, split_trainable
 from minitune.algorithms.supervised import sft
 from minitune.autodiff.value_and_grad import value_and_grad
-from minitune.inference import generate
 from minitune.inference.generate import greedy
 from minitune.lora import Lora
-from minitune.models import Model
+from minitune.models import Model, decoder
 from minitune.models.experts import Experts
 from minitune.models.families import llama, mixtral
 from minitune.nn.linear import linear
@@ -172,10 +171,10 @@ def test_weights_that_train_stay_in_their_own_dtype() -> None:
 
 def test_decoding_keeps_its_cache_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     params, made = half(random_params(SMALL)), []
-    empty = generate._empty_caches  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(generate, "_empty_caches", lambda *args: made.append(empty(*args)) or made[-1])
+    empty = decoder.empty_caches
+    monkeypatch.setattr(decoder, "empty_caches", lambda *args: made.append(empty(*args)) or made[-1])
     for prompts in ([[1, 2], [3]], [[4]]):
-        rows = greedy(MODEL, params, prompts, {}, max_new_tokens=5, stop_ids=[])
+        rows = greedy(MODEL, params, prompts, max_new_tokens=5, stop_ids=[])
         wide = {name: w.float() for name, w in params.items()}
         for prompt, row in zip(prompts, rows, strict=True):
             logits = MODEL.forward(wide, torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]

@@ -92,7 +92,7 @@ def free_peer(kind: str, policy: LlamaForCausalLM, pairs: Pairs, folder: Path, *
 def kto_peer(
     policy: LlamaForCausalLM,
     frozen: LlamaForCausalLM,
-    judged: Batch,
+    unpaired: Batch,
     mismatched: Batch,
     desirable: Tensor,
     folder: Path,
@@ -104,7 +104,7 @@ def kto_peer(
     args = KTOConfig(output_dir=str(folder), per_device_train_batch_size=2, **QUIET, **{"max_length": None, **config})
     trainer = KTOTrainer(policy, frozen, args, train_dataset=a_dataset(), processing_class=a_tokenizer())
     inputs: dict[str, Tensor] = {"label": desirable}
-    for prefix, rows in (("", judged), ("KL_", mismatched)):
+    for prefix, rows in (("", unpaired), ("KL_", mismatched)):
         parts = {"input_ids": rows.tokens, "attention_mask": rows.segment_ids.long(), "completion_mask": rows.loss_mask.long()}
         inputs |= {f"{prefix}{part}": x for part, x in parts.items()}
     loss = trainer.compute_loss(policy, inputs)
@@ -240,15 +240,15 @@ def test_pairs_alone_cost_what_cpo_and_orpo_trainer_say(loss: PairLoss, kind: st
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (1, 0)])
-def test_judged_answers_cost_what_kto_trainer_says(seeds: tuple[int, int], tmp_path: Path) -> None:
+def test_unpaired_answers_cost_what_kto_trainer_says(seeds: tuple[int, int], tmp_path: Path) -> None:
     policy, frozen, again = a_model(seeds[0]), a_model(seeds[1]), a_model(seeds[0])
-    judged, mismatched = answers([3, 1, 2, 2], [4, 2, 7, 1], seed=1), answers([3, 1, 2, 2], [2, 5, 3, 3], seed=2)
+    unpaired, mismatched = answers([3, 1, 2, 2], [4, 2, 7, 1], seed=1), answers([3, 1, 2, 2], [2, 5, 3, 3], seed=2)
     desirable = torch.tensor([True, False, True, False])
     loss = Kto(beta=0.1, desirable_weight=1.0, undesirable_weight=1.2)
     knobs = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.2}
-    peer = kto_peer(policy, frozen, judged, mismatched, desirable, tmp_path, **knobs)
+    peer = kto_peer(policy, frozen, unpaired, mismatched, desirable, tmp_path, **knobs)
     frozen = a_model(seeds[1])
-    ours, ref = sums(again, judged), sums(frozen, judged).detach()
+    ours, ref = sums(again, unpaired), sums(frozen, unpaired).detach()
     kl = (sums(again, mismatched) - sums(frozen, mismatched)).mean().detach()
     assert max(float(kl), 0.0) == pytest.approx(peer.metrics["kl"], rel=1e-5)
     check(loss(ours, ref, desirable, kl).mean(), again, peer)

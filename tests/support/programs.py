@@ -27,16 +27,16 @@ def write_tiny(folder: Path) -> None:
     params = {name: 0.1 * w for name, w in random_params(TINY).items()}
     checkpoint.save_folder(folder / "model", params, model, checkpoint.FolderExtras(demo, []))
     for name in ("orders-train", "orders-heldout", "orders-pairs"):
-        rows = paths.locate(f"demo/{name}.jsonl").read_text().splitlines()[:40]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    (folder / "text.jsonl").write_text('{"text": "Nine lamps went to Oslo on a grey Monday."}\n' * 9)
+        rows = paths.locate(f"demo/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "text.jsonl").write_text('{"text": "Nine lamps went to Oslo on a grey Monday."}\n' * 9, encoding="utf-8")
     shape = "family = 'llama'\n" + "\n".join(
         f"{f} = {json.dumps(getattr(TINY, f))}" for f in ("n_layers", "n_heads", "n_kv_heads")
     )
     rest = "\n".join(
         f"{f} = {json.dumps(getattr(TINY, f))}" for f in ("d_model", "d_head", "d_ff", "vocab_size", "tie_embeddings")
     )
-    (folder / "shape.toml").write_text(f"{shape}\n{rest}\n")
+    (folder / "shape.toml").write_text(f"{shape}\n{rest}\n", encoding="utf-8")
 
 
 def toy(name: str, tiny: Path, out: Path, steps: int = 3) -> list[str]:
@@ -73,7 +73,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, stage: str
         if process.poll() is not None:
             raise AssertionError(f"ended early with {process.returncode}: {process.communicate()}")
         path = folder / "metrics.jsonl"
-        if path.exists() and f'"stage": "{stage}", "step": {step},' in path.read_text():
+        if path.exists() and f'"stage": "{stage}", "step": {step},' in path.read_text(encoding="utf-8"):
             return
         time.sleep(0.002)
 
@@ -84,7 +84,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def rows_without_time(folder: Path) -> list[dict]:
     timed = ("tokens_per_second", "mem_bytes")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
@@ -105,9 +105,9 @@ seq_len = 256
 path = "{tiny}/orders-pairs.jsonl"
 format = "pairs"
 seq_len = 256
-[data.judged]
+[data.unpaired]
 path = "{tiny}/orders-pairs.jsonl"
-format = "judged"
+format = "unpaired"
 seq_len = 256
 """
 LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'
@@ -123,9 +123,9 @@ def evaluation(name: str) -> str:
 def run(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p") -> dict:
     """The summary of a program made of these stages."""
     assert start(tmp_path, tiny, stages, *words, name=name) == 0
-    return json.loads((tmp_path / name / "summary.json").read_text())
+    return json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8"))
 
 
 def start(tmp_path: Path, tiny: Path, stages: str, *words: str, name: str = "p", verb: tuple[str, ...] = ()) -> int:
-    (tmp_path / f"{name}.toml").write_text(STAGES_HEAD.format(name=name, tiny=tiny) + stages)
+    (tmp_path / f"{name}.toml").write_text(STAGES_HEAD.format(name=name, tiny=tiny) + stages, encoding="utf-8")
     return main([*verb, str(tmp_path / f"{name}.toml"), f"out={tmp_path}", *words])

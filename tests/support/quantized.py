@@ -41,7 +41,7 @@ def dense(w: Any) -> Tensor:
 
 def folder_of(tmp_path: Path) -> Path:
     (tmp_path / "tokenizer").mkdir(exist_ok=True)
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}", encoding="utf-8")
     return tmp_path / "tokenizer"
 
 

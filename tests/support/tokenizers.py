@@ -91,7 +91,7 @@ def write_folder(model: bytes | None, config: dict[str, Any] | None) -> Path:
     if model is not None:
         (folder / "tokenizer.model").write_bytes(model)
     if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -121,7 +121,8 @@ def byte_level() -> tuple[Tokenizer, tokenizers.Tokenizer]:
     fast.no_truncation()
     fast.no_padding()
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "extra_special_tokens": ["two"]})
+        json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "extra_special_tokens": ["two"]}),
+        encoding="utf-8",
     )
     return open_tokenizer(folder), fast
 

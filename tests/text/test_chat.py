@@ -356,7 +356,7 @@ def folder_with(config: dict[str, Any], jinja: str | None = None) -> tuple[Path,
     """A folder with a sentencepiece model, these settings, and perhaps a template."""
     folder = write_folder(sentencepiece_model(True), config)
     if jinja is not None:
-        (folder / "chat_template.jinja").write_text(jinja)
+        (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     return folder, open_tokenizer(folder)
 
 

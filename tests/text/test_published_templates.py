@@ -97,7 +97,7 @@ def test_there_are_templates_of_many_families() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rendering_equals_transformers_with_every_option(name: str) -> None:
     told = template(name)
-    given = [{}, *({option: value} for option in sorted(told.asks) for value in (False, True, "high"))]
+    given = [{}, *({option: value} for option in sorted(told.variables) for value in (False, True, "high"))]
     for messages, tools in CONVERSATIONS.values():
         for opened in (False, True):
             for options in given:
@@ -118,7 +118,7 @@ ASKED = {
 
 @pytest.mark.parametrize("name", ASKED)
 def test_what_a_template_asks_for(name: str) -> None:
-    assert template(name).asks == ASKED[name]
+    assert template(name).variables == ASKED[name]
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -169,8 +169,8 @@ QUIET = {"enable_thinking": False}
 def folder() -> Path:
     """A folder with a tokenizer and Qwen 3's published template."""
     made = write_folder(None, {**NAMES, "clean_up_tokenization_spaces": False})
-    (made / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str())
-    (made / "chat_template.jinja").write_text(PUBLISHED["qwen3"])
+    (made / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str(), encoding="utf-8")
+    (made / "chat_template.jinja").write_text(PUBLISHED["qwen3"], encoding="utf-8")
     return made
 
 
@@ -181,8 +181,8 @@ def test_an_option_reaches_training_prompts_and_pairs(where: str, folder: Path, 
     if where in ("model", "over the model's"):
         told = with_options(told, {"enable_thinking": where == "over the model's"} if where != "model" else QUIET, "[model]")
     file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    file.write_text(json.dumps({"messages": said}) + "\n")
-    other.write_text(json.dumps({"prompt": "two", "chosen": "pear", "rejected": "plum"}) + "\n")
+    file.write_text(json.dumps({"messages": said}) + "\n", encoding="utf-8")
+    other.write_text(json.dumps({"prompt": "two", "chosen": "pear", "rejected": "plum"}) + "\n", encoding="utf-8")
     source = Source(str(file), "chat", 64, chat_template_kwargs=QUIET if where in ("table", "over the model's") else {})
     if where == "mixed":
         source = msgspec.structs.replace(source, mix=(MixtureComponent(str(file), 0.5, chat_template_kwargs=QUIET),)).parts()[1]
@@ -223,7 +223,7 @@ def test_a_prompt_that_is_no_part_of_what_a_turn_becomes_is_refused(folder: Path
 def test_an_option_that_no_template_asks_for_is_refused(folder: Path, tmp_path: Path) -> None:
     told = open_template(folder, open_tokenizer(folder))
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": TURNS}) + "\n")
+    file.write_text(json.dumps({"messages": TURNS}) + "\n", encoding="utf-8")
     source = Source(str(file), "chat", 64, chat_template_kwargs={"thinking": True})
     message = r"a.jsonl chat_template_kwargs has 'thinking', expected what .*jinja asks for: enable_thinking; did you mean"
     for read in (prepare, preference.prepare):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minitune.errors import InputError
 from minitune.text.chat import encode_chat, encode_prompt, open_template
-from minitune.text.template import CLOSE, OPEN, Message, Template, compile_template, render
+from minitune.text.template import GENERATION_END, GENERATION_START, Message, Template, compile_template, render
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import texts, wild, with_special_tokens, write_folder
 
@@ -511,10 +511,13 @@ def test_blocks_of_generation_that_are_taken_apart_are_refused(source: str) -> N
 
 
 def test_the_marks_are_plain_characters_to_everybody_else() -> None:
-    messages = [user(f"a{OPEN}b{CLOSE}"), assistant(f"{CLOSE}c{OPEN}", thinking=OPEN)]
+    messages = [
+        user(f"a{GENERATION_START}b{GENERATION_END}"),
+        assistant(f"{GENERATION_END}c{GENERATION_START}", thinking=GENERATION_START),
+    ]
     ids, mask = encode_chat(speaker()[0], template("marked"), messages)
-    assert spans(ids, mask) == [f"<think>{OPEN}</think>{CLOSE}c{OPEN}<|im_end|>"]
-    assert f"a{OPEN}b{CLOSE}" in speaker()[0].decode(ids, skip_special=False)
+    assert spans(ids, mask) == [f"<think>{GENERATION_START}</think>{GENERATION_END}c{GENERATION_START}<|im_end|>"]
+    assert f"a{GENERATION_START}b{GENERATION_END}" in speaker()[0].decode(ids, skip_special=False)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
@@ -529,7 +532,7 @@ def test_reasoning_is_found_under_each_of_its_names(key: str) -> None:
 def test_a_template_for_tools_is_used_where_there_are_some() -> None:
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": QWEN25}]
     folder = write_folder(None, {**NAMES, "chat_template": named})
-    (folder / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str())
+    (folder / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str(), encoding="utf-8")
     tokenizer, theirs = open_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     found = open_template(folder, tokenizer)
     for tools in ([], [FUNCTION]):

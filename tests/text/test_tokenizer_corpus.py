@@ -119,7 +119,7 @@ def folder_of(fast: tokenizers.Tokenizer, **config: Any) -> Path:
     folder = Path(tempfile.mkdtemp())
     fast.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
@@ -153,7 +153,7 @@ def ranks() -> tuple[Path, Any]:
     lines = {i: bytes(letters[letter] for letter in token) for token, i in fast.get_vocab().items()}
     folder = Path(tempfile.mkdtemp())
     text = "".join(f"{base64.b64encode(lines[i]).decode()} {i}\n" for i in range(len(lines)))
-    (folder / "tokenizer.model").write_text(text)
+    (folder / "tokenizer.model").write_text(text, encoding="utf-8")
     fast.add_special_tokens(_llama3_special())
     bos = fast.token_to_id(SPECIAL[0])
     fast.post_processor = processors.TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], bos)])
@@ -199,7 +199,7 @@ def spm_bpe() -> tuple[Path, Any]:
         "add_bos_token": True,
         "added_tokens_decoder": {i: {"content": text, **flags} for i, text in table.items()},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder, LlamaTokenizer.from_pretrained(folder)
 
 
@@ -211,7 +211,7 @@ def spm_unigram() -> tuple[Path, Any]:
     )
     (folder / "spiece.model").write_bytes((folder / "tokenizer.model").read_bytes())
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder, T5Tokenizer.from_pretrained(folder, extra_ids=0)
 
 
@@ -281,7 +281,7 @@ def test_bos_stands_in_front_of_plain_text_where_transformers_puts_it(kind: str)
 def test_tokenizer_json_alone_says_whether_bos_is_added(kind: str, value: bool) -> None:
     folder, _ = KINDS[kind]()
     config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "add_bos_token": value}))
+    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "add_bos_token": value}), encoding="utf-8")
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     ours = open_tokenizer(folder)
     assert ours.add_bos == (theirs("a")["input_ids"][0] == ours.bos_id) == ADD_BOS[kind]
@@ -290,14 +290,16 @@ def test_tokenizer_json_alone_says_whether_bos_is_added(kind: str, value: bool) 
 def test_tokenizer_json_is_asked_for_bos_where_the_settings_of_a_model_file_say_nothing() -> None:
     folder, _ = spm_bpe()
     config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text())
+    settings = json.loads(config.read_text(encoding="utf-8"))
     del settings["add_bos_token"]
-    config.write_text(json.dumps(settings))
+    config.write_text(json.dumps(settings), encoding="utf-8")
     assert not open_tokenizer(folder).add_bos
     single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    (folder / "tokenizer.json").write_text(json.dumps({"post_processor": {"type": "TemplateProcessing", "single": single}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"post_processor": {"type": "TemplateProcessing", "single": single}}), encoding="utf-8"
+    )
     assert open_tokenizer(folder).add_bos
-    (folder / "tokenizer.json").write_text(json.dumps({"post_processor": None}))
+    (folder / "tokenizer.json").write_text(json.dumps({"post_processor": None}), encoding="utf-8")
     assert not open_tokenizer(folder).add_bos
 
 
@@ -310,7 +312,9 @@ def test_ranks_name_their_special_tokens() -> None:
 
 def test_a_word_that_is_a_token_is_that_token_however_it_may_be_merged(tmp_path: Path) -> None:
     tokens = [*(bytes([byte]) for byte in range(256)), b"bc", b"abcd"]  # no two tokens make up abcd
-    (tmp_path / "tokenizer.model").write_text("".join(f"{base64.b64encode(x).decode()} {i}\n" for i, x in enumerate(tokens)))
+    (tmp_path / "tokenizer.model").write_text(
+        "".join(f"{base64.b64encode(x).decode()} {i}\n" for i, x in enumerate(tokens)), encoding="utf-8"
+    )
     ours = open_tokenizer(tmp_path)
     assert ours.encode("abcd", parse_special=False) == [257]
     assert ours.encode("abcde", parse_special=False) == [ord("a"), 256, ord("d"), ord("e")]
@@ -318,7 +322,7 @@ def test_a_word_that_is_a_token_is_that_token_however_it_may_be_merged(tmp_path:
 
 def test_tokenizer_json_goes_before_ranks() -> None:
     folder, _ = qwen2()
-    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n", encoding="utf-8")
     assert open_tokenizer(folder).encode("two", parse_special=True) == both("qwen2")[0].encode("two", parse_special=True)
 
 
@@ -332,6 +336,6 @@ def test_tokenizer_json_goes_before_ranks() -> None:
     ],
 )
 def test_damaged_ranks_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_text(text)
+    (tmp_path / "tokenizer.model").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^tokenizer: {re.escape(str(tmp_path))}.*{message}"):
         open_tokenizer(tmp_path)

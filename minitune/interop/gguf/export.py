@@ -159,7 +159,7 @@ def _numbers(config: llama.Config) -> dict[str, Any]:
         "llama.rope.freq_base": config.rope_theta,
         "llama.rope.dimension_count": config.d_head,
     }
-    if isinstance(config.rope_scaling, rope_scaling.Linear):
+    if isinstance(config.rope_scaling, rope_scaling.LinearScaling):
         return {**numbers, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": config.rope_scaling.factor}
     return numbers
 

@@ -15,7 +15,7 @@ PARTS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "m": ".lora_magnitude_vec
 
 
 class Base(msgspec.Struct, frozen=True):
-    """What deltas were trained on: the model's path then, checkpoint.fingerprint of its weights, and how they were quantized."""
+    """Base that deltas were trained on: its path then, fingerprint.folder_fingerprint of it, and its quantization."""
 
     path: str
     fingerprint: str | None = None

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from torch import Tensor
@@ -17,7 +17,7 @@ from minitune.interop.peft import experts
 from minitune.interop.peft.layout import CONFIG, EMBEDDING, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
 from minitune.lora import Lora
 from minitune.models.hf_multimodal import text_name
-from minitune.types import Delta, Trainable
+from minitune.types import Delta, PositiveFloat, PositiveInt, Trainable
 
 BOUNDED = re.compile(r"(?s)(?!.*\)[*+?])([^*+?{]*[*+?]){0,3}[^*+?{]*")  # others can take for ever on a module's name
 
@@ -26,8 +26,8 @@ class _Config(msgspec.Struct):
     """What is understood of adapter_config.json."""
 
     peft_type: Literal["LORA"]
-    r: Annotated[int, msgspec.Meta(gt=0)]
-    lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
+    r: PositiveInt
+    lora_alpha: PositiveFloat
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, int] | None = None

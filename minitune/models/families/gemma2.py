@@ -6,10 +6,11 @@ Gemma Team 2024, arXiv 2408.00118, section 2.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models.config import AttentionType, DecoderConfig, NormPlacement, Size
+from minitune.models.config import AttentionType, DecoderConfig, NormPlacement
 from minitune.models.families import gemma
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
+from minitune.types import PositiveInt
 
 
 class Config(gemma.Config, frozen=True):
@@ -19,7 +20,7 @@ class Config(gemma.Config, frozen=True):
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
     layer_types: tuple[AttentionType, ...] = ("sliding", "full")
-    window: Size | None = 4096
+    window: PositiveInt | None = 4096
 
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ Gemma Team 2025, arXiv 2503.19786, section 2.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models.config import AttentionType, NormPlacement, QKNorm, Size
+from minitune.models.config import AttentionType, NormPlacement, QKNorm
 from minitune.models.families import gemma
 from minitune.models.families.gemma2 import attention_scale, query_pre_attn_scalar
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, layered_rope, layered_rope_to_hf
+from minitune.types import PositiveInt
 
 
 class Config(gemma.Config, frozen=True):
@@ -19,7 +20,7 @@ class Config(gemma.Config, frozen=True):
     norms: NormPlacement = "both"
     qk_norm: QKNorm = "head"
     layer_types: tuple[AttentionType, ...] = ("sliding", "sliding", "sliding", "sliding", "sliding", "full")
-    window: Size | None = 4096
+    window: PositiveInt | None = 4096
     rope_theta: float = 1e6
     window_rope_theta: float | None = 1e4
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from minitune.errors import InputError
 from minitune.models import rope_scaling
-from minitune.models.config import AttentionType, DecoderConfig, Size
+from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf
 from minitune.nn.elementwise import Norm
+from minitune.types import PositiveInt
 
 
 class Config(DecoderConfig, frozen=True, kw_only=True):
@@ -23,7 +24,7 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
     attention_bias: bool = True
     sinks: bool = True
     layer_types: tuple[AttentionType, ...] = ("sliding", "full")
-    window: Size | None = 128
+    window: PositiveInt | None = 128
     rope_theta: float = 150000.0
 
 

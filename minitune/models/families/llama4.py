@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models import rope_scaling
-from minitune.models.config import AttentionType, DecoderConfig, QKNorm, RopeLayout, Size, layer_kind
+from minitune.models.config import AttentionType, DecoderConfig, QKNorm, RopeLayout, layer_kind
 from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
+from minitune.types import PositiveInt
 
 LAYERS: tuple[AttentionType, ...] = ("chunked", "chunked", "chunked", "full")
 
@@ -21,7 +22,7 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
     experts: Experts  # pyright: ignore[reportGeneralTypeIssues] - not optional here
     qk_norm: QKNorm = "rotated"
     layer_types: tuple[AttentionType, ...] = LAYERS
-    chunk: Size | None = 8192
+    chunk: PositiveInt | None = 8192
     rope_layers: tuple[bool, ...] = (True, True, True, False)
     rope_layout: RopeLayout = "interleaved"
     rope_theta: float = 500000.0

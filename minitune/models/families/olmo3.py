@@ -6,17 +6,18 @@ OLMo Team 2025, arXiv 2512.13961, section 3.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models.config import AttentionType, Size
+from minitune.models.config import AttentionType
 from minitune.models.families import olmo2
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, layered_rope, layered_rope_to_hf
+from minitune.types import PositiveInt
 
 
 class Config(olmo2.Config, frozen=True):
     """Numbers that an OLMo 3 is made of."""
 
     layer_types: tuple[AttentionType, ...] = ("sliding", "sliding", "sliding", "full")
-    window: Size | None = 4096
+    window: PositiveInt | None = 4096
     rope_theta: float = 5e5
     window_rope_theta: float | None = 5e5
 

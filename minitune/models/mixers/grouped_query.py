@@ -17,6 +17,7 @@ from minitune.nn.attention.attention import attention
 from minitune.nn.attention.key_range import KeyRange, chunked, windowed
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.rope import rope_table, rotate
+from minitune.types import wide_dtype
 
 
 class AttentionInputs(NamedTuple):
@@ -164,7 +165,7 @@ def _rope_rule(config: DecoderConfig, kind: LayerKind) -> tuple[float, rope_scal
 def _angles(
     config: DecoderConfig, theta: float, scaling: rope_scaling.Scaling | None, where: TokenPositions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(dtype, torch.float32) if config.rope_in_float32 else dtype
+    wide = wide_dtype(dtype) if config.rope_in_float32 else dtype
     frequencies = rope_scaling.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)
     magnitude = rope_scaling.magnitude(scaling, config.max_positions)
     return rope_table(where.positions, to_device(frequencies, where.positions.device), wide, magnitude)

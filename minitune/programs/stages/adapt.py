@@ -10,36 +10,37 @@ from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
-from minitune.programs.stages.base import BaseStage, Positive
+from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
+from minitune.types import PositiveInt
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
 
-    rank: Positive
+    rank: PositiveInt
     alpha: float
     targets: tuple[str, ...]
-    ranks: dict[str, Positive] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
+    ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
-    train: tuple[str, ...] = ()  # globs of weights to train whole beside the deltas: norms, embeddings
+    train: tuple[str, ...] = ()  # globs of weights to train whole with the deltas: norms, embeddings
 
     @property
     def rule(self) -> Lora:
-        """The rule that the deltas follow."""
+        """Rule that the deltas follow."""
         return Lora(self.rank, self.alpha, self.targets, self.ranks, self.rslora, self.dora)
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """The targets match linear weights, `train` matches others, and there are no deltas yet."""
-        adapted = frozenset(self.rule.names(draft.params))
-        whole = frozenset(tree.select(draft.params, self.train, "lora: train")) if self.train else frozenset()
-        if draft.adapted:
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """InputError unless the targets match linear weights, `train` matches others, and there are no deltas yet."""
+        adapted = frozenset(self.rule.names(abstract.params))
+        whole = frozenset(tree.select(abstract.params, self.train, "lora: train")) if self.train else frozenset()
+        if abstract.adapted:
             raise InputError(
                 f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
             )
         self._refuse_both(adapted, whole)
-        return draft._replace(adapted=adapted, lora=self.rule, whole=draft.whole | whole)
+        return abstract._replace(adapted=adapted, lora=self.rule, whole=abstract.whole | whole)
 
     def _refuse_both(self, adapted: frozenset[str], whole: frozenset[str]) -> None:
         both = sorted(adapted & whole)
@@ -48,17 +49,17 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
                 f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected one; narrow targets or train"
             )
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with trainable deltas."""
-        params, trainable, rule = world.loaded.params, world.loaded.trainable, self.rule
+    def run(self, state: PipelineState) -> PipelineState:
+        """State with trainable deltas."""
+        params, trainable, rule = state.loaded.params, state.loaded.trainable, self.rule
         if self.train:
-            params, whole = split_trainable(params, self.train, world.loaded.stored)
+            params, whole = split_trainable(params, self.train, state.loaded.stored)
             trainable = {**trainable, **whole}
-        deltas = rule.init(world.loaded.params, world.seed)
+        deltas = rule.init(state.loaded.params, state.seed)
         n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
         n_all = sum(w.shape.numel() for w in params.values())
-        world.log.say(f"{self.label}: rank {self.rank} on {len(deltas)} weights, {n_trained:,} of {n_all:,} parameters train")
-        return world.with_model(params=params, lora=rule, trainable={**trainable, **deltas})
+        state.log.say(f"{self.label}: rank {self.rank} on {len(deltas)} weights, {n_trained:,} of {n_all:,} parameters train")
+        return state.with_model(params=params, lora=rule, trainable={**trainable, **deltas})
 
 
 class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
@@ -67,23 +68,23 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     weights: tuple[str, ...] = ("*",)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """The globs match dense weights."""
-        names = frozenset(tree.select(draft.params, self.weights, "full: weights"))
-        odd = sorted(names & (draft.quantized | draft.adapted))
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """InputError unless the globs match dense weights."""
+        names = frozenset(tree.select(abstract.params, self.weights, "full: weights"))
+        odd = sorted(names & (abstract.quantized | abstract.adapted))
         if odd:
-            state = "quantized" if odd[0] in draft.quantized else "adapted by a delta"
-            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {state}, expected a plain weight")
-        return draft._replace(whole=draft.whole | names)
+            kind = "quantized" if odd[0] in abstract.quantized else "adapted by a delta"
+            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {kind}, expected a plain weight")
+        return abstract._replace(whole=abstract.whole | names)
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with trainable weights."""
-        loaded, dtype = world.loaded, getattr(torch, self.dtype)
+    def run(self, state: PipelineState) -> PipelineState:
+        """State with trainable weights."""
+        loaded, dtype = state.loaded, getattr(torch, self.dtype)
         params, whole = split_trainable(loaded.params, self.weights, loaded.stored, dtype)
         n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
-        world.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
-        say_widening(world.log, self.label, whole)
-        return world.with_model(params=params, trainable={**world.loaded.trainable, **whole})
+        state.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
+        say_widening(state.log, self.label, whole)
+        return state.with_model(params=params, trainable={**state.loaded.trainable, **whole})
 
 
 class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
@@ -91,13 +92,13 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
 
     model: ModelSource
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """The model is there, or a stage before writes it."""
-        return abstract_state(self.model, draft)
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """InputError unless the model is there, or a stage before writes it."""
+        return abstract_state(self.model, abstract)
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with the other model and nothing to train yet."""
-        world.log.say(f"{self.label}: {self.model.path or self.model.config}")
-        loaded = load(self.model, world.folder, world.seed)
-        say_widening(world.log, self.label, loaded.params)
-        return world._replace(loaded=loaded, quantization=None, fake=None)
+    def run(self, state: PipelineState) -> PipelineState:
+        """State with the other model and nothing to train yet."""
+        state.log.say(f"{self.label}: {self.model.path or self.model.config}")
+        loaded = load(self.model, state.folder, state.seed)
+        say_widening(state.log, self.label, loaded.params)
+        return state._replace(loaded=loaded, quantization=None, fake=None)

@@ -1,6 +1,4 @@
-"""What every stage has, and what several of them need."""
-
-from typing import Annotated
+"""Base of every stage, and functions that several of them need."""
 
 import msgspec
 import torch
@@ -11,8 +9,6 @@ from minitune.io.results import Result
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
-
 
 class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
     """One table [[stage]] of a program."""
@@ -21,32 +17,32 @@ class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @property
     def label(self) -> str:
-        """The stage's name in overrides, records and messages."""
+        """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
 
     @property
     def result(self) -> Result | None:
-        """Where the stage writes what outlives the run; None for a stage that writes nothing."""
+        """Path of what the stage writes for after the run; None if it writes nothing."""
         return None
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """The draft after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
-        return draft
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """Abstract state after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
+        return abstract
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """The world after this stage."""
+    def run(self, state: PipelineState) -> PipelineState:
+        """State after this stage."""
         raise NotImplementedError
 
 
 def peak_mem_bytes(device: torch.device) -> int:
-    """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
+    """Peak memory so far: of the device's tensors if it is an accelerator, else of the process."""
     if hardware.is_accelerator(device):
         return hardware.peak_bytes(device)
     return host.peak_bytes()
 
 
-def adapted_params(world: PipelineState) -> Params:
+def adapted_params(state: PipelineState) -> Params:
     """Parameters for a forward, with weights that train under quantization rounded as in training."""
-    loaded = world.loaded
-    trainable = world.fake.fake(loaded.trainable) if world.fake else loaded.trainable
+    loaded = state.loaded
+    trainable = state.fake.fake(loaded.trainable) if state.fake else loaded.trainable
     return apply_trainable(loaded.params, trainable, loaded.lora)

@@ -1,28 +1,35 @@
-"""What a training stage is fed: batches of whatever kind its loss needs, from one cursor."""
+"""Batches of a training stage: of whatever kind its loss needs, taken from a cursor."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
 
 import numpy as np
+import torch
 
 from minitune import tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
-from minitune.algorithms.precompute import reference_logps, taught, teacher_tops
+from minitune.algorithms.precompute import TopK, reference_logps, teacher_tops, with_teacher
+from minitune.autodiff.value_and_grad import accumulate
 from minitune.data import preference, supervised
 from minitune.data.cursor import Cursor
-from minitune.data.supervised import prepare
+from minitune.data.source import Source
+from minitune.data.supervised import Dataset
 from minitune.data.token_store import Report
 from minitune.io import paths
-from minitune.losses.registry import Loss
+from minitune.losses.registry import DistillationLoss, Loss
 from minitune.programs.state import PipelineState
 from minitune.tree import Tree
+from minitune.types import Mean
 
 
 class BatchLoader(NamedTuple):
-    """take(cursor, n) -> (batch of n rows, next cursor); batches(n): one pass in the order of the file."""
+    """Batches of one [data] table.
 
-    told: str
+    take(cursor, n) -> (batch of n rows, next cursor); batches(n): one pass in the order of the file.
+    """
+
+    description: str  # of the data, for the log
     take: Callable[[Cursor, int], tuple[Tree, Cursor]]
     batches: Callable[[int], Iterator[Tree]]
 
@@ -31,46 +38,84 @@ class BatchLoader(NamedTuple):
         return sum(int((leaf > 0).sum()) for path, leaf in tree.items(batch) if path.endswith("segment_ids"))
 
 
-def feed(world: PipelineState, name: str, loss: Loss, *, cached: bool, teacher: Teacher | None, top_k: int | None) -> BatchLoader:
-    """The [data] table `name` as `loss` wants it: rows, pairs or judged answers, and with what a frozen model said of them
-    where that is kept on disk."""
-    source, loaded = world.data[name], world.loaded
+def load_batches(
+    state: PipelineState,
+    name: str,
+    loss: Loss,
+    *,
+    cached: bool = False,
+    teacher: Teacher | None = None,
+    top_k: int | None = None,
+) -> BatchLoader:
+    """Loader of the [data] table `name` in the form that the loss needs: rows, pairs, or unpaired answers.
+
+    cached: pairs carry the log-probs of a reference, computed once and kept on disk; top_k: rows carry that
+    many of the teacher's likeliest tokens, kept on disk as well.
+    """
     if loss.compares_answers:
-        found = preference.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-        said = None
-        if cached and loss.needs_reference:
-            adapted = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
-            said = reference_logps(loaded.model, adapted, found, source, paths.cache(), world.log.progress)
-        return BatchLoader(
-            describe(found.report),
-            lambda cursor, n: preference.take(found, cursor, n, source, world.seed, said),
-            lambda n: preference.batches(found, source, n, said),
-        )
-    rows = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-    told = describe(rows.report) + (f", rows {rows.fill(source, world.seed):.1%} full" if source.packed else "")
-    if teacher is None or top_k is None:
-        return BatchLoader(
-            told,
-            lambda cursor, n: supervised.take(rows, cursor, n, source, world.seed),
-            lambda n: supervised.batches(rows, source, n),
-        )
-    tops = teacher_tops(teacher, rows, top_k, loss.temperature, paths.cache(), world.log.progress)
-    places = rows._replace(tokens=np.arange(len(rows.tokens)))  # a batch of these says where in the data each token stands
+        return _load_answers(state, state.data[name], cached and loss.needs_reference)
+    source, loaded = state.data[name], state.loaded
+    dataset = supervised.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+    description = describe(dataset.report)
+    if source.packed:
+        description += f", rows {dataset.fill(source, state.seed):.1%} full"
+    if teacher is not None and top_k is not None:
+        temperature = cast(DistillationLoss, loss).temperature  # no other loss has a teacher
+        tops = teacher_tops(teacher, dataset, top_k, temperature, paths.cache(), state.log.progress)
+        return _with_teacher_rows(state, source, dataset, description, tops)
+    return BatchLoader(
+        description,
+        lambda cursor, n: supervised.take(dataset, cursor, n, source, state.seed),
+        lambda n: supervised.batches(dataset, source, n),
+    )
+
+
+def _load_answers(state: PipelineState, source: Source, cached: bool) -> BatchLoader:
+    loaded = state.loaded
+    answers = preference.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+    logps = None
+    if cached:
+        adapted = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
+        progress = state.log.progress
+        logps = reference_logps(loaded.model, adapted, answers, source, paths.cache(), progress)
+    return BatchLoader(
+        describe(answers.report),
+        lambda cursor, n: preference.take(answers, cursor, n, source, state.seed, logps),
+        lambda n: preference.batches(answers, source, n, logps),
+    )
+
+
+def _with_teacher_rows(state: PipelineState, source: Source, dataset: Dataset, description: str, tops: TopK) -> BatchLoader:
+    # A batch of these says where in the data set each token stands, which is where the teacher's tokens lie.
+    positions = dataset._replace(tokens=np.arange(len(dataset.tokens)))
 
     def take(cursor: Cursor, n: int) -> tuple[Tree, Cursor]:
-        batch, after = supervised.take(rows, cursor, n, source, world.seed)
-        return taught(batch, supervised.take(places, cursor, n, source, world.seed)[0].tokens, tops), after
+        batch, after = supervised.take(dataset, cursor, n, source, state.seed)
+        at, _ = supervised.take(positions, cursor, n, source, state.seed)
+        return with_teacher(batch, at.tokens, tops), after
 
     def batches(n: int) -> Iterator[Tree]:
-        both = zip(supervised.batches(rows, source, n), supervised.batches(places, source, n), strict=True)
-        return (taught(batch, at.tokens, tops) for batch, at in both)
+        rows, places = supervised.batches(dataset, source, n), supervised.batches(positions, source, n)
+        for batch, at in zip(rows, places, strict=True):
+            yield with_teacher(batch, at.tokens, tops)
 
-    return BatchLoader(told, take, batches)
+    return BatchLoader(description, take, batches)
+
+
+def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -> list[float]:
+    """Mean losses over all batches, one for each model that mean_loss(batch) has a mean of."""
+    with torch.no_grad():
+        mean = accumulate(mean_loss, batches)
+    return mean.value().reshape(-1).tolist()
 
 
 def describe(report: Report) -> str:
-    """A data report in words."""
-    odd = {"truncated": report.n_truncated, "dropped": report.n_dropped, "without a target": report.n_without_target}
-    odd |= {"with equal answers": report.n_without_contrast}
-    told = "".join(f", {n:,} {what}" for what, n in odd.items() if n)
-    return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{told}"
+    """Data report in words."""
+    left_out = {
+        "truncated": report.n_truncated,
+        "dropped": report.n_dropped,
+        "without a target": report.n_without_target,
+        "with equal answers": report.n_identical,
+    }
+    counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
+    return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{counts}"

@@ -13,9 +13,10 @@ from minitune.interop.gguf import export
 from minitune.interop.peft.save import check_adapter, save_adapter
 from minitune.io.paths import locate
 from minitune.io.results import Result
+from minitune.lora import Onto
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.stages.merge import Dtype, Onto, check_onto, merged
+from minitune.programs.stages.merge import Dtype, check_onto, merged
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.chat import stop_ids
 
@@ -28,38 +29,38 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     onto: Onto = "trained"
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """The model will hold what is to be saved, and PEFT can hold the deltas."""
-        held = "deltas" if draft.adapted else "no deltas"
-        if bool(draft.adapted) != (self.what != "params"):
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """InputError unless the model will hold what is to be saved, and PEFT can hold the deltas."""
+        present = "deltas" if abstract.adapted else "no deltas"
+        if bool(abstract.adapted) != (self.what != "params"):
             raise InputError(
-                f"stages: {self.label} is to save {self.what!r}, but the model holds {held}; expected 'params' without them"
+                f"stages: {self.label} is to save {self.what!r}, but the model holds {present}; expected 'params' without them"
             )
-        if self.what == "params" and draft.quantized:
+        if self.what == "params" and abstract.quantized:
             raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
         if self.what == "merged":
-            check_onto(draft, self.label, self.onto)
-        if self.what == "deltas" and draft.merged:
+            check_onto(abstract, self.label, self.onto)
+        if self.what == "deltas" and abstract.merged:
             raise InputError(
                 f"stages: {self.label} is to save deltas of weights that a merge stage made, which no folder holds, expected "
                 "those of a folder; save params after the merge and load them before the lora stage"
             )
-        if self.what == "deltas" and draft.lora is not None:
-            ranks = {name: draft.lora.rank_of(name) for name in draft.adapted}
-            check_adapter(ranks, draft.whole, names=draft.params, dora=draft.lora.dora)
-        return draft._replace(saved={**draft.saved, self.result.path: draft.model})
+        if self.what == "deltas" and abstract.lora is not None:
+            ranks = {name: abstract.lora.rank_of(name) for name in abstract.adapted}
+            check_adapter(ranks, abstract.whole, names=abstract.params, dora=abstract.lora.dora)
+        return abstract._replace(saved={**abstract.saved, self.result.path: abstract.model})
 
     @property
     def result(self) -> Result:
-        """The folder that is written."""
+        """Folder that is written."""
         return Result(self.path or f"run/{self.what}", "folder")
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with a record of where the result lies."""
-        loaded, folder = world.loaded, locate(self.result.path, world.folder)
+    def run(self, state: PipelineState) -> PipelineState:
+        """State with a record of where the result lies."""
+        loaded, folder = state.loaded, locate(self.result.path, state.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         if self.what == "deltas" and loaded.lora is not None:
-            rule = world.quantization
+            rule = state.quantization
             save_adapter(
                 folder,
                 loaded.trainable,
@@ -71,11 +72,11 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
             )
         else:
-            final, errors = merged(world, self.label, self.onto, self.dtype)
-            save_folder(folder, final, loaded.model, _companions(world))
+            final, errors = merged(state, self.label, self.onto, self.dtype)
+            save_folder(folder, final, loaded.model, folder_extras(state))
             record |= errors
-        world.log.say(f"{self.label}: {self.what} in {folder}")
-        return world.record(self.label, record)
+        state.log.say(f"{self.label}: {self.what} in {folder}")
+        return state.record(self.label, record)
 
 
 class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
@@ -87,45 +88,53 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     activations: Literal["none", "int8"] = "none"  # compressed-tensors: int8 rounds each token's activations as well (W8A8)
     types: export.Types = export.Types("Q4_K")  # gguf only
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """Nothing is left to merge, and the weights are of the kind that the format holds."""
-        open_ends = sorted(draft.adapted | draft.whole)
-        if open_ends:
-            raise InputError(f"stages: {self.label} finds {open_ends[0]} still training, expected none; put a merge stage before")
-        if self.format != "gguf" and not draft.quantized:
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """InputError if something is left to merge, or unless the weights are of the kind that the format holds."""
+        training = sorted(abstract.adapted | abstract.whole)
+        if training:
+            raise InputError(f"stages: {self.label} finds {training[0]} still training, expected none; put a merge stage before")
+        if self.format != "gguf" and not abstract.quantized:
             raise InputError(
                 f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it"
             )
-        return draft
+        return abstract
 
     @property
     def result(self) -> Result:
-        """The folder that is written, or the file."""
+        """Folder that is written, or the file."""
         if self.format == "gguf":
             return Result(self.path or "run/model.gguf", "file")
         return Result(self.path or f"run/{self.format}", "folder")
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with a record of where the result lies and of its bytes."""
-        loaded = world.loaded
-        target = locate(self.result.path, world.folder)
+    def run(self, state: PipelineState) -> PipelineState:
+        """State with a record of where the result lies and of its bytes."""
+        loaded = state.loaded
+        target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params, beside = {**loaded.stored, **codes}, _companions(world)
+        params, extras = {**loaded.stored, **codes}, folder_extras(state)
         if self.format == "gguf":
-            said = {"tokenizer": beside.tokenizer, "template": loaded.template.source, "stop_ids": beside.stop_ids}
-            for line in export.save(target, params, loaded.model, self.types, **said):
-                world.log.say(f"{self.label}: {line}")
+            lines = export.save(
+                target,
+                params,
+                loaded.model,
+                self.types,
+                tokenizer=extras.tokenizer,
+                template=loaded.template.source,
+                stop_ids=extras.stop_ids,
+            )
+            for line in lines:
+                state.log.say(f"{self.label}: {line}")
         elif self.format == "bitsandbytes":
-            bitsandbytes.save(target, params, loaded.model, beside)
+            bitsandbytes.save(target, params, loaded.model, extras)
         else:
-            compressed_tensors.save(target, params, loaded.model, beside, activations=self.activations)
+            compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
         n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
-        world.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
-        return world.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
+        state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
+        return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def _companions(world: PipelineState) -> FolderExtras:
-    loaded = world.loaded
+def folder_extras(state: PipelineState) -> FolderExtras:
+    loaded = state.loaded
     template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
     ends = stop_ids(loaded.tokenizer, loaded.template)
     return FolderExtras(loaded.tokenizer_folder, ends, template, loaded.source)

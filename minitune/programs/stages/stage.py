@@ -1,4 +1,4 @@
-"""Stage: one frozen struct for each thing that a program can do, with `check(draft) -> draft` and `run(world) -> world`.
+"""Stage: one frozen struct for each thing that a program can do, with `check(abstract) -> abstract` and `run(state) -> state`.
 
 The union is the registry: TOML, `schema` and the contract tests pick a stage up from it.
 """

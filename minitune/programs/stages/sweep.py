@@ -1,11 +1,9 @@
-"""How a training stage trains many adapters at once: its points, their data, their rows in the log, and which one goes on."""
+"""Training of many adapters at once: their data, their rows of the log, and which one goes on."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import product
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from rich.table import Table
@@ -16,218 +14,172 @@ from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.hardware import to_device
 from minitune.lora import Lora
+from minitune.losses.registry import TokenLoss
 from minitune.models.model import Model
+from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import training_loop
-from minitune.programs.stages.batches import BatchLoader, feed
-from minitune.programs.state import AbstractState, PipelineState
-from minitune.tree import device_of
+from minitune.programs.stages.batches import heldout_losses, load_batches
+from minitune.programs.stages.sweep_points import Point, points
+from minitune.programs.stages.training_stage import Evaluation, TrainingStage
+from minitune.programs.state import PipelineState
 from minitune.types import Batch, Delta, Deltas, Metrics, TrainState
 
-KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, seed, lora.rank, lora.alpha or lora.rslora"
-ALLOWED = ("optimizer", "schedule", "clip_norm", "lr_factors", "seed", "lora.rank", "lora.alpha", "lora.rslora")
 
-Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
+class Member(NamedTuple):
+    """One adapter of a sweep as it trains."""
 
-
-class Point(NamedTuple):
-    """One adapter of a sweep: what was written for it, and the stage, the Lora fields and the seed that follow from it."""
-
-    written: Mapping[str, Any]
-    stage: Any
-    lora: Mapping[str, Any]
-    seed: int | None  # of the fresh deltas and of the data's order; the program's if None
+    point: Point
+    rule: Lora
+    optimizer: GradientTransformation
+    seed: int
+    start: Deltas  # what it begins with
 
 
-def points(stage: Any) -> list[Point]:
-    """Every adapter that the stage's sweep asks for; InputError for a key or a value that does not fit."""
-    label, written = stage.label, stage.sweep
-    if isinstance(written, Mapping):
-        written = [dict(zip(written, values, strict=True)) for values in product(*written.values())]
-    if not written or not all(written):
-        raise InputError(f"stages: {label} has an empty sweep, expected at least one value of {KEYS}")
-    return [_point(stage, table) for table in written]
-
-
-def check(stage: Any, draft: AbstractState) -> None:
-    """InputError unless the stage trains deltas by a loss of tokens and says on which data the best adapter is found."""
-    found = points(stage)
-    if stage.loss.objective != "supervised":
-        raise InputError(
-            f"stages: {stage.label} has a sweep and loss {stage.loss.__struct_config__.tag!r}, expected cross_entropy"
-        )
-    if stage.evaluate is None:
-        raise InputError(f"stages: {stage.label} has a sweep without evaluate, expected one: it finds the adapter that goes on")
-    if draft.whole:
-        raise InputError(f"stages: {stage.label} has a sweep, but {min(draft.whole)} trains whole, expected deltas only")
-    if len({tuple(point.written.items()) for point in found if _hashable(point.written)}) < len(found):
-        raise InputError(f"stages: {stage.label} has a sweep with the same point twice, expected each once")
-
-
-def run(stage: Any, world: PipelineState, model: Model, optimizer_of: Callable[[Any], Any]) -> PipelineState:
-    """world with the best adapter of the sweep; continues from the newest state in the run folder.
+def run(
+    stage: TrainingStage,
+    state: PipelineState,
+    model: Model,
+    optimizer_of: Callable[[Any], GradientTransformation],
+) -> PipelineState:
+    """State with the best adapter of the sweep; continues from the newest saved state in the run folder.
 
     model: with its blocks wrapped as the stage wants them; optimizer_of: a point's stage -> its optimizer.
     """
-    found, loaded = points(stage), world.loaded
-    assert loaded.lora is not None, "adapters have a rule"
-    rules = [msgspec.convert({**msgspec.to_builtins(loaded.lora), **point.lora}, Lora) for point in found]
-    starts = [_start(world, point, rule, stage.label) for point, rule in zip(found, rules, strict=True)]
-    optimizers = [optimizer_of(point.stage) for point in found]
-    seeds = list(dict.fromkeys(_seed(point, world) for point in found))
-    deltas, n = sweep.stack(starts), len(found)
-    states = [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.unstack(deltas, n), strict=True)]
-    state = {"trainable": deltas, "opt_state": states, "best": tree.map(torch.clone, deltas)}
-    state, marks = training_loop.train(
-        stage,
-        world,
-        state,
-        training_loop.start(n, len(seeds)),
-        lambda: _work(stage, world, model, found, rules, optimizers, seeds),
-    )
-    kept = stage.evaluate.keep == "best"
-    nats = [math.inf if value is None else value for value in (marks.best_nats if kept else marks.nats)]
-    world.log.show(_table(stage.label, found, marks))
-    best = min(range(n), key=lambda i: nats[i])
+    members = [_member(stage, state, point, optimizer_of) for point in points(stage)]
+    evaluation = _evaluation(stage)
+
+    # The adapters are stacked: one tree of deltas that has a leading dimension, and an optimizer state for each.
+    deltas = sweep.stack([member.start for member in members])
+    each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
+    opt_states = [member.optimizer.init(start) for member, start in each]
+    train_state = {"trainable": deltas, "opt_state": opt_states, "best": tree.map(torch.clone, deltas)}
+    begin = training_loop.begin(len(members), n_orders=len(_seeds(members)))
+    train_state, loop = training_loop.train(stage, state, train_state, begin, lambda: _task(stage, state, model, members))
+
+    state.log.show(_table(stage.label, members, loop))
+    keeps_best = evaluation.keep == "best"
+    nats = [math.inf if loss is None else loss for loss in (loop.best_nats if keeps_best else loop.nats)]
+    best = min(range(len(members)), key=lambda i: nats[i])
     if nats[best] == math.inf:
         raise InputError(f"stages: {stage.label} has no adapter with a finite held-out loss; lower the learning rates")
-    world.log.say(f"{stage.label}: adapter {best} goes on ({_told(found[best])}), held-out loss {nats[best]:.4f}")
-    chosen = sweep.adapter(state["best" if kept else "trainable"], best, rules[best])
-    return world.with_model(trainable=chosen, lora=rules[best]).record(stage.label, _record(found, marks, best))
+    point, rule = members[best].point, members[best].rule
+    state.log.say(f"{stage.label}: adapter {best} goes on ({point.describe()}), held-out loss {nats[best]:.4f}")
+    chosen = sweep.adapter(train_state["best" if keeps_best else "trainable"], best, rule)
+    return state.with_model(trainable=chosen, lora=rule).record(stage.label, _record(members, loop, best))
 
 
-def _work(
-    stage: Any,
-    world: PipelineState,
-    model: Model,
-    found: Sequence[Point],
-    rules: Sequence[Lora],
-    optimizers: Sequence[Any],
-    seeds: Sequence[int],
-) -> training_loop.TrainingTask:
-    feeds = [_feed(stage, world._replace(seed=seed), stage.data) for seed in seeds]
-    world.log.say(f"{stage.label}: {len(found)} adapters at once; {stage.data} has {feeds[0].told}")
-    micro = stage.micro_batch_size or stage.batch_size
-    all_step = sweep.sweep_step(model, stage.loss, rules, optimizers, micro_batch=micro, donate=True)
-
-    def take(cursors: Sequence[Cursor]) -> tuple[Batch, list[Cursor]]:
-        taken = [one.take(cursor, stage.batch_size) for one, cursor in zip(feeds, cursors, strict=True)]
-        own = [taken[seeds.index(_seed(point, world))][0] for point in found]
-        return _together(own), [after for _, after in taken]
-
-    def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
-        before = TrainState(state["trainable"], state["opt_state"])
-        after, metrics = all_step.update(world.loaded.params, before, batch)
-        return {**state, **after._asdict()}, metrics
-
-    def rows(done: int, metrics: training_loop.Read) -> list[training_loop.Row]:
-        own = ({name: column[i] for name, column in metrics.items()} for i in range(len(found)))
-        return [
-            {"adapter": i, **_numbers(point), **training_loop.row(point.stage, done, values)}
-            for i, (point, values) in enumerate(zip(found, own, strict=True))
-        ]
-
-    def keep(state: Any, marks: training_loop.LoopState, better: list[bool]) -> Any:
-        def newest(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            won = to_device(torch.tensor(better), new.device)
-            return torch.where(won.view(-1, *(1 for _ in new.shape[1:])), new, kept)
-
-        return {**state, "best": tree.map(newest, state["best"], state["trainable"])}
-
-    def heldout(state: Any) -> list[float]:
-        return _heldout(stage, world, model, rules, state["trainable"])
-
-    return training_loop.TrainingTask(take, feeds[0].n_tokens, step, rows, heldout, keep)
+def _evaluation(stage: TrainingStage) -> Evaluation:
+    assert stage.evaluate is not None, "sweep_points.check refuses a sweep without evaluate"
+    return stage.evaluate
 
 
-def _point(stage: Any, table: Mapping[str, Any]) -> Point:
-    fields: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(stage, sweep=None))
-    lora: dict[str, Any] = {}
-    try:
-        for key, value in table.items():
-            head, _, rest = key.partition(".")
-            if (key if head == "lora" else head) not in ALLOWED:
-                raise InputError(f"stages: {stage.label} has {key!r} in its sweep, expected {KEYS}")
-            if head == "lora":
-                lora = {**lora, rest: value}
-            elif head != "seed":
-                fields = _placed(fields, key.split("."), value)
-        seed = msgspec.convert(table.get("seed"), int | None)
-        msgspec.convert({"rank": 1, "alpha": 1.0, "targets": ["*"], **lora}, Lora)
-        return Point(table, msgspec.convert(fields, type(stage)), lora, seed)
-    except msgspec.ValidationError as error:
-        raise InputError(f"stages: {stage.label} has a sweep with {dict(table)}: {error}; correct the value") from None
+def _seeds(members: Sequence[Member]) -> list[int]:
+    """Seeds of the members, each once: every seed is an order of the data."""
+    return list(dict.fromkeys(member.seed for member in members))
 
 
-def _placed(fields: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-    below = value if len(keys) == 1 else _placed(fields.get(keys[0], {}), keys[1:], value)
-    return {**fields, keys[0]: below}
+def _member(
+    stage: TrainingStage,
+    state: PipelineState,
+    point: Point,
+    optimizer_of: Callable[[Any], GradientTransformation],
+) -> Member:
+    assert state.loaded.lora is not None, "adapters have a rule"
+    rule = point.rule(state.loaded.lora)
+    seed = state.seed if point.seed is None else point.seed
+    start = {name: leaf for name, leaf in state.loaded.trainable.items() if isinstance(leaf, Delta)}
+    # A point with a rank, a scale or a seed of its own begins with fresh deltas, the others with the stage's.
+    if point.lora or point.seed is not None:
+        if any(bool(delta.b.any()) for delta in start.values()):
+            raise InputError(
+                f"stages: {stage.label} sweeps lora or seed, but its deltas are trained already, expected fresh ones; "
+                "sweep other keys, or put it right after the lora stage"
+            )
+        start = rule.init(state.loaded.params, seed)
+    return Member(point, rule, optimizer_of(point.stage), seed, start)
 
 
-def _start(world: PipelineState, point: Point, rule: Lora, label: str) -> Deltas:
-    """The deltas that an adapter begins with: the stage's own, or fresh ones where its rank, scale or seed is its own."""
-    held = {name: leaf for name, leaf in world.loaded.trainable.items() if isinstance(leaf, Delta)}
-    if not point.lora and point.seed is None:
-        return held
-    if any(bool(delta.b.any()) for delta in held.values()):
-        raise InputError(
-            f"stages: {label} sweeps lora or seed, but its deltas are trained already, expected fresh ones; "
-            "sweep other keys, or put it right after the lora stage"
-        )
-    return rule.init(world.loaded.params, _seed(point, world))
+def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Sequence[Member]) -> training_loop.TrainingTask:
+    params, rules, seeds = state.loaded.params, [member.rule for member in members], _seeds(members)
+    token_loss = cast(TokenLoss, stage.loss)  # sweep_points.check refuses any other
+    loaders = [load_batches(state._replace(seed=seed), stage.data, stage.loss) for seed in seeds]
+    state.log.say(f"{stage.label}: {len(members)} adapters at once; {stage.data} has {loaders[0].description}")
+    micro_batch = stage.micro_batch_size or stage.batch_size
+    optimizers = [member.optimizer for member in members]
+    all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, donate=True)
+
+    def next_batch(cursors: Sequence[Cursor]) -> tuple[Batch, list[Cursor]]:
+        orders = [loader.take(cursor, stage.batch_size) for loader, cursor in zip(loaders, cursors, strict=True)]
+        batch_of = {seed: batch for seed, (batch, _) in zip(seeds, orders, strict=True)}
+        return _stacked([batch_of[member.seed] for member in members]), [after for _, after in orders]
+
+    def step(train_state: Any, batch: Batch) -> tuple[Any, Metrics]:
+        before = TrainState(train_state["trainable"], train_state["opt_state"])
+        after, metrics = all_step.update(params, before, batch)
+        return {**train_state, **after._asdict()}, metrics
+
+    def rows(done: int, metrics: training_loop.MetricValues) -> list[training_loop.Row]:
+        rows = []
+        for i, member in enumerate(members):
+            values = {name: column[i] for name, column in metrics.items()}
+            row = training_loop.row(member.point.stage, done, values)
+            rows.append({"adapter": i, **member.point.numbers(), **row})
+        return rows
+
+    def evaluate(train_state: Any) -> list[float]:
+        evaluation = _evaluation(stage)
+        mean_of = sweep.adapters_objective(model, token_loss, rules)
+        batches = load_batches(state, evaluation.data, stage.loss).batches(max(1, evaluation.batch_size // len(rules)))
+        all_rows = (tree.map(lambda x: x.expand(len(rules), *x.shape), batch) for batch in batches)
+        return heldout_losses(lambda batch: mean_of(train_state["trainable"], params, batch), all_rows)
+
+    return training_loop.TrainingTask(next_batch, loaders[0].n_tokens, step, rows, evaluate, _keep_best)
 
 
-def _seed(point: Point, world: PipelineState) -> int:
-    return world.seed if point.seed is None else point.seed
+def _keep_best(train_state: Any, loop: training_loop.LoopState, improved: list[bool]) -> Any:
+    """State whose "best" deltas are the present ones, for every adapter that has improved."""
+
+    def newest(best: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        chosen = to_device(torch.tensor(improved), new.device)
+        return torch.where(chosen.view(-1, *(1 for _ in new.shape[1:])), new, best)
+
+    return {**train_state, "best": tree.map(newest, train_state["best"], train_state["trainable"])}
 
 
-def _feed(stage: Any, world: PipelineState, name: str) -> BatchLoader:
-    return feed(world, name, stage.loss, cached=False, teacher=None, top_k=None)
-
-
-def _together(batches: Sequence[Batch]) -> Batch:
-    """Leaves [n, B, T], with rows padded to the longest."""
+def _stacked(batches: Sequence[Batch]) -> Batch:
+    """Batch of leaves [n, B, T], with rows padded to the longest."""
     width = max(batch.tokens.shape[1] for batch in batches)
-    return Batch(*(torch.stack([F.pad(x, (0, width - x.shape[1])) for x in leaves]) for leaves in zip(*batches, strict=True)))
+    padded = [tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), batch) for batch in batches]
+    return tree.map(lambda *leaves: torch.stack(leaves), *padded)
 
 
-def _heldout(stage: Any, world: PipelineState, model: Model, rules: Sequence[Lora], deltas: Deltas) -> list[float]:
-    """Each adapter's mean loss over the held-out data."""
-    total, device = sweep.adapters_objective(model, stage.loss, rules), device_of(world.loaded.params, deltas)
-    sums = torch.zeros(2, len(rules), device=device)
-    for batch in _feed(stage, world, stage.evaluate.data).batches(max(1, stage.evaluate.batch_size // len(rules))):
-        rows = tree.map(lambda x: x.expand(len(rules), *x.shape), batch)
-        with torch.no_grad():
-            sums = sums + torch.stack(total(deltas, world.loaded.params, rows))
-    return (sums[0] / sums[1].clamp(min=1.0)).tolist()
-
-
-def _numbers(point: Point) -> dict[str, float]:
-    return {key: value for key, value in point.written.items() if isinstance(value, int | float)}
-
-
-def _told(point: Point) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in point.written.items())
-
-
-def _hashable(table: Mapping[str, Any]) -> bool:
-    return all(isinstance(value, int | float | str) for value in table.values())
-
-
-def _table(label: str, found: Sequence[Point], marks: training_loop.LoopState) -> Table:
-    table = Table(title=f"{label}: {len(found)} adapters", title_justify="left")
-    columns = list(dict.fromkeys(key for point in found for key in point.written))
-    for column in ("adapter", *columns, "held-out loss", "best", "at step", "skipped"):
+def _table(label: str, members: Sequence[Member], loop: training_loop.LoopState) -> Table:
+    table = Table(title=f"{label}: {len(members)} adapters", title_justify="left")
+    keys = list(dict.fromkeys(key for member in members for key in member.point.table))
+    for column in ("adapter", *keys, "held-out loss", "best", "at step", "skipped"):
         table.add_column(column, justify="right")
-    for i, point in enumerate(found):
-        nats = ("none" if value is None else f"{value:.4f}" for value in (marks.nats[i], marks.best_nats[i]))
-        written = (str(point.written.get(key, "")) for key in columns)
-        table.add_row(str(i), *written, *nats, str(marks.best_step[i]), str(marks.n_skipped[i]))
+    for i, member in enumerate(members):
+        values = [str(member.point.table.get(key, "")) for key in keys]
+        losses = ["none" if loss is None else f"{loss:.4f}" for loss in (loop.nats[i], loop.best_nats[i])]
+        table.add_row(str(i), *values, *losses, str(loop.best_step[i]), str(loop.n_skipped[i]))
     return table
 
 
-def _record(found: Sequence[Point], marks: training_loop.LoopState, best: int) -> dict[str, Any]:
+def _record(members: Sequence[Member], loop: training_loop.LoopState, best: int) -> dict[str, Any]:
     adapters = [
-        {"point": dict(point.written), "heldout_nats": now, "best_heldout_nats": low, "best_step": at, "n_skipped": skipped}
-        for point, now, low, at, skipped in zip(found, marks.nats, marks.best_nats, marks.best_step, marks.n_skipped, strict=True)
+        {
+            "point": dict(member.point.table),
+            "heldout_nats": loop.nats[i],
+            "best_heldout_nats": loop.best_nats[i],
+            "best_step": loop.best_step[i],
+            "n_skipped": loop.n_skipped[i],
+        }
+        for i, member in enumerate(members)
     ]
-    return {"top": marks.speed(), "time_s": marks.time_s, "steps": marks.step, "best_adapter": best, "adapters": adapters}
+    return {
+        "top": loop.throughput(),
+        "time_s": loop.time_s,
+        "steps": loop.step,
+        "best_adapter": best,
+        "adapters": adapters,
+    }

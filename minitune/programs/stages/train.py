@@ -1,7 +1,7 @@
-"""The stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
+"""Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,148 +27,158 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.registry import Optimizer
 from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
-from minitune.optim.transforms import Chain, ClipByGlobalNorm, NonNegative, ScaleByGlob, chain
+from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
-from minitune.programs.loading import ModelSource, abstract_state, asked_data, load, say_widening
+from minitune.programs.loading import ModelSource, abstract_state, load, require_data, say_widening
 from minitune.programs.stages import sweep as sweep_stage
-from minitune.programs.stages import training_loop
-from minitune.programs.stages.base import BaseStage, Positive
-from minitune.programs.stages.batches import BatchLoader, feed
+from minitune.programs.stages import sweep_points, training_loop
+from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
+from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.steps import eval_step, train_step
+from minitune.steps import train_step
 from minitune.tree import device_of
-from minitune.types import Mean, Metrics, Params, Trainable, TrainState
+from minitune.types import Metrics, NonNegativeFloat, Params, PositiveInt, Trainable, TrainState
 
-
-class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The training loss on held-out data every `every` steps."""
-
-    data: str
-    every: Positive  # steps
-    patience: Positive | None = None  # stop after so many evaluations in a row without a new best; never if absent
-    keep: Literal["best", "last"] = "best"  # what goes on to the next stage
-    batch_size: Positive = 64  # rows per forward
-
-
-HOST, ROOM = "host", re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")
+HOST = "host"  # value of remat: blocks are computed again, and their inputs are kept in the host's memory
+MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")  # value of remat such as "8 GiB"
 
 
 class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     """Take optimizer steps on the trainable tree, by whatever loss."""
 
     data: str
-    steps: Positive
-    batch_size: Positive  # rows (or pairs) per optimizer step
-    micro_batch_size: Positive | None = None  # rows per forward; the whole batch if absent
+    steps: PositiveInt
+    batch_size: PositiveInt  # rows (or pairs) per optimizer step
+    micro_batch_size: PositiveInt | None = None  # rows per forward; the whole batch if absent
     loss: Loss = CrossEntropy()
-    reference: Literal["start", "base", "cached"] = "start"  # of a preference loss: the model as this stage found it, live or its
-    # log-probs computed once; or the parameters without deltas
+    # Reference of a preference loss: the model as this stage found it ("start"), the same with its log-probs computed
+    # once ("cached"), or the parameters without deltas ("base").
+    reference: Literal["start", "base", "cached"] = "start"
     teacher: ModelSource | None = None  # of a distillation loss
-    cached_top_k: Positive | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
+    cached_top_k: PositiveInt | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
     optimizer: Optimizer = AdamW(lr=1e-4)
-    lr_factors: dict[str, NonNegative] = msgspec.field(
-        default_factory=dict
-    )  # glob over trained leaves -> factor; {"*.b" = 16.0} is LoRA+
+    # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
+    lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
-    clip_norm: NonNegative = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
+    clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
-    save_every: Positive = 100  # steps
-    remat: bool | str = False  # compute each block again in the backward: less memory, a third more work; or only so many blocks
-    # that the others fit, with their inputs, in memory such as "8 GiB"; or all, their inputs kept in the host's memory: "host"
+    save_every: PositiveInt = 100  # steps
+    # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others
+    # fit with their inputs in memory such as "8 GiB", or all with their inputs kept in the host's memory ("host").
+    remat: bool | str = False
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
-    sweep: sweep_stage.Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
+    sweep: Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
-    def check(self, draft: AbstractState) -> AbstractState:
-        """Something trains, the data has the format that the loss needs, and a teacher speaks the student's vocabulary."""
-        if not draft.adapted and not draft.whole:
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """InputError unless something trains, the data has the loss's format, and a teacher shares the vocabulary."""
+        if not abstract.adapted and not abstract.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
-            asked_data(draft, name, self.label, *self.loss.formats)
+            require_data(abstract, name, self.label, *self.loss.formats)
+        self._check_teacher(abstract)
+        if self.reference == "base" and self.loss.compares_answers and abstract.whole:
+            raise InputError(
+                f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains whole; "
+                "expected 'start' or 'cached'"
+            )
+        if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
+            raise InputError(
+                f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
+            )
+        if isinstance(self.remat, str) and self.remat != HOST and not MEMORY.fullmatch(self.remat):
+            raise InputError(
+                f"stages: {self.label} has remat = {self.remat!r}, expected true, false, 'host', or memory such as '8 GiB'"
+            )
+        if self.sweep is not None:
+            sweep_points.check(self, abstract)
+        return abstract
+
+    def _check_teacher(self, abstract: AbstractState) -> None:
         if self.loss.needs_teacher != (self.teacher is not None):
             raise InputError(
                 f"stages: {self.label} has {'no teacher' if self.teacher is None else 'a teacher'}, expected one exactly with a "
                 "distillation loss (forward_kl, reverse_kl, symmetric_kl, jensen_shannon)"
             )
         if self.teacher is not None:
-            teacher = abstract_state(self.teacher, draft)
-            ours, theirs = draft.model.config.vocab_size, teacher.model.config.vocab_size
-            if ours != theirs:
+            student_size = abstract.model.config.vocab_size
+            teacher_size = abstract_state(self.teacher, abstract).model.config.vocab_size
+            if student_size != teacher_size:
                 raise InputError(
-                    f"stages: {self.label} has a student of {ours} tokens and a teacher of {theirs}, expected one vocabulary"
+                    f"stages: {self.label} has a student of {student_size} tokens and a teacher of {teacher_size}, "
+                    "expected one vocabulary"
                 )
-        if self.reference == "base" and self.loss.compares_answers and draft.whole:
-            raise InputError(
-                f"stages: {self.label} has reference = 'base', but {min(draft.whole)} trains whole; expected 'start' or 'cached'"
-            )
-        if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
-            raise InputError(
-                f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
-            )
-        if isinstance(self.remat, str) and self.remat != HOST and not ROOM.fullmatch(self.remat):
-            raise InputError(
-                f"stages: {self.label} has remat = {self.remat!r}, expected true, false, 'host', or memory such as '8 GiB'"
-            )
-        if self.sweep is not None:
-            sweep_stage.check(self, draft)
-        return draft
 
-    def run(self, world: PipelineState) -> PipelineState:
-        """world with the trained tree; continues from the newest state in the run folder."""
+    def run(self, state: PipelineState) -> PipelineState:
+        """State with the trained tree; continues from the newest saved state in the run folder."""
         if self.sweep is not None:
-            return sweep_stage.run(self, world, self._model(world), Train._optimizer)
-        best, start = world.folder / "checkpoints" / self.label / "best", world.loaded.trainable
-        optimizer = self.optimizer_for(start, world.seed)
-        if self.loss.compares_answers:  # the reference is what training started from, and steps write over their trees
-            start = tree.map(torch.clone, start)
-        state = {"trainable": start, "opt_state": optimizer.init(start)}
-        state, marks = training_loop.train(self, world, state, training_loop.start(1), lambda: self._work(world, optimizer, best))
-        trainable = state["trainable"]
+            return sweep_stage.run(self, state, self._model(state), Train._optimizer)
+        trainable = state.loaded.trainable
+        optimizer = self.optimizer_for(trainable, state.seed)
+        if self.loss.compares_answers:
+            # The reference is what training started from, and steps write over their trees.
+            trainable = tree.map(torch.clone, trainable)
+        train_state = {"trainable": trainable, "opt_state": optimizer.init(trainable)}
+
+        train_state, loop = training_loop.train(
+            self, state, train_state, training_loop.begin(1), lambda: self._task(state, optimizer)
+        )
+
+        trainable = train_state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
-            (nats,), (step,) = marks.best_nats, marks.best_step
-            if nats is None:
-                raise InputError(
-                    f"stages: {self.label} had no finite held-out loss in {marks.step} steps; lower the learning rate"
-                )
-            trainable = load_state(best / f"step-{step:08d}", {"trainable": trainable})[0]["trainable"]
-            world.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
-        return world.with_model(trainable=trainable).record(self.label, self._record(marks))
+            trainable = self._best(state, trainable, loop)
+        return state.with_model(trainable=trainable).record(self.label, self._record(loop))
 
-    def _work(self, world: PipelineState, optimizer: Chain, best: Path) -> training_loop.TrainingTask:
-        objective, teacher = self._objective(world)
-        fed = self._feed(world, self.data, teacher)
-        world.log.say(f"{self.label}: {self.data} has {fed.told}")
-        # donated: the trees are this stage's own, and the ones before the step are never asked for again, but as a reference
+    def _best(self, state: PipelineState, trainable: Trainable, loop: training_loop.LoopState) -> Trainable:
+        (nats,), (step,) = loop.best_nats, loop.best_step
+        if nats is None:
+            raise InputError(f"stages: {self.label} had no finite held-out loss in {loop.step} steps; lower the learning rate")
+        saved, _ = load_state(self._best_folder(state) / f"step-{step:08d}", {"trainable": trainable})
+        state.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
+        return saved["trainable"]
+
+    def _best_folder(self, state: PipelineState) -> Path:
+        return state.folder / "checkpoints" / self.label / "best"
+
+    def _task(self, state: PipelineState, optimizer: Chain) -> training_loop.TrainingTask:
+        params = state.loaded.params
+        objective, teacher = self._objective(state)
+        loader = self._load_batches(state, self.data, teacher)
+        state.log.say(f"{self.label}: {self.data} has {loader.description}")
+        # Donated: the trees are this stage's own, and those before a step are not needed after it.
         one = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
 
-        def take(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
-            batch, after = fed.take(cursors[0], self.batch_size)
+        def next_batch(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
+            batch, after = loader.take(cursors[0], self.batch_size)
             return batch, [after]
 
-        def step(state: Any, batch: Any) -> tuple[Any, Metrics]:
-            before = TrainState(state["trainable"], state["opt_state"])
-            after, metrics = one.update(world.loaded.params, before, batch)
+        def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
+            before = TrainState(train_state["trainable"], train_state["opt_state"])
+            after, metrics = one.update(params, before, batch)
             return after._asdict(), metrics
 
-        def rows(done: int, metrics: training_loop.Read) -> list[training_loop.Row]:
+        def rows(done: int, metrics: training_loop.MetricValues) -> list[training_loop.Row]:
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
-        def heldout(state: Any) -> list[float]:
+        def evaluate(train_state: Any) -> list[float]:
             assert self.evaluate is not None, "there is nothing to evaluate on"
-            held = self._feed(world, self.evaluate.data, teacher)
-            return [self._heldout(world, objective, state["trainable"], held.batches(self.evaluate.batch_size))]
+            batches = self._load_batches(state, self.evaluate.data, teacher).batches(self.evaluate.batch_size)
+            return heldout_losses(lambda batch: objective(train_state["trainable"], params, batch)[0], batches)
 
-        def keep(state: Any, marks: training_loop.LoopState, better: list[bool]) -> Any:
-            if better[0]:
-                save_state(best, marks.step, {"trainable": state["trainable"]}, {"loss_nats": marks.nats[0]})
-            return state
+        def keep_best(train_state: Any, loop: training_loop.LoopState, improved: list[bool]) -> Any:
+            if improved[0]:
+                best = {"trainable": train_state["trainable"]}
+                save_state(self._best_folder(state), loop.step, best, {"loss_nats": loop.nats[0]})
+            return train_state
 
-        return training_loop.TrainingTask(take, fed.n_tokens, step, rows, heldout, keep)
+        return training_loop.TrainingTask(next_batch, loader.n_tokens, step, rows, evaluate, keep_best)
 
-    def _feed(self, world: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
-        return feed(world, name, self.loss, cached=self.reference == "cached", teacher=teacher, top_k=self.cached_top_k)
+    def _load_batches(self, state: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
+        cached = self.reference == "cached"
+        return load_batches(state, name, self.loss, cached=cached, teacher=teacher, top_k=self.cached_top_k)
 
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
-        """The optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
+        """Optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
         narrow = any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(trainable))
         return chain(*self._optimizer().parts, *([RoundStochastically(seed)] if narrow else []))
 
@@ -177,71 +187,73 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
         return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.steps))
 
-    def _objective(self, world: PipelineState) -> tuple[Objective, Teacher | None]:
-        loaded, model, teacher = world.loaded, self._model(world), None
-        if self.loss.needs_teacher:
-            teacher = self._teacher(world)
-        from_base = self.reference == "base" or not _moved(loaded.trainable)
+    def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
+        loaded, model = state.loaded, self._model(state)
+        teacher = self._teacher(state) if self.loss.needs_teacher else None
+        # A reference without deltas is the base alone, which costs no memory of its own.
+        from_base = self.reference == "base" or not _changes_model(loaded.trainable)
         frozen = Frozen({} if from_base else loaded.trainable, teacher)
         objective = objective_of(model, loaded.lora, self.loss, frozen)
-        return (quantization_aware(objective, world.fake.fake) if world.fake else objective), teacher
+        if state.fake is not None:
+            objective = quantization_aware(objective, state.fake.fake)
+        return objective, teacher
 
-    def _model(self, world: PipelineState) -> Model:
-        loaded, model, device = world.loaded, world.loaded.model, device_of(world.loaded.params, world.loaded.trainable)
+    def _model(self, state: PipelineState) -> Model:
+        """Model with its blocks compiled and computed again as the stage asks for."""
+        loaded, model = state.loaded, state.loaded.model
+        device = device_of(loaded.params, loaded.trainable)
         if self.compiled or (self.compiled is None and hardware.capabilities(device).compiles):
-            model = model._replace(block_transform=wrap(world.log.say))
+            model = model._replace(block_transform=wrap(state.log.say))
         adapted = apply_trainable(loaded.params, detached_leaves(loaded.trainable), loaded.lora)
-        n_remat = self.n_remat(model, adapted, world.data[self.data].seq_len)
+        n_remat = self.n_remat(model, adapted, state.data[self.data].seq_len)
         if self.remat == HOST and hardware.capabilities(device).streams:
             model = model._replace(remat=offload.remat(offload.side_stream(device)))
         elif self.remat == HOST:
-            world.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}, which sends nothing to the host")
+            state.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}, which sends nothing to the host")
         elif isinstance(self.remat, str):
-            told = f"{n_remat} of {model.config.n_layers} blocks are computed again to stay within {self.remat}"
-            world.log.say(f"{self.label}: {told}")
+            n_blocks = model.config.n_layers
+            state.log.say(f"{self.label}: {n_remat} of {n_blocks} blocks are computed again to stay within {self.remat}")
         return model._replace(n_remat=n_remat)
 
     @property
     def n_rows(self) -> int:
         """Rows that go through the model together in a micro-batch: both answers of a pair, every adapter's of a sweep."""
-        at_once = self.loss.rows_per_sample
+        rows_per_sample = self.loss.rows_per_sample
         if self.sweep is not None:
-            at_once = len(sweep_stage.points(self))
-        return min(self.micro_batch_size or self.batch_size, self.batch_size) * at_once
+            rows_per_sample = len(sweep_points.points(self))
+        return min(self.micro_batch_size or self.batch_size, self.batch_size) * rows_per_sample
 
     def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
-        """How many blocks are computed again in the backward of rows of n_tokens; InputError for a budget that is too small."""
+        """Number of blocks to compute again in the backward of rows of n_tokens; InputError for too small a budget."""
         if self.remat == HOST:
             return model.config.n_layers
         if not isinstance(self.remat, str):
             return model.config.n_layers if self.remat else 0
-        number, unit = ROOM.findall(self.remat)[0]
+        number, unit = MEMORY.findall(self.remat)[0]
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         return activations.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
 
-    def _teacher(self, world: PipelineState) -> Teacher:
-        teacher = load(self.teacher or ModelSource(), world.folder, world.seed)
-        if teacher.tokenizer.fingerprint != world.loaded.tokenizer.fingerprint:
+    def _teacher(self, state: PipelineState) -> Teacher:
+        teacher = load(self.teacher or ModelSource(), state.folder, state.seed)
+        if teacher.tokenizer.fingerprint != state.loaded.tokenizer.fingerprint:
             raise InputError(
                 f"stages: {self.label} has a teacher whose tokenizer ({teacher.tokenizer_folder}) is not the student's "
-                f"({world.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
+                f"({state.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
             )
-        say_widening(world.log, f"{self.label}: teacher", teacher.params)
+        say_widening(state.log, f"{self.label}: teacher", teacher.params)
         return Teacher(teacher.model, apply_trainable(teacher.params, teacher.trainable, teacher.lora))
 
-    def _heldout(self, world: PipelineState, objective: Objective, trainable: Trainable, batches: Iterator[Any]) -> float:
-        """The objective's mean over the held-out data."""
-        device = device_of(world.loaded.params, trainable)
-        total, step = Mean(torch.zeros((), device=device), torch.zeros((), device=device)), eval_step(objective)
-        for batch in batches:
-            total = tree.add(total, step(trainable, world.loaded.params, batch)[0])
-        return float(total.value())
-
-    def _record(self, marks: training_loop.LoopState) -> dict[str, Any]:
-        best = {"best_step": marks.best_step[0], "best_heldout_nats": marks.best_nats[0]} if self.evaluate else {}
-        return {"top": marks.speed(), "time_s": marks.time_s, "n_skipped": marks.n_skipped[0], "steps": marks.step, **best}
+    def _record(self, loop: training_loop.LoopState) -> dict[str, Any]:
+        best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}
+        return {
+            "top": loop.throughput(),
+            "time_s": loop.time_s,
+            "n_skipped": loop.n_skipped[0],
+            "steps": loop.step,
+            **best,
+        }
 
 
-def _moved(trainable: Trainable) -> bool:
-    """Whether the tree changes the model at all: fresh deltas do not, so a reference can go without them."""
+def _changes_model(trainable: Trainable) -> bool:
+    """True if the tree changes the model at all, which fresh deltas do not."""
     return any(isinstance(leaf, Tensor) or bool(leaf.b.any()) for leaf in trainable.values())

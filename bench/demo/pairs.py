@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minitune import seeds
-from minitune.demo.orders import TASK, rows
+from orders import TASK, rows
 
 Answer = dict[str, Any]
 

@@ -1,6 +1,6 @@
-"""Makes everything in this folder from a seed: `python -m minitune.demo` (at most three quarters of an hour on two cores).
+"""Makes everything in minitune/demo/ from a seed: `python bench/demo/make.py` (at most three quarters of an hour on two cores).
 
-1. the tasks' data, orders-train.jsonl, orders-heldout.jsonl and orders-pairs.jsonl, here;
+1. the tasks' data, orders-train.jsonl, orders-heldout.jsonl and orders-pairs.jsonl;
 2. the pretraining text, in runs/demo-data/pretrain.jsonl;
 3. the tokenizer, trained on both (the held-out rows excepted), in model/;
 4. the base model and the student, pretrained by programs/demo/pretrain.toml and copied to model/ and student/.
@@ -18,14 +18,14 @@ from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
-from minitune.demo.orders import HELDOUT, TASK, TRAIN, rows
-from minitune.demo.pairs import pair_rows
-from minitune.demo.texts import pretraining_texts
 from minitune.io import paths
 from minitune.io.atomic import write_atomic
 from minitune.io.results import MARKER
 from minitune.programs import program
 from minitune.programs.run import run_program
+from orders import HELDOUT, TASK, TRAIN, rows
+from pairs import pair_rows
+from texts import pretraining_texts
 
 SEED = 0
 N_TRAIN, N_HELDOUT, N_PAIRS = 5000, 240, 1500  # rows
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-HERE = paths.locate("demo/model").parent
+DEMO = paths.locate("demo/model").parent
 STUDENT = ("name=demo-student", "model.config=configs/models/demo-student.toml")  # the pretraining program, for the student
 PRETRAIN_DATA = Path("runs/demo-data/pretrain.jsonl")
 
@@ -121,12 +121,12 @@ def write_jsonl(path: Path, objects: Iterable[Mapping[str, str]]) -> None:
 
 def main() -> int:
     """Write the data and the tokenizer, pretrain the base model and the student, and put them in their places."""
-    write_jsonl(HERE / "orders-train.jsonl", train_rows())
-    write_jsonl(HERE / "orders-heldout.jsonl", heldout_rows())
-    write_jsonl(HERE / "orders-pairs.jsonl", preference_rows())
+    write_jsonl(DEMO / "orders-train.jsonl", train_rows())
+    write_jsonl(DEMO / "orders-heldout.jsonl", heldout_rows())
+    write_jsonl(DEMO / "orders-pairs.jsonl", preference_rows())
     write_jsonl(PRETRAIN_DATA, ({"text": text} for text in pretraining_texts(SEED, N_PRETRAIN_CHARS)))
 
-    model = HERE / "model"
+    model = DEMO / "model"
     model.mkdir(exist_ok=True)
     write_atomic(model / "tokenizer.model", train_tokenizer(tokenizer_texts()))
     write_atomic(model / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2).encode())
@@ -134,7 +134,7 @@ def main() -> int:
     for folder, changes in (("model", ()), ("student", STUDENT)):
         pretrain = program.load(paths.program_file("demo/pretrain"), [*changes, *sys.argv[1:]])
         summary = run_program(pretrain)
-        shutil.copytree(summary["save"]["path"], HERE / folder, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
+        shutil.copytree(summary["save"]["path"], DEMO / folder, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
     return 0
 
 

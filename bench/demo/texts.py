@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any
 
+import words
 from minitune import seeds
-from minitune.demo import words
-from minitune.demo.orders import TRAIN, day, item, listed, order, person, pick, upper_first, written_count, written_day
+from orders import TRAIN, day, item, listed, order, person, pick, upper_first, written_count, written_day
 
 KIND = TRAIN._replace(invented=0.85)
 

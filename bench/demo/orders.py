@@ -11,8 +11,8 @@ import random
 from datetime import date, timedelta
 from typing import NamedTuple
 
+import words
 from minitune import seeds
-from minitune.demo import words
 
 INSTRUCTION = "Order as JSON:"
 

@@ -1,0 +1,82 @@
+"""Interface of a stage that trains: what the training loop, a sweep and a plan read of it."""
+
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import msgspec
+
+from minitune.losses.registry import Loss
+from minitune.optim.registry import Optimizer
+from minitune.optim.schedules import Schedule
+from minitune.types import PositiveInt
+
+Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
+
+
+class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Training loss on held-out data every `every` steps."""
+
+    data: str
+    every: PositiveInt  # steps
+    patience: PositiveInt | None = None  # evaluations in a row without a new best; None: never stop
+    keep: Literal["best", "last"] = "best"  # what goes on to the next stage
+    batch_size: PositiveInt = 64  # rows per forward
+
+
+@runtime_checkable
+class TrainingStage(Protocol):
+    """Training stage; each property is a key of its table in a program, but for the label."""
+
+    @property
+    def label(self) -> str:
+        """Name in overrides, records and messages."""
+        ...
+
+    @property
+    def data(self) -> str:
+        """Table [data] to train on."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Rows (or pairs) of an optimizer step."""
+        ...
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows (or pairs) of a forward; None: the whole batch."""
+        ...
+
+    @property
+    def loss(self) -> Loss:
+        """Loss to minimize."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Optimizer, before its clip and its schedule."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """Factor of the learning rate at each step."""
+        ...
+
+    @property
+    def evaluate(self) -> Evaluation | None:
+        """Steps and data at which the held-out loss is measured."""
+        ...
+
+    @property
+    def save_every(self) -> int:
+        """Steps from one saved state to the next."""
+        ...
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """Points to train an adapter for, all at once."""
+        ...
