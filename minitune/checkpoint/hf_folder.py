@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -15,9 +14,10 @@ from minitune import tree
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
+from minitune.io.json_file import read_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
-from minitune.io.safetensors_header import INDEX, SINGLE
+from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.models.hf_multimodal import text_config, text_name
 from minitune.models.model import Model
 from minitune.models.open import config_json
@@ -31,7 +31,7 @@ NO_KEYS: Mapping[str, Any] = MappingProxyType({})
 
 
 class FolderExtras(NamedTuple):
-    """What stands beside the weights of a complete Hugging Face folder."""
+    """Files and settings that a complete Hugging Face folder has besides its weights."""
 
     tokenizer: Path  # the folder whose tokenizer files are copied, byte for byte
     stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
@@ -60,35 +60,23 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
     packed: dict[str, Tensor] = {}
     for path, promised in weight_files(folder).items():
         with opened_tensors(path) as file:
-            held = file.keys()
-            absent = sorted(promised - frozenset(held))
+            stored_names = file.keys()
+            absent = sorted(promised - frozenset(stored_names))
             if absent:
                 raise InputError(f"checkpoint: {path} lacks {absent[0]}, which {INDEX} says it holds; download both again")
-            for stored in held:
+            for stored in stored_names:
                 name = text_name(stored)
                 if name is None or name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
                     continue
                 if name not in shapes and mxfp4.whole_name(name) in shapes:
                     packed[name] = file.get_tensor(stored)
                     continue
-                if name not in shapes:
-                    raise InputError(
-                        f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?"
-                    )
                 if name in params:
                     raise InputError(f"checkpoint: {path} holds {name}, which a file before it holds too; download both again")
-                found = tuple(file.get_slice(stored).get_shape())
-                if found != shapes[name]:
-                    raise InputError(
-                        f"checkpoint: {path} holds {name} of shape {list(found)}, expected {list(shapes[name])} from config.json"
-                    )
-                w = file.get_tensor(stored)
-                if not w.is_floating_point():
-                    raise InputError(
-                        f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read"
-                    )
+                w = _checked_weight(file, stored, name, path, shapes)
                 params[name] = w if dtype is None else w.to(dtype)
-    params = {**params, **mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)}
+
+    params |= mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)
     missing = [name for name in shapes if name not in params]
     if missing:
         raise InputError(
@@ -97,11 +85,26 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
     return {name: params[name] for name in shapes}
 
 
+def _checked_weight(file: Any, stored: str, name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """A stored tensor that is a weight of the model: known by name, of its shape, and in floating point."""
+    if name not in shapes:
+        raise InputError(f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?")
+    shape = tuple(file.get_slice(stored).get_shape())
+    if shape != shapes[name]:
+        raise InputError(
+            f"checkpoint: {path} holds {name} of shape {list(shape)}, expected {list(shapes[name])} from config.json"
+        )
+    w = file.get_tensor(stored)
+    if not w.is_floating_point():
+        raise InputError(f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read")
+    return w
+
+
 def save_folder(
     folder: Path,
     params: Params,
     model: Model,
-    beside: FolderExtras,
+    extras: FolderExtras,
     *,
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
@@ -113,14 +116,14 @@ def save_folder(
     """
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        write_json(aside / "config.json", {**_config(beside, model, params), **config_keys})
-        write_json(aside / "generation_config.json", _stopping(beside))
+        write_json(aside / "config.json", {**_config_json(extras, model, params), **config_keys})
+        write_json(aside / "generation_config.json", _generation_config_json(extras))
         _write_weights(aside, params, shard_bytes)
         for name in TOKENIZER_FILES:
-            if (beside.tokenizer / name).is_file():
-                shutil.copyfile(beside.tokenizer / name, aside / name)
-        if beside.template is not None:
-            (aside / "chat_template.jinja").write_text(beside.template, encoding="utf-8")
+            if (extras.tokenizer / name).is_file():
+                shutil.copyfile(extras.tokenizer / name, aside / name)
+        if extras.template is not None:
+            (aside / "chat_template.jinja").write_text(extras.template, encoding="utf-8")
 
 
 def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
@@ -133,21 +136,14 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
         if not (folder / SINGLE).is_file():
             raise InputError(f"checkpoint: {folder} holds neither {SINGLE} nor {INDEX}, expected one of them")
         return {folder / SINGLE: frozenset()}
-    try:
-        found = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {index} has no readable weight_map ({error}); download it again") from None
-    for name in sorted(set(found.values())):
+    file_of = read_weight_map(folder, "checkpoint", "download it again")
+    for name in sorted(set(file_of.values())):
         if Path(name).name != name or len(name) > 200:
             raise InputError(f"checkpoint: {index} points to {name[:200]!r}, expected a file name in its own folder")
         if not (folder / name).is_file():
             raise InputError(f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard")
-    by_file = sorted((file, name) for name, file in found.items())
+    by_file = sorted((file, name) for name, file in file_of.items())
     return {folder / file: frozenset(name for _, name in group) for file, group in groupby(by_file, lambda pair: pair[0])}
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
 
 
 def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
@@ -168,13 +164,14 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config(beside: FolderExtras, model: Model, params: Params) -> dict[str, Any]:
+def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
-    if beside.source is None:
-        # said, because an absent id is that of the family's own vocabulary, and transformers refuses a padding id beyond this one
-        ids = {"bos_token_id": None, "eos_token_id": [*beside.stop_ids] or None, "pad_token_id": None}
+    if extras.source is None:
+        # written out: an absent id is that of the family's own vocabulary,
+        # and transformers refuses a padding id beyond this one
+        ids = {"bos_token_id": None, "eos_token_id": [*extras.stop_ids] or None, "pad_token_id": None}
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
-    hf = text_config(config_json(beside.source))
+    hf = text_config(config_json(extras.source))
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
     dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
     return {**dense, **dict.fromkeys(keys, dtype)}
@@ -185,14 +182,12 @@ def generation_config(source: Path) -> dict[str, Any]:
     path = source / "generation_config.json"
     if not path.is_file():
         return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {path} can't be read ({error}), expected a JSON object; download it again") from None
+    return read_json(path, dict[str, Any], "checkpoint", "download it again")
 
 
-def _stopping(beside: FolderExtras) -> dict[str, Any]:
-    generation = {} if beside.source is None else generation_config(beside.source)
+def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:
+    generation = {} if extras.source is None else generation_config(extras.source)
     known = generation.get("eos_token_id")
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    return {**generation, "eos_token_id": [*known, *(i for i in beside.stop_ids if i not in known)]}
+    if not isinstance(known, list):
+        known = [] if known is None else [known]
+    return {**generation, "eos_token_id": [*known, *(i for i in extras.stop_ids if i not in known)]}

@@ -9,7 +9,7 @@ from minitune.losses.base import BaseLoss, Nats, ObjectiveName, log1mexp
 from minitune.types import LogProbs, NonNegativeFloat, PositiveFloat, UnitInterval
 
 
-class PreferenceLoss(BaseLoss, frozen=True):
+class BasePreferenceLoss(BaseLoss, frozen=True):
     """A call takes the log-probs of answer pairs under the policy and, where needs_reference, under a frozen model."""
 
     objective: ClassVar[ObjectiveName] = "preference"
@@ -21,9 +21,8 @@ class PreferenceLoss(BaseLoss, frozen=True):
     beta: PositiveFloat = 0.1
 
     def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
-        """beta * log(policy / reference) of chosen and rejected, in nats (Rafailov et al. 2023, eq. 5 less the prompt's term)."""
-        ref = _present(reference)
-        return self.beta * (policy.chosen - ref.chosen), self.beta * (policy.rejected - ref.rejected)
+        """Implicit rewards of the chosen and of the rejected answers, in nats."""
+        raise NotImplementedError
 
 
 def dpo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float, label_smoothing: float) -> Nats:
@@ -33,7 +32,7 @@ def dpo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, b
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
-class Dpo(PreferenceLoss, frozen=True, tag="dpo"):
+class Dpo(BasePreferenceLoss, frozen=True, tag="dpo"):
     """Direct preference optimization; beta holds the policy to the reference."""
 
     label_smoothing: UnitInterval = 0.0
@@ -42,6 +41,10 @@ class Dpo(PreferenceLoss, frozen=True, tag="dpo"):
         """dpo of the summed log-probs."""
         return dpo(*_answers(policy, _present(reference)), beta=self.beta, label_smoothing=self.label_smoothing)
 
+    def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
+        """beta * log(policy / reference)."""
+        return _relative_rewards(self.beta, policy, reference)
+
 
 def ipo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float) -> Nats:
     """((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 beta))^2 of averages, in nats^2 (Azar et al. 2023,
@@ -49,12 +52,16 @@ def ipo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, b
     return (_margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)).square()
 
 
-class Ipo(PreferenceLoss, frozen=True, tag="ipo"):
+class Ipo(BasePreferenceLoss, frozen=True, tag="ipo"):
     """Identity preference optimization: the margin is to be 1 / (2 beta), and not more."""
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
         """ipo of the averaged log-probs."""
         return ipo(*_answers(_averaged(policy), _averaged(_present(reference))), beta=self.beta)
+
+    def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
+        """beta * log(policy / reference)."""
+        return _relative_rewards(self.beta, policy, reference)
 
 
 def hinge(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float) -> Nats:
@@ -63,12 +70,16 @@ def hinge(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *,
     return F.relu(1 - beta * _margin(chosen, rejected, ref_chosen, ref_rejected))
 
 
-class Hinge(PreferenceLoss, frozen=True, tag="hinge"):
+class Hinge(BasePreferenceLoss, frozen=True, tag="hinge"):
     """A support vector machine's loss: a pair whose margin has reached 1 / beta is left alone."""
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
         """hinge of the summed log-probs."""
         return hinge(*_answers(policy, _present(reference)), beta=self.beta)
+
+    def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
+        """beta * log(policy / reference)."""
+        return _relative_rewards(self.beta, policy, reference)
 
 
 def simpo(chosen: Nats, rejected: Nats, *, beta: float, gamma: float) -> Nats:
@@ -76,7 +87,7 @@ def simpo(chosen: Nats, rejected: Nats, *, beta: float, gamma: float) -> Nats:
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-class SimPO(PreferenceLoss, frozen=True, tag="simpo"):
+class SimPO(BasePreferenceLoss, frozen=True, tag="simpo"):
     """Simple preference optimization: no reference, answers of any length on one scale, and a target margin gamma in nats."""
 
     needs_reference: ClassVar[bool] = False
@@ -101,7 +112,7 @@ def orpo(chosen: Nats, rejected: Nats, *, beta: float) -> Nats:
     return -chosen - beta * F.logsigmoid(log_odds)
 
 
-class Orpo(PreferenceLoss, frozen=True, tag="orpo"):
+class Orpo(BasePreferenceLoss, frozen=True, tag="orpo"):
     """Odds-ratio preference optimization: fine-tunes on the chosen answers and prefers them at once; beta weighs the preference.
 
     The fine-tuning term is each pair's own mean over the chosen answer's tokens, so that a batch is the mean of its pairs.
@@ -125,7 +136,7 @@ def cpo(chosen: Nats, rejected: Nats, nll: Nats, *, beta: float, nll_weight: flo
     return nll_weight * nll - F.logsigmoid(beta * (chosen - rejected))
 
 
-class Cpo(PreferenceLoss, frozen=True, tag="cpo"):
+class Cpo(BasePreferenceLoss, frozen=True, tag="cpo"):
     """Contrastive preference optimization: DPO with a uniform reference, held in place by fine-tuning on the chosen answers.
 
     The fine-tuning term is each pair's own mean over the chosen answer's tokens, so that a batch is the mean of its pairs.
@@ -155,6 +166,12 @@ def _answers(policy: LogProbs, reference: LogProbs) -> tuple[Tensor, Tensor, Ten
 
 def _averaged(x: LogProbs) -> LogProbs:
     return x._replace(chosen=x.chosen / x.n_chosen.clamp(min=1), rejected=x.rejected / x.n_rejected.clamp(min=1))
+
+
+def _relative_rewards(beta: float, policy: LogProbs, reference: LogProbs | None) -> tuple[Tensor, Tensor]:
+    """beta * log(policy / reference) of both answers (Rafailov et al. 2023, eq. 5 less the prompt's term)."""
+    ref = _present(reference)
+    return beta * (policy.chosen - ref.chosen), beta * (policy.rejected - ref.rejected)
 
 
 def _scaled(beta: float, x: LogProbs) -> tuple[Tensor, Tensor]:

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Block = Callable[..., Tensor]
+BlockFunction = Callable[..., Tensor]
 # A block needs a graph for every combination of: input with and without a gradient, forward for a backward or alone, the first
 # length and any length, rows of up to 128 tokens and longer ones, layers with and without RoPE, layers with and without experts
 OWN_LIMIT = {"isolate_recompiles": True, "recompile_limit": 2**6}
 
 
-def wrap(say: Callable[[str], None]) -> Callable[[Block], Block]:
-    """A model's `wrap` that compiles the first block of each kind and lets it serve all others; `say` is told if it can't.
+def wrap(say: Callable[[str], None]) -> Callable[[BlockFunction], BlockFunction]:
+    """Block transform that compiles the first block of each kind and lets it serve all others; calls `say` if it can't.
 
     A block is a partial of one function and one config, made anew by every forward: what was compiled is known by those two.
     """
-    kept: dict[Hashable, Block] = {}
+    kept: dict[Hashable, BlockFunction] = {}
 
-    def once(block: Block) -> Block:
+    def once(block: BlockFunction) -> BlockFunction:
         key = (block.func, *block.args) if isinstance(block, partial) else block
         if key not in kept:
             kept[key] = _guarded(block, say)
@@ -30,7 +30,7 @@ def wrap(say: Callable[[str], None]) -> Callable[[Block], Block]:
     return once
 
 
-def _guarded(block: Block, say: Callable[[str], None]) -> Block:
+def _guarded(block: BlockFunction, say: Callable[[str], None]) -> BlockFunction:
     """The compiled block, or the block itself from the first time on that it could not be compiled."""
     from torch._dynamo.exc import TorchDynamoException  # it takes a second, which nobody else should wait
 
@@ -50,7 +50,7 @@ def _guarded(block: Block, say: Callable[[str], None]) -> Block:
     return run
 
 
-def _compiled(block: Block) -> Block:
+def _compiled(block: BlockFunction) -> BlockFunction:
     """torch.compile of a block, with a limit of graphs that is its own.
 
     All partials are compiled through one function of torch's. Where they share its limit of 8, each block's graphs are taken from

@@ -13,7 +13,7 @@ from minitune.errors import InputError
 from minitune.hardware import to_device
 
 
-class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"):
+class LinearScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"):
     """Every frequency divided by factor (Chen et al. 2023, arXiv 2306.15595, eq. 4)."""
 
     factor: float
@@ -61,7 +61,7 @@ class LongRope(
     attention_factor: float | None = None
 
 
-Scaling = Linear | Dynamic | Llama3 | Yarn | LongRope
+Scaling = LinearScaling | Dynamic | Llama3 | Yarn | LongRope
 BY_LENGTH = Dynamic | LongRope  # scalings that depend on how long the text is
 STRETCHED = ("llama3", "yarn", "longrope")  # that know the context before stretching
 
@@ -79,7 +79,7 @@ def frequencies(
         stretch = scaling.factor * lengths / max_positions - (scaling.factor - 1)
         return 1.0 / (theta * stretch ** (d_rotary / (d_rotary - 2))) ** to_device(powers, lengths.device)
     f = 1.0 / theta**powers
-    if isinstance(scaling, Linear):
+    if isinstance(scaling, LinearScaling):
         return f / scaling.factor
     if isinstance(scaling, Llama3):
         turns = scaling.original_max_position_embeddings * f / (2 * math.pi)  # full turns within the original context
@@ -98,7 +98,7 @@ def frequencies(
 
 
 def magnitude(scaling: Scaling | None, max_positions: int) -> float:
-    """What cos and sin are multiplied by: 1, but for yarn and longrope."""
+    """Factor of cos and sin: 1, but for yarn and longrope."""
     if isinstance(scaling, (Yarn, LongRope)) and scaling.attention_factor is not None:
         return scaling.attention_factor
     if isinstance(scaling, Yarn) and scaling.mscale and scaling.mscale_all_dim:
@@ -113,7 +113,7 @@ def magnitude(scaling: Scaling | None, max_positions: int) -> float:
 
 
 def query_scale(scaling: Scaling | None, positions: Int[Tensor, "b T"]) -> Float[Tensor, "b T"] | None:
-    """What the queries of each position are multiplied by, if by anything."""
+    """Factor of the queries of each position, None for 1 everywhere."""
     if not isinstance(scaling, Yarn) or scaling.llama_4_scaling_beta is None:
         return None
     return 1 + scaling.llama_4_scaling_beta * torch.log(1 + torch.floor(positions / scaling.original_max_position_embeddings))

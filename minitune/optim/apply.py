@@ -7,9 +7,9 @@ On a device that works asynchronously nothing here waits for it: a step that is 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,27 +17,9 @@ from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.autodiff.value_and_grad import under_transform
-from minitune.optim.transforms import Chain, GradientTransformation, Slice, slice_limit, take_slice
+from minitune.optim.pipeline import Link, Pipeline, Place, is_sliceable, places_in_turn, split_optimizer
+from minitune.optim.transforms import Chain, GradientTransformation, Slice, slice_tree
 from minitune.tree import Tree
-
-
-class Link(NamedTuple):
-    """A transform of a chain with its state."""
-
-    transform: Any
-    state: Tree
-
-
-class Pipeline(NamedTuple):
-    """Leaves that go through the same transforms behind the clips.
-
-    A partition's rule knows its leaves alone, by their place in `numbers`; the transforms behind it know the whole tree.
-    """
-
-    rule: Link
-    tail: Sequence[Link]
-    numbers: Sequence[int]
-    is_part: bool  # whether the rule knows the leaves of `numbers` only
 
 
 class Gradients(NamedTuple):
@@ -73,12 +55,14 @@ def apply_gradients(
         return params, state
 
     paths, leaves = zip(*tree.items(params), strict=True)
-    if _is_sliceable(*_resolved(optimizer, state, paths, leaves), leaves):
+    clips, pipelines = split_optimizer(optimizer, state, paths, leaves)
+    if is_sliceable(pipelines, leaves):
         if not donate:
             params, state = tree.map(torch.clone, (params, state))
             leaves = tree.leaves(params)
+            clips, pipelines = split_optimizer(optimizer, state, paths, leaves)
         gradients = Gradients(tree.leaves(grads), divisor, norm, is_finite if selects else None)
-        _donate_step(*_resolved(optimizer, state, paths, leaves), gradients, paths, leaves)
+        _donate_step(clips, pipelines, gradients, paths, leaves)
         return params, state
 
     new = _by_definition(optimizer, grads, state, params, divisor)
@@ -106,22 +90,23 @@ def apply_gradients_each(
     grads_by_member = zip(*(leaf.contiguous().unbind() for leaf in tree.leaves(grads)), strict=True)
     selects = hardware.is_asynchronous(divisors.device)
     members = zip(optimizers, states, params_by_member, grads_by_member, divisors, norms, is_finite, strict=True)
-    for optimizer, state, leaves, own_grads, divisor, norm, finite in members:
+    for optimizer, state, member_params, member_grads, divisor, norm, finite in members:
         if not selects and not finite:
             continue
-        resolved = _resolved(optimizer, state, paths, leaves)
-        if _is_sliceable(*resolved, leaves):
-            _donate_step(*resolved, Gradients(own_grads, divisor, norm, finite if selects else None), paths, leaves)
+        clips, pipelines = split_optimizer(optimizer, state, paths, member_params)
+        if is_sliceable(pipelines, member_params):
+            gradients = Gradients(member_grads, divisor, norm, finite if selects else None)
+            _donate_step(clips, pipelines, gradients, paths, member_params)
             continue
-        trees = tree.rebuild(grads, own_grads), state, tree.rebuild(params, leaves)
+        trees = tree.rebuild(grads, member_grads), state, tree.rebuild(params, member_params)
         apply_gradients(optimizer, *trees, divisor=divisor, norm=norm, is_finite=finite, donate=True)
 
 
 def scratch_bytes(optimizer: GradientTransformation, params: Tree) -> int:
     """About how many bytes a donated step allocates beside what it is given; by definition, three trees like params."""
     paths, leaves = zip(*tree.items(params), strict=True)
-    clips, pipelines = _resolved(optimizer, optimizer.init(params), paths, leaves)
-    if not _is_sliceable(clips, pipelines, leaves):
+    _, pipelines = split_optimizer(optimizer, optimizer.init(params), paths, leaves)
+    if not is_sliceable(pipelines, leaves):
         return 3 * tree.n_bytes(params)
     sizes = []
     for pipeline in pipelines:
@@ -141,32 +126,6 @@ def _by_definition(
 def _select(is_finite: Tensor, new: Tree, old: Tree) -> Tree:
     """The new leaves if is_finite, else the old ones, without asking which on the host."""
     return tree.map(lambda x, y: torch.where(is_finite.to(x.device), x, y), new, old)
-
-
-def _resolved(
-    optimizer: GradientTransformation, state: Tree, paths: Sequence[str], leaves: Sequence[Tensor]
-) -> tuple[list[Link], list[Pipeline]]:
-    """(leading clips, pipelines behind them): one of all leaves, or one for each rule of a partition; none for clips alone."""
-    links_of = getattr(optimizer, "links", lambda state: [(optimizer, state)])
-    links = [Link(*link) for link in links_of(state)]
-    n_clips = next((i for i, link in enumerate(links) if not hasattr(link.transform, "gradient_factor")), len(links))
-    clips, rest = links[:n_clips], links[n_clips:]
-    if not rest:
-        return clips, []
-    rule, *tail = rest
-    if not hasattr(rule.transform, "branches"):
-        return clips, [Pipeline(rule, tail, range(len(leaves)), is_part=False)]
-    branches = rule.transform.branches(rule.state, paths, leaves)
-    return clips, [Pipeline(Link(part.rule, part.state), tail, part.numbers, is_part=True) for part in branches]
-
-
-def _is_sliceable(clips: Sequence[Link], pipelines: Sequence[Pipeline], leaves: Sequence[Tensor]) -> bool:
-    """True if every transform declares how it is cut, and parameters and state are laid out in the order of their elements."""
-    links = [link for pipeline in pipelines for link in (pipeline.rule, *pipeline.tail)]
-    if not links or not all(hasattr(link.transform, "scope") for link in links):
-        return False
-    states = [link.state for link in links]
-    return all(x.is_contiguous() for x in leaves) and all(x.is_contiguous() for x in tree.leaves(states))
 
 
 def _donate_step(
@@ -196,21 +155,30 @@ def _is_fused(pipeline: Pipeline, gradients: Gradients, leaves: Sequence[Tensor]
         tail = tail[:-1]
     if not all(hasattr(part, "path_factor") or hasattr(part, "step_factor") for part in tail):
         return False
-    own = [[values[i] for i in pipeline.numbers] for values in (leaves, gradients.leaves)]
-    return hasattr(rule, "fused_update") and rule.is_fusable(*own, pipeline.rule.state)
+    if not hasattr(rule, "fused_update"):
+        return False
+    params = [leaves[i] for i in pipeline.numbers]
+    grads = [gradients.leaves[i] for i in pipeline.numbers]
+    return rule.is_fusable(params, grads, pipeline.rule.state)
 
 
 def _donate_fused(
     clips: Sequence[Link], pipeline: Pipeline, gradients: Gradients, paths: Sequence[str], leaves: Sequence[Tensor]
 ) -> None:
     """Take the step by the rule's kernel: the division and clips scale its gradients, other factors its learning rate."""
-    device = gradients.divisor.device
-    grad_scale, norm = 1 / gradients.divisor, gradients.norm
+    # the gradient's factor: each clip sees the norm that the one before it leaves
+    grad_scale = 1 / gradients.divisor
+    norm = gradients.norm
     for clip in clips:
         factor = clip.transform.gradient_factor(norm)
-        grad_scale, norm = grad_scale * factor, norm * factor
+        grad_scale = grad_scale * factor
+        norm = norm * factor
 
-    lr_scale, by_path, rounded = torch.ones((), dtype=hardware.widest_float(device), device=device), [], None
+    # the learning rate's factors, and the rounding at the end
+    device = gradients.divisor.device
+    lr_scale = torch.ones((), dtype=hardware.widest_float(device), device=device)
+    by_path = []
+    rounded = None
     for transform, state in pipeline.tail:
         if hasattr(transform, "step_factor"):
             lr_scale = lr_scale * transform.step_factor(state)
@@ -219,11 +187,11 @@ def _donate_fused(
         else:
             rounded = transform.rounding_after(state)
 
-    own_paths, own_leaves, own_grads = ([values[i] for i in pipeline.numbers] for values in (paths, leaves, gradients.leaves))
+    own_paths = [paths[i] for i in pipeline.numbers]
     pipeline.rule.transform.fused_update(
         own_paths,
-        own_leaves,
-        own_grads,
+        [leaves[i] for i in pipeline.numbers],
+        [gradients.leaves[i] for i in pipeline.numbers],
         pipeline.rule.state,
         grad_scale=grad_scale,
         lr_scale=lr_scale,
@@ -250,52 +218,41 @@ def _donate_slices(
     factors: Sequence[Tensor], pipeline: Pipeline, gradients: Gradients, paths: Sequence[str], leaves: Sequence[Tensor]
 ) -> None:
     """Take the step slice by slice, each written before the next is computed: `update` to the last bit."""
-    update = Chain(tuple(link.transform for link in (pipeline.rule, *pipeline.tail))).update
-    for places in update_in_slices(pipeline, leaves):
-        # (place in the pipeline, elements) -> a slice of the whole tree, and one of the leaves that the rule knows
-        in_tree = [Slice(pipeline.numbers[i], paths[pipeline.numbers[i]], start, end) for i, start, end in places]
-        in_rule = in_tree
-        if pipeline.is_part:
-            in_rule = [part._replace(number=i) for part, (i, _, _) in zip(in_tree, places, strict=True)]
-        params = {part.path: take_slice(leaves[part.number], part.start, part.end) for part in in_tree}
-        grads = {part.path: take_slice(gradients.leaves[part.number], part.start, part.end) for part in in_tree}
-        rule, tail = pipeline.rule, pipeline.tail
-        state = (
-            rule.transform.slice_state(rule.state, in_rule),
-            *(link.transform.slice_state(link.state, in_tree) for link in tail),
-        )
-
-        updates, after = update(tree.map(lambda g: _scaled(g, gradients.divisor, factors), grads), state, params)
-        new = tree.map(_added, params, updates), after
-        if gradients.is_finite is not None:
-            new = _select(gradients.is_finite, new, (params, state))
-        tree.donate((params, state), new)
+    for places in places_in_turn(pipeline, leaves):
+        # a call of its own, after which nothing of these slices lives on beside the next ones
+        _donate_places(places, factors, pipeline, gradients, paths, leaves)
 
 
-def update_in_slices(pipeline: Pipeline, leaves: Sequence[Tensor]) -> Iterator[list[tuple[int, int, int]]]:
-    """What of a pipeline is updated at a time, as (place in the pipeline, start, end).
+def _donate_places(
+    places: Sequence[Place],
+    factors: Sequence[Tensor],
+    pipeline: Pipeline,
+    gradients: Gradients,
+    paths: Sequence[str],
+    leaves: Sequence[Tensor],
+) -> None:
+    """Take the step of these places of the pipeline's leaves, where params and state lie."""
+    # a rule of a partition counts the leaves that it knows, the transforms behind it those of the whole tree
+    numbers = [pipeline.numbers[place.index] for place in places]
+    in_tree = [Slice(i, paths[i], place.start, place.end) for i, place in zip(numbers, places, strict=True)]
+    in_rule = in_tree
+    if pipeline.is_part:
+        in_rule = [part._replace(number=place.index) for part, place in zip(in_tree, places, strict=True)]
 
-    One slice of a leaf if every transform is element-wise; else whole leaves, those of one shape together up to the limit.
-    """
-    own = [leaves[i] for i in pipeline.numbers]
-    if is_elementwise(pipeline):
-        for i, leaf in enumerate(own):
-            n, limit = leaf.numel(), slice_limit(leaf.device)
-            starts = [k * limit for k in range(max(1, n // limit))]
-            yield from ([(i, start, end)] for start, end in zip(starts, [*starts[1:], n], strict=True))
-        return
-    shapes: dict[tuple[torch.Size, torch.device], list[int]] = {}
-    for i, leaf in enumerate(own):
-        shapes.setdefault((leaf.shape, leaf.device), []).append(i)
-    for (shape, device), members in shapes.items():
-        n_together = max(1, slice_limit(device) // max(1, shape.numel()))
-        for first in range(0, len(members), n_together):
-            yield [(i, 0, shape.numel()) for i in members[first : first + n_together]]
+    # views of what belongs to the places
+    params = slice_tree(leaves, in_tree)
+    grads = slice_tree(gradients.leaves, in_tree)
+    rule, tail = pipeline.rule, pipeline.tail
+    tail_states = (link.transform.slice_state(link.state, in_tree) for link in tail)
+    state = (rule.transform.slice_state(rule.state, in_rule), *tail_states)
 
-
-def is_elementwise(pipeline: Pipeline) -> bool:
-    """True if an element's update depends on no other element."""
-    return all(link.transform.scope == "element" for link in (pipeline.rule, *pipeline.tail))
+    # their step, by definition
+    update = Chain(tuple(link.transform for link in (rule, *tail))).update
+    updates, after = update(tree.map(lambda g: _scaled(g, gradients.divisor, factors), grads), state, params)
+    new = tree.map(_added, params, updates), after
+    if gradients.is_finite is not None:
+        new = _select(gradients.is_finite, new, (params, state))
+    tree.donate((params, state), new)
 
 
 def _added(p: Tensor, u: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Those of a step slice by slice."""
-        return slice_scratch_bytes(leaves, rounds)
+        """Ten float32 numbers an element of a slice, two of them the moments, and two codes."""
+        return slice_scratch_bytes(leaves, 42, rounds=rounds)
 
 
 def quantize(x: Float[Tensor, "*shape"], signed: bool) -> Moment8:

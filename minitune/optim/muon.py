@@ -127,12 +127,19 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Momentum, what is orthogonalized, its two newest iterates, and two products of its shorter side."""
+        """Seven numbers an element of the matrices that go together, or more where they are nearly square.
+
+        Gradient, momentum, what is orthogonalized, its copy and two iterates live beside two products [short, short];
+        afterwards gradient, momentum, direction, its two terms, update and new parameter do.
+        """
         limit = slice_limit(leaves[0].device)
 
         def n_numbers(leaf: Tensor) -> int:
             n_together = max(1, min(limit // leaf.numel(), sum(x.shape == leaf.shape for x in leaves)))
-            return n_together * (4 * leaf.numel() + 2 * min(leaf.shape) ** 2)
+            during = 6 * leaf.numel() + 2 * min(leaf.shape) ** 2
+            if rounds:  # the gradient is in bfloat16 before it is in float32
+                during += leaf.numel() // 2
+            return n_together * max(during, 7 * leaf.numel())
 
         return 4 * max(n_numbers(leaf) for leaf in leaves)
 

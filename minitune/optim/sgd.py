@@ -42,5 +42,5 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Those of a step slice by slice."""
-        return slice_scratch_bytes(leaves, rounds)
+        """Up to five float32 numbers an element of a slice: gradient, momentum, what is ahead, update and new parameter."""
+        return slice_scratch_bytes(leaves, 20, rounds=rounds)

@@ -68,13 +68,16 @@ def slice_limit(device: torch.device) -> int:
     return SLICE_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
 
 
-def slice_scratch_bytes(leaves: Sequence[Tensor], rounds: bool) -> int:
-    """Memory of a step that goes slice by slice: moments, terms and the update, eight float32 numbers an element.
+def slice_scratch_bytes(leaves: Sequence[Tensor], bytes_per_element: int, *, rounds: bool) -> int:
+    """Memory of an element-wise step that goes slice by slice, given what its largest moment takes an element.
 
-    A step that rounds at random goes leaf by leaf.
+    A step that rounds at random goes leaf by leaf, and its rounding takes 24 bytes an element.
     """
-    largest = max(x.numel() for x in leaves)
-    return 4 * 8 * (largest if rounds else min(largest, 2 * slice_limit(leaves[0].device)))
+    if rounds:
+        return max(bytes_per_element, 24) * max(x.numel() for x in leaves)
+    limit = slice_limit(leaves[0].device)
+    # the last slice of a leaf has all that is left, less than two limits
+    return bytes_per_element * max(min(x.numel(), limit + x.numel() % limit) for x in leaves)
 
 
 class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ import torch
 
 from minitune import tree
 from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.models.mixers.mixer import Mixer
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs/research.md").read_text("utf-8")
@@ -15,12 +16,12 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 @pytest.fixture(scope="module")
 def names() -> dict:
-    """What the page's snippets define, run in order."""
+    """Names that the page's snippets define, run in order."""
     torch.manual_seed(0)
-    found: dict = {}
+    names: dict = {}
     for snippet in SNIPPETS:
-        exec(compile(snippet, "docs/research.md", "exec"), found)
-    return found
+        exec(compile(snippet, "docs/research.md", "exec"), names)
+    return names
 
 
 def test_every_example_is_short() -> None:
@@ -42,8 +43,8 @@ def test_per_example_gradients_are_those_of_a_loop(names: dict) -> None:
 
 
 def test_the_new_loss_learns(names: dict) -> None:
-    assert names["seen"][0] == pytest.approx(1.0, abs=1e-3)
-    assert names["seen"][-1] < 0.2
+    assert names["losses"][0] == pytest.approx(1.0, abs=1e-3)
+    assert names["losses"][-1] < 0.2
     assert float(names["metrics"]["reward_accuracy"]) == 1.0
 
 
@@ -72,3 +73,10 @@ def test_the_hessian_vector_product_is_the_slope_of_the_gradient(names: dict) ->
     scale = max(float(s.abs().max()) for s in slopes)
     for found, slope in zip(tree.leaves(names["hessian_vector"]), slopes, strict=True):
         torch.testing.assert_close(found.double(), slope, rtol=0, atol=2e-3 * scale)
+
+
+def test_the_page_on_mixers_lists_what_a_mixer_declares() -> None:
+    page = (ROOT / "docs/mixers.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)\(", page, re.M) == list(Mixer._fields)
+    for path in re.findall(r"`((?:models|tests)/[\w/]+(?:\.py|/))`", page):
+        assert (ROOT / path).exists() or (ROOT / "minitune" / path).exists(), path

@@ -16,7 +16,7 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim import muon
 from minitune.optim.adamw import AdamW
-from minitune.optim.apply import apply_gradients, scratch_bytes
+from minitune.optim.apply import apply_gradients
 from minitune.optim.schedules import Cosine, ScaleBySchedule
 from minitune.optim.transforms import ClipByGlobalNorm, chain
 from minitune.steps import train_step
@@ -153,8 +153,3 @@ def test_a_model_trains_and_a_resumed_run_is_a_straight_one(lora: Lora | None, t
     for _ in range(4):
         (trainable, state), _ = step.update(params, TrainState(trainable, state), batch)
     torch.testing.assert_close(trainable, ends[0], rtol=0, atol=0)
-
-
-def test_plan_knows_the_scratch_of_a_step() -> None:
-    params = {"w": torch.empty(512, 700, device="meta"), "x": torch.empty(700, 300, device="meta")}
-    assert scratch_bytes(muon.Muon(lr=1.0), params) == 4 * (4 * 512 * 700 + 2 * 512**2)

@@ -115,7 +115,7 @@ def describe(report: Report) -> str:
         "truncated": report.n_truncated,
         "dropped": report.n_dropped,
         "without a target": report.n_without_target,
-        "with equal answers": report.n_without_contrast,
+        "with equal answers": report.n_identical,
     }
     counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
     return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{counts}"
