@@ -1,5 +1,6 @@
 """JSON files, read with one message for whatever is wrong with them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ from minitune.errors import InputError
 
 
 def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
-    """Content of a file that holds one JSON object, decoded as `kind`.
+    """Content of a file that holds one JSON object, decoded as `kind`, a type or a generic such as dict[str, Any].
 
     InputError, begun by `room` ("checkpoint") and ended by `remedy` ("download it again"), for a file that
     can't be read, that is no JSON or no text, or that holds something else.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        # json reads the Infinity that transformers writes into some config.json; msgspec.json refuses it
+        return msgspec.convert(json.loads(path.read_bytes()), kind)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{room}: {path} can't be read ({error}), expected a JSON object; {remedy}") from None
 
