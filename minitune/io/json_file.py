@@ -1,17 +1,15 @@
 """JSON files, read with one message for whatever is wrong with them."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from minitune.errors import InputError
 
-T = TypeVar("T")
 
-
-def read_json(path: Path, kind: type[T], room: str, remedy: str) -> T:
-    """Content of a file that holds one JSON object, decoded as `kind`.
+def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
+    """Content of a file that holds one JSON object, decoded as `kind`: a Struct or a type such as dict[str, int].
 
     InputError, begun by `room` ("checkpoint") and ended by `remedy` ("download it again"), for a file that
     can't be read, that is no JSON or no text, or that holds something else.
