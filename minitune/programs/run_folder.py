@@ -186,4 +186,5 @@ def _json(path: Path, kind: Any) -> Any:
 
 
 def write_record(path: Path, tree: Mapping[str, Any] | Manifest) -> None:
+    """Write a record as indented JSON, whole or not at all."""
     write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

@@ -16,7 +16,13 @@ case "$*" in "-m pytest"*) echo "newest $*"; exit "$TESTS_FAIL" ;; esac
 mkdir -p "$3/bin" "$3/lib/python3.11/site-packages" && echo "PATH=$3/bin:$PATH; export PATH" > "$3/bin/activate"
 cp "$0" "$3/bin/python"
 cp "$0" "$3/bin/pytest"
-printf '#!/bin/sh\\ncase "$*" in "index "*) echo "$VERSIONS"; exit "$NO_INDEX" ;; *">=2.14"*) exit "$NO_WHEEL" ;; esac\\n' > "$3/bin/pip"
+cat > "$3/bin/pip" << 'end'
+#!/bin/sh
+case "$*" in
+  "index "*) echo "$VERSIONS"; exit "$NO_INDEX" ;;
+  *">=2.14"*) exit "$NO_WHEEL" ;;
+esac
+end
 chmod +x "$3/bin/pip"
 """
 
