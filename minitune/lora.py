@@ -117,7 +117,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: torch.dtype,
         onto: Float[Tensor, "*experts out in"] | None = None,
     ) -> MergedWeight:
-        """The delta, which was trained on w, merged onto w (or onto another base), rounded once to the dtype."""
+        """Weight with its delta, which was trained on w, merged onto w (or onto another base), rounded once to the dtype."""
         exact = self.merged_weight(w, delta)
         merged = (exact if onto is None else self.merged_weight(onto, delta)).to(dtype)
         return MergedWeight(merged, merge_error(merged, exact, w))

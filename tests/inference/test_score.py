@@ -23,7 +23,7 @@ def test_token_metrics_are_sums_over_the_targets_of_all_batches() -> None:
             nats.append(-float(logps[b, t - 1, target]))
             hits.append(int(logits[b, t - 1].argmax() == target))
     metrics = token_metrics(model, params, batches)
-    assert metrics.n_targets == len(nats) > 10
+    assert metrics.n_targets == len(nats) > 0
     assert metrics.loss_nats == pytest.approx(sum(nats) / len(nats), rel=1e-12)
     assert metrics.accuracy == sum(hits) / len(hits)
     assert metrics.perplexity == pytest.approx(math.exp(metrics.loss_nats))
