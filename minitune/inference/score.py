@@ -42,7 +42,7 @@ def token_metrics(model: Model, params: Params, batches: Iterable[Batch]) -> Tok
     # Read once, behind the last forward; an accelerator may lack the float64 that the batches are added up in.
     sums = [_token_sums(model, params, batch) for batch in batches]
     if not sums:
-        raise TypeError("scoring: no batch to measure on, expected at least one")
+        raise TypeError("score: no batch to measure on, expected at least one")
     nats, n_right, n_targets = torch.stack(sums).to("cpu", torch.float64).sum(0).tolist()
     divisor = max(n_targets, 1.0)
     return TokenMetrics(nats / divisor, n_right / divisor, int(n_targets))

@@ -31,5 +31,5 @@ def test_token_metrics_are_sums_over_the_targets_of_all_batches() -> None:
 
 def test_perplexity_stays_a_float_and_no_batch_is_refused() -> None:
     assert math.isfinite(TokenMetrics(1e4, 0.0, 3).perplexity)
-    with pytest.raises(TypeError, match="scoring: no batch to measure on, expected at least one"):
+    with pytest.raises(TypeError, match="score: no batch to measure on, expected at least one"):
         token_metrics(model_of(SMALL), {}, [])
