@@ -43,7 +43,7 @@ from minitune.planning.flops import flops_per_token
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Float8
 from minitune.steps import train_step
-from minitune.types import Batch, Params, TrainState
+from minitune.types import Batch, Params
 
 SHAPE = Path(__file__).parents[1] / "configs/models/llama-3.1-8b.toml"
 TOY = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_head": 16, "d_ff": 128, "vocab_size": 512}
@@ -119,13 +119,13 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
     frozen, trainable, rule, optimizer = start(kind, params)
     objective = sft(arranged(model, compile_blocks, remat, args.device), rule)
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
-    state, times = optimizer.init(trainable), []
+    state, times = step.init(trainable), []
     for i in range(WARM_UPS + STEPS):
         if args.device == "cuda" and i == WARM_UPS:
             torch.cuda.reset_peak_memory_stats()
         synchronize(args.device)
         started = time.perf_counter()
-        (trainable, state), metrics = step.update(frozen, TrainState(trainable, state), batch)
+        state, metrics = step.update(frozen, state, batch)
         synchronize(args.device)
         times += [time.perf_counter() - started] if i >= WARM_UPS else []
     if float(metrics["skipped"]):

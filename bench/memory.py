@@ -60,16 +60,16 @@ def step_and_run(
     else:
         trainable = lora.init(params, 0)
     loss, batch = CrossEntropy(), rows(model.config.vocab_size, n_rows, n_tokens)
-    objective, at_once = sft(model, loss, lora), micro
+    objective, at_once = sft(model, lora, loss), micro
     if kind == "dpo":
         loss, batch, at_once = Dpo(), Pairs(batch, batch), 2 * micro
         objective = preference(model, lora, loss, {})
     optimizer = chain(ClipByGlobalNorm(1.0), *how.get("optimizers", (AdamW(lr=1e-3),)))
-    state = optimizer.init(trainable)
     run = train_step(objective, optimizer, micro_batch=micro, donate=True)
+    state = run.init(trainable)
     where = torch.device("cpu"), at_once, n_tokens, n_rows // micro
     step = StepSpec(model, params, trainable, lora, optimizer, loss, *where)
-    return step, lambda: run(params, trainable, state, batch)
+    return step, lambda: run.update(params, state, batch)
 
 
 def peak_bytes(step: StepSpec, run: Callable[[], Any]) -> int:

@@ -3,8 +3,9 @@
     python bench/moe.py
 
 `segments` is what minitune.nn.moe does: F.linear on each expert that has rows. `grouped_mm` is torch's kernel, on one tensor of
-all experts or on a stack of single ones, which is how most checkpoints keep them; `padded bmm` gives every expert as many rows as the
-busiest has. Ways take turns; times are milliseconds of a forward, and of one with the gradient of the rows, minimum of REPEATS.
+all experts or on a stack of single ones, which is how most checkpoints keep them; `padded bmm` gives every expert as many rows as
+the busiest has. Ways take turns; times are milliseconds of a forward, and of one with the gradient of the rows, minimum of
+REPEATS.
 """
 
 import time

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minitune import checkpoint, hardware, models, steps
+from minitune import hardware, models, steps
 from minitune.algorithms import objective
-from minitune.algorithms.supervised import sft
 from minitune.inference.generate import greedy
-from minitune.io import paths
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model
@@ -42,11 +40,9 @@ FLOATS = 2**25  # in the weights that a product goes through, so that none of th
 
 def model_of(name: str) -> tuple[Model, dict[str, Any]]:
     if name == "mid":
-        model = Model(llama, MID)
+        model = Model(llama.FAMILY, MID)
         return model, model.init(0)
-    folder = paths.locate("demo")
-    model = models.open(folder)
-    return model, dict(checkpoint.load_params(folder, model.shapes()))
+    return models.load("demo")
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -66,16 +62,15 @@ def training(
 ) -> Callable[[], object]:
     tokens = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool))
-    params, trainable = (params, rule.init(params, 0)) if rule else objective.full(params, ("*",), params, dtype)
-    optimizer = AdamW(lr=1e-4)
-    state = optimizer.init(trainable)
-    step = steps.train_step(sft(model, CrossEntropy(), rule), optimizer, micro_batch=1)
-    return lambda: step(params, trainable, state, batch)
+    params, trainable = (params, rule.init(params, 0)) if rule else objective.split_trainable(params, ("*",), params, dtype)
+    step = steps.sft_step(model, rule, AdamW(lr=1e-4), micro_batch=1)
+    state = step.init(trainable)
+    return lambda: step.update(params, state, batch)
 
 
 def decoding(model: Model, params: Mapping[str, Any], rows: int) -> Callable[[], object]:
     prompts = [[1 + i, 2, 3] for i in range(rows)]
-    return lambda: greedy(model, params, prompts, {}, max_new_tokens=NEW_TOKENS, stop_ids=[])
+    return lambda: greedy(model, params, prompts, max_new_tokens=NEW_TOKENS, stop_ids=[])
 
 
 def scoring(model: Model, params: Mapping[str, Any]) -> Callable[[], object]:
@@ -84,7 +79,7 @@ def scoring(model: Model, params: Mapping[str, Any]) -> Callable[[], object]:
 
     def score() -> object:
         with torch.no_grad():
-            return model.token_losses(params, batch, {}, CrossEntropy())
+            return model.token_losses(params, batch, CrossEntropy())
 
     return score
 

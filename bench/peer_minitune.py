@@ -16,13 +16,12 @@ from minitune.algorithms.supervised import sft
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL
 from minitune.losses.preference import Dpo
-from minitune.losses.token import CrossEntropy
 from minitune.models.compile import wrap
 from minitune.optim.adamw import AdamW
 from minitune.programs.allocator import keep_freed
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
-from minitune.types import Batch, Pairs, TrainState
+from minitune.types import Batch, Pairs
 
 keep_freed()  # as a program run by `python -m minitune` does
 DTYPE = getattr(torch, args.dtype)
@@ -50,10 +49,10 @@ def rows_to_batch(rows):
 
 def timed(step, params, trainable, batches, shapes):
     """Run the steps and report them."""
-    state = OPTIMIZER.init(trainable)
+    state = step.init(trainable)
     clock = C.Steps()
     for batch in batches:
-        (trainable, state), metrics = step.update(params, TrainState(trainable, state), batch)
+        state, metrics = step.update(params, state, batch)
         clock.done(metrics["loss_nats"])
     C.report("minitune", args, clock, shapes, versions=C.git_like_versions("torch"))
 
@@ -78,7 +77,7 @@ def supervised():
         teacher = Teacher(*opened(args.model))
         objective = distillation(model, lora, ForwardKL(ratio=0.5), teacher)
     else:
-        objective = sft(model, CrossEntropy(), lora)
+        objective = sft(model, lora)
     step = steps.train_step(objective, OPTIMIZER, micro_batch=args.batch, donate=True)
     batches = (rows_to_batch(rows[i * args.batch : (i + 1) * args.batch]) for i in range(args.steps))
     timed(step, params, trainable, batches, C.shapes_sft(rows, args.batch, args.steps))

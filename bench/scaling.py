@@ -53,16 +53,14 @@ def step_of(case: tuple[int, int, int, int, int], d_model: int) -> tuple[Callabl
     deltas = [RULE.init(params, i) for i in range(n)]
     counted = StepSpec(model, params, deltas[0], RULE, optimizer, CrossEntropy(), torch.device("cpu"), rows, length)
     if n == 1:
-        step, state = (
-            train_step(sft(model, RULE), optimizer, micro_batch=rows, donate=True),
-            optimizer.init(deltas[0]),
-        )
+        step = train_step(sft(model, RULE), optimizer, micro_batch=rows, donate=True)
+        state = step.init(deltas[0])
         alone = Batch(*(x[0] for x in batch))
-        return lambda: step.update(params, TrainState(deltas[0], state), alone), counted
+        return lambda: step.update(params, state, alone), counted
     states = [optimizer.init(one) for one in deltas]
     at_once = sweep.sweep_step(model, CrossEntropy(), [RULE] * n, [optimizer] * n, micro_batch=rows, donate=True)
     stacked = sweep.stack(deltas)
-    return lambda: at_once(params, stacked, states, batch), counted
+    return lambda: at_once.update(params, TrainState(stacked, states), batch), counted
 
 
 def lines(toy: bool) -> Iterator[str]:

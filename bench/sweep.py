@@ -63,12 +63,13 @@ def both(
     stacked = sweep.stack(deltas)
     single, folded = (model._replace(block_transform=wrap(print)) if compile_blocks else model for _ in range(2))
     alone = [train_step(sft(single, RULE), o, micro_batch=rows, donate=True) for o in optimizers]
-    states, own = ([o.init(d) for o, d in zip(optimizers, deltas, strict=True)] for _ in range(2))
+    states = [o.init(d) for o, d in zip(optimizers, deltas, strict=True)]
+    alone_states = [step.init(d) for step, d in zip(alone, deltas, strict=True)]
     step = sweep.sweep_step(folded, CrossEntropy(), [RULE] * n, optimizers, micro_batch=rows, donate=True)
 
     def loop() -> None:
         for i in range(n):
-            alone[i](params, deltas[i], own[i], Batch(*(x[i] for x in batch)))
+            alone[i].update(params, alone_states[i], Batch(*(x[i] for x in batch)))
 
     return {"one after another": loop, "at once": lambda: step.update(params, TrainState(stacked, states), batch)}
 

@@ -1,7 +1,8 @@
 """Low-rank adaptation: a rule that makes, scales and merges deltas. It never touches the model it adapts."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -11,7 +12,24 @@ from torch import Tensor
 from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
+from minitune.quant.schemes import dequantize
 from minitune.types import Adapted, Delta, Deltas, Params, PositiveInt, Trainable, wide_dtype
+
+Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
+
+
+class MergedWeight(NamedTuple):
+    """Weight with its delta merged in, and the share of its change that was lost (see merge_error)."""
+
+    weight: Float[Tensor, "*experts out in"]
+    error: Float[Tensor, ""]
+
+
+class Merged(NamedTuple):
+    """Dense weights with all that was trained in them, and the largest share of a weight's change that each base loses."""
+
+    params: Params
+    errors: Mapping[Onto, float]
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,10 +105,22 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if quantized is not None:
             raise TypeError(
                 f"lora: {quantized} is a {type(params[quantized]).__name__}, expected a dense tensor to merge onto; "
-                "quant.dequantize it, or take the weight that it was made from"
+                "merge_trainable dequantizes it, or takes the weight that it was made from"
             )
-        merged = {name: self.merged_weight(params[name], delta).to(params[name].dtype) for name, delta in deltas.items()}
+        merged = {name: self.merge_weight(params[name], d, params[name].dtype).weight for name, d in deltas.items()}
         return {**params, **merged}
+
+    def merge_weight(
+        self,
+        w: Float[Tensor, "*experts out in"],
+        delta: Delta,
+        dtype: torch.dtype,
+        onto: Float[Tensor, "*experts out in"] | None = None,
+    ) -> MergedWeight:
+        """The delta, which was trained on w, merged onto w (or onto another base), rounded once to the dtype."""
+        exact = self.merged_weight(w, delta)
+        merged = (exact if onto is None else self.merged_weight(onto, delta)).to(dtype)
+        return MergedWeight(merged, merge_error(merged, exact, w))
 
     def merged_weight(self, w: Float[Tensor, "*experts out in"], delta: Delta) -> Float[Tensor, "*experts out in"]:
         """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
@@ -100,6 +130,48 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return total
         norms = torch.linalg.vector_norm(total, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)  # a row of zeros stays one
         return total * (delta.m.to(wide) / norms)[:, None]
+
+
+def merge_trainable(
+    params: Params,
+    trainable: Trainable,
+    lora: Lora | None,
+    *,
+    stored: Mapping[str, Tensor],
+    onto: Onto = "trained",
+    dtype: torch.dtype | None = None,
+) -> Merged:
+    """All weights dense, with deltas merged in and whole trained weights in place of theirs; one weight is computed at a time.
+
+    stored: the dense weights that params were cast or quantized from; dtype: of the result, None for that of each stored
+    weight. Deltas over quantized weights were trained on the dequantized ones: merging onto those ("trained") is exact but for
+    rounding, merging onto the dense ones ("stored") is not. TypeError for deltas without their Lora rule.
+    """
+    dtypes = {name: dtype or w.dtype for name, w in stored.items()}
+    deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
+    whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    merged = {name: w.to(dtypes[name]) for name, w in {**stored, **whole}.items()}
+
+    # Quantized weights without a delta become what they stand for: the deltas were trained beside those.
+    if onto == "trained":
+        codes = {name: w for name, w in params.items() if not isinstance(w, Tensor) and name not in deltas}
+        merged |= {name: dequantize(w, dtypes[name]) for name, w in codes.items()}
+
+    errors: dict[Onto, float] = {"trained": 0.0, "stored": 0.0}
+    for name, delta in deltas.items():
+        if lora is None:
+            raise TypeError(f"lora: {name} is a Delta, expected the Lora rule that it was made by")
+        w, dense = params[name], stored[name].to(delta.a.device, torch.float32)
+        if isinstance(w, Tensor):
+            on_trained = on_stored = lora.merge_weight(dense, delta, dtypes[name])
+        else:
+            trained_on = dequantize(w, torch.float32)
+            on_trained = lora.merge_weight(trained_on, delta, dtypes[name])
+            on_stored = lora.merge_weight(trained_on, delta, dtypes[name], onto=dense)
+        merged[name] = on_trained.weight if onto == "trained" else on_stored.weight
+        errors["trained"] = max(errors["trained"], float(on_trained.error))
+        errors["stored"] = max(errors["stored"], float(on_stored.error))
+    return Merged(merged, errors)
 
 
 def merge_error(

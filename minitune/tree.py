@@ -5,7 +5,6 @@ written in a table: `mu.model.layers.0.mlp.up_proj.weight.a`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minitune.errors import InputError
+from minitune.errors import InputError, closest
 from minitune.types import Params, Trainable, wide_dtype
 
 SUM_ELEMENTS = 2**18  # that are added up at a time
@@ -107,7 +106,7 @@ def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
         raise InputError(f"{what}: the list of globs is empty, expected at least one such as '*.mlp.*_proj.weight'")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            near = get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+            near = closest(glob, names, 3, cutoff=0.3) or names[:3]
             raise InputError(f"{what}: {glob!r} matches no weight; the nearest are {', '.join(near)}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 

@@ -16,23 +16,30 @@ from minitune.types import Mean, Params, TeacherBatch, Trainable
 
 
 def balanced(objective: Callable[[Model], Objective], model: Model, coefficient: float) -> Objective:
-    """The objective of a model plus coefficient * moe.load_balance of its routers over the tokens that are no padding, in nats a
-    token; load_balance is among its readings. E.g. balanced(partial(supervised.sft, loss=..., lora=...), model, 0.001).
+    """Objective of a model plus coefficient * moe.load_balance of its routers, in nats a token.
 
-    The share of tokens that each expert has is that of a micro-batch. InputError for a model without experts.
+    The term is taken over the tokens that are no padding, and load_balance is among the metrics
+    (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6). The share of tokens that each expert has is that
+    of a micro-batch. E.g. balanced(lambda model: sft(model, lora), model, 0.001). InputError for a
+    model without experts.
     """
     experts = model.config.experts
     if experts is None:
-        raise InputError("balance: the model has no experts, expected a family such as mixtral; leave the term out")
+        raise InputError("load_balancing: the model has no experts, expected a family such as mixtral; leave the term out")
 
     def with_term(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
+        # the objective's one forward, with a probe that collects the logits of every layer's router
         logits: list[Tensor] = []
         probe = Probe((router_weight(experts),), lambda name, y: logits.append(y))
-        mean, readings = objective(model._replace(probe=probe))(trainable, params, batch)
+        mean, metrics = objective(model._replace(probe=probe))(trainable, params, batch)
+
         rows = batch.rows if isinstance(batch, TeacherBatch) else batch
         is_token = to_device((rows.segment_ids > 0).flatten(), mean.total.device)
-        uneven = moe.load_balance(torch.stack(logits).flatten(1, 2), experts.n_active, is_token)
-        total = mean.total + coefficient * uneven * mean.weight
-        return Mean(total, mean.weight), {**readings, "load_balance": Mean(uneven * mean.weight, mean.weight)}
+        by_layer = torch.stack(logits).flatten(1, 2)
+        term = moe.load_balance(by_layer, experts.n_active, is_token)
+
+        # the term counts once for each target, as the mean that it is added to does
+        total = mean.total + coefficient * term * mean.weight
+        return Mean(total, mean.weight), {**metrics, "load_balance": Mean(term * mean.weight, mean.weight)}
 
     return with_term

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -15,9 +14,10 @@ from minitune import tree
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
+from minitune.io.json_file import read_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
-from minitune.io.safetensors_header import INDEX, SINGLE
+from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.models.hf_multimodal import text_config, text_name
 from minitune.models.model import Model
 from minitune.models.open import config_json
@@ -136,21 +136,14 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
         if not (folder / SINGLE).is_file():
             raise InputError(f"checkpoint: {folder} holds neither {SINGLE} nor {INDEX}, expected one of them")
         return {folder / SINGLE: frozenset()}
-    try:
-        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {index} has no readable weight_map ({error}); download it again") from None
-    for name in sorted(set(weight_map.values())):
+    file_of = read_weight_map(folder, "checkpoint", "download it again")
+    for name in sorted(set(file_of.values())):
         if Path(name).name != name or len(name) > 200:
             raise InputError(f"checkpoint: {index} points to {name[:200]!r}, expected a file name in its own folder")
         if not (folder / name).is_file():
             raise InputError(f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard")
-    by_file = sorted((file, name) for name, file in weight_map.items())
+    by_file = sorted((file, name) for name, file in file_of.items())
     return {folder / file: frozenset(name for _, name in group) for file, group in groupby(by_file, lambda pair: pair[0])}
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
 
 
 def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
@@ -189,10 +182,7 @@ def generation_config(source: Path) -> dict[str, Any]:
     path = source / "generation_config.json"
     if not path.is_file():
         return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {path} can't be read ({error}), expected a JSON object; download it again") from None
+    return read_json(path, dict[str, Any], "checkpoint", "download it again")
 
 
 def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:

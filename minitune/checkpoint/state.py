@@ -12,7 +12,7 @@ import msgspec
 from minitune import tree
 from minitune.checkpoint.tensors import load_tensors, serialized
 from minitune.errors import InputError
-from minitune.io.atomic import GONE, NEW, OLD, atomic_folder, put_back, remove_folder, require_room, write_json
+from minitune.io.atomic import GONE, NEW, OLD, atomic_folder, recover_replaced, remove_folder, require_room, write_json
 from minitune.tree import Tree
 
 STATE = re.compile(r"step-\d+")
@@ -51,7 +51,7 @@ def _extras(path: Path) -> list[str]:
 def list_states(folder: Path) -> list[Path]:
     """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
     for old in folder.glob(f".step-*{OLD}"):
-        put_back(old)
+        recover_replaced(old)
     states = [path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)]
     return sorted(states, key=lambda path: (len(path.name), path.name))
 

@@ -9,8 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minitune import tree
 from minitune.errors import InputError
 from minitune.io.safetensors_header import ORDER, header_bytes, read_header
+from minitune.types import Params, Trainable
 
 # fmt: off
 WORDS = {  # safetensors' own for each dtype
@@ -28,6 +30,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("wb") as file:
         for piece in serialized(tensors):
             file.write(piece)
+
+
+def model_bytes(params: Params, trainable: Trainable, stored: Mapping[str, Tensor]) -> int:
+    """Bytes of a model as it would be saved now: dense weights as stored, quantized ones as codes, and its deltas."""
+    codes = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
+    deltas = {name: leaf for name, leaf in trainable.items() if not isinstance(leaf, Tensor)}
+    return tree.n_bytes(({**stored, **codes}, deltas))
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

@@ -1,17 +1,17 @@
-"""The chat verb: a conversation in the terminal, or one turn a line from a pipe."""
+"""Chat verb: a conversation in the terminal, or one turn a line from a pipe."""
 
-import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import msgspec
 
 from minitune import seeds
 from minitune.algorithms.objective import apply_trainable
+from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.inference.generate import pieces, stream
 from minitune.inference.sampling import Sampling
@@ -23,11 +23,6 @@ from minitune.text.template import Message
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help shows this"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Never:
-        raise InputError(f"chat: {message}, expected options as in `{self.prog} --help`; correct the command")
-
-
 def chat(words: Sequence[str]) -> int:
     """Talk with a model: turns from stdin, answers to stdout as they are written, all else to stderr; returns the exit code.
 
@@ -37,12 +32,14 @@ def chat(words: Sequence[str]) -> int:
     sampling = _sampling(options)
     if options["max_new_tokens"] < 1:
         raise InputError(f"chat: --max-new-tokens is {options['max_new_tokens']}, expected at least 1; correct it")
-    source = ModelSource(path=options["folder"], deltas=options["deltas"], chat_template_kwargs=_told(options))
+    source = ModelSource(path=options["folder"], deltas=options["deltas"], chat_template_kwargs=_template_kwargs(options))
     loaded = load(source, Path("run"), options["seed"])
     opening = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
-    encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])  # refused now, not later
+    # A template that takes no system message refuses it here, before anyone types.
+    encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])
 
-    messages, n_turns = opening, 0
+    messages = opening
+    n_turns = 0
     if sys.stdin.isatty():
         _tell(COMMANDS)
     for line in _lines():
@@ -55,15 +52,17 @@ def chat(words: Sequence[str]) -> int:
             _tell(COMMANDS if line == "/help" else f"{line} is no command: {COMMANDS}")
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
-            answer = _answer(loaded, asked, sampling, seeds.derive(options["seed"], "turn", n_turns), options["max_new_tokens"])
+            seed = seeds.derive(options["seed"], "turn", n_turns)
+            answer = _answer(loaded, asked, sampling, seed, options["max_new_tokens"])
             n_turns += 1
-            messages = [*asked, {"role": "assistant", "content": answer}] if answer else messages
+            if answer:
+                messages = [*asked, {"role": "assistant", "content": answer}]
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     description = "Talk with a model, on a terminal or with one turn a line on stdin."
-    parser = _Parser("python -m minitune chat", description=description, epilog=COMMANDS, allow_abbrev=False)
+    parser = OptionParser("chat", description=description, epilog=COMMANDS)
     parser.add_argument("folder", metavar="FOLDER", help="a Hugging Face model folder, or demo")
     parser.add_argument("--deltas", metavar="FOLDER", help="a PEFT adapter to put on the model")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
@@ -78,27 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _told(options: dict) -> dict[str, Any]:
+def _template_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
+    text = options["chat_template_kwargs"]
     try:
-        return msgspec.json.decode(options["chat_template_kwargs"], type=dict[str, Any])
+        return msgspec.json.decode(text, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        found = options["chat_template_kwargs"]
         raise InputError(
-            f"chat: --chat-template-kwargs is {found!r} ({error}), expected a JSON object; correct the command"
+            f"chat: --chat-template-kwargs is {text!r} ({error}), expected a JSON object; correct the command"
         ) from None
 
 
-def _sampling(options: dict) -> Sampling:
+def _sampling(options: Mapping[str, Any]) -> Sampling:
     try:
         return msgspec.convert({name: options[name] for name in Sampling.__struct_fields__}, Sampling)
     except msgspec.ValidationError as error:
+        # msgspec ends a message about one field with its name; a check of several fields says all of it itself.
         reason, _, name = str(error).rstrip("`").partition(" - at `$.")
-        found = f"--{name.replace('_', '-')} is {options[name]}, expected" if name else ""
-        raise InputError(f"chat: {found} {reason.removeprefix('Expected ')}; correct the command".replace("  ", " ")) from None
+        if name:
+            option = f"--{name.replace('_', '-')}"
+            reason = f"{option} is {options[name]}, expected {reason.removeprefix('Expected ')}"
+        raise InputError(f"chat: {reason}; correct the command") from None
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped, line by line and stripped, until the end."""
+    """Lines that are typed or piped, stripped, until the end."""
     terminal = sys.stdin.isatty()
     if terminal:
         with suppress(ImportError):  # some systems have none
@@ -116,7 +118,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(loaded: LoadedModel, asked: Sequence[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> str:
-    """What the model says next, written to stdout while it comes; Ctrl-C cuts it short."""
+    """Answer of the model, written to stdout while it comes; Ctrl-C cuts it short."""
     ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
     room = loaded.model.config.max_positions - len(ids)
     if room < 1:

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from minitune.errors import InputError
-from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header
+from minitune.io.json_file import read_json, read_json_object
+from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header, read_weight_map
+from minitune.text.ranks import holds_ranks
+from minitune.text.vocabulary import NAMED_TOKENS
 
 ADAPTER_CONFIG, ADAPTER, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "minitune.json"
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+REMEDY = "fetch the file again"
 QUANT_METADATA = re.compile(  # what quantized formats keep beside the codes of a weight: no parameters of the model
     r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
     r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
@@ -21,7 +23,7 @@ PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
 
 
 class TokenizerFiles(NamedTuple):
-    """What tokenizer files say: the kind, how many tokens, and the added ones with their ids."""
+    """Content of tokenizer files: the kind, how many tokens, and the added ones with their ids."""
 
     kind: str
     size: int | None
@@ -30,8 +32,11 @@ class TokenizerFiles(NamedTuple):
 
     @staticmethod
     def of(folder: Path) -> "TokenizerFiles":
+        """Content of a folder's tokenizer files; InputError for one that can't be read."""
         model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-        config = json_table(folder / "special_tokens_map.json") | json_table(folder / "tokenizer_config.json")
+        config = read_json_object(folder / "special_tokens_map.json", "inspect", optional=True) | read_json_object(
+            folder / "tokenizer_config.json", "inspect", optional=True
+        )
         decoder = config.get("added_tokens_decoder")
         declared = {}
         for i, token in (decoder if isinstance(decoder, dict) else {}).items():
@@ -40,9 +45,7 @@ class TokenizerFiles(NamedTuple):
         found = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
         names = {name: str(token.get("content") if isinstance(token, dict) else token) for name, token in found.items()}
         if model.is_file():
-            with model.open("rb") as file:
-                ranks = RANKS.match(file.read(1000)) is not None
-            if not ranks:
+            if not holds_ranks(model):
                 size, ids, known = _sentencepiece(model)
                 return TokenizerFiles("tokenizer.model (sentencepiece)", size, {**ids, **declared}, {**known, **names})
             if not fast.is_file():
@@ -50,13 +53,13 @@ class TokenizerFiles(NamedTuple):
                     return TokenizerFiles("tokenizer.model (ranks, as Meta's)", sum(1 for _ in file), declared, names)
         if not fast.is_file():
             return TokenizerFiles("none", None, declared, names)
-        spec = decoded_json(fast, _Fast)
+        spec = read_json(fast, _Fast, "inspect", REMEDY)
         added = {token.content: token.id for token in spec.added_tokens}
         size = max([len(spec.model.vocab), *(i + 1 for i in added.values())])
         return TokenizerFiles(f"tokenizer.json ({spec.model.type or 'no type'})", size, {**declared, **added}, names)
 
     def named(self) -> str:
-        """bos, eos, unk and pad, each with its id where the files say it."""
+        """Tokens by role, such as bos and eos, each with its id where the files say it."""
         ids = {name: f" {self.ids[text]}" if text in self.ids else "" for name, text in self.names.items()}
         return ", ".join(f"{name.removesuffix('_token')} {text}{ids[name]}" for name, text in self.names.items())
 
@@ -72,14 +75,10 @@ class _FastToken(msgspec.Struct):
 
 
 class _Fast(msgspec.Struct):
-    """What is read of a tokenizer.json."""
+    """Part of a tokenizer.json that is read."""
 
     model: _FastModel
     added_tokens: list[_FastToken] = msgspec.field(default_factory=list)
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
 
 
 def _sentencepiece(path: Path) -> tuple[int, dict[str, int], dict[str, str]]:
@@ -100,10 +99,11 @@ def _sentencepiece(path: Path) -> tuple[int, dict[str, int], dict[str, str]]:
 
 
 def weight_names(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the files that hold a folder's weights, what is wrong with them)."""
     if not (folder / INDEX).is_file():
         faults = [] if (folder / SINGLE).is_file() else [f"{folder} holds neither {SINGLE} nor {INDEX}"]
         return [] if faults else [SINGLE], faults
-    names = sorted(set(decoded_json(folder / INDEX, _Index).weight_map.values()))
+    names = sorted(set(read_weight_map(folder, "inspect", REMEDY).values()))
     return [name for name in names if Path(name).name == name], [
         f"{folder / INDEX} points to {name!r}, expected a file in its own folder" for name in names if Path(name).name != name
     ]
@@ -133,22 +133,10 @@ def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> in
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int:
+    """Bits of a quantized weight as a quantization_config says them, wherever its format has them; 4 if it does not."""
     groups = quantization.get("config_groups")
     found = [quantization.get("bits")]
     for group in groups.values() if isinstance(groups, dict) else []:
         weights = group.get("weights") if isinstance(group, dict) else None
         found.append(weights.get("num_bits") if isinstance(weights, dict) else None)
     return next((bits for bits in found if bits in (2, 3, 4, 8)), 4)
-
-
-def json_table(path: Path) -> dict[str, Any]:
-    return decoded_json(path, dict[str, Any]) if path.is_file() else {}
-
-
-def decoded_json(path: Path, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"inspect: {path} can't be read ({error}), expected the JSON of its kind; fetch the file again"
-        ) from None

@@ -1,4 +1,4 @@
-"""The inspect verb: what a model or adapter folder holds, in words."""
+"""Inspect verb: what a model or adapter folder holds, in words."""
 
 import re
 import sys
@@ -13,12 +13,12 @@ from minitune.cli.folder_facts import (
     ORIGIN,
     TokenizerFiles,
     bits_of,
-    json_table,
     n_parameters,
     tensor_entries,
     weight_names,
 )
 from minitune.errors import InputError
+from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import BITS, Entry
 from minitune.io.units import format_bytes
@@ -27,8 +27,8 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")  # of all experts of a layer, one rank after the other
 
 
-class Facts(NamedTuple):
-    """What a folder holds, in a person's words, and what is wrong with it."""
+class FolderSummary(NamedTuple):
+    """Content of a folder in words, by topic, and the faults of its files."""
 
     rows: dict[str, str]
     faults: list[str]
@@ -43,7 +43,7 @@ def inspect(word: str) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    rows, faults = facts(locate(word))
+    rows, faults = summarize(locate(word))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -55,8 +55,8 @@ def inspect(word: str) -> int:
     return 2 if faults else 0
 
 
-def facts(folder: Path) -> Facts:
-    """What a model or adapter folder holds; InputError for any other folder, and for JSON that can't be read."""
+def summarize(folder: Path) -> FolderSummary:
+    """Content of a model or adapter folder; InputError for any other folder, and for JSON that can't be read."""
     if (folder / ADAPTER_CONFIG).is_file():
         rows, faults = _adapter(folder)
     elif (folder / "config.json").is_file():
@@ -64,11 +64,11 @@ def facts(folder: Path) -> Facts:
     else:
         raise InputError(f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model or adapter folder")
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
-    return Facts({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)
+    return FolderSummary({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)
 
 
-def _model(folder: Path) -> Facts:
-    config = json_table(folder / "config.json")
+def _model(folder: Path) -> FolderSummary:
+    config = read_json_object(folder / "config.json", "inspect", optional=True)
     inner = config.get("text_config")
     text = {**config, **inner} if isinstance(inner, dict) else config  # of a multimodal model, what reads and writes text
     names, faults = weight_names(folder)
@@ -93,13 +93,13 @@ def _model(folder: Path) -> Facts:
         "stops at": _stops(folder, text, tokens),
         "template": _template(folder, tokens),
     }
-    return Facts({name: value for name, value in rows.items() if value}, [*faults, *damage])
+    return FolderSummary({name: value for name, value in rows.items() if value}, [*faults, *damage])
 
 
-def _adapter(folder: Path) -> Facts:
-    config = json_table(folder / ADAPTER_CONFIG)
+def _adapter(folder: Path) -> FolderSummary:
+    config = read_json_object(folder / ADAPTER_CONFIG, "inspect", optional=True)
     entries, damage = tensor_entries([folder / ADAPTER])
-    origin = json_table(folder / ORIGIN).get("base") or {}
+    origin = read_json_object(folder / ORIGIN, "inspect", optional=True).get("base") or {}
     targets = config.get("target_modules")
     places = [*(targets if isinstance(targets, list) else [targets]), *_sequence(config.get("target_parameters"))]
     ends = Counter(str(place).removesuffix(".weight").rpartition(".")[2] for place in places)
@@ -119,7 +119,7 @@ def _adapter(folder: Path) -> Facts:
         "base fingerprint": str(origin.get("fingerprint") or "") if isinstance(origin, dict) else "",
         "base quantized": _quantized(origin.get("quantization") or {}) if isinstance(origin, dict) and origin else "",
     }
-    return Facts({name: value for name, value in rows.items() if value}, damage)
+    return FolderSummary({name: value for name, value in rows.items() if value}, damage)
 
 
 def _quantized(quantization: Any) -> str:
@@ -164,21 +164,24 @@ def _context(config: Mapping[str, Any]) -> str:
 
 
 def _stops(folder: Path, config: Mapping[str, Any], tokens: TokenizerFiles) -> str:
-    found = json_table(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    generation = read_json_object(folder / "generation_config.json", "inspect", optional=True)
+    stop_ids = _sequence(generation.get("eos_token_id", config.get("eos_token_id")))
     texts = {i: text for text, i in tokens.ids.items()}
-    return ", ".join(f"{texts.get(i, '')} {i}".strip() for i in _sequence(found) if isinstance(i, int))
+    return ", ".join(f"{texts.get(i, '')} {i}".strip() for i in stop_ids if isinstance(i, int))
 
 
 def _template(folder: Path, tokens: TokenizerFiles) -> str:
     if (folder / "chat_template.jinja").is_file():
         return "chat_template.jinja"
-    if json_table(folder / "tokenizer_config.json").get("chat_template"):
+    if read_json_object(folder / "tokenizer_config.json", "inspect", optional=True).get("chat_template"):
         return "tokenizer_config.json"
     return f"none; the built-in {'ChatML' if all(text in tokens.ids for text in CHATML) else 'plain'} one is used"
 
 
 def _sequence(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _listed(value: Any) -> str:
@@ -186,7 +189,9 @@ def _listed(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "not said" if value is None else str(value)
+    if value is None:
+        return "not said"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _count(n: int) -> str:
@@ -195,5 +200,5 @@ def _count(n: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """What a file says can't move the cursor or colour the terminal."""
+    """Text of a file without the characters that move a cursor or colour a terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

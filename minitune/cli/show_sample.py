@@ -1,18 +1,16 @@
-"""The show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
+"""Show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
 
-import argparse
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Never
 
-import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from minitune.cli.options import OptionParser
 from minitune.data import preference
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
@@ -27,11 +25,6 @@ TARGET, OTHER = "bold green", "dim"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Never:
-        raise InputError(f"sample: {message}, expected options as in `{self.prog} --help`; correct the command")
-
-
 def show(file: Path, words: Sequence[str], console: Console | None = None) -> int:
     """Print the first samples of a program's data: text, ids and mask, the targets marked; returns the exit code.
 
@@ -40,15 +33,17 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     """
     options = _parser().parse_intermixed_args(words)
     if options.n < 1:
-        raise InputError(f"sample: --n is {options.n}, expected at least 1; correct it")
+        raise InputError(f"show-sample: --n is {options.n}, expected at least 1; correct it")
     asked = program.load(file, options.overrides)
     if options.data is not None and options.data not in asked.data:
         known = ", ".join(asked.data) or "none"
-        raise InputError(f"sample: --data {options.data}, expected a [data] table: {known}{nearest(options.data, [*asked.data])}")
+        raise InputError(
+            f"show-sample: --data {options.data}, expected a [data] table: {known}{nearest(options.data, [*asked.data])}"
+        )
     folder = asked.model.tokenizer or asked.model.path
     if folder is None:
         raise InputError(
-            f"sample: {file} has [model] config but no tokenizer, expected the folder that holds the tokenizer's files"
+            f"show-sample: {file} has [model] config but no tokenizer, expected the folder that holds the tokenizer's files"
         )
     text = tokenizer.open_tokenizer(locate(folder))
     template = with_options(open_template(locate(folder), text), asked.model.chat_template_kwargs, "[model]")
@@ -56,15 +51,15 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     screen.print(Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True)
     for name, source in asked.data.items():
         if options.data in (None, name):
-            here = msgspec.structs.replace(source, path=str(locate(source.path)))
+            here = source.with_paths(locate)
             for part in here.parts():
                 _show_file(screen, name, part, text, template, options.n)
     return 0
 
 
-def _parser() -> _Parser:
+def _parser() -> OptionParser:
     description = "Show what a program would train on: text, ids and mask of the first samples of its data."
-    parser = _Parser("python -m minitune show-sample PROGRAM", description=description, allow_abbrev=False)
+    parser = OptionParser("show-sample PROGRAM", description=description)
     parser.add_argument("--n", type=int, default=3, metavar="N", help="samples of each file (default %(default)s)")
     parser.add_argument("--data", metavar="NAME", help="a [data] table; all of them if absent")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
@@ -83,7 +78,7 @@ def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, temp
 
 def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[str, Tokens]]]]:
     """("file:line", [(what it is to its loss, tokens)]) of each row."""
-    if source.format not in preference.FORMATS:
+    if source.format not in PREFERENCE_FORMATS:
         for where, tokens in tokenized(source, text, template):
             yield where, [("", tokens)]
         return
@@ -93,7 +88,7 @@ def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tu
 
 
 def _fate(tokens: Tokens, source: Source) -> str:
-    """What becomes of a sample that is not trained on as it is."""
+    """Words on a sample that is not trained on as it is, or nothing."""
     if len(tokens.ids) > source.seq_len:
         return f" (longer than seq_len = {source.seq_len}: {'dropped' if source.overlong == 'drop' else 'cut there'})"
     return "" if any(tokens.mask) else " (left out: nothing in it is trained)"

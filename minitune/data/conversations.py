@@ -1,4 +1,4 @@
-"""Conversations of a row: messages and tools, in the formats that data comes in."""
+"""Conversations of rows: messages and tools, from the formats that data comes in."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,23 +13,25 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "f
 
 
 def messages(row: Mapping[str, Any], source: Source, where: str) -> list[Message]:
-    """The conversation in a row of format instruct or chat (OpenAI's messages, ShareGPT's conversations); where = "file:line".
+    """Messages of a row of format instruct or chat (OpenAI's messages, ShareGPT's conversations).
 
-    InputError for a missing column or a value of another type.
+    InputError for a missing column or a value of another type; where = "file:line".
     """
     if source.format == "instruct":
-        instruction, output = column(row, "instruction", (str,), source, where), column(row, "output", (str,), source, where)
-        given = row.get(source.columns.get("input", "input")) is not None
-        context = column(row, "input", (str,), source, where) if given else ""
-        asked = f"{instruction}\n{context}" if context else instruction
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
-    sharegpt = "conversations" in row and "messages" not in {**row, **source.columns}
-    name = "conversations" if sharegpt else "messages"
+        instruction = column(row, "instruction", (str,), source, where)
+        output = column(row, "output", (str,), source, where)
+        # The input may be missing, null or empty: then the instruction is the whole question.
+        has_input = row.get(source.columns.get("input", "input")) is not None
+        context = column(row, "input", (str,), source, where) if has_input else ""
+        question = f"{instruction}\n{context}" if context else instruction
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    is_sharegpt = "conversations" in row and "messages" not in {**row, **source.columns}
+    name = "conversations" if is_sharegpt else "messages"
     return conversation(column(row, name, (list,), source, where), where)
 
 
 def tools(row: Mapping[str, Any], source: Source, where: str) -> list[Tool]:
-    """The functions that the assistant may call in a row, as JSON schemas: a list of objects, or that as a string of JSON."""
+    """Functions that the assistant may call in a row, as JSON schemas; the column is a list of objects or its JSON text."""
     name = source.columns.get("tools", "tools")
     value = row.get(name)
     if isinstance(value, str):
@@ -45,14 +47,14 @@ def tools(row: Mapping[str, Any], source: Source, where: str) -> list[Tool]:
 
 
 def conversation(turns: Sequence[Any], where: str) -> list[Message]:
-    """Messages in OpenAI's form: ShareGPT's from and value become role and content; InputError for no message."""
+    """Messages in OpenAI's form, of a list in that form or in ShareGPT's; InputError for an empty one."""
     if not turns:
         raise InputError(f"data: {where} holds a conversation of no messages, expected at least one; remove the line")
     return [_turn(turn, f"{where} message {n}") for n, turn in enumerate(turns, 1)]
 
 
-def answered(turns: Sequence[Message], where: str) -> tuple[list[Message], Message]:
-    """(what was asked, the answer to it); InputError if the last message is not the assistant's."""
+def split_answer(turns: Sequence[Message], where: str) -> tuple[list[Message], Message]:
+    """Split a conversation into (prompt, answer); InputError if the last message is not the assistant's."""
     *asked, answer = turns
     if answer["role"] != "assistant":
         raise InputError(
@@ -62,27 +64,35 @@ def answered(turns: Sequence[Message], where: str) -> tuple[list[Message], Messa
 
 
 def _turn(turn: Any, where: str) -> Message:
-    """A message in OpenAI's form; ShareGPT's from and value become role and content, other keys stay."""
+    """Message in OpenAI's form; other keys than its role and content stay."""
     if isinstance(turn, dict) and "from" in turn:
-        turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
-        turn = {**turn, "role": SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])}
-        if turn["role"] == "function_call":
-            call = _decoded(turn.get("content"))
-            if not isinstance(call, dict):
-                raise InputError(f'data: {where} has a function_call that is no JSON object, expected "name" and "arguments"')
-            turn = {**turn, "role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+        turn = _from_sharegpt(turn, where)
     if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)):
         raise InputError(f'data: {where} has no "role", expected an object with "role" and "content"; correct it')
-    if not isinstance(turn.get("content"), (str, list, type(None))):
-        found = type(turn["content"]).__name__
-        raise InputError(f'data: {where} has a "content" of type {found}, expected a string; correct it')
+    content = turn.get("content")
+    if not isinstance(content, (str, list, type(None))):
+        raise InputError(f'data: {where} has a "content" of type {type(content).__name__}, expected a string; correct it')
     calls = turn.get("tool_calls")
     return {**turn, "tool_calls": [_call(call) for call in calls]} if isinstance(calls, list) else turn
 
 
+def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Message in OpenAI's form of one in ShareGPT's, whose from and value become role and content."""
+    names = {"from": "role", "value": "content"}
+    turn = {names.get(key, key): value for key, value in turn.items()}
+    turn["role"] = SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])
+    if turn["role"] != "function_call":
+        return turn
+    call = _decoded(turn.get("content"))
+    if not isinstance(call, dict):
+        raise InputError(f'data: {where} has a function_call that is no JSON object, expected "name" and "arguments"')
+    return {**turn, "role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+
+
 def _call(call: Any) -> Any:
-    """A tool call with its arguments as an object, as servers hand them to templates, and not as OpenAI's string of JSON."""
-    if not isinstance(call, dict) or not isinstance(inner := call.get("function", call), dict):
+    """Tool call with its arguments as an object, as servers give them to templates, in place of OpenAI's JSON text."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict):
         return call
     arguments = _decoded(inner.get("arguments"))
     if not isinstance(arguments, dict):
@@ -92,7 +102,7 @@ def _call(call: Any) -> Any:
 
 
 def _decoded(text: Any) -> Any:
-    """What a string of JSON says; anything else as it is."""
+    """Value of a JSON text; anything else as it is."""
     try:
         return msgspec.json.decode(text) if isinstance(text, str) else text
     except (msgspec.DecodeError, RecursionError):

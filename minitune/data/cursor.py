@@ -7,19 +7,25 @@ Row = TypeVar("Row")
 
 
 class Cursor(NamedTuple):
-    """The next row to take: a place in the data, to be saved and resumed from."""
+    """Place of the next row to take, to be saved and resumed from."""
 
     epoch: int
     row: int
 
 
 def next_rows(order: Callable[[int, int], list[Row]], cursor: Cursor, n_rows: int, seed: int) -> tuple[list[Row], Cursor]:
-    """The next n_rows of the epochs' orders and the cursor after them."""
+    """Take the next n_rows, through as many epochs as that needs; returns them and the cursor after them.
+
+    order(seed, epoch): the rows of an epoch.
+    """
     rows: list[Row] = []
     epoch, row = cursor
     while len(rows) < n_rows:
-        whole = order(seed, epoch)
-        taken = whole[row : row + n_rows - len(rows)]
+        epoch_order = order(seed, epoch)
+        taken = epoch_order[row : row + n_rows - len(rows)]
         rows += taken
-        epoch, row = (epoch, row + len(taken)) if row + len(taken) < len(whole) else (epoch + 1, 0)
+        row += len(taken)
+        if row >= len(epoch_order):
+            epoch += 1
+            row = 0
     return rows, Cursor(epoch, row)

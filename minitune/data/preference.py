@@ -1,6 +1,7 @@
-"""Preference data: rows to Pairs (two answers to a prompt) or UnpairedBatch (single answers, each desirable or not).
+"""Preference data: rows to Pairs (two answers to a prompt) or UnpairedBatch (single answers, desirable or not).
 
-The rows are those that TRL documents. What is trained is the answer: the last message, with its end-of-turn token.
+The formats of rows are those that TRL documents. Only the answer is trained: the last message, with its end-of-turn
+token.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,26 +13,27 @@ import numpy as np
 import torch
 
 from minitune import tree
-from minitune.data.conversations import answered, conversation, tools
+from minitune.data.conversations import conversation, split_answer, tools
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.packing import permutation
-from minitune.data.readers import at, located
-from minitune.data.source import Source, column
+from minitune.data.readers import error_location, rows_with_location
+from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.supervised import cache_key
-from minitune.data.token_store import Document, Documents, Report, collect, load, padded, save
+from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat
 from minitune.text.template import Message, Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Pairs, UnpairedBatch
 
-FORMATS = ("pairs", "unpaired")
-
 
 class PairSet(NamedTuple):
-    """Pair i is answers 2 i (chosen) and 2 i + 1 (rejected); with `desirable`, answer i stands alone, labelled desirable or not.
+    """Tokenized answers and the order in which epochs take them.
 
-    mismatched[i]: an answer to another prompt than answer i's, fixed, so that what a frozen model says of it can be kept.
+    Pair i is answers 2 i (chosen) and 2 i + 1 (rejected). With `desirable`, answers are unpaired: answer i stands
+    alone, labelled desirable or not.
+    mismatched[i]: the number of an answer to another prompt than answer i's. It is fixed, so that the log-probs that
+    a frozen model gives it can be kept.
     order(seed, epoch): all pairs (or answers) in the order of an epoch. key: a hash of all that the tokens depend on.
     """
 
@@ -44,21 +46,24 @@ class PairSet(NamedTuple):
 
 
 def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> PairSet:
-    """The source's answers, tokenized once into a folder of `cache` whose name is a hash of all that they depend on.
+    """Tokenize the source's answers once, into a folder of `cache` whose name is a hash of all that they depend on.
 
-    Overlong pairs are dropped or cut as a whole, and pairs whose answers are the same are left out and counted. InputError for
-    a malformed line, for data that leaves nothing, and for unpaired answers to a single prompt.
+    Overlong pairs are dropped or cut as a whole; pairs whose answers are equal are left out and counted. InputError
+    for a malformed line, for data that leaves nothing, and for unpaired answers to a single prompt.
     """
-    if source.format not in FORMATS:
-        raise InputError(f"pairs: {source.path} has format {source.format!r}, expected pairs or unpaired; a row there is no pair")
+    if source.format not in PREFERENCE_FORMATS:
+        raise InputError(f"data: {source.path} has format {source.format!r}, expected pairs or unpaired; a row there is no pair")
     key = cache_key(source, tokenizer, template)
-    unpaired = source.format == "unpaired"
-    if not (cache / key).is_dir():
-        _write(cache / key, source, tokenizer, template)
-    per_sample, more = (1, ("desirable", "mismatched")) if unpaired else (2, ())
-    answers, others, report = load(cache / key, per_sample, *more)
-    desirable, mismatched = others or (None, None)
-    # an instance's own memo: the order is a pure function, but a step can't afford to compute it
+    desirable = mismatched = None
+    if source.format == "pairs":
+        if not (cache / key).is_dir():
+            _write_pairs(cache / key, source, tokenizer, template)
+        answers, _, report = load(cache / key, 2)
+    else:
+        if not (cache / key).is_dir():
+            _write_unpaired(cache / key, source, tokenizer, template)
+        answers, (desirable, mismatched), report = load(cache / key, 1, "desirable", "mismatched")
+    # A cache of this PairSet's own: the order is a pure function, but a step can't afford to compute it.
     order = lru_cache(maxsize=2)(lambda seed, epoch: permutation(report.n_samples, seed, "pairs", epoch))
     return PairSet(answers, desirable, mismatched, report, order, key)
 
@@ -66,7 +71,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
 def take(
     pairset: PairSet, cursor: Cursor, n_rows: int, source: Source, seed: int, reference: np.ndarray | None = None
 ) -> tuple[Pairs | UnpairedBatch, Cursor]:
-    """The next n_rows pairs (or unpaired answers) and the cursor after them; where an epoch ends, the next completes the batch.
+    """Take the next n_rows pairs (or unpaired answers), and the cursor after them; the next epoch completes a batch.
 
     reference: a frozen model's log-probs [n, 2] of the whole set, of which the batch gets its rows.
     """
@@ -77,127 +82,167 @@ def take(
 def batches(
     pairset: PairSet, source: Source, n_rows: int, reference: np.ndarray | None = None
 ) -> Iterator[Pairs | UnpairedBatch]:
-    """One pass in the order of the file, for evaluation."""
+    """Yield one pass in the order of the file, for evaluation."""
     n = pairset.report.n_samples
-    return (select(pairset, range(i, min(i + n_rows, n)), source, reference) for i in range(0, n, n_rows))
+    for start in range(0, n, n_rows):
+        yield select(pairset, range(start, min(start + n_rows, n)), source, reference)
 
 
 def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.ndarray | None = None) -> Pairs | UnpairedBatch:
-    """These pairs (or unpaired answers), all padded to the longest one, so that both halves go through one forward."""
-    answers, mismatched = pairset.answers, pairset.mismatched
+    """Batch of these pairs (or unpaired answers), all padded to the longest, so that both halves go through one forward."""
+    answers = pairset.answers
+    mismatched = pairset.mismatched
     if mismatched is None:
-        both = [answers.at(2 * i) for i in rows] + [answers.at(2 * i + 1) for i in rows]
+        firsts = [answers.at(2 * i) for i in rows]
+        seconds = [answers.at(2 * i + 1) for i in rows]
     else:
-        other = (_mismatch(answers.at(i), answers.at(int(mismatched[i])), source.seq_len) for i in rows)
-        both = [*(answers.at(i) for i in rows), *other]
-    batch = padded([[one] for one in both])
+        firsts = [answers.at(i) for i in rows]
+        seconds = [_swap_answer(answers.at(i), answers.at(int(mismatched[i])), source.seq_len) for i in rows]
+    batch = padded([[document] for document in [*firsts, *seconds]])
     first, second = (tree.map(lambda x, half=half: x.chunk(2)[half], batch) for half in (0, 1))
-    said = () if reference is None else torch.from_numpy(np.array(reference[list(rows)], dtype=np.float32))
+    logps = () if reference is None else torch.from_numpy(np.array(reference[list(rows)], dtype=np.float32))
     if pairset.desirable is None:
-        return Pairs(first, second, said)
-    return UnpairedBatch(first, second, torch.from_numpy(np.array(pairset.desirable[list(rows)], dtype=np.bool_)), said)
+        return Pairs(first, second, logps)
+    desirable = torch.from_numpy(np.array(pairset.desirable[list(rows)], dtype=np.bool_))
+    return UnpairedBatch(first, second, desirable, logps)
 
 
 def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tuple[list[Message], bool]]:
-    """The conversations of a row, each ending with an answer, and whether that is the better (or a desirable) one.
+    """Conversations of a row, each ending with an answer, and whether that is the chosen (or a desirable) one.
 
-    prompt is a string (a user's message) or messages; an answer a string, messages, or a whole conversation with the prompt
-    at its start; chosen_conversations and rejected_conversations are answers too. A row of format unpaired may be a pair.
-    InputError for anything else; where = "file:line".
+    prompt is a string (a user's message) or messages. An answer is a string, messages, or a whole conversation that
+    begins with the prompt; chosen_conversations and rejected_conversations are answers too. A row of format unpaired
+    may be a pair: it gives a desirable answer and one that is not. InputError for anything else; where = "file:line".
     """
     row = _plain_names(row, source)
     has = {name: source.columns.get(name, name) in row for name in ("prompt", "chosen", "completion")}
-    if source.format == "unpaired" and (has["completion"] or not has["chosen"]):
-        names, desirable = ("completion",), [column(row, "label", (bool,), source, where)]
+    is_single = source.format == "unpaired" and (has["completion"] or not has["chosen"])
+    if is_single:
+        names = ["completion"]
+        desirable = [column(row, "label", (bool,), source, where)]
     else:
-        names, desirable = ("chosen", "rejected"), [True, False]
-    values = [column(row, name, (str, list), source, where) for name in names]
-    needed = has["prompt"] or any(isinstance(value, str) for value in values)
-    prompt = column(row, "prompt", (str, list), source, where) if needed else []
-    found = [_whole(prompt, value, where) for value in values]
-    if found[0][0] != found[-1][0]:
-        raise InputError(f"pairs: {where} has answers to different prompts, expected one at the start of both; correct the line")
-    for turns in found:
-        if not answered(turns, where)[0]:
-            raise InputError(f"pairs: {where} has an answer to nothing, expected a prompt before it; correct the line")
-    return list(zip(found, desirable, strict=True))
+        names = ["chosen", "rejected"]
+        desirable = [True, False]
+    answers = [column(row, name, (str, list), source, where) for name in names]
+    # An answer that is a string needs a prompt; one that is a list may hold it.
+    needs_prompt = has["prompt"] or any(isinstance(answer, str) for answer in answers)
+    prompt = column(row, "prompt", (str, list), source, where) if needs_prompt else []
+    whole = [_with_prompt(prompt, answer, where) for answer in answers]
+    if whole[0][0] != whole[-1][0]:
+        raise InputError(f"data: {where} has answers to different prompts, expected one at the start of both; correct the line")
+    for turns in whole:
+        asked, _ = split_answer(turns, where)
+        if not asked:
+            raise InputError(f"data: {where} has an answer to nothing, expected a prompt before it; correct the line")
+    return list(zip(whole, desirable, strict=True))
 
 
 def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
-    """("file:line", [(tokens, whether it is the better one, or desirable)]) of every row, the last answer alone trained."""
+    """Yield ("file:line", answers) of every row; answers: (tokens, whether it is the chosen or a desirable one).
+
+    Of the tokens only the last message is trained.
+    """
     template = with_options(template, source.chat_template_kwargs, source.path)
-    for where, row in located(source):
-        answers, called = conversations(row, source, where), tools(row, source, where)
-        with at(where):
-            yield (
-                where,
-                [(encode_chat(tokenizer, template, turns, tools=called, train_on="last"), better) for turns, better in answers],
-            )
+    for where, row in rows_with_location(source):
+        rows = conversations(row, source, where)
+        functions = tools(row, source, where)
+        answers = []
+        with error_location(where):
+            for turns, is_desirable in rows:
+                tokens = encode_chat(tokenizer, template, turns, tools=functions, train_on="last")
+                answers.append((tokens, is_desirable))
+        yield where, answers
 
 
 def _plain_names(row: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
-    """The row with chosen_conversations and rejected_conversations called chosen and rejected, where these names are free."""
+    """Row with chosen_conversations and rejected_conversations called chosen and rejected, if these names are free."""
     aliases = {f"{name}_conversations": name for name in ("chosen", "rejected")}
     if any(name in row or name in source.columns for name in aliases.values()):
         return row
     return {aliases.get(key, key): value for key, value in row.items()}
 
 
-def _whole(prompt: str | list[Any], answer: str | list[Any], where: str) -> list[Message]:
-    """Prompt and answer as one conversation; an answer that has the prompt already, as some data sets do, keeps it once."""
-    asked = conversation(prompt, where) if prompt and isinstance(prompt, list) else []
+def _with_prompt(prompt: str | list[Any], answer: str | list[Any], where: str) -> list[Message]:
+    """Prompt and answer as one conversation; an answer that holds the prompt already, as in some data sets, keeps it once."""
+    asked: list[Message] = []
     if isinstance(prompt, str):
         asked = [{"role": "user", "content": prompt}]
+    elif prompt:
+        asked = conversation(prompt, where)
     if isinstance(answer, str):
         return [*asked, {"role": "assistant", "content": answer}]
     turns = conversation(answer, where)
-    opens = turns[0]["role"] != "assistant" if isinstance(prompt, str) else turns[: len(asked)] == asked
-    return turns if opens else [*asked, *turns]
+    if isinstance(prompt, str):
+        holds_prompt = turns[0]["role"] != "assistant"
+    else:
+        holds_prompt = turns[: len(asked)] == asked
+    return turns if holds_prompt else [*asked, *turns]
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
-    if source.format == "pairs":
-        samples = ([tokens for tokens, _ in row] for _, row in tokenized(source, tokenizer, template))
-        answers, _, report = collect(samples, source.path, source.seq_len, source.overlong)
-        return save(folder, answers, report)
+def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
+    """Tokenize a file of pairs into a token cache, two answers a sample."""
+    samples = ([tokens for tokens, _ in answers] for _, answers in tokenized(source, tokenizer, template))
+    answers, _, report = filter_documents(samples, source.path, source.seq_len, source.overlong)
+    save(folder, answers, report)
+
+
+def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
+    """Tokenize a file of unpaired answers into a token cache, with their labels and their mismatched answers."""
     labels: list[bool] = []  # of each answer that is read
 
-    def single() -> Iterator[list[Tokens]]:
-        for _, row in tokenized(source, tokenizer, template):
-            for tokens, desirable in row:
+    def samples() -> Iterator[list[Tokens]]:
+        for _, answers in tokenized(source, tokenizer, template):
+            for tokens, desirable in answers:
                 labels.append(desirable)
                 yield [tokens]
 
-    answers, kept, report = collect(single(), source.path, source.seq_len, source.overlong)
+    answers, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
     mismatched = _mismatched(answers, source.path)
-    return save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
+    save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 
 
 def _mismatched(answers: Documents, path: str) -> np.ndarray:
-    """For each answer the one half the data away or, if that has the same prompt, the next one after it that has not."""
-    numbers: dict[bytes, int] = {}
-    asked = []
+    """For each answer, the number of one to another prompt.
+
+    That is the answer half the data away or, if that has the same prompt, the next one after it that has not.
+    InputError if all answers are to one prompt.
+    """
+    numbers: dict[bytes, int] = {}  # of the prompts
+    prompts = []  # the number of each answer's prompt
     for i in range(len(answers.offsets) - 1):
-        one = answers.at(i)
-        asked.append(numbers.setdefault(one.tokens[: _start(one)].tobytes(), len(numbers)))
+        answer = answers.at(i)
+        prompt = answer.tokens[: _answer_start(answer)].tobytes()
+        prompts.append(numbers.setdefault(prompt, len(numbers)))
     if len(numbers) < 2:
         raise InputError(
-            f"pairs: {path} has answers to one prompt only, expected two or more: each is compared with an answer to another one"
+            f"data: {path} has answers to one prompt only, expected two or more: each is compared with an answer to another one"
         )
-    n = len(asked)
-    after = [0] * n  # the next answer, in a circle, to another prompt; twice round, because a run may span the end
+    n = len(prompts)
+    # next_other[i]: the next answer after i, in a circle, to another prompt. Built from the last answer to the first,
+    # and twice round, because a run of answers to one prompt may span the end.
+    next_other = [0] * n
     for i in [*range(n - 1, -1, -1)] * 2:
-        after[i] = (i + 1) % n if asked[i] != asked[(i + 1) % n] else after[(i + 1) % n]
-    opposite = [(i + n // 2) % n for i in range(n)]
-    return np.array([j if asked[j] != asked[i] else after[j] for i, j in enumerate(opposite)], dtype=np.int64)
+        after = (i + 1) % n
+        next_other[i] = after if prompts[after] != prompts[i] else next_other[after]
+    mismatched = []
+    for i in range(n):
+        opposite = (i + n // 2) % n
+        mismatched.append(opposite if prompts[opposite] != prompts[i] else next_other[i])
+    return np.array(mismatched, dtype=np.int64)
 
 
-def _start(answer: Document) -> int:
-    return int(answer.mask.argmax())
+def _answer_start(document: Document) -> int:
+    """Place of the first trained token, where the answer begins."""
+    return int(document.mask.argmax())
 
 
-def _mismatch(asked: Document, answered: Document, seq_len: int) -> Document:
-    """The prompt of one with the answer of the other; as both were cut from seq_len tokens, some of the answer always fits."""
-    i, j = _start(asked), _start(answered)
-    tokens = np.concatenate([asked.tokens[:i], answered.tokens[j:]])
-    return Document(tokens[:seq_len], np.concatenate([asked.mask[:i], answered.mask[j:]])[:seq_len])
+def _swap_answer(asked: Document, other: Document, seq_len: int) -> Document:
+    """Prompt of one document with the answer of the other, cut to seq_len tokens.
+
+    Some of the answer always fits, because the prompt left room for an answer of its own.
+    """
+    i = _answer_start(asked)
+    j = _answer_start(other)
+    tokens = np.concatenate([asked.tokens[:i], other.tokens[j:]])
+    mask = np.concatenate([asked.mask[:i], other.mask[j:]])
+    return Document(tokens[:seq_len], mask[:seq_len])

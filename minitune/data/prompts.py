@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from minitune.data.conversations import answered, messages, tools
-from minitune.data.readers import at, located
+from minitune.data.conversations import messages, split_answer, tools
+from minitune.data.readers import error_location, rows_with_location
 from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.text.chat import encode_prompt
@@ -12,7 +12,7 @@ from minitune.text.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):
-    """What to ask, as token ids and as messages, and the answer that the data gives."""
+    """Token ids and messages to generate from, and the answer that the data gives."""
 
     ids: list[int]
     reference: str
@@ -20,19 +20,22 @@ class Prompt(NamedTuple):
 
 
 def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Prompt]:
-    """What to generate from: each conversation without its last message, which must be the assistant's, the reference."""
+    """Prompts of a source: each conversation without its last message, the assistant's, which is the reference.
+
+    InputError for a format without such answers, for a malformed row and for an answer without text.
+    """
     for part in source.parts():
         if part.format not in ("instruct", "chat"):
-            asks = "plain text asks for no answer" if part.format == "text" else "a pair has no one answer"
-            raise InputError(f"data: {part.path} has format {part.format!r}, expected instruct or chat; {asks}")
-    found = []
+            why = "plain text asks for no answer" if part.format == "text" else "a pair has no one answer"
+            raise InputError(f"data: {part.path} has format {part.format!r}, expected instruct or chat; {why}")
+    collected: list[Prompt] = []
     for part in source.parts():
-        told = with_options(template, part.chat_template_kwargs, part.path)
-        for where, row in located(part):
-            asked, answer = answered(messages(row, part, where), where)
+        part_template = with_options(template, part.chat_template_kwargs, part.path)
+        for where, row in rows_with_location(part):
+            asked, answer = split_answer(messages(row, part, where), where)
             if not isinstance(answer.get("content"), str):
                 raise InputError(f"data: {where} has an answer without text, expected a string to compare with; correct it")
-            with at(where):
-                ids = encode_prompt(tokenizer, told, asked, tools=tools(row, part, where))
-            found.append(Prompt(ids, answer["content"], asked))
-    return found
+            with error_location(where):
+                ids = encode_prompt(tokenizer, part_template, asked, tools=tools(row, part, where))
+            collected.append(Prompt(ids, answer["content"], asked))
+    return collected

@@ -1,4 +1,4 @@
-"""Rows of jsonl, json and parquet files, each with the place that a message names."""
+"""Rows of jsonl, json and parquet files, each with the location that an error message names."""
 
 import re
 from collections.abc import Iterator
@@ -14,22 +14,23 @@ from minitune.errors import InputError
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every row: lines of jsonl, objects in the list of a .json, or rows of a .parquet, by number.
+    """Yield (number, object) of every row: by line in jsonl and json, by row in parquet.
 
-    InputError with file and line for anything but JSON objects, and for a file without a row.
+    A .json holds a list of objects, or is read as jsonl. InputError with file and line for anything but JSON
+    objects, and for a file without a row.
     """
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.suffix == ".json":
-        with opened(path) as file:
+        with open_rows(path) as file:
             start = file.read(4096).lstrip()
         if start.startswith(b"["):
             return _list_rows(path)
     return _line_rows(path)
 
 
-def located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of every row of the file that is of the source's part; InputError if none is."""
+def rows_with_location(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:line", object) of every row that is in the source's part of its file; InputError if none is."""
     path = Path(source.path)
     n_read = n_taken = 0
     for number, row in read_rows(path):
@@ -44,35 +45,35 @@ def located(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
-    """Errors of the chat template, raised in the block, get the place of the sample."""
+def error_location(where: str) -> Iterator[None]:
+    """Add the location of a row to errors that are raised inside the block, such as a chat template's."""
     try:
         yield
     except InputError as error:
         raise InputError(f"data: {where} {error}") from None
 
 
-def opened(path: Path) -> BufferedReader:
-    """The file, to be read as bytes; InputError if it is none."""
+def open_rows(path: Path) -> BufferedReader:
+    """Open a data file, to be read as bytes; InputError if there is no such file."""
     if not path.is_file():
         raise InputError(f"data: {path} is no file, expected a jsonl, json or parquet file; correct the path")
     return path.open("rb")
 
 
 def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    empty = True
-    with opened(path) as file:
+    is_empty = True
+    with open_rows(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                empty = False
+                is_empty = False
                 yield number, _object(line, path, number, "one JSON object a line")
-    if empty:
+    if is_empty:
         raise InputError(f"data: {path} holds no line, expected one JSON object a line; correct the path")
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     expected = "a list of JSON objects"
-    with opened(path) as file:
+    with open_rows(path) as file:
         content = file.read()
     try:
         rows = msgspec.json.decode(content, type=list[msgspec.Raw])
@@ -82,9 +83,12 @@ def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"data: {path}:{number} {error}, expected {expected}; correct the line") from None
     if not rows:
         raise InputError(f"data: {path} holds an empty list, expected {expected}; correct the path")
-    number, end = 1, 0
+    # The line of a row is found by counting line ends up to it. Only a comma and blanks lie between two rows, so
+    # searching for a row from the end of the one before finds the place where it stands.
+    number = 1
+    end = 0
     for row in map(bytes, rows):
-        start = content.index(row, end)  # which is where it stands: only a comma and blanks lie between
+        start = content.index(row, end)
         number += content.count(b"\n", end, start)
         yield number, _object(row, path, number, expected)
         number += row.count(b"\n")
@@ -99,7 +103,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(
             f"data: {path} needs the package pyarrow, which is not installed; pip install 'minitune[parquet]'"
         ) from None
-    opened(path).close()
+    open_rows(path).close()
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -114,13 +118,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _present(value: Any) -> Any:
-    """value without the keys that are null: parquet gives every object the keys of all the others."""
+    """Copy a value without the keys that are null: parquet gives every object the keys of all the others."""
     if isinstance(value, dict):
         return {key: _present(child) for key, child in value.items() if child is not None}
     return [_present(child) for child in value] if isinstance(value, list) else value
 
 
 def _object(text: bytes, path: Path, number: int, expected: str) -> dict[str, Any]:
+    """Row that a JSON text holds; InputError with its line for anything but an object."""
     try:
         row = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

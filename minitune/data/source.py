@@ -1,17 +1,18 @@
 """Sources: which files hold the rows, in which format and under which columns."""
 
 import hashlib
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from minitune.errors import InputError
-from minitune.io import paths
+from minitune.errors import InputError, nearest
 from minitune.text.turns import TrainOn
 from minitune.types import OpenUnitInterval, PositiveInt
 
+# Formats whose rows are preferences: two answers to a prompt, or single answers that are labelled.
+PREFERENCE_FORMATS = ("pairs", "unpaired")
 COLUMNS = {
     "instruct": ("instruction", "input", "output"),
     "chat": ("messages", "tools"),
@@ -24,23 +25,24 @@ Single = Literal["instruct", "chat", "text"]  # the formats whose rows are one d
 
 
 class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One part of a file in two: a row is held out where a hash of what it says falls below the fraction.
+    """One of the two parts of a file: a row is held out if a hash of its content falls below the fraction.
 
-    So no row changes sides when others come or go, and rows that say the same stand on the same side.
+    So no row changes sides when others come or go, and equal rows are on the same side.
     """
 
     fraction: OpenUnitInterval  # of the rows, that are held out
     part: Literal["train", "heldout"]
 
     def takes(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is of this part."""
-        said = hashlib.sha256(msgspec.json.encode(row, order="deterministic", enc_hook=str)).digest()
-        heldout = int.from_bytes(said[:8]) < self.fraction * 2**64
-        return heldout == (self.part == "heldout")
+        """Return True if a row is in this part."""
+        content = msgspec.json.encode(row, order="deterministic", enc_hook=str)
+        digest = hashlib.sha256(content).digest()
+        is_heldout = int.from_bytes(digest[:8]) < self.fraction * 2**64
+        return is_heldout == (self.part == "heldout")
 
 
 class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Another file whose documents are mixed into a table's own."""
+    """Another file, whose documents are mixed with those of a table's own file."""
 
     path: str
     share: OpenUnitInterval  # of the documents of an epoch, the table's own having the rest
@@ -51,10 +53,10 @@ class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One data file and how to read it; columns: the format's own name of a column -> its name in the file.
+    """A data file and how to read it; columns: the format's name of a column -> its name in the file.
 
-    An epoch goes once through the file and, with `mix`, through as many documents of each other file as its share asks for:
-    the next ones of that file's own endless shuffled order, so that over the epochs all of them come equally often.
+    An epoch goes once through the file. With `mix` it also takes as many documents of each other file as that file's
+    share says: the next ones of an endless shuffled order, so that over the epochs all of them come equally often.
     """
 
     path: str
@@ -66,11 +68,12 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
     mix: tuple[MixtureComponent, ...] = ()
-    chat_template_kwargs: dict[str, Any] = {}  # told to the chat template, over those of [model]
+    chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
 
     def __post_init__(self) -> None:
-        for format, columns in ((self.format, self.columns), *((one.format or self.format, one.columns) for one in self.mix)):
-            _check_columns(format, columns)
+        _check_columns(self.format, self.columns)
+        for other in self.mix:
+            _check_columns(other.format or self.format, other.columns)
         if self.format not in ("instruct", "chat") and self.train_on != "assistant":
             trained = "every token" if self.format == "text" else "the answer"
             raise InputError(
@@ -79,38 +82,46 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.format == "text" and self.chat_template_kwargs:
             raise InputError("data: chat_template_kwargs with format = 'text', expected it with conversations only; remove it")
-        if self.mix and self.format in ("pairs", "unpaired"):
+        if self.mix and self.format in PREFERENCE_FORMATS:
             raise InputError(f"data: mix with format = {self.format!r}, expected instruct, chat or text; remove it")
-        if (total := sum(one.share for one in self.mix)) >= 1:
+        total = sum(other.share for other in self.mix)
+        if total >= 1:
             raise InputError(
                 f"data: mix has shares of {total:g} together, expected less than 1; the table's own file has the rest"
             )
 
-    def parts(self) -> "list[Source]":
-        """The table's own file and then those that are mixed in, each as a table of its own."""
-        others = [
-            msgspec.structs.replace(
-                self,
-                path=str(paths.locate(one.path)),
-                format=one.format or self.format,
-                columns=one.columns,
-                split=one.split,
-                train_on="assistant" if one.format == "text" else self.train_on,
-                chat_template_kwargs=self._told(one),
-                mix=(),
-            )
-            for one in self.mix
-        ]
-        return [msgspec.structs.replace(self, mix=()), *others]
+    def with_paths(self, resolve: Callable[[str], Path]) -> "Source":
+        """Source with the paths of its own file and of those that are mixed in resolved."""
+        mix = tuple(msgspec.structs.replace(other, path=str(resolve(other.path))) for other in self.mix)
+        return msgspec.structs.replace(self, path=str(resolve(self.path)), mix=mix)
 
-    def _told(self, one: MixtureComponent) -> dict[str, Any]:
-        if one.chat_template_kwargs is not None:
-            return one.chat_template_kwargs
-        return {} if one.format == "text" else self.chat_template_kwargs
+    def parts(self) -> "list[Source]":
+        """Own file and then those that are mixed in, each as a Source of its own."""
+        return [msgspec.structs.replace(self, mix=()), *(self._part(other) for other in self.mix)]
+
+    def _part(self, other: MixtureComponent) -> "Source":
+        """Source of a file that is mixed in; what its component leaves open is as in the table."""
+        is_text = other.format == "text"
+        options = other.chat_template_kwargs
+        if options is None:
+            options = {} if is_text else self.chat_template_kwargs
+        return msgspec.structs.replace(
+            self,
+            path=other.path,
+            format=other.format or self.format,
+            columns=other.columns,
+            split=other.split,
+            train_on="assistant" if is_text else self.train_on,
+            chat_template_kwargs=options,
+            mix=(),
+        )
 
 
 def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: Source, where: str) -> Any:
-    """The value of a column, under the name that the source gives it; InputError if it is missing or of none of the kinds."""
+    """Value of a row's column, under the name that the source gives it.
+
+    InputError if it is missing or of none of the kinds; where = "file:line".
+    """
     key = source.columns.get(name, name)
     expected = " or ".join(EXPECTED[kind] for kind in kinds)
     if key not in row:
@@ -124,10 +135,10 @@ def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: S
 
 
 def _check_columns(format: str, columns: Mapping[str, str]) -> None:
+    """InputError for a name that is no column of the format."""
     for name in columns:
         if name not in COLUMNS[format]:
-            near = get_close_matches(name, COLUMNS[format], n=1, cutoff=0.0)
             raise InputError(
                 f"data: columns names {name!r}, expected {' or '.join(COLUMNS[format])} with format = "
-                f"{format!r}; did you mean {near[0]!r}? (the name here = the name in the file)"
+                f"{format!r}{nearest(name, COLUMNS[format])} (the name here = the name in the file)"
             )

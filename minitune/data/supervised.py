@@ -1,4 +1,4 @@
-"""Supervised data: rows tokenized once, kept memory-mapped, and drawn as batches."""
+"""Supervised data: rows that are tokenized once, kept memory-mapped, and taken as batches."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.packing import epoch_rows
-from minitune.data.readers import at, located, opened
-from minitune.data.source import Source, column
-from minitune.data.token_store import Documents, Report, collect, load, padded, save
+from minitune.data.readers import error_location, open_rows, rows_with_location
+from minitune.data.source import PREFERENCE_FORMATS, Source, column
+from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
@@ -23,13 +23,14 @@ from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 2  # of the token cache: another number makes every cache anew
+LAYOUT = 2  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):
-    """Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for targets; order(seed, epoch): the rows of documents.
+    """Tokenized documents and the order in which epochs take them.
 
-    key: a hash of all that the tokens depend on.
+    Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for the tokens that are trained.
+    order(seed, epoch): the epoch's rows, each a list of documents. key: a hash of all that the tokens depend on.
     """
 
     tokens: np.ndarray
@@ -40,60 +41,56 @@ class Dataset(NamedTuple):
     key: str
 
     def fill(self, source: Source, seed: int) -> float:
-        """The share of tokens in the first epoch's rows that are no padding, with source.packed."""
+        """Share of tokens in the first epoch's rows that are no padding, for packed rows."""
         return packing.fill(self.order(seed, 0), np.diff(self.offsets).tolist(), source.seq_len)
 
 
 def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> Dataset:
-    """The source's documents, tokenized once into a folder of `cache` whose name is a hash of all that they depend on.
+    """Tokenize the source's documents once, into a folder of `cache` whose name is a hash of all that they depend on.
 
     InputError for a malformed line, and for data without a single trained token.
     """
-    if source.format in ("pairs", "unpaired"):
+    if source.format in PREFERENCE_FORMATS:
         raise InputError(
             f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
         )
     key = cache_key(source, tokenizer, template)
     if not (cache / key).is_dir():
-        files: list[int] = []  # of each sample that is read
-
-        def samples() -> Iterator[list[Tokens]]:
-            for number, part in enumerate(source.parts()):
-                for _, tokens in tokenized(part, tokenizer, template):
-                    files.append(number)
-                    yield [tokens]
-
-        found, kept, report = collect(samples(), source.path, source.seq_len, source.overlong)
-        save(cache / key, found, report, file=np.array(files, dtype=np.int32)[kept])
-    found, (file,), report = load(cache / key, 1, "file")
+        _write(cache / key, source, tokenizer, template)
+    documents, (file,), report = load(cache / key, 1, "file")
     sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()
     for size, part in zip(sizes, source.parts(), strict=True):
         if size == 0:
             raise InputError(
                 f"data: {part.path} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
             )
-    lengths, shares = np.diff(found.offsets).tolist(), [one.share for one in source.mix]
-    # an instance's own memo: the order is a pure function, but a step can't afford to compute it
+    lengths = np.diff(documents.offsets).tolist()
+    shares = [component.share for component in source.mix]
+    # A cache of this Dataset's own: the order is a pure function, but a step can't afford to compute it.
     order = lru_cache(maxsize=2)(
         lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares)
     )
-    return Dataset(*found, report, order, key)
+    return Dataset(*documents, report, order, key)
 
 
 def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, Tokens]]:
-    """("file:line", tokens) of every row of the table's own file."""
+    """Yield ("file:line", tokens) of every row of the table's own file."""
     template = with_options(template, source.chat_template_kwargs, source.path)
-    return ((where, _document(row, where, source, tokenizer, template)) for where, row in located(source))
+    for where, row in rows_with_location(source):
+        yield where, _document(row, where, source, tokenizer, template)
 
 
 def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
-    """The next n_rows rows and the cursor after them; where an epoch ends, the next one completes the batch."""
+    """Take the next n_rows rows, and the cursor after them; where an epoch ends, the next one completes the batch."""
     rows, cursor = next_rows(dataset.order, cursor, n_rows, seed)
     return _batch(dataset, rows, source), cursor
 
 
 def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
-    """One pass in the order of the file, for evaluation; a packed row is full when the next document has no room in it."""
+    """Yield one pass in the order of the file, for evaluation.
+
+    Packed rows are filled in that order too: a row ends where the next document does not fit.
+    """
     rows: list[list[int]] = []
     room = 0
     for i, length in enumerate(np.diff(dataset.offsets).tolist()):
@@ -108,33 +105,53 @@ def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
 
 
 def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
-    """A hash of everything that a source's tokens depend on."""
-    rules = []
+    """Hash of everything that a source's tokens depend on."""
+    files = []
     for part in source.parts():
-        with opened(Path(part.path)) as file:
+        with open_rows(Path(part.path)) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        # neither where the file lies nor how rows are packed is in the tokens; the suffix says how it is read
-        ruled = msgspec.structs.replace(part, path=Path(part.path).suffix, packed=True)
-        rules.append((content, msgspec.json.encode(ruled, order="deterministic").decode()))
+        # Tokens depend neither on where the file lies nor on how rows are packed; the suffix says how it is read.
+        rules = msgspec.structs.replace(part, path=Path(part.path).suffix, packed=True)
+        files.append((content, msgspec.json.encode(rules, order="deterministic").decode()))
     names = sorted(template.special_names.items())
     sources = [template.source, template.tool_use.source if template.tool_use else None]
     options = msgspec.json.encode(dict(template.options), order="deterministic").decode()
-    return array_cache.key(LAYOUT, tokenizer.fingerprint, sources, names, options, rules)
+    return array_cache.key(LAYOUT, tokenizer.fingerprint, sources, names, options, files)
+
+
+def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
+    """Tokenize all files of a source into a token cache, with the number of the file of each document."""
+    file_numbers: list[int] = []  # of each sample that is read
+
+    def samples() -> Iterator[list[Tokens]]:
+        for number, part in enumerate(source.parts()):
+            for _, tokens in tokenized(part, tokenizer, template):
+                file_numbers.append(number)
+                yield [tokens]
+
+    documents, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
+    save(folder, documents, report, file=np.array(file_numbers, dtype=np.int32)[kept])
 
 
 def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
+    """Tokens of a row: a conversation as the template writes it, or plain text between bos and eos."""
     if source.format != "text":
-        said, callable_ = messages(row, source, where), tools(row, source, where)
-        with at(where):
-            return encode_chat(tokenizer, template, said, tools=callable_, train_on=source.train_on)
-    # The text format is raw: what it writes is what the model sees, the strings of special tokens included.
+        conversation = messages(row, source, where)
+        functions = tools(row, source, where)
+        with error_location(where):
+            return encode_chat(tokenizer, template, conversation, tools=functions, train_on=source.train_on)
+    # The text format is raw: the strings of special tokens in it are special tokens.
     ids = tokenizer.encode(column(row, "text", (str,), source, where), parse_special=True)
-    bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
-    ids = [*(bos if ids[:1] != bos else []), *ids, *eos]
+    bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+    if bos_id is not None and ids[:1] != [bos_id]:
+        ids = [bos_id, *ids]
+    if eos_id is not None:
+        ids = [*ids, eos_id]
     return Tokens(ids, [True] * len(ids))
 
 
 def _batch(dataset: Dataset, rows: Sequence[Sequence[int]], source: Source) -> Batch:
-    """Packed: T = seq_len, so that shapes never change; unpacked: T = the longest row."""
-    held = Documents(dataset.tokens, dataset.mask, dataset.offsets)
-    return padded([[held.at(i) for i in row] for row in rows], source.seq_len if source.packed else None)
+    """Batch of rows of documents; packed: T = seq_len, so that shapes never change; unpacked: T = the longest row."""
+    documents = Documents(dataset.tokens, dataset.mask, dataset.offsets)
+    n_tokens = source.seq_len if source.packed else None
+    return padded([[documents.at(i) for i in row] for row in rows], n_tokens)

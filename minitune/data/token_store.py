@@ -16,9 +16,10 @@ from minitune.types import Batch
 
 
 class Report(NamedTuple):
-    """What became of a file's samples; n_samples and the tokens count what was kept, n_truncated of them were cut.
+    """Counts of what became of a file's samples; a pair of answers is one sample.
 
-    A pair of answers is one sample; it is without contrast if both are the same.
+    n_samples, n_tokens and n_target_tokens count what was kept; n_truncated of the samples were cut. Left out were
+    n_dropped that are too long, n_without_target with nothing to train, and n_identical pairs whose answers are equal.
     """
 
     n_samples: int
@@ -27,105 +28,114 @@ class Report(NamedTuple):
     n_truncated: int
     n_dropped: int
     n_without_target: int
-    n_without_contrast: int = 0
+    n_identical: int = 0
 
 
 class Document(NamedTuple):
-    """One tokenized text; mask: True for targets."""
+    """A tokenized text; mask: True for the tokens that are trained."""
 
     tokens: np.ndarray
     mask: np.ndarray
 
 
 class Documents(NamedTuple):
-    """Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for targets."""
+    """Many tokenized texts; document i is tokens[offsets[i] : offsets[i + 1]], with its part of mask."""
 
     tokens: np.ndarray
     mask: np.ndarray
     offsets: np.ndarray
 
     def at(self, i: int) -> Document:
-        """Document i."""
-        here = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
-        return Document(self.tokens[here], self.mask[here])
+        """Document i, as views."""
+        span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return Document(self.tokens[span], self.mask[span])
 
 
-def collect(samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str) -> tuple[Documents, np.ndarray, Report]:
-    """(documents, the numbers of the samples that were kept, report) of samples: one text, or the answers to one prompt.
+def filter_documents(
+    samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str
+) -> tuple[Documents, np.ndarray, Report]:
+    """Collect the documents of all samples that can be trained: (documents, numbers of the kept samples, report).
 
-    The documents of a sample are kept or left out together; overlong says what to do with one of more than seq_len tokens:
-    drop or truncate. InputError if nothing is left.
+    A sample is one text, or the answers to one prompt; its documents are kept or left out together. overlong says
+    what to do with one of more than seq_len tokens: drop or truncate. path is named in messages. InputError if
+    nothing is left.
     """
-    tokens, mask, offsets, kept = array("i"), array("b"), array("q", [0]), array("q")
-    n_read = n_truncated = n_dropped = n_without_target = n_without_contrast = 0
+    # Python's arrays take 4 and 1 bytes a token while they grow, where lists take 8 and more.
+    tokens, mask = array("i"), array("b")
+    offsets, kept = array("q", [0]), array("q")
+    n_read = n_truncated = n_dropped = n_without_target = n_identical = 0
     for sample in samples:
         n_read += 1
-        too_long = any(len(ids) > seq_len for ids, _ in sample)
-        if too_long and overlong == "drop":
+        is_overlong = any(len(ids) > seq_len for ids, _ in sample)
+        if is_overlong and overlong == "drop":
             n_dropped += 1
             continue
-        # nothing predicts the first token
-        cut = [(ids[:seq_len], [False, *trained[1:seq_len]]) for ids, trained in sample]
-        if not all(any(trained) for _, trained in cut):
+        # The first token is no target, because nothing predicts it.
+        documents = [(ids[:seq_len], [False, *trained[1:seq_len]]) for ids, trained in sample]
+        if not all(any(trained) for _, trained in documents):
             n_without_target += 1
             continue
-        if any(ids == cut[0][0] for ids, _ in cut[1:]):
-            n_without_contrast += 1
+        if any(ids == documents[0][0] for ids, _ in documents[1:]):
+            n_identical += 1
             continue
-        n_truncated += too_long
+        n_truncated += is_overlong
         kept.append(n_read - 1)
-        for ids, trained in cut:
+        for ids, trained in documents:
             tokens.extend(ids)
             mask.extend(trained)
             offsets.append(len(tokens))
     if not kept:
-        same = f", {n_without_contrast} with two answers that are the same" if n_without_contrast else ""
+        identical = f", {n_identical} with two answers that are the same" if n_identical else ""
         raise InputError(
             f"data: {path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than {seq_len} tokens, "
-            f"{n_without_target} without a trained token{same}), expected an assistant's turn that fits; raise seq_len, set "
+            f"{n_without_target} without a trained token{identical}), expected an assistant's turn that fits; raise seq_len, set "
             'overlong = "truncate" or check the columns'
         )
-    found = Documents(np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.bool_), np.array(offsets, dtype=np.int64))
-    report = Report(len(kept), len(tokens), sum(mask), n_truncated, n_dropped, n_without_target, n_without_contrast)
-    return found, np.array(kept, dtype=np.int64), report
+    report = Report(len(kept), len(tokens), sum(mask), n_truncated, n_dropped, n_without_target, n_identical)
+    arrays = Documents(np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.bool_), np.array(offsets, dtype=np.int64))
+    return arrays, np.array(kept, dtype=np.int64), report
 
 
 def save(folder: Path, documents: Documents, report: Report, **more: np.ndarray) -> None:
-    """Write a token cache: whole or not at all."""
-    with array_cache.filling(folder) as aside:
+    """Write a token cache, whole or not at all; more: arrays with an entry a sample."""
+    with array_cache.filling(folder) as unfinished:
         for name, values in {**documents._asdict(), **more}.items():
-            np.save(aside / f"{name}.npy", values)
-        (aside / "report.json").write_bytes(msgspec.json.encode(report))
+            np.save(unfinished / f"{name}.npy", values)
+        (unfinished / "report.json").write_bytes(msgspec.json.encode(report))
 
 
 def load(folder: Path, per_sample: int, *more: str) -> tuple[Documents, list[np.ndarray], Report]:
-    """A token cache, memory-mapped: its documents, `per_sample` of them a sample, and the arrays `more`, an entry a sample.
+    """Open a token cache, memory-mapped: (documents, the arrays named in more, report).
 
-    InputError for a damaged one.
+    per_sample: documents a sample. InputError for a damaged cache.
     """
     with array_cache.intact(folder, "a token cache"):
         tokens, mask, offsets, *others = array_cache.load(folder, *Documents._fields, *more)
         report = msgspec.json.decode((folder / "report.json").read_bytes(), type=Report)
-        found = [len(tokens), len(mask), len(offsets), *map(len, others)]
-        sizes = [report.n_tokens, report.n_tokens, per_sample * report.n_samples + 1, *(report.n_samples for _ in more)]
-        if found != sizes:
-            raise ValueError(f"arrays of {', '.join(map(str, found))} entries, not {', '.join(map(str, sizes))}")
+        sizes = [len(tokens), len(mask), len(offsets), *map(len, others)]
+        n_documents = per_sample * report.n_samples
+        expected = [report.n_tokens, report.n_tokens, n_documents + 1, *[report.n_samples] * len(more)]
+        if sizes != expected:
+            raise ValueError(f"arrays of {', '.join(map(str, sizes))} entries, not {', '.join(map(str, expected))}")
     return Documents(tokens, mask, offsets), others, report
 
 
 def padded(rows: Sequence[Sequence[Document]], n_tokens: int | None = None) -> Batch:
-    """Each row's documents side by side, numbered from 1 in segment_ids; T = n_tokens, or the longest row if that is None."""
+    """Batch [B, T] of rows of documents, which are numbered from 1 in segment_ids; padding has segment 0.
+
+    T = n_tokens, or the longest row's length if that is None.
+    """
     if n_tokens is None:
-        n_tokens = max(sum(len(one.tokens) for one in row) for row in rows)
+        n_tokens = max(sum(len(document.tokens) for document in row) for row in rows)
     tokens = np.zeros((len(rows), n_tokens), dtype=np.int64)
     segment_ids = np.zeros((len(rows), n_tokens), dtype=np.int32)
     loss_mask = np.zeros((len(rows), n_tokens), dtype=np.bool_)
     for b, row in enumerate(rows):
         start = 0
-        for segment, one in enumerate(row, 1):
-            here = slice(start, start + len(one.tokens))
-            tokens[b, here] = one.tokens
-            segment_ids[b, here] = segment
-            loss_mask[b, here] = one.mask
-            start = here.stop
+        for segment, document in enumerate(row, 1):
+            end = start + len(document.tokens)
+            tokens[b, start:end] = document.tokens
+            segment_ids[b, start:end] = segment
+            loss_mask[b, start:end] = document.mask
+            start = end
     return Batch(torch.from_numpy(tokens), torch.from_numpy(segment_ids), torch.from_numpy(loss_mask))

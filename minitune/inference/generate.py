@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minitune import seeds
@@ -29,40 +30,65 @@ def stream(
     row_seeds: Sequence[int],
     max_new_tokens: int,
 ) -> Iterator[Int[Tensor, "B"]]:
-    """Each step's tokens, one a prompt, for max_new_tokens steps or until the caller stops asking; row b draws from row_seeds[b].
+    """Tokens of each step, one a prompt, for max_new_tokens steps or until the caller stops asking.
 
-    Prompts of all lengths run as one batch, padded on the left, and no row depends on another. The keys and values of all steps
-    have their place from the start. model.block_transform, such as torch.compile, is applied to the block of the later steps.
+    Row b draws from row_seeds[b], and no row depends on another. Prompts of all lengths run as one
+    batch, padded on the left. The keys and values of all steps have their place from the start.
+    model.block_transform, such as torch.compile, is applied to the block of the later steps.
     InputError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
         raise InputError("generate: a prompt is empty, expected at least one token")
     params = _packed(params)
     width = max(len(prompt) for prompt in prompts)
-    n_slots = _rounded(width + max_new_tokens)
     like = params["model.embed_tokens.weight"]
-    pad = [width - len(prompt) for prompt in prompts]
-    # a padded place repeats a token of its prompt: attention never sees it, and the repetition penalty has counted it
-    said = torch.tensor([[p[0]] * n + list(p) for p, n in zip(prompts, pad, strict=True)], device=like.device)
-    slots, first = torch.arange(n_slots, device=like.device)[None], torch.tensor(pad, device=like.device)[:, None]
-    segments = (slots[:, :width] >= first).to(torch.int32)
-    caches = decoder.empty_caches(model.config, len(prompts), n_slots, like)
-    block_of, later = decoder.plain_block_of(model.config), model._replace(n_remat=0).block_of()
+    slots = torch.arange(_rounded(width + max_new_tokens), device=like.device)[None]
+    caches = decoder.empty_caches(model.config, len(prompts), slots.shape[1], like)
+    later_block_of = model._replace(n_remat=0).block_of()
 
-    tokens, positions, key_range, n_read = said, document_positions(segments), documents(segments), width
+    # the first step reads the whole prompts
+    written, first_slot = _left_padded(prompts, width, like.device)
+    call = _first_call(written, slots[:, :width] >= first_slot, decoder.plain_block_of(model.config))
     for step in range(max_new_tokens):
         with torch.no_grad():
-            read = decoder.filled_caches(model.config, caches, n_read)
-            hidden = decoder.decode(model.config, params, tokens, read, positions, key_range, block_of)
-            new = next_tokens(model.logits(params, hidden[:, -1]), said, sampling, row_seeds, step)
+            read = decoder.filled_caches(model.config, caches, call.n_read)
+            hidden = decoder.decode(model.config, params, call.tokens, read, call.positions, call.keys, call.block_of)
+            new = next_tokens(model.logits(params, hidden[:, -1]), written, sampling, row_seeds, step)
         yield new
-        tokens, said, block_of = new[:, None], torch.cat([said, new[:, None]], dim=1), later
-        filled = width + step
-        positions, key_range, n_read = (
-            positions[:, -1:] + 1,
-            KeyRange(first, slots[:, filled : filled + 1].clone()),
-            _rounded(filled + 1),
-        )
+        written = torch.cat([written, new[:, None]], dim=1)
+
+        # every later step reads the one new token, which goes to the next slot
+        slot = width + step
+        keys = KeyRange(first_slot, slots[:, slot : slot + 1].clone())
+        call = _Call(new[:, None], call.positions[:, -1:] + 1, keys, _rounded(slot + 1), later_block_of)
+
+
+class _Call(NamedTuple):
+    """Inputs of one step of decoding."""
+
+    tokens: Int[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]
+    keys: KeyRange
+    n_read: int  # slots of the cache
+    block_of: decoder.BlockOf
+
+
+def _first_call(prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"], block_of: decoder.BlockOf) -> _Call:
+    segments = is_token.to(torch.int32)
+    return _Call(prompts, document_positions(segments), documents(segments), prompts.shape[1], block_of)
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], width: int, device: torch.device
+) -> tuple[Int[Tensor, "B {width}"], Int[Tensor, "B 1"]]:
+    """(prompts padded on the left, the first slot of each).
+
+    A padded place repeats the first token of its prompt: attention never sees it, and the repetition
+    penalty, which asks if a token was there, counts nothing more.
+    """
+    n_pad = [width - len(prompt) for prompt in prompts]
+    rows = [[prompt[0]] * n + list(prompt) for prompt, n in zip(prompts, n_pad, strict=True)]
+    return torch.tensor(rows, device=device), torch.tensor(n_pad, device=device)[:, None]
 
 
 def generate(
@@ -75,8 +101,10 @@ def generate(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """New tokens for each prompt, up to max_new_tokens or a stop token, which is not returned; the token of prompt i at a step
-    depends on (seed, i, step) and that prompt alone."""
+    """New tokens for each prompt, up to max_new_tokens or a stop token, which is not returned.
+
+    The token of prompt i at a step depends on (seed, i, step) and that prompt alone.
+    """
     row_seeds = [seeds.derive(seed, "prompt", i) for i in range(len(prompts))]
     steps = stream(model, params, prompts, sampling=sampling, row_seeds=row_seeds, max_new_tokens=max_new_tokens)
     return _rows(steps, len(prompts), stop_ids, lambda row: False)
@@ -90,7 +118,7 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """generate with the most likely token at every step: argmax of the full forward, token by token."""
+    """New tokens as of `generate`, the most likely one at every step: argmax of the full forward, token by token."""
     rule = Sampling()
     return generate(model, params, prompts, sampling=rule, seed=0, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
@@ -109,43 +137,47 @@ def answers(
     stop_strings: Sequence[str],
     on_progress: Callable[[int], None],
 ) -> list[str]:
-    """The text that the model writes after each prompt, in their order, ended by a stop token or before a stop string.
+    """Texts that the model writes after each prompt, in their order, ended by a stop token or before a stop string.
 
-    Prompts run in batches of about one length, the longest first, and on_progress(how many are answered) follows each; neither
-    changes an answer. A stop string that is a special token stops as that token does. InputError for an empty stop string.
+    Prompts run in batches of about one length, the longest first, and on_progress(how many are
+    answered) follows each; neither changes an answer. A stop string that is a special token stops as
+    that token does. InputError for an empty stop string.
     """
-    ends = [*stop_ids, *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special)]
+    stop_tokens = [*stop_ids, *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special)]
     strings = [stop for stop in stop_strings if stop not in tokenizer.special]
     _check_stops(strings)
     decode = partial(tokenizer.decode, skip_special=True)
-    # a token has a byte at least, and a character four at most, so the end of a text that holds a new stop string is this long
-    n_tail = 4 * max(map(len, strings), default=0) + 8
-
-    def ended(row: Sequence[int]) -> bool:
-        return bool(strings) and _stop(decode(row[-n_tail:]), strings) is not None and _stop(decode(row), strings) is not None
-
-    params = _packed(params)  # once, not for every batch
+    has_ended = _stop_string_test(decode, strings)
+    # packed once, not for every batch
+    run = partial(stream, model, _packed(params), sampling=sampling, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        steps = stream(
-            model,
-            params,
-            [prompts[i] for i in batch],
-            sampling=sampling,
-            row_seeds=[seeds.derive(seed, "prompt", i) for i in batch],
-            max_new_tokens=max_new_tokens,
-        )
-        for i, row in zip(batch, _rows(steps, len(batch), ends, ended), strict=True):
+        row_seeds = [seeds.derive(seed, "prompt", i) for i in batch]
+        steps = run([prompts[i] for i in batch], row_seeds=row_seeds)
+        for i, row in zip(batch, _rows(steps, len(batch), stop_tokens, has_ended), strict=True):
             text = decode(row)
             texts[i] = text[: _stop(text, strings)]
         on_progress(len(texts))
     return [texts[i] for i in range(len(prompts))]
 
 
+def _stop_string_test(decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+    """Function that says if the text of tokens, of which the last one is new, holds a stop string."""
+    # a token has a byte at least, and a character four at most, so the end of a text that holds a new stop string is this long
+    n_tail = 4 * max(map(len, stop_strings), default=0) + 8
+
+    def has_ended(tokens: Sequence[int]) -> bool:
+        if not stop_strings or _stop(decode(tokens[-n_tail:]), stop_strings) is None:
+            return False
+        return _stop(decode(tokens), stop_strings) is not None
+
+    return has_ended
+
+
 def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> Iterator[str]:
-    """The text of tokens that come one by one, in pieces as soon as each is certain; it ends before the first stop string.
+    """Text of tokens that come one by one, in pieces as soon as each is certain; it ends before the first stop string.
 
     Held back: the bytes of a character that is not complete, and what may be the beginning of a stop string. The pieces
     together are decode(all tokens), cut there. InputError for an empty stop string.
@@ -168,9 +200,9 @@ def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_s
 
 
 def _rows(
-    steps: Iterable[Tensor], n_rows: int, stop_ids: Sequence[int], ended: Callable[[Sequence[int]], bool]
+    steps: Iterable[Tensor], n_rows: int, stop_ids: Sequence[int], has_ended: Callable[[Sequence[int]], bool]
 ) -> list[list[int]]:
-    """Each row's tokens up to a stop token, or through the one that ended it; reads no step after the last row's end."""
+    """Tokens of each row up to a stop token, or through the one that ended it; reads no step after the last row's end."""
     rows: list[list[int]] = [[] for _ in range(n_rows)]
     going, stops = set(range(n_rows)), frozenset(stop_ids)
     for tokens in steps:
@@ -179,7 +211,7 @@ def _rows(
                 continue
             if token not in stops:
                 rows[i].append(token)
-            if token in stops or ended(rows[i]):
+            if token in stops or has_ended(rows[i]):
                 going.remove(i)
         if not going:
             break
@@ -187,7 +219,7 @@ def _rows(
 
 
 def _packed(params: Params) -> Params:
-    """params with their leaves in the order that decoding reads; torch's kernels for that take bfloat16 alone."""
+    """Parameters with their leaves in the order that decoding reads; torch's kernels for that take bfloat16 alone."""
     return packed(params) if params["model.embed_tokens.weight"].dtype == torch.bfloat16 else params
 
 
@@ -201,12 +233,12 @@ def _check_stops(stop_strings: Sequence[str]) -> None:
 
 
 def _stop(text: str, stop_strings: Sequence[str]) -> int | None:
-    """Where the first stop string in a text begins."""
-    return min((at for stop in stop_strings if (at := text.find(stop)) >= 0), default=None)
+    """Index at which the first stop string in a text begins."""
+    return min((text.find(stop) for stop in stop_strings if stop in text), default=None)
 
 
 def _certain(text: str, stop_strings: Sequence[str]) -> int:
-    """How many characters of a text stay as they are, whatever follows."""
+    """Number of characters of a text that stay as they are, whatever follows."""
     whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
     heads = (len(whole) - n for stop in stop_strings for n in range(1, len(stop)) if whole.endswith(stop[:n]))
     return min(heads, default=len(whole))

@@ -1,6 +1,7 @@
-"""How likely given texts are: log-probs of continuations, many in one forward."""
+"""Likelihood of given texts: log-probs of continuations, many in one forward, and the metrics of a model on labelled batches."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune.errors import InputError
+from minitune.hardware import to_device, widest_float
 from minitune.losses.token import cross_entropy
 from minitune.models import decoder
 from minitune.models.model import Model
 from minitune.nn.head import head_chunk
-from minitune.types import Params
+from minitune.types import Batch, Params
 
 
 class Score(NamedTuple):
@@ -20,6 +22,43 @@ class Score(NamedTuple):
 
     logp_nats: float
     greedy: bool
+
+
+class TokenMetrics(NamedTuple):
+    """Metrics of a model on the target tokens of a data set."""
+
+    loss_nats: float  # mean of -log p of a target
+    accuracy: float  # share of targets that were the most likely token
+    n_targets: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), which is cut at e^700: beyond that it is no float."""
+        return math.exp(min(self.loss_nats, 700.0))
+
+
+def token_metrics(model: Model, params: Params, batches: Iterable[Batch]) -> TokenMetrics:
+    """Loss and accuracy over the target tokens of all batches; TypeError if there is no batch."""
+    # Read once, behind the last forward; an accelerator may lack the float64 that the batches are added up in.
+    sums = [_token_sums(model, params, batch) for batch in batches]
+    if not sums:
+        raise TypeError("scoring: no batch to measure on, expected at least one")
+    nats, n_right, n_targets = torch.stack(sums).to("cpu", torch.float64).sum(0).tolist()
+    divisor = max(n_targets, 1.0)
+    return TokenMetrics(nats / divisor, n_right / divisor, int(n_targets))
+
+
+def _token_sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"]:
+    """Nats, the number of targets that were the likeliest tokens, and the number of targets, summed over a batch."""
+
+    def values(logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
+
+    with torch.no_grad():
+        nats_and_right = model.token_losses(params, batch, values)
+        sums = nats_and_right.to(widest_float(nats_and_right.device)).sum((0, 1))
+    n_targets = to_device(batch.target_mask().sum(), sums.device).to(sums.dtype)
+    return torch.cat([sums, n_targets[None]])
 
 
 def continuations(
@@ -30,7 +69,7 @@ def continuations(
     batch_size: int,
     max_length: int,
 ) -> list[Score]:
-    """The score of each (context, continuation), token ids both, in the order given.
+    """Score of each (context, continuation), token ids both, in the order given.
 
     Contexts are cut on the left so that a row has at most max_length tokens. Rows run from long to short, batch_size at a time,
     and pairs that differ in their last token alone share one: the answers A, B, C, D to a question cost one forward of a row.
@@ -40,7 +79,7 @@ def continuations(
     for n, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= max_length:
             raise InputError(
-                f"scoring: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
+                f"score: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
                 f"of 1 or more and a continuation of 1 to {max_length}"
             )
         row = (*context, *continuation)[-max_length - 1 : -1]

@@ -19,7 +19,7 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
-    beside: FolderExtras,
+    extras: FolderExtras,
 ) -> None:
     """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
 
@@ -46,11 +46,11 @@ def save(
         "bnb_4bit_use_double_quant": True,
         "llm_int8_skip_modules": unquantized(params, model),
     }
-    save_folder(folder, tensors, model, beside, config_keys={"quantization_config": config})
+    save_folder(folder, tensors, model, extras, config_keys={"quantization_config": config})
 
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
+    """Tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
     state = {
         "quant_type": "nf4",
         "blocksize": nf4.BLOCK,

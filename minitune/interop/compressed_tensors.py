@@ -19,7 +19,7 @@ Activations = Literal["none", "int8"]
 
 
 class _Scheme(NamedTuple):
-    """How a group of weights is stored: group_size None is one scale an output channel."""
+    """Storage of a group of weights: group_size None is one scale an output channel."""
 
     bits: int
     group_size: int | None
@@ -27,7 +27,7 @@ class _Scheme(NamedTuple):
 
     @property
     def format(self) -> str:
-        """What the format calls weights that are stored so."""
+        """Name that the format has for weights that are stored so."""
         return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[self.activations]
 
 
@@ -35,7 +35,7 @@ def save(
     folder: Path,
     params: Params,
     model: Model,
-    beside: FolderExtras,
+    extras: FolderExtras,
     *,
     activations: Activations,
 ) -> None:
@@ -58,14 +58,15 @@ def save(
         tensors |= {**stored(module, w, scheme.activations), f"{module}.weight_scale": w.scale.to(dtype)}
     if not schemes:
         raise InputError(
-            "compressed: no weight is quantized, expected int8, int4 or float8 leaves; put a quantize stage before this one"
+            "compressed_tensors: no weight is quantized, expected int8, int4 or float8 leaves; "
+            "put a quantize stage before this one"
         )
     if activations == "int8" and not any(scheme.activations == "int8" for scheme in schemes):
         raise InputError(
-            "compressed: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
+            "compressed_tensors: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
         )
     config = {"quantization_config": _config(schemes, unquantized(params, model))}
-    save_folder(folder, tensors, model, beside, config_keys=config)
+    save_folder(folder, tensors, model, extras, config_keys=config)
 
 
 def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
@@ -75,15 +76,15 @@ def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
         return _Scheme(8, None, "float8")
     if isinstance(w, QInt4):
         return _Scheme(4, w.shape[1] // w.scale.shape[1], "none")
-    found = "NF4" if isinstance(w, QNF4) else type(w).__name__
+    kind = "NF4" if isinstance(w, QNF4) else type(w).__name__
     raise InputError(
-        f"compressed: {name} is {found}, expected int8, int4 or float8; "
+        f"compressed_tensors: {name} is {kind}, expected int8, int4 or float8; "
         "write NF4 in the format 'bitsandbytes', or quantize to int4"
     )
 
 
 def stored(module: str, w: QInt8 | QFloat8 | QInt4, activations: str) -> dict[str, Tensor]:
-    """The codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
+    """Codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
     first in the lowest bits."""
     if activations != "none":
         return {f"{module}.weight": w.codes}
@@ -98,7 +99,7 @@ def _words(rows: UInt8[Tensor, "out bytes"]) -> Int[Tensor, "out words"]:
 
 
 def unquantized(params: Params, model: Model) -> list[str]:
-    """The linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
+    """Linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
     embedding = "model.embed_tokens.weight"
     linears = [name for name, w in params.items() if isinstance(w, Tensor) and w.ndim == 2 and name != embedding]
     return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (head_name(model.config) == embedding)

@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 class _Rules(NamedTuple):
-    """How a task wants its answers written."""
+    """Length, stop strings and sampling that a task asks of its answers."""
 
     max_new_tokens: int
     stop_strings: tuple[str, ...]
@@ -44,9 +44,9 @@ def check(include: Path | None) -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise InputError("harness: lm_eval is not installed, this needs the extra eval: pip install 'minitune[eval]'") from None
+        raise InputError("lm_eval: lm_eval is not installed, this needs the extra eval: pip install 'minitune[eval]'") from None
     if include is not None and next(include.rglob("*.yaml"), None) is None:
-        raise InputError(f"harness: {include} holds no task, expected a folder with *.yaml files; see docs/eval.md")
+        raise InputError(f"lm_eval: {include} holds no task, expected a folder with *.yaml files; see docs/eval.md")
 
 
 def evaluate(
@@ -78,7 +78,8 @@ def evaluate(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    if chat_template and system is not None:  # a template that has no place for it would silently lose it
+    if chat_template and system is not None:
+        # The harness drops a system message that the template refuses; here that is an error.
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
         render(template, messages, add_generation_prompt=True)
     with _quiet():
@@ -88,11 +89,11 @@ def evaluate(
         unknown = [name for name in tasks if name not in index.all_tasks]
         if unknown or not tasks:
             raise InputError(
-                f"harness: tasks are {list(tasks)}, expected names of tasks under {include} or of lm_eval {__version__}; "
+                f"lm_eval: tasks are {list(tasks)}, expected names of tasks under {include} or of lm_eval {__version__}; "
                 + (f"{unknown[0]} is in neither" if unknown else "name at least one")
             )
         try:
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=backend,
                 tasks=list(tasks),
                 task_manager=index,
@@ -105,10 +106,10 @@ def evaluate(
             )
         except OSError as error:
             raise InputError(
-                f"harness: the data of {', '.join(tasks)} can't be read ({error}), expected local files or data sets in the "
+                f"lm_eval: the data of {', '.join(tasks)} can't be read ({error}), expected local files or data sets in the "
                 "cache; run once with the network, or correct data_files"
             ) from None
-    return {"lm_eval": __version__, "tasks": _plain(found or {})}
+    return {"lm_eval": __version__, "tasks": _plain(results or {})}
 
 
 def language_model(
@@ -121,14 +122,14 @@ def language_model(
     max_length: int | None,
     stop_ids: Sequence[int],
 ) -> Any:
-    """The model as an lm_eval TemplateLM, for those who want more of its functions than `evaluate` returns."""
+    """Model as an lm_eval TemplateLM, for those who want more of its functions than `evaluate` returns."""
     check(None)
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 
     eos_id = tokenizer.eos_id
     if eos_id is None:
-        raise InputError("harness: the tokenizer has no eos_token, expected one; name it in tokenizer_config.json")
+        raise InputError("lm_eval: the tokenizer has no eos_token, expected one; name it in tokenizer_config.json")
     prefix_id = eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     n_max = max_length or model.config.max_positions
 
@@ -142,7 +143,7 @@ def language_model(
         return continuations(model, params, pairs, batch_size=batch_size, max_length=n_max)
 
     class Adapter(TemplateLM):
-        """What the harness asks, answered by pure functions."""
+        """Interface of the harness, answered by pure functions."""
 
         @property
         def eot_token_id(self) -> int:
@@ -169,8 +170,8 @@ def language_model(
             return super().loglikelihood(requests, disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            found = scores([(context, continuation) for _, context, continuation in requests])
-            return [(score.logp_nats, score.greedy) for score in found]
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            return [(score.logp_nats, score.greedy) for score in scores(pairs)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
             windows = []
@@ -178,15 +179,17 @@ def language_model(
                 ids = encode(request.args[0])
                 overlapping = utils.get_rolling_token_windows(ids, prefix_id, max_seq_len=n_max, context_len=1)
                 windows.append([utils.make_disjoint_window(window) for window in overlapping])
-            found = iter(scores([window for text in windows for window in text]))
-            return [sum((next(found).logp_nats for _ in text), 0.0) for text in windows]
+            # All windows of all texts are scored in common batches, then added up text by text.
+            window_scores = iter(scores([window for text in windows for window in text]))
+            return [sum((next(window_scores).logp_nats for _ in text), 0.0) for text in windows]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            alike: dict[_Rules, list[int]] = {}
+            # Requests with the same rules are answered in common batches.
+            by_rules: dict[_Rules, list[int]] = {}
             for n, request in enumerate(requests):
-                alike.setdefault(_rules(request.args[1], n_max), []).append(n)
+                by_rules.setdefault(_rules(request.args[1], n_max), []).append(n)
             texts: dict[int, str] = {}
-            for rules, group in alike.items():
+            for rules, group in by_rules.items():
                 width = n_max - rules.max_new_tokens
                 answers = generate.answers(
                     model,
@@ -206,7 +209,7 @@ def language_model(
 
 
 def _rules(asked: Mapping[str, Any], max_length: int) -> _Rules:
-    """A task's generation_kwargs; InputError for what can't be done here."""
+    """Rules of a task's generation_kwargs; InputError for what can't be done here."""
     known = {*NEW_TOKENS, *DRAWN, "until", "do_sample", "temperature", "repetition_penalty"}
     odd = {name: value for name, value in asked.items() if name not in known and value not in (None, 1)}  # 1 changes nothing
     temperature = 0.0 if asked.get("do_sample") is False else asked.get("temperature") or 0.0
@@ -216,20 +219,20 @@ def _rules(asked: Mapping[str, Any], max_length: int) -> _Rules:
         sampling = msgspec.convert({**knobs, **odd}, Sampling)
     except msgspec.ValidationError as error:
         raise InputError(
-            f"harness: a task has generation_kwargs {dict(asked)}: {error}, expected until, max_gen_toks, do_sample, "
+            f"lm_eval: a task has generation_kwargs {dict(asked)}: {error}, expected until, max_gen_toks, do_sample, "
             f"temperature, {', '.join(DRAWN)} or repetition_penalty; copy the task's file and change it"
         ) from None
     until = asked.get("until") or []
     n_new = int(next((asked[name] for name in NEW_TOKENS if asked.get(name) is not None), DEFAULT_NEW_TOKENS))
     if not 0 < n_new < max_length:
         raise InputError(
-            f"harness: a task asks for {n_new} new tokens, expected 1 to {max_length - 1}: prompt and answer share max_length"
+            f"lm_eval: a task asks for {n_new} new tokens, expected 1 to {max_length - 1}: prompt and answer share max_length"
         )
     return _Rules(n_new, tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop), sampling)
 
 
 def _rendered(template: Template, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """A conversation as text, its last turn left open unless a new one is opened; templates that refuse system messages
+    """Conversation as text, its last turn left open unless a new one is opened; templates that refuse system messages
     get the rest, as in the harness's own backend."""
     if not add_generation_prompt:
         messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + MARK + " "}]
@@ -244,12 +247,12 @@ def _rendered(template: Template, messages: Sequence[Message], add_generation_pr
         return text
     text, mark, tail = text.rpartition(MARK)
     if not mark:
-        raise InputError(f"harness: {template.origin} leaves out what the last message says, expected it for a task's gen_prefix")
+        raise InputError(f"lm_eval: {template.origin} leaves out what the last message says, expected it for a task's gen_prefix")
     return text if tail.startswith(" ") else text.rstrip()  # the template strips what a message ends with
 
 
-def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of what simple_evaluate returned, by task and metric; a group of tasks counts as a task."""
+def _plain(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of what simple_evaluate returned, by task and metric; a group of tasks counts as a task."""
 
     def metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         cells = {tuple(key.split(",", 1)): value for key, value in row.items() if "," in key}
@@ -265,11 +268,11 @@ def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: {
             "metrics": metrics(row),
-            "n_samples": found["n-samples"].get(name, {}).get("effective"),
-            "n_shots": found["n-shot"].get(name),
-            "version": found["versions"].get(name),
+            "n_samples": results["n-samples"].get(name, {}).get("effective"),
+            "n_shots": results["n-shot"].get(name),
+            "version": results["versions"].get(name),
         }
-        for name, row in {**found["results"], **found.get("groups", {})}.items()
+        for name, row in {**results["results"], **results.get("groups", {})}.items()
     }
 
 

@@ -24,9 +24,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
+    """File to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
     aside = path.with_name(f".{path.name}{NEW}")
-    with _explained_when_full(path):
+    with disk_full_is_input_error(path):
         try:
             yield aside
             sync(aside)
@@ -38,20 +38,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
+    """Folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
 
     Whoever calls this knows that the older one may go; results.result_folder finds it out. InputError for a full disk.
     """
     aside, old = path.with_name(f".{path.name}{NEW}"), path.with_name(f".{path.name}{OLD}")
     shutil.rmtree(aside, ignore_errors=True)
-    put_back(old)
-    with _explained_when_full(path):
+    recover_replaced(old)
+    with disk_full_is_input_error(path):
         aside.mkdir(parents=True)
         try:
             yield aside
-            for file in sorted(aside.rglob("*")):
-                sync(file)
-            sync(aside)
+            sync_tree(aside)
             # No system renames a folder over one that holds files, and Windows renames none over an empty one.
             if path.exists():
                 path.rename(old)
@@ -59,7 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-            put_back(old)
+            recover_replaced(old)
 
 
 def remove_folder(path: Path) -> None:
@@ -70,13 +68,20 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def put_back(old: Path) -> None:
-    """Give a folder that a replacement set aside its place again if the new one has not come there; else remove it."""
+def recover_replaced(old: Path) -> None:
+    """Finish an interrupted replacement: restore the older folder if no newer one came to its place, else remove it."""
     path = old.with_name(old.name[1:].removesuffix(OLD))
     if old.exists() and not path.exists():
         old.rename(path)
     elif old.exists():
         remove_folder(old)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file in a folder, and the names in it and in the folders below, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -94,7 +99,7 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """The bytes that can be written where a path lies or will lie."""
+    """Bytes that can be written where a path lies or will lie."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
@@ -104,23 +109,25 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
     free = free_bytes(path)
     if n_bytes > free:
         raise InputError(
-            f"checkpoint: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
+            f"io: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
             "some space, or choose another folder"
         )
 
 
 @contextmanager
-def _explained_when_full(path: Path) -> Iterator[None]:
+def disk_full_is_input_error(path: Path) -> Iterator[None]:
+    """Turn a full disk, met while a path is written, into an InputError that says so."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise InputError(
-            f"checkpoint: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
+            f"io: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
             "there before is as it was. Free some space and run the same command again"
         ) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON; for files in a folder that atomic_folder replaces as a whole."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,14 +1,13 @@
 """Models opened from a config.json or a shape file."""
 
-import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from minitune.errors import InputError
+from minitune.errors import InputError, nearest
+from minitune.io import toml
+from minitune.io.json_file import read_json
+from minitune.io.toml_messages import KeyPath
 from minitune.models.families import (
     gemma,
     gemma2,
@@ -69,14 +68,7 @@ def config_json(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"models: {path} does not exist, expected a Hugging Face folder: config.json, *.safetensors, tokenizer files"
         )
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(hf, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is JSON, but no text
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"models: {path} is no JSON ({error}); download it again") from None
-    if not isinstance(hf, dict):
-        raise InputError(f"models: {path} holds a {type(hf).__name__}, expected an object")
-    return hf
+    return read_json(path, dict[str, Any], "models", "download it again")
 
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
@@ -87,23 +79,29 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
 
 
 def open_config(path: Path) -> Model:
-    """The model of a shape file: TOML with `family` and that family's Config fields."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"models: {path} does not exist, expected a model shape such as configs/models/llama-3.2-1b.toml"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"models: {path}: {error}") from None
-    family = _family(table.pop("family", None), str(path))
-    try:
-        return Model(family, msgspec.convert(table, family.config))
-    except msgspec.ValidationError as error:
-        raise InputError(f"models: {path}: {error}") from None
+    """Model of a shape file: TOML with `family` and that family's Config fields.
+
+    InputError, with the line of the file, for an unknown family or field and for a value of another kind.
+    """
+    if not path.is_file():
+        raise InputError(f"models: {path} does not exist, expected a model shape such as configs/models/llama-3.2-1b.toml")
+    text, table = toml.read(path, "models")
+    lines = toml.key_lines(text)
+
+    def where(key: KeyPath) -> str:
+        return f"models: {path}:{lines[key[:1]]}" if key[:1] in lines else f"models: {path}"
+
+    name = table.pop("family", None)
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"{where(('family',))}: family is {name!r}, {_expected_family(name)}")
+    return Model(FAMILIES[name], toml.decode(table, FAMILIES[name].config, where))
 
 
 def _family(name: Any, where: str) -> Family:
-    if name not in FAMILIES:
-        raise InputError(f"models: {where} is of family {name!r}, expected one of {', '.join(FAMILIES)}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"models: {where} is of family {name!r}, {_expected_family(name)}")
     return FAMILIES[name]
+
+
+def _expected_family(name: Any) -> str:
+    return f"expected one of {', '.join(FAMILIES)}{nearest(str(name), [*FAMILIES])}"

@@ -1,7 +1,8 @@
 """Bytes in memory at the fullest moment of a training step, before a weight is read.
 
-The floor is what has to be in memory. What one block keeps for its backward, and what going back through it takes, is measured on
-tensors without values; how much of it is there at which moment of a step is arithmetic. A step that needs more wastes memory.
+The floor is what has to be in memory. What one block keeps for its backward, and what going back
+through it takes, is measured on tensors without values; how much of it is there at which moment of
+a step is arithmetic. A step that needs more wastes memory.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -26,7 +27,7 @@ from minitune.nn.elementwise import rms_norm
 from minitune.nn.head import head_chunk, rows_at_once
 from minitune.optim.apply import scratch_bytes
 from minitune.optim.transforms import GradientTransformation
-from minitune.planning.activations import measure, measure_blocks
+from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params, Trainable
 
@@ -36,7 +37,10 @@ BATCH_BYTES_PER_TOKEN = 45
 
 
 class StepSpec(NamedTuple):
-    """What a training step works on; of tensors only shapes and dtypes are read, so they may be on the meta device."""
+    """Everything that a training step works on.
+
+    Of tensors only shapes and dtypes are read, so they may be on the meta device.
+    """
 
     model: Model
     params: Params  # those of weights that train whole say what dtype is computed with, and are not there
@@ -51,7 +55,7 @@ class StepSpec(NamedTuple):
     rounded: Collection[str] = ()  # weights that train whole and are rounded to their quantized values in the forward
     reference: Tree = ()  # the trainable tree that the policy is compared with
     teacher: Teacher | None = None
-    offloaded: bool = False  # inputs of blocks that are computed again wait in the host's memory (offload.py)
+    offloaded: bool = False  # inputs of blocks that are computed again wait in the host's memory (autodiff/offload.py)
 
 
 def peak_memory(step: StepSpec) -> Parts:
@@ -72,85 +76,146 @@ def peak_memory(step: StepSpec) -> Parts:
         return max(_moments(step, state), key=lambda parts: sum(parts.values()))
 
 
-def _moments(step: StepSpec, state: int) -> Iterator[Parts]:
-    """What is in memory at every moment of a step that may be its fullest."""
-    config, n = step.model.config, step.n_rows * step.n_tokens
+class _Forward(NamedTuple):
+    """Forward of a step without values, as the moments of the step count it."""
+
+    params: Params  # adapted, with a gradient where a leaf trains
+    whole: Params  # of these the weights that train whole
+    deltas: Mapping[str, Delta]
+    x: Tensor  # input of the first block
+    shared_bytes: int  # that the mixers of all blocks share: angles and ranges of keys
+    blocks: list[BlockMemory]  # in the order of the forward, and the last norm
+
+
+def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
+    """Parts in memory at every moment of a step that may be its fullest."""
+    forward = _forward(step)
+    params, whole, blocks = forward.params, forward.whole, forward.blocks
+    always = _always(step, forward, optimizer_bytes)
+    copies, rounded = _copies(step, whole)
+
+    # by block: the gradients that its backward makes, and the copies that its forward computes with
+    prefixes = [f"model.layers.{i}." for i in range(step.model.config.n_layers)] + ["model.norm."]
+    gradients = [_bytes_of({**whole, **forward.deltas}, prefix) for prefix in prefixes]
+    block_copies = [_bytes_of(copies, prefix) for prefix in prefixes]
+    earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0  # sum over the micro-batches before this one
+
+    def memory_during_backward(n_blocks_left: int, gradients: int, transient: int) -> Parts:
+        """While the backward has yet to go through the first blocks; gradients: of this micro-batch so far."""
+        return {
+            **always,
+            "copies": sum(block_copies[:n_blocks_left]),
+            "gradients": gradients + earlier,
+            "transient": transient,
+            "activations": sum(block.kept for block in blocks[:n_blocks_left]),
+        }
+
+    # at the head
+    head_sums, head_transient = _head(step, forward)
+    at_head = memory_during_backward(len(blocks), head_sums, head_transient)
+    wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
+    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name(step.model.config)) + wide}
+
+    # back through the blocks
+    done = _bytes_with_gradient(step.model.head(params))
+    for i in reversed(range(len(blocks))):
+        yield memory_during_backward(i + 1, done, blocks[i].transient)
+        done = done + gradients[i]
+
+    # at the embedding, where a tied head has two gradients until they are added
+    yield memory_during_backward(0, done + _bytes_of(whole, "model.embed_tokens."), tree.n_bytes(forward.x))
+    # the sum over micro-batches, then the optimizer
+    yield memory_during_backward(0, tree.n_bytes(step.trainable), 0)
+    yield memory_during_backward(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))
+
+
+def _forward(step: StepSpec) -> _Forward:
+    """Forward of one micro-batch, its blocks measured."""
+    config = step.model.config
     params = tree.map(_leaf, apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
+    whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
     deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
-    embedding, norm = params["model.embed_tokens.weight"], params["model.norm.weight"]
-    dtype = hardware.product_dtype(embedding.dtype, embedding.device)
-    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=dtype, device=embedding.device)
+
+    # what the first block is given
+    embedding = params["model.embed_tokens.weight"]
+    device = embedding.device
+    dtype = hardware.product_dtype(embedding.dtype, device)
+    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=dtype, device=device)
     x = detached_leaves(x) if embedding.requires_grad else x
-    segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=device)
     where = TokenPositions(segment_ids.long(), step.n_tokens, documents(segment_ids))
     inputs = decoder.mixer_inputs(config, where, x.dtype)
+
     blocks = measure_blocks(config, step.model.n_remat, params, x, inputs)
-    if step.offloaded:  # two inputs are on their way
-        recomputed = [
-            block._replace(kept=0, transient=block.transient + 2 * tree.n_bytes(x)) for block in blocks[: step.model.n_remat]
-        ]
-        blocks = [*recomputed, *blocks[step.model.n_remat :]]
-    below = detached_leaves(x) if x.requires_grad or any(block.kept for block in blocks) else x
-    blocks = [*blocks, measure(lambda x, w: rms_norm(x, w, config.norm_eps, config.norm), below, norm)]
-    whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
-    layers = [f"model.layers.{i}." for i in range(config.n_layers)] + ["model.norm."]
-    gradients = [_bytes_of({**whole, **deltas}, layer) for layer in layers]
-    kinds = {name: tree.leaves(leaf)[0].dtype for name, leaf in step.trainable.items()}
-    rounded = {name: whole[name].to(kinds[name]) for name in step.rounded}
-    copies = {name: w for name, w in whole.items() if w.dtype != kinds[name] or name in rounded}  # as they are computed with
-    casts = [_bytes_of(copies, layer) for layer in layers]
-    head, row = head_name(config), x.numel() * x.element_size()
-    always = {
-        "weights": tree.n_bytes([w for name, w in step.params.items() if name not in whole]),
+    if step.offloaded:
+        # an input that waits in the host's memory is not kept, but two of them are on their way
+        travelling = 2 * tree.n_bytes(x)
+        n = step.model.n_remat
+        blocks = [BlockMemory(0, block.transient + travelling) for block in blocks[:n]] + blocks[n:]
+
+    last = detached_leaves(x) if x.requires_grad or any(block.kept for block in blocks) else x
+    norm = measure(lambda x, w: rms_norm(x, w, config.norm_eps, config.norm), last, params["model.norm.weight"])
+    return _Forward(params, whole, deltas, x, tree.n_bytes(list(inputs.values())), [*blocks, norm])
+
+
+def _always(step: StepSpec, forward: _Forward, optimizer_bytes: int) -> Parts:
+    """Parts that are in memory all through a step."""
+    frozen = [w for name, w in step.params.items() if name not in forward.whole]
+    scaled = [delta.b for delta in forward.deltas.values()]  # b times its scale, as well as b
+    return {
+        "weights": tree.n_bytes(frozen),
         "second model": tree.n_bytes((step.reference, step.teacher and step.teacher.params)),
-        "trained": tree.n_bytes(step.trainable) + tree.n_bytes([delta.b for delta in deltas.values()]),  # b, and b by its scale
-        "optimizer": state,
-        "batch": n * BATCH_BYTES_PER_TOKEN + tree.n_bytes(list(inputs.values())),
+        "trained": tree.n_bytes(step.trainable) + tree.n_bytes(scaled),
+        "optimizer": optimizer_bytes,
+        "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
     }
-    # of the micro-batches before this one, whose sum the next one is added to
-    earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0
-
-    def moment(n_open: int, own: int, transient: int) -> Parts:
-        """While the backward has yet to go through the first n_open blocks, with the gradients of this micro-batch so far."""
-        parts = {"copies": sum(casts[:n_open]), "gradients": own + earlier, "transient": transient}
-        return {**always, **parts, "activations": sum(block.kept for block in blocks[:n_open])}
-
-    trained = [leaf for leaf in tree.leaves(step.model.head(params)) if leaf.requires_grad]
-    # the labelled rows, as they are and one after the other, and their gradients, which wait for the backward; the gradient of a
-    # head is summed over its chunks in float32
-    at_head = moment(len(blocks), sum(4 * leaf.numel() for leaf in trained), 3 * row + _head(step, params))
-    wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
-    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head) + wide}
-    done = tree.n_bytes(trained)
-    for i in reversed(range(len(blocks))):
-        yield moment(i + 1, done, blocks[i].transient)
-        done = done + gradients[i]
-    yield moment(0, done + _bytes_of(whole, "model.embed_tokens."), row)  # a tied head has two gradients until they are added
-    yield moment(0, tree.n_bytes(step.trainable), 0)
-    yield moment(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))
 
 
-def _head(step: StepSpec, params: Params) -> int:
-    """Bytes of a chunk of logits with their gradient and what the loss makes of the last piece, or with the head's gradient."""
+def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:
+    """(weights that train whole and are computed with as copies, the rounded ones in the dtype that they train in)."""
+    dtypes = {name: tree.leaves(leaf)[0].dtype for name, leaf in step.trainable.items()}
+    rounded = {name: whole[name].to(dtypes[name]) for name in step.rounded}
+    return {name: w for name, w in whole.items() if w.dtype != dtypes[name] or name in rounded}, rounded
+
+
+def _head(step: StepSpec, forward: _Forward) -> tuple[int, int]:
+    """(bytes of the sums of the head's gradient, the most that else is there while its losses are taken).
+
+    The latter: the labelled rows, as they are and one after the other, and their gradients, which
+    wait for the backward; a chunk of logits with their gradient and what the loss makes of the last
+    slice, or with the gradient of the head.
+    """
+    params, row_bytes = forward.params, tree.n_bytes(forward.x)
     head = step.model.head(params)
-    trained = tree.n_bytes([leaf for leaf in tree.leaves(head) if leaf.requires_grad])
+    trained = _bytes_with_gradient(head)
+    # over the chunks a gradient is summed in float32
+    sums = sum(4 * leaf.numel() for leaf in tree.leaves(head) if leaf.requires_grad)
     n = min(step.n_rows * step.n_tokens, head_chunk(head, trained > 0))
-    loss, beside = CrossEntropy() if step.loss.compares_answers else step.loss, []
+    loss = CrossEntropy() if step.loss.compares_answers else step.loss
     like = params["model.embed_tokens.weight"]
 
     def logits_of(model: Model, params: Params) -> Tensor:
         dtype = hardware.product_dtype(like.dtype, like.device)
-        states = torch.empty(n, model.config.d_model, dtype=dtype, device=like.device)
-        return model.logits(params, states).detach()
+        hidden = torch.empty(n, model.config.d_model, dtype=dtype, device=like.device)
+        return model.logits(params, hidden).detach()
 
     logits = logits_of(step.model, params)
-    if step.teacher is not None:
-        beside = [logits_of(step.teacher.model, step.teacher.params)]
-    piece, *given = (x[: rows_at_once(x)] for x in (logits, *beside))
-    targets = torch.empty(len(piece), dtype=torch.int64, device=like.device)
-    own = measure(lambda x: loss(decoder.scaled_logits(step.model.config, x), targets, *given), detached_leaves(piece))
-    last = sum(own) - tree.n_bytes(piece)  # with the gradient of this piece, which is one of the logits'
-    return tree.n_bytes((logits, beside)) + max(tree.n_bytes(logits) + last, trained)
+    teacher_logits = [] if step.teacher is None else [logits_of(step.teacher.model, step.teacher.params)]
+
+    # the loss sees a few rows at a time, and keeps of each slice the gradient, which is one of the logits'
+    rows, *teacher_rows = (x[: rows_at_once(x)] for x in (logits, *teacher_logits))
+    targets = torch.empty(len(rows), dtype=torch.int64, device=like.device)
+
+    def losses(x: Tensor) -> Tensor:
+        return loss(decoder.scaled_logits(step.model.config, x), targets, *teacher_rows)
+
+    of_slice = sum(measure(losses, detached_leaves(rows))) - tree.n_bytes(rows)
+    chunk = tree.n_bytes((logits, teacher_logits)) + max(tree.n_bytes(logits) + of_slice, trained)
+    return sums, 3 * row_bytes + chunk
+
+
+def _bytes_with_gradient(leaves: Tree) -> int:
+    return tree.n_bytes([leaf for leaf in tree.leaves(leaves) if leaf.requires_grad])
 
 
 def _bytes_of(leaves: Mapping[str, Any], prefix: str) -> int:
@@ -158,4 +223,5 @@ def _bytes_of(leaves: Mapping[str, Any], prefix: str) -> int:
 
 
 def _leaf(x: Tensor) -> Tensor:
+    """Leaf of a graph where x, made by apply_trainable, has a gradient."""
     return detached_leaves(x) if x.requires_grad else x

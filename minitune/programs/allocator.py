@@ -1,4 +1,4 @@
-"""The C library's heap. A training step asks for the same memory again and again, and gives it back in between."""
+"""Settings of the C library's allocator: a training step asks for the same memory each time, and gives it back in between."""
 
 import ctypes
 import sys
@@ -8,7 +8,7 @@ KEPT = 2**30  # bytes
 
 
 def keep_freed() -> bool:
-    """Let this process keep up to 1 GiB of memory that it freed, for its next allocations; whether the C library is one that can.
+    """Let this process keep up to 1 GiB of memory that it freed, for its next allocations; False if the C library can't.
 
     By default glibc gives large blocks back to the kernel, which clears every page of the next ones: on a CPU a tenth of a step.
     For whoever owns the process, as `python -m minitune` does; peak memory stays, but for holes between blocks.

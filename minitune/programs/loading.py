@@ -1,7 +1,6 @@
 """Loading of a program's model: checked without its weights, then read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import generation_config, load_params
 from minitune.data import preference, supervised
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
-from minitune.errors import InputError
+from minitune.data.source import PREFERENCE_FORMATS, Source
+from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
 from minitune.io import paths
 from minitune.io.paths import locate
@@ -23,7 +22,7 @@ from minitune.models.model import Model
 from minitune.models.open import FAMILIES, open_config
 from minitune.models.open import open as models_open
 from minitune.programs.log import Log
-from minitune.programs.state import AbstractState, LoadedModel, PipelineState
+from minitune.programs.state import AbstractState, LoadedModel, PipelineStage, PipelineState
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
 from minitune.text.template import Template, with_options
@@ -32,7 +31,7 @@ from minitune.types import Delta, Params, Trainable
 
 
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the model comes from: a Hugging Face folder, or a shape with random weights and a tokenizer folder.
+    """Source of a model: a Hugging Face folder, or a shape with random weights and a tokenizer folder.
 
     dtype "auto" is bfloat16 where the device multiplies it natively, else float32.
     """
@@ -43,21 +42,22 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deltas: str | None = None  # a folder with a PEFT adapter to put on the model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights and of compute, and never of what trains
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
-    chat_template_kwargs: dict[str, Any] = {}  # told to the chat template wherever it renders, such as enable_thinking
+    chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
 
 
-def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[Any]) -> list[str]:
+def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[PipelineStage]) -> list[str]:
     """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
     abstract = abstract_state(source, AbstractState(sources, Model(FAMILIES["llama"], None), {}))
     folder = _tokenizer_folder(source)
     template = _template(source, folder, tokenizer.open_tokenizer(folder))
     n_params = sum(w.numel() for w in abstract.params.values())
     lines = [f"model: {n_params:,} parameters, vocabulary {abstract.model.config.vocab_size:,}, template: {template.origin}"]
-    for name, one in sources.items():
-        next(iter(read_rows(Path(locate(one.path)))))
-        for part in one.parts():
+    for name, data in sources.items():
+        located = data.with_paths(locate)
+        next(iter(read_rows(Path(located.path))))
+        for part in located.parts():
             with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {locate(one.path)}")
+        lines.append(f"data: {name} is {located.path}")
     for stage in stages:
         abstract = stage.check(abstract)
         lines.append(f"stage: {stage.label}")
@@ -65,44 +65,67 @@ def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[A
 
 
 def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractState:
-    """abstract with another model; InputError where its folder, tokenizer or device does not fit."""
+    """Abstract state with another model; InputError where its folder, tokenizer or device does not fit."""
     if source.path in abstract.saved:
         model = abstract.saved[str(source.path)]
     else:
-        model = _model(source)
-        if source.path is not None:
-            generation_config(locate(source.path))  # a save reads it, and not only then
-        folder = _tokenizer_folder(source)
-        text = tokenizer.open_tokenizer(folder)
-        if text.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
-                f"{model.config.vocab_size}; are they of two models?"
-            )
-    found = hardware.accelerator()
-    if source.device not in ("auto", "cpu", found):
-        here = "no accelerator" if found is None else f"an accelerator of type {found}"
-        choices = "'auto' or 'cpu'" if found is None else f"'auto', 'cpu' or '{found}'"
-        raise InputError(
-            f"loading: [model] device = '{source.device}', but torch finds {here}, expected {choices} on this machine; correct it"
-        )
+        model = _checked_model(source)
+    _check_device(source)
+
+    # The same shapes on the meta device: stages that follow match names and shapes, and no weight is read.
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
-    rule, found, base = None, {}, None
+    rule, trainable, base = None, {}, None
     if source.deltas is not None and source.deltas not in abstract.saved:
-        rule, found, base = load_adapter(locate(source.deltas), names=params)
-        check_deltas(params, found, source.deltas)
-    adapted = frozenset(name for name, leaf in found.items() if isinstance(leaf, Delta))
-    whole = frozenset(found) - adapted
-    over = base.quantization if base is not None else None
-    fresh = AbstractState(abstract.data, model, params, adapted, lora=rule, whole=whole, over=over)
-    return fresh._replace(saved=abstract.saved)
+        rule, trainable, base = load_adapter(locate(source.deltas), names=params)
+        check_deltas(params, trainable, source.deltas)
+    adapted = frozenset(name for name, leaf in trainable.items() if isinstance(leaf, Delta))
+    return AbstractState(
+        abstract.data,
+        model,
+        params,
+        adapted,
+        lora=rule,
+        whole=frozenset(trainable) - adapted,
+        trained_over=base.quantization if base is not None else None,
+        saved=abstract.saved,
+    )
 
 
-def asked_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
-    """The [data] table that a stage asks for by name; InputError if there is none, or one of another format."""
+def _checked_model(source: ModelSource) -> Model:
+    """Model of a source; InputError unless its folder can be saved again and its tokenizer fits."""
+    model = _model(source)
+    if source.path is not None:
+        generation_config(locate(source.path))
+    folder = _tokenizer_folder(source)
+    text = tokenizer.open_tokenizer(folder)
+    if text.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
+            f"{model.config.vocab_size}; are they of two models?"
+        )
+    return model
+
+
+def _check_device(source: ModelSource) -> None:
+    accelerator = hardware.accelerator()
+    if source.device in ("auto", "cpu", accelerator):
+        return
+    if accelerator is None:
+        present, choices = "no accelerator", "'auto' or 'cpu'"
+    else:
+        present, choices = f"an accelerator of type {accelerator}", f"'auto', 'cpu' or '{accelerator}'"
+    raise InputError(
+        f"loading: [model] device = '{source.device}', but torch finds {present}, expected {choices} on this machine; correct it"
+    )
+
+
+def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
+    """Data table that a stage asks for by name; InputError if there is none, or one of another format."""
     if name not in abstract.data:
-        near = get_close_matches(name, abstract.data, n=1, cutoff=0.0) or ["no [data] at all"]
-        raise InputError(f"loading: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
+        known = ", ".join(abstract.data) or "the program has none"
+        raise InputError(
+            f"loading: stage {label} asks for data {name!r}, expected a [data] table: {known}{nearest(name, [*abstract.data])}"
+        )
     source = abstract.data[name]
     if source.format not in formats:
         raise InputError(
@@ -123,16 +146,18 @@ def open_pipeline(
 ) -> PipelineState:
     """Load (or draw) the model and its tokenizer, and tokenize the data: the state before the first stage.
 
-    tf32: whether a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. The one setting of torch,
-    which has it for a whole process, that minitune makes.
+    tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is the one setting of torch
+    that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    located = {name: msgspec.structs.replace(one, path=str(locate(one.path))) for name, one in sources.items()}
+    located = {name: data.with_paths(locate) for name, data in sources.items()}
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
     template = _template(source, place, text)
-    for one in located.values():  # every line is read before a weight is: a bad one costs seconds, not a run
-        (preference if one.format in preference.FORMATS else supervised).prepare(one, text, template, paths.cache())
+    # Every line of the data is read before a weight is: a bad one costs seconds, not a run.
+    for data in located.values():
+        prepare = preference.prepare if data.format in PREFERENCE_FORMATS else supervised.prepare
+        prepare(data, text, template, paths.cache())
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)
@@ -140,7 +165,7 @@ def open_pipeline(
 
 def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     """Read (or draw) the weights of a model, its tokenizer and its deltas; a path run/... lies in the run folder."""
-    device, dtype = compute_place(source)
+    device, dtype = device_and_dtype(source)
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
@@ -153,8 +178,8 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     return LoadedModel(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
 
 
-def compute_place(source: ModelSource) -> tuple[torch.device, torch.dtype]:
-    """Where a model lies and what it computes in, "auto" decided."""
+def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:
+    """(device of a model, dtype of its compute), "auto" decided."""
     device = torch.device((hardware.accelerator() or "cpu") if source.device == "auto" else source.device)
     return device, compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
 
@@ -178,16 +203,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
-    rule, found, base = load_adapter(locate(str(source.deltas), run), names=params)
-    check_deltas(params, found, str(source.deltas))
+    rule, trainable, base = load_adapter(locate(str(source.deltas), run), names=params)
+    check_deltas(params, trainable, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:
-        here = folder_fingerprint(path)
-        if here != base.fingerprint:
+        fingerprint = folder_fingerprint(path)
+        if fingerprint != base.fingerprint:
             raise InputError(
                 f"loading: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose "
-                f"weights are not those of {path} ({here[:12]}), expected the same base; point [model] path to it"
+                f"weights are not those of {path} ({fingerprint[:12]}), expected the same base; point [model] path to it"
             )
-    return rule, tree.map(lambda x: x.to(device), found)
+    return rule, tree.map(lambda x: x.to(device), trainable)
 
 
 def _model(source: ModelSource, run: Path | None = None) -> Model:

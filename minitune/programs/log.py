@@ -1,4 +1,4 @@
-"""What a run says: lines and a progress bar on the terminal, rows in metrics.jsonl, and wandb where the program asks for it."""
+"""Output of a run: lines and a progress bar on the terminal, rows in metrics.jsonl, and wandb where the program asks for it."""
 
 import inspect
 import json
@@ -26,14 +26,14 @@ LINE_EVERY_SHARE = 0.05  # or after this share of the steps, whichever comes fir
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is logged beyond the terminal. wandb: keywords of wandb.init; every: steps between two rows of metrics."""
+    """Settings of what is logged beyond the terminal. wandb: keywords of wandb.init; every: steps between two rows of metrics."""
 
     wandb: dict[str, Any] | None = None
     every: PositiveInt = 1
 
 
 class Progress:
-    """How far a loop has come; what it shows depends on the terminal."""
+    """Progress of a loop, shown as the terminal allows."""
 
     def update(self, step: int, values: Mapping[str, Number]) -> None:
         """Show that `step` steps are done, with these readings: {"loss": ..., "lr": ..., "mem_bytes": ...}."""
@@ -41,7 +41,7 @@ class Progress:
 
 
 class Log:
-    """The terminal, metrics.jsonl and wandb of one run: a context manager, so that all are closed however the run ends."""
+    """Terminal, metrics.jsonl and wandb of one run: a context manager, so that all are closed however the run ends."""
 
     def __init__(self, folder: Path, config: LogConfig, program: Mapping[str, Any], console: Console | None = None) -> None:
         """folder: of the run; program: the resolved one, which becomes wandb's config."""
@@ -68,7 +68,7 @@ class Log:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
-        """A table or anything else that rich can draw."""
+        """Show a table or anything else that rich can draw."""
         self._console.print(renderable)
 
     def begin(self, stage: str) -> None:
@@ -98,7 +98,7 @@ class Log:
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Progress]:
-        """A progress bar on a terminal, else a plain line now and then; `done` of `total` steps were done before."""
+        """Show a progress bar on a terminal, else a plain line now and then; `done` of `total` steps were done before."""
         if not self._console.is_terminal:
             yield _Lines(self, title, total, done)
             return
@@ -151,7 +151,7 @@ class _Lines(Progress):
 
 
 def _wandb_run(folder: Path, keywords: Mapping[str, Any], program: Mapping[str, Any]) -> Any:
-    """A wandb run with the program as its config; a run that is continued keeps its id."""
+    """Run of wandb with the program as its config; a run that is continued keeps its id."""
     import wandb  # slow to import, and only for those who ask for it
 
     known = list(inspect.signature(wandb.init).parameters)

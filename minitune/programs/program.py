@@ -1,4 +1,4 @@
-"""A program: one TOML file, complete in itself, decoded into frozen structs before anything else happens."""
+"""Program of a run: one TOML file, complete in itself, decoded into frozen structs before anything else happens."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `python -m minitune` runs: a model, its data, and the stages that the model goes through, in order."""
+    """Program that `python -m minitune` runs: a model, its data, and the stages that the model goes through, in order."""
 
     name: Annotated[str, msgspec.Meta(pattern=rf"^{_PLAIN}(?!\n)$", max_length=100)]
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
@@ -37,7 +37,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Places(NamedTuple):
-    """Where each value was written: a line of the file, or an override."""
+    """Origin of each value: a line of the file, or an override."""
 
     file: Path
     lines: Mapping[toml_messages.KeyPath, int]
@@ -73,21 +73,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
 
 
 def resolved(program: Program) -> str:
-    """The program as TOML with every default written out; loading it gives an equal program."""
+    """Program as TOML with every default written out; loading it gives an equal program."""
     return dumps(_escape(msgspec.to_builtins(program)))
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a program, for editors and for checks outside of minitune."""
+    """JSON Schema of a program, for editors and for checks outside of minitune."""
     return msgspec.json.schema(Program)
 
 
 def _stage_names(raw: Mapping[str, Any]) -> list[str | None]:
-    """What overrides, records and summary.json call each stage: its name, else its op; None where decoding will find a fault."""
+    """Name of each stage in overrides, records and summary.json: its name, else its op; None if decoding will refuse it."""
     tables = raw.get("stage")
-    tables = [table if isinstance(table, Mapping) else {} for table in tables] if isinstance(tables, list) else []
-    names = [table.get("name", table.get("op")) for table in tables]
-    return [name if isinstance(name, str) else None for name in names]
+    names = []
+    for table in tables if isinstance(tables, list) else []:
+        name = table.get("name", table.get("op")) if isinstance(table, Mapping) else None
+        names.append(name if isinstance(name, str) else None)
+    return names
 
 
 def _refuse_bad_names(names: Sequence[str | None], places: _Places) -> None:
@@ -131,13 +133,20 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     if head not in names and head not in tops:
         known = [*(name for name in names if name), *tops]
         raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{nearest(head, known)}")
-    top: toml_messages.KeyPath = ("stage", names.index(head)) if head in names else ()
-    table, keys = (raw["stage"][top[1]], rest) if top else (raw, [head, *rest])
+
+    # Walk to the table that holds the key; what is not written on the way begins as its default.
+    top: toml_messages.KeyPath = ()
+    table, keys = raw, [head, *rest]
+    if head in names:
+        top = ("stage", names.index(head))
+        table, keys = raw["stage"][names.index(head)], rest
     for n, key in enumerate(keys[:-1], 1):
         at = (*top, *keys[:n])
         table = table.setdefault(key, toml.default_at(Program, raw, at))
         if not isinstance(table, dict):
             raise InputError(f"{what}: {shown(at)} is no table, expected one that holds {keys[n]}")
+
+    # A number is text where only a string can stand, as in name=2026.
     types = types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
     table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
@@ -145,16 +154,18 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
 
 
 def _toml_value(text: str, text_only: bool) -> Any:
-    """The value of a TOML expression, or the text itself where it is none, or where only a string can stand (name=2026)."""
+    """Value of a TOML expression, or the text itself where it is none, or where only a string can stand (name=2026)."""
     try:
         parsed = toml.parse(f"value = {text}", "")
     except InputError:
         return text
-    return text if len(parsed) > 1 or (text_only and not isinstance(parsed["value"], str)) else parsed["value"]
+    if len(parsed) > 1 or (text_only and not isinstance(parsed["value"], str)):
+        return text
+    return parsed["value"]
 
 
 def _expand(value: Any, path: toml_messages.KeyPath, places: _Places) -> Any:
-    """The tree with ${NAME} replaced in every string."""
+    """Tree with ${NAME} replaced in every string."""
     if isinstance(value, dict):
         return {key: _expand(child, (*path, key), places) for key, child in value.items()}
     if isinstance(value, list):
@@ -162,10 +173,10 @@ def _expand(value: Any, path: toml_messages.KeyPath, places: _Places) -> Any:
     if not isinstance(value, str):
         return value
 
-    def variable(found: re.Match[str]) -> str:
-        if found.group() == "$${":
+    def variable(match: re.Match[str]) -> str:
+        if match.group() == "$${":
             return "${"
-        name, brace = found.groups()
+        name, brace = match.groups()
         if not (name and brace):
             raise InputError(f"{places.where(path)}: {shown(path)} holds '${{', expected ${{NAME}}; write $${{ for ${{ itself")
         if name not in os.environ:

@@ -1,4 +1,4 @@
-"""What a finished run shows a person: what it learned, how fast, in how much memory, and where the result lies."""
+"""Report of a finished run for a person: what it learned, how fast, in how much memory, and where the result lies."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from minitune.programs.log import readings
 
 
 def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
-    """The content of a summary.json as one table of stages, the evaluations' samples side by side, and a line of figures."""
+    """Content of a summary.json as one table of stages, the evaluations' samples side by side, and a line of figures."""
     records = {name: record for name, record in summary.items() if isinstance(record, Mapping)}
     evals = {name: record for name, record in records.items() if "loss_nats" in record}
     parts: list[RenderableType] = [Text()]
-    if any(_tells(record) for record in records.values()):
+    if any(_has_figures(record) for record in records.values()):
         parts += [_stages(title, records)]
     if evals:
         parts += _samples(evals)
@@ -25,7 +25,7 @@ def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _tells(record: Mapping[str, Any]) -> bool:
+def _has_figures(record: Mapping[str, Any]) -> bool:
     return any(key in record for key in ("loss_nats", "steps", "bytes", "bytes_after"))
 
 
@@ -35,7 +35,7 @@ def _stages(title: str, records: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("loss [nats a token]", "exact match", "size [MiB]", "time [s]"):
         table.add_column(column, justify="right")
     for name, record in records.items():
-        if not _tells(record):
+        if not _has_figures(record):
             continue
         loss = f"{record['loss_nats']:.4f}" if "loss_nats" in record else ""
         match = f"{record['exact_match']:.1%} of {record['n_prompts']}" if "exact_match" in record else ""

@@ -47,6 +47,6 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
 
 
 def summary(records: Mapping[str, Record]) -> Record:
-    """The records by stage name, with what stands under their key "top" moved to the top level."""
+    """Records by stage name, with what stands under their key "top" moved to the top level."""
     top = {key: value for record in records.values() for key, value in record.get("top", {}).items()}
     return {name: {key: value for key, value in record.items() if key != "top"} for name, record in records.items()} | top

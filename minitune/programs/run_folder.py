@@ -16,6 +16,7 @@ from minitune import __version__
 from minitune.errors import InputError
 from minitune.io import locks, paths, toml
 from minitune.io.atomic import sync, write_atomic
+from minitune.io.json_file import read_json
 from minitune.io.results import Record, file_record, hashed_record, iso_time
 from minitune.io.toml_messages import KeyPath, shown
 from minitune.programs import save_paths
@@ -35,7 +36,7 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a run was made of; inputs: by path, "sha256" and "bytes", or "bytes" and "time" for large weights."""
+    """Inputs and origin of a run; inputs: by path, "sha256" and "bytes", or "bytes" and "time" for large weights."""
 
     seed: int
     inputs: dict[str, Record]
@@ -43,12 +44,12 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Run(NamedTuple):
-    """An opened run folder: nobody else trains in it until the lock file is closed."""
+    """Opened run folder: nobody else trains in it until the lock file is closed."""
 
     folder: Path
     resumed: bool
     records: dict[str, Record]  # of the stages that were finished before
-    notes: tuple[str, ...]  # what the user should be told
+    notes: tuple[str, ...]  # for the user
     lock: locks.Lock
 
 
@@ -61,7 +62,7 @@ def open_run(program: Program, *, program_text: str) -> Run:
     out = Path(program.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     folder = out / program.name
-    lock = _lock(out / f".{program.name}.lock", folder)  # beside the folder: the folder may be moved aside
+    lock = _lock(out / f".{program.name}.lock", folder)  # not inside the folder, which may be moved aside
     try:
         exists = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if exists and not (folder / "manifest.json").is_file():
@@ -107,13 +108,14 @@ def _difference(before: Any, now: Any, path: KeyPath) -> str | None:
     for key in before | now:
         if key not in before or key not in now:
             return f"holds another program ({shown((*path, key))} stands only {'here' if key in now else 'there'})"
-        if found := _difference(before[key], now[key], (*path, key)):
-            return found
+        difference = _difference(before[key], now[key], (*path, key))
+        if difference is not None:
+            return difference
     return None
 
 
 def _prepared(program: Program, program_text: str, folder: Path) -> Path:
-    """A fresh run folder under another name, so that under its own it exists whole or not at all."""
+    """Fresh run folder under another name, so that under its own it exists whole or not at all."""
     new = folder.with_name(f".{folder.name}.new")  # one left by a kill is written over: the lock is ours
     (new / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_atomic(new / "program.toml", program_text.encode())
@@ -161,7 +163,7 @@ def _start() -> Start:
 
 
 def _lock(path: Path, folder: Path) -> locks.Lock:
-    """The lock of a run folder; InputError if another process trains in it, or the file system has no locks."""
+    """Lock of a run folder; InputError if another process trains in it, or the file system has no locks."""
     try:
         return locks.acquire(path)
     except locks.Busy as busy:
@@ -180,13 +182,9 @@ def _read(path: Path) -> bytes:
 
 
 def _json(path: Path, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(_read(path), type=kind)
-    except msgspec.DecodeError as error:
-        raise InputError(
-            f"runs: {path} is damaged ({error}), expected what a run writes; set resume = false to begin afresh"
-        ) from None
+    return read_json(path, kind, "runs", "set resume = false to begin afresh")
 
 
 def write_record(path: Path, tree: Mapping[str, Any] | Manifest) -> None:
+    """Write a record as indented JSON, whole or not at all."""
     write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

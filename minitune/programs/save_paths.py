@@ -1,4 +1,4 @@
-"""Where a program reads and where it writes, and that the second never lies in the way of the first."""
+"""Paths that a program reads and writes, and the check that it never writes over what it reads."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -21,17 +21,17 @@ def model_inputs(program: Program) -> dict[str, str]:
     for stage in program.stage:
         parts = {f"{stage.label}.{field}": getattr(stage, field) for field in stage.__struct_fields__}
         sources |= {key: part for key, part in parts.items() if isinstance(part, ModelSource)}
-    found = {f"{at}.{key}": getattr(source, key) for at, source in sources.items() for key in MODEL_PATHS}
-    return {key: path for key, path in found.items() if path is not None and not path.startswith("run/")}
+    inputs = {f"{at}.{key}": getattr(source, key) for at, source in sources.items() for key in MODEL_PATHS}
+    return {key: path for key, path in inputs.items() if path is not None and not path.startswith("run/")}
 
 
 def data_inputs(program: Program) -> dict[str, str]:
     """Every data file that a program reads, by its key: {"data.train.path": ..., "data.train.mix[0].path": ...}."""
-    found = {}
+    inputs = {}
     for name, source in program.data.items():
-        mixed = {f"data.{name}.mix[{i}].path": one.path for i, one in enumerate(source.mix)}
-        found |= {f"data.{name}.path": source.path, **mixed}
-    return found
+        mixed = {f"data.{name}.mix[{i}].path": part.path for i, part in enumerate(source.mix)}
+        inputs |= {f"data.{name}.path": source.path, **mixed}
+    return inputs
 
 
 def check(program: Program) -> None:
@@ -63,8 +63,14 @@ def _check_apart(key: str, path: Path, others: Mapping[str, Path]) -> None:
 
 def _check_run(key: str, path: Path, run: Path) -> None:
     lock = run.with_name(f".{run.name}.lock")
-    own = [(Path.cwd(), "the working folder"), (run, "the run folder"), (lock, "the run's lock")]
-    for place, name in (*own, (holder_file(lock), "the run's lock"), (run.with_name(f".{run.name}.new"), "the run folder")):
+    places = [
+        (Path.cwd(), "the working folder"),
+        (run, "the run folder"),
+        (lock, "the run's lock"),
+        (holder_file(lock), "the run's lock"),
+        (run.with_name(f".{run.name}.new"), "the run folder"),
+    ]
+    for place, name in places:
         if _within(place, path):
             raise _refused(key, f"is or holds {name} ({place})")
     part = next(_below(path, run), None)
@@ -72,12 +78,12 @@ def _check_run(key: str, path: Path, run: Path) -> None:
         raise _refused(key, f"is or lies in {part} of the run folder")
 
 
-def _refused(key: str, found: str) -> InputError:
-    return InputError(f"places: {key} {found}, expected a place of its own; choose another path, such as run/NAME")
+def _refused(key: str, fault: str) -> InputError:
+    return InputError(f"places: {key} {fault}, expected a place of its own; choose another path, such as run/NAME")
 
 
 def _relation(path: Path, place: Path) -> str | None:
-    """How a path to be written lies to another one, in words; None if they are apart."""
+    """Relation of a path to be written to another one, in words; None if they are apart."""
     if _same(path, place):
         return "is also"
     if _within(place, path):
@@ -86,7 +92,7 @@ def _relation(path: Path, place: Path) -> str | None:
 
 
 def _below(path: Path, folder: Path) -> Iterator[str]:
-    """The names that lead from a folder down to a path inside it; none for a path outside."""
+    """Names that lead from a folder down to a path inside it; none for a path outside."""
     path = Path(os.path.realpath(path))
     names: list[str] = []
     for place in (path, *path.parents):
@@ -102,7 +108,7 @@ def _within(inner: Path, outer: Path) -> bool:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths are one place, through symbolic links and whatever the case of their letters means here."""
+    """True if two paths are one place, through symbolic links and whatever the case of their letters means here."""
     if a.exists() and b.exists():
         return a.samefile(b)
     return os.path.normcase(os.path.realpath(a)) == os.path.normcase(os.path.realpath(b))

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopSignals:
-    """Catches SIGTERM, SIGINT and Windows' SIGBREAK while it is entered; called, it says whether one has come.
+    """Context manager that catches SIGTERM, SIGINT and Windows' SIGBREAK; call it to ask whether a signal arrived.
 
     A second SIGINT acts as usual.
     """

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to sto
 
 
 class LoadedModel(NamedTuple):
-    """A model with its weights, tokenizer and deltas, as the stages work on it."""
+    """Model with its weights, tokenizer and deltas, as the stages work on it."""
 
     model: Model
     params: Params
@@ -40,12 +40,12 @@ class LoadedModel(NamedTuple):
 
 
 class PipelineState(NamedTuple):
-    """What flows through the stages of a program."""
+    """State that flows through the stages of a program."""
 
     seed: int
     folder: Path  # the run folder, runs/<name>
     log: Log
-    stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has been seen
+    stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has arrived
     data: Mapping[str, Source]
     records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
     loaded: LoadedModel
@@ -62,7 +62,7 @@ class PipelineState(NamedTuple):
 
 
 class AbstractState(NamedTuple):
-    """What is known of a state before anything is loaded: each stage checks itself against it and hands on the next one."""
+    """State as it is known before a weight is loaded: each stage checks itself against it and returns the next."""
 
     data: Mapping[str, Source]
     model: Model
@@ -71,6 +71,24 @@ class AbstractState(NamedTuple):
     lora: Lora | None = None  # the rule that the deltas follow
     whole: frozenset[str] = frozenset()  # weights that train whole
     quantized: frozenset[str] = frozenset()
-    over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
-    merged: bool = False  # whether weights have changed since they were loaded, so that no folder holds them
+    trained_over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
+    merged: bool = False  # weights have changed since they were loaded, so that no folder holds them
     saved: Mapping[str, Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written
+
+
+@runtime_checkable
+class PipelineStage(Protocol):
+    """Interface of a stage, as programs run it."""
+
+    @property
+    def label(self) -> str:
+        """Name in overrides, records and messages."""
+        ...
+
+    def check(self, abstract: AbstractState) -> AbstractState:
+        """Abstract state after this stage; InputError for what would stop it later."""
+        ...
+
+    def run(self, state: PipelineState) -> PipelineState:
+        """State after this stage."""
+        ...

@@ -1,24 +1,20 @@
-"""The download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names, into a plain folder.
+"""Download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names, into a plain folder.
 
 Everything goes through the huggingface_hub package: tokens, proxies, retries and partly finished files are its business.
 """
 
-import errno
 import fnmatch
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from minitune.errors import InputError
 from minitune.io import locks
-from minitune.io.safetensors_header import INDEX, SINGLE
+from minitune.io.atomic import NO_ROOM, require_room
+from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.io.units import format_bytes
 
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
@@ -56,11 +52,11 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
             hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(sizes))
 
         with folder_lock(folder, tell):
-            _require_room(folder, small)
+            _require_room_for_missing(folder, small)
             bring(small)
             sizes = {**small, **_weights(repo, folder, listed)}
             _refuse_others(folder, repo, sizes)
-            missing = _require_room(folder, sizes)
+            missing = _require_room_for_missing(folder, sizes)
             if missing:
                 tell(f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, {format_bytes(sum(missing.values()))}")
             bring(sizes)
@@ -73,15 +69,12 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
 
 
 def _weights(repo: str, folder: Path, listed: Mapping[str, int]) -> dict[str, int]:
-    """The weight files: those of the index if there is one, else the single file, else an adapter's."""
+    """Weight files: those of the index if there is one, else the single file, else an adapter's."""
     if INDEX in listed:
-        try:
-            names = sorted(set(msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, Any])["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"hub: {folder / INDEX} has no readable weight_map ({error!r}); tell the owner of {repo}") from None
+        names = sorted(set(read_weight_map(folder, "hub", f"tell the owner of {repo}").values()))
     else:
         names = [name for name in (SINGLE, ADAPTER) if name in listed][:1]
-    odd = next((name for name in names if not (isinstance(name, str) and FILE.fullmatch(name) and name in listed)), None)
+    odd = next((name for name in names if not (FILE.fullmatch(name) and name in listed)), None)
     if odd is not None:
         raise InputError(f"hub: {INDEX} of {repo} points to {odd!r}, expected one of its files; tell the owner of {repo}")
     if not names:
@@ -111,7 +104,7 @@ def _refuse_foreign(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
 
 
 def _downloaded(folder: Path, name: str) -> bool:
-    """Whether a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
+    """True if a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
     record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     try:
         time_s = float(record.read_text(encoding="utf-8").splitlines()[2])
@@ -125,15 +118,10 @@ def _unfinished(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: n for name, n in sizes.items() if there[name] != n}
 
 
-def _require_room(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The files that are not there yet; InputError if the disk can't take them."""
+def _require_room_for_missing(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Files that are not there yet; InputError if the disk can't take them."""
     missing = _unfinished(folder, sizes)
-    needed, free = sum(missing.values()), shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"hub: {folder} needs {needed:,} bytes more, its disk has {free:,} free, expected at least as many; free some space "
-            "or choose another folder with --to"
-        )
+    require_room(folder, sum(missing.values()), "the files that are missing")
     return missing
 
 
@@ -180,7 +168,7 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
             said = f"{where} answered {status}, expected its files; " + (
                 "set HF_TOKEN to a token that may read it" if status in (401, 403) else "try again later"
             )
-        elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif isinstance(cause, OSError) and cause.errno in NO_ROOM:
             said = f"the disk of {folder} is full, expected room for {repo}; free some space or choose another with --to"
         elif isinstance(cause, OSError) and cause.filename is not None:
             said = f"{cause.filename} can't be written ({cause.strerror}), expected a folder of yours; choose another with --to"

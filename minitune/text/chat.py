@@ -4,17 +4,17 @@ Templates come from model folders, so they run in a sandbox with bounded loops. 
 they say is never read as a special token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minitune.errors import InputError
+from minitune.io.json_file import read_json_object
 from minitune.text.escaping import escape_special_tokens
-from minitune.text.template import Message, Template, Tool, compile_template, render, told
+from minitune.text.template import Message, Template, Tool, compile_template, describe_roles, render
 from minitune.text.tokenizer import Tokenizer
 from minitune.text.turns import Conversation, TrainOn, assistant_turns
-from minitune.text.vocabulary import json_object
 
 CHATML = """\
 {% for message in messages %}
@@ -42,37 +42,56 @@ class Tokens(NamedTuple):
 
 
 def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
-    """The folder's template, else the built-in ChatML if the tokenizer has its tokens, else a plain built-in one."""
-    names, file, config = tokenizer.special_names, folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    """Read a folder's chat template; without one, the built-in ChatML if the tokenizer has its tokens, else a plain one.
+
+    InputError for a template that can't be read or compiled, and for a tokenizer without a token that ends a turn.
+    """
+    names = tokenizer.special_names
+    file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return compile_template(file.read_text(encoding="utf-8"), names, str(file))
+            source = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"chat: {file} is not UTF-8 ({error}), expected a Jinja template; fetch the file again") from None
-    found = json_object(config).get("chat_template")
+        return compile_template(source, names, str(file))
+    return _template_of_config(folder / "tokenizer_config.json", names) or _built_in(folder, tokenizer)
+
+
+def _template_of_config(config: Path, names: Mapping[str, str]) -> Template | None:
+    """The chat_template of a tokenizer_config.json, None if there is none.
+
+    It is a string, or a list of named ones, of which `default` and `tool_use` are read.
+    """
+    written = read_json_object(config, "chat", optional=True).get("chat_template")
     tool_use = None
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found, tool_use = named.get("default", named), named.get("tool_use")
-    if isinstance(found, str):
-        template = compile_template(found, names, f"{config} chat_template")
-        if not isinstance(tool_use, str):
-            return template
-        return template._replace(tool_use=compile_template(tool_use, names, f"{config} chat_template tool_use"))
-    if found is not None:
+    if isinstance(written, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in written if isinstance(entry, dict)}
+        tool_use = by_name.get("tool_use")
+        written = by_name.get("default", by_name)
+    if written is None:
+        return None
+    if not isinstance(written, str):
         raise InputError(
-            f"chat: {config} chat_template is a {type(found).__name__}, expected a string or a list of named strings with "
+            f"chat: {config} chat_template is a {type(written).__name__}, expected a string or a list of named strings with "
             "one called default; write the template to chat_template.jinja"
         )
+    template = compile_template(written, names, f"{config} chat_template")
+    if isinstance(tool_use, str):
+        template = template._replace(tool_use=compile_template(tool_use, names, f"{config} chat_template tool_use"))
+    return template
+
+
+def _built_in(folder: Path, tokenizer: Tokenizer) -> Template:
+    """A built-in template for a folder without one."""
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special.keys():
-        opening = "{{ bos_token }}" if tokenizer.add_bos and tokenizer.bos_id is not None else ""
-        return compile_template(opening + CHATML, names, "built-in ChatML template")
+        bos = "{{ bos_token }}" if tokenizer.add_bos and tokenizer.bos_id is not None else ""
+        return compile_template(bos + CHATML, tokenizer.special_names, "built-in ChatML template")
     if tokenizer.eos_id is None:
         raise InputError(
             f"chat: {folder} has no chat template and its tokenizer no eos_token, expected one that ends a turn; "
             "write a chat_template.jinja or name the eos_token in tokenizer_config.json"
         )
-    return compile_template(PLAIN, names, "built-in plain template")
+    return compile_template(PLAIN, tokenizer.special_names, "built-in plain template")
 
 
 def encode_chat(
@@ -83,8 +102,10 @@ def encode_chat(
     tools: Sequence[Tool] = (),
     train_on: TrainOn = "assistant",
 ) -> Tokens:
-    """Ids of a conversation, and which are trained: what stands in {% generation %} or, in a template without it, every turn
-    of the assistant with its end-of-turn token; the last of them only; or every token.
+    """Encode a conversation, with the mask of the tokens that are trained.
+
+    train_on: "assistant" trains what stands in {% generation %} or, in a template without it, every turn of the
+    assistant with its end-of-turn token; "last" only the last of them; "all" every token.
 
     InputError if the template writes an assistant turn differently from what its generation prompt promised, or
     ends it with no special token.
@@ -95,7 +116,7 @@ def encode_chat(
 def encode_prompt(
     tokenizer: Tokenizer, template: Template, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
 ) -> list[int]:
-    """Ids that generation starts from: the conversation and the opening of an assistant turn."""
+    """Ids that generation starts from: the conversation and the generation prompt, which begins an assistant turn."""
     return _encode(tokenizer, template, messages, tools, True, None).ids
 
 
@@ -107,31 +128,42 @@ def _encode(
     add_generation_prompt: bool,
     train_on: TrainOn | None,
 ) -> Tokens:
-    # Special tokens come from the template alone: it writes the bos, where one is wanted.
-    shielded, shielded_tools, restore = escape_special_tokens(messages, tools, tokenizer)
-    conversation = Conversation(template, shielded, shielded_tools)
+    # Special tokens come from the template alone, bos included where one is wanted.
+    escaped, escaped_tools, restore = escape_special_tokens(messages, tools, tokenizer)
+    conversation = Conversation(template, escaped, escaped_tools)
     text = conversation.text(len(messages), add_generation_prompt)
     if restore:
-        plain = render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        if plain != text.translate(restore):
+        # A template that looks for a special token in a message (to split at it, for one) would not find it.
+        unescaped = render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        if unescaped != text.translate(restore):
             raise InputError(
                 f"chat: {template.origin} reads a special token in the text of a message, expected it to be copied as text; "
-                f"remove the special tokens from the content of {told(messages)}"
+                f"remove the special tokens from the content of {describe_roles(messages)}"
             )
-    # The text is cut where a turn of the assistant starts, as generation cuts it, and where it ends.
+    # The text is cut where a turn of the assistant starts, because generation continues from there, and where it
+    # ends. So every second span is a turn.
     turns = assistant_turns(tokenizer, conversation, text, add_generation_prompt, train_on)
-    borders = [0, *(border for turn in turns for border in (turn.start, turn.end)), len(text)]
-    ids, mask = [], []
-    for n, (start, end) in enumerate(pairwise(borders)):
-        stretch = tokenizer.encode_span(text[start:end], opens=start == 0, restore=restore)
-        ids += stretch
-        mask += [train_on == "all" or (n % 2 == 1 and turns[n // 2].trained)] * len(stretch)
+    cuts = [0]
+    for turn in turns:
+        cuts += [turn.start, turn.end]
+    ids: list[int] = []
+    mask: list[bool] = []
+    for n, (start, end) in enumerate(pairwise([*cuts, len(text)])):
+        span = tokenizer.encode_span(text[start:end], starts_document=start == 0, restore=restore)
+        is_turn = n % 2 == 1
+        trained = train_on == "all" or (is_turn and turns[n // 2].trained)
+        ids += span
+        mask += [trained] * len(span)
     return Tokens(ids, mask)
 
 
-def stop_ids(tokenizer: Any, template: Template) -> list[int]:
-    """The tokens that end an answer: the special token that the template puts after an assistant's turn, and the end of text."""
+def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Tokens that end an answer: the special token that the template puts after an assistant's turn, and eos."""
     turn = encode_chat(tokenizer, template, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    last = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
-    ends = [last] if last in tokenizer.special.values() else []
-    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
+    last_trained = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
+    stops = []
+    if last_trained in tokenizer.special.values():
+        stops.append(last_trained)
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in stops:
+        stops.append(tokenizer.eos_id)
+    return stops

@@ -5,33 +5,49 @@ from pathlib import Path
 from typing import Any
 
 from minitune.errors import InputError
-from minitune.text.ranks import ROLES, holds_ranks, spec_of_ranks
+from minitune.io.json_file import read_json_object
+from minitune.text.ranks import ROLES, holds_ranks, ranks_to_spec
 from minitune.text.sentencepiece import open_sentencepiece
-from minitune.text.tokenizer_json import opening_text, vocabulary_of_spec
-from minitune.text.vocabulary import Vocabulary, json_object
+from minitune.text.tokenizer_json import bos_text_of_spec, vocabulary_from_spec
+from minitune.text.vocabulary import Vocabulary
 
 
 def open_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
-    """Read tokenizer.model (sentencepiece, or Meta's ranks where no tokenizer.json says more), else tokenizer.json.
+    """Read tokenizer.model if it is sentencepiece's, else tokenizer.json, else Meta's ranks in tokenizer.model.
 
     config: tokenizer_config.json. InputError names the file that is missing or damaged.
     """
-    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model.is_file() and not (fast.is_file() and holds_ranks(model)):
+    model = folder / "tokenizer.model"
+    fast = folder / "tokenizer.json"
+    if model.is_file():
         if holds_ranks(model):
-            return vocabulary_of_spec(model, spec_of_ranks(model))._replace(names=ROLES, opening=ROLES["bos_token"])
-        try:
-            vocabulary = open_sentencepiece(model, config)
-            asked = fast.is_file() and "add_bos_token" not in config
-            return vocabulary._replace(opening=opening_text(json_object(fast))) if asked else vocabulary
-        except (RuntimeError, ValueError, IndexError) as error:  # what sentencepiece raises for damaged bytes
+            # Ranks say less than a tokenizer.json, which is read in their place if there is one.
             if not fast.is_file():
-                raise InputError(
-                    f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a sentencepiece model; "
-                    "put the model's tokenizer.json next to it or fetch the file again"
-                ) from None
+                vocabulary = vocabulary_from_spec(model, ranks_to_spec(model))
+                return vocabulary._replace(names=ROLES, bos_text=ROLES["bos_token"])
+        else:
+            vocabulary = _sentencepiece(model, fast, config)
+            if vocabulary is not None:
+                return vocabulary
     if fast.is_file():
-        return vocabulary_of_spec(fast, json_object(fast))
+        return vocabulary_from_spec(fast, read_json_object(fast, "tokenizer"))
     raise InputError(
         f"tokenizer: {folder} holds neither file, expected tokenizer.model or tokenizer.json; copy one from the model"
     )
+
+
+def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabulary | None:
+    """Vocabulary of a sentencepiece model; None if it is damaged and a tokenizer.json can take its place."""
+    try:
+        vocabulary = open_sentencepiece(model, config)
+    except (RuntimeError, ValueError, IndexError) as error:  # what sentencepiece raises for damaged bytes
+        if fast.is_file():
+            return None
+        raise InputError(
+            f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a sentencepiece model; "
+            "put the model's tokenizer.json next to it or fetch the file again"
+        ) from None
+    # A sentencepiece model does not say whether a text begins with bos: the configuration does, else tokenizer.json.
+    if fast.is_file() and "add_bos_token" not in config:
+        return vocabulary._replace(bos_text=bos_text_of_spec(read_json_object(fast, "tokenizer")))
+    return vocabulary

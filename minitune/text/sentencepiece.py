@@ -1,4 +1,8 @@
-"""Vocabulary of a sentencepiece model."""
+"""Vocabulary of a sentencepiece model.
+
+The package reads a model and tokenizes, but tells neither the types of pieces nor the normalizer's settings, so
+those are read from the model's protobuf message here.
+"""
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -12,83 +16,138 @@ from minitune.text.vocabulary import AddedToken, Vocabulary
 # Protobuf merges a message field that comes twice: these bytes after a sentencepiece model set, in normalizer_spec
 # (field 3), add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) to false.
 NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
-USER_DEFINED = 4  # the type of a piece in a sentencepiece model
+# Numbers of fields in ModelProto and in the messages inside it, and the type of a piece that a user defined.
+PIECES, NORMALIZER = 1, 3
+PIECE_TYPE, REMOVE_EXTRA_WHITESPACES = 3, 4
+USER_DEFINED = 4
+SPACES = (" ", "\u2581")  # U+2581 is how sentencepiece writes a space
 
 
 def open_sentencepiece(path: Path, config: Mapping[str, Any]) -> Vocabulary:
+    """Read a sentencepiece model; config: tokenizer_config.json.
+
+    RuntimeError, ValueError or IndexError for damaged bytes.
+    """
     proto = path.read_bytes()
     if not proto:  # sentencepiece takes an empty file for an empty model
         raise RuntimeError("an empty file")
-    first, rest = SentencePieceProcessor(model_proto=proto), SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+    inside = SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+    at_start = SentencePieceProcessor(model_proto=proto)
     if config.get("add_prefix_space") is False:
-        first = rest
-    size = first.vocab_size()
-    pieces = [first.id_to_piece(i) for i in range(size)]
-    control = [i for i in range(size) if first.is_control(i)]
-    user_defined = [i for i, kind in enumerate(_kinds(proto)) if kind == USER_DEFINED]
-    squeezes = _squeezes(proto)  # runs of spaces to one, and none at the ends: then every stretch opens with a dummy prefix
-    # added_tokens_decoder says which of them are special; without it, those are that look like markup
-    declared = "added_tokens_decoder" in config
+        at_start = inside
+
+    size = at_start.vocab_size()
+    pieces = [at_start.id_to_piece(i) for i in range(size)]
+    # A model that squeezes runs of spaces to one takes away those at the ends of a text as well: then every text
+    # needs the dummy prefix, not only the one that starts a document.
+    squeezes = _removes_extra_whitespace(proto)
+
+    def ids(text: str, starts_document: bool) -> list[int]:
+        # As in transformers: a text that starts with a space is not given another one.
+        prefixed = squeezes or (starts_document and not text.startswith(SPACES))
+        return (at_start if prefixed else inside).encode(text)
 
     def text(ids: list[int], added: Mapping[int, str]) -> str:
-        runs = [(found, list(run)) for found, run in groupby(ids, lambda i: i in added)]
-        words = [
-            "".join(added[i] for i in run) if found else (first if n == 0 else rest).decode([i for i in run if i < size])
-            for n, (found, run) in enumerate(runs)
-        ]
-        return "".join(words)
+        parts: list[str] = []
+        for is_added, run in groupby(ids, lambda i: i in added):
+            if is_added:
+                parts += [added[i] for i in run]
+            else:
+                processor = inside if parts else at_start
+                parts.append(processor.decode([i for i in run if i < size]))
+        return "".join(parts)
 
     def id_of(piece: str) -> int | None:
-        i = first.piece_to_id(piece)
+        i = at_start.piece_to_id(piece)
         return i if pieces[i] == piece else None
 
-    roles = {"bos_token": first.bos_id(), "eos_token": first.eos_id(), "unk_token": first.unk_id(), "pad_token": first.pad_id()}
+    roles = {
+        "bos_token": at_start.bos_id(),
+        "eos_token": at_start.eos_id(),
+        "unk_token": at_start.unk_id(),
+        "pad_token": at_start.pad_id(),
+    }
     return Vocabulary(
         size=size,
-        # as in transformers: a text that starts with a space is not given another one
-        ids=lambda text, opens: (first if squeezes or (opens and not text.startswith((" ", "\u2581"))) else rest).encode(text),
+        ids=ids,
         text=text,
         id_of=id_of,
-        added=[AddedToken(pieces[i], i, True) for i in control]
-        + [AddedToken(pieces[i], i, not declared and len(pieces[i].strip()) > 2) for i in user_defined],
+        added=_added_tokens(at_start, pieces, proto, config),
         names={name: pieces[i] for name, i in roles.items() if i >= 0},
-        matches=frozenset(piece for i, piece in enumerate(pieces) if not first.is_control(i)),
-        opening=None,
+        recognized=frozenset(piece for i, piece in enumerate(pieces) if not at_start.is_control(i)),
+        bos_text=None,
         prefix_everywhere=squeezes or config.get("legacy") is True,
     )
 
 
-def _kinds(proto: bytes) -> list[int]:
-    """The types of a sentencepiece model's pieces: message field 1 is a piece, its field 3 the type, 1 if absent."""
-    pieces = (value for field, value in _fields(proto) if field == 1 and isinstance(value, bytes))
-    kinds = ([value for field, value in _fields(piece) if field == 3 and isinstance(value, int)] for piece in pieces)
-    return [kind[-1] if kind else 1 for kind in kinds]
+def _added_tokens(
+    processor: SentencePieceProcessor, pieces: list[str], proto: bytes, config: Mapping[str, Any]
+) -> list[AddedToken]:
+    """Control pieces, all of them special, and the pieces that a user defined.
+
+    added_tokens_decoder says which of the latter are special. Without it, those are that are long enough for
+    markup: a single character, such as a digit or a line break, is text.
+    """
+    declared = "added_tokens_decoder" in config
+    control = [AddedToken(pieces[i], i, True) for i in range(len(pieces)) if processor.is_control(i)]
+    user_defined = [
+        AddedToken(pieces[i], i, not declared and len(pieces[i].strip()) > 2)
+        for i, kind in enumerate(_piece_types(proto))
+        if kind == USER_DEFINED
+    ]
+    return control + user_defined
 
 
-def _squeezes(proto: bytes) -> bool:
-    """Whether a sentencepiece model removes extra whitespace: field 4 of its normalizer (message field 3), true if absent."""
-    specs = (value for field, value in _fields(proto) if field == 3 and isinstance(value, bytes))
-    return [True, *(value != 0 for spec in specs for field, value in _fields(spec) if field == 4)][-1]
+def _piece_types(proto: bytes) -> list[int]:
+    """Types of a sentencepiece model's pieces, in their order; 1 (normal) where the message leaves it out."""
+    types = []
+    for field, piece in _fields(proto):
+        if field == PIECES and isinstance(piece, bytes):
+            values = [value for field, value in _fields(piece) if field == PIECE_TYPE and isinstance(value, int)]
+            types.append(values[-1] if values else 1)
+    return types
+
+
+def _removes_extra_whitespace(proto: bytes) -> bool:
+    """True if the model's normalizer removes extra whitespace, which is the default where the message leaves it out."""
+    removes = True
+    for field, normalizer in _fields(proto):
+        if field == NORMALIZER and isinstance(normalizer, bytes):
+            for inner, value in _fields(normalizer):
+                if inner == REMOVE_EXTRA_WHITESPACES:
+                    removes = value != 0
+    return removes
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message that sentencepiece could read."""
+    """(field number, value) of a protobuf message that sentencepiece could read.
+
+    A key holds the field's number and, in its lowest three bits, the wire type: 0 a varint, 2 bytes after their
+    length, 5 four bytes, 1 eight bytes.
+    """
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
-        if key & 7 == 0:
+        number = key >> 3
+        wire_type = key & 7
+        if wire_type == 0:
             value, at = _varint(message, at)
-            yield key >> 3, value
+            yield number, value
+            continue
+        if wire_type == 2:
+            size, at = _varint(message, at)
         else:
-            size, at = _varint(message, at) if key & 7 == 2 else (4 if key & 7 == 5 else 8, at)
-            yield key >> 3, message[at : at + size]
-            at += size
+            size = 4 if wire_type == 5 else 8
+        yield number, message[at : at + size]
+        at += size
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A protobuf integer, 7 bits a byte from the lowest, and where it ends."""
-    value = shift = 0
+    """Protobuf integer that starts at `at`, 7 bits a byte from the lowest, and where it ends."""
+    value = 0
+    shift = 0
     while message[at] >= 0x80:
         value |= (message[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        shift += 7
+        at += 1
     return value | message[at] << shift, at + 1

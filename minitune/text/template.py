@@ -17,65 +17,78 @@ from jinja2.utils import Namespace
 
 from minitune.errors import InputError, nearest
 
-Message = Mapping[str, Any]  # role and content, and whatever else the template knows, e.g. tool_calls
+Message = Mapping[str, Any]  # role and content, and whatever else the template reads, such as tool_calls
 Tool = Mapping[str, Any]  # a function that may be called, as a JSON schema
 
-MAX_ITERATIONS = 200_000  # loop steps and calls of one rendering
-MAX_CHARS = 50_000_000  # of one rendering
-BUDGET, MARKED = "loop budget", "marks wanted"  # names that no template can spell
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} wrote, where asked for: characters that Unicode has for own uses
-GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
-DOUBTS = ("defined", "undefined", "default", "d")  # tests and filters for names that may be undefined
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which data sets keep what was thought before an answer
+# Bounds of one rendering.
+MAX_ITERATIONS = 200_000  # loop steps and calls
+MAX_CHARS = 50_000_000
+# Names in the template's context with a space, so that no template can spell them.
+BUDGET = "loop budget"
+GENERATION_FILTER = "generation border"
+# Characters around what {% generation %} wrote, where `render` is asked for them: Unicode reserves both for internal use.
+GENERATION_START = "\ufdd0"
+GENERATION_END = "\ufdd1"
+BUILTIN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")  # given to every template
+UNDEFINED_TESTS = ("defined", "undefined", "default", "d")  # Jinja's tests and filters for names that may be undefined
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # keys of a message that data sets keep its reasoning under
 
 
 class Template(NamedTuple):
-    """A chat template: Jinja source, the special tokens that it sees by name, and where it comes from.
+    """A chat template: Jinja source, special tokens by the names that it reads them under, and where it comes from.
 
-    marks: it says by {% generation %} what is trained. tool_use: the template in its place where a conversation has tools.
-    asks: names of what else it may be told, such as enable_thinking. options: what it is told of these.
+    has_generation_blocks: {% generation %} in it says what is trained.
+    tool_use: the template to use in its place for a conversation with tools.
+    variables: names of the options that it reads, such as enable_thinking. options: values for some of them.
     """
 
     source: str
     special_names: Mapping[str, str]
     origin: str
     compiled: jinja2.Template
-    marks: bool = False
+    has_generation_blocks: bool = False
     tool_use: "Template | None" = None
-    asks: frozenset[str] = frozenset()
+    variables: frozenset[str] = frozenset()
     options: Mapping[str, Any] = MappingProxyType({})
 
 
 def compile_template(source: str, special_names: Mapping[str, str], origin: str) -> Template:
-    """A template that can't run code: sandboxed Jinja whose loops are counted; InputError for a syntax error."""
+    """Compile a template that can't run code: sandboxed Jinja whose loops are counted.
+
+    InputError for a syntax error, with its line.
+    """
     env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    env.filters |= {"tojson": _tojson, "counted": _counted, MARKED: _marked}
+    env.filters |= {"tojson": _tojson, "counted": _counted, GENERATION_FILTER: _generation_border}
     env.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace, "dict": _dict}
     del env.globals["lipsum"]
     try:
         tree = env.parse(source)
-        for loop in tree.find_all(jinja2.nodes.For):
-            if loop.recursive:
-                raise jinja2.TemplateSyntaxError("a recursive loop can't be counted", loop.lineno)
-            loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        _count_loops(tree)
         tree.set_environment(env)
-        marks = any(node.name == MARKED for node in tree.find_all(jinja2.nodes.Filter))
-        asks = _asked(tree) - {*GIVEN, *special_names, *env.globals}
-        return Template(source, special_names, origin, env.from_string(tree), marks, asks=asks)
+        # Both are read before the tree is compiled, because Jinja folds constants in place.
+        has_blocks = any(node.name == GENERATION_FILTER for node in tree.find_all(jinja2.nodes.Filter))
+        variables = _variables_read(tree) - {*BUILTIN_VARIABLES, *special_names, *env.globals}
+        compiled = env.from_string(tree)
     except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise InputError(f"chat: {origin}{line} {error}, expected a Jinja chat template; correct it") from None
+    return Template(source, special_names, origin, compiled, has_blocks, variables=variables)
 
 
 def with_options(template: Template, options: Mapping[str, Any], where: str) -> Template:
-    """The template told these options too, in the place of those that it was told before; InputError for one that it does not
-    ask for, which would be lost without a word."""
-    asks = sorted(template.asks | (template.tool_use.asks if template.tool_use is not None else frozenset()))
+    """Template with these options over those that it has.
+
+    InputError for an option that the template does not read: it would have no effect and no message.
+    """
+    variables = template.variables
+    if template.tool_use is not None:
+        variables = variables | template.tool_use.variables
+    known = sorted(variables)
     for name in options:
-        if name not in asks:
+        if name not in variables:
             raise InputError(
                 f"chat: {where} chat_template_kwargs has {name!r}, expected what {template.origin} asks for: "
-                f"{', '.join(asks) or 'nothing'}{nearest(name, asks)}"
+                f"{', '.join(known) or 'nothing'}{nearest(name, known)}"
             )
     return template._replace(options={**template.options, **options})
 
@@ -86,20 +99,30 @@ def render(
     *,
     add_generation_prompt: bool,
     tools: Sequence[Tool] = (),
-    marked: bool = False,
+    mark_generation: bool = False,
 ) -> str:
-    """The text of a conversation; InputError names the template if it refuses the messages or breaks its bounds.
+    """Render a conversation as text.
 
-    marked: OPEN and CLOSE stand around what the template wrote inside {% generation %}.
+    mark_generation: put GENERATION_START and GENERATION_END around what was written inside {% generation %}.
+    InputError names the template if it refuses the messages or exceeds its bounds.
     """
     options = template.options
     if tools and template.tool_use is not None:
         template = template.tool_use
-    names = {**template.special_names, **options, BUDGET: iter(range(MAX_ITERATIONS)), MARKED: marked}
-    values = {"tools": list(tools) or None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    parts, size = [], 0
+    context = {
+        **template.special_names,
+        **options,
+        BUDGET: iter(range(MAX_ITERATIONS)),
+        GENERATION_FILTER: mark_generation,
+        "messages": [_with_reasoning(message) for message in messages],
+        "tools": list(tools) or None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    parts: list[str] = []
+    size = 0
     try:
-        for part in template.compiled.generate(**names, **values, messages=[_with_reasoning(message) for message in messages]):
+        for part in template.compiled.generate(**context):
             parts.append(part)
             size += len(part)
             if size > MAX_CHARS:
@@ -107,33 +130,49 @@ def render(
     except Exception as error:  # a template raises whatever Python does, and all of it is in what the user pointed at
         raise InputError(
             f"chat: {template.origin} fails with {type(error).__name__}: {error}, expected it to render "
-            f"{told(messages)}; change the template or the messages"
+            f"{describe_roles(messages)}; change the template or the messages"
         ) from None
     return "".join(parts)
 
 
-def told(messages: Sequence[Message]) -> str:
-    """A conversation in the words of a message: its roles."""
-    return f"a conversation of {', '.join(str(message.get('role')) for message in messages) or 'no message'}"
+def describe_roles(messages: Sequence[Message]) -> str:
+    """Describe a conversation in an error message, by its roles."""
+    roles = [str(message.get("role")) for message in messages]
+    return f"a conversation of {', '.join(roles) or 'no message'}"
 
 
-def _asked(tree: jinja2.nodes.Template) -> frozenset[str]:
-    """The names that a template reads before it sets them, without its own variables that Jinja can't tell from those: what it
-    sets somewhere and nowhere takes for perhaps undefined."""
-    own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
-    doubts = [node for node in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter)) if node.name in DOUBTS]
-    doubted = {node.node.name for node in doubts if isinstance(node.node, jinja2.nodes.Name)}
-    return frozenset(jinja2.meta.find_undeclared_variables(tree) - (own - doubted))
+def _count_loops(tree: jinja2.nodes.Template) -> None:
+    """Make every loop of a parsed template spend the budget of its rendering; a recursive one can't be counted."""
+    for loop in tree.find_all(jinja2.nodes.For):
+        if loop.recursive:
+            raise jinja2.TemplateSyntaxError("a recursive loop can't be counted", loop.lineno)
+        loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+
+
+def _variables_read(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """Names that a template reads before it sets them: its options.
+
+    Jinja counts a variable that is set on some paths only among them. Those are left out, unless the template
+    tests somewhere whether the name is undefined, as it does for an option with a default.
+    """
+    assigned = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
+    tested = set()
+    for node in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter)):
+        if node.name in UNDEFINED_TESTS and isinstance(node.node, jinja2.nodes.Name):
+            tested.add(node.node.name)
+    return frozenset(jinja2.meta.find_undeclared_variables(tree) - (assigned - tested))
 
 
 def _with_reasoning(message: Message) -> Message:
-    """The message with its reasoning under every name that templates read it by, as transformers hands it over."""
-    found = [message[name] for name in REASONING if message.get(name) is not None]
-    return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else message
+    """Message with its reasoning under every key that templates read it by, as transformers hands it over."""
+    reasoning = [message[key] for key in REASONING_KEYS if message.get(key) is not None]
+    if not reasoning:
+        return message
+    return {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]}
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with calls, powers and repetitions bounded as well."""
+    """Jinja's sandbox, which bounds calls, powers and repetitions as well."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -163,7 +202,7 @@ class _Namespace(Namespace):
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} renders its body, between marks where those are wanted."""
+    """{% generation %} ... {% endgeneration %}, which renders its body, between border characters where `render` wants them."""
 
     tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
@@ -171,11 +210,12 @@ class _Generation(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        def mark(char: str) -> jinja2.nodes.Node:
-            filtered = jinja2.nodes.Filter(jinja2.nodes.Const(char), MARKED, [], [], None, None)
+        def border(char: str) -> jinja2.nodes.Node:
+            # A filter decides at each rendering whether the character is written.
+            filtered = jinja2.nodes.Filter(jinja2.nodes.Const(char), GENERATION_FILTER, [], [], None, None)
             return jinja2.nodes.Output([filtered]).set_lineno(line)
 
-        return [mark(OPEN), *body, mark(CLOSE)]
+        return [border(GENERATION_START), *body, border(GENERATION_END)]
 
 
 @jinja2.pass_context
@@ -186,8 +226,8 @@ def _counted(context: jinja2.runtime.Context, items: Iterable[Any]) -> Iterator[
 
 
 @jinja2.pass_context
-def _marked(context: jinja2.runtime.Context, char: str) -> str:
-    return char if context[MARKED] else ""
+def _generation_border(context: jinja2.runtime.Context, char: str) -> str:
+    return char if context[GENERATION_FILTER] else ""
 
 
 def _spend(context: jinja2.runtime.Context) -> None:

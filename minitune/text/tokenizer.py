@@ -1,8 +1,8 @@
 """Text to token ids and back, from the tokenizer files of a Hugging Face folder.
 
 A special token's string counts as one only where the caller says so: in what a chat template wrote, never in what a
-user wrote. Sentencepiece models put a space in front of a text (the dummy prefix); here only a text that opens a
-document gets it, so the pieces of a text that was cut decode to that text.
+user wrote. Sentencepiece models put a space in front of a text (the dummy prefix); here only the text that starts a
+document gets it, so that the pieces of a text that was cut decode to that text.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitune.errors import InputError
+from minitune.io.json_file import read_json_object
 from minitune.text.open_vocabulary import open_vocabulary
-from minitune.text.vocabulary import AddedToken, Vocabulary, json_object
+from minitune.text.vocabulary import NAMED_TOKENS, AddedToken, Vocabulary
 
 TOKENIZER_FILES = (  # what a saved Hugging Face folder carries over byte for byte
     "tokenizer.model",
@@ -27,16 +28,19 @@ TOKENIZER_FILES = (  # what a saved Hugging Face folder carries over byte for by
     "added_tokens.json",
 )
 MAX_ID = 2**31  # token ids are int32 in files
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
-NOTHING = re.compile(r"(?!)")
+MATCHES_NOTHING = re.compile(r"(?!)")
 
 
 class Tokenizer(NamedTuple):
-    """A vocabulary with its special tokens: special maps their text to their id, special_names e.g. "eos_token" to a text.
+    """A vocabulary with its special tokens.
 
-    add_bos: plain text opens with bos, as tokenizer.json's post-processor says (tokenizer_config.json where there is none);
-    a chat has what its template writes.
+    special: id by text of the special tokens. special_names: text by role, such as "eos_token".
+    added: id by text of all tokens that are searched for before the vocabulary runs, special or not.
+    add_bos: plain text begins with bos, as tokenizer.json's post-processor says, else tokenizer_config.json; a chat
+    has what its template writes.
+    The patterns find, in this order: added tokens; special ones; special ones in any letter case; added tokens that
+    are not special; special ones that the vocabulary would recognize in plain text.
     """
 
     vocab_size: int
@@ -56,57 +60,58 @@ class Tokenizer(NamedTuple):
     vocabulary: Vocabulary
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """Ids of a whole text, without bos or eos; parse_special: the strings of special tokens in it become their ids."""
-        return self._encode(text, self.find_added if parse_special else self.find_ordinary, True, {})
+        """Ids of a whole text, without bos or eos; parse_special: the strings of special tokens become their ids."""
+        find = self.find_added if parse_special else self.find_ordinary
+        return self._encode(text, find, True, {})
 
-    def encode_span(self, text: str, *, opens: bool, restore: Mapping[int, str]) -> list[int]:
-        """Ids of a stretch of a rendered chat, special tokens parsed; opens: it is the first of its document.
+    def encode_span(self, text: str, *, starts_document: bool, restore: Mapping[int, str]) -> list[int]:
+        """Ids of a span of a rendered chat, with its special tokens parsed.
 
-        restore is a table for str.translate, applied after the special tokens were found: characters that stand in for
-        others keep what a message says from being read as a special token.
+        starts_document: the span is the first of its document. restore: a table for str.translate that is applied
+        once the special tokens are found: the placeholders that `escape_special_tokens` wrote become characters again.
         """
-        return self._encode(text, self.find_added, opens, restore)
+        return self._encode(text, self.find_added, starts_document, restore)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids, with or without its special tokens; ids beyond the vocabulary (padded embeddings) have none."""
+        """Text of ids, with or without its special tokens.
+
+        Ids beyond the vocabulary, as embeddings with padding have them, have no text.
+        """
         hidden = frozenset(self.special.values()) if skip_special else frozenset()
         kept = [i for i in ids if 0 <= i < self.vocab_size and i not in hidden]
         return self.vocabulary.text(kept, {i: text for text, i in self.added.items()})
 
-    def _encode(self, text: str, find: re.Pattern[str], opens: bool, restore: Mapping[int, str]) -> list[int]:
-        ids, start = [], 0
+    def _encode(self, text: str, find: re.Pattern[str], starts_document: bool, restore: Mapping[int, str]) -> list[int]:
+        ids: list[int] = []
+        start = 0
         for match in find.finditer(text):
-            ids += self._plain(text[start : match.start()].translate(restore), opens)
+            ids += self._encode_plain(text[start : match.start()].translate(restore), starts_document)
             ids.append(self.added[match[match.lastindex or 0]])
-            start, opens = match.end(), self.vocabulary.prefix_everywhere
-        return ids + self._plain(text[start:].translate(restore), opens)
+            start = match.end()
+            starts_document = self.vocabulary.prefix_everywhere
+        return ids + self._encode_plain(text[start:].translate(restore), starts_document)
 
-    def _plain(self, text: str, opens: bool) -> list[int]:
-        # The vocabulary would find some special tokens by itself: cut after their first character, they are plain text.
-        borders = [0, *(i + 1 for i in starts(self.special_known_to_vocab, text)), len(text)]
-        parts = [text[a:b] for a, b in pairwise(borders) if a < b]
-        return [i for n, part in enumerate(parts) for i in self.vocabulary.ids(part, opens and n == 0)]
+    def _encode_plain(self, text: str, starts_document: bool) -> list[int]:
+        # The vocabulary would recognize some special tokens by itself: cut after their first character, they are
+        # plain text.
+        cuts = [i + 1 for i in match_starts(self.special_known_to_vocab, text)]
+        ids: list[int] = []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            if start < end:
+                ids += self.vocabulary.ids(text[start:end], starts_document and start == 0)
+        return ids
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.model, else tokenizer.json, and the special tokens; InputError says what is wrong."""
-    config = json_object(folder / "tokenizer_config.json")
-    settings = json_object(folder / "special_tokens_map.json") | config
+    """Read the vocabulary and the special tokens of a folder.
+
+    InputError for a file that is missing or damaged, and for a bos or eos that is no token.
+    """
+    config = read_json_object(folder / "tokenizer_config.json", "tokenizer", optional=True)
+    settings = read_json_object(folder / "special_tokens_map.json", "tokenizer", optional=True) | config
     vocabulary = open_vocabulary(folder, config)
-    names = dict(vocabulary.names)
-    for name in NAMED_TOKENS:
-        if name in settings:
-            names.pop(name, None)
-            if text := _text(settings[name]):
-                names[name] = text
-    added = {token.text: token for token in vocabulary.added}
-    for token in _declared(folder, config):
-        if token.text in added or vocabulary.id_of(token.text) in (None, token.id):
-            added[token.text] = token
-    for text in [*names.values(), *_more_special(settings)]:
-        token_id = added[text].id if text in added else vocabulary.id_of(text)
-        if token_id is not None:
-            added[text] = added.get(text, AddedToken(text, token_id, True))._replace(special=True)
+    names = _names(vocabulary, settings)
+    added = _added_tokens(folder, vocabulary, names, config, settings)
     for name in ("bos_token", "eos_token"):
         if name in names and names[name] not in added:
             raise InputError(
@@ -114,76 +119,141 @@ def open_tokenizer(folder: Path) -> Tokenizer:
                 "correct tokenizer_config.json"
             )
     names = {name: text for name, text in names.items() if text in added}
+    return _tokenizer(vocabulary, names, added, config, _fingerprint(folder))
+
+
+def match_starts(find: re.Pattern[str], text: str) -> Iterator[int]:
+    """Places at which find matches in a text, overlapping matches included."""
+    match = find.search(text)
+    while match:
+        start = match.start(match.lastindex or 0)
+        yield start
+        match = find.search(text, start + 1)
+
+
+def _tokenizer(
+    vocabulary: Vocabulary,
+    names: Mapping[str, str],
+    added: Mapping[str, AddedToken],
+    config: Mapping[str, Any],
+    fingerprint: str,
+) -> Tokenizer:
     ids = {name: added[text].id for name, text in names.items()}
-    opening = vocabulary.opening
-    special = {text: token.id for text, token in added.items() if token.special}
+    special = [token for token in added.values() if token.special]
+    # Without the whitespace that they swallow: for these two patterns, only where a token stands matters.
+    exact = [AddedToken(token.text, token.id, True) for token in special]
+    if vocabulary.bos_text is None:
+        add_bos = config.get("add_bos_token") is True
+    else:
+        add_bos = vocabulary.bos_text == names.get("bos_token")
     return Tokenizer(
         vocab_size=max([vocabulary.size, *(token.id + 1 for token in added.values())]),
         bos_id=ids.get("bos_token"),
         eos_id=ids.get("eos_token"),
         pad_id=ids.get("pad_token", ids.get("eos_token", 0)),
-        add_bos=config.get("add_bos_token") is True if opening is None else opening == names.get("bos_token"),
-        special=special,
+        add_bos=add_bos,
+        special={token.text: token.id for token in special},
         special_names=names,
-        fingerprint=_fingerprint(folder),
+        fingerprint=fingerprint,
         added={text: token.id for text, token in added.items()},
         find_added=_pattern(added.values()),
-        find_special=_pattern(token for token in added.values() if token.special),
-        special_case_insensitive=_pattern((AddedToken(text, i, True) for text, i in special.items()), re.IGNORECASE),
+        find_special=_pattern(special),
+        special_case_insensitive=_pattern(exact, re.IGNORECASE),
         find_ordinary=_pattern(token for token in added.values() if not token.special),
-        special_known_to_vocab=_pattern(AddedToken(text, i, True) for text, i in special.items() if text in vocabulary.matches),
+        special_known_to_vocab=_pattern(token for token in exact if token.text in vocabulary.recognized),
         vocabulary=vocabulary,
     )
 
 
-def starts(find: re.Pattern[str], text: str) -> Iterator[int]:
-    """Where find matches in a text, overlapping matches included."""
-    match = find.search(text)
-    while match:
-        yield match.start(match.lastindex or 0)
-        match = find.search(text, match.start(match.lastindex or 0) + 1)
+def _names(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of tokens by role: the vocabulary's, then the settings', which can also take a role away with null."""
+    names = dict(vocabulary.names)
+    for name in NAMED_TOKENS:
+        if name in settings:
+            names.pop(name, None)
+            text = _token_text(settings[name])
+            if text:
+                names[name] = text
+    return names
+
+
+def _added_tokens(
+    folder: Path,
+    vocabulary: Vocabulary,
+    names: Mapping[str, str],
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, AddedToken]:
+    """Added tokens by text, from the vocabulary, the configuration and the roles; the latter are special."""
+    added = {token.text: token for token in vocabulary.added}
+    for token in _declared(folder, config):
+        # A declaration that gives a token of the vocabulary another id is no use: the embedding has it at the old one.
+        if token.text in added or vocabulary.id_of(token.text) in (None, token.id):
+            added[token.text] = token
+    for text in [*names.values(), *_unnamed_special(settings)]:
+        if text in added:
+            added[text] = added[text]._replace(special=True)
+            continue
+        token_id = vocabulary.id_of(text)
+        if token_id is not None:
+            added[text] = AddedToken(text, token_id, True)
+    return added
 
 
 def _pattern(tokens: Iterable[AddedToken], flags: int = 0) -> re.Pattern[str]:
-    """Finds the longest token that starts first; the token's own text is the match's last group."""
+    """Pattern that finds the longest token that starts first; the token's own text is the match's last group."""
     longest_first = sorted((token for token in tokens if token.text), key=lambda token: -len(token.text))
     parts = []
-    for left, right in ((False, False), (False, True), (True, False), (True, True)):
-        texts = [re.escape(token.text) for token in longest_first if (token.lstrip, token.rstrip) == (left, right)]
+    # Tokens that swallow the same whitespace share one group.
+    for lstrip, rstrip in ((False, False), (False, True), (True, False), (True, True)):
+        texts = [re.escape(token.text) for token in longest_first if (token.lstrip, token.rstrip) == (lstrip, rstrip)]
         if texts:
-            parts.append(r"\s*" * left + f"({'|'.join(texts)})" + r"\s*" * right)
-    return re.compile("|".join(parts), flags) if parts else NOTHING
+            before = r"\s*" if lstrip else ""
+            after = r"\s*" if rstrip else ""
+            parts.append(f"{before}({'|'.join(texts)}){after}")
+    return re.compile("|".join(parts), flags) if parts else MATCHES_NOTHING
 
 
-def _text(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else token if isinstance(token, str) else ""
+def _token_text(token: Any) -> str:
+    """Text of a token that is written as a string or as an object with content; "" for anything else."""
+    if isinstance(token, dict):
+        return str(token.get("content", ""))
+    return token if isinstance(token, str) else ""
 
 
-def _more_special(settings: Mapping[str, Any]) -> list[str]:
-    """The special tokens without a name: additional_special_tokens, or extra_special_tokens in newer folders."""
-    more = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
-    return [_text(token) for tokens in more for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
+def _unnamed_special(settings: Mapping[str, Any]) -> list[str]:
+    """Special tokens without a role: additional_special_tokens, or extra_special_tokens in newer folders."""
+    texts: list[str] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = settings.get(key) or []
+        texts += [_token_text(token) for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
+    return texts
 
 
 def _declared(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:
-    """The added tokens of added_tokens.json (old folders: all of them special) and of tokenizer_config.json."""
-    path, table = folder / "tokenizer_config.json", config.get("added_tokens_decoder") or {}
+    """Added tokens of added_tokens.json (old folders: all of them special) and of tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    old = read_json_object(folder / "added_tokens.json", "tokenizer", optional=True)
     try:
-        declared = [AddedToken(text, int(i), True) for text, i in json_object(folder / "added_tokens.json").items()] + [
-            AddedToken(t["content"], int(i), bool(t.get("special")), bool(t.get("lstrip")), bool(t.get("rstrip")))
-            for i, t in table.items()
-        ]
-        odd = next((token for token in declared if not 0 <= token.id < MAX_ID), None)
-        if odd is not None:
-            raise ValueError(f"{odd.text!r} has the id {odd.id}")
-        return declared
+        declared = [AddedToken(text, int(i), True) for text, i in old.items()]
+        for i, token in (config.get("added_tokens_decoder") or {}).items():
+            flags = [bool(token.get(key)) for key in ("special", "lstrip", "rstrip")]
+            declared.append(AddedToken(token["content"], int(i), *flags))
+        for token in declared:
+            if not 0 <= token.id < MAX_ID:
+                raise ValueError(f"{token.text!r} has the id {token.id}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"tokenizer: {path} added_tokens_decoder can't be read ({error!r}), "
             'expected {"id": {"content": text, "special": bool}}; fetch the file again'
         ) from None
+    return declared
 
 
 def _fingerprint(folder: Path) -> str:
-    present = [(name, (folder / name).read_bytes()) for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return hashlib.sha256(repr([(name, hashlib.sha256(data).hexdigest()) for name, data in present]).encode()).hexdigest()
+    """SHA-256 of the names and contents of all tokenizer files that the folder has."""
+    digests = []
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digests.append((name, hashlib.sha256((folder / name).read_bytes()).hexdigest()))
+    return hashlib.sha256(repr(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Vocabulary of a tokenizer.json."""
+"""Vocabulary of a tokenizer.json, the format of Hugging Face's package tokenizers."""
 
 import json
 from collections.abc import Mapping
@@ -8,67 +8,92 @@ from typing import Any
 from minitune.errors import InputError
 from minitune.text.vocabulary import AddedToken, Vocabulary
 
+# Settings of normalizers and pre-tokenizers that put a space in front of a text, turned off.
+NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
+# Parts that hold no such rule: vocabulary and merges are large, and a decoder without its prefix would keep the space.
+UNTOUCHED = ("model", "decoder", "added_tokens")
 
-def vocabulary_of_spec(path: Path, spec: Mapping[str, Any]) -> Vocabulary:
+
+def vocabulary_from_spec(path: Path, spec: Mapping[str, Any]) -> Vocabulary:
+    """Build the vocabulary that a tokenizer.json's content describes.
+
+    path is named in messages. InputError if the package tokenizers is missing or refuses the content.
+    """
+    # A text inside a document gets no dummy prefix, so it has a tokenizer of its own where the two differ.
+    spec_inside = _without_prefix(spec)
+    at_start = _tokenizer(path, spec)
+    inside = at_start if spec_inside == spec else _tokenizer(path, spec_inside)
+
+    def ids(text: str, starts_document: bool) -> list[int]:
+        tokenizer = at_start if starts_document else inside
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    added = [
+        AddedToken(token["content"], token["id"], token["special"], token["lstrip"], token["rstrip"])
+        for token in spec.get("added_tokens") or []
+    ]
+    written = json.dumps(spec)
+    return Vocabulary(
+        size=1 + max(at_start.get_vocab(with_added_tokens=True).values(), default=-1),
+        ids=ids,
+        text=lambda ids, _: at_start.decode(ids, skip_special_tokens=False),
+        id_of=at_start.token_to_id,
+        added=added,
+        names={},
+        recognized=frozenset(token.text for token in added if not token.special),
+        bos_text=bos_text_of_spec(spec),
+        prefix_everywhere='"type": "Prepend"' in written or '"prepend_scheme": "always"' in written,
+    )
+
+
+def bos_text_of_spec(spec: Mapping[str, Any]) -> str:
+    """Special token that the post-processor of a tokenizer.json puts in front of a text, "" for none."""
+    processor = spec.get("post_processor") or {}
+    for step in processor.get("processors") or [processor]:
+        if step.get("type") == "TemplateProcessing":
+            first = (step.get("single") or [{}])[0]
+            if "SpecialToken" in first:
+                return first["SpecialToken"]["id"]
+    return ""
+
+
+def _tokenizer(path: Path, spec: Mapping[str, Any]) -> Any:
+    """tokenizers.Tokenizer of this content, without truncation, padding or special tokens of its own."""
     try:
         import tokenizers
     except ImportError:
         raise InputError(
             f"tokenizer: {path} needs the package tokenizers, which is not installed; pip install 'minitune[hf]'"
         ) from None
-
-    def read(spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:  # the package raises nothing more specific
-            raise InputError(f"tokenizer: {path} {error}, expected a tokenizer.json; fetch the file again") from None
-        tokenizer.encode_special_tokens = True  # that is: as the plain text that they are here
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    first, bare = read(spec), _without_prefix(spec)
-    rest = first if bare == spec else read(bare)
-    added = [
-        AddedToken(token["content"], token["id"], token["special"], token["lstrip"], token["rstrip"])
-        for token in spec.get("added_tokens") or []
-    ]
-    return Vocabulary(
-        size=1 + max(first.get_vocab(with_added_tokens=True).values(), default=-1),
-        ids=lambda text, opens: (first if opens else rest).encode(text, add_special_tokens=False).ids,
-        text=lambda ids, _: first.decode(ids, skip_special_tokens=False),
-        id_of=first.token_to_id,
-        added=added,
-        names={},
-        matches=frozenset(token.text for token in added if not token.special),
-        opening=opening_text(spec),
-        prefix_everywhere='"type": "Prepend"' in json.dumps(spec) or '"prepend_scheme": "always"' in json.dumps(spec),
-    )
-
-
-def opening_text(spec: Mapping[str, Any]) -> str:
-    """The special token that the post-processor of a tokenizer.json puts in front of a text, "" for none."""
-    processor = spec.get("post_processor") or {}
-    for one in processor.get("processors") or [processor]:
-        first = (one.get("single") or [{}])[0] if one.get("type") == "TemplateProcessing" else {}
-        if "SpecialToken" in first:
-            return first["SpecialToken"]["id"]
-    return ""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the package raises nothing more specific
+        raise InputError(f"tokenizer: {path} {error}, expected a tokenizer.json; fetch the file again") from None
+    # The package's name for: the strings of special tokens are encoded as the plain text that they are here.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _without_prefix(spec: Any) -> Any:
-    """A tokenizer.json without whatever puts a space in front of a text."""
+    """Copy a tokenizer.json's content without whatever puts a space in front of a text."""
     if isinstance(spec, list):
-        return [_without_prefix(child) for child in spec if not (isinstance(child, dict) and child.get("type") == "Prepend")]
+        return [_without_prefix(child) for child in spec if not _is_prepend(child)]
     if not isinstance(spec, dict):
         return spec
-    off = {"add_prefix_space": False, "prepend_scheme": "never"}
-    # the vocabulary and its merges are large and hold no rule; a decoder without its prefix would keep the space
-    return {
-        key: child
-        if key in ("model", "decoder", "added_tokens")
-        else None
-        if isinstance(child, dict) and child.get("type") == "Prepend"
-        else off.get(key, _without_prefix(child))
-        for key, child in spec.items()
-    }
+    copy: dict[str, Any] = {}
+    for key, child in spec.items():
+        if key in UNTOUCHED:
+            copy[key] = child
+        elif _is_prepend(child):
+            copy[key] = None
+        elif key in NO_PREFIX:
+            copy[key] = NO_PREFIX[key]
+        else:
+            copy[key] = _without_prefix(child)
+    return copy
+
+
+def _is_prepend(step: Any) -> bool:
+    return isinstance(step, dict) and step.get("type") == "Prepend"

@@ -1,15 +1,25 @@
-"""Vocabulary: what turns text into token ids between special tokens."""
+"""Vocabularies: how text between special tokens becomes token ids, whatever file it was read from."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from minitune.errors import InputError
+# The roles that a tokenizer gives to tokens, as transformers spells them in its JSON files.
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class AddedToken(NamedTuple):
-    """A token that is looked for in a text before the vocabulary is; lstrip, rstrip: it swallows the whitespace there."""
+    """Token that is searched for in a text before the vocabulary's own model runs.
+
+    lstrip, rstrip: it swallows the whitespace on that side.
+    """
 
     text: str
     id: int
@@ -19,11 +29,17 @@ class AddedToken(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What tokenizes text between added tokens, and what its file declares.
+    """Functions that tokenize text between added tokens, and what the vocabulary's file declares.
 
-    ids(text, opens): opens = the text opens a document. text(ids, added): added = text by id. matches: the added tokens
-    that ids finds in a text by itself. opening: the token that tokenizer.json puts in front of a text, "" for none, None where
-    that file was not asked. prefix_everywhere: text after an added token gets the dummy prefix too.
+    size: number of ids, one more than the largest.
+    ids(text, starts_document): the token ids of a text; the text that starts a document may get a dummy prefix.
+    text(ids, added): the text of token ids; added: texts of the added tokens by id.
+    id_of(text): the id of the token with exactly this text, None if there is none.
+    added: the added tokens that the file declares.
+    names: tokens by role, such as "eos_token", that the file declares.
+    recognized: texts of tokens that `ids` turns into that one token although they stand in plain text.
+    bos_text: the token that tokenizer.json puts in front of a text, "" for none, None without that file's word.
+    prefix_everywhere: text after an added token gets the dummy prefix too.
     """
 
     size: int
@@ -32,20 +48,6 @@ class Vocabulary(NamedTuple):
     id_of: Callable[[str], int | None]
     added: list[AddedToken]
     names: Mapping[str, str]
-    matches: frozenset[str]
-    opening: str | None
+    recognized: frozenset[str]
+    bos_text: str | None
     prefix_everywhere: bool
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} without the file; InputError for anything else."""
-    try:
-        data = path.read_bytes() if path.is_file() else b"{}"
-        value = json.loads(data)
-        if b"\\ud" in data.lower():  # half a surrogate pair is JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"tokenizer: {path} is not JSON ({error}), expected an object; fetch the file again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"tokenizer: {path} holds a {type(value).__name__}, expected an object; fetch the file again")
-    return value

@@ -84,5 +84,5 @@ def test_with_deltas_the_term_reaches_the_router_and_what_lies_before_it() -> No
 
 
 def test_a_model_without_experts_has_nothing_to_balance() -> None:
-    with pytest.raises(InputError, match="balance: the model has no experts, expected a family such as mixtral"):
+    with pytest.raises(InputError, match="load_balancing: the model has no experts, expected a family such as mixtral"):
         balanced(SFT, Model(llama.FAMILY, SMALL), 0.1)

@@ -253,7 +253,7 @@ def test_a_damaged_cache_is_refused(name: str, damage: Callable[[bytes], bytes] 
 
 @pytest.mark.parametrize("k", [0, -1, 18])
 def test_more_tops_than_the_vocabulary_holds_are_refused(k: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"frozen: top_k = {k}, expected 1 to 17, the teacher's vocabulary; change it"):
+    with pytest.raises(InputError, match=rf"precompute: top_k = {k}, expected 1 to 17, the teacher's vocabulary; change it"):
         teacher_tops(TEACHER, random_dataset([5, 3]), k, 1.0, tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitune import checkpoint, models
+from minitune import checkpoint, host, models
 from minitune.checkpoint.fingerprint import folder_fingerprint
-from minitune.cli.inspect import facts
+from minitune.cli.inspect import summarize
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.errors import InputError
@@ -118,7 +117,7 @@ def test_a_folder_that_passed_through_is_whole_for_transformers(shard_bytes: int
     with torch.no_grad():
         torch.testing.assert_close(model.forward(params, tokens), hf.eval()(tokens).logits, rtol=0, atol=1e-4)
     assert set(stop_ids(DEMO_TEXT, DEMO_TEMPLATE)) <= set(hf.generation_config.eos_token_id)
-    rows, faults = facts(out)
+    rows, faults = summarize(out)
     assert (faults, rows["parameters"], rows["dtypes"]) == ([], "1,820,352 (1.82 million)", "F32 6.9 MiB")
 
 
@@ -228,14 +227,14 @@ SUBJECTS = (
     Subject("model-00001-of-00002.safetensors", read_model, 1500),
     Subject("model.safetensors.index.json", read_model),
     Subject("config.json", read_model),
-    Subject("config.json", facts),
+    Subject("config.json", summarize),
     Subject("tokenizer.json", read_text),
     Subject("tokenizer_config.json", read_text),
-    Subject("tokenizer.json", facts),
+    Subject("tokenizer.json", summarize),
     Subject("adapter/adapter_config.json", read_adapter),
     Subject("adapter/adapter_model.safetensors", read_adapter, 1500),
     Subject("adapter/minitune.json", read_adapter),
-    Subject("adapter/adapter_config.json", facts),
+    Subject("adapter/adapter_config.json", summarize),
     Subject("rows.jsonl", read_rows),
     Subject("program.toml", lambda folder: program.load(folder / "program.toml")),
     Subject("step-00000001/state.json", lambda folder: checkpoint.load_state(folder, STATE)),
@@ -321,7 +320,7 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     place = (folder / file).parent if "/" in file else folder
     content = (folder / file).read_bytes()
     read(place)
-    refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused, before = 0, host.peak_bytes()
     for number in range(n):
         damaged = mutated(content, first, SPICE, random.Random(f"{seed} {file} {number}"))
         (folder / file).write_bytes(damaged)
@@ -332,4 +331,4 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
         except Exception as error:
             raise AssertionError(f"mutation {number} of {file} raised {error!r}: {damaged[:3000]!r}") from error
     assert refused > n / 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024  # KiB
+    assert host.peak_bytes() - before < 256 * 2**20

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune.__main__ import main
-from minitune.cli.inspect import facts
+from minitune.cli.inspect import summarize
 from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.units import format_bytes
@@ -22,7 +22,7 @@ DEMO = paths.PACKAGE / "demo/model"
 
 
 def test_the_demo_is_described() -> None:
-    assert facts(DEMO) == (
+    assert summarize(DEMO) == (
         {
             "family": "llama",
             "architecture": "LlamaForCausalLM",
@@ -75,7 +75,7 @@ FAMILIES = [
 def test_parameters_are_those_that_transformers_counts(family: str, more: dict[str, Any], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY, **more), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
-    rows, faults = facts(tmp_path)
+    rows, faults = summarize(tmp_path)
     assert faults == []
     assert rows["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
     assert rows["family"] == family
@@ -124,7 +124,7 @@ def test_packed_weights_count_as_what_they_stand_for(method: str, tmp_path: Path
     tensors, more, told = PACKED[method]
     save_file({**tensors, "norm.weight": torch.ones(5)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, **more}}), encoding="utf-8")
-    rows = facts(tmp_path).rows
+    rows = summarize(tmp_path).rows
     assert (rows["parameters"], rows["quantized"]) == (f"{16 * 64 + 5:,}", told)
 
 
@@ -144,22 +144,22 @@ FAST = {
 
 
 def test_tokenizers_and_templates_are_told_apart(tmp_path: Path) -> None:
-    rows = facts(folder(tmp_path, config__json={"vocab_size": 9}, tokenizer__json=FAST)).rows
+    rows = summarize(folder(tmp_path, config__json={"vocab_size": 9}, tokenizer__json=FAST)).rows
     assert rows["tokenizer"] == "tokenizer.json (BPE)"
     assert rows["vocabulary"] == "9 in the embedding, 9 in the tokenizer"
     assert rows["template"] == "none; the built-in ChatML one is used"
     config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": None, "chat_template": "x"}
     folder(tmp_path, tokenizer_config__json=config, generation_config__json={"eos_token_id": [8, 1]})
-    rows = facts(tmp_path).rows
+    rows = summarize(tmp_path).rows
     assert (rows["special tokens"], rows["stops at"], rows["template"]) == (
         "eos <|im_end|> 8",
         "<|im_end|> 8, 1",
         "tokenizer_config.json",
     )
     folder(tmp_path, chat_template__jinja="x", tokenizer__model="YWI= 0\nYQ== 1\n")
-    assert facts(tmp_path).rows["template"] == "chat_template.jinja"
+    assert summarize(tmp_path).rows["template"] == "chat_template.jinja"
     (tmp_path / "tokenizer.json").unlink()
-    rows = facts(tmp_path).rows
+    rows = summarize(tmp_path).rows
     assert (rows["tokenizer"], rows["vocabulary"]) == (
         "tokenizer.model (ranks, as Meta's)",
         "9 in the embedding, 2 in the tokenizer",
@@ -167,7 +167,7 @@ def test_tokenizers_and_templates_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").unlink()
-    assert facts(tmp_path).rows["template"] == "none; the built-in plain one is used"
+    assert summarize(tmp_path).rows["template"] == "none; the built-in plain one is used"
 
 
 def test_what_wraps_a_text_model_is_named(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_wraps_a_text_model_is_named(tmp_path: Path) -> None:
         "max_position_embeddings": 131072,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }
-    rows = facts(folder(tmp_path, config__json={"model_type": "gemma3", "text_config": text})).rows
+    rows = summarize(folder(tmp_path, config__json={"model_type": "gemma3", "text_config": text})).rows
     assert rows["family"] == "gemma3_text, text of gemma3"
     assert rows["context"] == "131,072 tokens, RoPE linear x 8.0"
 
@@ -196,7 +196,7 @@ def test_an_adapter_is_described(tmp_path: Path) -> None:
         "use_dora": True,
     }
     origin = {"base": {"path": "a/b", "fingerprint": "f00d", "quantization": {"scheme": "nf4"}}}
-    rows, faults = facts(folder(tmp_path, adapter_config__json=config, minitune__json=origin))
+    rows, faults = summarize(folder(tmp_path, adapter_config__json=config, minitune__json=origin))
     assert faults == []
     assert rows == {
         "adapter": "DoRA",
@@ -220,7 +220,7 @@ def test_an_adapter_of_experts_is_described(tmp_path: Path) -> None:
     )
     parameters = [f"model.layers.0.mlp.{name}" for name in ("experts.gate_up_proj", "experts.down_proj", "router.weight")]
     config = {"r": 3, "target_modules": ["model.layers.0.self_attn.q_proj"], "target_parameters": parameters}
-    rows, _ = facts(folder(tmp_path, adapter_config__json={"peft_type": "LORA", **config}))
+    rows, _ = summarize(folder(tmp_path, adapter_config__json={"peft_type": "LORA", **config}))
     assert rows["rank"] == "3 in 2 modules"
     assert rows["joined experts"] == "2 tensors"
     assert rows["targets"] == "q_proj, gate_up_proj, down_proj, router"
@@ -250,13 +250,13 @@ def test_other_folders_and_damaged_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"holds neither config\.json nor adapter_config\.json, expected a model or adapter folder"
     ):
-        facts(tmp_path)
+        summarize(tmp_path)
     for text in ("[]", "{", "[" * 100_000, '{"a": 1' + "0" * 10_000):
-        with pytest.raises(InputError, match=r"config\.json can't be read \(.*\), expected the JSON of its kind"):
-            facts(folder(tmp_path, config__json=text))
+        with pytest.raises(InputError, match=r"config\.json can't be read \(.*\), expected a JSON object; fetch the file again"):
+            summarize(folder(tmp_path, config__json=text))
     folder(tmp_path, config__json={}, tokenizer__model="no model")
     with pytest.raises(InputError, match=r"tokenizer\.model can't be read by sentencepiece"):
-        facts(tmp_path)
+        summarize(tmp_path)
 
 
 def test_a_file_can_not_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

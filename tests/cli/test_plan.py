@@ -205,11 +205,11 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
 
 
 def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:
-    """The step of a real run's world, beside that of the plan."""
+    """The step of a real run, compared with that of the plan."""
     seen: dict[str, Any] = {}
 
-    def spy(stage: Train, world: PipelineState, *_: Any) -> Any:
-        seen[stage.label] = world.loaded
+    def spy(stage: Train, state: PipelineState, *_: Any) -> Any:
+        seen[stage.label] = state.loaded
         raise InputError("seen")
 
     stages = NF4 + LORA.replace("targets", 'train = ["*norm.weight"]\ndora = true\ntargets') + TRAIN

@@ -131,7 +131,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show-sample"]) == 2
     assert "minitune: show-sample without a program, expected show-sample PROGRAM" in capsys.readouterr().err
     assert main(["show-sample", "lroa"]) == 2
-    assert "did you mean lora?" in capsys.readouterr().err
+    assert "did you mean 'lora'?" in capsys.readouterr().err
     file = str(program(tmp_path, "chat"))
     (tmp_path / "data.jsonl").write_text('{"messages": 3}', encoding="utf-8")
     assert main(["show-sample", file]) == 2

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune.data import preference, token_store
+from minitune.data import preference
 from minitune.data.cursor import Cursor
 from minitune.data.preference import PairSet, batches, conversations, select, take
 from minitune.data.prompts import prompts
@@ -184,7 +184,7 @@ def test_errors_name_file_and_line(source: Source, row: dict[str, Any], message:
     good = {"prompt": "q", "chosen": "a", "rejected": "b", "completion": "a", "label": True, "q": "q", "good": "a", "bad": "b"}
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(good) + "\n\n" + json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=f"^(data|pairs): {re.escape(str(path))}:3 .*({message})"):
+    with pytest.raises(InputError, match=f"^data: {re.escape(str(path))}:3 .*({message})"):
         preference.prepare(msgspec.structs.replace(source, path=str(path)), *TINY, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -193,7 +193,7 @@ def test_formats_are_not_mixed_up(tmp_path: Path) -> None:
     for read in (lambda source: prepare(source, *TINY, tmp_path), lambda source: prompts(source, *TINY)):
         with pytest.raises(InputError, match=r"data: f.jsonl has format 'pairs', expected instruct(,| or) chat"):
             read(PAIRS)
-    with pytest.raises(InputError, match=r"pairs: f.jsonl has format 'text', expected pairs or unpaired; a row there is no pair"):
+    with pytest.raises(InputError, match=r"data: f.jsonl has format 'text', expected pairs or unpaired; a row there is no pair"):
         preference.prepare(Source("f.jsonl", "text", 8), *TINY, tmp_path)
     with pytest.raises(InputError, match="columns names 'messages', expected prompt or chosen or rejected or tools with format"):
         Source("f.jsonl", "pairs", 8, columns={"messages": "x"})
@@ -284,7 +284,7 @@ def test_a_mismatched_answer_is_the_one_to_another_prompt(
     named = [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in rows]
     folder = tmp_path_factory.mktemp("unpaired")
     if len({prompt for prompt, _, _ in rows}) == 1:
-        with pytest.raises(InputError, match=r"pairs: .*pairs.jsonl has answers to one prompt only, expected two or more: each"):
+        with pytest.raises(InputError, match=r"data: .*pairs.jsonl has answers to one prompt only, expected two or more: each"):
             prepared(folder, named, speaker, format="unpaired")
         return
     source, pairset = prepared(folder, named, speaker, format="unpaired")
@@ -334,8 +334,8 @@ def test_unpaired_answers_are_cut_at_seq_len_and_keep_their_labels(tmp_path: Pat
 
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    collect = token_store.collect
-    monkeypatch.setattr(token_store, "collect", lambda *args: [calls.append(1), collect(*args)][1])
+    filter_documents = preference.filter_documents
+    monkeypatch.setattr(preference, "filter_documents", lambda *args: [calls.append(1), filter_documents(*args)][1])
     source, pairset = prepared(tmp_path, numbered(3))
     assert isinstance(pairset.answers.tokens, np.memmap)
     again = preference.prepare(source, *TINY, tmp_path / "cache")

@@ -22,10 +22,11 @@ from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_documents, epoch_rows, fill
 from minitune.data.prompts import prompts
-from minitune.data.readers import located, read_rows
+from minitune.data.readers import read_rows, rows_with_location
 from minitune.data.source import MixtureComponent, Source, Split
 from minitune.data.supervised import Dataset, cache_key, prepare, take
 from minitune.errors import InputError
+from minitune.io import paths
 from minitune.text import tokenizer
 from minitune.text.chat import CHATML, encode_chat, open_template
 from minitune.text.template import compile_template
@@ -114,7 +115,7 @@ def test_parquet_says_what_lines_say(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert [row for _, row in read_rows(path)] == rows  # no key of one message is in another one
     assert [number for number, _ in read_rows(path)] == list(range(1, len(rows) + 1))
-    list(located(Source(str(path), "chat", 8, split=Split(0.5, "train"))))  # a date can be hashed
+    list(rows_with_location(Source(str(path), "chat", 8, split=Split(0.5, "train"))))  # a date can be hashed
     pq.write_table(pa.Table.from_pylist(rows[:2]), path)
     plain = [{key: value for key, value in row.items() if key != "day"} for row in rows[:2]]
     same = [
@@ -339,10 +340,13 @@ def test_the_files_of_a_table_are_tables_of_its_kind() -> None:
         MixtureComponent("d", 0.1, "instruct", {}, Split(0.5, "train")),
     )
     source = Source("a", "chat", 8, False, "truncate", {"messages": "m"}, "last", Split(0.1, "heldout"), mix)
+    resolved = source.with_paths(paths.locate)
+    assert resolved.path == "a"
+    assert Path(resolved.mix[0].path).is_absolute()  # demo/... is embedded for a file that is mixed in too
+    assert [one.path for one in resolved.parts()] == [resolved.path, *(one.path for one in resolved.mix)]
     own, same, text, other = source.parts()
     assert own == msgspec.structs.replace(source, mix=())
     assert (same.format, same.columns, same.train_on, same.split) == ("chat", {}, "last", None)
-    assert Path(same.path).is_absolute()  # demo/... is embedded here too
     assert (text.format, text.columns, text.train_on) == ("text", {"text": "body"}, "assistant")
     assert (other.format, other.train_on, other.split) == ("instruct", "last", Split(0.5, "train"))
     options = [{"a": 1}, {"a": 1}, {}, {"b": 2}]
@@ -466,7 +470,7 @@ def test_sharegpt_calls() -> None:
 
 def test_the_order_notes_fill_their_rows() -> None:
     """Notes have 85 to 172 tokens, 124 on average: a row of 256 takes two, hardly ever three, so 2 * 124 / 256 is the most."""
-    folder = Path(tokenizer.__file__).parent / "demo"
+    folder = paths.locate("demo").parent
     text = tokenizer.open_tokenizer(folder / "model")
     template = open_template(folder / "model", text)
     notes = [row for _, row in read_rows(folder / "orders-train.jsonl")][:2000]

@@ -15,14 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune.data import token_store as stored
+from minitune.data import supervised
 from minitune.data.conversations import messages
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_rows, filled_rows
-from minitune.data.preference import FORMATS
 from minitune.data.prompts import prompts
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import Dataset, batches, prepare, take
 from minitune.data.token_store import Report
 from minitune.errors import InputError
@@ -105,7 +104,7 @@ def trained_on() -> list[tuple[str, str]]:
     """(program, data table) of whatever a shipped program trains on in packed rows; demo/pretrain's data is not there yet."""
     loaded = {name: load(file) for name, file in paths.shipped().items() if name != "demo/pretrain"}
     tables = {(name, stage.data) for name, one in loaded.items() for stage in one.stage if isinstance(stage, Train)}
-    return sorted((name, key) for name, key in tables if loaded[name].data[key].format not in FORMATS)
+    return sorted((name, key) for name, key in tables if loaded[name].data[key].format not in PREFERENCE_FORMATS)
 
 
 @pytest.mark.parametrize(("name", "key"), trained_on())
@@ -293,8 +292,8 @@ def test_data_without_a_target_is_refused(line: str, message: str, tmp_path: Pat
 def test_the_cache_is_used_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = instruct_file(tmp_path, [3, 4, 5])
     calls = []
-    collect = stored.collect
-    monkeypatch.setattr(stored, "collect", lambda *args: [calls.append(1), collect(*args)][1])
+    filter_documents = supervised.filter_documents
+    monkeypatch.setattr(supervised, "filter_documents", lambda *args: [calls.append(1), filter_documents(*args)][1])
 
     def n_calls(source: Source, tokenizer: Tokenizer = TOKENIZER, template: Template = TEMPLATE) -> int:
         dataset = prepare(source, tokenizer, template, tmp_path / "cache")
@@ -320,8 +319,8 @@ def test_a_cache_that_another_process_finished_first_is_used(tmp_path: Path, mon
     source = Source(str(instruct_file(tmp_path, [3, 4, 5])), "instruct", 61)
     first = prepared(tmp_path, source)
     monkeypatch.setattr(Path, "is_dir", lambda self: False)
-    save = stored.save
-    monkeypatch.setattr(stored, "save", lambda *args, **more: [monkeypatch.undo(), save(*args, **more)][1])
+    save = supervised.save
+    monkeypatch.setattr(supervised, "save", lambda *args, **more: [monkeypatch.undo(), save(*args, **more)][1])
     second = prepared(tmp_path, source)
     assert second.tokens.tolist() == first.tokens.tolist()
     assert len(list((tmp_path / "cache").iterdir())) == 1

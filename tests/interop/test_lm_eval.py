@@ -364,7 +364,7 @@ def test_a_system_prompt_that_the_template_refuses_is_refused(subject: Subject, 
     with pytest.raises(InputError, match="chat: here fails with TemplateError: never"):
         broken.ours().apply_chat_template(CHATS[0])
     silent = subject._replace(template=compile_template("hm", {}, "here"))
-    with pytest.raises(InputError, match="harness: here leaves out what the last message says, expected it"):
+    with pytest.raises(InputError, match="lm_eval: here leaves out what the last message says, expected it"):
         silent.ours().apply_chat_template(CHATS[2], add_generation_prompt=False)
 
 
@@ -399,10 +399,10 @@ def test_draws_are_the_same_every_time_and_differ_between_repeats(subject: Subje
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"temperature": -1.0}, r"harness: a task has generation_kwargs .*>= 0.0 - at `\$.temperature`, expected until"),
+        ({"temperature": -1.0}, r"lm_eval: a task has generation_kwargs .*>= 0.0 - at `\$.temperature`, expected until"),
         ({"num_beams": 4}, r"generation_kwargs \{'num_beams': 4\}: .*unknown field `num_beams`, expected until"),
-        ({"max_gen_toks": 80}, "harness: a task asks for 80 new tokens, expected 1 to 79"),
-        ({"max_new_tokens": 0}, "harness: a task asks for 0 new tokens"),
+        ({"max_gen_toks": 80}, "lm_eval: a task asks for 80 new tokens, expected 1 to 79"),
+        ({"max_new_tokens": 0}, "lm_eval: a task asks for 0 new tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused(rules: dict[str, Any], message: str, subject: Subject) -> None:
@@ -421,16 +421,16 @@ def test_what_a_user_gets_wrong_is_said(subject: Subject, tasks: Path, tmp_path:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
     with pytest.raises(InputError, match=r"tasks are \['multiple_choise'\], expected names .* multiple_choise is in neither"):
         subject.evaluate(tasks, "multiple_choise")
-    with pytest.raises(InputError, match=r"harness: tasks are \[\], expected names .* name at least one"):
+    with pytest.raises(InputError, match=r"lm_eval: tasks are \[\], expected names .* name at least one"):
         subject.evaluate(tasks)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"harness: {folder} holds no task, expected a folder with"):
+        with pytest.raises(InputError, match=f"lm_eval: {folder} holds no task, expected a folder with"):
             lm_eval.check(folder)
     gone = write_task(tmp_path, "multiple_choice", DOCS[:1], task="gone")
     (tmp_path / "gone.jsonl").unlink()
-    with pytest.raises(InputError, match="harness: the data of gone can't be read"):
+    with pytest.raises(InputError, match="lm_eval: the data of gone can't be read"):
         subject.evaluate(tmp_path, gone)
-    with pytest.raises(InputError, match="harness: the tokenizer has no eos_token, expected one"):
+    with pytest.raises(InputError, match="lm_eval: the tokenizer has no eos_token, expected one"):
         subject._replace(tokenizer=subject.tokenizer._replace(eos_id=None)).ours()
 
 
@@ -487,5 +487,5 @@ def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> N
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 5)])
 def test_pairs_that_have_no_score_are_refused(pair: tuple[list[int], list[int]]) -> None:
-    with pytest.raises(InputError, match=r"scoring: a context of \d and a continuation of \d tokens, expected .* 1 to 4$"):
+    with pytest.raises(InputError, match=r"score: a context of \d and a continuation of \d tokens, expected .* 1 to 4$"):
         continuations(Model(llama.FAMILY, SMALL), random_params(SMALL), [pair], batch_size=2, max_length=4)

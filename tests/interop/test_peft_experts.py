@@ -151,10 +151,10 @@ def test_what_peft_cannot_join_is_refused_before_training_and_when_saving(
 ) -> None:
     params = random_params(small_experts(name))
     stage = LoraStage(rank=2, alpha=3.0, **{"targets": ("*.experts.*",), **fields})
-    draft = stage.check(AbstractState({}, Model(FAMILIES[name], small_experts(name)), params))
+    abstract = stage.check(AbstractState({}, Model(FAMILIES[name], small_experts(name)), params))
     with pytest.raises(InputError, match=message):
-        Save(what="deltas").check(draft)
-    assert Save(what="merged").check(draft).saved
+        Save(what="deltas").check(abstract)
+    assert Save(what="merged").check(abstract).saved
     with pytest.raises(InputError, match=message):
         save(tmp_path / "adapter", stage.rule.init(params, 0), stage.rule, params)
     assert not (tmp_path / "adapter").exists()

@@ -21,7 +21,7 @@ from minitune.errors import InputError
 from minitune.interop.peft.layout import CONFIG, ORIGIN, WEIGHTS, Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
-from minitune.lora import Lora, check_deltas, merge_error
+from minitune.lora import Lora, Onto, check_deltas, merge_error, merge_trainable
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model
 from minitune.models.families import llama
@@ -137,6 +137,27 @@ def test_merge_rounds_once_and_merge_error_is_what_rounding_or_another_base_lost
     assert float(merge_error(rule.merged_weight(another, delta), exact, w)) == pytest.approx(away, rel=1e-4)
 
 
+@pytest.mark.parametrize("onto", ["trained", "stored"])
+def test_what_was_trained_over_quantized_weights_is_merged_onto_either_base(onto: Onto) -> None:
+    stored, rule, whole = random_params(SMALL), RULES["plain"], "model.norm.weight"
+    params = quantized(stored)
+    deltas = moved(rule.init(params, 0))
+    alone = next(name for name, w in params.items() if not isinstance(w, torch.Tensor) and name not in deltas)
+    trainable = {**deltas, whole: stored[whole] + 0.25}
+    merged, errors = merge_trainable(params, trainable, rule, stored=stored, onto=onto)
+    dense = {n: w if isinstance(w, torch.Tensor) else dequantize(w, torch.float32) for n, w in params.items()}
+    base = dense if onto == "trained" else stored
+    wanted = rule.merge({**base, whole: trainable[whole]}, deltas)
+    assert_trees_close(merged, wanted, 1e-6)
+    assert not torch.equal(dense[alone], stored[alone])
+    # float32 rounds nothing that counts, and the dense base has the whole error of the codes
+    assert errors["trained"] < 1e-6 < 1e-3 < errors["stored"]
+    half, _ = merge_trainable(params, trainable, rule, stored=stored, onto=onto, dtype=torch.bfloat16)
+    assert all(torch.equal(half[name], w.bfloat16()) for name, w in merged.items())
+    with pytest.raises(TypeError, match=r"is a Delta, expected the Lora rule that it was made by"):
+        merge_trainable(params, trainable, None, stored=stored)
+
+
 def test_lora_refuses_what_it_cannot_adapt() -> None:
     params = random_params(SMALL)
     with pytest.raises(InputError, match=r"embed_tokens\.weight \[17, 12\] is not a linear weight"):
@@ -169,7 +190,7 @@ def test_a_delta_can_not_be_multiplied_by_without_its_scale() -> None:
     with pytest.raises(TypeError):  # with the message of the checked signatures, which the tests run under
         Model(llama.FAMILY, SMALL).forward({**params, **deltas}, tokens)
     linear = getattr(nn_linear.linear, "__wrapped__", nn_linear.linear)
-    with pytest.raises(TypeError, match=r"ops: a leaf of the params is a Delta, expected a weight; make .* by Lora\.apply"):
+    with pytest.raises(TypeError, match=r"linear: a leaf of the params is a Delta, expected a weight; make .* by Lora\.apply"):
         linear(torch.ones(2, 12), deltas["model.layers.0.self_attn.q_proj.weight"])
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune.nn.attention import blockwise
+from minitune.nn.attention import blockwise, span_layout
 from minitune.nn.attention.attention import attention
 from minitune.nn.attention.key_range import causal, documents, windowed
 from support.attention import plain
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fast
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    b, n_kv, groups, e = (data.draw(st.integers(1, 3)) for _ in range(4))
+    b, n_kv, groups, e, e_v = (data.draw(st.integers(1, n)) for n in (3, 3, 3, 3, 5))
     length, block, window = (data.draw(st.integers(1, n)) for n in (40, 9, 40))
     rows = data.draw(st.sampled_from([1, b]))  # places of one row stand for all
     segments = 1 + (torch.rand(rows, length, generator=generator) < data.draw(st.sampled_from([0.0, 0.3]))).cumsum(1)
@@ -31,13 +31,17 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
         )
     )
     cap = data.draw(st.sampled_from([None, 0.9]))
-    heads = (n_kv * groups, n_kv, n_kv)
-    q, k, v = (torch.randn(b, n, length, e, generator=generator, dtype=torch.float64).requires_grad_() for n in heads)
-    sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64).requires_grad_() if data.draw(st.booleans()) else None
+    sizes = ((n_kv * groups, e), (n_kv, e), (n_kv, e_v))
+    q, k, v = (torch.randn(b, n, length, width, generator=generator, dtype=torch.float64).requires_grad_() for n, width in sizes)
+    sinks = (
+        torch.randn(n_kv * groups, generator=generator, dtype=torch.float64).requires_grad_()
+        if data.draw(st.booleans())
+        else None
+    )
     leaves = [x for x in (q, k, v, sinks) if x is not None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", 8 * block)
-        patch.setattr(blockwise, "PADDED", data.draw(st.sampled_from([1.0, 1.5, 1e9])))
+        patch.setattr(span_layout, "PADDED", data.draw(st.sampled_from([1.0, 1.5, 1e9])))
         out = attention(q, k, v, key_range, scale=0.37, soft_cap=cap, sinks=sinks)
         wanted = plain(q, k, v, key_range, 0.37, cap, sinks)
         torch.testing.assert_close(out, wanted)
@@ -71,7 +75,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, 
 def test_no_query_meets_a_key_of_another_document() -> None:
     segments = (torch.arange(300) * 7 // 300 + 1)[None]
     first = documents(segments).starts()
-    plan = blockwise.layout(first.numpy(), 64)
+    plan = span_layout.layout(first.numpy(), 64)
     assert sum(b.n_spans * (b.end - b.start) * (b.end - b.lowest) for b in plan.blocks) <= 7 * 43 * 43
     q, k, v = (torch.randn(1, 2, 300, 4) for _ in range(3))
     start = int(first[0, 128])  # where the document of token 128 begins
@@ -81,8 +85,8 @@ def test_no_query_meets_a_key_of_another_document() -> None:
 
 
 def test_a_window_leaves_out_the_keys_before_it() -> None:
-    seen = windowed(causal(300, torch.device("cpu")), 30)
-    plan = blockwise.layout(seen.starts().numpy(), 64)
+    key_range = windowed(causal(300, torch.device("cpu")), 30)
+    plan = span_layout.layout(key_range.starts().numpy(), 64)
     assert [b.lowest for b in plan.blocks] == [0, 35, 99, 163, 227]
 
 
@@ -90,12 +94,12 @@ def test_a_window_leaves_out_the_keys_before_it() -> None:
 def test_every_token_has_one_slot_and_padding_is_bounded(lengths: list[int], size: int) -> None:
     begins = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     first = begins.repeat_interleave(torch.tensor(lengths))[None]
-    plan = blockwise.layout(first.numpy(), size)
+    plan = span_layout.layout(first.numpy(), size)
     for table in (plan.queries, plan.keys):
         tokens = torch.cat([torch.from_numpy(box[real]) for box, real in zip(table.tokens, table.filled, strict=True)])
         assert torch.equal(tokens.sort().values, torch.arange(sum(lengths)))
-    assert sum(box.size for box in plan.keys.tokens) <= blockwise.PADDED * sum(lengths)
-    assert sum(box.size for box in plan.queries.tokens) <= blockwise.PADDED * sum(lengths)
+    assert sum(box.size for box in plan.keys.tokens) <= span_layout.PADDED * sum(lengths)
+    assert sum(box.size for box in plan.queries.tokens) <= span_layout.PADDED * sum(lengths)
     x = torch.randn(1, 3, sum(lengths), 2)
     for table in (plan.queries, plan.keys):
         assert torch.equal(table.scattered(table.gathered(x), x.shape), x)

@@ -31,13 +31,17 @@ def uncompiled():
 @given(data=st.data(), kind=st.sampled_from(SEEN), seed=st.integers(0, 2**32))
 def test_it_equals_plain_sums_with_its_gradients(data: st.DataObject, kind: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    b, n_kv, groups, e = (data.draw(st.integers(1, 3)) for _ in range(4))
+    b, n_kv, groups, e, e_v = (data.draw(st.integers(1, n)) for n in (3, 3, 3, 3, 5))
     length, reach = (data.draw(st.integers(1, n)) for n in (40, 12))
     key_range = runs(kind, b, length, reach, data.draw(st.sampled_from([0.0, 0.1, 0.4])), generator)
     cap = data.draw(st.sampled_from([None, 0.9]))
-    heads = (n_kv * groups, n_kv, n_kv)
-    q, k, v = (torch.randn(b, n, length, e, generator=generator, dtype=torch.float64).requires_grad_() for n in heads)
-    sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64).requires_grad_() if data.draw(st.booleans()) else None
+    sizes = ((n_kv * groups, e), (n_kv, e), (n_kv, e_v))
+    q, k, v = (torch.randn(b, n, length, width, generator=generator, dtype=torch.float64).requires_grad_() for n, width in sizes)
+    sinks = (
+        torch.randn(n_kv * groups, generator=generator, dtype=torch.float64).requires_grad_()
+        if data.draw(st.booleans())
+        else None
+    )
     leaves = [x for x in (q, k, v, sinks) if x is not None]
     first = key_range.first if isinstance(key_range.first, torch.Tensor) else None
     out = flex.attend(q, k, v, first, sinks, scale=0.37, soft_cap=cap)
@@ -101,28 +105,26 @@ def test_a_block_is_one_graph_without_a_square_mask_whatever_the_length() -> Non
     assert run_script("flex_traced") == "2 4 4 [] []\n"
 
 
-FITS = {"device": "cuda", "dtype": torch.bfloat16, "size": 64, "n_keys": 5}
+FITS = {"device": "cuda", "dtype": torch.bfloat16, "size": 64, "value_size": 96, "n_keys": 5}
 
 
 @pytest.mark.parametrize(
     ("fits", "changed"),
     [
         *((True, changed) for changed in ({}, {"dtype": torch.float32, "size": 256}, {"size": 16})),
-        *((False, {"size": size}) for size in (15, 257)),
+        *((False, {name: size}) for name in ("size", "value_size") for size in (15, 257)),
         *((False, changed) for changed in ({"device": "cpu"}, {"dtype": torch.float64}, {"n_keys": 6})),
     ],
 )
 def test_what_its_kernels_take_is_theirs_when_it_is_compiled(fits: bool, changed: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     how = {**FITS, **changed}
     with FakeTensorMode():  # no GPU is needed to say where a tensor would be
-        q, k = (
-            torch.empty(1, n, length, how["size"], dtype=how["dtype"], device=how["device"])
-            for n, length in ((4, 5), (2, how["n_keys"]))
-        )
-    assert not flex.serves(q, k)
+        sizes = (4, 5, how["size"]), (2, how["n_keys"], how["size"]), (2, how["n_keys"], how["value_size"])
+        q, k, v = (torch.empty(1, *size, dtype=how["dtype"], device=how["device"]) for size in sizes)
+    assert not flex.serves(q, k, v)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert flex.serves(q, k) is fits
-    assert torch.func.vmap(lambda x: x + flex.serves(q, k))(torch.zeros(2)).tolist() == [0.0, 0.0]
+    assert flex.serves(q, k, v) is fits
+    assert torch.func.vmap(lambda x: x + flex.serves(q, k, v))(torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
 def kernel_errors(kind: str, device: str, dtype: str) -> list[float]:

@@ -1,6 +1,6 @@
 """Mixtures of experts against transformers' own blocks, and what must hold for any of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -211,8 +211,8 @@ def test_an_expert_without_tokens_is_never_read() -> None:
     assert torch.equal(unchecked(x, routes, [missing(maps) for maps in into], swiglu, missing(out)), wanted)
 
 
-def deltas_of_experts(shapes: list[tuple[int, int]], generator: torch.Generator, dora: bool = False) -> list[Delta | None]:
-    """A delta of its own rank for every expert but the second."""
+def adapted_experts(weights: Sequence[Any], generator: torch.Generator, dora: bool) -> list[Any]:
+    """Weights of all experts, each but the second adapted at a rank of its own."""
 
     def adapted(rank: int, w: Tensor) -> Adapted:
         d_out, d_in = w.shape
@@ -227,7 +227,7 @@ def test_deltas_of_single_experts_equal_merged_weights(dora: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     into, out = separate(random_block(CASES["mixtral"], 5)[1])
     x, maps = random_input(17, 5), [*into, out]
-    adapted = [one._replace(deltas=deltas_of_experts([w.shape for w in one.weights], generator, dora)) for one in maps]
+    changed = [adapted_experts(one.weights, generator, dora) for one in maps]
 
     def merged(w: Any) -> Tensor:
         if isinstance(w, Tensor):

@@ -198,8 +198,8 @@ def history(records: list) -> list[dict]:
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_the_adapters_of_a_sweep_are_groups_of_one_step_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = history(offline_run(tmp_path, monkeypatch, range(1, 3), n_adapters=3))
-    for row, step in zip(found, (1, 2), strict=True):
+    rows = history(offline_run(tmp_path, monkeypatch, range(1, 3), n_adapters=3))
+    for row, step in zip(rows, (1, 2), strict=True):
         assert [row[f"adapter-{i}/loss"] for i in range(3)] == [i / step for i in range(3)]
         assert (row["_step"], row["global_step"], row["adapter-2/lr"]) == (step, step, 3e-4)
         assert "loss" not in row

@@ -33,14 +33,14 @@ from minitune.programs.signals import StopSignals
 from minitune.programs.state import Stopped
 
 
-class FakeWorld(NamedTuple):
+class FakeState(NamedTuple):
     seed: int
     folder: Path
     log: Log
     stopping: Any
     records: Mapping[str, dict]
 
-    def record(self, label: str, values: dict[str, Any]) -> "FakeWorld":
+    def record(self, label: str, values: dict[str, Any]) -> "FakeState":
         return self._replace(records={**self.records, label: values})
 
 
@@ -60,29 +60,29 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     def result(self) -> None:
         return None
 
-    def run(self, world: FakeWorld) -> FakeWorld:
-        if self.name in world.records:
-            return world
+    def run(self, state: FakeState) -> FakeState:
+        if self.name in state.records:
+            return state
         for step in range(1, self.steps + 1):
             if self.fail:
                 raise RuntimeError("power cut")
             if step == self.signal_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if world.stopping():
-                raise Stopped(step, world.folder)
-            world.log.metrics(step, {"loss": 1.0 / step})
+            if state.stopping():
+                raise Stopped(step, state.folder)
+            state.log.metrics(step, {"loss": 1.0 / step})
         record = {"top": {"steps": self.steps}, "last": self.steps}
-        return world._replace(records={**world.records, self.name: record})
+        return state._replace(records={**state.records, self.name: record})
 
 
 @pytest.fixture(autouse=True)
-def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worlds without a model: what a run does with its stages does not depend on what they do."""
+def fake_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States without a model: what a run does with its stages does not depend on what they do."""
 
-    def open_world(model, sources, seed, folder, log, stopping, records, tf32) -> FakeWorld:
-        return FakeWorld(seed, folder, log, stopping, records)
+    def open_pipeline(model, sources, seed, folder, log, stopping, records, tf32) -> FakeState:
+        return FakeState(seed, folder, log, stopping, records)
 
-    monkeypatch.setattr(run, "open_world", open_world)
+    monkeypatch.setattr(run, "open_pipeline", open_pipeline)
     monkeypatch.setattr(run, "check", lambda model, sources, stages: [])
 
 
@@ -131,8 +131,8 @@ def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Pro
 
 def test_numbers_that_json_lacks_become_null(tiny: Program) -> None:
     class Diverged(Count, frozen=True, tag="diverged"):
-        def run(self, world: FakeWorld) -> FakeWorld:
-            return world._replace(records={"one": {"loss_nats": math.nan, "worst": math.inf}})
+        def run(self, state: FakeState) -> FakeState:
+            return state._replace(records={"one": {"loss_nats": math.nan, "worst": math.inf}})
 
     run_program(changed(tiny, stage=(Diverged(3, "one"),)))
     for name in ("records.json", "summary.json"):
@@ -289,11 +289,11 @@ def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_pat
 def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Program, name: str, text: bytes) -> None:
     folder = opened(tiny).folder
     (folder / name).write_bytes(text)
-    with pytest.raises(InputError, match=rf"{name}.*expected (what a run writes; set resume = false to begin afresh|TOML)"):
+    with pytest.raises(InputError, match=rf"{name}.*expected (a JSON object; set resume = false to begin afresh|TOML)"):
         opened(tiny)
     (folder / name).unlink()
     if name != "manifest.json":
-        with pytest.raises(InputError, match=rf"{name} can't be read .*, expected a run folder's file; set resume = false"):
+        with pytest.raises(InputError, match=rf"{name} can't be read .*, expected .*; set resume = false"):
             opened(tiny)
         assert not opened(changed(tiny, resume=False)).resumed
 
@@ -385,9 +385,9 @@ def test_sigterm_stops_between_steps_and_the_same_program_finishes_later(tiny: P
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_in_a_stage_that_does_not_look_stops_before_the_next_one(tiny: Program) -> None:
     class Deaf(Count, frozen=True, tag="deaf"):
-        def run(self, world: FakeWorld) -> FakeWorld:
+        def run(self, state: FakeState) -> FakeState:
             os.kill(os.getpid(), signal.SIGINT)
-            return super().run(world._replace(stopping=lambda: False))
+            return super().run(state._replace(stopping=lambda: False))
 
     stop = StopSignals()
     with pytest.raises(Stopped) as stopped:
@@ -399,10 +399,10 @@ def test_a_signal_in_a_stage_that_does_not_look_stops_before_the_next_one(tiny: 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_in_the_last_stage_lets_the_run_finish(tiny: Program) -> None:
     class Late(Count, frozen=True, tag="late"):
-        def run(self, world: FakeWorld) -> FakeWorld:
-            world = super().run(world)
+        def run(self, state: FakeState) -> FakeState:
+            state = super().run(state)
             os.kill(os.getpid(), signal.SIGTERM)
-            return world
+            return state
 
     assert run_program(changed(tiny, stage=(Late(3, "one"),)))["steps"] == 3
 
@@ -446,16 +446,16 @@ def test_a_file_system_without_locks_is_told(tiny: Program, monkeypatch: pytest.
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
-    found: list[Any] = []
+    handlers: list[Any] = []
 
     def enter() -> None:
         with StopSignals():
-            found.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [signal.getsignal(signal.SIGTERM)]
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_summary_moves_top_up_and_keeps_the_rest_by_stage() -> None:

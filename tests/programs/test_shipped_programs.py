@@ -32,7 +32,7 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
     loaded = program.load(SHIPPED[name], words)
     folder = tmp_path / loaded.name
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trains = [stage for stage in loaded.stage if isinstance(stage, train.Train)]
     assert [(row["stage"], row["step"]) for row in rows] == [(stage.label, n) for stage in trains for n in (1, 2, 3)]
@@ -49,12 +49,12 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
             assert record["loss_nats"] > 0
             assert record["model_bytes"] > 2**10
             assert len(record["samples"]) == 3
-            assert f"{record['loss_nats']:.4f}" in told
+            assert f"{record['loss_nats']:.4f}" in output
         if isinstance(stage, Quantize):
             assert 2**10 < record["bytes_after"] < record["bytes_before"]
         if isinstance(stage, (save.Save, save.Export, evaluate.Generate)):
             assert Path(record["path"]).exists()
-            assert f"{record['what']} in {record['path']}" in told.replace("\n", "")
+            assert f"{record['what']} in {record['path']}" in output.replace("\n", "")
         if isinstance(stage, save.Save):
             assert list(Path(record["path"]).glob("*.safetensors"))
 
@@ -67,10 +67,10 @@ def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_
     rule, deltas, _ = load_adapter(folder / "deltas", names=base)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     tokens = torch.randint(0, 1024, (2, 13), generator=torch.Generator().manual_seed(0))
-    found = model.forward(rule.apply(base, deltas), tokens)
+    adapted = model.forward(rule.apply(base, deltas), tokens)
     with torch.no_grad():
         wanted = merged(tokens).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(adapted, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
     assert float((model.forward(base, tokens) - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
     state = checkpoint.load_tensors(checkpoint.list_states(folder / "checkpoints/train")[-1] / "state.safetensors")
     assert all(torch.equal(delta.a, state[f"trainable.{name}.a"]) for name, delta in deltas.items())
@@ -78,9 +78,9 @@ def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_
     # the adapter goes back onto the base through [model] deltas
     words = [f"model.deltas={folder / 'deltas'}", "name=again", "train.steps=1", "resume=false"]
     text = SHIPPED["lora"].read_text(encoding="utf-8")
-    again = tmp_path / "again.toml"
-    again.write_text(text[: text.index('[[stage]]\nop      = "lora"')], encoding="utf-8")
-    assert main([str(again), *[w for w in toy("lora", tiny, tmp_path) if not w.startswith(("train", "after"))], *words[:2]]) == 0
+    second = tmp_path / "again.toml"
+    second.write_text(text[: text.index('[[stage]]\nop      = "lora"')], encoding="utf-8")
+    assert main([str(second), *[w for w in toy("lora", tiny, tmp_path) if not w.startswith(("train", "after"))], *words[:2]]) == 0
     before = json.loads((tmp_path / "again/summary.json").read_text(encoding="utf-8"))["before"]
     after = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["after"]
     assert before["loss_nats"] == pytest.approx(after["loss_nats"], rel=1e-6)
@@ -119,9 +119,9 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(name: str, tiny: Path,
     assert last.returncode == 0, last.stderr
     assert "is unfinished: continuing it" in last.stdout
     assert "continuing from step" in last.stdout
-    found, wanted = weights(tmp_path / "killed"), weights(tmp_path / "straight")
-    assert set(found) == set(wanted)
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    killed, wanted = weights(tmp_path / "killed"), weights(tmp_path / "straight")
+    assert set(killed) == set(wanted)
+    assert all(torch.equal(killed[key], wanted[key]) for key in wanted)
     assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "straight")
     summaries = [json.loads((tmp_path / one / "summary.json").read_text(encoding="utf-8")) for one in ("killed", "straight")]
     assert summaries[0]["after"] | {"time_s": 0} == summaries[1]["after"] | {"time_s": 0}

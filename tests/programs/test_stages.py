@@ -212,27 +212,27 @@ def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     saves += '[[stage]]\nop = "save"\nname = "trained"\nwhat = "merged"\npath = "run/trained"\ndtype = "float32"\n'
     saves += '[[stage]]\nop = "save"\nname = "stored"\nwhat = "merged"\npath = "run/stored"\nonto = "stored"\ndtype = "float32"\n'
     summary = run(tmp_path, tiny, NF4 + LORA + TRAIN + evaluation("after") + saves)
-    told = capsys.readouterr().out
-    assert "merged onto the dequantized weights" in told
+    output = capsys.readouterr().out
+    assert "merged onto the dequantized weights" in output
     assert summary["trained"]["merge_error"] < 1e-6 < 0.01 < summary["stored"]["merge_error"]
     assert summary["quantize"]["bytes_after"] < summary["quantize"]["bytes_before"]
     model = models.open(tiny / "model")
     base = checkpoint.load_params(tiny / "model", model.shapes())
     rule, deltas, _ = load_adapter(tmp_path / "p/deltas", names=base)
-    found, onto_stored = (checkpoint.load_params(tmp_path / "p" / one, model.shapes()) for one in ("trained", "stored"))
+    onto_trained, onto_stored = (checkpoint.load_params(tmp_path / "p" / one, model.shapes()) for one in ("trained", "stored"))
     for name in deltas:
         rounded = dequantize(quantize(base[name].float(), schemes.NF4()), torch.float32)
-        torch.testing.assert_close(found[name], rule.merged_weight(rounded, deltas[name]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(onto_trained[name], rule.merged_weight(rounded, deltas[name]), rtol=0, atol=1e-6)
         torch.testing.assert_close(onto_stored[name], rule.merged_weight(base[name], deltas[name]), rtol=0, atol=1e-6)
     # the merged model is the one that was evaluated
-    again = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/trained'}", name="again")
-    assert again["after"]["loss_nats"] == pytest.approx(summary["after"]["loss_nats"], rel=1e-5)
+    reloaded = run(tmp_path, tiny, evaluation("after"), f"model.path={tmp_path / 'p/trained'}", name="again")
+    assert reloaded["after"]["loss_nats"] == pytest.approx(summary["after"]["loss_nats"], rel=1e-5)
     # onto a dense base, it is merged when asked for
     adapter = f"model.deltas={tmp_path / 'p/deltas'}"
     for op in ('"merge"', '"save"\nwhat = "merged"\ndtype = "float32"'):
         assert start(tmp_path, tiny, f"[[stage]]\nop = {op}\n", adapter, name="dense") == 2
-        told = capsys.readouterr().err
-        assert re.search(r"but that was quantized by \{'scheme'.*nf4.* and is dense here, expected onto = 'stored'", told)
+        output = capsys.readouterr().err
+        assert re.search(r"but that was quantized by \{'scheme'.*nf4.* and is dense here, expected onto = 'stored'", output)
     run(tmp_path, tiny, f'[[stage]]\nop = {op}\nonto = "stored"\n', adapter, name="dense")
     dense = checkpoint.load_params(tmp_path / "dense/merged", model.shapes())
     assert all(torch.equal(dense[name], onto_stored[name]) for name in dense)
@@ -288,8 +288,8 @@ def test_what_trains_starts_from_the_exact_weights_whatever_computes(tiny: Path,
     stages = '[[stage]]\nop = "full"\n[[stage]]\nop = "save"\nwhat = "params"\n'
     run(tmp_path, tiny, stages, "model.dtype=bfloat16")
     model = models.open(tiny / "model")
-    found, wanted = (checkpoint.load_params(path, model.shapes()) for path in (tmp_path / "p/params", tiny / "model"))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    saved, wanted = (checkpoint.load_params(path, model.shapes()) for path in (tmp_path / "p/params", tiny / "model"))
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
     assert any(not torch.equal(w, w.bfloat16().float()) for w in wanted.values())
 
 

@@ -38,13 +38,13 @@ def test_each_adapter_of_a_sweep_is_the_run_by_itself_and_the_best_goes_on(tiny:
     for i, point in enumerate(POINTS):
         words = [f"{key.replace('optimizer', 'train.optimizer')}={value}" for key, value in point.items()]
         run(tmp_path, tiny, LORA + SWEPT + save, *words, name=f"alone{i}")
-        wanted, found = rows_of(tmp_path / f"alone{i}"), rows_of(tmp_path / "together", i)
-        assert [row["step"] for row in found] == [row["step"] for row in wanted] == list(range(1, 13))
+        alone, together = rows_of(tmp_path / f"alone{i}"), rows_of(tmp_path / "together", i)
+        assert [row["step"] for row in together] == [row["step"] for row in alone] == list(range(1, 13))
         for name in ("loss", "lr", "grad_norm", "target_tokens", "skipped"):
-            assert [row[name] for row in found] == pytest.approx([row[name] for row in wanted], rel=1e-5)
-        losses[i] = wanted[-1]["heldout_loss"]
-        assert found[-1]["heldout_loss"] == pytest.approx(losses[i], rel=1e-6)
-        assert found[-1]["optimizer.lr"] == point["optimizer.lr"]
+            assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-5)
+        losses[i] = alone[-1]["heldout_loss"]
+        assert together[-1]["heldout_loss"] == pytest.approx(losses[i], rel=1e-6)
+        assert together[-1]["optimizer.lr"] == point["optimizer.lr"]
     best = min(losses, key=lambda i: losses[i])
     assert summary["train"]["best_adapter"] == best
     found, wanted = (next((tmp_path / name).rglob("adapter_model.safetensors")).parent for name in ("together", f"alone{best}"))

@@ -274,7 +274,10 @@ def test_a_disk_that_is_too_small_is_refused_before_a_weight_is_fetched(
     server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**4, 0, 1000))
-    with pytest.raises(InputError, match=r"model needs 10,243 bytes more, its disk has 1,000 free, expected at least as many"):
+    with pytest.raises(
+        InputError,
+        match=r"model needs 10,243 bytes for the files that are missing, its disk has 1,000 free",
+    ):
         fetch(tmp_path / "model")
     assert not set(SHARDS) & set(server.fetched())
 
@@ -319,13 +322,13 @@ def test_a_repository_without_safetensors_and_a_folder_with_others_are_refused(s
     with pytest.raises(InputError, match=rf"{REPO} holds config\.json, pytorch_model\.bin, expected model\.safetensors"):
         fetch(tmp_path / "other")
     server.files = {INDEX: b"{"}
-    with pytest.raises(InputError, match=r"index\.json has no readable weight_map"):
+    with pytest.raises(InputError, match=r"hub: .*index\.json can't be read \(.*\), expected a JSON object; tell the owner of"):
         fetch(tmp_path / "third")
 
 
 def test_words_that_do_not_fit_are_refused() -> None:
     for words in ([], ["a", "b"], [REPO, "--into", "x"]):
-        with pytest.raises(InputError, match=r"hub: .*, expected download .*REPO; correct the command"):
+        with pytest.raises(InputError, match=r"download: .*, expected options as in `.* download --help`; correct the command"):
             download(words)
 
 

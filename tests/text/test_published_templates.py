@@ -97,7 +97,7 @@ def test_there_are_templates_of_many_families() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rendering_equals_transformers_with_every_option(name: str) -> None:
     told = template(name)
-    given = [{}, *({option: value} for option in sorted(told.asks) for value in (False, True, "high"))]
+    given = [{}, *({option: value} for option in sorted(told.variables) for value in (False, True, "high"))]
     for messages, tools in CONVERSATIONS.values():
         for opened in (False, True):
             for options in given:
@@ -118,7 +118,7 @@ ASKED = {
 
 @pytest.mark.parametrize("name", ASKED)
 def test_what_a_template_asks_for(name: str) -> None:
-    assert template(name).asks == ASKED[name]
+    assert template(name).variables == ASKED[name]
 
 
 @pytest.mark.parametrize("name", MARKED)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minitune.errors import InputError
 from minitune.text.chat import encode_chat, encode_prompt, open_template
-from minitune.text.template import CLOSE, OPEN, Message, Template, compile_template, render
+from minitune.text.template import GENERATION_END, GENERATION_START, Message, Template, compile_template, render
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import texts, wild, with_special_tokens, write_folder
 
@@ -511,10 +511,13 @@ def test_blocks_of_generation_that_are_taken_apart_are_refused(source: str) -> N
 
 
 def test_the_marks_are_plain_characters_to_everybody_else() -> None:
-    messages = [user(f"a{OPEN}b{CLOSE}"), assistant(f"{CLOSE}c{OPEN}", thinking=OPEN)]
+    messages = [
+        user(f"a{GENERATION_START}b{GENERATION_END}"),
+        assistant(f"{GENERATION_END}c{GENERATION_START}", thinking=GENERATION_START),
+    ]
     ids, mask = encode_chat(speaker()[0], template("marked"), messages)
-    assert spans(ids, mask) == [f"<think>{OPEN}</think>{CLOSE}c{OPEN}<|im_end|>"]
-    assert f"a{OPEN}b{CLOSE}" in speaker()[0].decode(ids, skip_special=False)
+    assert spans(ids, mask) == [f"<think>{GENERATION_START}</think>{GENERATION_END}c{GENERATION_START}<|im_end|>"]
+    assert f"a{GENERATION_START}b{GENERATION_END}" in speaker()[0].decode(ids, skip_special=False)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])

@@ -62,7 +62,9 @@ def test_tokenizer_json_with_dummy_prefix_equals_transformers_and_the_model_file
     ours, theirs, of_model = _saved_by_transformers()
     ids = theirs.encode(text, add_special_tokens=False)
     assert ours.encode(text, parse_special=True) == ids
-    assert ours.encode_span(text, opens=False, restore={}) == of_model.encode_span(text, opens=False, restore={})
+    assert ours.encode_span(text, starts_document=False, restore={}) == of_model.encode_span(
+        text, starts_document=False, restore={}
+    )
 
 
 @cache
@@ -82,7 +84,7 @@ def test_a_prepending_normalizer_acts_where_a_document_opens(first: Any, tmp_pat
     fast.save(str(tmp_path / "tokenizer.json"))
     ours = open_tokenizer(tmp_path)
     assert ours.encode("a<s>a", parse_special=True) == fast.encode("a<s>a").ids == [0, 1, 2, 0, 1]
-    assert ours.encode_span("a", opens=False, restore={}) == [1]
+    assert ours.encode_span("a", starts_document=False, restore={}) == [1]
 
 
 @cache
@@ -114,15 +116,17 @@ def test_special_tokens_are_parsed_where_asked_for(kind: str) -> None:
 @given(before=wild, after=wild)
 def test_a_continued_text_gets_no_second_dummy_prefix(before: str, after: str) -> None:
     ours = llama()[0]
-    ids = ours.encode_span("a" + before, opens=True, restore={}) + ours.encode_span(after, opens=False, restore={})
+    ids = ours.encode_span("a" + before, starts_document=True, restore={}) + ours.encode_span(
+        after, starts_document=False, restore={}
+    )
     assert ours.decode(ids, skip_special=False) == "a" + before + after
 
 
 def test_stand_ins_are_restored_after_special_tokens_were_found() -> None:
     ours = llama()[0]
     text = "<|im_end|>\U00100000|im_end|>"
-    ids = ours.encode_span(text, opens=False, restore={0x100000: "<"})
-    plain = ours.encode_span("\U00100000|im_end|>", opens=False, restore={0x100000: "<"})
+    ids = ours.encode_span(text, starts_document=False, restore={0x100000: "<"})
+    plain = ours.encode_span("\U00100000|im_end|>", starts_document=False, restore={0x100000: "<"})
     assert ids == [ours.special["<|im_end|>"], *plain]
     assert ours.special["<|im_end|>"] not in plain
     assert ours.decode(ids, skip_special=False) == "<|im_end|><|im_end|>"
@@ -183,10 +187,10 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON .*, expected an object; fetch"),
-        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON"),
-        ("special_tokens_map.json", b"[" * 10**5, "special_tokens_map.json is not JSON"),
-        ("tokenizer_config.json", b"[1]", "tokenizer_config.json holds a list, expected an object; fetch"),
+        ("tokenizer_config.json", b"{", r"tokenizer_config\.json can't be read .*, expected a JSON object; fetch"),
+        ("tokenizer_config.json", b"\xff", r"tokenizer_config\.json can't be read"),
+        ("special_tokens_map.json", b"[" * 10**5, r"special_tokens_map\.json can't be read"),
+        ("tokenizer_config.json", b"[1]", r"tokenizer_config\.json can't be read \(Expected `object`, got `array`\)"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "added_tokens_decoder can't be read .*, expected"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder can't be read"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": {}}}', "added_tokens_decoder can't be read"),

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder as GGUF metadata, for the kinds of tokenizer that llama.cpp implements itself."""
+"""Tokenizer of a Hugging Face folder as GGUF metadata, for the kinds of tokenizer that llama.cpp implements itself."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from minitune.errors import InputError
+from minitune.io.json_file import read_json_object
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
-from minitune.text.vocabulary import json_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -35,7 +35,9 @@ def metadata(folder: Path, n_rows: int, stop_ids: Sequence[int]) -> tuple[dict[s
             f"gguf: {folder} has {tokenizer.vocab_size} tokens, expected at most {n_rows}, the rows of the embedding; "
             "it is the tokenizer of another model"
         )
-    found = _sentencepiece(folder / "tokenizer.model", tokenizer) or _byte_level(json_object(folder / "tokenizer.json"))
+    found = _sentencepiece(folder / "tokenizer.model", tokenizer)
+    if found is None:
+        found = _byte_level(read_json_object(folder / "tokenizer.json", "gguf"))
     if isinstance(found, str):
         return {"tokenizer.ggml.model": "none"}, [f"no tokenizer written, so llama.cpp takes token ids only: {found}"]
     model, pieces, more = found
@@ -85,8 +87,8 @@ def _sentencepiece(path: Path, tokenizer: Tokenizer) -> tuple[str, Pieces, dict[
     pieces = {i: (sp.id_to_piece(i), kind(i), sp.get_score(i)) for i in range(sp.vocab_size())}
     if any(score != round(score) for _, kind, score in pieces.values() if kind == NORMAL):
         return f"{path} is a unigram model, expected BPE (whose scores are ranks)"
-    opens = tokenizer.vocabulary.ids("a", True) != tokenizer.vocabulary.ids("a", False)
-    return "llama", pieces, {"add_space_prefix": opens}
+    has_dummy_prefix = tokenizer.vocabulary.ids("a", True) != tokenizer.vocabulary.ids("a", False)
+    return "llama", pieces, {"add_space_prefix": has_dummy_prefix}
 
 
 def _byte_level(spec: Mapping[str, Any]) -> tuple[str, Pieces, dict[str, Any]] | str:
@@ -103,7 +105,7 @@ def _byte_level(spec: Mapping[str, Any]) -> tuple[str, Pieces, dict[str, Any]] |
 
 
 def _cuts(step: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a pre-tokenizer cuts at, step by step; what has no counterpart in llama.cpp is named by its type."""
+    """Expressions that a pre-tokenizer cuts at, step by step; what has no counterpart in llama.cpp is named by its type."""
     kind = str(step.get("type", "nothing"))
     if kind == "Sequence":
         return tuple(cut for inner in step["pretokenizers"] for cut in _cuts(inner))

@@ -1,4 +1,4 @@
-"""How PEFT adapts a model with experts: as parameters (LoraConfig.target_parameters), where other weights are modules.
+"""PEFT's view of a model with experts: it adapts parameters (LoraConfig.target_parameters), where other weights are modules.
 
 transformers 5 keeps the experts of a layer in two tensors, whatever the files hold, so that PEFT has one A and one B for all of
 them; and its routers are no linear modules. Letters beside those of types: X experts; I, O the dims of an expert's map.
@@ -13,45 +13,45 @@ from torch import Tensor
 from minitune.errors import InputError
 from minitune.types import Delta
 
-INTO, OUT = "gate_up_proj", "down_proj"  # how transformers calls the two tensors; PEFT wraps the second around the first
-STACKED = (INTO, OUT)
-PARTS = {"w1": INTO, "w3": INTO, "gate_proj": INTO, "up_proj": INTO, "w2": OUT, "down_proj": OUT}
+UP, DOWN = "gate_up_proj", "down_proj"  # how transformers calls the two tensors; PEFT wraps the second around the first
+STACKED = (UP, DOWN)
+PARTS = {"w1": UP, "w3": UP, "gate_proj": UP, "up_proj": UP, "w2": DOWN, "down_proj": DOWN}
 SINGLE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 INPUTS_FIRST = ".mlp.experts."  # gpt-oss, whose class says is_transposed; Llama 4 has the same layout and does not say so
 
 
 def parameters(names: Collection[str]) -> dict[str, str]:
-    """What PEFT calls the parameter that holds each feed-forward weight of a model with experts; empty for other models."""
+    """PEFT's name of the parameter that holds each feed-forward weight of a model with experts; empty for other models."""
     if not any(".experts." in name for name in names):
         return {}
-    found = {name: name.replace(".block_sparse_moe.", ".mlp.") for name in names}
-    for name, path in found.items():
+    paths = {name: name.replace(".block_sparse_moe.", ".mlp.") for name in names}
+    for name, path in paths.items():
         if single := SINGLE.fullmatch(path):
-            found[name] = f"{single[1]}.{PARTS[single[3]]}"
-    return {name: path for name, path in found.items() if re.search(r"\.(mlp|feed_forward)\.", path)}
+            paths[name] = f"{single[1]}.{PARTS[single[3]]}"
+    return {name: path for name, path in paths.items() if re.search(r"\.(mlp|feed_forward)\.", path)}
 
 
 def places(names: Collection[str]) -> dict[str, list[str]]:
-    """The weights that each of PEFT's parameters holds."""
-    found: dict[str, list[str]] = {}
+    """Weights that each of PEFT's parameters holds, by the parameter's name."""
+    names_of: dict[str, list[str]] = {}
     for name, path in parameters(names).items():
-        found.setdefault(path, []).append(name)
-    return found
+        names_of.setdefault(path, []).append(name)
+    return names_of
 
 
 def is_single(name: str) -> bool:
-    """Whether a weight is that of one expert."""
+    """True for a weight of one expert."""
     return SINGLE.fullmatch(name) is not None
 
 
 def n_joined(name: str, path: str) -> int:
-    """How many weights of one expert share its part of a parameter: gate and up, where the files have them apart."""
-    return 2 if path.endswith(INTO) and path != name else 1
+    """Number of weights of one expert that share its part of a parameter: 2 for gate and up, where the files have them apart."""
+    return 2 if path.endswith(UP) and path != name else 1
 
 
 def inner(path: str, adapted: Collection[str]) -> bool:
-    """Whether PEFT puts another wrapper around that of a stacked weight, and `base_layer` into its keys."""
-    return path.endswith(INTO) and f"{path.removesuffix(INTO)}{OUT}" in adapted
+    """True where PEFT puts another wrapper around that of a stacked weight, and `base_layer` into its keys."""
+    return path.endswith(UP) and f"{path.removesuffix(UP)}{DOWN}" in adapted
 
 
 def flattened(path: str, delta: Delta) -> Delta:
@@ -63,13 +63,14 @@ def flattened(path: str, delta: Delta) -> Delta:
 def unflattened(
     path: str, a: Float[Tensor, "XR I"], b: Float[Tensor, "O RX"], rank: int, names: Sequence[str]
 ) -> dict[str, Delta]:
-    """The deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single experts' weights `names`.
+    """Deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single experts' weights `names`.
 
     Where gate and up are one tensor for PEFT, both get a copy of its A and their own rows of B. InputError for another number of
     experts.
     """
     n = len(a) // rank
-    each_a, each_b = a.unflatten(0, (n, rank)), b.unflatten(1, (rank, n)).permute(2, 0, 1)
+    each_a = a.unflatten(0, (n, rank))
+    each_b = b.unflatten(1, (rank, n)).permute(2, 0, 1)
     if path in names:
         pair = (each_b.mT, each_a.mT) if INPUTS_FIRST in path else (each_a, each_b)
         return {path: Delta(*(x.contiguous() for x in pair))}
@@ -84,6 +85,6 @@ def unflattened(
 
 
 def _place(name: str) -> tuple[int, str]:
-    """The order of the rows: by expert, and in each gate (or w1) before up (or w3)."""
+    """Order of the rows: by expert, and in each gate (or w1) before up (or w3)."""
     single = SINGLE.fullmatch(name)
     return (int(single[2]), single[3]) if single else (0, name)

@@ -44,17 +44,17 @@ def save_adapter(
     within = partial(wrapped_name, wrapper=wrapper)
     tie = EMBEDDING in whole and HEAD not in names  # PEFT then wants the shared tensor under both of its names
     whole = {**whole, HEAD: whole[EMBEDDING]} if tie else whole
-    held = {name: within(path) for name, path in experts.parameters(names).items() if name in deltas}
+    parameter_of = {name: within(path) for name, path in experts.parameters(names).items() if name in deltas}
     ranks: dict[str, int] = {}  # by module, and by parameter
     alphas: dict[str, float] = {}
     for name, delta in deltas.items():
         rank = delta.a.shape[-2]
-        if name not in held or experts.is_single(name):
+        if name not in parameter_of or experts.is_single(name):
             module = within(module_name(name))
             ranks[module], alphas[module] = rank, alpha_of(lora, rank)
-        if name in held:
-            n = experts.n_joined(within(name), held[name])
-            ranks[held[name]], alphas[held[name]] = n * rank, n * alpha_of(lora, rank)
+        if name in parameter_of:
+            n = experts.n_joined(within(name), parameter_of[name])
+            ranks[parameter_of[name]], alphas[parameter_of[name]] = n * rank, n * alpha_of(lora, rank)
     default = alpha_of(lora, lora.rank)
     config = {
         "peft_type": "LORA",
@@ -64,8 +64,8 @@ def save_adapter(
         "lora_alpha": default,
         "rank_pattern": {re.escape(place): rank for place, rank in ranks.items() if rank != lora.rank},
         "alpha_pattern": {re.escape(place): alpha for place, alpha in alphas.items() if alpha != default},
-        "target_modules": [within(module_name(name)) for name in deltas if name not in held or experts.is_single(name)],
-        "target_parameters": list(dict.fromkeys(held.values())) or None,
+        "target_modules": [within(module_name(name)) for name in deltas if name not in parameter_of or experts.is_single(name)],
+        "target_parameters": list(dict.fromkeys(parameter_of.values())) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -107,27 +107,28 @@ def check_adapter(ranks: Mapping[str, int], whole: Collection[str], *, names: Co
         raise InputError(
             f"peft: {apart} does not train, but another tensor of its module trains whole, expected both: PEFT keeps modules"
         )
-    held = experts.parameters(names)
-    other = next((name for name in whole if held.get(name, name) != name), None)
+    parameter_of = experts.parameters(names)
+    other = next((name for name in whole if parameter_of.get(name, name) != name), None)
     if other is not None:
         raise InputError(
-            f"peft: {other} trains whole, which PEFT knows as {held[other]} alone, expected a delta on it; save it merged"
+            f"peft: {other} trains whole, which PEFT knows as {parameter_of[other]} alone, expected a delta on it; save it merged"
         )
-    if dora and (name := next((name for name in ranks if name in held), None)):
+    if dora and (name := next((name for name in ranks if name in parameter_of), None)):
         raise InputError(
             f"peft: {name} has a DoRA, expected dora = false: PEFT adapts the feed-forward of a model with experts without; "
             "narrow the targets, drop dora, or save it merged"
         )
     for path, joined in experts.places(names).items():
-        found = {name: ranks.get(name) for name in joined}
-        if len(set(found.values())) > 1:
-            name, rank = next((name, rank) for name, rank in found.items() if rank != next(iter(found.values())))
-            first, wanted = next(iter(found.items()))
+        first = joined[0]
+        other = next((name for name in joined if ranks.get(name) != ranks.get(first)), None)
+        if other is not None:
+            has, wanted = describe(ranks.get(other)), describe(ranks.get(first))
             raise InputError(
-                f"peft: {name} has {_told(rank)} and {first} {_told(wanted)}, expected one rank for all of {path}: PEFT joins "
+                f"peft: {other} has {has} and {first} {wanted}, expected one rank for all of {path}: PEFT joins "
                 "them; change targets or ranks, or save it merged"
             )
 
 
-def _told(rank: int | None) -> str:
+def describe(rank: int | None) -> str:
+    """Words for the delta of a weight: its rank, or that there is none."""
     return "no delta" if rank is None else f"a delta of rank {rank}"

@@ -1,9 +1,10 @@
-"""Attention inside a compiled block on CUDA: torch's flex_attention, told which blocks of keys each block of queries needs.
+"""Attention inside a compiled block on CUDA: torch's flex_attention, given the blocks of keys that each block of queries needs.
 
-Every query sees a run of keys that ends at itself. So a block of queries needs the blocks of keys from the earliest start of its
-queries to its own place; those behind the latest start, its own left out, are seen whole. Two numbers a block are all that is
-made of the mask, and the kernel asks for single places only in blocks that are seen in part (Dong et al. 2024, arXiv 2412.05496,
-section 3).
+Every query sees a run of keys that ends at itself. So a block of queries needs the blocks of keys
+from the earliest start of its queries to its own place; those behind the latest start, the
+diagonal block left out, are seen whole. Two numbers a block are all that is made of the mask, and
+the kernel asks for single places only in blocks that are seen in part (Dong et al. 2024, arXiv
+2412.05496, section 3).
 """
 
 from collections.abc import Callable
@@ -15,84 +16,112 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from minitune.autodiff.value_and_grad import under_transform
 
-BLOCK = 128  # queries or keys; flex_attention's own default, a multiple of every tile that its kernels take
+BLOCK = 128  # queries or keys; the default of flex_attention, a multiple of every tile that its kernels take
 D_HEAD = range(16, 257)  # sizes of a head that its kernels take
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def serves(q: Float[Tensor, "B N T E"], k: Float[Tensor, "B K S E"]) -> bool:
-    """Whether `attend` is the way for these: traced by torch.compile (run as it is, flex_attention makes all scores), on CUDA, as
-    many keys as queries, of sizes and a dtype that its kernels take, under no transform, for which it has no rule."""
-    fits = q.shape[-1] in D_HEAD and q.dtype in DTYPES and q.shape[2] == k.shape[2]
+def serves(q: Float[Tensor, "B N T E"], k: Float[Tensor, "B K S E"], v: Float[Tensor, "B K S Ev"]) -> bool:
+    """True if flex_attention can run here.
+
+    Under torch.compile (in eager mode it makes all scores), CUDA, as many queries as keys, supported
+    head sizes and dtype, and no functorch transform, for which it has no rule.
+    """
+    fits = q.shape[-1] in D_HEAD and v.shape[-1] in D_HEAD and q.dtype in DTYPES and q.shape[2] == k.shape[2]
     return torch.compiler.is_compiling() and q.device.type == "cuda" and fits and not under_transform()
 
 
 def attend(
     q: Float[Tensor, "B N T E"],
     k: Float[Tensor, "B K T E"],
-    v: Float[Tensor, "B K T E"],
+    v: Float[Tensor, "B K T Ev"],
     first: Int[Tensor, "B T"] | None,
     sinks: Float[Tensor, "N"] | None,
     *,
     scale: float,
     soft_cap: float | None,
-) -> Float[Tensor, "B N T E"]:
-    """softmax(scale q k^T) v, query t over the keys first[t] .. t (None: 0 .. t); query head n reads key head n // (N / K), which
-    is never repeated. A soft cap c turns a scaled product x into c tanh(x / c); a sink is one more score of its head, whose
-    weight goes nowhere."""
+) -> Float[Tensor, "B N T Ev"]:
+    """Attention as `attention.attention` defines it, query t over the keys first[t] .. t (None: 0 .. t)."""
 
     def capped(score: Tensor, *place: Tensor) -> Tensor:
         return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
 
-    score_mod, seen = None if soft_cap is None else capped, block_mask(first, q.shape[2], q.device)
-    grouped, asked = q.shape[1] != k.shape[1], AuxRequest(lse=sinks is not None)
-    out, aux = flex_attention(q, k, v, score_mod, seen, scale, grouped, return_aux=asked)
+    score_mod = None if soft_cap is None else capped
+    mask = block_mask(first, q.shape[2], q.device)
+    has_groups = q.shape[1] != k.shape[1]
+    aux_request = AuxRequest(lse=sinks is not None)
+    out, aux = flex_attention(q, k, v, score_mod, mask, scale, has_groups, return_aux=aux_request)
     return out if sinks is None or aux.lse is None else with_sinks(out, aux.lse, sinks)
 
 
-def with_sinks(out: Float[Tensor, "B N T E"], lse: Float[Tensor, "B N T"], sinks: Float[Tensor, "N"]) -> Float[Tensor, "B N T E"]:
-    """What attention gives when each head has one more score s, whose weight goes nowhere: out sigmoid(lse - s), where lse is the
-    log of the sum of the exponentials of all other scores (gpt-oss, arXiv 2508.10925, section 2.2): e^lse / (e^lse + e^s)."""
+def with_sinks(
+    out: Float[Tensor, "B N T Ev"], lse: Float[Tensor, "B N T"], sinks: Float[Tensor, "N"]
+) -> Float[Tensor, "B N T Ev"]:
+    """Attention when each head has one more score s, whose weight goes nowhere: out sigmoid(lse - s).
+
+    lse is the log of the sum of the exponentials of all other scores (gpt-oss, arXiv 2508.10925,
+    section 2.2): e^lse / (e^lse + e^s) is the weight that is left for them.
+    """
     kept = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]
     return (out * kept).to(out.dtype)
 
 
 def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.device) -> BlockMask:
-    """The blocks of keys that each block of queries needs, those seen whole told apart, and the same turned round. Query t sees
-    the keys first[t] .. t, or 0 .. t where first is None; first never falls along a row. Shapes depend on B and T alone."""
+    """Blocks of keys that each block of queries sees, in part or whole, and the blocks of queries that see each block of keys.
+
+    Query t sees the keys first[t] .. t, or 0 .. t where first is None; first never falls along a
+    row. Shapes depend on B and T alone.
+    """
     starts = torch.zeros(1, n_tokens, dtype=torch.long, device=device) if first is None else first
-    lowest, whole = blocks(starts)
-    places = torch.arange(lowest.shape[1], device=device)
-    own = places.expand_as(lowest)
-    # of a block of keys the first block of queries behind it that no longer needs it, and that no longer sees it whole
-    end, whole_end = ((x[:, :, None] <= places).sum(1) for x in (lowest, whole))
-    lists = (  # (how many, which): they are runs, and the block itself
-        (whole - lowest + 1, torch.where(places < (whole - lowest)[..., None], lowest[..., None] + places, own[..., None])),
-        (own - whole, whole[..., None] + places),
-        (end - whole_end + 1, torch.where(places < 1, own[..., None], whole_end[..., None] + places - 1)),
-        (whole_end - own - 1, own[..., None] + 1 + places),
+    lowest, whole = first_blocks(starts)
+    n_blocks = lowest.shape[1]
+    index = torch.arange(n_blocks, device=device)
+    diagonal = index.expand_as(lowest)
+
+    # of a block of queries: lowest .. whole - 1 and the diagonal are seen in part, whole .. diagonal - 1 are seen whole
+    n_before = whole - lowest
+    keys_in_part = torch.where(index < n_before[..., None], lowest[..., None] + index, diagonal[..., None])
+    keys_whole = whole[..., None] + index
+
+    # of a block of keys: the first block of queries behind it that does not see it whole, and the first that does not need it
+    whole_end = (whole[:, :, None] <= index).sum(1)
+    end = (lowest[:, :, None] <= index).sum(1)
+    queries_in_part = torch.where(index < 1, diagonal[..., None], whole_end[..., None] + index - 1)
+    queries_whole = diagonal[..., None] + 1 + index
+
+    def listed(count: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        # one list for all heads; the kernels load what lies behind its end too, which therefore has to exist
+        which = which.clamp(max=n_blocks - 1)
+        return count.to(torch.int32)[:, None].contiguous(), which.to(torch.int32)[:, None].contiguous()
+
+    return BlockMask(
+        (n_tokens, n_tokens),
+        *listed(n_before + 1, keys_in_part),
+        *listed(diagonal - whole, keys_whole),
+        *listed(end - whole_end + 1, queries_in_part),
+        *listed(whole_end - diagonal - 1, queries_whole),
+        (BLOCK, BLOCK),
+        _mask_mod(first),
     )
-    part, rest, seeing, seeing_whole = (
-        (n.to(torch.int32)[:, None].contiguous(), which.clamp(max=lowest.shape[1] - 1).to(torch.int32)[:, None].contiguous())
-        for n, which in lists
-    )
-    size, sees = (n_tokens, n_tokens), _sees(first)
-    return BlockMask(size, *part, *rest, *seeing, *seeing_whole, (BLOCK, BLOCK), sees)
 
 
-def blocks(first: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B blocks"], Int[Tensor, "B blocks"]]:
-    """(the first block of keys that each block of queries needs, the first that all of its queries see whole); its own if none.
+def first_blocks(first: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B blocks"], Int[Tensor, "B blocks"]]:
+    """(first block of keys that each block of queries needs, first that all of its queries see whole).
 
-    Like torch's own, a last block of fewer queries sees none whole.
+    The latter is the diagonal block if there is none. Like torch's own, a last block of fewer
+    queries sees none whole.
     """
     n_tokens = first.shape[1]
-    own = torch.arange((n_tokens + BLOCK - 1) // BLOCK, device=first.device)
-    last = own * BLOCK + BLOCK - 1
-    whole = torch.minimum((first[:, last.clamp(max=n_tokens - 1)] + BLOCK - 1) // BLOCK, own)
-    return first[:, own * BLOCK] // BLOCK, torch.where(last < n_tokens, whole, own)
+    diagonal = torch.arange((n_tokens + BLOCK - 1) // BLOCK, device=first.device)
+    last = diagonal * BLOCK + BLOCK - 1
+    latest_start = first[:, last.clamp(max=n_tokens - 1)]
+    whole = torch.minimum((latest_start + BLOCK - 1) // BLOCK, diagonal)
+    return first[:, diagonal * BLOCK] // BLOCK, torch.where(last < n_tokens, whole, diagonal)
 
 
-def _sees(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _mask_mod(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Function that says if a query sees a key, for the places of blocks that are seen in part."""
+
     def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query
 

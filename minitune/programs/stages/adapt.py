@@ -24,15 +24,15 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
-    train: tuple[str, ...] = ()  # globs of weights to train whole beside the deltas: norms, embeddings
+    train: tuple[str, ...] = ()  # globs of weights to train whole with the deltas: norms, embeddings
 
     @property
     def rule(self) -> Lora:
-        """The rule that the deltas follow."""
+        """Rule that the deltas follow."""
         return Lora(self.rank, self.alpha, self.targets, self.ranks, self.rslora, self.dora)
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The targets match linear weights, `train` matches others, and there are no deltas yet."""
+        """InputError unless the targets match linear weights, `train` matches others, and there are no deltas yet."""
         adapted = frozenset(self.rule.names(abstract.params))
         whole = frozenset(tree.select(abstract.params, self.train, "lora: train")) if self.train else frozenset()
         if abstract.adapted:
@@ -50,7 +50,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
             )
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with trainable deltas."""
+        """State with trainable deltas."""
         params, trainable, rule = state.loaded.params, state.loaded.trainable, self.rule
         if self.train:
             params, whole = split_trainable(params, self.train, state.loaded.stored)
@@ -69,16 +69,16 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The globs match dense weights."""
+        """InputError unless the globs match dense weights."""
         names = frozenset(tree.select(abstract.params, self.weights, "full: weights"))
         odd = sorted(names & (abstract.quantized | abstract.adapted))
         if odd:
-            state = "quantized" if odd[0] in abstract.quantized else "adapted by a delta"
-            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {state}, expected a plain weight")
+            kind = "quantized" if odd[0] in abstract.quantized else "adapted by a delta"
+            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {kind}, expected a plain weight")
         return abstract._replace(whole=abstract.whole | names)
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with trainable weights."""
+        """State with trainable weights."""
         loaded, dtype = state.loaded, getattr(torch, self.dtype)
         params, whole = split_trainable(loaded.params, self.weights, loaded.stored, dtype)
         n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
@@ -93,11 +93,11 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
     model: ModelSource
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The model is there, or a stage before writes it."""
+        """InputError unless the model is there, or a stage before writes it."""
         return abstract_state(self.model, abstract)
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with the other model and nothing to train yet."""
+        """State with the other model and nothing to train yet."""
         state.log.say(f"{self.label}: {self.model.path or self.model.config}")
         loaded = load(self.model, state.folder, state.seed)
         say_widening(state.log, self.label, loaded.params)

@@ -1,4 +1,4 @@
-"""What every stage has, and what several of them need."""
+"""Base of every stage, and functions that several of them need."""
 
 import msgspec
 import torch
@@ -17,25 +17,25 @@ class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @property
     def label(self) -> str:
-        """The stage's name in overrides, records and messages."""
+        """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
 
     @property
     def result(self) -> Result | None:
-        """Where the stage writes what outlives the run; None for a stage that writes nothing."""
+        """Path of what the stage writes for after the run; None if it writes nothing."""
         return None
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The abstract after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
+        """Abstract state after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
-        """The state after this stage."""
+        """State after this stage."""
         raise NotImplementedError
 
 
 def peak_mem_bytes(device: torch.device) -> int:
-    """The most memory so far: of the device's tensors if it is an accelerator, else of the process."""
+    """Peak memory so far: of the device's tensors if it is an accelerator, else of the process."""
     if hardware.is_accelerator(device):
         return hardware.peak_bytes(device)
     return host.peak_bytes()

@@ -1,32 +1,25 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
 import json
-import math
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from minitune import tree
+from minitune.checkpoint.tensors import model_bytes
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.data.supervised import batches, prepare
-from minitune.hardware import to_device, widest_float
 from minitune.inference.generate import answers
 from minitune.inference.sampling import Sampling
+from minitune.inference.score import token_metrics
 from minitune.interop import lm_eval
 from minitune.io import paths
 from minitune.io.atomic import write_atomic
 from minitune.io.results import Result
-from minitune.losses.token import cross_entropy
 from minitune.models.compile import wrap
-from minitune.models.model import Model
-from minitune.programs.loading import asked_data
+from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.state import AbstractState, PipelineState, Stopped
 from minitune.text.chat import stop_ids
-from minitune.types import Batch, NonNegativeInt, Params, PositiveInt
+from minitune.types import NonNegativeInt, PositiveInt
 
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
@@ -39,47 +32,46 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     samples: NonNegativeInt = 3  # answers to keep in the record and show
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The data is there."""
-        asked_data(abstract, self.data, self.label, "instruct", "chat", "text")
+        """InputError unless the data is there."""
+        require_data(abstract, self.data, self.label, "instruct", "chat", "text")
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with a record of loss_nats (per target token), perplexity, token_accuracy (target tokens that were the most
+        """State with a record of loss_nats (per target token), perplexity, token_accuracy (target tokens that were the most
         likely ones), bytes of the model, and exact_match (fraction of answers equal to the reference)."""
         if self.label in state.records:  # a resumed run: this was measured before the run died
             return state
         source, loaded = state.data[self.data], state.loaded
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-        params = adapted_params(state)
-        sums = [_sums(loaded.model, params, batch) for batch in batches(dataset, source, self.batch_size)]
-        # nats, right ones, how many: added up on the host in float64, which an accelerator may lack
-        total = sum(torch.stack(sums).to("cpu", torch.float64).unbind(), torch.zeros(3, dtype=torch.float64))
-        nats, right = (total[:2] / total[2].clamp(min=1.0)).tolist()
+        metrics = token_metrics(loaded.model, adapted_params(state), batches(dataset, source, self.batch_size))
         record: dict[str, Any] = {
-            "loss_nats": nats,
-            "perplexity": math.exp(min(nats, 700.0)),  # beyond that it is no float
-            "token_accuracy": right,
-            "target_tokens": int(total[2]),
-            "model_bytes": model_bytes(state),
+            "loss_nats": metrics.loss_nats,
+            "perplexity": metrics.perplexity,
+            "token_accuracy": metrics.accuracy,
+            "target_tokens": metrics.n_targets,
+            "model_bytes": model_bytes(loaded.params, loaded.trainable, loaded.stored),
         }
+        exact_match = ""
         if source.format != "text":
             record |= self._answer(state, source)
-        shown = f", exact match {record['exact_match']:.1%} of {record['n_prompts']}" if "exact_match" in record else ""
+            exact_match = f", exact match {record['exact_match']:.1%} of {record['n_prompts']}"
         state.log.say(
-            f"{self.label}: loss {record['loss_nats']:.4f} nats a token, perplexity {record['perplexity']:.3f}, "
-            f"token accuracy {record['token_accuracy']:.1%}{shown}"
+            f"{self.label}: loss {metrics.loss_nats:.4f} nats a token, perplexity {metrics.perplexity:.3f}, "
+            f"token accuracy {metrics.accuracy:.1%}{exact_match}"
         )
         return state.record(self.label, record)
 
     def _answer(self, state: PipelineState, source: Source) -> dict[str, Any]:
-        asked = prompts(source, state.loaded.tokenizer, state.loaded.template)[: self.limit]
-        found = answered(state, self.label, [one.ids for one in asked], Sampling(), self.batch_size, self.max_new_tokens, ())
-        right = [answer.strip() == prompt.reference.strip() for answer, prompt in zip(found, asked, strict=True)]
+        questions = prompts(source, state.loaded.tokenizer, state.loaded.template)[: self.limit]
+        ids = [prompt.ids for prompt in questions]
+        replies = answered(state, self.label, ids, Sampling(), self.batch_size, self.max_new_tokens, ())
+        pairs = list(zip(questions, replies, strict=True))
+        n_right = sum(reply.strip() == prompt.reference.strip() for prompt, reply in pairs)
         samples = [
-            {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "answer": answer}
-            for prompt, answer in zip(asked[: self.samples], found, strict=False)
+            {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "answer": reply}
+            for prompt, reply in pairs[: self.samples]
         ]
-        return {"exact_match": sum(right) / len(right), "n_prompts": len(right), "samples": samples}
+        return {"exact_match": n_right / len(pairs), "n_prompts": len(pairs), "samples": samples}
 
 
 class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
@@ -95,28 +87,32 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     samples: NonNegativeInt = 3  # answers to show
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The data is there and asks something."""
-        asked_data(abstract, self.data, self.label, "instruct", "chat")
+        """InputError unless the data is there and asks something."""
+        require_data(abstract, self.data, self.label, "instruct", "chat")
         return abstract
 
     @property
     def result(self) -> Result:
-        """The answers, in the run folder."""
+        """Answers, in the run folder."""
         return Result(f"run/{self.label}.jsonl", "file")
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with a record of where the answers lie."""
+        """State with a record of where the answers lie."""
         file = paths.locate(self.result.path, state.folder)
-        asked = prompts(state.data[self.data], state.loaded.tokenizer, state.loaded.template)[: self.limit]
-        ids = [one.ids for one in asked]
-        model = state.loaded.model._replace(block_transform=wrap(state.log.say)) if self.compiled else state.loaded.model
-        state_of = state.with_model(model=model)
-        found = answered(state_of, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
-        lines = [json.dumps({"messages": one.messages, "answer": answer}) for one, answer in zip(asked, found, strict=True)]
+        if self.compiled:
+            compiled = state.loaded.model._replace(block_transform=wrap(state.log.say))
+            answering = state.with_model(model=compiled)
+        else:
+            answering = state
+        questions = prompts(state.data[self.data], state.loaded.tokenizer, state.loaded.template)[: self.limit]
+        ids = [prompt.ids for prompt in questions]
+        replies = answered(answering, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
+        pairs = list(zip(questions, replies, strict=True))
+        lines = [json.dumps({"messages": prompt.messages, "answer": reply}) for prompt, reply in pairs]
         write_atomic(file, ("\n".join(lines) + "\n").encode())
-        for one, answer in list(zip(asked, found, strict=True))[: self.samples]:
-            state.log.say(f"prompt  {one.messages[-1]['content']}\nanswer  {answer}")
-        return state.record(self.label, {"what": f"{len(found)} answers", "path": str(file)})
+        for prompt, reply in pairs[: self.samples]:
+            state.log.say(f"prompt  {prompt.messages[-1]['content']}\nanswer  {reply}")
+        return state.record(self.label, {"what": f"{len(replies)} answers", "path": str(file)})
 
 
 class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
@@ -132,19 +128,18 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     max_length: PositiveInt | None = None  # tokens; what the model was made for if absent
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The extra is installed and the folder of tasks is there."""
+        """InputError unless the extra is installed and the folder of tasks is there."""
         lm_eval.check(paths.locate(self.include) if self.include else None)
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with a record of every task's metrics."""
+        """State with a record of every task's metrics."""
         if self.label in state.records:
             return state
         loaded = state.loaded
-        params = adapted_params(state)
         results = lm_eval.evaluate(
             loaded.model,
-            params,
+            adapted_params(state),
             loaded.tokenizer,
             loaded.template,
             tasks=self.tasks,
@@ -157,9 +152,9 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             max_length=self.max_length,
             stop_ids=stop_ids(loaded.tokenizer, loaded.template),
         )
-        for task, found in results["tasks"].items():
-            shown = "  ".join(f"{name} {one['value']:.4f}" for name, one in found["metrics"].items())
-            state.log.say(f"{self.label}: {task} ({found['n_samples']} samples)  {shown}")
+        for task, result in results["tasks"].items():
+            values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
+            state.log.say(f"{self.label}: {task} ({result['n_samples']} samples)  {values}")
         return state.record(self.label, results)
 
 
@@ -172,7 +167,7 @@ def answered(
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """The model's answers to prompts, in their order; state.Stopped when the run is asked to stop."""
+    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop."""
     loaded = state.loaded
     params = adapted_params(state)
     with state.log.progress(label, len(ids), 0) as progress:
@@ -180,7 +175,7 @@ def answered(
         def report(done: int) -> None:
             progress.update(done, {})
             if state.stopping():
-                raise Stopped(0, state.folder)  # nothing is lost: a resumed run answers again
+                raise Stopped(0, state.folder)  # nothing is lost: a resumed run repeats the answers
 
         return answers(
             loaded.model,
@@ -195,24 +190,3 @@ def answered(
             stop_strings=stop,
             on_progress=report,
         )
-
-
-def _sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"]:
-    """Nats, how many targets were the likeliest tokens, and how many targets there are: summed over a batch."""
-
-    def values(logits: Tensor, targets: Tensor) -> Tensor:
-        return torch.stack([cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
-
-    with torch.no_grad():
-        nats_and_right = model.token_losses(params, batch, values)
-        sums = nats_and_right.to(widest_float(nats_and_right.device)).sum((0, 1))
-    n_targets = to_device(batch.target_mask().sum(), sums.device).to(sums.dtype)
-    return torch.cat([sums, n_targets[None]])
-
-
-def model_bytes(state: PipelineState) -> int:
-    """Bytes of the model as it would be saved now: dense weights as stored, quantized ones as codes, deltas beside them."""
-    loaded = state.loaded
-    kept = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-    deltas = {name: leaf for name, leaf in loaded.trainable.items() if not isinstance(leaf, Tensor)}
-    return tree.n_bytes(({**loaded.stored, **kept}, deltas))

@@ -13,7 +13,7 @@ from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.atomic import atomic_file
-from minitune.programs.loading import asked_data
+from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization
@@ -37,11 +37,11 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 
     @property
     def rule(self) -> Quantization:
-        """Which weight gets which scheme."""
+        """Rule that gives each weight its scheme."""
         return Quantization(self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions})
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The globs match linear weights whose shapes fit the schemes, without deltas; the calibration data is there."""
+        """InputError unless the globs match plain weights that fit the schemes, and the calibration data is there."""
         names = frozenset(self.rule.plan(abstract.params))
         odd = sorted(names & (abstract.adapted | abstract.whole | abstract.quantized))
         if odd:
@@ -50,7 +50,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 "put a merge stage before it"
             )
         if isinstance(self.method, gptq.Gptq):
-            asked_data(abstract, self.method.data, self.label, "instruct", "chat", "text")
+            require_data(abstract, self.method.data, self.label, "instruct", "chat", "text")
             odd = [s for s in self.rule.plan(abstract.params).values() if not isinstance(s, Int8 | Int4)]
             if odd:
                 kind = "nf4" if isinstance(odd[0], NF4) else "float8"
@@ -58,7 +58,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         return abstract._replace(quantized=abstract.quantized | names)
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with quantized leaves in its params; the record holds bytes before and after."""
+        """State with quantized leaves in its params; the record holds bytes before and after."""
         loaded, file = state.loaded, state.folder / "checkpoints" / self.label / "quantized.safetensors"
         names = self.rule.plan(loaded.params)
         if file.is_file():  # calibration may have taken long
@@ -82,15 +82,15 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         loaded = state.loaded
         names = self.rule.plan(loaded.params)
         if isinstance(self.method, gptq.Rtn):
-            found = self.rule.quantize({name: loaded.stored[name] for name in names})
+            quantized = self.rule.quantize({name: loaded.stored[name] for name in names})
         else:
             source, device = state.data[self.method.data], device_of(loaded.params, loaded.trainable)
             dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
             rows = islice(batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS))
             state.log.say(f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}")
             some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
-            found = gptq.gptq(loaded.model, loaded.params, some, self.rule, damp=self.method.damp)
-        return {name: tree.map(Tensor.cpu, found[name]) for name in names}
+            quantized = gptq.gptq(loaded.model, loaded.params, some, self.rule, damp=self.method.damp)
+        return {name: tree.map(Tensor.cpu, quantized[name]) for name in names}
 
 
 class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
@@ -102,16 +102,16 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
 
     @property
     def rule(self) -> Quantization:
-        """Which weight is rounded to which scheme."""
+        """Rule that gives each weight the scheme it is rounded to."""
         return Quantization(self.scheme, self.weights, dict.fromkeys(self.keep))
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """Every weight that is to be rounded trains whole."""
+        """InputError unless every weight that is to be rounded trains whole."""
         odd = sorted(set(self.rule.plan(abstract.params)) - abstract.whole)
         if odd:
             raise InputError(f"stages: {self.label} is to round {odd[0]}, which does not train whole; put a full stage before it")
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state whose objectives see rounded weights."""
+        """State whose objectives see rounded weights."""
         return state._replace(fake=self.rule)

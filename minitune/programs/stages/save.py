@@ -13,9 +13,10 @@ from minitune.interop.gguf import export
 from minitune.interop.peft.save import check_adapter, save_adapter
 from minitune.io.paths import locate
 from minitune.io.results import Result
+from minitune.lora import Onto
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.stages.merge import Dtype, Onto, check_onto, merged
+from minitune.programs.stages.merge import Dtype, check_onto, merged
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.chat import stop_ids
 
@@ -29,11 +30,11 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """The model will hold what is to be saved, and PEFT can hold the deltas."""
-        held = "deltas" if abstract.adapted else "no deltas"
+        """InputError unless the model will hold what is to be saved, and PEFT can hold the deltas."""
+        present = "deltas" if abstract.adapted else "no deltas"
         if bool(abstract.adapted) != (self.what != "params"):
             raise InputError(
-                f"stages: {self.label} is to save {self.what!r}, but the model holds {held}; expected 'params' without them"
+                f"stages: {self.label} is to save {self.what!r}, but the model holds {present}; expected 'params' without them"
             )
         if self.what == "params" and abstract.quantized:
             raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
@@ -51,11 +52,11 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
 
     @property
     def result(self) -> Result:
-        """The folder that is written."""
+        """Folder that is written."""
         return Result(self.path or f"run/{self.what}", "folder")
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with a record of where the result lies."""
+        """State with a record of where the result lies."""
         loaded, folder = state.loaded, locate(self.result.path, state.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         if self.what == "deltas" and loaded.lora is not None:
@@ -72,7 +73,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
-            save_folder(folder, final, loaded.model, _companions(state))
+            save_folder(folder, final, loaded.model, _folder_extras(state))
             record |= errors
         state.log.say(f"{self.label}: {self.what} in {folder}")
         return state.record(self.label, record)
@@ -88,10 +89,10 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     types: export.Types = export.Types("Q4_K")  # gguf only
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """Nothing is left to merge, and the weights are of the kind that the format holds."""
-        open_ends = sorted(abstract.adapted | abstract.whole)
-        if open_ends:
-            raise InputError(f"stages: {self.label} finds {open_ends[0]} still training, expected none; put a merge stage before")
+        """InputError if something is left to merge, or unless the weights are of the kind that the format holds."""
+        training = sorted(abstract.adapted | abstract.whole)
+        if training:
+            raise InputError(f"stages: {self.label} finds {training[0]} still training, expected none; put a merge stage before")
         if self.format != "gguf" and not abstract.quantized:
             raise InputError(
                 f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it"
@@ -100,31 +101,39 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
 
     @property
     def result(self) -> Result:
-        """The folder that is written, or the file."""
+        """Folder that is written, or the file."""
         if self.format == "gguf":
             return Result(self.path or "run/model.gguf", "file")
         return Result(self.path or f"run/{self.format}", "folder")
 
     def run(self, state: PipelineState) -> PipelineState:
-        """state with a record of where the result lies and of its bytes."""
+        """State with a record of where the result lies and of its bytes."""
         loaded = state.loaded
         target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params, beside = {**loaded.stored, **codes}, _companions(state)
+        params, extras = {**loaded.stored, **codes}, _folder_extras(state)
         if self.format == "gguf":
-            said = {"tokenizer": beside.tokenizer, "template": loaded.template.source, "stop_ids": beside.stop_ids}
-            for line in export.save(target, params, loaded.model, self.types, **said):
+            lines = export.save(
+                target,
+                params,
+                loaded.model,
+                self.types,
+                tokenizer=extras.tokenizer,
+                template=loaded.template.source,
+                stop_ids=extras.stop_ids,
+            )
+            for line in lines:
                 state.log.say(f"{self.label}: {line}")
         elif self.format == "bitsandbytes":
-            bitsandbytes.save(target, params, loaded.model, beside)
+            bitsandbytes.save(target, params, loaded.model, extras)
         else:
-            compressed_tensors.save(target, params, loaded.model, beside, activations=self.activations)
+            compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
         n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def _companions(state: PipelineState) -> FolderExtras:
+def _folder_extras(state: PipelineState) -> FolderExtras:
     loaded = state.loaded
     template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
     ends = stop_ids(loaded.tokenizer, loaded.template)

@@ -29,7 +29,7 @@ from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
-from minitune.programs.loading import ModelSource, abstract_state, asked_data, load, say_widening
+from minitune.programs.loading import ModelSource, abstract_state, load, require_data, say_widening
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages import sweep_points, training_loop
 from minitune.programs.stages.base import BaseStage
@@ -71,11 +71,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     sweep: Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """Something trains, the data has the format that the loss needs, and a teacher shares the student's vocabulary."""
+        """InputError unless something trains, the data has the loss's format, and a teacher shares the vocabulary."""
         if not abstract.adapted and not abstract.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
-            asked_data(abstract, name, self.label, *self.loss.formats)
+            require_data(abstract, name, self.label, *self.loss.formats)
         self._check_teacher(abstract)
         if self.reference == "base" and self.loss.compares_answers and abstract.whole:
             raise InputError(
@@ -145,7 +145,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         objective, teacher = self._objective(state)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
-        # Donated: the trees are this stage's own, and those before a step are never asked for again.
+        # Donated: the trees are this stage's own, and those before a step are not needed after it.
         one = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
 
         def next_batch(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:

@@ -19,7 +19,7 @@ from minitune import hardware
 from minitune.checkpoint.state import list_states, load_state, save_state
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
-from minitune.programs.log import Progress
+from minitune.programs.log import Log, Progress
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState, Stopped
@@ -113,7 +113,7 @@ class TrainingTask(NamedTuple):
 
 
 class QueuedStep(NamedTuple):
-    """A step that is queued on the device, and the function that waits for its metrics."""
+    """Step that is queued on the device, and the function that waits for its metrics."""
 
     step: int
     n_tokens: int
@@ -121,7 +121,7 @@ class QueuedStep(NamedTuple):
 
 
 class Due(NamedTuple):
-    """What is due behind a step, besides the next one."""
+    """Work that is due after a step, besides the next one."""
 
     evaluation: bool
     save: bool
@@ -162,8 +162,7 @@ def train(
     prepare() is skipped if the run had already finished the stage. Raises Stopped after a signal, when the
     state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
     """
-    folder = state.folder / "checkpoints" / stage.label
-    saved = list_states(folder)
+    saved = list_states(_state_folder(stage, state))
     if saved:
         train_state, meta = load_state(saved[-1], train_state)
         loop = msgspec.convert(meta["loop"], LoopState)
@@ -173,7 +172,11 @@ def train(
         return train_state, loop
     task = prepare()
     with state.log.progress(stage.label, stage.steps, loop.step) as progress:
-        return _take_steps(stage, state, task, train_state, loop, folder, progress)
+        return _take_steps(stage, state, task, train_state, loop, progress)
+
+
+def _state_folder(stage: TrainingStage, state: PipelineState) -> Path:
+    return state.folder / "checkpoints" / stage.label
 
 
 def _take_steps(
@@ -182,14 +185,13 @@ def _take_steps(
     task: TrainingTask,
     train_state: Tree,
     loop: LoopState,
-    folder: Path,
     progress: Progress,
 ) -> tuple[Tree, LoopState]:
     device = device_of(state.loaded.params, train_state["trainable"])
     # An accelerator gets its next step before the metrics of the last one are read, so that it never waits.
     n_ahead = 1 if hardware.is_accelerator(device) else 0
     queue: deque[QueuedStep] = deque()
-    n_skipped, last_read = 0, 0.0  # steps in a row that changed nothing; when a step was last read
+    n_skipped, last_read = 0, 0.0
     while not loop.is_finished(stage):
         if not queue:
             last_read = time.perf_counter()
@@ -211,11 +213,11 @@ def _take_steps(
             nats = None
             if due.evaluation and not queue:
                 train_state, loop, nats = _evaluate(task, train_state, loop)
-            _log(state, queued.step, rows, rates, nats)
+            _log(state.log, queued.step, rows, rates, nats)
             n_skipped = _skipped_in_a_row(n_skipped, rows)
 
         is_stopping = due.stop or (not queue and state.stopping())
-        _save_or_stop(stage, train_state, loop, folder, due.save, is_stopping, n_skipped)
+        _save_or_stop(stage, state, train_state, loop, due.save, is_stopping, n_skipped)
     return train_state, loop
 
 
@@ -243,10 +245,10 @@ def _show(progress: Progress, step: int, rows: Sequence[Row], rates: Row) -> Non
     progress.update(step, {"loss": best["loss"], "lr": best["lr"], **rates})
 
 
-def _log(state: PipelineState, step: int, rows: Sequence[Row], rates: Row, nats: Sequence[float] | None) -> None:
+def _log(log: Log, step: int, rows: Sequence[Row], rates: Row, nats: Sequence[float] | None) -> None:
     for i, values in enumerate(rows):
         heldout = {"heldout_loss": nats[i]} if nats is not None else {}
-        state.log.metrics(step, {**values, **rates, **heldout})
+        log.metrics(step, {**values, **rates, **heldout})
 
 
 def _skipped_in_a_row(n_skipped: int, rows: Sequence[Row]) -> int:
@@ -258,14 +260,15 @@ def _skipped_in_a_row(n_skipped: int, rows: Sequence[Row]) -> int:
 
 def _save_or_stop(
     stage: TrainingStage,
+    state: PipelineState,
     train_state: Tree,
     loop: LoopState,
-    folder: Path,
     is_save_due: bool,
     is_stopping: bool,
     n_skipped: int,
 ) -> None:
     """Save the state if it is time for it; Stopped after a signal, InputError if too many steps changed nothing."""
+    folder = _state_folder(stage, state)
     is_finished = loop.is_finished(stage)
     if is_save_due or is_stopping or is_finished or n_skipped >= MAX_SKIPPED:
         save_state(folder, loop.step, train_state, {"loop": msgspec.to_builtins(loop)})

@@ -1,6 +1,6 @@
 """Interface of a stage that trains: what the training loop, a sweep and a plan read of it."""
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -22,8 +22,9 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: PositiveInt = 64  # rows per forward
 
 
+@runtime_checkable
 class TrainingStage(Protocol):
-    """A training stage; each property is a key of its table in a program, but for the label."""
+    """Training stage; each property is a key of its table in a program, but for the label."""
 
     @property
     def label(self) -> str:
@@ -67,7 +68,7 @@ class TrainingStage(Protocol):
 
     @property
     def evaluate(self) -> Evaluation | None:
-        """When and on what the held-out loss is measured."""
+        """Steps and data at which the held-out loss is measured."""
         ...
 
     @property

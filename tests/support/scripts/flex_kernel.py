@@ -11,7 +11,7 @@ from support.attention import plain, runs
 
 kind, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
 trains = device.type == "cuda"  # torch has no backward for the CPU, and no sum of exponentials, which sinks need
-flex.serves = flex.serves if trains else lambda q, k: True
+flex.serves = flex.serves if trains else lambda q, k, v: True
 generator = torch.Generator().manual_seed(0)
 seen = runs(kind, 3, 517, 200, 0.01, generator)
 seen = type(seen)(*(x if isinstance(x, tuple) else x.to(device) for x in seen))
