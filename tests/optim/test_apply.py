@@ -312,4 +312,4 @@ def test_a_donated_step_allocates_what_is_planned_for(
         apply_gradients(optimizer, grads, state, params, divisor=one, norm=one, is_finite=one > 0, donate=True)
     planned = scratch_bytes(optimizer, params)
     # beside them stand step counts and a table of 256 codes
-    assert 0.5 * planned < allocated.peak < planned + 8192
+    assert 0.4 * planned < allocated.peak < planned + 8192
