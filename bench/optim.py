@@ -12,11 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from minitune import tree
+from minitune import host, tree
 from minitune.optim import eight_bit, muon, rounding, transforms
 from minitune.optim.adamw import AdamW
 from minitune.optim.apply import apply_gradients
@@ -88,19 +87,14 @@ WAYS = {
 }
 
 
-def peak_mib() -> float:
-    status = Path("/proc/self/status").read_text("utf-8")  # ru_maxrss would count the parent before the fork
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-
-
 def main() -> None:
     n, leaves = (int(float(word)) for word in (*sys.argv[1:3], "1e7", "64")[:2])
     if len(sys.argv) == 4:
-        before = peak_mib()
+        before = host.peak_bytes()
         step = WAYS[sys.argv[3]](n, leaves)
         for _ in range(2):
             step()
-        print(json.dumps(peak_mib() - before))
+        print(json.dumps((host.peak_bytes() - before) / 2**20))
         return
     steps = {name: way(n, leaves) for name, way in WAYS.items()}
     times: dict[str, list[float]] = {name: [] for name in WAYS}

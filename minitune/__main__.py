@@ -1,4 +1,4 @@
-"""The command line: run a program, or look at one. What only looks stays fast: torch is imported where it is needed."""
+"""Command line: run a program, or look at one. Verbs that only look stay fast: torch is imported where it is needed."""
 
 import json
 import shutil
@@ -56,20 +56,19 @@ def _run_words(words: list[str]) -> int:
         from minitune.programs import program
 
         sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
-    elif words[0] in ("show", "check"):
-        if len(words) == 1:
-            _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM [KEY=VALUE ...]")
-        _show(*words[1:]) if words[0] == "show" else _check(*words[1:])
+    elif words[0] in ("show", "check", "plan", "show-sample") and len(words) == 1:
+        options = "[--n 3] [--data NAME] " if words[0] == "show-sample" else ""
+        _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM {options}[KEY=VALUE ...]")
+    elif words[0] == "show":
+        _show(*words[1:])
+    elif words[0] == "check":
+        _check(*words[1:])
     elif words[0] == "plan":
-        if len(words) == 1:
-            _refuse("plan without a program, expected plan PROGRAM [KEY=VALUE ...]")
         file = _announced(_program_file(words[1]))
         from minitune.cli.plan import show
 
         return show(file, words[2:])
     elif words[0] == "show-sample":
-        if len(words) == 1:
-            _refuse("show-sample without a program, expected show-sample PROGRAM [--n 3] [--data NAME] [KEY=VALUE ...]")
         from minitune.cli import show_sample
 
         return show_sample.show(_program_file(words[1]), words[2:])
@@ -146,7 +145,7 @@ def _run(name: str, *overrides: str) -> int:
 
 
 def _announced(file: Path) -> Path:
-    """The file, named on the terminal if it is TOML: the first line of output, and the first mistake, do not wait for torch."""
+    """Same file, named on the terminal if it is TOML: so the first line, and the first mistake, do not wait for torch."""
     toml.read(file, "program")
     sys.stdout.write(f"program: {file}\n")
     sys.stdout.flush()

@@ -17,7 +17,7 @@ class Capabilities(NamedTuple):
     """What torch can do on a type of device."""
 
     float64: bool
-    streams: bool  # copies to and from pinned memory on a stream of their own, which events put in order
+    streams: bool  # copies to and from pinned memory on a side stream, which events put in order
     compiles: bool  # torch.compile is worth its seconds without being asked for
 
 
@@ -33,18 +33,18 @@ LEAST = Capabilities(float64=False, streams=False, compiles=False)  # of a type 
 
 
 def capabilities(device: torch.device) -> Capabilities:
-    """The row of CAPABILITIES for a device."""
+    """Row of CAPABILITIES for a device."""
     return CAPABILITIES.get(device.type, LEAST)
 
 
 def accelerator() -> str | None:
-    """The type of accelerator that torch finds on this machine, if it is one of CAPABILITIES."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found is not None and found.type in CAPABILITIES else None
+    """Type of accelerator that torch finds on this machine, if it is one of CAPABILITIES."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device.type if device is not None and device.type in CAPABILITIES else None
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """True if work on the device is queued by the host and done beside it."""
+    """True if work on the device is queued by the host, which goes on meanwhile."""
     return device.type != "cpu"
 
 
@@ -62,12 +62,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.backends.mps.is_macos_or_newer(*MPS_BFLOAT16_MACOS)
     if any(os.environ.get(name) in values for name, values in LIMITED_TO_AVX2.items()):
         return False
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in BFLOAT16_EXTENSIONS)
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in BFLOAT16_EXTENSIONS)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of activations for weights of `dtype`: float32 in place of a bfloat16 that the device does not multiply.
+    """Dtype of activations for weights of `dtype`: float32 in place of a bfloat16 that the device does not multiply.
 
     torch emulates such products, about fifty times slower than those of float32.
     """
@@ -75,7 +75,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA device, for kernels that exist for CUDA alone; (0, 0) for any other device."""
+    """Compute capability of a CUDA device, for kernels that exist for CUDA alone; (0, 0) for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
@@ -123,7 +123,7 @@ def reading(x: Tensor) -> Callable[[], Tensor]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that tensors on an accelerator have had; of MPS, which counts no peak, what the process holds of it now."""
+    """Most memory that tensors on an accelerator have had; of MPS, which counts no peak, what the process holds of it now."""
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return _module(device).max_memory_allocated(device)

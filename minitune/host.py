@@ -2,8 +2,12 @@
 
 import ctypes
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
+
+_STATUS = Path("/proc/self/status")
 
 
 class _ProcessMemoryCounters(ctypes.Structure):
@@ -40,7 +44,7 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def peak_bytes() -> int:
-    """The most physical memory that this process has had at once, in bytes; OSError if the system does not say."""
+    """Most physical memory that this process has had at once, in bytes; OSError if the system does not say."""
     if sys.platform == "win32":
         counters = _ProcessMemoryCounters(cb=ctypes.sizeof(_ProcessMemoryCounters))
         current = _dll("kernel32").GetCurrentProcess
@@ -50,14 +54,25 @@ def peak_bytes() -> int:
         if not ask(current(), ctypes.addressof(counters), counters.cb):
             raise OSError("GetProcessMemoryInfo failed")
         return counters.PeakWorkingSetSize
+    if sys.platform == "linux" and (peak := _peak_of_linux()) is not None:
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
+def _peak_of_linux() -> int | None:
+    """VmHWM of /proc in bytes, where there is one: unlike ru_maxrss it does not begin with what the parent had at the fork."""
+    try:
+        line = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return None if line is None else int(line[1]) * 1024
+
+
 def total_bytes() -> int:
-    """The physical memory of this machine, in bytes; OSError if the system does not say."""
+    """Physical memory of this machine, in bytes; OSError if the system does not say."""
     if sys.platform == "win32":
         status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
         ask = _dll("kernel32").GlobalMemoryStatusEx
@@ -69,5 +84,5 @@ def total_bytes() -> int:
 
 
 def _dll(name: str) -> Any:
-    """A library of Windows."""
+    """Library of Windows."""
     return ctypes.WinDLL(name)  # pyright: ignore[reportAttributeAccessIssue]

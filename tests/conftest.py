@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Here and not in a fixture: huggingface_hub and wandb read their variables when they are imported, which is at collection.
 SCRATCH = Path(tempfile.mkdtemp(prefix="minitune-tests-"))
@@ -49,8 +49,14 @@ pytest.register_assert_rewrite("support")
 import torch  # noqa: E402  (after the environment is set)
 
 # deadline and too_slow measure the machine, and a shared machine is no property of the code.
+# Without the phase that explains a failure: it traces every line that runs, which takes minutes under checked signatures.
 settings.register_profile(
-    "default", max_examples=25, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "default",
+    max_examples=25,
+    deadline=None,
+    print_blob=True,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

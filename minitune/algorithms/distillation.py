@@ -14,7 +14,7 @@ from minitune.types import Batch, Mean, Params, TeacherBatch, Trainable
 
 
 class Teacher(NamedTuple):
-    """A frozen model to learn from, in its own dtype and on its own device."""
+    """Frozen model to learn from, in its own dtype and on its own device."""
 
     model: Model
     params: Params

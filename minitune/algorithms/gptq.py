@@ -46,7 +46,7 @@ class BlockInputs(NamedTuple):
 
 
 def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float) -> Params:
-    """All parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
+    """Parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
     experts see of it. Block by block: what a block sees has come through the quantized blocks before it. Of an adapted leaf the
     weight is quantized, and its change stays as it is.
 
@@ -58,9 +58,9 @@ def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Q
     if len(grids) < len(plan):
         odd = next(name for name in plan if name not in grids)
         kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
-        raise InputError(f"calibrate: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
+        raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
     if not batches:
-        raise InputError("calibrate: no row of data to calibrate on, expected at least one; look at the data table of gptq")
+        raise InputError("gptq: no row of data to calibrate on, expected at least one; look at the data table of gptq")
     refuse_not_finite(params, plan)
     head = head_name(model.config)
     dense = params
@@ -81,14 +81,12 @@ def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Q
             params = {**params, head: calibrated(head, gram)}
     unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
     if unused is not None:
-        raise InputError(
-            f"calibrate: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn"
-        )
+        raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
     return params
 
 
 def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float) -> QInt8 | QInt4:
-    """The leaf that makes |X (W - Q)^T| small, where gram = X^T X (Frantar et al. 2022, algorithm 1).
+    """Leaf that makes |X (W - Q)^T| small, where gram = X^T X (Frantar et al. 2022, algorithm 1).
 
     The scale of a group is chosen when its first column is reached, from weights that already hold the earlier columns' errors.
     """
@@ -124,13 +122,13 @@ def _inverse_factor(gram: Float[Tensor, "in in"], damp: float) -> Float[Tensor, 
 
 
 def before_first_block(model: Model, params: Params, batch: Batch) -> BlockInputs:
-    """The batch as the first block is given it."""
+    """Batch as the first block is given it."""
     x, mixer = decoder.before_first_block(model.config, params, batch.tokens, batch.segment_ids)
     return BlockInputs(x, mixer, batch.segment_ids > 0)
 
 
 def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: Tap | None = None) -> BlockInputs:
-    """The batch behind block i; tap sees the block's linear maps."""
+    """Batch behind block i; tap sees the block's linear maps."""
     kind = layer_kind(model.config, i)
     return inputs._replace(x=block(model.config, kind.mixer, layer_of(params, i), inputs.x, inputs.mixer[kind], tap=tap))
 

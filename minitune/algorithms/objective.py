@@ -26,11 +26,11 @@ def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> 
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
     missing = next((name for name, w in params.items() if isinstance(w, Tensor) and w.is_meta and name not in trainable), None)
     if missing is not None:
-        raise InputError(f"objectives: {missing} is trained whole, but the trainable tree does not hold it")
+        raise InputError(f"objective: {missing} is trained whole, but the trainable tree does not hold it")
     whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
     replaced = {name: leaf.to(_multiplied_dtype(leaf, params[name].dtype)) for name, leaf in whole.items()}
     if deltas and lora is None:
-        raise TypeError(f"objectives: {next(iter(deltas))} is a Delta, expected a Lora rule beside it")
+        raise TypeError(f"objective: {next(iter(deltas))} is a Delta, expected a Lora rule for it")
     whole = {**params, **replaced}
     return whole if lora is None else lora.apply(whole, deltas)
 
@@ -55,7 +55,7 @@ def split_trainable(
 
 
 def _multiplied_dtype(leaf: Tensor, computed: torch.dtype) -> torch.dtype:
-    """The dtype in which a forward takes a trained leaf whose weight was loaded as `computed`."""
+    """Dtype in which a forward takes a trained leaf whose weight was loaded as `computed`."""
     emulated = any(hardware.product_dtype(dtype, leaf.device) != dtype for dtype in (leaf.dtype, computed))
     return leaf.dtype if emulated else computed
 
@@ -65,7 +65,7 @@ def mean_of(x: Float[Tensor, "B"]) -> Mean:
 
 
 def required(value: Any, name: str) -> Any:
-    """The value, which is not None; TypeError names the objective that lacks it."""
+    """Value, which is not None; TypeError names the objective that lacks it."""
     if value is None:
-        raise TypeError(f"objectives: {name} has nothing frozen to compare with, expected it as an argument or in the batch")
+        raise TypeError(f"objective: {name} has nothing frozen to compare with, expected it as an argument or in the batch")
     return value

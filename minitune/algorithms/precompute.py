@@ -63,14 +63,14 @@ def reference_logps(
 def teacher_tops(
     teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: Progress | None = None
 ) -> TopK:
-    """The teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
+    """Teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
 
     Zero where there is no target. Logits of head.head_chunk targets exist at a time. InputError for a k that the
     vocabulary does not have, and for a damaged cache.
     """
     n_tokens, vocab_size = len(dataset.tokens), teacher.model.head(teacher.params).shape[0]
     if not 0 < k <= vocab_size:
-        raise InputError(f"frozen: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; change it")
+        raise InputError(f"precompute: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; change it")
     folder = cache / array_cache.key(LAYOUT, "tops", dataset.key, k, temperature, *_model_key(*teacher))
     if not folder.is_dir():
         with array_cache.filling(folder) as aside, _shown(progress, "teacher", len(dataset.offsets) - 1) as show, torch.no_grad():
@@ -88,7 +88,7 @@ def teacher_tops(
 
 
 def with_teacher(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
-    """The batch with what the teacher says of every token, given where in the data set each one stands."""
+    """Batch with what the teacher says of every token, given where in the data set each one stands."""
     at = positions.numpy()
     return TeacherBatch(batch, torch.from_numpy(tops.ids[at].astype(np.int64)), torch.from_numpy(np.array(tops.logps[at])))
 
@@ -131,7 +131,7 @@ def _model_key(model: Model, params: Params) -> tuple[str, Any, str]:
 
 
 def _batched(lengths: np.ndarray) -> Iterator[list[int]]:
-    """The numbers of all samples, longest first, as many together as fit in FORWARD_TOKENS when padded to the longest."""
+    """Numbers of all samples, longest first, as many together as fit in FORWARD_TOKENS when padded to the longest."""
     order, start = np.argsort(-lengths, kind="stable").tolist(), 0
     while start < len(order):
         rows = order[start : start + max(1, FORWARD_TOKENS // int(lengths[order[start]]))]

@@ -16,12 +16,12 @@ from minitune.types import LogProbs, Mean, Pairs, Params, Trainable
 
 @runtime_checkable
 class PreferenceLoss(Protocol):
-    """What a loss over pairs of answers must do: every struct of losses.PairLoss does, and so may your own class."""
+    """Methods of a loss over pairs of answers: every struct of losses.PairLoss has them, and so may a class of yours."""
 
     needs_reference: ClassVar[bool]
 
     def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Tensor, Tensor]:
-        """The implicit rewards of chosen and rejected, [B] each."""
+        """Implicit rewards of chosen and rejected, [B] each."""
         ...
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Tensor:

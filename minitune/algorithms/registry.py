@@ -15,7 +15,7 @@ from minitune.types import Trainable
 
 
 class Frozen(NamedTuple):
-    """What an objective compares a model with; a loss says which of these it needs."""
+    """Models that an objective compares the policy with; a loss says which of these it needs."""
 
     reference: Trainable | None = None  # the trainable tree as it was when training began; {}: the parameters alone
     teacher: Teacher | None = None

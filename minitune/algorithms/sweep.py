@@ -41,19 +41,19 @@ def stack(adapters: Sequence[Deltas]) -> Deltas:
 def adapter(stacked: Deltas, i: int, rule: Lora) -> Deltas:
     """Adapter i alone, without the pad of its rank."""
     ranks = {name: rule.rank_of(name) for name in stacked}
-    own = {
+    deltas = {
         name: Delta(d.a[i, ..., : ranks[name], :], d.b[i, ..., : ranks[name]], tree.map(lambda m: m[i], d.m))
         for name, d in stacked.items()
     }
-    return tree.map(torch.clone, own)
+    return tree.map(torch.clone, deltas)
 
 
 def unstack(stacked: Tree, n: int) -> list[Tree]:
-    """The n trees that a stacked one is made of, as views."""
+    """N trees that a stacked one is made of, as views."""
     columns = zip(*(leaf.unbind() for leaf in tree.leaves(stacked)), strict=True)
-    found = [tree.rebuild(stacked, leaves) for leaves in columns]
-    assert len(found) == n
-    return found
+    members = [tree.rebuild(stacked, leaves) for leaves in columns]
+    assert len(members) == n
+    return members
 
 
 def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
@@ -65,10 +65,12 @@ def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> 
     n, head = len(rules), head_name(model.config)
 
     def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
-        scaled, together = _scaled(deltas, rules), Batch(*(x.flatten(0, 1) for x in batch))
+        scaled = _scaled(deltas, rules)
+        together = Batch(*(x.flatten(0, 1) for x in batch))
         if n == 1 or any(name == head or ".experts." in name for name in deltas):
             members = zip(unstack(batch, n), unstack(scaled, n), strict=True)
-            nats = torch.stack([model.token_losses(_adapted(params, own), rows, loss, summed=True) for rows, own in members])
+            each = [model.token_losses(_adapted(params, delta), rows, loss, summed=True) for rows, delta in members]
+            nats = torch.stack(each)
         else:
             nats = model.token_losses(_adapted(params, scaled), together, loss, summed=True).view(batch.tokens.shape)
         mask = to_device(together.target_mask(), nats.device).view(batch.tokens.shape)
@@ -82,8 +84,9 @@ def _scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
     """Stacked deltas with each adapter's scale inside its b: by its rule, because the pad hides its rank."""
 
     def scales(name: str, b: Tensor) -> Tensor:
-        own = [rule.alpha / (rule.rank_of(name) ** 0.5 if rule.rslora else rule.rank_of(name)) for rule in rules]
-        return to_device(torch.tensor(own, dtype=b.dtype), b.device).view(-1, *(1 for _ in b.shape[1:]))
+        ranks = [rule.rank_of(name) for rule in rules]
+        values = [rule.alpha / (rank**0.5 if rule.rslora else rank) for rule, rank in zip(rules, ranks, strict=True)]
+        return to_device(torch.tensor(values, dtype=b.dtype), b.device).view(-1, *(1 for _ in b.shape[1:]))
 
     return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
 
@@ -105,29 +108,18 @@ def sweep_step(
 
     Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T], of which `micro_batch` rows of
     every adapter go through one forward; on the CPU of as many adapters as its cache holds the hidden states of. Metrics are [n].
-    Clipping, and skipping of what is not finite, are each adapter's own.
+    Each adapter is clipped, and skipped where its gradient is not finite, by itself.
     """
 
     def init(trainable: Deltas) -> TrainState:
         members = zip(optimizers, unstack(trainable, len(optimizers)), strict=True)
-        return TrainState(trainable, [optimizer.init(own) for optimizer, own in members])
+        return TrainState(trainable, [optimizer.init(deltas) for optimizer, deltas in members])
 
     def update(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, opt_state = state
-
-        def evaluate(rows: Batch) -> tuple[Mean, Tree]:
-            n_numbers, device = rows.tokens[0].numel() * model.config.d_model, tree.leaves(trainable)[0].device
-            size = max(1, CPU_HIDDEN_ELEMENTS // n_numbers) if device.type == "cpu" else len(rules)
-
-            def some(i: int) -> tuple[Mean, Tree]:
-                own, mine = tree.map(lambda x: x[i : i + size], (trainable, rows))
-                objective = adapters_objective(model, loss, rules[i : i + size])
-                return value_and_grad(objective)(own, params, mine)
-
-            return tree.map(lambda *x: torch.cat(x), *(some(i) for i in range(0, len(rules), size)))
-
         starts = range(0, batch.tokens.shape[1], micro_batch)
-        mean, grads = accumulate(evaluate, (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts))
+        micro_batches = (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts)
+        mean, grads = accumulate(lambda rows: _gradients(model, loss, rules, trainable, params, rows), micro_batches)
         mean, grads = sum_over_ranks((mean, grads))
         divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
         norms = _norms(grads) / divisors
@@ -145,6 +137,22 @@ def sweep_step(
         return TrainState(new, list(states)), metrics
 
     return Step(init, update)
+
+
+def _gradients(
+    model: Model, loss: TokenLoss, rules: Sequence[Lora], trainable: Deltas, params: Params, rows: Batch
+) -> tuple[Mean, Tree]:
+    """(means, gradients of their totals) of all adapters, as many in one forward as suits the device."""
+    n_elements = rows.tokens[0].numel() * model.config.d_model
+    on_cpu = tree.leaves(trainable)[0].device.type == "cpu"
+    size = max(1, CPU_HIDDEN_ELEMENTS // n_elements) if on_cpu else len(rules)
+
+    def of_some(i: int) -> tuple[Mean, Tree]:
+        deltas, batch = tree.map(lambda x: x[i : i + size], (trainable, rows))
+        objective = adapters_objective(model, loss, rules[i : i + size])
+        return value_and_grad(objective)(deltas, params, batch)
+
+    return tree.map(lambda *x: torch.cat(x), *(of_some(i) for i in range(0, len(rules), size)))
 
 
 def _norms(stacked: Tree) -> Tensor:

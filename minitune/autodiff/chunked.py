@@ -32,11 +32,11 @@ class _RowGradients(torch.autograd.Function):
     def forward(ctx: Any, values: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         fresh = rows.detach().requires_grad_()
         with torch.enable_grad():
-            found = values(fresh)
-            columns = (found.unsqueeze(-1) if found.ndim == 1 else found.flatten(1)).sum(0).unbind()
+            results = values(fresh)
+            columns = (results.unsqueeze(-1) if results.ndim == 1 else results.flatten(1)).sum(0).unbind()
         grads = [torch.autograd.grad(x, fresh, retain_graph=i + 1 < len(columns))[0] for i, x in enumerate(columns)]
         ctx.save_for_backward(*grads)
-        return found.detach()
+        return results.detach()
 
     @staticmethod
     @once_differentiable
@@ -53,9 +53,9 @@ def chunked_with_gradients(f: Callable[..., Tensor], rows: Tensor, weights: Tree
     """f(start, rows[start : start + chunk], weights) -> one value a row, for all chunks together, with the gradients of rows and
     weights taken in the forward: right if the values are then summed, which is when they all have one cotangent.
 
-    On a CPU, every chunk is computed again if the cotangents turn out to differ. An accelerator would be waited for to see
+    On a CPU, every chunk is recomputed if the cotangents turn out to differ. An accelerator would be waited for to see
     them, so there the caller says what they are: with `summed` they are 1, and the gradients are NaN if they are not;
-    without it every chunk is computed again. What f closes over gets no gradient. Differentiable once.
+    without it every chunk is recomputed. What f closes over gets no gradient. Differentiable once.
     """
     structure = tree.map(lambda _: PLACEHOLDER, weights)
 
@@ -112,11 +112,11 @@ def _chunk_gradients(
     for start in range(0, max(len(rows), 1), chunk):  # no row at all still makes one empty piece
         fresh = [x.detach().requires_grad_(need) for x, need in zip((rows[start : start + chunk], *weights), needed, strict=True)]
         with torch.enable_grad():
-            found = f(start, *fresh)
-        grads = list(autograd_grads([found], [x for x in fresh if x.requires_grad], [cotangent(found, start)]))
-        values.append(found.detach())
+            results = f(start, *fresh)
+        grads = list(autograd_grads([results], [x for x in fresh if x.requires_grad], [cotangent(results, start)]))
+        values.append(results.detach())
         pieces += [grads.pop(0)] if needed[0] else []
         tree.donate_sum(sums, grads)
-        del grads  # as large as the weights, and not to be there beside those of the next chunk
+        del grads  # as large as the weights, and not to be there together with those of the next chunk
     joined = [torch.cat(pieces)] if needed[0] else []
     return torch.cat(values), [*joined, *(x.to(w.dtype) for x, w in zip(sums, chosen, strict=True))]

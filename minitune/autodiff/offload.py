@@ -1,4 +1,4 @@
-"""Blocks computed again in the backward, whose inputs wait in the host's memory until then (Rhu et al. 2016, arXiv 1602.08124).
+"""Blocks recomputed in the backward, whose inputs wait in the host's memory until then (Rhu et al. 2016, arXiv 1602.08124).
 
 A block's input is all that `remat.remat` keeps of it. How a tensor travels is a Mover's business; when, that of _Inputs.
 """
@@ -18,7 +18,7 @@ Block = Callable[..., Tensor]
 
 
 class Mover(NamedTuple):
-    """How a tensor leaves the device and returns. No call makes the host wait."""
+    """Way in which a tensor leaves the device and returns. No call makes the host wait."""
 
     send: Callable[[Tensor], Any]  # begins a copy out; its source must live until it was waited for
     fetch: Callable[[Any], Any]  # begins a copy back of what was sent
@@ -26,8 +26,7 @@ class Mover(NamedTuple):
 
 
 def side_stream(device: torch.device) -> Mover:
-    """The Mover of an accelerator with streams: copies to and from pinned memory on a stream of their own, beside the
-    computation."""
+    """Mover of an accelerator with streams: copies to and from pinned memory on a side stream, during the computation."""
     streams = torch.get_device_module(device)  # torch.cuda or torch.xpu
     side = streams.Stream(device)
 
@@ -46,12 +45,13 @@ def side_stream(device: torch.device) -> Mover:
 
 
 def remat(mover: Mover) -> Callable[[Block], Block]:
-    """remat.remat of a model's blocks f(w, x, *rest), made anew by every forward, with the mover keeping their inputs x.
+    """Transform of the blocks f(w, x, *rest) of a model into remat.remat of them whose inputs x the mover keeps.
 
-    Differentiable once. Where no gradient is wanted nothing moves, and under a functorch transform inputs stay where they are.
+    Made anew by every forward. Differentiable once. Where no gradient is wanted nothing moves, and
+    under a functorch transform inputs stay where they are.
     """
 
-    def again(f: Block) -> Block:
+    def with_offloading(f: Block) -> Block:
         plain, inputs = autodiff_remat(f), _Inputs(mover)
 
         def recomputed(w: Any, x: Tensor, *rest: Any) -> Tensor:
@@ -62,7 +62,7 @@ def remat(mover: Mover) -> Callable[[Block], Block]:
 
         return recomputed
 
-    return again
+    return with_offloading
 
 
 class _Inputs:

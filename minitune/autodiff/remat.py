@@ -12,7 +12,7 @@ from minitune.tree import Tree
 
 
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, but its backward recomputes f from its inputs: nothing inside f is kept (Chen et al. 2016, arXiv 1604.06174).
+    """Function f, whose backward recomputes f from its inputs: nothing inside f is kept (Chen et al. 2016, arXiv 1604.06174).
 
     Arguments are trees of tensors and the result is one tensor. What f closes over gets no gradient, so whatever
     is to be differentiated must be an argument. Works under plain autograd, vmap and torch.func.grad.
@@ -49,7 +49,7 @@ class _Remat(torch.autograd.Function):
 
 
 def with_derivative(f: Callable[..., Tensor], derivative: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Tensor]:
-    """f of tensors alone, whose backward is derivative(cotangent, needed, *tensors): nothing inside f is kept.
+    """Function f of tensors alone, whose backward is derivative(cotangent, needed, *tensors): nothing inside f is kept.
 
     derivative returns the vector-Jacobian product of every tensor, None where `needed` has False. It must not be what is
     differentiated itself: for a gradient of the gradient f is computed once more, by autograd.

@@ -16,7 +16,7 @@ from minitune.tree import Tree
 
 
 def under_transform() -> bool:
-    """Whether a functorch transform (vmap, grad, jvp, ...) is being traced here."""
+    """True while a functorch transform (vmap, grad, jvp, ...) is being traced."""
     # not peek_interpreter_stack(): while torch.compile traces, that always finds one
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -35,11 +35,11 @@ def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..
                 raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
         if under_transform():
             return _transformed(fn, has_aux, params, rest)
-        own = detached_leaves(params)
+        leaves = detached_leaves(params)
         with torch.enable_grad():
-            value = fn(own, *rest)
+            value = fn(leaves, *rest)
         total = (value[0] if has_aux else value).total
-        grads = autograd_grads([total], tree.leaves(own), [torch.ones_like(total)])
+        grads = autograd_grads([total], tree.leaves(leaves), [torch.ones_like(total)])
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
 
     return evaluate
@@ -54,20 +54,20 @@ def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree
     """Turn `fn: (tree, example) -> Mean` into `(tree, examples) -> (Mean [B], gradients [B, ...] of each example's total)`.
 
     An example is what the leaves of `examples` hold at one place of their first dimension. Each of the `chunk` that a vmap takes
-    has a view of the tree for leaves of its own, which keeps their gradients apart; memory grows by the activations of `chunk`
+    has a view of the tree for its leaves, which keeps their gradients apart; memory grows by the activations of `chunk`
     examples and by what is returned. TypeError names a leaf that is not floating point.
     """
 
     def evaluate(params: Tree, examples: Tree) -> tuple[Any, Tree]:
         def some(rows: Tree) -> tuple[Any, Tree]:
-            def summed(own: Tree) -> tuple[Any, Any]:
-                each = torch.func.vmap(fn)(own, rows)
-                return type(each)(*(x.sum() for x in each)), each
+            def summed(copies: Tree) -> tuple[Any, Any]:
+                means = torch.func.vmap(fn)(copies, rows)
+                return type(means)(*(x.sum() for x in means)), means
 
             n = len(tree.leaves(rows)[0])
-            own = tree.map(lambda x: x.expand(n, *x.shape), params)
-            (_, each), grads = value_and_grad(summed, has_aux=True)(own)
-            return each, grads
+            copies = tree.map(lambda x: x.expand(n, *x.shape), params)  # views of one memory
+            (_, means), grads = value_and_grad(summed, has_aux=True)(copies)
+            return means, grads
 
         starts = range(0, len(tree.leaves(examples)[0]), chunk)
         parts = [some(tree.map(lambda x, i=i: x[i : i + chunk], examples)) for i in starts]

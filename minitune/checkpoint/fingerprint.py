@@ -35,7 +35,7 @@ def folder_fingerprint(folder: Path) -> str:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"frozen: {folder} holds no *.safetensors, expected a Hugging Face folder; correct the path")
+        raise InputError(f"checkpoint: {folder} holds no *.safetensors, expected a Hugging Face folder; correct the path")
     total = hashlib.sha256()
     try:
         total.update((folder / "config.json").read_bytes())
@@ -43,7 +43,9 @@ def folder_fingerprint(folder: Path) -> str:
             for piece in _sampled(path):
                 total.update(piece)
     except (OSError, ValueError) as error:
-        raise InputError(f"frozen: {folder} can't be read ({error!r}), expected whole safetensors; download it again") from None
+        raise InputError(
+            f"checkpoint: {folder} can't be read ({error!r}), expected whole safetensors; download it again"
+        ) from None
     return total.hexdigest()
 
 

@@ -31,7 +31,7 @@ NO_KEYS: Mapping[str, Any] = MappingProxyType({})
 
 
 class FolderExtras(NamedTuple):
-    """What stands beside the weights of a complete Hugging Face folder."""
+    """Files and settings that a complete Hugging Face folder has besides its weights."""
 
     tokenizer: Path  # the folder whose tokenizer files are copied, byte for byte
     stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
@@ -60,35 +60,23 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
     packed: dict[str, Tensor] = {}
     for path, promised in weight_files(folder).items():
         with opened_tensors(path) as file:
-            held = file.keys()
-            absent = sorted(promised - frozenset(held))
+            stored_names = file.keys()
+            absent = sorted(promised - frozenset(stored_names))
             if absent:
                 raise InputError(f"checkpoint: {path} lacks {absent[0]}, which {INDEX} says it holds; download both again")
-            for stored in held:
+            for stored in stored_names:
                 name = text_name(stored)
                 if name is None or name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
                     continue
                 if name not in shapes and mxfp4.whole_name(name) in shapes:
                     packed[name] = file.get_tensor(stored)
                     continue
-                if name not in shapes:
-                    raise InputError(
-                        f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?"
-                    )
                 if name in params:
                     raise InputError(f"checkpoint: {path} holds {name}, which a file before it holds too; download both again")
-                found = tuple(file.get_slice(stored).get_shape())
-                if found != shapes[name]:
-                    raise InputError(
-                        f"checkpoint: {path} holds {name} of shape {list(found)}, expected {list(shapes[name])} from config.json"
-                    )
-                w = file.get_tensor(stored)
-                if not w.is_floating_point():
-                    raise InputError(
-                        f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read"
-                    )
+                w = _checked_weight(file, stored, name, path, shapes)
                 params[name] = w if dtype is None else w.to(dtype)
-    params = {**params, **mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)}
+
+    params |= mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)
     missing = [name for name in shapes if name not in params]
     if missing:
         raise InputError(
@@ -97,11 +85,26 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
     return {name: params[name] for name in shapes}
 
 
+def _checked_weight(file: Any, stored: str, name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """A stored tensor that is a weight of the model: known by name, of its shape, and in floating point."""
+    if name not in shapes:
+        raise InputError(f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?")
+    shape = tuple(file.get_slice(stored).get_shape())
+    if shape != shapes[name]:
+        raise InputError(
+            f"checkpoint: {path} holds {name} of shape {list(shape)}, expected {list(shapes[name])} from config.json"
+        )
+    w = file.get_tensor(stored)
+    if not w.is_floating_point():
+        raise InputError(f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read")
+    return w
+
+
 def save_folder(
     folder: Path,
     params: Params,
     model: Model,
-    beside: FolderExtras,
+    extras: FolderExtras,
     *,
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
@@ -113,14 +116,14 @@ def save_folder(
     """
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        write_json(aside / "config.json", {**_config(beside, model, params), **config_keys})
-        write_json(aside / "generation_config.json", _stopping(beside))
+        write_json(aside / "config.json", {**_config_json(extras, model, params), **config_keys})
+        write_json(aside / "generation_config.json", _generation_config_json(extras))
         _write_weights(aside, params, shard_bytes)
         for name in TOKENIZER_FILES:
-            if (beside.tokenizer / name).is_file():
-                shutil.copyfile(beside.tokenizer / name, aside / name)
-        if beside.template is not None:
-            (aside / "chat_template.jinja").write_text(beside.template, encoding="utf-8")
+            if (extras.tokenizer / name).is_file():
+                shutil.copyfile(extras.tokenizer / name, aside / name)
+        if extras.template is not None:
+            (aside / "chat_template.jinja").write_text(extras.template, encoding="utf-8")
 
 
 def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
@@ -161,13 +164,14 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config(beside: FolderExtras, model: Model, params: Params) -> dict[str, Any]:
+def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
-    if beside.source is None:
-        # said, because an absent id is that of the family's own vocabulary, and transformers refuses a padding id beyond this one
-        ids = {"bos_token_id": None, "eos_token_id": [*beside.stop_ids] or None, "pad_token_id": None}
+    if extras.source is None:
+        # written out: an absent id is that of the family's own vocabulary,
+        # and transformers refuses a padding id beyond this one
+        ids = {"bos_token_id": None, "eos_token_id": [*extras.stop_ids] or None, "pad_token_id": None}
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
-    hf = text_config(config_json(beside.source))
+    hf = text_config(config_json(extras.source))
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
     dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
     return {**dense, **dict.fromkeys(keys, dtype)}
@@ -181,8 +185,9 @@ def generation_config(source: Path) -> dict[str, Any]:
     return read_json(path, dict[str, Any], "checkpoint", "download it again")
 
 
-def _stopping(beside: FolderExtras) -> dict[str, Any]:
-    generation = {} if beside.source is None else generation_config(beside.source)
+def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:
+    generation = {} if extras.source is None else generation_config(extras.source)
     known = generation.get("eos_token_id")
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    return {**generation, "eos_token_id": [*known, *(i for i in beside.stop_ids if i not in known)]}
+    if not isinstance(known, list):
+        known = [] if known is None else [known]
+    return {**generation, "eos_token_id": [*known, *(i for i in extras.stop_ids if i not in known)]}

@@ -52,8 +52,8 @@ def list_states(folder: Path) -> list[Path]:
     """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
     for old in folder.glob(f".step-*{OLD}"):
         recover_replaced(old)
-    found = [path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (len(path.name), path.name))
+    states = [path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)]
+    return sorted(states, key=lambda path: (len(path.name), path.name))
 
 
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -70,16 +70,17 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
         )
     tensors = load_tensors(path / "state.safetensors")
     wanted = dict(tree.items(like))
-    odd = sorted(set(tensors) ^ set(wanted))
-    if odd:
+    unmatched = sorted(set(tensors) ^ set(wanted))
+    if unmatched:
         raise InputError(
-            f"checkpoint: {path} and this program differ in {odd[0]} (and {len(odd) - 1} more); it is of another program"
+            f"checkpoint: {path} and this program differ in {unmatched[0]} (and {len(unmatched) - 1} more); "
+            "it is of another program"
         )
     for name, leaf in wanted.items():
-        found = tensors[name]
-        if found.shape != leaf.shape or found.dtype != leaf.dtype:
+        saved = tensors[name]
+        if saved.shape != leaf.shape or saved.dtype != leaf.dtype:
             raise InputError(
-                f"checkpoint: {path} holds {name} {found.dtype}{list(found.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
+                f"checkpoint: {path} holds {name} {saved.dtype}{list(saved.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
             )
     # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels then round otherwise
     return tree.rebuild(like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]), meta

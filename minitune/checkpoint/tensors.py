@@ -40,7 +40,7 @@ def model_bytes(params: Params, trainable: Trainable, stored: Mapping[str, Tenso
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece: what exists beside the tensors is at most a copy of one of them."""
+    """Bytes of a safetensors file, piece by piece: at most two tensors are copied at a time, the piece in hand and the next."""
     order = sorted(tensors, key=lambda name: (ORDER.index(WORDS[tensors[name].dtype]), name))
     yield header_bytes({name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order})
     for name in order:

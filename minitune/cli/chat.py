@@ -1,4 +1,4 @@
-"""The chat verb: a conversation in the terminal, or one turn a line from a pipe."""
+"""Chat verb: a conversation in the terminal, or one turn a line from a pipe."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +100,7 @@ def _sampling(options: Mapping[str, Any]) -> Sampling:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped, line by line and stripped, until the end."""
+    """Lines that are typed or piped, stripped, until the end."""
     terminal = sys.stdin.isatty()
     if terminal:
         with suppress(ImportError):  # some systems have none
@@ -118,7 +118,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(loaded: LoadedModel, asked: Sequence[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> str:
-    """What the model says next, written to stdout while it comes; Ctrl-C cuts it short."""
+    """Answer of the model, written to stdout while it comes; Ctrl-C cuts it short."""
     ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
     room = loaded.model.config.max_positions - len(ids)
     if room < 1:

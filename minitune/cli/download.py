@@ -1,4 +1,4 @@
-"""The download verb: a model or adapter of the Hub in a plain folder."""
+"""Download verb: a model or adapter of the Hub in a plain folder."""
 
 import os
 import sys

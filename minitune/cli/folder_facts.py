@@ -23,7 +23,7 @@ PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
 
 
 class TokenizerFiles(NamedTuple):
-    """What tokenizer files say: the kind, how many tokens, and the added ones with their ids."""
+    """Content of tokenizer files: the kind, how many tokens, and the added ones with their ids."""
 
     kind: str
     size: int | None
@@ -32,6 +32,7 @@ class TokenizerFiles(NamedTuple):
 
     @staticmethod
     def of(folder: Path) -> "TokenizerFiles":
+        """Content of a folder's tokenizer files; InputError for one that can't be read."""
         model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
         config = read_json_object(folder / "special_tokens_map.json", "inspect", optional=True) | read_json_object(
             folder / "tokenizer_config.json", "inspect", optional=True
@@ -74,7 +75,7 @@ class _FastToken(msgspec.Struct):
 
 
 class _Fast(msgspec.Struct):
-    """What is read of a tokenizer.json."""
+    """Part of a tokenizer.json that is read."""
 
     model: _FastModel
     added_tokens: list[_FastToken] = msgspec.field(default_factory=list)
@@ -98,6 +99,7 @@ def _sentencepiece(path: Path) -> tuple[int, dict[str, int], dict[str, str]]:
 
 
 def weight_names(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the files that hold a folder's weights, what is wrong with them)."""
     if not (folder / INDEX).is_file():
         faults = [] if (folder / SINGLE).is_file() else [f"{folder} holds neither {SINGLE} nor {INDEX}"]
         return [] if faults else [SINGLE], faults
@@ -131,6 +133,7 @@ def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> in
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int:
+    """Bits of a quantized weight as a quantization_config says them, wherever its format has them; 4 if it does not."""
     groups = quantization.get("config_groups")
     found = [quantization.get("bits")]
     for group in groups.values() if isinstance(groups, dict) else []:

@@ -1,4 +1,4 @@
-"""The inspect verb: what a model or adapter folder holds, in words."""
+"""Inspect verb: what a model or adapter folder holds, in words."""
 
 import re
 import sys

@@ -14,4 +14,5 @@ class OptionParser(argparse.ArgumentParser):
         self.verb = verb.partition(" ")[0]
 
     def error(self, message: str) -> Never:
+        """Raise an InputError with argparse's message."""
         raise InputError(f"{self.verb}: {message}, expected options as in `{self.prog} --help`; correct the command")

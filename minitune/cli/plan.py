@@ -1,4 +1,4 @@
-"""The plan verb: memory and floating-point operations of a program's training stages, and whether they fit."""
+"""Plan verb: memory and floating-point operations of a program's training stages, and whether they fit."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ def _tokens(one: Planned) -> int:
 
 
 def fit_lines(one: Planned) -> Iterator[str]:
-    """Whether a stage fits, and what would make it fit."""
+    """Lines on whether a stage fits, and on what would make it fit."""
     step, there, n_bytes = one.step, _memory_bytes(one.step.device), one.n_bytes
     needs = f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need {n_bytes / MIB:,.1f} MiB"
     has = f"of the {there / MIB:,.0f} MiB of this machine's {step.device.type}"

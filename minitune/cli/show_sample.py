@@ -1,4 +1,4 @@
-"""The show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
+"""Show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -88,7 +88,7 @@ def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tu
 
 
 def _fate(tokens: Tokens, source: Source) -> str:
-    """What becomes of a sample that is not trained on as it is."""
+    """Words on a sample that is not trained on as it is, or nothing."""
     if len(tokens.ids) > source.seq_len:
         return f" (longer than seq_len = {source.seq_len}: {'dropped' if source.overlong == 'drop' else 'cut there'})"
     return "" if any(tokens.mask) else " (left out: nothing in it is trained)"

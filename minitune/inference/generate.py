@@ -41,16 +41,14 @@ def stream(
         raise InputError("generate: a prompt is empty, expected at least one token")
     params = _packed(params)
     width = max(len(prompt) for prompt in prompts)
-    n_slots = _rounded(width + max_new_tokens)
     like = params["model.embed_tokens.weight"]
-    caches = decoder.empty_caches(model.config, len(prompts), n_slots, like)
-    first_block_of = decoder.plain_block_of(model.config)
+    slots = torch.arange(_rounded(width + max_new_tokens), device=like.device)[None]
+    caches = decoder.empty_caches(model.config, len(prompts), slots.shape[1], like)
     later_block_of = model._replace(n_remat=0).block_of()
 
     # the first step reads the whole prompts
     written, first_slot = _left_padded(prompts, width, like.device)
-    slots = torch.arange(n_slots, device=like.device)[None]
-    call = _first_call(written, slots[:, :width] >= first_slot, first_block_of)
+    call = _first_call(written, slots[:, :width] >= first_slot, decoder.plain_block_of(model.config))
     for step in range(max_new_tokens):
         with torch.no_grad():
             read = decoder.filled_caches(model.config, caches, call.n_read)
@@ -66,7 +64,7 @@ def stream(
 
 
 class _Call(NamedTuple):
-    """What a step of decoding reads."""
+    """Inputs of one step of decoding."""
 
     tokens: Int[Tensor, "B T"]
     positions: Int[Tensor, "B T"]

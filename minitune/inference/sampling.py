@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: filters, the repetition penalty, and draws that a seed determines."""
+"""Choice of the next token from logits: filters, the repetition penalty, and draws that a seed determines."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Logits = Float[Tensor, "B V"]
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The likeliest token at temperature 0, else a draw from softmax(logits / temperature) after the filters."""
+    """Likeliest token at temperature 0, else a draw from softmax(logits / temperature) after the filters."""
 
     temperature: NonNegativeFloat = 0.0
     top_k: PositiveInt | None = None  # keep the k likeliest tokens
@@ -39,10 +39,10 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def penalized(logits: Logits, said: Int[Tensor, "B T"], penalty: float) -> Logits:
-    """Logits of the tokens in a row's own `said` divided by the penalty where positive, else times it
+    """Logits of the tokens of a row that are in `said` divided by the penalty where positive, else times it
     (Keskar et al. 2019, arXiv 1909.05858, section 4.1, with a sign rule that keeps a penalty a penalty)."""
-    found = logits.gather(1, said)
-    return logits.scatter(1, said, torch.where(found < 0, found * penalty, found / penalty))
+    chosen = logits.gather(1, said)
+    return logits.scatter(1, said, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
 
 
 def top_k(logits: Logits, k: int) -> Logits:
@@ -85,7 +85,7 @@ def next_tokens(
     logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling, row_seeds: Sequence[int], step: int
 ) -> Int[Tensor, "B"]:
     """One token a row: the likeliest at temperature 0, else the first whose cumulative probability exceeds a uniform number that
-    (row_seeds[b], step) alone determines, so that no draw depends on the rows beside it."""
+    (row_seeds[b], step) alone determines, so that no draw depends on other rows."""
     logits = filtered(logits, said, sampling)
     if sampling.temperature == 0:
         return logits.argmax(1)

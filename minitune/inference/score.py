@@ -1,4 +1,4 @@
-"""Likelihood of given texts: log-probs of continuations, many in one forward, and a model's metrics on labelled batches."""
+"""Likelihood of given texts: log-probs of continuations, many in one forward, and the metrics of a model on labelled batches."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -69,7 +69,7 @@ def continuations(
     batch_size: int,
     max_length: int,
 ) -> list[Score]:
-    """The score of each (context, continuation), token ids both, in the order given.
+    """Score of each (context, continuation), token ids both, in the order given.
 
     Contexts are cut on the left so that a row has at most max_length tokens. Rows run from long to short, batch_size at a time,
     and pairs that differ in their last token alone share one: the answers A, B, C, D to a question cost one forward of a row.
@@ -79,7 +79,7 @@ def continuations(
     for n, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= max_length:
             raise InputError(
-                f"scoring: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
+                f"score: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
                 f"of 1 or more and a continuation of 1 to {max_length}"
             )
         row = (*context, *continuation)[-max_length - 1 : -1]

@@ -50,7 +50,7 @@ def save(
 
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
+    """Tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
     state = {
         "quant_type": "nf4",
         "blocksize": nf4.BLOCK,

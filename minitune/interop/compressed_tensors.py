@@ -19,7 +19,7 @@ Activations = Literal["none", "int8"]
 
 
 class _Scheme(NamedTuple):
-    """How a group of weights is stored: group_size None is one scale an output channel."""
+    """Storage of a group of weights: group_size None is one scale an output channel."""
 
     bits: int
     group_size: int | None
@@ -27,7 +27,7 @@ class _Scheme(NamedTuple):
 
     @property
     def format(self) -> str:
-        """What the format calls weights that are stored so."""
+        """Name that the format has for weights that are stored so."""
         return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[self.activations]
 
 
@@ -84,7 +84,7 @@ def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
 
 
 def stored(module: str, w: QInt8 | QFloat8 | QInt4, activations: str) -> dict[str, Tensor]:
-    """The codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
+    """Codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
     first in the lowest bits."""
     if activations != "none":
         return {f"{module}.weight": w.codes}
@@ -99,7 +99,7 @@ def _words(rows: UInt8[Tensor, "out bytes"]) -> Int[Tensor, "out words"]:
 
 
 def unquantized(params: Params, model: Model) -> list[str]:
-    """The linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
+    """Linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
     embedding = "model.embed_tokens.weight"
     linears = [name for name, w in params.items() if isinstance(w, Tensor) and w.ndim == 2 and name != embedding]
     return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (head_name(model.config) == embedding)

@@ -122,7 +122,7 @@ def language_model(
     max_length: int | None,
     stop_ids: Sequence[int],
 ) -> Any:
-    """The model as an lm_eval TemplateLM, for those who want more of its functions than `evaluate` returns."""
+    """Model as an lm_eval TemplateLM, for those who want more of its functions than `evaluate` returns."""
     check(None)
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
@@ -209,7 +209,7 @@ def language_model(
 
 
 def _rules(asked: Mapping[str, Any], max_length: int) -> _Rules:
-    """A task's generation_kwargs; InputError for what can't be done here."""
+    """Rules of a task's generation_kwargs; InputError for what can't be done here."""
     known = {*NEW_TOKENS, *DRAWN, "until", "do_sample", "temperature", "repetition_penalty"}
     odd = {name: value for name, value in asked.items() if name not in known and value not in (None, 1)}  # 1 changes nothing
     temperature = 0.0 if asked.get("do_sample") is False else asked.get("temperature") or 0.0
@@ -232,7 +232,7 @@ def _rules(asked: Mapping[str, Any], max_length: int) -> _Rules:
 
 
 def _rendered(template: Template, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """A conversation as text, its last turn left open unless a new one is opened; templates that refuse system messages
+    """Conversation as text, its last turn left open unless a new one is opened; templates that refuse system messages
     get the rest, as in the harness's own backend."""
     if not add_generation_prompt:
         messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + MARK + " "}]
@@ -252,7 +252,7 @@ def _rendered(template: Template, messages: Sequence[Message], add_generation_pr
 
 
 def _plain(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of what simple_evaluate returned, by task and metric; a group of tasks counts as a task."""
+    """Numbers of what simple_evaluate returned, by task and metric; a group of tasks counts as a task."""
 
     def metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         cells = {tuple(key.split(",", 1)): value for key, value in row.items() if "," in key}

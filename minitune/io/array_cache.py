@@ -17,13 +17,13 @@ from minitune.io.atomic import sync_tree
 
 
 def key(*parts: Any) -> str:
-    """The name of a cache folder: the SHA-256 of its JSON-able parts."""
+    """Name of a cache folder: the SHA-256 of its JSON-able parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, to fill, which gets its name when the block ends without an error.
+    """Folder beside `folder`, to fill, which gets its name when the block ends without an error.
 
     Another process that was faster wrote the same, so its folder stays.
     """
@@ -51,5 +51,5 @@ def intact(folder: Path, expected: str) -> Iterator[None]:
 
 
 def load(folder: Path, *names: str) -> list[np.ndarray]:
-    """The arrays name.npy, memory-mapped; whatever numpy raises for a file that is missing or cut short."""
+    """Arrays name.npy, memory-mapped; whatever numpy raises for a file that is missing or cut short."""
     return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]

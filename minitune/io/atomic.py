@@ -24,7 +24,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
+    """File to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
     aside = path.with_name(f".{path.name}{NEW}")
     with disk_full_is_input_error(path):
         try:
@@ -38,7 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
+    """Folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
 
     Whoever calls this knows that the older one may go; results.result_folder finds it out. InputError for a full disk.
     """
@@ -99,7 +99,7 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """The bytes that can be written where a path lies or will lie."""
+    """Bytes that can be written where a path lies or will lie."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
@@ -116,6 +116,7 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_full_is_input_error(path: Path) -> Iterator[None]:
+    """Turn a full disk, met while a path is written, into an InputError that says so."""
     try:
         yield
     except OSError as error:
@@ -128,4 +129,5 @@ def disk_full_is_input_error(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON; for files in a folder that atomic_folder replaces as a whole."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

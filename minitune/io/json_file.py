@@ -1,16 +1,14 @@
 """JSON files, read with one message for whatever is wrong with them."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from minitune.errors import InputError
 
-T = TypeVar("T")
 
-
-def read_json(path: Path, kind: type[T], room: str, remedy: str) -> T:
+def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
     """Content of a file that holds one JSON object, decoded as `kind`.
 
     InputError, begun by `room` ("checkpoint") and ended by `remedy` ("download it again"), for a file that

@@ -17,7 +17,7 @@ class Busy(Exception):  # noqa: N818 - not an error: whoever asks decides what f
 
 
 class Lock:
-    """A lock of this process on a path, until it is closed or the process ends."""
+    """Lock of this process on a path, until it is closed or the process ends."""
 
     def __init__(self, lock: Any, holder: Path) -> None:
         """lock: an acquired filelock.FileLock; holder: the file with this process's name."""
@@ -37,12 +37,12 @@ class Lock:
 
 
 def holder_file(path: Path) -> Path:
-    """The file that names who has the lock; not the lock file, which other processes can't read on Windows."""
+    """File that names who has the lock; not the lock file, which other processes can't read on Windows."""
     return path.with_name(f"{path.name}.holder")
 
 
 def acquire(path: Path, wait: Callable[[str], None] | None = None) -> Lock:
-    """The lock on a path, whose folder exists; Busy if another process has it.
+    """Lock on a path, whose folder exists; Busy if another process has it.
 
     With `wait`, that is called with the holder's name instead, and then the lock is waited for. OSError or
     NotImplementedError on a file system that has no locks.

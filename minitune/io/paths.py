@@ -1,4 +1,4 @@
-"""Where things lie: the shipped programs and configs, the embedded demo, and whatever a program's own paths mean."""
+"""Places of files: the shipped programs and configs, the embedded demo, and whatever a program's own paths mean."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped(kind: str = "programs") -> dict[str, Path]:
-    """The shipped TOML files of a kind (programs or configs) by name: folder and file without the suffix, "demo/pretrain"."""
+    """Shipped TOML files of a kind (programs or configs) by name: folder and file without the suffix, "demo/pretrain"."""
     root = _root(kind)
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
 
 
 def program_file(name: str) -> Path:
-    """The file of a program: the path itself if it exists, else the shipped program of that name, else the path as written."""
+    """File of a program: the path itself if it exists, else the shipped program of that name, else the path as written."""
     path = Path(name)
     if path.is_file():
         return path
@@ -21,8 +21,11 @@ def program_file(name: str) -> Path:
 
 
 def locate(path: str, run: Path | None = None) -> Path:
-    """What a path in a program means: demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of
-    the run that asks, the rest is the user's."""
+    """Place that a program's path means.
+
+    demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the run that asks, the rest is
+    the user's.
+    """
     head, _, rest = path.partition("/")
     if head == "demo":
         return PACKAGE / "demo" / (rest or "model")
@@ -34,7 +37,7 @@ def locate(path: str, run: Path | None = None) -> Path:
 
 
 def cache() -> Path:
-    """Where tokenized data is kept between runs: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune."""
+    """Folder where tokenized data is kept between runs: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minitune"
 
 

@@ -24,14 +24,14 @@ Record = dict[str, Any]
 
 
 class Result(NamedTuple):
-    """What a stage writes: a path as the program has it, and what will lie there."""
+    """Output of a stage: a path as the program has it, and what will lie there."""
 
     path: str
     kind: Literal["folder", "file"]
 
 
 class _Marker(msgspec.Struct, frozen=True):
-    """The records of the files that a save wrote; a file that was replaced has those of its last two contents."""
+    """Records of the files that a save wrote; a file that was replaced has those of its last two contents."""
 
     files: dict[str, tuple[Record, ...]]
 
@@ -51,13 +51,13 @@ def hashed_record(file: Path) -> Record:
 
 
 def iso_time(time_s: float) -> str:
-    """A time in seconds since 1970 as ISO 8601, to the second."""
+    """Time in seconds since 1970 as ISO 8601, to the second."""
     return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds")
 
 
 @contextmanager
 def result_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill with files, which takes the place of `path` when the block ends without an error.
+    """Folder to fill with files, which takes the place of `path` when the block ends without an error.
 
     InputError as require_replaceable raises it, before the block and again after it, and for a full disk.
     """
@@ -71,7 +71,7 @@ def result_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def result_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error; raises as result_folder does."""
+    """File to write, which takes the place of `path` when the block ends without an error; raises as result_folder does."""
     require_replaceable(path, "file")
     with atomic_file(path) as aside:
         yield aside
@@ -117,12 +117,12 @@ def _refused(path: Path, found: str, advice: str = "choose another path, or move
 
 
 def _beside(path: Path) -> Path:
-    """The marker of a single file."""
+    """Marker of a single file."""
     return path.with_name(f".{path.name}{MARKER}")
 
 
 def _read(path: Path) -> _Marker:
-    """A marker; an empty one for a file that is missing or that no save wrote."""
+    """Marker; an empty one for a file that is missing or that no save wrote."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Marker)
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The frame of a safetensors file, without torch: eight bytes of length, a JSON header, then the bytes of the tensors.
+"""Frame of a safetensors file, without torch: eight bytes of length, a JSON header, then the bytes of the tensors.
 
 https://huggingface.co/docs/safetensors - a header is read here and checked against the file before anything trusts an offset.
 """
@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its dtype in the file's words ("BF16"), its shape, and [start, end) in bytes of the whole file."""
+    """Position of a tensor: its dtype in the file's words ("BF16"), its shape, and [start, end) in bytes of the whole file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """How many elements the tensor has."""
+        """Number of elements of the tensor."""
         return prod(self.shape)
 
 
@@ -61,7 +61,7 @@ def read_weight_map(folder: Path, room: str, remedy: str) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file by name, in the order of the header; ValueError says what is wrong with a file that is not whole."""
+    """Tensors of a file by name, in the order of the header; ValueError says what is wrong with a file that is not whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
         n_bytes = int.from_bytes(file.read(8), "little")
@@ -93,7 +93,7 @@ def _entry(name: str, raw: _Raw, begin: int) -> Entry:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The start of a file for tensors (dtype, shape), which must follow in this order: the library orders them by
+    """Start of a file for tensors (dtype, shape), which must follow in this order: the library orders them by
     (ORDER.index(dtype), name) and so should the caller."""
     header: dict[str, dict[str, Any]] = {METADATA: {"format": "pt"}}
     end = 0

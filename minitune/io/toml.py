@@ -30,7 +30,7 @@ def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
-    """The plain tree of a TOML text; InputError, begun by `what` ("program: FILE"), with line and column of what is malformed."""
+    """Plain tree of a TOML text; InputError, begun by `what` ("program: FILE"), with line and column of what is malformed."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -45,7 +45,7 @@ def parse(text: str, what: str) -> dict[str, Any]:
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """The line, counted from 1, of every table, key and array element of a valid TOML text."""
+    """Line, counted from 1, of every table, key and array element of a valid TOML text."""
     lines: dict[KeyPath, int] = {}
     sizes: dict[KeyPath, int] = {}  # elements so far of each array of tables
     tokens, i, table = list(_tokens(text)), 0, ()
@@ -72,7 +72,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
 
 
 def decode(raw: Mapping[str, Any], kind: type[T], where: Callable[[KeyPath], str]) -> T:
-    """The struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the first misfit."""
+    """Struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the first misfit."""
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -80,7 +80,7 @@ def decode(raw: Mapping[str, Any], kind: type[T], where: Callable[[KeyPath], str
 
 
 def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:
-    """The table that a struct has at a path when nothing is written there: its default as TOML would hold it, or an empty one."""
+    """Table that a struct has at a path when nothing is written there: its default as TOML would hold it, or an empty one."""
     for info in types_at(kind, raw, path[:-1]):
         for field in info.fields if isinstance(info, msgspec.inspect.StructType) else ():
             if field.encode_name == path[-1] and isinstance(field.default, msgspec.Struct):
@@ -117,7 +117,7 @@ def _pair(tokens: list[tuple[str, int]], i: int, table: KeyPath, lines: dict[Key
 
 
 def _value(tokens: list[tuple[str, int]], i: int, path: KeyPath, lines: dict[KeyPath, int]) -> int:
-    """The index after the value that begins at i."""
+    """Index after the value that begins at i."""
     if tokens[i][0] == "[":
         n, i = 0, i + 1
         while tokens[i][0] != "]":

@@ -13,16 +13,17 @@ KeyPath = tuple[str | int, ...]  # ("stage", 1, "optimizer", "lr"), shown as sta
 
 
 def shown(path: KeyPath) -> str:
-    """A key path as it is written in messages: stage[1].optimizer.lr."""
+    """Key path as it is written in messages: stage[1].optimizer.lr."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
 def types_at(kind: Any, raw: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, ...]:
-    """What a value at a path may be by its struct's annotations; of a tagged union, the struct whose tag stands in `raw`."""
+    """Types of a value at a path by its struct's annotations; of a tagged union, the struct whose tag stands in `raw`."""
     return _types_at(msgspec.inspect.type_info(kind), raw, path)
 
 
 def explain(error: str, raw: Mapping[str, Any], kind: Any, where: Callable[[KeyPath], str]) -> str:
+    """Message for a user from msgspec's message about a tree that does not fit its struct."""
     text, _, at = error.rpartition(" - at `$")
     text, at = (text, at.rstrip("`")) if text else (error, "")
     path = _key_path(at, error, raw, kind)
@@ -35,13 +36,13 @@ def explain(error: str, raw: Mapping[str, Any], kind: Any, where: Callable[[KeyP
         tags = _known(types_at(kind, raw, path), name)
         wanted = f"one of {', '.join(tags)}" if tags else _in_words(types_at(kind, raw, (*path, name)))
         return f"{where(path)}: {shown((*path, name))} is missing, expected {wanted}; add it"
-    found = _at(raw, path)
+    value = _at(raw, path)
     if text.startswith(("Invalid value", "Invalid enum value")):
         known = _known(types_at(kind, raw, path[:-1]), str(path[-1])) or _known(types_at(kind, raw, path), "")
-        return f"{where(path)}: {shown(path)} is {_short(found)}, expected one of {', '.join(known)}{nearest(str(found), known)}"
+        return f"{where(path)}: {shown(path)} is {_short(value)}, expected one of {', '.join(known)}{nearest(str(value), known)}"
     if text.startswith("Expected "):
         wanted = text.removeprefix("Expected ").split(", got `")[0].replace(" | null", "").replace("`object`", "`table`")
-        return f"{where(path)}: {shown(path)} is {_short(found)}, expected {wanted.replace('`', '')}"
+        return f"{where(path)}: {shown(path)} is {_short(value)}, expected {wanted.replace('`', '')}"
     return f"{where(path)}: {shown(path) + ': ' if path else ''}{text}"  # a struct's own check
 
 
@@ -55,17 +56,21 @@ def _key_path(at: str, error: str, raw: Mapping[str, Any], kind: Any) -> KeyPath
 
 
 def _culprit(path: KeyPath, error: str, raw: Mapping[str, Any], kind: Any) -> str:
+    """Key of the table at a path whose value is refused with this message."""
     table = _at(raw, path)
     for key in table:
+        # msgspec does not name the keys of a dict: each is decoded alone, until the same message comes.
+        alone = _replaced(raw, path, {key: table[key]})
         try:
-            msgspec.convert(_replaced(raw, path, {key: table[key]}), kind)
-        except msgspec.ValidationError as again:
-            if str(again) == error:
+            msgspec.convert(alone, kind)
+        except msgspec.ValidationError as one:
+            if str(one) == error:
                 return key
     return "..."
 
 
 def _replaced(tree: Any, path: KeyPath, value: Any) -> Any:
+    """Copy of a tree with another value at a path."""
     if not path:
         return value
     children: dict[Any, Any] = dict(tree.items() if isinstance(tree, Mapping) else enumerate(tree))
@@ -88,8 +93,12 @@ def _types_at(info: msgspec.inspect.Type, value: Any, path: KeyPath) -> tuple[ms
     if not path:
         return options
     key = path[0]
-    below = value.get(key) if isinstance(value, Mapping) else value[int(key)] if isinstance(value, list) else None
-    found: tuple[msgspec.inspect.Type, ...] = ()
+    below = None
+    if isinstance(value, Mapping):
+        below = value.get(key)
+    elif isinstance(value, list):
+        below = value[int(key)]
+    types: tuple[msgspec.inspect.Type, ...] = ()
     for option in options:
         match option:
             case msgspec.inspect.StructType():
@@ -101,12 +110,12 @@ def _types_at(info: msgspec.inspect.Type, value: Any, path: KeyPath) -> tuple[ms
             case _:
                 inner = []
         for child in inner:
-            found += _types_at(child, below, path[1:])
-    return found
+            types += _types_at(child, below, path[1:])
+    return types
 
 
 def _known(types: Sequence[msgspec.inspect.Type], tag_field: str) -> list[str]:
-    """The tags of those structs that have this tag field; without one the fields of the structs, the values of the literals."""
+    """Tags of those structs that have this tag field; without one the fields of the structs, the values of the literals."""
     known: list[str] = []
     for info in types:
         if isinstance(info, msgspec.inspect.StructType):
@@ -121,7 +130,7 @@ def _known(types: Sequence[msgspec.inspect.Type], tag_field: str) -> list[str]:
 
 
 def _in_words(types: Sequence[msgspec.inspect.Type]) -> str:
-    """The kinds of value as msgspec's messages name them: int, float, str, bool, array, table."""
+    """Kinds of value as msgspec's messages name them: int, float, str, bool, array, table."""
     words = [type(info).__name__.removesuffix("Type").lower() for info in types]
     same = {"struct": "table", "dict": "table", "vartuple": "array", "tuple": "array", "list": "array", "literal": "str"}
     return " or ".join(dict.fromkeys(same.get(word, word) for word in words if word != "none")) or "a value"

@@ -29,14 +29,17 @@ def _is_tables(value: Any) -> bool:
 
 
 def pairs_text(table: Mapping[str, Any]) -> list[str]:
+    """Lines `key = value` of a table, without the keys that hold None."""
     return [f"{key_text(key)} = {inline_text(value)}" for key, value in table.items() if value is not None]
 
 
 def key_text(key: str) -> str:
+    """TOML of a key, quoted where it has to be."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else inline_text(key)
 
 
 def inline_text(value: Any) -> str:
+    """TOML of a value on one line; TypeError for what TOML has no form for."""
     match value:
         case bool():
             return "true" if value else "false"

@@ -34,10 +34,11 @@ def block(
 ) -> Float[Tensor, "B T D"]:
     """x + mixer(norm(x)), then x + mlp(norm(x)), with the norms where the config has them.
 
-    w holds this layer's leaves by Hugging Face name, inputs what the layer's mixer shares with others of its kind. With
-    (cache, slots) the state of x is written to these slots, and x sees the whole cache. tap(name, x, y) is called after each
-    linear map of the block, with the name of its weight within the layer, its input and its output; experts of a mixture call
-    it with the rows that they were given.
+    w: leaves of this layer by their Hugging Face names within it.
+    inputs: what the mixer shares between layers of one kind, such as angles and ranges of keys.
+    cache: (state, slots); the state of x is written to these slots, and x sees the whole cache.
+    tap: called as tap(name, x, y) after each linear map, with the name of its weight within the layer, its input and its
+    output; the experts of a mixture call it with the rows that are routed to them.
     """
 
     def proj(name: str, x: Tensor) -> Tensor:
@@ -55,16 +56,17 @@ def block(
     attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
 
     # every token sees those before it
-    mixed = MIXERS[mixer].apply(config, LayerMaps(w, proj, norm), norm(attention_in, x), inputs, cache)
-    x = residual(x, norm(attention_out, mixed))
+    h = norm(attention_in, x)  # [B T D]
+    y = MIXERS[mixer].apply(config, LayerMaps(w, proj, norm), h, inputs, cache)  # [B T D]
+    x = residual(x, norm(attention_out, y))  # [B T D]
 
     # every token by itself
-    h = norm(mlp_in, x)
+    h = norm(mlp_in, x)  # [B T D]
     if config.experts is not None and is_routed(config.experts, w):
-        y = routed_feed_forward(config.experts, w, proj, h, tap)
+        y = routed_feed_forward(config.experts, w, proj, h, tap)  # [B T D]
     else:
-        y = _feed_forward(config, proj, h)
-    return residual(x, norm(mlp_out, y))
+        y = _feed_forward(config, proj, h)  # [B T D]
+    return residual(x, norm(mlp_out, y))  # [B T D]
 
 
 def _feed_forward(
@@ -73,7 +75,9 @@ def _feed_forward(
     """down(activation(gate(x)) * up(x))."""
     mlp = config.mlp
     if config.fused:
-        gate, up = proj(f"{mlp}.gate_up_proj", x).chunk(2, dim=-1)
+        gate, up = proj(f"{mlp}.gate_up_proj", x).chunk(2, dim=-1)  # [B T 2F] -> [B T F] twice
     else:
-        gate, up = proj(f"{mlp}.gate_proj", x), proj(f"{mlp}.up_proj", x)
-    return proj(f"{mlp}.down_proj", ACTIVATIONS[config.activation](gate, up))
+        gate = proj(f"{mlp}.gate_proj", x)  # [B T F]
+        up = proj(f"{mlp}.up_proj", x)  # [B T F]
+    hidden = ACTIVATIONS[config.activation](gate, up)  # [B T F]
+    return proj(f"{mlp}.down_proj", hidden)  # [B T D]

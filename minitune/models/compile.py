@@ -15,7 +15,7 @@ OWN_LIMIT = {"isolate_recompiles": True, "recompile_limit": 2**6}
 
 
 def wrap(say: Callable[[str], None]) -> Callable[[BlockFunction], BlockFunction]:
-    """A model's `wrap` that compiles the first block of each kind and lets it serve all others; `say` is told if it can't.
+    """Block transform that compiles the first block of each kind and lets it serve all others; calls `say` if it can't.
 
     A block is a partial of one function and one config, made anew by every forward: what was compiled is known by those two.
     """

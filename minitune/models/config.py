@@ -90,7 +90,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerKind(NamedTuple):
-    """What sets a layer's mixer apart from another's; layers of one kind share their inputs, such as angles and masks."""
+    """Choices that set a layer's mixer apart from another's; layers of one kind share their inputs, such as angles and masks."""
 
     mixer: MixerName
     attention: AttentionType

@@ -40,7 +40,7 @@ def hidden(
 
 
 def plain_block_of(config: DecoderConfig) -> BlockOf:
-    """Blocks as they are: neither compiled nor computed again."""
+    """Blocks as they are: neither compiled nor recomputed."""
     return lambda i: partial(block, config, layer_kind(config, i).mixer)
 
 
@@ -82,8 +82,9 @@ def decode(
     keys: KeyRange,
     block_of: BlockOf,
 ) -> Float[Tensor, "B T D"]:
-    """Hidden states of new tokens after older ones, whose state the caches hold; theirs is written to slots keys.last, the same
-    of every row.
+    """Hidden states of new tokens after older ones, whose state the caches hold.
+
+    The state of the new tokens is written to slots keys.last, which are the same in every row.
 
     Each row is one document, whose last token is its last slot. A RoPE that depends on the length of the text takes it as it is
     now; keys that are cached keep their angles, as in transformers.

@@ -15,7 +15,7 @@ from minitune.types import Params, PositiveInt
 
 
 class Names(NamedTuple):
-    """What a layout calls its weights within a layer; {e} is an expert's number, and without it all experts share a tensor."""
+    """Names of a layout's weights within a layer; {e} is an expert's number, and without it all experts share a tensor."""
 
     mlp: str  # of a layer without experts
     router: str
@@ -73,12 +73,12 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("layers is empty, expected a pattern such as [true]")
 
     def at(self, i: int) -> bool:
-        """Whether layer i has experts."""
+        """True if layer i has experts."""
         return self.layers[i % len(self.layers)]
 
     @property
     def mlp(self) -> str:
-        """What the weights of a layer without experts are called."""
+        """Name that the weights of a layer without experts begin with."""
         return NAMES[self.names].mlp
 
 
@@ -104,7 +104,7 @@ def expert_shapes(experts: Experts, d_model: int) -> dict[str, tuple[int, ...]]:
 
 
 def is_routed(experts: Experts, w: Params) -> bool:
-    """Whether the leaves of a layer are those of a mixture."""
+    """True if the leaves of a layer are those of a mixture."""
     return f"{NAMES[experts.names].router}.weight" in w
 
 
@@ -155,7 +155,7 @@ def _linear_maps(experts: Experts, name: str, w: Params, tap: Callable[[str, Ten
 
 
 def _activation(experts: Experts) -> Callable[..., Any]:
-    """What turns the results of the first maps into the input of the last."""
+    """Function that turns the results of the first maps into the input of the last."""
     if experts.names == "gpt_oss":
         return lambda y: moe.clamped_swiglu(y[..., ::2], y[..., 1::2], experts.limit, experts.slope)
     return swiglu if len(NAMES[experts.names].into) == 2 else lambda y: swiglu(*y.chunk(2, dim=-1))

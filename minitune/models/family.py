@@ -14,7 +14,7 @@ def _no_fields(*_: Any) -> Fields:
 
 
 class Family(NamedTuple):
-    """What a family declares; `open.FAMILIES` lists them, and the decoder runs them all.
+    """Declaration of a family; `open.FAMILIES` lists them, and the decoder runs them all.
 
     read gives the config's fields that a config.json says in the family's own way, write the config.json fields that
     only it has.

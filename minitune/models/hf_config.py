@@ -84,43 +84,49 @@ class HFConfig(NamedTuple):
 
     def read(self, kind: type[C], hf: Mapping[str, Any], where: str, **read: Any) -> C:
         """The Config, with the fields that the family has read by itself; InputError names what is not understood."""
-        names, fixed = {**NAMES, **self.fields}, {**ALLOWED, **self.accepted, **self.required}
-        known = {*names.values(), *fixed, *self.ignored, *ROPE, *HARMLESS}
+        names = {**NAMES, **self.fields}
+        self._check(hf, names, where)
+        if "rotary_factor" not in read and rotary_factor(hf) != 1:
+            raise InputError(
+                f"models: {where} has partial_rotary_factor {rotary_factor(hf)}, expected 1.0; "
+                f"{self.model_type} rotates whole heads"
+            )
+
+        # what the file says, by minitune's names
+        hf = {**self.defaults, **hf}
+        fields = {field: hf[name] for field, name in names.items() if name in hf and (field not in NAMES or hf[name] is not None)}
+
+        # what follows from it where the file says nothing
+        n_heads, d_model = fields.get("n_heads"), fields.get("d_model")
+        d_head = d_model // n_heads if isinstance(n_heads, int) and isinstance(d_model, int) and n_heads > 0 else None
+        derived = {"n_kv_heads": n_heads, "d_head": d_head, "norm_eps": 1e-6, "max_positions": 2048}
+        if "rope_theta" not in read:
+            theta, scaling = rope_scaling.from_hf(hf, where)
+            read = {**read, "rope_theta": theta, "rope_scaling": scaling}
+        read = {**read, "rope_scaling": msgspec.to_builtins(read["rope_scaling"])}
+
+        required = {field: None for field in NAMES if field != "tie_embeddings"}
+        try:
+            return msgspec.convert({**required, **derived, **fields, **read}, kind)
+        except msgspec.ValidationError as error:
+            raise InputError(f"models: {where}: {error} (in minitune's names for the fields)") from None
+
+    def _check(self, hf: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
+        """InputError for a field that the family does not know, and for a value that it does not have."""
+        allowed = {**ALLOWED, **self.accepted, **self.required}
+        known = {*names.values(), *allowed, *self.ignored, *ROPE, *HARMLESS}
         unknown = next((key for key in hf if key not in known), None)
         if unknown is not None:
             raise InputError(
                 f"models: {where} has {unknown!r} = {hf[unknown]!r}, unknown to the {self.model_type} family; "
                 "is it another family?"
             )
-        for name, values in fixed.items():
+        for name, values in allowed.items():
             if hf.get(name) is not None and hf[name] not in values:
-                wanted = f"{name} {values[0]!r}" if values else f"no {name}"
+                expected = f"{name} {values[0]!r}" if values else f"no {name}"
                 raise InputError(
-                    f"models: {where} has {name!r} = {hf[name]!r}, expected {wanted}; the {self.model_type} family has no other"
+                    f"models: {where} has {name!r} = {hf[name]!r}, expected {expected}; the {self.model_type} family has no other"
                 )
-        rotary = rotary_factor(hf)
-        if rotary != 1 and "rotary_factor" not in read:
-            raise InputError(
-                f"models: {where} has partial_rotary_factor {rotary}, expected 1.0; {self.model_type} rotates whole heads"
-            )
-        hf = {**self.defaults, **hf}
-        fields = {field: hf[name] for field, name in names.items() if name in hf and (field not in NAMES or hf[name] is not None)}
-        n_heads, d_model = fields.get("n_heads"), fields.get("d_model")
-        d_head = d_model // n_heads if isinstance(n_heads, int) and isinstance(d_model, int) and n_heads > 0 else None
-        derived = {
-            "n_kv_heads": n_heads,
-            "d_head": d_head,
-            "norm_eps": 1e-6,
-            "max_positions": 2048,
-        }
-        if "rope_theta" not in read:
-            read = {**read, "rope_theta": rope_scaling.from_hf(hf, where)[0], "rope_scaling": rope_scaling.from_hf(hf, where)[1]}
-        read = {**read, "rope_scaling": msgspec.to_builtins(read["rope_scaling"])}
-        required = {field: None for field in NAMES if field != "tie_embeddings"}
-        try:
-            return msgspec.convert({**required, **derived, **fields, **read}, kind)
-        except msgspec.ValidationError as error:
-            raise InputError(f"models: {where}: {error} (in minitune's names for the fields)") from None
 
     def write(self, config: DecoderConfig, **written: Any) -> dict[str, Any]:
         """A config.json that transformers 4.x and 5.x read alike, with the fields that the family writes by itself."""
@@ -136,7 +142,7 @@ class HFConfig(NamedTuple):
 
 
 def rotary_factor(hf: Mapping[str, Any]) -> float:
-    """The part of each head that RoPE turns."""
+    """Part of each head that RoPE rotates."""
     inner = (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
     outer = hf.get("partial_rotary_factor") if inner is None else inner
     return 1.0 if outer is None else outer

@@ -26,18 +26,17 @@ BlockTransform = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class Probe(NamedTuple):
-    """A look at what linear maps of the blocks give, through which gradients flow: also of blocks that are compiled or computed
-    again in the backward."""
+    """Outputs of linear maps of the blocks, through which gradients flow: also of blocks that are compiled or recomputed."""
 
     weights: tuple[str, ...]  # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed by
     receive: Callable[[str, Tensor], None]  # called with the weight's whole name and its map's output [B T out], once a forward
 
 
 class Model(NamedTuple):
-    """A family with its numbers: all that is needed to run parameters.
+    """Family with its numbers: all that is needed to run parameters.
 
-    block_transform is applied to the function of every block, such as models.compiled.wrap; the backward computes the first
-    n_remat blocks again, by the transform `remat`: remat.remat or offload.remat(...).
+    block_transform is applied to the function of every block, such as models.compile.wrap; the backward recomputes the first
+    n_remat blocks, by the transform `remat`: remat.remat or offload.remat(...).
     """
 
     family: Family
@@ -64,7 +63,7 @@ class Model(NamedTuple):
         return decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=self.block_of())
 
     def block_of(self) -> decoder.BlockOf:
-        """Function that gives the block of layer i: transformed, computed again in the backward, probed, as the model says."""
+        """Function that gives the block of layer i: transformed, recomputed in the backward, probed, as the model says."""
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
         recomputed = {mixer: self.remat(run) for mixer, run in runs.items()}
 
@@ -98,7 +97,7 @@ class Model(NamedTuple):
         summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
         through a head that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in head.token_losses.
         """
-        mask = batch.target_mask().roll(-1, 1)  # labelled() is False at 0, so nothing wraps round
+        mask = batch.target_mask().roll(-1, 1)  # target_mask() is False at 0, so nothing wraps round
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
 
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:

@@ -98,7 +98,7 @@ def frequencies(
 
 
 def magnitude(scaling: Scaling | None, max_positions: int) -> float:
-    """What cos and sin are multiplied by: 1, but for yarn and longrope."""
+    """Factor of cos and sin: 1, but for yarn and longrope."""
     if isinstance(scaling, (Yarn, LongRope)) and scaling.attention_factor is not None:
         return scaling.attention_factor
     if isinstance(scaling, Yarn) and scaling.mscale and scaling.mscale_all_dim:
@@ -113,7 +113,7 @@ def magnitude(scaling: Scaling | None, max_positions: int) -> float:
 
 
 def query_scale(scaling: Scaling | None, positions: Int[Tensor, "b T"]) -> Float[Tensor, "b T"] | None:
-    """What the queries of each position are multiplied by, if by anything."""
+    """Factor of the queries of each position, None for 1 everywhere."""
     if not isinstance(scaling, Yarn) or scaling.llama_4_scaling_beta is None:
         return None
     return 1 + scaling.llama_4_scaling_beta * torch.log(1 + torch.floor(positions / scaling.original_max_position_embeddings))

@@ -34,65 +34,78 @@ def token_losses(
 ) -> Float[Tensor, "B T *values"]:
     """loss(hidden head^T, targets) at the rows where mask is True, 0 elsewhere, without ever holding whole logits.
 
-    targets is a tree of tensors [B, T, ...], of which the loss is given the same rows: token ids, a teacher's hidden states.
-    A loss may give several values a row.
-    Labelled rows are flattened and cut in chunks, see head_chunk. The gradients of each chunk are taken while its
-    logits are there: those of its rows, and of the head where that trains (chunked.chunked_with_gradients, which says what
-    `summed` is for).
-    targets and mask may lie on the host beside hidden states on an accelerator: the labelled rows are then counted
-    there and sent. If the mask lies on an accelerator, the host waits for it to learn how many rows are labelled.
+    targets is a tree of tensors [B, T, ...], of which the loss sees the same rows: token ids, hidden
+    states of a teacher. A loss may give several values a row. Labelled rows are flattened and cut in
+    chunks, see head_chunk. The gradients of each chunk are taken while its logits are there: those
+    of its rows, and of the head where that trains (chunked.chunked_with_gradients, which says what
+    `summed` is for). targets and mask may lie on the host and hidden states on an accelerator: the
+    labelled rows are then counted there and sent. If the mask lies on an accelerator, the host waits
+    for it to learn how many rows are labelled.
     """
 
-    def piece(rows: Tensor, labels: Tree, w: Tensor | QTensor | Adapted) -> Tensor:
+    def chunk_losses(rows: Tensor, labels: Tree, w: Tensor | QTensor | Adapted) -> Tensor:
         return loss(linear(rows, w), labels)
 
     trains = any(leaf.requires_grad for leaf in tree.leaves(head))
     chunk = head_chunk(head, trains)
-    flat, labels, place = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets), hidden.device
-    if under_transform():  # the number of labelled rows depends on the data, which no vmap can follow: all rows are taken
-        labels, mask = tree.map(lambda x: to_device(x, place), (labels, mask))
-        nats = _chunked(remat(piece), flat, labels, head, chunk).unflatten(0, mask.shape)
+    flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
+
+    # no vmap can follow how many rows are labelled, which depends on the data: all rows are taken
+    if under_transform():
+        labels, mask = tree.map(lambda x: to_device(x, hidden.device), (labels, mask))
+        nats = _chunked(remat(chunk_losses), flat, labels, head, chunk).unflatten(0, mask.shape)
         return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
-    rows = mask.flatten().nonzero().squeeze(1)
+
     # rows are taken where they lie: what comes from the host is no more than the labelled ones
-    given = tree.map(lambda x: to_device(x[to_device(rows, x.device)], place), labels)
-    rows = to_device(rows, place)
-    chosen = flat[rows]
-    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in tree.leaves((hidden, head))):
-        nats = _chunked(piece, chosen, given, head, chunk)
-    elif trains:
+    index = mask.flatten().nonzero().squeeze(1)
+    labels = tree.map(lambda x: to_device(x[to_device(index, x.device)], hidden.device), labels)
+    index = to_device(index, hidden.device)
+    nats = _losses_of_rows(chunk_losses, flat[index], labels, head, chunk, summed)
+    return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((index,), nats).unflatten(0, mask.shape)
 
-        def at(start: int, some: Tensor, head: Tree) -> Tensor:
-            return piece(some, tree.map(lambda x: x[start : start + len(some)], given), head)
 
-        nats = chunked_with_gradients(at, chosen, head, chunk, summed)
-    else:
-        nats = _chunked(with_row_gradients(piece), chosen, given, head, chunk)
-    return nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((rows,), nats).unflatten(0, mask.shape)
+def _losses_of_rows(
+    losses: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Tensor | QTensor | Adapted, chunk: int, summed: bool
+) -> Tensor:
+    """losses(rows, labels, head) by chunks of rows, with the gradients that are wanted."""
+    has_grad = [leaf.requires_grad for leaf in tree.leaves((rows, head))]
+    if not torch.is_grad_enabled() or not any(has_grad):
+        return _chunked(losses, rows, labels, head, chunk)
+    if not any(has_grad[1:]):
+        return _chunked(with_row_gradients(losses), rows, labels, head, chunk)
+
+    def at(start: int, some: Tensor, head: Tree) -> Tensor:
+        return losses(some, tree.map(lambda x: x[start : start + len(some)], labels), head)
+
+    return chunked_with_gradients(at, rows, head, chunk, summed)
 
 
 def by_rows(loss: Callable[..., Float[Tensor, "n *values"]]) -> Callable[..., Float[Tensor, "n *values"]]:
-    """loss(logits [n V], *trees of n rows), taken of a few rows at a time, and its gradient by logits with it: nothing but that
-    gradient is kept. For a loss whose values of a row depend on that row alone. Differentiable once, but under a transform."""
+    """loss(logits [n V], *trees of n rows), taken of a few rows at a time, and its gradient by logits with it.
 
-    def pieces(logits: Tensor, *targets: Tree) -> Tensor:
+    Nothing but that gradient is kept. For a loss whose values of a row depend on that row alone.
+    Differentiable once, but under a transform any number of times.
+    """
+
+    def slices(logits: Tensor, *targets: Tree) -> Tensor:
         if under_transform():
             return loss(logits, *targets)
-        each = with_row_gradients(loss) if torch.is_grad_enabled() and logits.requires_grad else loss
+        losses = with_row_gradients(loss) if torch.is_grad_enabled() and logits.requires_grad else loss
         n = rows_at_once(logits)
-        parts = enumerate(logits.split(n))
-        return torch.cat([each(some, *tree.map(lambda x, i=i: x[n * i : n * (i + 1)], targets)) for i, some in parts])
+        # split and not slices, whose gradients would each be as large as the logits
+        rows = enumerate(logits.split(n))
+        return torch.cat([losses(some, *tree.map(lambda x, i=i: x[n * i : n * (i + 1)], targets)) for i, some in rows])
 
-    return pieces
+    return slices
 
 
 def rows_at_once(logits: Float[Tensor, "n V"]) -> int:
-    """How many rows `by_rows` gives to a loss."""
+    """Number of rows that `by_rows` gives to a loss."""
     return max(1, LOSS_SLICE_LOGITS // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
 
 
 def head_chunk(head: Float[Tensor, "V D"] | QTensor | Adapted, trains: bool = False) -> int:
-    """How many rows of logits are alive at a time."""
+    """Number of rows of logits that are alive at a time."""
     times = (1 if tree.leaves(head)[0].device.type == "cpu" else GPU_CHUNK_FACTOR) * (TRAINED_HEAD_FACTOR if trains else 1)
     return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
 

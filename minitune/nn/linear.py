@@ -26,7 +26,7 @@ def linear(
         return _adapted_linear(x, w, bias)
     bias = None if bias is None else bias.to(x.dtype)
     if isinstance(w, Delta):
-        raise TypeError("ops: a leaf of the params is a Delta, expected a weight; make the params of a forward by Lora.apply")
+        raise TypeError("linear: a leaf of the params is a Delta, expected a weight; make the params of a forward by Lora.apply")
     if not isinstance(w, Tensor):
         y = quantized_linear(x, w)
     elif w.itemsize < x.itemsize:
@@ -47,7 +47,7 @@ def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
     a, b = w.a.to(x.dtype), w.b.to(x.dtype)
     n = 1 if a.ndim == 2 else len(a)
     rows, z = (t.reshape(n, -1, t.shape[-1]) for t in (x, y))
-    # b^T in its own memory: on a CPU the gradient of a view of b takes ten times as long
+    # b^T contiguous: on a CPU the gradient of a view of b takes ten times as long
     z = torch.baddbmm(z, rows @ a.mT, b.reshape(n, *b.shape[-2:]).mT.contiguous())
     if magnitude is not None:
         z = z * (magnitude / row_norms(w)).to(x.dtype).unsqueeze(-2)

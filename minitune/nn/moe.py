@@ -1,6 +1,6 @@
 """Mixtures of experts: routers, experts over tokens sorted by expert, and the loss that spreads tokens evenly.
 
-Router functions see one row of logits a token and give its k experts and their weights. Letters beside those of types:
+Router functions see one row of logits a token and give its k experts and their weights. Letters in addition to those of types:
 X experts, k experts a token, n tokens, m rows (a token, once for each of its experts).
 """
 
@@ -21,14 +21,14 @@ from minitune.types import Adapted, widen
 
 
 class Routes(NamedTuple):
-    """Each token's experts and their weights."""
+    """Experts of each token, and their weights."""
 
     experts: Int[Tensor, "n k"]
     weights: Float[Tensor, "n k"]
 
 
 def softmax_then_top(logits: Float[Tensor, "n X"], k: int, renormalised: bool) -> Routes:
-    """The k largest of softmax(logits), in float32; renormalised: divided by their sum
+    """K largest of softmax(logits), in float32; renormalised: divided by their sum
     (Jiang et al. 2024, arXiv 2401.04088, section 2.1; Muennighoff et al. 2024, arXiv 2409.02060, eq. 2)."""
     weights, experts = widen(logits).softmax(-1).topk(k)
     return Routes(experts, weights / weights.sum(-1, keepdim=True) if renormalised else weights)
@@ -50,7 +50,7 @@ Tap = Callable[[Tensor, Tensor], None]  # (rows of one expert, what its linear m
 
 
 class StackedExperts(NamedTuple):
-    """The linear maps x W[e] + bias[e] of all experts, in one leaf of each kind."""
+    """Linear maps x W[e] + bias[e] of all experts, in one leaf of each kind."""
 
     w: Float[Tensor, "X in out"] | Adapted  # adapted: W + b @ a with a [X R out] and b [X in R]
     bias: Float[Tensor, "X out"] | None
@@ -66,7 +66,7 @@ class ExpertLinear(NamedTuple):
 
 
 def stacked(w: Float[Tensor, "X in out"] | Adapted, bias: Float[Tensor, "X out"] | None) -> ExpertLinear:
-    """The maps x W[e] + bias[e] of experts that are kept in one tensor, without copying it."""
+    """Maps x W[e] + bias[e] of experts that are kept in one tensor, without copying it."""
     if isinstance(w, Adapted):
         weights = [Adapted(one.T, b.T, a.T) for one, a, b in zip(w.w, w.a, w.b, strict=True)]
     else:
@@ -85,7 +85,7 @@ def mixture(
     *,
     scale_input: bool = False,
 ) -> Float[Tensor, "n D"]:
-    """Each token's sum over its experts e of weight * down_e(activation(up_e(x))); scale_input: of down_e(activation(up_e(
+    """Sum over the experts e of each token of weight * down_e(activation(up_e(x))); scale_input: of down_e(activation(up_e(
     weight * x))), for experts without biases.
 
     Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert: all of them in one kernel
@@ -178,14 +178,14 @@ def _at_once(rows: Tensor, ends: Tensor, w: Tensor | Adapted, bias: Tensor | Non
 
 
 def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
-    """How many rows each expert has, as even as can be where tensors have no values (models/memory.py)."""
+    """Number of rows of each expert, as even as can be where tensors have no values (planning/memory.py)."""
     if isinstance(ends, FakeTensor):
         return [(i + 1) * n_rows // len(ends) - i * n_rows // len(ends) for i in range(len(ends))]
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
-    """Whether torch multiplies the rows of all experts at once: it wants rows of whole 16 bytes."""
+    """True if torch multiplies the rows of all experts at once: it wants rows of whole 16 bytes."""
     if stack is None or not _has_kernel(x):
         return False
     rank = stack.w.a.shape[1:2] if isinstance(stack.w, Adapted) else ()
@@ -194,5 +194,5 @@ def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """On a CPU the experts one by one are as fast (bench/moe.py)."""
+    """True on a GPU with the kernel; on a CPU the experts one by one are as fast (bench/moe.py)."""
     return x.dtype == torch.bfloat16 and hardware.cuda_capability(x.device) >= (8, 0)

@@ -1,4 +1,4 @@
-"""How much of a forward the backward keeps, measured on one block of each kind; which blocks are computed again, by a budget."""
+"""Memory that a forward keeps for its backward, measured on one block of each kind; which blocks are recomputed, by a budget."""
 
 import weakref
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from minitune.types import Params
 
 
 def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
-    """The fewest blocks to compute again in the backward of n_rows x n_tokens so that all blocks together keep at most n_bytes.
+    """Fewest blocks to recompute in the backward of n_rows x n_tokens so that all blocks together keep at most n_bytes.
 
     What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
     """
@@ -33,13 +33,13 @@ def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
     inner = kept_bytes(_x_first(config, last), x, layer_of(params, n - 1), inputs[last])
-    found = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
-    if found is None:
+    fewest = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
+    if fewest is None:
         raise InputError(
             f"memory: {n} blocks keep {n * rows / 2**20:,.1f} MiB for the backward of {n_rows} x {n_tokens} tokens when all are "
             f"computed again, expected at most {n_bytes / 2**20:,.3g}; take fewer rows at a time (micro_batch_size) or allow more"
         )
-    return found
+    return fewest
 
 
 class BlockMemory(NamedTuple):
@@ -114,23 +114,23 @@ class _Live(TorchDispatchMode):
 
 
 def _x_first(config: DecoderConfig, kind: LayerKind) -> Callable[..., Tensor]:
-    """The block as a function of x and then of the rest, which is how memory is measured."""
+    """Block as a function of x and then of the rest, which is how memory is measured."""
     return lambda x, w, inputs: block(config, kind.mixer, w, x, inputs)
 
 
 def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
-    """Bytes that f(x, *rest), differentiated in x, keeps for its backward beside x and the leaves of rest; each memory once."""
-    held = {_memory(leaf) for leaf in tree.leaves((x, rest))}
+    """Bytes that f(x, *rest), differentiated in x, keeps for its backward: without x and rest, each memory once."""
+    given = {_memory(leaf) for leaf in tree.leaves((x, rest))}
     kept: dict[int, int] = {}
 
     def note(saved: Tensor) -> Tensor:
-        if _memory(saved) not in held:
+        if _memory(saved) not in given:
             kept[_memory(saved)] = saved.untyped_storage().nbytes()
         return saved
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         value = f(x.detach().requires_grad_(), *rest)
-    del value  # only now: what it holds was not to be used again before all was counted
+    del value  # only now: the memory of its graph was not to be reused before all was counted
     return sum(kept.values())
 
 

@@ -29,7 +29,7 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
     `companions` tokens on average (the sum of squares of the documents' lengths over the sum of their lengths).
 
     2 for every weight that a token is multiplied by, 2 more where its input has a gradient, 2 more where it trains whole; those
-    of deltas; attention over the keys that are seen, forward and twice as many back; the forward of blocks computed again.
+    of deltas; attention over the keys that are seen, forward and twice as many back; the forward of blocks that are recomputed.
     """
     config, experts = model.config, model.config.experts
     first = min((_place(name) for name in trainable), default=(torch.inf, 0))
@@ -58,8 +58,8 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
 
 def _place(name: str) -> tuple[float | int, int]:
     """(layer, step) of a weight in the forward."""
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    if found is None:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is None:
         return (-1, 0) if name.endswith("embed_tokens.weight") else (torch.inf, int(not name.startswith("model.norm")))
-    own = name[found.end() :]
-    return int(found[1]), next(i for i, step in enumerate(STEPS) if re.match(step, own))
+    within_layer = name[layer.end() :]
+    return int(layer[1]), next(i for i, step in enumerate(STEPS) if re.match(step, within_layer))

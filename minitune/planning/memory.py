@@ -77,7 +77,7 @@ def peak_memory(step: StepSpec) -> Parts:
 
 
 class _Forward(NamedTuple):
-    """A forward of a step without values, as the moments of the step count it."""
+    """Forward of a step without values, as the moments of the step count it."""
 
     params: Params  # adapted, with a gradient where a leaf trains
     whole: Params  # of these the weights that train whole
@@ -88,7 +88,7 @@ class _Forward(NamedTuple):
 
 
 def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
-    """What is in memory at every moment of a step that may be its fullest."""
+    """Parts in memory at every moment of a step that may be its fullest."""
     forward = _forward(step)
     params, whole, blocks = forward.params, forward.whole, forward.blocks
     always = _always(step, forward, optimizer_bytes)
@@ -159,9 +159,9 @@ def _forward(step: StepSpec) -> _Forward:
 
 
 def _always(step: StepSpec, forward: _Forward, optimizer_bytes: int) -> Parts:
-    """What is in memory all through a step."""
+    """Parts that are in memory all through a step."""
     frozen = [w for name, w in step.params.items() if name not in forward.whole]
-    scaled = [delta.b for delta in forward.deltas.values()]  # b times its scale, beside b
+    scaled = [delta.b for delta in forward.deltas.values()]  # b times its scale, as well as b
     return {
         "weights": tree.n_bytes(frozen),
         "second model": tree.n_bytes((step.reference, step.teacher and step.teacher.params)),

@@ -1,7 +1,6 @@
 """Loading of a program's model: checked without its weights, then read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from minitune.checkpoint.hf_folder import generation_config, load_params
 from minitune.data import preference, supervised
 from minitune.data.readers import read_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
-from minitune.errors import InputError
+from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
 from minitune.io import paths
 from minitune.io.paths import locate
@@ -123,8 +122,10 @@ def _check_device(source: ModelSource) -> None:
 def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
     """Data table that a stage asks for by name; InputError if there is none, or one of another format."""
     if name not in abstract.data:
-        near = get_close_matches(name, abstract.data, n=1, cutoff=0.0) or ["no [data] at all"]
-        raise InputError(f"loading: stage {label} asks for data {name!r}, expected a [data] table; did you mean {near[0]!r}?")
+        known = ", ".join(abstract.data) or "the program has none"
+        raise InputError(
+            f"loading: stage {label} asks for data {name!r}, expected a [data] table: {known}{nearest(name, [*abstract.data])}"
+        )
     source = abstract.data[name]
     if source.format not in formats:
         raise InputError(

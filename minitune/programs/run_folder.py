@@ -16,6 +16,7 @@ from minitune import __version__
 from minitune.errors import InputError
 from minitune.io import locks, paths, toml
 from minitune.io.atomic import sync, write_atomic
+from minitune.io.json_file import read_json
 from minitune.io.results import Record, file_record, hashed_record, iso_time
 from minitune.io.toml_messages import KeyPath, shown
 from minitune.programs import save_paths
@@ -181,13 +182,9 @@ def _read(path: Path) -> bytes:
 
 
 def _json(path: Path, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(_read(path), type=kind)
-    except msgspec.DecodeError as error:
-        raise InputError(
-            f"runs: {path} is damaged ({error}), expected what a run writes; set resume = false to begin afresh"
-        ) from None
+    return read_json(path, kind, "runs", "set resume = false to begin afresh")
 
 
 def write_record(path: Path, tree: Mapping[str, Any] | Manifest) -> None:
+    """Write a record as indented JSON, whole or not at all."""
     write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

@@ -1,4 +1,4 @@
-"""Products of 8-bit floats (e4m3), which GPUs multiply twice as fast as bfloat16; each row has a scale of its own.
+"""Products of 8-bit floats (e4m3), which GPUs multiply twice as fast as bfloat16; each row has its scale.
 
 Micikevicius et al. 2022, arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, the largest number is 448, the smallest 2^-9.
 """
@@ -19,8 +19,11 @@ CAPABILITY = (8, 9)  # the first cards that multiply such numbers
 
 
 def takes(x: Float[Tensor, "*rows in"], codes: Float8e4m3fn[Tensor, "out in"]) -> bool:
-    """Whether x, or a cotangent of its product, can be multiplied by these codes as 8-bit floats: bfloat16 on a card that has
-    them, outside of vmap and torch.func.grad. Everywhere else the weight is decoded."""
+    """True if x, or a cotangent of its product, can be multiplied by these codes as 8-bit floats.
+
+    That is bfloat16 on a card that has them, outside of vmap and torch.func.grad. Everywhere else
+    the weight is decoded.
+    """
     fits = x.dtype == torch.bfloat16 and x.numel() > 0 and all(size % STEP == 0 for size in codes.shape)
     return fits and hardware.cuda_capability(x.device) >= CAPABILITY and not under_transform()
 
@@ -66,8 +69,8 @@ class _Product(torch.autograd.Function):
 
 @torch.library.custom_op("minitune::float8_times", mutates_args=())
 def _times(rows: Tensor, scales: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows * scales) codes. The kernel reads its second matrix by columns, so codes are laid out anew: in an operator of its
-    own, because a compiler that sees this makes it in the forward and keeps it for the backward."""
+    """(rows * scales) codes. The kernel reads its second matrix by columns, so codes are laid out anew: in a separate
+    operator, because a compiler that sees this makes it in the forward and keeps it for the backward."""
     columns = codes.t().contiguous().t()
     return torch.ops.aten._scaled_mm(rows, columns, scales, scales.new_ones(1, codes.shape[1]), out_dtype=dtype)
 

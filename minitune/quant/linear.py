@@ -87,7 +87,7 @@ class _TracedLinear(torch.autograd.Function):
 
 
 def dequantize_after(x: Tensor, kind: Any, leaves: Sequence[Tensor]) -> Tensor:
-    """The weight in the dtype of x, its codes plus a zero that is made of x, so that it waits for x: a compiler would else decode
+    """Weight in the dtype of x, its codes plus a zero that is made of x, so that it waits for x: a compiler would else decode
     all weights of a block at once, and keep those of the forward for the backward."""
     codes, *rest = leaves
     zero = (x.flatten()[0] * 0).nan_to_num()

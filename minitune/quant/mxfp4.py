@@ -18,7 +18,7 @@ BIAS = 127  # of the scales' exponent
 def dequantize(
     blocks: UInt8[Tensor, "X out groups 16"], scales: UInt8[Tensor, "X out groups"], dtype: torch.dtype
 ) -> Float[Tensor, "X in out"]:
-    """The weights as x @ W takes them: value[code] * 2^(scale - 127), 32 neighbours of an output's inputs to a scale.
+    """Weights as x @ W takes them: value[code] * 2^(scale - 127), 32 neighbours of an output's inputs to a scale.
 
     Each byte holds two codes, the first in its low four bits. Every product is exact in bfloat16. One expert is unpacked at a
     time, so that little more than the result is ever in memory.
@@ -34,14 +34,14 @@ def dequantize(
 
 
 def whole_name(name: str) -> str:
-    """The weight that a tensor on disk is a part of, or else its own name."""
+    """Weight that a tensor on disk is a part of, or else the name itself."""
     return next((name.removesuffix(part) for part in PARTS if name.endswith(part)), name)
 
 
 def unpacked(
     packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The weights whose parts are `packed`; InputError for a part that is missing or does not fit the weight's shape."""
+    """Weights whose parts are `packed`; InputError for a part that is missing or does not fit the weight's shape."""
 
     def one(name: str) -> Tensor:
         n, in_, out = shapes[name]

@@ -21,7 +21,7 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 
 def _dynamic_map() -> Tensor:
-    """The signed 8-bit floats with 0 to 6 exponent bits, sorted (Dettmers 2015, arXiv 1511.04561, section 2): 1, 0, and for each
+    """Signed 8-bit floats with 0 to 6 exponent bits, sorted (Dettmers 2015, arXiv 1511.04561, section 2): 1, 0, and for each
     exponent e the midpoints of 2^e equal steps from 0.1 to 1, times 10^(e-6), with both signs."""
     bounds = [torch.linspace(0.1, 1.0, 2**e + 1) for e in range(7)]
     positive = torch.cat([10.0 ** (e - 6) * ((b[:-1] + b[1:]) / 2) for e, b in enumerate(bounds)])
@@ -32,7 +32,7 @@ DYNAMIC_MAP = _dynamic_map()
 
 
 def quantized(w: Float[Tensor, "out in"]) -> QNF4:
-    """The codes of bitsandbytes 0.50, byte for byte.
+    """Codes of bitsandbytes 0.50, byte for byte.
 
     Its CPU library finds the 8-bit code of a block maximum in a table of 65536 equal steps, so here too a number is first
     rounded to such a step: of two codes equally near to within 1.5e-5, it may take the farther one.

@@ -14,14 +14,14 @@ from minitune.types import Delta, Params, Trainable
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which weight gets which scheme: those that a glob matches get `scheme`, or what the first matching exception says."""
+    """Choice of a scheme for each weight: those that a glob matches get `scheme`, or what the first matching exception says."""
 
     scheme: Scheme
     weights: tuple[str, ...] = ("*_proj.weight",)
     exceptions: dict[str, Scheme | None] = {}  # glob -> another scheme, or None to leave the weight as it is
 
     def plan(self, params: Params) -> dict[str, Scheme]:
-        """The scheme of every weight that is to be quantized. InputError for a glob without a match, for what is no linear map
+        """Scheme of every weight that is to be quantized. InputError for a glob without a match, for what is no linear map
         (embeddings and tied heads too: their rows are looked up) or quantized already, and for a shape that does not fit."""
         names = tree.select(params, self.weights, "quant: weights")
         if self.exceptions:
@@ -40,18 +40,18 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return plan
 
     def names(self, params: Params) -> list[str]:
-        """The weights that are to be quantized; InputError as for plan."""
+        """Weights that are to be quantized; InputError as for plan."""
         return list(self.plan(params))
 
     def quantize(self, params: Params) -> Params:
-        """All parameters, the planned ones rounded to nearest; InputError names one that holds NaN or infinity."""
+        """Parameters, the planned ones rounded to nearest; InputError names one that holds NaN or infinity."""
         plan = self.plan(params)
         refuse_not_finite(params, plan)
         codes = {name: schemes.quantize(base_weight(params[name]), scheme) for name, scheme in plan.items()}
         return {name: with_base_weight(w, codes[name]) if name in codes else w for name, w in params.items()}
 
     def fake(self, trainable: Trainable) -> Trainable:
-        """The trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
+        """Trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
 
         def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
             scheme = self._scheme(name)

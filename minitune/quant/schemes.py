@@ -25,7 +25,7 @@ class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     divisors: ClassVar[tuple[float, ...]]
 
     def group_size(self, d_in: int) -> int:
-        """How many neighbours share a scale: the row, where a scheme says no other."""
+        """Number of neighbours that share a scale: the row, where a scheme says no other."""
         return d_in
 
     def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
@@ -52,13 +52,13 @@ class Int8(_Grid, frozen=True, tag="int8"):
     divisors: ClassVar[tuple[float, ...]] = (127.0,)
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt8:
-        """The leaf that stands for levels * scale."""
+        """Leaf that stands for levels * scale."""
         return QInt8(levels.to(torch.int8), scale)
 
 
 class Float8(_Grid, frozen=True, tag="float8"):
     """8-bit floats (e4m3), one scale an output channel, scale = max|w| / 448. A GPU that multiplies such numbers rounds what it
-    multiplies them by as well, each token with a scale of its own."""
+    multiplies them by as well, each token with its scale."""
 
     divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
 
@@ -67,7 +67,7 @@ class Float8(_Grid, frozen=True, tag="float8"):
         return (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QFloat8:
-        """The leaf that stands for levels * scale."""
+        """Leaf that stands for levels * scale."""
         return QFloat8(levels.to(float8.E4M3), scale)
 
 
@@ -80,11 +80,11 @@ class Int4(_Grid, frozen=True, tag="int4"):
     group: Literal[32, 64, 128] = 32
 
     def group_size(self, d_in: int) -> int:
-        """How many neighbours share a scale."""
+        """Number of neighbours that share a scale."""
         return self.group
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt4:
-        """The leaf that stands for levels * scale."""
+        """Leaf that stands for levels * scale."""
         codes = (levels + 8).to(torch.uint8)
         return QInt4(codes[:, ::2] | codes[:, 1::2] << 4, scale)
 
@@ -97,7 +97,7 @@ Scheme = Int8 | Float8 | Int4 | NF4
 
 
 def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
-    """The leaf whose codes are nearest to w, computed in float32; InputError names a shape that does not fit the scheme."""
+    """Leaf whose codes are nearest to w, computed in float32; InputError names a shape that does not fit the scheme."""
     check_fit("a weight", w, scheme)
     wide = w.detach().float()
     if isinstance(scheme, NF4):
@@ -108,7 +108,7 @@ def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
 
 
 def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """The weight that the codes stand for, computed in float32 and rounded once to dtype."""
+    """Weight that the codes stand for, computed in float32 and rounded once to dtype."""
     if isinstance(q, PackedInt4 | PackedInt8):
         return dequantize(q.q, dtype)
     codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else nf4.blocks(q)
@@ -140,7 +140,7 @@ def with_base_weight(leaf: Any, w: Any) -> Any:
 
 
 def packed(params: Params) -> Params:
-    """All parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a kernel takes their shape.
+    """Parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a kernel takes their shape.
 
     torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply in float32.
     """
@@ -195,13 +195,13 @@ def check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
 
 
 def _storable(scale: Tensor) -> Tensor:
-    """The nearest bfloat16 as float32; 1 for a group of zeros, or of numbers too small to have a scale."""
+    """Nearest bfloat16 as float32; 1 for a group of zeros, or of numbers too small to have a scale."""
     scale = scale.to(torch.bfloat16).float()
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
 
 
 def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
-    """The numbers that rows of codes stand for, before scaling."""
+    """Numbers that rows of codes stand for, before scaling."""
     if isinstance(q, QInt8 | QFloat8):
         return codes.to(torch.float32) if isinstance(q, QFloat8) else codes
     if isinstance(q, QNF4) and not torch.compiler.is_compiling():
@@ -218,7 +218,7 @@ def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
 
 
 def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
-    """The same, each number from its byte on its own: the compiler makes one kernel of this and the scaling."""
+    """Levels, each number made from its byte alone: the compiler makes one kernel of this and the scaling."""
     first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (0 if isinstance(q, QInt4) else 1)
     halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
     if isinstance(q, QInt4):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class QInt8(NamedTuple):
-    """A weight as codes * scale: codes in [-127, 127], one scale an output channel."""
+    """Weight as codes * scale: codes in [-127, 127], one scale an output channel."""
 
     codes: Int8[Tensor, "out in"]
     scale: Float[Tensor, "out 1"]
@@ -20,7 +20,7 @@ class QInt8(NamedTuple):
 
 
 class QFloat8(NamedTuple):
-    """A weight as codes * scale: codes are 8-bit floats (e4m3) up to 448, one scale an output channel."""
+    """Weight as codes * scale: codes are 8-bit floats (e4m3) up to 448, one scale an output channel."""
 
     codes: Float8e4m3fn[Tensor, "out in"]
     scale: Float[Tensor, "out 1"]
@@ -32,7 +32,7 @@ class QFloat8(NamedTuple):
 
 
 class QInt4(NamedTuple):
-    """A weight as (code - 8) * scale: byte k of a row holds code 2k in its low four bits and 2k + 1 in its high ones;
+    """Weight as (code - 8) * scale: byte k of a row holds code 2k in its low four bits and 2k + 1 in its high ones;
     each scale serves in / groups neighbours of its row."""
 
     codes: UInt8[Tensor, "out half"]
@@ -45,7 +45,7 @@ class QInt4(NamedTuple):
 
 
 class QNF4(NamedTuple):
-    """A weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
+    """Weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
     8-bit codes of a dynamic map, times nested_absmax of their block of 256, plus offset (Dettmers et al. 2023, arXiv 2305.14314,
     section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes."""
 
@@ -61,7 +61,7 @@ class QNF4(NamedTuple):
 
 
 class PackedInt4(NamedTuple):
-    """An int4 weight for decoding: beside its codes, the same codes in the order that torch's CPU kernel reads.
+    """Int4 weight for decoding: its codes, and the same codes in the order that torch's CPU kernel reads.
 
     That order depends on the processor, so this leaf is made after loading and never saved.
     """
@@ -77,7 +77,7 @@ class PackedInt4(NamedTuple):
 
 
 class PackedInt8(NamedTuple):
-    """An int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after loading and never saved."""
+    """Int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after loading and never saved."""
 
     q: QInt8
 

@@ -116,5 +116,5 @@ def _gradient(x: Float[Tensor, "n k"], grad: Float[Tensor, "n c"], dtype: torch.
 
 
 def _n_columns(n_rows: int) -> int:
-    """How many columns of a weight with so many rows are wide at a time."""
+    """Number of columns of a weight with so many rows that are wide at a time."""
     return max(COLUMNS, BLOCK // max(1, n_rows))

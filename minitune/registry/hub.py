@@ -1,4 +1,4 @@
-"""The download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names, into a plain folder.
+"""Download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names, into a plain folder.
 
 Everything goes through the huggingface_hub package: tokens, proxies, retries and partly finished files are its business.
 """
@@ -69,7 +69,7 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
 
 
 def _weights(repo: str, folder: Path, listed: Mapping[str, int]) -> dict[str, int]:
-    """The weight files: those of the index if there is one, else the single file, else an adapter's."""
+    """Weight files: those of the index if there is one, else the single file, else an adapter's."""
     if INDEX in listed:
         names = sorted(set(read_weight_map(folder, "hub", f"tell the owner of {repo}").values()))
     else:
@@ -104,7 +104,7 @@ def _refuse_foreign(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
 
 
 def _downloaded(folder: Path, name: str) -> bool:
-    """Whether a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
+    """True if a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
     record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     try:
         time_s = float(record.read_text(encoding="utf-8").splitlines()[2])
@@ -119,7 +119,7 @@ def _unfinished(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _require_room_for_missing(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The files that are not there yet; InputError if the disk can't take them."""
+    """Files that are not there yet; InputError if the disk can't take them."""
     missing = _unfinished(folder, sizes)
     require_room(folder, sum(missing.values()), "the files that are missing")
     return missing

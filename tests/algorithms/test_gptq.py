@@ -182,13 +182,13 @@ def test_a_model_loses_less_than_by_rounding_to_nearest(scheme: Int8 | Int4):
 
 def test_what_can_not_be_calibrated_is_refused():
     params, batch = random_params(WIDE), random_batch(WIDE, 1, 9)
-    with pytest.raises(InputError, match=r"calibrate: model.layers.0.*q_proj.weight is to be nf4, expected int8 or int4 .* rtn"):
+    with pytest.raises(InputError, match=r"gptq: model.layers.0.*q_proj.weight is to be nf4, expected int8 or int4 .* rtn"):
         gptq(MODEL, params, [batch], Quantization(NF4()), damp=0.01)
     with pytest.raises(InputError, match=r"q_proj.weight is to be float8, expected int8 or int4 for gptq; choose the method rtn"):
         gptq(MODEL, params, [batch], Quantization(Float8()), damp=0.01)
-    with pytest.raises(InputError, match="calibrate: no row of data to calibrate on, expected at least one; look at the data"):
+    with pytest.raises(InputError, match="gptq: no row of data to calibrate on, expected at least one; look at the data"):
         gptq(MODEL, params, [], Quantization(Int8()), damp=0.01)
-    with pytest.raises(InputError, match=r"calibrate: spare_proj.weight is used by no linear map of a block, .* except it"):
+    with pytest.raises(InputError, match=r"gptq: spare_proj.weight is used by no linear map of a block, .* except it"):
         gptq(MODEL, {**params, "spare_proj.weight": normal(3, 4)}, [batch], Quantization(Int8()), damp=0.01)
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(InputError, match=f"quant: {name} holds values that are not finite"):

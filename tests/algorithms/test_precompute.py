@@ -253,7 +253,7 @@ def test_a_damaged_cache_is_refused(name: str, damage: Callable[[bytes], bytes] 
 
 @pytest.mark.parametrize("k", [0, -1, 18])
 def test_more_tops_than_the_vocabulary_holds_are_refused(k: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"frozen: top_k = {k}, expected 1 to 17, the teacher's vocabulary; change it"):
+    with pytest.raises(InputError, match=rf"precompute: top_k = {k}, expected 1 to 17, the teacher's vocabulary; change it"):
         teacher_tops(TEACHER, random_dataset([5, 3]), k, 1.0, tmp_path)
 
 
@@ -298,13 +298,17 @@ def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> 
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"frozen: .* holds no \*.safetensors, expected a Hugging Face folder; correct the path"):
+    with pytest.raises(
+        InputError, match=r"checkpoint: .* holds no \*.safetensors, expected a Hugging Face folder; correct the path"
+    ):
         folder_fingerprint(tmp_path)
     save_file({"q": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"frozen: .* can't be read \(FileNotFoundError.*\), expected whole safetens"):
+    with pytest.raises(InputError, match=r"checkpoint: .* can't be read \(FileNotFoundError.*\), expected whole safetens"):
         folder_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     for content in (b"", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 9):
         (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(InputError, match=r"frozen: .* can't be read \(.*\), expected whole safetensors; download it again"):
+        with pytest.raises(
+            InputError, match=r"checkpoint: .* can't be read \(.*\), expected whole safetensors; download it again"
+        ):
             folder_fingerprint(tmp_path)

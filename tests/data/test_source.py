@@ -470,7 +470,7 @@ def test_sharegpt_calls() -> None:
 
 def test_the_order_notes_fill_their_rows() -> None:
     """Notes have 85 to 172 tokens, 124 on average: a row of 256 takes two, hardly ever three, so 2 * 124 / 256 is the most."""
-    folder = Path(tokenizer.__file__).parent / "demo"
+    folder = paths.locate("demo").parent
     text = tokenizer.open_tokenizer(folder / "model")
     template = open_template(folder / "model", text)
     notes = [row for _, row in read_rows(folder / "orders-train.jsonl")][:2000]

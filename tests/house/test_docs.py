@@ -7,6 +7,7 @@ import torch
 
 from minitune import tree
 from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.models.mixers.mixer import Mixer
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs/research.md").read_text("utf-8")
@@ -72,3 +73,10 @@ def test_the_hessian_vector_product_is_the_slope_of_the_gradient(names: dict) ->
     scale = max(float(s.abs().max()) for s in slopes)
     for found, slope in zip(tree.leaves(names["hessian_vector"]), slopes, strict=True):
         torch.testing.assert_close(found.double(), slope, rtol=0, atol=2e-3 * scale)
+
+
+def test_the_page_on_mixers_lists_what_a_mixer_declares() -> None:
+    page = (ROOT / "docs/mixers.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)\(", page, re.M) == list(Mixer._fields)
+    for path in re.findall(r"`((?:models|tests)/[\w/]+(?:\.py|/))`", page):
+        assert (ROOT / path).exists() or (ROOT / "minitune" / path).exists(), path

@@ -487,5 +487,5 @@ def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> N
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 5)])
 def test_pairs_that_have_no_score_are_refused(pair: tuple[list[int], list[int]]) -> None:
-    with pytest.raises(InputError, match=r"scoring: a context of \d and a continuation of \d tokens, expected .* 1 to 4$"):
+    with pytest.raises(InputError, match=r"score: a context of \d and a continuation of \d tokens, expected .* 1 to 4$"):
         continuations(Model(llama.FAMILY, SMALL), random_params(SMALL), [pair], batch_size=2, max_length=4)

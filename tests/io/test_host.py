@@ -66,9 +66,17 @@ def test_windows_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_unix_counts_in_kib_and_macos_in_bytes(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
+    monkeypatch.setattr(host, "_STATUS", Path("/nowhere"))  # a Linux without /proc
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=12345))
     monkeypatch.setattr(sys, "platform", platform)
     assert host.peak_bytes() == 12345 * unit
+
+
+def test_linux_counts_without_what_the_parent_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(sys, "platform", "linux")
+    (tmp_path / "status").write_text("VmPeak:\t  9000 kB\nVmHWM:\t  1234 kB\nVmRSS:\t  1000 kB\n", encoding="utf-8")
+    assert host.peak_bytes() == 1234 * 1024
 
 
 def test_the_peak_of_this_process_grows_by_what_it_fills() -> None:

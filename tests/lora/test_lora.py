@@ -190,7 +190,7 @@ def test_a_delta_can_not_be_multiplied_by_without_its_scale() -> None:
     with pytest.raises(TypeError):  # with the message of the checked signatures, which the tests run under
         Model(llama.FAMILY, SMALL).forward({**params, **deltas}, tokens)
     linear = getattr(nn_linear.linear, "__wrapped__", nn_linear.linear)
-    with pytest.raises(TypeError, match=r"ops: a leaf of the params is a Delta, expected a weight; make .* by Lora\.apply"):
+    with pytest.raises(TypeError, match=r"linear: a leaf of the params is a Delta, expected a weight; make .* by Lora\.apply"):
         linear(torch.ones(2, 12), deltas["model.layers.0.self_attn.q_proj.weight"])
 
 

@@ -38,7 +38,7 @@ def tapped(config: DecoderConfig, params: Params, tokens: Tensor, segment_ids: T
             assert whole_name not in maps
             maps[whole_name] = x, y
 
-        x = block(config, layer_of(params, i), x, inputs[layer_kind(config, i)], tap=tap)
+        x = block(config, layer_kind(config, i).mixer, layer_of(params, i), x, inputs[layer_kind(config, i)], tap=tap)
     return maps
 
 

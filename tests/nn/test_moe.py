@@ -1,6 +1,6 @@
 """Mixtures of experts against transformers' own blocks, and what must hold for any of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 

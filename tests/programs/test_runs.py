@@ -289,11 +289,11 @@ def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_pat
 def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Program, name: str, text: bytes) -> None:
     folder = opened(tiny).folder
     (folder / name).write_bytes(text)
-    with pytest.raises(InputError, match=rf"{name}.*expected (what a run writes; set resume = false to begin afresh|TOML)"):
+    with pytest.raises(InputError, match=rf"{name}.*expected (a JSON object; set resume = false to begin afresh|TOML)"):
         opened(tiny)
     (folder / name).unlink()
     if name != "manifest.json":
-        with pytest.raises(InputError, match=rf"{name} can't be read .*, expected a run folder's file; set resume = false"):
+        with pytest.raises(InputError, match=rf"{name} can't be read .*, expected .*; set resume = false"):
             opened(tiny)
         assert not opened(changed(tiny, resume=False)).resumed
 

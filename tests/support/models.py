@@ -16,13 +16,13 @@ from minitune.models import Model, weights
 from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.families.llama import Config
 from minitune.models.family import Family
-from minitune.models.rope_scaling import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
+from minitune.models.rope_scaling import Dynamic, LinearScaling, Llama3, LongRope, Scaling, Yarn
 from minitune.types import Batch, Delta, Mean
 from support.experts import WITH_EXPERTS, expert_config, fused
 
 SCALINGS = {
     "default": None,
-    "linear": Linear(factor=3.0),
+    "linear": LinearScaling(factor=3.0),
     "dynamic": Dynamic(factor=2.0),
     "llama3": Llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=13),
 }
@@ -98,7 +98,7 @@ def family_configs(draw: st.DrawFn, name: str) -> DecoderConfig:
     if name == "ministral3":
         return kind(**fields, window=window, rope_scaling=Yarn(4.0, 7, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4))
     if name in ("gemma3_text", "olmo3"):
-        scaling = scaling if isinstance(scaling, (Linear, Llama3)) or scaling in [YARNS[0], *YARNS[2:]] else None
+        scaling = scaling if isinstance(scaling, (LinearScaling, Llama3)) or scaling in [YARNS[0], *YARNS[2:]] else None
         window = window or 5
         fields |= {"rope_scaling": scaling, "window_rope_theta": draw(st.sampled_from([10.0, 77.0])), "window": window}
     else:

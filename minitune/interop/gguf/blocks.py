@@ -1,4 +1,4 @@
-"""The block formats of GGUF files: rows of float32 to the bytes that llama.cpp reads, all blocks of a tensor at once.
+"""Block formats of GGUF files: rows of float32 to the bytes that llama.cpp reads, all blocks of a tensor at once.
 
 A block is a stretch of one row with its own scale d in float16; a K block of 256 also has 6-bit scales (Q4_K: and minima) of
 its sub-blocks, and its codes are rounded against those scales as they are stored.
@@ -91,7 +91,7 @@ def q6_k(x: Float[Tensor, "blocks size"]) -> UInt8[Tensor, "blocks bytes"]:
 
 
 class BlockType(NamedTuple):
-    """How a tensor is stored: its number in the file, elements and bytes of a block, the file type of files mostly made of it,
+    """Storage of a tensor: its number in the file, elements and bytes of a block, the file type of files mostly made of it,
     the encoder, and the type that stands in where a row is no multiple of the block."""
 
     id: int
@@ -114,13 +114,13 @@ TYPES = {
 
 
 def encode(w: Float[Tensor, "out in"], kind: str) -> UInt8[Tensor, "out row_bytes"]:
-    """The bytes of every row; the length of a row must be a multiple of the type's block."""
+    """Bytes of every row; the length of a row must be a multiple of the type's block."""
     blocks = w.float().reshape(-1, TYPES[kind].block)
     return TYPES[kind].encode(blocks).reshape(w.shape[0], -1)
 
 
 def _scales(scale: Float[Tensor, "out groups"], n_blocks: int) -> UInt8[Tensor, "out n_blocks 2"]:
-    """The scale of every block as the two bytes of a float16."""
+    """Scale of every block as the two bytes of a float16."""
     return scale.repeat_interleave(n_blocks // scale.shape[1], 1).half().view(torch.uint8).unflatten(1, (-1, 2))
 
 
@@ -175,7 +175,7 @@ def _nearby(
 
 
 def _slope(x: Float[Tensor, "blocks subs size"], top: int) -> Float[Tensor, "blocks subs"]:
-    """The signed scale of each sub-block such that x ~ scale q with q in [-top, top - 1], by least squares over several ways
+    """Signed scale of each sub-block such that x ~ scale q with q in [-top, top - 1], by least squares over several ways
     to round x to q: the best of them has the largest (q x)^2 / q^2."""
     largest = x.gather(2, x.abs().argmax(2, keepdim=True))
     best = (torch.zeros_like(largest[:, :, 0]), torch.zeros_like(largest[:, :, 0]))

@@ -44,14 +44,14 @@ TENSORS = {
 
 
 class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How matrices are stored: a default, and by glob of Hugging Face names another type; the first glob that matches counts."""
+    """Types of the stored matrices: a default, and by glob of Hugging Face names another; the first glob that matches counts."""
 
     default: Kind
     exceptions: dict[str, Kind] = {}
 
 
 class _Part(NamedTuple):
-    """A tensor of the file; order: the rows of w in the order in which they are written, None as they are."""
+    """Tensor of the file; order: the rows of w in the order in which they are written, None as they are."""
 
     name: str
     w: Tensor | QTensor
@@ -134,7 +134,7 @@ def _interleaved(n_rows: int, heads: int) -> Int[Tensor, "out"]:
 
 
 def _divisors(config: llama.Config) -> Float[Tensor, "half"]:
-    """What llama.cpp divides the unscaled frequencies by."""
+    """Divisors that llama.cpp applies to the unscaled frequencies."""
     plain, scaled = (
         rope_scaling.frequencies(config.d_head, config.rope_theta, scaling, 1, config.max_positions)
         for scaling in (None, config.rope_scaling)

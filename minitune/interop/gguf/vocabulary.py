@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder as GGUF metadata, for the kinds of tokenizer that llama.cpp implements itself."""
+"""Tokenizer of a Hugging Face folder as GGUF metadata, for the kinds of tokenizer that llama.cpp implements itself."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +105,7 @@ def _byte_level(spec: Mapping[str, Any]) -> tuple[str, Pieces, dict[str, Any]] |
 
 
 def _cuts(step: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a pre-tokenizer cuts at, step by step; what has no counterpart in llama.cpp is named by its type."""
+    """Expressions that a pre-tokenizer cuts at, step by step; what has no counterpart in llama.cpp is named by its type."""
     kind = str(step.get("type", "nothing"))
     if kind == "Sequence":
         return tuple(cut for inner in step["pretokenizers"] for cut in _cuts(inner))

@@ -63,7 +63,7 @@ def flattened(path: str, delta: Delta) -> Delta:
 def unflattened(
     path: str, a: Float[Tensor, "XR I"], b: Float[Tensor, "O RX"], rank: int, names: Sequence[str]
 ) -> dict[str, Delta]:
-    """The deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single experts' weights `names`.
+    """Deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single experts' weights `names`.
 
     Where gate and up are one tensor for PEFT, both get a copy of its A and their own rows of B. InputError for another number of
     experts.
@@ -85,6 +85,6 @@ def unflattened(
 
 
 def _place(name: str) -> tuple[int, str]:
-    """The order of the rows: by expert, and in each gate (or w1) before up (or w3)."""
+    """Order of the rows: by expert, and in each gate (or w1) before up (or w3)."""
     single = SINGLE.fullmatch(name)
     return (int(single[2]), single[3]) if single else (0, name)

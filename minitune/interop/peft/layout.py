@@ -23,9 +23,10 @@ class Base(msgspec.Struct, frozen=True):
 
 
 def alpha_of(lora: Lora, rank: int) -> float:
-    """The alpha of alpha / rank that gives the rule's scale at a rank."""
+    """Alpha of alpha / rank that gives the rule's scale at a rank."""
     return lora.alpha * rank**0.5 if lora.rslora else lora.alpha
 
 
 def module_name(name: str) -> str:
+    """Module of a weight: its name without the last part."""
     return name.rpartition(".")[0]

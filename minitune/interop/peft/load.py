@@ -15,6 +15,7 @@ from minitune.checkpoint.tensors import load_tensors
 from minitune.errors import InputError
 from minitune.interop.peft import experts
 from minitune.interop.peft.layout import CONFIG, EMBEDDING, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
+from minitune.io.json_file import read_json
 from minitune.lora import Lora
 from minitune.models.hf_multimodal import text_name
 from minitune.types import Delta, PositiveFloat, PositiveInt, Trainable
@@ -23,7 +24,7 @@ BOUNDED = re.compile(r"(?s)(?!.*\)[*+?])([^*+?{]*[*+?]){0,3}[^*+?{]*")  # others
 
 
 class _Config(msgspec.Struct):
-    """What is understood of adapter_config.json."""
+    """Keys of adapter_config.json that change the forward and are understood."""
 
     peft_type: Literal["LORA"]
     r: PositiveInt
@@ -38,7 +39,13 @@ class _Config(msgspec.Struct):
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = True  # other ways change the base weights
 
 
-# what changes nothing in an adapter's forward, or is told by the tensors as well
+class _Origin(msgspec.Struct):
+    """Content of minitune.json beside an adapter."""
+
+    base: Base
+
+
+# Keys that change nothing in an adapter's forward, or that only repeat what the tensors say.
 HARMLESS = frozenset(
     [
         "auto_mapping",
@@ -60,11 +67,23 @@ HARMLESS = frozenset(
 
 
 def load_adapter(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base | None]:
-    """(rule, deltas and whole tensors, what they were trained on if minitune wrote them) of a PEFT LoRA adapter for a model with
-    weights of these names; InputError names what the adapter uses beyond LoRA, rsLoRA and DoRA."""
+    """Rule, deltas with whole tensors, and base (if minitune wrote it) of a PEFT LoRA adapter.
+
+    names: the weights of the model that it is for. InputError names what the adapter uses beyond LoRA, rsLoRA and DoRA.
+    """
     config = _config(folder)
-    kept = [*(config.modules_to_save or []), *[module_name(HEAD)] * config.ensure_weight_tying]
-    found: dict[str, dict[str, Tensor]] = {}
+    parts, whole = _tensors(folder, config)
+    _require_all_parts(parts, config, folder)
+    rule, deltas = _rule(config, _adapted(config, parts, names, folder))
+    return rule, {**deltas, **_untied(whole, names, folder)}, _base(folder)
+
+
+def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(parts a, b and m of each adapted module, tensors trained whole by the names of their weights), all in float32."""
+    kept = list(config.modules_to_save or [])
+    if config.ensure_weight_tying:
+        kept.append(module_name(HEAD))
+    parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in load_tensors(folder / WEIGHTS).items():
         name = key.removeprefix(PREFIX) if key.startswith(PREFIX) else ""
@@ -73,7 +92,7 @@ def load_adapter(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainab
             raise InputError(f"peft: {folder / WEIGHTS} holds {key} as {tensor.dtype}, expected floating point; save it again")
         if part is not None:
             module = name.removesuffix(PARTS[part])
-            found[module] = {**found.get(module, {}), part: tensor.float()}
+            parts[module] = {**parts.get(module, {}), part: tensor.float()}
         elif any(module_name(name).endswith(module) for module in kept) and ".lora_" not in name:
             whole[text_name(name) or name] = tensor.float()
         else:
@@ -81,69 +100,118 @@ def load_adapter(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainab
                 f"peft: {folder / WEIGHTS} holds {key}, expected {PREFIX}<module>.lora_A.weight, .lora_B.weight or "
                 ".lora_magnitude_vector, or a tensor of modules_to_save; merge it with PEFT first"
             )
-    if EMBEDDING in whole and HEAD not in names:
-        head = whole.pop(HEAD, None)
-        if head is None or not head.equal(whole[EMBEDDING]):
-            raise InputError(
-                f"peft: {folder} trains {EMBEDDING} apart from the head, which this model ties to it; expected one tensor for "
-                "both (PEFT's ensure_weight_tying)"
-            )
-    wanted = ["a", "b", *["m"] * config.use_dora]
-    for module, parts in found.items():
-        if sorted(parts) != wanted:
-            keys = (f"{PREFIX}{module}{PARTS[part]}" for part in sorted(parts))
+    return parts, whole
+
+
+def _require_all_parts(parts: Mapping[str, Mapping[str, Tensor]], config: _Config, folder: Path) -> None:
+    """InputError unless every adapted module has A and B, and a magnitude exactly if the adapter is a DoRA."""
+    wanted = ["a", "b", "m"] if config.use_dora else ["a", "b"]
+    for module, present in parts.items():
+        if sorted(present) != wanted:
+            keys = (f"{PREFIX}{module}{PARTS[part]}" for part in sorted(present))
             raise InputError(
                 f"peft: {folder / WEIGHTS} holds {', '.join(keys)}, expected {', '.join(PARTS[part] for part in wanted)} of "
                 f"every adapted module with use_dora = {json.dumps(config.use_dora)}"
             )
-    rule, deltas = _rule(config, _adapted(config, found, names, folder))
-    return rule, {**deltas, **whole}, _base(folder)
+
+
+def _untied(whole: Mapping[str, Tensor], names: Collection[str], folder: Path) -> dict[str, Tensor]:
+    """Whole tensors, without the head where the model ties it to the embedding; InputError if the two differ."""
+    if EMBEDDING not in whole or HEAD in names:
+        return dict(whole)
+    head = whole.get(HEAD)
+    if head is None or not head.equal(whole[EMBEDDING]):
+        raise InputError(
+            f"peft: {folder} trains {EMBEDDING} apart from the head, which this model ties to it; expected one tensor for "
+            "both (PEFT's ensure_weight_tying)"
+        )
+    return {name: tensor for name, tensor in whole.items() if name != HEAD}
 
 
 class _Adapted(NamedTuple):
-    """A delta, and the alpha that PEFT scales it by."""
+    """Delta, and the alpha that PEFT scales it by."""
 
     delta: Delta
     alpha: float
 
 
+class _Place(NamedTuple):
+    """Position of an adapted module in the model.
+
+    weight: the name of its weight, without a parameter; parameter: the stacked experts that PEFT adapts as one parameter, or
+    ""; path: its name in PEFT's patterns of ranks and alphas.
+    """
+
+    weight: str
+    parameter: str
+    path: str
+
+
+class _Names(NamedTuple):
+    """Names of a model's weights; parameters: PEFT's name of each weight of an expert; joined: the weights of each of those."""
+
+    weights: frozenset[str]
+    parameters: Mapping[str, str]
+    joined: Mapping[str, list[str]]
+
+
+def _place(config: _Config, module: str, names: _Names) -> _Place:
+    inside = (text_name(f"{module}.") or f"{module}.").removesuffix(".")
+    outer = inside.removesuffix(".base_layer")
+    raw = module.removesuffix(".base_layer")
+
+    # PEFT wraps the second parameter of a module around the first, whose keys then lie under `base_layer`.
+    stacked = [one for one in experts.STACKED if f"{outer}.{one}" in names.joined and _is_target(config, f"{raw}.{one}")]
+    if inside != outer and len(stacked) < 2:
+        stacked = []
+    weight = f"{inside}.weight"
+    if weight not in names.weights:
+        weight = next(iter(names.joined.get(weight, [])), weight)
+    if stacked:
+        one = stacked[-1] if inside == outer else stacked[0]
+        return _Place(weight, f"{outer}.{one}", f"{raw}.{one}")
+
+    # A router is a parameter to PEFT though its delta is that of one weight.
+    candidates = [f"{module}.weight"]
+    if not experts.is_single(weight):
+        candidates.append(names.parameters.get(weight, ""))
+    return _Place(weight, "", next((path for path in candidates if _is_target(config, path)), module))
+
+
 def _adapted(
-    config: _Config, found: Mapping[str, Mapping[str, Tensor]], names: Collection[str], folder: Path
+    config: _Config, parts: Mapping[str, Mapping[str, Tensor]], names: Collection[str], folder: Path
 ) -> dict[str, _Adapted]:
-    """The deltas by the names of the weights; InputError where their ranks are not what the config says."""
-    deltas: dict[str, _Adapted] = {}
-    known, parameters, places = frozenset(names), experts.parameters(names), experts.places(names)
-    for module, parts in found.items():
-        inside = (text_name(f"{module}.") or f"{module}.").removesuffix(".")
-        outer, raw = inside.removesuffix(".base_layer"), module.removesuffix(".base_layer")
-        held = [one for one in experts.STACKED if f"{outer}.{one}" in places and _asked(config, f"{raw}.{one}")]
-        held = [] if inside != outer and len(held) < 2 else held
-        one = "" if not held else held[-1] if inside == outer else held[0]
-        name = f"{inside}.weight"
-        name = name if name in known else next(iter(places.get(name, [])), name)
-        known_as = [f"{module}.weight", *([] if experts.is_single(name) else [parameters.get(name, "")])]
-        path = f"{raw}.{one}" if held else next((path for path in known_as if _asked(config, path)), module)
-        rank = _of_pattern(config.rank_pattern, path, config.r, folder)
-        a, b, m = Delta(**parts)
-        n = len(a) // rank if held and a.ndim == 2 else 1
-        if a.ndim != 2 or b.ndim != 2 or n == 0 or a.shape[0] != n * rank or b.shape[1] != n * rank:
-            raise InputError(
-                f"peft: {folder / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and "
-                f"[out, {rank}]{', times the number of experts,' * bool(held)} as {CONFIG} says; save the adapter again"
-            )
-        if isinstance(m, Tensor) and m.shape != b.shape[:1]:
-            raise InputError(
-                f"peft: {folder / WEIGHTS}: {module} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows"
-            )
-        place = f"{outer}.{one}"
-        each = experts.unflattened(place, a, b, rank, places[place]) if held else {name: Delta(a, b, m)}
-        alpha = _of_pattern(config.alpha_pattern, path, config.lora_alpha, folder)
-        deltas |= {name: _Adapted(delta, alpha) for name, delta in each.items()}
-    return deltas
+    """Deltas by the names of the weights; InputError where their ranks are not what the config says."""
+    known = _Names(frozenset(names), experts.parameters(names), experts.places(names))
+    adapted: dict[str, _Adapted] = {}
+    for module, present in parts.items():
+        place = _place(config, module, known)
+        rank = _of_pattern(config.rank_pattern, place.path, config.r, folder)
+        delta = Delta(**present)
+        _require_rank(delta, rank, is_stacked=bool(place.parameter), where=f"{folder / WEIGHTS}: {module}")
+        deltas = {place.weight: delta}
+        if place.parameter:
+            deltas = experts.unflattened(place.parameter, delta.a, delta.b, rank, known.joined[place.parameter])
+        alpha = _of_pattern(config.alpha_pattern, place.path, config.lora_alpha, folder)
+        adapted |= {name: _Adapted(one, alpha) for name, one in deltas.items()}
+    return adapted
 
 
-def _asked(config: _Config, path: str) -> bool:
-    """Whether target_parameters holds a parameter: its path, or the end of it from a dot on."""
+def _require_rank(delta: Delta, rank: int, *, is_stacked: bool, where: str) -> None:
+    """InputError unless A and B have the rank, times a number of experts if they are stacked, and m a value for each row of B."""
+    a, b, m = delta
+    n = len(a) // rank if is_stacked and a.ndim == 2 else 1
+    if a.ndim != 2 or b.ndim != 2 or n == 0 or a.shape[0] != n * rank or b.shape[1] != n * rank:
+        raise InputError(
+            f"peft: {where} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and "
+            f"[out, {rank}]{', times the number of experts,' * is_stacked} as {CONFIG} says; save the adapter again"
+        )
+    if isinstance(m, Tensor) and m.shape != b.shape[:1]:
+        raise InputError(f"peft: {where} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows")
+
+
+def _is_target(config: _Config, path: str) -> bool:
+    """True if target_parameters holds a parameter: its path, or the end of it from a dot on."""
     return any(path == end or path.endswith(f".{end}") for end in config.target_parameters or [])
 
 
@@ -165,7 +233,7 @@ def _config(folder: Path) -> _Config:
 
 
 def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[str, Delta]]:
-    """The rule that gives every delta the scale that PEFT gives it, and the deltas.
+    """Rule that gives every delta the scale that PEFT gives it, and the deltas.
 
     Where alphas differ so that no rule does, the rest of the scale is folded into b: the forward is the same.
     """
@@ -184,7 +252,7 @@ def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:
-    """The value under the first key that, as a regular expression, matches the end of a module's path, from a dot on."""
+    """Value under the first key that, as a regular expression, matches the end of a module's path, from a dot on."""
     for key, value in (pattern or {}).items():
         try:
             if BOUNDED.fullmatch(key) is None:
@@ -205,7 +273,4 @@ def _base(folder: Path) -> Base | None:
     path = folder / ORIGIN
     if not path.is_file():
         return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[Literal["base"], Base])["base"]
-    except (ValueError, KeyError, RecursionError) as error:
-        raise InputError(f"peft: {path} can't be read ({error}); remove it to go on without knowing the base") from None
+    return read_json(path, _Origin, "peft", "remove it to go on without knowing the base").base

@@ -21,7 +21,7 @@ from minitune.types import wide_dtype
 
 
 class AttentionInputs(NamedTuple):
-    """What the attention layers of one kind are given beside x."""
+    """Inputs that the attention layers of one kind share."""
 
     rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None  # cos and sin; None: this layer has no RoPE
     keys: KeyRange

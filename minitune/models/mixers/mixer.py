@@ -1,4 +1,4 @@
-"""What a mixer declares: everything that the decoder, generation and planning want to know of it."""
+"""Declaration of a mixer: everything that the decoder, generation and planning want to know of it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from minitune.types import Params
 
 
 class TokenPositions(NamedTuple):
-    """Where the tokens of a call stand."""
+    """Positions of the tokens of a call."""
 
     positions: Int[Tensor, "b T"]  # within their documents, from 0
     lengths: int | Int[Tensor, "b T"]  # of their documents, in tokens
@@ -30,7 +30,7 @@ class LayerMaps(NamedTuple):
 
 
 class Mixer(NamedTuple):
-    """A way for tokens to see one another, as six pure functions of a config.
+    """Way for tokens to see one another, as six pure functions of a config.
 
     inputs gives what the layers of each kind share in a call; apply maps [B T D] to [B T D], and with (cache, slots) it writes
     the state of the tokens to these slots and reads the whole cache; empty_cache makes the state of one layer for n_rows rows

@@ -132,7 +132,7 @@ _attend.register_autograd(_gradients, setup_context=_keep)
 
 
 class _Rule(NamedTuple):
-    """What all blocks of a call have in common.
+    """Settings that all blocks of a call share.
 
     Inside a block the queries of heads that share keys lie side by side: [s*K G*t ...].
     """

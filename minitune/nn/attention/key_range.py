@@ -14,10 +14,10 @@ class KeyRange(NamedTuple):
     """
 
     first: Int[Tensor, "b T"] | tuple[()]  # (): the first key of all
-    last: Int[Tensor, "b T"]  # the query's own place
+    last: Int[Tensor, "b T"]  # the place of the query
 
     def starts(self) -> Int[Tensor, "b T"]:
-        """The first key of every query."""
+        """First key of every query."""
         return self.first if isinstance(self.first, Tensor) else torch.zeros_like(self.last)
 
     def mask(self, n_keys: int) -> Bool[Tensor, "b 1 T {n_keys}"]:
@@ -38,23 +38,23 @@ def documents(segment_ids: Int[Tensor, "B T"]) -> KeyRange:
 
 
 def windowed(key_range: KeyRange, window: int) -> KeyRange:
-    """Of what each query sees the last `window` keys, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b)."""
+    """Last `window` keys of what each query sees, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b)."""
     return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - (window - 1)))
 
 
 def chunked(key_range: KeyRange, positions: Int[Tensor, "b T"], chunk: int) -> KeyRange:
-    """Of what each query sees the keys of its own chunk: those whose position p has the same p // chunk."""
+    """Keys of what each query sees that lie in the chunk of the query: those whose position p has the same p // chunk."""
     return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - positions % chunk))
 
 
 def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Each token's position within its own document, from 0."""
+    """Position of each token within its document, from 0."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     return index - _starts(segment_ids, index)
 
 
 def document_lengths(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """How many tokens the document of each token has."""
+    """Number of tokens in the document of each token."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     back = _starts(segment_ids.flip(1), index).flip(1)  # of the row read backwards: each document's last token
     return segment_ids.shape[1] - back - _starts(segment_ids, index)

@@ -56,9 +56,8 @@ def load_batches(
         return _load_answers(state, state.data[name], cached and loss.needs_reference)
     source, loaded = state.data[name], state.loaded
     dataset = supervised.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-    description = describe(dataset.report)
-    if source.packed:
-        description += f", rows {dataset.fill(source, state.seed):.1%} full"
+    fill = f", rows {dataset.fill(source, state.seed):.1%} full" if source.packed else ""
+    description = describe(dataset.report) + fill
     if teacher is not None and top_k is not None:
         temperature = cast(DistillationLoss, loss).temperature  # no other loss has a teacher
         tops = teacher_tops(teacher, dataset, top_k, temperature, paths.cache(), state.log.progress)

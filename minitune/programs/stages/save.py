@@ -73,7 +73,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
-            save_folder(folder, final, loaded.model, folder_extras(state))
+            save_folder(folder, final, loaded.model, _folder_extras(state))
             record |= errors
         state.log.say(f"{self.label}: {self.what} in {folder}")
         return state.record(self.label, record)
@@ -111,7 +111,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         loaded = state.loaded
         target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params, extras = {**loaded.stored, **codes}, folder_extras(state)
+        params, extras = {**loaded.stored, **codes}, _folder_extras(state)
         if self.format == "gguf":
             lines = export.save(
                 target,
@@ -133,7 +133,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
 
 
-def folder_extras(state: PipelineState) -> FolderExtras:
+def _folder_extras(state: PipelineState) -> FolderExtras:
     loaded = state.loaded
     template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
     ends = stop_ids(loaded.tokenizer, loaded.template)
