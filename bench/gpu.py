@@ -1,4 +1,4 @@
-"""One training step of an 8B Llama on one CUDA GPU: every weight, or LoRA over bfloat16, NF4 and 8-bit floats; eager and
+"""One training step of an 8B Llama on one GPU: every weight, or LoRA over bfloat16, NF4 and 8-bit floats; eager and
 compiled, recomputed and not.
 
     python bench/gpu.py [--budget-s 480] [--tokens N] [--head-chunk N]      about eight minutes on one GPU of 80 or 141 GB
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from roof import gemm_flops_per_s, synchronize
+from roof import card, gemm_flops_per_s, synchronize
 
-from minitune import host, models
+from minitune import hardware, host, models
 from minitune.algorithms.supervised import sft
 from minitune.autodiff import offload
 from minitune.errors import InputError
@@ -107,7 +107,7 @@ def arranged(model: Model, compile_blocks: str, remat: str, device: str) -> Mode
     """The model with its block compiled once for all layers and steps, every block computed again in the backward, or both."""
     if compile_blocks == "yes":
         model = model._replace(block_transform=wrap(print))
-    if remat == "host" and device == "cuda":
+    if remat == "host" and hardware.capabilities(torch.device(device)).streams:
         model = model._replace(remat=offload.remat(offload.side_stream(torch.device(device))))
     return model if remat == "no" else model._replace(n_remat=model.config.n_layers)
 
@@ -121,8 +121,8 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
     state, times = step.init(trainable), []
     for i in range(WARM_UPS + STEPS):
-        if args.device == "cuda" and i == WARM_UPS:
-            torch.cuda.reset_peak_memory_stats()
+        if i == WARM_UPS and hasattr(torch.get_device_module(args.device), "reset_peak_memory_stats"):
+            torch.get_device_module(args.device).reset_peak_memory_stats()
         synchronize(args.device)
         started = time.perf_counter()
         state, metrics = step.update(frozen, state, batch)
@@ -130,8 +130,8 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
         times += [time.perf_counter() - started] if i >= WARM_UPS else []
     if float(metrics["skipped"]):
         raise InputError("a step was skipped: its gradient is not finite")
-    on_cpu = host.peak_bytes()
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else on_cpu
+    device = torch.device(args.device)
+    peak = hardware.peak_bytes(device) if hardware.is_accelerator(device) else host.peak_bytes()
     return {"time_s": statistics.median(times), "n_tokens": batch.tokens.numel(), "companions": companions, "peak": peak}
 
 
@@ -141,8 +141,7 @@ def run_kind(kind: str, args: argparse.Namespace) -> None:
         head.HEAD_CHUNK = args.head_chunk
     n, repeats = (256, 2) if args.toy else (8192, 20)
     roof = gemm_flops_per_s(torch.bfloat16, n, repeats, args.device)[1]
-    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(json.dumps({"card": card, "roof": roof}), flush=True)
+    print(json.dumps({"card": card(args.device), "roof": roof}), flush=True)
     model, params = opened(args)
     if kind in SCHEMES:
         params = Quantization(SCHEMES[kind]).quantize(params)
@@ -157,8 +156,8 @@ def run_kind(kind: str, args: argparse.Namespace) -> None:
             print(json.dumps({"reason": reason.splitlines()[0][:120]}), flush=True)
         gc.collect()
         torch.compiler.reset()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+        if args.device != "cpu":
+            torch.get_device_module(args.device).empty_cache()
 
 
 def lines_of(words: list[str], until: float) -> Iterator[dict[str, Any]]:
@@ -192,17 +191,19 @@ def row(kind: str, variant: Variant, found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "xpu", "mps", "cpu"), default=hardware.accelerator() or "cuda")
     parser.add_argument("--toy", action="store_true", help="a tiny shape")
     parser.add_argument("--budget-s", type=float, default=480.0)
     parser.add_argument("--tokens", type=int, help="a step; default 16,384 above 100 GB of memory, else 8,192")
     parser.add_argument("--head-chunk", type=int, help="logits that the head holds at a time, in place of the library's own")
     parser.add_argument("--kind", choices=KINDS, help="of a worker")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("bench/gpu.py: torch finds no CUDA device; --device cpu --toy shows that the script runs")
+    if args.device not in ("cpu", hardware.accelerator()):
+        raise SystemExit(
+            f"bench/gpu.py: torch finds no accelerator of type {args.device}; --device cpu --toy shows that the script runs"
+        )
     if args.tokens is None:
-        large = args.device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 100e9
+        large = args.device != "cpu" and hardware.total_bytes(torch.device(args.device)) > 100e9
         args.tokens = 128 if args.toy else 16384 if large else 8192
     if args.kind:
         run_kind(args.kind, args)

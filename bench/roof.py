@@ -20,7 +20,13 @@ def gemm_flops_per_s(dtype: torch.dtype, n: int = 2048, repeats: int = 5, device
     return statistics.median(rates), max(rates)
 
 
+def card(device: str) -> str:
+    """Name of an accelerator, or CPU; MPS gives its chip no name."""
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return named() if named is not None and device != "cpu" else device.upper()
+
+
 def synchronize(device: str) -> None:
     """Wait until the device has done what it was given; the CPU always has."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize()

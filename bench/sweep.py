@@ -1,6 +1,6 @@
 """Adapters trained at once against the same adapters one after another, and gradients of single examples against a loop.
 
-    python bench/sweep.py [compile] [cuda]
+    python bench/sweep.py [compile] [accelerator]
 
 Random Llamas, LoRA of rank 8 on all linears, AdamW with clipping; whole optimizer steps, half of the tokens labelled. Both ways
 take their steps by turns in one process; CPU time (on a GPU wall time), median and spread of 5. "of the limit": the time that the
@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from roof import synchronize
+from roof import card, synchronize
 
-from minitune import tree
+from minitune import hardware, tree
 from minitune.algorithms import sweep
 from minitune.algorithms.supervised import sft
 from minitune.autodiff.value_and_grad import per_example, value_and_grad
@@ -135,8 +135,8 @@ def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype
 
 def main(words: Sequence[str]) -> None:
     keep_freed()  # as a program does
-    device = "cuda" if "cuda" in words else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (hardware.accelerator() or "cpu") if "accelerator" in words else "cpu"
+    where = f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else card(device)
     print(f"torch {torch.__version__}, {where}")
     columns = ["layers x d_model, vocabulary", "dtype", "adapters x rows x tokens", "blocks", "one after another, s / spread"]
     columns += ["at once", "ratio", "one after another, of the limit", "at once"]
