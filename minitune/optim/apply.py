@@ -233,11 +233,11 @@ def _donate_places(
 ) -> None:
     """Take the step of these places of the pipeline's leaves, where params and state lie."""
     # a rule of a partition counts the leaves that it knows, the transforms behind it those of the whole tree
-    numbers = [pipeline.numbers[place.index] for place in places]
+    numbers = [pipeline.numbers[place.leaf] for place in places]
     in_tree = [Slice(i, paths[i], place.start, place.end) for i, place in zip(numbers, places, strict=True)]
     in_rule = in_tree
     if pipeline.is_part:
-        in_rule = [part._replace(number=place.index) for part, place in zip(in_tree, places, strict=True)]
+        in_rule = [part._replace(number=place.leaf) for part, place in zip(in_tree, places, strict=True)]
 
     # views of what belongs to the places
     params = slice_tree(leaves, in_tree)

@@ -31,9 +31,9 @@ class Pipeline(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Elements start .. end of the leaf at `index` of a pipeline's numbers."""
+    """Elements start .. end of the leaf at place `leaf` in a pipeline's numbers."""
 
-    index: int
+    leaf: int
     start: int
     end: int
 

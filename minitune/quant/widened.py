@@ -57,11 +57,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x, m), (t_x, t_m) = ctx.saved_tensors, tangents
-        by_x = None if t_x is None else _Product.apply(t_x, m)
-        by_m = None if t_m is None else _Product.apply(x, t_m)
-        if by_x is None or by_m is None:
-            return by_m if by_x is None else by_x
-        return by_x + by_m
+        if t_m is None:
+            return _Product.apply(t_x, m)
+        by_m: Tensor = _Product.apply(x, t_m)
+        return by_m if t_x is None else _Product.apply(t_x, m) + by_m
 
 
 @torch.library.custom_op("minitune::widened_product", mutates_args=())

@@ -89,7 +89,7 @@ class Subject(NamedTuple):
     def ours(self, **changes: Any) -> Any:
         """It as lm_eval sees it."""
         knobs = {"batch_size": 3, "max_length": None, "stop_ids": [self.end], **changes}
-        return lm_eval.language_model(self.model, self.params, {}, self.tokenizer, self.template, **knobs)
+        return lm_eval.language_model(self.model, self.params, self.tokenizer, self.template, **knobs)
 
     def theirs(self, **changes: Any) -> HFLM:
         """The harness's own backend on the same folder."""
@@ -99,7 +99,7 @@ class Subject(NamedTuple):
         """lm_eval.evaluate with the usual knobs."""
         knobs = {"n_shots": None, "chat_template": False, "system": None, "batch_size": 3, "limit": None, "max_length": None}
         rest = {"tasks": names, "include": tasks, "stop_ids": [self.end], **knobs, **changes}
-        return lm_eval.evaluate(self.model, self.params, {}, self.tokenizer, self.template, **rest)
+        return lm_eval.evaluate(self.model, self.params, self.tokenizer, self.template, **rest)
 
 
 def on_disk(folder: Path, tokenizer_folder: Path, end: int) -> Subject:

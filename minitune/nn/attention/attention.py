@@ -28,23 +28,23 @@ def attention(
     each scaled score x into c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2). sinks: one more
     score a head, whose weight goes nowhere (gpt-oss, arXiv 2508.10925, section 2.2).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     n_queries, n_keys = q.shape[2], k.shape[2]
 
     # without a cache a query's place is its own, which these two count on
     first = key_range.first.expand(len(q), -1) if isinstance(key_range.first, Tensor) else None
     if flex.serves(q, k, v):
-        return flex.attend(q, k, v, first, sinks, scale=scale, soft_cap=soft_cap)
+        return flex.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
     if q.device.type == "cpu" and n_queries == n_keys and not under_transform():
-        return blockwise.attend(q, k, v, first, sinks, scale=scale, soft_cap=soft_cap)
+        return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
 
     # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they loop over examples
     if soft_cap is None and sinks is None and not under_transform():
         is_causal = first is None and n_queries == n_keys
         mask = None if is_causal else key_range.mask(n_keys)
         has_groups = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=has_groups)
-    return _with_whole_scores(q, k, v, key_range, scale, soft_cap, sinks)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=factor, enable_gqa=has_groups)
+    return _with_whole_scores(q, k, v, key_range, factor, soft_cap, sinks)
 
 
 def _with_whole_scores(
