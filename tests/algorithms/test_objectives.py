@@ -129,7 +129,7 @@ def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: t
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
     first = one
     for _ in range(30):
-        trainable, state, one = whole(params, trainable, state, both)
+        (trainable, state), one = whole.update(params, TrainState(trainable, state), both)
     assert float(one["loss_nats"]) < float(first["loss_nats"])
     assert float(one["reward_margin"]) > float(first["reward_margin"])
 

@@ -9,6 +9,7 @@ from typing import Any, Never
 
 import pytest
 
+import minitune
 from minitune import __version__
 from minitune.__main__ import main
 from minitune.errors import InputError
@@ -102,7 +103,7 @@ def test_programs_are_found_by_path_and_by_shipped_name(shipped: Path) -> None:
 
 
 def test_programs_and_configs_of_a_checkout_stand_beside_the_package() -> None:
-    root = Path(paths.__file__).parent.parent
+    root = Path(minitune.__file__).parent.parent
     assert paths.shipped("configs") == {
         str(path.relative_to(root / "configs"))[: -len(".toml")]: path for path in (root / "configs").rglob("*.toml")
     }

@@ -21,7 +21,7 @@ from minitune.interop.gguf import export
 from minitune.interop.gguf.export import Types
 from minitune.io import results
 from minitune.models import Model, rope_scaling
-from minitune.models.families import llama
+from minitune.models.families import gemma2, llama
 from minitune.quant.schemes import NF4, Int4, dequantize, quantize
 from minitune.quant.tensors import QInt4, QInt8
 from support.models import SCALINGS, random_params
@@ -212,8 +212,8 @@ def test_what_can_not_be_written_is_refused(tmp_path: Path, nothing: Path) -> No
     config = varied(CONFIG, vocab_size=1)
     with pytest.raises(InputError, match=r"tokenizer has 2 tokens, expected at most 1, the rows of the embedding"):
         save(tmp_path / "model.gguf", random_params(config), nothing, Types("F16"), config)
-    with pytest.raises(InputError, match=r"gguf: a model of minitune.models.rope_scaling, expected the llama family"):
-        export.save(tmp_path / "x", {}, Model(rope_scaling, CONFIG), Types("F16"), tokenizer=nothing, template=None, stop_ids=[])
+    with pytest.raises(InputError, match=r"gguf: a model of gemma2, expected the llama family"):
+        export.save(tmp_path / "x", {}, Model(gemma2.FAMILY, CONFIG), Types("F16"), tokenizer=nothing, template=None, stop_ids=[])
 
 
 # blocks
