@@ -227,7 +227,7 @@ def _mismatched(answers: Documents, path: str) -> np.ndarray:
     mismatched = []
     for i in range(n):
         opposite = (i + n // 2) % n
-        mismatched.append(opposite if prompts[opposite] != prompts[i] else next_other[i])
+        mismatched.append(opposite if prompts[opposite] != prompts[i] else next_other[opposite])
     return np.array(mismatched, dtype=np.int64)
 
 

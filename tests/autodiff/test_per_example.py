@@ -111,9 +111,6 @@ def test_without_clipping_and_noise_it_is_sgd_on_the_mean_of_the_rows(donate: bo
 
 def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
-    batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, 1), SGD(lr=1.0)
-    objective, privacy = sft(model, RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
-    model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     batch, trainable, optimizer = random_batch(SMALL, 4, 11), random_deltas(params, RULE, 1), SGD(lr=1.0)
     objective, privacy = sft(model, RULE), Privacy(0.05, 2.0, seed=7, chunk=3)
     step = dp_sgd.private_step(objective, optimizer, privacy)

@@ -21,9 +21,9 @@ import torch
 from minitune import __version__
 from minitune.data.source import Source
 from minitune.errors import InputError
-from minitune.io import atomic, locks, results
+from minitune.io import locks, results
 from minitune.io.atomic import write_atomic
-from minitune.programs import program, run
+from minitune.programs import program, run, run_folder
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.program import Program
@@ -316,7 +316,7 @@ def test_a_run_folder_exists_whole_or_not_at_all(tiny: Program, monkeypatch: pyt
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "write_atomic", unplugged(write_atomic))
+        patch.setattr(run_folder, "write_atomic", unplugged(write_atomic))
         patch.setattr(Path, "rename", unplugged(Path.rename))
         with pytest.raises(Unplugged):
             opened(fresh)

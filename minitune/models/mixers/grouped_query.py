@@ -129,11 +129,11 @@ def filled(cache: KVCache, n: int) -> KVCache:
     return KVCache(cache.k[:, :, :n], cache.v[:, :, :n])
 
 
-def flops(config: DecoderConfig, kind: LayerKind, companions: float) -> float:
+def flops(config: DecoderConfig, kind: LayerKind, companions: float | int) -> float:
     """Floating-point operations of a token's scores and of its sum of values, in a document with `companions` tokens."""
     limits = {"full": None, "sliding": config.window, "chunked": config.chunk}
     limit = limits[kind.attention] or companions
-    return 4 * config.n_heads * config.d_head * min(companions / 2, limit)
+    return 4.0 * config.n_heads * config.d_head * min(companions / 2, limit)
 
 
 def _queries_keys_values(config: DecoderConfig, layer: LayerMaps, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
