@@ -94,9 +94,9 @@ def test_a_compressed_folder_in_bfloat16(tmp_path: Path) -> None:
     assert {str(w.dtype) for n, w in tensors.items() if n.endswith("scale")} == {"torch.bfloat16"}
     rounded = {n: w._replace(scale=w.scale.bfloat16()) if isinstance(w, QInt4) else w for n, w in params.items()}
     wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w).bfloat16() for n, w in rounded.items()}, TOKENS)
-    torch.testing.assert_close(
-        logits_of_transformers(folder, TOKENS).float(), wanted.float(), rtol=0, atol=0.02 * float(wanted.abs().max())
-    )
+    # transformers rounds every activation to bfloat16; minitune does so only where the processor multiplies it
+    found = logits_of_transformers(folder, TOKENS).float()
+    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=0.04 * float(wanted.abs().max()))
 
 
 NF4 = QNF4(torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), torch.ones(1), torch.ones(()))
