@@ -137,10 +137,13 @@ class LogProbs(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A mean that is not divided yet: so that ranks and micro-batches can be summed and divided once."""
+    """A mean that is not divided yet: so that ranks and micro-batches can be summed and divided once.
 
-    total: Float[Tensor, ""]
-    weight: Float[Tensor, ""]
+    A scalar of each; a sweep has one for every adapter.
+    """
+
+    total: Float[Tensor, "*adapters"]
+    weight: Float[Tensor, "*adapters"]
 
     @staticmethod
     def of(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> "Mean":
@@ -151,7 +154,7 @@ class Mean(NamedTuple):
         mask = to_device(mask, x.device)
         return Mean(torch.where(mask, x, 0.0).sum(), mask.sum().to(x.dtype))
 
-    def value(self) -> Float[Tensor, ""]:
+    def value(self) -> Float[Tensor, "*adapters"]:
         """total / weight, and 0 for an empty mean (whose total is 0)."""
         return self.total / torch.where(self.weight > 0, self.weight, 1.0)
 

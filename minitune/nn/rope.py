@@ -8,11 +8,14 @@ from torch import Tensor
 def rope_table(
     positions: Int[Tensor, "B T"], frequencies: Float[Tensor, "*rows half"], dtype: torch.dtype, magnitude: float = 1.0
 ) -> tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]]:
-    """magnitude * cos and sin of position * frequency [rad], each twice; float32, then cast (Su et al. 2021, arXiv 2104.09864,
-    eq. 34). frequencies may differ from token to token."""
+    """Factors that `rotate` multiplies by: [cos, cos] and [-sin, sin] of position * frequency [rad], times magnitude.
+
+    They are computed in float32, then cast (Su et al. 2021, arXiv 2104.09864, eq. 34). frequencies may differ from
+    token to token. The sign stands in the table because every layer shares the table.
+    """
     angles = positions[..., None].to(frequencies.dtype) * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return (magnitude * angles.cos()).to(dtype), (magnitude * angles.sin()).to(dtype)
+    cos, sin = magnitude * angles.cos(), magnitude * angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T e"], Float[Tensor, "b T e"]]) -> Float[Tensor, "B H T E"]:
@@ -21,8 +24,8 @@ def rotate(x: Float[Tensor, "B H T E"], rope: tuple[Float[Tensor, "b T e"], Floa
     cos, sin = (table[:, None] for table in rope)
     if cos.shape[-1] < x.shape[-1]:
         return torch.cat([rotate(x[..., : cos.shape[-1]], rope), x[..., cos.shape[-1] :]], dim=-1)
-    # with the heads of a token side by side, as the linear map before left them; the sign goes to the table, which is smaller
+    # with the heads of a token side by side, as the linear map before left them
     x, cos, sin = (t.transpose(1, 2) for t in (x, cos, sin))
-    (first, second), (upper, lower) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-    turned = x * cos + torch.cat([second, first], dim=-1) * torch.cat([-upper, lower], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    turned = x * cos + torch.cat([second, first], dim=-1) * sin
     return turned.to(x.dtype).transpose(1, 2)

@@ -29,7 +29,8 @@ def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n
     like, n = params["model.embed_tokens.weight"], config.n_layers
     dtype = hardware.product_dtype(like.dtype, like.device)
     x = torch.ones(n_rows, n_tokens, config.d_model, dtype=dtype, device=like.device)
-    inputs = decoder.mixer_inputs(config, decoder.token_positions(config, x[..., 0], None), x.dtype)
+    tokens = torch.ones(n_rows, n_tokens, dtype=torch.int64, device=like.device)
+    inputs = decoder.mixer_inputs(config, decoder.token_positions(config, tokens, None), x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
     inner = kept_bytes(_x_first(config, last), x, layer_of(params, n - 1), inputs[last])

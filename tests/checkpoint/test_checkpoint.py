@@ -70,7 +70,9 @@ def test_what_is_saved_loads_in_transformers_with_the_same_logits(
         wanted = hf.eval()(tokens).logits
     # on a processor that does not multiply bfloat16 the logits are float32
     found = Model(llama.FAMILY, config).forward(params, tokens).float()
-    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1)
+    torch.testing.assert_close(
+        found, wanted.float(), rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1
+    )
     assert models.open(folder).config == config
     back = checkpoint.load_params(folder, shapes(config))
     assert list(back) == list(params)

@@ -82,7 +82,7 @@ def test_what_is_no_matrix_and_embeddings_and_head_take_adamw() -> None:
     }
     params = random_tree(0, {"w": (5, 3), **others})
     rest = {name: params[name] for name in others}
-    ours = steps(muon.Muon(lr=0.01, weight_decay=0.1, adamw_lr_factor=0.5), params, 1)
+    ours = steps(muon.Muon(lr=0.01, weight_decay=0.1, adamw_lr_factor=0.5), params, 1, donate=False)
     generated = random_tree(1, {name: tuple(p.shape) for name, p in params.items()})
     adamw, one = AdamW(lr=0.005, weight_decay=0.1), torch.tensor(1.0)
     how = {"divisor": one, "norm": one, "is_finite": one > 0, "donate": False}

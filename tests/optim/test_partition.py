@@ -5,9 +5,10 @@ import torch
 
 from minitune import tree
 from minitune.errors import InputError
-from minitune.optim import eight_bit, partition
+from minitune.optim import eight_bit
 from minitune.optim.adamw import AdamW
 from minitune.optim.apply import apply_gradients
+from minitune.optim.partition import partition
 from minitune.optim.sgd import SGD
 from minitune.optim.transforms import ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.types import Delta
@@ -23,7 +24,7 @@ def random_tree(seed: int) -> tree.Tree:
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_each_leaf_takes_the_step_of_its_rule(donate: bool) -> None:
-    rules, params, one = partition.partition(RULES), random_tree(0), torch.tensor(1.0)
+    rules, params, one = partition(RULES), random_tree(0), torch.tensor(1.0)
     optimizer = chain(ClipByGlobalNorm(0.5), rules, ScaleByGlob({"w": 3.0}))
     state, by_update, other = optimizer.init(params), random_tree(0), optimizer.init(params)
     for i in range(3):
@@ -44,4 +45,4 @@ def test_each_leaf_takes_the_step_of_its_rule(donate: bool) -> None:
 
 def test_a_leaf_that_no_glob_matches_is_named() -> None:
     with pytest.raises(InputError, match=r"optim: no glob of the partition matches 'w' \(only \*norm\*\); end it with '\*'"):
-        partition.partition({"*norm*": SGD(lr=0.1)}).init(random_tree(0))
+        partition({"*norm*": SGD(lr=0.1)}).init(random_tree(0))

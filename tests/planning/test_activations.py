@@ -107,7 +107,7 @@ def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
     told = capsys.readouterr().out
     assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in told
     if not torch.cuda.is_available():
-        assert told.count("train: remat = 'host' is remat = true on cpu: its memory is the host's already") == 1
+        assert told.count("train: remat = 'host' is remat = true on cpu, which sends nothing to the host") == 1
     assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "1 KiB"\n', name="none") == 2
     assert "take fewer rows at a time (micro_batch_size) or allow more" in capsys.readouterr().err
     for odd in ("Host", "8 GB"):

@@ -226,7 +226,7 @@ def test_no_expert_multiplies_bfloat16() -> None:
     deltas, objective = rule.init(params, 0), sft(model, rule)
     with bfloat16_products(found):
         value_and_grad(lambda t: objective(t, params, batch_of(17))[0])(deltas)
-        greedy(model, params, [[1, 2], [3]], {}, max_new_tokens=3, stop_ids=[])
+        greedy(model, params, [[1, 2], [3]], max_new_tokens=3, stop_ids=[])
     assert found == []
 
 

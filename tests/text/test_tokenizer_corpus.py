@@ -19,11 +19,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from minitune.errors import InputError
-from minitune.text.ranks import CUTS
+from minitune.text.ranks import WORD_PATTERN
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import WORDS
 
-QWEN2 = CUTS.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2 = WORD_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<tool_call>"]
 PARTS = {
     "words": [*WORDS, "isn't", "they'LL", "IT'S", "Zürich's", "café", "naïve", "we've"],
@@ -125,7 +125,7 @@ def folder_of(fast: tokenizers.Tokenizer, **config: Any) -> Path:
 
 def llama3() -> tuple[Path, Any]:
     """bos comes from the post-processor alone."""
-    fast = byte_level(CUTS, ignore_merges=True)
+    fast = byte_level(WORD_PATTERN, ignore_merges=True)
     fast.add_special_tokens(SPECIAL[:5])
     fast.add_tokens([AddedToken("<tool_call>", normalized=False)])
     bos = fast.token_to_id(SPECIAL[0])
@@ -148,7 +148,7 @@ def qwen2() -> tuple[Path, Any]:
 
 def ranks() -> tuple[Path, Any]:
     """Meta's own file of a Llama 3 vocabulary; the reference has that vocabulary as a tokenizer.json."""
-    fast = byte_level(CUTS, ignore_merges=True)
+    fast = byte_level(WORD_PATTERN, ignore_merges=True)
     letters = {letter: byte for byte, letter in enumerate(_bytes_to_letters())}
     lines = {i: bytes(letters[letter] for letter in token) for token, i in fast.get_vocab().items()}
     folder = Path(tempfile.mkdtemp())
