@@ -61,6 +61,7 @@ def _multiplied_dtype(leaf: Tensor, computed: torch.dtype) -> torch.dtype:
 
 
 def mean_of(x: Float[Tensor, "B"]) -> Mean:
+    """Mean over all rows."""
     return Mean.of(x, torch.ones_like(x, dtype=torch.bool))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune import tree
-from minitune.autodiff.value_and_grad import PLACEHOLDER, autograd_grads
+from minitune.autodiff.value_and_grad import PLACEHOLDER, autograd_grads, detached_leaves, detached_where
 from minitune.hardware import is_accelerator
 from minitune.tree import Tree
 from minitune.types import wide_dtype
@@ -30,7 +30,7 @@ def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class _RowGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        fresh = rows.detach().requires_grad_()
+        fresh = detached_leaves(rows)
         with torch.enable_grad():
             results = values(fresh)
             columns = (results.unsqueeze(-1) if results.ndim == 1 else results.flatten(1)).sum(0).unbind()
@@ -110,7 +110,7 @@ def _chunk_gradients(
     sums = [torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in chosen]
     values, pieces = [], []
     for start in range(0, max(len(rows), 1), chunk):  # no row at all still makes one empty piece
-        fresh = [x.detach().requires_grad_(need) for x, need in zip((rows[start : start + chunk], *weights), needed, strict=True)]
+        fresh = detached_where([rows[start : start + chunk], *weights], needed)
         with torch.enable_grad():
             results = f(start, *fresh)
         grads = list(autograd_grads([results], [x for x in fresh if x.requires_grad], [cotangent(results, start)]))

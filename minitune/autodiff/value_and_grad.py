@@ -50,6 +50,11 @@ def detached_leaves(params: Tree) -> Tree:
     return tree.map(lambda x: x.detach().requires_grad_(), params)
 
 
+def detached_where(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Tensors outside of any graph, of which the needed ones begin a new graph."""
+    return [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
+
+
 def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree, Any], tuple[Any, Tree]]:
     """Turn `fn: (tree, example) -> Mean` into `(tree, examples) -> (Mean [B], gradients [B, ...] of each example's total)`.
 
@@ -110,7 +115,7 @@ def pullback(
         vjp = torch.func.vjp(active, *(x for x, need in zip(tensors, needed, strict=True) if need))[1]
         grads = vjp(cotangent, retain_graph=torch.is_grad_enabled(), create_graph=torch.is_grad_enabled())
     else:
-        fresh = [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
+        fresh = detached_where(tensors, needed)
         with torch.enable_grad():
             value = f(*fresh)
         grads = autograd_grads([value], [x for x in fresh if x.requires_grad], [cotangent])
@@ -119,6 +124,7 @@ def pullback(
 
 
 def autograd_grads(values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor]:
+    """Gradients of the inputs as autograd takes them, and zeros for an input that no value depends on."""
     if not any(value.requires_grad for value in values):  # fn used no leaf at all
         return [torch.zeros_like(x) for x in inputs]
     return torch.autograd.grad(values, inputs, cotangents, allow_unused=True, materialize_grads=True)

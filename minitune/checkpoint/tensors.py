@@ -57,6 +57,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def opened_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; InputError for one that is damaged or absent."""
     try:
         read_header(path)
     except (OSError, ValueError) as error:

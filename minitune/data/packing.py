@@ -56,7 +56,7 @@ def filled_rows(documents: Sequence[int], lengths: Sequence[int], seq_len: int) 
     rows: list[list[int]] = []
     while lengths_left:
         row: list[int] = []
-        room = seq_len
+        room: int = seq_len
         while fitting := _bits_up_to(lengths_left, room):
             longest = _highest_bit(fitting)
             chosen: tuple[int, ...] = (longest,)
@@ -74,13 +74,13 @@ def filled_rows(documents: Sequence[int], lengths: Sequence[int], seq_len: int) 
 def _best_pair(fitting: int, room: int, by_length: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Lengths of the one or two documents that fill a room best; fitting: the lengths that fit into it, as bits."""
     best: tuple[int, ...] = (_highest_bit(fitting),)
-    untried = fitting
+    untried: int = fitting
     # Longer ones first. Two documents of at most the longest untried length can't fill more than twice that.
     while untried and sum(best) < min(room, 2 * _highest_bit(untried)):
         longer = _highest_bit(untried)
         untried ^= 1 << longer
         # The second may have the same length if there is another document of it.
-        candidates = untried
+        candidates: int = untried
         if len(by_length[longer]) > 1:
             candidates |= 1 << longer
         candidates = _bits_up_to(candidates, room - longer)

@@ -136,7 +136,7 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
 
         def n_numbers(leaf: Tensor) -> int:
             n_together = max(1, min(limit // leaf.numel(), sum(x.shape == leaf.shape for x in leaves)))
-            during = 6 * leaf.numel() + 2 * min(leaf.shape) ** 2
+            during: int = 6 * leaf.numel() + 2 * min(leaf.shape) ** 2
             if rounds:  # the gradient is in bfloat16 before it is in float32
                 during += leaf.numel() // 2
             return n_together * max(during, 7 * leaf.numel())

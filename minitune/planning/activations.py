@@ -130,7 +130,7 @@ def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
         return saved
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        value = f(x.detach().requires_grad_(), *rest)
+        value = f(detached_leaves(x), *rest)
     del value  # only now: the memory of its graph was not to be reused before all was counted
     return sum(kept.values())
 

@@ -181,6 +181,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
+    """Raise InputError if the scheme can not hold a weight of this shape; what: the words that name it."""
     d_in = w.shape[-1]
     if isinstance(scheme, Int4) and d_in % scheme.group:
         raise InputError(

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
+
 PACKAGE = ROOT / "minitune"
 
 GROUND = "errors host seeds hardware types tree"  # the nouns that every room may import

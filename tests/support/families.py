@@ -1,6 +1,5 @@
 """Configs of every family in which each mechanism shows, and checks that every family passes."""
 
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -65,13 +64,13 @@ def check_decoding(config: DecoderConfig, seed: int) -> None:
     segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
     shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
     caches = [KVCache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
-    run = partial(model.family.block, config)
+    block_of = decoder.plain_block_of(config)
     at, positions, seen = 0, document_positions(segments), documents(segments)
     found = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
         read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
-        found.append(decoder.decode(config, params, new, {}, read, positions, seen, run))
+        found.append(decoder.decode(config, params, new, read, positions, seen, block_of))
         at += width
         positions, seen = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):

@@ -39,10 +39,11 @@ def shapes(config: DecoderConfig) -> Shapes:
     """Names and shapes of the weights within a layer."""
     d, bias = config.d_model, config.attention_bias or config.qkv_bias
     n_q, n_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    weights: dict[str, tuple[int, ...]] = {}
     if config.fused:
-        weights = linear_shapes("self_attn.qkv_proj", n_q + 2 * n_kv, d, bias)
+        weights |= linear_shapes("self_attn.qkv_proj", n_q + 2 * n_kv, d, bias)
     else:
-        weights = linear_shapes("self_attn.q_proj", n_q, d, bias)
+        weights |= linear_shapes("self_attn.q_proj", n_q, d, bias)
         weights |= linear_shapes("self_attn.k_proj", n_kv, d, bias)
         weights |= linear_shapes("self_attn.v_proj", n_kv, d, bias)
     if config.qk_norm == "head":
