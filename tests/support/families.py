@@ -25,8 +25,8 @@ GROWING = rope_scaling.Yarn(4.0, 5, llama_4_scaling_beta=0.7)
 MECHANISMS = {  # what is taken out -> (family, its config, what the config says instead)
     "window": ("mistral", {"window": 3}, {"window": None}),
     "width of the window": ("mistral", {"window": 3}, {"window": 4}),
-    "which layers have windows": ("gemma2", {"window": 3}, {"layers": ("full", "window")}),
-    "late windows": ("qwen2", {"window": 3, "layers": ("full", "full", "full", "window")}, {"layers": ("full",)}),
+    "which layers have windows": ("gemma2", {"window": 3}, {"layer_types": ("full", "sliding")}),
+    "late windows": ("qwen2", {"window": 3, "layer_types": ("full", "full", "full", "sliding")}, {"layer_types": ("full",)}),
     "norm of heads": ("qwen3", {}, {"qk_norm": "none"}),
     "norm of projections": ("olmo2", {}, {"qk_norm": "none"}),
     "one plus w": ("gemma", {}, {"norm": "w_before_cast"}),
@@ -37,7 +37,11 @@ MECHANISMS = {  # what is taken out -> (family, its config, what the config says
     "cap of scores": ("gemma2", {"attention_cap": 2.0}, {"attention_cap": None}),
     "cap of logits": ("gemma2", {"final_cap": 3.0}, {"final_cap": None}),
     "the order of caps": ("gemma2", {"attention_cap": 2.0, "final_cap": 9.0}, {"attention_cap": 9.0, "final_cap": 2.0}),
-    "RoPE of windows": ("gemma3_text", {"layers": ("window", "full"), "window_rope_theta": 3.0}, {"window_rope_theta": None}),
+    "RoPE of windows": (
+        "gemma3_text",
+        {"layer_types": ("sliding", "full"), "window_rope_theta": 3.0},
+        {"window_rope_theta": None},
+    ),
     "no scaling on windows": ("olmo3", {"rope_scaling": YARNS[0], "window_rope_theta": 30.0}, {"window_rope_theta": None}),
     "layers without RoPE": ("smollm3", {}, {"rope_layers": (True,)}),
     "part of each head": ("phi3", {"rotary_factor": 0.5}, {"rotary_factor": 1.0}),
@@ -58,7 +62,7 @@ MECHANISMS = {  # what is taken out -> (family, its config, what the config says
 
 def check_decoding(config: DecoderConfig, seed: int) -> None:
     """Two rows of other lengths, padded on the left, then three tokens one by one."""
-    model, params, lengths, n_new = model_of(config), random_params(config, seed, torch.float64), (4, 9), 3
+    params, lengths, n_new = random_params(config, seed, torch.float64), (4, 9), 3
     tokens = random_batch(config, 2, max(lengths) + n_new, seed).tokens
     first = torch.tensor([max(lengths) - n for n in lengths])[:, None]
     segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
