@@ -1,6 +1,7 @@
 """Command line: run a program, or look at one. Verbs that only look stay fast: torch is imported where it is needed."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -35,12 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say and return the exit code: 0, 2 for what the user must change, 128 + signal when stopped by one."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run_words(words)
+        code = _run_words(words)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except BrokenPipeError:
+        if not _drop_closed_stdout():
+            raise
+        return 141
+
+
+def _drop_closed_stdout() -> bool:
+    """True if the reader of the output, such as head, has gone; the rest of the output is dropped."""
+    try:
+        # an empty line tells this pipe from another one that broke, such as a logger's
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, which would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _run_words(words: list[str]) -> int:

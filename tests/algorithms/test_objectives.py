@@ -180,8 +180,10 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
 
     def plain(trainable: dict) -> torch.Tensor:
         student = model.forward(trainable, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[batch.target_mask()]
-        wise = teacher.model.forward(teacher.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[batch.target_mask()]
-        return loss(student, batch.tokens[batch.target_mask()], wise).sum()
+        teacher_logits = teacher.model.forward(teacher.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1)[
+            batch.target_mask()
+        ]
+        return loss(student, batch.tokens[batch.target_mask()], teacher_logits).sum()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "HEAD_CHUNK", chunk * SMALL.vocab_size)
@@ -198,11 +200,11 @@ def test_distillation_by_chunks_equals_whole_logits_for_every_length(length: int
 
 def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
-    wise, batch = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 3, 11)
+    teacher, batch = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 3, 11)
     loss = ForwardKL(temperature=2.0, ratio=0.7)
-    logps = (model.forward(wise.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1) / 2.0).log_softmax(-1)
+    logps = (model.forward(teacher.params, batch.tokens, segment_ids=batch.segment_ids).roll(1, 1) / 2.0).log_softmax(-1)
     deltas = moved(params)
-    live = distillation(model, LORA, loss, wise)(deltas, params, batch)[0]
+    live = distillation(model, LORA, loss, teacher)(deltas, params, batch)[0]
     bounds = []
     for k in (1, 4, SMALL.vocab_size):
         top, ids = logps.topk(k)
@@ -215,10 +217,10 @@ def test_what_a_teacher_said_before_teaches_as_the_teacher_does() -> None:
 
 def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
-    wise, batch, optimizer = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 4, 13), AdamW(lr=2e-2)
+    teacher, batch, optimizer = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 4, 13), AdamW(lr=2e-2)
     frozen, trainable = split_trainable(params, ("*",))
     state, seen = optimizer.init(trainable), []
-    step = kd_step(model, None, optimizer, wise)
+    step = kd_step(model, None, optimizer, teacher)
     for _ in range(40):
         (trainable, state), metrics = step.update(frozen, TrainState(trainable, state), batch)
         seen.append(float(metrics["loss_nats"]))

@@ -225,6 +225,17 @@ def test_python_m_minitune(tmp_path: Path) -> None:
     assert done.stderr.startswith("minitune: absent.toml is no file, no verb and no shipped program, expected one of ls, ")
 
 
+@pytest.mark.parametrize("words", [["ls"], ["schema"], ["check", "lora"]])
+def test_a_reader_that_goes_away_ends_the_command_in_silence(words: list[str]) -> None:
+    command = [sys.executable, "-m", "minitune", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141  # 128 + SIGPIPE, as a shell shows it
+
+
 def test_check_speaks_before_torch_is_there_and_compiles_nothing() -> None:
     """Its first line stands before torch is imported, and all of it loads nothing that is heavy."""
     code, text, with_torch, imported, n_graphs = json.loads(run_script("cli_imports", "check", "programs/lora.toml"))
