@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_closed_stdout() -> bool:
-    """True if the reader of the output, such as head, has gone; the rest of the output is dropped."""
+    """True if the reader of the output, such as head, has gone; what is left is dropped."""
     try:
         # an empty line tells this pipe from another one that broke, such as a logger's
         sys.stdout.write("\n")
