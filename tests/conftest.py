@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jaxtyping
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -40,12 +39,14 @@ os.environ |= {
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with all cores each would wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
 
+pytest.register_assert_rewrite("support")
+
 # Before the first import of the package: a module that is already imported would go unchecked.
 if any(name.partition(".")[0] == "minitune" for name in sys.modules):
     raise RuntimeError("conftest: minitune was imported before its signatures could be checked")
-jaxtyping.install_import_hook("minitune", "beartype.beartype")
+from support import signatures  # noqa: E402  (its assertions are rewritten)
 
-pytest.register_assert_rewrite("support")
+signatures.install()
 import torch  # noqa: E402  (after the environment is set)
 
 # deadline and too_slow measure the machine, and a shared machine is no property of the code.

@@ -6,8 +6,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import Float, TypeCheckError
+from torch import Tensor
 
+from minitune.nn.elementwise import rms_norm
+from support import signatures
 from support.paths import ROOT
 
 
@@ -55,3 +62,23 @@ def test_ci_fails_when_a_step_fails_and_leaves_nothing(tmp_path: Path, broken: s
     assert (result.returncode == 0) == (broken is None), result.stdout + result.stderr
     assert ("all of it took" in result.stdout) == (broken is None)
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_size_that_differs_between_arguments_or_in_the_result_is_refused():
+    x = torch.zeros(2, 3)
+    with pytest.raises(BeartypeCallHintViolation, match="D is 4"):
+        rms_norm(x, torch.ones(4), 1e-5)
+    with pytest.raises(BeartypeCallHintViolation, match="parameter w"):
+        rms_norm(x, np.ones(3), 1e-5)  # pyright: ignore[reportArgumentType]
+
+    def twice(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        return torch.cat((x, x))
+
+    def stacked(x: Float[Tensor, "n d"], times: int) -> Float[Tensor, "{times} n d"]:
+        return x.expand(times, *x.shape)
+
+    with pytest.raises(BeartypeCallHintViolation, match="n is 4"):
+        signatures.check(twice)(x)
+    assert signatures.check(stacked)(x, 3).shape == (3, 2, 3)
+    with pytest.raises(TypeCheckError, match="times"):
+        signatures.check(stacked)(x, "3")
