@@ -41,7 +41,7 @@ def test_ci_runs_what_the_readme_says():
 FAKE_PYTHON = """#!/bin/sh
 [ "$1" = -m ] || exit 0
 mkdir -p "$3/bin" && echo "PATH=$3/bin:$PATH; export PATH" > "$3/bin/activate"
-for tool in pip pytest; do
+for tool in pip pytest python; do
   printf '#!/bin/sh\necho "$0 $*"\ncase "%s $*" in "$BROKEN"*) exit 1 ;; esac\n' $tool > "$3/bin/$tool" && chmod +x "$3/bin/$tool"
 done
 """
