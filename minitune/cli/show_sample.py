@@ -71,8 +71,8 @@ def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, temp
     for where, samples in islice(_samples(source, text, template), n):
         for kind, whole in samples:
             tokens = Tokens(whole.ids, [False, *whole.mask[1:]])  # nothing predicts the first token
-            told = f"{len(tokens.ids):,} tokens, {sum(tokens.mask):,} of them targets{_fate(tokens, source)}"
-            screen.print(Text(f"\n{name} {where}{f' {kind}' if kind else ''}: {told}", style="bold"), soft_wrap=True)
+            counts = f"{len(tokens.ids):,} tokens, {sum(tokens.mask):,} of them targets{_fate(tokens, source)}"
+            screen.print(Text(f"\n{name} {where}{f' {kind}' if kind else ''}: {counts}", style="bold"), soft_wrap=True)
             for line in (_text(tokens, text), _ids(tokens), _mask(tokens)):
                 screen.print(line, soft_wrap=True)
 
@@ -128,5 +128,5 @@ def _mask(tokens: Tokens) -> Text:
 
 
 def _mark(shown: Text, piece: str, trained: bool) -> None:
-    piece = CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), piece)  # pictures of them: data can't steer a terminal
+    piece = CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])), piece)  # pictures of them: data can't steer a terminal
     shown.append(f"{OPEN}{piece}{CLOSE}" if trained else piece, style=TARGET if trained else OTHER)

@@ -39,15 +39,15 @@ def loaded() -> LoadedModel:
 def said(loaded: LoadedModel, params: Params, *turns: str, system: str | None = None) -> list[str]:
     """The answers of a conversation, each by greedy decoding of all before it."""
     messages = [{"role": "system", "content": system}] if system else []
-    found = []
+    answers = []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         ids = encode_prompt(loaded.tokenizer, loaded.template, messages)
         stops = stop_ids(loaded.tokenizer, loaded.template)
         row = greedy(loaded.model, params, [ids], max_new_tokens=N_NEW, stop_ids=stops)[0]
-        found.append(loaded.tokenizer.decode(row, skip_special=True))
-        messages.append({"role": "assistant", "content": found[-1]})
-    return found
+        answers.append(loaded.tokenizer.decode(row, skip_special=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
 
 
 @pytest.fixture
@@ -93,15 +93,15 @@ def test_draws_are_the_seeds(talked: Any) -> None:
 
 
 def test_options_reach_the_template(talked: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(paths.locate("demo"), tmp_path / "told")
+    folder = shutil.copytree(paths.locate("demo"), tmp_path / "options")
     source = open_template(folder, tokenizer.open_tokenizer(folder)).source
     (folder / "chat_template.jinja").write_text("{% if short %}{{ 'Say less: ' }}{% endif %}" + source, encoding="utf-8")
-    told = load(ModelSource(path=str(folder), chat_template_kwargs={"short": True}), Path(), 0)
+    loaded = load(ModelSource(path=str(folder), chat_template_kwargs={"short": True}), Path(), 0)
     quiet = load(ModelSource(path=str(folder)), Path(), 0)
-    answer = said(told, told.params, TURNS[0])
+    answer = said(loaded, loaded.params, TURNS[0])
     assert answer != said(quiet, quiet.params, TURNS[0])
-    found = talked(TURNS[0], options=("--chat-template-kwargs", '{"short": true}'), folder=str(folder))
-    assert found[0] == f"{answer[0]}\n"
+    lines = talked(TURNS[0], options=("--chat-template-kwargs", '{"short": true}'), folder=str(folder))
+    assert lines[0] == f"{answer[0]}\n"
 
 
 def test_an_adapter_is_applied_without_merging(talked: Any, loaded: LoadedModel, tmp_path: Path) -> None:

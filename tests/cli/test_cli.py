@@ -291,8 +291,8 @@ def test_a_closed_stdout_and_a_narrow_encoding_end_nothing(monkeypatch: pytest.M
 
 def test_looking_needs_no_torch() -> None:
     look = "import sys; from minitune.__main__ import main; codes = [main([word]) for word in ('--help', 'ls', 'lroa')]; "
-    found = "sys.exit('torch' in sys.modules or codes != [0, 0, 2])"
-    subprocess.run([sys.executable, "-c", look + found], check=True, stdout=subprocess.DEVNULL)
+    torch_is_missing = "sys.exit('torch' in sys.modules or codes != [0, 0, 2])"
+    subprocess.run([sys.executable, "-c", look + torch_is_missing], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_python_m_minitune(tmp_path: Path) -> None:
@@ -327,8 +327,8 @@ def test_a_run_imports_and_compiles_little_before_its_first_step(tmp_path: Path)
     """What a user waits for before the first step, counted in modules and graphs, which are the same on every machine."""
     words = ["lora", f"out={tmp_path}", "train.steps=1", "train.batch_size=1", "before.limit=1", "after.limit=1"]
     words += ["before.max_new_tokens=1", "after.max_new_tokens=1"]
-    told = run_script("cli_imports", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    code, text, with_torch, imported, n_graphs = json.loads(told)
+    printed = run_script("cli_imports", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    code, text, with_torch, imported, n_graphs = json.loads(printed)
     assert (code, text, with_torch) == (0, f"program: {paths.program_file('lora')}\n", False)
     assert not HEAVY & set(imported)
     assert n_graphs == 0  # on a CPU blocks run as they are: compiling them takes longer than a short run

@@ -66,8 +66,10 @@ def test_marks_stand_around_what_is_trained(format: str, tmp_path: Path) -> None
     assert text.count("data.jsonl:1") == (2 if format == "pairs" else 1)
     assert "data.jsonl:2" not in text
     samples = text.split("\n\n")[1:]
-    found = [piece for sample in samples for piece in re.findall(f"{OPEN}(.*?){CLOSE}", sample.partition("\nids ")[0], re.DOTALL)]
-    assert found == TARGETS[format]
+    between_marks = [
+        piece for sample in samples for piece in re.findall(f"{OPEN}(.*?){CLOSE}", sample.partition("\nids ")[0], re.DOTALL)
+    ]
+    assert between_marks == TARGETS[format]
     folder = paths.locate("demo")
     text_ids = tokenizer.open_tokenizer(folder)
     for sample in samples:
