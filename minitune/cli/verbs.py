@@ -73,12 +73,13 @@ def show(words: Sequence[str]) -> int:
 def check(words: Sequence[str]) -> int:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
-    from minitune.programs import program, save_paths
+    from minitune.programs import program, save_paths, wandb_tracker
     from minitune.programs.loading import check as findings
 
     loaded = program.load(file, words[1:])
     lines = findings(loaded.model, loaded.data, loaded.stage)
     save_paths.check(loaded)
+    wandb_tracker.check(loaded.log.wandb)
     for line in lines:
         sys.stdout.write(f"{line}\n")
     return 0

@@ -300,7 +300,7 @@ def test_a_temporary_cache_of_another_user_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/x")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"minitune-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="belongs to another user, expected a folder of yours"):
+    with pytest.raises(InputError, match="is not yours, expected your own; set XDG_CACHE_HOME"):
         paths.cache()
 
 
