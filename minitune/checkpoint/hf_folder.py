@@ -15,7 +15,7 @@ from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
 from minitune.io.json_file import read_json
-from minitune.io.paths import locate
+from minitune.io.paths import is_present, locate
 from minitune.io.results import result_folder
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.models.hf_multimodal import text_config, text_name
@@ -180,7 +180,7 @@ def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str
 def generation_config(source: Path) -> dict[str, Any]:
     """A folder's generation_config.json, or what stands for it: the eos_token_id of config.json; InputError if it is no JSON."""
     path = source / "generation_config.json"
-    if not path.is_file():
+    if not is_present(path):
         return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
     return read_json(path, dict[str, Any], "checkpoint", "download it again")
 

@@ -154,6 +154,8 @@ def open_pipeline(
     place = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(place)
     template = _template(source, place, text)
+    if note := paths.cache_note():
+        log.say(note)
     # Every line of the data is read before a weight is: a bad one costs seconds, not a run.
     for data in located.values():
         prepare = preference.prepare if data.format in PREFERENCE_FORMATS else supervised.prepare

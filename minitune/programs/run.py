@@ -6,7 +6,7 @@ from time import perf_counter
 import msgspec
 
 from minitune.io.results import Record
-from minitune.programs import log, save_paths
+from minitune.programs import log, save_paths, wandb_tracker
 from minitune.programs.allocator import keep_freed
 from minitune.programs.loading import check, open_pipeline
 from minitune.programs.program import Program, resolved
@@ -24,6 +24,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     keep_freed()
     check(program.model, program.data, program.stage)  # before a folder is made or a weight is read
     save_paths.check(program)
+    wandb_tracker.check(program.log.wandb)
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
