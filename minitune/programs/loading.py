@@ -9,7 +9,8 @@ import torch
 
 from minitune import hardware, tree
 from minitune.checkpoint.fingerprint import folder_fingerprint
-from minitune.checkpoint.hf_folder import generation_config, load_params
+from minitune.checkpoint.generation_config import end_ids
+from minitune.checkpoint.hf_folder import load_params
 from minitune.data import preference, supervised
 from minitune.data.readers import read_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
@@ -95,7 +96,7 @@ def _checked_model(source: ModelSource) -> Model:
     """Model of a source; InputError unless its folder can be saved again and its tokenizer fits."""
     model = _model(source)
     if source.path is not None:
-        generation_config(locate(source.path))
+        end_ids(locate(source.path))
     folder = _tokenizer_folder(source)
     text = tokenizer.open_tokenizer(folder)
     if text.vocab_size > model.config.vocab_size:
@@ -177,7 +178,9 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
-    return LoadedModel(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+    template = _template(source, folder, text)
+    ends = () if path is None else end_ids(path)
+    return LoadedModel(model, params, stored, path, folder, text, template, rule, trainable, ends)
 
 
 def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:

@@ -1,6 +1,6 @@
 """State that flows through the stages of a program, and what is known of it before anything is loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,6 +13,7 @@ from minitune.models.model import Model
 from minitune.programs.log import Log
 from minitune.quant.rules import Quantization
 from minitune.text import tokenizer
+from minitune.text.chat import stop_ids
 from minitune.text.template import Template
 from minitune.types import Params, Trainable
 
@@ -37,6 +38,13 @@ class LoadedModel(NamedTuple):
     template: Template
     lora: Lora | None
     trainable: Trainable
+    end_ids: Sequence[int] = ()  # that generation_config.json ends an answer at
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer, by template, tokenizer and generation_config.json together."""
+        ends = stop_ids(self.tokenizer, self.template)
+        return [*ends, *(i for i in self.end_ids if i not in ends)]
 
 
 class PipelineState(NamedTuple):

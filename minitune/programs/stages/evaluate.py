@@ -18,7 +18,6 @@ from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.state import AbstractState, PipelineState, Stopped
-from minitune.text.chat import stop_ids
 from minitune.types import NonNegativeInt, PositiveInt
 
 
@@ -150,7 +149,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             batch_size=self.batch_size,
             limit=self.limit,
             max_length=self.max_length,
-            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_ids=loaded.stop_ids,
         )
         for task, result in results["tasks"].items():
             values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
@@ -186,7 +185,7 @@ def answered(
             seed=state.seed,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_ids=loaded.stop_ids,
             stop_strings=stop,
             on_progress=report,
         )
