@@ -139,7 +139,7 @@ def _show(name: str, *overrides: str) -> None:
 def _check(name: str, *overrides: str) -> None:
     file = _announced(_program_file(name))
     from minitune.programs import program, save_paths
-    from minitune.programs.loading import check
+    from minitune.programs.check import check
 
     loaded = program.load(file, overrides)
     lines = check(loaded.model, loaded.data, loaded.stage)
