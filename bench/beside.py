@@ -75,6 +75,8 @@ def table() -> None:
         records.setdefault((record["job"], record["peer"]), []).append(record)
     print("| task | " + " | ".join(ALL) + " | against the best |\n|" + "---|" * (len(ALL) + 2))
     for job, peers in JOBS:
+        if not any((job, peer) in records for peer in ALL):
+            continue
         cells, rates, peaks = [], {}, {}
         for peer in ALL:
             runs = records.get((job, peer), [])

@@ -74,7 +74,7 @@ def check(words: Sequence[str]) -> int:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
     from minitune.programs import program, save_paths, wandb_tracker
-    from minitune.programs.loading import check as findings
+    from minitune.programs.check import check as findings
 
     loaded = program.load(file, words[1:])
     lines = findings(loaded.model, loaded.data, loaded.stage)

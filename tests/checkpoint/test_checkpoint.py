@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, tree
+from minitune.checkpoint.generation_config import end_ids
 from minitune.checkpoint.tensors import WORDS
 from minitune.errors import InputError
 from minitune.io import paths
@@ -343,6 +344,36 @@ def test_a_generation_config_that_is_none_is_refused_before_anything_is_loaded(t
         (tmp_path / "model/generation_config.json").write_text(text, encoding="latin-1")
         with pytest.raises(InputError, match=r"generation_config\.json can't be read \(.*\), expected a JSON object; download"):
             abstract_state(ModelSource(path=str(tmp_path / "model")), AbstractState({}, MODEL, {}))
+
+
+END_IDS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "a list": ([6, 2, 9], 3, (6, 2, 9)),
+    "one": (9, [3], (9,)),
+    "none, so config.json's": (None, [3, 4], (3, 4)),
+    "no file, so config.json's": (..., 3, (3,)),
+    "nowhere": (..., None, ()),
+}
+
+
+@pytest.mark.parametrize("name", END_IDS)
+def test_end_ids_are_those_of_generation_config_else_of_config(name: str, tmp_path: Path) -> None:
+    said, in_config, expected = END_IDS[name]
+    config = {**llama.FAMILY.to_hf(SMALL), "eos_token_id": in_config}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if said is not ...:
+        content = json.dumps({"eos_token_id": said, "do_sample": True})
+        (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
+    assert end_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [[2]], [-1], [2.5], True, 2**31, {"a": 1}])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_ids_that_are_no_token_ids_are_refused(value: Any, file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama.FAMILY.to_hf(SMALL)), encoding="utf-8")
+    content = json.loads((tmp_path / file).read_text(encoding="utf-8")) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps({**content, "eos_token_id": value}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"{file} eos_token_id: .*, expected a token id or a list of them; correct it"):
+        end_ids(tmp_path)
 
 
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:

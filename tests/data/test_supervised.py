@@ -19,7 +19,7 @@ from minitune.data import supervised
 from minitune.data.conversations import messages
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_rows, filled_rows
-from minitune.data.prompts import prompts
+from minitune.data.prompts import prompts, questions
 from minitune.data.readers import read_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import Dataset, batches, prepare, take
@@ -464,16 +464,26 @@ def test_prompts(tmp_path: Path) -> None:
     assert [prompt.messages for prompt in read_prompts] == [row[:-1] for row in rows]
     assert [prompt.reference for prompt in read_prompts] == [row[-1]["content"] for row in rows]
     assert [prompt.ids for prompt in read_prompts] == [encode_prompt(TOKENIZER, TEMPLATE, row[:-1]) for row in rows]
+    assert prompts(source, TOKENIZER, TEMPLATE, limit=1) == read_prompts[:1]
+    assert [one[:2] for one in questions(source, TOKENIZER, TEMPLATE)] == [(one.ids, "") for one in read_prompts]
 
 
-def test_prompts_need_an_answer(tmp_path: Path) -> None:
+def test_rows_without_an_answer_are_prompts_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "a"}]}', encoding="utf-8")
-    with pytest.raises(InputError, match=r"f.jsonl:1 ends with a message of 'user', expected an answer of 'assistant'; correct"):
-        prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
-    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}', encoding="utf-8")
-    with pytest.raises(InputError, match=r"f.jsonl:1 has an answer without text, expected a string to compare with; correct it"):
-        prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
+    ask = {"role": "user", "content": "a"}
+    for answer in ([], [{"role": "assistant", "content": ""}]):
+        path.write_text(json.dumps({"messages": [ask, *answer]}), encoding="utf-8")
+        (prompt,) = prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
+        assert prompt == (encode_prompt(TOKENIZER, TEMPLATE, [ask]), "", [], [ask])
+    for row in ({"instruction": "a"}, {"instruction": "a", "output": None}):
+        path.write_text(json.dumps(row), encoding="utf-8")
+        (prompt,) = prompts(Source(str(path), "instruct", 8), TOKENIZER, TEMPLATE)
+        assert prompt == (encode_prompt(TOKENIZER, TEMPLATE, [ask]), "", [], [ask])
+
+
+def test_prompts_of_other_formats_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"text": "a"}', encoding="utf-8")
     with pytest.raises(InputError, match=r"f.jsonl has format 'text', expected instruct or chat; plain text asks for no answer"):
         prompts(Source(str(path), "text", 8), TOKENIZER, TEMPLATE)
     path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', encoding="utf-8")

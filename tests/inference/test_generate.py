@@ -5,6 +5,7 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models import Model, decoder
 from minitune.models.families import llama
+from minitune.models.rope_scaling import LongRope
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import Int4, dequantize, packed
 from minitune.quant.tensors import PackedInt4, QInt8
@@ -166,6 +168,27 @@ def test_the_cache_equals_the_full_forward_wherever_its_strides_end(config: llam
             logits = Model(llama.FAMILY, config).forward(params, tokens)[:, -1]
             tokens = torch.cat([tokens, next_tokens(logits, tokens, DRAWN, [row_seed], step)[:, None]], dim=1)
         assert row == tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("refill", [True, False], ids=["refilled", "as it was"])
+def test_longrope_answers_that_grow_beyond_the_original_context_are_those_of_the_full_forward(
+    refill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # rows that begin before, at and beyond the border of 13 tokens, and so cross it at different steps or never
+    half = SMALL.d_head // 2
+    long = LongRope((1.0,) * half, tuple(3.0 + 2 * i for i in range(half)), 13, factor=4.0)
+    config = msgspec.structs.replace(SMALL, rope_scaling=long)
+    params, prompts = random_params(config, 3, torch.float64), prompts_of([9, 13, 17], 3)
+    if not refill:
+        monkeypatch.setattr(inference_generate, "_refill", lambda *_: None)
+    found = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=9, stop_ids=[])
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(9):
+            tokens.append(int(Model(llama.FAMILY, config).forward(params, torch.tensor([tokens]))[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert (found == expected) == refill
 
 
 def test_generation_is_reproducible_and_a_prompt_answers_by_its_place_and_seed() -> None:

@@ -196,6 +196,7 @@ def test_an_option_reaches_training_prompts_and_pairs(where: str, folder: Path, 
     assert trained.tokens.tolist() == whole
     assert trained.mask.tolist() == [len(prompt) <= i < len(whole) - 1 for i in range(len(whole))]  # the last one is a line's end
     assert [one.ids for one in prompts(source, tokenizer, chat_template)] == [prompt]
+    assert [one.reference for one in prompts(source, tokenizer, chat_template)] == ["pear"]
     compared = preference.prepare(
         msgspec.structs.replace(source, path=str(other), format="pairs"), tokenizer, chat_template, tmp_path / "cache"
     )
@@ -211,6 +212,25 @@ def test_an_option_changes_what_is_trained(folder: Path) -> None:
     chat_template = open_template(folder, tokenizer)
     assert spans(encode_chat(tokenizer, chat_template, TURNS[:2])) == ["<think>\n\n</think>\n\npear<|im_end|>"]
     assert spans(encode_chat(tokenizer, with_options(chat_template, QUIET, "here"), TURNS[:2])) == ["pear<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_answer_that_a_model_is_compared_with_is_the_one_that_it_was_taught(name: str, tmp_path: Path) -> None:
+    """A perfect model writes every trained token: Qwen 3's empty thought before the words too."""
+    tokenizer, hf = speaker()
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": TURNS[:2]}) + "\n", encoding="utf-8")
+    try:
+        trained = encode_chat(tokenizer, template(name), TURNS[:2], train_on="last")
+    except InputError:
+        pytest.skip("no answer of this template can be trained")
+    taught = [i for i, is_trained in zip(trained.ids, trained.mask, strict=True) if is_trained]
+    if "pear" not in hf.decode(taught):
+        pytest.skip("this template wants content as a list of parts")
+    (one,) = prompts(Source(str(file), "chat", 64), tokenizer, template(name))
+    assert one.reference_ids == taught[: len(one.reference_ids)]
+    assert "pear" in one.reference
+    assert ("<think>" in one.reference) == ("<think>" in hf.decode(taught))
 
 
 def test_a_prompt_that_is_no_part_of_what_a_turn_becomes_is_refused(folder: Path) -> None:
