@@ -23,9 +23,9 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     Raises InputError for what the user must change, and state.Stopped after a signal, when the state has been saved.
     """
     keep_freed()
+    wandb_tracker.check(program.log.wandb)
     check(program.model, program.data, program.stage)  # before a folder is made or a weight is read
     save_paths.check(program)
-    wandb_tracker.check(program.log.wandb)
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
