@@ -11,6 +11,7 @@ import msgspec
 
 from minitune import seeds
 from minitune.algorithms.objective import apply_trainable
+from minitune.cli.model_folders import open_model_folder
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.inference.generate import pieces, stream
@@ -32,8 +33,7 @@ def chat(words: Sequence[str]) -> int:
     sampling = _sampling(options)
     if options["max_new_tokens"] < 1:
         raise InputError(f"chat: --max-new-tokens is {options['max_new_tokens']}, expected at least 1; correct it")
-    source = ModelSource(path=options["folder"], deltas=options["deltas"], chat_template_kwargs=_template_kwargs(options))
-    loaded = load(source, Path("run"), options["seed"])
+    loaded = load(_source(options), Path("run"), options["seed"])
     opening = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
     # A template that takes no system message refuses it here, before anyone types.
     encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])
@@ -60,10 +60,18 @@ def chat(words: Sequence[str]) -> int:
     return 0
 
 
+def _source(options: Mapping[str, Any]) -> ModelSource:
+    folder = open_model_folder(options["folder"], options["deltas"], "chat")
+    if folder.note is not None:
+        _tell(f"opening {folder.note}")
+    kwargs = _template_kwargs(options)
+    return ModelSource(path=folder.model, deltas=folder.adapter, chat_template_kwargs=kwargs)
+
+
 def _parser() -> OptionParser:
     description = "Talk with a model, on a terminal or with one turn a line on stdin."
     parser = OptionParser("chat", description=description, epilog=COMMANDS)
-    parser.add_argument("folder", metavar="FOLDER", help="a Hugging Face model folder, or demo")
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder, an adapter, a run folder, or demo")
     parser.add_argument("--deltas", metavar="FOLDER", help="a PEFT adapter to put on the model")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--chat-template-kwargs", default="{}", metavar="JSON", help="such as '{\"enable_thinking\": false}'")

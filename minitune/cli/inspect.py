@@ -17,6 +17,7 @@ from minitune.cli.folder_facts import (
     tensor_entries,
     weight_names,
 )
+from minitune.cli.model_folders import result_of
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
@@ -43,13 +44,28 @@ def inspect(word: str) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    rows, faults = summarize(locate(word))
+    folder = result_of(word, "inspect")
+    rows, faults = summarize(locate(folder))
+    if folder != word:
+        rows = {"folder": folder, **rows}
+    console = Console()
+    if not console.is_terminal:
+        # whoever reads a pipe wants one line a topic, whatever the width
+        width = max(map(len, rows))
+        lines = [f"{name:{width}}  {_printable(value)}\n" for name, value in rows.items()]
+        sys.stdout.write("".join(lines))
+        return _tell(faults)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, Text(_printable(value)))
-    Console().print(table)
+    console.print(table)
+    return _tell(faults)
+
+
+def _tell(faults: Sequence[str]) -> int:
+    """Exit code, after each fault is told on stderr."""
     for fault in faults:
         sys.stderr.write(f"inspect: {_printable(fault)}\n")
     return 2 if faults else 0

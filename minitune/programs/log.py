@@ -11,7 +11,14 @@ from typing import IO, Any
 
 import msgspec
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 from minitune.io.atomic import write_atomic
@@ -20,6 +27,9 @@ from minitune.types import PositiveInt
 
 Number = float | int
 LINE_EVERY_S = 10.0  # where the output is no terminal: a line after this long,
+TIME_CHARACTERS = 12  # of the time left, the slash of the count and the blanks between columns
+BAR_CHARACTERS = 20
+BAR_FROM = 80  # characters left for readings, from which on a bar takes some
 LINE_EVERY_SHARE = 0.05  # or after this share of the steps, whichever comes first
 
 
@@ -105,15 +115,19 @@ class Log:
         if not self._console.is_terminal:
             yield _Lines(self, title, total, done)
             return
-        columns = (
+        # Count and time come first: a narrow terminal shows fewer readings, and no number is cut.
+        room = self._console.width - len(title) - 2 * len(str(total)) - TIME_CHARACTERS
+        columns: list[ProgressColumn] = [
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[readings]}", markup=False),
             TimeRemainingColumn(),
-        )
+            TextColumn("{task.fields[readings]}", markup=False),
+        ]
+        if room > BAR_FROM:
+            columns.append(BarColumn(bar_width=BAR_CHARACTERS))
+            room -= BAR_CHARACTERS + 1
         with RichProgress(*columns, console=self._console) as bar:
-            yield _Bar(bar, bar.add_task(title, total=total, completed=done, readings=""))
+            yield _Bar(bar, bar.add_task(title, total=total, completed=done, readings=""), room)
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
@@ -125,15 +139,29 @@ class Log:
 
 def readings(values: Mapping[str, Number]) -> str:
     """Named numbers as one line, each with its unit: "loss 0.1234  lr 3.00e-04  12,345 tokens/s  mem 1.2 GiB"."""
-    return "  ".join(text if name == "tokens_per_second" else f"{_label(name)} {text}" for name, text in _texts(values))
+    return "  ".join(_each_reading(values))
+
+
+def fitted(values: Mapping[str, Number], room: int) -> str:
+    """Readings on one line of at most `room` characters, the last ones left out where they do not fit."""
+    parts = _each_reading(values)
+    while parts and len("  ".join(parts)) > room:
+        parts.pop()
+    return "  ".join(parts)
+
+
+def _each_reading(values: Mapping[str, Number]) -> list[str]:
+    unlabelled = ("tokens_per_second",)
+    texts = _texts(values)
+    return [text if name in unlabelled else f"{_label(name)} {text}" for name, text in texts]
 
 
 class _Bar(Progress):
-    def __init__(self, bar: RichProgress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: RichProgress, task: TaskID, room: int) -> None:
+        self._bar, self._task, self._room = bar, task, room
 
     def update(self, step: int, values: Mapping[str, Number]) -> None:
-        self._bar.update(self._task, completed=step, readings=readings(values))
+        self._bar.update(self._task, completed=step, readings=fitted(values, self._room))
 
 
 class _Lines(Progress):

@@ -128,6 +128,22 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert "loss 0.1250  lr 1.00e-03" in text
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_shows_count_and_time_and_no_cut_number(tmp_path: Path, width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, legacy_windows=False)
+    values = {"loss": 11.8125, "lr": 1e-3, "tokens_per_second": 12345.6, "mem_bytes": 2**31, "grad_norm": 1.5}
+    with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("save-merged", 1234, 2) as progress:
+        progress.update(1234, values)
+    text = written(console)
+    assert "save-merged 1234/1234 0:00:00" in text
+    assert "…" not in text
+    whole = log.readings(values).split("  ")
+    n_shown = {40: 0, 60: 2, 80: 3, 200: 5}[width]
+    last = next(line for line in reversed(text.splitlines()) if "1234/1234" in line)
+    assert [part for part in whole if part in last] == whole[:n_shown]
+    assert ("━" in last) == (width == 200)
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [

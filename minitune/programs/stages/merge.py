@@ -13,6 +13,7 @@ from minitune.tree import device_of
 from minitune.types import Delta
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+ROUNDING_TO_MENTION = 0.01  # share of a change, from which on its cure is named
 
 
 class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
@@ -74,5 +75,9 @@ def merged(state: PipelineState, label: str, onto: Onto, dtype: Dtype | None) ->
             f"that is lost: {errors['trained']:.2%} onto the dequantized ones, {errors['stored']:.2%} onto the dense ones on disk"
         )
     elif deltas:
-        state.log.say(f"{label}: rounding loses at most {errors[onto]:.2%} of a weight's change")
+        # A change that is small beside its weight falls between two numbers of 16 bits.
+        keeps_all = errors[onto] < ROUNDING_TO_MENTION or dtype == "float32"
+        advice = "" if keeps_all else '; dtype = "float32" in the stage keeps all of it'
+        lost = f"rounding loses at most {errors[onto]:.2%} of a weight's change"
+        state.log.say(f"{label}: {lost}{advice}")
     return dict(weights), record
