@@ -19,7 +19,8 @@ from minitune.cli import guesses
 from minitune.cli.verbs import VERBS
 from minitune.errors import InputError
 from minitune.io import paths, toml
-from minitune.programs import loading, program, run
+from minitune.programs import check as checks
+from minitune.programs import program, run
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import Stopped
 from support.paths import ROOT
@@ -192,7 +193,7 @@ def test_check_prints_findings_or_the_error(
             raise InputError("lora: target 'x' matches no weight")
         return [f"model: {source.path}", f"data: {len(sources)}"]
 
-    monkeypatch.setattr(loading, "check", check)
+    monkeypatch.setattr(checks, "check", check)
     assert main(["check", "lora"]) == 0
     assert capsys.readouterr().out == f"program: {shipped / 'lora.toml'}\nmodel: demo\ndata: 0\n"
     assert refused(capsys, "check", "lora", "lora.rank=1") == "lora: target 'x' matches no weight\n"
