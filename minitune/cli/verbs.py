@@ -39,7 +39,7 @@ def ls(words: Sequence[str]) -> int:
 def comments(path: Path) -> list[str]:
     """Lines of the comment that a program begins with."""
     lines = []
-    for line in path.read_text("utf-8-sig").splitlines():
+    for line in toml.read(path, "program")[0].splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())

@@ -221,7 +221,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["check"], "minitune: check without a program, expected check PROGRAM [KEY=VALUE ...]"),
         (["ls", "x"], "minitune: ls x, expected ls alone"),
         (["schema", "x"], "minitune: schema x, expected schema alone"),
-        (["lora", "lora.rnk=1"], "program: 'lora.rnk=1' on the command line: stage[0].rnk is unknown, expected one of"),
+        (["lora", "lora.rnk=1"], "program: 'lora.rnk=1' on the command line: lora.rnk is unknown, expected one of"),
         (["check", "nowhere"], "minitune: nowhere is no file"),
         (["demo/pretrain"], "pretrain.toml: model is missing, expected table; add it"),
     ],
