@@ -152,8 +152,7 @@ def _run(name: str, *overrides: str) -> int:
     file = _announced(_program_file(name))
     from minitune.programs import program
     from minitune.programs.run import run_program
-    from minitune.programs.signals import StopSignals
-    from minitune.programs.state import Stopped
+    from minitune.programs.signals import Stopped, StopSignals
 
     stop = StopSignals()
     try:

@@ -4,12 +4,13 @@ import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgspec
 from rich.console import Console, RenderableType
@@ -18,6 +19,7 @@ from rich.progress import Progress as RichProgress
 
 from minitune.errors import InputError, nearest
 from minitune.io.atomic import write_atomic
+from minitune.programs.records import read_rows
 from minitune.types import PositiveInt
 
 Number = float | int
@@ -48,7 +50,7 @@ class Log:
         self._path = folder / "metrics.jsonl"
         self._config = config
         self._program = program
-        self._console = console or Console()
+        self._console = console or Console(file=cast("IO[str]", _Terminal()))
         self._wandb: Any = None
         self._stage, self._n_before = "", 0
 
@@ -73,7 +75,7 @@ class Log:
 
     def begin(self, stage: str) -> None:
         """Name the stage whose steps are counted from now on; wandb's global_step goes on where the stages before it ended."""
-        last = {name: step for name, step, _ in _rows(self._path)}
+        last = {name: step for name, step, _ in read_rows(self._path)}
         earlier = list(last)[: list(last).index(stage)] if stage in last else list(last)
         self._stage, self._n_before = stage, sum(last[name] for name in earlier)
 
@@ -90,6 +92,10 @@ class Log:
             group = f"adapter-{values['adapter']}/" if "adapter" in values else ""  # of a sweep: wandb draws each group apart
             named = {f"{group}{name}": value for name, value in values.items()}
             self._wandb.log({"global_step": global_step, **named}, step=global_step)
+
+    def sync(self) -> None:
+        """Flush the rows to the disk, before a state that says that they are there."""
+        os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
         """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""
@@ -114,7 +120,7 @@ class Log:
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
-        kept = b"".join(line for stage, step, line in _rows(self._path) if keep(stage, step))
+        kept = b"".join(line for stage, step, line in read_rows(self._path) if keep(stage, step))
         if self._path.exists() and kept != self._path.read_bytes():
             write_atomic(self._path, kept)
         return self._path.open("ab")
@@ -123,6 +129,36 @@ class Log:
 def readings(values: Mapping[str, Number]) -> str:
     """Named numbers as one line, each with its unit: "loss 0.1234  lr 3.00e-04  12,345 tokens/s  mem 1.2 GiB"."""
     return "  ".join(text if name == "tokens_per_second" else f"{_label(name)} {text}" for name, text in _texts(values))
+
+
+class _Terminal:
+    """Standard output that goes silent once it can't be written, so that a run outlives its
+    terminal or pipe."""
+
+    def __init__(self) -> None:
+        self._is_open = True
+
+    def write(self, text: str) -> int:
+        if self._is_open:
+            self._if_open(lambda: sys.stdout.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._is_open:
+            self._if_open(sys.stdout.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def _if_open(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError:
+            # A reader such as head has gone, or the terminal was closed: what Python still has to
+            # flush at its end goes nowhere.
+            self._is_open = False
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Bar(Progress):
@@ -171,17 +207,6 @@ def _wandb_run(folder: Path, keywords: Mapping[str, Any], program: Mapping[str, 
     run = wandb.init(**{**ours, **keywords, "config": {**program, **config}})
     write_atomic(id_file, run.id.encode())
     return run
-
-
-def _rows(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(stage, step, line) of each whole row of metrics.jsonl."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n"):
-            yield row["stage"], row["step"], line
 
 
 def _label(name: str) -> str:

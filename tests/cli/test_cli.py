@@ -15,8 +15,7 @@ from minitune.__main__ import main
 from minitune.errors import InputError
 from minitune.io import paths, toml
 from minitune.programs import loading, program, run
-from minitune.programs.signals import StopSignals
-from minitune.programs.state import Stopped
+from minitune.programs.signals import Stopped, StopSignals
 from support.scripts import run_script
 
 # Packages that take seconds to import, and that neither a check nor a run without a logger of metrics needs.

@@ -17,7 +17,7 @@ from minitune.io.results import Result
 from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
-from minitune.programs.state import AbstractState, PipelineState, Stopped
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.chat import stop_ids
 from minitune.types import NonNegativeInt, PositiveInt
 
@@ -167,15 +167,13 @@ def answered(
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop."""
+    """Answers of the model to prompts, in their order."""
     loaded = state.loaded
     params = adapted_params(state)
     with state.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
             progress.update(done, {})
-            if state.stopping():
-                raise Stopped(0, state.folder)  # nothing is lost: a resumed run repeats the answers
 
         return answers(
             loaded.model,
