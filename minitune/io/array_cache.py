@@ -3,6 +3,7 @@
 They are written once, whole or not at all, checked when they are opened, and memory-mapped.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,8 +19,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from minitune.errors import InputError
-from minitune.io.atomic import create_folder, free_bytes, remove_folder, sync_tree
+from minitune.errors import DiskFullError, InputError
+from minitune.io.atomic import NO_ROOM, create_folder, free_bytes, remove_folder, sync_tree
 from minitune.io.checksums import damaged_file, write_checksums
 
 UNFINISHED = ".tmp-"  # begins the names of folders that are being filled: .tmp-HOST-PID-RANDOM
@@ -63,7 +64,7 @@ def filling(folder: Path, n_bytes: int = 0) -> Iterator[Path]:
         create_folder(folder.parent)
         _remove_unfinished(folder.parent)
         if n_bytes > free_bytes(folder):
-            raise OSError("its disk is too full")
+            raise OSError(errno.ENOSPC, "its disk is too full")
         prefix = f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-"
         aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
@@ -79,7 +80,7 @@ def filling(folder: Path, n_bytes: int = 0) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def zeros(path: Path, dtype: type[np.generic], shape: Sequence[int]) -> np.ndarray:
+def zeros(path: Path, dtype: type[np.generic], shape: Sequence[int]) -> np.memmap:
     """Memory-mapped array of zeros, every byte of which has its place on the disk.
 
     A file with holes would end the process by SIGBUS when the disk gets full; this is an OSError.
@@ -114,9 +115,10 @@ def _error_in_words(folder: Path, n_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kind = DiskFullError if error.errno in NO_ROOM else InputError
         needs = f"needs about {n_bytes:,} bytes, and " if n_bytes else ""
         reason = error.strerror or str(error)
-        raise InputError(
+        raise kind(
             f"data: the cache {folder} {needs}can't be written ({reason}; "
             f"{_free(folder)} bytes are free), expected room for it; {MOVE}"
         ) from None

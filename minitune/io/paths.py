@@ -33,78 +33,86 @@ def locate(path: str, run: Path | None = None) -> Path:
     require_possible(path)
     head, _, rest = path.partition("/")
     if head == "demo":
-        return PACKAGE / "demo" / (rest or "model")
+        embedded = PACKAGE / "demo" / (rest or "model")
+        # A user may have a folder called demo too: what is not embedded lies there.
+        return embedded if embedded.exists() or not Path(path).exists() else Path(path)
     if head == "run" and run is not None:
         return run / rest
-    if head == "configs" and not Path(path).exists():
+    if head == "configs" and not user_path(path).exists():
         return _root("configs") / rest
-    return expanded(path)
+    return user_path(path)
 
 
-def expanded(path: str) -> Path:
-    """Path as a user wrote it, with ~ as their home; InputError for one that no file can have."""
-    require_possible(path)
+def user_path(text: str) -> Path:
+    """Path as a user writes it, ~ replaced; InputError for an unknown home and a NUL character."""
+    require_possible(text)
     try:
-        return Path(path).expanduser()
+        return Path(text).expanduser()
     except RuntimeError:
-        found = "names a home folder that this system does not know"
-        raise InputError(f"paths: {path[:100]!r} {found}, expected a path; write it out") from None
+        home = text.partition("/")[0]
+        raise InputError(
+            f"paths: {text!r} begins with {home}, whose folder is unknown, expected a home; write the whole path"
+        ) from None
 
 
-def require_possible(path: str) -> None:
-    """InputError for a path with a zero byte, or with a name of more than 255 bytes."""
-    names = path.replace(os.sep, "/").split("/")
-    if "\0" in path:
-        found = "holds a zero byte"
+def require_possible(text: str) -> None:
+    """InputError for a path with a NUL character, or with a name of more than 255 bytes."""
+    names = text.replace(os.sep, "/").split("/")
+    if "\0" in text:
+        found = "holds a NUL character"
     elif any(len(os.fsencode(name)) > 255 for name in names):
         found = "has a name of more than 255 bytes"
     else:
         return
-    raise InputError(f"paths: {path[:100]!r} {found}, expected a path; correct it")
+    raise InputError(f"paths: {text[:100]!r} {found}, expected a path; correct it")
+
+
+def is_present(path: Path) -> bool:
+    """True if anything of that name is there, be it a link whose file is gone."""
+    return os.path.lexists(path)
 
 
 def cache() -> Path:
-    """Folder where tokenized data is kept between runs: $XDG_CACHE_HOME/minitune, by default
-    ~/.cache/minitune; where that can't be written, one of this user in the temporary folder."""
-    wanted = _wanted_cache()
-    if wanted is not None and _can_be_written(wanted):
-        return wanted
-    return _temporary_cache()
+    """Folder where tokenized data is kept: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune.
+
+    Where that can't be written (no home, a read-only one), a private temporary folder.
+    """
+    return _cache_and_fault()[0]
 
 
 def cache_note() -> str | None:
-    """Sentence for the user about a cache that is not where it should be; None if it is there."""
-    wanted, used = _wanted_cache(), cache()
-    if used == wanted:
+    """Sentence for the user if tokenized data is not kept in its usual folder, else None."""
+    folder, fault = _cache_and_fault()
+    if fault is None:
         return None
-    place = wanted or "a cache folder without a home folder"
-    return f"{place} can't be written: tokenized data goes to {used}; set XDG_CACHE_HOME to keep it"
+    where = f"tokenized data is in {folder}; XDG_CACHE_HOME names another place"
+    return f"the usual cache can't be used ({fault}): {where}"
 
 
-def _wanted_cache() -> Path | None:
+def _cache_and_fault() -> tuple[Path, str | None]:
+    """(folder of the cache, which can be written; why it is not the usual one, else None)."""
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError:  # no HOME, and a user without a name
-        return None
-    return root / "minitune"
+        folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minitune"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder, None
+        fault = f"{folder} is not writable"
+    except OSError as error:
+        fault = f"{error.filename}: {error.strerror}"
+    except InputError:
+        fault = "the home folder is unknown"
+    return _private_temporary_folder(), fault
 
 
-def _can_be_written(path: Path) -> bool:
-    """True if files can be made in a folder, or in the one in which it would be made."""
-    for place in (path, *path.absolute().parents):
-        if os.path.lexists(place):
-            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    return False
-
-
-def _temporary_cache() -> Path:
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    path = Path(tempfile.gettempdir()) / f"minitune-cache-{user}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    # Anyone may write in a temporary folder: one of another user's, or a link, is not trusted.
-    if path.is_symlink() or path.stat().st_uid != user or not os.access(path, os.W_OK):
-        return Path(tempfile.mkdtemp(prefix="minitune-cache-"))
-    return path
+def _private_temporary_folder() -> Path:
+    """Folder of this user alone; InputError for another's, who could change the data."""
+    # on Windows, which has no user numbers, each user has temporary folders of his own
+    user = os.getuid() if hasattr(os, "getuid") else "cache"
+    folder = Path(tempfile.gettempdir()) / f"minitune-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != user):
+        raise InputError(f"paths: {folder} is not yours, expected your own; set XDG_CACHE_HOME")
+    return folder
 
 
 def _root(kind: str) -> Path:

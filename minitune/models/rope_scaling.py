@@ -97,6 +97,15 @@ def frequencies(
     return f
 
 
+def border(scaling: Scaling | None) -> int | None:
+    """Length in tokens beyond which all angles of a text change at once, None if there is none.
+
+    Cached keys of a text that grows beyond it do not fit its new queries. Dynamic changes angles
+    too, but its cached keys keep theirs, as in transformers.
+    """
+    return scaling.original_max_position_embeddings if isinstance(scaling, LongRope) else None
+
+
 def magnitude(scaling: Scaling | None, max_positions: int) -> float:
     """Factor of cos and sin: 1, but for yarn and longrope."""
     if isinstance(scaling, (Yarn, LongRope)) and scaling.attention_factor is not None:

@@ -5,11 +5,11 @@ from time import perf_counter
 
 import msgspec
 
-from minitune.io.paths import cache_note
 from minitune.io.results import Record
-from minitune.programs import log, save_paths
+from minitune.programs import log, save_paths, wandb_tracker
 from minitune.programs.allocator import keep_freed
-from minitune.programs.loading import check, open_pipeline
+from minitune.programs.check import check, data_notes
+from minitune.programs.loading import open_pipeline
 from minitune.programs.program import Program, resolved
 from minitune.programs.records import summary
 from minitune.programs.report import report
@@ -27,6 +27,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     # before a folder is made or a weight is read
     check(program.model, program.data, program.stage)
     save_paths.check(program)
+    wandb_tracker.check(program.log.wandb)
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     if run.summary is not None:
@@ -35,16 +36,13 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
             _show_finished(program, run.summary, out, run.notes)
         return run.summary
     with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
-        for note in run.notes:
+        for note in (*run.notes, *data_notes(program.model, program.data)):
             out.say(note)
         return _run_stages(program, run, stop, out)
 
 
 def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> Record:
     """Content of summary.json after all stages."""
-    note = cache_note()
-    if note is not None:
-        out.say(note)
     # Whatever takes no steps is done again after a stop, so that a signal may end it anywhere.
     with stop.at_once(_steps_taken(run.records), run.folder):
         state = open_pipeline(

@@ -104,7 +104,7 @@ def _open_locked(program: Program, program_text: str, folder: Path, lock: locks.
 
 def _out_folder(path: str) -> Path:
     """Folder of all runs, made if it is not there; InputError for a path where none can be."""
-    out = paths.expanded(path)
+    out = paths.user_path(path)
     try:
         create_folder(out)
     except OSError as error:
