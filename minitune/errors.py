@@ -12,6 +12,10 @@ class InputError(ValueError):  # here and not in types: whatever imports torch t
     """Mistake in what a user wrote or pointed at; the command line prints the message alone, without a traceback."""
 
 
+class DiskFullError(InputError):
+    """Disk or quota without room for what was written; it has an exit code of its own."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """End of a message about an unknown name: "; did you mean 'rank'?", or nothing when no known name is near."""
     near = closest(name, known, 1, cutoff=0.5)

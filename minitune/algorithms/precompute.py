@@ -31,7 +31,8 @@ from minitune.types import Batch, Params, TeacherBatch, widen
 
 LAYOUT = 1  # of both caches: another number makes every cache anew
 FORWARD_TOKENS = 2**13  # tokens in a forward, padding included
-Progress = Callable[[str, int], AbstractContextManager[Any]]  # (title, total) -> a value with update(done, readings)
+# (title, total) -> a value with update(done, readings)
+StartProgress = Callable[[str, int], AbstractContextManager[Any]]
 
 
 class TopK(NamedTuple):
@@ -42,7 +43,7 @@ class TopK(NamedTuple):
 
 
 def reference_logps(
-    model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: Progress | None = None
+    model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: StartProgress | None = None
 ) -> np.ndarray:
     """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of unpaired answers and mismatched ones.
 
@@ -61,7 +62,7 @@ def reference_logps(
 
 
 def teacher_tops(
-    teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: Progress | None = None
+    teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: StartProgress | None = None
 ) -> TopK:
     """Teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
 
@@ -140,7 +141,7 @@ def _batched(lengths: np.ndarray) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _shown(progress: Progress | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _shown(progress: StartProgress | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
     if progress is None:
         yield lambda done: None
     else:

@@ -8,6 +8,7 @@ import msgspec
 
 from minitune.errors import InputError
 from minitune.io.json_file import read_json
+from minitune.io.paths import is_present
 from minitune.models.hf_multimodal import text_config
 from minitune.models.open import config_json
 
@@ -20,7 +21,7 @@ def generation_config(source: Path) -> dict[str, Any]:
     InputError if it is no JSON, or if its end tokens are no token ids.
     """
     path = source / "generation_config.json"
-    if not path.is_file():
+    if not is_present(path):
         path = source / "config.json"
         generation = {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
     else:

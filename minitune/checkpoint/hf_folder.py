@@ -1,7 +1,7 @@
 """Hugging Face folders: weights read and written, with config.json and the tokenizer's files."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -77,27 +77,51 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
                 params[name] = w if dtype is None else w.to(dtype)
 
     params |= mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)
-    missing = [name for name in shapes if name not in params]
-    if missing:
-        raise InputError(
-            f"checkpoint: {folder} lacks {missing[0]} and {len(missing) - 1} more weights that config.json calls for"
-        )
+    _require_all(folder, params, shapes)
     return {name: params[name] for name in shapes}
+
+
+def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """InputError for what `load_params` refuses and the files' headers show; no weight is read."""
+    found: set[str] = set()
+    is_packed = False
+    for path in weight_files(folder):
+        with opened_tensors(path) as file:
+            for stored in file.keys():  # noqa: SIM118
+                name = text_name(stored)
+                found.add(name or stored)
+                if name is not None and name not in shapes:
+                    is_packed = is_packed or mxfp4.whole_name(name) in shapes
+                    continue
+                if name is not None:
+                    _require_shape(file, stored, name, path, shapes[name])
+    if not is_packed:
+        _require_all(folder, found, shapes)
 
 
 def _checked_weight(file: Any, stored: str, name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """A stored tensor that is a weight of the model: known by name, of its shape, and in floating point."""
     if name not in shapes:
         raise InputError(f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?")
-    shape = tuple(file.get_slice(stored).get_shape())
-    if shape != shapes[name]:
-        raise InputError(
-            f"checkpoint: {path} holds {name} of shape {list(shape)}, expected {list(shapes[name])} from config.json"
-        )
+    _require_shape(file, stored, name, path, shapes[name])
     w = file.get_tensor(stored)
     if not w.is_floating_point():
         raise InputError(f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read")
     return w
+
+
+def _require_shape(file: Any, stored: str, name: str, path: Path, expected: Sequence[int]) -> None:
+    shape = list(file.get_slice(stored).get_shape())
+    if shape != list(expected):
+        what = f"{path} holds {name} of shape {shape}"
+        raise InputError(f"checkpoint: {what}, expected {list(expected)} from config.json")
+
+
+def _require_all(folder: Path, found: Collection[str], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        what = f"{folder} lacks {missing[0]} and {len(missing) - 1} more weights"
+        raise InputError(f"checkpoint: {what} that config.json calls for")
 
 
 def save_folder(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitune.errors import InputError
+from minitune.errors import DiskFullError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NEW, OLD, GONE = ".minitune-new", ".minitune-old", ".minitune-gone"  # ends of names that exist only while something is replaced
@@ -108,7 +108,7 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
     """InputError with the bytes needed and free if n_bytes do not fit where a path will lie."""
     free = free_bytes(path)
     if n_bytes > free:
-        raise InputError(
+        raise DiskFullError(
             f"io: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
             "some space, or choose another folder"
         )
@@ -122,7 +122,7 @@ def disk_full_is_input_error(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise InputError(
+        raise DiskFullError(
             f"io: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
             "there before is as it was. Free some space and run the same command again"
         ) from None

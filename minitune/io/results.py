@@ -78,7 +78,7 @@ def result_file(path: Path) -> Iterator[Path]:
         require_replaceable(path, "file")
         # Both contents are recorded before the replacement: after a crash, whichever lies there is known.
         before = [file_record(path)] if path.exists() else []
-        _write(_beside(path), _Marker({path.name: (*before, file_record(aside))}))
+        _write(_marker_of(path), _Marker({path.name: (*before, file_record(aside))}))
 
 
 def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
@@ -93,7 +93,7 @@ def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
     if kind == "file":
         if not path.is_file():
             raise _refused(path, "is no file")
-        if file_record(path) not in _read(_beside(path)).files.get(path.name, ()):
+        if file_record(path) not in _read(_marker_of(path)).files.get(path.name, ()):
             raise _refused(path, "was not written by an export stage, or was changed after it")
     elif not path.is_dir():
         raise _refused(path, "is a file where a folder is to be written")
@@ -112,11 +112,11 @@ def _require_earlier_save(folder: Path) -> None:
             raise _refused(folder, f"holds {entry.name}, which was changed after it was saved")
 
 
-def _refused(path: Path, found: str, advice: str = "choose another path, or move it away") -> InputError:
-    return InputError(f"results: {path} {found}, expected nothing there, or an earlier save of a run and no more; {advice}")
+def _refused(path: Path, reason: str, advice: str = "choose another path, or move it away") -> InputError:
+    return InputError(f"results: {path} {reason}, expected nothing there, or an earlier save of a run and no more; {advice}")
 
 
-def _beside(path: Path) -> Path:
+def _marker_of(path: Path) -> Path:
     """Marker of a single file."""
     return path.with_name(f".{path.name}{MARKER}")
 

@@ -36,10 +36,10 @@ def parse(text: str, what: str) -> dict[str, Any]:
     except RecursionError:
         raise InputError(f"{what}: brackets nested too deeply, expected TOML") from None
     except ValueError as error:  # tomllib's own error, and int() on a number with thousands of digits
-        found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
-        if not found:
+        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
+        if not match:
             raise InputError(f"{what}: {error}, expected TOML") from None
-        message, line, column = found.groups()
+        message, line, column = match.groups()
         line, column = (line, f"column {column}") if line else (text.count("\n") + 1, "end of file")
         raise InputError(f"{what}:{line}: {column}: {message}, expected TOML") from None
 
@@ -90,11 +90,11 @@ def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
     line, at = 1, 0
-    for found in _TOKEN.finditer(text):
-        line += text.count("\n", at, found.start())
-        at = found.start()
-        if not found.group().startswith("#"):
-            yield found.group(), line
+    for match in _TOKEN.finditer(text):
+        line += text.count("\n", at, match.start())
+        at = match.start()
+        if not match.group().startswith("#"):
+            yield match.group(), line
 
 
 def _keys(tokens: list[tuple[str, int]], i: int) -> tuple[list[str], int]:

@@ -1,6 +1,6 @@
-"""Loading of a program's model: checked without its weights, then read."""
+"""Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,19 +11,16 @@ from minitune import hardware, tree
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.generation_config import end_ids
 from minitune.checkpoint.hf_folder import load_params
-from minitune.data import preference, supervised
-from minitune.data.readers import read_rows
-from minitune.data.source import PREFERENCE_FORMATS, Source
+from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
-from minitune.io import paths
 from minitune.io.paths import locate
 from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
-from minitune.models.open import FAMILIES, open_config
 from minitune.models.open import open as models_open
+from minitune.models.open import open_config
 from minitune.programs.log import Log
-from minitune.programs.state import AbstractState, LoadedModel, PipelineStage, PipelineState
+from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
 from minitune.text.template import Template, with_options
@@ -46,31 +43,18 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
 
 
-def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[PipelineStage]) -> list[str]:
-    """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
-    abstract = abstract_state(source, AbstractState(sources, Model(FAMILIES["llama"], None), {}))
-    folder = _tokenizer_folder(source)
-    template = _template(source, folder, tokenizer.open_tokenizer(folder))
-    n_params = sum(w.numel() for w in abstract.params.values())
-    lines = [f"model: {n_params:,} parameters, vocabulary {abstract.model.config.vocab_size:,}, template: {template.origin}"]
-    for name, data in sources.items():
-        located = data.with_paths(locate)
-        next(iter(read_rows(Path(located.path))))
-        for part in located.parts():
-            with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {located.path}")
-    for stage in stages:
-        abstract = stage.check(abstract)
-        lines.append(f"stage: {stage.label}")
-    return lines
-
-
 def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractState:
     """Abstract state with another model; InputError where its folder, tokenizer or device does not fit."""
     if source.path in abstract.saved:
-        model = abstract.saved[str(source.path)]
+        saved = abstract.saved[str(source.path)]
+        model, text, template = saved.model, saved.tokenizer, saved.template
     else:
-        model = _checked_model(source)
+        model, text, template = _checked_model(source), None, None
+    if text is None or template is None or source.tokenizer is not None:
+        folder = _tokenizer_folder(source)
+        text = tokenizer.open_tokenizer(folder)
+        template = open_template(folder, text)
+    template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
 
     # The same shapes on the meta device: stages that follow match names and shapes, and no weight is read.
@@ -89,6 +73,8 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         whole=frozenset(trainable) - adapted,
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
+        tokenizer=text,
+        template=template,
     )
 
 
@@ -145,20 +131,15 @@ def open_pipeline(
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
 ) -> PipelineState:
-    """Load (or draw) the model and its tokenizer, and tokenize the data: the state before the first stage.
+    """Load (or draw) the model and its tokenizer: the state before the first stage.
 
     tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is the one setting of torch
     that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    place = _tokenizer_folder(source)
-    text = tokenizer.open_tokenizer(place)
-    template = _template(source, place, text)
-    # Every line of the data is read before a weight is: a bad one costs seconds, not a run.
-    for data in located.values():
-        prepare = preference.prepare if data.format in PREFERENCE_FORMATS else supervised.prepare
-        prepare(data, text, template, paths.cache())
+    if note := paths.cache_note():
+        log.say(note)
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)

@@ -1,9 +1,7 @@
 """Output of a run: lines and a progress bar on the terminal, rows in metrics.jsonl, and wandb where the program asks for it."""
 
-import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from minitune.errors import InputError, nearest
 from minitune.io.atomic import write_atomic
+from minitune.programs.wandb_tracker import WandbConfig, WandbRun
 from minitune.types import PositiveInt
 
 Number = float | int
@@ -28,7 +26,7 @@ LINE_EVERY_SHARE = 0.05  # or after this share of the steps, whichever comes fir
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of what is logged beyond the terminal. wandb: keywords of wandb.init; every: steps between two rows of metrics."""
 
-    wandb: dict[str, Any] | None = None
+    wandb: WandbConfig | None = None
     every: PositiveInt = 1
 
 
@@ -49,19 +47,21 @@ class Log:
         self._config = config
         self._program = program
         self._console = console or Console()
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._stage, self._n_before = "", 0
 
     def __enter__(self) -> "Log":
         if self._config.wandb is not None:
-            self._wandb = _wandb_run(self._path.parent, self._config.wandb, self._program)
+            self._wandb = WandbRun(self._path.parent, self._config.wandb, self._program)
         self._file = self._reopened(keep=lambda stage, step: True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+            fault = self._wandb.finish(exit_code=0 if error is None else 1)
+            if fault is not None:
+                self.say(f"wandb did not finish ({fault}); metrics.jsonl has every row")
 
     def say(self, text: str) -> None:
         """One plain line on the terminal."""
@@ -89,7 +89,10 @@ class Log:
             global_step = self._n_before + step
             group = f"adapter-{values['adapter']}/" if "adapter" in values else ""  # of a sweep: wandb draws each group apart
             named = {f"{group}{name}": value for name, value in values.items()}
-            self._wandb.log({"global_step": global_step, **named}, step=global_step)
+            fault = self._wandb.log(global_step, {"global_step": global_step, **named})
+            if fault is not None:
+                self.say(f"wandb takes no more rows ({fault}); training goes on, metrics.jsonl has them")
+                self._wandb = None
 
     def rewind(self, step: int) -> None:
         """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""
@@ -148,29 +151,6 @@ class _Lines(Progress):
         left_s = (now - self._started) / max(step - self._done, 1) * (self._total - step)
         minutes, seconds = divmod(round(left_s), 60)
         self._log.say(f"{self._title} {step}/{self._total}  {readings(values)}  {minutes}:{seconds:02} left")
-
-
-def _wandb_run(folder: Path, keywords: Mapping[str, Any], program: Mapping[str, Any]) -> Any:
-    """Run of wandb with the program as its config; a run that is continued keeps its id."""
-    import wandb  # slow to import, and only for those who ask for it
-
-    known = list(inspect.signature(wandb.init).parameters)
-    for name in keywords:
-        if name not in known:
-            raise InputError(f"log: wandb.{name} is unknown, expected a keyword of wandb.init{nearest(name, known)}")
-    config = keywords.get("config", {})
-    if not isinstance(config, Mapping):
-        raise InputError(f"log: wandb.config is {config!r}, expected a table; the program's own keys are added to it")
-    id_file = folder / "wandb-id"
-    ours: dict[str, Any] = {
-        "name": program.get("name"),
-        "dir": os.environ.get("WANDB_DIR", str(folder)),
-        "id": id_file.read_text("utf-8") if id_file.exists() else None,
-        "resume": "allow",
-    }
-    run = wandb.init(**{**ours, **keywords, "config": {**program, **config}})
-    write_atomic(id_file, run.id.encode())
-    return run
 
 
 def _rows(path: Path) -> Iterator[tuple[str, int, bytes]]:

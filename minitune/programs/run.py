@@ -6,9 +6,10 @@ from time import perf_counter
 import msgspec
 
 from minitune.io.results import Record
-from minitune.programs import log, save_paths
+from minitune.programs import log, save_paths, wandb_tracker
 from minitune.programs.allocator import keep_freed
-from minitune.programs.loading import check, open_pipeline
+from minitune.programs.check import check, data_notes
+from minitune.programs.loading import open_pipeline
 from minitune.programs.program import Program, resolved
 from minitune.programs.report import report
 from minitune.programs.run_folder import open_run, write_record
@@ -24,10 +25,11 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     keep_freed()
     check(program.model, program.data, program.stage)  # before a folder is made or a weight is read
     save_paths.check(program)
+    wandb_tracker.check(program.log.wandb)
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
-        for note in run.notes:
+        for note in (*run.notes, *data_notes(program.model, program.data)):
             out.say(note)
         state = open_pipeline(program.model, program.data, program.seed, run.folder, out, stopping, run.records, program.tf32)
         for stage in program.stage:

@@ -59,7 +59,7 @@ def open_run(program: Program, *, program_text: str) -> Run:
     Nothing is ever deleted. InputError when another trainer holds the folder, when it is no run folder, when its inputs
     changed since it began, and when resume = true finds nothing to continue.
     """
-    out = Path(program.out).expanduser()
+    out = paths.user_path(program.out)
     out.mkdir(parents=True, exist_ok=True)
     folder = out / program.name
     lock = _lock(out / f".{program.name}.lock", folder)  # not inside the folder, which may be moved aside

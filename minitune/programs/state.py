@@ -12,9 +12,9 @@ from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.log import Log
 from minitune.quant.rules import Quantization
-from minitune.text import tokenizer
 from minitune.text.chat import stop_ids
 from minitune.text.template import Template
+from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params, Trainable
 
 
@@ -34,7 +34,7 @@ class LoadedModel(NamedTuple):
     stored: Mapping[str, Tensor]  # the dense weights in the dtype of the disk, which is what a save goes back to
     source: Path | None  # the Hugging Face folder that the weights came from
     tokenizer_folder: Path
-    tokenizer: tokenizer.Tokenizer
+    tokenizer: Tokenizer
     template: Template
     lora: Lora | None
     trainable: Trainable
@@ -69,6 +69,14 @@ class PipelineState(NamedTuple):
         return self._replace(loaded=self.loaded._replace(**changes))
 
 
+class SavedModel(NamedTuple):
+    """Model that a stage will have written, with what its folder will hold for texts."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+    template: Template | None
+
+
 class AbstractState(NamedTuple):
     """State as it is known before a weight is loaded: each stage checks itself against it and returns the next."""
 
@@ -81,7 +89,16 @@ class AbstractState(NamedTuple):
     quantized: frozenset[str] = frozenset()
     trained_over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
     merged: bool = False  # weights have changed since they were loaded, so that no folder holds them
-    saved: Mapping[str, Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written
+    # by run/... path: the models that stages before will have written
+    saved: Mapping[str, SavedModel] = MappingProxyType({})
+    tokenizer: Tokenizer | None = None  # of the model; None before there is one
+    template: Template | None = None
+
+    def text(self) -> tuple[Tokenizer, Template]:
+        """Tokenizer and chat template of the model."""
+        assert self.tokenizer is not None, "a program has a model before its first stage"
+        assert self.template is not None, "a tokenizer comes with a template"
+        return self.tokenizer, self.template
 
 
 @runtime_checkable
@@ -99,4 +116,16 @@ class PipelineStage(Protocol):
 
     def run(self, state: PipelineState) -> PipelineState:
         """State after this stage."""
+        ...
+
+
+@runtime_checkable
+class DataStage(Protocol):
+    """Stage that reads a [data] table, which is tokenized for it before a weight is read."""
+
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the data that the stage will use, given the state before it.
+
+        InputError for a row that would stop the stage. Tokens stay in the cache for it.
+        """
         ...

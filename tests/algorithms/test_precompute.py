@@ -208,24 +208,24 @@ def test_nothing_is_left_of_a_computation_that_dies(tmp_path: Path, monkeypatch:
 
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
+    reports: list[Any] = []
 
     class Bar:
         def update(self, done: int, readings: dict[str, float]) -> None:
-            told.append((done, readings))
+            reports.append((done, readings))
 
     @contextmanager
     def progress(title: str, total: int) -> Iterator[Bar]:
-        told.append((title, total))
+        reports.append((title, total))
         yield Bar()
-        told.append("closed")
+        reports.append("closed")
 
     monkeypatch.setattr(precompute, "FORWARD_TOKENS", 10)
     reference_logps(MODEL, ADAPTED, random_pairs([5, 3, 4, 8, 2, 2], False), SOURCE, tmp_path, progress)
-    assert told == [("reference log-probs", 3), (1, {}), (3, {}), "closed"]
-    told = []
+    assert reports == [("reference log-probs", 3), (1, {}), (3, {}), "closed"]
+    reports = []
     teacher_tops(TEACHER, random_dataset([5, 3, 4]), 2, 1.0, tmp_path, progress)
-    assert told == [("teacher", 3), (2, {}), (3, {}), "closed"]
+    assert reports == [("teacher", 3), (2, {}), (3, {}), "closed"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"", None], ids=["cut", "empty", "gone"])
@@ -279,16 +279,21 @@ def test_a_folder_is_known_by_its_config_headers_and_samples(tmp_path: Path) -> 
     big = torch.arange(5000.0)
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
 
-    def seen(**tensors: torch.Tensor) -> str:
+    def fingerprint_of(**tensors: torch.Tensor) -> str:
         save_file({"x": big, "y": torch.ones(3, dtype=torch.bfloat16), **tensors}, tmp_path / "model.safetensors")
         return folder_fingerprint(tmp_path)
 
-    known = seen()
-    assert seen() == known
+    known = fingerprint_of()
+    assert fingerprint_of() == known
     changes = [big.index_put((torch.tensor(i),), torch.tensor(-1.0)) for i in (0, 2600, 4999)]
-    prints = {known, *(seen(x=x) for x in changes), seen(y=torch.zeros(3, dtype=torch.bfloat16)), seen(z=torch.ones(1))}
+    prints = {
+        known,
+        *(fingerprint_of(x=x) for x in changes),
+        fingerprint_of(y=torch.zeros(3, dtype=torch.bfloat16)),
+        fingerprint_of(z=torch.ones(1)),
+    }
     assert len(prints) == 6
-    seen()
+    fingerprint_of()
     (tmp_path / "config.json").write_text(json.dumps({"a": 2}), encoding="utf-8")
     assert folder_fingerprint(tmp_path) not in prints
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")

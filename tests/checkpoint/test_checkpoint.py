@@ -49,9 +49,9 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 
 
 def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: Any) -> None:
-    told = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
-    beside = checkpoint.FolderExtras(**{"tokenizer": tokenizer, "stop_ids": [3], **told})
-    checkpoint.save_folder(folder, params, model, beside, **options)
+    fields = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
+    extras = checkpoint.FolderExtras(**{"tokenizer": tokenizer, "stop_ids": [3], **fields})
+    checkpoint.save_folder(folder, params, model, extras, **options)
 
 
 @settings(max_examples=8)
@@ -70,9 +70,9 @@ def test_what_is_saved_loads_in_transformers_with_the_same_logits(
     with torch.no_grad():
         wanted = hf.eval()(tokens).logits
     # on a processor that does not multiply bfloat16 the logits are float32
-    found = Model(llama.FAMILY, config).forward(params, tokens).float()
+    logits = Model(llama.FAMILY, config).forward(params, tokens).float()
     torch.testing.assert_close(
-        found, wanted.float(), rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1
+        logits, wanted.float(), rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1
     )
     assert models.open(folder).config == config
     back = checkpoint.load_params(folder, shapes(config))
@@ -187,8 +187,8 @@ def test_a_folder_without_generation_config_goes_on_stopping_where_its_config_sa
     save_reference(SMALL, params, tmp_path / "source")
     (tmp_path / "source/generation_config.json").unlink()
     config = json.loads((tmp_path / "source/config.json").read_text(encoding="utf-8"))
-    for found, wanted in (([5, 7], [5, 7, 2]), (5, [5, 7, 2]), (None, [7, 2]), (7, [7, 2])):
-        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": found}), encoding="utf-8")
+    for in_config, wanted in (([5, 7], [5, 7, 2]), (5, [5, 7, 2]), (None, [7, 2]), (7, [7, 2])):
+        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": in_config}), encoding="utf-8")
         save(tmp_path / "out", params, tokenizer_folder, source=tmp_path / "source", stop_ids=[7, 2])
         assert json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8")) == {"eos_token_id": wanted}
 
@@ -535,18 +535,18 @@ def test_a_small_disk_keeps_what_it_holds(n_kib: int, tmp_path: Path) -> None:
     if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        state, steps, told = {"w": torch.arange(3072.0)}, [], []
+        state, steps, errors = {"w": torch.arange(3072.0)}, [], []
         for step in range(1, 5):
             try:
                 checkpoint.save_state(disk, step, state, {}, keep=3)
                 steps.append(step)
             except InputError as error:
-                told.append(str(error))
-            found = checkpoint.list_states(disk)
-            assert [checkpoint.load_state(path, state)[1]["step"] for path in found] == steps[-3:]
-            assert all(torch.equal(checkpoint.load_state(path, state)[0]["w"], state["w"]) for path in found)
-        assert all(re.search(r"needs 12,288 bytes .* has [\d,]+ free|does not fit on its disk", line) for line in told)
-        assert (told == []) == (n_kib >= 128)
+                errors.append(str(error))
+            states = checkpoint.list_states(disk)
+            assert [checkpoint.load_state(path, state)[1]["step"] for path in states] == steps[-3:]
+            assert all(torch.equal(checkpoint.load_state(path, state)[0]["w"], state["w"]) for path in states)
+        assert all(re.search(r"needs 12,288 bytes .* has [\d,]+ free|does not fit on its disk", line) for line in errors)
+        assert (errors == []) == (n_kib >= 128)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -137,8 +137,8 @@ def read_text(folder: Path) -> None:
 
 def read_adapter(folder: Path) -> None:
     shapes = MODEL.shapes()
-    rule, found, _ = load_adapter(folder, names=shapes)
-    check_deltas({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, found, str(folder))
+    rule, deltas, _ = load_adapter(folder, names=shapes)
+    check_deltas({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, deltas, str(folder))
     assert isinstance(rule, Lora)
 
 

@@ -70,9 +70,9 @@ def test_transformers_reads_the_file_with_the_same_logits(
     assert "takes token ids only" in save(tmp_path / "model.gguf", params, nothing, Types(kind), config)[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
     with torch.no_grad():
-        found = model(TOKENS).logits
+        logits = model(TOKENS).logits
     wanted = Model(llama.FAMILY, config).forward(params, TOKENS)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol * float(wanted.abs().max()))
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=atol * float(wanted.abs().max()))
 
 
 def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> None:
@@ -94,8 +94,8 @@ def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> No
             permuted = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
             assert torch.equal(data[f"blk.11.attn_{kind}.{leaf}"], permuted)
     assert torch.equal(data["blk.11.attn_v.bias"], params["model.layers.11.self_attn.v_proj.bias"])
-    found = fields(tmp_path / "model.gguf")
-    assert {key: found[key] for key in found if key.startswith(("llama.", "general."))} == {
+    metadata = fields(tmp_path / "model.gguf")
+    assert {key: metadata[key] for key in metadata if key.startswith(("llama.", "general."))} == {
         "general.architecture": "llama",
         "general.file_type": 1,
         "general.quantization_version": 2,
@@ -112,15 +112,15 @@ def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> No
         "llama.rope.freq_base": 10000.0,
         "llama.rope.dimension_count": 32,
     }
-    assert found["tokenizer.chat_template"] == "{{ x }}"
+    assert metadata["tokenizer.chat_template"] == "{{ x }}"
 
 
 def test_types_by_glob_and_what_stands_in_for_rows_that_do_not_fit(tmp_path: Path, nothing: Path) -> None:
     config = varied(CONFIG, d_model=256, d_ff=36)
     types = Types("Q4_K", {"lm_head.weight": "Q6_K", "*.1.mlp.*": "Q6_K", "*.mlp.*": "Q8_0", "*.embed_tokens.weight": "BF16"})
     notes = save(tmp_path / "model.gguf", random_params(config), nothing, types, config)
-    found = {t.name: t.tensor_type.name for t in reference.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert {name: kind for name, kind in found.items() if not name.endswith("norm.weight")} == {
+    kinds = {t.name: t.tensor_type.name for t in reference.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert {name: kind for name, kind in kinds.items() if not name.endswith("norm.weight")} == {
         "token_embd.weight": "BF16",
         "output.weight": "Q6_K",
         **{f"blk.{i}.attn_{name}.weight": "Q4_K" for i in range(2) for name in "qkv"},
@@ -139,12 +139,12 @@ def test_types_by_glob_and_what_stands_in_for_rows_that_do_not_fit(tmp_path: Pat
 def test_rope_scaling_is_written_as_llama_cpp_wants_it(name: str, tmp_path: Path, nothing: Path) -> None:
     config = varied(CONFIG, rope_scaling=SCALINGS[name])
     notes = save(tmp_path / "model.gguf", random_params(config), nothing, Types("F32"), config)
-    found, data = fields(tmp_path / "model.gguf"), dequantized(tmp_path / "model.gguf")
+    metadata, data = fields(tmp_path / "model.gguf"), dequantized(tmp_path / "model.gguf")
     frequencies = 1e4 ** -(torch.arange(16) / 16) / data.get("rope_freqs.weight", torch.ones(16))
-    frequencies = frequencies / found.get("llama.rope.scaling.factor", 1.0)
+    frequencies = frequencies / metadata.get("llama.rope.scaling.factor", 1.0)
     torch.testing.assert_close(frequencies, rope_scaling.frequencies(32, 1e4, config.rope_scaling, 1, 64))
     assert ("rope_freqs.weight" in data) == (name == "llama3")
-    assert found.get("llama.rope.scaling.type") == ("linear" if name == "linear" else None)
+    assert metadata.get("llama.rope.scaling.type") == ("linear" if name == "linear" else None)
     assert [n for n in notes if "RoPE" in n] == ["dynamic RoPE scaling left out: llama.cpp is right up to 64 tokens"] * (
         name == "dynamic"
     )
@@ -235,9 +235,9 @@ def test_simple_types_are_the_bytes_of_the_gguf_package(seed: int, n_rows: int, 
     w = w.round() if ties else w
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         wanted = reference.quants.quantize(w.numpy(), GGMLQuantizationType[kind])
-        found = gguf_blocks.encode(w, kind)
-        assert found.numpy().tobytes() == wanted.tobytes(), kind
-        assert found.shape == (n_rows, w.shape[1] // gguf_blocks.TYPES[kind].block * gguf_blocks.TYPES[kind].n_bytes)
+        encoded = gguf_blocks.encode(w, kind)
+        assert encoded.numpy().tobytes() == wanted.tobytes(), kind
+        assert encoded.shape == (n_rows, w.shape[1] // gguf_blocks.TYPES[kind].block * gguf_blocks.TYPES[kind].n_bytes)
 
 
 def half(data: bytes) -> float:
@@ -276,10 +276,10 @@ def slow_q6_k(data: bytes) -> list[float]:
 def test_k_types_are_read_by_the_gguf_package_and_lose_at_most_a_step(seed: int, spread: float) -> None:
     w = blocks(seed, 3, 512, spread)
     for kind, slow in (("Q4_K", slow_q4_k), ("Q6_K", slow_q6_k)):
-        found = gguf_blocks.encode(w, kind)
-        back = torch.from_numpy(reference.quants.dequantize(found.numpy(), GGMLQuantizationType[kind]))
+        encoded = gguf_blocks.encode(w, kind)
+        back = torch.from_numpy(reference.quants.dequantize(encoded.numpy(), GGMLQuantizationType[kind]))
         n_bytes = gguf_blocks.TYPES[kind].n_bytes
-        values = [v for block in found.reshape(-1, n_bytes) for v in slow(bytes(block.tolist()))]
+        values = [v for block in encoded.reshape(-1, n_bytes) for v in slow(bytes(block.tolist()))]
         torch.testing.assert_close(back.flatten(), torch.tensor(values), rtol=1e-6, atol=1e-30)
         subs, error = w.view(6, -1, 32 if kind == "Q4_K" else 16), (back - w).abs().view(6, -1, 32 if kind == "Q4_K" else 16)
         if kind == "Q4_K":  # a step of the sub-block, and a 63rd of the block's largest step and minimum

@@ -85,48 +85,48 @@ def exported(folder: Path, n_rows: int) -> tuple[dict[str, Any], list[str]]:
 
 def test_sentencepiece_pieces_scores_and_kinds(tmp_path: Path) -> None:
     folder = sentencepiece_folder(tmp_path)
-    found, notes = exported(folder, 400)
+    metadata, notes = exported(folder, 400)
     assert notes == []
     pieces = [(text.decode(), score, int(kind)) for text, score, kind in SentencePieceVocab(folder).all_tokens()]
     added = [(text, -1000.0, 3) for text in CHAT_TOKENS]
     unused = [(f"[PAD{i}]", -1000.0, 5) for i in range(386, 400)]
-    columns = (found[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    columns = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
     assert list(zip(*columns, strict=True)) == [*pieces, *added, *unused]
     assert {
-        name: found[f"tokenizer.ggml.{name}"] for name in ("model", "add_space_prefix", "add_bos_token", "add_eos_token")
+        name: metadata[f"tokenizer.ggml.{name}"] for name in ("model", "add_space_prefix", "add_bos_token", "add_eos_token")
     } == {
         "model": "llama",
         "add_space_prefix": True,
         "add_bos_token": True,
         "add_eos_token": False,
     }
-    ids = {name: found.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding", "eot")}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding", "eot")}
     assert ids == {"bos": 1, "eos": 2, "unknown": 0, "padding": None, "eot": 381}
-    assert found["tokenizer.chat_template"] == "{{ bos_token }}"
+    assert metadata["tokenizer.chat_template"] == "{{ bos_token }}"
 
 
 def test_user_defined_pieces_and_a_model_without_a_dummy_prefix(tmp_path: Path) -> None:
-    found, _ = exported(sentencepiece_folder(tmp_path, ("<user>", "\u2581\u2581"), add_prefix_space=False), 386)
-    kinds = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
+    metadata, _ = exported(sentencepiece_folder(tmp_path, ("<user>", "\u2581\u2581"), add_prefix_space=False), 386)
+    kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
     assert (kinds["<user>"], kinds["  "], kinds["<s>"], kinds["<unk>"], kinds["<0x0A>"]) == (4, 4, 3, 2, 6)
-    assert found["tokenizer.ggml.add_space_prefix"] is False
+    assert metadata["tokenizer.ggml.add_space_prefix"] is False
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_byte_level_tokenizers_come_back_with_the_same_ids(name: str, tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path, CUTS[name], normalizers.NFC() if name == "qwen2" else None)
     ours = open_tokenizer(folder)
-    found, notes = exported(folder, ours.vocab_size + 3)
+    metadata, notes = exported(folder, ours.vocab_size + 3)
     assert notes == []
-    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", name)
+    assert (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) == ("gpt2", name)
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    assert found["tokenizer.ggml.merges"] == [" ".join(merge) for merge in spec["model"]["merges"]]
-    tokens = found["tokenizer.ggml.tokens"]
+    assert metadata["tokenizer.ggml.merges"] == [" ".join(merge) for merge in spec["model"]["merges"]]
+    tokens = metadata["tokenizer.ggml.tokens"]
     assert all(tokens[i] == text for text, i in spec["model"]["vocab"].items())
-    kinds = dict(zip(tokens, found["tokenizer.ggml.token_type"], strict=True))
+    kinds = dict(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
     assert [kinds[text] for text in (*CHAT_TOKENS, "two apples", "a")] == [*[3] * len(CHAT_TOKENS), 4, 1]
     assert tokens[-3:] == [f"[PAD{i}]" for i in range(ours.vocab_size, ours.vocab_size + 3)]
-    assert "tokenizer.ggml.scores" not in found
+    assert "tokenizer.ggml.scores" not in metadata
 
 
 LACKING = {
@@ -140,9 +140,9 @@ LACKING = {
 @pytest.mark.parametrize("name", LACKING)
 def test_what_llama_cpp_lacks_is_left_out_and_said(name: str, tmp_path: Path) -> None:
     write, message = LACKING[name]
-    found, notes = exported(write(tmp_path), 500)
-    assert found["tokenizer.ggml.model"] == "none"
-    assert not any(key.startswith("tokenizer.ggml.") for key in found.keys() - {"tokenizer.ggml.model"})
+    metadata, notes = exported(write(tmp_path), 500)
+    assert metadata["tokenizer.ggml.model"] == "none"
+    assert not any(key.startswith("tokenizer.ggml.") for key in metadata.keys() - {"tokenizer.ggml.model"})
     assert len(notes) == 1
     assert message in notes[0]
     assert "takes token ids only" in notes[0]

@@ -31,25 +31,25 @@ def test_a_lock_is_refused_with_its_holder_and_freed_by_the_holders_death(tmp_pa
 
 
 def test_a_lock_can_be_waited_for(tmp_path: Path) -> None:
-    path, told = tmp_path / "lock", []
+    path, events = tmp_path / "lock", []
     first = locks.acquire(path)
     waiting = threading.Event()
 
     def wait(holder: str) -> None:
-        told.append(holder)
+        events.append(holder)
         waiting.set()
 
     def second() -> None:
         with locks.acquire(path, wait):
-            told.append("acquired")
+            events.append("acquired")
 
     thread = threading.Thread(target=second)
     thread.start()
     assert waiting.wait(60)
-    assert len(told) == 1
+    assert len(events) == 1
     first.close()
     thread.join(60)
-    assert told[1:] == ["acquired"]
+    assert events[1:] == ["acquired"]
 
 
 def test_a_holder_that_left_no_name_is_another_process(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.program import Program
 from minitune.programs.stages.adapt import LoraStage
+from minitune.programs.wandb_tracker import WandbConfig
 
 pytestmark = pytest.mark.fast
 
@@ -151,7 +152,7 @@ def test_overrides_are_typed_by_the_structs(load) -> None:
     assert loaded.data["train"].seq_len == 17
     assert (loaded.data["held"].path, loaded.data["held"].format) == ("held=out.jsonl", "text")
     assert loaded.model.path == "a b"
-    assert loaded.log == LogConfig(wandb={"project": "p", "tags": ["a"], "mode": "offline"}, every=10)
+    assert loaded.log == LogConfig(wandb=WandbConfig(project="p", tags=["a"], mode="offline"), every=10)
 
 
 def test_an_override_is_one_value_and_never_more_toml(load) -> None:
@@ -232,6 +233,12 @@ loras = st.builds(
     alpha=st.floats(allow_nan=False, allow_infinity=False),
     targets=st.lists(words, max_size=3).map(tuple),
 )
+wandb_configs = st.builds(
+    WandbConfig,
+    project=st.none() | words,
+    tags=st.none() | st.lists(words, max_size=2),
+    config=st.none() | st.dictionaries(words, json_values, max_size=3),
+)
 programs = st.builds(
     Program,
     name=names,
@@ -247,7 +254,7 @@ programs = st.builds(
     stage=st.lists(names, min_size=1, max_size=3, unique_by=str.casefold).flatmap(
         lambda names: st.tuples(*(loras.map(lambda lora, name=name: msgspec.structs.replace(lora, name=name)) for name in names))
     ),
-    log=st.builds(LogConfig, wandb=st.none() | st.dictionaries(words, json_values, max_size=3), every=st.integers(1, 2**40)),
+    log=st.builds(LogConfig, wandb=st.none() | wandb_configs, every=st.integers(1, 2**40)),
 )
 
 

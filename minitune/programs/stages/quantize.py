@@ -15,6 +15,7 @@ from minitune.io import paths
 from minitune.io.atomic import atomic_file
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.batches import tokenized
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme
@@ -56,6 +57,12 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 kind = "nf4" if isinstance(odd[0], NF4) else "float8"
                 raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
         return abstract._replace(quantized=abstract.quantized | names)
+
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the calibration data; InputError for a row that can't be tokenized."""
+        if not isinstance(self.method, gptq.Gptq):
+            return []
+        return [tokenized(abstract, self.method.data).description]
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with quantized leaves in its params; the record holds bytes before and after."""

@@ -37,7 +37,7 @@ class TrainingStage(Protocol):
         ...
 
     @property
-    def steps(self) -> int:
+    def n_steps(self) -> int:
         """Optimizer steps in all."""
         ...
 
