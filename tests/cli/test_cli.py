@@ -21,8 +21,7 @@ from minitune.errors import InputError
 from minitune.io import paths, toml
 from minitune.programs import check as check_module
 from minitune.programs import program, run
-from minitune.programs.signals import StopSignals
-from minitune.programs.state import Stopped
+from minitune.programs.signals import Stopped, StopSignals
 from support.paths import ROOT
 from support.scripts import run_script
 

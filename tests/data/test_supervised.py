@@ -26,6 +26,7 @@ from minitune.data.supervised import Dataset, batches, prepare, take
 from minitune.data.token_store import Report
 from minitune.errors import InputError
 from minitune.io import paths
+from minitune.io.checksums import CHECKSUMS, write_checksums
 from minitune.programs.program import load
 from minitune.programs.stages.train import Train
 from minitune.text.chat import CHATML, encode_chat, encode_prompt, open_template
@@ -327,13 +328,14 @@ def test_a_cache_that_another_process_finished_first_is_used(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "mask.npy", "offsets.npy", "file.npy", "report.json"])
-def test_a_damaged_cache_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_made_again(name: str, tmp_path: Path) -> None:
     source = Source(str(instruct_file(tmp_path, [3, 4, 5])), "instruct", 61)
-    prepared(tmp_path, source)
+    tokens = prepared(tmp_path, source).tokens.tolist()
     (file,) = (tmp_path / "cache").glob(f"*/{name}")
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(InputError, match=r"data: .* is damaged \(.*\), expected a token cache; delete the folder"):
-        prepared(tmp_path, source)
+    content = file.read_bytes()
+    file.write_bytes(content[:-3])
+    assert prepared(tmp_path, source).tokens.tolist() == tokens
+    assert file.read_bytes() == content
 
 
 def test_a_cache_with_arrays_of_other_sizes_is_refused(tmp_path: Path) -> None:
@@ -341,6 +343,8 @@ def test_a_cache_with_arrays_of_other_sizes_is_refused(tmp_path: Path) -> None:
     prepared(tmp_path, source)
     (file,) = (tmp_path / "cache").glob("*/mask.npy")
     np.save(file, np.ones(2, dtype=np.bool_))
+    (file.parent / CHECKSUMS).unlink()
+    write_checksums(file.parent, file.parent.iterdir())
     with pytest.raises(InputError, match=r"is damaged \(arrays of \d+, 2, 4, 3 entries, not"):
         prepared(tmp_path, source)
 
