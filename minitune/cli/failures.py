@@ -4,12 +4,12 @@ import errno
 import os
 from typing import NamedTuple
 
-from minitune.errors import DiskFullError, InputError
+from minitune.errors import DiskFullError, InputError, cut
 from minitune.io.atomic import NO_ROOM
 
 DONE, BUG, REFUSED, DISK_FULL = 0, 1, 2, 3
 INTERRUPTED, OUTPUT_CLOSED = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as a shell counts them
-PATH_CHARACTERS = 200  # of a path in a message
+REASON_CHARACTERS = 200
 REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
@@ -73,10 +73,8 @@ def _system_failure(error: OSError) -> Failure:
 def _shown(name: str | bytes | int) -> str:
     """Path as a message shows it: cut in the middle where it is long, on one line."""
     text = f"file descriptor {name}" if isinstance(name, int) else os.fsdecode(name)
-    if len(text) > PATH_CHARACTERS:
-        text = f"{text[: PATH_CHARACTERS // 2]}...{text[-PATH_CHARACTERS // 2 :]}"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut(text))
 
 
 def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0][:PATH_CHARACTERS]
+    return (text.strip().splitlines() or [""])[0][:REASON_CHARACTERS]

@@ -9,7 +9,7 @@ from typing import NamedTuple, Never
 
 from minitune.cli.guesses import hint
 from minitune.cli.options import typed_name
-from minitune.errors import InputError, nearest
+from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
 HELP_WORDS = ("--help", "-h")
@@ -250,12 +250,12 @@ def program_file(name: str) -> Path:
     path = paths.program_file(name)
     if path.is_file():
         return path
-    what = f"{_cut(name)} is no file, no verb and no shipped program"
+    what = f"{cut(name)} is no file, no verb and no shipped program"
     known_elsewhere = hint(name, typed_name())
     if known_elsewhere is not None:
         refuse(f"{what}; {known_elsewhere}")
     if path.is_dir():
-        place = _cut(name)
+        place = cut(name)
         refuse(f"{place} is a folder, expected a program; write PROGRAM model.path={place}")
     known = [*VERBS, *paths.shipped()]
     near = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)
@@ -268,10 +268,6 @@ def _program_of(verb: str, words: Sequence[str]) -> Path:
     if not words:
         refuse(f"{verb} without a program, expected {VERBS[verb].usage}")
     return program_file(words[0])
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def refuse(message: str) -> Never:

@@ -87,6 +87,7 @@ KEYS = (
     ("train.evaluate.patience", "",
         "early_stopping_patience load_best_model_at_end early_stopping"),
     ("train.save_every", "steps", "save_steps save_interval save_strategy checkpoint_interval"),
+    ("train.keep", "saved states on the disk", "save_total_limit keep_last_n_checkpoints"),
     ("train.loss.beta", "", "beta dpo_beta kl_beta rl_beta"),
     ("train.loss", 'loss = { kind = "dpo" }', "loss_type pref_loss rl loss_fn"),
     ("train.teacher.path", "", "teacher_model_name_or_path teacher_model teacher_model_path"),
