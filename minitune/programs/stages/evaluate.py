@@ -7,6 +7,7 @@ from minitune.checkpoint.tensors import model_bytes
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.data.supervised import batches, prepare
+from minitune.errors import InputError
 from minitune.inference.generate import answers
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import token_metrics
@@ -63,10 +64,14 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
 
     def _answer(self, state: PipelineState, source: Source) -> dict[str, Any]:
         questions = prompts(source, state.loaded.tokenizer, state.loaded.template)[: self.limit]
+        questions = [prompt for prompt in questions if prompt.target is not None]
+        if not questions:
+            found = f"{self.label}: {source.path} has no answers"
+            raise InputError(f"{found}, expected some to compare with; add them or use generate")
         ids = [prompt.ids for prompt in questions]
         replies = answered(state, self.label, ids, Sampling(), self.batch_size, self.max_new_tokens, ())
         pairs = list(zip(questions, replies, strict=True))
-        n_right = sum(reply.strip() == prompt.reference.strip() for prompt, reply in pairs)
+        n_right = sum(reply.strip() == str(prompt.target).strip() for prompt, reply in pairs)
         samples = [
             {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "answer": reply}
             for prompt, reply in pairs[: self.samples]
