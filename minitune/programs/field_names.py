@@ -89,6 +89,7 @@ KEYS = (
     ("train.save_every", "steps", "save_steps save_interval save_strategy checkpoint_interval"),
     ("train.keep", "saved states on the disk", "save_total_limit keep_last_n_checkpoints"),
     ("train.loss.beta", "", "beta dpo_beta kl_beta rl_beta"),
+    ("train.loss.label_smoothing", "", "label_smoothing_factor label_smoothing"),
     ("train.loss", 'loss = { kind = "dpo" }', "loss_type pref_loss rl loss_fn"),
     ("train.teacher.path", "", "teacher_model_name_or_path teacher_model teacher_model_path"),
     ("generate.sampling", "sampling = { temperature = 0.7, top_p = 0.9 }",

@@ -33,7 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
 TARGETS = {
     "instruct": ["7<|end|>"],
     "chat": ["7<|end|>", "{}<|end|>"],
-    "text": ["Ten planks.</s>"],  # nothing predicts the first token
+    "text": ["en planks.</s>"],  # the demo has no bos, and nothing predicts the first token
     "pairs": ["7<|end|>", "12<|end|>"],
     "unpaired": ["7<|end|>"],
 }
