@@ -21,7 +21,7 @@ class Busy(Exception):  # noqa: N818 - not an error: whoever asks decides what f
 
 
 class Unsupported(Exception):  # noqa: N818 - not an error: whoever asks decides what follows
-    """Lack of locks in a file system: Lustre without `-o flock`, NFS without its lock daemon."""
+    """File system without locks: Lustre without `-o flock`, NFS without its lock daemon."""
 
 
 class Lock:

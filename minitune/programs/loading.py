@@ -14,7 +14,6 @@ from minitune.checkpoint.hf_folder import load_params
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
-from minitune.io import paths
 from minitune.io.paths import locate
 from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
@@ -55,7 +54,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         model, text, template = _checked_model(source), None, None
     if text is None or template is None or source.tokenizer is not None:
         folder = _tokenizer_folder(source)
-        text = tokenizer.open_tokenizer(folder)
+        text = _open_tokenizer(folder, model)
         template = open_template(folder, text)
     template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
@@ -86,14 +85,13 @@ def _checked_model(source: ModelSource) -> Model:
     model = _model(source)
     if source.path is not None:
         end_ids(locate(source.path))
-    folder = _tokenizer_folder(source)
-    text = tokenizer.open_tokenizer(folder)
-    if text.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size}; are they of two models?"
-        )
+    _open_tokenizer(_tokenizer_folder(source), model)
     return model
+
+
+def _open_tokenizer(folder: Path, model: Model) -> tokenizer.Tokenizer:
+    """Tokenizer of a folder for a model; InputError if they are of two models."""
+    return tokenizer.open_tokenizer(folder).with_rows(model.config.vocab_size, str(folder))
 
 
 def _check_device(source: ModelSource) -> None:
@@ -141,8 +139,6 @@ def open_pipeline(
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    if note := paths.cache_note():
-        log.say(note)
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)
@@ -154,7 +150,7 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
-    text = tokenizer.open_tokenizer(folder)
+    text = _open_tokenizer(folder, model)
     if path is not None:
         require_unharmed(path)
     stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
