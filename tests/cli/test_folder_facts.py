@@ -238,7 +238,7 @@ def open_log(folder: Path) -> None:
 
 
 def read_pieces(folder: Path) -> None:
-    tokenizer.open_tokenizer(folder).encode("Nine lamps.")
+    tokenizer.open_tokenizer(folder).encode("Nine lamps.", parse_special=False)
 
 
 def open_cache(folder: Path) -> None:

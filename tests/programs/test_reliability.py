@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,18 @@ import pytest
 import torch
 
 from minitune import checkpoint, host
-from minitune.errors import InputError
+from minitune.errors import DiskFullError, InputError
+from minitune.io import atomic
+from minitune.io.json_file import read_json
+from minitune.programs import records
+from minitune.programs.run_folder import Manifest
 from minitune.programs.stages.training_stage import Evaluation
 from support.faults import Faults, Killed
 from support.numbers import STAGE, Numbers, train
 from support.paths import ROOT
+from support.programs import LORA, STAGES_HEAD, TRAIN, evaluation, spawn
 
+GOLDEN = Path(__file__).parent / "golden"  # a folder for each released format, cut off after the second of three steps
 SHORT = msgspec.structs.replace(STAGE, steps=3, evaluate=Evaluation(data="heldout", every=2))
 
 
@@ -93,6 +100,35 @@ def test_every_flipped_bit_of_a_state_is_found_counters_included(n: int, tmp_pat
     assert n_found == n
 
 
+@pytest.mark.parametrize("share", [i / 15 for i in range(16)])
+def test_a_full_disk_of_any_size_keeps_the_state_before(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    like = {"w": torch.arange(3000.0), "n": torch.tensor(1)}
+    before = {**like, "w": like["w"] + 1}
+    checkpoint.save_state(tmp_path, 1, before, {})
+    free = round(share * 1.2 * 12_008)
+    monkeypatch.setattr(atomic, "free_bytes", lambda path: free)
+    if free < 12_008:
+        message = rf"step-00000002 needs 12,008 bytes for the training state, its disk has {free:,} free"
+        with pytest.raises(DiskFullError, match=message):
+            checkpoint.save_state(tmp_path, 2, like, {})
+    else:
+        checkpoint.save_state(tmp_path, 2, like, {})
+    states = checkpoint.list_states(tmp_path)
+    assert len(states) == (1 if free < 12_008 else 2)
+    assert torch.equal(checkpoint.load_state(states[0], like)[0]["w"], before["w"])
+    assert sorted(tmp_path.iterdir()) == states
+
+
+@pytest.mark.parametrize("version", [path.name for path in GOLDEN.iterdir()])
+def test_the_run_folder_of_each_released_format_is_read_and_continued(version: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / version, tmp_path / "golden"))
+    straight, continued = finished(tmp_path / "straight"), finished(folder)
+    assert continued == straight
+    assert records.read_summary(folder / "summary.json") == records.summary(records.read_records(folder / "records.json"))
+    manifest = read_json(folder / "manifest.json", Manifest, "runs", "begin afresh")
+    assert manifest.starts[-1].versions == {"minitune": version}
+
+
 @pytest.mark.soak
 def test_memory_and_descriptors_are_flat_over_many_steps(tmp_path: Path) -> None:
     descriptors = Path("/proc/self/fd")
@@ -102,3 +138,55 @@ def test_memory_and_descriptors_are_flat_over_many_steps(tmp_path: Path) -> None
     assert host.peak_bytes() - peak < 16 * 2**20
     assert len(list(descriptors.iterdir())) == n_open
     assert len(checkpoint.list_states(tmp_path / "long/checkpoints/train")) == 2
+
+
+STAGES = f"""{LORA}{TRAIN.replace("steps = 4", "steps = 30").replace("save_every = 2", "save_every = 5")}
+evaluate = {{ data = "heldout", every = 10 }}
+[[stage]]
+op = "merge"
+[[stage]]
+op = "quantize"
+scheme = {{ kind = "int4", group = 16 }}
+method = {{ kind = "gptq", data = "train", rows = 40 }}
+{evaluation("after")}
+[[stage]]
+op = "generate"
+data = "heldout"
+max_new_tokens = 20
+[[stage]]
+op = "export"
+format = "compressed-tensors"
+"""
+N_SIGNALS = int(os.environ.get("MINITUNE_SOAK_SIGNALS", "20"))
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.mark.soak
+def test_a_signal_after_any_line_of_a_program_is_survived(tiny: Path, tmp_path: Path) -> None:
+    """A program of all kinds of work stops at a signal wherever it is, and then ends as the straight one."""
+
+    def program(name: str) -> list[str]:
+        (tmp_path / f"{name}.toml").write_text(STAGES_HEAD.format(name=name, tiny=tiny) + STAGES, encoding="utf-8")
+        return [str(tmp_path / f"{name}.toml"), f"out={tmp_path}"]
+
+    def result(name: str) -> tuple[bytes, str]:
+        written = tmp_path / name / "compressed-tensors" / "model.safetensors"
+        return written.read_bytes(), (tmp_path / name / "generate.jsonl").read_text(encoding="utf-8")
+
+    with spawn(program("straight")) as straight:
+        n_lines = len(straight.communicate()[0].splitlines())
+    expected = result("straight")
+    for i in range(N_SIGNALS):
+        name, number = f"p{i}", SIGNALS[i % len(SIGNALS)]
+        with spawn(program(name)) as stopped:
+            assert stopped.stdout is not None
+            for _ in range(1 + i * n_lines // N_SIGNALS):
+                stopped.stdout.readline()
+            stopped.send_signal(number)
+            _, errors = stopped.communicate()
+        assert stopped.returncode in (0, 128 + number, -number), errors  # the last before its handlers stand
+        assert "Traceback" not in errors
+        with spawn(program(name)) as again:
+            again.communicate()
+        assert again.returncode == 0
+        assert result(name) == expected

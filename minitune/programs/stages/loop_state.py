@@ -114,7 +114,7 @@ def decode(meta: Mapping[str, Any], begin: LoopState, path: Path) -> LoopState:
     """
     try:
         loop = msgspec.convert(meta.get("loop"), LoopState)
-    except msgspec.ValidationError as error:
+    except (ValueError, msgspec.ValidationError) as error:
         raise _unfit(path, str(error)) from None
     for name in ("cursors", "nats", "best_nats", "best_step", "n_skipped"):
         n_saved, n_wanted = len(getattr(loop, name)), len(getattr(begin, name))

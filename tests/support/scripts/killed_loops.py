@@ -65,9 +65,7 @@ def child(folder: Path, reports: int) -> int:
 def main(root: Path, n: int, seed: int) -> dict[str, int]:
     """Counts of what was seen over n kills."""
     terminal = sys.stdout
-    started = time.time()
     straight = take_steps(root / "straight")
-    longest_s = time.time() - started
     draw, counts = random.Random(seed), dict.fromkeys(("kills", "lost", "unreadable", "unequal", "finished"), 0)
     number = 0
     while counts["kills"] < n:
@@ -76,11 +74,13 @@ def main(root: Path, n: int, seed: int) -> dict[str, int]:
         reader, writer = os.pipe()
         pid = child(folder, writer)
         os.close(writer)
-        time.sleep(draw.uniform(0, longest_s))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
         with os.fdopen(reader) as file:
-            committed = [int(line) for line in file]
+            # An instant anywhere in the run: so many steps after its start, and up to two steps' time more.
+            committed = [int(line) for _, line in zip(range(draw.randrange(STAGE_OF_KILLS.steps)), file, strict=False)]
+            time.sleep(draw.uniform(0, 0.01))
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            committed += [int(line) for line in file]
         states = checkpoint.list_states(folder / "checkpoints/train")
         steps = [int(path.name.removeprefix("step-")) for path in states]
         counts["lost"] += bool(committed) and (not steps or steps[-1] < committed[-1])
