@@ -119,9 +119,9 @@ def _top_rows(
     numbered = documents._replace(tokens=np.arange(len(dataset.tokens)))
     for rows in _batched(np.diff(dataset.offsets)):
         batch = padded([[documents.at(i)] for i in rows])
-        places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.target_mask()])
+        places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.target_mask() > 0])
         batch = tree.map(lambda x: x.to(place), batch)
-        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask()]  # the state before a token predicts it
+        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask() > 0]  # the state before a token predicts it
         for start in range(0, len(places), chunk):
             logits = model.logits(params, states[start : start + chunk])
             wide = widen(logits)

@@ -13,6 +13,7 @@ COLUMNS = 'columns = { output = "answer" } says which column is what'
 KEYS = (
     ("train.optimizer.lr", "", "learning_rate lr max_lr peak_lr base_lr"),
     ("train.steps", "", "max_steps num_steps total_steps max_iters iters train_steps"),
+    ("train.epochs", "in place of steps", "num_train_epochs num_epochs n_epochs max_epochs"),
     ("train.batch_size", ROWS, "per_device_train_batch_size train_batch_size global_batch_size"),
     ("train.micro_batch_size", ROWS,
         "gradient_accumulation_steps grad_accum accumulate_grad_batches gradient_accumulation "

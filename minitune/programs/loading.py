@@ -14,7 +14,7 @@ from minitune.checkpoint.hf_folder import load_params
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
-from minitune.io.paths import cache_note, locate
+from minitune.io.paths import locate
 from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
@@ -139,8 +139,6 @@ def open_pipeline(
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    if note := cache_note():
-        log.say(note)
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)

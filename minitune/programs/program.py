@@ -86,9 +86,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     return program
 
 
-def resolved(program: Program) -> str:
-    """Program as TOML with every default written out; loading it gives an equal program."""
-    return dumps(_escape(msgspec.to_builtins(program)))
+def resolved(program: Program, *, absent: bool = False) -> str:
+    """Program as TOML with every default written out; loading it gives an equal program.
+
+    absent: a key without a value is a comment `# key =`, so that a reader finds it.
+    """
+    return dumps(_escape(msgspec.to_builtins(program)), absent=absent)
 
 
 def schema() -> dict[str, Any]:

@@ -25,9 +25,9 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     """
     keep_freed()
     # before a folder is made or a weight is read
+    wandb_tracker.check(program.log.wandb)
     check(program.model, program.data, program.stage)
     save_paths.check(program)
-    wandb_tracker.check(program.log.wandb)
     run = open_run(program, program_text=resolved(program))
     as_dict = msgspec.to_builtins(program)
     if run.summary is not None:
