@@ -23,9 +23,9 @@ class Teacher(NamedTuple):
 def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None) -> Objective:
     """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (TeacherBatch).
 
-    Neither model's whole logits ever exist: the teacher's hidden states go through its head chunk by
-    chunk, as the student's do. Where the two heads differ in rows, both are cut to the smaller: rows
-    beyond the tokenizer that the models share stand for no token.
+    Neither model's whole logits ever exist: the teacher's hidden states pass its head in chunks,
+    as the student's do. Where the two heads differ in rows, both are cut to the smaller: the rows
+    beyond the tokenizer that they share stand for no token.
     """
     n_tokens = model.config.vocab_size
     if teacher is not None:

@@ -21,7 +21,7 @@ class CrossEntropy(BaseLoss, frozen=True, tag="cross_entropy"):
     """Next-token cross-entropy, plus what label smoothing and a z-loss add to it.
 
     label_smoothing s gives (1 - s) of the weight to the target and s / V to every token (Szegedy
-    et al. 2016, arXiv 1512.00567, section 7). z_loss adds z_loss * (log sum_v exp(logits_v))^2, which
+    et al. 2016, arXiv 1512.00567, section 7). z_loss adds z_loss * (log sum_v exp(logits_v))^2: it
     keeps logits from drifting (Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4).
     """
 

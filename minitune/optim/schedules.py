@@ -90,8 +90,8 @@ class Wsd(_ByProgress, frozen=True, tag="wsd"):
 
 
 class InverseSqrt(_Schedule, frozen=True, tag="inverse_sqrt"):
-    """Warm-up, then sqrt(timescale / (timescale + steps since the warm-up)), however many steps follow
-    (Vaswani et al. 2017, arXiv 1706.03762, section 5.3; Zhai et al. 2022, arXiv 2106.04560, 3.5)."""
+    """Warm-up, then sqrt(timescale / (timescale + steps since then)), for any number of steps
+    (Vaswani et al. 2017, arXiv 1706.03762, 5.3; Zhai et al. 2022, arXiv 2106.04560, 3.5)."""
 
     timescale: PositiveInt | None = None  # steps; None: those of the warm-up, or 10,000 without one
 
