@@ -22,8 +22,12 @@ from minitune.hardware import to_device
 # numbers in a certain range: msgspec checks them where a program, a config or a data file is decoded
 PositiveInt = Annotated[int, Meta(gt=0)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+# bounds that neither infinity nor NaN is within, and whose products with float32 are finite
+LARGEST = 1e30
+FiniteFloat = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+PositiveFloat = Annotated[float, Meta(gt=0.0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Meta(ge=0.0, le=LARGEST)]
+Epsilon = Annotated[float, Meta(ge=1e-30, le=LARGEST)]  # what is divided by in float32, so never 0
 UnitInterval = Annotated[float, Meta(ge=0.0, le=1.0)]
 OpenUnitInterval = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]

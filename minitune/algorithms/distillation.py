@@ -23,14 +23,19 @@ class Teacher(NamedTuple):
 def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None) -> Objective:
     """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (TeacherBatch).
 
-    Neither model's whole logits ever exist: the teacher's hidden states go through its head chunk by chunk, as the student's do.
+    Neither model's whole logits ever exist: the teacher's hidden states pass its head in chunks,
+    as the student's do. Where the two heads differ in rows, both are cut to the smaller: the rows
+    beyond the tokenizer that they share stand for no token.
     """
+    n_tokens = model.config.vocab_size
+    if teacher is not None:
+        n_tokens = min(n_tokens, teacher.model.config.vocab_size)
 
     def objective(trainable: Trainable, params: Params, batch: Batch | TeacherBatch) -> tuple[Mean, dict[str, Mean]]:
         adapted = apply_trainable(params, trainable, lora)
         if isinstance(batch, TeacherBatch):
             tops = (batch.top_ids, batch.top_logps)
-            on_top = by_rows(lambda y, t, top: loss.on_top(y, t, *top))
+            on_top = by_rows(lambda y, t, top: loss.on_top(y[..., :n_tokens], t, *top))
             nats = model.token_losses(adapted, batch.rows, on_top, tops, summed=True)
             return Mean.of(nats, batch.rows.target_mask()), {}
         frozen = required(teacher, "distillation")
@@ -40,7 +45,8 @@ def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teache
 
         def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
             teacher_logits = frozen.model.logits(frozen.params, hidden)
-            return by_rows(loss)(logits, targets, teacher_logits.to(logits.device))
+            both = logits[..., :n_tokens], targets, teacher_logits[..., :n_tokens].to(logits.device)
+            return by_rows(loss)(*both)
 
         nats = model.token_losses(adapted, batch, divergence, teacher_hidden, summed=True)
         return Mean.of(nats, batch.target_mask()), {}

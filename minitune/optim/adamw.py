@@ -13,7 +13,7 @@ from minitune import hardware, tree
 from minitune.optim.rounding import Rounding
 from minitune.optim.transforms import Scope, Slice, slice_tree, wide_zeros, zero_count
 from minitune.tree import Tree
-from minitune.types import Fraction, NonNegativeFloat
+from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
 # elements per fused call; bounds the scratch memory of a donated step
 FUSED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26, "xpu": 2**26}
@@ -44,7 +44,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
     scope: ClassVar[Scope] = "element"
     lr: NonNegativeFloat
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: NonNegativeFloat = 1e-8
+    eps: Epsilon = 1e-8
     weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> AdamState:

@@ -13,7 +13,7 @@ from minitune import hardware, tree
 from minitune.optim.adamw import AdamState, AdamW
 from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, take_slice, zero_count
 from minitune.tree import Tree
-from minitune.types import Fraction, NonNegativeFloat
+from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
 BLOCK = 256  # moments that share one scale
 SMALLEST = 4096  # elements; smaller leaves keep their moments in float32
@@ -33,7 +33,7 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
     scope: ClassVar[Scope] = "element"  # or rather a block of elements: slices begin at multiples of BLOCK
     lr: NonNegativeFloat
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: NonNegativeFloat = 1e-8
+    eps: Epsilon = 1e-8
     weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> AdamState:

@@ -17,7 +17,7 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.partition import Branch, Partition
 from minitune.optim.transforms import Scope, Slice, slice_limit, slice_tree, wide_zeros
 from minitune.tree import Tree
-from minitune.types import Fraction, NonNegativeFloat
+from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for its slope at zero (Jordan et al. 2024)
 SMALLEST_NORM = 1e-7  # that a matrix is divided by
@@ -45,7 +45,7 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
     adamw: tuple[str, ...] | None = None
     adamw_lr_factor: NonNegativeFloat = 1.0  # of lr
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # of AdamW
-    eps: NonNegativeFloat = 1e-8  # of AdamW
+    eps: Epsilon = 1e-8  # of AdamW
 
     def init(self, params: Tree) -> tuple[Tree, ...]:
         """The state of the matrices, then that of AdamW; InputError for no matrix, and for a glob that matches no leaf."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune import hardware, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
 from minitune.tree import Tree
-from minitune.types import NonNegativeFloat, NonNegativeInt
+from minitune.types import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 
 class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -28,15 +28,27 @@ class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
         """The factor of step 0, 1, ..., total_steps - 1; the first step of a warm-up already moves."""
         t = step.to(hardware.widest_float(step.device))
         rise = (t + 1) / max(self.warmup_steps, 1)
-        progress = ((t - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)).clamp(0.0, 1.0)
-        return torch.where(step < self.warmup_steps, rise, self.decay(progress))
+        return torch.where(step < self.warmup_steps, rise, self.fall(t, total_steps))
+
+    def fall(self, t: Float[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
+        """Factor of step t after the warm-up."""
+        raise NotImplementedError
+
+
+class _ByProgress(_Schedule, frozen=True):
+    """Schedule whose fall depends on the share of the steps after the warm-up that are behind."""
+
+    def fall(self, t: Float[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
+        """Factor of step t after the warm-up."""
+        n_steps = max(total_steps - self.warmup_steps, 1)
+        return self.decay(((t - self.warmup_steps) / n_steps).clamp(0.0, 1.0))
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The factor after the warm-up, progress in [0, 1]."""
         raise NotImplementedError
 
 
-class Constant(_Schedule, frozen=True, tag="constant"):
+class Constant(_ByProgress, frozen=True, tag="constant"):
     """Warm-up, then the peak."""
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -44,7 +56,7 @@ class Constant(_Schedule, frozen=True, tag="constant"):
         return torch.ones_like(progress)
 
 
-class Linear(_Schedule, frozen=True, tag="linear"):
+class Linear(_ByProgress, frozen=True, tag="linear"):
     """Warm-up, then a straight line to `end` times the peak."""
 
     end: NonNegativeFloat = 0.0
@@ -54,7 +66,7 @@ class Linear(_Schedule, frozen=True, tag="linear"):
         return 1 - (1 - self.end) * progress
 
 
-class Cosine(_Schedule, frozen=True, tag="cosine"):
+class Cosine(_ByProgress, frozen=True, tag="cosine"):
     """Warm-up, then half a cosine to `end` times the peak (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)."""
 
     end: NonNegativeFloat = 0.0
@@ -64,7 +76,32 @@ class Cosine(_Schedule, frozen=True, tag="cosine"):
         return self.end + (1 - self.end) * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
-Schedule = Constant | Linear | Cosine
+class Wsd(_ByProgress, frozen=True, tag="wsd"):
+    """Warm-up, the peak, and a straight line to `end` times the peak in the last share of the steps
+    after the warm-up (warmup-stable-decay: Hu et al. 2024, arXiv 2404.06395, section 4)."""
+
+    end: NonNegativeFloat = 0.0
+    decay_share: OpenUnitInterval = 0.1
+
+    def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """1 - (1 - end) * the share of the last line that is behind."""
+        behind = ((progress - (1 - self.decay_share)) / self.decay_share).clamp(0.0, 1.0)
+        return 1 - (1 - self.end) * behind
+
+
+class InverseSqrt(_Schedule, frozen=True, tag="inverse_sqrt"):
+    """Warm-up, then sqrt(timescale / (timescale + steps since then)), for any number of steps
+    (Vaswani et al. 2017, arXiv 1706.03762, 5.3; Zhai et al. 2022, arXiv 2106.04560, 3.5)."""
+
+    timescale: PositiveInt | None = None  # steps; None: those of the warm-up, or 10,000 without one
+
+    def fall(self, t: Float[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
+        """sqrt(timescale / (timescale + t - warmup_steps))."""
+        timescale = self.timescale or self.warmup_steps or 10_000
+        return torch.rsqrt(1 + (t - self.warmup_steps).clamp(min=0.0) / timescale)
+
+
+Schedule = Constant | Linear | Cosine | Wsd | InverseSqrt
 
 
 class ScaleBySchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,5 +1,6 @@
 """Preference, distillation and quantization-aware objectives: what they compute, against plain sums over whole logits."""
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,3 +259,25 @@ def test_a_weight_that_trains_whole_must_be_in_the_tree() -> None:
     (new, _), _ = step.update(frozen, step.init(whole), random_batch(SMALL, 2, 9))
     assert not torch.equal(new["model.norm.weight"], whole["model.norm.weight"])
     assert F.cosine_similarity(new["model.norm.weight"], whole["model.norm.weight"], dim=0) > 0.5
+
+
+@pytest.mark.parametrize("rows", [12, 17, 23])
+def test_heads_that_are_padded_differently_are_cut_to_the_smaller(rows: int) -> None:
+    model, params = Model(llama.FAMILY, SMALL), random_params(SMALL, 0, torch.float64)
+    other = msgspec.structs.replace(SMALL, vocab_size=rows)
+    teacher = Teacher(Model(llama.FAMILY, other), random_params(other, 1, torch.float64))
+    n, loss = min(rows, SMALL.vocab_size), ForwardKL(temperature=2.0, ratio=0.7)
+    batch = random_batch(SMALL, 3, 9)._replace(tokens=random_batch(SMALL, 3, 9).tokens % 12)
+
+    mean, grads = value_and_grad(lambda p: distillation(model, None, loss, teacher)(p, params, batch)[0])(params)
+
+    def plain(p: tree.Tree) -> torch.Tensor:
+        ours, theirs = (
+            one.forward(w, batch.tokens, segment_ids=batch.segment_ids)[:, :-1, :n]
+            for one, w in ((model, p), (teacher.model, teacher.params))
+        )
+        return loss(ours, batch.tokens[:, 1:], theirs)[batch.target_mask()[:, 1:]].sum()
+
+    torch.testing.assert_close(mean.total, plain(params))
+    wanted = torch.func.grad(plain)(params)
+    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9), grads, wanted)

@@ -83,6 +83,39 @@ def test_a_loss_is_one_finite_value_a_row_and_each_row_is_its_own(kind: type, n:
 
 
 @pytest.mark.parametrize("kind", members(Loss))
+@given(n=st.integers(1, 7), seed=st.integers(0, 2**32))
+def test_a_step_down_a_loss_goes_where_its_name_says(kind: type, n: int, seed: int) -> None:
+    """Towards the chosen answer and away from the rejected one, towards the target, towards the teacher."""
+    generator, loss = torch.Generator().manual_seed(seed), smallest(kind)
+
+    def negative(*shape: int) -> torch.Tensor:
+        return -0.1 - torch.rand(shape, generator=generator)
+
+    start, counts = negative(n, 2), torch.ones(2, n)
+    if kind in members(PairLoss):  # from where training begins: the policy is the reference
+        reference = LogProbs(*start.T, *counts)
+        slope = torch.func.grad(lambda x: loss(LogProbs(*x.T, *counts), reference).sum())(start)
+        assert (slope[:, 0] < 0).all()
+        assert (slope[:, 1] > 0).all()
+    elif kind in members(UnpairedLoss):
+        desirable = torch.rand(n, generator=generator) < 0.5
+        slope = torch.func.grad(lambda x: loss(x, start[:, 0], desirable, torch.tensor(0.0)).sum())(start[:, 0])
+        assert torch.equal(slope < 0, desirable)
+        assert slope.all()
+    elif kind in members(TokenLoss):
+        logits, targets = torch.randn(n, 5, generator=generator), torch.randint(0, 5, (n,), generator=generator)
+        slope = torch.func.grad(lambda x: loss(x, targets).sum())(logits)
+        assert (slope.gather(1, targets[:, None]) < 0).all()
+    else:
+        student, teacher = (torch.randn(n, 5, generator=generator) for _ in range(2))
+        targets = torch.zeros(n, dtype=torch.int64)
+        nearer = student + 0.1 * (teacher - student)
+        values = [loss(x, targets, teacher) for x in (student, nearer, teacher)]
+        assert (values[2] <= values[1] + 1e-6).all()
+        assert (values[1] < values[0]).all()
+
+
+@pytest.mark.parametrize("kind", members(Loss))
 def test_a_loss_is_its_table(kind: type) -> None:
     loss = smallest(kind)
     assert msgspec.convert(msgspec.to_builtins(loss), Loss) == loss

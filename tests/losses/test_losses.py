@@ -24,7 +24,7 @@ from minitune.losses.distillation import (
     symmetric_kl,
 )
 from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO, cpo, dpo, hinge, ipo, orpo, simpo
-from minitune.losses.token import cross_entropy
+from minitune.losses.token import CrossEntropy, cross_entropy
 from minitune.losses.unpaired import Kto, kto
 from minitune.types import LogProbs
 
@@ -458,3 +458,12 @@ def test_a_knob_out_of_range_is_refused(text: str) -> None:
     kinds = {kind.__struct_config__.tag: kind for kind in [*PAIRED, Kto, *DISTILLATIONS]}
     with pytest.raises(msgspec.ValidationError, match=r"Expected `float`|unknown field `betta`"):
         msgspec.convert(table, kinds[table["kind"]])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("z", [0.0, 0.01])
+def test_smoothed_labels_are_torchs_and_the_z_loss_is_its_square(smoothing: float, z: float) -> None:
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.tensor([0, 3, 10, 7, 3])
+    wanted = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing) + z * logits.logsumexp(-1) ** 2
+    torch.testing.assert_close(CrossEntropy(label_smoothing=smoothing, z_loss=z)(logits, targets), wanted)

@@ -77,3 +77,25 @@ def test_a_step_of_leaves_that_require_grad_carries_no_graph() -> None:
     for rule in (AdamW(lr=0.1), SGD(lr=0.1)):
         new, state = stepped(rule, {"w": torch.ones(5)}, rule.init(params), params)
         assert not any(leaf.requires_grad for leaf in tree.leaves((new, state)))
+
+
+@pytest.mark.parametrize("kind", get_args(Optimizer))
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1.0, 1e15])
+def test_a_finite_gradient_never_makes_an_update_that_is_not_finite(kind: type, size: float) -> None:
+    rule = msgspec.convert({"kind": kind.__struct_config__.tag, "lr": 0.1}, kind)
+    if hasattr(rule, "eps"):
+        rule = msgspec.structs.replace(rule, eps=1e-30)
+    params = {"w": torch.ones(3, 4)}
+    state = rule.init(params)
+    for sign in (1.0, -1.0, 0.0):
+        grads = {"w": torch.full((3, 4), sign * size).tril()}
+        params, state = stepped(rule, grads, state, params)
+        assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves((params, state)) if leaf.is_floating_point())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0])
+def test_an_epsilon_that_makes_a_zero_gradient_a_nan_is_refused(value: float) -> None:
+    with pytest.raises(msgspec.ValidationError, match=r"Expected `float` [><]= 1e[-+]30 - at `\$\.eps`"):
+        msgspec.convert({"kind": "adamw", "lr": 0.1, "eps": value}, AdamW)
+    with pytest.raises(msgspec.ValidationError, match=r"Expected `float` [><]= .* - at `\$\.lr`"):
+        msgspec.convert({"kind": "adamw", "lr": value or -0.5}, AdamW)

@@ -12,14 +12,14 @@ from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.types import PositiveInt
+from minitune.types import FiniteFloat, PositiveInt
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
 
     rank: PositiveInt
-    alpha: float
+    alpha: FiniteFloat
     targets: tuple[str, ...]
     ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
