@@ -1,6 +1,6 @@
 """Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,13 @@ from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
 from minitune.io.paths import locate
+from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
 from minitune.programs.log import Log
+from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
@@ -52,7 +54,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         model, text, template = _checked_model(source), None, None
     if text is None or template is None or source.tokenizer is not None:
         folder = _tokenizer_folder(source)
-        text = tokenizer.open_tokenizer(folder)
+        text = _open_tokenizer(folder, model)
         template = open_template(folder, text)
     template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
@@ -83,14 +85,13 @@ def _checked_model(source: ModelSource) -> Model:
     model = _model(source)
     if source.path is not None:
         end_ids(locate(source.path))
-    folder = _tokenizer_folder(source)
-    text = tokenizer.open_tokenizer(folder)
-    if text.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size}; are they of two models?"
-        )
+    _open_tokenizer(_tokenizer_folder(source), model)
     return model
+
+
+def _open_tokenizer(folder: Path, model: Model) -> tokenizer.Tokenizer:
+    """Tokenizer of a folder for a model; InputError if they are of two models."""
+    return tokenizer.open_tokenizer(folder).with_rows(model.config.vocab_size, str(folder))
 
 
 def _check_device(source: ModelSource) -> None:
@@ -127,7 +128,7 @@ def open_pipeline(
     seed: int,
     folder: Path,
     log: Log,
-    stopping: Callable[[], bool],
+    stopping: StopSignals,
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
 ) -> PipelineState:
@@ -138,8 +139,6 @@ def open_pipeline(
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    if note := paths.cache_note():
-        log.say(note)
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)
@@ -151,7 +150,9 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
-    text = tokenizer.open_tokenizer(folder)
+    text = _open_tokenizer(folder, model)
+    if path is not None:
+        require_unharmed(path)
     stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
     params = {name: w.to(device, dtype) for name, w in stored.items()}
     rule, trainable = None, {}
@@ -187,6 +188,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
+    require_unharmed(locate(str(source.deltas), run))
     rule, trainable, base = load_adapter(locate(str(source.deltas), run), names=params)
     check_deltas(params, trainable, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:
