@@ -32,6 +32,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(piece)
 
 
+def require_finite(leaves: Mapping[str, Any], where: str) -> None:
+    """InputError that names a leaf with NaN or infinity; where: who asks."""
+    for name, leaf in leaves.items():
+        for x in tree.leaves(leaf):
+            if not x.is_floating_point() or x.numel() == 0 or x.element_size() == 1:
+                continue
+            # both are NaN if one element is, and no other tensor of the size of x is made
+            low, high = torch.aminmax(x.detach())
+            if not bool(low.isfinite() & high.isfinite()):
+                value = "NaN" if bool(low.isnan()) else "infinity"
+                cure = "lower lr if training diverged, else write bfloat16 or float32"
+                raise InputError(f"{where}: {name} holds {value}, expected finite numbers; {cure}")
+
+
 def model_bytes(params: Params, trainable: Trainable, stored: Mapping[str, Tensor]) -> int:
     """Bytes of a model as it would be saved now: dense weights as stored, quantized ones as codes, and its deltas."""
     codes = {name: w for name, w in params.items() if not isinstance(w, Tensor)}

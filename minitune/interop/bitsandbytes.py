@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.errors import InputError
-from minitune.interop.compressed_tensors import unquantized
+from minitune.interop.compressed_tensors import is_expert, unquantized
 from minitune.models.model import Model
 from minitune.quant import nf4
 from minitune.quant.tensors import QNF4
@@ -25,17 +25,11 @@ def save(
 
     The layers compute in the dtype of the unquantized weights. InputError for leaves of other kinds, and without an NF4 one.
     """
+    check(params)
     dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
     tensors: dict[str, Tensor] = {}
     for name, w in params.items():
-        if not isinstance(w, Tensor | QNF4):
-            raise InputError(
-                f"bitsandbytes: {name} is {type(w).__name__.removeprefix('Q').lower()}, expected NF4; "
-                "write it in the format 'compressed-tensors'"
-            )
         tensors |= stored(name, w, dtype) if isinstance(w, QNF4) else {name: w}
-    if len(tensors) == len(params):
-        raise InputError("bitsandbytes: no weight is quantized, expected NF4 leaves; put a quantize stage before this one")
     config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -47,6 +41,25 @@ def save(
         "llm_int8_skip_modules": unquantized(params, model),
     }
     save_folder(folder, tensors, model, extras, config_keys={"quantization_config": config})
+
+
+def check(params: Params) -> None:
+    """InputError for what `save` would refuse, given leaves on any device, meta too."""
+    for name, w in params.items():
+        if not isinstance(w, Tensor | QNF4):
+            kind = type(w).__name__.removeprefix("Q").lower()
+            other = "write it in the format 'compressed-tensors'"
+            raise InputError(f"bitsandbytes: {name} is {kind}, expected NF4; {other}")
+    codes = [name for name, w in params.items() if isinstance(w, QNF4)]
+    expert = next((name for name in codes if is_expert(name)), None)
+    if expert is not None:
+        raise InputError(
+            f"bitsandbytes: {expert} is NF4, expected dense experts: transformers joins those of a "
+            "layer and can't join codes; keep = ['*.experts.*'] in the quantize stage"
+        )
+    if not codes:
+        missing = "bitsandbytes: no weight is quantized, expected NF4 leaves"
+        raise InputError(f"{missing}; put a quantize stage before this one")
 
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ def save(
     Scales are stored in the dtype of the unquantized weights. InputError for NF4 leaves and where there is nothing to quantize.
     vLLM fuses q, k, v and gate, up: it refuses a folder in which the parts of one such layer have different schemes.
     """
+    check(params, activations)
     dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
     tensors: dict[str, Tensor] = {}
     schemes: dict[_Scheme, list[str]] = {}
@@ -56,6 +57,14 @@ def save(
         module, scheme = name.removesuffix(".weight"), _scheme(name, w, activations)
         schemes.setdefault(scheme, []).append(module)
         tensors |= {**stored(module, w, scheme.activations), f"{module}.weight_scale": w.scale.to(dtype)}
+    config = {"quantization_config": _config(schemes, unquantized(params, model))}
+    save_folder(folder, tensors, model, extras, config_keys=config)
+
+
+def check(params: Params, activations: Activations) -> None:
+    """InputError for what `save` would refuse, given leaves on any device, meta too."""
+    quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
+    schemes = [_scheme(name, w, activations) for name, w in quantized.items()]
     if not schemes:
         raise InputError(
             "compressed_tensors: no weight is quantized, expected int8, int4 or float8 leaves; "
@@ -65,8 +74,20 @@ def save(
         raise InputError(
             "compressed_tensors: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
         )
-    config = {"quantization_config": _config(schemes, unquantized(params, model))}
-    save_folder(folder, tensors, model, extras, config_keys=config)
+
+
+def is_expert(name: str) -> bool:
+    """True for a weight of one of the experts of a mixture, or of all of them."""
+    return ".experts." in name
+
+
+def notes(params: Params) -> list[str]:
+    """Packages that will not load the folder."""
+    experts = {name: w for name, w in params.items() if is_expert(name)}
+    dense = next((name for name, w in experts.items() if isinstance(w, Tensor)), None)
+    if dense is None:
+        return []
+    return [f"{dense} is not quantized: transformers loads no such folder unless all experts are"]
 
 
 def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:

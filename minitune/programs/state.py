@@ -80,6 +80,7 @@ class AbstractState(NamedTuple):
     lora: Lora | None = None  # the rule that the deltas follow
     whole: frozenset[str] = frozenset()  # weights that train whole
     quantized: frozenset[str] = frozenset()
+    codes: Params = MappingProxyType({})  # the quantized weights, on the meta device
     trained_over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
     merged: bool = False  # weights have changed since they were loaded, so that no folder holds them
     # by run/... path: the models that stages before will have written

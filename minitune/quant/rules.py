@@ -10,6 +10,7 @@ from minitune import tree
 from minitune.errors import InputError
 from minitune.quant import schemes
 from minitune.quant.schemes import Scheme, base_weight, check_fit, with_base_weight
+from minitune.quant.tensors import QTensor
 from minitune.types import Delta, Params, Trainable
 
 
@@ -43,11 +44,16 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Weights that are to be quantized; InputError as for plan."""
         return list(self.plan(params))
 
+    def codes(self, params: Params) -> dict[str, QTensor]:
+        """Planned weights alone, rounded to nearest; on the meta device, only their layout."""
+        plan = self.plan(params)
+        return {name: schemes.quantize(base_weight(params[name]), plan[name]) for name in plan}
+
     def quantize(self, params: Params) -> Params:
         """Parameters, the planned ones rounded to nearest; InputError names one that holds NaN or infinity."""
         plan = self.plan(params)
         refuse_not_finite(params, plan)
-        codes = {name: schemes.quantize(base_weight(params[name]), scheme) for name, scheme in plan.items()}
+        codes = self.codes(params)
         return {name: with_base_weight(w, codes[name]) if name in codes else w for name, w in params.items()}
 
     def fake(self, trainable: Trainable) -> Trainable:

@@ -21,8 +21,10 @@ from minitune.interop import bitsandbytes as nf4_layout
 from minitune.interop import compressed_tensors
 from minitune.models import Model, block
 from minitune.models.families import llama
+from minitune.quant.schemes import Int8, quantize
 from minitune.quant.tensors import QNF4, QInt4, QInt8
-from support.models import random_params, reference
+from support.experts import small_experts
+from support.models import model_of, random_params, reference
 from support.quantized import CONFIG, TOKENS, dense, folder_of, int4, int8, is_linear, logits_of_transformers, save_compressed
 
 SCHEMES = {
@@ -183,3 +185,17 @@ def test_what_bitsandbytes_can_not_hold_is_refused(tmp_path: Path) -> None:
             InputError, match=f"v_proj.weight is {name}, expected NF4; write it in the format 'compressed-tensors'"
         ):
             save_nf4(tmp_path, {**params, "model.layers.1.self_attn.v_proj.weight": leaf})
+
+
+def test_experts_that_transformers_can_not_load_are_refused_or_said() -> None:
+    model = model_of(small_experts("mixtral"))
+    params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
+    expert = next(name for name in params if name.endswith("experts.1.w2.weight"))
+    codes = {name: nf4(torch.ones(64, 64)) for name in (expert, "model.layers.0.self_attn.q_proj.weight")}
+    with pytest.raises(InputError, match=r"bitsandbytes: .*experts\.1\.w2\.weight is NF4, expected dense experts"):
+        nf4_layout.check({**params, **codes})
+    nf4_layout.check({**params, "model.layers.0.self_attn.q_proj.weight": nf4(torch.ones(64, 64))})
+    some = {**params, expert: quantize(torch.ones(64, 64), Int8())}
+    assert "is not quantized: transformers loads no such folder" in compressed_tensors.notes(some)[0]
+    every = {name: quantize(torch.ones(4, 4), Int8()) if ".experts." in name else w for name, w in params.items()}
+    assert compressed_tensors.notes(every) == []

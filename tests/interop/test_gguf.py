@@ -27,6 +27,7 @@ from minitune.models import Model, rope_scaling
 from minitune.models.families import llama
 from minitune.quant.schemes import NF4, Int4, dequantize, quantize
 from minitune.quant.tensors import QInt4, QInt8
+from minitune.text.tokenizer import open_tokenizer
 from support.experts import small_experts
 from support.families import LONG, sized
 from support.gguf_tokenizers import CUTS, byte_level_folder
@@ -255,7 +256,7 @@ def test_what_llama_cpp_computes_in_another_way_is_refused(name: str, tmp_path: 
     model = model_of(config)
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     with pytest.raises(InputError, match=f"gguf: .*{message}.*Hugging Face folder"):
-        export.check(params, model, Types("F16"), nothing)
+        export.check(params, model, Types("F16"), open_tokenizer(nothing))
     with pytest.raises(InputError, match=f"gguf: .*{message}"):
         export.save(tmp_path / "x", params, model, Types("F16"), tokenizer=nothing, template=None, stop_ids=[])
 

@@ -193,7 +193,7 @@ def test_special_tokens_of_phi_3_swallow_the_space_behind_them(tmp_path: Path) -
     config["added_tokens_decoder"]["2"]["rstrip"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     metadata, notes = exported(folder, 400)
-    assert "general.name" not in found
+    assert "general.name" not in metadata
     assert len([note for note in notes if "swallows the whitespace behind it" in note]) == 1
 
 

@@ -22,6 +22,7 @@ from minitune.models.config import DecoderConfig
 from minitune.models.model import Model
 from minitune.quant.schemes import dequantize
 from minitune.quant.tensors import QNF4, QInt4, QInt8, QTensor
+from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"]
@@ -50,12 +51,11 @@ class _Part(NamedTuple):
         return StoredTensor(self.name, self.w.shape, block.id, self.w.shape.numel() // block.block * block.n_bytes)
 
 
-def check(params: Params, model: Model, types: Types, tokenizer: Path | None) -> None:
-    """InputError for what `save` would refuse, given the weights' shapes alone; tokenizer None: its folder is not there yet."""
+def check(params: Params, model: Model, types: Types, tokenizer: Tokenizer) -> None:
+    """InputError for what `save` would refuse, given the weights' shapes alone."""
     arch, _ = architecture(model)
     _parts(params, model.config, arch, types)
-    if tokenizer is not None:
-        gguf_vocabulary.metadata(tokenizer, model.config.vocab_size, [])
+    gguf_vocabulary.tokens_beyond(tokenizer, model.config.vocab_size)
 
 
 def save(

@@ -1,6 +1,6 @@
 """Tokenizer of a Hugging Face folder as GGUF metadata, for the kinds that llama.cpp implements."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,14 +46,7 @@ def metadata(
     other tokens are beyond them.
     """
     tokenizer = open_tokenizer(folder)
-    beyond = {i: text for text, i in tokenizer.added.items() if i >= n_rows}
-    n_needed = _largest_other(tokenizer, beyond) + 1
-    if n_needed > n_rows:
-        raise InputError(
-            f"gguf: {folder} has {n_needed} tokens, expected at most {n_rows}, the rows of the "
-            "embedding; "
-            "it is the tokenizer of another model"
-        )
+    beyond = tokens_beyond(tokenizer, n_rows)
     found = _sentencepiece(folder / "tokenizer.model")
     if found is None:
         found = _from_json(read_json_object(folder / "tokenizer.json", "gguf"))
@@ -73,9 +66,17 @@ def metadata(
     ]
 
 
-def _largest_other(tokenizer: Tokenizer, left_out: Collection[int]) -> int:
-    """Largest id that is not left out."""
-    return next((i for i in reversed(range(tokenizer.vocab_size)) if i not in left_out), -1)
+def tokens_beyond(tokenizer: Tokenizer, n_rows: int) -> dict[int, str]:
+    """Added tokens that the embedding has no row for; InputError if others have none."""
+    beyond = {i: text for text, i in tokenizer.added.items() if i >= n_rows}
+    others = (i for i in reversed(range(tokenizer.vocab_size)) if i not in beyond)
+    n_needed = next(others, -1) + 1
+    if n_needed > n_rows:
+        raise InputError(
+            f"gguf: the tokenizer has {n_needed} tokens, expected at most {n_rows}, the rows of "
+            "the embedding; it is that of another model"
+        )
+    return beyond
 
 
 def _keys(

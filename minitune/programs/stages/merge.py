@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
 from minitune.lora import Onto, merge_trainable
 from minitune.programs.stages.base import BaseStage
@@ -28,11 +29,15 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
             raise InputError(f"stages: {self.label} finds nothing trained to merge, expected a lora or full stage before it")
         check_onto(abstract, self.label, self.onto)
         left = abstract.quantized - abstract.adapted - abstract.whole
+        codes = {name: w for name, w in abstract.codes.items() if name in left}
+        abstract = abstract._replace(codes=codes)
         return abstract._replace(adapted=frozenset(), whole=frozenset(), quantized=left, trained_over=None, merged=True)
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with new weights and nothing to train; the record holds what rounding lost."""
         stored, record = merged(state, self.label, self.onto, self.dtype)
+        changed = {name: stored[name] for name in state.loaded.trainable}
+        require_finite(changed, f"stages: {self.label}")
         old, device = state.loaded.params, device_of(state.loaded.params, state.loaded.trainable)
         compute = next(w.dtype for w in old.values() if isinstance(w, Tensor))
         new = {name: stored[name].to(device, compute) for name in state.loaded.trainable}

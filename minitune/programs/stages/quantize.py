@@ -57,7 +57,8 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             if odd:
                 kind = "nf4" if isinstance(odd[0], NF4) else "float8"
                 raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
-        return abstract._replace(quantized=abstract.quantized | names)
+        codes = {**abstract.codes, **self.rule.codes(abstract.params)}
+        return abstract._replace(quantized=abstract.quantized | names, codes=codes)
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the calibration data; InputError for a row that can't be tokenized."""

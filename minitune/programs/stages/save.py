@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import FolderExtras, save_folder
+from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
 from minitune.interop import bitsandbytes, compressed_tensors
 from minitune.interop.gguf import export
@@ -61,6 +62,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         loaded, folder = state.loaded, locate(self.result.path, state.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         if self.what == "deltas" and loaded.lora is not None:
+            require_finite(loaded.trainable, f"stages: {self.label}")
             rule = state.quantization
             save_adapter(
                 folder,
@@ -74,6 +76,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
+            require_finite(final, f"stages: {self.label}")
             save_folder(folder, final, loaded.model, _folder_extras(state))
             record |= errors
         state.log.say(f"{self.label}: {self.what} in {folder}")
@@ -98,6 +101,13 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             raise InputError(
                 f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it"
             )
+        params = {**abstract.params, **abstract.codes}
+        if self.format == "gguf" and abstract.tokenizer is not None:
+            export.check(params, abstract.model, self.types, abstract.tokenizer)
+        elif self.format == "bitsandbytes":
+            bitsandbytes.check(params)
+        elif self.format == "compressed-tensors":
+            compressed_tensors.check(params, self.activations)
         return abstract
 
     @property
@@ -113,6 +123,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
         params, extras = {**loaded.stored, **codes}, _folder_extras(state)
+        require_finite(params, f"stages: {self.label}")
         if self.format == "gguf":
             lines = export.save(
                 target,
@@ -129,6 +140,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             bitsandbytes.save(target, params, loaded.model, extras)
         else:
             compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
+            for line in compressed_tensors.notes(params):
+                state.log.say(f"{self.label}: {line}")
         n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})

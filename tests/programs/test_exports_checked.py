@@ -1,0 +1,93 @@
+"""An export that its format refuses is refused by `check`, and numbers that are not finite are not written."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitune.checkpoint.tensors import require_finite
+from minitune.errors import InputError
+from minitune.interop.gguf.export import Types
+from minitune.models import FAMILIES, Model
+from minitune.programs.stages.merge import Merge
+from minitune.programs.stages.quantize import Quantize
+from minitune.programs.stages.save import Export
+from minitune.programs.state import AbstractState
+from minitune.quant.schemes import NF4, Int4, Int8
+from minitune.quant.tensors import QInt8
+from minitune.text.tokenizer import open_tokenizer
+from support.experts import small_experts
+from support.families import sized
+from support.gguf_tokenizers import sentencepiece_folder
+from support.models import YARNS
+
+SIZES = {"d_model": 64, "d_head": 16, "d_ff": 64, "vocab_size": 400}
+PROJECTIONS = ("*_proj.weight",)
+
+
+def abstract(tmp_path: Path, family: str = "llama", **fields: object) -> AbstractState:
+    """State of a program whose model and tokenizer are known."""
+    config = small_experts(family) if family == "mixtral" else sized(family, **{**SIZES, **fields})
+    model = Model(FAMILIES[family], config)
+    params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
+    tokenizer = open_tokenizer(sentencepiece_folder(tmp_path))
+    return AbstractState({}, model, params, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "export", "message"),
+    [
+        (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4 or float8"),
+        (Int8(), Export(format="bitsandbytes"), "is int8, expected NF4"),
+        (Int4(32), Export(format="compressed-tensors", activations="int8"), "but no weight is int8"),
+        (None, Export(format="gguf", types=Types("Q8_0", {"*.nope.*": "F16"})), r"'\*.nope.\*' matches no weight"),
+    ],
+)
+def test_what_the_format_refuses_is_refused_by_check(scheme, export, message, tmp_path: Path):
+    state = abstract(tmp_path)
+    if scheme is not None:
+        state = Quantize(scheme=scheme, weights=PROJECTIONS).check(state)
+    with pytest.raises(InputError, match=message):
+        export.check(state)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mixtral", {}, "a model of mixtral, expected one of llama"),
+        ("llama", {"rope_scaling": YARNS[1]}, "truncate = false"),
+        ("qwen2", {"d_head": 32}, "4 heads of 32 in a width of 64"),
+        ("llama", {"vocab_size": 379}, "has 380 tokens, expected at most 379"),
+    ],
+)
+def test_a_gguf_that_llama_cpp_would_not_read_is_refused_by_check(family, fields, message, tmp_path: Path):
+    with pytest.raises(InputError, match=message):
+        Export(format="gguf").check(abstract(tmp_path, family, **fields))
+
+
+def test_what_the_formats_hold_passes_check(tmp_path: Path):
+    state = abstract(tmp_path)
+    for scheme, form in ((Int8(), "compressed-tensors"), (Int4(32), "gguf"), (NF4(), "bitsandbytes")):
+        quantized = Quantize(scheme=scheme, weights=PROJECTIONS).check(state)
+        assert Export(format=form).check(quantized) == quantized
+
+
+def test_a_merge_leaves_no_codes_of_what_it_merged(tmp_path: Path):
+    state = Quantize(scheme=Int8(), weights=PROJECTIONS).check(abstract(tmp_path))
+    name = "model.layers.0.mlp.up_proj.weight"
+    merged = Merge(onto="stored").check(state._replace(adapted=frozenset([name])))
+    assert merged.codes.keys() == state.codes.keys() - {name}
+
+
+@pytest.mark.parametrize(("value", "word"), [(math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "infinity")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_named(value: float, word: str, dtype: torch.dtype):
+    good = torch.ones(3, 5, dtype=dtype)
+    bad = good.clone()
+    bad[1, 2] = value
+    require_finite({"a": good, "b": QInt8(torch.ones(3, 5, dtype=torch.int8), good[:, :1])}, "stages: save")
+    with pytest.raises(InputError, match=f"stages: save: b holds {word}, expected finite numbers"):
+        require_finite({"a": good, "b": bad}, "stages: save")
+    with pytest.raises(InputError, match=f"stages: save: b holds {word}"):
+        require_finite({"a": good, "b": QInt8(torch.ones(3, 5, dtype=torch.int8), bad[1:2, 2:])}, "stages: save")
