@@ -108,8 +108,7 @@ def _run(file: Path, overrides: Sequence[str]) -> int:
     verbs.announced(file)
     from minitune.programs import program
     from minitune.programs.run import run_program
-    from minitune.programs.signals import StopSignals
-    from minitune.programs.state import Stopped
+    from minitune.programs.signals import Stopped, StopSignals
 
     stop = StopSignals()
     try:

@@ -80,8 +80,10 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         def delta(name: str, w: Any) -> Delta:
             (*experts, out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
-            unit = torch.rand(*experts, rank, in_, generator=seeds.generator(seed, "lora", name))
-            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(*experts, out, rank, device=device))
+            draws = seeds.generator(seed, "lora", name)
+            unit = torch.rand(*experts, rank, in_, generator=draws, dtype=torch.float32)
+            b = torch.zeros(*experts, out, rank, dtype=torch.float32, device=device)
+            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), b)
             return fresh._replace(m=row_norms(Adapted(w, *fresh))) if self.dora else fresh
 
         return {name: delta(name, params[name]) for name in self.names(params)}

@@ -67,6 +67,8 @@ Metrics = dict[str, Tensor]
 class Batch(NamedTuple):
     """Rows of tokens: segment_ids 0 is padding, else a document's number in its row; loss_mask: tokens[b, t] is a target.
 
+    A loss_mask of numbers holds what each target counts in the loss, from 0 to 1.
+
     A batch may lie on the host beside weights on an accelerator, and that is where it belongs: a step counts its labelled
     tokens there and sends what each micro-batch needs. A step on a batch that lies on an accelerator is as right, but the
     host waits for every micro-batch to learn how many of its tokens are labelled.
@@ -74,17 +76,19 @@ class Batch(NamedTuple):
 
     tokens: Int[Tensor, "B T"]
     segment_ids: Int[Tensor, "B T"]
-    loss_mask: Bool[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"] | Float[Tensor, "B T"]
 
     @property
     def counts(self) -> str:
         """What the weight of an objective on such rows counts, in metrics."""
         return "target_tokens"
 
-    def target_mask(self) -> Bool[Tensor, "B T"]:
-        """The targets that can be predicted: loss_mask, less every document's first token and padding."""
+    def target_mask(self) -> Bool[Tensor, "B T"] | Float[Tensor, "B T"]:
+        """Targets that can be predicted: loss_mask, less documents' first tokens and padding."""
         follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (self.segment_ids[:, 1:] > 0)
-        return torch.cat([torch.zeros_like(self.loss_mask[:, :1]), self.loss_mask[:, 1:] & follows], dim=1)
+        nothing = torch.zeros_like(self.loss_mask)
+        predicted = torch.where(follows, self.loss_mask[:, 1:], nothing[:, 1:])
+        return torch.cat([nothing[:, :1], predicted], dim=1)
 
 
 class Pairs(NamedTuple):
@@ -146,13 +150,17 @@ class Mean(NamedTuple):
     weight: Float[Tensor, "*adapters"]
 
     @staticmethod
-    def of(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> "Mean":
-        """Sum of x where mask, and how many; x may hold anything, NaN included, where mask is False.
+    def of(
+        x: Float[Tensor, "*shape"],
+        mask: Bool[Tensor, "*shape"] | Float[Tensor, "*shape"],
+    ) -> "Mean":
+        """Sum of x where mask, and how many; elsewhere x may hold anything, NaN included.
 
-        The mask may lie on the host.
+        A mask of numbers holds the weights that x is multiplied with already, as by
+        Model.token_losses: the weight of the mean is their sum. The mask may lie on the host.
         """
         mask = to_device(mask, x.device)
-        return Mean(torch.where(mask, x, 0.0).sum(), mask.sum().to(x.dtype))
+        return Mean(torch.where(mask != 0, x, 0.0).sum(), mask.sum().to(x.dtype))
 
     def value(self) -> Float[Tensor, "*adapters"]:
         """total / weight, and 0 for an empty mean (whose total is 0)."""

@@ -124,7 +124,8 @@ def main() -> int:
     write_jsonl(DEMO / "orders-train.jsonl", train_rows())
     write_jsonl(DEMO / "orders-heldout.jsonl", heldout_rows())
     write_jsonl(DEMO / "orders-pairs.jsonl", preference_rows())
-    write_jsonl(PRETRAIN_DATA, ({"text": text} for text in pretraining_texts(SEED, N_PRETRAIN_CHARS)))
+    # The tokenizer adds no bos, and the chat template begins with one: so the texts write it themselves.
+    write_jsonl(PRETRAIN_DATA, ({"text": f"<s>{text}"} for text in pretraining_texts(SEED, N_PRETRAIN_CHARS)))
 
     model = DEMO / "model"
     model.mkdir(exist_ok=True)

@@ -51,8 +51,10 @@ def reference_logps(
     """
     n = pairset.report.n_samples
     folder = cache / array_cache.key(LAYOUT, "reference", pairset.key, *_model_key(model, params))
-    if not folder.is_dir():
-        with array_cache.filling(folder) as aside, _shown(progress, "reference log-probs", n) as show, torch.no_grad():
+    if not array_cache.is_whole(folder):
+        shown = _shown(progress, "reference log-probs", n)
+        filling = array_cache.filling(folder, 8 * n)
+        with filling as aside, shown as show, torch.no_grad():
             np.save(aside / "logps.npy", _answer_logps(model, params, pairset, source, show))
     with array_cache.intact(folder, f"log-probs of {n} samples"):
         (logps,) = array_cache.load(folder, "logps")
@@ -73,10 +75,12 @@ def teacher_tops(
     if not 0 < k <= vocab_size:
         raise InputError(f"precompute: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; change it")
     folder = cache / array_cache.key(LAYOUT, "tops", dataset.key, k, temperature, *_model_key(*teacher))
-    if not folder.is_dir():
-        with array_cache.filling(folder) as aside, _shown(progress, "teacher", len(dataset.offsets) - 1) as show, torch.no_grad():
-            ids = np.lib.format.open_memmap(aside / "ids.npy", "w+", np.int32, (n_tokens, k))
-            logps = np.lib.format.open_memmap(aside / "logps.npy", "w+", np.float32, (n_tokens, k))
+    if not array_cache.is_whole(folder):
+        shown = _shown(progress, "teacher", len(dataset.offsets) - 1)
+        filling = array_cache.filling(folder, 8 * n_tokens * k)
+        with filling as aside, shown as show, torch.no_grad():
+            ids = array_cache.zeros(aside / "ids.npy", np.int32, (n_tokens, k))
+            logps = array_cache.zeros(aside / "logps.npy", np.float32, (n_tokens, k))
             for places, top_ids, top_logps in _top_rows(teacher, dataset, k, temperature, show):
                 ids[places], logps[places] = top_ids, top_logps
             ids.flush()
@@ -115,9 +119,9 @@ def _top_rows(
     numbered = documents._replace(tokens=np.arange(len(dataset.tokens)))
     for rows in _batched(np.diff(dataset.offsets)):
         batch = padded([[documents.at(i)] for i in rows])
-        places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.target_mask()])
+        places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.target_mask() > 0])
         batch = tree.map(lambda x: x.to(place), batch)
-        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask()]  # the state before a token predicts it
+        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask() > 0]  # the state before a token predicts it
         for start in range(0, len(places), chunk):
             logits = model.logits(params, states[start : start + chunk])
             wide = widen(logits)

@@ -74,7 +74,7 @@ def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> 
         else:
             nats = model.token_losses(_adapted(params, scaled), together, loss, summed=True).view(batch.tokens.shape)
         mask = to_device(together.target_mask(), nats.device).view(batch.tokens.shape)
-        total, weight = (x.sum((1, 2)) for x in (torch.where(mask, nats, 0.0), mask))
+        total, weight = (x.sum((1, 2)) for x in (torch.where(mask != 0, nats, 0.0), mask))
         return Mean(total, weight.to(nats.dtype))
 
     return objective

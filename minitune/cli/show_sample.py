@@ -98,7 +98,7 @@ def _fate(tokens: Tokens, source: Source) -> str:
 def _runs(tokens: Tokens) -> Iterator[tuple[bool, int, int]]:
     """(trained, start, end) of the tokens that stand together and are all trained, or all not."""
     start = 0
-    for trained, run in groupby(tokens.mask):
+    for trained, run in groupby(map(bool, tokens.mask)):
         end = start + len(list(run))
         yield trained, start, end
         start = end

@@ -39,7 +39,7 @@ def ls(words: Sequence[str]) -> int:
 def comments(path: Path) -> list[str]:
     """Lines of the comment that a program begins with."""
     lines = []
-    for line in path.read_text("utf-8-sig").splitlines():
+    for line in toml.read(path, "program")[0].splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
@@ -66,7 +66,7 @@ def show(words: Sequence[str]) -> int:
     from minitune.programs import program
 
     file = _program_of("show", words)
-    sys.stdout.write(program.resolved(program.load(file, words[1:])))
+    sys.stdout.write(program.resolved(program.load(file, words[1:]), absent=True))
     return 0
 
 
@@ -77,9 +77,9 @@ def check(words: Sequence[str]) -> int:
     from minitune.programs.check import check as findings
 
     loaded = program.load(file, words[1:])
+    wandb_tracker.check(loaded.log.wandb)
     lines = findings(loaded.model, loaded.data, loaded.stage)
     save_paths.check(loaded)
-    wandb_tracker.check(loaded.log.wandb)
     for line in lines:
         sys.stdout.write(f"{line}\n")
     return 0

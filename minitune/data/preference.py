@@ -13,14 +13,16 @@ import numpy as np
 import torch
 
 from minitune import tree
-from minitune.data.conversations import conversation, split_answer, tools
+from minitune.data.conversations import conversation, opening, split_answer, tools
 from minitune.data.cursor import Cursor, next_rows
+from minitune.data.encoded_rows import encoded_rows
 from minitune.data.packing import permutation
-from minitune.data.readers import error_location, rows_with_location
+from minitune.data.readers import error_location
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.supervised import cache_key
 from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
+from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
 from minitune.text.template import Message, Template, with_options
 from minitune.text.tokenizer import Tokenizer
@@ -56,11 +58,11 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     key = cache_key(source, tokenizer, template)
     desirable = mismatched = None
     if source.format == "pairs":
-        if not (cache / key).is_dir():
+        if not array_cache.is_whole(cache / key):
             _write_pairs(cache / key, source, tokenizer, template)
         answers, _, report = load(cache / key, 2)
     else:
-        if not (cache / key).is_dir():
+        if not array_cache.is_whole(cache / key):
             _write_unpaired(cache / key, source, tokenizer, template)
         answers, (desirable, mismatched), report = load(cache / key, 1, "desirable", "mismatched")
     # A cache of this PairSet's own: the order is a pure function, but a step can't afford to compute it.
@@ -119,17 +121,18 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
     is_single = source.format == "unpaired" and (has["completion"] or not has["chosen"])
     if is_single:
         names = ["completion"]
-        desirable = [column(row, "label", (bool,), source, where)]
+        desirable = [_label(row, source, where)]
     else:
         names = ["chosen", "rejected"]
         desirable = [True, False]
-    answers = [column(row, name, (str, list), source, where) for name in names]
+    answers = [_answer(row, name, source, where) for name in names]
     # An answer that is a string needs a prompt; one that is a list may hold it.
     needs_prompt = has["prompt"] or any(isinstance(answer, str) for answer in answers)
     prompt = column(row, "prompt", (str, list), source, where) if needs_prompt else []
     whole = [_with_prompt(prompt, answer, where) for answer in answers]
     if whole[0][0] != whole[-1][0]:
         raise InputError(f"data: {where} has answers to different prompts, expected one at the start of both; correct the line")
+    whole = [opening(row, source, where, turns) for turns in whole]
     for turns in whole:
         asked, _ = split_answer(turns, where)
         if not asked:
@@ -137,21 +140,48 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
     return list(zip(whole, desirable, strict=True))
 
 
-def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
+def _label(row: Mapping[str, Any], source: Source, where: str) -> bool:
+    """Label of an answer: true or false, or 1 or 0."""
+    label = column(row, "label", (bool, int), source, where)
+    if label not in (0, 1):
+        key = source.columns.get("label", "label")
+        raise InputError(f'data: {where} "{key}" is {label}, expected true or false, or 1 or 0; correct the line')
+    return bool(label)
+
+
+def _answer(row: Mapping[str, Any], name: str, source: Source, where: str) -> str | list[Any]:
+    """Answer of a row: a string, or messages; a single message stands for a list of it."""
+    answer = column(row, name, (str, list, dict), source, where)
+    return [answer] if isinstance(answer, dict) else answer
+
+
+def tokenized(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    refused: list[str] | None = None,
+) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
     """Yield ("file:line", answers) of every row; answers: (tokens, whether it is the chosen or a desirable one).
 
-    Of the tokens only the last message is trained.
+    Of the tokens only the last message is trained. refused gets the locations of the rows that
+    invalid = "skip" leaves out.
     """
     template = with_options(template, source.chat_template_kwargs, source.path)
-    for where, row in rows_with_location(source):
-        rows = conversations(row, source, where)
-        functions = tools(row, source, where)
+
+    def encode(row: Mapping[str, Any], where: str) -> list[tuple[Tokens, bool]]:
         answers = []
-        with error_location(where):
-            for turns, is_desirable in rows:
+        functions = tools(row, source, where)
+        for turns, is_desirable in conversations(row, source, where):
+            with error_location(where):
                 tokens = encode_chat(tokenizer, template, turns, tools=functions, train_on="last")
-                answers.append((tokens, is_desirable))
-        yield where, answers
+            if any(weight not in (0, 1) for weight in tokens.mask):
+                raise InputError(
+                    f"data: {where} weighs an answer by a fraction, expected 0 or 1 where answers are compared; correct it"
+                )
+            answers.append((tokens, is_desirable))
+        return answers
+
+    return encoded_rows(source, encode, [] if refused is None else refused)
 
 
 def _plain_names(row: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
@@ -181,23 +211,27 @@ def _with_prompt(prompt: str | list[Any], answer: str | list[Any], where: str) -
 
 def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize a file of pairs into a token cache, two answers a sample."""
-    samples = ([tokens for tokens, _ in answers] for _, answers in tokenized(source, tokenizer, template))
+    refused: list[str] = []
+    rows = tokenized(source, tokenizer, template, refused)
+    samples = ([tokens for tokens, _ in answers] for _, answers in rows)
     answers, _, report = filter_documents(samples, source.path, source.seq_len, source.overlong)
-    save(folder, answers, report)
+    save(folder, answers, report._replace(n_refused=len(refused)))
 
 
 def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize a file of unpaired answers into a token cache, with their labels and their mismatched answers."""
     labels: list[bool] = []  # of each answer that is read
+    refused: list[str] = []
 
     def samples() -> Iterator[list[Tokens]]:
-        for _, answers in tokenized(source, tokenizer, template):
+        for _, answers in tokenized(source, tokenizer, template, refused):
             for tokens, desirable in answers:
                 labels.append(desirable)
                 yield [tokens]
 
     answers, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
     mismatched = _mismatched(answers, source.path)
+    report = report._replace(n_refused=len(refused))
     save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 
 

@@ -7,7 +7,8 @@ from minitune.data.conversations import messages, tools
 from minitune.data.readers import error_location, rows_with_location
 from minitune.data.source import Source
 from minitune.errors import InputError
-from minitune.text.chat import encode_chat, encode_prompt, stop_ids
+from minitune.text.chat import encode_prompt, stop_ids
+from minitune.text.served import encode_answer
 from minitune.text.template import Message, Template, Tool, with_options
 from minitune.text.tokenizer import Tokenizer
 
@@ -85,10 +86,8 @@ def _collect(
 
 def _split_rows(part: Source) -> Iterator[tuple[str, list[Message], Message | None, list[Tool]]]:
     """Yield ("file:line", messages of the prompt, answer or None, tools) of every row."""
-    output = part.columns.get("output", "output")
     for where, row in rows_with_location(part):
-        is_open = part.format == "instruct" and row.get(output) is None
-        turns = messages({**row, output: ""} if is_open else row, part, where)
+        turns = messages(row, part, where, is_open=True)
         asked, answer = turns, None
         if turns[-1]["role"] == "assistant":
             *asked, answer = turns
@@ -109,8 +108,8 @@ def _answer_ids(
     They are more than the message's own words where a template adds to them: Qwen 3 opens an answer
     with an empty thought, which a trained model therefore writes as well.
     """
-    tokens = encode_chat(tokenizer, template, turns, tools=functions, train_on="last")
-    trained = [i for i, is_trained in enumerate(tokens.mask) if is_trained]
+    tokens = encode_answer(tokenizer, template, turns, tools=functions)
+    trained = [i for i, weight in enumerate(tokens.mask) if weight]
     if not trained:
         return []
     ids = tokens.ids[trained[0] : trained[-1] + 1]

@@ -110,18 +110,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, _present(row)
+                    yield number, present(row)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"data: {path}:{number + 1} {error}, expected a parquet file; fetch the file again") from None
     if number == 0:
         raise InputError(f"data: {path} holds no row, expected a parquet file with rows; correct the path")
 
 
-def _present(value: Any) -> Any:
-    """Copy a value without the keys that are null: parquet gives every object the keys of all the others."""
+def present(value: Any) -> Any:
+    """Copy a value without the keys that are null: a null is no value, as transformers reads
+    messages.
+
+    Parquet gives every object the keys of all the others, and so does jsonl that was written from
+    such a table.
+    """
     if isinstance(value, dict):
-        return {key: _present(child) for key, child in value.items() if child is not None}
-    return [_present(child) for child in value] if isinstance(value, list) else value
+        return {key: present(child) for key, child in value.items() if child is not None}
+    return [present(child) for child in value] if isinstance(value, list) else value
 
 
 def _object(text: bytes, path: Path, number: int, expected: str) -> dict[str, Any]:
@@ -132,4 +137,4 @@ def _object(text: bytes, path: Path, number: int, expected: str) -> dict[str, An
         raise InputError(f"data: {path}:{number} {error}, expected {expected}; correct the line") from None
     if not isinstance(row, dict):
         raise InputError(f"data: {path}:{number} holds a {type(row).__name__}, expected {expected}; correct the line")
-    return row
+    return present(row)

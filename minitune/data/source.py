@@ -8,19 +8,34 @@ from typing import Any, Literal
 import msgspec
 
 from minitune.errors import InputError, nearest
-from minitune.text.turns import TrainOn
+from minitune.text.conversation import TrainOn
 from minitune.types import OpenUnitInterval, PositiveInt
 
 # Formats whose rows are preferences: two answers to a prompt, or single answers that are labelled.
 PREFERENCE_FORMATS = ("pairs", "unpaired")
 COLUMNS = {
-    "instruct": ("instruction", "input", "output"),
-    "chat": ("messages", "tools"),
+    "instruct": ("instruction", "input", "output", "system", "history", "tools"),
+    "chat": ("messages", "tools", "system"),
     "text": ("text",),
-    "pairs": ("prompt", "chosen", "rejected", "tools"),
-    "unpaired": ("prompt", "completion", "label", "chosen", "rejected", "tools"),
+    "pairs": ("prompt", "chosen", "rejected", "tools", "system", "history"),
+    "unpaired": (
+        "prompt",
+        "completion",
+        "label",
+        "chosen",
+        "rejected",
+        "tools",
+        "system",
+        "history",
+    ),
 }
-EXPECTED = {str: "a string", list: "a list of messages", bool: "true or false"}
+EXPECTED = {
+    str: "a string",
+    list: "a list of messages",
+    bool: "true or false",
+    int: "0 or 1",
+    dict: "a message",
+}
 Single = Literal["instruct", "chat", "text"]  # the formats whose rows are one document each
 
 
@@ -63,12 +78,16 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["instruct", "chat", "text", "pairs", "unpaired"]  # the last two are read by data.preference.prepare
     seq_len: PositiveInt  # tokens
     packed: bool = True
-    overlong: Literal["truncate", "drop"] = "drop"
+    overlong: Literal["truncate", "drop", "split"] = "drop"  # split: a text becomes several samples
     columns: dict[str, str] = {}
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
     mix: tuple[MixtureComponent, ...] = ()
     chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
+    # of a conversation: one sample, or each answer one, its prompt as it is served
+    turns: Literal["whole", "each"] = "whole"
+    system_in_user: bool = False  # a system message is put at the start of the user's first one
+    invalid: Literal["refuse", "skip"] = "refuse"  # rows that can't be read: stop, or count them
 
     def __post_init__(self) -> None:
         _check_columns(self.format, self.columns)
@@ -80,6 +99,18 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"data: train_on = {self.train_on!r} with format = {self.format!r}, expected it with instruct or chat only; "
                 f"remove it: {trained} is trained"
             )
+        if self.format not in ("instruct", "chat") and self.turns != "whole":
+            found = f"data: turns = {self.turns!r} with format = {self.format!r}"
+            raise InputError(f"{found}, expected it with instruct or chat; remove it")
+        kinds = {self.format, *(other.format or self.format for other in self.mix)}
+        if self.overlong == "split" and kinds != {"text"}:
+            raise InputError(
+                f'data: overlong = "split" with format = {self.format!r}, expected it with text '
+                'only: a part of a conversation is no conversation; take "drop" or "truncate"'
+            )
+        if self.turns == "each" and self.train_on != "assistant":
+            found = f'data: turns = "each" with train_on = {self.train_on!r}'
+            raise InputError(f'{found}, expected train_on = "assistant"; remove one of them')
         if self.format == "text" and self.chat_template_kwargs:
             raise InputError("data: chat_template_kwargs with format = 'text', expected it with conversations only; remove it")
         if self.mix and self.format in PREFERENCE_FORMATS:
@@ -112,6 +143,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             columns=other.columns,
             split=other.split,
             train_on="assistant" if is_text else self.train_on,
+            turns="whole" if is_text else self.turns,
             chat_template_kwargs=options,
             mix=(),
         )

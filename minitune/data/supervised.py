@@ -1,6 +1,7 @@
 """Supervised data: rows that are tokenized once, kept memory-mapped, and taken as batches."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,18 +13,20 @@ import numpy as np
 from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
+from minitune.data.encoded_rows import encoded_rows
 from minitune.data.packing import epoch_rows
-from minitune.data.readers import error_location, open_rows, rows_with_location
+from minitune.data.readers import error_location, open_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
+from minitune.text.served import encode_answers
 from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 2  # version of the token cache; another number makes every cache anew
+LAYOUT = 3  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):
@@ -55,7 +58,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
             f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
         )
     key = cache_key(source, tokenizer, template)
-    if not (cache / key).is_dir():
+    if not array_cache.is_whole(cache / key):
         _write(cache / key, source, tokenizer, template)
     documents, (file,), report = load(cache / key, 1, "file")
     sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()
@@ -73,11 +76,25 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     return Dataset(*documents, report, order, key)
 
 
-def tokenized(source: Source, tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, Tokens]]:
-    """Yield ("file:line", tokens) of every row of the table's own file."""
+def tokenized(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    refused: list[str] | None = None,
+) -> Iterator[tuple[str, Tokens]]:
+    """Yield ("file:line", tokens) of every sample of the table's own file.
+
+    A sample is a row; with turns = "each" an answer, with overlong = "split" a part of a text of
+    at most seq_len tokens. refused gets the locations of the rows that invalid = "skip" leaves out.
+    """
     template = with_options(template, source.chat_template_kwargs, source.path)
-    for where, row in rows_with_location(source):
-        yield where, _document(row, where, source, tokenizer, template)
+
+    def encode(row: Mapping[str, Any], where: str) -> list[Tokens]:
+        return _documents(row, where, source, tokenizer, template)
+
+    for where, documents in encoded_rows(source, encode, [] if refused is None else refused):
+        for tokens in documents:
+            yield where, tokens
 
 
 def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
@@ -122,28 +139,53 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize all files of a source into a token cache, with the number of the file of each document."""
     file_numbers: list[int] = []  # of each sample that is read
+    refused: list[str] = []
+    rows: Counter[str] = Counter()  # samples of each row
 
     def samples() -> Iterator[list[Tokens]]:
         for number, part in enumerate(source.parts()):
-            for _, tokens in tokenized(part, tokenizer, template):
+            for where, tokens in tokenized(part, tokenizer, template, refused):
                 file_numbers.append(number)
+                rows[where] += source.overlong == "split"
                 yield [tokens]
 
     documents, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
+    n_split = sum(n > 1 for n in rows.values())
+    report = report._replace(n_split=n_split, n_refused=len(refused))
     save(folder, documents, report, file=np.array(file_numbers, dtype=np.int32)[kept])
 
 
-def _document(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer, template: Template) -> Tokens:
-    """Tokens of a row: a conversation as the template writes it, or plain text between bos and eos."""
+def _documents(
+    row: Mapping[str, Any],
+    where: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+) -> list[Tokens]:
+    """Samples of a row: a conversation, each answer of it, or text between bos and eos."""
     if source.format != "text":
         conversation = messages(row, source, where)
         functions = tools(row, source, where)
         with error_location(where):
-            return encode_chat(tokenizer, template, conversation, tools=functions, train_on=source.train_on)
+            if source.turns == "each":
+                return encode_answers(tokenizer, template, conversation, tools=functions)
+            train_on = source.train_on
+            return [encode_chat(tokenizer, template, conversation, tools=functions, train_on=train_on)]
+    tokens = _text(row, where, source, tokenizer)
+    if source.overlong != "split":
+        return [tokens]
+    # Two parts share a token, which the second one has as context: each token is a target once.
+    starts = range(0, max(1, len(tokens.ids) - 1), max(1, source.seq_len - 1))
+    ends = [start + source.seq_len for start in starts]
+    return [Tokens(tokens.ids[i:j], tokens.mask[i:j]) for i, j in zip(starts, ends, strict=True)]
+
+
+def _text(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokenizer) -> Tokens:
+    """Tokens of a row of format text."""
     # The text format is raw: the strings of special tokens in it are special tokens.
     ids = tokenizer.encode(column(row, "text", (str,), source, where), parse_special=True)
     bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
-    if bos_id is not None and ids[:1] != [bos_id]:
+    if tokenizer.add_bos and bos_id is not None and ids[:1] != [bos_id]:
         ids = [bos_id, *ids]
     if eos_id is not None:
         ids = [*ids, eos_id]

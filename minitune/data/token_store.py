@@ -1,8 +1,10 @@
 """Tokenized documents end to end in three arrays, kept memory-mapped on disk, and how rows of them make a Batch."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -18,8 +20,11 @@ from minitune.types import Batch
 class Report(NamedTuple):
     """Counts of what became of a file's samples; a pair of answers is one sample.
 
-    n_samples, n_tokens and n_target_tokens count what was kept; n_truncated of the samples were cut. Left out were
-    n_dropped that are too long, n_without_target with nothing to train, and n_identical pairs whose answers are equal.
+    n_samples, n_tokens and n_target_tokens count what was kept; n_truncated of the samples were
+    cut. Left out were n_dropped that are too long, n_without_target with nothing to train, and
+    n_identical pairs whose answers are equal. n_split of the texts were split into several samples.
+    n_refused rows can't be read and were left out, as asked for. unwritten: how often a message
+    holds something under a key that the template does not write, by key.
     """
 
     n_samples: int
@@ -29,10 +34,13 @@ class Report(NamedTuple):
     n_dropped: int
     n_without_target: int
     n_identical: int = 0
+    n_split: int = 0
+    n_refused: int = 0
+    unwritten: Mapping[str, int] = MappingProxyType({})
 
 
 class Document(NamedTuple):
-    """A tokenized text; mask: True for the tokens that are trained."""
+    """A tokenized text; mask: True for the tokens that are trained, or what each counts."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -60,18 +68,19 @@ def filter_documents(
     what to do with one of more than seq_len tokens: drop or truncate. path is named in messages. InputError if
     nothing is left.
     """
-    # Python's arrays take 4 and 1 bytes a token while they grow, where lists take 8 and more.
-    tokens, mask = array("i"), array("b")
+    # Python's arrays take 4 bytes a token each while they grow, where lists take 8 and more.
+    tokens, mask = array("i"), array("f")
     offsets, kept = array("q", [0]), array("q")
+    unwritten: Counter[str] = Counter()
     n_read = n_truncated = n_dropped = n_without_target = n_identical = 0
     for sample in samples:
         n_read += 1
-        is_overlong = any(len(ids) > seq_len for ids, _ in sample)
+        is_overlong = any(len(one.ids) > seq_len for one in sample)
         if is_overlong and overlong == "drop":
             n_dropped += 1
             continue
         # The first token is no target, because nothing predicts it.
-        documents = [(ids[:seq_len], [False, *trained[1:seq_len]]) for ids, trained in sample]
+        documents = [(one.ids[:seq_len], [False, *one.mask[1:seq_len]]) for one in sample]
         if not all(any(trained) for _, trained in documents):
             n_without_target += 1
             continue
@@ -80,6 +89,7 @@ def filter_documents(
             continue
         n_truncated += is_overlong
         kept.append(n_read - 1)
+        unwritten.update(key for one in sample for key in one.unwritten)
         for ids, trained in documents:
             tokens.extend(ids)
             mask.extend(trained)
@@ -91,15 +101,30 @@ def filter_documents(
             f"{n_without_target} without a trained token{identical}), expected an assistant's turn that fits; raise seq_len, set "
             'overlong = "truncate" or check the columns'
         )
-    report = Report(len(kept), len(tokens), sum(mask), n_truncated, n_dropped, n_without_target, n_identical)
-    arrays = Documents(np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.bool_), np.array(offsets, dtype=np.int64))
+    weights = np.array(mask, dtype=np.float32)
+    n_targets = int((weights > 0).sum())
+    report = Report(
+        len(kept),
+        len(tokens),
+        n_targets,
+        n_truncated,
+        n_dropped,
+        n_without_target,
+        n_identical,
+        unwritten=dict(unwritten),
+    )
+    if not ((weights > 0) & (weights < 1)).any():
+        weights = weights.astype(np.bool_)
+    arrays = Documents(np.array(tokens, dtype=np.int32), weights, np.array(offsets, dtype=np.int64))
     return arrays, np.array(kept, dtype=np.int64), report
 
 
 def save(folder: Path, documents: Documents, report: Report, **more: np.ndarray) -> None:
     """Write a token cache, whole or not at all; more: arrays with an entry a sample."""
-    with array_cache.filling(folder) as unfinished:
-        for name, values in {**documents._asdict(), **more}.items():
+    arrays = {**documents._asdict(), **more}
+    n_bytes = sum(values.nbytes for values in arrays.values())
+    with array_cache.filling(folder, n_bytes) as unfinished:
+        for name, values in arrays.items():
             np.save(unfinished / f"{name}.npy", values)
         (unfinished / "report.json").write_bytes(msgspec.json.encode(report))
 
@@ -129,7 +154,7 @@ def padded(rows: Sequence[Sequence[Document]], n_tokens: int | None = None) -> B
         n_tokens = max(sum(len(document.tokens) for document in row) for row in rows)
     tokens = np.zeros((len(rows), n_tokens), dtype=np.int64)
     segment_ids = np.zeros((len(rows), n_tokens), dtype=np.int32)
-    loss_mask = np.zeros((len(rows), n_tokens), dtype=np.bool_)
+    loss_mask = np.zeros((len(rows), n_tokens), dtype=rows[0][0].mask.dtype)
     for b, row in enumerate(rows):
         start = 0
         for segment, document in enumerate(row, 1):

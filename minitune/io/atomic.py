@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield aside
             sync(aside)
             aside.replace(path)
-            sync(path.parent)
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+        _sync_committed(path.parent)
 
 
 @contextmanager
@@ -46,7 +47,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     recover_replaced(old)
     with disk_full_is_input_error(path):
-        aside.mkdir(parents=True)
+        create_folder(aside.parent)
+        aside.mkdir()
         try:
             yield aside
             sync_tree(aside)
@@ -54,10 +56,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             aside.rename(path)
-            sync(path.parent)
+            _sync_committed(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-            recover_replaced(old)
+            if path.exists():
+                # What is committed is no failure any more: an older one that can't be removed now
+                # goes later.
+                with suppress(OSError):
+                    recover_replaced(old)
+            else:
+                recover_replaced(old)
+
+
+def create_folder(path: Path) -> None:
+    """Make a folder and those above it, and flush the name of each to the disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _sync_committed(place.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -96,6 +112,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_committed(folder: Path) -> None:
+    """Flush the names in a folder where the file system can; the rename before it has already
+    happened."""
+    with suppress(OSError):
+        sync(folder)
 
 
 def free_bytes(path: Path) -> int:

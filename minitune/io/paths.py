@@ -17,6 +17,7 @@ def shipped(kind: str = "programs") -> dict[str, Path]:
 
 def program_file(name: str) -> Path:
     """File of a program: the path itself if it exists, else the shipped program of that name, else the path as written."""
+    require_possible(name)
     path = Path(name)
     if path.is_file():
         return path
@@ -29,6 +30,7 @@ def locate(path: str, run: Path | None = None) -> Path:
     demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the run that asks, the rest is
     the user's.
     """
+    require_possible(path)
     head, _, rest = path.partition("/")
     if head == "demo":
         embedded = PACKAGE / "demo" / (rest or "model")
@@ -43,8 +45,7 @@ def locate(path: str, run: Path | None = None) -> Path:
 
 def user_path(text: str) -> Path:
     """Path as a user writes it, ~ replaced; InputError for an unknown home and a NUL character."""
-    if "\0" in text:
-        raise InputError(f"paths: {text!r} holds a NUL character, expected a path; correct it")
+    require_possible(text)
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -52,6 +53,18 @@ def user_path(text: str) -> Path:
         raise InputError(
             f"paths: {text!r} begins with {home}, whose folder is unknown, expected a home; write the whole path"
         ) from None
+
+
+def require_possible(text: str) -> None:
+    """InputError for a path with a NUL character, or with a name of more than 255 bytes."""
+    names = text.replace(os.sep, "/").split("/")
+    if "\0" in text:
+        found = "holds a NUL character"
+    elif any(len(os.fsencode(name)) > 255 for name in names):
+        found = "has a name of more than 255 bytes"
+    else:
+        return
+    raise InputError(f"paths: {text[:100]!r} {found}, expected a path; correct it")
 
 
 def is_present(path: Path) -> bool:

@@ -96,8 +96,10 @@ class Model(NamedTuple):
         prediction of each token as loss_mask does, loss(logits, targets, rows of extra), by as many rows as the head is.
         summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
         through a head that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in head.token_losses.
+        Where loss_mask holds weights, each loss is multiplied with its own.
         """
         mask = batch.target_mask().roll(-1, 1)  # target_mask() is False at 0, so nothing wraps round
+        weights = mask if mask.is_floating_point() else None
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
 
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
@@ -106,8 +108,18 @@ class Model(NamedTuple):
         def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
             return by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
 
+        def weighted_losses(logits: Tensor, rows: tuple[tuple[Tensor, Tree], Tensor]) -> Tensor:
+            losses = chunk_losses(logits, rows[0])
+            return losses * rows[1].view(-1, *(1 for _ in losses.shape[1:]))
+
         hidden = self.hidden(params, batch)
-        return nn_head.token_losses(chunk_losses, hidden, targets, mask, self.head(params), summed=summed).roll(1, 1)
+        head = self.head(params)
+        if weights is None:
+            nats = nn_head.token_losses(chunk_losses, hidden, targets, mask, head, summed=summed)
+        else:
+            labels = (targets, weights)
+            nats = nn_head.token_losses(weighted_losses, hidden, labels, mask > 0, head, summed=summed)
+        return nats.roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""

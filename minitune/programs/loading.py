@@ -1,6 +1,6 @@
 """Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,14 @@ from minitune.checkpoint.hf_folder import load_params
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
-from minitune.io import paths
 from minitune.io.paths import locate
+from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
 from minitune.programs.log import Log
+from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
@@ -127,7 +128,7 @@ def open_pipeline(
     seed: int,
     folder: Path,
     log: Log,
-    stopping: Callable[[], bool],
+    stopping: StopSignals,
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
 ) -> PipelineState:
@@ -138,8 +139,6 @@ def open_pipeline(
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    if note := paths.cache_note():
-        log.say(note)
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)
@@ -152,6 +151,8 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
     text = _open_tokenizer(folder, model)
+    if path is not None:
+        require_unharmed(path)
     stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
     params = {name: w.to(device, dtype) for name, w in stored.items()}
     rule, trainable = None, {}
@@ -187,6 +188,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
+    require_unharmed(locate(str(source.deltas), run))
     rule, trainable, base = load_adapter(locate(str(source.deltas), run), names=params)
     check_deltas(params, trainable, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:

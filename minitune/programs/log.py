@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgspec
 from rich.console import Console, RenderableType
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from minitune.io.atomic import write_atomic
+from minitune.programs.records import read_rows
 from minitune.programs.wandb_tracker import WandbConfig, WandbRun
 from minitune.types import PositiveInt
 
@@ -46,7 +49,7 @@ class Log:
         self._path = folder / "metrics.jsonl"
         self._config = config
         self._program = program
-        self._console = console or Console()
+        self._console = console or Console(file=cast("IO[str]", _Terminal()))
         self._wandb: WandbRun | None = None
         self._stage, self._n_before = "", 0
 
@@ -73,7 +76,7 @@ class Log:
 
     def begin(self, stage: str) -> None:
         """Name the stage whose steps are counted from now on; wandb's global_step goes on where the stages before it ended."""
-        last = {name: step for name, step, _ in _rows(self._path)}
+        last = {name: step for name, step, _ in read_rows(self._path)}
         earlier = list(last)[: list(last).index(stage)] if stage in last else list(last)
         self._stage, self._n_before = stage, sum(last[name] for name in earlier)
 
@@ -93,6 +96,10 @@ class Log:
             if fault is not None:
                 self.say(f"wandb takes no more rows ({fault}); training goes on, metrics.jsonl has them")
                 self._wandb = None
+
+    def sync(self) -> None:
+        """Flush the rows to the disk, before a state that says that they are there."""
+        os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
         """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""
@@ -117,7 +124,7 @@ class Log:
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
-        kept = b"".join(line for stage, step, line in _rows(self._path) if keep(stage, step))
+        kept = b"".join(line for stage, step, line in read_rows(self._path) if keep(stage, step))
         if self._path.exists() and kept != self._path.read_bytes():
             write_atomic(self._path, kept)
         return self._path.open("ab")
@@ -126,6 +133,36 @@ class Log:
 def readings(values: Mapping[str, Number]) -> str:
     """Named numbers as one line, each with its unit: "loss 0.1234  lr 3.00e-04  12,345 tokens/s  mem 1.2 GiB"."""
     return "  ".join(text if name == "tokens_per_second" else f"{_label(name)} {text}" for name, text in _texts(values))
+
+
+class _Terminal:
+    """Standard output that goes silent once it can't be written, so that a run outlives its
+    terminal or pipe."""
+
+    def __init__(self) -> None:
+        self._is_open = True
+
+    def write(self, text: str) -> int:
+        if self._is_open:
+            self._if_open(lambda: sys.stdout.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._is_open:
+            self._if_open(sys.stdout.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def _if_open(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError:
+            # A reader such as head has gone, or the terminal was closed: what Python still has to
+            # flush at its end goes nowhere.
+            self._is_open = False
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Bar(Progress):
@@ -151,17 +188,6 @@ class _Lines(Progress):
         left_s = (now - self._started) / max(step - self._done, 1) * (self._total - step)
         minutes, seconds = divmod(round(left_s), 60)
         self._log.say(f"{self._title} {step}/{self._total}  {readings(values)}  {minutes}:{seconds:02} left")
-
-
-def _rows(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(stage, step, line) of each whole row of metrics.jsonl."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n"):
-            yield row["stage"], row["step"], line
 
 
 def _label(name: str) -> str:

@@ -1,6 +1,6 @@
 """State that flows through the stages of a program, and what is known of it before anything is loaded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,19 +11,12 @@ from minitune.data.source import Source
 from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.log import Log
+from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.text.chat import stop_ids
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params, Trainable
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is on disk
-    """SIGTERM or SIGINT arrived and the state of `step` was saved in `folder`."""
-
-    def __init__(self, step: int, folder: Path) -> None:
-        super().__init__(f"stopped at step {step}, saved in {folder}")
-        self.step, self.folder = step, folder
 
 
 class LoadedModel(NamedTuple):
@@ -53,7 +46,7 @@ class PipelineState(NamedTuple):
     seed: int
     folder: Path  # the run folder, runs/<name>
     log: Log
-    stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has arrived
+    stopping: StopSignals  # called, it says whether a signal has asked for the end
     data: Mapping[str, Source]
     records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
     loaded: LoadedModel

@@ -134,7 +134,7 @@ def folder_lock(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
             folder / ".cache" / "minitune.lock",
             wait=lambda holder: tell(f"hub: waiting for {holder}, which fetches into {folder}"),
         )
-    except NotImplementedError:
+    except locks.Unsupported:
         yield  # a file system without locks: huggingface_hub still keeps two processes from writing one file
         return
     with lock:

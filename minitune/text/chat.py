@@ -12,10 +12,12 @@ from typing import NamedTuple
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import is_present
+from minitune.text.conversation import Conversation, TrainOn, Turn, turn_weights, without_weights
 from minitune.text.escaping import escape_special_tokens
-from minitune.text.template import Message, Template, Tool, compile_template, describe_roles, render
+from minitune.text.forms import write
+from minitune.text.template import Message, Template, Tool, compile_template, describe_roles
 from minitune.text.tokenizer import Tokenizer
-from minitune.text.turns import Conversation, TrainOn, assistant_turns
+from minitune.text.turns import appends_prompt, assistant_turns
 
 CHATML = """\
 {% for message in messages %}
@@ -36,10 +38,15 @@ PLAIN = """\
 
 
 class Tokens(NamedTuple):
-    """Token ids of a conversation, and for each whether it is trained."""
+    """Token ids of a conversation, and what each counts in the loss.
+
+    mask: True for a token that is trained, or the weight of its turn where that is not 1.
+    unwritten: keys of messages that the template does not write, one entry for each message.
+    """
 
     ids: list[int]
-    mask: list[bool]
+    mask: Sequence[bool | float]
+    unwritten: Sequence[str] = ()
 
 
 def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
@@ -105,11 +112,12 @@ def encode_chat(
 ) -> Tokens:
     """Encode a conversation, with the mask of the tokens that are trained.
 
-    train_on: "assistant" trains what stands in {% generation %} or, in a template without it, every turn of the
-    assistant with its end-of-turn token; "last" only the last of them; "all" every token.
+    train_on: "assistant" trains what stands in {% generation %} or, in a template without it, every
+    turn of the assistant with its end-of-turn token; "last" only the last of them; "all" every
+    token. A turn counts as much as its message says under weight, train, trainable or loss.
 
     InputError if the template writes an assistant turn differently from what its generation prompt promised, or
-    ends it with no special token.
+    ends it with no special token, and if it leaves out something that the messages or tools hold.
     """
     return _encode(tokenizer, template, messages, tools, False, train_on)
 
@@ -129,33 +137,82 @@ def _encode(
     add_generation_prompt: bool,
     train_on: TrainOn | None,
 ) -> Tokens:
+    weights = turn_weights(messages, train_on)
+    trained = [n for n, weight in weights.items() if weight]
+    if train_on == "all":
+        trained = list(range(len(messages)))
+    messages = without_weights(messages)
     # Special tokens come from the template alone, bos included where one is wanted.
     escaped, escaped_tools, restore = escape_special_tokens(messages, tools, tokenizer)
     conversation = Conversation(template, escaped, escaped_tools)
-    text = conversation.text(len(messages), add_generation_prompt)
+    form, text, lost = write(conversation, add_generation_prompt, trained)
+    conversation = conversation._replace(messages=form(escaped))
     if restore:
-        # A template that looks for a special token in a message (to split at it, for one) would not find it.
-        unescaped = render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        if unescaped != text.translate(restore):
-            raise InputError(
-                f"chat: {template.origin} reads a special token in the text of a message, expected it to be copied as text; "
-                f"remove the special tokens from the content of {describe_roles(messages)}"
-            )
-    # The text is cut where a turn of the assistant starts, because generation continues from there, and where it
-    # ends. So every second span is a turn.
-    turns = assistant_turns(tokenizer, conversation, text, add_generation_prompt, train_on)
+        unescaped = Conversation(template, form(messages), tools)
+        _refuse_read_tokens(unescaped, text.translate(restore), add_generation_prompt)
+    # Where every token is trained, it doesn't matter where the turns are.
+    are_required = train_on != "all" or any(weight != 1 for weight in weights.values())
+    turns = assistant_turns(
+        tokenizer,
+        conversation,
+        text,
+        add_generation_prompt,
+        weights,
+        are_required,
+    )
+    if train_on is not None and turns and _is_prompt_appended(conversation, turns[-1], text):
+        text = text[: turns[-1].end]
+    ids, mask = _encode_spans(tokenizer, text, turns, restore, 1.0 if train_on == "all" else 0.0)
+    return Tokens(ids, mask, [one.key for one in lost])
+
+
+def _refuse_read_tokens(conversation: Conversation, text: str, add_generation_prompt: bool) -> None:
+    """InputError if a template looks for a special token in a message (to split at it, for one).
+
+    text: what it writes where none is to be found.
+    """
+    messages = conversation.messages
+    if conversation.text(len(messages), add_generation_prompt) != text:
+        raise InputError(
+            f"chat: {conversation.template.origin} reads a special token in the text of a message, "
+            "expected it to be copied as text; remove the special tokens from the content of "
+            f"{describe_roles(messages)}"
+        )
+
+
+def _is_prompt_appended(conversation: Conversation, last_turn: Turn, text: str) -> bool:
+    """Return True if a generation prompt that nobody asked for follows the assistant's last message."""
+    n = len(conversation.messages)
+    is_last = conversation.messages[-1].get("role") == "assistant"
+    return is_last and text[last_turn.end :].strip() != "" and appends_prompt(conversation, n)
+
+
+def _encode_spans(
+    tokenizer: Tokenizer,
+    text: str,
+    turns: Sequence[Turn],
+    restore: Mapping[int, str],
+    weight_between: float,
+) -> tuple[list[int], list[bool | float]]:
+    """Ids of a text and the weight of each; weight_between: that of what stands between turns.
+
+    The text is cut where a turn of the assistant starts, because generation continues from there,
+    and where it ends. So every second span is a turn.
+    """
     cuts = [0]
     for turn in turns:
         cuts += [turn.start, turn.end]
     ids: list[int] = []
-    mask: list[bool] = []
+    mask: list[bool | float] = []
+    opens = True
     for n, (start, end) in enumerate(pairwise([*cuts, len(text)])):
-        span = tokenizer.encode_span(text[start:end], starts_document=start == 0, restore=restore)
-        is_turn = n % 2 == 1
-        trained = train_on == "all" or (is_turn and turns[n // 2].trained)
+        span = tokenizer.encode_span(text[start:end], starts_document=opens, restore=restore)
+        opens = tokenizer.opens_after(text[start:end], opens)
+        weight = turns[n // 2].weight if n % 2 == 1 else weight_between
+        # True and False where they say it all: weights in between are rare.
         ids += span
-        mask += [trained] * len(span)
-    return Tokens(ids, mask)
+        mask += [bool(weight) if weight in (0, 1) else weight] * len(span)
+    return ids, mask
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:

@@ -91,6 +91,15 @@ class Tokenizer(NamedTuple):
         """
         return self._encode(text, self.find_added, starts_document, restore)
 
+    def opens_after(self, text: str, opened: bool) -> bool:
+        """Return True if text after this one gets a dummy prefix; opened: after an empty text."""
+        if not text:
+            return opened
+        if not self.vocabulary.prefix_everywhere:
+            return False
+        ends = [match.end() for match in self.find_added.finditer(text)]
+        return bool(ends) and ends[-1] == len(text)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """Text of ids, with or without its special tokens.
 

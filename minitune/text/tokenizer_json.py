@@ -32,7 +32,6 @@ def vocabulary_from_spec(path: Path, spec: Mapping[str, Any]) -> Vocabulary:
         AddedToken(token["content"], token["id"], token["special"], token["lstrip"], token["rstrip"])
         for token in spec.get("added_tokens") or []
     ]
-    written = json.dumps(spec)
     return Vocabulary(
         size=1 + max(at_start.get_vocab(with_added_tokens=True).values(), default=-1),
         ids=ids,
@@ -42,8 +41,14 @@ def vocabulary_from_spec(path: Path, spec: Mapping[str, Any]) -> Vocabulary:
         names={},
         recognized=frozenset(token.text for token in added if not token.special),
         bos_text=bos_text_of_spec(spec),
-        prefix_everywhere='"type": "Prepend"' in written or '"prepend_scheme": "always"' in written,
+        prefix_everywhere=prefixes_everywhere(spec),
     )
+
+
+def prefixes_everywhere(spec: Mapping[str, Any]) -> bool:
+    """Return True if a tokenizer.json puts a space in front of text after an added token too."""
+    written = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+    return '"type": "Prepend"' in written or '"prepend_scheme": "always"' in written
 
 
 def bos_text_of_spec(spec: Mapping[str, Any]) -> str:

@@ -4,40 +4,14 @@ A template is a program, so where a turn stands is found by rendering: {% genera
 conversation is rendered up to the turn, with the turn as its last, and with the turn's words changed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from minitune.errors import InputError
-from minitune.text.template import GENERATION_END, GENERATION_START, Message, Template, Tool, render
+from minitune.text.conversation import Conversation, Turn
+from minitune.text.generation_blocks import turns_by_blocks
+from minitune.text.template import GENERATION_END
 from minitune.text.tokenizer import Tokenizer
-
-TrainOn = Literal["assistant", "last", "all"]  # every turn of the assistant, its last one, or every token
-
-
-class Turn(NamedTuple):
-    """Characters start to end of a rendered conversation, an assistant's turn with its end-of-turn token."""
-
-    start: int
-    end: int
-    trained: bool
-
-
-class Conversation(NamedTuple):
-    """Messages with the template that renders them."""
-
-    template: Template
-    messages: Sequence[Message]
-    tools: Sequence[Tool]
-
-    def text(self, n: int, add_generation_prompt: bool, mark_generation: bool = False) -> str:
-        """Render the first n messages; the arguments are those of `render`."""
-        return render(
-            self.template,
-            self.messages[:n],
-            tools=self.tools,
-            add_generation_prompt=add_generation_prompt,
-            mark_generation=mark_generation,
-        )
 
 
 def assistant_turns(
@@ -45,118 +19,45 @@ def assistant_turns(
     conversation: Conversation,
     text: str,
     add_generation_prompt: bool,
-    train_on: TrainOn | None,
+    weights: Mapping[int, float],
+    are_required: bool,
 ) -> list[Turn]:
-    """Find the assistant's turns in the text of a conversation.
+    """Find the assistant's turns in the text of a conversation; weights: those of `turn_weights`.
 
-    InputError for a trained turn whose borders can't be found; another one of that kind is left out.
+    A turn whose borders can't be found is left out, or an InputError if it is trained and they are
+    required.
     """
     template = conversation.template
     if conversation.tools and template.tool_use is not None:
         template = template.tool_use
     if template.has_generation_blocks:
-        return _turns_by_blocks(tokenizer, conversation, text, add_generation_prompt, train_on)
-    return _turns_by_rendering(tokenizer, conversation, text, train_on)
+        try:
+            return turns_by_blocks(tokenizer, conversation, text, add_generation_prompt, weights)
+        except InputError:
+            if are_required and any(weights.values()):
+                raise
+            return []
+    return _turns_by_rendering(tokenizer, conversation, text, weights, are_required)
 
 
-def _turns_by_blocks(
+def _turns_by_rendering(
     tokenizer: Tokenizer,
     conversation: Conversation,
     text: str,
-    add_generation_prompt: bool,
-    train_on: TrainOn | None,
+    weights: Mapping[int, float],
+    are_required: bool,
 ) -> list[Turn]:
-    """Turns that {% generation %} blocks declare."""
-    first_trained = 0
-    try:
-        spans = list(_generation_spans(tokenizer, conversation, text, add_generation_prompt))
-        if train_on == "last":
-            first_trained = _n_spans_before_last(tokenizer, conversation)
-    except InputError:
-        if train_on in ("assistant", "last"):
-            raise
-        return []
-    return [Turn(start, end, train_on is not None and n >= first_trained) for n, (start, end) in enumerate(spans)]
-
-
-def _n_spans_before_last(tokenizer: Tokenizer, conversation: Conversation) -> int:
-    """Number of generation blocks that stand before the assistant's last message."""
-    messages = conversation.messages
-    assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    before = conversation._replace(messages=messages[: assistants[-1]]) if assistants else conversation
-    text = before.text(len(before.messages), add_generation_prompt=False)
-    return len(list(_generation_spans(tokenizer, before, text, add_generation_prompt=False)))
-
-
-def _generation_spans(
-    tokenizer: Tokenizer, conversation: Conversation, text: str, add_generation_prompt: bool
-) -> Iterator[tuple[int, int]]:
-    """(start, end) of what the template wrote inside {% generation %}, with the special token that ends the turn.
-
-    Blocks that follow each other at once are one turn, up to the block that ends with a special token. A special
-    token right after a block belongs to it.
-    """
-    marked = conversation.text(len(conversation.messages), add_generation_prompt, mark_generation=True)
-    pieces = [piece.split(GENERATION_END) for piece in marked.split(GENERATION_START)]
-    unmarked = "".join("".join(piece) for piece in pieces)
-    if unmarked != text or any(len(piece) != 2 for piece in pieces[1:]):
-        raise InputError(
-            f"chat: {conversation.template.origin} changes what its generation blocks wrote, expected one after the other; "
-            "take them out of each other and of filters"
-        )
-    start: int | None = None  # of the turn that is open
-    next_start = len(pieces[0][0])
-    for n, (inside, after) in enumerate(pieces[1:], 1):
-        if start is None:
-            start = next_start
-        end = next_start + len(inside)
-        next_start = end + len(after)
-        if start == end:  # an empty block
-            start = None
-            continue
-        if not _ends_with_special(tokenizer, text, start, end):
-            if not after and n < len(pieces) - 1:
-                continue  # the next block goes on where this one stops
-            end = _special_token_end(tokenizer, conversation, text, end)
-        yield start, end
-        start = None
-
-
-def _ends_with_special(tokenizer: Tokenizer, text: str, start: int, end: int) -> bool:
-    """True if the last thing in text[start:end], but for whitespace, is a special token."""
-    tokens = list(tokenizer.find_special.finditer(text, start, end))
-    return bool(tokens) and not text[tokens[-1].end() : end].strip()
-
-
-def _special_token_end(tokenizer: Tokenizer, conversation: Conversation, text: str, place: int) -> int:
-    """End of the special token that begins at a place; InputError if there is none."""
-    token = tokenizer.find_special.match(text, place)
-    if token is None:
-        raise InputError(
-            f"chat: {conversation.template.origin} writes no special token at the end of a generation block, expected "
-            "one that ends the turn, or generation never stops; let the template write {{ eos_token }} there"
-        )
-    return token.end()
-
-
-def _turns_by_rendering(tokenizer: Tokenizer, conversation: Conversation, text: str, train_on: TrainOn | None) -> list[Turn]:
     """Turns of a template without generation blocks, found by rendering the conversation up to each."""
-    assistants = [i for i, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
-    trained: Sequence[int] = ()
-    if train_on == "assistant":
-        trained = assistants
-    elif train_on == "last":
-        trained = assistants[-1:]
     turns: list[Turn] = []
-    for i in assistants:
+    for i, weight in weights.items():
         end_of_previous = turns[-1].end if turns else 0
         try:
             start, end = _turn_span(tokenizer, conversation, text, i, end_of_previous)
         except InputError:
-            if i in trained:
+            if weight and are_required:
                 raise
             continue
-        turns.append(Turn(start, end, i in trained))
+        turns.append(Turn(start, end, weight))
     return turns
 
 
@@ -168,7 +69,9 @@ def _turn_span(tokenizer: Tokenizer, conversation: Conversation, text: str, i: i
     differently once it is history (without its reasoning), the turn ends there with the same token as it does last.
     """
     following = next((n for n, message in enumerate(conversation.messages) if n > i and message.get("role") == "assistant"), None)
-    advice = "correct the template" if following is None else 'correct the template or set train_on = "last"'
+    advice = 'correct the template or set turns = "each"'
+    if following is not None:
+        advice = 'correct the template or set train_on = "last" or turns = "each"'
     prompt = conversation.text(i, add_generation_prompt=True)
     if len(prompt) < end_of_previous or not text.startswith(prompt):
         raise InputError(
@@ -180,6 +83,9 @@ def _turn_span(tokenizer: Tokenizer, conversation: Conversation, text: str, i: i
     as_last = conversation.text(i + 1, add_generation_prompt=False)
     end = _common_special_end(tokenizer, text, (before_prompt, as_last), start)
     is_whole = end is not None and not tokenizer.find_special.sub("", as_last[end:]).strip()
+    if appends_prompt(conversation, i + 1):
+        # The special tokens of the prompt that comes after every turn are no part of the turn.
+        is_whole, end = False, None
     if not is_whole:
         # The turn's words go on after that token, so it stands inside them, or this turn is written differently here.
         limit = len(text) if following is None else len(conversation.text(following, add_generation_prompt=True))
@@ -191,6 +97,23 @@ def _turn_span(tokenizer: Tokenizer, conversation: Conversation, text: str, i: i
             f"ends the turn there as it does at the end, or generation never stops ({{{{ eos_token }}}} for one); {advice}"
         )
     return start, end
+
+
+def appends_prompt(conversation: Conversation, n: int) -> bool:
+    """Return True if the template writes a generation prompt after the first n messages though none
+    is asked for.
+
+    Then it writes the same where one is asked for, and goes on differently where a user's message
+    follows.
+    """
+    text = conversation.text(n, add_generation_prompt=False)
+    if text != conversation.text(n, add_generation_prompt=True):
+        return False
+    longer = conversation._replace(messages=[*conversation.messages[:n], {"role": "user", "content": "?"}])
+    try:
+        return not longer.text(n + 1, add_generation_prompt=False).startswith(text)
+    except InputError:
+        return False
 
 
 def _common_special_end(tokenizer: Tokenizer, text: str, others: Sequence[str], start: int) -> int | None:
@@ -231,11 +154,8 @@ def content_end(conversation: Conversation, i: int, as_last: str) -> int | None:
     What comes after the words stays as it is when the words change; so the message is rendered once more with other
     words, and the two texts are compared from their ends. None if the template refuses other words.
     """
-    message = conversation.messages[i]
-    changed = {key: value if key == "role" else _with_other_words(value) for key, value in message.items()}
-    try:
-        other = conversation._replace(messages=[*conversation.messages[:i], changed]).text(i + 1, False)
-    except InputError:
+    other = _text_with_other_words(conversation, i, at_start=False)
+    if other is None:
         return None
     n_equal = 0
     while n_equal < min(len(as_last), len(other)) and as_last[-1 - n_equal] == other[-1 - n_equal]:
@@ -243,10 +163,36 @@ def content_end(conversation: Conversation, i: int, as_last: str) -> int | None:
     return len(as_last) - n_equal
 
 
-def _with_other_words(value: Any) -> Any:
-    """Copy a JSON value with another character at the end of all its strings, one that no message holds here."""
+def content_start(conversation: Conversation, i: int, as_last: str) -> int | None:
+    """Place in as_last, the text up to message i, at which the words of that message start, as
+    `content_end` finds it."""
+    other = _text_with_other_words(conversation, i, at_start=True)
+    if other is None:
+        return None
+    n_equal = 0
+    while n_equal < min(len(as_last), len(other)) and as_last[n_equal] == other[n_equal]:
+        n_equal += 1
+    return n_equal
+
+
+def _text_with_other_words(conversation: Conversation, i: int, *, at_start: bool) -> str | None:
+    """Text up to message i with another character in its words; None if the template refuses other
+    words."""
+    message = conversation.messages[i]
+    changed = {key: value if key == "role" else _other_words(value, at_start) for key, value in message.items()}
+    try:
+        return conversation._replace(messages=[*conversation.messages[:i], changed]).text(i + 1, False)
+    except InputError:
+        return None
+
+
+def _other_words(value: Any, at_start: bool) -> Any:
+    """Copy a JSON value with another character at one end of all its strings, one that no message
+    holds here."""
     if isinstance(value, Mapping):
-        return {key: _with_other_words(child) for key, child in value.items()}
+        return {key: _other_words(child, at_start) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_other_words(child) for child in value]
-    return value + GENERATION_END if isinstance(value, str) else value
+        return [_other_words(child, at_start) for child in value]
+    if not isinstance(value, str):
+        return value
+    return GENERATION_END + value if at_start else value + GENERATION_END

@@ -18,7 +18,9 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim.sgd import SGD
 from minitune.types import Batch, Mean
-from support.models import SMALL, configs, random_batch, random_deltas, random_params
+from support.closeness import assert_trees_close
+from support.experts import WITH_EXPERTS, small_experts
+from support.models import SMALL, configs, model_of, random_batch, random_deltas, random_params
 
 RULE = Lora(2, 4.0, ("*_proj.weight",))
 SEEDS = st.integers(0, 2**32)
@@ -127,3 +129,15 @@ def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
     torch.testing.assert_close(new, wanted)
     assert float(metrics["clipped_share"]) == float((norms > 0.05).float().mean())
     assert int(after.step) == 10
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_a_vmap_of_gradients_is_a_loop_for_mixtures_too(name: str) -> None:
+    config = small_experts(name)
+    params, batch = random_params(config, 3, torch.float64), random_batch(config, 2, 7)
+    fn = of_a_row(model_of(config), params)
+    deltas = random_deltas(params, RULE)
+    each = torch.func.vmap(lambda row: value_and_grad(lambda t: fn(t, row))(deltas)[1])(batch)
+    for i in range(2):
+        wanted = value_and_grad(lambda t, i=i: fn(t, Batch(*(x[i] for x in batch))))(deltas)[1]
+        assert_trees_close(tree.map(lambda x, i=i: x[i], each), wanted, 1e-10)

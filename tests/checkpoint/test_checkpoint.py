@@ -4,7 +4,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.state import AbstractState
 from minitune.types import Delta
 from support.allocation import AllocatedBytes
+from support.faults import Faults, Killed
 from support.models import SMALL, configs, random_batch, random_params, reference, save_reference
 
 MODEL = Model(llama.FAMILY, SMALL)
@@ -410,56 +410,6 @@ def test_a_state_comes_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path: P
     tree.map(lambda x, y: torch.testing.assert_close(x, y + 10, rtol=0, atol=0), state, STATE)
     checkpoint.save_state(tmp_path, 100_000_001, STATE, {}, keep=2)
     assert [p.name for p in checkpoint.list_states(tmp_path)] == ["step-100000000", "step-100000001"]
-
-
-class Killed(BaseException):
-    """What no cleanup survives: from the chosen operation on, nothing reaches the disk any more."""
-
-
-class Faults:
-    """Fails the k-th write, sync, rename, mkdir or removal; with Killed every later one too, with an OSError none."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:
-        self.left, self.error = at, error
-        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-            patch.setattr(os, name, self.failing(getattr(os, name)))
-        opened = Path.open
-
-        def opens(path: Path, *args: Any, **options: Any) -> Any:
-            file = opened(path, *args, **options)
-            return Torn(file, self) if "w" in file.mode else file
-
-        patch.setattr(Path, "open", opens)
-
-    def failing(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **options: Any) -> Any:
-            self.left -= 1
-            if self.left == 0 or (self.left < 0 and isinstance(self.error, Killed)):
-                raise self.error
-            return real(*args, **options)
-
-        return called
-
-
-class Torn:
-    """A file whose write may fail, and then leaves half of its bytes."""
-
-    def __init__(self, file: Any, faults: Faults) -> None:
-        self.file, self.faults = file, faults
-
-    def write(self, data: Any) -> None:
-        half = len(data) // 2
-        self.faults.failing(self.file.write)(data[:half])
-        self.faults.failing(self.file.write)(data[half:])
-
-    def __enter__(self) -> "Torn":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
 
 
 def moved(step: int) -> Any:

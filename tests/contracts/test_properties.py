@@ -86,6 +86,22 @@ def test_a_glob_that_matches_nothing_names_the_nearest_weights() -> None:
         tree.select(names, [], "lora")
 
 
+@pytest.mark.parametrize(
+    ("glob", "message"),
+    [
+        ("q_proj", r"the nearest are a.[01].q_proj.weight, a.[01].q_proj.weight; write '\*.q_proj.weight'"),
+        ("q_prj.weight", r"the nearest are a.[01].q_proj.weight, .*; write '\*.q_proj.weight'"),
+        ("*.q_prj.*", r"the nearest are a.[01].q_proj.weight, a.[01].q_proj.weight$"),
+        ("all-linear", r"; write '\*_proj.weight'$"),
+        ("nothing", r"the nearest are "),
+    ],
+)
+def test_a_glob_without_a_match_is_answered_by_its_last_segment(glob: str, message: str):
+    names = ["embed_tokens.weight", "a.0.q_proj.weight", "a.0.k_norm.weight", "a.1.q_proj.weight", "a.1.k_norm.weight"]
+    with pytest.raises(InputError, match=message):
+        tree.select(names, [glob], "lora")
+
+
 @given(values=st.lists(st.floats(-50, 50), min_size=1, max_size=6))
 def test_tree_norm_is_the_norm_of_all_elements(values: list[float]) -> None:
     x = torch.tensor(values)

@@ -22,7 +22,7 @@ from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_documents, epoch_rows, fill
 from minitune.data.prompts import prompts
-from minitune.data.readers import read_rows, rows_with_location
+from minitune.data.readers import present, read_rows, rows_with_location
 from minitune.data.source import MixtureComponent, Source, Split
 from minitune.data.supervised import Dataset, cache_key, prepare, take
 from minitune.errors import InputError
@@ -69,10 +69,11 @@ def test_a_list_says_what_lines_say(
     folder = tmp_path_factory.mktemp("rows")
     whole = blanks + json.dumps(rows, indent=indent) + blanks
     (folder / "a.json").write_text(whole, encoding="utf-8")
-    located_rows = list(read_rows(folder / "a.json"))
-    assert [row for _, row in located_rows] == rows == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
-    assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == rows  # as some data sets call it
-    numbers = [number for number, _ in located_rows]
+    found = list(read_rows(folder / "a.json"))
+    wanted = [present(row) for row in rows]  # a null is no value
+    assert [row for _, row in found] == wanted == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
+    assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == wanted  # as some data sets call it
+    numbers = [number for number, _ in found]
     assert numbers == sorted(numbers)
     lines = whole.split("\n")
     assert all(lines[number - 1].lstrip(" \t[,").startswith("{") for number in numbers)
@@ -435,17 +436,17 @@ def test_no_tools(value: Any) -> None:
     assert tools({"tools": value}, CHAT, "f:1") == tools({}, CHAT, "f:1") == []
 
 
-def test_arguments_of_calls_become_objects() -> None:
-    def arguments(value: Any, nested: bool = True) -> Any:
-        call = {"name": "f", "arguments": value}
-        turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": call} if nested else call]}
-        (message,) = messages({"messages": [turn]}, CHAT, "f:1")
-        inner = message["tool_calls"][0]["function"] if nested else message["tool_calls"][0]
-        assert inner["name"] == "f"
-        return inner["arguments"]
-
-    assert arguments('{"x": [1, "é"]}') == arguments({"x": [1, "é"]}) == arguments('{"x": [1, "é"]}', False) == {"x": [1, "é"]}
-    assert [arguments(value) for value in ("not json", "[1]", "", 3, None)] == ["not json", "[1]", "", 3, None]
+def test_calls_stay_as_they_are_written() -> None:
+    for arguments in ('{"x": [1, "é"]}', {"x": [1, "é"]}, "not json", 3):
+        turn = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}],
+        }
+        assert messages({"messages": [turn]}, CHAT, "f:1") == [turn]
+    call = {"name": "f", "arguments": "{}"}  # OpenAI's first spelling of a call
+    (found,) = messages({"messages": [{"role": "assistant", "content": "", "function_call": call}]}, CHAT, "f:1")
+    assert found == {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
     odd = [{"role": "assistant", "content": "", "tool_calls": value} for value in ([3], ["x"], [{"function": 3}], "x", None)]
     assert messages({"messages": odd}, CHAT, "f:1") == odd
 
@@ -457,7 +458,7 @@ def test_sharegpt_calls() -> None:
         {"from": "observation", "value": "7"},
         {"from": "gpt", "value": "a"},
     ]
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     assert messages({"conversations": turns}, CHAT, "f:1") == [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "", "tool_calls": [call]},

@@ -1,9 +1,11 @@
 """The terminal, metrics.jsonl and an offline wandb run, read back."""
 
+import errno
 import io
 import json
 import math
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
@@ -240,3 +242,33 @@ def test_wandb_is_not_imported_unless_asked_for(tmp_path: Path, monkeypatch: pyt
         Log(tmp_path, LogConfig(wandb=WandbConfig()), {}, piped()),
     ):
         pass
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed, or a pipe whose reader has gone."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error, self.n_writes = error, 0
+
+    def write(self, text: str) -> int:
+        self.n_writes += 1
+        raise self.error
+
+    def fileno(self) -> int:
+        raise ValueError("no descriptor")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "terminal gone")], ids=str)
+def test_a_run_outlives_its_terminal(error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = Gone(error)
+    monkeypatch.setattr(sys, "stdout", gone)
+    with Log(tmp_path, LogConfig(), {}) as out:
+        out.begin("train")
+        out.say("first")
+        out.show(Text("second"))
+        with out.progress("train", 2) as progress:
+            progress.update(1, {"loss": 1.0})
+        out.metrics(1, {"loss": 1.0})
+    assert rows(tmp_path) == [{"stage": "train", "step": 1, "loss": 1.0}]
+    assert gone.n_writes == 1

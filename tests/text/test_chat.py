@@ -88,7 +88,7 @@ def tame(messages: Sequence[Message]) -> list[Message]:
 @given(messages=conversations())
 def test_the_trained_tokens_are_the_assistants_turns(kind: str, name: str, messages: list[Message]) -> None:
     tokenizer, template = opened(kind, name)
-    ids, mask = encode_chat(tokenizer, template, messages)
+    ids, mask, _ = encode_chat(tokenizer, template, messages)
     form = TEMPLATES[name][1].replace("</s>", NAMES[kind]["eos_token"])
     expected = [form.format(m["content"], strip=m["content"].strip()) for m in messages if m["role"] == "assistant"]
     assert spans(tokenizer, ids, mask) == expected
@@ -103,7 +103,7 @@ def test_the_trained_tokens_are_the_assistants_turns(kind: str, name: str, messa
 @given(messages=conversations())
 def test_what_is_trained_follows_exactly_what_generation_sees(kind: str, name: str, messages: list[Message]) -> None:
     tokenizer, template = opened(kind, name)
-    ids, mask = encode_chat(tokenizer, template, messages)
+    ids, mask, _ = encode_chat(tokenizer, template, messages)
     prompt = encode_prompt(tokenizer, template, messages[:-1])
     last = len(mask) - mask[::-1].index(True)
     assert ids[: len(prompt)] == prompt
@@ -207,7 +207,7 @@ def test_other_roles_and_keys_pass_through_to_the_template() -> None:
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    ids, mask = encode_chat(tokenizer, template, messages)
+    ids, mask, _ = encode_chat(tokenizer, template, messages)
     assert spans(tokenizer, ids, mask) == ['two{"order": "<é>"}<|im_end|>', "b<|im_end|>"]
 
 
@@ -218,7 +218,7 @@ def test_the_end_of_turn_is_the_turns_last_special_token() -> None:
     )
     tokenizer, template = llama()[0], compile_template(source, {}, "test")
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
-    ids, mask = encode_chat(tokenizer, template, messages)
+    ids, mask, _ = encode_chat(tokenizer, template, messages)
     assert spans(tokenizer, ids, mask) == ["<s>x</s>;<|eot_id|>"] * 2
 
 

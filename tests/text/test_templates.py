@@ -319,20 +319,25 @@ arguments = st.dictionaries(plain, st.one_of(plain, st.integers(-9, 9), st.none(
 
 
 @st.composite
-def conversations(draw: st.DrawFn, system: bool, tools: bool) -> tuple[list[Message], list[Any]]:
+def conversations(
+    draw: st.DrawFn, system: bool, tools: bool, reasoning: str = "every answer", beside_calls: bool = True
+) -> tuple[list[Message], list[Any]]:
     """Messages and tools: questions with answers, before some of them a call and its result, some with reasoning."""
     messages: list[Message] = [{"role": "system", "content": draw(anything)}] if system and draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
+    n = draw(st.integers(1, 3))
+    contents = ["", "two"] if beside_calls else [""]
+    for i in range(n):
         messages.append({"role": "user", "content": draw(anything)})
         if tools and draw(st.booleans()):
             call = {
                 "type": "function",
                 "function": {"name": draw(st.sampled_from(["weather", "f"])), "arguments": draw(arguments)},
             }
-            messages.append({"role": "assistant", "content": draw(st.sampled_from(["", "two"])), "tool_calls": [call]})
+            messages.append({"role": "assistant", "content": draw(st.sampled_from(contents)), "tool_calls": [call]})
             messages.append({"role": "tool", "content": draw(plain)})
-        reasoning = {"reasoning_content": draw(plain)} if draw(st.booleans()) else {}
-        messages.append({"role": "assistant", "content": draw(anything), **reasoning})
+        reasons = reasoning == "every answer" or (reasoning == "last answer" and i == n - 1)
+        thought = {"reasoning_content": draw(plain)} if reasons and draw(st.booleans()) else {}
+        messages.append({"role": "assistant", "content": draw(anything), **thought})
     return messages, [FUNCTION] if tools and draw(st.booleans()) else []
 
 
@@ -387,20 +392,24 @@ def test_rendering_equals_transformers(name: str, data: st.DataObject, opened: b
     assert ours() == theirs()
 
 
+# the other templates write no reasoning, which is refused, as is a content that Llama 3.1 drops beside a call
+WRITES_REASONING = {"qwen3": "last answer", "marked": "every answer", "outside": "every answer"}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
 def test_trained_spans_are_the_assistants_turns(name: str, data: st.DataObject) -> None:
     family, tokenizer = FAMILIES[name], speaker()[0]
-    messages, tools = data.draw(conversations(family.system, family.tools))
+    messages, tools = data.draw(conversations(family.system, family.tools, WRITES_REASONING.get(name, "none"), name != "llama31"))
     turns = expected(family, messages)
     if name == "outside":  # an empty block says nothing, not even that a turn ends after it
         turns = [turn for turn in turns if turn != "<|im_end|>"]
-    ids, mask = encode_chat(tokenizer, template(name), messages, tools=tools)
+    ids, mask, _ = encode_chat(tokenizer, template(name), messages, tools=tools)
     assert spans(ids, mask) == turns
-    last, mask_of_last = encode_chat(tokenizer, template(name), messages, tools=tools, train_on="last")
+    last, mask_of_last, _ = encode_chat(tokenizer, template(name), messages, tools=tools, train_on="last")
     ending = family.answer(messages[-1], True)
     assert spans(last, mask_of_last) == ([] if name == "outside" and ending == "<|im_end|>" else [ending])
-    every, mask_of_all = encode_chat(tokenizer, template(name), messages, tools=tools, train_on="all")
+    every, mask_of_all, _ = encode_chat(tokenizer, template(name), messages, tools=tools, train_on="all")
     assert every == ids
     assert all(mask_of_all)
     # no message wrote a special token, and generation sees what was trained on
@@ -419,7 +428,7 @@ def test_ids_equal_transformers(name: str, data: st.DataObject) -> None:
     word = st.lists(st.sampled_from(["two", " ", "apples", "7", "\n", "é"]), max_size=5).map("".join)
     messages = [{"role": role, "content": data.draw(word)} for role in ["user", "assistant"] * data.draw(st.integers(1, 3))]
     theirs = speaker()[1].apply_chat_template(messages, chat_template=RENDERED[name], tokenize=True, return_dict=False)
-    ids, mask = encode_chat(speaker()[0], template(name), messages)
+    ids, mask, _ = encode_chat(speaker()[0], template(name), messages)
     assert speaker()[0].decode(ids, skip_special=False) == speaker()[0].decode(theirs, skip_special=False)
     special = set(speaker()[0].special.values())
     # ours are cut where an answer begins; where whitespace stands on that border, a tokenizer may join what we keep apart
@@ -445,8 +454,8 @@ def assistant(content: str, **more: Any) -> Message:
 def test_a_template_that_moves_its_tools_trains_the_last_turn_alone() -> None:
     messages = [user("a"), assistant("b"), user("c"), assistant("d")]
     tokenizer = speaker()[0]
-    assert spans(*encode_chat(tokenizer, template("mistral"), messages)) == [" b</s>", " d</s>"]
-    assert spans(*encode_chat(tokenizer, template("mistral"), messages, tools=[FUNCTION], train_on="last")) == [" d</s>"]
+    assert spans(*encode_chat(tokenizer, template("mistral"), messages)[:2]) == [" b</s>", " d</s>"]
+    assert spans(*encode_chat(tokenizer, template("mistral"), messages, tools=[FUNCTION], train_on="last")[:2]) == [" d</s>"]
     with pytest.raises(
         InputError, match=r'chat: mistral .* message 2 \(assistant\) .*; correct the template or set train_on = "last"'
     ):
@@ -457,7 +466,7 @@ def test_a_turn_that_ends_in_another_way_as_history_is_refused_and_not_guessed()
     messages = [user("a"), assistant("b", thinking="t"), user("c"), assistant("d", thinking="t")]
     tokenizer = speaker()[0]
     ended = "<|channel|>analysis<|message|>t<|end|><|START|>assistant<|channel|>final<|message|>d<|return|>"
-    assert spans(*encode_chat(tokenizer, template("harmony"), messages, train_on="last")) == [ended]
+    assert spans(*encode_chat(tokenizer, template("harmony"), messages, train_on="last")[:2]) == [ended]
     with pytest.raises(InputError, match=r'chat: harmony .* message 2 \(assistant\).* train_on = "last"'):
         encode_chat(tokenizer, template("harmony"), messages)
 
@@ -465,10 +474,12 @@ def test_a_turn_that_ends_in_another_way_as_history_is_refused_and_not_guessed()
 @pytest.mark.parametrize("name", ["harmony", "mistral"])
 def test_what_can_not_be_trained_on_can_be_talked_to(name: str) -> None:
     messages, tokenizer = [user("a"), assistant("b", thinking="t"), user("c")], speaker()[0]
-    text = render(template(name), messages, tools=[FUNCTION], add_generation_prompt=True)
-    prompt = encode_prompt(tokenizer, template(name), messages, tools=[FUNCTION])
+    functions = [FUNCTION] if name == "mistral" else []  # the other template writes none
+    text = render(template(name), messages, tools=functions, add_generation_prompt=True)
+    prompt = encode_prompt(tokenizer, template(name), messages, tools=functions)
     assert tokenizer.decode(prompt, skip_special=False) == text
-    every = encode_chat(tokenizer, template(name), [*messages, assistant("d")], tools=[FUNCTION], train_on="all")
+    plain = [user("a"), assistant("b"), user("c"), assistant("d")]
+    every = encode_chat(tokenizer, template(name), plain, tools=functions, train_on="all")
     assert all(every.mask)
 
 
@@ -479,13 +490,13 @@ def test_an_empty_block_of_generation_is_no_turn() -> None:
     )
     messages = [user("a"), assistant("b"), user("c"), assistant("d")]
     chat_template = compile_template(source, NAMES, "test")
-    assert spans(*encode_chat(speaker()[0], chat_template, messages)) == ["b<|end|>", "d<|end|>"]
-    assert spans(*encode_chat(speaker()[0], chat_template, messages, train_on="last")) == ["d<|end|>"]
+    assert spans(*encode_chat(speaker()[0], chat_template, messages)[:2]) == ["b<|end|>", "d<|end|>"]
+    assert spans(*encode_chat(speaker()[0], chat_template, messages, train_on="last")[:2]) == ["d<|end|>"]
 
 
 def test_the_last_turn_of_a_conversation_without_one() -> None:
     for name in ("chatml", "marked"):
-        ids, mask = encode_chat(speaker()[0], template(name), [user("a")], train_on="last")
+        ids, mask, _ = encode_chat(speaker()[0], template(name), [user("a")], train_on="last")
         assert not any(mask)
         assert encode_chat(speaker()[0], template(name), [user("a")], train_on="all").mask == [True] * len(ids)
 
@@ -493,7 +504,7 @@ def test_the_last_turn_of_a_conversation_without_one() -> None:
 def test_a_block_of_generation_that_nothing_ends_is_refused() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} then<|im_end|>{% endfor %}"
     with pytest.raises(InputError, match=r"chat: test writes no special token at the end of a generation block, expected one"):
-        encode_chat(speaker()[0], compile_template(source, NAMES, "test"), [user("a")])
+        encode_chat(speaker()[0], compile_template(source, NAMES, "test"), [user("a"), assistant("b")])
 
 
 @pytest.mark.parametrize(
@@ -507,7 +518,7 @@ def test_blocks_of_generation_that_are_taken_apart_are_refused(source: str) -> N
     with pytest.raises(
         InputError, match=r"chat: test changes what its generation blocks wrote, expected one after the other; take"
     ):
-        encode_chat(speaker()[0], compile_template(source, NAMES, "test"), [user("a")])
+        encode_chat(speaker()[0], compile_template(source, NAMES, "test"), [user(""), assistant("")])
 
 
 def test_the_marks_are_plain_characters_to_everybody_else() -> None:
@@ -515,7 +526,7 @@ def test_the_marks_are_plain_characters_to_everybody_else() -> None:
         user(f"a{GENERATION_START}b{GENERATION_END}"),
         assistant(f"{GENERATION_END}c{GENERATION_START}", thinking=GENERATION_START),
     ]
-    ids, mask = encode_chat(speaker()[0], template("marked"), messages)
+    ids, mask, _ = encode_chat(speaker()[0], template("marked"), messages)
     assert spans(ids, mask) == [f"<think>{GENERATION_START}</think>{GENERATION_END}c{GENERATION_START}<|im_end|>"]
     assert f"a{GENERATION_START}b{GENERATION_END}" in speaker()[0].decode(ids, skip_special=False)
 
@@ -538,4 +549,4 @@ def test_a_template_for_tools_is_used_where_there_are_some() -> None:
     for tools in ([], [FUNCTION]):
         expected = theirs.apply_chat_template([user("a"), assistant("b")], tools=tools or None, tokenize=False)
         assert render(chat_template, [user("a"), assistant("b")], tools=tools, add_generation_prompt=False) == expected
-        assert spans(*encode_chat(tokenizer, chat_template, [user("a"), assistant("b")], tools=tools)) == ["b<|im_end|>"]
+        assert spans(*encode_chat(tokenizer, chat_template, [user("a"), assistant("b")], tools=tools)[:2]) == ["b<|im_end|>"]

@@ -152,6 +152,10 @@ def describe(report: Report, table: str, source: Source) -> str:
         f'dropped ({longer}; overlong = "truncate" keeps their beginning)': report.n_dropped,
         "without a target": report.n_without_target,
         "with equal answers": report.n_identical,
+        "texts split": report.n_split,
+        "rows refused and skipped": report.n_refused,
     }
+    for key, n in report.unwritten.items():
+        left_out[f"without their {key}, which the template does not write"] = n
     counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
     return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{counts}"

@@ -18,7 +18,7 @@ from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
-from minitune.programs.state import AbstractState, PipelineState, Stopped
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import NonNegativeInt, PositiveInt
 
 
@@ -222,15 +222,13 @@ def answered(
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop."""
+    """Answers of the model to prompts, in their order."""
     loaded = state.loaded
     params = adapted_params(state)
     with state.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
             progress.update(done, {})
-            if state.stopping():
-                raise Stopped(0, state.folder)  # nothing is lost: a resumed run repeats the answers
 
         return answers(
             loaded.model,

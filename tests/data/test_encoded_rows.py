@@ -1,0 +1,104 @@
+"""Rows that are refused: all of the first ones are named, or they are left out and counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from minitune.data import preference, supervised
+from minitune.data.source import Source
+from minitune.errors import InputError
+from minitune.losses.token import CrossEntropy
+from minitune.text.chat import CHATML
+from minitune.text.template import compile_template
+from minitune.types import Batch, Mean
+from support.models import SMALL, model_of, random_params
+from support.tokenizers import with_special_tokens
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+TOKENIZER, HF = with_special_tokens(NAMES, ["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+TEMPLATE = compile_template(CHATML, NAMES, "chatml")
+
+
+def table(tmp_path: Path, rows: list[Any]) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "pears", **more}]}
+
+
+LOST = chat(reasoning_content="three")
+
+
+def test_the_first_refused_rows_are_named_together(tmp_path: Path) -> None:
+    path = table(tmp_path, [chat(), LOST, chat(), LOST, {"messages": []}])
+    with pytest.raises(InputError, match=r"rows.jsonl:2 chat: .* \(also refused: 4, 5; invalid = \"skip\" leaves such rows out"):
+        supervised.prepare(Source(str(path), "chat", 64), TOKENIZER, TEMPLATE, tmp_path)
+    path = table(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q"}, {"prompt": "q"}])
+    with pytest.raises(InputError, match=r"rows.jsonl:2 has no .*also refused: 3"):
+        preference.prepare(Source(str(path), "pairs", 64), TOKENIZER, TEMPLATE, tmp_path)
+
+
+def test_refused_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = table(tmp_path, [chat(), LOST, chat(name="x"), {"messages": []}])
+    report = supervised.prepare(Source(str(path), "chat", 64, invalid="skip"), TOKENIZER, TEMPLATE, tmp_path).report
+    assert (report.n_samples, report.n_refused, report.unwritten) == (2, 2, {"name": 1})
+
+
+def test_long_texts_are_split_and_every_token_is_a_target_once(tmp_path: Path) -> None:
+    text = "apples and pears and plums " * 9
+    path = table(tmp_path, [{"text": text}, {"text": "two"}])
+    source = Source(str(path), "text", 7, packed=False, overlong="split")
+    dataset = supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+    ids = [*TOKENIZER.encode(text, parse_special=True), TOKENIZER.eos_id]
+    assert not TOKENIZER.add_bos  # so there is none
+    assert np.diff(dataset.offsets).max() == 7
+    short = [*TOKENIZER.encode("two", parse_special=True), TOKENIZER.eos_id]
+    assert dataset.tokens[dataset.mask].tolist() == ids[1:] + short[1:]
+    assert dataset.report.n_split == 1
+    with pytest.raises(InputError, match=r'data: overlong = "split" with format = .chat., expected it with text only'):
+        Source("a", "chat", 8, overlong="split")
+
+
+def test_a_turn_counts_in_the_loss_what_its_weight_says(tmp_path: Path) -> None:
+    first, second = chat(weight=0.25)["messages"], chat()["messages"]
+    path = table(tmp_path, [{"messages": [*first, *second]}])
+    source = Source(str(path), "chat", 64, packed=False)
+    dataset = supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+    (batch,) = supervised.batches(dataset, source, 1)
+    weights = batch.loss_mask
+    assert sorted(set(weights.flatten().tolist())) == [0, 0.25, 1]
+    config = msgspec.structs.replace(SMALL, vocab_size=TOKENIZER.vocab_size)
+    model, params = model_of(config), random_params(config)
+    plain = Batch(batch.tokens, batch.segment_ids, weights > 0)
+    nats = model.token_losses(params, plain, CrossEntropy())
+    for summed in (False, True):
+        weighted = model.token_losses(params, batch, CrossEntropy(), summed=summed)
+        torch.testing.assert_close(weighted, nats * weights)
+    mean = Mean.of(weighted, batch.target_mask()).value()
+    torch.testing.assert_close(mean, (nats * weights).sum() / weights.sum())
+
+
+def test_answers_that_are_compared_are_not_weighed(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "weight": 0.5}], "rejected": "b"}
+    with pytest.raises(InputError, match="weighs an answer by a fraction, expected 0 or 1 where answers are compared"):
+        preference.prepare(Source(str(table(tmp_path, [row])), "pairs", 64), TOKENIZER, TEMPLATE, tmp_path)
+
+
+def test_each_answer_is_a_sample_where_the_source_says_so(tmp_path: Path) -> None:
+    path = table(tmp_path, [{"messages": [*chat()["messages"], *chat()["messages"]]}])
+    whole = supervised.prepare(Source(str(path), "chat", 64), TOKENIZER, TEMPLATE, tmp_path)
+    each = supervised.prepare(Source(str(path), "chat", 64, turns="each"), TOKENIZER, TEMPLATE, tmp_path)
+    assert (whole.report.n_samples, each.report.n_samples) == (1, 2)
+    assert whole.report.n_target_tokens == each.report.n_target_tokens
+    with pytest.raises(InputError, match=r'turns = "each" with train_on = .last., expected train_on = "assistant"'):
+        Source("a", "chat", 8, turns="each", train_on="last")
+    with pytest.raises(InputError, match="turns = 'each' with format = 'text', expected it with instruct or chat"):
+        Source("a", "text", 8, turns="each")
