@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from minitune import tree
+from minitune.checkpoint import quantized_base
 from minitune.checkpoint.generation_config import generation_config, with_end_ids
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
-from minitune.errors import InputError
+from minitune.errors import InputError, quoted
 from minitune.io.atomic import require_room, write_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
+from minitune.models import hf_quantized
 from minitune.models.hf_multimodal import text_config, text_name
 from minitune.models.model import Model
 from minitune.models.open import config_json
@@ -26,6 +28,8 @@ from minitune.quant import mxfp4
 from minitune.text.tokenizer import TOKENIZER_FILES
 from minitune.types import Params
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+CODED = ("U8", "F8_E4M3", "F8_E5M2")  # dtypes of codes, in safetensors' words
 SHARD_BYTES = 5 * 10**9
 NO_KEYS: Mapping[str, Any] = MappingProxyType({})
 
@@ -50,63 +54,113 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str
 
 
 def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights of a Hugging Face folder, memory-mapped: a tensor is read when it is first used, and no tensor twice.
+    """Weights of a Hugging Face folder, memory-mapped: a tensor is read when it is first used.
 
-    `shapes` is what the model expects; dtype None keeps what is stored, or bfloat16 for MXFP4, which is unpacked. InputError
-    names file and tensor for anything missing, unexpected, of another shape or cut short. A tied head that the file repeats,
-    buffers and the weights that see images are left out.
+    `shapes` is what the model expects; dtype None keeps what is stored, or bfloat16 for FP8, NF4
+    and MXFP4, which are dequantized. InputError names file and tensor for anything missing,
+    unexpected, of another shape or cut short, and for a head that is not the embedding it is tied
+    to. A tied head that the file repeats, buffers and the weights that see images are left out.
     """
     params: dict[str, Tensor] = {}
-    packed: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}  # of weights that are stored as codes, and a tied head
     for path, promised in weight_files(folder).items():
         with opened_tensors(path) as file:
-            stored_names = file.keys()
-            absent = sorted(promised - frozenset(stored_names))
+            absent = sorted(promised - frozenset(file.keys()))
             if absent:
-                raise InputError(f"checkpoint: {path} lacks {absent[0]}, which {INDEX} says it holds; download both again")
-            for stored in stored_names:
-                name = text_name(stored)
-                if name is None or name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
-                    continue
-                if name not in shapes and mxfp4.whole_name(name) in shapes:
-                    packed[name] = file.get_tensor(stored)
+                what = f"{path} lacks {absent[0]}, which {INDEX} says it holds"
+                raise InputError(f"checkpoint: {what}; download both again")
+            for stored, name in _text_tensors(file.keys()).items():
+                if _is_part(file, stored, name, shapes):
+                    parts[name] = file.get_tensor(stored)
                     continue
                 if name in params:
-                    raise InputError(f"checkpoint: {path} holds {name}, which a file before it holds too; download both again")
+                    what = f"{path} holds {name}, which a file before it holds too"
+                    raise InputError(f"checkpoint: {what}; download both again")
                 w = _checked_weight(file, stored, name, path, shapes)
                 params[name] = w if dtype is None else w.to(dtype)
 
-    params |= mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)
+    head = None if HEAD in shapes else parts.pop(HEAD, None)
+    params |= _dequantized(parts, shapes, folder, dtype or torch.bfloat16)
     _require_all(folder, params, shapes)
+    if head is not None:
+        _require_tied(head, params[EMBEDDING], folder)
     return {name: params[name] for name in shapes}
 
 
 def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """InputError for what `load_params` refuses and the files' headers show; no weight is read."""
     found: set[str] = set()
-    is_packed = False
     for path in weight_files(folder):
         with opened_tensors(path) as file:
-            for stored in file.keys():  # noqa: SIM118
-                name = text_name(stored)
-                found.add(name or stored)
-                if name is not None and name not in shapes:
-                    is_packed = is_packed or mxfp4.whole_name(name) in shapes
-                    continue
-                if name is not None:
+            for stored, name in _text_tensors(file.keys()).items():
+                found.add(quantized_base.owner(mxfp4.whole_name(name)))
+                if not _is_part(file, stored, name, shapes):
+                    _require_known(name, path, shapes)
                     _require_shape(file, stored, name, path, shapes[name])
-    if not is_packed:
-        _require_all(folder, found, shapes)
+    _require_all(folder, found, shapes)
+
+
+def _text_tensors(stored_names: Iterable[str]) -> dict[str, str]:
+    """Names of the text model's weights by the names that a file has them under."""
+    names: dict[str, str] = {}
+    for stored in stored_names:
+        name = text_name(stored)
+        if name is not None and not name.endswith("rotary_emb.inv_freq"):
+            names[stored] = name
+    return names
+
+
+def _is_part(file: Any, stored: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True for a part of a weight that is stored as codes, and for the repeated head of a tied model."""
+    if name in shapes:
+        return file.get_slice(stored).get_dtype() in CODED
+    whole_names = (mxfp4.whole_name(name), quantized_base.owner(name))
+    return name == HEAD or any(whole in shapes for whole in whole_names)
+
+
+def _dequantized(
+    parts: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Weights in floating point from all their parts."""
+    packed = {name: w for name, w in parts.items() if name not in shapes and mxfp4.whole_name(name) in shapes}
+    by_weight: dict[str, list[str]] = {}
+    for name in parts:
+        if name not in packed:
+            by_weight.setdefault(quantized_base.owner(name), []).append(name)
+    whole = {
+        name: quantized_base.dequantized(name, {part: parts[part] for part in own}, shapes[name], dtype, folder)
+        for name, own in by_weight.items()
+    }
+    return {**mxfp4.unpacked(packed, shapes, folder, dtype), **whole}
+
+
+def _require_tied(head: Tensor, embedding: Tensor, folder: Path) -> None:
+    """InputError unless the head that a tied model's folder repeats is its embedding."""
+    if head.shape != embedding.shape or not torch.equal(head.to(embedding.dtype), embedding):
+        raise InputError(
+            f"checkpoint: {folder} holds {HEAD}, which differs from the embedding, but its "
+            "config.json has tie_word_embeddings = true, expected one of both; set it to false to "
+            "keep the head"
+        )
+
+
+def _require_known(name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if name not in shapes:
+        what = f"{path} holds {name}, which this model does not have"
+        raise InputError(f"checkpoint: {what}; is config.json of another model?")
 
 
 def _checked_weight(file: Any, stored: str, name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """A stored tensor that is a weight of the model: known by name, of its shape, and in floating point."""
-    if name not in shapes:
-        raise InputError(f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?")
+    """Stored tensor that is a weight of the model: known by name, of its shape, floating point."""
+    _require_known(name, path, shapes)
     _require_shape(file, stored, name, path, shapes[name])
     w = file.get_tensor(stored)
     if not w.is_floating_point():
-        raise InputError(f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read")
+        what = f"{path} holds {name} as {w.dtype}, expected floating point"
+        raise InputError(f"checkpoint: {what}; take a folder of unquantized weights")
     return w
 
 
@@ -158,16 +212,34 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
-            raise InputError(f"checkpoint: {folder} holds neither {SINGLE} nor {INDEX}, expected one of them")
+            raise InputError(f"checkpoint: {_no_weights(folder)}")
         return {folder / SINGLE: frozenset()}
     file_of = read_weight_map(folder, "checkpoint", "download it again")
     for name in sorted(set(file_of.values())):
         if Path(name).name != name or len(name) > 200:
-            raise InputError(f"checkpoint: {index} points to {name[:200]!r}, expected a file name in its own folder")
+            raise InputError(f"checkpoint: {index} points to {quoted(name)}, expected a file name in its own folder")
         if not (folder / name).is_file():
             raise InputError(f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard")
+    if (folder / SINGLE).is_file() and SINGLE not in file_of.values():
+        what = f"{folder} holds two models, {SINGLE} and the shards of {INDEX}"
+        raise InputError(f"checkpoint: {what}, expected one of them; move the other away")
     by_file = sorted((file, name) for name, file in file_of.items())
     return {folder / file: frozenset(name for _, name in group) for file, group in groupby(by_file, lambda pair: pair[0])}
+
+
+def _no_weights(folder: Path) -> str:
+    """Sentence that says why a folder has no weights, and what to do about it."""
+    missing = f"holds neither {SINGLE} nor {INDEX}, expected one of them"
+    pickled = sorted(path.name for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if pickled:
+        convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        remedy = f"those of {pickled[0]} are pickled, which is not read: convert them with {convert}"
+    elif others:
+        remedy = f"{INDEX} says which of its weights is in {quoted(others)}: download it"
+    else:
+        remedy = "download the weights, or give the model as a shape: config = ..."
+    return f"{folder} {missing}; {remedy}"
 
 
 def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
@@ -197,7 +269,8 @@ def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
     hf = text_config(config_json(extras.source))
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
-    dense = {key: value for key, value in hf.items() if key != "quantization_config"}  # what was packed is written unpacked
+    # what was packed is written unpacked, and the Python files that auto_map names are not carried
+    dense = {key: value for key, value in hf.items() if key not in (*hf_quantized.KEYS, "auto_map")}
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minitune import tree
-from minitune.errors import InputError
+from minitune.errors import InputError, quoted
+from minitune.io import git_lfs
 from minitune.io.safetensors_header import ORDER, header_bytes, read_header
 from minitune.types import Params, Trainable
 
@@ -84,4 +85,7 @@ def opened_tensors(path: Path) -> Iterator[Any]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"checkpoint: {path} is no whole safetensors file ({error}); download or save it again")
+    if git_lfs.is_pointer(path):
+        return InputError(f"checkpoint: {path} {git_lfs.REMEDY}")
+    reason = quoted(error)
+    return InputError(f"checkpoint: {path} is no whole safetensors file ({reason}); download or save it again")

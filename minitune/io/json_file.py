@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from minitune.errors import InputError
+from minitune.errors import InputError, quoted
+from minitune.io import git_lfs
 from minitune.io.paths import is_present
 
 
@@ -16,11 +17,13 @@ def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
     InputError, begun by `room` ("checkpoint") and ended by `remedy` ("download it again"), for a file that
     can't be read, that is no JSON or no text, or that holds something else.
     """
+    if git_lfs.is_pointer(path):
+        raise InputError(f"{room}: {path} {git_lfs.REMEDY}")
     try:
         # json reads the Infinity that transformers writes into some config.json; msgspec.json refuses it
         return msgspec.convert(json.loads(path.read_bytes()), kind)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{room}: {path} can't be read ({error}), expected a JSON object; {remedy}") from None
+        raise InputError(f"{room}: {path} can't be read ({quoted(error)}), expected a JSON object; {remedy}") from None
 
 
 def read_json_object(path: Path, room: str, *, optional: bool = False) -> dict[str, Any]:

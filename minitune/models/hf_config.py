@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from minitune.errors import InputError, quoted
-from minitune.models import hf_fields, rope_scaling
+from minitune.models import hf_fields, hf_quantized, rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig, layer_kind
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -57,7 +57,9 @@ class HFConfig(NamedTuple):
         """
         allowed = {**hf_fields.ALLOWED, **self.accepted, **self.required}
         names = {**NAMES, **self.fields}
-        known = {*names.values(), *allowed, *self.ignored, *ROPE, *hf_fields.HARMLESS}
+        hf_quantized.check(hf, self.model_type, where)
+        known = {*names.values(), *allowed, *self.ignored}
+        known |= {*ROPE, *hf_fields.HARMLESS, *hf_quantized.KEYS}
         unknown = [key for key in hf if key not in known and hf[key] is not None]
         if unknown:
             raise InputError(f"models: {where} has {_named(unknown, hf)}, unknown to the {self.model_type} family; {REMEDY}")

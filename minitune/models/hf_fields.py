@@ -66,7 +66,7 @@ class HFFields(msgspec.Struct):
     # what is attended to
     layer_types: Annotated[list[str], Meta(max_length=10_000)] | None = None
     use_sliding_window: bool | None = None
-    sliding_window: Size | None = None
+    sliding_window: Index | None = None  # 0 where it is not used
     sliding_window_pattern: LayerCount | None = None
     _sliding_window_pattern: LayerCount | None = None
     max_window_layers: Index | None = None

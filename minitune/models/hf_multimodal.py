@@ -6,7 +6,8 @@ from typing import Any
 WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "llama4": "Llama4ForCausalLM"}
 PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 NO_TEXT = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-OUTER = ("tie_word_embeddings", "quantization_config")  # the outer config.json decides
+# fields that the outer config.json decides
+OUTER = ("tie_word_embeddings", "quantization_config", "quantization")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARED = (*TOKEN_IDS, "dtype", "torch_dtype", "transformers_version", *OUTER)
 

@@ -65,10 +65,35 @@ def config_json(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model folder; InputError if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"models: {path} does not exist, expected a Hugging Face folder: config.json, *.safetensors, tokenizer files"
-        )
+        raise InputError(f"models: {folder_problem(folder)}")
     return read_json(path, dict[str, Any], "models", "download it again")
+
+
+def folder_problem(folder: Path) -> str:
+    """Sentence that says what stands in the place of a model's folder, and what to do about it."""
+    expected = "expected a Hugging Face folder: config.json, *.safetensors, tokenizer files"
+    if folder.suffix == ".gguf" or next(iter(folder.glob("*.gguf")), None) is not None:
+        return f"{folder} is GGUF, {expected}; take the folder that it was made from"
+    if folder.is_file():
+        return f"{folder} is a file, {expected}; name the folder that holds it"
+    if not folder.is_dir():
+        return _no_folder(folder, expected)
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter, {expected}; name its base as path, and this as deltas"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        return f"{folder} holds models in folders of their own, {quoted(inner)}, {expected}; name one"
+    names = sorted(path.name for path in folder.iterdir())
+    found = f"holds {quoted(names)} and no config.json" if names else "is an empty folder"
+    return f"{folder} {found}, {expected}; download or copy it again"
+
+
+def _no_folder(folder: Path, expected: str) -> str:
+    # a name such as Qwen/Qwen3-0.6B, where there is no folder of the first name
+    if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir():
+        fetch = f"python -m minitune download {folder.as_posix()}"
+        return f"{folder} does not exist, {expected}; a model of that name is fetched by: {fetch}"
+    return f"{folder / 'config.json'} does not exist, {expected}; correct the path"
 
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:

@@ -7,12 +7,14 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -377,7 +379,7 @@ def test_end_ids_that_are_no_token_ids_are_refused(value: Any, file: str, tmp_pa
 
 
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json does not exist, expected a Hugging Face folder"):
+    with pytest.raises(InputError, match=r"is an empty folder, expected a Hugging Face folder"):
         models.open(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"models: .*config\.json can't be read .*, expected a JSON object; download it"):
@@ -558,3 +560,166 @@ def test_a_model_saved_over_its_own_memory_map_is_whole(tmp_path: Path, tokenize
 
 def test_the_reference_is_really_another_implementation() -> None:
     assert type(reference(SMALL, random_params(SMALL))).__module__.startswith("transformers.")
+
+
+def saved(folder: Path, **fields: Any) -> tuple[Model, dict[str, torch.Tensor]]:
+    """Folder of a small random model, which is given too."""
+    model = Model(llama.FAMILY, msgspec.structs.replace(SMALL, **fields))
+    params = random_params(model.config)
+    checkpoint.save_folder(folder, params, model, checkpoint.FolderExtras(DEMO, [3]))
+    return model, params
+
+
+def add_tensors(folder: Path, more: dict[str, torch.Tensor], drop: Collection[str] = ()) -> None:
+    stored = {**load_file(folder / "model.safetensors"), **more}
+    save_file({name: w for name, w in stored.items() if name not in drop}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(dtype: Any, tmp_path: Path) -> None:
+    model, params = saved(tmp_path / "tied", tie_embeddings=True)
+    add_tensors(tmp_path / "tied", {"lm_head.weight": params["model.embed_tokens.weight"].clone()})
+    assert set(checkpoint.load_params(tmp_path / "tied", model.shapes(), dtype)) == set(params)
+    changed = params["model.embed_tokens.weight"].clone()
+    changed[-1, -1] += 0.25
+    add_tensors(tmp_path / "tied", {"lm_head.weight": changed})
+    with pytest.raises(InputError, match="tie_word_embeddings = true, expected one of both; set it to false to keep"):
+        checkpoint.load_params(tmp_path / "tied", model.shapes(), dtype)
+
+
+FP8_SCALES = {"one": (), "one in a list": (1,), "rows": (-1,), "a column": (-1, 1), "blocks": "blocks"}
+
+
+@pytest.mark.parametrize("kind", FP8_SCALES)
+def test_fp8_weights_are_dequantized_by_their_scales(kind: str, tmp_path: Path) -> None:
+    model, params = saved(tmp_path / "fp8", d_ff=131, d_model=130)
+    name = "model.layers.0.mlp.down_proj.weight"  # [130, 131]: two blocks each way, of which the last are cut
+    codes = params[name].to(torch.float8_e4m3fn)
+    n_rows, n_columns = codes.shape
+    shape = (2, 2) if kind == "blocks" else tuple(n_rows if n == -1 else n for n in FP8_SCALES[kind])
+    scale = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    end = "weight_scale_inv" if kind == "blocks" else "weight_scale"
+    stem = name.removesuffix("weight")
+    add_tensors(tmp_path / "fp8", {name: codes, f"{stem}{end}": scale, f"{stem}activation_scale": torch.ones(())})
+    checkpoint.check_weights(tmp_path / "fp8", model.shapes())
+    expected = torch.empty(n_rows, n_columns)
+    for i in range(n_rows):
+        for j in range(n_columns):
+            s = scale[i // 128, j // 128] if kind == "blocks" else scale.flatten()[i if scale.numel() > 1 else 0]
+            expected[i, j] = codes[i, j].float() * s
+    assert torch.equal(checkpoint.load_params(tmp_path / "fp8", model.shapes(), torch.float32)[name], expected)
+    assert checkpoint.load_params(tmp_path / "fp8", model.shapes())[name].dtype == torch.bfloat16
+    add_tensors(tmp_path / "fp8", {f"{stem}{end}": torch.ones(3, 5)})
+    with pytest.raises(InputError, match=r"down_proj.weight \[130, 131\] as .*, expected floating point, FP8 with its scales"):
+        checkpoint.load_params(tmp_path / "fp8", model.shapes())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_weights_are_dequantized_as_by_bitsandbytes(nested: bool, tmp_path: Path) -> None:
+    model, params = saved(tmp_path / "nf4", d_ff=96, d_model=64)
+    name = "model.layers.0.mlp.down_proj.weight"
+    codes, state = functional.quantize_4bit(params[name], quant_type="nf4", compress_statistics=nested)
+    parts = {f"{name}.{key}": w for key, w in state.as_dict(packed=True).items()}
+    add_tensors(tmp_path / "nf4", {name: codes, **parts})
+    checkpoint.check_weights(tmp_path / "nf4", model.shapes())
+    loaded = checkpoint.load_params(tmp_path / "nf4", model.shapes(), torch.float32)
+    assert torch.allclose(loaded[name], functional.dequantize_4bit(codes, state), atol=1e-6)
+    assert not torch.equal(loaded[name], params[name])
+    add_tensors(tmp_path / "nf4", {}, drop=[f"{name}.quant_state.bitsandbytes__nf4"])
+    with pytest.raises(InputError, match="expected floating point, FP8 with its scales or bitsandbytes' NF4; take"):
+        checkpoint.load_params(tmp_path / "nf4", model.shapes())
+
+
+QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
+    "awq": ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+    "mlx": ({"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}}, "'mlx'"),
+    "int8": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "'bitsandbytes int8'"),
+    "fp4": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "'bitsandbytes fp4'"),
+    "compressed": ({"compression_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
+    "mxfp4 of another": ({"quantization_config": {"quant_method": "mxfp4"}}, "'mxfp4'"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_folder_that_is_not_read_says_what_to_do(name: str) -> None:
+    keys, method = QUANTIZED[name]
+    with pytest.raises(InputError, match=f"is quantized as {method}, expected plain weights, FP8 .*; take the unquantized"):
+        models.from_hf({**llama.FAMILY.to_hf(SMALL), **keys})
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for config in ({"quant_method": "fp8", "weight_block_size": [128, 128]}, nf4, None, {}):
+        models.from_hf({**llama.FAMILY.to_hf(SMALL), "quantization_config": config})
+
+
+def touch(*names: str, text: str = "{}") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+
+    return make
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+NO_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (touch(), "is an empty folder, expected a Hugging Face folder"),
+    "an adapter": (touch("adapter_config.json"), "holds an adapter, .*; name its base as path, and this as deltas"),
+    "GGUF": (touch("model-Q4_0.gguf"), "is GGUF, .*; take the folder that it was made from"),
+    "two models": (touch("a/config.json", "b/config.json"), r"holds models in folders of their own, \['a', 'b'\], .*; name one"),
+    "no model": (touch("README.md"), r"holds \['README.md'\] and no config.json"),
+    "a pointer": (
+        touch("config.json", text=POINTER),
+        "config.json is a Git LFS pointer and not the file itself; run git lfs pull",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODEL)
+def test_what_stands_in_the_place_of_a_model_is_said(name: str, tmp_path: Path) -> None:
+    make, message = NO_MODEL[name]
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        models.open(tmp_path)
+
+
+def test_a_path_that_is_no_folder_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("model.gguf", "config.json")(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"model.gguf is GGUF"):
+        models.open(tmp_path / "model.gguf")
+    with pytest.raises(InputError, match=r"config.json is a file, .*; name the folder that holds it"):
+        models.open(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"fetched by: python -m minitune download Qwen/Qwen3-0.6B"):
+        models.open(Path("Qwen/Qwen3-0.6B"))
+    with pytest.raises(InputError, match=r"none.config\.json does not exist, .*; correct the path"):
+        models.open(tmp_path / "none")
+
+
+NO_WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pickled": (touch("pytorch_model.bin"), "holds neither .*; those of pytorch_model.bin are pickled, .*save_pretrained"),
+    "no index": (touch("model-00001-of-00002.safetensors"), "index.json says which of its weights is in .*: download it"),
+    "none": (touch("config.json"), "holds neither .*; download the weights"),
+    "a pointer": (touch("model.safetensors", text=POINTER), "is a Git LFS pointer and not the file itself; run git lfs pull"),
+    "two models": (
+        touch(
+            "model.safetensors", "b.safetensors", "model.safetensors.index.json", text='{"weight_map": {"a": "b.safetensors"}}'
+        ),
+        "holds two models, model.safetensors and the shards of .*; move the other away",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_what_stands_in_the_place_of_weights_is_said_without_reading_one(name: str, tmp_path: Path) -> None:
+    make, message = NO_WEIGHTS[name]
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        checkpoint.check_weights(tmp_path, MODEL.shapes())
+
+
+def test_check_finds_what_the_headers_show(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path / "model")
+    checkpoint.check_weights(tmp_path / "model", model.shapes())
+    add_tensors(tmp_path / "model", {"model.layers.9.bias": torch.ones(2)})
+    with pytest.raises(InputError, match=r"holds model.layers.9.bias, which this model does not have"):
+        checkpoint.check_weights(tmp_path / "model", model.shapes())

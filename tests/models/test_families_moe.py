@@ -367,7 +367,7 @@ def test_mxfp4_parts_that_do_not_fit_are_refused(part: str, tmp_path: Path) -> N
 
 def test_gpt_oss_in_another_quantized_format_is_refused() -> None:
     hf = gpt_oss.FAMILY.to_hf(small_experts("gpt_oss"))
-    with pytest.raises(InputError, match="is quantized as 'awq', expected 'mxfp4' or plain weights"):
+    with pytest.raises(InputError, match="is quantized as 'awq', expected plain weights, MXFP4, FP8"):
         models.from_hf({**hf, "quantization_config": {"quant_method": "awq"}})
 
 

@@ -6,7 +6,6 @@ OpenAI 2025, arXiv 2508.10925, section 2.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.errors import InputError
 from minitune.models import rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig
 from minitune.models.experts import Experts
@@ -42,9 +41,6 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
     named = "rope_parameters" in hf or "rope_scaling" in hf
     theta, scaling = rope_scaling.from_hf(hf if named else {**hf, "rope_scaling": YARN}, where, 150000.0)
-    packed = (hf.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if packed != "mxfp4":
-        raise InputError(f"models: {where} is quantized as {packed!r}, expected 'mxfp4' or plain weights; take another folder")
     experts = {
         "n_experts": hf.get("num_local_experts", 128),
         "n_active": hf.get("num_experts_per_tok", 4),
@@ -89,7 +85,6 @@ FAMILY = Family(
             "initial_context_length",
             "output_router_logits",
             "router_aux_loss_coef",
-            "quantization_config",
         ),
     ),
     read,

@@ -1,0 +1,114 @@
+"""Weights that a folder holds as codes, dequantized: FP8 with scales, and bitsandbytes' NF4.
+
+DeepSeek-AI 2024, arXiv 2412.19437, section 3.3; Dettmers et al. 2023, arXiv 2305.14314.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from minitune.errors import InputError, quoted
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_BLOCK = 128  # rows and columns of a weight that share a scale
+SCALES = (".weight_scale_inv", ".weight_scale")  # both are multiplied by
+UNUSED = (".activation_scale", ".input_scale")  # of activations, which stay in their dtype here
+NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
+NF4_PARTS = (
+    ".weight.absmax",
+    ".weight.quant_map",
+    ".weight.nested_absmax",
+    ".weight.nested_quant_map",
+    NF4_STATE,
+)
+
+
+class _NF4State(msgspec.Struct):
+    """State of a weight that bitsandbytes saves beside its tensors."""
+
+    shape: list[int]
+    blocksize: int
+    quant_type: str = "nf4"
+    nested_blocksize: int = 256
+    nested_offset: float = 0.0
+
+
+def owner(name: str) -> str:
+    """Weight that a stored tensor is a part of, or else the name itself."""
+    parts = (*SCALES, *UNUSED, *NF4_PARTS)
+    part = next((part for part in parts if name.endswith(part)), None)
+    return name if part is None else f"{name.removesuffix(part)}.weight"
+
+
+def dequantized(
+    name: str,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    folder: Path,
+) -> Tensor:
+    """Weight of a shape from its stored parts by name; InputError for parts that do not fit it."""
+    stem = name.removesuffix(".weight")
+    w = parts.get(name)
+    if w is not None and w.dtype in FP8:
+        scale = next((parts[f"{stem}{end}"] for end in SCALES if f"{stem}{end}" in parts), None)
+        whole = None if tuple(w.shape) != shape else _from_fp8(w, scale)
+    elif w is not None and w.dtype == torch.uint8 and f"{stem}{NF4_STATE}" in parts:
+        named = {end: parts.get(f"{stem}{end}") for end in NF4_PARTS}
+        whole = _from_nf4(w, named, shape)
+    else:
+        whole = None
+    if whole is None:
+        found = {part: [str(x.dtype).removeprefix("torch."), *x.shape] for part, x in parts.items()}
+        raise InputError(
+            f"checkpoint: {folder} holds {name} {list(shape)} as {quoted(found)}, expected "
+            "floating point, FP8 with its scales or bitsandbytes' NF4; take the unquantized folder"
+        )
+    return whole.to(dtype)
+
+
+def _from_fp8(w: Tensor, scale: Tensor | None) -> Tensor | None:
+    """w * scale: one scale for all, a row or a block of 128 x 128; None where it does not fit."""
+    wide = w.to(torch.float32)
+    if scale is None or scale.numel() == 1:
+        return wide if scale is None else wide * scale.to(torch.float32).reshape(())
+    scale = scale.to(torch.float32)
+    if scale.shape in ((w.shape[0],), (w.shape[0], 1)):
+        return wide * scale.reshape(-1, 1)
+    if scale.shape != tuple(-(-size // FP8_BLOCK) for size in w.shape):
+        return None
+    by_row = scale.repeat_interleave(FP8_BLOCK, 0)[: w.shape[0]]
+    return wide * by_row.repeat_interleave(FP8_BLOCK, 1)[:, : w.shape[1]]
+
+
+def _from_nf4(
+    codes: UInt8[Tensor, "*half"], parts: Mapping[str, Tensor | None], shape: tuple[int, ...]
+) -> Float[Tensor, "*shape"] | None:
+    """table[code] * absmax of the code's block; None where the parts do not fit the shape."""
+    raw, table, absmax = (parts[end] for end in (NF4_STATE, ".weight.quant_map", ".weight.absmax"))
+    try:
+        state = msgspec.json.decode(bytes(raw.tolist()) if raw is not None else b"", type=_NF4State)
+    except (msgspec.DecodeError, ValueError):
+        return None
+    n = math.prod(shape)
+    fits = state.quant_type == "nf4" and state.shape == list(shape) and state.blocksize > 0
+    if not fits or 2 * codes.numel() != n + n % 2:
+        return None
+    if table is None or absmax is None or table.numel() != 16:
+        return None
+    if absmax.dtype == torch.uint8:  # the scales are quantized themselves
+        nested, levels = parts[".weight.nested_absmax"], parts[".weight.nested_quant_map"]
+        if nested is None or levels is None or levels.numel() != 256 or state.nested_blocksize < 1:
+            return None
+        per_block = nested.repeat_interleave(state.nested_blocksize)[: absmax.numel()]
+        absmax = levels[absmax.int()] * per_block + state.nested_offset
+    if absmax.numel() != -(-n // state.blocksize):
+        return None
+    pairs = codes.flatten().int()
+    values = torch.stack([table[pairs >> 4], table[pairs & 15]], dim=-1).flatten()[:n]
+    return (values * absmax.repeat_interleave(state.blocksize)[:n]).reshape(shape)
