@@ -13,7 +13,16 @@ from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
 from minitune.quant.schemes import dequantize
-from minitune.types import Adapted, Delta, Deltas, Params, PositiveInt, Trainable, wide_dtype
+from minitune.types import (
+    Adapted,
+    Delta,
+    Deltas,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Trainable,
+    wide_dtype,
+)
 
 Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
 
@@ -37,7 +46,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
 
     rank: PositiveInt
-    alpha: float
+    alpha: PositiveFloat
     targets: tuple[str, ...]
     ranks: dict[str, PositiveInt] = {}  # glob -> another rank for the targets that it matches; the first match wins
     rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)

@@ -20,10 +20,10 @@ from torch import Tensor
 from minitune.hardware import to_device
 
 # numbers in a certain range: msgspec checks them where a program, a config or a data file is decoded
-PositiveInt = Annotated[int, Meta(gt=0)]
-NonNegativeInt = Annotated[int, Meta(ge=0)]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+PositiveInt = Annotated[int, Meta(gt=0, le=2**31 - 1)]
+NonNegativeInt = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+PositiveFloat = Annotated[float, Meta(gt=0.0, le=1e30)]
+NonNegativeFloat = Annotated[float, Meta(ge=0.0, le=1e30)]
 UnitInterval = Annotated[float, Meta(ge=0.0, le=1.0)]
 OpenUnitInterval = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]

@@ -14,6 +14,7 @@ from minitune.programs.program import Program, resolved
 from minitune.programs.report import report
 from minitune.programs.run_folder import open_run, write_record
 from minitune.programs.signals import StopSignals
+from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import Stopped
 
 
@@ -30,7 +31,18 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     with run.lock, stop or StopSignals() as stopping, log.Log(run.folder, program.log, as_dict) as out:
         for note in (*run.notes, *data_notes(program.model, program.data)):
             out.say(note)
-        state = open_pipeline(program.model, program.data, program.seed, run.folder, out, stopping, run.records, program.tf32)
+        state = open_pipeline(
+            program.model,
+            program.data,
+            program.seed,
+            run.folder,
+            out,
+            stopping,
+            run.records,
+            program.tf32,
+            tokens_at_once=tokens_at_once(program.stage, program.data),
+            first_rules=first_rules(program.stage),
+        )
         for stage in program.stage:
             if stopping():
                 raise Stopped(summary(state.records).get("steps", 0), run.folder)

@@ -1,6 +1,7 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
 import json
+import math
 from typing import Any
 
 from minitune.checkpoint.tensors import model_bytes
@@ -18,6 +19,7 @@ from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
+from minitune.programs.stages.first_steps import require_finite
 from minitune.programs.state import AbstractState, PipelineState, Stopped
 from minitune.text.chat import stop_ids
 from minitune.types import NonNegativeInt, PositiveInt
@@ -27,7 +29,8 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
 
     data: str
-    batch_size: PositiveInt = 64  # rows per forward
+    # rows per forward; as many tokens as a training step takes if absent
+    batch_size: PositiveInt | None = None
     max_new_tokens: PositiveInt = 256
     limit: PositiveInt | None = None  # prompts to answer; all if absent
     samples: NonNegativeInt = 3  # answers to keep in the record and show
@@ -75,7 +78,15 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         description = describe(dataset.report, self.data, source)
         state.log.say(f"{self.label}: {self.data} has {description}")
-        metrics = token_metrics(loaded.model, adapted_params(state), batches(dataset, source, self.batch_size))
+        n_rows = self.batch_size or state.rows_at_once(source.seq_len)
+        all_rows = batches(dataset, source, n_rows)
+        metrics = token_metrics(loaded.model, adapted_params(state), all_rows)
+        if not math.isfinite(metrics.loss_nats):
+            require_finite(self.label, adapted_params(state))
+            raise InputError(
+                f"stages: {self.label} has a loss of {metrics.loss_nats} nats a token, expected a "
+                "number; has the training diverged?"
+            )
         record: dict[str, Any] = {
             "loss_nats": metrics.loss_nats,
             "perplexity": metrics.perplexity,
@@ -124,7 +135,8 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     max_new_tokens: PositiveInt = 256
     stop: tuple[str, ...] = ()  # strings that end an answer
     compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
-    batch_size: PositiveInt = 64
+    # prompts at once; as many tokens as a training step takes if absent
+    batch_size: PositiveInt | None = None
     limit: PositiveInt | None = None
     samples: NonNegativeInt = 3  # answers to show
 
@@ -219,13 +231,18 @@ def answered(
     label: str,
     ids: list[list[int]],
     sampling: Sampling,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop."""
+    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop.
+
+    batch_size None: so many prompts at once that their tokens are not more than a training step's.
+    """
     loaded = state.loaded
     params = adapted_params(state)
+    require_finite(label, params)
+    n_rows = batch_size or state.rows_at_once(max(map(len, ids), default=1) + max_new_tokens)
     with state.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
@@ -240,7 +257,7 @@ def answered(
             loaded.tokenizer,
             sampling=sampling,
             seed=state.seed,
-            batch_size=batch_size,
+            batch_size=n_rows,
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids(loaded.tokenizer, loaded.template),
             stop_strings=stop,

@@ -8,6 +8,7 @@ from torch import Tensor
 from minitune.errors import InputError
 from minitune.lora import Onto, merge_trainable
 from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.first_steps import require_finite
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.tree import device_of
 from minitune.types import Delta
@@ -61,6 +62,7 @@ def merged(state: PipelineState, label: str, onto: Onto, dtype: Dtype | None) ->
         onto=onto,
         dtype=getattr(torch, dtype) if dtype else None,
     )
+    require_finite(label, weights)
     record: dict[str, Any] = {"merge_error": errors[onto]}
     deltas = [name for name, leaf in loaded.trainable.items() if isinstance(leaf, Delta)]
     if any(not isinstance(loaded.params[name], Tensor) for name in deltas):

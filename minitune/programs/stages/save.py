@@ -16,6 +16,7 @@ from minitune.io.results import Result
 from minitune.lora import Onto
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.first_steps import require_finite
 from minitune.programs.stages.merge import Dtype, check_onto, merged
 from minitune.programs.state import AbstractState, PipelineState, SavedModel
 from minitune.text.chat import stop_ids
@@ -62,6 +63,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         if self.what == "deltas" and loaded.lora is not None:
             rule = state.quantization
+            require_finite(self.label, loaded.trainable)
             save_adapter(
                 folder,
                 loaded.trainable,
@@ -112,6 +114,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         loaded = state.loaded
         target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
+        require_finite(self.label, {**loaded.stored, **codes})
         params, extras = {**loaded.stored, **codes}, _folder_extras(state)
         if self.format == "gguf":
             lines = export.save(

@@ -82,7 +82,7 @@ class LoopState(msgspec.Struct, frozen=True):
     def is_finished(self, stage: TrainingStage) -> bool:
         """True once all steps are taken, or the held-out loss has not improved for `patience` evaluations."""
         patience = stage.evaluate.patience if stage.evaluate else None
-        return self.step >= stage.n_steps or (patience is not None and self.n_worse >= patience)
+        return self.step >= stage.steps or (patience is not None and self.n_worse >= patience)
 
     def throughput(self) -> dict[str, float]:
         """First entries of a stage's record, which summary.json has at its top level."""
@@ -145,7 +145,7 @@ def reading(metrics: Metrics) -> Callable[[], MetricValues]:
 
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
     """Row of the log for one step, under the names that dashboards expect."""
-    lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.n_steps))
+    lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.steps))
     rest = {name: value for name, value in metrics.items() if name != "loss_nats"}
     return {"loss": metrics["loss_nats"], "lr": lr, **rest}
 
@@ -166,12 +166,12 @@ def train(
     if saved:
         train_state, meta = load_state(saved[-1], train_state)
         loop = msgspec.convert(meta["loop"], LoopState)
-        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.n_steps}")
+        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.steps}")
     state.log.rewind(loop.step)
     if loop.is_finished(stage):
         return train_state, loop
     task = prepare()
-    with state.log.progress(stage.label, stage.n_steps, loop.step) as progress:
+    with state.log.progress(stage.label, stage.steps, loop.step) as progress:
         return _take_steps(stage, state, task, train_state, loop, progress)
 
 
@@ -229,7 +229,7 @@ def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple
 
 
 def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
-    is_last = loop.step == stage.n_steps
+    is_last = loop.step == stage.steps
     evaluates = stage.evaluate is not None and (is_last or loop.step % stage.evaluate.every == 0)
     return Due(evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last)
 
