@@ -89,8 +89,10 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         def delta(name: str, w: Any) -> Delta:
             (*experts, out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
-            unit = torch.rand(*experts, rank, in_, generator=seeds.generator(seed, "lora", name))
-            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), torch.zeros(*experts, out, rank, device=device))
+            draws = seeds.generator(seed, "lora", name)
+            unit = torch.rand(*experts, rank, in_, generator=draws, dtype=torch.float32)
+            b = torch.zeros(*experts, out, rank, dtype=torch.float32, device=device)
+            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), b)
             return fresh._replace(m=row_norms(Adapted(w, *fresh))) if self.dora else fresh
 
         return {name: delta(name, params[name]) for name in self.names(params)}
@@ -206,7 +208,7 @@ def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
             if list(leaf.shape) != shape:
                 raise InputError(f"lora: {where} has {name} {list(leaf.shape)}, expected {shape}; is it of another base?")
         elif len(shape) < 2 or [*leaf.b.shape[:-1], leaf.a.shape[-1]] != shape:
-            found = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
+            shapes = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
             *experts, out, in_ = [f"{n}" for n in shape] if len(shape) > 1 else ["out", "in"]
             wanted = " and ".join(f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r")))
-            raise InputError(f"lora: {where} has {found} for {name}, expected {wanted}; is it of another base?")
+            raise InputError(f"lora: {where} has {shapes} for {name}, expected {wanted}; is it of another base?")

@@ -4,6 +4,7 @@ Everything that minitune trains, differentiates or saves is such a tree. A path 
 written in a table: `mu.model.layers.0.mlp.up_proj.weight.a`.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -53,8 +54,8 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, path: str = "") -> Tree:
     children = _children(tree, path)
     for other in rest:
         if [key for key, _ in _children(other, path)] != [key for key, _ in children]:
-            found, wanted = _describe(other), _describe(tree)
-            raise TypeError(f"tree: {path or 'root'} is {found} in one tree, expected {wanted} as in the first")
+            other_kind, kind = _describe(other), _describe(tree)
+            raise TypeError(f"tree: {path or 'root'} is {other_kind} in one tree, expected {kind} as in the first")
     mapped = [
         map(f, child, *(_child(other, i, path) for other in rest), path=f"{path}.{key}" if path else key)
         for i, (key, child) in enumerate(children)
@@ -106,9 +107,25 @@ def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
         raise InputError(f"{what}: the list of globs is empty, expected at least one such as '*.mlp.*_proj.weight'")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            near = closest(glob, names, 3, cutoff=0.3) or names[:3]
-            raise InputError(f"{what}: {glob!r} matches no weight; the nearest are {', '.join(near)}")
+            near = _near(glob, names)
+            raise InputError(f"{what}: {glob!r} matches no weight; the nearest are {near}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def _near(glob: str, names: Sequence[str]) -> str:
+    """Names that a glob may have meant, those whose segments resemble its own first, and a glob that finds them."""
+    segments = dict.fromkeys(part for name in names for part in name.split("."))
+    words = [word for word in re.split(r"[.*?]+", glob) if word and word != "weight"]
+    meant = [closest(word, [*segments], 1, cutoff=0.6) for word in words]
+    last = meant[-1][0] if words and meant[-1] else None
+    alike = [name for name in names if last in name.split(".")] or [*names]
+    near = ", ".join(closest(glob, alike, 3, cutoff=0.3) or alike[:3])
+    if glob == "all-linear" and any(name.endswith("_proj.weight") for name in names):  # PEFT's word
+        return f"{near}; write '*_proj.weight'"
+    if last is None or "*" in glob:
+        return near
+    _, _, rest = alike[0].rpartition(last)
+    return f"{near}; write '*.{last}{rest}'"
 
 
 def donate(old: Tree, new: Tree) -> Tree:

@@ -1,7 +1,7 @@
 """Functions of many rows whose gradients are taken chunk by chunk, as the values are."""
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune import tree
-from minitune.autodiff.value_and_grad import PLACEHOLDER, autograd_grads, detached_leaves, detached_where
+from minitune.autodiff.value_and_grad import (
+    PLACEHOLDER,
+    ClosedOverError,
+    autograd_grads,
+    detached_leaves,
+    detached_where,
+    refuse_other_leaves,
+    value_of_arguments,
+)
 from minitune.hardware import is_accelerator
 from minitune.tree import Tree
 from minitune.types import wide_dtype
@@ -18,35 +26,43 @@ from minitune.types import wide_dtype
 def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """f(rows [n ...], *args) -> values [n ...], whose gradient by rows is taken in the forward, while what f makes is there.
 
-    For an f whose values of a row depend on that row alone, and whose other arguments need no gradient. Differentiable once.
+    For an f whose values of a row depend on that row alone. Differentiable once. Where they depend on
+    anything else that requires grad, an argument or not, autograd differentiates f and keeps all of it.
     """
 
     def evaluate(rows: Tensor, *args: Tree) -> Tensor:
-        return _RowGradients.apply(lambda x: f(x, *args), rows)
+        fresh = detached_leaves(rows)
+        with torch.enable_grad():
+            values = f(fresh, *args)
+            columns = (values[:, None] if values.ndim == 1 else values.flatten(1)).sum(0).unbind()
+        try:
+            refuse_other_leaves(values, [fresh])
+        except ClosedOverError:
+            return f(rows, *args)
+        grads = []
+        for i, x in enumerate(columns):
+            grads += torch.autograd.grad(x, fresh, retain_graph=i + 1 < len(columns))
+        return _RowGradients.apply(values.detach(), rows, *grads)
 
     return evaluate
 
 
 class _RowGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        fresh = detached_leaves(rows)
-        with torch.enable_grad():
-            results = values(fresh)
-            columns = (results.unsqueeze(-1) if results.ndim == 1 else results.flatten(1)).sum(0).unbind()
-        grads = [torch.autograd.grad(x, fresh, retain_graph=i + 1 < len(columns))[0] for i, x in enumerate(columns)]
+    def forward(ctx: Any, values: Tensor, rows: Tensor, *grads: Tensor) -> Tensor:
         ctx.save_for_backward(*grads)
-        return results.detach()
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # a sum's cotangent spares a pass over what is large; an accelerator would be waited for to see it
         if len(ctx.saved_tensors) == 1 and not is_accelerator(grad_outputs[0].device) and bool((grad_outputs[0] == 1).all()):
-            return None, ctx.saved_tensors[0]
+            return None, ctx.saved_tensors[0], None
         cotangents = grad_outputs[0].unsqueeze(-1) if grad_outputs[0].ndim == 1 else grad_outputs[0].flatten(1)
         parts = (c[:, None] * g for c, g in zip(cotangents.unbind(1), ctx.saved_tensors, strict=True))
-        return None, reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
+        d_rows = reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
+        return None, d_rows, *(None for _ in ctx.saved_tensors)
 
 
 def chunked_with_gradients(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int, summed: bool = False) -> Tensor:
@@ -55,14 +71,19 @@ def chunked_with_gradients(f: Callable[..., Tensor], rows: Tensor, weights: Tree
 
     On a CPU, every chunk is recomputed if the cotangents turn out to differ. An accelerator would be waited for to see
     them, so there the caller says what they are: with `summed` they are 1, and the gradients are NaN if they are not;
-    without it every chunk is recomputed. What f closes over gets no gradient. Differentiable once.
+    without it every chunk is recomputed. Differentiable once. Where f depends on a tensor that
+    requires grad and is no argument, autograd differentiates f and keeps all of it.
     """
     structure = tree.map(lambda _: PLACEHOLDER, weights)
 
     def of_leaves(start: int, x: Tensor, *leaves: Tensor) -> Tensor:
         return f(start, x, tree.rebuild(structure, leaves))
 
-    return _InChunks.apply(of_leaves, chunk, summed, rows, *tree.leaves(weights))
+    try:
+        return _InChunks.apply(of_leaves, chunk, summed, rows, *tree.leaves(weights))
+    except ClosedOverError:
+        starts = range(0, max(len(rows), 1), chunk)
+        return torch.cat([f(i, rows[i : i + chunk], weights) for i in starts])
 
 
 class _InChunks(torch.autograd.Function):
@@ -72,7 +93,8 @@ class _InChunks(torch.autograd.Function):
         if is_accelerator(tensors[0].device) and not summed:
             ctx.save_for_backward(*tensors)
             starts = range(0, max(len(tensors[0]), 1), chunk)
-            return torch.cat([f(i, tensors[0][i : i + chunk], *tensors[1:]) for i in starts])
+            pieces = [(i, [tensors[0][i : i + chunk], *tensors[1:]]) for i in starts]
+            return torch.cat([value_of_arguments(partial(f, i), some) for i, some in pieces])
         values, grads = _chunk_gradients(f, chunk, tensors, ctx.needs_input_grad[3:], lambda x, start: torch.ones_like(x))
         ctx.save_for_backward(*tensors, *grads)
         return values
@@ -113,6 +135,7 @@ def _chunk_gradients(
         fresh = detached_where([rows[start : start + chunk], *weights], needed)
         with torch.enable_grad():
             results = f(start, *fresh)
+        refuse_other_leaves(results, fresh)
         grads = list(autograd_grads([results], [x for x in fresh if x.requires_grad], [cotangent(results, start)]))
         values.append(results.detach())
         pieces += [grads.pop(0)] if needed[0] else []

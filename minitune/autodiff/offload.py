@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from minitune.autodiff.remat import flattened
 from minitune.autodiff.remat import remat as autodiff_remat
-from minitune.autodiff.value_and_grad import pullback, under_transform
+from minitune.autodiff.value_and_grad import pullback, under_transform, value_of_arguments
 
 Block = Callable[..., Tensor]
 
@@ -94,7 +94,7 @@ class _Offloaded(torch.autograd.Function):
     def forward(ctx: Any, f: Block, inputs: _Inputs, x: Tensor, *others: Tensor) -> Tensor:
         ctx.f, ctx.inputs, ctx.place = f, inputs, inputs.put(x)
         ctx.save_for_backward(*others)
-        return f(x, *others)
+        return value_of_arguments(f, (x, *others))
 
     @staticmethod
     @once_differentiable

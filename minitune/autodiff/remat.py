@@ -7,18 +7,27 @@ import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.autodiff.value_and_grad import PLACEHOLDER, pullback
+from minitune.autodiff.value_and_grad import (
+    PLACEHOLDER,
+    in_forward_mode,
+    pullback,
+    takes_gradients,
+    value_of_arguments,
+)
 from minitune.tree import Tree
 
 
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
     """Function f, whose backward recomputes f from its inputs: nothing inside f is kept (Chen et al. 2016, arXiv 1604.06174).
 
-    Arguments are trees of tensors and the result is one tensor. What f closes over gets no gradient, so whatever
-    is to be differentiated must be an argument. Works under plain autograd, vmap and torch.func.grad.
+    Arguments are trees of tensors and the result is one tensor. ClosedOverError where f depends on a
+    tensor that requires grad and is no argument. Works under every transform of torch.func; inside
+    torch.func.grad, which keeps all that a backward computes, and in forward mode f is as it is.
     """
 
     def recomputed(*args: Tree) -> Tensor:
+        if in_forward_mode() or takes_gradients():
+            return f(*args)
         flat, tensors = flattened(f, args)
         return _Remat.apply(flat, *tensors)
 
@@ -36,7 +45,7 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def forward(f: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        return f(*tensors)
+        return value_of_arguments(f, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,15 +10,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from minitune import tree
 from minitune.tree import Tree
+from minitune.types import wide_dtype
+
+FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def under_transform() -> bool:
-    """True while a functorch transform (vmap, grad, jvp, ...) is being traced."""
+    """True while a functorch transform (vmap, grad, ...) is being traced, and in forward mode."""
     # not peek_interpreter_stack(): while torch.compile traces, that always finds one
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # pyright: ignore[reportAttributeAccessIssue]
+    return FUNCTORCH.get_dynamic_layer_stack_depth() > 0 or in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    """True inside torch.func.jvp, jacfwd or linearize, and inside forward_ad.dual_level.
+
+    Only the first two show in functorch's stack. An operator without a rule drops the tangents of
+    its inputs without a word: in forward mode functions here are made of torch's own operators.
+    """
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+
+
+def takes_gradients() -> bool:
+    """True inside torch.func.grad, vjp or one of their kin."""
+    stack = FUNCTORCH.get_interpreter_stack() or ()
+    return any(level.key() == FUNCTORCH.TransformType.Grad for level in stack)
 
 
 def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
@@ -26,7 +45,7 @@ def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..
 
     With has_aux, fn returns (Mean, aux). This is the contract of torch.func.grad_and_value, value first: no argument is
     written, no `.grad` is set, and a leaf that fn does not use gets a zero gradient. The result carries no graph. TypeError
-    names a leaf that is not floating point.
+    names a leaf that is not floating point; RuntimeError inside torch.inference_mode.
     """
 
     def evaluate(params: Tree, *rest: Any) -> tuple[Any, Tree]:
@@ -35,6 +54,10 @@ def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..
                 raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
         if under_transform():
             return _transformed(fn, has_aux, params, rest)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "grad: torch.inference_mode is on, which records nothing; take gradients outside of it",
+            )
         leaves = detached_leaves(params)
         with torch.enable_grad():
             value = fn(leaves, *rest)
@@ -84,6 +107,7 @@ def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree
 def accumulate(evaluate: Callable[[Any], Tree], micro_batches: Iterable[Any]) -> Tree:
     """Sum evaluate(micro_batch) leafwise: totals, weights and gradients add, and whoever calls divides once.
 
+    Sums of several are float32 or wider, whatever their dtype; the value of one is as it is.
     Peak memory does not grow with the number of micro-batches: each pair of leaves is freed as its sum is made.
     TypeError if there is no micro-batch.
     """
@@ -93,10 +117,17 @@ def accumulate(evaluate: Callable[[Any], Tree], micro_batches: Iterable[Any]) ->
         value = evaluate(micro_batch)
         structure, parts = tree.map(lambda _: PLACEHOLDER, value), tree.leaves(value)[::-1]
         del value
-        sums = [torch.add(sums.pop(), parts.pop()) for _ in range(len(sums))][::-1] if sums else parts
+        if sums:
+            parts = [_wide_sum(sums.pop(), parts.pop()) for _ in range(len(sums))][::-1]
+        sums = parts
     if structure is None:
         raise TypeError("grad: no micro-batch to accumulate, expected at least one")
     return tree.rebuild(structure, sums[::-1])
+
+
+def _wide_sum(x: Tensor, y: Tensor) -> Tensor:
+    """x + y in float32 or wider; integers and booleans as they are."""
+    return x + y.to(wide_dtype(x.dtype)) if x.is_floating_point() else x + y
 
 
 PLACEHOLDER = torch.empty(0)  # stands where a leaf was, so that a kept structure keeps no leaf alive
@@ -121,6 +152,44 @@ def pullback(
         grads = autograd_grads([value], [x for x in fresh if x.requires_grad], [cotangent])
     given = iter(grads)
     return [next(given) if need else None for need in needed]
+
+
+class ClosedOverError(TypeError):
+    """Raised where a tensor requires grad and is no argument of the function that depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "grad: a function depends on a tensor that requires grad, "
+            "expected it among its arguments; else it would get no gradient"
+        )
+
+
+def value_of_arguments(f: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """Value f(*tensors), no graph; ClosedOverError if anything else in it requires grad."""
+    with torch.enable_grad():  # nothing is recorded unless something else requires grad
+        value = f(*(x.detach() for x in tensors))
+    unwrapped = value
+    while FUNCTORCH.is_functorch_wrapped_tensor(unwrapped):
+        unwrapped = FUNCTORCH.get_unwrapped(unwrapped)
+    if unwrapped.requires_grad:
+        raise ClosedOverError
+    return value
+
+
+def refuse_other_leaves(value: Tensor, inputs: Sequence[Tensor]) -> None:
+    """ClosedOverError if the graph of a value begins at any other leaf than these inputs."""
+    known = {id(x) for x in inputs}
+    pending = [value.grad_fn]
+    visited = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        leaf = getattr(node, "variable", None)  # of the nodes at which a graph begins
+        if leaf is not None and id(leaf) not in known:
+            raise ClosedOverError
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def autograd_grads(values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor]:

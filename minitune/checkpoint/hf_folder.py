@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from minitune import tree
+from minitune.checkpoint.generation_config import generation_config, with_end_ids
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
-from minitune.io.json_file import read_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
@@ -201,17 +201,6 @@ def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 
-def generation_config(source: Path) -> dict[str, Any]:
-    """A folder's generation_config.json, or what stands for it: the eos_token_id of config.json; InputError if it is no JSON."""
-    path = source / "generation_config.json"
-    if not path.is_file():
-        return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
-    return read_json(path, dict[str, Any], "checkpoint", "download it again")
-
-
 def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:
     generation = {} if extras.source is None else generation_config(extras.source)
-    known = generation.get("eos_token_id")
-    if not isinstance(known, list):
-        known = [] if known is None else [known]
-    return {**generation, "eos_token_id": [*known, *(i for i in extras.stop_ids if i not in known)]}
+    return with_end_ids(generation, extras.stop_ids)

@@ -55,7 +55,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
             f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
         )
     key = cache_key(source, tokenizer, template)
-    if not (cache / key).is_dir():
+    if not array_cache.is_whole(cache / key):
         _write(cache / key, source, tokenizer, template)
     documents, (file,), report = load(cache / key, 1, "file")
     sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()

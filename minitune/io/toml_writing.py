@@ -8,19 +8,23 @@ from datetime import date, datetime, time
 from typing import Any
 
 
-def dumps(tree: Mapping[str, Any]) -> str:
-    """TOML text: values first, then a [table] or [[table]] for each nested one, everything deeper inline; None is left out."""
+def dumps(tree: Mapping[str, Any], *, absent: bool = False) -> str:
+    """TOML text: values first, then a [table] or [[table]] for each nested one, everything deeper inline.
+
+    None is left out, or with `absent` a comment `# key =` where a line could be.
+    """
     plain, tables = [], []
     for key, value in tree.items():
         name = key_text(key)
         if _is_tables(value):
-            tables += [[f"[[{name}]]", *pairs_text(table)] for table in value]
+            tables += [[f"[[{name}]]", *pairs_text(table, absent=absent)] for table in value]
         elif isinstance(value, Mapping) and value and all(isinstance(part, Mapping) for part in value.values()):
-            tables += [[f"[{name}.{key_text(part)}]", *pairs_text(table)] for part, table in value.items()]
+            for part, table in value.items():
+                tables += [[f"[{name}.{key_text(part)}]", *pairs_text(table, absent=absent)]]
         elif isinstance(value, Mapping):
-            tables += [[f"[{name}]", *pairs_text(value)]]
+            tables += [[f"[{name}]", *pairs_text(value, absent=absent)]]
         else:
-            plain += pairs_text({key: value})
+            plain += pairs_text({key: value}, absent=absent)
     return "\n\n".join("\n".join(lines) for lines in [plain, *tables] if lines) + "\n"
 
 
@@ -28,9 +32,15 @@ def _is_tables(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(table, Mapping) for table in value)
 
 
-def pairs_text(table: Mapping[str, Any]) -> list[str]:
-    """Lines `key = value` of a table, without the keys that hold None."""
-    return [f"{key_text(key)} = {inline_text(value)}" for key, value in table.items() if value is not None]
+def pairs_text(table: Mapping[str, Any], *, absent: bool = False) -> list[str]:
+    """Lines `key = value` of a table; keys that hold None are left out, or are comments."""
+    lines = []
+    for key, value in table.items():
+        if value is not None:
+            lines.append(f"{key_text(key)} = {inline_text(value)}")
+        elif absent:
+            lines.append(f"# {key_text(key)} =")
+    return lines
 
 
 def key_text(key: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitune.autodiff.value_and_grad import in_forward_mode
+
 BlockFunction = Callable[..., Tensor]
 # A block needs a graph for every combination of: input with and without a gradient, forward for a backward or alone, the first
 # length and any length, rows of up to 128 tokens and longer ones, layers with and without RoPE, layers with and without experts
@@ -37,6 +39,8 @@ def _guarded(block: BlockFunction, say: Callable[[str], None]) -> BlockFunction:
     runs = [_compiled(block)]
 
     def run(*args: object) -> Tensor:
+        if in_forward_mode():  # of which a compiled block knows nothing
+            return block(*args)
         try:
             return runs[-1](*args)
         except TorchDynamoException as error:  # what is wrong with the arguments is not of this kind

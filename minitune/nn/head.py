@@ -1,6 +1,7 @@
 """Losses of the head over chunks of rows, so that whole logits never exist."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,7 +10,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.autodiff.chunked import chunked_with_gradients, with_row_gradients
 from minitune.autodiff.remat import remat
-from minitune.autodiff.value_and_grad import under_transform
+from minitune.autodiff.value_and_grad import ClosedOverError, under_transform
 from minitune.hardware import to_device
 from minitune.nn.linear import linear
 from minitune.quant.tensors import QTensor
@@ -53,7 +54,7 @@ def token_losses(
     # no vmap can follow how many rows are labelled, which depends on the data: all rows are taken
     if under_transform():
         labels, mask = tree.map(lambda x: to_device(x, hidden.device), (labels, mask))
-        nats = _chunked(remat(chunk_losses), flat, labels, head, chunk).unflatten(0, mask.shape)
+        nats = _recomputed(chunk_losses, flat, labels, head, chunk).unflatten(0, mask.shape)
         return torch.where(mask.view(*mask.shape, *(1 for _ in nats.shape[2:])), nats, 0.0)
 
     # rows are taken where they lie: what comes from the host is no more than the labelled ones
@@ -108,6 +109,14 @@ def head_chunk(head: Float[Tensor, "V D"] | QTensor | Adapted, trains: bool = Fa
     """Number of rows of logits that are alive at a time."""
     times = (1 if tree.leaves(head)[0].device.type == "cpu" else GPU_CHUNK_FACTOR) * (TRAINED_HEAD_FACTOR if trains else 1)
     return max(HEAD_ROWS, times * HEAD_CHUNK // head.shape[0])
+
+
+def _recomputed(losses: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Chunks under remat; as they are where the loss closes over parameters of its own."""
+    try:
+        return _chunked(remat(losses), *args)
+    except ClosedOverError:
+        return _chunked(losses, *args)
 
 
 def _chunked(piece: Callable[..., Tensor], rows: Tensor, labels: Tree, head: Tensor | QTensor | Adapted, chunk: int) -> Tensor:

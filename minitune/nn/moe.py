@@ -46,7 +46,8 @@ def top_then_sigmoid(logits: Float[Tensor, "n X"], k: int) -> Routes:
     return Routes(experts, widen(top).sigmoid())
 
 
-Tap = Callable[[Tensor, Tensor], None]  # (rows of one expert, what its linear map made of them)
+# (rows of one expert, what its linear map made of them)
+ExpertTap = Callable[[Tensor, Tensor], None]
 
 
 class StackedExperts(NamedTuple):
@@ -61,7 +62,7 @@ class ExpertLinear(NamedTuple):
 
     weights: Sequence[Tensor | QTensor | Adapted]  # [out, in] each
     biases: Sequence[Tensor | None]  # [out] each
-    taps: Sequence[Tap | None]
+    taps: Sequence[ExpertTap | None]
     stack: StackedExperts | None = None
 
 
@@ -95,7 +96,7 @@ def mixture(
     """
     n, n_experts = len(x), len(down.weights)
     if under_transform():
-        chosen = F.one_hot(routes.experts, n_experts).to(routes.weights.dtype)
+        chosen = _one_hot(routes.experts, n_experts).to(routes.weights.dtype)
         weights = (routes.weights[..., None] * chosen).sum(1).T.flatten()
         y = _experts(x.repeat(n_experts, 1), weights, [n] * n_experts, up, activation, down, scale_input)
         return y.unflatten(0, (n_experts, n)).sum(0).to(x.dtype)
@@ -127,9 +128,14 @@ def load_balance(logits: Float[Tensor, "L n X"], k: int, mask: Bool[Tensor, "n"]
     p = widen(logits).softmax(-1)
     kept = mask[:, None].to(p.dtype)
     n_rows = (len(logits) * kept.sum()).clamp(min=1.0)
-    hits = F.one_hot(p.detach().topk(k).indices, p.shape[-1]).sum(-2).to(p.dtype)
+    hits = _one_hot(p.detach().topk(k).indices, p.shape[-1]).sum(-2).to(p.dtype)
     share, mean = ((rows * kept).sum((0, 1)) / n_rows for rows in (hits, p))
     return p.shape[-1] * (share * mean).sum()
+
+
+def _one_hot(experts: Int[Tensor, "*n k"], n_experts: int) -> Bool[Tensor, "*n k X"]:
+    """True at the number of each expert; torch's own has no rule for a vmap of a gradient."""
+    return experts[..., None] == torch.arange(n_experts, device=experts.device)
 
 
 def _experts(

@@ -62,7 +62,8 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         root = bias_correction(b2, t).sqrt()
 
         def leaf(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-            return -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.eps) - (self.lr * self.weight_decay) * p
+            change = -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.eps)
+            return change - (self.lr * self.weight_decay) * p.to(m.dtype)
 
         return tree.map(leaf, mu, nu, params), AdamState(t, mu, nu)
 
@@ -111,8 +112,10 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
             groups.setdefault((factor, four[0].dtype, four[0].device), []).append((path, four))
 
         for (factor, dtype, device), members in groups.items():
-            lr = (self.lr * factor * lr_scale).to(device, torch.float32)
-            step = (state.step + 1).to(device, torch.float32)
+            # float64 moments, which only a CPU gives to the kernel, take them in float64
+            wide_number = members[0][1][2].dtype
+            lr = (self.lr * factor * lr_scale).to(device, wide_number)
+            step = (state.step + 1).to(device, wide_number)
             found_inf = None if is_finite is None else (~is_finite).to(device, torch.float32)
             for chunk in _chunks(members, FUSED_ELEMENTS[device.type]):
                 p, g, m, v = zip(*((one.p, one.g, one.m, one.v) for one in chunk), strict=True)
@@ -174,7 +177,9 @@ def _chunks(members: Sequence[tuple[str, tuple[Tensor, ...]]], limit: int) -> It
 
 
 def _is_fusable(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
-    kinds = {(p.dtype, g.dtype), (m.dtype, v.dtype)}
-    kept = kinds == {(p.dtype, p.dtype)} or kinds == {(torch.bfloat16,) * 2, (torch.float32,) * 2}
+    moments = {m.dtype, v.dtype}
+    narrow = p.dtype == torch.bfloat16 and g.dtype in (torch.bfloat16, torch.float32)
+    kept = moments == {torch.float32} and (narrow or p.dtype == g.dtype == torch.float32)
+    kept = kept or (moments == {p.dtype, g.dtype} == {torch.float64} and p.device.type == "cpu")
     whole = p.shape == m.shape == v.shape == g.shape and p.is_contiguous() and m.is_contiguous() and v.is_contiguous()
     return kept and whole and p.device == m.device == v.device == g.device and p.device.type in FUSED_ELEMENTS

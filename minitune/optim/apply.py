@@ -20,6 +20,7 @@ from minitune.autodiff.value_and_grad import under_transform
 from minitune.optim.pipeline import Link, Pipeline, Place, is_sliceable, places_in_turn, split_optimizer
 from minitune.optim.transforms import Chain, GradientTransformation, Slice, slice_tree
 from minitune.tree import Tree
+from minitune.types import widen
 
 
 class Gradients(NamedTuple):
@@ -52,13 +53,13 @@ def apply_gradients(
         return _select(is_finite, _by_definition(optimizer, grads, state, params, divisor), (params, state))
     selects = hardware.is_asynchronous(divisor.device)
     if not selects and not is_finite:
-        return params, state
+        return tree.map(Tensor.detach, params), state
 
     paths, leaves = zip(*tree.items(params), strict=True)
     clips, pipelines = split_optimizer(optimizer, state, paths, leaves)
     if is_sliceable(pipelines, leaves):
         if not donate:
-            params, state = tree.map(torch.clone, (params, state))
+            params, state = tree.map(lambda x: x.detach().clone(), (params, state))
             leaves = tree.leaves(params)
             clips, pipelines = split_optimizer(optimizer, state, paths, leaves)
         gradients = Gradients(tree.leaves(grads), divisor, norm, is_finite if selects else None)
@@ -119,7 +120,7 @@ def _by_definition(
     optimizer: GradientTransformation, grads: Tree, state: Tree, params: Tree, divisor: Tensor
 ) -> tuple[Tree, Tree]:
     """(params, state) after the step, as new trees."""
-    updates, after = optimizer.update(tree.map(lambda g: g / divisor.to(g.dtype), grads), state, params)
+    updates, after = optimizer.update(tree.map(lambda g: _scaled(g, divisor, ()), grads), state, params)
     return tree.map(_added, params, updates), after
 
 
@@ -211,7 +212,8 @@ def _clip_factors(clips: Sequence[Link], gradients: Gradients) -> list[Tensor]:
 
 
 def _scaled(g: Tensor, divisor: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    return reduce(lambda x, factor: x * factor.to(x.dtype), factors, g / divisor.to(g.dtype))
+    wide = widen(g)
+    return reduce(lambda x, factor: x * factor.to(x.dtype), factors, wide / divisor.to(wide.dtype))
 
 
 def _donate_slices(
@@ -256,4 +258,4 @@ def _donate_places(
 
 
 def _added(p: Tensor, u: Tensor) -> Tensor:
-    return (p + u).to(p.dtype)
+    return (p.detach() + u).to(p.dtype)

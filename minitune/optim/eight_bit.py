@@ -40,7 +40,7 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
         """Zero moments: in 8 bits for leaves of SMALLEST elements and more."""
 
         def zeros(p: Tensor, signed: bool) -> Any:
-            x = torch.zeros(p.shape, device=p.device)
+            x = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
             return quantize(x, signed) if p.numel() >= SMALLEST else x
 
         mu, nu = ([zeros(p, signed) for p in tree.leaves(params)] for signed in (True, False))

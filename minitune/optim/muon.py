@@ -137,9 +137,10 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         def n_numbers(leaf: Tensor) -> int:
             n_together = max(1, min(limit // leaf.numel(), sum(x.shape == leaf.shape for x in leaves)))
             during: int = 6 * leaf.numel() + 2 * min(leaf.shape) ** 2
-            if rounds:  # the gradient is in bfloat16 before it is in float32
-                during += leaf.numel() // 2
-            return n_together * max(during, 7 * leaf.numel())
+            after = 7 * leaf.numel()
+            if rounds:  # the wide copy of what was in bfloat16 lives beside them
+                during, after = during + leaf.numel(), after + leaf.numel()
+            return n_together * max(during, after)
 
         return 4 * max(n_numbers(leaf) for leaf in leaves)
 

@@ -16,7 +16,11 @@ from minitune.types import NonNegativeFloat, NonNegativeInt
 
 
 class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
-    """A factor of the peak learning rate: a linear rise over warmup_steps, then down to `end` at the last step."""
+    """Factor of the peak rate: a linear rise over warmup_steps, then a fall.
+
+    The last step of the warm-up and the one after it have the peak. `end` is the factor that a step
+    after the last one would have, so that every step moves, as the schedules of transformers do.
+    """
 
     warmup_steps: NonNegativeInt = 0
 

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import msgspec
-import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, slice_tree
+from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, slice_tree, wide_zeros
 from minitune.tree import Tree
 from minitune.types import Fraction, NonNegativeFloat
 
@@ -23,12 +22,16 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
     weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> Tree:
-        """Zero momentum."""
-        return tree.map(torch.zeros_like, params)
+        """Zero momentum, in float32 or wider."""
+        return tree.map(wide_zeros, params)
 
     def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
         """-lr * m, with m = momentum * m + g; nesterov looks one step ahead: -lr * (g + momentum * m)."""
-        grads = tree.map(lambda g, p: g + self.weight_decay * p, grads, params)
+
+        def decayed(m: Tensor, g: Tensor, p: Tensor) -> Tensor:
+            return g.to(m.dtype) + self.weight_decay * p.to(m.dtype)
+
+        grads = tree.map(decayed, state, grads, params)
         state = tree.map(lambda m, g: self.momentum * m + g, state, grads)
         ahead = tree.map(lambda m, g: g + self.momentum * m, state, grads) if self.nesterov else state
         return tree.map(lambda m: -self.lr * m, ahead), state
@@ -42,5 +45,8 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Up to five float32 numbers an element of a slice: gradient, momentum, what is ahead, update and new parameter."""
-        return slice_scratch_bytes(leaves, 20, rounds=rounds)
+        """Up to five float32 numbers an element of a slice: gradient, momentum, what is ahead, update, new parameter.
+
+        Rounding adds three: wide copies of gradient and parameter, and draws.
+        """
+        return slice_scratch_bytes(leaves, 20 + 12 * rounds, rounds=rounds)

@@ -6,6 +6,7 @@ from pathlib import Path
 from minitune.checkpoint.hf_folder import check_weights
 from minitune.data.readers import read_rows
 from minitune.data.source import Source
+from minitune.io import paths
 from minitune.io.paths import locate
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
@@ -57,17 +58,22 @@ def check(
 def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
     """Lines on tables that are still the demo's beside a user's model or data.
 
-    Another line says that a folder ./demo of the user's is not what demo/... means.
+    Another line says that a folder ./demo of the user's is not what demo/... means, another that
+    tokenized data is not kept where it usually is.
     """
     parts = [(f"data.{name}", part.path) for name, data in sources.items() for part in data.parts()]
     models = [("model", path) for path in (source.path, source.config) if path is not None]
-    is_demo = {path: path.partition("/")[0] == "demo" for _, path in [*models, *parts]}
+    embedded = paths.PACKAGE / "demo"
+    is_demo = {path: locate(path).is_relative_to(embedded) for _, path in [*models, *parts]}
     lines = []
     if not all(is_demo.values()):
         left = [(key, path) for key, path in parts if is_demo[path]]
         lines += [f"note: {key} is still the demo's ({path}); set {key}.path" for key, path in left]
     for path in sorted({path for path, demo in is_demo.items() if demo and Path(path).exists()}):
         lines.append(f"note: {path} is the embedded demo, not what lies here; ./{path} is that")
+    cache_note = paths.cache_note()
+    if cache_note is not None:
+        lines.append(f"note: {cache_note}")
     return lines
 
 

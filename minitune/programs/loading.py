@@ -1,6 +1,6 @@
 """Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -10,16 +10,19 @@ import torch
 
 from minitune import hardware, tree
 from minitune.checkpoint.fingerprint import folder_fingerprint
-from minitune.checkpoint.hf_folder import generation_config, load_params
+from minitune.checkpoint.generation_config import end_ids
+from minitune.checkpoint.hf_folder import load_params
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
 from minitune.io.paths import locate
+from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
 from minitune.programs.log import Log
+from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.quant.rules import Quantization
 from minitune.text import tokenizer
@@ -55,7 +58,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         model, text, template = _checked_model(source), None, None
     if text is None or template is None or source.tokenizer is not None:
         folder = _tokenizer_folder(source)
-        text = tokenizer.open_tokenizer(folder)
+        text = _open_tokenizer(folder, model)
         template = open_template(folder, text)
     template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
@@ -85,15 +88,14 @@ def _checked_model(source: ModelSource) -> Model:
     """Model of a source; InputError unless its folder can be saved again and its tokenizer fits."""
     model = _model(source)
     if source.path is not None:
-        generation_config(locate(source.path))
-    folder = _tokenizer_folder(source)
-    text = tokenizer.open_tokenizer(folder)
-    if text.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size}; are they of two models?"
-        )
+        end_ids(locate(source.path))
+    _open_tokenizer(_tokenizer_folder(source), model)
     return model
+
+
+def _open_tokenizer(folder: Path, model: Model) -> tokenizer.Tokenizer:
+    """Tokenizer of a folder for a model; InputError if they are of two models."""
+    return tokenizer.open_tokenizer(folder).with_rows(model.config.vocab_size, str(folder))
 
 
 def _check_device(source: ModelSource) -> None:
@@ -130,7 +132,7 @@ def open_pipeline(
     seed: int,
     folder: Path,
     log: Log,
-    stopping: Callable[[], bool],
+    stopping: StopSignals,
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
     *,
@@ -176,7 +178,9 @@ def load(
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
-    text = tokenizer.open_tokenizer(folder)
+    text = _open_tokenizer(folder, model)
+    if path is not None:
+        require_unharmed(path)
     stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
     waiting = first_rule.plan(stored) if first_rule is not None else {}
     places = {name: "meta" if name in waiting else device for name in stored}
@@ -184,7 +188,9 @@ def load(
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
-    return LoadedModel(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+    template = _template(source, folder, text)
+    ends = () if path is None else end_ids(path)
+    return LoadedModel(model, params, stored, path, folder, text, template, rule, trainable, ends)
 
 
 def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:
@@ -212,6 +218,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
+    require_unharmed(locate(str(source.deltas), run))
     rule, trainable, base = load_adapter(locate(str(source.deltas), run), names=params)
     check_deltas(params, trainable, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:

@@ -1,6 +1,6 @@
 """State that flows through the stages of a program, and what is known of it before anything is loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,21 +11,15 @@ from minitune.data.source import Source
 from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.log import Log
+from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
+from minitune.text.chat import stop_ids
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params, Trainable
 
 MAX_ROWS = 64  # of an evaluation or a generation that no program sets
 DEFAULT_TOKENS = 8192  # at once, in a program without a training step
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is on disk
-    """SIGTERM or SIGINT arrived and the state of `step` was saved in `folder`."""
-
-    def __init__(self, step: int, folder: Path) -> None:
-        super().__init__(f"stopped at step {step}, saved in {folder}")
-        self.step, self.folder = step, folder
 
 
 class LoadedModel(NamedTuple):
@@ -40,6 +34,13 @@ class LoadedModel(NamedTuple):
     template: Template
     lora: Lora | None
     trainable: Trainable
+    end_ids: Sequence[int] = ()  # that generation_config.json ends an answer at
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer, by template, tokenizer and generation_config.json together."""
+        ends = stop_ids(self.tokenizer, self.template)
+        return [*ends, *(i for i in self.end_ids if i not in ends)]
 
 
 class PipelineState(NamedTuple):
@@ -48,7 +49,7 @@ class PipelineState(NamedTuple):
     seed: int
     folder: Path  # the run folder, runs/<name>
     log: Log
-    stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has arrived
+    stopping: StopSignals  # called, it says whether a signal has asked for the end
     data: Mapping[str, Source]
     records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
     loaded: LoadedModel

@@ -6,16 +6,19 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.tree import Tree
+from minitune.types import widen
 
 
 def sum_over_ranks(values: Tree) -> Tree:
     """Sum of every leaf over all ranks of the default process group, by one all-reduce for each dtype and device.
 
+    Floating-point leaves are summed in float32 or wider, and stay so.
+
     The tree itself in a single process. Not differentiable.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    leaves = tree.leaves(values)
+    leaves = [widen(x) if x.is_floating_point() else x for x in tree.leaves(values)]
     sums = list(leaves)
     for dtype, device in dict.fromkeys((leaf.dtype, leaf.device) for leaf in leaves):
         places = [i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == (dtype, device)]

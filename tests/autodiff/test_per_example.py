@@ -18,7 +18,9 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim.sgd import SGD
 from minitune.types import Batch, Mean
-from support.models import SMALL, configs, random_batch, random_deltas, random_params
+from support.closeness import assert_trees_close
+from support.experts import WITH_EXPERTS, small_experts
+from support.models import SMALL, configs, model_of, random_batch, random_deltas, random_params
 
 RULE = Lora(2, 4.0, ("*_proj.weight",))
 SEEDS = st.integers(0, 2**32)
@@ -41,8 +43,8 @@ def test_per_example_is_a_loop(config: llama.Config, seed: int, rows: int, chunk
         mean, wanted = value_and_grad(lambda t, i=i: fn(t, Batch(*(x[i] for x in batch))))(trainable)
         scale = max(float(g.abs().max()) for g in tree.leaves(wanted)) or 1.0
         tolerance = 1e-10 if wide else 1e-5
-        for found, g in zip(tree.leaves(grads), tree.leaves(wanted), strict=True):
-            torch.testing.assert_close(found[i], g, rtol=0.0, atol=tolerance * scale)
+        for per_row, g in zip(tree.leaves(grads), tree.leaves(wanted), strict=True):
+            torch.testing.assert_close(per_row[i], g, rtol=0.0, atol=tolerance * scale)
         torch.testing.assert_close(Mean(means.total[i], means.weight[i]), mean, rtol=tolerance, atol=tolerance)
 
 
@@ -127,3 +129,15 @@ def test_a_private_step_moves_by_the_clipped_noised_mean() -> None:
     torch.testing.assert_close(new, wanted)
     assert float(metrics["clipped_share"]) == float((norms > 0.05).float().mean())
     assert int(after.step) == 10
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_a_vmap_of_gradients_is_a_loop_for_mixtures_too(name: str) -> None:
+    config = small_experts(name)
+    params, batch = random_params(config, 3, torch.float64), random_batch(config, 2, 7)
+    fn = of_a_row(model_of(config), params)
+    deltas = random_deltas(params, RULE)
+    each = torch.func.vmap(lambda row: value_and_grad(lambda t: fn(t, row))(deltas)[1])(batch)
+    for i in range(2):
+        wanted = value_and_grad(lambda t, i=i: fn(t, Batch(*(x[i] for x in batch))))(deltas)[1]
+        assert_trees_close(tree.map(lambda x, i=i: x[i], each), wanted, 1e-10)

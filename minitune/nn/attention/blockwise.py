@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import tree
+from minitune.autodiff.value_and_grad import in_forward_mode
 from minitune.nn.attention.span_layout import Layout, QueryBlock, layout
 from minitune.types import wide_dtype, widen
 
@@ -37,8 +38,10 @@ def attend(
 
     Keys and values are never repeated for the query heads that share them. The backward computes
     the probabilities a second time (Dao et al. 2022, arXiv 2205.14135, section 3.1).
-    Differentiable once.
+    Differentiable once. RuntimeError in forward mode, for which the operator has no rule.
     """
+    if in_forward_mode():
+        raise RuntimeError("attention: blocks have no rule for forward mode; use nn.attention")
     return _attend(q, k, v, first, sinks, scale, soft_cap)[0]
 
 

@@ -20,8 +20,7 @@ from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
 from minitune.programs.stages.first_steps import require_finite
-from minitune.programs.state import AbstractState, PipelineState, Stopped
-from minitune.text.chat import stop_ids
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import NonNegativeInt, PositiveInt
 
 
@@ -218,7 +217,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             batch_size=self.batch_size,
             limit=self.limit,
             max_length=self.max_length,
-            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_ids=loaded.stop_ids,
         )
         for task, result in results["tasks"].items():
             values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
@@ -235,7 +234,7 @@ def answered(
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop.
+    """Answers of the model to prompts, in their order.
 
     batch_size None: so many prompts at once that their tokens are not more than a training step's.
     """
@@ -247,8 +246,6 @@ def answered(
 
         def report(done: int) -> None:
             progress.update(done, {})
-            if state.stopping():
-                raise Stopped(0, state.folder)  # nothing is lost: a resumed run repeats the answers
 
         return answers(
             loaded.model,
@@ -259,7 +256,7 @@ def answered(
             seed=state.seed,
             batch_size=n_rows,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_ids=loaded.stop_ids,
             stop_strings=stop,
             on_progress=report,
         )

@@ -30,8 +30,8 @@ from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
 from minitune.programs.loading import ModelSource, require_data
+from minitune.programs.stages import loop_state, sweep_points, teachers, training_loop, training_notes
 from minitune.programs.stages import sweep as sweep_stage
-from minitune.programs.stages import sweep_points, teachers, training_loop, training_notes
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import (
     BatchLoader,
@@ -77,6 +77,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
     save_every: PositiveInt = 100  # steps
+    keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
     # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others
     # fit with their inputs in memory such as "8 GiB", or all with their inputs kept in the host's memory ("host").
     remat: bool | str = False
@@ -136,7 +137,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         train_state = {"trainable": trainable, "opt_state": optimizer.init(trainable)}
 
         train_state, loop = training_loop.train(
-            self, state, train_state, training_loop.begin(1), lambda: self._task(state, optimizer)
+            self, state, train_state, loop_state.begin(1), lambda: self._task(state, optimizer)
         )
 
         trainable = train_state["trainable"]
@@ -145,7 +146,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         require_finite(self.label, trainable)
         return state.with_model(trainable=trainable).record(self.label, self._record(loop))
 
-    def _best(self, state: PipelineState, trainable: Trainable, loop: training_loop.LoopState) -> Trainable:
+    def _best(
+        self,
+        state: PipelineState,
+        trainable: Trainable,
+        loop: loop_state.LoopState,
+    ) -> Trainable:
         (nats,), (step,) = loop.best_nats, loop.best_step
         if nats is None:
             raise InputError(f"stages: {self.label} had no finite held-out loss in {loop.step} steps; lower the learning rate")
@@ -167,7 +173,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             batch, after = loader.take(cursors[0], self.batch_size)
             return batch, [after]
 
-        def rows(done: int, metrics: training_loop.MetricValues) -> list[training_loop.Row]:
+        def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
         def evaluate(train_state: Any) -> list[float]:
@@ -178,7 +184,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             batches = loader.batches(self.evaluation_rows(n_tokens, n_trained))
             return heldout_losses(lambda batch: objective(train_state["trainable"], params, batch)[0], batches)
 
-        def keep_best(train_state: Any, loop: training_loop.LoopState, improved: list[bool]) -> Any:
+        def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
                 best = {"trainable": train_state["trainable"]}
                 save_state(self._best_folder(state), loop.step, best, {"loss_nats": loop.nats[0]})
@@ -254,7 +260,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         return activations.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
 
-    def _record(self, loop: training_loop.LoopState) -> dict[str, Any]:
+    def _record(self, loop: loop_state.LoopState) -> dict[str, Any]:
         best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}
         return {
             "top": loop.throughput(),

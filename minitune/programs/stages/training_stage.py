@@ -77,6 +77,11 @@ class TrainingStage(Protocol):
         ...
 
     @property
+    def keep(self) -> int:
+        """Number of saved states that stay on the disk."""
+        ...
+
+    @property
     def sweep(self) -> Sweep | None:
         """Points to train an adapter for, all at once."""
         ...
