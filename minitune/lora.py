@@ -17,8 +17,8 @@ from minitune.types import (
     Adapted,
     Delta,
     Deltas,
-    FiniteFloat,
     Params,
+    PositiveFloat,
     PositiveInt,
     Trainable,
     wide_dtype,
@@ -46,7 +46,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
 
     rank: PositiveInt
-    alpha: FiniteFloat
+    alpha: PositiveFloat
     targets: tuple[str, ...]
     ranks: dict[str, PositiveInt] = {}  # glob -> another rank for the targets that it matches; the first match wins
     rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)

@@ -20,8 +20,9 @@ from torch import Tensor
 from minitune.hardware import to_device
 
 # numbers in a certain range: msgspec checks them where a program, a config or a data file is decoded
-PositiveInt = Annotated[int, Meta(gt=0)]
-NonNegativeInt = Annotated[int, Meta(ge=0)]
+# numbers that 32 bits hold
+PositiveInt = Annotated[int, Meta(gt=0, le=2**31 - 1)]
+NonNegativeInt = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 # bounds that neither infinity nor NaN is within, and whose products with float32 are finite
 LARGEST = 1e30
 FiniteFloat = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]

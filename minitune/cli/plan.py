@@ -75,9 +75,11 @@ def fit_lines(one: Planned) -> Iterator[str]:
 def _smaller(one: Planned) -> Iterator[tuple[str, StepSpec]]:
     """Changes to a program that need less memory, the mildest first, each with those before it."""
     step, stage, lora = one.step, one.stage, one.step.lora is not None
-    n_micro = stage.micro_batch_size or stage.batch_size
-    step = step._replace(n_rows=step.n_rows // n_micro, n_micro_batches=step.n_micro_batches * n_micro)
-    yield f"with {stage.label}.micro_batch_size=1", step
+    n_micro = min(stage.micro_batch_size or stage.batch_size, stage.batch_size)
+    least = min(n_micro, stage.loss.min_samples)
+    step = step._replace(n_rows=step.n_rows // n_micro * least)
+    step = step._replace(n_micro_batches=-(-stage.batch_size // least))
+    yield f"with {stage.label}.micro_batch_size={least}", step
     step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
     yield f"and {stage.label}.remat=true", step
     if hardware.capabilities(step.device).streams:

@@ -15,6 +15,7 @@ from minitune.hardware import to_device, widest_float
 from minitune.types import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval, widen
 
 RowLogits = Float[Tensor, "B V"]  # of the next token of each row
+MIN_TEMPERATURE = 1e-4  # below it logits divided by it leave the range of float32
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,6 +31,9 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in self.__struct_fields__:
             if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            expected = f"expected 0 or at least {MIN_TEMPERATURE}"
+            raise ValueError(f"temperature is {self.temperature}, {expected}")
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature == 0 and idle:
             raise ValueError(

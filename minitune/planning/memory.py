@@ -76,6 +76,33 @@ def peak_memory(step: StepSpec) -> Parts:
         return max(_moments(step, state), key=lambda parts: sum(parts.values()))
 
 
+def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
+    """Bytes of what is in memory at the fullest moment of a forward without gradients, beside the
+    state of the step: held-out loss on n_rows rows of n_tokens."""
+    always = peak_memory(step)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = tree.map(
+            lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device),
+            (step.params, step.trainable),
+        )
+        with torch.no_grad():
+            params = tree.map(Tensor.detach, apply_trainable(like[0], like[1], step.lora))
+        model = step.model._replace(n_remat=0)
+        step = step._replace(params=params, trainable={}, model=model, offloaded=False)
+        step = step._replace(n_rows=n_rows, n_tokens=n_tokens, n_micro_batches=1, rounded=())
+        forward = _forward(step)
+        x_bytes = tree.n_bytes(forward.x)
+        logits_bytes = _head(step, forward)[1]
+    return {
+        **always,
+        "batch": n_rows * n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
+        "copies": 0,
+        "gradients": 0,
+        "transient": max([logits_bytes, *(block.transient for block in forward.blocks)]),
+        "activations": x_bytes,
+    }
+
+
 class _Forward(NamedTuple):
     """Forward of a step without values, as the moments of the step count it."""
 

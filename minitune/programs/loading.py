@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -23,11 +24,14 @@ from minitune.models.open import open_config
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
+from minitune.quant.rules import Quantization
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
 from minitune.text.template import Template, with_options
 from minitune.tree import Tree
 from minitune.types import Delta, Params, Trainable
+
+NO_RULES: Mapping[str, Quantization] = MappingProxyType({})
 
 
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,21 +135,45 @@ def open_pipeline(
     stopping: StopSignals,
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
+    *,
+    tokens_at_once: int | None = None,
+    first_rules: Mapping[str, Quantization] = NO_RULES,
 ) -> PipelineState:
     """Load (or draw) the model and its tokenizer: the state before the first stage.
+
+    tokens_at_once, first_rules: fields of the state.
 
     tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is the one setting of torch
     that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    loaded = load(source, folder, seed)
+    loaded = load(source, folder, seed, first_rules.get(""))
     say_widening(log, "model", loaded.params)
-    return PipelineState(seed, folder, log, stopping, located, records, loaded)
+    return PipelineState(
+        seed,
+        folder,
+        log,
+        stopping,
+        located,
+        records,
+        loaded,
+        tokens_at_once=tokens_at_once,
+        first_rules=first_rules,
+    )
 
 
-def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
-    """Read (or draw) the weights of a model, its tokenizer and its deltas; a path run/... lies in the run folder."""
+def load(
+    source: ModelSource,
+    run: Path,
+    seed: int,
+    first_rule: Quantization | None = None,
+) -> LoadedModel:
+    """Read (or draw) the weights of a model, its tokenizer and its deltas.
+
+    A path run/... lies in the run folder. Weights that first_rule matches are about to be
+    quantized: they stay on the disk, as `stored`, and stand in `params` on the meta device.
+    """
     device, dtype = device_and_dtype(source)
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
@@ -154,7 +182,9 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     if path is not None:
         require_unharmed(path)
     stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
-    params = {name: w.to(device, dtype) for name, w in stored.items()}
+    waiting = first_rule.plan(stored) if first_rule is not None else {}
+    places = {name: "meta" if name in waiting else device for name in stored}
+    params = {name: w.to(places[name], dtype) for name, w in stored.items()}
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
@@ -171,7 +201,7 @@ def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:
 
 def say_widening(log: Log, label: str, leaves: Tree) -> None:
     """Say in one line of the log what becomes of bfloat16 leaves on a device that multiplies no bfloat16."""
-    dense = [x for x in tree.leaves(leaves) if x.dtype == torch.bfloat16]
+    dense = [x for x in tree.leaves(leaves) if x.dtype == torch.bfloat16 and not x.is_meta]
     device = next((x.device for x in dense if hardware.product_dtype(x.dtype, x.device) != x.dtype), None)
     if device is not None:
         log.say(

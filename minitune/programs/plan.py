@@ -14,7 +14,7 @@ from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import Parts, StepSpec, peak_memory
+from minitune.planning.memory import Parts, StepSpec, evaluation_memory, peak_memory
 from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
 from minitune.programs.stages import sweep_points
@@ -73,7 +73,7 @@ def planned(source: program.Program) -> Iterator[Planned]:
         plan = plan.after(stage)
         if isinstance(stage, Train):
             step = _step(stage, plan)
-            yield Planned(stage, step, peak_memory(step), _flops_per_token(stage, step))
+            yield Planned(stage, step, _memory(stage, step, plan), _flops_per_token(stage, step))
 
 
 def _step(stage: Train, plan: PlanState) -> StepSpec:
@@ -105,6 +105,19 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         _teacher(stage, abstract),
         stage.remat == HOST and hardware.capabilities(device).streams,
     )
+
+
+def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
+    """Memory of a step, or of an evaluation during training if that needs more."""
+    parts = peak_memory(step)
+    if stage.evaluate is None:
+        return parts
+    data = plan.abstract.data
+    n_tokens = data[stage.evaluate.data].seq_len
+    n_rows = stage.evaluation_rows(n_tokens, data[stage.data].seq_len) * stage.loss.rows_per_sample
+    if n_rows * n_tokens <= step.n_rows * step.n_tokens:
+        return parts  # the same tokens without gradients
+    return max(parts, evaluation_memory(step, n_rows, n_tokens), key=lambda one: sum(one.values()))
 
 
 def _teacher(stage: Train, abstract: AbstractState) -> Teacher | None:

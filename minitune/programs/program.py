@@ -20,6 +20,8 @@ from minitune.programs.stages.stage import Stage
 
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # a folder's name on any system, and never one that hides or leaves its folder
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # devices of Windows, whatever the ending
+# Two keys of which a stage has one: an override of one takes the place of the other.
+EITHER = {"steps": "epochs", "epochs": "steps"}
 _VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
 
 
@@ -167,6 +169,8 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     # A number is text where only a string can stand, as in name=2026.
     types = types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
+    if keys[-1] in EITHER:
+        table.pop(EITHER[keys[-1]], None)
     table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
     return (*top, *keys)
 

@@ -15,6 +15,7 @@ from minitune.programs.records import summary
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run, write_record
 from minitune.programs.signals import StopSignals
+from minitune.programs.stages.ahead import first_rules, tokens_at_once
 
 
 def run_program(program: Program, stop: StopSignals | None = None) -> Record:
@@ -54,6 +55,8 @@ def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> 
             stop,
             run.records,
             program.tf32,
+            tokens_at_once=tokens_at_once(program.stage, program.data),
+            first_rules=first_rules(program.stage),
         )
     for stage in program.stage:
         out.begin(stage.label)

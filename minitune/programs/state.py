@@ -18,6 +18,9 @@ from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params, Trainable
 
+MAX_ROWS = 64  # of an evaluation or a generation that no program sets
+DEFAULT_TOKENS = 8192  # at once, in a program without a training step
+
 
 class LoadedModel(NamedTuple):
     """Model with its weights, tokenizer and deltas, as the stages work on it."""
@@ -52,6 +55,13 @@ class PipelineState(NamedTuple):
     loaded: LoadedModel
     quantization: Quantization | None = None  # what the quantized weights of params were made with
     fake: Quantization | None = None  # what weights that train are rounded to in the forward
+    tokens_at_once: int | None = None  # of the smallest training step of the program, if it has one
+    # by the stage that loads a model, "" for the program's: how its weights are quantized at once
+    first_rules: Mapping[str, Quantization] = MappingProxyType({})
+
+    def rows_at_once(self, n_tokens: int) -> int:
+        """Rows of n_tokens for a forward that fits where the training steps fit."""
+        return min(MAX_ROWS, max(1, (self.tokens_at_once or DEFAULT_TOKENS) // n_tokens))
 
     def record(self, label: str, values: dict[str, Any]) -> "PipelineState":
         """This state with one more stage's record."""

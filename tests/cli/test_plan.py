@@ -19,6 +19,7 @@ from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.cli import plan
 from minitune.errors import InputError
 from minitune.lora import Lora
+from minitune.losses.token import CrossEntropy
 from minitune.models import Model
 from minitune.models.experts import Experts
 from minitune.models.families import gemma2, llama, mixtral
@@ -29,15 +30,17 @@ from minitune.optim import adamw, eight_bit, rounding, transforms
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import StepSpec, peak_memory
+from minitune.planning.memory import StepSpec, evaluation_memory, peak_memory
 from minitune.programs import program
 from minitune.programs.plan import planned
+from minitune.programs.stages.quantize import Quantize
 from minitune.programs.stages.train import Train
 from minitune.programs.state import PipelineState
-from minitune.types import Delta
+from minitune.types import Batch, Delta
+from support.allocation import AllocatedBytes
 from support.models import random_params
 from support.paths import ROOT
-from support.programs import LORA, NF4, TRAIN, start
+from support.programs import LORA, NF4, TRAIN, evaluation, start
 
 _spec = importlib.util.spec_from_file_location("memory", ROOT / "bench/memory.py")
 assert _spec is not None
@@ -204,6 +207,67 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     printed = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
     assert "and train.optimizer.kind=adamw8bit" in printed
     assert printed.endswith("  or a smaller model, or a lora stage in place of a full one\n")
+
+
+def test_what_a_plan_advises_is_what_check_accepts(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kto = TRAIN.replace('data = "train"', 'data = "unpaired"\nloss = { kind = "kto" }')
+    monkeypatch.setattr(plan, "_memory_bytes", lambda device: 1000)
+    text = plan_of(capsys, tmp_path, tiny, LORA + kto)
+    (word,) = re.findall(r"with (train.micro_batch_size=\d+)", text)
+    assert word == "train.micro_batch_size=2"
+    assert start(tmp_path, tiny, LORA + kto, word, verb=("check",)) == 0
+
+
+def test_an_evaluation_takes_the_memory_that_is_planned_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head, "HEAD_CHUNK", 2**14)
+    step, _ = built("lora", LLAMA, torch.float32, 2, 83)
+    objective = sft(LLAMA, step.lora, CrossEntropy())
+    ids = torch.randint(1, 1031, (9, 83))
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
+    with AllocatedBytes() as measured, torch.no_grad():
+        objective(step.trainable, step.params, batch)
+    parts = evaluation_memory(step, 9, 83)
+    made = parts["transient"] + parts["activations"]
+    assert 0.75 <= measured.peak / made <= 1.25
+    assert {name: parts[name] for name in ("weights", "trained", "optimizer")} == {
+        name: peak_memory(step)[name] for name in ("weights", "trained", "optimizer")
+    }
+
+
+def test_a_plan_counts_an_evaluation_that_is_larger_than_the_step(tiny: Path, tmp_path: Path) -> None:
+    def n_bytes(evaluate: str) -> int:
+        stages = LORA + TRAIN.replace("batch_size = 4", "batch_size = 1") + evaluate
+        assert start(tmp_path, tiny, stages, verb=("check",)) == 0
+        (one,) = planned(program.load(tmp_path / "p.toml"))
+        return one.n_bytes
+
+    plain = n_bytes("")
+    assert n_bytes('evaluate = { data = "heldout", every = 2 }\n') == plain
+    assert n_bytes('evaluate = { data = "heldout", every = 2, batch_size = 64 }\n') > 1.5 * plain
+
+
+def test_weights_that_are_quantized_first_are_never_loaded_whole(tiny: Path, tmp_path: Path) -> None:
+    loaded: list[Any] = []
+    run_quantize = Quantize.run
+
+    def spy(stage: Quantize, state: PipelineState) -> PipelineState:
+        loaded.append(dict(state.loaded.params))
+        return run_quantize(stage, state)
+
+    with mock.patch.object(Quantize, "run", spy):
+        assert start(tmp_path, tiny, NF4) == 0
+        assert start(tmp_path, tiny, evaluation("before") + NF4, name="q") == 0
+    first, later = loaded
+    waiting = {name for name, w in first.items() if w.is_meta}
+    assert waiting == {name for name in first if name.endswith("_proj.weight")}
+    assert not any(w.is_meta for w in later.values())
 
 
 def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:

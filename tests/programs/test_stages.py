@@ -125,6 +125,18 @@ def test_logits_that_only_one_of_the_models_has_are_left_out() -> None:
         assert torch.equal(loss(padded, targets, teacher[:, :11]), expected)
 
 
+def test_the_logged_rate_is_the_one_that_was_applied(tiny: Path, tmp_path: Path) -> None:
+    """A step that is skipped changes nothing, the place in the schedule included."""
+    words = ("train.optimizer.lr=1e25", "train.schedule.warmup_steps=8", "train.steps=5")
+    start(tmp_path, tiny, LORA + TRAIN, *words)
+    rows = rows_without_time(tmp_path / "p")
+    taken = 0
+    for row in rows:
+        assert row["lr"] == pytest.approx(1e25 * (taken + 1) / 8)
+        taken += 1 - int(row["skipped"])
+    assert 0 < taken < len(rows)
+
+
 def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, tmp_path: Path) -> None:
     rising = TRAIN.replace("steps = 4", "steps = 40").replace("0.05", "20.0")  # a rate that soon does harm
     watch = 'evaluate = { data = "heldout", every = 3, patience = 2, batch_size = 8 }\n'

@@ -12,14 +12,14 @@ from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.types import FiniteFloat, PositiveInt
+from minitune.types import PositiveFloat, PositiveInt
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
 
     rank: PositiveInt
-    alpha: FiniteFloat
+    alpha: PositiveFloat
     targets: tuple[str, ...]
     ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
@@ -35,12 +35,22 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         """InputError unless the targets match linear weights, `train` matches others, and there are no deltas yet."""
         adapted = frozenset(self.rule.names(abstract.params))
         whole = frozenset(tree.select(abstract.params, self.train, "lora: train")) if self.train else frozenset()
+        self._refuse_wide(abstract, adapted)
         if abstract.adapted:
             raise InputError(
                 f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
             )
         self._refuse_both(adapted, whole)
         return abstract._replace(adapted=adapted, lora=self.rule, whole=abstract.whole | whole)
+
+    def _refuse_wide(self, abstract: AbstractState, adapted: frozenset[str]) -> None:
+        for name in sorted(adapted):
+            rank, shape = self.rule.rank_of(name), list(abstract.params[name].shape)
+            if rank > max(shape):
+                raise InputError(
+                    f"stages: {self.label} has rank {rank} for {name} of shape {shape}, expected "
+                    f"at most {max(shape)}; lower the rank"
+                )
 
     def _refuse_both(self, adapted: frozenset[str], whole: frozenset[str]) -> None:
         both = sorted(adapted & whole)
@@ -99,6 +109,7 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
     def run(self, state: PipelineState) -> PipelineState:
         """State with the other model and nothing to train yet."""
         state.log.say(f"{self.label}: {self.model.path or self.model.config}")
-        loaded = load(self.model, state.folder, state.seed)
+        first_rule = state.first_rules.get(self.label)
+        loaded = load(self.model, state.folder, state.seed, first_rule)
         say_widening(state.log, self.label, loaded.params)
         return state._replace(loaded=loaded, quantization=None, fake=None)

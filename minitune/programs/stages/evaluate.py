@@ -1,9 +1,10 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
 import json
+import math
 from typing import Any
 
-from minitune.checkpoint.tensors import model_bytes
+from minitune.checkpoint.tensors import model_bytes, require_finite
 from minitune.data.prompts import Prompt, prompts, questions
 from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
@@ -26,7 +27,8 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
 
     data: str
-    batch_size: PositiveInt = 64  # rows per forward
+    # rows per forward; as many tokens as a training step takes if absent
+    batch_size: PositiveInt | None = None
     max_new_tokens: PositiveInt = 256
     limit: PositiveInt | None = None  # prompts to answer; all if absent
     samples: NonNegativeInt = 3  # answers to keep in the record and show
@@ -74,7 +76,15 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         description = describe(dataset.report, self.data, source)
         state.log.say(f"{self.label}: {self.data} has {description}")
-        metrics = token_metrics(loaded.model, adapted_params(state), batches(dataset, source, self.batch_size))
+        n_rows = self.batch_size or state.rows_at_once(source.seq_len)
+        all_rows = batches(dataset, source, n_rows)
+        metrics = token_metrics(loaded.model, adapted_params(state), all_rows)
+        if not math.isfinite(metrics.loss_nats):
+            require_finite(adapted_params(state), f"stages: {self.label}")
+            raise InputError(
+                f"stages: {self.label} has a loss of {metrics.loss_nats} nats a token, expected a "
+                "number; has the training diverged?"
+            )
         record: dict[str, Any] = {
             "loss_nats": metrics.loss_nats,
             "perplexity": metrics.perplexity,
@@ -123,7 +133,8 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     max_new_tokens: PositiveInt = 256
     stop: tuple[str, ...] = ()  # strings that end an answer
     compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
-    batch_size: PositiveInt = 64
+    # prompts at once; as many tokens as a training step takes if absent
+    batch_size: PositiveInt | None = None
     limit: PositiveInt | None = None
     samples: NonNegativeInt = 3  # answers to show
 
@@ -218,13 +229,18 @@ def answered(
     label: str,
     ids: list[list[int]],
     sampling: Sampling,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """Answers of the model to prompts, in their order."""
+    """Answers of the model to prompts, in their order.
+
+    batch_size None: so many prompts at once that their tokens are not more than a training step's.
+    """
     loaded = state.loaded
     params = adapted_params(state)
+    require_finite(params, f"stages: {label}")
+    n_rows = batch_size or state.rows_at_once(max(map(len, ids), default=1) + max_new_tokens)
     with state.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
@@ -237,7 +253,7 @@ def answered(
             loaded.tokenizer,
             sampling=sampling,
             seed=state.seed,
-            batch_size=batch_size,
+            batch_size=n_rows,
             max_new_tokens=max_new_tokens,
             stop_ids=loaded.stop_ids,
             stop_strings=stop,

@@ -87,7 +87,7 @@ class LoopState(msgspec.Struct, frozen=True):
         """True once all steps are taken, or the held-out loss has not improved for `patience`
         evaluations."""
         patience = stage.evaluate.patience if stage.evaluate else None
-        return self.step >= stage.n_steps or (patience is not None and self.n_worse >= patience)
+        return self.step >= stage.steps or (patience is not None and self.n_worse >= patience)
 
     def throughput(self) -> dict[str, float]:
         """First entries of a stage's record, which summary.json has at its top level."""

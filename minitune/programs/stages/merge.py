@@ -36,8 +36,6 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
     def run(self, state: PipelineState) -> PipelineState:
         """State with new weights and nothing to train; the record holds what rounding lost."""
         stored, record = merged(state, self.label, self.onto, self.dtype)
-        changed = {name: stored[name] for name in state.loaded.trainable}
-        require_finite(changed, f"stages: {self.label}")
         old, device = state.loaded.params, device_of(state.loaded.params, state.loaded.trainable)
         compute = next(w.dtype for w in old.values() if isinstance(w, Tensor))
         new = {name: stored[name].to(device, compute) for name in state.loaded.trainable}
@@ -67,6 +65,7 @@ def merged(state: PipelineState, label: str, onto: Onto, dtype: Dtype | None) ->
         onto=onto,
         dtype=getattr(torch, dtype) if dtype else None,
     )
+    require_finite(weights, f"stages: {label}")
     record: dict[str, Any] = {"merge_error": errors[onto]}
     deltas = [name for name, leaf in loaded.trainable.items() if isinstance(leaf, Delta)]
     if any(not isinstance(loaded.params[name], Tensor) for name in deltas):

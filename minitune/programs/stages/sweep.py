@@ -129,7 +129,10 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     def evaluate(train_state: Any) -> list[float]:
         evaluation = _evaluation(stage)
         mean_of = sweep.adapters_objective(model, token_loss, rules)
-        batches = load_batches(state, evaluation.data, stage.loss).batches(max(1, evaluation.batch_size // len(rules)))
+        n_rows = micro_batch
+        if evaluation.batch_size is not None:
+            n_rows = max(1, evaluation.batch_size // len(rules))
+        batches = load_batches(state, evaluation.data, stage.loss).batches(n_rows)
         all_rows = (tree.map(lambda x: x.expand(len(rules), *x.shape), batch) for batch in batches)
         return heldout_losses(lambda batch: mean_of(train_state["trainable"], params, batch), all_rows)
 

@@ -17,6 +17,7 @@ from minitune.algorithms.registry import Frozen, objective_of
 from minitune.autodiff import offload
 from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.checkpoint.state import load_state, save_state
+from minitune.checkpoint.tensors import require_finite
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.losses.registry import Loss
@@ -30,30 +31,26 @@ from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
 from minitune.programs.loading import ModelSource, require_data
-from minitune.programs.stages import loop_state, sweep_points, teachers, training_loop
+from minitune.programs.stages import loop_state, sweep_points, teachers, training_loop, training_notes
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import (
     BatchLoader,
-    TokenizedTable,
     heldout_losses,
     load_batches,
-    tokenized,
     tokenized_table,
 )
-from minitune.programs.stages.training_notes import n_steps, training_notes
+from minitune.programs.stages.first_steps import watched_step
 from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.steps import train_step
 from minitune.tree import device_of
 from minitune.types import (
-    Metrics,
     NonNegativeFloat,
+    NonNegativeInt,
     Params,
     PositiveFloat,
     PositiveInt,
     Trainable,
-    TrainState,
 )
 
 HOST = "host"  # value of remat: blocks are computed again, and their inputs are kept in the host's memory
@@ -64,7 +61,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     """Take optimizer steps on the trainable tree, by whatever loss."""
 
     data: str
-    steps: PositiveInt | None = None  # optimizer steps; or else epochs
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as epochs need
     epochs: PositiveFloat | None = None  # passes through the data, rounded up to whole steps
     batch_size: PositiveInt  # rows (or pairs) per optimizer step
     micro_batch_size: PositiveInt | None = None  # rows per forward; the whole batch if absent
@@ -90,8 +87,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless something trains, the data has the loss's format, and a teacher shares the vocabulary."""
-        if (self.steps is None) == (self.epochs is None):
-            has = "neither steps nor epochs" if self.steps is None else "both steps and epochs"
+        if (self.steps == 0) == (self.epochs is None):
+            has = "both steps and epochs" if self.steps else "neither steps nor epochs"
             raise InputError(f"stages: {self.label} has {has}, expected one; write or remove one")
         if not abstract.adapted and not abstract.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
@@ -117,31 +114,17 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the data and on the steps that it makes; InputError for a malformed row."""
-        table = tokenized(abstract, self.data)
-        seq_len, config = abstract.data[self.data].seq_len, abstract.model.config
-        notes = training_notes(self._with_steps(table), table, config, seq_len)
-        lines = [table.description, *notes]
-        if self.evaluate is not None:
-            lines.append(tokenized(abstract, self.evaluate.data).description)
-        return lines
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps in all; those of `epochs` are known once the data is: _with_steps."""
-        return self.steps or 1
-
-    def _with_steps(self, table: TokenizedTable) -> "Train":
-        """Stage with `steps` in place of `epochs`."""
-        steps = n_steps(self.steps, self.epochs, self.batch_size, table.n_rows)
-        return msgspec.structs.replace(self, steps=steps, epochs=None)
+        return training_notes.prepare(self, abstract, self.epochs)
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with the trained tree; continues from the newest saved state in the run folder."""
         source, loaded = state.data[self.data], state.loaded
-        table = tokenized_table(self.data, source, loaded.tokenizer, loaded.template, state.seed)
-        stage = self._with_steps(table)
-        for line in training_notes(stage, table, loaded.model.config, source.seq_len):
+        text = (loaded.tokenizer, loaded.template)
+        table = tokenized_table(self.data, source, *text, state.seed)
+        steps = training_notes.n_steps(self, self.epochs, table.n_rows)
+        for line in training_notes.notes(self, steps, table, loaded.model.config, source.seq_len):
             state.log.say(f"{self.label}: {line}")
+        stage = msgspec.structs.replace(self, steps=steps)
         return stage._train(state)
 
     def _train(self, state: PipelineState) -> PipelineState:
@@ -161,6 +144,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         trainable = train_state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
             trainable = self._best(state, trainable, loop)
+        require_finite(trainable, f"stages: {self.label}")
         return state.with_model(trainable=trainable).record(self.label, self._record(loop))
 
     def _best(
@@ -184,24 +168,21 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         objective, teacher = self._objective(state)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
-        # Donated: the trees are this stage's own, and those before a step are not needed after it.
-        one = train_step(objective, optimizer, micro_batch=self.micro_batch_size or self.batch_size, donate=True)
+        step = watched_step(self, objective, optimizer, params, self.lr_factors)
 
         def next_batch(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
             batch, after = loader.take(cursors[0], self.batch_size)
             return batch, [after]
-
-        def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
-            before = TrainState(train_state["trainable"], train_state["opt_state"])
-            after, metrics = one.update(params, before, batch)
-            return after._asdict(), metrics
 
         def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
         def evaluate(train_state: Any) -> list[float]:
             assert self.evaluate is not None, "there is nothing to evaluate on"
-            batches = self._load_batches(state, self.evaluate.data, teacher).batches(self.evaluate.batch_size)
+            name = self.evaluate.data
+            loader = self._load_batches(state, name, teacher)
+            n_tokens, n_trained = state.data[name].seq_len, state.data[self.data].seq_len
+            batches = loader.batches(self.evaluation_rows(n_tokens, n_trained))
             return heldout_losses(lambda batch: objective(train_state["trainable"], params, batch)[0], batches)
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
@@ -223,8 +204,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def _optimizer(self) -> Chain:
         clip = [ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
+        schedule = ScaleBySchedule(self.schedule, max(1, self.steps))
         factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
-        return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.n_steps))
+        return chain(*clip, self.optimizer, *factors, schedule)
 
     def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
         loaded, model = state.loaded, self._model(state)
@@ -261,6 +243,13 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         if self.sweep is not None:
             rows_per_sample = len(sweep_points.points(self))
         return min(self.micro_batch_size or self.batch_size, self.batch_size) * rows_per_sample
+
+    def evaluation_rows(self, n_tokens: int, n_trained: int) -> int:
+        """Rows (or pairs) of n_tokens for a forward of `evaluate`; n_trained: of a trained row."""
+        assert self.evaluate is not None, "there is nothing to evaluate on"
+        n_step = min(self.micro_batch_size or self.batch_size, self.batch_size)
+        default = max(self.loss.min_samples, n_step * n_trained // n_tokens)
+        return self.evaluate.batch_size or default
 
     def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
         """Number of blocks to compute again in the backward of rows of n_tokens; InputError for too small a budget."""

@@ -82,7 +82,7 @@ def reading(metrics: Metrics) -> Callable[[], MetricValues]:
 
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
     """Row of the log for one step, under the names that dashboards expect."""
-    lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.n_steps))
+    lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.steps))
     rest = {name: value for name, value in metrics.items() if name != "loss_nats"}
     return {"loss": metrics["loss_nats"], "lr": lr, **rest}
 
@@ -106,14 +106,14 @@ def train(
         loop = decode(meta, loop, saved[-1])
         if not loop.n_skipped_in_a_row:
             drop_old_states(folder, stage.keep)  # those that a kill left behind
-        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.n_steps}")
+        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.steps}")
     state.log.rewind(loop.step)
     if loop.is_finished(stage) and not loop.unlogged_rows:
         return train_state, loop
     with state.stopping.at_once(loop.step, folder):
         task = prepare()
     # From here on a signal waits until the state can be saved.
-    shown = state.log.progress(stage.label, stage.n_steps, loop.step)
+    shown = state.log.progress(stage.label, stage.steps, loop.step)
     with state.stopping.after_step(), shown as progress:
         if loop.unlogged_rows:
             train_state, loop = _finish_evaluation(stage, state, task, train_state, loop)
@@ -174,7 +174,7 @@ def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple
 
 
 def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
-    is_last = loop.step == stage.n_steps
+    is_last = loop.step == stage.steps
     evaluates = stage.evaluate is not None and (is_last or loop.step % stage.evaluate.every == 0)
     return Due(evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last)
 

@@ -19,7 +19,7 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     every: PositiveInt  # steps
     patience: PositiveInt | None = None  # evaluations in a row without a new best; None: never stop
     keep: Literal["best", "last"] = "best"  # what goes on to the next stage
-    batch_size: PositiveInt = 64  # rows per forward
+    batch_size: PositiveInt | None = None  # rows per forward; a step's tokens if absent
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class TrainingStage(Protocol):
         ...
 
     @property
-    def n_steps(self) -> int:
+    def steps(self) -> int:
         """Optimizer steps in all."""
         ...
 

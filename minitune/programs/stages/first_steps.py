@@ -1,0 +1,171 @@
+"""Proof, in the first steps of a run, that every weight that trains has a gradient and moves."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune import hardware, tree
+from minitune.algorithms.objective import Objective
+from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.errors import InputError
+from minitune.optim.schedules import ScaleBySchedule
+from minitune.optim.sgd import SGD
+from minitune.optim.transforms import Chain, ScaleByGlob
+from minitune.programs.stages.training_stage import TrainingStage
+from minitune.steps import train_step
+from minitune.tree import Tree
+from minitune.types import Metrics, Params, Trainable, TrainState
+
+TakeStep = Callable[[], tuple[TrainState, Metrics]]
+EPSILON = torch.finfo(torch.float32).eps
+N_STEPS = 2  # LoRA's b moves in the first one, and with it a in the second
+
+
+def watched_step(
+    stage: TrainingStage,
+    objective: Objective,
+    optimizer: Chain,
+    params: Params,
+    lr_factors: dict[str, float],
+) -> Callable[[Any, Any], tuple[Any, Metrics]]:
+    """Step of a stage on (train_state, batch), whose first ones are watched.
+
+    Its metrics have the learning rate that is applied, which a skipped step does not advance.
+    """
+    # Donated: the trees are the stage's own, and those before a step are not needed after it.
+    micro_batch = stage.micro_batch_size or stage.batch_size
+    one = train_step(objective, optimizer, micro_batch=micro_batch, donate=True)
+    schedule_at = [isinstance(part, ScaleBySchedule) for part in optimizer.parts].index(True)
+    factor = float(stage.schedule.factor(torch.tensor(1), stage.steps))
+    factors = ScaleByGlob(lr_factors)
+
+    def rate_of(path: str) -> float:
+        # plain gradient descent moves as far as the gradient is large
+        is_scaled = not isinstance(stage.optimizer, SGD)
+        return is_scaled * stage.optimizer.lr * factor * factors.path_factor(path)
+
+    watch = watched(stage.label, objective, params, rate_of, micro_batch)
+
+    def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
+        before = TrainState(train_state["trainable"], train_state["opt_state"])
+        n_taken = before.opt_state[schedule_at]
+        lr = stage.optimizer.lr * stage.schedule.factor(n_taken, stage.steps)
+        after, metrics = watch(before, batch, lambda: one.update(params, before, batch))
+        return after._asdict(), {**metrics, "lr": lr}
+
+    return step
+
+
+def watched(
+    label: str,
+    objective: Objective,
+    params: Params,
+    rate_of: Callable[[str], float],
+    micro_batch: int,
+) -> Callable[[TrainState, Tree, TakeStep], tuple[TrainState, Metrics]]:
+    """Function that takes a step and, for the first N_STEPS of them, looks at every weight.
+
+    watch(state, batch, step) returns what step() does. InputError names a weight without a
+    gradient before the first step, and one that did not move after the last. rate_of(path): about
+    how far an element of a leaf moves in such a step; 0 where nobody can say.
+    """
+    first: dict[str, list[Tensor]] = {}
+    taken: list[int] = []
+
+    def watch(
+        state: TrainState,
+        batch: Tree,
+        step: TakeStep,
+    ) -> tuple[TrainState, Metrics]:
+        if len(taken) == N_STEPS:
+            return step()
+        if not first:
+            rows = tree.map(lambda x: x[:micro_batch], batch)
+            require_gradients(label, objective, state.trainable, params, rows)
+            first.update(signatures(state.trainable))
+        after, metrics = step()
+        if not float(metrics["skipped"]):
+            taken.append(1)
+        if len(taken) == N_STEPS:
+            require_moved(label, first, signatures(after.trainable), rate_of)
+        return after, metrics
+
+    return watch
+
+
+def require_gradients(
+    label: str,
+    objective: Objective,
+    trainable: Trainable,
+    params: Params,
+    batch: Any,
+) -> None:
+    """InputError naming a weight whose gradient on a batch is zero while others have one.
+
+    One of a delta's leaves is enough, and one of the experts of a layer: no token need be routed to
+    the others. A batch without a target, a loss that is not finite and a loss at its minimum
+    (a teacher that the student equals) prove nothing.
+    """
+    (mean, _), grads = value_and_grad(objective, has_aux=True)(trainable, params, batch)
+    has_gradient = {path: bool(g.any()) for path, g in tree.items(grads)}
+    if float(mean.weight) == 0 or not bool(torch.isfinite(mean.total)):
+        return
+    proven = {_group(path) for path, nonzero in has_gradient.items() if nonzero}
+    dead = [path for path in has_gradient if _group(path) not in proven]
+    if dead and proven:
+        raise InputError(
+            f"stages: {label} finds no gradient for {_group(dead[0])} ({len(dead)} tensors of "
+            f"{len(has_gradient)}), expected one for all that trains: the loss does not depend on "
+            "it; leave it out of what the lora or full stage trains"
+        )
+
+
+def signatures(trainable: Tree) -> dict[str, list[Tensor]]:
+    """Two sums of every leaf, which differ where it has moved, and the least step that it can show.
+
+    That is twice the distance of float32 numbers at the leaf's largest value, and without bound in
+    narrower dtypes, which are rounded at random.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    for path, leaf in tree.items(trainable):
+        wide = hardware.widest_float(leaf.device)
+        magnitude = leaf.abs()
+        least = 2 * EPSILON * magnitude.amax().to(wide)
+        if leaf.dtype.itemsize < 4:
+            least = torch.full_like(least, torch.inf)
+        sums[path] = [leaf.sum(dtype=wide), magnitude.sum(dtype=wide), least]
+    return sums
+
+
+def require_moved(
+    label: str,
+    before: Mapping[str, list[Tensor]],
+    after: Mapping[str, list[Tensor]],
+    rate_of: Callable[[str], float],
+) -> None:
+    """InputError naming a weight none of whose leaves has changed, given two `signatures`.
+
+    Leaves whose rate is too small to show may stay where they are.
+    """
+    moved = {_group(path) for path, sums in before.items() if _differ(sums, after[path])}
+    unmoved = {path: sums[2] for path, sums in before.items() if _group(path) not in moved}
+    still = [path for path, least in unmoved.items() if rate_of(path) > float(least)]
+    if still:
+        raise InputError(
+            f"stages: {label} has not moved {_group(still[0])} in {N_STEPS} steps "
+            f"({len(still)} tensors of {len(before)}), expected all that trains to move; "
+            "look at optimizer, lr_factors and schedule"
+        )
+
+
+def _differ(before: list[Tensor], after: list[Tensor]) -> bool:
+    return any(bool(a != b) for a, b in zip(before[:2], after[:2], strict=True))
+
+
+def _group(path: str) -> str:
+    """Weight that a leaf belongs to; of experts the layer's, some of which get no token."""
+    name = path.removesuffix(".a").removesuffix(".b").removesuffix(".m")
+    layer, experts, _ = name.partition(".experts.")
+    return layer + ".experts" if experts else name
