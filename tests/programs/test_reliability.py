@@ -28,7 +28,7 @@ from support.numbers import STAGE, Numbers, train
 from support.paths import ROOT
 from support.programs import LORA, STAGES_HEAD, TRAIN, evaluation, spawn
 
-GOLDEN = Path(__file__).parent / "golden"  # a folder for each released format, cut off after the second of three steps
+GOLDEN = ROOT / "tests/programs/golden"  # a folder for each released format, cut off after the second of three steps
 SHORT = msgspec.structs.replace(STAGE, steps=3, evaluate=Evaluation(data="heldout", every=2))
 
 
