@@ -22,13 +22,18 @@ ALL, PAIR = ("minitune", "raw", "torchtune", "trl"), ("minitune", "raw", "torcht
 JOBS = [  # arguments, peers
     ("lora_packed --dtype bfloat16", ALL),
     ("lora_packed --dtype bfloat16 --compile", ("minitune", "raw")),
-    ("lora_packed --dtype float32", PAIR),
+    ("lora_packed --dtype bfloat16 --model tiny", PAIR),
     ("lora --dtype bfloat16", PAIR),
-    ("full_packed --dtype bfloat16", ("minitune", "raw", "torchtune")),
+    ("full_packed --dtype bfloat16", PAIR),
     ("qlora --dtype bfloat16", PAIR),
     ("dpo --dtype bfloat16", ALL),
     ("kd --dtype bfloat16", ALL),
-    ("lora_packed --dtype bfloat16 --model tiny", PAIR),
+    ("lora_packed --dtype float32", PAIR),
+    ("lora --dtype float32", PAIR),
+    ("full_packed --dtype float32", PAIR),
+    ("qlora --dtype float32", PAIR),
+    ("dpo --dtype float32", PAIR),
+    ("kd --dtype float32", PAIR),
 ]
 
 
@@ -70,6 +75,8 @@ def table() -> None:
         records.setdefault((record["job"], record["peer"]), []).append(record)
     print("| task | " + " | ".join(ALL) + " | against the best |\n|" + "---|" * (len(ALL) + 2))
     for job, peers in JOBS:
+        if not any((job, peer) in records for peer in ALL):
+            continue
         cells, rates, peaks = [], {}, {}
         for peer in ALL:
             runs = records.get((job, peer), [])

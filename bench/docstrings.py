@@ -31,7 +31,7 @@ N_HELDOUT = 200
 
 def functions() -> Iterator[tuple[str, str]]:
     """(docstring with signature, whole source) of every documented function of the standard library, each source once."""
-    seen = set()
+    kept_sources = set()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if {"site-packages", "test", "tests", "lib2to3"} & set(path.parts):
             continue
@@ -44,8 +44,8 @@ def functions() -> Iterator[tuple[str, str]]:
             if not isinstance(node, ast.FunctionDef) or not (doc := ast.get_docstring(node)):
                 continue
             source = ast.get_source_segment(text, node) or ""
-            if 80 <= len(source) <= 1500 and source not in seen:
-                seen.add(source)
+            if 80 <= len(source) <= 1500 and source not in kept_sources:
+                kept_sources.add(source)
                 yield f"def {node.name}({ast.unparse(node.args)}):\n{doc}", source
 
 

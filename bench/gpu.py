@@ -147,10 +147,10 @@ def run_kind(kind: str, args: argparse.Namespace) -> None:
         params = Quantization(SCHEMES[kind]).quantize(params)
     for variant in variants(args.toy):
         try:
-            found = measured(kind, model, params, variant, args)
-            flops = flops_per_token(model, start(kind, params)[1], found["companions"])
-            speed = found["n_tokens"] / found["time_s"]
-            print(json.dumps({"tokens_per_s": speed, "share": speed * flops / roof, "peak": found["peak"]}), flush=True)
+            result = measured(kind, model, params, variant, args)
+            flops = flops_per_token(model, start(kind, params)[1], result["companions"])
+            speed = result["n_tokens"] / result["time_s"]
+            print(json.dumps({"tokens_per_s": speed, "share": speed * flops / roof, "peak": result["peak"]}), flush=True)
         except Exception as error:  # whatever it is, it is this variant's row and not the end of the table
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             print(json.dumps({"reason": reason.splitlines()[0][:120]}), flush=True)
@@ -179,13 +179,13 @@ def lines_of(words: list[str], until: float) -> Iterator[dict[str, Any]]:
         reader.join()
 
 
-def row(kind: str, variant: Variant, found: dict[str, Any]) -> str:
+def row(kind: str, variant: Variant, result: dict[str, Any]) -> str:
     length, *flags = variant
     words = [kind, f"{length:,}", *flags]
-    if "reason" in found:
-        words += ["", "", "", found["reason"].replace("|", "/")]
+    if "reason" in result:
+        words += ["", "", "", result["reason"].replace("|", "/")]
     else:
-        words += [f"{found['tokens_per_s']:,.0f}", f"{found['share']:.1%}", f"{found['peak'] / 2**30:.1f}", ""]
+        words += [f"{result['tokens_per_s']:,.0f}", f"{result['share']:.1%}", f"{result['peak'] / 2**30:.1f}", ""]
     return f"| {' | '.join(words)} |"
 
 
@@ -214,14 +214,14 @@ def main() -> None:
     for i, kind in enumerate(KINDS):
         until = began + args.budget_s * (i + 1) / len(KINDS)  # what one kind leaves over, the next ones have
         rows, missing, ended = 0, variants(args.toy), {"reason": "no time left"}
-        for found in lines_of([*words, "--kind", kind], until):
-            if "roof" in found:
-                roofs.append(f"{found['card']}, {found['roof'] / 1e12:.3g} TFLOP/s in bfloat16")
+        for result in lines_of([*words, "--kind", kind], until):
+            if "roof" in result:
+                roofs.append(f"{result['card']}, {result['roof'] / 1e12:.3g} TFLOP/s in bfloat16")
             elif rows < len(missing):
-                ended = found
-                if found.get("reason") == "no time left" or "process ended" in found.get("reason", ""):
+                ended = result
+                if result.get("reason") == "no time left" or "process ended" in result.get("reason", ""):
                     break
-                table.append(row(kind, missing[rows], found))
+                table.append(row(kind, missing[rows], result))
                 print(table[-1], file=sys.stderr, flush=True)
                 rows += 1
         table += [row(kind, variant, ended) for variant in missing[rows:]]

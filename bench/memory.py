@@ -114,12 +114,12 @@ def main() -> None:
         if not set(args.words) <= set(row):
             continue
         if args.toy:
-            found = measured(*row[:2], row[2] == "all", toy=True)
+            result = measured(*row[:2], row[2] == "all", toy=True)
         else:
             words = [sys.executable, __file__, "--row", *row]
-            found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-        sizes = [f"{found[name] / 2**20:,.0f}" for name in ("floor", "measured")]
-        share = f"{found['measured'] / found['floor']:.3f}"
+            result = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        sizes = [f"{result[name] / 2**20:,.0f}" for name in ("floor", "measured")]
+        share = f"{result['measured'] / result['floor']:.3f}"
         print(f"| {' | '.join([*row, *sizes, share])} |", flush=True)
 
 

@@ -61,8 +61,8 @@ def main() -> None:
             }
             times: dict[tuple[str, bool], list[float]] = {(name, trained): [] for name in ways for trained in (False, True)}
             for _ in range(REPEATS):
-                for (name, trained), found in times.items():
-                    found.append(1e3 * seconds(ways[name], x, trained))
+                for (name, trained), milliseconds in times.items():
+                    milliseconds.append(1e3 * seconds(ways[name], x, trained))
             shown = (f"{name} {min(times[name, False]):.2f} / {min(times[name, True]):.2f}" for name in ways)
             print(
                 f"{str(dtype).removeprefix('torch.')}, {n_experts} x {d_in} -> {d_out}, {n_rows} rows | {' | '.join(shown)}",

@@ -102,8 +102,11 @@ def workloads(name: str, repeats: int) -> None:
     }
     print(f"| {name} | float32, CPU-s | float32 / bfloat16 | spread |\n|---|---|---|---|")
     for what, (left, right) in rows.items():
-        seconds, found = ratios(left, right, repeats)
-        print(f"| {what} | {seconds:.3f} | {statistics.median(found):.2f} | {min(found):.2f} .. {max(found):.2f} |", flush=True)
+        seconds, speedups = ratios(left, right, repeats)
+        print(
+            f"| {what} | {seconds:.3f} | {statistics.median(speedups):.2f} | {min(speedups):.2f} .. {max(speedups):.2f} |",
+            flush=True,
+        )
 
 
 def products() -> None:
@@ -114,7 +117,7 @@ def products() -> None:
         weights = [torch.randn(d_out, d_in) for _ in range(max(2, FLOATS // (d_out * d_in)))]
         halves = [w.bfloat16() for w in weights]
         for n_rows in ROWS:
-            x, found = torch.randn(n_rows, d_in), []
+            x, speedups = torch.randn(n_rows, d_in), []
 
             def wide(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> object:
                 return [F.linear(x, w) for w in weights]
@@ -131,8 +134,8 @@ def products() -> None:
                     return [widened.linear(x, w) for w in halves]
 
             ways = [whole, *(lambda n=n, blocks=blocks: blocks(n) for n in sizes), taken]
-            found = [f"{statistics.median(ratios(wide, way, 3)[1]):.2f}" for way in ways]
-            print(f"| {d_out} x {d_in} | {n_rows} | {' | '.join(found)} |", flush=True)
+            speedups = [f"{statistics.median(ratios(wide, way, 3)[1]):.2f}" for way in ways]
+            print(f"| {d_out} x {d_in} | {n_rows} | {' | '.join(speedups)} |", flush=True)
 
 
 def main() -> None:

@@ -123,10 +123,10 @@ def row(config: llama.Config, n: int, rows: int, length: int, dtype: torch.dtype
     a, b = torch.randn(2, 1024, 1024, device=device).to(dtype)
     at = (config, n, rows, length, dtype)
     ways: dict[Any, Callable] = {(name, c): way for c in {False, compile_blocks} for name, way in both(*at, c, device).items()}
-    found: dict[Any, tuple[float, float]] = measured({**ways, "limit": lambda: a @ b}, device)
-    limit = flops(config, n * rows * length, n * rows * (length - length // 2)) * found["limit"][0] / (2 * 1024**3)
-    loop, once = (min(found[key] for key in ways if key[0] == name) for name in ("one after another", "at once"))
-    quicker = [c for name, c in ways if found[name, c] in (loop, once)]
+    timings: dict[Any, tuple[float, float]] = measured({**ways, "limit": lambda: a @ b}, device)
+    limit = flops(config, n * rows * length, n * rows * (length - length // 2)) * timings["limit"][0] / (2 * 1024**3)
+    loop, once = (min(timings[key] for key in ways if key[0] == name) for name in ("one after another", "at once"))
+    quicker = [c for name, c in ways if timings[name, c] in (loop, once)]
     shape = f"{config.n_layers} x {config.d_model}, {config.vocab_size} | {str(dtype).removeprefix('torch.')}"
     times = f"{loop[0]:.3f} / {loop[1]:.3f} | {once[0]:.3f} / {once[1]:.3f} | {loop[0] / once[0]:.2f}"
     how = ", ".join("compiled" if c else "eager" for c in quicker) if compile_blocks else "eager"
@@ -145,9 +145,9 @@ def main(words: Sequence[str]) -> None:
         for i, case in enumerate(cases):
             print(row(shape(*sizes), *case, dtype, "compile" in words and i == 0, device), flush=True)
     print("\n| 8 examples of 96 tokens, 6 layers, d_model 256 | time, s | spread, s | ratio |\n|---|---|---|---|")
-    found = measured(examples(shape(256, 6, 8192), 8, 96, device), device)
-    for name, (middle, spread) in found.items():
-        print(f"| {name} | {middle:.3f} | {spread:.3f} | {middle / found['a loop'][0]:.2f} |")
+    timings = measured(examples(shape(256, 6, 8192), 8, 96, device), device)
+    for name, (middle, spread) in timings.items():
+        print(f"| {name} | {middle:.3f} | {spread:.3f} | {middle / timings['a loop'][0]:.2f} |")
 
 
 if __name__ == "__main__":

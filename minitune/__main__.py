@@ -1,53 +1,71 @@
 """Command line: run a program, or look at one. Verbs that only look stay fast: torch is imported where it is needed."""
 
-import json
 import os
-import shutil
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Never
 
 from minitune import __version__
-from minitune.errors import InputError, nearest
-from minitune.io import paths, toml
+from minitune.cli import verbs
+from minitune.cli.failures import DONE, INTERRUPTED, OUTPUT_CLOSED, failure
+from minitune.cli.verbs import HELP_WORDS, VERBS
 
-HELP = """\
-usage: python -m minitune PROGRAM.toml [KEY=VALUE ...]
+DEBUG = "--debug"
 
-Runs a program: a TOML file, or the name of a shipped one. KEY=VALUE changes it: train.optimizer.lr=1e-4, seed=1.
 
-  ls                            the shipped programs
-  cp NAME DEST                  copy a shipped program, to change it
-  show PROGRAM [KEY=VALUE ...]  the program with every default written out
-  check PROGRAM [KEY=VALUE ...] read the program, find its files, match its globs; run nothing
-  plan PROGRAM [KEY=VALUE ...]  memory and operations of each training stage, and whether it fits; reads no weight
-  schema                        the JSON Schema of programs
-  show-sample PROGRAM [--n 3]   text, ids and mask of the first samples of its data [--data NAME] [KEY=VALUE ...]
-  download REPO [--to DIR]      fetch a model folder or an adapter from the Hugging Face Hub [--revision R]
-  inspect FOLDER                what a model or adapter folder holds; reads no weight
-  chat FOLDER [--OPTION VALUE]  talk with a model folder, or with demo; chat --help lists the options
-  --help, --version
-"""
-VERBS = ("ls", "cp", "show", "check", "plan", "schema", "show-sample", "chat", "download", "inspect")
+def start() -> Never:
+    """Run the command line and end the process with its exit code, also if Ctrl-C comes late."""
+    try:
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    raise SystemExit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the words say and return the exit code: 0, 2 for what the user must change, 128 + signal when stopped by one."""
+    """Do what the words say and return the exit code; what goes wrong is one sentence on stderr.
+
+    0: done. 2: the user must change something. 3: a disk is full. 1: a fault of minitune.
+    128 + signal: stopped by one.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
+    _prepare_output()
     try:
         code = _run_words(words)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return 130
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except BrokenPipeError:
-        if not _drop_closed_stdout():
-            raise
-        return 141
+        return INTERRUPTED
+    except SystemExit as end:  # argparse, after it has printed the help of a verb
+        return int(end.code or DONE)
+    except BrokenPipeError as error:
+        return OUTPUT_CLOSED if _drop_closed_stdout() else _fail(error, debug)
+    except Exception as error:
+        return _fail(error, debug)
+
+
+def _prepare_output() -> None:
+    """Make writing safe: a closed stdout swallows, characters that a terminal lacks are escaped."""
+    if sys.stdout is None:
+        # it stays open to the end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _fail(error: Exception, debug: bool) -> int:
+    code, message = failure(error)
+    if sys.stderr is not None:
+        trace = "".join(traceback.format_exception(error)) if debug else ""
+        sys.stderr.write(f"{trace}{message}\n")
+    return code
 
 
 def _drop_closed_stdout() -> bool:
@@ -64,96 +82,33 @@ def _drop_closed_stdout() -> bool:
 
 
 def _run_words(words: list[str]) -> int:
-    if not words or words[0] in ("--help", "-h", "help"):
-        sys.stdout.write(HELP)
-    elif words == ["--version"]:
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [*words[1:], HELP_WORDS[0]]
+    if not words or words[0] in (*HELP_WORDS, "help"):
+        sys.stdout.write(verbs.overview())
+        return DONE
+    if words == ["--version"]:
         sys.stdout.write(f"minitune {__version__}\n")
-    elif words == ["ls"]:
-        _ls()
-    elif words[0] == "cp":
-        _cp(*words[1:]) if len(words) == 3 else _refuse(f"cp {' '.join(words[1:])}, expected cp NAME DEST")
-    elif words == ["schema"]:
-        from minitune.programs import program
-
-        sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
-    elif words[0] in ("show", "check", "plan", "show-sample") and len(words) == 1:
-        options = "[--n 3] [--data NAME] " if words[0] == "show-sample" else ""
-        _refuse(f"{words[0]} without a program, expected {words[0]} PROGRAM {options}[KEY=VALUE ...]")
-    elif words[0] == "show":
-        _show(*words[1:])
-    elif words[0] == "check":
-        _check(*words[1:])
-    elif words[0] == "plan":
-        file = _announced(_program_file(words[1]))
-        from minitune.cli.plan import show
-
-        return show(file, words[2:])
-    elif words[0] == "show-sample":
-        from minitune.cli import show_sample
-
-        return show_sample.show(_program_file(words[1]), words[2:])
-    elif words[0] == "chat":
-        from minitune.cli import chat
-
-        return chat.chat(words[1:])
-    elif words[0] == "download":
-        from minitune.cli.download import download
-
-        return download(words[1:])
-    elif words[0] == "inspect":
-        from minitune.cli.inspect import inspect
-
-        return inspect(*words[1:]) if len(words) == 2 else _refuse("inspect without a folder, expected inspect FOLDER")
-    elif words[0] in VERBS:
-        _refuse(f"{' '.join(words)}, expected {words[0]} alone")
-    else:
-        return _run(*words)
-    return 0
+        return DONE
+    wants_help = any(word in HELP_WORDS for word in words[1:])
+    verb = VERBS.get(words[0])
+    if verb is not None and wants_help and not verb.parses_help:
+        sys.stdout.write(verbs.verb_help(words[0]))
+        return DONE
+    if verb is not None:
+        return verb.run(words[1:])
+    file = verbs.program_file(words[0])
+    if wants_help:
+        sys.stdout.write(verbs.program_help(words[0], file))
+        return DONE
+    return _run(file, words[1:])
 
 
-def _ls() -> None:
-    programs = paths.shipped()
-    width = max(map(len, programs), default=0)
-    for name, path in programs.items():
-        comments = (line.removeprefix("#").strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
-        sys.stdout.write(f"{name:{width}}  {next(comments, '')}".rstrip() + "\n")
-
-
-def _cp(name: str, dest: str) -> None:
-    source = _program_file(name)
-    target = Path(dest) / source.name if Path(dest).is_dir() else Path(dest)
-    if target.exists():
-        _refuse(f"{target} exists, expected a new file; nothing was copied")
-    if not target.parent.is_dir():
-        _refuse(f"{target.parent} is no folder, expected one that exists")
-    shutil.copyfile(source, target)
-    sys.stdout.write(f"{target}\n")
-
-
-def _show(name: str, *overrides: str) -> None:
-    from minitune.programs import program
-
-    sys.stdout.write(program.resolved(program.load(_program_file(name), overrides)))
-
-
-def _check(name: str, *overrides: str) -> None:
-    file = _announced(_program_file(name))
-    from minitune.programs import program, save_paths
-    from minitune.programs.loading import check
-
-    loaded = program.load(file, overrides)
-    lines = check(loaded.model, loaded.data, loaded.stage)
-    save_paths.check(loaded)
-    for line in lines:
-        sys.stdout.write(f"{line}\n")
-
-
-def _run(name: str, *overrides: str) -> int:
-    file = _announced(_program_file(name))
+def _run(file: Path, overrides: Sequence[str]) -> int:
+    verbs.announced(file)
     from minitune.programs import program
     from minitune.programs.run import run_program
-    from minitune.programs.signals import StopSignals
-    from minitune.programs.state import Stopped
+    from minitune.programs.signals import Stopped, StopSignals
 
     stop = StopSignals()
     try:
@@ -161,30 +116,8 @@ def _run(name: str, *overrides: str) -> int:
     except Stopped as stopped:
         sys.stderr.write(f"stopped at step {stopped.step}, saved in {stopped.folder}; run the same command to continue\n")
         return 128 + (stop.number or 0)
-    return 0
-
-
-def _announced(file: Path) -> Path:
-    """Same file, named on the terminal if it is TOML: so the first line, and the first mistake, do not wait for torch."""
-    toml.read(file, "program")
-    sys.stdout.write(f"program: {file}\n")
-    sys.stdout.flush()
-    return file
-
-
-def _program_file(name: str) -> Path:
-    path = paths.program_file(name)
-    if path.is_file():
-        return path
-    shipped = list(paths.shipped())
-    known = [*VERBS, *shipped]
-    hint = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)
-    return _refuse(f"{name} is no file, no verb and no shipped program, expected one of {', '.join(known)}{hint}")
-
-
-def _refuse(message: str) -> Never:
-    raise InputError(f"minitune: {message}")
+    return DONE
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    start()

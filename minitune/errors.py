@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from reprlib import Repr
+from typing import Any
+
+MAX_QUOTED = 100  # characters of an input that a message repeats
 
 
 class InputError(ValueError):  # here and not in types: whatever imports torch takes longer than a message may
     """Mistake in what a user wrote or pointed at; the command line prints the message alone, without a traceback."""
+
+
+class DiskFullError(InputError):
+    """Disk or quota without room for what was written; it has an exit code of its own."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -17,3 +25,23 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def closest(name: str, known: Sequence[str], n: int, *, cutoff: float) -> list[str]:
     """At most n of the known names that resemble a name, the most similar first; cutoff in [0, 1] is the least similarity."""
     return get_close_matches(name, known, n=n, cutoff=cutoff)
+
+
+def quoted(value: Any) -> str:
+    """Text of a value for a message, cut to MAX_QUOTED characters: an input can have megabytes.
+
+    An exception is quoted by its message, anything else as repr() writes it.
+    """
+    if isinstance(value, BaseException):
+        return cut(str(value))
+    short = Repr()
+    short.maxstring = short.maxlong = short.maxother = MAX_QUOTED
+    return cut(short.repr(value))
+
+
+def cut(text: str) -> str:
+    """Text of at most MAX_QUOTED characters: a longer one loses its middle."""
+    if len(text) <= MAX_QUOTED:
+        return text
+    half = MAX_QUOTED // 2
+    return f"{text[: half - 3]} ... {text[-half + 2 :]}"

@@ -197,7 +197,7 @@ def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
             if list(leaf.shape) != shape:
                 raise InputError(f"lora: {where} has {name} {list(leaf.shape)}, expected {shape}; is it of another base?")
         elif len(shape) < 2 or [*leaf.b.shape[:-1], leaf.a.shape[-1]] != shape:
-            found = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
+            shapes = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
             *experts, out, in_ = [f"{n}" for n in shape] if len(shape) > 1 else ["out", "in"]
             wanted = " and ".join(f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r")))
-            raise InputError(f"lora: {where} has {found} for {name}, expected {wanted}; is it of another base?")
+            raise InputError(f"lora: {where} has {shapes} for {name}, expected {wanted}; is it of another base?")

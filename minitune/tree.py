@@ -53,8 +53,8 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, path: str = "") -> Tree:
     children = _children(tree, path)
     for other in rest:
         if [key for key, _ in _children(other, path)] != [key for key, _ in children]:
-            found, wanted = _describe(other), _describe(tree)
-            raise TypeError(f"tree: {path or 'root'} is {found} in one tree, expected {wanted} as in the first")
+            other_kind, kind = _describe(other), _describe(tree)
+            raise TypeError(f"tree: {path or 'root'} is {other_kind} in one tree, expected {kind} as in the first")
     mapped = [
         map(f, child, *(_child(other, i, path) for other in rest), path=f"{path}.{key}" if path else key)
         for i, (key, child) in enumerate(children)

@@ -316,13 +316,13 @@ def _filled(rng: random.Random, kind: Words, order: Order, phrasing: str) -> str
 def rows(seed: int, name: str, kind: Words, n_rows: int) -> list[dict[str, str]]:
     """n_rows samples in the `instruct` format, a pure function of its arguments; no two share a note."""
     rng = random.Random(seeds.derive(seed, "demo", name))
-    found: dict[str, str] = {}
-    while len(found) < n_rows:
+    target_of: dict[str, str] = {}
+    while len(target_of) < n_rows:
         drawn = order(rng, kind)
         if kind.titles:
             drawn = drawn._replace(customer=f"{rng.choice(kind.titles)} {drawn.customer.split()[1]}")
         write = telegram if kind.telegrams and rng.random() < kind.telegrams else note
         text = write(rng, kind, drawn)
         if len(drawn.items) <= kind.max_items:
-            found.setdefault(text, drawn.json())
-    return [{"instruction": INSTRUCTION, "input": text, "output": target} for text, target in found.items()]
+            target_of.setdefault(text, drawn.json())
+    return [{"instruction": INSTRUCTION, "input": text, "output": target} for text, target in target_of.items()]

@@ -152,10 +152,14 @@ def shelf(rng: random.Random) -> str:
     number = rng.randint(1, 99)
     lines = ", ".join(f"{name}: {written_count(rng, n)}" for name, n in stock.items())
     things = listed([f"{written_count(rng, n)} {name}" for name, n in stock.items()])
-    told = f"On shelf {number} there are {things}."
+    in_words = f"On shelf {number} there are {things}."
     facts = as_json({"items": stock, "shelf": number})
     return rng.choice(
-        (chat(f"Shelf {number}:\n{lines}", facts, "In words?", told), f"{facts} {told}", f"{as_json(stock)} means {things}.")
+        (
+            chat(f"Shelf {number}:\n{lines}", facts, "In words?", in_words),
+            f"{facts} {in_words}",
+            f"{as_json(stock)} means {things}.",
+        )
     )
 
 
@@ -237,17 +241,17 @@ def card(rng: random.Random) -> str:
     )
     sentence = upper_first(rng.choice(phrasings).format(**{name: _written(rng, name, value) for name, value in fields.items()}))
     remark = rng.choice(("", "", *KIND.remarks))
-    told = f"{sentence} {remark}".strip() if rng.random() < 0.5 else f"{remark} {sentence}".strip()
+    described = f"{sentence} {remark}".strip() if rng.random() < 0.5 else f"{remark} {sentence}".strip()
     plain = {name: value for name, value in fields.items() if name != "items"}
     (first, answer), *rest = rng.sample([(f"{name.capitalize()}?", str(value)) for name, value in plain.items()], len(plain))
-    as_card = chat(f"{kind} as JSON:\n{told}", as_json(fields))
+    as_card = chat(f"{kind} as JSON:\n{described}", as_json(fields))
     return rng.choice(
         (
             *(4 * (as_card,)),
-            f"{told} {as_json(fields)}",
-            f"{as_json(fields)} {told}",
+            f"{described} {as_json(fields)}",
+            f"{as_json(fields)} {described}",
             chat("Tell me about it:\n" + as_json(fields), sentence),
-            chat(f"{first}\n{told}", answer, *(part for turn in rest for part in turn)),
+            chat(f"{first}\n{described}", answer, *(part for turn in rest for part in turn)),
         )
     )
 

@@ -31,7 +31,8 @@ from minitune.types import Batch, Params, TeacherBatch, widen
 
 LAYOUT = 1  # of both caches: another number makes every cache anew
 FORWARD_TOKENS = 2**13  # tokens in a forward, padding included
-Progress = Callable[[str, int], AbstractContextManager[Any]]  # (title, total) -> a value with update(done, readings)
+# (title, total) -> a value with update(done, readings)
+StartProgress = Callable[[str, int], AbstractContextManager[Any]]
 
 
 class TopK(NamedTuple):
@@ -42,7 +43,7 @@ class TopK(NamedTuple):
 
 
 def reference_logps(
-    model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: Progress | None = None
+    model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: StartProgress | None = None
 ) -> np.ndarray:
     """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of unpaired answers and mismatched ones.
 
@@ -50,8 +51,10 @@ def reference_logps(
     """
     n = pairset.report.n_samples
     folder = cache / array_cache.key(LAYOUT, "reference", pairset.key, *_model_key(model, params))
-    if not folder.is_dir():
-        with array_cache.filling(folder) as aside, _shown(progress, "reference log-probs", n) as show, torch.no_grad():
+    if not array_cache.is_whole(folder):
+        shown = _shown(progress, "reference log-probs", n)
+        filling = array_cache.filling(folder, 8 * n)
+        with filling as aside, shown as show, torch.no_grad():
             np.save(aside / "logps.npy", _answer_logps(model, params, pairset, source, show))
     with array_cache.intact(folder, f"log-probs of {n} samples"):
         (logps,) = array_cache.load(folder, "logps")
@@ -61,7 +64,7 @@ def reference_logps(
 
 
 def teacher_tops(
-    teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: Progress | None = None
+    teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: StartProgress | None = None
 ) -> TopK:
     """Teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
 
@@ -72,10 +75,12 @@ def teacher_tops(
     if not 0 < k <= vocab_size:
         raise InputError(f"precompute: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; change it")
     folder = cache / array_cache.key(LAYOUT, "tops", dataset.key, k, temperature, *_model_key(*teacher))
-    if not folder.is_dir():
-        with array_cache.filling(folder) as aside, _shown(progress, "teacher", len(dataset.offsets) - 1) as show, torch.no_grad():
-            ids = np.lib.format.open_memmap(aside / "ids.npy", "w+", np.int32, (n_tokens, k))
-            logps = np.lib.format.open_memmap(aside / "logps.npy", "w+", np.float32, (n_tokens, k))
+    if not array_cache.is_whole(folder):
+        shown = _shown(progress, "teacher", len(dataset.offsets) - 1)
+        filling = array_cache.filling(folder, 8 * n_tokens * k)
+        with filling as aside, shown as show, torch.no_grad():
+            ids = array_cache.zeros(aside / "ids.npy", np.int32, (n_tokens, k))
+            logps = array_cache.zeros(aside / "logps.npy", np.float32, (n_tokens, k))
             for places, top_ids, top_logps in _top_rows(teacher, dataset, k, temperature, show):
                 ids[places], logps[places] = top_ids, top_logps
             ids.flush()
@@ -140,7 +145,7 @@ def _batched(lengths: np.ndarray) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _shown(progress: Progress | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _shown(progress: StartProgress | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
     if progress is None:
         yield lambda done: None
     else:

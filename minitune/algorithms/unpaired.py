@@ -24,11 +24,11 @@ def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, ref
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
             drifted = answer_logps(model, adapted, rows[1])
             if isinstance(batch.reference, Tensor):
-                frozen, held = to_device(batch.reference, drifted.device).unbind(1)
+                frozen, mismatched = to_device(batch.reference, drifted.device).unbind(1)
             else:
                 base = apply_trainable(params, required(reference, "unpaired_preference"), lora)
-                frozen, held = (answer_logps(model, base, one) for one in rows)
-            kl = (drifted - held).mean().clamp(min=0.0)
+                frozen, mismatched = (answer_logps(model, base, one) for one in rows)
+            kl = (drifted - mismatched).mean().clamp(min=0.0)
         policy = answer_logps(model, adapted, rows[0])
         rewards, desirable = loss.rewards(policy, frozen), to_device(batch.desirable, policy.device)
         readings = {

@@ -2,8 +2,8 @@
 
 from minitune.checkpoint.fingerprint import fingerprint as fingerprint
 from minitune.checkpoint.fingerprint import folder_fingerprint as folder_fingerprint
+from minitune.checkpoint.generation_config import generation_config as generation_config
 from minitune.checkpoint.hf_folder import FolderExtras as FolderExtras
-from minitune.checkpoint.hf_folder import generation_config as generation_config
 from minitune.checkpoint.hf_folder import load_params as load_params
 from minitune.checkpoint.hf_folder import save_folder as save_folder
 from minitune.checkpoint.hf_folder import weight_files as weight_files

@@ -1,7 +1,7 @@
 """Hugging Face folders: weights read and written, with config.json and the tokenizer's files."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from minitune import tree
+from minitune.checkpoint.generation_config import generation_config, with_end_ids
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
-from minitune.io.json_file import read_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
@@ -77,27 +77,51 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
                 params[name] = w if dtype is None else w.to(dtype)
 
     params |= mxfp4.unpacked(packed, shapes, folder, dtype or torch.bfloat16)
-    missing = [name for name in shapes if name not in params]
-    if missing:
-        raise InputError(
-            f"checkpoint: {folder} lacks {missing[0]} and {len(missing) - 1} more weights that config.json calls for"
-        )
+    _require_all(folder, params, shapes)
     return {name: params[name] for name in shapes}
+
+
+def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """InputError for what `load_params` refuses and the files' headers show; no weight is read."""
+    found: set[str] = set()
+    is_packed = False
+    for path in weight_files(folder):
+        with opened_tensors(path) as file:
+            for stored in file.keys():  # noqa: SIM118
+                name = text_name(stored)
+                found.add(name or stored)
+                if name is not None and name not in shapes:
+                    is_packed = is_packed or mxfp4.whole_name(name) in shapes
+                    continue
+                if name is not None:
+                    _require_shape(file, stored, name, path, shapes[name])
+    if not is_packed:
+        _require_all(folder, found, shapes)
 
 
 def _checked_weight(file: Any, stored: str, name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """A stored tensor that is a weight of the model: known by name, of its shape, and in floating point."""
     if name not in shapes:
         raise InputError(f"checkpoint: {path} holds {name}, which this model does not have; is config.json of another model?")
-    shape = tuple(file.get_slice(stored).get_shape())
-    if shape != shapes[name]:
-        raise InputError(
-            f"checkpoint: {path} holds {name} of shape {list(shape)}, expected {list(shapes[name])} from config.json"
-        )
+    _require_shape(file, stored, name, path, shapes[name])
     w = file.get_tensor(stored)
     if not w.is_floating_point():
         raise InputError(f"checkpoint: {path} holds {name} as {w.dtype}, expected floating point; quantized folders are not read")
     return w
+
+
+def _require_shape(file: Any, stored: str, name: str, path: Path, expected: Sequence[int]) -> None:
+    shape = list(file.get_slice(stored).get_shape())
+    if shape != list(expected):
+        what = f"{path} holds {name} of shape {shape}"
+        raise InputError(f"checkpoint: {what}, expected {list(expected)} from config.json")
+
+
+def _require_all(folder: Path, found: Collection[str], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        what = f"{folder} lacks {missing[0]} and {len(missing) - 1} more weights"
+        raise InputError(f"checkpoint: {what} that config.json calls for")
 
 
 def save_folder(
@@ -177,17 +201,6 @@ def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 
-def generation_config(source: Path) -> dict[str, Any]:
-    """A folder's generation_config.json, or what stands for it: the eos_token_id of config.json; InputError if it is no JSON."""
-    path = source / "generation_config.json"
-    if not path.is_file():
-        return {"eos_token_id": text_config(config_json(source)).get("eos_token_id")}
-    return read_json(path, dict[str, Any], "checkpoint", "download it again")
-
-
 def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:
     generation = {} if extras.source is None else generation_config(extras.source)
-    known = generation.get("eos_token_id")
-    if not isinstance(known, list):
-        known = [] if known is None else [known]
-    return {**generation, "eos_token_id": [*known, *(i for i in extras.stop_ids if i not in known)]}
+    return with_end_ids(generation, extras.stop_ids)

@@ -1,34 +1,51 @@
 """Training states on disk: written aside, synced and renamed, so that a crash loses nothing."""
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from minitune import tree
 from minitune.checkpoint.tensors import load_tensors, serialized
 from minitune.errors import InputError
-from minitune.io.atomic import GONE, NEW, OLD, atomic_folder, recover_replaced, remove_folder, require_room, write_json
+from minitune.io.atomic import (
+    GONE,
+    NEW,
+    OLD,
+    atomic_folder,
+    recover_replaced,
+    remove_folder,
+    require_room,
+    write_json,
+)
+from minitune.io.checksums import sealed, unsealed
 from minitune.tree import Tree
 
-STATE = re.compile(r"step-\d+")
+STATE = re.compile(r"step-\d{8,}")  # and no step-00000003.bak or step-notes beside it
 STATE_FILES = ("state.json", "state.safetensors")
 
 
-def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], keep: int = 2) -> Path:
-    """Commit a training state as folder/step-N and drop all but the newest `keep`; a crash leaves the earlier ones whole.
+def save_state(
+    folder: Path,
+    step: int,
+    state: Tree,
+    meta: Mapping[str, Any],
+    keep: int | None = 2,
+) -> Path:
+    """Commit a training state as folder/step-N and drop all but the newest `keep`, or none if that
+    is None.
 
-    InputError, before anything is written, if the disk is too small.
+    A crash leaves the earlier ones whole, and a state that can't be dropped stays without a word:
+    the new one is committed. InputError, before anything is written, if the disk is too small.
     """
     path = folder / f"step-{step:08d}"
     if extras := _extras(path):
         raise InputError(f"checkpoint: {path} holds {extras[0]}, expected {' and '.join(STATE_FILES)} alone; move it away")
-    for left in (*folder.glob(f".step-*{NEW}"), *folder.glob(f".step-*{GONE}")):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    _remove_leftovers(folder)
     require_room(path, tree.n_bytes(state), "the training state")
     with atomic_folder(path) as aside:
         digest = hashlib.sha256()
@@ -36,11 +53,29 @@ def save_state(folder: Path, step: int, state: Tree, meta: Mapping[str, Any], ke
             for piece in serialized(dict(tree.items(state))):
                 digest.update(piece)
                 file.write(piece)
-        write_json(aside / "state.json", {"step": step, "sha256": digest.hexdigest(), **meta})
+        content = {"step": step, "sha256": digest.hexdigest(), **meta}
+        write_json(aside / "state.json", sealed(json.loads(json.dumps(content))))
+    if keep is not None:
+        drop_old_states(folder, keep)
+    return path
+
+
+def drop_old_states(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` states, and what a killed process left half written or half
+    removed.
+
+    A state's folder that holds a user's files stays, and so does one that can't be removed.
+    """
+    _remove_leftovers(folder)
     for old in list_states(folder)[:-keep]:
         if not _extras(old):
-            remove_folder(old)
-    return path
+            with suppress(OSError):
+                remove_folder(old)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for left in (*folder.glob(f".step-*{NEW}"), *folder.glob(f".step-*{GONE}")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _extras(path: Path) -> list[str]:
@@ -59,7 +94,7 @@ def list_states(folder: Path) -> list[Path]:
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     """(state, meta) of a committed step, in the structure of `like`; InputError if a byte, name, shape or dtype differs."""
     try:
-        meta = msgspec.json.decode((path / "state.json").read_bytes(), type=dict[str, Any])
+        meta = unsealed(json.loads((path / "state.json").read_bytes()))
         with (path / "state.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, RecursionError) as error:

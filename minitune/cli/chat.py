@@ -17,7 +17,7 @@ from minitune.inference.generate import pieces, stream
 from minitune.inference.sampling import Sampling
 from minitune.programs.loading import ModelSource, load
 from minitune.programs.state import LoadedModel
-from minitune.text.chat import encode_prompt, stop_ids
+from minitune.text.chat import encode_prompt
 from minitune.text.template import Message
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help shows this"
@@ -126,7 +126,7 @@ def _answer(loaded: LoadedModel, asked: Sequence[Message], sampling: Sampling, s
         _tell(f"the conversation has {len(ids)} tokens and the model takes {limit}: /reset forgets it")
         return ""
     params = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
-    stops = frozenset(stop_ids(loaded.tokenizer, loaded.template))
+    stops = frozenset(loaded.stop_ids)
     steps = stream(
         loaded.model,
         params,

@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from minitune.cli.options import OptionParser
+from minitune.io.paths import user_path
 from minitune.io.units import format_bytes
 from minitune.registry.hub import ADAPTER, fetch
 
@@ -21,7 +21,7 @@ def download(words: Sequence[str]) -> int:
     parser.add_argument("--to", metavar="DIR", help="the folder; models/OWNER/NAME if absent")
     parser.add_argument("--revision", metavar="R", default="main", help="a branch, a tag or a commit; main if absent")
     options = parser.parse_args(words)
-    folder = Path(options.to or f"models/{options.repo}").expanduser()
+    folder = user_path(options.to or f"models/{options.repo}")
     # On a node where many ranks run this, they all wait for one download, and one of them reports it.
     talks = os.environ.get("LOCAL_RANK", "0") == "0"
 

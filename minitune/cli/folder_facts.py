@@ -42,8 +42,8 @@ class TokenizerFiles(NamedTuple):
         for i, token in (decoder if isinstance(decoder, dict) else {}).items():
             if i.isdecimal() and isinstance(token, dict):
                 declared[str(token.get("content"))] = int(i)
-        found = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
-        names = {name: str(token.get("content") if isinstance(token, dict) else token) for name, token in found.items()}
+        marked = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
+        names = {name: str(token.get("content") if isinstance(token, dict) else token) for name, token in marked.items()}
         if model.is_file():
             if not holds_ranks(model):
                 size, ids, known = _sentencepiece(model)
@@ -135,8 +135,8 @@ def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> in
 def bits_of(quantization: Mapping[str, Any]) -> int:
     """Bits of a quantized weight as a quantization_config says them, wherever its format has them; 4 if it does not."""
     groups = quantization.get("config_groups")
-    found = [quantization.get("bits")]
+    candidates = [quantization.get("bits")]
     for group in groups.values() if isinstance(groups, dict) else []:
         weights = group.get("weights") if isinstance(group, dict) else None
-        found.append(weights.get("num_bits") if isinstance(weights, dict) else None)
-    return next((bits for bits in found if bits in (2, 3, 4, 8)), 4)
+        candidates.append(weights.get("num_bits") if isinstance(weights, dict) else None)
+    return next((bits for bits in candidates if bits in (2, 3, 4, 8)), 4)

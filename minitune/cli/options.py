@@ -1,18 +1,28 @@
-"""Options of the verbs, whose mistakes end as an InputError."""
+"""Options of the verbs, whose mistakes end as an InputError, and the name that the command was typed as."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Never
 
 from minitune.errors import InputError
+
+
+def typed_name() -> str:
+    """Words that start this program as the user did: "minitune" or "python -m minitune"."""
+    return "minitune" if Path(sys.argv[0]).stem == "minitune" else "python -m minitune"
 
 
 class OptionParser(argparse.ArgumentParser):
     """Parser of what follows a verb, such as `chat FOLDER [--seed S]`; InputError in place of argparse's exit."""
 
     def __init__(self, verb: str, *, description: str, epilog: str | None = None) -> None:
-        super().__init__(f"python -m minitune {verb}", description=description, epilog=epilog, allow_abbrev=False)
+        prog = f"{typed_name()} {verb}"
+        super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False)
         self.verb = verb.partition(" ")[0]
 
     def error(self, message: str) -> Never:
         """Raise an InputError with argparse's message."""
-        raise InputError(f"{self.verb}: {message}, expected options as in `{self.prog} --help`; correct the command")
+        raise InputError(
+            f"{self.verb}: {message}, expected options as in `{typed_name()} {self.verb} --help`; correct the command"
+        )

@@ -26,29 +26,29 @@ def show(file: Path, overrides: Sequence[str], console: Console | None = None) -
 
     InputError for what is wrong with the program, and for one that trains nothing.
     """
-    found = list(planned(program.load(file, overrides)))
-    if not found:
+    stages = list(planned(program.load(file, overrides)))
+    if not stages:
         raise InputError(f"plan: {file} has no train stage, expected one; the memory of other stages is that of their weights")
     screen = console or Console()
-    screen.print(_table(found))
-    for one in found:
+    screen.print(_table(stages))
+    for one in stages:
         for line in fit_lines(one):
             screen.print(Text(line), soft_wrap=True)
     return 0
 
 
-def _table(found: Sequence[Planned]) -> Table:
+def _table(stages: Sequence[Planned]) -> Table:
     table = Table("at the fullest moment [MiB]")
-    for one in found:
+    for one in stages:
         table.add_column(one.stage.label, justify="right")
-    for name in found[0].parts:
-        if any(values := [one.parts[name] for one in found]):
+    for name in stages[0].parts:
+        if any(values := [one.parts[name] for one in stages]):
             table.add_row(name, *(f"{value / MIB:,.1f}" for value in values))
     table.add_section()
-    table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in found))
+    table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
-    table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in found))
-    table.add_row("TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in found))
+    table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in stages))
+    table.add_row("TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in stages))
     return table
 
 

@@ -1,6 +1,7 @@
 """Show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -32,8 +33,8 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     program, its tokenizer or its data have wrong.
     """
     options = _parser().parse_intermixed_args(words)
-    if options.n < 1:
-        raise InputError(f"show-sample: --n is {options.n}, expected at least 1; correct it")
+    if not 1 <= options.n <= sys.maxsize:
+        raise InputError(f"show-sample: -n is {options.n}, expected 1 to {sys.maxsize}; correct it")
     asked = program.load(file, options.overrides)
     if options.data is not None and options.data not in asked.data:
         known = ", ".join(asked.data) or "none"
@@ -60,7 +61,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
 def _parser() -> OptionParser:
     description = "Show what a program would train on: text, ids and mask of the first samples of its data."
     parser = OptionParser("show-sample PROGRAM", description=description)
-    parser.add_argument("--n", type=int, default=3, metavar="N", help="samples of each file (default %(default)s)")
+    parser.add_argument("-n", "--n", type=int, default=3, metavar="N", help="samples of each file (default %(default)s)")
     parser.add_argument("--data", metavar="NAME", help="a [data] table; all of them if absent")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
     return parser
@@ -70,8 +71,8 @@ def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, temp
     for where, samples in islice(_samples(source, text, template), n):
         for kind, whole in samples:
             tokens = Tokens(whole.ids, [False, *whole.mask[1:]])  # nothing predicts the first token
-            told = f"{len(tokens.ids):,} tokens, {sum(tokens.mask):,} of them targets{_fate(tokens, source)}"
-            screen.print(Text(f"\n{name} {where}{f' {kind}' if kind else ''}: {told}", style="bold"), soft_wrap=True)
+            counts = f"{len(tokens.ids):,} tokens, {sum(tokens.mask):,} of them targets{_fate(tokens, source)}"
+            screen.print(Text(f"\n{name} {where}{f' {kind}' if kind else ''}: {counts}", style="bold"), soft_wrap=True)
             for line in (_text(tokens, text), _ids(tokens), _mask(tokens)):
                 screen.print(line, soft_wrap=True)
 
@@ -127,5 +128,5 @@ def _mask(tokens: Tokens) -> Text:
 
 
 def _mark(shown: Text, piece: str, trained: bool) -> None:
-    piece = CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), piece)  # pictures of them: data can't steer a terminal
+    piece = CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])), piece)  # pictures of them: data can't steer a terminal
     shown.append(f"{OPEN}{piece}{CLOSE}" if trained else piece, style=TARGET if trained else OTHER)

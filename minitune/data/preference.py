@@ -22,6 +22,7 @@ from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.supervised import cache_key
 from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
+from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
 from minitune.text.template import Message, Template, with_options
 from minitune.text.tokenizer import Tokenizer
@@ -57,11 +58,11 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     key = cache_key(source, tokenizer, template)
     desirable = mismatched = None
     if source.format == "pairs":
-        if not (cache / key).is_dir():
+        if not array_cache.is_whole(cache / key):
             _write_pairs(cache / key, source, tokenizer, template)
         answers, _, report = load(cache / key, 2)
     else:
-        if not (cache / key).is_dir():
+        if not array_cache.is_whole(cache / key):
             _write_unpaired(cache / key, source, tokenizer, template)
         answers, (desirable, mismatched), report = load(cache / key, 1, "desirable", "mismatched")
     # A cache of this PairSet's own: the order is a pure function, but a step can't afford to compute it.

@@ -1,37 +1,67 @@
-"""Prompts of a source, for generation."""
+"""Prompts of a source, for generation, and the answers that its rows give to them."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from minitune.data.conversations import messages, tools
 from minitune.data.readers import error_location, rows_with_location
 from minitune.data.source import Source
 from minitune.errors import InputError
-from minitune.text.chat import encode_prompt
-from minitune.text.served import answer_text
-from minitune.text.template import Message, Template, with_options
+from minitune.text.chat import encode_prompt, stop_ids
+from minitune.text.served import encode_answer
+from minitune.text.template import Message, Template, Tool, with_options
 from minitune.text.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):
-    """Token ids and messages to generate from, and the answer that the data gives.
+    """Token ids and messages to generate from, and the answer that the row gives.
 
-    reference: the words of the answer's message. target: the text that a model writes which learned
-    the answer, to be compared with what it generates; a template may write more than the words.
-    Both are None without an answer.
+    reference_ids: the answer as the template writes it after the prompt, up to the token that ends
+    it, which is what training teaches; reference: its text without special tokens. Both are empty
+    where the row has no answer.
     """
 
     ids: list[int]
-    reference: str | None
+    reference: str
+    reference_ids: list[int]
     messages: list[Message]
-    target: str | None
 
 
-def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Prompt]:
-    """Prompts of a source: each conversation without its last message, if that is the assistant's:
-    the reference.
+def prompts(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """First `limit` prompts of a source: each conversation without its last answer, the reference.
 
-    InputError for a format without such answers, and for a malformed row.
+    A conversation that ends with another message than the assistant's, or a row of instructions
+    without its output, is a prompt as a whole and has no reference.
+
+    InputError for a format without prompts, for a malformed row and for an answer that the
+    template can't write.
     """
+    return _collect(source, tokenizer, template, limit, with_references=True)
+
+
+def questions(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """Prompts as of `prompts`, but with no reference: the rows' own answers are not looked at."""
+    return _collect(source, tokenizer, template, limit, with_references=False)
+
+
+def _collect(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    limit: int | None,
+    *,
+    with_references: bool,
+) -> list[Prompt]:
     for part in source.parts():
         if part.format not in ("instruct", "chat"):
             why = "plain text asks for no answer" if part.format == "text" else "a pair has no one answer"
@@ -39,16 +69,49 @@ def prompts(source: Source, tokenizer: Tokenizer, template: Template) -> list[Pr
     collected: list[Prompt] = []
     for part in source.parts():
         part_template = with_options(template, part.chat_template_kwargs, part.path)
-        for where, row in rows_with_location(part):
-            asked = messages(row, part, where, is_open=True)
-            functions = tools(row, part, where)
-            reference = target = None
+        stops = stop_ids(tokenizer, part_template) if with_references else []
+        for where, asked, answer, functions in _split_rows(part):
+            if len(collected) == limit:
+                return collected
             with error_location(where):
-                if asked[-1]["role"] == "assistant":
-                    content = asked[-1].get("content")
-                    reference = content if isinstance(content, str) else ""
-                    target = answer_text(tokenizer, part_template, asked, tools=functions)
-                    asked = asked[:-1]
                 ids = encode_prompt(tokenizer, part_template, asked, tools=functions)
-            collected.append(Prompt(ids, reference, asked, target))
+                reference_ids: list[int] = []
+                if with_references and answer is not None:
+                    turns = [*asked, answer]
+                    reference_ids = _answer_ids(tokenizer, part_template, turns, functions, stops)
+            text = tokenizer.decode(reference_ids, skip_special=True)
+            collected.append(Prompt(ids, text, reference_ids, asked))
     return collected
+
+
+def _split_rows(part: Source) -> Iterator[tuple[str, list[Message], Message | None, list[Tool]]]:
+    """Yield ("file:line", messages of the prompt, answer or None, tools) of every row."""
+    for where, row in rows_with_location(part):
+        turns = messages(row, part, where, is_open=True)
+        asked, answer = turns, None
+        if turns[-1]["role"] == "assistant":
+            *asked, answer = turns
+        if answer is not None and not (answer.get("content") or answer.get("tool_calls")):
+            answer = None
+        yield where, asked, answer, tools(row, part, where)
+
+
+def _answer_ids(
+    tokenizer: Tokenizer,
+    template: Template,
+    turns: list[Message],
+    functions: list[Tool],
+    stops: list[int],
+) -> list[int]:
+    """Ids of the last answer that training trains, up to the first one that stops generation.
+
+    They are more than the message's own words where a template adds to them: Qwen 3 opens an answer
+    with an empty thought, which a trained model therefore writes as well.
+    """
+    tokens = encode_answer(tokenizer, template, turns, tools=functions)
+    trained = [i for i, is_trained in enumerate(tokens.mask) if is_trained]
+    if not trained:
+        return []
+    ids = tokens.ids[trained[0] : trained[-1] + 1]
+    end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]

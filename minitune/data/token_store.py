@@ -121,8 +121,10 @@ def filter_documents(
 
 def save(folder: Path, documents: Documents, report: Report, **more: np.ndarray) -> None:
     """Write a token cache, whole or not at all; more: arrays with an entry a sample."""
-    with array_cache.filling(folder) as unfinished:
-        for name, values in {**documents._asdict(), **more}.items():
+    arrays = {**documents._asdict(), **more}
+    n_bytes = sum(values.nbytes for values in arrays.values())
+    with array_cache.filling(folder, n_bytes) as unfinished:
+        for name, values in arrays.items():
             np.save(unfinished / f"{name}.npy", values)
         (unfinished / "report.json").write_bytes(msgspec.json.encode(report))
 

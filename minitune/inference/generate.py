@@ -5,17 +5,18 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitune import seeds
+from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.inference.sampling import Sampling, next_tokens
-from minitune.models import decoder
+from minitune.models import decoder, rope_scaling
 from minitune.models.model import Model
 from minitune.nn.attention.key_range import KeyRange, document_positions, documents
 from minitune.quant.schemes import packed
 from minitune.text.tokenizer import Tokenizer
+from minitune.tree import Tree
 from minitune.types import Params
 
 STRIDE = 128  # a step attends to the filled slots of the cache, rounded up to this, so that shapes rarely change
@@ -48,19 +49,19 @@ def stream(
 
     # the first step reads the whole prompts
     written, first_slot = _left_padded(prompts, width, like.device)
-    call = _first_call(written, slots[:, :width] >= first_slot, decoder.plain_block_of(model.config))
+    call = _first_call(model, written, slots[:, :width] >= first_slot)
     for step in range(max_new_tokens):
         with torch.no_grad():
-            read = decoder.filled_caches(model.config, caches, call.n_read)
-            hidden = decoder.decode(model.config, params, call.tokens, read, call.positions, call.keys, call.block_of)
+            _refill(model, params, caches, written, first_slot, _crossing_rows(model, prompts, step))
+            hidden = _decode(model, params, caches, call)
             new = next_tokens(model.logits(params, hidden[:, -1]), written, sampling, row_seeds, step)
         yield new
         written = torch.cat([written, new[:, None]], dim=1)
 
         # every later step reads the one new token, which goes to the next slot
-        slot = width + step
-        keys = KeyRange(first_slot, slots[:, slot : slot + 1].clone())
-        call = _Call(new[:, None], call.positions[:, -1:] + 1, keys, _rounded(slot + 1), later_block_of)
+        keys = KeyRange(first_slot, slots[:, width + step : width + step + 1].clone())
+        positions, n_read = call.positions[:, -1:] + 1, _rounded(width + step + 1)
+        call = _Call(new[:, None], positions, keys, n_read, later_block_of)
 
 
 class _Call(NamedTuple):
@@ -73,9 +74,41 @@ class _Call(NamedTuple):
     block_of: decoder.BlockOf
 
 
-def _first_call(prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"], block_of: decoder.BlockOf) -> _Call:
-    segments = is_token.to(torch.int32)
-    return _Call(prompts, document_positions(segments), documents(segments), prompts.shape[1], block_of)
+def _decode(model: Model, params: Params, caches: Sequence[Tree], call: _Call) -> Float[Tensor, "B T D"]:
+    read = decoder.filled_caches(model.config, caches, call.n_read)
+    arguments = call.tokens, read, call.positions, call.keys, call.block_of
+    return decoder.decode(model.config, params, *arguments)
+
+
+def _crossing_rows(model: Model, prompts: Sequence[Sequence[int]], step: int) -> list[int]:
+    """Rows whose latest token, before this step, changed the angles of all that are cached."""
+    border = rope_scaling.border(model.config.rope_scaling)
+    if border is None or step == 0:
+        return []
+    return [row for row, prompt in enumerate(prompts) if len(prompt) + step == border + 1]
+
+
+def _refill(
+    model: Model,
+    params: Params,
+    caches: Sequence[Tree],
+    written: Int[Tensor, "B T"],
+    first_slot: Int[Tensor, "B 1"],
+    rows: Sequence[int],
+) -> None:
+    """Write the state of all tokens of some rows to the caches again, with the angles of their length."""
+    is_token = torch.arange(written.shape[1], device=written.device)[None] >= first_slot
+    for row in rows:
+        only = slice(row, row + 1)
+        call = _first_call(model, written[only], is_token[only])
+        row_caches = [tree.map(lambda x, only=only: x[only], cache) for cache in caches]
+        _decode(model, params, row_caches, call)
+
+
+def _first_call(model: Model, prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"]) -> _Call:
+    segments, block_of = is_token.to(torch.int32), decoder.plain_block_of(model.config)
+    keys = documents(segments)
+    return _Call(prompts, document_positions(segments), keys, prompts.shape[1], block_of)
 
 
 def _left_padded(

@@ -14,7 +14,7 @@ from minitune import seeds
 from minitune.hardware import to_device, widest_float
 from minitune.types import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval, widen
 
-Logits = Float[Tensor, "B V"]
+RowLogits = Float[Tensor, "B V"]  # of the next token of each row
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,20 +38,20 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
 
 
-def penalized(logits: Logits, said: Int[Tensor, "B T"], penalty: float) -> Logits:
+def penalized(logits: RowLogits, said: Int[Tensor, "B T"], penalty: float) -> RowLogits:
     """Logits of the tokens of a row that are in `said` divided by the penalty where positive, else times it
     (Keskar et al. 2019, arXiv 1909.05858, section 4.1, with a sign rule that keeps a penalty a penalty)."""
     chosen = logits.gather(1, said)
     return logits.scatter(1, said, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
 
 
-def top_k(logits: Logits, k: int) -> Logits:
+def top_k(logits: RowLogits, k: int) -> RowLogits:
     """-inf but for the k largest logits of each row, and ties with the last (Fan et al. 2018, arXiv 1805.04833, section 5.2)."""
     least = logits.topk(min(k, logits.shape[1]), dim=1).values[:, -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
 
-def top_p(logits: Logits, p: float) -> Logits:
+def top_p(logits: RowLogits, p: float) -> RowLogits:
     """-inf but for the smallest set of likeliest tokens with total probability >= p (Holtzman et al. 2020, arXiv 1904.09751,
     eq. 2-3); the likeliest stays."""
     ascending, order = logits.sort(dim=1, stable=True)
@@ -60,13 +60,13 @@ def top_p(logits: Logits, p: float) -> Logits:
     return logits.masked_fill(torch.zeros_like(rest).scatter(1, order, rest), -torch.inf)
 
 
-def min_p(logits: Logits, share: float) -> Logits:
+def min_p(logits: RowLogits, share: float) -> RowLogits:
     """-inf where a token's probability is below share * the likeliest one's (Nguyen et al. 2024, arXiv 2407.01082, section 3)."""
     probs = logits.softmax(1)
     return logits.masked_fill(probs < share * probs.amax(1, keepdim=True), -torch.inf)
 
 
-def filtered(logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling) -> Logits:
+def filtered(logits: RowLogits, said: Int[Tensor, "B T"], sampling: Sampling) -> RowLogits:
     """Logits, float32 or wider, of the distribution that a token is drawn from, -inf where never; at temperature 0 they are not
     divided. As in transformers: repetition penalty over the tokens `said` so far, temperature, top-k, top-p, min-p."""
     logits = widen(logits)
@@ -82,7 +82,7 @@ def filtered(logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling) -> Lo
 
 
 def next_tokens(
-    logits: Logits, said: Int[Tensor, "B T"], sampling: Sampling, row_seeds: Sequence[int], step: int
+    logits: RowLogits, said: Int[Tensor, "B T"], sampling: Sampling, row_seeds: Sequence[int], step: int
 ) -> Int[Tensor, "B"]:
     """One token a row: the likeliest at temperature 0, else the first whose cumulative probability exceeds a uniform number that
     (row_seeds[b], step) alone determines, so that no draw depends on other rows."""

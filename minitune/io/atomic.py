@@ -6,11 +6,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitune.errors import InputError
+from minitune.errors import DiskFullError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NEW, OLD, GONE = ".minitune-new", ".minitune-old", ".minitune-gone"  # ends of names that exist only while something is replaced
@@ -31,9 +31,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield aside
             sync(aside)
             aside.replace(path)
-            sync(path.parent)
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+        _sync_committed(path.parent)
 
 
 @contextmanager
@@ -46,7 +47,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     recover_replaced(old)
     with disk_full_is_input_error(path):
-        aside.mkdir(parents=True)
+        create_folder(aside.parent)
+        aside.mkdir()
         try:
             yield aside
             sync_tree(aside)
@@ -54,10 +56,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             aside.rename(path)
-            sync(path.parent)
+            _sync_committed(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-            recover_replaced(old)
+            if path.exists():
+                # What is committed is no failure any more: an older one that can't be removed now
+                # goes later.
+                with suppress(OSError):
+                    recover_replaced(old)
+            else:
+                recover_replaced(old)
+
+
+def create_folder(path: Path) -> None:
+    """Make a folder and those above it, and flush the name of each to the disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _sync_committed(place.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -98,6 +114,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _sync_committed(folder: Path) -> None:
+    """Flush the names in a folder where the file system can; the rename before it has already
+    happened."""
+    with suppress(OSError):
+        sync(folder)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that can be written where a path lies or will lie."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -108,7 +131,7 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
     """InputError with the bytes needed and free if n_bytes do not fit where a path will lie."""
     free = free_bytes(path)
     if n_bytes > free:
-        raise InputError(
+        raise DiskFullError(
             f"io: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
             "some space, or choose another folder"
         )
@@ -122,7 +145,7 @@ def disk_full_is_input_error(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise InputError(
+        raise DiskFullError(
             f"io: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
             "there before is as it was. Free some space and run the same command again"
         ) from None

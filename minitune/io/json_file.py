@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from minitune.errors import InputError
+from minitune.io.paths import is_present
 
 
 def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
@@ -24,6 +25,6 @@ def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
 
 def read_json_object(path: Path, room: str, *, optional: bool = False) -> dict[str, Any]:
     """JSON object in a file; {} if it may be absent (optional) and is; InputError as read_json raises it."""
-    if optional and not path.is_file():
+    if optional and not is_present(path):
         return {}
     return read_json(path, dict[str, Any], room, "fetch the file again")

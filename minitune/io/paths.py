@@ -1,7 +1,10 @@
 """Places of files: the shipped programs and configs, the embedded demo, and whatever a program's own paths mean."""
 
 import os
+import tempfile
 from pathlib import Path
+
+from minitune.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -14,6 +17,7 @@ def shipped(kind: str = "programs") -> dict[str, Path]:
 
 def program_file(name: str) -> Path:
     """File of a program: the path itself if it exists, else the shipped program of that name, else the path as written."""
+    require_possible(name)
     path = Path(name)
     if path.is_file():
         return path
@@ -26,19 +30,89 @@ def locate(path: str, run: Path | None = None) -> Path:
     demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the run that asks, the rest is
     the user's.
     """
+    require_possible(path)
     head, _, rest = path.partition("/")
     if head == "demo":
-        return PACKAGE / "demo" / (rest or "model")
+        embedded = PACKAGE / "demo" / (rest or "model")
+        # A user may have a folder called demo too: what is not embedded lies there.
+        return embedded if embedded.exists() or not Path(path).exists() else Path(path)
     if head == "run" and run is not None:
         return run / rest
-    if head == "configs" and not Path(path).exists():
+    if head == "configs" and not user_path(path).exists():
         return _root("configs") / rest
-    return Path(path).expanduser()
+    return user_path(path)
+
+
+def user_path(text: str) -> Path:
+    """Path as a user writes it, ~ replaced; InputError for an unknown home and a NUL character."""
+    require_possible(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        home = text.partition("/")[0]
+        raise InputError(
+            f"paths: {text!r} begins with {home}, whose folder is unknown, expected a home; write the whole path"
+        ) from None
+
+
+def require_possible(text: str) -> None:
+    """InputError for a path with a NUL character, or with a name of more than 255 bytes."""
+    names = text.replace(os.sep, "/").split("/")
+    if "\0" in text:
+        found = "holds a NUL character"
+    elif any(len(os.fsencode(name)) > 255 for name in names):
+        found = "has a name of more than 255 bytes"
+    else:
+        return
+    raise InputError(f"paths: {text[:100]!r} {found}, expected a path; correct it")
+
+
+def is_present(path: Path) -> bool:
+    """True if anything of that name is there, be it a link whose file is gone."""
+    return os.path.lexists(path)
 
 
 def cache() -> Path:
-    """Folder where tokenized data is kept between runs: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minitune"
+    """Folder where tokenized data is kept: $XDG_CACHE_HOME/minitune, by default ~/.cache/minitune.
+
+    Where that can't be written (no home, a read-only one), a private temporary folder.
+    """
+    return _cache_and_fault()[0]
+
+
+def cache_note() -> str | None:
+    """Sentence for the user if tokenized data is not kept in its usual folder, else None."""
+    folder, fault = _cache_and_fault()
+    if fault is None:
+        return None
+    where = f"tokenized data is in {folder}; XDG_CACHE_HOME names another place"
+    return f"the usual cache can't be used ({fault}): {where}"
+
+
+def _cache_and_fault() -> tuple[Path, str | None]:
+    """(folder of the cache, which can be written; why it is not the usual one, else None)."""
+    try:
+        folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minitune"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder, None
+        fault = f"{folder} is not writable"
+    except OSError as error:
+        fault = f"{error.filename}: {error.strerror}"
+    except InputError:
+        fault = "the home folder is unknown"
+    return _private_temporary_folder(), fault
+
+
+def _private_temporary_folder() -> Path:
+    """Folder of this user alone; InputError for another's, who could change the data."""
+    # on Windows, which has no user numbers, each user has temporary folders of his own
+    user = os.getuid() if hasattr(os, "getuid") else "cache"
+    folder = Path(tempfile.gettempdir()) / f"minitune-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != user):
+        raise InputError(f"paths: {folder} is not yours, expected your own; set XDG_CACHE_HOME")
+    return folder
 
 
 def _root(kind: str) -> Path:

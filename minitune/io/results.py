@@ -6,7 +6,7 @@ A folder that a save wrote holds `.minitune-files.json`, the list of its files. 
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,7 +64,7 @@ def result_folder(path: Path) -> Iterator[Path]:
     require_replaceable(path, "folder")
     with atomic_folder(path) as aside:
         yield aside
-        marker = _Marker({file.name: (file_record(file),) for file in sorted(aside.iterdir())})
+        marker = _Marker({file.name: (_saved_record(file),) for file in sorted(aside.iterdir())})
         _write(aside / MARKER, marker)
         require_replaceable(path, "folder")
 
@@ -77,8 +77,24 @@ def result_file(path: Path) -> Iterator[Path]:
         yield aside
         require_replaceable(path, "file")
         # Both contents are recorded before the replacement: after a crash, whichever lies there is known.
-        before = [file_record(path)] if path.exists() else []
-        _write(_beside(path), _Marker({path.name: (*before, file_record(aside))}))
+        before = [_saved_record(path)] if path.exists() else []
+        _write(_marker_of(path), _Marker({path.name: (*before, _saved_record(aside))}))
+
+
+def require_unharmed(folder: Path) -> None:
+    """InputError if weights in a folder are not, bit for bit, what a save stage wrote there.
+
+    The folder of another tool, which has no list of its files, is not checked.
+    """
+    for name, records in _read(folder / MARKER).files.items():
+        file = folder / name
+        if file.suffix != ".safetensors" or not file.is_file():
+            continue
+        known = [record.get("sha256") for record in records]
+        if hashed_record(file)["sha256"] not in known:
+            found = "is not what a save stage wrote there (its sha256 differs)"
+            remedy = f"save it again, or delete {MARKER} if you changed the file yourself"
+            raise InputError(f"results: {file} {found}, expected the same bytes; {remedy}")
 
 
 def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
@@ -93,7 +109,7 @@ def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
     if kind == "file":
         if not path.is_file():
             raise _refused(path, "is no file")
-        if file_record(path) not in _read(_beside(path)).files.get(path.name, ()):
+        if not _is_recorded(path, _read(_marker_of(path)).files.get(path.name, ())):
             raise _refused(path, "was not written by an export stage, or was changed after it")
     elif not path.is_dir():
         raise _refused(path, "is a file where a folder is to be written")
@@ -108,15 +124,26 @@ def _require_earlier_save(folder: Path) -> None:
             continue
         if entry.name not in files or entry.is_symlink() or not entry.is_file():
             raise _refused(folder, f"holds {entry.name}, which no save stage wrote")
-        if file_record(entry) not in files[entry.name]:
+        if not _is_recorded(entry, files[entry.name]):
             raise _refused(folder, f"holds {entry.name}, which was changed after it was saved")
 
 
-def _refused(path: Path, found: str, advice: str = "choose another path, or move it away") -> InputError:
-    return InputError(f"results: {path} {found}, expected nothing there, or an earlier save of a run and no more; {advice}")
+def _saved_record(file: Path) -> Record:
+    """SHA-256, size and time of a file that is saved."""
+    return {**hashed_record(file), "time": iso_time(file.stat().st_mtime)}
 
 
-def _beside(path: Path) -> Path:
+def _is_recorded(file: Path, records: Sequence[Record]) -> bool:
+    """True if a file is one of those recorded: by its bytes, or by size and time if it is large."""
+    found = file_record(file)
+    return any(found.items() <= record.items() for record in records)
+
+
+def _refused(path: Path, reason: str, advice: str = "choose another path, or move it away") -> InputError:
+    return InputError(f"results: {path} {reason}, expected nothing there, or an earlier save of a run and no more; {advice}")
+
+
+def _marker_of(path: Path) -> Path:
     """Marker of a single file."""
     return path.with_name(f".{path.name}{MARKER}")
 

@@ -1,15 +1,16 @@
 """TOML read with line numbers and decoded into structs."""
 
+import codecs
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from minitune.errors import InputError
-from minitune.io.toml_messages import KeyPath, explain, types_at
+from minitune.errors import InputError, nearest
+from minitune.io.toml_messages import KeyPath, explain, shown, types_at
 from minitune.io.toml_writing import dumps
 
 T = TypeVar("T")
@@ -23,10 +24,18 @@ _TOKEN = re.compile(
 def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
     """(the text of a TOML file, its plain tree); InputError, begun by `what` ("program"), for what can't be read or parsed."""
     try:
-        text = path.read_text("utf-8")
+        text = _text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what}: {path} can't be read ({error}), expected a TOML file in UTF-8") from None
+        found = f"{path} can't be read ({error})"
+        raise InputError(f"{what}: {found}, expected a TOML file in UTF-8") from None
     return text, parse(text, f"{what}: {path}")
+
+
+def _text(data: bytes) -> str:
+    """Text of a file as editors write it: UTF-8, or UTF-16 with a byte order mark; any line ends."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
@@ -36,10 +45,10 @@ def parse(text: str, what: str) -> dict[str, Any]:
     except RecursionError:
         raise InputError(f"{what}: brackets nested too deeply, expected TOML") from None
     except ValueError as error:  # tomllib's own error, and int() on a number with thousands of digits
-        found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
-        if not found:
+        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
+        if not match:
             raise InputError(f"{what}: {error}, expected TOML") from None
-        message, line, column = found.groups()
+        message, line, column = match.groups()
         line, column = (line, f"column {column}") if line else (text.count("\n") + 1, "end of file")
         raise InputError(f"{what}:{line}: {column}: {message}, expected TOML") from None
 
@@ -71,12 +80,22 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     return lines
 
 
-def decode(raw: Mapping[str, Any], kind: type[T], where: Callable[[KeyPath], str]) -> T:
-    """Struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the first misfit."""
+def decode(
+    raw: Mapping[str, Any],
+    kind: type[T],
+    where: Callable[[KeyPath], str],
+    *,
+    spelled: Callable[[KeyPath], str] = shown,
+    suggest: Callable[[str, Sequence[str]], str] = nearest,
+) -> T:
+    """Struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the first misfit.
+
+    spelled: a key path in messages; suggest: end of a message about an unknown key and the known.
+    """
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise InputError(explain(str(error), raw, kind, where)) from None
+        raise InputError(explain(str(error), raw, kind, where, spelled, suggest)) from None
 
 
 def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:
@@ -90,11 +109,11 @@ def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
     line, at = 1, 0
-    for found in _TOKEN.finditer(text):
-        line += text.count("\n", at, found.start())
-        at = found.start()
-        if not found.group().startswith("#"):
-            yield found.group(), line
+    for match in _TOKEN.finditer(text):
+        line += text.count("\n", at, match.start())
+        at = match.start()
+        if not match.group().startswith("#"):
+            yield match.group(), line
 
 
 def _keys(tokens: list[tuple[str, int]], i: int) -> tuple[list[str], int]:

@@ -22,28 +22,52 @@ def types_at(kind: Any, raw: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, 
     return _types_at(msgspec.inspect.type_info(kind), raw, path)
 
 
-def explain(error: str, raw: Mapping[str, Any], kind: Any, where: Callable[[KeyPath], str]) -> str:
-    """Message for a user from msgspec's message about a tree that does not fit its struct."""
+def explain(
+    error: str,
+    raw: Mapping[str, Any],
+    kind: Any,
+    where: Callable[[KeyPath], str],
+    spelled: Callable[[KeyPath], str],
+    suggest: Callable[[str, Sequence[str]], str],
+) -> str:
+    """Message for a user from msgspec's message about a tree that does not fit its struct; see toml.decode."""
     text, _, at = error.rpartition(" - at `$")
     text, at = (text, at.rstrip("`")) if text else (error, "")
     path = _key_path(at, error, raw, kind)
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL):
         name, known = unknown.group(1), _known(types_at(kind, raw, path), "")
         path = (*path, name)
-        return f"{where(path)}: {shown(path)} is unknown, expected one of {', '.join(known)}{nearest(name, known)}"
+        return f"{where(path)}: {spelled(path)} is unknown, expected one of {', '.join(known)}{suggest(name, known)}"
     if missing := re.fullmatch(r"Object missing required field `(.*)`", text):
         name = missing.group(1)
         tags = _known(types_at(kind, raw, path), name)
         wanted = f"one of {', '.join(tags)}" if tags else _in_words(types_at(kind, raw, (*path, name)))
-        return f"{where(path)}: {shown((*path, name))} is missing, expected {wanted}; add it"
+        return f"{where(path)}: {spelled((*path, name))} is missing, expected {wanted}; add it"
     value = _at(raw, path)
     if text.startswith(("Invalid value", "Invalid enum value")):
         known = _known(types_at(kind, raw, path[:-1]), str(path[-1])) or _known(types_at(kind, raw, path), "")
-        return f"{where(path)}: {shown(path)} is {_short(value)}, expected one of {', '.join(known)}{nearest(str(value), known)}"
+        wanted = f"one of {', '.join(known)}{nearest(str(value), known)}"
+        return f"{where(path)}: {spelled(path)} is {_short(value)}, expected {wanted}"
     if text.startswith("Expected "):
-        wanted = text.removeprefix("Expected ").split(", got `")[0].replace(" | null", "").replace("`object`", "`table`")
-        return f"{where(path)}: {shown(path)} is {_short(value)}, expected {wanted.replace('`', '')}"
-    return f"{where(path)}: {shown(path) + ': ' if path else ''}{text}"  # a struct's own check
+        wanted = _wanted(text.removeprefix("Expected "), value, path, types_at(kind, raw, path))
+        return f"{where(path)}: {spelled(path)} is {_short(value)}, expected {wanted}"
+    return f"{where(path)}: {spelled(path) + ': ' if path else ''}{text}"  # a struct's own check
+
+
+def _wanted(text: str, value: Any, path: KeyPath, types: Sequence[msgspec.inspect.Type]) -> str:
+    """Words for what msgspec expected, and how it is written where the mistake is a common one."""
+    wanted = text.split(", got `")[0].replace(" | null", "").replace("`object`", "`table`").replace("`", "")
+    if wanted.startswith("str matching regex"):
+        return "letters, digits, . _ - and nothing else, . and - not first; change it"
+    if wanted.startswith("array") and isinstance(value, Mapping) and len(path) == 1:
+        return f"{wanted}; write [[{path[0]}]] in place of [{path[0]}]"
+    if wanted.startswith("array") and isinstance(value, str):
+        return f"{wanted}; write [{inline_text(value)}]"
+    if wanted == "table" and isinstance(value, str):
+        fields = {info.tag_field for info in types if isinstance(info, msgspec.inspect.StructType)}
+        field = next((field for field in fields if field and value in _known(types, field)), None)
+        return f"{wanted}; write {{ {field} = {inline_text(value)} }}" if field else wanted
+    return wanted
 
 
 def _key_path(at: str, error: str, raw: Mapping[str, Any], kind: Any) -> KeyPath:

@@ -27,9 +27,20 @@ class Distillation(BaseLoss, frozen=True):
         """The divergence at a temperature, times the temperature squared."""
         raise NotImplementedError
 
-    def __call__(self, logits: Logits, targets: Int[Tensor, "*rows"], teacher_logits: Logits) -> Nats:
-        """The mixture, given all of the teacher's logits."""
-        return self._mixture(logits, targets, self.divergence(logits, teacher_logits, self.temperature))
+    def __call__(
+        self,
+        logits: Float[Tensor, "*rows V"],
+        targets: Int[Tensor, "*rows"],
+        teacher_logits: Float[Tensor, "*rows teacher_V"],
+    ) -> Nats:
+        """The mixture, given all of the teacher's logits.
+
+        One tokenizer may be padded to different sizes: the logits that only one of the models has
+        belong to no token, and are left out.
+        """
+        n = min(logits.shape[-1], teacher_logits.shape[-1])
+        student, teacher = logits[..., :n], teacher_logits[..., :n]
+        return self._mixture(student, targets, self.divergence(student, teacher, self.temperature))
 
     def on_top(
         self,

@@ -1,5 +1,6 @@
 """Numbers that a decoder is made of, and what sets one of its layers apart from another."""
 
+import math
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -17,6 +18,10 @@ EmbeddingMultiplier = float | Literal["sqrt_d_model"]
 RopeLayout = Literal["half", "interleaved"]  # the dimensions that RoPE rotates together: i and i + half; 2i and 2i + 1
 AttentionType = Literal["full", "sliding", "chunked"]  # which earlier tokens are attended to: all, the last, those of a chunk
 MixerName = Literal["grouped_query"]
+
+
+MAX_ELEMENTS = 2**48  # of one weight
+MAX_EXPERTS = 200_000  # of all layers
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,6 +69,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sinks: bool = False  # one more score a head, learned, whose weight goes nowhere
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         if self.d_rotary % 2:
@@ -77,6 +83,23 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             n_factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if n_factors != {self.d_rotary // 2}:
                 raise ValueError(f"longrope has lists of {sorted(n_factors)} factors, expected {self.d_rotary // 2} in each")
+
+    def _check_sizes(self) -> None:
+        """ValueError for a model that no machine holds, before anything counts up its weights."""
+        n_heads = self.n_heads + 2 * self.n_kv_heads
+        largest = self.d_model * max(self.vocab_size, 2 * self.d_ff, n_heads * self.d_head)
+        n_experts = 1
+        if self.experts is not None:
+            n_experts = self.experts.n_experts
+            largest = max(largest, 2 * n_experts * self.d_model * self.experts.d_ff)
+        if largest > MAX_ELEMENTS:
+            raise ValueError(f"a weight has {largest:,} elements, expected at most 2^48")
+        if self.n_layers * n_experts > MAX_EXPERTS:
+            raise ValueError(f"the layers have more than {MAX_EXPERTS:,} experts together")
+        for name in ("norm_eps", "rope_theta", "rotary_factor", "logit_divisor"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} is {value}, expected a finite number of at least 0")
 
     @property
     def d_rotary(self) -> int:

@@ -86,8 +86,9 @@ def decode(
 
     The state of the new tokens is written to slots keys.last, which are the same in every row.
 
-    Each row is one document, whose last token is its last slot. A RoPE that depends on the length of the text takes it as it is
-    now; keys that are cached keep their angles, as in transformers.
+    Each row is one document, whose last token is its last slot. A RoPE that depends on the length of
+    the text takes it as it is now; keys that are cached keep their angles, as in transformers. A
+    caller whose text grows beyond rope_scaling.border writes the state of all its tokens again.
     """
     x = _embedded(config, params, tokens)
     inputs = mixer_inputs(config, TokenPositions(positions, positions[:, -1:] + 1, keys), x.dtype)

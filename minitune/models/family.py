@@ -31,8 +31,12 @@ class Family(NamedTuple):
         return self.hf.model_type
 
     def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
-        """Config of a Hugging Face config.json; InputError names a field that is neither handled nor known to be harmless."""
-        return self.hf.read(self.config, hf, where, **self.read({**self.hf.defaults, **hf}, where))
+        """Config of a Hugging Face config.json.
+
+        InputError names a field that is neither handled nor known to be harmless, or is of another type.
+        """
+        fields = self.hf.decoded(hf, where)
+        return self.hf.read(self.config, fields, where, **self.read(fields, where))
 
     def to_hf(self, config: DecoderConfig) -> dict[str, Any]:
         """Content of a config.json that transformers 4.x and 5.x read alike."""

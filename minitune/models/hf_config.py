@@ -1,13 +1,13 @@
 """config.json: how a family spells the numbers of its Config, in the 4.x and the 5.x style of transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from minitune.errors import InputError
-from minitune.models import rope_scaling
+from minitune.errors import InputError, quoted
+from minitune.models import hf_fields, rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig, layer_kind
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -24,46 +24,14 @@ NAMES = {  # field of a Config -> field of config.json, in every family
     "tie_embeddings": "tie_word_embeddings",
     "max_positions": "max_position_embeddings",
 }
+REMEDY = "delete what says nothing about the architecture, or is it another family?"
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 ATTENTION_TYPES: dict[str, AttentionType] = {
     "full_attention": "full",
     "sliding_attention": "sliding",
     "chunked_attention": "chunked",
 }
-ALLOWED = {"attention_dropout": (0.0,)}
-HARMLESS = frozenset(
-    [
-        "model_type",
-        "architectures",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "sep_token_id",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "transformers_version",
-        "initializer_range",
-        "pretraining_tp",
-        "_name_or_path",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "cache_implementation",
-        "auto_map",
-        "transformers.js_config",
-        "unsloth_version",
-        "unsloth_fixed",
-    ]
-)
+MAX_NAMED = 5  # unknown fields that a message names
 
 
 class HFConfig(NamedTuple):
@@ -82,10 +50,33 @@ class HFConfig(NamedTuple):
     defaults: Mapping[str, Any] = NONE
     ignored: tuple[str, ...] = ()
 
-    def read(self, kind: type[C], hf: Mapping[str, Any], where: str, **read: Any) -> C:
-        """The Config, with the fields that the family has read by itself; InputError names what is not understood."""
+    def decoded(self, hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Fields of a config.json and the family's defaults, each of its type and none of them null.
+
+        InputError for a field that the family does not know, and for a value that it does not have.
+        """
+        allowed = {**hf_fields.ALLOWED, **self.accepted, **self.required}
         names = {**NAMES, **self.fields}
-        self._check(hf, names, where)
+        known = {*names.values(), *allowed, *self.ignored, *ROPE, *hf_fields.HARMLESS}
+        unknown = [key for key in hf if key not in known and hf[key] is not None]
+        if unknown:
+            raise InputError(f"models: {where} has {_named(unknown, hf)}, unknown to the {self.model_type} family; {REMEDY}")
+        for name, values in allowed.items():
+            if hf.get(name) is not None and hf[name] not in values:
+                expected = f"{name} {values[0]!r}" if values else f"no {name}"
+                raise InputError(
+                    f"models: {where} has {name!r} = {quoted(hf[name])}, expected {expected}; "
+                    f"the {self.model_type} family has no other"
+                )
+        fields = hf_fields.decoded(hf, where)
+        missing = {key: value for key, value in self.defaults.items() if key not in fields}
+        if "rope_parameters" in fields:
+            missing.pop("rope_scaling", None)  # the same field by its newer name
+        return {**missing, **fields}
+
+    def read(self, kind: type[C], hf: Mapping[str, Any], where: str, **read: Any) -> C:
+        """The Config of fields that `decoded` gave, with those that the family has read by itself."""
+        names = {**NAMES, **self.fields}
         if "rotary_factor" not in read and rotary_factor(hf) != 1:
             raise InputError(
                 f"models: {where} has partial_rotary_factor {rotary_factor(hf)}, expected 1.0; "
@@ -93,12 +84,11 @@ class HFConfig(NamedTuple):
             )
 
         # what the file says, by minitune's names
-        hf = {**self.defaults, **hf}
-        fields = {field: hf[name] for field, name in names.items() if name in hf and (field not in NAMES or hf[name] is not None)}
+        fields = {field: hf[name] for field, name in names.items() if name in hf}
 
         # what follows from it where the file says nothing
         n_heads, d_model = fields.get("n_heads"), fields.get("d_model")
-        d_head = d_model // n_heads if isinstance(n_heads, int) and isinstance(d_model, int) and n_heads > 0 else None
+        d_head = d_model // n_heads if n_heads and d_model else None
         derived = {"n_kv_heads": n_heads, "d_head": d_head, "norm_eps": 1e-6, "max_positions": 2048}
         if "rope_theta" not in read:
             theta, scaling = rope_scaling.from_hf(hf, where)
@@ -109,24 +99,7 @@ class HFConfig(NamedTuple):
         try:
             return msgspec.convert({**required, **derived, **fields, **read}, kind)
         except msgspec.ValidationError as error:
-            raise InputError(f"models: {where}: {error} (in minitune's names for the fields)") from None
-
-    def _check(self, hf: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
-        """InputError for a field that the family does not know, and for a value that it does not have."""
-        allowed = {**ALLOWED, **self.accepted, **self.required}
-        known = {*names.values(), *allowed, *self.ignored, *ROPE, *HARMLESS}
-        unknown = next((key for key in hf if key not in known), None)
-        if unknown is not None:
-            raise InputError(
-                f"models: {where} has {unknown!r} = {hf[unknown]!r}, unknown to the {self.model_type} family; "
-                "is it another family?"
-            )
-        for name, values in allowed.items():
-            if hf.get(name) is not None and hf[name] not in values:
-                expected = f"{name} {values[0]!r}" if values else f"no {name}"
-                raise InputError(
-                    f"models: {where} has {name!r} = {hf[name]!r}, expected {expected}; the {self.model_type} family has no other"
-                )
+            raise InputError(f"models: {where}: {quoted(error)} (in minitune's names for the fields)") from None
 
     def write(self, config: DecoderConfig, **written: Any) -> dict[str, Any]:
         """A config.json that transformers 4.x and 5.x read alike, with the fields that the family writes by itself."""
@@ -141,11 +114,16 @@ class HFConfig(NamedTuple):
         }
 
 
+def _named(names: Sequence[str], hf: Mapping[str, Any]) -> str:
+    """Fields with their values, of which a message has room for a few."""
+    shown = ", ".join(f"{quoted(name)} = {quoted(hf[name])}" for name in names[:MAX_NAMED])
+    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED} more"
+
+
 def rotary_factor(hf: Mapping[str, Any]) -> float:
     """Part of each head that RoPE rotates."""
-    inner = (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
-    outer = hf.get("partial_rotary_factor") if inner is None else inner
-    return 1.0 if outer is None else outer
+    inner = rope_scaling.rope_table(hf).get("partial_rotary_factor")
+    return float(hf.get("partial_rotary_factor", 1.0) if inner is None else inner)
 
 
 def layer_pattern(hf: Mapping[str, Any], default: tuple[AttentionType, ...], where: str) -> tuple[AttentionType, ...]:
@@ -156,16 +134,33 @@ def layer_pattern(hf: Mapping[str, Any], default: tuple[AttentionType, ...], whe
     odd = next((one for one in types if one not in ATTENTION_TYPES), None)
     if odd is not None or len(types) != hf.get("num_hidden_layers"):
         raise InputError(
-            f"models: {where} has {len(types)} layer_types, one {odd!r}; expected {hf.get('num_hidden_layers')} "
+            f"models: {where} has {len(types)} layer_types, one {quoted(odd)}; expected {hf.get('num_hidden_layers')} "
             f"of {', '.join(ATTENTION_TYPES)}"
         )
     return pattern([ATTENTION_TYPES[one] for one in types], default)
 
 
-def pattern(values: list[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
+def rope_layers(hf: Mapping[str, Any], where: str) -> list[bool] | None:
+    """True for each layer that has RoPE, as no_rope_layers says (1 where it has, whatever the name says)."""
+    turned, n_layers = hf.get("no_rope_layers"), hf.get("num_hidden_layers", 0)
+    if turned and len(turned) < n_layers:
+        raise InputError(f"models: {where} has {len(turned)} no_rope_layers, expected {n_layers}; correct it")
+    return [bool(x) for x in turned[:n_layers]] if turned else None
+
+
+def pattern(values: Sequence[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
     """The shortest beginning that repeats over the values, and `default` if that does."""
-    starts = (tuple(values[:n]) for n in range(1, len(values) + 1))
-    return next((p for p in (default, *starts) if all(x == p[i % len(p)] for i, x in enumerate(values))), default)
+    if all(x == default[i % len(default)] for i, x in enumerate(values)):
+        return default
+
+    # the longest beginning that is an end too, for every part of the values (Knuth, Morris and Pratt 1977)
+    borders = [0]
+    for x in values[1:]:
+        n = borders[-1]
+        while n and values[n] != x:
+            n = borders[n - 1]
+        borders.append(n + (values[n] == x))
+    return tuple(values[: len(values) - borders[-1]])
 
 
 def layer_types_to_hf(config: DecoderConfig) -> list[str]:
@@ -180,7 +175,15 @@ def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) 
     if "full_attention" not in nested and "sliding_attention" not in nested:
         whole, scaling = rope_scaling.from_hf(hf, where, theta)
         return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": hf.get("rope_local_base_freq", local)}
-    full = {"rope_theta": hf.get("rope_theta", theta), **(nested.get("full_attention") or {})}
+    # transformers lets rope_scaling, which is the older spelling, change the table of full layers
+    scaling = hf.get("rope_scaling") or {}
+    own = {**(nested.get("full_attention") or {}), **scaling}
+    if "type" in scaling and own.get("rope_type", scaling["type"]) != scaling["type"]:
+        raise InputError(
+            f"models: {where} has rope_scaling of type {quoted(scaling['type'])} beside rope_parameters of rope_type "
+            f"{quoted(own['rope_type'])}, which then counts; write rope_type for type"
+        )
+    full = {"rope_theta": hf.get("rope_theta", theta), **own}
     near = {"rope_theta": hf.get("rope_local_base_freq", local), **(nested.get("sliding_attention") or {})}
     near_theta, near_scaling = rope_scaling.one_from_hf(near, hf, where)
     if near_scaling is not None:
@@ -199,7 +202,7 @@ def layered_rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
 def sliding_after(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """window and layer_types where the first max_window_layers layers are full and the rest see a window, if windows are used."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    n, n_full = hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28)
+    n, n_full = hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28)
     late = pattern(["full" if i < n_full else "sliding" for i in range(n)], ("full",))
     return {"window": window, "layer_types": layer_pattern(hf, late, where) if window is not None else ("full",)}
 

@@ -6,18 +6,21 @@ from typing import Any
 WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "llama4": "Llama4ForCausalLM"}
 PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 NO_TEXT = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "transformers_version")
+OUTER = ("tie_word_embeddings", "quantization_config")  # the outer config.json decides
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SHARED = (*TOKEN_IDS, "dtype", "torch_dtype", "transformers_version", *OUTER)
 
 
 def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the text model alone; of a folder without images, what it is."""
-    inner = hf.get("text_config")
-    if hf.get("model_type") not in WRAPPERS or not isinstance(inner, Mapping):
+    inner, kind = hf.get("text_config"), hf.get("model_type")
+    if not isinstance(kind, str) or kind not in WRAPPERS or not isinstance(inner, Mapping):
         return dict(hf)
     shared = {key: hf[key] for key in SHARED if hf.get(key) is not None}
-    architecture = "Ministral3ForCausalLM" if inner.get("model_type") == "ministral3" else WRAPPERS[hf["model_type"]]
+    architecture = "Ministral3ForCausalLM" if inner.get("model_type") == "ministral3" else WRAPPERS[kind]
     said = {key: value for key, value in inner.items() if value is not None or key not in shared}
-    return {**shared, **said, "architectures": [architecture]}
+    decided = {key: shared[key] for key in OUTER if key in shared}
+    return {**shared, **said, **decided, "architectures": [architecture]}
 
 
 def text_name(name: str) -> str | None:

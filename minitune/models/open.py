@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitune.errors import InputError, nearest
+from minitune.errors import InputError, nearest, quoted
 from minitune.io import toml
 from minitune.io.json_file import read_json
 from minitune.io.toml_messages import KeyPath
@@ -93,15 +93,16 @@ def open_config(path: Path) -> Model:
 
     name = table.pop("family", None)
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{where(('family',))}: family is {name!r}, {_expected_family(name)}")
+        said = f"family is {quoted(name)}, {_expected_family(name)}"
+        raise InputError(f"{where(('family',))}: {said}")
     return Model(FAMILIES[name], toml.decode(table, FAMILIES[name].config, where))
 
 
 def _family(name: Any, where: str) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"models: {where} is of family {name!r}, {_expected_family(name)}")
+        raise InputError(f"models: {where} is of family {quoted(name)}, {_expected_family(name)}")
     return FAMILIES[name]
 
 
 def _expected_family(name: Any) -> str:
-    return f"expected one of {', '.join(FAMILIES)}{nearest(str(name), [*FAMILIES])}"
+    return f"expected one of {', '.join(FAMILIES)}{nearest(quoted(name), [*FAMILIES])}"

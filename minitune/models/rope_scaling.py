@@ -2,51 +2,56 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
 from jaxtyping import Float, Int
+from msgspec import Meta
 from torch import Tensor
 
-from minitune.errors import InputError
+from minitune.errors import InputError, quoted
 from minitune.hardware import to_device
+
+Factor = Annotated[float, Meta(gt=0.0, le=1e6)]
+Share = Annotated[float, Meta(ge=0.0, le=1e6)]
+Context = Annotated[int, Meta(gt=1, le=2**31)]  # tokens
 
 
 class LinearScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"):
     """Every frequency divided by factor (Chen et al. 2023, arXiv 2306.15595, eq. 4)."""
 
-    factor: float
+    factor: Factor
 
 
 class Dynamic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dynamic", tag_field="rope_type"):
     """A base that grows once the length exceeds the trained one (Peng et al. 2023, arXiv 2309.00071, section 3.3)."""
 
-    factor: float
+    factor: Annotated[float, Meta(ge=1.0, le=1e6)]
 
 
 class Llama3(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="llama3", tag_field="rope_type"):
     """Low frequencies divided by factor, high ones kept, a ramp between (Llama 3.1; as published with its weights)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: Factor
+    low_freq_factor: Factor
+    high_freq_factor: Factor
+    original_max_position_embeddings: Context
 
 
 class Yarn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="yarn", tag_field="rope_type"):
     """As Llama3 with the ramp over dimensions, cos and sin longer by 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071,
     sections 3.2 and 3.4). llama_4_scaling_beta: queries grow by 1 + beta ln(1 + floor(position / original)) (Ministral 3)."""
 
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Factor
+    original_max_position_embeddings: Context
+    attention_factor: Factor | None = None
+    beta_fast: Factor | None = None
+    beta_slow: Factor | None = None
+    mscale: Share | None = None
+    mscale_all_dim: Share | None = None
     truncate: bool = True
-    llama_4_scaling_beta: float | None = None
+    llama_4_scaling_beta: Share | None = None
 
 
 class LongRope(
@@ -54,15 +59,18 @@ class LongRope(
 ):
     """A divisor for every frequency, one list up to the original context and one beyond (Ding et al. 2024, arXiv 2402.13753)."""
 
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    original_max_position_embeddings: int
-    factor: float | None = None
-    attention_factor: float | None = None
+    short_factor: tuple[Factor, ...]
+    long_factor: tuple[Factor, ...]
+    original_max_position_embeddings: Context
+    factor: Factor | None = None
+    attention_factor: Factor | None = None
 
 
 Scaling = LinearScaling | Dynamic | Llama3 | Yarn | LongRope
 BY_LENGTH = Dynamic | LongRope  # scalings that depend on how long the text is
+OLD_NAMES = {"su": "longrope"}
+# fields that are no part of a scaling, or that transformers passes over
+PASSED_OVER = ("partial_rotary_factor", "max_position_embeddings", "finetuned", "attn_factor")
 STRETCHED = ("llama3", "yarn", "longrope")  # that know the context before stretching
 
 
@@ -97,6 +105,15 @@ def frequencies(
     return f
 
 
+def border(scaling: Scaling | None) -> int | None:
+    """Length in tokens beyond which all angles of a text change at once, None if there is none.
+
+    Cached keys of a text that grows beyond it do not fit its new queries. Dynamic changes angles
+    too, but its cached keys keep theirs, as in transformers.
+    """
+    return scaling.original_max_position_embeddings if isinstance(scaling, LongRope) else None
+
+
 def magnitude(scaling: Scaling | None, max_positions: int) -> float:
     """Factor of cos and sin: 1, but for yarn and longrope."""
     if isinstance(scaling, (Yarn, LongRope)) and scaling.attention_factor is not None:
@@ -119,35 +136,49 @@ def query_scale(scaling: Scaling | None, positions: Int[Tensor, "b T"]) -> Float
     return 1 + scaling.llama_4_scaling_beta * torch.log(1 + torch.floor(positions / scaling.original_max_position_embeddings))
 
 
-def from_hf(hf: Mapping[str, Any], where: str, theta: float = 10000.0) -> tuple[float, Scaling | None]:
-    """(theta, scaling) from a config.json in the 4.x spelling (rope_theta, rope_scaling) or the 5.x one (rope_parameters).
+def rope_table(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Table of RoPE that counts: rope_scaling, else rope_parameters, as in transformers 5."""
+    return dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
 
-    theta is what a missing rope_theta means.
+
+def from_hf(hf: Mapping[str, Any], where: str, theta: float = 10000.0) -> tuple[float, Scaling | None]:
+    """(theta, scaling) from the fields of a config.json.
+
+    They are in the 4.x spelling (rope_theta, rope_scaling) or the 5.x one (rope_parameters); theta
+    is what a missing rope_theta means. InputError where rope_scaling hides a base or a rotated part
+    that rope_parameters alone says: transformers would lose it without a word.
     """
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope = rope_table(hf)
+    for name, default in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
+        hidden = (hf.get("rope_parameters") or {}).get(name)
+        if hidden not in (None, default) and name not in rope and name not in hf:
+            raise InputError(
+                f"models: {where} has rope_scaling, which says no {name}, beside rope_parameters "
+                f"with {name} {hidden}, which then does not count; write {name} into rope_scaling"
+            )
     if rope.get("rope_type", rope.get("type")) in STRETCHED and "original_max_position_embeddings" in hf:
-        rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+        rope = {**rope, "original_max_position_embeddings": hf["original_max_position_embeddings"]}
     return one_from_hf({"rope_theta": hf.get("rope_theta", theta), **rope}, hf, where)
 
 
-def one_from_hf(rope: dict[str, Any], hf: Mapping[str, Any], where: str) -> tuple[float, Scaling | None]:
-    """(theta, scaling) of one table of rope parameters; hf: the config.json around it."""
-    rope = {
-        key: value
-        for key, value in rope.items()
-        if key not in ("partial_rotary_factor", "max_position_embeddings") and value is not None
-    }
+def one_from_hf(table: Mapping[str, Any], hf: Mapping[str, Any], where: str) -> tuple[float, Scaling | None]:
+    """(theta, scaling) of one table of rope parameters, within the fields of its config.json."""
+    rope = {key: value for key, value in table.items() if key not in PASSED_OVER}
     theta, old_name = float(rope.pop("rope_theta")), rope.pop("type", "default")
-    kind = {"su": "longrope"}.get(rope.get("rope_type", old_name), rope.get("rope_type", old_name))
+    kind = rope.get("rope_type", old_name)
+    kind = OLD_NAMES.get(kind, kind)
     if kind == "default":
         return theta, None
     if kind in STRETCHED:
         rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    if kind == "dynamic":  # whose original context is max_position_embeddings
+        rope.pop("original_max_position_embeddings", None)
     try:
         return theta, msgspec.convert({**rope, "rope_type": kind}, Scaling)
     except msgspec.ValidationError as error:
         raise InputError(
-            f"models: {where} rope scaling {kind!r}: {error}; known are default, linear, dynamic, llama3, yarn and longrope"
+            f"models: {where} rope scaling {quoted(kind)}: {quoted(error)}; "
+            "known are default, linear, dynamic, llama3, yarn and longrope"
         ) from None
 
 

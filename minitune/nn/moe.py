@@ -46,7 +46,8 @@ def top_then_sigmoid(logits: Float[Tensor, "n X"], k: int) -> Routes:
     return Routes(experts, widen(top).sigmoid())
 
 
-Tap = Callable[[Tensor, Tensor], None]  # (rows of one expert, what its linear map made of them)
+# (rows of one expert, what its linear map made of them)
+ExpertTap = Callable[[Tensor, Tensor], None]
 
 
 class StackedExperts(NamedTuple):
@@ -61,7 +62,7 @@ class ExpertLinear(NamedTuple):
 
     weights: Sequence[Tensor | QTensor | Adapted]  # [out, in] each
     biases: Sequence[Tensor | None]  # [out] each
-    taps: Sequence[Tap | None]
+    taps: Sequence[ExpertTap | None]
     stack: StackedExperts | None = None
 
 

@@ -1,6 +1,6 @@
-"""Loading of a program's model: checked without its weights, then read."""
+"""Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,20 +9,20 @@ import torch
 
 from minitune import hardware, tree
 from minitune.checkpoint.fingerprint import folder_fingerprint
-from minitune.checkpoint.hf_folder import generation_config, load_params
-from minitune.data import preference, supervised
-from minitune.data.readers import read_rows
-from minitune.data.source import PREFERENCE_FORMATS, Source
+from minitune.checkpoint.generation_config import end_ids
+from minitune.checkpoint.hf_folder import load_params
+from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
-from minitune.io import paths
-from minitune.io.paths import locate
+from minitune.io.paths import cache_note, locate
+from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
-from minitune.models.open import FAMILIES, open_config
 from minitune.models.open import open as models_open
+from minitune.models.open import open_config
 from minitune.programs.log import Log
-from minitune.programs.state import AbstractState, LoadedModel, PipelineStage, PipelineState
+from minitune.programs.signals import StopSignals
+from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
 from minitune.text.template import Template, with_options
@@ -45,31 +45,18 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
 
 
-def check(source: ModelSource, sources: Mapping[str, Source], stages: Sequence[PipelineStage]) -> list[str]:
-    """Lines that say what a program would work on; InputError for whatever would stop it later. Reads no weight."""
-    abstract = abstract_state(source, AbstractState(sources, Model(FAMILIES["llama"], None), {}))
-    folder = _tokenizer_folder(source)
-    template = _template(source, folder, tokenizer.open_tokenizer(folder))
-    n_params = sum(w.numel() for w in abstract.params.values())
-    lines = [f"model: {n_params:,} parameters, vocabulary {abstract.model.config.vocab_size:,}, template: {template.origin}"]
-    for name, data in sources.items():
-        located = data.with_paths(locate)
-        next(iter(read_rows(Path(located.path))))
-        for part in located.parts():
-            with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {located.path}")
-    for stage in stages:
-        abstract = stage.check(abstract)
-        lines.append(f"stage: {stage.label}")
-    return lines
-
-
 def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractState:
     """Abstract state with another model; InputError where its folder, tokenizer or device does not fit."""
     if source.path in abstract.saved:
-        model = abstract.saved[str(source.path)]
+        saved = abstract.saved[str(source.path)]
+        model, text, template = saved.model, saved.tokenizer, saved.template
     else:
-        model = _checked_model(source)
+        model, text, template = _checked_model(source), None, None
+    if text is None or template is None or source.tokenizer is not None:
+        folder = _tokenizer_folder(source)
+        text = _open_tokenizer(folder, model)
+        template = open_template(folder, text)
+    template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
 
     # The same shapes on the meta device: stages that follow match names and shapes, and no weight is read.
@@ -88,6 +75,8 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         whole=frozenset(trainable) - adapted,
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
+        tokenizer=text,
+        template=template,
     )
 
 
@@ -95,15 +84,14 @@ def _checked_model(source: ModelSource) -> Model:
     """Model of a source; InputError unless its folder can be saved again and its tokenizer fits."""
     model = _model(source)
     if source.path is not None:
-        generation_config(locate(source.path))
-    folder = _tokenizer_folder(source)
-    text = tokenizer.open_tokenizer(folder)
-    if text.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"loading: the tokenizer in {folder} has {text.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size}; are they of two models?"
-        )
+        end_ids(locate(source.path))
+    _open_tokenizer(_tokenizer_folder(source), model)
     return model
+
+
+def _open_tokenizer(folder: Path, model: Model) -> tokenizer.Tokenizer:
+    """Tokenizer of a folder for a model; InputError if they are of two models."""
+    return tokenizer.open_tokenizer(folder).with_rows(model.config.vocab_size, str(folder))
 
 
 def _check_device(source: ModelSource) -> None:
@@ -140,24 +128,19 @@ def open_pipeline(
     seed: int,
     folder: Path,
     log: Log,
-    stopping: Callable[[], bool],
+    stopping: StopSignals,
     records: Mapping[str, dict[str, Any]],
     tf32: bool,
 ) -> PipelineState:
-    """Load (or draw) the model and its tokenizer, and tokenize the data: the state before the first stage.
+    """Load (or draw) the model and its tokenizer: the state before the first stage.
 
     tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is the one setting of torch
     that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
-    place = _tokenizer_folder(source)
-    text = tokenizer.open_tokenizer(place)
-    template = _template(source, place, text)
-    # Every line of the data is read before a weight is: a bad one costs seconds, not a run.
-    for data in located.values():
-        prepare = preference.prepare if data.format in PREFERENCE_FORMATS else supervised.prepare
-        prepare(data, text, template, paths.cache())
+    if note := cache_note():
+        log.say(note)
     loaded = load(source, folder, seed)
     say_widening(log, "model", loaded.params)
     return PipelineState(seed, folder, log, stopping, located, records, loaded)
@@ -169,13 +152,17 @@ def load(source: ModelSource, run: Path, seed: int) -> LoadedModel:
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
-    text = tokenizer.open_tokenizer(folder)
+    text = _open_tokenizer(folder, model)
+    if path is not None:
+        require_unharmed(path)
     stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
     params = {name: w.to(device, dtype) for name, w in stored.items()}
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
-    return LoadedModel(model, params, stored, path, folder, text, _template(source, folder, text), rule, trainable)
+    template = _template(source, folder, text)
+    ends = () if path is None else end_ids(path)
+    return LoadedModel(model, params, stored, path, folder, text, template, rule, trainable, ends)
 
 
 def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:
@@ -203,6 +190,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
+    require_unharmed(locate(str(source.deltas), run))
     rule, trainable, base = load_adapter(locate(str(source.deltas), run), names=params)
     check_deltas(params, trainable, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:

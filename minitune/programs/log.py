@@ -1,23 +1,24 @@
 """Output of a run: lines and a progress bar on the terminal, rows in metrics.jsonl, and wandb where the program asks for it."""
 
-import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgspec
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from minitune.errors import InputError, nearest
 from minitune.io.atomic import write_atomic
+from minitune.programs.records import read_rows
+from minitune.programs.wandb_tracker import WandbConfig, WandbRun
 from minitune.types import PositiveInt
 
 Number = float | int
@@ -28,7 +29,7 @@ LINE_EVERY_SHARE = 0.05  # or after this share of the steps, whichever comes fir
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of what is logged beyond the terminal. wandb: keywords of wandb.init; every: steps between two rows of metrics."""
 
-    wandb: dict[str, Any] | None = None
+    wandb: WandbConfig | None = None
     every: PositiveInt = 1
 
 
@@ -48,20 +49,22 @@ class Log:
         self._path = folder / "metrics.jsonl"
         self._config = config
         self._program = program
-        self._console = console or Console()
-        self._wandb: Any = None
+        self._console = console or Console(file=cast("IO[str]", _Terminal()))
+        self._wandb: WandbRun | None = None
         self._stage, self._n_before = "", 0
 
     def __enter__(self) -> "Log":
         if self._config.wandb is not None:
-            self._wandb = _wandb_run(self._path.parent, self._config.wandb, self._program)
+            self._wandb = WandbRun(self._path.parent, self._config.wandb, self._program)
         self._file = self._reopened(keep=lambda stage, step: True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+            fault = self._wandb.finish(exit_code=0 if error is None else 1)
+            if fault is not None:
+                self.say(f"wandb did not finish ({fault}); metrics.jsonl has every row")
 
     def say(self, text: str) -> None:
         """One plain line on the terminal."""
@@ -73,7 +76,7 @@ class Log:
 
     def begin(self, stage: str) -> None:
         """Name the stage whose steps are counted from now on; wandb's global_step goes on where the stages before it ended."""
-        last = {name: step for name, step, _ in _rows(self._path)}
+        last = {name: step for name, step, _ in read_rows(self._path)}
         earlier = list(last)[: list(last).index(stage)] if stage in last else list(last)
         self._stage, self._n_before = stage, sum(last[name] for name in earlier)
 
@@ -89,7 +92,14 @@ class Log:
             global_step = self._n_before + step
             group = f"adapter-{values['adapter']}/" if "adapter" in values else ""  # of a sweep: wandb draws each group apart
             named = {f"{group}{name}": value for name, value in values.items()}
-            self._wandb.log({"global_step": global_step, **named}, step=global_step)
+            fault = self._wandb.log(global_step, {"global_step": global_step, **named})
+            if fault is not None:
+                self.say(f"wandb takes no more rows ({fault}); training goes on, metrics.jsonl has them")
+                self._wandb = None
+
+    def sync(self) -> None:
+        """Flush the rows to the disk, before a state that says that they are there."""
+        os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
         """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""
@@ -114,7 +124,7 @@ class Log:
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
-        kept = b"".join(line for stage, step, line in _rows(self._path) if keep(stage, step))
+        kept = b"".join(line for stage, step, line in read_rows(self._path) if keep(stage, step))
         if self._path.exists() and kept != self._path.read_bytes():
             write_atomic(self._path, kept)
         return self._path.open("ab")
@@ -123,6 +133,36 @@ class Log:
 def readings(values: Mapping[str, Number]) -> str:
     """Named numbers as one line, each with its unit: "loss 0.1234  lr 3.00e-04  12,345 tokens/s  mem 1.2 GiB"."""
     return "  ".join(text if name == "tokens_per_second" else f"{_label(name)} {text}" for name, text in _texts(values))
+
+
+class _Terminal:
+    """Standard output that goes silent once it can't be written, so that a run outlives its
+    terminal or pipe."""
+
+    def __init__(self) -> None:
+        self._is_open = True
+
+    def write(self, text: str) -> int:
+        if self._is_open:
+            self._if_open(lambda: sys.stdout.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._is_open:
+            self._if_open(sys.stdout.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def _if_open(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError:
+            # A reader such as head has gone, or the terminal was closed: what Python still has to
+            # flush at its end goes nowhere.
+            self._is_open = False
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Bar(Progress):
@@ -148,40 +188,6 @@ class _Lines(Progress):
         left_s = (now - self._started) / max(step - self._done, 1) * (self._total - step)
         minutes, seconds = divmod(round(left_s), 60)
         self._log.say(f"{self._title} {step}/{self._total}  {readings(values)}  {minutes}:{seconds:02} left")
-
-
-def _wandb_run(folder: Path, keywords: Mapping[str, Any], program: Mapping[str, Any]) -> Any:
-    """Run of wandb with the program as its config; a run that is continued keeps its id."""
-    import wandb  # slow to import, and only for those who ask for it
-
-    known = list(inspect.signature(wandb.init).parameters)
-    for name in keywords:
-        if name not in known:
-            raise InputError(f"log: wandb.{name} is unknown, expected a keyword of wandb.init{nearest(name, known)}")
-    config = keywords.get("config", {})
-    if not isinstance(config, Mapping):
-        raise InputError(f"log: wandb.config is {config!r}, expected a table; the program's own keys are added to it")
-    id_file = folder / "wandb-id"
-    ours: dict[str, Any] = {
-        "name": program.get("name"),
-        "dir": os.environ.get("WANDB_DIR", str(folder)),
-        "id": id_file.read_text("utf-8") if id_file.exists() else None,
-        "resume": "allow",
-    }
-    run = wandb.init(**{**ours, **keywords, "config": {**program, **config}})
-    write_atomic(id_file, run.id.encode())
-    return run
-
-
-def _rows(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(stage, step, line) of each whole row of metrics.jsonl."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n"):
-            yield row["stage"], row["step"], line
 
 
 def _label(name: str) -> str:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from minitune.data.source import Source
-from minitune.errors import InputError, nearest
+from minitune.errors import InputError
 from minitune.io import toml, toml_messages
 from minitune.io.toml_messages import shown, types_at
 from minitune.io.toml_writing import dumps
+from minitune.programs.field_names import suggest
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.stages.stage import Stage
@@ -42,16 +43,29 @@ class _Places(NamedTuple):
     file: Path
     lines: Mapping[toml_messages.KeyPath, int]
     overrides: Mapping[toml_messages.KeyPath, str]
+    names: Sequence[str | None]  # of the stages
 
     def where(self, path: toml_messages.KeyPath) -> str:
+        """Begin of a message on the value at a path: its line of the file, or its override."""
+        # An override replaced all that the file says below its key, so it comes first.
         for n in range(len(path), 0, -1):
-            given = self.overrides.get(path[:n])
-            if given is None and path[:n] in self.lines:
+            if path[:n] in self.overrides:
+                return f"program: {self.overrides[path[:n]]!r} on the command line"
+        for n in range(len(path), 0, -1):
+            if path[:n] in self.lines:
                 return f"program: {self.file}:{self.lines[path[:n]]}"
-            below = [text for at, text in self.overrides.items() if at[:n] == path[:n]]  # one of them made this table
-            if given or below:
-                return f"program: {given or below[0]!r} on the command line"
+            below = [text for at, text in self.overrides.items() if at[:n] == path[:n]]
+            if below:  # one of them made this table
+                return f"program: {below[0]!r} on the command line"
         return f"program: {self.file}"
+
+    def spelled(self, path: toml_messages.KeyPath) -> str:
+        """Key path as it can be typed: train.steps where that is one stage, else stage[2].steps."""
+        if path[:1] == ("stage",) and len(path) > 2 and path[2] not in ("op", "name"):
+            name = self.names[int(path[1])]
+            if name is not None and self.names.count(name) == 1 and re.fullmatch(_PLAIN, name):
+                return shown((name, *path[2:]))
+        return shown(path)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Program:
@@ -64,9 +78,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     names, given = _stage_names(raw), {}
     for override in overrides:
         given[_override(raw, names, override)] = override
-    places = _Places(path, toml.key_lines(text), given)
+    places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = _expand(raw, (), places)
-    program = toml.decode(raw, Program, places.where)
+    program = toml.decode(raw, Program, places.where, spelled=places.spelled, suggest=suggest)
     _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)
     return program
@@ -123,8 +137,8 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     key, equals, value = text.partition("=")
     head, *rest = key.strip().split(".")
     tops = [field for field in Program.__struct_fields__ if field != "stage"]
-    if not equals or not all((head, *rest)):
-        raise InputError(f"{what}, expected KEY=VALUE such as seed=1 or train.steps=100")
+    if not equals or not all((head, *rest)) or head.startswith("-"):
+        raise InputError(f"{what}, expected KEY=VALUE such as seed=1 or train.steps=100{_meant(text)}")
     if names.count(head) > 1:
         places = ", ".join(f"stage[{n}]" for n, name in enumerate(names) if name == head)
         raise InputError(f'{what}: {head} may be {places}, expected one stage of that name; give the others a name = "..."')
@@ -132,7 +146,7 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
         raise InputError(f"{what}: {head} is a stage, expected a key of it such as {head}.name=VALUE")
     if head not in names and head not in tops:
         known = [*(name for name in names if name), *tops]
-        raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{nearest(head, known)}")
+        raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{suggest(head, known)}")
 
     # Walk to the table that holds the key; what is not written on the way begins as its default.
     top: toml_messages.KeyPath = ()
@@ -144,13 +158,27 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
         at = (*top, *keys[:n])
         table = table.setdefault(key, toml.default_at(Program, raw, at))
         if not isinstance(table, dict):
-            raise InputError(f"{what}: {shown(at)} is no table, expected one that holds {keys[n]}")
+            typed = ".".join([head, *rest][: n + (head in names)])
+            raise InputError(f"{what}: {typed} is no table, expected one that holds {keys[n]}")
 
     # A number is text where only a string can stand, as in name=2026.
     types = types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
     table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
     return (*top, *keys)
+
+
+def _meant(text: str) -> str:
+    """End of a message about a word that is no KEY=VALUE: what may be meant, or nothing."""
+    if text.startswith("--") and len(text) > 2:
+        name, _, value = text.removeprefix("--").partition("=")
+        return f"; options have no dashes: {name}={value or 'VALUE'}"
+    path = Path(text)
+    if path.is_dir():
+        return f"; for a model write model.path={text}"
+    if path.is_file():
+        return f"; for data write data.NAME.path={text}"
+    return ""
 
 
 def _toml_value(text: str, text_only: bool) -> Any:

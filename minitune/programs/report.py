@@ -8,51 +8,68 @@ from rich.table import Table
 from rich.text import Text
 
 from minitune.programs.log import readings
+from minitune.programs.records import Sample, StageRecord, stage_records
 
 
 def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
-    """Content of a summary.json as one table of stages, the evaluations' samples side by side, and a line of figures."""
-    records = {name: record for name, record in summary.items() if isinstance(record, Mapping)}
-    evals = {name: record for name, record in records.items() if "loss_nats" in record}
+    """Content of a summary.json as one table of stages, the evaluations' samples side by side, and
+    a line of figures."""
+    records = stage_records(summary, "the summary")
+    evals = {name: record for name, record in records.items() if record.loss_nats is not None}
     parts: list[RenderableType] = [Text()]
     if any(_has_figures(record) for record in records.values()):
         parts += [_stages(title, records)]
     if evals:
         parts += _samples(evals)
-    figures = {name: summary[name] for name in ("steps", "tokens_per_s", "peak_mem_bytes") if name in summary}
+    names = ("steps", "tokens_per_s", "peak_mem_bytes")
+    figures = {name: summary[name] for name in names if isinstance(summary.get(name), int | float)}
     parts += [Text(readings(figures))] if figures else []
-    parts += [Text(f"{record['what']} in {record['path']}") for record in records.values() if "path" in record]
+    parts += [Text(f"{record.what} in {record.path}") for record in records.values() if record.path]
     return Group(*parts)
 
 
-def _has_figures(record: Mapping[str, Any]) -> bool:
-    return any(key in record for key in ("loss_nats", "steps", "bytes", "bytes_after"))
+def _has_figures(record: StageRecord) -> bool:
+    figures = (record.loss_nats, record.steps, record.bytes, record.bytes_after)
+    return any(figure is not None for figure in figures)
 
 
-def _stages(title: str, records: Mapping[str, Mapping[str, Any]]) -> Table:
+def _stages(title: str, records: Mapping[str, StageRecord]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
-    for column in ("loss [nats a token]", "exact match", "size [MiB]", "time [s]"):
-        table.add_column(column, justify="right")
+    columns = ["loss [nats a token]", "exact match", "size [MiB]", "time [s]"]
+    any_skipped = any(record.n_skipped for record in records.values())
+    if any_skipped:
+        columns += ["skipped steps"]
+    for column in columns:
+        table.add_column(Text(column), justify="right")
     for name, record in records.items():
-        if not _has_figures(record):
-            continue
-        loss = f"{record['loss_nats']:.4f}" if "loss_nats" in record else ""
-        match = f"{record['exact_match']:.1%} of {record['n_prompts']}" if "exact_match" in record else ""
-        n_bytes = next((record[key] for key in ("model_bytes", "bytes", "bytes_after") if key in record), None)
-        size = f"{n_bytes / 2**20:.2f}" if n_bytes is not None else ""
-        table.add_row(name, loss, match, size, f"{record['time_s']:.1f}" if "time_s" in record else "")
+        if _has_figures(record):
+            table.add_row(name, *_cells(record), *([_skipped(record)] if any_skipped else []))
     return table
 
 
-def _samples(evals: Mapping[str, Mapping[str, Any]]) -> Iterator[RenderableType]:
-    kept = {name: record.get("samples", []) for name, record in evals.items()}
+def _cells(record: StageRecord) -> list[str]:
+    """Loss, exact match, size and time of a stage, each empty where the stage has none."""
+    loss = "" if record.loss_nats is None else f"{record.loss_nats:.4f}"
+    match = "" if record.exact_match is None else f"{record.exact_match:.1%} of {record.n_prompts}"
+    sizes = (record.model_bytes, record.bytes, record.bytes_after)
+    n_bytes = next((size for size in sizes if size is not None), None)
+    size = "" if n_bytes is None else f"{n_bytes / 2**20:.2f}"
+    return [loss, match, size, "" if record.time_s is None else f"{record.time_s:.1f}"]
+
+
+def _skipped(record: StageRecord) -> str:
+    return f"{record.n_skipped} of {record.steps}" if record.n_skipped else ""
+
+
+def _samples(evals: Mapping[str, StageRecord]) -> Iterator[RenderableType]:
+    kept: dict[str, tuple[Sample, ...]] = {name: record.samples for name, record in evals.items()}
     width = max(map(len, ("reference", *kept)))
     first = next(iter(kept.values()))
     for i, sample in enumerate(first):
-        yield Text(f"{'prompt':{width}}  {sample['prompt']}", style="bold")
-        yield Text(f"{'reference':{width}}  {sample['reference']}", style="green")
+        yield Text(f"{'prompt':{width}}  {sample.prompt}", style="bold")
+        yield Text(f"{'reference':{width}}  {sample.reference}", style="green")
         for name, samples in kept.items():
-            if i < len(samples) and samples[i]["prompt"] == sample["prompt"]:
-                yield Text(f"{name:{width}}  {samples[i]['answer']}")
+            if i < len(samples) and samples[i].prompt == sample.prompt:
+                yield Text(f"{name:{width}}  {samples[i].answer}")
         yield Text()

@@ -15,12 +15,13 @@ import msgspec
 from minitune import __version__
 from minitune.errors import InputError
 from minitune.io import locks, paths, toml
-from minitune.io.atomic import sync, write_atomic
+from minitune.io.atomic import create_folder, sync, write_atomic
 from minitune.io.json_file import read_json
 from minitune.io.results import Record, file_record, hashed_record, iso_time
 from minitune.io.toml_messages import KeyPath, shown
 from minitune.programs import save_paths
 from minitune.programs.program import Program
+from minitune.programs.records import REMEDY, read_records, read_summary
 
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "msgspec", "wandb")
 NOT_THE_RUN = ("log", "resume", "out")  # keys of a program that may change while a run goes on
@@ -51,45 +52,69 @@ class Run(NamedTuple):
     records: dict[str, Record]  # of the stages that were finished before
     notes: tuple[str, ...]  # for the user
     lock: locks.Lock
+    summary: Record | None = None  # of a run that is finished: there is nothing left to run
 
 
 def open_run(program: Program, *, program_text: str) -> Run:
     """Lock out/name and make it this program's folder: continue it, or move what is there aside and begin afresh.
 
-    Nothing is ever deleted. InputError when another trainer holds the folder, when it is no run folder, when its inputs
+    A run that this program finished on the same inputs is returned with its summary, as it is: a
+    scheduler that gives a command again means no second training. Nothing is ever deleted.
+    InputError when another trainer holds the folder, when it is no run folder, when its inputs
     changed since it began, and when resume = true finds nothing to continue.
     """
-    out = Path(program.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    out = _out_folder(program.out)
     folder = out / program.name
-    lock = _lock(out / f".{program.name}.lock", folder)  # not inside the folder, which may be moved aside
+    # not inside the folder, which may be moved aside
+    lock, lock_notes = _lock(out / f".{program.name}.lock", folder)
     try:
-        exists = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if exists and not (folder / "manifest.json").is_file():
-            raise InputError(f"runs: {folder} holds no manifest.json, expected a run folder; change name or out, or move it away")
-        obstacle = _obstacle(folder, program_text, program.resume) if exists else "does not exist"
-        if obstacle is None:
-            return _continued(program, program_text, folder, lock)
-        if program.resume:
-            raise InputError(f"runs: {folder} {obstacle}, expected an unfinished run to resume; drop resume = true")
-        new = _prepared(program, program_text, folder)
-        notes = ()
-        if exists:
-            aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-            folder.rename(aside)
-            notes = (f"{folder} {obstacle}: moved to {aside}",)
-        new.rename(folder)
-        sync(out)
+        run = _open_locked(program, program_text, folder, lock)
     except BaseException:
         lock.close()
         raise
+    return run._replace(notes=(*lock_notes, *run.notes))
+
+
+def _open_locked(program: Program, program_text: str, folder: Path, lock: locks.Lock) -> Run:
+    exists = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    if exists and not (folder / "manifest.json").is_file():
+        remedy = "change name or out, or move it away"
+        raise InputError(f"runs: {folder} holds no manifest.json, expected a run folder; {remedy}")
+    obstacle = _obstacle(folder, program_text, program.resume) if exists else "does not exist"
+    if obstacle is None and not (folder / "summary.json").exists():
+        return _continued(program, program_text, folder, lock)
+    if obstacle is None:
+        obstacle = _change_since_end(program, folder)
+    if obstacle is None:
+        return _finished(folder, lock)
+    if program.resume:
+        wanted = "expected an unfinished run to resume; drop resume = true"
+        raise InputError(f"runs: {folder} {obstacle}, {wanted}")
+    new = _prepared(program, program_text, folder)
+    notes = ()
+    if exists:
+        numbered = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
+        aside = next(path for path in numbered if not path.exists())
+        folder.rename(aside)
+        notes = (f"{folder} {obstacle}: moved to {aside}",)
+    new.rename(folder)
+    sync(folder.parent)
     return Run(folder, False, {}, notes, lock)
+
+
+def _out_folder(path: str) -> Path:
+    """Folder of all runs, made if it is not there; InputError for a path where none can be."""
+    out = paths.user_path(path)
+    try:
+        create_folder(out)
+    except OSError as error:
+        found = f"can't be made ({error.strerror})"
+        raise InputError(f"runs: out {path!r} {found}, expected a folder; change out") from None
+    return out
 
 
 def _obstacle(folder: Path, program_text: str, resume: bool | None) -> str | None:
     """Why a run folder is not to be continued by this program, in words; None if it is."""
-    if (folder / "summary.json").exists():
-        return "is finished"
     if resume is False:
         return "is not to be continued (resume = false)"
     before = toml.parse(_read(folder / "program.toml").decode("utf-8", "replace"), f"runs: {folder / 'program.toml'}")
@@ -125,23 +150,50 @@ def _prepared(program: Program, program_text: str, folder: Path) -> Path:
 
 
 def _continued(program: Program, program_text: str, folder: Path, lock: locks.Lock) -> Run:
-    manifest = _json(folder / "manifest.json", Manifest)
-    inputs, start = dict(_inputs(program)), _start()
-    for name in inputs | manifest.inputs:
-        before, now = (tree.get(name, {}) | {"time": None} for tree in (manifest.inputs, inputs))  # a copy has another time
-        if before != now:
-            raise InputError(
-                f"runs: {name} is not what it was when {folder} began, expected the same file; restore it, or set resume = false"
-            )
+    manifest, start = _read_manifest(folder), _start()
+    changed_input = _changed_input(manifest, dict(_inputs(program)))
+    if changed_input is not None:
+        raise InputError(
+            f"runs: {changed_input} is not what it was when {folder} began, expected the same "
+            "file; "
+            "restore it, or set resume = false"
+        )
     last = manifest.starts[-1].versions
     changed = [f"{name} {last.get(name)} -> {version}" for name, version in start.versions.items() if last.get(name) != version]
     notes = (f"{folder} is unfinished: continuing it",)
     if changed:
         notes += (f"versions changed since it was stopped ({', '.join(changed)}): it may not continue bit for bit",)
-    records = _json(folder / "records.json", dict[str, Record])
+    records = read_records(folder / "records.json")
     write_record(folder / "manifest.json", msgspec.structs.replace(manifest, starts=(*manifest.starts, start)))
     write_atomic(folder / "program.toml", program_text.encode())
     return Run(folder, True, records, notes, lock)
+
+
+def _finished(folder: Path, lock: locks.Lock) -> Run:
+    summary = read_summary(folder / "summary.json")
+    note = f"{folder} is finished: nothing is left to run; resume = false begins afresh"
+    return Run(folder, True, {}, (note,), lock, summary)
+
+
+def _change_since_end(program: Program, folder: Path) -> str | None:
+    """Reason why a finished run does not stand for this program any more, in words; None if it
+    does."""
+    changed = _changed_input(_read_manifest(folder), dict(_inputs(program)))
+    if changed is not None:
+        return f"is finished, and {changed} is not what it was when it began"
+    results = [paths.locate(stage.result.path, folder) for stage in program.stage if stage.result]
+    gone = next((path for path in results if not path.exists()), None)
+    return None if gone is None else f"is finished, but its result {gone} is gone"
+
+
+def _changed_input(manifest: Manifest, inputs: Mapping[str, Record]) -> str | None:
+    """Name of the first input that is not what the manifest says; None if all are. A copy's time
+    may differ."""
+    for name in {**inputs, **manifest.inputs}:
+        before, now = (tree.get(name, {}) | {"time": None} for tree in (manifest.inputs, inputs))
+        if before != now:
+            return name
+    return None
 
 
 def _inputs(program: Program) -> Iterator[tuple[str, Record]]:
@@ -162,16 +214,20 @@ def _start() -> Start:
     return Start(iso_time(datetime.now(UTC).timestamp()), socket.gethostname(), os.getpid(), versions)
 
 
-def _lock(path: Path, folder: Path) -> locks.Lock:
-    """Lock of a run folder; InputError if another process trains in it, or the file system has no locks."""
+def _lock(path: Path, folder: Path) -> tuple[locks.Lock, tuple[str, ...]]:
+    """(lock of a run folder, notes for the user); InputError if another process trains in it."""
     try:
-        return locks.acquire(path)
+        return locks.acquire(path), ()
     except locks.Busy as busy:
         raise InputError(
             f"runs: {folder} is in use by {busy.holder}, expected one trainer a folder; wait, or change name"
         ) from None
-    except (OSError, NotImplementedError) as error:
-        raise InputError(f"runs: {path} can't be locked ({error}), expected a file system with locks; change out") from None
+    except locks.Unsupported as reason:
+        note = f"{path} can't be locked ({reason}): start no second run of this name now"
+        return locks.Lock(None, locks.holder_file(path)), (note,)
+    except OSError as error:
+        found = f"can't be locked ({error})"
+        raise InputError(f"runs: {path} {found}, expected a file; change out") from None
 
 
 def _read(path: Path) -> bytes:
@@ -181,8 +237,8 @@ def _read(path: Path) -> bytes:
         raise InputError(f"runs: {path} can't be read ({error}), expected a run folder's file; set resume = false") from None
 
 
-def _json(path: Path, kind: Any) -> Any:
-    return read_json(path, kind, "runs", "set resume = false to begin afresh")
+def _read_manifest(folder: Path) -> Manifest:
+    return read_json(folder / "manifest.json", Manifest, "runs", REMEDY)
 
 
 def write_record(path: Path, tree: Mapping[str, Any] | Manifest) -> None:

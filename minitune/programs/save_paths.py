@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minitune.errors import InputError
 from minitune.io.locks import holder_file
-from minitune.io.paths import locate
+from minitune.io.paths import locate, user_path
 from minitune.io.results import Result, require_replaceable
 from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
@@ -37,7 +37,7 @@ def data_inputs(program: Program) -> dict[str, str]:
 def check(program: Program) -> None:
     """InputError if a stage would write over, into or around what the program reads, its own run folder, the working folder,
     what another stage writes, or anything else that no save wrote."""
-    run = Path(program.out).expanduser() / program.name
+    run = user_path(program.out) / program.name
     inputs = {**model_inputs(program), **data_inputs(program)}
     read = {key: locate(path) for key, path in inputs.items()}
     written: dict[str, tuple[Result, Path]] = {}

@@ -1,6 +1,6 @@
 """State that flows through the stages of a program, and what is known of it before anything is loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,18 +11,12 @@ from minitune.data.source import Source
 from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.log import Log
+from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
-from minitune.text import tokenizer
+from minitune.text.chat import stop_ids
 from minitune.text.template import Template
+from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params, Trainable
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is on disk
-    """SIGTERM or SIGINT arrived and the state of `step` was saved in `folder`."""
-
-    def __init__(self, step: int, folder: Path) -> None:
-        super().__init__(f"stopped at step {step}, saved in {folder}")
-        self.step, self.folder = step, folder
 
 
 class LoadedModel(NamedTuple):
@@ -33,10 +27,17 @@ class LoadedModel(NamedTuple):
     stored: Mapping[str, Tensor]  # the dense weights in the dtype of the disk, which is what a save goes back to
     source: Path | None  # the Hugging Face folder that the weights came from
     tokenizer_folder: Path
-    tokenizer: tokenizer.Tokenizer
+    tokenizer: Tokenizer
     template: Template
     lora: Lora | None
     trainable: Trainable
+    end_ids: Sequence[int] = ()  # that generation_config.json ends an answer at
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer, by template, tokenizer and generation_config.json together."""
+        ends = stop_ids(self.tokenizer, self.template)
+        return [*ends, *(i for i in self.end_ids if i not in ends)]
 
 
 class PipelineState(NamedTuple):
@@ -45,7 +46,7 @@ class PipelineState(NamedTuple):
     seed: int
     folder: Path  # the run folder, runs/<name>
     log: Log
-    stopping: Callable[[], bool]  # True once SIGTERM or SIGINT has arrived
+    stopping: StopSignals  # called, it says whether a signal has asked for the end
     data: Mapping[str, Source]
     records: Mapping[str, dict[str, Any]]  # by stage name: what summary.json is made of
     loaded: LoadedModel
@@ -61,6 +62,14 @@ class PipelineState(NamedTuple):
         return self._replace(loaded=self.loaded._replace(**changes))
 
 
+class SavedModel(NamedTuple):
+    """Model that a stage will have written, with what its folder will hold for texts."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+    template: Template | None
+
+
 class AbstractState(NamedTuple):
     """State as it is known before a weight is loaded: each stage checks itself against it and returns the next."""
 
@@ -73,7 +82,16 @@ class AbstractState(NamedTuple):
     quantized: frozenset[str] = frozenset()
     trained_over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
     merged: bool = False  # weights have changed since they were loaded, so that no folder holds them
-    saved: Mapping[str, Model] = MappingProxyType({})  # by run/... path: the models that stages before will have written
+    # by run/... path: the models that stages before will have written
+    saved: Mapping[str, SavedModel] = MappingProxyType({})
+    tokenizer: Tokenizer | None = None  # of the model; None before there is one
+    template: Template | None = None
+
+    def text(self) -> tuple[Tokenizer, Template]:
+        """Tokenizer and chat template of the model."""
+        assert self.tokenizer is not None, "a program has a model before its first stage"
+        assert self.template is not None, "a tokenizer comes with a template"
+        return self.tokenizer, self.template
 
 
 @runtime_checkable
@@ -91,4 +109,16 @@ class PipelineStage(Protocol):
 
     def run(self, state: PipelineState) -> PipelineState:
         """State after this stage."""
+        ...
+
+
+@runtime_checkable
+class DataStage(Protocol):
+    """Stage that reads a [data] table, which is tokenized for it before a weight is read."""
+
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the data that the stage will use, given the state before it.
+
+        InputError for a row that would stop the stage. Tokens stay in the cache for it.
+        """
         ...

@@ -47,10 +47,10 @@ def unpacked(
         n, in_, out = shapes[name]
         wanted = [(n, out, in_ // 32, 16), (n, out, in_ // 32)]
         blocks, scales = (packed.get(f"{name}{part}") for part in PARTS)
-        found = [None if x is None else tuple(x.shape) for x in (blocks, scales)]
-        if blocks is None or scales is None or found != wanted or in_ % 32:
+        actual = [None if x is None else tuple(x.shape) for x in (blocks, scales)]
+        if blocks is None or scales is None or actual != wanted or in_ % 32:
             raise InputError(
-                f"checkpoint: {folder} holds {name} {list(shapes[name])} as MXFP4 blocks {found[0]} and scales {found[1]}, "
+                f"checkpoint: {folder} holds {name} {list(shapes[name])} as MXFP4 blocks {actual[0]} and scales {actual[1]}, "
                 f"expected {wanted[0]} and {wanted[1]}; download it again"
             )
         return dequantize(blocks, scales, dtype)

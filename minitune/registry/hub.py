@@ -78,9 +78,9 @@ def _weights(repo: str, folder: Path, listed: Mapping[str, int]) -> dict[str, in
     if odd is not None:
         raise InputError(f"hub: {INDEX} of {repo} points to {odd!r}, expected one of its files; tell the owner of {repo}")
     if not names:
-        found = ", ".join(sorted(listed)[:6]) or "nothing"
+        some_files = ", ".join(sorted(listed)[:6]) or "nothing"
         raise InputError(
-            f"hub: {repo} holds {found}, expected {SINGLE}, {INDEX} or {ADAPTER}; choose a repository with safetensors"
+            f"hub: {repo} holds {some_files}, expected {SINGLE}, {INDEX} or {ADAPTER}; choose a repository with safetensors"
         )
     return {name: listed[name] for name in names}
 
@@ -134,7 +134,7 @@ def folder_lock(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
             folder / ".cache" / "minitune.lock",
             wait=lambda holder: tell(f"hub: waiting for {holder}, which fetches into {folder}"),
         )
-    except NotImplementedError:
+    except locks.Unsupported:
         yield  # a file system without locks: huggingface_hub still keeps two processes from writing one file
         return
     with lock:

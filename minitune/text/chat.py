@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
+from minitune.io.paths import is_present
 from minitune.text.conversation import Conversation, TrainOn, Turn, turn_weights, without_weights
 from minitune.text.escaping import escape_special_tokens
 from minitune.text.forms import write
@@ -55,7 +56,7 @@ def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
     """
     names = tokenizer.special_names
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if is_present(file):
         try:
             source = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

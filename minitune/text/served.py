@@ -69,23 +69,6 @@ def encode_answers(
     return [encode_answer(tokenizer, template, messages[: n + 1], tools=tools) for n in trained]
 
 
-def answer_text(
-    tokenizer: Tokenizer,
-    template: Template,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Tool] = (),
-) -> str:
-    """Text that a model writes which learned the last message, as generation decodes it.
-
-    It is what the template makes of the answer after the generation prompt, without special tokens:
-    with Qwen 3, for one, an empty thought stands before the words of an answer without reasoning.
-    """
-    tokens = encode_answer(tokenizer, template, messages, tools=tools)
-    trained = [i for i, weight in zip(tokens.ids, tokens.mask, strict=True) if weight]
-    return tokenizer.decode(trained, skip_special=True)
-
-
 def _trained_from(whole: Tokens, start: int) -> Tokens:
     """Tokens trained from the end of their prompt to the last token that is trained."""
     trained = [n for n, weight in enumerate(whole.mask) if weight]

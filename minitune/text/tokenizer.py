@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.errors import InputError
+from minitune.errors import InputError, quoted
 from minitune.io.json_file import read_json_object
 from minitune.text.open_vocabulary import open_vocabulary
 from minitune.text.vocabulary import NAMED_TOKENS, AddedToken, Vocabulary
@@ -58,6 +58,25 @@ class Tokenizer(NamedTuple):
     find_ordinary: re.Pattern[str]
     special_known_to_vocab: re.Pattern[str]
     vocabulary: Vocabulary
+    n_rows: int | None = None  # of the embedding, where added tokens lie beyond it
+
+    def with_rows(self, n_rows: int, where: str) -> "Tokenizer":
+        """Tokenizer for a model of so many rows: a text that needs a token beyond them is refused.
+
+        Published folders declare added tokens that their embedding has no row for, and use none of
+        them. InputError if other tokens than these lie beyond the rows, or bos or eos does.
+        """
+        if self.vocab_size <= n_rows:
+            return self
+        beyond = {i: text for text, i in self.added.items() if i >= n_rows}
+        has_no_row = any(i not in beyond for i in range(n_rows, self.vocabulary.size))
+        if has_no_row or self.bos_id in beyond or self.eos_id in beyond:
+            raise InputError(
+                f"tokenizer: {where} has {self.vocab_size} tokens, more than the model's {n_rows}, "
+                "expected more by added tokens at most; are they of two models?"
+            )
+        key = hashlib.sha256(f"{self.fingerprint} {n_rows}".encode()).hexdigest()
+        return self._replace(n_rows=n_rows, fingerprint=key)
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         """Ids of a whole text, without bos or eos; parse_special: the strings of special tokens become their ids."""
@@ -98,7 +117,18 @@ class Tokenizer(NamedTuple):
             ids.append(self.added[match[match.lastindex or 0]])
             start = match.end()
             starts_document = self.vocabulary.prefix_everywhere
-        return ids + self._encode_plain(text[start:].translate(restore), starts_document)
+        ids += self._encode_plain(text[start:].translate(restore), starts_document)
+        if self.n_rows is not None:
+            self._check_rows(ids, self.n_rows)
+        return ids
+
+    def _check_rows(self, ids: Sequence[int], n_rows: int) -> None:
+        odd = next((i for i in ids if i >= n_rows), None)
+        if odd is not None:
+            raise InputError(
+                f"tokenizer: {quoted(self.decode([odd], skip_special=False))} is token {odd}, but "
+                f"the model's embedding has {n_rows} rows, expected a text without it; remove it"
+            )
 
     def _encode_plain(self, text: str, starts_document: bool) -> list[int]:
         # The vocabulary would recognize some special tokens by itself: cut after their first character, they are

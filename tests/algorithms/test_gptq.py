@@ -60,9 +60,9 @@ def levels_of(q: Any, scheme: Int8 | Int4) -> Tensor:
 @pytest.mark.parametrize(("scheme", "d_in"), [(Int8(), 151), (Int8(), 7), (Int4(32), 160), (Int4(64), 192), (Int4(128), 256)])
 def test_equals_the_papers_equations_without_their_shortcuts(scheme: Int8 | Int4, d_in: int, damp: float):
     w, x = normal(11, d_in), correlated(3 * d_in, d_in)
-    found = levels_of(gptq_weight(w, x.T @ x, scheme, damp), scheme)
-    assert torch.equal(found, by_elimination(w, x.T @ x, scheme, damp))
-    assert not torch.equal(found, levels_of(quantize(w, scheme), scheme))
+    levels = levels_of(gptq_weight(w, x.T @ x, scheme, damp), scheme)
+    assert torch.equal(levels, by_elimination(w, x.T @ x, scheme, damp))
+    assert not torch.equal(levels, levels_of(quantize(w, scheme), scheme))
 
 
 @pytest.mark.parametrize("gram", [torch.eye(256), 3.7 * torch.eye(256), torch.zeros(256, 256), torch.diag(normal(256).square())])
@@ -91,8 +91,8 @@ def test_columns_that_were_never_used_are_rounded_to_nearest(scheme: Int8 | Int4
     w, x = normal(13, 128), correlated(300, 128)
     x = torch.where(torch.arange(128) >= 96, 0.0, x)
     scale = quantize(w, scheme).scale
-    found = levels_of(gptq_weight(w, x.T @ x, scheme, 0.01), scheme)[:, 96:]
-    assert torch.equal(found, scheme.levels(w[:, 96:], scale[:, -1:]).double())
+    levels = levels_of(gptq_weight(w, x.T @ x, scheme, 0.01), scheme)[:, 96:]
+    assert torch.equal(levels, scheme.levels(w[:, 96:], scale[:, -1:]).double())
 
 
 def inputs_by_hand(params: Params, batches: list[Batch], name: str, layer: int) -> Tensor:
@@ -153,12 +153,12 @@ def test_deltas_are_part_of_what_is_calibrated_on():
     merged = {**params, up: params[up] + deltas[up].b @ deltas[up].a}
     name = "model.layers.0.mlp.down_proj.weight"
     adapted = gptq(MODEL, lora.apply(params, deltas), [batch], rule, damp=0.01)
-    beside, inside = adapted[name], gptq(MODEL, merged, [batch], rule, damp=0.01)[name]
+    with_deltas, merged_in = adapted[name], gptq(MODEL, merged, [batch], rule, damp=0.01)[name]
     without = gptq(MODEL, params, [batch], rule, damp=0.01)[name]
     assert all(torch.equal(x, y) for x, y in zip(adapted[up][1:3], deltas[up][:2], strict=True))
     assert levels_of(adapted[up].w, Int4()).eq(levels_of(gptq(MODEL, params, [batch], rule, damp=0.01)[up], Int4())).all()
-    assert levels_of(beside, Int4()).ne(levels_of(inside, Int4())).double().mean() < 0.002
-    assert levels_of(beside, Int4()).ne(levels_of(without, Int4())).double().mean() > 0.05
+    assert levels_of(with_deltas, Int4()).ne(levels_of(merged_in, Int4())).double().mean() < 0.002
+    assert levels_of(with_deltas, Int4()).ne(levels_of(without, Int4())).double().mean() > 0.05
 
 
 def test_a_bfloat16_model_with_float32_linears_is_calibrated():

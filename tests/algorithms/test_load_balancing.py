@@ -33,11 +33,11 @@ def test_loss_and_gradients_are_those_of_transformers(name: str, n_remat: int) -
     ones = torch.ones_like(tokens)
     objective = balanced(SFT, model, 0.7)
     (mean, readings), grads = value_and_grad(lambda t: objective(t, params, Batch(tokens, ones, ones > 0)), has_aux=True)(params)
-    found = fused({key: g / mean.weight for key, g in grads.items()})
+    our_grads = fused({key: g / mean.weight for key, g in grads.items()})
     wanted = {key: p.grad for key, p in hf.named_parameters()}
     scale = max(float(g.abs().max()) for g in wanted.values())
-    assert {key: float((found[key] - g).abs().max()) / scale for key, g in wanted.items()} == pytest.approx(
-        dict.fromkeys(found, 0.0), abs=3e-5
+    assert {key: float((our_grads[key] - g).abs().max()) / scale for key, g in wanted.items()} == pytest.approx(
+        dict.fromkeys(our_grads, 0.0), abs=3e-5
     )
     plain, _ = SFT(model)({}, params, Batch(tokens, ones, ones > 0))
     torch.testing.assert_close(mean.value(), plain.value() + 0.7 * readings["load_balance"].value())

@@ -70,11 +70,11 @@ def plain_logps(model: Model, params: dict, rows: Batch) -> torch.Tensor:
 def test_one_forward_over_pairs_gives_every_answers_own_log_prob(config: llama.Config, n: int, seed: int) -> None:
     model, params = Model(llama.FAMILY, config), random_params(config, seed, torch.float64)
     both, adapted = pairs(config, n, seed), LORA.apply(params, moved(random_params(config, seed)))
-    found = pair_logps(model, adapted, both)
-    torch.testing.assert_close(found.chosen, plain_logps(model, adapted, both.chosen))
-    torch.testing.assert_close(found.rejected, plain_logps(model, adapted, both.rejected))
-    assert found.n_chosen.tolist() == both.chosen.target_mask().sum(1).tolist()
-    assert found.n_rejected.tolist() == both.rejected.target_mask().sum(1).tolist()
+    logps = pair_logps(model, adapted, both)
+    torch.testing.assert_close(logps.chosen, plain_logps(model, adapted, both.chosen))
+    torch.testing.assert_close(logps.rejected, plain_logps(model, adapted, both.rejected))
+    assert logps.n_chosen.tolist() == both.chosen.target_mask().sum(1).tolist()
+    assert logps.n_rejected.tolist() == both.rejected.target_mask().sum(1).tolist()
 
 
 def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> None:
@@ -96,8 +96,8 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
     # the model without deltas, a frozen tree of whole weights, and log-probs that were computed before
     live, metrics = stepped(start, both, {})
     with torch.no_grad():
-        held = pair_logps(model, params, both)
-    cached = both._replace(reference=torch.stack([held.chosen, held.rejected], 1))
+        reference_logps = pair_logps(model, params, both)
+    cached = both._replace(reference=torch.stack([reference_logps.chosen, reference_logps.rejected], 1))
     kept, again = stepped(start, cached, None)
     for a, b in zip(tree.leaves(live), tree.leaves(kept), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -149,9 +149,9 @@ def test_kto_raises_desirable_answers_above_undesirable_ones() -> None:
         (trainable, state), last = step.update(params, TrainState(trainable, state), unpaired)
     assert float(last["reward_desirable"]) > 0.1 > -0.1 > float(last["reward_undesirable"])
     with torch.no_grad():
-        held = torch.stack([answer_logps(model, params, one) for one in (rows, others)], 1)
+        reference_logps = torch.stack([answer_logps(model, params, one) for one in (rows, others)], 1)
     evaluate = value_and_grad(
-        lambda t: unpaired_preference(model, LORA, Kto(), None)(t, params, unpaired._replace(reference=held))[0]
+        lambda t: unpaired_preference(model, LORA, Kto(), None)(t, params, unpaired._replace(reference=reference_logps))[0]
     )
     live = value_and_grad(lambda t: unpaired_preference(model, LORA, Kto(), {})(t, params, unpaired)[0])
     for a, b in zip(tree.leaves(evaluate(trainable)), tree.leaves(live(trainable)), strict=True):
@@ -219,12 +219,12 @@ def test_a_distillation_step_moves_the_student_to_the_teacher() -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     teacher, batch, optimizer = Teacher(model, random_params(SMALL, 7)), random_batch(SMALL, 4, 13), AdamW(lr=2e-2)
     frozen, trainable = split_trainable(params, ("*",))
-    state, seen = optimizer.init(trainable), []
+    state, losses = optimizer.init(trainable), []
     step = kd_step(model, None, optimizer, teacher)
     for _ in range(40):
         (trainable, state), metrics = step.update(frozen, TrainState(trainable, state), batch)
-        seen.append(float(metrics["loss_nats"]))
-    assert seen[-1] < 0.2 * seen[0]
+        losses.append(float(metrics["loss_nats"]))
+    assert losses[-1] < 0.2 * losses[0]
     assert int(metrics["target_tokens"]) == int(batch.target_mask().sum())
 
 
@@ -240,10 +240,10 @@ def test_quantization_aware_gradients_are_those_at_the_rounded_weights() -> None
     aware = quantization_aware(plain, lambda t: tree.map(coarse, t))
     evaluate = value_and_grad(lambda t: aware(t, frozen, batch)[0])
     there = value_and_grad(lambda t: plain(t, frozen, batch)[0])
-    found, wanted = evaluate(whole), there(tree.map(lambda w: coarse(w).detach(), whole))
-    for a, b in zip(tree.leaves(found), tree.leaves(wanted), strict=True):
+    actual, wanted = evaluate(whole), there(tree.map(lambda w: coarse(w).detach(), whole))
+    for a, b in zip(tree.leaves(actual), tree.leaves(wanted), strict=True):
         torch.testing.assert_close(a, b)
-    assert not torch.equal(found[0].total, there(whole)[0].total)
+    assert not torch.equal(actual[0].total, there(whole)[0].total)
 
 
 def test_a_weight_that_trains_whole_must_be_in_the_tree() -> None:

@@ -59,8 +59,8 @@ def test_a_step_on_uneven_ranks_equals_one_process(world_size: int, tmp_path: Pa
     (new, _), metrics = one_step(batch._replace(loss_mask=torch.cat(masks)))
     wanted = dict(tree.items((new, metrics)))
     for rank in range(world_size):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert float(found.pop("mean")) == pytest.approx((world_size - 1) / 2)
-        assert found.keys() == wanted.keys()
+        on_rank = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert float(on_rank.pop("mean")) == pytest.approx((world_size - 1) / 2)
+        assert on_rank.keys() == wanted.keys()
         for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(on_rank[name], wanted[name], rtol=1e-5, atol=1e-6)

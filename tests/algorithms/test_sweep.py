@@ -55,46 +55,46 @@ def fresh(own: Lora, params: dict, seed: int) -> dict:
 def alone(model: Model, params: dict, own: Lora, optimizer: object, seed: int, data: list[Batch], micro: int) -> tuple:
     """(deltas, optimizer state, metrics of all steps) of one adapter trained by itself."""
     deltas = fresh(own, params, seed)
-    state, told = optimizer.init(deltas), []
+    state, history = optimizer.init(deltas), []
     step = train_step(sft(model, own), optimizer, micro_batch=micro)
     for batch in data:
         (deltas, state), metrics = step.update(params, TrainState(deltas, state), batch)
-        told.append(metrics)
-    return deltas, state, told
+        history.append(metrics)
+    return deltas, state, history
 
 
 def swept(
     model: Model, params: dict, rules: list[Lora], optimizers: list, seeds: list[int], data: list[Batch], micro: int
 ) -> tuple:
     deltas = sweep.stack([fresh(own, params, seed) for own, seed in zip(rules, seeds, strict=True)])
-    states, told = (
+    states, history = (
         [optimizer.init(part) for optimizer, part in zip(optimizers, sweep.unstack(deltas, len(rules)), strict=True)],
         [],
     )
     step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=micro)
     for batch in data:
         (deltas, states), metrics = step.update(params, TrainState(deltas, states), batch)
-        told.append(metrics)
-    return deltas, states, told
+        history.append(metrics)
+    return deltas, states, history
 
 
-def assert_close(found: tree.Tree, wanted: tree.Tree, tolerance: float) -> None:
+def assert_close(actual: tree.Tree, wanted: tree.Tree, tolerance: float) -> None:
     scale = max(float(leaf.abs().max()) for leaf in tree.leaves(wanted))
-    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * scale), found, wanted)
+    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * scale), actual, wanted)
 
 
 def assert_each_is_itself_alone(
     model: Model, params: dict, rules: list[Lora], optimizers: list, seeds: list[int], data: list[Batch], micro: int, near: float
 ) -> None:
     """Deltas within `near` of those of a run alone, as a share of the largest; metrics within ten times that; pads zero."""
-    found, _, told = swept(model, params, rules, optimizers, seeds, data, micro)
+    stacked, _, history = swept(model, params, rules, optimizers, seeds, data, micro)
     for i, (own, optimizer, seed) in enumerate(zip(rules, optimizers, seeds, strict=True)):
         mine = [Batch(*(x[i] for x in batch)) for batch in data]
         wanted, _, metrics = alone(model, params, own, optimizer, seed, mine, micro)
-        assert_close(sweep.adapter(found, i, own), wanted, near)
-        for ours, theirs in zip(told, metrics, strict=True):
+        assert_close(sweep.adapter(stacked, i, own), wanted, near)
+        for ours, theirs in zip(history, metrics, strict=True):
             assert_close({name: x[i] for name, x in ours.items()}, theirs, 10 * near)
-        for name, delta in found.items():
+        for name, delta in stacked.items():
             assert not delta.a[i, ..., own.rank_of(name) :, :].any()
             assert not delta.b[i, ..., own.rank_of(name) :].any()
 
@@ -163,12 +163,12 @@ def test_an_adapter_that_breaks_is_skipped_and_the_others_step_as_if_alone() -> 
     ]
     states = [optimizer.init(start) for optimizer, start in zip(optimizers, starts, strict=True)]
     step = sweep.sweep_step(model, CrossEntropy(), [own] * 3, optimizers, micro_batch=2)
-    (found, after), metrics = step.update(params, TrainState(sweep.stack(starts), states), batch)
+    (stacked, after), metrics = step.update(params, TrainState(sweep.stack(starts), states), batch)
     assert metrics["skipped"].tolist() == [0.0, 1.0, 0.0]
     for i, optimizer in enumerate(optimizers):
         one = train_step(sft(model, own), optimizer, micro_batch=2)
         (wanted, state), _ = one.update(params, TrainState(starts[i], states[i]), Batch(*(x[i] for x in batch)))
-        torch.testing.assert_close(sweep.adapter(found, i, own), wanted, rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(sweep.adapter(stacked, i, own), wanted, rtol=0.0, atol=1e-6)
         torch.testing.assert_close(after[i], state, rtol=0.0, atol=1e-6)
 
 

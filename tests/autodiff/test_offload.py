@@ -92,8 +92,8 @@ def alive(refs: Refs) -> int:
 
 def both(model: Model, late: Late) -> tuple[Model, Model]:
     """The model whose inputs stay, and the one whose inputs are away."""
-    lean = model._replace(n_remat=model.config.n_layers)
-    return lean, lean._replace(remat=offload.remat(late.mover))
+    on_device = model._replace(n_remat=model.config.n_layers)
+    return on_device, on_device._replace(remat=offload.remat(late.mover))
 
 
 def same(ours: Any, theirs: Any) -> None:
@@ -163,13 +163,13 @@ def test_steps_are_the_same_to_the_last_bit(rule: Lora | None) -> None:
     for model in both(Model(llama.FAMILY, CONFIG), late):
         objective = sft(model, rule)
         step, evaluate = steps.train_step(objective, optimizer, micro_batch=2), steps.eval_step(objective)
-        state, told = (trainable, optimizer.init(trainable)), []
+        state, history = (trainable, optimizer.init(trainable)), []
         for i in range(2):
             state, metrics = step.update(frozen, TrainState(*state), random_batch(CONFIG, 3, 11 + i, seed=i))
             n_events = len(late.events)
-            told.append((metrics, evaluate(state[0], frozen, random_batch(CONFIG, 1, 9, seed=9))))
+            history.append((metrics, evaluate(state[0], frozen, random_batch(CONFIG, 1, 9, seed=9))))
             assert len(late.events) == n_events  # nothing moves where no gradient is wanted
-        ends.append((list(state), told))
+        ends.append((list(state), history))
     same(ends[0], ends[1])
     n_blocks = 3 if rule is UPPER else 5  # below the first delta nothing is computed again
     assert sum(what == "send" for what, _ in late.events) == 2 * 2 * n_blocks
@@ -181,7 +181,7 @@ def test_preferences_and_two_forwards_before_one_backward_are_the_same_to_the_la
     params, late = random_params(CONFIG), Late()
     rows = [random_batch(CONFIG, 3, n, seed=n) for n in (7, 12)]
     deltas = tree.map(lambda x: x + 0.01, RULE.init(params, 0))
-    found = []
+    gradients = []
     for model in both(Model(llama.FAMILY, CONFIG), late):
         one = sft(model, RULE)
 
@@ -190,8 +190,8 @@ def test_preferences_and_two_forwards_before_one_backward_are_the_same_to_the_la
             return Mean(means[0].total * means[1].total, means[0].weight), {}
 
         dpo = preference(model, RULE, Dpo(), RULE.init(params, 1))
-        found.append((gradient(dpo, deltas, params, Pairs(*rows)), gradient(twice, deltas, params, rows)))
-    same(found[0], found[1])
+        gradients.append((gradient(dpo, deltas, params, Pairs(*rows)), gradient(twice, deltas, params, rows)))
+    same(gradients[0], gradients[1])
     assert sum(what == "send" for what, _ in late.events) == 3 * 5
     assert alive(late.sources + late.copies + late.returned) == 0
 
@@ -200,49 +200,49 @@ def test_a_sweep_and_routers_are_the_same_to_the_last_bit() -> None:
     params, late, rules = random_params(CONFIG), Late(), [Lora(2, 4.0, RULE.targets), Lora(3, 9.0, RULE.targets)]
     deltas = sweep.stack([rule.init(params, i) for i, rule in enumerate(rules)])
     batch = tree.map(lambda x: x.unflatten(0, (2, 3)), random_batch(CONFIG, 6, 9))
-    optimizers, found = [AdamW(lr=1e-2), AdamW(lr=1e-3)], []
+    optimizers, results = [AdamW(lr=1e-2), AdamW(lr=1e-3)], []
     for model in both(Model(llama.FAMILY, CONFIG), late):
         step = sweep.sweep_step(model, CrossEntropy(), rules, optimizers, micro_batch=2)
         states = [o.init(d) for o, d in zip(optimizers, sweep.unstack(deltas, 2), strict=True)]
-        found.append(step.update(params, TrainState(deltas, states), batch))
-    same(found[0], found[1])
+        results.append(step.update(params, TrainState(deltas, states), batch))
+    same(results[0], results[1])
     assert len(late.returned) == 2 * 4
 
     experts = Experts(n_experts=4, n_active=2, d_ff=7, names="qwen", layers=(True, False))
     config = FAMILIES["qwen3_moe"].config(**SIZES, experts=experts)
-    params, batch, found = random_params(config), random_batch(config, 2, 9), []
+    params, batch, results = random_params(config), random_batch(config, 2, 9), []
     for model in both(Model(FAMILIES["qwen3_moe"], config), late):
         objective = balanced(partial(sft, loss=CrossEntropy(), lora=None), model, 0.1)
-        found.append(gradient(objective, params, params, batch))
-    same(found[0], found[1])
+        results.append(gradient(objective, params, params, batch))
+    same(results[0], results[1])
     assert alive(late.sources + late.copies + late.returned) == 0
 
 
 def test_under_a_transform_inputs_stay_and_gradients_are_the_same() -> None:
     params, late = random_params(SMALL), Late()
-    deltas, batch, found = RULE.init(params, 0), random_batch(SMALL, 3, 9), []
+    deltas, batch, gradients = RULE.init(params, 0), random_batch(SMALL, 3, 9), []
     for model in both(Model(llama.FAMILY, SMALL), late):
         objective = sft(model, RULE)
 
         def of_row(leaves: Any, row: Any, objective: Any = objective) -> Mean:
             return objective(leaves, params, tree.map(lambda x: x[None], row))[0]
 
-        found.append(
+        gradients.append(
             (
                 per_example(of_row, chunk=2)(deltas, batch),
                 torch.func.grad(lambda leaves, objective=objective: objective(leaves, params, batch)[0].total)(deltas),
             )
         )
-    same(found[0], found[1])
+    same(gradients[0], gradients[1])
     assert not late.events
 
 
 def test_a_gradient_can_be_taken_twice_and_by_halves_but_not_of_itself() -> None:
     late, params, batch = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11)
-    lean, model = both(Model(llama.FAMILY, CONFIG), late)
+    on_device, model = both(Model(llama.FAMILY, CONFIG), late)
     adapted = RULE.apply(params, detached_leaves(RULE.init(params, 0)))
     upper, leaves = (adapted[f"model.layers.{i}.mlp.down_proj.weight"].b for i in (3, 0))
-    theirs = lean.hidden(adapted, batch).exp().sum()
+    theirs = on_device.hidden(adapted, batch).exp().sum()
     ours = model.hidden(adapted, batch).exp().sum()
     for wanted in ([upper], [leaves, upper], [leaves], [upper], [leaves]):
         same(*(list(torch.autograd.grad(y, wanted, retain_graph=True)) for y in (ours, theirs)))
@@ -274,8 +274,8 @@ def failing(fault: list[int]) -> Callable[..., Any]:
 def test_what_fails_or_is_never_differentiated_leaves_nothing_behind(at: int) -> None:
     late, params, batch, fault = Late(), random_params(CONFIG), random_batch(CONFIG, 2, 11), [0]
     deltas = RULE.init(params, 0)
-    lean, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
-    wanted = gradient(sft(lean, RULE), deltas, params, batch)
+    on_device, model = both(Model(llama.FAMILY, CONFIG, failing(fault)), late)
+    wanted = gradient(sft(on_device, RULE), deltas, params, batch)
     states = model.hidden(RULE.apply(params, detached_leaves(deltas)), batch)
     assert alive(late.sources) == 1
     assert alive(late.copies) == 5
@@ -319,25 +319,25 @@ def test_compiled_blocks_are_the_same_graphs_with_the_same_result() -> None:
 
 
 def test_the_side_stream_waits_for_the_computation_and_it_for_the_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    events: list[str] = []
 
     class Stream:
         def __init__(self, name: Any) -> None:
             self.name = name if isinstance(name, str) else "side"
 
         def wait_stream(self, other: "Stream") -> None:
-            told.append(f"{self.name} waits for {other.name}")
+            events.append(f"{self.name} waits for {other.name}")
 
         def wait_event(self, event: str) -> None:
-            told.append(f"{self.name} waits for {event}")
+            events.append(f"{self.name} waits for {event}")
 
         def record_event(self) -> str:
-            told.append(f"{self.name} marks {len(told)}")
-            return told[-1]
+            events.append(f"{self.name} marks {len(events)}")
+            return events[-1]
 
     class Sent(Tensor):
         def to(self, *args: Any, **how: Any) -> Tensor:
-            told.append(f"to {args[0]} {how} on {current[-1].name}")
+            events.append(f"to {args[0]} {how} on {current[-1].name}")
             return self
 
     @contextmanager
@@ -354,7 +354,7 @@ def test_the_side_stream_waits_for_the_computation_and_it_for_the_side_stream(mo
     away = mover.send(x)
     mover.wait(away)
     assert mover.wait(mover.fetch(away)) is x
-    assert told == [
+    assert events == [
         *("side waits for main", "to cpu {'non_blocking': True} on side", "side marks 2", "main waits for side marks 2"),
         *("side waits for main", "to cuda:0 {'non_blocking': True} on side", "side marks 6", "main waits for side marks 6"),
     ]
@@ -372,9 +372,9 @@ def on_cuda(n_layers: int, rows: int, length: int) -> tuple[llama.Config, Any, A
 @needs_cuda
 def test_on_cuda_gradients_are_those_of_inputs_that_stay() -> None:
     config, params, deltas, batch = on_cuda(7, 4, 1031)
-    lean = Model(llama.FAMILY, config, n_remat=7)
-    away = lean._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))
-    wanted = gradient(sft(lean, RULE), deltas, params, batch)
+    on_device = Model(llama.FAMILY, config, n_remat=7)
+    away = on_device._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))
+    wanted = gradient(sft(on_device, RULE), deltas, params, batch)
     for _ in range(5):
         same(gradient(sft(away, RULE), deltas, params, batch), wanted)
 
@@ -392,8 +392,8 @@ def test_on_cuda_what_is_sent_lies_in_pinned_memory_and_returns_to_the_last_bit(
 @needs_cuda
 def test_on_cuda_the_peak_is_lower_by_the_inputs_of_most_blocks() -> None:
     config, params, deltas, batch = on_cuda(16, 4, 1024)
-    lean, peaks = Model(llama.FAMILY, config, n_remat=16), []
-    for model in (lean, lean._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))):
+    on_device, peaks = Model(llama.FAMILY, config, n_remat=16), []
+    for model in (on_device, on_device._replace(remat=offload.remat(offload.side_stream(torch.device("cuda"))))):
         for _ in range(2):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -41,8 +41,8 @@ def test_per_example_is_a_loop(config: llama.Config, seed: int, rows: int, chunk
         mean, wanted = value_and_grad(lambda t, i=i: fn(t, Batch(*(x[i] for x in batch))))(trainable)
         scale = max(float(g.abs().max()) for g in tree.leaves(wanted)) or 1.0
         tolerance = 1e-10 if wide else 1e-5
-        for found, g in zip(tree.leaves(grads), tree.leaves(wanted), strict=True):
-            torch.testing.assert_close(found[i], g, rtol=0.0, atol=tolerance * scale)
+        for per_row, g in zip(tree.leaves(grads), tree.leaves(wanted), strict=True):
+            torch.testing.assert_close(per_row[i], g, rtol=0.0, atol=tolerance * scale)
         torch.testing.assert_close(Mean(means.total[i], means.weight[i]), mean, rtol=tolerance, atol=tolerance)
 
 

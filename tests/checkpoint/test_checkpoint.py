@@ -4,7 +4,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitune import checkpoint, models, tree
+from minitune.checkpoint.generation_config import end_ids
 from minitune.checkpoint.tensors import WORDS
 from minitune.errors import InputError
 from minitune.io import paths
@@ -31,6 +31,7 @@ from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.state import AbstractState
 from minitune.types import Delta
 from support.allocation import AllocatedBytes
+from support.faults import Faults, Killed
 from support.models import SMALL, configs, random_batch, random_params, reference, save_reference
 
 MODEL = Model(llama.FAMILY, SMALL)
@@ -48,9 +49,9 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 
 
 def save(folder: Path, params: dict[str, torch.Tensor], tokenizer: Path, model: Model = MODEL, **options: Any) -> None:
-    told = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
-    beside = checkpoint.FolderExtras(**{"tokenizer": tokenizer, "stop_ids": [3], **told})
-    checkpoint.save_folder(folder, params, model, beside, **options)
+    fields = {name: options.pop(name) for name in ("source", "template", "stop_ids") if name in options}
+    extras = checkpoint.FolderExtras(**{"tokenizer": tokenizer, "stop_ids": [3], **fields})
+    checkpoint.save_folder(folder, params, model, extras, **options)
 
 
 @settings(max_examples=8)
@@ -69,9 +70,9 @@ def test_what_is_saved_loads_in_transformers_with_the_same_logits(
     with torch.no_grad():
         wanted = hf.eval()(tokens).logits
     # on a processor that does not multiply bfloat16 the logits are float32
-    found = Model(llama.FAMILY, config).forward(params, tokens).float()
+    logits = Model(llama.FAMILY, config).forward(params, tokens).float()
     torch.testing.assert_close(
-        found, wanted.float(), rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1
+        logits, wanted.float(), rtol=0, atol=1e-5 * float(wanted.abs().max()) if dtype == torch.float32 else 0.1
     )
     assert models.open(folder).config == config
     back = checkpoint.load_params(folder, shapes(config))
@@ -186,8 +187,8 @@ def test_a_folder_without_generation_config_goes_on_stopping_where_its_config_sa
     save_reference(SMALL, params, tmp_path / "source")
     (tmp_path / "source/generation_config.json").unlink()
     config = json.loads((tmp_path / "source/config.json").read_text(encoding="utf-8"))
-    for found, wanted in (([5, 7], [5, 7, 2]), (5, [5, 7, 2]), (None, [7, 2]), (7, [7, 2])):
-        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": found}), encoding="utf-8")
+    for in_config, wanted in (([5, 7], [5, 7, 2]), (5, [5, 7, 2]), (None, [7, 2]), (7, [7, 2])):
+        (tmp_path / "source/config.json").write_text(json.dumps({**config, "eos_token_id": in_config}), encoding="utf-8")
         save(tmp_path / "out", params, tokenizer_folder, source=tmp_path / "source", stop_ids=[7, 2])
         assert json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8")) == {"eos_token_id": wanted}
 
@@ -345,6 +346,36 @@ def test_a_generation_config_that_is_none_is_refused_before_anything_is_loaded(t
             abstract_state(ModelSource(path=str(tmp_path / "model")), AbstractState({}, MODEL, {}))
 
 
+END_IDS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "a list": ([6, 2, 9], 3, (6, 2, 9)),
+    "one": (9, [3], (9,)),
+    "none, so config.json's": (None, [3, 4], (3, 4)),
+    "no file, so config.json's": (..., 3, (3,)),
+    "nowhere": (..., None, ()),
+}
+
+
+@pytest.mark.parametrize("name", END_IDS)
+def test_end_ids_are_those_of_generation_config_else_of_config(name: str, tmp_path: Path) -> None:
+    said, in_config, expected = END_IDS[name]
+    config = {**llama.FAMILY.to_hf(SMALL), "eos_token_id": in_config}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if said is not ...:
+        content = json.dumps({"eos_token_id": said, "do_sample": True})
+        (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
+    assert end_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [[2]], [-1], [2.5], True, 2**31, {"a": 1}])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_ids_that_are_no_token_ids_are_refused(value: Any, file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama.FAMILY.to_hf(SMALL)), encoding="utf-8")
+    content = json.loads((tmp_path / file).read_text(encoding="utf-8")) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps({**content, "eos_token_id": value}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"{file} eos_token_id: .*, expected a token id or a list of them; correct it"):
+        end_ids(tmp_path)
+
+
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json does not exist, expected a Hugging Face folder"):
         models.open(tmp_path)
@@ -377,56 +408,6 @@ def test_a_state_comes_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path: P
     tree.map(lambda x, y: torch.testing.assert_close(x, y + 10, rtol=0, atol=0), state, STATE)
     checkpoint.save_state(tmp_path, 100_000_001, STATE, {}, keep=2)
     assert [p.name for p in checkpoint.list_states(tmp_path)] == ["step-100000000", "step-100000001"]
-
-
-class Killed(BaseException):
-    """What no cleanup survives: from the chosen operation on, nothing reaches the disk any more."""
-
-
-class Faults:
-    """Fails the k-th write, sync, rename, mkdir or removal; with Killed every later one too, with an OSError none."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:
-        self.left, self.error = at, error
-        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-            patch.setattr(os, name, self.failing(getattr(os, name)))
-        opened = Path.open
-
-        def opens(path: Path, *args: Any, **options: Any) -> Any:
-            file = opened(path, *args, **options)
-            return Torn(file, self) if "w" in file.mode else file
-
-        patch.setattr(Path, "open", opens)
-
-    def failing(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **options: Any) -> Any:
-            self.left -= 1
-            if self.left == 0 or (self.left < 0 and isinstance(self.error, Killed)):
-                raise self.error
-            return real(*args, **options)
-
-        return called
-
-
-class Torn:
-    """A file whose write may fail, and then leaves half of its bytes."""
-
-    def __init__(self, file: Any, faults: Faults) -> None:
-        self.file, self.faults = file, faults
-
-    def write(self, data: Any) -> None:
-        half = len(data) // 2
-        self.faults.failing(self.file.write)(data[:half])
-        self.faults.failing(self.file.write)(data[half:])
-
-    def __enter__(self) -> "Torn":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
 
 
 def moved(step: int) -> Any:
@@ -504,18 +485,18 @@ def test_a_small_disk_keeps_what_it_holds(n_kib: int, tmp_path: Path) -> None:
     if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        state, steps, told = {"w": torch.arange(3072.0)}, [], []
+        state, steps, errors = {"w": torch.arange(3072.0)}, [], []
         for step in range(1, 5):
             try:
                 checkpoint.save_state(disk, step, state, {}, keep=3)
                 steps.append(step)
             except InputError as error:
-                told.append(str(error))
-            found = checkpoint.list_states(disk)
-            assert [checkpoint.load_state(path, state)[1]["step"] for path in found] == steps[-3:]
-            assert all(torch.equal(checkpoint.load_state(path, state)[0]["w"], state["w"]) for path in found)
-        assert all(re.search(r"needs 12,288 bytes .* has [\d,]+ free|does not fit on its disk", line) for line in told)
-        assert (told == []) == (n_kib >= 128)
+                errors.append(str(error))
+            states = checkpoint.list_states(disk)
+            assert [checkpoint.load_state(path, state)[1]["step"] for path in states] == steps[-3:]
+            assert all(torch.equal(checkpoint.load_state(path, state)[0]["w"], state["w"]) for path in states)
+        assert all(re.search(r"needs 12,288 bytes .* has [\d,]+ free|does not fit on its disk", line) for line in errors)
+        assert (errors == []) == (n_kib >= 128)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -24,7 +24,7 @@ from minitune.models.families import llama
 from minitune.programs.loading import ModelSource, load
 from minitune.programs.state import LoadedModel
 from minitune.text import tokenizer
-from minitune.text.chat import encode_prompt, open_template, stop_ids
+from minitune.text.chat import encode_prompt, open_template
 from minitune.types import Delta, Params
 
 TURNS = ("two apples and a pear to Anna", "and one more")
@@ -39,15 +39,14 @@ def loaded() -> LoadedModel:
 def said(loaded: LoadedModel, params: Params, *turns: str, system: str | None = None) -> list[str]:
     """The answers of a conversation, each by greedy decoding of all before it."""
     messages = [{"role": "system", "content": system}] if system else []
-    found = []
+    answers = []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         ids = encode_prompt(loaded.tokenizer, loaded.template, messages)
-        stops = stop_ids(loaded.tokenizer, loaded.template)
-        row = greedy(loaded.model, params, [ids], max_new_tokens=N_NEW, stop_ids=stops)[0]
-        found.append(loaded.tokenizer.decode(row, skip_special=True))
-        messages.append({"role": "assistant", "content": found[-1]})
-    return found
+        row = greedy(loaded.model, params, [ids], max_new_tokens=N_NEW, stop_ids=loaded.stop_ids)[0]
+        answers.append(loaded.tokenizer.decode(row, skip_special=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
 
 
 @pytest.fixture
@@ -93,15 +92,25 @@ def test_draws_are_the_seeds(talked: Any) -> None:
 
 
 def test_options_reach_the_template(talked: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(paths.locate("demo"), tmp_path / "told")
+    folder = shutil.copytree(paths.locate("demo"), tmp_path / "options")
     source = open_template(folder, tokenizer.open_tokenizer(folder)).source
     (folder / "chat_template.jinja").write_text("{% if short %}{{ 'Say less: ' }}{% endif %}" + source, encoding="utf-8")
-    told = load(ModelSource(path=str(folder), chat_template_kwargs={"short": True}), Path(), 0)
+    loaded = load(ModelSource(path=str(folder), chat_template_kwargs={"short": True}), Path(), 0)
     quiet = load(ModelSource(path=str(folder)), Path(), 0)
-    answer = said(told, told.params, TURNS[0])
+    answer = said(loaded, loaded.params, TURNS[0])
     assert answer != said(quiet, quiet.params, TURNS[0])
-    found = talked(TURNS[0], options=("--chat-template-kwargs", '{"short": true}'), folder=str(folder))
-    assert found[0] == f"{answer[0]}\n"
+    lines = talked(TURNS[0], options=("--chat-template-kwargs", '{"short": true}'), folder=str(folder))
+    assert lines[0] == f"{answer[0]}\n"
+
+
+def test_an_answer_ends_at_every_end_token_of_generation_config(talked: Any, loaded: LoadedModel, tmp_path: Path) -> None:
+    prompt = encode_prompt(loaded.tokenizer, loaded.template, [{"role": "user", "content": TURNS[0]}])
+    free = greedy(loaded.model, loaded.params, [prompt], max_new_tokens=N_NEW, stop_ids=[])[0]
+    folder = shutil.copytree(paths.locate("demo"), tmp_path / "ends")
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [6, 2, {free[3]}]}}', encoding="utf-8")
+    assert load(ModelSource(path=str(folder)), Path(), 0).stop_ids == [*loaded.stop_ids, free[3]]
+    wanted = loaded.tokenizer.decode(free[: free.index(free[3])], skip_special=True)
+    assert talked(TURNS[0], folder=str(folder))[0] == f"{wanted}\n"
 
 
 def test_an_adapter_is_applied_without_merging(talked: Any, loaded: LoadedModel, tmp_path: Path) -> None:
@@ -213,7 +222,5 @@ def test_what_is_refused(words: list[str], message: str, capsys: pytest.CaptureF
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["chat", "--help"])
-    assert stopped.value.code == 0
+    assert main(["chat", "--help"]) == 0
     assert "--repetition-penalty R" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """The command line: verbs, exit codes, messages, and that looking is cheap."""
 
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,13 +12,17 @@ from typing import Any, Never
 import pytest
 
 import minitune
+import minitune.__main__
 from minitune import __version__
 from minitune.__main__ import main
+from minitune.cli import guesses
+from minitune.cli.verbs import VERBS
 from minitune.errors import InputError
 from minitune.io import paths, toml
-from minitune.programs import loading, program, run
-from minitune.programs.signals import StopSignals
-from minitune.programs.state import Stopped
+from minitune.programs import check as checks
+from minitune.programs import program, run
+from minitune.programs.signals import Stopped, StopSignals
+from support.paths import ROOT
 from support.scripts import run_script
 
 # Packages that take seconds to import, and that neither a check nor a run without a logger of metrics needs.
@@ -64,7 +70,55 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], words: list[s
     assert main(words) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: python -m minitune PROGRAM.toml [KEY=VALUE ...]")
-    assert all(f"\n  {verb} " in out for verb in ("ls", "cp", "show", "check", "schema"))
+    assert all(f"\n  {verb.usage}\n" in out for verb in VERBS.values())
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("form", [("{}", "--help"), ("{}", "x", "-h"), ("help", "{}")])
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str, form: tuple[str, ...]) -> None:
+    assert main([word.format(verb) for word in form]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: python -m minitune {verb}")
+    assert len(out.splitlines()) > 2
+    assert err == ""
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_program_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lora", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m minitune lora [KEY=VALUE ...]\n\nPuts deltas on the model.\n(a second line)\n")
+    assert "`python -m minitune show lora` prints its keys" in out
+
+
+@pytest.mark.parametrize(
+    ("started_as", "me"),
+    [("/usr/bin/minitune", "minitune"), ("C:/x/minitune.exe", "minitune"), ("/x/minitune/__main__.py", "python -m minitune")],
+)
+def test_help_names_the_command_as_it_was_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, started_as: str, me: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started_as])
+    for words in (["--help"], ["check", "--help"], ["download", "--help"], ["lora", "--help"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith(f"usage: {me} ")
+
+
+@pytest.mark.parametrize("word", guesses.HINTS)
+def test_what_people_type_first_is_answered_in_one_sentence(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    err = refused(capsys, word)
+    assert err.startswith(f"minitune: {word} is no file, no verb and no shipped program; ")
+    assert len(err) < 300
+
+
+def test_hints_name_verbs_and_programs_that_exist() -> None:
+    known = {*VERBS, *paths.shipped(), "PROGRAM.toml", "--version"}
+    for sentence in guesses.NAMES.values():
+        named = re.findall(r"\{me\} ([\w.-]+)", sentence)
+        assert set(named) <= known, sentence
+        assert all((ROOT / file).is_file() for file in re.findall(r"programs/\w+\.toml", sentence))
+    assert not {*guesses.HINTS} & {*VERBS, *paths.shipped()}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +192,7 @@ def test_check_prints_findings_or_the_error(
             raise InputError("lora: target 'x' matches no weight")
         return [f"model: {source.path}", f"data: {len(sources)}"]
 
-    monkeypatch.setattr(loading, "check", check)
+    monkeypatch.setattr(checks, "check", check)
     assert main(["check", "lora"]) == 0
     assert capsys.readouterr().out == f"program: {shipped / 'lora.toml'}\nmodel: demo\ndata: 0\n"
     assert refused(capsys, "check", "lora", "lora.rank=1") == "lora: target 'x' matches no weight\n"
@@ -155,17 +209,18 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["lroa"],
-            "minitune: lroa is no file, no verb and no shipped program, expected one of ls, cp, show, check, plan, schema, ",
+            "minitune: lroa is no file, no verb and no shipped program; did you mean 'lora'? "
+            "`python -m minitune ls` lists the programs, --help the verbs",
         ),
-        (["programs/lroa.toml"], "demo/pretrain, lora; did you mean 'lora'?"),
+        (["programs/lroa.toml"], "did you mean 'lora'?"),
         (["shwo", "lora"], "did you mean 'show'?"),
-        (["--verbose"], "minitune: --verbose is no file, no verb and no shipped program, expected one of ls"),
+        (["--verbose"], "minitune: --verbose is no file, no verb and no shipped program; `python -m minitune ls` lists"),
         (["show", "lroa"], "did you mean 'lora'?"),
         (["show"], "minitune: show without a program, expected show PROGRAM [KEY=VALUE ...]"),
         (["check"], "minitune: check without a program, expected check PROGRAM [KEY=VALUE ...]"),
         (["ls", "x"], "minitune: ls x, expected ls alone"),
         (["schema", "x"], "minitune: schema x, expected schema alone"),
-        (["lora", "lora.rnk=1"], "program: 'lora.rnk=1' on the command line: stage[0].rnk is unknown, expected one of"),
+        (["lora", "lora.rnk=1"], "program: 'lora.rnk=1' on the command line: lora.rnk is unknown, expected one of"),
         (["check", "nowhere"], "minitune: nowhere is no file"),
         (["demo/pretrain"], "pretrain.toml: model is missing, expected table; add it"),
     ],
@@ -199,22 +254,45 @@ def test_a_stopped_run_says_how_to_go_on(
 
 
 @pytest.mark.usefixtures("shipped")
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_in_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def run_program(loaded: program.Program, stop: StopSignals) -> Never:
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run_program", run_program)
-    for error in (ValueError("a bug"), RuntimeError("another")):
-        with pytest.raises(type(error), match=str(error)):
-            main(["lora"])
-    error = KeyboardInterrupt()
     assert main(["lora"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_the_process_ends_with_the_exit_code_however_late_an_interrupt_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted() -> Never:
+        raise KeyboardInterrupt
+
+    for ended, code in ((lambda: 3, 3), (interrupted, 130)):
+        monkeypatch.setattr(minitune.__main__, "main", ended)
+        with pytest.raises(SystemExit) as end:
+            minitune.__main__.start()
+        assert end.value.code == code
+        monkeypatch.setattr(minitune.__main__, "main", main)
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_closed_stdout_and_a_narrow_encoding_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["ls"]) == 0
+    sys.stdout.close()
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setitem(VERBS, "ls", VERBS["ls"]._replace(run=lambda words: sys.stdout.write("é\n") and 0))
+    assert main(["ls"]) == 0
+    assert written.getvalue() == b"\\xe9\n"
 
 
 def test_looking_needs_no_torch() -> None:
     look = "import sys; from minitune.__main__ import main; codes = [main([word]) for word in ('--help', 'ls', 'lroa')]; "
-    found = "sys.exit('torch' in sys.modules or codes != [0, 0, 2])"
-    subprocess.run([sys.executable, "-c", look + found], check=True, stdout=subprocess.DEVNULL)
+    torch_is_missing = "sys.exit('torch' in sys.modules or codes != [0, 0, 2])"
+    subprocess.run([sys.executable, "-c", look + torch_is_missing], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_python_m_minitune(tmp_path: Path) -> None:
@@ -222,7 +300,7 @@ def test_python_m_minitune(tmp_path: Path) -> None:
         [sys.executable, "-m", "minitune", "absent.toml"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("minitune: absent.toml is no file, no verb and no shipped program, expected one of ls, ")
+    assert done.stderr.startswith("minitune: absent.toml is no file, no verb and no shipped program; ")
 
 
 @pytest.mark.parametrize("words", [["ls"], ["schema"], ["check", "lora"]])
@@ -249,8 +327,8 @@ def test_a_run_imports_and_compiles_little_before_its_first_step(tmp_path: Path)
     """What a user waits for before the first step, counted in modules and graphs, which are the same on every machine."""
     words = ["lora", f"out={tmp_path}", "train.steps=1", "train.batch_size=1", "before.limit=1", "after.limit=1"]
     words += ["before.max_new_tokens=1", "after.max_new_tokens=1"]
-    told = run_script("cli_imports", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    code, text, with_torch, imported, n_graphs = json.loads(told)
+    printed = run_script("cli_imports", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    code, text, with_torch, imported, n_graphs = json.loads(printed)
     assert (code, text, with_torch) == (0, f"program: {paths.program_file('lora')}\n", False)
     assert not HEAVY & set(imported)
     assert n_graphs == 0  # on a CPU blocks run as they are: compiling them takes longer than a short run

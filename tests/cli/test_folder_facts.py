@@ -1,31 +1,43 @@
 """Folders as a whole: complete when written, and whatever is wrong with what is read is one clear error."""
 
+import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import tokenizers
 import torch
+from pyarrow import parquet
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitune import checkpoint, host, models
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.cli.inspect import summarize
+from minitune.data import readers
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
-from minitune.io import paths
+from minitune.io import array_cache, paths
+from minitune.io.json_file import read_json
+from minitune.io.results import require_unharmed, result_folder
 from minitune.lora import Lora, check_deltas
 from minitune.models import Model
 from minitune.models.families import llama
-from minitune.programs import program
+from minitune.programs import program, records
+from minitune.programs.log import Log, LogConfig
+from minitune.programs.report import report
+from minitune.programs.run_folder import Manifest, Start, write_record
 from minitune.text import tokenizer
 from minitune.text.chat import encode_chat, encode_prompt, open_template, stop_ids
 from minitune.text.template import render
@@ -36,7 +48,7 @@ DEMO = paths.PACKAGE / "demo/model"
 DEMO_TEXT = tokenizer.open_tokenizer(DEMO)
 DEMO_TEMPLATE = open_template(DEMO, DEMO_TEXT)
 N_MUTATIONS = 2_000  # in all; the soak runs N_SOAK
-N_SOAK = 100_000
+N_SOAK = int(os.environ.get("MINITUNE_SOAK_MUTATIONS", "100000"))
 TEMPLATE = """\
 {% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -137,8 +149,8 @@ def read_text(folder: Path) -> None:
 
 def read_adapter(folder: Path) -> None:
     shapes = MODEL.shapes()
-    rule, found, _ = load_adapter(folder, names=shapes)
-    check_deltas({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, found, str(folder))
+    rule, deltas, _ = load_adapter(folder, names=shapes)
+    check_deltas({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, deltas, str(folder))
     assert isinstance(rule, Lora)
 
 
@@ -215,12 +227,36 @@ def test_a_bad_adapter_is_refused_with_file_and_tensor(name: str, whole: Path, t
         read_adapter(folder)
 
 
+def show_report(content: dict[str, Any]) -> None:
+    Console(file=io.StringIO()).print(report("x", content))
+
+
+def open_log(folder: Path) -> None:
+    with Log(folder, LogConfig(), {}, Console(file=io.StringIO())) as log:
+        log.begin("train")
+        log.rewind(1)
+
+
+def read_pieces(folder: Path) -> None:
+    tokenizer.open_tokenizer(folder).encode("Nine lamps.")
+
+
+def open_cache(folder: Path) -> None:
+    """Open a cache and make it anew where it is damaged."""
+    if not array_cache.is_whole(folder):
+        with array_cache.filling(folder) as aside:
+            np.save(aside / "tokens.npy", np.arange(40, dtype=np.int32))
+            (aside / "report.json").write_text('{"n": 40}', encoding="utf-8")
+    assert array_cache.load(folder, "tokens")[0].tolist() == list(range(40))
+
+
 class Subject(NamedTuple):
-    """A file, what reads it, and how many of its first bytes are worth mutating."""
+    """A file, what reads it, how many of its first bytes are worth mutating, and whether a damaged one is refused."""
 
     file: str
     read: Callable[[Path], Any]
     first: int = 10**6
+    is_refused: bool = True  # False: what is damaged is left out, or made again
 
 
 SUBJECTS = (
@@ -240,6 +276,19 @@ SUBJECTS = (
     Subject("step-00000001/state.json", lambda folder: checkpoint.load_state(folder, STATE)),
     Subject("step-00000001/state.safetensors", lambda folder: checkpoint.load_state(folder, STATE)),
 )
+RUN_FILES = (
+    Subject("run/records.json", lambda folder: records.read_records(folder / "records.json")),
+    Subject("run/summary.json", lambda folder: show_report(records.read_summary(folder / "summary.json"))),
+    Subject("run/manifest.json", lambda folder: read_json(folder / "manifest.json", Manifest, "runs", "begin afresh")),
+    Subject("run/metrics.jsonl", lambda folder: open_log(folder), is_refused=False),
+    Subject("run/.save/.minitune-files.json", lambda folder: require_unharmed(folder), is_refused=False),
+    Subject("rows.parquet", lambda folder: list(readers.read_rows(folder / "rows.parquet"))),
+    Subject("pieces/tokenizer.model", read_pieces, 3000),
+    Subject("cache/tokens.npy", lambda folder: open_cache(folder), is_refused=False),
+    Subject("cache/report.json", lambda folder: open_cache(folder), is_refused=False),
+    Subject("cache/checksums.json", lambda folder: open_cache(folder), is_refused=False),
+)
+SUBJECTS += RUN_FILES
 STATE = {"w": torch.arange(6.0), "n": torch.tensor(3)}
 SPICE = (
     *(b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"\\ud800"),
@@ -296,7 +345,33 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "tool_calls": [{"name": "f"}]}]
     (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
     (folder / "program.toml").write_text(PROGRAM, encoding="utf-8")
+    write_run_files(folder)
     return folder
+
+
+def write_run_files(folder: Path) -> None:
+    """Write what a run leaves, with a token cache, a save, rows in parquet and a sentencepiece tokenizer."""
+    sample = {"prompt": "Hi?", "reference": "Yes.", "answer": "No."}
+    measured = {"loss_nats": 1.5, "exact_match": 0.5, "n_prompts": 2, "samples": [sample], "time_s": 0.25}
+    trained = {"top": {"steps": 3, "tokens_per_s": 10.5}, "n_skipped": 1, "steps": 3, "time_s": 1.5}
+    run = folder / "run"
+    (run / ".save").mkdir(parents=True)
+    stages = {"before": measured, "train": trained, "save": {"what": "deltas", "path": "runs/x"}}
+    write_record(run / "records.json", stages)
+    write_record(run / "summary.json", records.summary(stages))
+    start = Start("2026-01-01T00:00:00", "here", 7, {"minitune": "0.1.0"})
+    write_record(run / "manifest.json", Manifest(0, {"a.jsonl": {"sha256": "00", "bytes": 2}}, (start,)))
+    row = {"stage": "train", "step": 1, "loss": 1.5}
+    (run / "metrics.jsonl").write_text(2 * (json.dumps(row) + "\n"), encoding="utf-8")
+    with result_folder(run / "save") as aside:
+        (aside / "model.safetensors").write_bytes(b"weights")
+    shutil.rmtree(run / ".save")
+    (run / "save").rename(run / ".save")
+    parquet.write_table(pa.Table.from_pylist([{"text": "one"}, {"text": "two"}]), folder / "rows.parquet")
+    shutil.copytree(DEMO, folder / "pieces", ignore=lambda _, names: [name for name in names if "safetensors" in name])
+    with array_cache.filling(folder / "cache") as aside:
+        np.save(aside / "tokens.npy", np.arange(40, dtype=np.int32))
+        (aside / "report.json").write_text('{"n": 40}', encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +390,7 @@ def test_soak_mutated_files(i: int, whole: Path, tmp_path: Path) -> None:
 def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     """Read n mutations of a subject: nothing but InputError is raised, and all within 256 MiB. One that is never done with runs
     into the limit that guards every test."""
-    file, read, first = SUBJECTS[i]
+    file, read, first, is_refused = SUBJECTS[i]
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
     place = (folder / file).parent if "/" in file else folder
     content = (folder / file).read_bytes()
@@ -323,6 +398,7 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     refused, before = 0, host.peak_bytes()
     for number in range(n):
         damaged = mutated(content, first, SPICE, random.Random(f"{seed} {file} {number}"))
+        (folder / file).parent.mkdir(exist_ok=True)  # a damaged cache is removed
         (folder / file).write_bytes(damaged)
         try:
             read(place)
@@ -330,5 +406,5 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
             refused += 1
         except Exception as error:
             raise AssertionError(f"mutation {number} of {file} raised {error!r}: {damaged[:3000]!r}") from error
-    assert refused > n / 10
+    assert refused > n / 10 or not is_refused
     assert host.peak_bytes() - before < 256 * 2**20

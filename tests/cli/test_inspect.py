@@ -121,11 +121,11 @@ PACKED = {  # a weight of 16 x 64 as formats keep it, and what their config.json
 
 @pytest.mark.parametrize("method", PACKED)
 def test_packed_weights_count_as_what_they_stand_for(method: str, tmp_path: Path) -> None:
-    tensors, more, told = PACKED[method]
+    tensors, more, scheme = PACKED[method]
     save_file({**tensors, "norm.weight": torch.ones(5)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, **more}}), encoding="utf-8")
     rows = summarize(tmp_path).rows
-    assert (rows["parameters"], rows["quantized"]) == (f"{16 * 64 + 5:,}", told)
+    assert (rows["parameters"], rows["quantized"]) == (f"{16 * 64 + 5:,}", scheme)
 
 
 def folder(path: Path, **files: Any) -> Path:
@@ -236,13 +236,13 @@ def test_what_is_missing_or_damaged_is_told_after_the_table(tmp_path: Path, caps
     assert main(["inspect", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "llama" in out
-    told = err.splitlines()
-    assert len(told) == 3
-    assert "points to '../out.safetensors', expected a file in its own folder" in told[0]
-    assert "gone.safetensors does not exist" in told[1]
+    faults = err.splitlines()
+    assert len(faults) == 3
+    assert "points to '../out.safetensors', expected a file in its own folder" in faults[0]
+    assert "gone.safetensors does not exist" in faults[1]
     assert (
         f"model.safetensors is no whole safetensors file (its tensors end at byte {len(whole)}, the file at {len(whole) - 3})"
-        in told[2]
+        in faults[2]
     )
 
 

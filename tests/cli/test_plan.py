@@ -186,30 +186,32 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     dpo = TRAIN.replace('data = "train"', 'name = "dpo"\ndata = "pairs"\nloss = { kind = "dpo" }')
-    told = plan_of(capsys, tmp_path, tiny, LORA + TRAIN + dpo)
-    assert re.search(r"train: 4 x 256 tokens at a time need [\d.]+ MiB, \d+% of the [\d,]+ MiB of this machine's cpu: fits", told)
-    assert "dpo: 8 x 256 tokens at a time need" in told
+    printed = plan_of(capsys, tmp_path, tiny, LORA + TRAIN + dpo)
+    assert re.search(
+        r"train: 4 x 256 tokens at a time need [\d.]+ MiB, \d+% of the [\d,]+ MiB of this machine's cpu: fits", printed
+    )
+    assert "dpo: 8 x 256 tokens at a time need" in printed
     assert not list(tmp_path.glob("runs/*"))
     sft, preferred = planned(program.load(tmp_path / "p.toml"))
     assert preferred.parts["second model"] == tree.n_bytes(preferred.step.trainable)
     assert preferred.flops_per_token > sft.flops_per_token
 
     monkeypatch.setattr(plan, "_memory_bytes", lambda device: sft.n_bytes // 2)
-    told = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
-    assert "does not fit\n  with train.micro_batch_size=1: " in told
-    assert told.endswith(", fits\n")
+    printed = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
+    assert "does not fit\n  with train.micro_batch_size=1: " in printed
+    assert printed.endswith(", fits\n")
     monkeypatch.setattr(plan, "_memory_bytes", lambda device: 1000)
-    told = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
-    assert "and train.optimizer.kind=adamw8bit" in told
-    assert told.endswith("  or a smaller model, or a lora stage in place of a full one\n")
+    printed = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
+    assert "and train.optimizer.kind=adamw8bit" in printed
+    assert printed.endswith("  or a smaller model, or a lora stage in place of a full one\n")
 
 
 def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) -> None:
     """The step of a real run, compared with that of the plan."""
-    seen: dict[str, Any] = {}
+    loaded_by: dict[str, Any] = {}
 
     def spy(stage: Train, state: PipelineState, *_: Any) -> Any:
-        seen[stage.label] = state.loaded
+        loaded_by[stage.label] = state.loaded
         raise InputError("seen")
 
     stages = NF4 + LORA.replace("targets", 'train = ["*norm.weight"]\ndora = true\ntargets') + TRAIN
@@ -217,11 +219,11 @@ def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) ->
         assert start(tmp_path, tiny, stages, "model.dtype=bfloat16") == 2
     (one,) = planned(program.load(tmp_path / "p.toml", ["model.dtype=bfloat16"]))
 
-    def told(leaves: Any) -> dict[str, Any]:
+    def leaf_shapes(leaves: Any) -> dict[str, Any]:
         return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in tree.items(leaves)}
 
-    assert told(one.step.trainable) == told(seen["train"].trainable)
-    assert told(one.step.params) == told(seen["train"].params)
+    assert leaf_shapes(one.step.trainable) == leaf_shapes(loaded_by["train"].trainable)
+    assert leaf_shapes(one.step.params) == leaf_shapes(loaded_by["train"].params)
 
 
 def test_a_program_that_trains_nothing_is_refused(

@@ -183,8 +183,8 @@ def test_no_family_waits_or_makes_a_tensor_on_the_host(name: str) -> None:
     if getattr(config, "experts", None) is not None:
         objective = balanced(lambda model: sft(model, rule), model, 0.1)
     with simulated(WITHOUT_FLOAT64):
-        held, deltas = on_device((params, rule.init(params, 0)))
-        _, grads = gradient(objective, held, deltas, ROWS)
+        weights, deltas = on_device((params, rule.init(params, 0)))
+        _, grads = gradient(objective, weights, deltas, ROWS)
         assert {x.device for x in tree.leaves(grads)} == {META}
 
 
@@ -297,22 +297,22 @@ def test_rows_that_are_read_a_step_late_are_the_same_rows(
     assert all(torch.equal(late[name], at_once[name]) for name in at_once)
 
 
-@pytest.mark.parametrize("found", [None, "mps"])
+@pytest.mark.parametrize("accelerator", [None, "mps"])
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(
-    found: str | None,
+    accelerator: str | None,
     tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hardware, "accelerator", lambda: found)
+    monkeypatch.setattr(hardware, "accelerator", lambda: accelerator)
     for verb in ((), ("check",)):
         assert start(tmp_path, tiny, LORA + TRAIN, "model.device=xpu", verb=verb) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         here = (
             "no accelerator, expected 'auto' or 'cpu'"
-            if found is None
+            if accelerator is None
             else "an accelerator of type mps, expected 'auto', 'cpu' or 'mps'"
         )
         assert f"loading: [model] device = 'xpu', but torch finds {here} on this machine" in error
@@ -327,11 +327,11 @@ needs_accelerator = pytest.mark.skipif(hardware.accelerator() is None, reason="n
 def test_a_step_on_the_accelerator_is_the_step_on_the_cpu(kind: str, whole: bool) -> None:
     params = random_params(CONFIG)
     trainable = dict(params) if whole else RULE.init(params, 0)
-    found = []
+    results = []
     for device in ("cpu", str(hardware.accelerator())):
-        held, leaves = tree.map(lambda x, to=device: x.to(to), (params, trainable))
-        objective, batch = kinds(held, None if whole else RULE)[kind]
+        weights, leaves = tree.map(lambda x, to=device: x.to(to), (params, trainable))
+        objective, batch = kinds(weights, None if whole else RULE)[kind]
         step = steps.train_step(objective, SGD(lr=0.1), micro_batch=3)
-        (new, _), metrics = step.update(held, step.init(leaves), batch)
-        found.append(tree.map(lambda x: x.cpu(), (new, metrics)))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+        (new, _), metrics = step.update(weights, step.init(leaves), batch)
+        results.append(tree.map(lambda x: x.cpu(), (new, metrics)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)

@@ -36,8 +36,8 @@ def test_llama_logits_equal_transformers(config: llama.Config, seed: int, length
     tokens = random_batch(config, n_rows, length, seed).tokens
     with torch.no_grad():
         wanted = reference(config, params)(tokens).logits
-        found = Model(llama.FAMILY, config).forward(params, tokens)
-    assert distance(found, wanted) <= ATOL
+        logits = Model(llama.FAMILY, config).forward(params, tokens)
+    assert distance(logits, wanted) <= ATOL
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, ATOL), (torch.float64, 1e-12)])
@@ -124,11 +124,11 @@ def test_llama_in_bfloat16_is_within_its_own_rounding_of_float32() -> None:
     params, tokens = random_params(SMALL), random_batch(SMALL, 3, 19).tokens
     half = {name: w.bfloat16() for name, w in params.items()}
     exact = Model(llama.FAMILY, SMALL).forward({name: w.float() for name, w in half.items()}, tokens)
-    found = Model(llama.FAMILY, SMALL).forward(half, tokens)
+    ours = Model(llama.FAMILY, SMALL).forward(half, tokens)
     with torch.no_grad():
         theirs = reference(SMALL, half)(tokens).logits
-    assert found.dtype == product_dtype(torch.bfloat16, torch.device("cpu"))
-    assert distance(found.float(), exact) <= 2 * distance(theirs.float(), exact)
+    assert ours.dtype == product_dtype(torch.bfloat16, torch.device("cpu"))
+    assert distance(ours.float(), exact) <= 2 * distance(theirs.float(), exact)
 
 
 @settings(max_examples=8)
@@ -138,9 +138,9 @@ def test_greedy_decoding_equals_the_full_forward_and_transformers(config: llama.
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     stop = int(torch.randint(0, config.vocab_size, (), generator=generator))
-    found = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[stop])
+    answers = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[stop])
     hf = reference(config, params)
-    for prompt, row in zip(prompts, found, strict=True):
+    for prompt, row in zip(prompts, answers, strict=True):
         tokens = list(prompt)
         for _ in range(n_new):
             tokens.append(int(Model(llama.FAMILY, config).forward(params, torch.tensor([tokens]))[0, -1].argmax()))

@@ -138,10 +138,10 @@ def test_vmap_of_value_and_grad_equals_a_loop(config: llama.Config, seed: int) -
             row = Batch(tokens[None], ids[None], mask[None])
             return value_and_grad(lambda q: Mean.of(m.token_losses(q, row, CrossEntropy()), row.target_mask()))(p)
 
-        found = torch.func.vmap(one, in_dims=(None, 0, 0, 0))(params, *batch)
+        batched = torch.func.vmap(one, in_dims=(None, 0, 0, 0))(params, *batch)
         for i in range(3):
             wanted = one(params, *(x[i] for x in batch))
-            assert_trees_close(tree.map(lambda x, i=i: x[i], found), wanted, 1e-11)
+            assert_trees_close(tree.map(lambda x, i=i: x[i], batched), wanted, 1e-11)
 
 
 def test_a_hessian_vector_product_of_a_recomputed_function_is_right() -> None:
@@ -170,9 +170,9 @@ def test_remat_takes_trees_gives_none_to_what_needs_no_gradient_and_keeps_nothin
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         y = remat(f)(w, x, None)
     assert set(kept) == {t.data_ptr() for t in (x, *w.values())}
-    found = torch.autograd.grad(y.sum(), [x, w["trained"]])
+    grads = torch.autograd.grad(y.sum(), [x, w["trained"]])
     wanted = torch.autograd.grad(f(w, x, None).sum(), [x, w["trained"]])
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(grads, wanted)
 
 
 @given(n=st.integers(1, 13), micro=st.integers(1, 13), seed=SEEDS, p=st.floats(0.0, 1.0))
@@ -184,8 +184,8 @@ def test_k_micro_batches_equal_one_for_any_mask(n: int, micro: int, seed: int, p
         return value_and_grad(lambda q: Mean.of((rows[0] * q["w"]).sin(), rows[1]))(params)
 
     whole = evaluate((x, mask))
-    found = accumulate(evaluate, zip(x.split(micro), mask.split(micro), strict=True))
-    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    accumulated = accumulate(evaluate, zip(x.split(micro), mask.split(micro), strict=True))
+    torch.testing.assert_close(accumulated, whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [2, 9])
@@ -217,9 +217,9 @@ def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for b, n, t in torch.cartesian_prod(*(torch.arange(s) for s in q.shape[:3])).tolist():
-        seen = [s for s in range(k.shape[2]) if mask[b, 0, t, s]]
-        scores = torch.stack([q[b, n, t] @ k[b, n // group, s] / q.shape[-1] ** 0.5 for s in seen])
-        out[b, n, t] = (scores.softmax(0)[:, None] * v[b, n // group, seen]).sum(0)
+        visible = [s for s in range(k.shape[2]) if mask[b, 0, t, s]]
+        scores = torch.stack([q[b, n, t] @ k[b, n // group, s] / q.shape[-1] ** 0.5 for s in visible])
+        out[b, n, t] = (scores.softmax(0)[:, None] * v[b, n // group, visible]).sum(0)
     return out
 
 
@@ -228,16 +228,16 @@ def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
 def test_attention_equals_plain_sums_with_its_gradients(b: int, k: int, g: int, t: int, e: int, seed: int) -> None:
     qkv = [randn(b, h, t, e, seed=seed + i).requires_grad_() for i, h in enumerate((k * g, k, k))]
     ids = 1 + (torch.rand(b, t, generator=torch.Generator().manual_seed(seed)) < 0.3).cumsum(1)
-    for seen in (causal(t, ids.device), documents(ids)):
-        wanted = naive_attention(*qkv, seen.mask(t).expand(b, -1, -1, -1))
-        found = attention(*qkv, seen)
-        torch.testing.assert_close(found, wanted)
-        weight = randn(*found.shape, seed=seed + 9)
-        torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), qkv) for y in (found, wanted)))
-        if isinstance(seen.first, torch.Tensor):
-            last = seen.last.expand(b, -1)
+    for keys in (causal(t, ids.device), documents(ids)):
+        wanted = naive_attention(*qkv, keys.mask(t).expand(b, -1, -1, -1))
+        actual = attention(*qkv, keys)
+        torch.testing.assert_close(actual, wanted)
+        weight = randn(*actual.shape, seed=seed + 9)
+        torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), qkv) for y in (actual, wanted)))
+        if isinstance(keys.first, torch.Tensor):
+            last = keys.last.expand(b, -1)
             batched = torch.func.vmap(lambda *x: attention(*(y[None] for y in x[:3]), KeyRange(*(y[None] for y in x[3:])))[0])
-            torch.testing.assert_close(batched(*qkv, seen.first, last), wanted)
+            torch.testing.assert_close(batched(*qkv, keys.first, last), wanted)
 
 
 def test_documents_and_positions_by_hand() -> None:
@@ -279,9 +279,9 @@ def test_the_chunked_head_equals_the_whole_one(b: int, t: int, v: int, chunk: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn_head, "HEAD_CHUNK", chunk * v)
         patch.setattr(nn_head, "HEAD_ROWS", 1)
-        found = token_losses(cross_entropy, hidden, targets, mask, leaf)
-        torch.testing.assert_close(found, wanted)
-        torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (found, wanted)))
+        actual = token_losses(cross_entropy, hidden, targets, mask, leaf)
+        torch.testing.assert_close(actual, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (actual, wanted)))
         rows = torch.func.vmap(lambda h, y, m: token_losses(cross_entropy, h[None], y[None], m[None], leaf)[0])
         torch.testing.assert_close(rows(hidden, targets, mask), wanted)
 
@@ -328,9 +328,9 @@ def test_packed_equals_unpacked(config: llama.Config, seed: int, lengths: list[i
         return value_and_grad(total)(params)
 
     alone = [Batch(d[None], torch.ones(1, len(d), dtype=torch.int32), torch.ones(1, len(d), dtype=torch.bool)) for d in documents]
-    (found, found_grads), (wanted, wanted_grads) = objective([packed]), objective(alone)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-    assert_trees_close(found_grads, wanted_grads, 1e-10)
+    (actual, actual_grads), (wanted, wanted_grads) = objective([packed]), objective(alone)
+    torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    assert_trees_close(actual_grads, wanted_grads, 1e-10)
 
 
 def test_a_document_does_not_see_its_neighbours() -> None:
@@ -393,8 +393,8 @@ def test_a_step_is_pure_and_donation_changes_only_where_the_result_lies(kind: in
     assert all(float(m) > 0 for m in tree.leaves(moved))
 
 
-def assert_same(found: tree.Tree, wanted: tree.Tree) -> None:
-    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True), found, wanted)
+def assert_same(actual: tree.Tree, wanted: tree.Tree) -> None:
+    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True), actual, wanted)
 
 
 @settings(max_examples=6)
@@ -404,9 +404,9 @@ def test_a_step_in_micro_batches_equals_the_step_on_the_whole_batch(seed: int, m
     optimizer = SGD(lr=0.1)  # proportional to the gradient: Adam would hide its scale
     state = optimizer.init(deltas)
     wanted = sft_step(model, rule, optimizer).update(params, TrainState(deltas, state), batch)
-    found = train_step(sft(model, rule), optimizer, micro_batch=micro).update(params, TrainState(deltas, state), batch)
-    assert_trees_close(found[0].trainable, wanted[0].trainable, 1e-6)
-    assert_trees_close(found[1], wanted[1], 1e-5)
+    accumulated = train_step(sft(model, rule), optimizer, micro_batch=micro).update(params, TrainState(deltas, state), batch)
+    assert_trees_close(accumulated[0].trainable, wanted[0].trainable, 1e-6)
+    assert_trees_close(accumulated[1], wanted[1], 1e-5)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -420,9 +420,9 @@ def test_vmap_over_a_step_takes_the_steps_of_a_loop(dora: bool) -> None:
         return sft_step(model, rule, optimizer).update(params, TrainState(deltas, state), batch)
 
     stacked = [tree.map(lambda *x: torch.stack(x), *trees) for trees in (alone, [optimizer.init(d) for d in alone])]
-    found = torch.func.vmap(step)(*stacked)
+    batched = torch.func.vmap(step)(*stacked)
     for i, deltas in enumerate(alone):
-        assert_trees_close(tree.map(lambda x, i=i: x[i], found), step(deltas, optimizer.init(deltas)), 1e-6)
+        assert_trees_close(tree.map(lambda x, i=i: x[i], batched), step(deltas, optimizer.init(deltas)), 1e-6)
 
 
 def test_the_logged_loss_is_the_mean_that_was_differentiated() -> None:

@@ -69,11 +69,11 @@ def test_a_list_says_what_lines_say(
     folder = tmp_path_factory.mktemp("rows")
     whole = blanks + json.dumps(rows, indent=indent) + blanks
     (folder / "a.json").write_text(whole, encoding="utf-8")
-    found = list(read_rows(folder / "a.json"))
+    located_rows = list(read_rows(folder / "a.json"))
     wanted = [present(row) for row in rows]  # a null is no value
-    assert [row for _, row in found] == wanted == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
+    assert [row for _, row in located_rows] == wanted == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
     assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == wanted  # as some data sets call it
-    numbers = [number for number, _ in found]
+    numbers = [number for number, _ in located_rows]
     assert numbers == sorted(numbers)
     lines = whole.split("\n")
     assert all(lines[number - 1].lstrip(" \t[,").startswith("{") for number in numbers)
@@ -135,7 +135,9 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"text": "a"}]).slice(0, 0), path)
     with pytest.raises(InputError, match=r"^data: .*a.parquet holds no row, expected a parquet file with rows; correct the path"):
         list(read_rows(path))
-    with pytest.raises(InputError, match=r"none.parquet is no file, expected a jsonl, json or parquet file; correct the path"):
+    with pytest.raises(
+        InputError, match=r"none.parquet is no file, expected a jsonl, json, csv, tsv, parquet or arrow file; correct the path"
+    ):
         list(read_rows(tmp_path / "none.parquet"))
     pq.write_table(pa.Table.from_pylist([{"text": "a"}, {"text": None}]), path)
     with pytest.raises(InputError, match=r'^data: .*a.parquet:2 has no "text" \(only nothing\)'):
@@ -144,6 +146,7 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
 
 def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
+    pq.write_table(pa.Table.from_pylist([{"text": "a"}]), tmp_path / "a.parquet")
 
     def refuse(name: str, *args: Any) -> Any:
         if name.startswith("pyarrow"):
@@ -167,8 +170,8 @@ def test_a_split_has_two_parts_that_stay_when_rows_are_added(n: int, more: int, 
 
 
 def test_a_split_holds_out_its_fraction() -> None:
-    held = sum(Split(0.05, "heldout").takes(row) for row in asked(10_000))
-    assert abs(held - 500) < 5 * (10_000 * 0.05 * 0.95) ** 0.5
+    n_heldout = sum(Split(0.05, "heldout").takes(row) for row in asked(10_000))
+    assert abs(n_heldout - 500) < 5 * (10_000 * 0.05 * 0.95) ** 0.5
 
 
 @pytest.mark.parametrize("format", ["instruct", "pairs", "unpaired"])
@@ -180,11 +183,11 @@ def test_parts_of_a_split_make_up_the_data(format: Any, tmp_path: Path) -> None:
     whole = Source(str(path), format, 128)
     parts = [msgspec.structs.replace(whole, split=Split(0.3, part)) for part in ("train", "heldout")]
     read = prepare if format == "instruct" else preference.prepare
-    found = [read(source, TOKENIZER, TEMPLATE, tmp_path / "cache") for source in (whole, *parts)]
-    sizes = [one.report.n_samples for one in found]
+    datasets = [read(source, TOKENIZER, TEMPLATE, tmp_path / "cache") for source in (whole, *parts)]
+    sizes = [one.report.n_samples for one in datasets]
     assert sizes[0] == sizes[1] + sizes[2]
     assert min(sizes) > 0
-    assert len({one.key for one in found}) == 3
+    assert len({one.key for one in datasets}) == 3
     if format == "instruct":
         assert Counter(one.ids[0] for one in prompts(whole, TOKENIZER, TEMPLATE)).total() == 60
         asked_of = [[one.messages[0]["content"] for one in prompts(source, TOKENIZER, TEMPLATE)] for source in parts]
@@ -212,23 +215,23 @@ def test_an_epoch_of_a_mixture(mixture: tuple[int, list[tuple[int, float]], int]
     assert chosen == epoch_documents(sizes, shares, seed, epoch)
     counts, first = Counter(chosen), 0
     for number, size in enumerate(sizes):
-        held = [counts[i] for i in range(first, first + size)]
+        uses = [counts[i] for i in range(first, first + size)]
         first += size
         if number == 0:
-            assert held == [1] * own
+            assert uses == [1] * own
             continue
         expected = max(1, round(own * shares[number - 1] / (1 - sum(shares))))
-        assert sum(held) == expected
-        assert max(held) - min(held) <= (1 if epoch == 0 else 2)  # an epoch may begin in the middle of a round
+        assert sum(uses) == expected
+        assert max(uses) - min(uses) <= (1 if epoch == 0 else 2)  # an epoch may begin in the middle of a round
     assert sum(counts.values()) == len(chosen)
     if own >= 50:
         assert all(abs(n / len(chosen) - share) < 0.05 for share, n in zip(shares, _sums(chosen, sizes)[1:], strict=True))
     # over epochs every document of every file comes equally often, but for a round that is not over
-    seen = Counter(i for e in range(epoch + 1) for i in epoch_documents(sizes, shares, seed, e))
+    total_uses = Counter(i for e in range(epoch + 1) for i in epoch_documents(sizes, shares, seed, e))
     first = 0
     for size in sizes:
-        held = [seen[i] for i in range(first, first + size)]
-        assert max(held) - min(held) <= 1
+        uses = [total_uses[i] for i in range(first, first + size)]
+        assert max(uses) - min(uses) <= 1
         first += size
 
 
@@ -351,8 +354,8 @@ def test_the_files_of_a_table_are_tables_of_its_kind() -> None:
     assert (text.format, text.columns, text.train_on) == ("text", {"text": "body"}, "assistant")
     assert (other.format, other.train_on, other.split) == ("instruct", "last", Split(0.5, "train"))
     options = [{"a": 1}, {"a": 1}, {}, {"b": 2}]
-    told = (mix[0], mix[1], msgspec.structs.replace(mix[2], chat_template_kwargs={"b": 2}))
-    asked = msgspec.structs.replace(source, chat_template_kwargs={"a": 1}, mix=told)
+    components = (mix[0], mix[1], msgspec.structs.replace(mix[2], chat_template_kwargs={"b": 2}))
+    asked = msgspec.structs.replace(source, chat_template_kwargs={"a": 1}, mix=components)
     assert [one.chat_template_kwargs for one in asked.parts()] == options
     assert {(one.seq_len, one.packed, one.overlong, one.mix) for one in source.parts()} == {(8, False, "truncate", ())}
 
@@ -408,8 +411,8 @@ def test_tools_reach_the_template(written: Any, format: Any, tmp_path: Path) -> 
     source = Source(str(path), format, 256, columns={"tools": "functions"})
     read = prepare if format == "chat" else preference.prepare
     dataset = read(source, TOKENIZER, CALLING, tmp_path / "cache")
-    found = dataset if isinstance(dataset, Dataset) else dataset.answers
-    first = found.tokens[found.offsets[0] : found.offsets[1]].tolist()
+    documents = dataset if isinstance(dataset, Dataset) else dataset.answers
+    first = documents.tokens[documents.offsets[0] : documents.offsets[1]].tolist()
     assert first == encode_chat(TOKENIZER, CALLING, said, tools=[FUNCTION]).ids
     assert "weather" in TOKENIZER.decode(first, skip_special=False)
     if format == "chat":

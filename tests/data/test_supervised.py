@@ -19,13 +19,14 @@ from minitune.data import supervised
 from minitune.data.conversations import messages
 from minitune.data.cursor import Cursor
 from minitune.data.packing import epoch_rows, filled_rows
-from minitune.data.prompts import Prompt, prompts
+from minitune.data.prompts import prompts, questions
 from minitune.data.readers import read_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import Dataset, batches, prepare, take
 from minitune.data.token_store import Report
 from minitune.errors import InputError
 from minitune.io import paths
+from minitune.io.checksums import CHECKSUMS, write_checksums
 from minitune.programs.program import load
 from minitune.programs.stages.train import Train
 from minitune.text.chat import CHATML, encode_chat, encode_prompt, open_template
@@ -52,7 +53,7 @@ def prepared(folder: Path, source: Source) -> Dataset:
 
 def documents(batch: Batch) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
     """(tokens, mask) of every document in a batch, row by row; checks that padding is empty and documents are numbered."""
-    found = []
+    pieces = []
     for tokens, segments, mask in zip(*batch, strict=True):
         numbers = segments[segments > 0].unique().tolist()
         assert numbers == list(range(1, len(numbers) + 1))
@@ -60,8 +61,8 @@ def documents(batch: Batch) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
         for number in numbers:
             (at,) = torch.where(segments == number)
             assert at.tolist() == list(range(int(at[0]), int(at[-1]) + 1))
-            found.append((tuple(tokens[at].tolist()), tuple(mask[at].tolist())))
-    return found
+            pieces.append((tuple(tokens[at].tolist()), tuple(mask[at].tolist())))
+    return pieces
 
 
 lengths_and_room = st.integers(1, 61).flatmap(lambda room: st.tuples(st.lists(st.integers(1, room), max_size=200), st.just(room)))
@@ -95,9 +96,9 @@ def test_a_row_takes_the_longest_and_closes_with_the_best_one_or_two(given_: tup
                 left.remove(n)
                 row.append(n)
         wanted.append(row)
-    found = [[lengths[i] for i in row] for row in filled_rows(range(len(lengths)), lengths, seq_len)]
-    assert found == wanted
-    assert all(seq_len - sum(row) < min(later) for i, row in enumerate(found) for later in found[i + 1 :])
+    rows = [[lengths[i] for i in row] for row in filled_rows(range(len(lengths)), lengths, seq_len)]
+    assert rows == wanted
+    assert all(seq_len - sum(row) < min(later) for i, row in enumerate(rows) for later in rows[i + 1 :])
 
 
 def trained_on() -> list[tuple[str, str]]:
@@ -179,13 +180,13 @@ def test_resuming_from_any_cursor_gives_the_same_batches(
 ) -> None:
     source, dataset = _shared(packed, tmp_path_factory)
     whole, _ = take(dataset, Cursor(0, 0), sum(sizes), source, seed)
-    seen, cursor = [], Cursor(0, 0)
+    taken, cursor = [], Cursor(0, 0)
     for size in sizes:
         fresh = prepare(source, TOKENIZER, TEMPLATE, Path(source.path).parent / "cache")
         batch, cursor = take(fresh, Cursor(*json.loads(json.dumps(cursor))), size, source, seed)
         assert batch.tokens.shape[0] == size
-        seen += documents(batch)
-    assert seen == documents(whole)
+        taken += documents(batch)
+    assert taken == documents(whole)
     per_epoch = len(dataset.order(seed, 0))
     if packed:
         assert sum(len(dataset.order(seed, epoch)) for epoch in range(cursor.epoch)) + cursor.row == sum(sizes)
@@ -327,13 +328,14 @@ def test_a_cache_that_another_process_finished_first_is_used(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "mask.npy", "offsets.npy", "file.npy", "report.json"])
-def test_a_damaged_cache_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_made_again(name: str, tmp_path: Path) -> None:
     source = Source(str(instruct_file(tmp_path, [3, 4, 5])), "instruct", 61)
-    prepared(tmp_path, source)
+    tokens = prepared(tmp_path, source).tokens.tolist()
     (file,) = (tmp_path / "cache").glob(f"*/{name}")
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(InputError, match=r"data: .* is damaged \(.*\), expected a token cache; delete the folder"):
-        prepared(tmp_path, source)
+    content = file.read_bytes()
+    file.write_bytes(content[:-3])
+    assert prepared(tmp_path, source).tokens.tolist() == tokens
+    assert file.read_bytes() == content
 
 
 def test_a_cache_with_arrays_of_other_sizes_is_refused(tmp_path: Path) -> None:
@@ -341,6 +343,8 @@ def test_a_cache_with_arrays_of_other_sizes_is_refused(tmp_path: Path) -> None:
     prepared(tmp_path, source)
     (file,) = (tmp_path / "cache").glob("*/mask.npy")
     np.save(file, np.ones(2, dtype=np.bool_))
+    (file.parent / CHECKSUMS).unlink()
+    write_checksums(file.parent, file.parent.iterdir())
     with pytest.raises(InputError, match=r"is damaged \(arrays of \d+, 2, 4, 3 entries, not"):
         prepared(tmp_path, source)
 
@@ -372,8 +376,8 @@ RENAMED = Source("f.jsonl", "instruct", 8, columns={"instruction": "q", "input":
     ],
 )
 def test_messages(source: Source, row: dict[str, Any], expected: list[tuple[str, str]] | None) -> None:
-    found = messages(row, source, "f:1")
-    assert found == (row["messages"] if expected is None else [{"role": role, "content": text} for role, text in expected])
+    turns = messages(row, source, "f:1")
+    assert turns == (row["messages"] if expected is None else [{"role": role, "content": text} for role, text in expected])
 
 
 def test_other_keys_of_a_message_stay() -> None:
@@ -462,23 +466,31 @@ def test_a_source_is_checked_when_it_is_decoded() -> None:
 def test_prompts(tmp_path: Path) -> None:
     path = instruct_file(tmp_path, [3, 4])
     source = Source(str(path), "instruct", 8)
-    found = prompts(source, TOKENIZER, TEMPLATE)
+    read_prompts = prompts(source, TOKENIZER, TEMPLATE)
     rows = [messages(row, source, "") for _, row in read_rows(path)]
-    assert [prompt.messages for prompt in found] == [row[:-1] for row in rows]
-    assert [prompt.reference for prompt in found] == [row[-1]["content"] for row in rows]
-    assert [prompt.target for prompt in found] == [prompt.reference for prompt in found]
-    assert [prompt.ids for prompt in found] == [encode_prompt(TOKENIZER, TEMPLATE, row[:-1]) for row in rows]
+    assert [prompt.messages for prompt in read_prompts] == [row[:-1] for row in rows]
+    assert [prompt.reference for prompt in read_prompts] == [row[-1]["content"] for row in rows]
+    assert [prompt.ids for prompt in read_prompts] == [encode_prompt(TOKENIZER, TEMPLATE, row[:-1]) for row in rows]
+    assert prompts(source, TOKENIZER, TEMPLATE, limit=1) == read_prompts[:1]
+    assert [one[:2] for one in questions(source, TOKENIZER, TEMPLATE)] == [(one.ids, "") for one in read_prompts]
 
 
-def test_prompts_without_answers_and_what_is_no_prompt(tmp_path: Path) -> None:
+def test_rows_without_an_answer_are_prompts_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    source = Source(str(path), "chat", 8)
-    asked = {"role": "user", "content": "two"}
-    path.write_text(json.dumps({"messages": [asked]}), encoding="utf-8")
-    (found,) = prompts(source, TOKENIZER, TEMPLATE)
-    assert found == Prompt(encode_prompt(TOKENIZER, TEMPLATE, [asked]), None, [asked], None)
-    path.write_text('{"instruction": "two"}', encoding="utf-8")
-    assert prompts(Source(str(path), "instruct", 8), TOKENIZER, TEMPLATE) == [found]
+    ask = {"role": "user", "content": "a"}
+    for answer in ([], [{"role": "assistant", "content": ""}]):
+        path.write_text(json.dumps({"messages": [ask, *answer]}), encoding="utf-8")
+        (prompt,) = prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
+        assert prompt == (encode_prompt(TOKENIZER, TEMPLATE, [ask]), "", [], [ask])
+    for row in ({"instruction": "a"}, {"instruction": "a", "output": None}):
+        path.write_text(json.dumps(row), encoding="utf-8")
+        (prompt,) = prompts(Source(str(path), "instruct", 8), TOKENIZER, TEMPLATE)
+        assert prompt == (encode_prompt(TOKENIZER, TEMPLATE, [ask]), "", [], [ask])
+
+
+def test_prompts_of_other_formats_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"text": "a"}', encoding="utf-8")
     with pytest.raises(InputError, match=r"f.jsonl has format 'text', expected instruct or chat; plain text asks for no answer"):
         prompts(Source(str(path), "text", 8), TOKENIZER, TEMPLATE)
     path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', encoding="utf-8")

@@ -71,10 +71,10 @@ def test_rows_are_a_function_of_the_seed(seed: int, other: int) -> None:
 
 @given(seeds)
 def test_texts_are_a_function_of_the_seed(seed: int) -> None:
-    found = list(texts.pretraining_texts(seed, 3000))
-    assert found == list(texts.pretraining_texts(seed, 3000))
-    assert found[:2] == list(texts.pretraining_texts(seed, 6000))[:2]
-    assert sum(map(len, found)) >= 3000 > sum(map(len, found[:-1]))
+    drawn = list(texts.pretraining_texts(seed, 3000))
+    assert drawn == list(texts.pretraining_texts(seed, 3000))
+    assert drawn[:2] == list(texts.pretraining_texts(seed, 6000))[:2]
+    assert sum(map(len, drawn)) >= 3000 > sum(map(len, drawn[:-1]))
 
 
 @given(seeds)
@@ -117,10 +117,10 @@ def test_listed() -> None:
 
 @given(seeds, seeds)
 def test_pairs_are_a_function_of_the_seed(seed: int, other: int) -> None:
-    found = pairs.pair_rows(seed, 8)
-    assert found == pairs.pair_rows(seed, 8)
-    assert (found == pairs.pair_rows(other, 8)) == (seed == other)
-    for row, note in zip(found, orders.rows(seed, "pairs", orders.TASK, 8), strict=True):
+    drawn = pairs.pair_rows(seed, 8)
+    assert drawn == pairs.pair_rows(seed, 8)
+    assert (drawn == pairs.pair_rows(other, 8)) == (seed == other)
+    for row, note in zip(drawn, orders.rows(seed, "pairs", orders.TASK, 8), strict=True):
         assert row["prompt"] == f"{note['instruction']}\n{note['input']}"
         assert row["chosen"] == note["output"]
         assert row["rejected"] != row["chosen"]

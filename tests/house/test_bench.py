@@ -19,8 +19,8 @@ def test_the_gpu_bench_fills_its_table_at_toy_size() -> None:
     words = [sys.executable, "bench/gpu.py", "--device", "cpu", "--toy"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    told, header, _, *rows = done.stdout.strip().splitlines()
-    assert told.count("CPU, ") == 4
+    title, header, _, *rows = done.stdout.strip().splitlines()
+    assert title.count("CPU, ") == 4
     assert header.count("|") == 9
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
     assert [row[:4] for row in table] == [
@@ -56,11 +56,11 @@ def test_a_variant_that_fails_is_a_row_with_the_reason(
 
     monkeypatch.setattr(gpu, "measured", measured)
     gpu.run_kind("lora", Namespace(device="cpu", toy=True, tokens=128, head_chunk=None))
-    _, *found = map(json.loads, capsys.readouterr().out.splitlines())
-    assert found[:2] == [{"reason": "out of memory"}, {"reason": "RuntimeError: a | b"}]
-    assert [one["tokens_per_s"] for one in found[2:]] == [64.0] * 4
-    assert gpu.row("lora", (32, "yes", "no"), found[1]) == "| lora | 32 | yes | no |  |  |  | RuntimeError: a / b |"
-    assert gpu.row("lora", (32, "yes", "no"), {**found[2], "share": 0.5}) == "| lora | 32 | yes | no | 64 | 50.0% | 2.0 |  |"
+    _, *results = map(json.loads, capsys.readouterr().out.splitlines())
+    assert results[:2] == [{"reason": "out of memory"}, {"reason": "RuntimeError: a | b"}]
+    assert [one["tokens_per_s"] for one in results[2:]] == [64.0] * 4
+    assert gpu.row("lora", (32, "yes", "no"), results[1]) == "| lora | 32 | yes | no |  |  |  | RuntimeError: a / b |"
+    assert gpu.row("lora", (32, "yes", "no"), {**results[2], "share": 0.5}) == "| lora | 32 | yes | no | 64 | 50.0% | 2.0 |  |"
 
 
 def test_packed_rows_are_full_and_know_how_long_their_documents_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ SHAPES = sorted((ROOT / "configs" / "models").glob("*.toml"))
 def stated(path: Path) -> int:
     """The parameter count in the comment on top of a shape file."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    found = re.fullmatch(r"# .+: ([\d_]+) parameters", first)
-    assert found, f"{path.name}: {first!r}, expected '# NAME: N parameters'"
-    return int(found[1])
+    match = re.fullmatch(r"# .+: ([\d_]+) parameters", first)
+    assert match, f"{path.name}: {first!r}, expected '# NAME: N parameters'"
+    return int(match[1])
 
 
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
@@ -36,10 +36,10 @@ def test_shape_counts_what_was_published(path: Path):
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_shape_says_what_its_name_says(path: Path):
     """llama-3.2-1b has about 1e9 parameters: published names round, and some leave out the embedding, or two."""
-    found = re.search(r"-([\d.]+)([mb])(-a[\d.]+b)?$", path.stem)
-    if found is None:
+    match = re.search(r"-([\d.]+)([mb])(-a[\d.]+b)?$", path.stem)
+    if match is None:
         pytest.skip(f"{path.name} names no size")
-    named = float(found[1]) * {"m": 1e6, "b": 1e9}[found[2]]
+    named = float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]]
     assert 0.9 * named < stated(path) < 1.5 * named
 
 

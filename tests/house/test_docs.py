@@ -71,8 +71,8 @@ def test_the_hessian_vector_product_is_the_slope_of_the_gradient(names: dict) ->
 
     slopes = [(up - down) / (2 * eps) for up, down in zip(gradient(1), gradient(-1), strict=True)]
     scale = max(float(s.abs().max()) for s in slopes)
-    for found, slope in zip(tree.leaves(names["hessian_vector"]), slopes, strict=True):
-        torch.testing.assert_close(found.double(), slope, rtol=0, atol=2e-3 * scale)
+    for product, slope in zip(tree.leaves(names["hessian_vector"]), slopes, strict=True):
+        torch.testing.assert_close(product.double(), slope, rtol=0, atol=2e-3 * scale)
 
 
 def test_the_page_on_mixers_lists_what_a_mixer_declares() -> None:

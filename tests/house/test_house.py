@@ -13,10 +13,13 @@ from support.paths import PACKAGE, ROOT, TESTS
 pytestmark = pytest.mark.fast
 
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
-WITH_TORCH = {"jinja2": "text/template", "filelock": "io/locks"}  # torch depends on them; only these modules import them
+WITH_TORCH = {
+    "jinja2": "text/template text/bounds",
+    "filelock": "io/locks",
+}  # torch depends on them; only these modules import them
 EXTRAS = {  # imported in functions of these modules
     "tokenizers": "text/open_vocabulary text/tokenizer_json text/vocabulary text/sentencepiece text/ranks",
-    "pyarrow": "data/readers",
+    "pyarrow": "data/files data/tables",
     "huggingface_hub": "registry/hub",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval"),
 }
@@ -69,15 +72,15 @@ def imports(module: str, source: str) -> Iterator[tuple[int, str, bool]]:
 
 def third_party(module: str, source: str) -> list[str]:
     """The core list anywhere; an extra only inside a function of the module that needs it."""
-    found = []
+    faults = []
     for line, name, top in imports(module, source):
         package = name.partition(".")[0]
         core = package in CORE or module in WITH_TORCH.get(package, "").split()
         if core or package in sys.stdlib_module_names or package in ("minitune", ""):
             continue
         if top or module not in EXTRAS.get(package, "").split():
-            found.append(f"{line}: imports {package}{' at the top' if top else ''}")
-    return found
+            faults.append(f"{line}: imports {package}{' at the top' if top else ''}")
+    return faults
 
 
 def no_nn_module(module: str, source: str) -> list[str]:
@@ -88,7 +91,7 @@ def no_nn_module(module: str, source: str) -> list[str]:
 
 def no_global_state(module: str, source: str) -> list[str]:
     """Modules and classes hold no list, dict or set but UPPER_CASE dicts and Struct defaults; no global, no cache decorator."""
-    found = []
+    faults = []
     for node, scopes in scoped(parsed(source)):
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and all(isinstance(scope, ast.ClassDef) for scope in scopes):
             names = [dotted(target) for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
@@ -96,18 +99,18 @@ def no_global_state(module: str, source: str) -> list[str]:
             built = isinstance(node.value, ast.Call) and ast.unparse(node.value.func).split(".")[-1] in BUILDERS
             field = bool(scopes) and any("Struct" in ast.unparse(base) for base in getattr(scopes[-1], "bases", []))
             if (built or isinstance(node.value, DISPLAYS)) and not constant and not field:
-                found.append(f"{node.lineno}: {', '.join(names)}")
+                faults.append(f"{node.lineno}: {', '.join(names)}")
         elif isinstance(node, ast.Global):
-            found.append(f"{node.lineno}: global {', '.join(node.names)}")
+            faults.append(f"{node.lineno}: global {', '.join(node.names)}")
         elif isinstance(node, DEFS):
             cached = any(re.search(r"\b(lru_)?cache\b", ast.unparse(decorator)) for decorator in node.decorator_list)
-            found += [f"{node.lineno}: {node.name} is cached"] * cached
-    return found
+            faults += [f"{node.lineno}: {node.name} is cached"] * cached
+    return faults
 
 
 def tables_are_constant(module: str, source: str) -> list[str]:
     """Nothing writes to an UPPER_CASE table."""
-    found = []
+    faults = []
     for node in ast.walk(parsed(source)):
         written = None
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
@@ -117,8 +120,8 @@ def tables_are_constant(module: str, source: str) -> list[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITES:
             written = node.func.value
         if re.fullmatch(r"[A-Z][A-Z0-9_]+", dotted(written).split(".")[-1]):
-            found.append(f"{getattr(node, 'lineno', 0)}: {dotted(written)} is written")
-    return found
+            faults.append(f"{getattr(node, 'lineno', 0)}: {dotted(written)} is written")
+    return faults
 
 
 def bindings(scope: ast.AST, name: str) -> list[ast.AST | None]:
@@ -163,7 +166,7 @@ def layers(value: ast.AST | None) -> tuple[int, bool]:
 
 def no_tensor_writes(module: str, source: str) -> list[str]:
     """No x.f_(), no out=, no item or augmented assignment but to local numbers and containers; the exceptions are DONATIONS."""
-    found = []
+    faults = []
     has_tensors = any(name.partition(".")[0] == "torch" for _, name, _ in imports(module, source))
     for node, scopes in scoped(parsed(source)):
         if isinstance(node, ast.Call):
@@ -173,7 +176,7 @@ def no_tensor_writes(module: str, source: str) -> list[str]:
             allowed = donates or (module, method) == ("autodiff/value_and_grad", "requires_grad_")
             out = dotted(node.func).split(".")[0] in ("torch", "F") and any(k.arg == "out" for k in node.keywords)
             if out or (re.fullmatch(r".*[a-z0-9]_", method) and not allowed):
-                found.append(f"{node.lineno}: {ast.unparse(node)}")
+                faults.append(f"{node.lineno}: {ast.unparse(node)}")
         if not has_tensors or not isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete)):
             continue
         for target in [node.target] if isinstance(node, ast.AugAssign) else node.targets:
@@ -186,8 +189,8 @@ def no_tensor_writes(module: str, source: str) -> list[str]:
                 known = [layers(value) for scope in scopes if isinstance(scope, kind) for value in bindings(scope, dotted(root))]
                 bad = not known or min(known) < (depth, isinstance(node, ast.AugAssign))
             if bad:
-                found.append(f"{node.lineno}: {ast.unparse(target)} is written")
-    return found
+                faults.append(f"{node.lineno}: {ast.unparse(target)} is written")
+    return faults
 
 
 def public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
@@ -203,16 +206,16 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncF
 def documented(module: str, source: str) -> list[str]:
     """A docstring on the module and every public name; an annotation on every argument and result of a public function."""
     tree = parsed(source)
-    found = ["1: no module docstring"] if tree.body and not ast.get_docstring(tree) else []
+    faults = ["1: no module docstring"] if tree.body and not ast.get_docstring(tree) else []
     for name, node in public(tree):
         if not ast.get_docstring(node):
-            found.append(f"{node.lineno}: {name} has no docstring")
+            faults.append(f"{node.lineno}: {name} has no docstring")
         if isinstance(node, ast.ClassDef):
             continue
         args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
         bare = [a.arg for a in args if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
-        found += [f"{node.lineno}: {name}: {arg} has no annotation" for arg in bare + ["result"] * (node.returns is None)]
-    return found
+        faults += [f"{node.lineno}: {name}: {arg} has no annotation" for arg in bare + ["result"] * (node.returns is None)]
+    return faults
 
 
 def well_named(module: str, source: str) -> list[str]:
@@ -225,26 +228,26 @@ def well_named(module: str, source: str) -> list[str]:
 
 def no_leftovers(module: str, source: str) -> list[str]:
     """No print outside log and __main__, no notes to oneself, no postponed annotations: the checks under test need real ones."""
-    found = [f"{i}: {m[0]}" for i, line in enumerate(source.splitlines(), 1) if (m := re.search(r"\b(TODO|FIXME|XXX)\b", line))]
-    found += [f"{line}: {name}" for line, name, _ in imports(module, source) if name == "__future__.annotations"]
+    faults = [f"{i}: {m[0]}" for i, line in enumerate(source.splitlines(), 1) if (m := re.search(r"\b(TODO|FIXME|XXX)\b", line))]
+    faults += [f"{line}: {name}" for line, name, _ in imports(module, source) if name == "__future__.annotations"]
     calls = [n for n in ast.walk(parsed(source)) if isinstance(n, ast.Call)]
-    return found + [
+    return faults + [
         f"{c.lineno}: print" for c in calls if dotted(c.func) == "print" and module not in ("programs/log", "__main__")
     ]
 
 
 def data_is_not_code(module: str, source: str) -> list[str]:
     """Nothing that runs what a file or a program says: no pickles, no eval or exec, no import by name."""
-    found = [f"{line}: {name}" for line, name, _ in imports(module, source) if name.split(".")[0] in {*PICKLES, "importlib"}]
-    found = [f for f in found if "importlib.metadata" not in f and "importlib.resources" not in f]
+    faults = [f"{line}: {name}" for line, name, _ in imports(module, source) if name.split(".")[0] in {*PICKLES, "importlib"}]
+    faults = [f for f in faults if "importlib.metadata" not in f and "importlib.resources" not in f]
     calls = [n for n in ast.walk(parsed(source)) if isinstance(n, ast.Call)]
-    found += [f"{c.lineno}: {dotted(c.func)}" for c in calls if dotted(c.func) in RUNS]
-    return found + [f"{c.lineno}: allow_pickle" for c in calls if any(k.arg == "allow_pickle" for k in c.keywords)]
+    faults += [f"{c.lineno}: {dotted(c.func)}" for c in calls if dotted(c.func) in RUNS]
+    return faults + [f"{c.lineno}: allow_pickle" for c in calls if any(k.arg == "allow_pickle" for k in c.keywords)]
 
 
 def draws_are_seeded(module: str, source: str) -> list[str]:
     """No draw from a global generator, and none of them seeded."""
-    found = []
+    faults = []
     banned = re.compile(
         r"random\.(?!Random$).*|(np|numpy)\.random\.(?!default_rng$).*|torch\.manual_seed|.*\.(dropout|randn?_like)"
     )
@@ -252,13 +255,13 @@ def draws_are_seeded(module: str, source: str) -> list[str]:
         name = dotted(call.func)
         draws = name.startswith("torch.") and name.removeprefix("torch.") in DRAWS
         if banned.fullmatch(name) or (draws and not any(k.arg == "generator" for k in call.keywords)):
-            found.append(f"{call.lineno}: {name}")
-    return found
+            faults.append(f"{call.lineno}: {name}")
+    return faults
 
 
 def text_is_utf8(module: str, source: str) -> list[str]:
     """Every call that opens a file as text names its encoding: without one, Windows takes the one of the user's country."""
-    found, tree = [], ast.parse(source)
+    faults, tree = [], ast.parse(source)
     ours = {name.rpartition(".")[2] for _, name, _ in imports(module, source) if name.startswith("minitune")}
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name, named = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
@@ -267,8 +270,8 @@ def text_is_utf8(module: str, source: str) -> list[str]:
         positional = {"read_text": 1, "write_text": 2, "open": 4 if name == "open" else 3}.get(method)
         another = name.partition(".")[0] in ours | {"os"}
         if positional and not binary and not another and "encoding" not in named and len(call.args) < positional:
-            found.append(f"{call.lineno}: {name} without encoding")
-    return found
+            faults.append(f"{call.lineno}: {name} without encoding")
+    return faults
 
 
 WRITTEN = (  # each writes a tensor, or something that may be one
@@ -354,8 +357,8 @@ SOURCES = {
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_house(rule: Rule):
-    found = [f"minitune/{module}.py:{line}" for module in sorted(SOURCES.keys()) for line in rule(module, SOURCES[module])]
-    assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+    faults = [f"minitune/{module}.py:{line}" for module in sorted(SOURCES.keys()) for line in rule(module, SOURCES[module])]
+    assert not faults, f"{rule.__doc__}\n" + "\n".join(faults)
 
 
 def test_benchmarks_and_tests_read_and_write_utf8():
@@ -373,10 +376,10 @@ def test_rule_finds_what_it_forbids(rule: Rule, module: str, source: str):
 
 def imports_no_test_module(source: str) -> list[str]:
     """A test module imports no other one: what two of them need lies in tests/support. None is found from a file's own place."""
-    found = [
+    faults = [
         f"{line}: imports {name}" for line, name, _ in imports("", source) if re.match(r"\.|(tests\.)?(test_|conftest)", name)
     ]
-    return found + [f"{i}: __file__" for i, line in enumerate(source.splitlines(), 1) if re.search(r"\bPath\(__file__\)", line)]
+    return faults + [f"{i}: __file__" for i, line in enumerate(source.splitlines(), 1) if re.search(r"\bPath\(__file__\)", line)]
 
 
 def bounds_no_time(source: str) -> list[str]:
@@ -392,10 +395,10 @@ TEST_SOURCES = {str(path.relative_to(TESTS)): path.read_text("utf-8") for path i
 @pytest.mark.parametrize("rule", [imports_no_test_module, bounds_no_time], ids=lambda rule: rule.__name__)
 def test_tests_keep_their_rules(rule: Callable[[str], list[str]]):
     """support/paths.py is the one file that knows where it lies, and support/scripts is found from there."""
-    found = [
+    faults = [
         f"tests/{path}:{line}" for path, source in TEST_SOURCES.items() if path != "support/paths.py" for line in rule(source)
     ]
-    assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+    assert not faults, f"{rule.__doc__}\n" + "\n".join(faults)
 
 
 @pytest.mark.parametrize(
@@ -427,8 +430,8 @@ def pinned_without_a_reason(text: str) -> list[str]:
 
 def test_no_program_pins_a_dtype_without_a_reason():
     programs = {path: path.read_text("utf-8") for path in sorted((ROOT / "programs").rglob("*.toml"))}
-    found = [f"{path.relative_to(ROOT)}:{line}" for path, text in programs.items() for line in pinned_without_a_reason(text)]
-    assert not found, f"{pinned_without_a_reason.__doc__}\n" + "\n".join(found)
+    faults = [f"{path.relative_to(ROOT)}:{line}" for path, text in programs.items() for line in pinned_without_a_reason(text)]
+    assert not faults, f"{pinned_without_a_reason.__doc__}\n" + "\n".join(faults)
 
 
 @pytest.mark.parametrize(

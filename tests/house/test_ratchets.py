@@ -50,9 +50,9 @@ CLEAN = {
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_no_exception_is_added_and_none_is_kept_that_is_not_needed(rule: Rule):
-    found = ratchets.complaints(rule, ratchets.exceptions()[rule.__name__], PACKAGE)
+    complaints = ratchets.complaints(rule, ratchets.exceptions()[rule.__name__], PACKAGE)
     help_ = "PYTHONPATH=tests python -m support.ratchets lowers what can be lowered"
-    assert not found, "\n".join([str(rule.__doc__), *found, help_])
+    assert not complaints, "\n".join([str(rule.__doc__), *complaints, help_])
 
 
 @pytest.mark.parametrize(("rule", "sources"), [(rule, one) for rule, planted in PLANTED.items() for one in planted])

@@ -149,7 +149,7 @@ def imports_at_the_top(path: str, source: str) -> set[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-    found = set()
+    imported = set()
     for name in names:
         parts = name.split(".")
         for n in range(2, len(parts) + 1):
@@ -157,8 +157,8 @@ def imports_at_the_top(path: str, source: str) -> set[str]:
             stem = "/".join(parts[1:n])
             # a package whose file is being imported has begun already
             if not f"{package}.".startswith(f"{module}."):
-                found |= {file for file in (f"{stem}.py", f"{stem}/__init__.py") if file in FILES}
-    return found
+                imported |= {file for file in (f"{stem}.py", f"{stem}/__init__.py") if file in FILES}
+    return imported
 
 
 def circle(files: dict[str, str]) -> list[str]:
@@ -201,6 +201,6 @@ def picture() -> str:
 
 
 def test_the_picture_in_the_readme_is_the_table():
-    held = re.search(r"```rooms\n(.*?)\n```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert held is not None, "README.md holds no block ```rooms"
-    assert held[1] == picture()
+    block = re.search(r"```rooms\n(.*?)\n```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert block is not None, "README.md holds no block ```rooms"
+    assert block[1] == picture()

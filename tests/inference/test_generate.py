@@ -5,6 +5,7 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models import Model, decoder
 from minitune.models.families import llama
+from minitune.models.rope_scaling import LongRope
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import Int4, dequantize, packed
 from minitune.quant.tensors import PackedInt4, QInt8
@@ -49,17 +51,17 @@ def rules(draw: st.DrawFn) -> Sampling:
 
 def processors(rule: Sampling) -> LogitsProcessorList:
     """What transformers' generate applies for these settings, in its order."""
-    found: list[Any] = []
+    chain: list[Any] = []
     if rule.repetition_penalty != 1.0:
-        found.append(theirs.RepetitionPenaltyLogitsProcessor(rule.repetition_penalty))
-    found.append(theirs.TemperatureLogitsWarper(rule.temperature))
+        chain.append(theirs.RepetitionPenaltyLogitsProcessor(rule.repetition_penalty))
+    chain.append(theirs.TemperatureLogitsWarper(rule.temperature))
     if rule.top_k is not None:
-        found.append(theirs.TopKLogitsWarper(rule.top_k))
+        chain.append(theirs.TopKLogitsWarper(rule.top_k))
     if rule.top_p is not None:
-        found.append(theirs.TopPLogitsWarper(rule.top_p))
+        chain.append(theirs.TopPLogitsWarper(rule.top_p))
     if rule.min_p is not None:
-        found.append(theirs.MinPLogitsWarper(rule.min_p))
-    return LogitsProcessorList(found)
+        chain.append(theirs.MinPLogitsWarper(rule.min_p))
+    return LogitsProcessorList(chain)
 
 
 def prompts_of(lengths: Sequence[int], seed: int, vocab_size: int = SMALL.vocab_size) -> list[list[int]]:
@@ -83,8 +85,8 @@ def test_tokens_are_drawn_as_often_as_the_filtered_distribution_says(rule: Sampl
     logits = 1.5 * torch.randn(1, 13, generator=torch.Generator().manual_seed(3))
     said = torch.tensor([[2, 2, 5]])
     probs = filtered(logits, said, rule).double().softmax(1)[0]
-    found = next_tokens(logits.expand(n, -1), said.expand(n, -1), rule, range(n), 4)
-    counts = torch.bincount(found, minlength=13).double()
+    drawn = next_tokens(logits.expand(n, -1), said.expand(n, -1), rule, range(n), 4)
+    counts = torch.bincount(drawn, minlength=13).double()
     assert not counts[probs == 0].any()
     live = probs > 0
     chi_square = float(((counts - n * probs).square() / (n * probs))[live].sum())
@@ -127,14 +129,14 @@ def test_greedy_equals_transformers_on_a_left_padded_batch(config: llama.Config,
     params, prompts, n_new = random_params(config, seed, torch.float64), prompts_of(lengths, seed, config.vocab_size), 7
     free = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[])
     stop = free[0][n_new // 2]
-    found = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[stop])
+    answers = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=n_new, stop_ids=[stop])
     width = max(lengths)
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop}
     hf: Any = reference(config, params)
     expected = hf.generate(tokens, attention_mask=real, **options)[:, width:].tolist()
-    assert found == [row[: row.index(stop)] if stop in row else row for row in expected]
+    assert answers == [row[: row.index(stop)] if stop in row else row for row in expected]
     assert stop in expected[0]
 
 
@@ -143,9 +145,9 @@ def test_greedy_equals_transformers_on_a_left_padded_batch(config: llama.Config,
 def test_the_repetition_penalty_equals_transformers_and_counts_no_padding(seed: int, penalty: float) -> None:
     params, prompts = random_params(SMALL, seed, torch.float64), prompts_of([2, 7], seed)
     rule = Sampling(repetition_penalty=penalty)
-    found = generate(MODEL, params, prompts, sampling=rule, seed=0, max_new_tokens=9, stop_ids=[])
+    answers = generate(MODEL, params, prompts, sampling=rule, seed=0, max_new_tokens=9, stop_ids=[])
     hf: Any = reference(SMALL, params)
-    for prompt, row in zip(prompts, found, strict=True):
+    for prompt, row in zip(prompts, answers, strict=True):
         options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         tokens = torch.tensor([prompt])
         expected = hf.generate(tokens, attention_mask=torch.ones_like(tokens), repetition_penalty=penalty, **options)
@@ -159,13 +161,34 @@ def test_the_cache_equals_the_full_forward_wherever_its_strides_end(config: llam
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference_generate, "STRIDE", stride)
         options: Any = {"sampling": DRAWN, "row_seeds": [5, 6, 7], "max_new_tokens": 8}
-        found = torch.stack(list(stream(Model(llama.FAMILY, config), params, prompts, **options))).T.tolist()
-    for row_seed, prompt, row in zip((5, 6, 7), prompts, found, strict=True):
+        answers = torch.stack(list(stream(Model(llama.FAMILY, config), params, prompts, **options))).T.tolist()
+    for row_seed, prompt, row in zip((5, 6, 7), prompts, answers, strict=True):
         tokens = torch.tensor([prompt])
         for step in range(8):
             logits = Model(llama.FAMILY, config).forward(params, tokens)[:, -1]
             tokens = torch.cat([tokens, next_tokens(logits, tokens, DRAWN, [row_seed], step)[:, None]], dim=1)
         assert row == tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("refill", [True, False], ids=["refilled", "as it was"])
+def test_longrope_answers_that_grow_beyond_the_original_context_are_those_of_the_full_forward(
+    refill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # rows that begin before, at and beyond the border of 13 tokens, and so cross it at different steps or never
+    half = SMALL.d_head // 2
+    long = LongRope((1.0,) * half, tuple(3.0 + 2 * i for i in range(half)), 13, factor=4.0)
+    config = msgspec.structs.replace(SMALL, rope_scaling=long)
+    params, prompts = random_params(config, 3, torch.float64), prompts_of([9, 13, 17], 3)
+    if not refill:
+        monkeypatch.setattr(inference_generate, "_refill", lambda *_: None)
+    found = greedy(Model(llama.FAMILY, config), params, prompts, max_new_tokens=9, stop_ids=[])
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(9):
+            tokens.append(int(Model(llama.FAMILY, config).forward(params, torch.tensor([tokens]))[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert (found == expected) == refill
 
 
 def test_generation_is_reproducible_and_a_prompt_answers_by_its_place_and_seed() -> None:
@@ -313,9 +336,9 @@ def test_answers_come_in_order_whatever_the_batches(demo: Any) -> None:
     model, params, text, asked = demo
     rows = [greedy(model, params, [prompt], max_new_tokens=12, stop_ids=[])[0] for prompt in asked]
     expected = [text.decode(row, skip_special=True) for row in rows]
-    seen: list[int] = []
-    assert answered(demo, 3, on_progress=seen.append) == expected
-    assert seen == [3, 4]
+    progress: list[int] = []
+    assert answered(demo, 3, on_progress=progress.append) == expected
+    assert progress == [3, 4]
     drawn = [answered(demo, size, sampling=Sampling(temperature=1.0)) for size in (1, 2, 4)]
     assert drawn[0] == drawn[1] == drawn[2] != expected
     assert answered(demo, seed=1, sampling=Sampling(temperature=1.0)) != drawn[0]
@@ -329,15 +352,15 @@ def test_answers_end_before_a_stop_string_that_lies_across_tokens(demo: Any, mon
     row = greedy(model, params, [asked[1]], max_new_tokens=12, stop_ids=[])[0]
     border = len(text.decode(row[:5], skip_special=True))
     stop = free[1][border - 1 : border + 1]
-    found = answered(demo, stops=["never seen", stop])
-    assert found == [one[: one.index(stop)] if stop in one else one for one in free]
-    assert found != free
+    ended = answered(demo, stops=["never seen", stop])
+    assert ended == [one[: one.index(stop)] if stop in one else one for one in free]
+    assert ended != free
     shown = pieces(row, partial(text.decode, skip_special=True), [stop])
-    assert "".join(shown) == found[1]
+    assert "".join(shown) == ended[1]
     calls: list[int] = []
     decode = decoder.decode
     monkeypatch.setattr(decoder, "decode", lambda *args: calls.append(1) or decode(*args))
-    assert answered((model, params, text, asked[1:2]), stops=[stop]) == found[1:2]
+    assert answered((model, params, text, asked[1:2]), stops=[stop]) == ended[1:2]
     assert len(calls) == next(n for n in range(13) if stop in text.decode(row[:n], skip_special=True)) < 12
 
 
@@ -345,8 +368,8 @@ def test_a_stop_string_that_is_a_special_token_is_that_token(demo: Any) -> None:
     model, params, text, asked = demo
     token = greedy(model, params, [asked[1]], max_new_tokens=12, stop_ids=[])[0][3]
     marked = model, params, text._replace(special={**text.special, "<|halt|>": token}), asked
-    found = answered(marked, stops=["<|halt|>"])
-    assert found == answered(marked, stop_ids=[token]) != answered(marked)
+    ended = answered(marked, stops=["<|halt|>"])
+    assert ended == answered(marked, stop_ids=[token]) != answered(marked)
 
 
 @pytest.mark.parametrize("run", [answered, lambda demo, stops: list(pieces([1], str, stops))])

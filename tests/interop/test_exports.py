@@ -58,8 +58,8 @@ def test_w8a8_rounds_the_activations_of_every_token(tmp_path: Path, monkeypatch:
     plain = Model(llama.FAMILY, CONFIG).forward({n: dense(w) for n, w in params.items()}, TOKENS)
     monkeypatch.setattr(block, "linear", linear)
     wanted = Model(llama.FAMILY, CONFIG).forward(params, TOKENS)
-    found, atol = logits_of_transformers(folder, TOKENS), 1e-5 * float(wanted.abs().max())
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+    logits, atol = logits_of_transformers(folder, TOKENS), 1e-5 * float(wanted.abs().max())
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=atol)
     assert (plain - wanted).abs().max() > 100 * atol
 
 
@@ -82,9 +82,9 @@ def test_packed_words_equal_those_of_compressed_tensors(out: int, half: int, see
         (QInt4(codes, torch.ones(out, 1)), nibbles, 4),
         (QInt8(codes.view(torch.int8), torch.ones(out, 1)), codes.view(torch.int8), 8),
     ):
-        found = compressed_tensors.stored("m", w, "none")
-        assert torch.equal(found["m.weight_packed"], pack_to_int32(values, bits))
-        assert found["m.weight_shape"].tolist() == list(values.shape)
+        entries = compressed_tensors.stored("m", w, "none")
+        assert torch.equal(entries["m.weight_packed"], pack_to_int32(values, bits))
+        assert entries["m.weight_shape"].tolist() == list(values.shape)
 
 
 def test_a_compressed_folder_in_bfloat16(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_a_compressed_folder_in_bfloat16(tmp_path: Path) -> None:
     rounded = {n: w._replace(scale=w.scale.bfloat16()) if isinstance(w, QInt4) else w for n, w in params.items()}
     wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w).bfloat16() for n, w in rounded.items()}, TOKENS)
     # transformers rounds every activation to bfloat16; minitune does so only where the processor multiplies it
-    found = logits_of_transformers(folder, TOKENS).float()
-    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=0.04 * float(wanted.abs().max()))
+    logits = logits_of_transformers(folder, TOKENS).float()
+    torch.testing.assert_close(logits, wanted.float(), rtol=0, atol=0.04 * float(wanted.abs().max()))
 
 
 NF4 = QNF4(torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), torch.ones(1), torch.ones(()))
@@ -142,9 +142,9 @@ def test_nf4_folders_equal_those_that_transformers_writes(tied: bool, dtype: tor
     )
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=asked).save_pretrained(tmp_path / "theirs")
     folder = save_nf4(tmp_path, {n: nf4(w) if is_linear(n) else w for n, w in plain.items()}, config)
-    wanted, found = (load_file(path / "model.safetensors") for path in (tmp_path / "theirs", folder))
-    assert found.keys() == wanted.keys()
-    assert all(found[name].dtype == w.dtype and torch.equal(found[name], w) for name, w in wanted.items())
+    wanted, written = (load_file(path / "model.safetensors") for path in (tmp_path / "theirs", folder))
+    assert written.keys() == wanted.keys()
+    assert all(written[name].dtype == w.dtype and torch.equal(written[name], w) for name, w in wanted.items())
     configs = [
         json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         for path in (tmp_path / "theirs", folder)
@@ -170,8 +170,8 @@ def test_nf4_folders_load_in_transformers_with_the_same_logits(reach: str, tmp_p
     # bitsandbytes' own matmul rounds to bfloat16 on some processors; its weights are compared here
     model = AutoModelForCausalLM.from_pretrained(save_nf4(tmp_path, params)).dequantize().eval()
     with torch.no_grad():
-        found = model(TOKENS).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        logits = model(TOKENS).logits
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_what_bitsandbytes_can_not_hold_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf as reference
 import numpy as np
@@ -15,16 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minitune import tree
 from minitune.errors import InputError
 from minitune.interop.gguf import blocks as gguf_blocks
-from minitune.interop.gguf import export
+from minitune.interop.gguf import export, vocabulary
+from minitune.interop.gguf.architectures import architecture, tensor_name
 from minitune.interop.gguf.export import Types
 from minitune.io import results
 from minitune.models import Model, rope_scaling
-from minitune.models.families import gemma2, llama
+from minitune.models.families import llama
 from minitune.quant.schemes import NF4, Int4, dequantize, quantize
 from minitune.quant.tensors import QInt4, QInt8
-from support.models import SCALINGS, random_params
+from support.experts import small_experts
+from support.families import LONG, sized
+from support.gguf_tokenizers import CUTS, byte_level_folder
+from support.models import DENSE, SCALINGS, YARNS, model_of, random_params
 
 CONFIG = llama.Config(n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_head=32, d_ff=96, vocab_size=67, max_positions=64)
 TOKENS = torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -70,9 +76,9 @@ def test_transformers_reads_the_file_with_the_same_logits(
     assert "takes token ids only" in save(tmp_path / "model.gguf", params, nothing, Types(kind), config)[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
     with torch.no_grad():
-        found = model(TOKENS).logits
+        logits = model(TOKENS).logits
     wanted = Model(llama.FAMILY, config).forward(params, TOKENS)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol * float(wanted.abs().max()))
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=atol * float(wanted.abs().max()))
 
 
 def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> None:
@@ -94,8 +100,8 @@ def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> No
             permuted = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
             assert torch.equal(data[f"blk.11.attn_{kind}.{leaf}"], permuted)
     assert torch.equal(data["blk.11.attn_v.bias"], params["model.layers.11.self_attn.v_proj.bias"])
-    found = fields(tmp_path / "model.gguf")
-    assert {key: found[key] for key in found if key.startswith(("llama.", "general."))} == {
+    metadata = fields(tmp_path / "model.gguf")
+    assert {key: metadata[key] for key in metadata if key.startswith(("llama.", "general."))} == {
         "general.architecture": "llama",
         "general.file_type": 1,
         "general.quantization_version": 2,
@@ -112,15 +118,15 @@ def test_names_shapes_numbers_and_alignment(tmp_path: Path, nothing: Path) -> No
         "llama.rope.freq_base": 10000.0,
         "llama.rope.dimension_count": 32,
     }
-    assert found["tokenizer.chat_template"] == "{{ x }}"
+    assert metadata["tokenizer.chat_template"] == "{{ x }}"
 
 
 def test_types_by_glob_and_what_stands_in_for_rows_that_do_not_fit(tmp_path: Path, nothing: Path) -> None:
     config = varied(CONFIG, d_model=256, d_ff=36)
     types = Types("Q4_K", {"lm_head.weight": "Q6_K", "*.1.mlp.*": "Q6_K", "*.mlp.*": "Q8_0", "*.embed_tokens.weight": "BF16"})
     notes = save(tmp_path / "model.gguf", random_params(config), nothing, types, config)
-    found = {t.name: t.tensor_type.name for t in reference.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert {name: kind for name, kind in found.items() if not name.endswith("norm.weight")} == {
+    kinds = {t.name: t.tensor_type.name for t in reference.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert {name: kind for name, kind in kinds.items() if not name.endswith("norm.weight")} == {
         "token_embd.weight": "BF16",
         "output.weight": "Q6_K",
         **{f"blk.{i}.attn_{name}.weight": "Q4_K" for i in range(2) for name in "qkv"},
@@ -139,12 +145,12 @@ def test_types_by_glob_and_what_stands_in_for_rows_that_do_not_fit(tmp_path: Pat
 def test_rope_scaling_is_written_as_llama_cpp_wants_it(name: str, tmp_path: Path, nothing: Path) -> None:
     config = varied(CONFIG, rope_scaling=SCALINGS[name])
     notes = save(tmp_path / "model.gguf", random_params(config), nothing, Types("F32"), config)
-    found, data = fields(tmp_path / "model.gguf"), dequantized(tmp_path / "model.gguf")
+    metadata, data = fields(tmp_path / "model.gguf"), dequantized(tmp_path / "model.gguf")
     frequencies = 1e4 ** -(torch.arange(16) / 16) / data.get("rope_freqs.weight", torch.ones(16))
-    frequencies = frequencies / found.get("llama.rope.scaling.factor", 1.0)
+    frequencies = frequencies / metadata.get("llama.rope.scaling.factor", 1.0)
     torch.testing.assert_close(frequencies, rope_scaling.frequencies(32, 1e4, config.rope_scaling, 1, 64))
     assert ("rope_freqs.weight" in data) == (name == "llama3")
-    assert found.get("llama.rope.scaling.type") == ("linear" if name == "linear" else None)
+    assert metadata.get("llama.rope.scaling.type") == ("linear" if name == "linear" else None)
     assert [n for n in notes if "RoPE" in n] == ["dynamic RoPE scaling left out: llama.cpp is right up to 64 tokens"] * (
         name == "dynamic"
     )
@@ -212,8 +218,88 @@ def test_what_can_not_be_written_is_refused(tmp_path: Path, nothing: Path) -> No
     config = varied(CONFIG, vocab_size=1)
     with pytest.raises(InputError, match=r"tokenizer has 2 tokens, expected at most 1, the rows of the embedding"):
         save(tmp_path / "model.gguf", random_params(config), nothing, Types("F16"), config)
-    with pytest.raises(InputError, match=r"gguf: a model of gemma2, expected the llama family"):
-        export.save(tmp_path / "x", {}, Model(gemma2.FAMILY, CONFIG), Types("F16"), tokenizer=nothing, template=None, stop_ids=[])
+    weight = {"model.layers.1.mlp.up_proj.weight": torch.full((96, 64), 7e4)}
+    with pytest.raises(InputError, match=r"gguf: blk.1.ffn_up.weight holds 7e\+04, expected numbers up to 65504 as F16"):
+        save(tmp_path / "model.gguf", {**random_params(CONFIG), **weight}, nothing, Types("F16"))
+    with pytest.raises(InputError, match=r"gguf: blk.1.ffn_up.weight holds nan, expected numbers"):
+        save(
+            tmp_path / "model.gguf",
+            {**random_params(CONFIG), **tree.map(torch.log, tree.map(torch.neg, weight))},
+            nothing,
+            Types("F32"),
+        )
+
+
+SIZES = {"d_model": 64, "d_head": 16, "d_ff": 32}
+REFUSED = {  # (family, fields) -> what is said
+    "mixture": (lambda: small_experts("mixtral"), "a model of mixtral, expected one of llama, mistral"),
+    "field": (lambda: sized("qwen2", **SIZES, rope_layers=(True, False)), r"rope_layers = \(True, False\) of a qwen2"),
+    "bias": (lambda: sized("qwen3", **SIZES, attention_bias=True), "a qwen3 with a bias behind attention"),
+    "wide heads": (lambda: sized("olmo2", **SIZES | {"d_head": 32}), "4 heads of 32 in a width of 64"),
+    "untied": (lambda: sized("gemma", **SIZES, tie_embeddings=False), "a head apart from the embedding"),
+    "tied": (lambda: sized("olmo2", **SIZES, tie_embeddings=True), "a head tied to the embedding"),
+    "layers": (lambda: sized("smollm3", **SIZES, rope_layers=(True, False)), "RoPE on other layers than three of four"),
+    "scale": (lambda: sized("gemma2", **SIZES, attention_scale=0.1), "scores scaled by 0.1 on 4 layers"),
+    "no cap": (lambda: sized("gemma2", **SIZES, final_cap=None), "that have no cap"),
+    "bases": (lambda: sized("olmo3", **SIZES), "a RoPE base of 500000 on the layers with windows and of 30 on others"),
+    "llama3": (lambda: sized("qwen3", **SIZES, rope_scaling=SCALINGS["llama3"]), "RoPE scaling 'llama3'"),
+    "yarn": (lambda: sized("gemma3_text", **SIZES, rope_scaling=YARNS[0]), "RoPE scaling 'yarn'"),
+    "ramp": (lambda: sized("llama", **SIZES, rope_scaling=YARNS[1]), "truncate = false"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_computes_in_another_way_is_refused(name: str, tmp_path: Path, nothing: Path) -> None:
+    write, message = REFUSED[name]
+    config = write()
+    model = model_of(config)
+    params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
+    with pytest.raises(InputError, match=f"gguf: .*{message}.*Hugging Face folder"):
+        export.check(params, model, Types("F16"), nothing)
+    with pytest.raises(InputError, match=f"gguf: .*{message}"):
+        export.save(tmp_path / "x", params, model, Types("F16"), tokenizer=nothing, template=None, stop_ids=[])
+
+
+def test_lengths_at_which_llama_cpp_differs_are_said() -> None:
+    for config, note in (
+        (sized("mistral", window=5), "the window of 5 tokens left out: llama.cpp is right up to 5 tokens"),
+        (sized("llama", rope_scaling=SCALINGS["dynamic"]), "dynamic RoPE scaling left out: llama.cpp is right up to 29 tokens"),
+        (sized("phi3", rope_scaling=LONG), "longrope: llama.cpp takes the long factors for a context of more than 13 tokens"),
+    ):
+        assert note in architecture(model_of(config))[1][0]
+    assert architecture(model_of(sized("gemma2", window=5)))[1] == []
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_names_of_every_family_are_those_of_the_gguf_package(name: str) -> None:
+    config = sized(name, **SIZES, **({"window_rope_theta": 30.0} if name == "olmo3" else {}))
+    model = model_of(config)
+    arch, _ = architecture(model)
+    known = reference.MODEL_ARCH(next(i for i, known in reference.MODEL_ARCH_NAMES.items() if known == arch.name))
+    names = reference.get_tensor_name_map(known, config.n_layers)
+    for weight in model.shapes():
+        assert tensor_name(config, weight) == names.get_name(weight, (".weight", ".bias")), weight
+
+
+def test_every_key_has_the_type_that_the_gguf_package_writes(tmp_path: Path) -> None:
+    """Its writer has a method for each key, which says the type."""
+    model = model_of(sized("granite", **SIZES, embedding_multiplier=3, rope_theta=10))  # whole numbers where floats belong
+    params = random_params(model.config)
+    byte_level_folder(tmp_path, *CUTS["qwen2"])
+    with mock.patch.object(vocabulary, "metadata", return_value=({"tokenizer.ggml.model": "none"}, [])):
+        export.save(tmp_path / "x.gguf", params, model, Types("F32"), tokenizer=tmp_path, template=None, stop_ids=[])
+    writer = reference.GGUFWriter(tmp_path / "y.gguf", "granite")
+    writer.add_rope_freq_base(10.0)
+    writer.add_embedding_scale(3.0)
+    writer.add_residual_scale(1.0)
+    writer.add_logit_scale(1.0)
+    writer.add_attention_scale(1.0)
+    writer.add_layer_norm_rms_eps(1e-3)
+    writer.add_head_count(4)
+    writer.add_rope_dimension_count(16)
+    wanted = {key: value.type for key, value in writer.kv_data[0].items()}
+    found = {key: field.types[0] for key, field in reference.GGUFReader(tmp_path / "x.gguf").fields.items()}
+    assert {key: found.get(key) for key in wanted} == wanted
 
 
 # blocks
@@ -235,9 +321,9 @@ def test_simple_types_are_the_bytes_of_the_gguf_package(seed: int, n_rows: int, 
     w = w.round() if ties else w
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         wanted = reference.quants.quantize(w.numpy(), GGMLQuantizationType[kind])
-        found = gguf_blocks.encode(w, kind)
-        assert found.numpy().tobytes() == wanted.tobytes(), kind
-        assert found.shape == (n_rows, w.shape[1] // gguf_blocks.TYPES[kind].block * gguf_blocks.TYPES[kind].n_bytes)
+        encoded = gguf_blocks.encode(w, kind)
+        assert encoded.numpy().tobytes() == wanted.tobytes(), kind
+        assert encoded.shape == (n_rows, w.shape[1] // gguf_blocks.TYPES[kind].block * gguf_blocks.TYPES[kind].n_bytes)
 
 
 def half(data: bytes) -> float:
@@ -276,10 +362,10 @@ def slow_q6_k(data: bytes) -> list[float]:
 def test_k_types_are_read_by_the_gguf_package_and_lose_at_most_a_step(seed: int, spread: float) -> None:
     w = blocks(seed, 3, 512, spread)
     for kind, slow in (("Q4_K", slow_q4_k), ("Q6_K", slow_q6_k)):
-        found = gguf_blocks.encode(w, kind)
-        back = torch.from_numpy(reference.quants.dequantize(found.numpy(), GGMLQuantizationType[kind]))
+        encoded = gguf_blocks.encode(w, kind)
+        back = torch.from_numpy(reference.quants.dequantize(encoded.numpy(), GGMLQuantizationType[kind]))
         n_bytes = gguf_blocks.TYPES[kind].n_bytes
-        values = [v for block in found.reshape(-1, n_bytes) for v in slow(bytes(block.tolist()))]
+        values = [v for block in encoded.reshape(-1, n_bytes) for v in slow(bytes(block.tolist()))]
         torch.testing.assert_close(back.flatten(), torch.tensor(values), rtol=1e-6, atol=1e-30)
         subs, error = w.view(6, -1, 32 if kind == "Q4_K" else 16), (back - w).abs().view(6, -1, 32 if kind == "Q4_K" else 16)
         if kind == "Q4_K":  # a step of the sub-block, and a 63rd of the block's largest step and minimum

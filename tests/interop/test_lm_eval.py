@@ -158,9 +158,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(lm: Any, tasks: Path, *names: str, **settings: Any) -> dict[str, Any]:
     """What lm_eval itself returns."""
     index = TaskManager(include_path=tasks, include_defaults=False)
-    found = simple_evaluate(lm, tasks=list(names), task_manager=index, **{"bootstrap_iters": 0, "limit": None, **settings})
-    assert found is not None
-    return dict(found)
+    results = simple_evaluate(lm, tasks=list(names), task_manager=index, **{"bootstrap_iters": 0, "limit": None, **settings})
+    assert results is not None
+    return dict(results)
 
 
 @pytest.fixture(scope="module")
@@ -185,28 +185,28 @@ def test_bos_and_foreign_text_equal_the_transformers_backend(setting: str, with_
     compare(*(run(lm, tasks, *names, **SETTINGS[setting]) for lm in (with_bos.ours(), with_bos.theirs())))
 
 
-def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def compare(actual: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Every sample's requests, responses and metrics."""
-    assert found["samples"].keys() == wanted["samples"].keys()
+    assert actual["samples"].keys() == wanted["samples"].keys()
     for kind, samples in wanted["samples"].items():
-        for ours, theirs in zip(found["samples"][kind], samples, strict=True):
+        for ours, theirs in zip(actual["samples"][kind], samples, strict=True):
             assert ours["arguments"] == theirs["arguments"]
             close(ours["resps"], theirs["resps"])
-        assert found["results"][kind].keys() == wanted["results"][kind].keys()
+        assert actual["results"][kind].keys() == wanted["results"][kind].keys()
         for key, value in wanted["results"][kind].items():
-            close(found["results"][kind][key], value, exact=key.startswith(("acc", "exact")))
+            close(actual["results"][kind][key], value, exact=key.startswith(("acc", "exact")))
 
 
-def close(found: Any, wanted: Any, exact: bool = False) -> None:
+def close(actual: Any, wanted: Any, exact: bool = False) -> None:
     """Equal, numbers to 1e-5 unless they are counts."""
     if isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
+        assert len(actual) == len(wanted)
+        for one, other in zip(actual, wanted, strict=True):
             close(one, other, exact)
     elif isinstance(wanted, float) and not exact:
-        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        assert actual == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     else:
-        assert found == wanted
+        assert actual == wanted
 
 
 def test_the_tiny_model_says_different_things(reference: Callable[[str], dict[str, Any]]) -> None:
@@ -232,10 +232,10 @@ def test_a_trained_model_equals_the_transformers_backend(tmp_path: Path) -> None
     docs = [{"q": row, "choices": [text, "of", "a", "was"], "gold": 0} for row, text in zip(rows, said, strict=True)]
     write_task(tmp_path, "multiple_choice", docs, target_delimiter="")
     write_task(tmp_path, "generate_until", docs, generation_kwargs={"until": [","], "max_gen_toks": 8})
-    found, wanted = (
+    actual, wanted = (
         run(lm, tmp_path, "multiple_choice", "generate_until") for lm in (demo.ours(max_length=70), demo.theirs(max_length=70))
     )
-    compare(found, wanted)
+    compare(actual, wanted)
     greedy = [greedy for sample in wanted["samples"]["multiple_choice"] for ((_, greedy),) in sample["resps"]]
     assert {True, False} <= set(greedy)
     assert len({sample["resps"][0][0] for sample in wanted["samples"]["generate_until"]}) > 1
@@ -247,7 +247,7 @@ def test_results_are_plain_numbers_and_nothing_else_is_said(
     monkeypatch.setenv("LOCAL_RANK", "1")  # on which simple_evaluate returns nothing
     monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
     capfd.readouterr()
-    found = subject.evaluate(tasks, "loglikelihood", "multiple_choice", n_shots=2, limit=5)
+    results = subject.evaluate(tasks, "loglikelihood", "multiple_choice", n_shots=2, limit=5)
     assert capfd.readouterr() == ("", "")
     assert os.environ["LOCAL_RANK"] == "1"
     assert "DISABLE_MULTIPROC" not in os.environ
@@ -255,9 +255,9 @@ def test_results_are_plain_numbers_and_nothing_else_is_said(
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     settings = {**SETTINGS["plain"], "num_fewshot": 2, "limit": 5, "bootstrap_iters": lm_eval.BOOTSTRAP}
     wanted = run(subject.theirs(), tasks, "loglikelihood", "multiple_choice", **settings)["results"]
-    assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"lm_eval", "tasks"}
-    for name, row in found["tasks"].items():
+    assert json.loads(json.dumps(results)) == results
+    assert set(results) == {"lm_eval", "tasks"}
+    for name, row in results["tasks"].items():
         assert {key: row[key] for key in ("n_samples", "n_shots", "version")} == {"n_samples": 5, "n_shots": 2, "version": 1.5}
         assert set(row["metrics"]) == {metric["metric"] for metric in TASKS[name]["metric_list"]}
         for metric, cell in row["metrics"].items():
@@ -274,11 +274,11 @@ def test_filters_groups_and_a_missing_stderr_are_named(subject: Subject, tmp_pat
     (tmp_path / "group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     for name in ("one", "two"):
         write_task(tmp_path, "multiple_choice", DOCS[:3], task=name)
-    found = subject.evaluate(tmp_path, "both", "generate_until", "loglikelihood_rolling")["tasks"]
-    assert set(found) == {"both", "one", "two", "generate_until", "loglikelihood_rolling"}
-    assert found["both"]["metrics"]["acc"]["value"] == pytest.approx(found["one"]["metrics"]["acc"]["value"])
-    assert list(found["generate_until"]["metrics"]) == ["exact_match,first"]
-    assert found["loglikelihood_rolling"]["metrics"]["bits_per_byte"]["stderr"] is None
+    results = subject.evaluate(tmp_path, "both", "generate_until", "loglikelihood_rolling")["tasks"]
+    assert set(results) == {"both", "one", "two", "generate_until", "loglikelihood_rolling"}
+    assert results["both"]["metrics"]["acc"]["value"] == pytest.approx(results["one"]["metrics"]["acc"]["value"])
+    assert list(results["generate_until"]["metrics"]) == ["exact_match,first"]
+    assert results["loglikelihood_rolling"]["metrics"]["bits_per_byte"]["stderr"] is None
 
 
 def test_local_tasks_ask_nothing_of_the_network(subject: Subject, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,9 +454,9 @@ def test_scores_equal_a_whole_forward_for_each_pair(data: st.DataObject) -> None
         for _ in range(data.draw(st.integers(0, 5)))
     ]
     pairs += [(c, generate.greedy(model, adapted, [c], max_new_tokens=2, stop_ids=[])[0]) for c in contexts]
-    found = continuations(model, adapted, pairs, batch_size=data.draw(st.integers(1, 4)), max_length=max_length)
-    assert len(found) == len(pairs)
-    for (context, continuation), score in zip(pairs, found, strict=True):
+    scores = continuations(model, adapted, pairs, batch_size=data.draw(st.integers(1, 4)), max_length=max_length)
+    assert len(scores) == len(pairs)
+    for (context, continuation), score in zip(pairs, scores, strict=True):
         row = torch.tensor([*context, *continuation])[-max_length - 1 :]
         with torch.no_grad():
             logps = model.forward(adapted, row[None, :-1])[0].log_softmax(-1)[-len(continuation) :]
@@ -464,7 +464,7 @@ def test_scores_equal_a_whole_forward_for_each_pair(data: st.DataObject) -> None
         assert score.logp_nats == pytest.approx(float(logps.gather(1, targets[:, None]).sum()), rel=1e-5, abs=1e-5)
         assert score.greedy == torch.equal(logps.argmax(-1), targets)
     if all(len(context) + 2 <= max_length + 1 for context in contexts):
-        assert all(score.greedy for score in found[-len(contexts) :])
+        assert all(score.greedy for score in scores[-len(contexts) :])
 
 
 def test_answers_of_one_token_share_a_row_and_rows_run_from_long_to_short() -> None:

@@ -37,9 +37,9 @@ def rule_of(name: str, rslora: bool = False) -> Lora:
     ranks = {f"*.layers.{i}.*experts*{'.down_proj' if name in STACKED else end}": 3, "*.experts.*": 4, "*gate.weight": 1}
     ranks = {glob: rank for glob, rank in ranks.items() if name not in STACKED or "gate" not in glob}
     targets = ("*.self_attn.*_proj.weight", "*.experts.*_proj" if name in STACKED else "*.experts.*.weight")
-    beside = {"qwen2_moe": ("*shared_expert*", "*.0.mlp.*_proj.weight"), "qwen3_moe": ("*.1.mlp.*_proj.weight",)}
-    beside["llama4_text"] = ("*shared_expert*", "*.1.feed_forward.*_proj.weight")
-    return Lora(2, 3.0, (*targets, f"*.{ROUTERS.get(name, 'mlp.gate')}.weight", *beside.get(name, ())), ranks, rslora)
+    more_targets = {"qwen2_moe": ("*shared_expert*", "*.0.mlp.*_proj.weight"), "qwen3_moe": ("*.1.mlp.*_proj.weight",)}
+    more_targets["llama4_text"] = ("*shared_expert*", "*.1.feed_forward.*_proj.weight")
+    return Lora(2, 3.0, (*targets, f"*.{ROUTERS.get(name, 'mlp.gate')}.weight", *more_targets.get(name, ())), ranks, rslora)
 
 
 def moved(rule: Lora, params: dict[str, torch.Tensor]) -> Deltas:
@@ -61,10 +61,10 @@ def test_peft_reads_deltas_on_every_linear_map_and_we_read_them_back(name: str, 
     matrices = {n for n, w in params.items() if w.ndim > 1 and not n.endswith(("_bias", "embed_tokens.weight", "lm_head.weight"))}
     assert set(deltas) == matrices
     save(tmp_path, deltas, rule, params)
-    found = model.forward(rule.apply(params, deltas), tokens)
+    logits = model.forward(rule.apply(params, deltas), tokens)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(reference(config, params), tmp_path).eval()(tokens).logits
-    assert distance(found, theirs) <= ATOL
+    assert distance(logits, theirs) <= ATOL
     for part in (".self_attn.", ".experts.", ROUTERS.get(name, ".mlp.gate"), "shared_expert", ".0.mlp.down_proj."):
         fewer = {n: d for n, d in deltas.items() if part not in n}  # nothing that was written is without effect
         assert len(fewer) == len(deltas) or distance(model.forward(rule.apply(params, fewer), tokens), theirs) > 10 * ATOL

@@ -60,11 +60,11 @@ def test_an_adapter_of_the_text_within_goes_both_ways(whole: tuple[str, Any], tm
     trainable = {**deltas, "model.norm.weight": params["model.norm.weight"] + 0.5}
     save = {"base": "x", "fingerprint": None, "quantization": None, "names": params}
     save_adapter(tmp_path / "ours", trainable, rule, **save, wrapper=name)
-    found = model.forward(apply_trainable(params, trainable, rule), tokens)
+    logits = model.forward(apply_trainable(params, trainable, rule), tokens)
     with torch.no_grad():
         PeftModel.from_pretrained(hf, tmp_path / "ours")
         theirs = text_logits(hf, tokens)
-    assert distance(found, theirs) <= ATOL
+    assert distance(logits, theirs) <= ATOL
     again, back, _ = load_adapter(tmp_path / "ours", names=params)
     assert all(
         torch.equal(x, y) for x, y in zip(tree.leaves({n: back[n] for n in trainable}), tree.leaves(trainable), strict=True)

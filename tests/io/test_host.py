@@ -99,7 +99,7 @@ def test_replacement_syncs_no_folder_on_windows(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(atomic.os, "open", opens)
     with pytest.raises(PermissionError):
-        write_atomic(tmp_path / "file", b"one")
+        atomic.sync(tmp_path)
     monkeypatch.setattr(sys, "platform", "win32")
     for content in (b"one", b"two"):
         write_atomic(tmp_path / "file", content)

@@ -177,3 +177,32 @@ def test_large_files_are_known_by_size_and_time(tmp_path: Path, monkeypatch: pyt
     os.utime(tmp_path / "out/model.safetensors", (1, 1))
     with pytest.raises(InputError, match=r"holds model\.safetensors, which was changed after it was saved"):
         save_folder(tmp_path / "out")
+
+
+def test_every_flipped_bit_of_saved_weights_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    save_folder(folder)
+    results.require_unharmed(folder)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        message = r"model\.safetensors is not what a save stage wrote there .*; save it again, or delete \.minitune-files"
+        with pytest.raises(InputError, match=message):
+            results.require_unharmed(folder)
+    file.write_bytes(whole)
+    (folder / "config.json").write_bytes(b'{"mine": 1}')  # a user's own, and no weight
+    results.require_unharmed(folder)
+    (folder / results.MARKER).unlink()
+    file.write_bytes(b"other")
+    results.require_unharmed(folder)  # of another tool
+
+
+def test_a_large_save_is_hashed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "HASHED_BELOW_BYTES", 7)
+    save_folder(tmp_path / "out")
+    (tmp_path / "out/model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(InputError, match="its sha256 differs"):
+        results.require_unharmed(tmp_path / "out")

@@ -233,10 +233,10 @@ def test_a_dora_linear_equals_its_formula_with_the_norm_held_constant(n: int, ou
     leaves = [x.requires_grad_(), *(leaf.requires_grad_() for leaf in delta)]
     total = w + delta.b @ delta.a
     wanted = x @ (total * (delta.m / total.detach().norm(dim=1))[:, None]).T + bias
-    found = nn_linear.linear(x, Adapted(w, *delta), bias)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    actual = nn_linear.linear(x, Adapted(w, *delta), bias)
+    torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
     weight = randn(n, out, seed=seed + 6)
-    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (found, wanted)), strict=True):
+    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (actual, wanted)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -279,10 +279,10 @@ def loss_and_grads(
     return value_and_grad(objective)(trainable)
 
 
-def assert_trees_close(found: tree.Tree, wanted: tree.Tree, tolerance: float) -> None:
+def assert_trees_close(actual: tree.Tree, wanted: tree.Tree, tolerance: float) -> None:
     """Every leaf within tolerance of the largest value of the wanted tree."""
     scale = max(float(leaf.abs().max()) for leaf in tree.leaves(wanted)) or 1.0
-    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * scale), found, wanted)
+    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * scale), actual, wanted)
 
 
 # PEFT
@@ -294,8 +294,8 @@ WHOLE = {"nothing": (), "norms": ("*norm.weight",), "ends": ("model.norm.weight"
 def trained(c: llama.Config, params: Params, rule: Lora, whole: str) -> dict[str, Any]:
     """Deltas and, beside them, whole tensors, all some way from where they began."""
     globs = [glob for glob in WHOLE[whole] if not (c.tie_embeddings and glob == "lm_head.weight")]
-    beside = {name: params[name] for name in tree.select(params, globs, "test")} if globs else {}
-    return moved({**rule.init(params, 0), **beside})
+    whole_weights = {name: params[name] for name in tree.select(params, globs, "test")} if globs else {}
+    return moved({**rule.init(params, 0), **whole_weights})
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -307,14 +307,14 @@ def test_peft_reads_what_we_write_and_we_read_it_back(name: str, whole: str, tie
     trainable = trained(c, params, rule, whole)
     save(tmp_path / "adapter", trainable, rule, params)
 
-    found = logits(c, params, tokens, trainable, rule)
+    ours = logits(c, params, tokens, trainable, rule)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(reference(c, params), tmp_path / "adapter")(tokens).logits
         final = {**params, **{n: x for n, x in trainable.items() if isinstance(x, torch.Tensor)}}
         deltas = {n: x for n, x in trainable.items() if isinstance(x, Delta)}
         merged = reference(c, dict(rule.merge(final, deltas)))(tokens).logits
-    assert distance(found, theirs) <= ATOL
-    assert distance(found, merged) <= ATOL
+    assert distance(ours, theirs) <= ATOL
+    assert distance(ours, merged) <= ATOL
     for part in trainable:  # nothing that was written is without effect
         assert distance(logits(c, params, tokens, {n: x for n, x in trainable.items() if n != part}, rule), theirs) > 10 * ATOL
 
@@ -390,13 +390,13 @@ def test_gradients_of_a_step_equal_those_of_peft(name: str, tmp_path: Path) -> N
     theirs = {n: x.grad for n, x in model.named_parameters() if x.grad is not None}
     scale = max(float(g.abs().max()) for g in theirs.values())
     parts = {"a": "lora_A.default.weight", "b": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
-    seen = 0
+    n_compared = 0
     for path, g in tree.items(grads):
         module, part = path.rsplit(".weight.", 1) if path.endswith((".a", ".b", ".m")) else (path.removesuffix(".weight"), None)
         key = f"base_model.model.{module}." + (parts[part] if part else "modules_to_save.default.weight")
         assert float((g - theirs[key]).abs().max()) <= ATOL * scale, path
-        seen += 1
-    assert seen == len(theirs)
+        n_compared += 1
+    assert n_compared == len(theirs)
 
 
 def test_what_deltas_were_trained_on_is_kept_beside_them(tmp_path: Path) -> None:

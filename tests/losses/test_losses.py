@@ -131,19 +131,19 @@ def test_gradients_are_the_closed_forms(seed: int, beta: float, s: float) -> Non
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)[:, None]  # of the four answers in the margin
 
     slope = beta * (torch.sigmoid(beta * margin) - (1 - s))
-    found = gradients(lambda *x: dpo(*x, beta=beta, label_smoothing=s), *answers)
-    torch.testing.assert_close(torch.stack(found), signs * slope)
-    found = gradients(lambda *x: ipo(*x, beta=beta), *answers)
-    torch.testing.assert_close(torch.stack(found), signs * 2 * (margin - 1 / (2 * beta)))
-    found = gradients(lambda *x: hinge(*x, beta=beta), *answers)
-    torch.testing.assert_close(torch.stack(found), signs * -beta * (beta * margin < 1))
+    grads = gradients(lambda *x: dpo(*x, beta=beta, label_smoothing=s), *answers)
+    torch.testing.assert_close(torch.stack(grads), signs * slope)
+    grads = gradients(lambda *x: ipo(*x, beta=beta), *answers)
+    torch.testing.assert_close(torch.stack(grads), signs * 2 * (margin - 1 / (2 * beta)))
+    grads = gradients(lambda *x: hinge(*x, beta=beta), *answers)
+    torch.testing.assert_close(torch.stack(grads), signs * -beta * (beta * margin < 1))
 
     slope = -beta * torch.sigmoid(0.7 - beta * (c - r))
-    found = gradients(lambda *x: simpo(*x, beta=beta, gamma=0.7), c, r)
-    torch.testing.assert_close(torch.stack(found), signs[:2] * slope)
-    found = gradients(lambda *x: cpo(*x, beta=beta, nll_weight=0.6), c, r, rc)
+    grads = gradients(lambda *x: simpo(*x, beta=beta, gamma=0.7), c, r)
+    torch.testing.assert_close(torch.stack(grads), signs[:2] * slope)
+    grads = gradients(lambda *x: cpo(*x, beta=beta, nll_weight=0.6), c, r, rc)
     slope = -beta * torch.sigmoid(-beta * (c - r))
-    torch.testing.assert_close(torch.stack(found), torch.stack([slope, -slope, torch.full_like(c, 0.6)]))
+    torch.testing.assert_close(torch.stack(grads), torch.stack([slope, -slope, torch.full_like(c, 0.6)]))
 
 
 @given(seed=seeds, beta=betas)
@@ -153,15 +153,15 @@ def test_orpo_is_the_log_odds_ratio_of_probabilities(seed: int, beta: float) -> 
     log_odds = torch.log(p / (1 - p)) - torch.log(q / (1 - q))
     torch.testing.assert_close(orpo(c, r, beta=beta), -c + beta * torch.log1p((-log_odds).exp()))
     pull = beta * torch.sigmoid(-log_odds)
-    found = gradients(lambda *x: orpo(*x, beta=beta), c, r)
-    torch.testing.assert_close(torch.stack(found), torch.stack([-1 - pull / (1 - p), pull / (1 - q)]))
+    grads = gradients(lambda *x: orpo(*x, beta=beta), c, r)
+    torch.testing.assert_close(torch.stack(grads), torch.stack([-1 - pull / (1 - p), pull / (1 - q)]))
 
 
 @given(x=st.floats(-600.0, -1e-12))
 def test_log1mexp_keeps_its_digits(x: float) -> None:
     expected = math.log(-math.expm1(x)) if x > -0.1 else math.log1p(-math.exp(x))
-    found = log1mexp(torch.tensor([x], dtype=torch.float64))
-    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64), rtol=1e-13, atol=0.0)
+    value = log1mexp(torch.tensor([x], dtype=torch.float64))
+    torch.testing.assert_close(value, torch.tensor([expected], dtype=torch.float64), rtol=1e-13, atol=0.0)
     (slope,) = gradients(log1mexp, torch.tensor([x], dtype=torch.float64))
     assert float(slope) == pytest.approx(-1 / math.expm1(-x), rel=1e-12)
 
@@ -176,9 +176,9 @@ def test_kto_is_prospect_theory(seed: int, beta: float, kl: float, wins: float, 
     good, bad = wins * (1 - torch.sigmoid(value - z)), costs * (1 - torch.sigmoid(z - value))
     torch.testing.assert_close(kto(policy, ref, desirable, point, **knobs), torch.where(desirable, good, bad))
 
-    found = gradients(lambda p: kto(p, ref, desirable, point, **knobs), policy)[0]
+    grad = gradients(lambda p: kto(p, ref, desirable, point, **knobs), policy)[0]
     slope = beta * torch.sigmoid(value - z) * torch.sigmoid(z - value)
-    torch.testing.assert_close(found, torch.where(desirable, -wins * slope, costs * slope))
+    torch.testing.assert_close(grad, torch.where(desirable, -wins * slope, costs * slope))
     leaf = point.clone().requires_grad_()
     loss = kto(policy.requires_grad_(), ref, desirable, leaf, **knobs).sum()
     assert torch.autograd.grad(loss, leaf, allow_unused=True) == (None,)
@@ -292,18 +292,18 @@ def test_gradients_of_divergences_are_the_closed_forms(seed: int, v: int, t: flo
     student, teacher = drawn(seed, 2, 5, v)
     p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
     m = (p + q) / 2
-    (found,) = gradients(lambda s: forward_kl(s, teacher, temperature=t), student)
+    (grad,) = gradients(lambda s: forward_kl(s, teacher, temperature=t), student)
     forward = t * (q - p)
-    torch.testing.assert_close(found, forward)
-    (found,) = gradients(lambda s: reverse_kl(s, teacher, temperature=t), student)
+    torch.testing.assert_close(grad, forward)
+    (grad,) = gradients(lambda s: reverse_kl(s, teacher, temperature=t), student)
     log_ratio = (q / p).log()
     reverse = t * q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True))
-    torch.testing.assert_close(found, reverse)
-    (found,) = gradients(lambda s: symmetric_kl(s, teacher, temperature=t), student)
-    torch.testing.assert_close(found, (forward + reverse) / 2)
-    (found,) = gradients(lambda s: jensen_shannon(s, teacher, temperature=t, weight=0.5), student)
+    torch.testing.assert_close(grad, reverse)
+    (grad,) = gradients(lambda s: symmetric_kl(s, teacher, temperature=t), student)
+    torch.testing.assert_close(grad, (forward + reverse) / 2)
+    (grad,) = gradients(lambda s: jensen_shannon(s, teacher, temperature=t, weight=0.5), student)
     log_ratio = (q / m).log() / 2
-    torch.testing.assert_close(found, t * q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True)))
+    torch.testing.assert_close(grad, t * q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True)))
 
 
 @given(seed=seeds, v=st.integers(2, 17), t=temperatures)
@@ -384,9 +384,9 @@ def test_the_top_is_the_divergence_of_merged_probabilities(kind: Any, seed: int,
         return torch.cat([p.gather(-1, ids), p.scatter(-1, ids, 0.0).sum(-1, keepdim=True)], -1).log()
 
     targets = torch.arange(5) % v
-    found = kind(temperature=t).on_top(student, targets, ids, logps)
+    divergence = kind(temperature=t).on_top(student, targets, ids, logps)
     expected = t**2 * kind().divergence(merged(student), merged(teacher), 1.0)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(divergence, expected, rtol=1e-7, atol=1e-9)
     (slope,) = gradients(lambda s: kind(temperature=t).on_top(s, targets, ids, logps), student)
     (other,) = gradients(lambda s: t**2 * kind().divergence(merged(s), merged(teacher), 1.0), student)
     torch.testing.assert_close(slope, other, rtol=1e-6, atol=1e-8)

@@ -19,9 +19,9 @@ def test_the_number_of_graphs_depends_on_neither_depth_nor_steps_nor_lengths() -
 
 def test_quantized_weights_add_no_graph() -> None:
     """A block over codes of all schemes is one graph wherever a block over plain weights is, at any depth and length."""
-    found = eval(run_script("compiled_quantized").replace(" []", ""))
-    assert found == [found[0]] * 3
-    assert found[0] <= 7
+    n_graphs = eval(run_script("compiled_quantized").replace(" []", ""))
+    assert n_graphs == [n_graphs[0]] * 3
+    assert n_graphs[0] <= 7
 
 
 def test_decoding_a_weight_is_one_kernel_as_a_gpu_would_run_it_and_changes_no_bit() -> None:
@@ -43,9 +43,9 @@ def test_models_of_any_number_in_one_process_all_stay_compiled() -> None:
 
 def test_a_backward_without_a_kernel_is_found_before_the_first_forward_has_run() -> None:
     """As where a card's shared memory is too small for a head's gradient: later nothing could be run in the block's place."""
-    told = run_script("compiled_unlowered")
-    assert told.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (Lowering")
-    assert "needs 132 KiB" in told
+    printed = run_script("compiled_unlowered")
+    assert printed.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (Lowering")
+    assert "needs 132 KiB" in printed
 
 
 def test_a_probe_of_compiled_blocks_receives_the_same_outputs_and_gradients() -> None:
@@ -53,8 +53,10 @@ def test_a_probe_of_compiled_blocks_receives_the_same_outputs_and_gradients() ->
 
 
 def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Path) -> None:
-    told = run_script("compiled_without", CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    assert told.startswith("1 compiled: blocks run as they are, because torch.compile could not compile them (InvalidCxxCompiler")
+    printed = run_script("compiled_without", CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert printed.startswith(
+        "1 compiled: blocks run as they are, because torch.compile could not compile them (InvalidCxxCompiler"
+    )
 
 
 def test_an_error_of_the_block_is_the_blocks_own() -> None:

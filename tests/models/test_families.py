@@ -69,10 +69,10 @@ def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, data: st.Data
     half = {n: w.bfloat16() for n, w in random_params(config, seed).items()}
     tokens = random_batch(config, 2, 17, seed).tokens
     wide, generator = {n: w.float() for n, w in half.items()}, torch.Generator().manual_seed(seed)
-    exact, found = (model_of(config).forward(params, tokens) for params in (wide, half))
+    exact, rounded = (model_of(config).forward(params, tokens) for params in (wide, half))
     with torch.no_grad():
         theirs = reference(config, half)(tokens).logits
-    assert found.dtype == product_dtype(torch.bfloat16, torch.device("cpu"))
+    assert rounded.dtype == product_dtype(torch.bfloat16, torch.device("cpu"))
 
     def squares(some: torch.Tensor) -> torch.Tensor:
         return (some.float() - exact).square().mean(-1)
@@ -81,7 +81,7 @@ def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, data: st.Data
         return w * (1 + 2**-8 * (2 * torch.rand(w.shape, generator=generator) - 1))
 
     felt = sum(squares(model_of(config).forward({n: moved(w) for n, w in wide.items()}, tokens)) for _ in range(4)) / 4
-    error, their_error = ((squares(some) / felt).mean().sqrt() for some in (found, theirs))
+    error, their_error = ((squares(some) / felt).mean().sqrt() for some in (rounded, theirs))
     assert error <= 1.7 * their_error
 
 
@@ -230,10 +230,10 @@ def test_lora_on_every_linear_merges_exactly(name: str, data: st.DataObject, see
 
     deltas = {n: Delta(drawn(d.a), drawn(d.b)) for n, d in rule.init(params, seed).items()}
     assert set(deltas) == {n for n, shape in model_of(config).shapes().items() if len(shape) == 2 and "layers" in n}
-    found = model_of(config).forward(rule.apply(params, deltas), tokens)
+    adapted = model_of(config).forward(rule.apply(params, deltas), tokens)
     wanted = model_of(config).forward(rule.merge(params, deltas), tokens)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-    assert distance(found, model_of(config).forward(params, tokens)) > 100 * ATOL
+    torch.testing.assert_close(adapted, wanted, rtol=1e-6, atol=1e-6)
+    assert distance(adapted, model_of(config).forward(params, tokens)) > 100 * ATOL
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -432,11 +432,11 @@ def test_attention_equals_its_definition(seed: int, cap: float | None, sunk: boo
     )
     torch.testing.assert_close(one(q, k, v, *key_range)[:, 0], wanted)
     whole = causal(t, q.device)
-    found = attention(q, k, v, whole, scale=scale, soft_cap=cap, sinks=sinks)
-    torch.testing.assert_close(found, plain(q, k, v, whole.mask(t).expand(2, -1, -1, -1), scale, cap, sinks))
+    actual = attention(q, k, v, whole, scale=scale, soft_cap=cap, sinks=sinks)
+    torch.testing.assert_close(actual, plain(q, k, v, whole.mask(t).expand(2, -1, -1, -1), scale, cap, sinks))
     late = KeyRange(key_range.first[:, -1:], last[:, -1:])  # the last query alone, as in decoding
-    found = attention(q[:, :, -1:], k, v, late, scale=scale, soft_cap=cap, sinks=sinks)
-    torch.testing.assert_close(found, wanted[:, :, -1:])
+    actual = attention(q[:, :, -1:], k, v, late, scale=scale, soft_cap=cap, sinks=sinks)
+    torch.testing.assert_close(actual, wanted[:, :, -1:])
 
 
 def test_windows_chunks_and_lengths_by_hand() -> None:

@@ -110,9 +110,9 @@ def test_packed_documents_equal_their_own_forwards_in_values_and_gradients(name:
         ]
         return Mean(torch.stack([model.forward(p, one[None]).square().sum() for one in documents]).sum(), torch.ones(()))
 
-    found, wanted = (value_and_grad(f)(params) for f in (packed, apart))
-    torch.testing.assert_close(found[0].total, wanted[0].total)
-    torch.testing.assert_close(found[1], wanted[1], atol=1e-9 * float(wanted[0].total), rtol=1e-9)
+    actual, wanted = (value_and_grad(f)(params) for f in (packed, apart))
+    torch.testing.assert_close(actual[0].total, wanted[0].total)
+    torch.testing.assert_close(actual[1], wanted[1], atol=1e-9 * float(wanted[0].total), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
@@ -129,8 +129,8 @@ def test_greedy_decoding_equals_the_full_forward(name: str) -> None:
     config = small_experts(name)
     params, model = random_params(config, 2), Model(models.FAMILIES[name], config)
     prompts = [torch.randint(0, 17, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 4)]
-    found = greedy(model, params, prompts, max_new_tokens=6, stop_ids=[])
-    for prompt, row in zip(prompts, found, strict=True):
+    answers = greedy(model, params, prompts, max_new_tokens=6, stop_ids=[])
+    for prompt, row in zip(prompts, answers, strict=True):
         tokens = list(prompt)
         for _ in range(6):
             tokens.append(int(model.forward(params, torch.tensor([tokens]))[0, -1].argmax()))
@@ -152,9 +152,9 @@ def test_deltas_on_every_linear_map_equal_merged_weights(name: str, dora: bool) 
     }
     assert sum(".experts." in key for key in deltas) == 3 * 5 * sum(config.experts.at(i) for i in range(2))
     tokens = random_batch(config, 2, 19).tokens
-    found = model.forward(rule.apply(params, deltas), tokens)
-    assert distance(found, model.forward(rule.merge(params, deltas), tokens)) <= 1e-6 if dora else 1e-10
-    assert distance(found, model.forward(params, tokens)) > 0.01
+    adapted = model.forward(rule.apply(params, deltas), tokens)
+    assert distance(adapted, model.forward(rule.merge(params, deltas), tokens)) <= 1e-6 if dora else 1e-10
+    assert distance(adapted, model.forward(params, tokens)) > 0.01
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
@@ -173,10 +173,10 @@ def test_deltas_on_all_experts_at_once_equal_merged_weights(name: str) -> None:
     check_deltas(params, deltas, "here")
     assert {round(6 * rule.scale(d)) for key, d in deltas.items() if "down_proj" in key} == {6}  # 2 / 2
     assert {round(6 * rule.scale(d)) for key, d in deltas.items() if "gate_up_proj" in key} == {4}  # 2 / 3
-    found = model.forward(rule.apply(params, deltas), tokens)
-    assert distance(found, model.forward(rule.merge(params, deltas), tokens)) <= 1e-10
+    adapted = model.forward(rule.apply(params, deltas), tokens)
+    assert distance(adapted, model.forward(rule.merge(params, deltas), tokens)) <= 1e-10
     experts = {key: d for key, d in deltas.items() if ".experts." in key}
-    assert distance(found, model.forward(rule.apply(params, {**deltas, **{key: fresh[key] for key in experts}}), tokens)) > 0.01
+    assert distance(adapted, model.forward(rule.apply(params, {**deltas, **{key: fresh[key] for key in experts}}), tokens)) > 0.01
 
 
 def test_a_delta_that_does_not_fit_all_experts_is_refused() -> None:
@@ -291,12 +291,12 @@ def test_bfloat16_is_within_its_own_rounding_of_float32(name: str) -> None:
     params, tokens = random_params(config), random_batch(config, 3, 19).tokens
     half = {key: w.bfloat16() for key, w in params.items()}
     exact = Model(models.FAMILIES[name], config).forward({key: w.float() for key, w in half.items()}, tokens)
-    found = Model(models.FAMILIES[name], config).forward(half, tokens)
+    rounded = Model(models.FAMILIES[name], config).forward(half, tokens)
     with torch.no_grad():
         theirs = reference(config, half)(tokens).logits
-    assert found.dtype == product_dtype(torch.bfloat16, torch.device("cpu"))
+    assert rounded.dtype == product_dtype(torch.bfloat16, torch.device("cpu"))
     # a token whose logits are all but equal may go to another expert: medians, which such a token does not move
-    error, their_error = ((some.float() - exact).detach().abs().median() for some in (found, theirs))
+    error, their_error = ((some.float() - exact).detach().abs().median() for some in (rounded, theirs))
     assert error <= 2 * their_error
 
 
@@ -347,8 +347,8 @@ def test_mxfp4_experts_are_unpacked_as_transformers_does_and_saved_plain(tmp_pat
     tokens = random_batch(config, 2, 19).tokens
     with torch.no_grad():
         hf = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-        found = model.forward({name: w.float() for name, w in params.items()}, tokens)
-        assert distance(found, hf(tokens).logits) <= ATOL
+        logits = model.forward({name: w.float() for name, w in params.items()}, tokens)
+        assert distance(logits, hf(tokens).logits) <= ATOL
 
 
 @pytest.mark.parametrize("part", ["_blocks", "_scales"])
@@ -382,12 +382,12 @@ def test_gptq_reaches_every_expert_that_has_tokens() -> None:
     config = msgspec.structs.replace(small_experts("mixtral"), experts=Experts(3, 2, 8, "mixtral"), d_ff=8)
     params, batch = random_params(config), random_batch(config, 4, 29, packed=False)
     rule = Quantization(Int8(), ("*.experts.*.weight",))
-    found = gptq.gptq(Model(mixtral.FAMILY, config), params, [batch], rule, damp=0.01)
+    quantized = gptq.gptq(Model(mixtral.FAMILY, config), params, [batch], rule, damp=0.01)
     plain = rule.quantize(params)
     names = [name for name in params if ".experts." in name]
-    assert all(isinstance(found[name], QInt8) for name in names)
-    assert not all(torch.equal(found[name].codes, plain[name].codes) for name in names)
-    exact, rounded = (Model(mixtral.FAMILY, config).forward(some, batch.tokens) for some in (params, found))
+    assert all(isinstance(quantized[name], QInt8) for name in names)
+    assert not all(torch.equal(quantized[name].codes, plain[name].codes) for name in names)
+    exact, rounded = (Model(mixtral.FAMILY, config).forward(some, batch.tokens) for some in (params, quantized))
     assert 0 < distance(rounded, exact) < 0.2
 
 

@@ -60,22 +60,22 @@ def hooked(config: DecoderConfig, params: dict[str, Tensor], tokens: Tensor) -> 
 def test_the_tap_sees_the_linear_maps_that_transformers_runs(name: str) -> None:
     config = CONFIGS[name]()
     params, tokens = random_params(config), random_batch(config, 2, 11).tokens
-    found, wanted = tapped(config, params, tokens), hooked(config, params, tokens)
+    tapped_maps, wanted = tapped(config, params, tokens), hooked(config, params, tokens)
     linear = {key for key, w in params.items() if w.ndim == 2 and ".layers." in key}
     if config.experts is None:
-        assert set(found) == set(wanted) == linear
+        assert set(tapped_maps) == set(wanted) == linear
     else:
-        assert set(wanted) < set(found) == linear
+        assert set(wanted) < set(tapped_maps) == linear
     for key, pair in wanted.items():
-        for ours, theirs in zip(found[key], pair, strict=True):
+        for ours, theirs in zip(tapped_maps[key], pair, strict=True):
             torch.testing.assert_close(ours.reshape(theirs.shape), theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_the_tap_of_an_expert_sees_the_rows_that_go_to_it() -> None:
     config = small_experts("qwen2_moe")
     params, tokens = random_params(config), random_batch(config, 2, 11).tokens
-    found, prefix = tapped(config, params, tokens), "model.layers.1.mlp"
-    x, logits = (part.flatten(0, 1) for part in found[f"{prefix}.gate.weight"])
+    tapped_maps, prefix = tapped(config, params, tokens), "model.layers.1.mlp"
+    x, logits = (part.flatten(0, 1) for part in tapped_maps[f"{prefix}.gate.weight"])
     torch.testing.assert_close(logits, x @ params[f"{prefix}.gate.weight"].T)
     chosen = logits.softmax(-1).topk(config.experts.n_active).indices
     for e in range(config.experts.n_experts):
@@ -84,7 +84,7 @@ def test_the_tap_of_an_expert_sees_the_rows_that_go_to_it() -> None:
         gated, raised = rows @ params[gate].T, rows @ params[up].T
         hidden = F.silu(gated) * raised
         for key, pair in {gate: (rows, gated), up: (rows, raised), down: (hidden, hidden @ params[down].T)}.items():
-            torch.testing.assert_close(found[key], pair)
+            torch.testing.assert_close(tapped_maps[key], pair)
 
 
 def test_the_tap_sees_what_an_adapted_map_gives() -> None:
@@ -92,8 +92,8 @@ def test_the_tap_sees_what_an_adapted_map_gives() -> None:
     params, tokens = random_params(config), random_batch(config, 2, 11).tokens
     rule, key = Lora(2, 3.0, ("*.2.mlp.up_proj.weight",)), "model.layers.2.mlp.up_proj.weight"
     deltas = {name: delta._replace(b=torch.ones_like(delta.b)) for name, delta in rule.init(params, 0).items()}
-    found, merged = (tapped(config, some, tokens)[key] for some in (rule.apply(params, deltas), rule.merge(params, deltas)))
-    torch.testing.assert_close(found, merged, rtol=1e-4, atol=1e-5)
+    adapted, merged = (tapped(config, some, tokens)[key] for some in (rule.apply(params, deltas), rule.merge(params, deltas)))
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-5)
 
 
 WEIGHTS = ("self_attn.o_proj.weight", "mlp.gate.weight", "mlp.down_proj.weight")  # no layer has all of them

@@ -35,10 +35,10 @@ def leaves(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 def test_gradients_equal_those_of_the_formula(name: str) -> None:
     ours, formula, shape = CASES[name]
     x, y, cotangent = leaves(shape, torch.float64)
-    found, wanted = ours(x, y), formula(x, y)
-    torch.testing.assert_close(found, wanted)
+    actual, wanted = ours(x, y), formula(x, y)
+    torch.testing.assert_close(actual, wanted)
     for needed in ((x, y), (x,), (y,)):
-        grads = (torch.autograd.grad(value, needed, cotangent, retain_graph=True) for value in (found, wanted))
+        grads = (torch.autograd.grad(value, needed, cotangent, retain_graph=True) for value in (actual, wanted))
         for ours_, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(ours_, theirs)
     assert torch.autograd.gradgradcheck(ours, (x, y))
@@ -48,10 +48,10 @@ def test_gradients_equal_those_of_the_formula(name: str) -> None:
 def test_what_is_frozen_gets_no_gradient(name: str) -> None:
     ours, formula, shape = CASES[name]
     x, y, cotangent = leaves(shape, torch.float64)
-    (found,), (wanted,) = (torch.autograd.grad(f(x, y.detach()), [x], cotangent) for f in (ours, formula))
-    torch.testing.assert_close(found, wanted)
-    (found,), (wanted,) = (torch.autograd.grad(f(x.detach(), y), [y], cotangent) for f in (ours, formula))
-    torch.testing.assert_close(found, wanted)
+    (grad,), (wanted,) = (torch.autograd.grad(f(x, y.detach()), [x], cotangent) for f in (ours, formula))
+    torch.testing.assert_close(grad, wanted)
+    (grad,), (wanted,) = (torch.autograd.grad(f(x.detach(), y), [y], cotangent) for f in (ours, formula))
+    torch.testing.assert_close(grad, wanted)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,8 +67,8 @@ def test_bfloat16_gradients_are_near_the_truth(name: str) -> None:
     ours, formula, shape = CASES[name]
     x, y, cotangent = leaves(shape, torch.bfloat16)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, y)]
-    found = torch.autograd.grad(ours(x, y), (x, y), cotangent)
+    grads = torch.autograd.grad(ours(x, y), (x, y), cotangent)
     wanted = torch.autograd.grad(formula(*exact), exact, cotangent.double())
-    for ours_, truth in zip(found, wanted, strict=True):
+    for ours_, truth in zip(grads, wanted, strict=True):
         assert ours_.dtype == torch.bfloat16
         torch.testing.assert_close(ours_.double(), truth, rtol=0.0, atol=float(4 * 2**-8 * truth.abs().max()))

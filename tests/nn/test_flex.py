@@ -67,7 +67,7 @@ def test_its_blocks_are_those_of_the_whole_mask(kind: str, length: int, block: i
     first = key_range.first if isinstance(key_range.first, torch.Tensor) else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "BLOCK", block)
-        found = flex.block_mask(first, length, CPU)
+        blocks = flex.block_mask(first, length, CPU)
     rows = len(key_range.starts())
     mask = key_range.mask(length)
     wanted = torch_flex.create_block_mask(
@@ -75,10 +75,10 @@ def test_its_blocks_are_those_of_the_whole_mask(kind: str, length: int, block: i
     )
     places = torch.arange(length)
     here = (torch.arange(rows)[:, None, None], torch.zeros(()), places[:, None], places)
-    assert torch.equal(found.mask_mod(*here).expand(mask[:, 0].shape), mask[:, 0])
-    assert (found.shape, found.BLOCK_SIZE) == ((rows, 1, length, length), (block, block))
+    assert torch.equal(blocks.mask_mod(*here).expand(mask[:, 0].shape), mask[:, 0])
+    assert (blocks.shape, blocks.BLOCK_SIZE) == ((rows, 1, length, length), (block, block))
     for which in ("kv", "full_kv", "q", "full_q"):
-        ours, theirs = (listed(m, which) for m in (found, wanted))
+        ours, theirs = (listed(m, which) for m in (blocks, wanted))
         assert ours == theirs, which
 
 
@@ -130,8 +130,8 @@ def test_what_its_kernels_take_is_theirs_when_it_is_compiled(fits: bool, changed
 def kernel_errors(kind: str, device: str, dtype: str) -> list[float]:
     """Of Inductor's kernels, as shares of what float64 gives, in the L2 norm: of the result and of every gradient. 517 tokens
     have blocks that are seen whole, seen in part and cut off."""
-    told = run_script("flex_kernel", kind, device, dtype)
-    return [float(line) for line in told.split()]
+    printed = run_script("flex_kernel", kind, device, dtype)
+    return [float(line) for line in printed.split()]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels need CUDA, and this machine has none")

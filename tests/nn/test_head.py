@@ -43,13 +43,13 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
         patch.setattr(nn_head, "HEAD_CHUNK", chunk * (v + 1))
         patch.setattr(nn_head, "HEAD_ROWS", 1)
         patch.setattr(nn_head, "TRAINED_HEAD_FACTOR", 1)
-        found = token_losses(loss, hidden, targets, mask, leaf)
+        actual = token_losses(loss, hidden, targets, mask, leaf)
     w = head + leaf.b @ leaf.a if isinstance(leaf, Adapted) else head
     whole = loss((hidden @ w.T).flatten(0, 1), targets.flatten()).unflatten(0, (b, t))
     wanted = torch.where(mask if n_values == 1 else mask[..., None], whole, 0.0)
-    torch.testing.assert_close(found, wanted)
-    cotangent = torch.randn(found.shape, **draw) if data.draw(st.booleans()) else torch.full(found.shape, -0.7).double()
-    for a, c in zip(*(torch.autograd.grad(x, [hidden, *trained], cotangent) for x in (found, wanted)), strict=True):
+    torch.testing.assert_close(actual, wanted)
+    cotangent = torch.randn(actual.shape, **draw) if data.draw(st.booleans()) else torch.full(actual.shape, -0.7).double()
+    for a, c in zip(*(torch.autograd.grad(x, [hidden, *trained], cotangent) for x in (actual, wanted)), strict=True):
         torch.testing.assert_close(a, c)
 
 
@@ -76,18 +76,18 @@ def test_the_forward_is_the_only_time_that_logits_are_made(monkeypatch: pytest.M
 
 def test_a_loss_by_rows_keeps_the_gradient_of_its_logits_alone_and_sees_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn_head, "LOSS_SLICE_LOGITS", 4 * 50)
-    seen: list[int] = []
+    row_counts: list[int] = []
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen.append(len(logits))
+        row_counts.append(len(logits))
         return F.cross_entropy(logits.float().tanh(), labels, reduction="none")
 
     logits = torch.randn(10, 50, dtype=torch.bfloat16).requires_grad_()
     nats = by_rows(loss)(logits, torch.randint(0, 50, (10,)))
-    assert seen == [4, 4, 2]
+    assert row_counts == [4, 4, 2]
     assert isinstance(nats.grad_fn, torch.autograd.graph.Node)
     kept = [x for node, _ in nats.grad_fn.next_functions for x in node.saved_tensors]  # pyright: ignore
-    assert [(x.dtype, x.shape) for x in kept] == [(torch.bfloat16, (n, 50)) for n in seen]
+    assert [(x.dtype, x.shape) for x in kept] == [(torch.bfloat16, (n, 50)) for n in row_counts]
 
 
 def test_a_gradient_of_its_gradient_is_refused_by_plain_autograd_and_right_under_torch_func() -> None:
@@ -102,13 +102,13 @@ def test_a_gradient_of_its_gradient_is_refused_by_plain_autograd_and_right_under
     (grad,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-    found = torch.func.grad(lambda x: torch.func.grad(total)(x).sum())(hidden)
+    second = torch.func.grad(lambda x: torch.func.grad(total)(x).sum())(hidden)
     wanted = torch.func.grad(
         lambda x: torch.func.grad(lambda z: F.cross_entropy((z @ head.T)[0], targets[0], reduction="none").square().sum())(
             x
         ).sum()
     )(hidden)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(second, wanted)
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -157,10 +157,10 @@ def random_input(n: int, seed: int, tied: bool = False) -> Tensor:
 def test_values_and_gradients_are_those_of_transformers(name: str, n: int, seed: int, tied: bool) -> None:
     block, leaves = random_block(CASES[name], seed)
     x = random_input(n, seed, tied).requires_grad_()
-    found, wanted = CASES[name].ours(leaves, x), values(block, x)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL * float(wanted.detach().abs().max()) + 1e-9)
+    actual, wanted = CASES[name].ours(leaves, x), values(block, x)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=ATOL * float(wanted.detach().abs().max()) + 1e-9)
     direction = torch.randn(n, D, generator=torch.Generator().manual_seed(seed + 2))
-    grads = torch.autograd.grad(found, [x, *leaves.values()], direction, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(actual, [x, *leaves.values()], direction, allow_unused=True, materialize_grads=True)
     theirs = [x, *(dict(block.named_parameters())[key] for key in leaves)]
     for one, other in zip(grads, torch.autograd.grad(wanted, theirs, direction), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=3 * ATOL * float(other.abs().max()) + 1e-9)
@@ -238,9 +238,9 @@ def test_deltas_of_single_experts_equal_merged_weights(dora: bool) -> None:
     adapted = [plain(weights) for weights in changed]
     whole = [plain([merged(w) for w in weights]) for weights in changed]
     routes = moe.softmax_then_top(torch.randn(17, X, generator=generator), K, True)
-    found, wanted = (moe.mixture(x, routes, some[:2], swiglu, some[2]) for some in (adapted, whole))
-    assert distance(found, wanted) <= 10 * ATOL
-    assert distance(found, moe.mixture(x, routes, into, swiglu, out)) > 0.1
+    actual, wanted = (moe.mixture(x, routes, some[:2], swiglu, some[2]) for some in (adapted, whole))
+    assert distance(actual, wanted) <= 10 * ATOL
+    assert distance(actual, moe.mixture(x, routes, into, swiglu, out)) > 0.1
 
 
 def test_a_delta_of_stacked_experts_has_the_layout_of_their_weight() -> None:
@@ -250,10 +250,10 @@ def test_a_delta_of_stacked_experts_has_the_layout_of_their_weight() -> None:
     delta = Delta(torch.randn(X, 2, w.shape[2], generator=generator), torch.randn(X, w.shape[1], 2, generator=generator))
     routes = moe.top_then_softmax(torch.randn(9, X, generator=generator), K)
     out = moe.stacked(leaves["experts.down_proj"], leaves["experts.down_proj_bias"])
-    found = moe.mixture(x, routes, [moe.stacked(Adapted(w, *delta), bias)], halves, out)
+    actual = moe.mixture(x, routes, [moe.stacked(Adapted(w, *delta), bias)], halves, out)
     wanted = moe.mixture(x, routes, [moe.stacked(w + delta.b @ delta.a, bias)], halves, out)
-    assert distance(found, wanted) <= ATOL
-    assert distance(found, moe.mixture(x, routes, [moe.stacked(w, bias)], halves, out)) > 0.1
+    assert distance(actual, wanted) <= ATOL
+    assert distance(actual, moe.mixture(x, routes, [moe.stacked(w, bias)], halves, out)) > 0.1
 
 
 def stack_of(leaves: Leaves, name: str) -> moe.ExpertLinear:
@@ -296,10 +296,10 @@ def test_experts_in_one_kernel_equal_experts_one_by_one(
     exact, wanted, rounded = answer(torch.float64), answer(torch.float32), answer(torch.bfloat16)
     assert not calls
     monkeypatch.setattr(moe, "_has_kernel", lambda x: True)
-    found, half = answer(torch.float32), answer(torch.bfloat16)
+    actual, half = answer(torch.float32), answer(torch.bfloat16)
     assert calls
     for name, leaf in exact.items():
-        assert distance(found[name], wanted[name]) <= 1e-6
+        assert distance(actual[name], wanted[name]) <= 1e-6
         error, other = ((some[name].double() - leaf).square().mean().sqrt() for some in (half, rounded))
         assert error <= 2 * other
     calls.clear()
@@ -338,10 +338,10 @@ def test_quantized_experts_equal_what_their_codes_stand_for(scheme: Any) -> None
 
     dense = [dequantize(one, torch.float32) for one in codes]
     direction = torch.randn(9, 32, generator=generator)
-    found, wanted = (torch.func.vjp(partial(run, leaves), x) for leaves in (codes, dense))
+    actual, wanted = (torch.func.vjp(partial(run, leaves), x) for leaves in (codes, dense))
     eager = x.clone().requires_grad_()
     assert distance(run(codes, x), wanted[0]) <= ATOL
-    assert distance(found[0], wanted[0]) <= ATOL
+    assert distance(actual[0], wanted[0]) <= ATOL
     (gradient,) = torch.autograd.grad(run(codes, eager), eager, direction)
     assert distance(gradient, wanted[1](direction)[0]) <= 3 * ATOL
 
@@ -352,10 +352,10 @@ def test_the_load_balancing_loss_is_that_of_transformers(n: int, n_layers: int, 
     logits = torch.randn(n_layers, n, X, generator=generator).requires_grad_()
     mask = torch.rand(n, generator=generator) < 0.7
     mask[0] = True
-    found = moe.load_balance(logits, K, mask)
+    loss = moe.load_balance(logits, K, mask)
     wanted = load_balancing_loss_func(tuple(logits), X, K, mask[None])
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(one, logits)[0] for one in (found, wanted)))
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(one, logits)[0] for one in (loss, wanted)))
     assert not moe.load_balance(logits.detach(), K, torch.zeros_like(mask)).any()
 
 
@@ -371,8 +371,8 @@ def test_bfloat16_stays_within_its_own_rounding(name: str) -> None:
     _, leaves = random_block(CASES[name], 8)
     half = {key: leaf.detach().bfloat16() for key, leaf in leaves.items()}
     x = random_input(13, 8).bfloat16()
-    found = CASES[name].ours(half, x)
+    rounded = CASES[name].ours(half, x)
     exact = CASES[name].ours({key: leaf.float() for key, leaf in half.items()}, x.float())
-    assert found.dtype == torch.bfloat16
-    close = (found.float() - exact).abs().amax(1) <= 0.05 * exact.abs().max()
+    assert rounded.dtype == torch.bfloat16
+    close = (rounded.float() - exact).abs().amax(1) <= 0.05 * exact.abs().max()
     assert int((~close).sum()) <= 2  # rounding may send a token to another expert whose logit is all but equal

@@ -27,8 +27,8 @@ from support.models import SMALL, random_batch, random_params
 def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> tree.Tree:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"w": (3, 5), "norm.weight": (7,), "scalar": ()}
-    found = {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
-    return {**found, "d": Delta(*(torch.randn(2, 3, generator=generator, dtype=torch.float64).to(dtype) for _ in "ab"))}
+    plain = {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    return {**plain, "d": Delta(*(torch.randn(2, 3, generator=generator, dtype=torch.float64).to(dtype) for _ in "ab"))}
 
 
 def chains(lr: float, clip: float, factor: float, weight_decay: float) -> dict[str, object]:
@@ -67,9 +67,9 @@ def test_a_fused_step_is_the_update_that_is_added(
 ) -> None:
     dtype = torch.float64 if wide else torch.float32
     for optimizer in chains(lr, clip, factor, decay).values():
-        found, wanted = (taken(optimizer, 5, divisor, by_update, donate, dtype) for by_update in (False, True))
+        fused, wanted = (taken(optimizer, 5, divisor, by_update, donate, dtype) for by_update in (False, True))
         # torch's kernel takes the learning rate in float32
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [4, 2**20])
@@ -96,8 +96,8 @@ def test_bfloat16_weights_take_the_step_of_their_float32_copies_and_are_rounded_
 @pytest.mark.parametrize("name", ["bare", "chained", "twice clipped"])
 def test_donated_and_pure_steps_are_the_same_to_the_last_bit(name: str) -> None:
     optimizer = chains(0.01, 0.5, 3.0, 0.1)[name]
-    found, wanted = (taken(optimizer, 4, 3.0, False, donate, torch.float32) for donate in (True, False))
-    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), found, wanted)
+    donated, wanted = (taken(optimizer, 4, 3.0, False, donate, torch.float32) for donate in (True, False))
+    tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), donated, wanted)
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9)])

@@ -68,5 +68,7 @@ def test_8_bit_moments_take_a_quarter_of_the_memory_and_small_leaves_stay_exact(
     whole, short = (kind(lr=1e-2).init(params) for kind in (AdamW, eight_bit.AdamW8bit))
     assert tree.n_bytes(short) < 0.26 * tree.n_bytes(whole)
     grads = {"large": params["large"], "small": torch.arange(5.0)}
-    found, wanted = (kind(lr=1e-2).update(grads, kind(lr=1e-2).init(params), params)[0] for kind in (eight_bit.AdamW8bit, AdamW))
-    torch.testing.assert_close(found["small"], wanted["small"], rtol=0, atol=0)
+    updates, wanted = (
+        kind(lr=1e-2).update(grads, kind(lr=1e-2).init(params), params)[0] for kind in (eight_bit.AdamW8bit, AdamW)
+    )
+    torch.testing.assert_close(updates["small"], wanted["small"], rtol=0, atol=0)

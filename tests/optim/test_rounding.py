@@ -26,12 +26,12 @@ def test_stochastic_rounding_is_unbiased_and_gives_a_neighbour(selects: bool, va
 
 def check_rounding(value: float, seed: int) -> None:
     x = torch.full((20000,), value)
-    found = rounding.RoundStochastically(seed).rounding_after(torch.tensor(3))(x, "w", 0).double()
+    rounded = rounding.RoundStochastically(seed).rounding_after(torch.tensor(3))(x, "w", 0).double()
     low = torch.tensor(value).view(torch.int32) & -(2**16)
     ends = torch.stack([low, low + 2**16]).view(torch.float32).double()
-    assert set(found.unique().tolist()) <= set(ends.tolist())
+    assert set(rounded.unique().tolist()) <= set(ends.tolist())
     gap = float((ends[1] - ends[0]).abs())
-    assert float(found.mean() - x.double().mean()) == pytest.approx(0.0, abs=5 * 0.5 * gap / 20000**0.5)
+    assert float(rounded.mean() - x.double().mean()) == pytest.approx(0.0, abs=5 * 0.5 * gap / 20000**0.5)
     exact = torch.tensor([value, torch.inf, -torch.inf, torch.nan]).bfloat16().float()
     kept = rounding.RoundStochastically(seed).rounding_after(torch.tensor(3))(exact, "w", 0).float()
     torch.testing.assert_close(kept, exact, rtol=0, atol=0, equal_nan=True)

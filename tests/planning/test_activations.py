@@ -51,11 +51,11 @@ def test_a_budget_is_kept_with_as_few_blocks_computed_again_as_it_takes() -> Non
     kept = [kept_by_forward(model._replace(n_remat=n), params, deltas, batch) for n in range(6)]
     assert kept == sorted(kept, reverse=True)
     assert kept[0] > 3 * kept[5]
-    beside = kept[5] - 5 * 3 * 41 * CONFIG.d_model * 4  # of the last norm, the angles and the scaled deltas
+    between_blocks = kept[5] - 5 * 3 * 41 * CONFIG.d_model * 4  # of the last norm, the angles and the scaled deltas
     first = (kept[1] - kept[2]) - (kept[0] - kept[1])  # what the first block keeps less: its input needs no gradient
     adapted = apply_trainable(params, detached_leaves(deltas), RULE)
     for n in range(6):
-        room = kept[n] - beside + (first if n == 0 else 0)
+        room = kept[n] - between_blocks + (first if n == 0 else 0)
         assert n_remat(CONFIG, adapted, 3, 41, room) == n
         if n < 5:
             assert n_remat(CONFIG, adapted, 3, 41, room - 1) == n + 1
@@ -104,13 +104,13 @@ def test_a_program_takes_a_budget_and_says_what_it_made_of_it(
         summary = run(tmp_path, tiny, LORA + TRAIN + f"remat = {written}\n", name=name)
         losses[name] = (summary["steps"], (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").count("loss"))
     assert losses["plain"] == losses["all"] == losses["some"] == losses["host"]
-    told = capsys.readouterr().out
-    assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in told
+    printed = capsys.readouterr().out
+    assert "train: 1 of 2 blocks are computed again to stay within 2 MiB" in printed
     if not torch.cuda.is_available():
-        assert told.count("train: remat = 'host' is remat = true on cpu, which sends nothing to the host") == 1
+        assert printed.count("train: remat = 'host' is remat = true on cpu, which sends nothing to the host") == 1
     assert start(tmp_path, tiny, LORA + TRAIN + 'remat = "1 KiB"\n', name="none") == 2
     assert "take fewer rows at a time (micro_batch_size) or allow more" in capsys.readouterr().err
     for odd in ("Host", "8 GB"):
         assert start(tmp_path, tiny, LORA + TRAIN + f'remat = "{odd}"\n', name="odd") == 2
-        told = capsys.readouterr().err
-        assert f"stages: train has remat = '{odd}', expected true, false, 'host', or memory such as '8 GiB'" in told
+        printed = capsys.readouterr().err
+        assert f"stages: train has remat = '{odd}', expected true, false, 'host', or memory such as '8 GiB'" in printed

@@ -1,5 +1,6 @@
 """Programs: decoding, overrides, environment variables, and the resolved text that loads back equal."""
 
+import codecs
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.program import Program
 from minitune.programs.stages.adapt import LoraStage
+from minitune.programs.wandb_tracker import WandbConfig
 
 pytestmark = pytest.mark.fast
 
@@ -72,15 +74,15 @@ def test_load(load) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("rank    = 8", "rnk = 8", r":14: stage\[0\].rnk is unknown, expected one of .*; did you mean 'rank'\?"),
-        ("rank    = 8", "rank = 8.5", r":14: stage\[0\].rank is 8.5, expected int"),
+        ("rank    = 8", "rnk = 8", r":14: lora.rnk is unknown, expected one of .*; did you mean 'rank'\?"),
+        ("rank    = 8", "rank = 8.5", r":14: lora.rank is 8.5, expected int"),
         ('"lora"\nrank', '"loar"\nrank', r":13: stage\[0\].op is \"loar\", expected one of .*lora.*; did you mean 'lora'\?"),
         ('name = "tiny"', 'nam = "tiny"', r":2: nam is unknown, expected one of .*; did you mean 'name'\?"),
         ('name = "tiny"', "", r"p.toml: name is missing, expected str; add it"),
-        ('name = "tiny"', 'name = "a/b"', r":2: name is \"a/b\", expected str matching regex"),
-        ('name = "tiny"', 'name = ".."', r":2: name is \"..\", expected str matching regex"),
-        ('name = "tiny"', 'name = "a\\n"', r":2: name is \"a\\n\", expected str matching regex"),
-        ('name = "tiny"', 'name = ""', r":2: name is \"\", expected str matching regex"),
+        ('name = "tiny"', 'name = "a/b"', r":2: name is \"a/b\", expected letters, digits, . _ - and nothing else"),
+        ('name = "tiny"', 'name = ".."', r":2: name is \"..\", expected letters, digits, . _ - and nothing else"),
+        ('name = "tiny"', 'name = "a\\n"', r":2: name is \"a\\n\", expected letters, digits, . _ - and nothing else"),
+        ('name = "tiny"', 'name = ""', r":2: name is \"\", expected letters, digits, . _ - and nothing else"),
         ('name = "tiny"', 'name = "tiny"\nseed = -1', r":3: seed is -1, expected int >= 0"),
         ("seq_len = 256", "seqlen = 256", r":10: data.train.seqlen is unknown, expected one of .*; did you mean 'seq_len'\?"),
         ('path = "demo"', 'path = "demo', r":5: column 13: Illegal character"),
@@ -151,7 +153,7 @@ def test_overrides_are_typed_by_the_structs(load) -> None:
     assert loaded.data["train"].seq_len == 17
     assert (loaded.data["held"].path, loaded.data["held"].format) == ("held=out.jsonl", "text")
     assert loaded.model.path == "a b"
-    assert loaded.log == LogConfig(wandb={"project": "p", "tags": ["a"], "mode": "offline"}, every=10)
+    assert loaded.log == LogConfig(wandb=WandbConfig(project="p", tags=["a"], mode="offline"), every=10)
 
 
 def test_an_override_is_one_value_and_never_more_toml(load) -> None:
@@ -162,20 +164,27 @@ def test_an_override_is_one_value_and_never_more_toml(load) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.rnk=3", r"stage\[0\].rnk is unknown, expected one of .*; did you mean 'rank'\?"),
-        ("lora.rank=fast", r'stage\[0\].rank is "fast", expected int'),
-        ("lora.rank=0", r"stage\[0\].rank is 0, expected int >= 1"),
+        ("lora.rnk=3", r"lora.rnk is unknown, expected one of .*; did you mean 'rank'\?"),
+        ("lora.rank=fast", r'lora.rank is "fast", expected int'),
+        ("lora.rank=0", r"lora.rank is 0, expected int >= 1"),
         ("loar.rank=3", r"loar is unknown, expected one of lora, second, name, .*; did you mean 'lora'\?"),
         ("mdoel.path=x", r"mdoel is unknown, expected one of lora, second, name, .*; did you mean 'model'\?"),
         ("stage.0.rank=3", r"stage is unknown, expected one of lora, second, name, .*"),
         ("seed=x", r'seed is "x", expected int'),
         ("seed.x=1", r"seed is a table of 1, expected int"),
         ("name.x=1", r"name is no table, expected one that holds x"),
-        ("lora.rank.x=1", r"stage\[0\].rank is no table, expected one that holds x"),
-        ("lora.targets.0=x", r"stage\[0\].targets is no table, expected one that holds 0"),
+        ("lora.rank.x=1", r"lora.rank is no table, expected one that holds x"),
+        ("lora.targets.0=x", r"lora.targets is no table, expected one that holds 0"),
         ("lora=3", r"lora is a stage, expected a key of it such as lora.name=VALUE"),
         ("lora.rank", r"expected KEY=VALUE such as seed=1 or train.steps=100"),
         ("=3", r"expected KEY=VALUE such as seed=1 or train.steps=100"),
+        ("--lora.rank=3", r"expected KEY=VALUE such as .*; options have no dashes: lora.rank=3"),
+        ("--lora.rank", r"options have no dashes: lora.rank=VALUE"),
+        (".", r"expected KEY=VALUE such as seed=1 or train.steps=100; for a model write model.path=\."),
+        (__file__, r"expected KEY=VALUE such as seed=1 or train.steps=100; for data write data.NAME.path=.*test_program.py"),
+        ("lora.lora_alpha=3", r"lora.lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
+        ("lora_alpha=3", r"lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
+        ("lora.targets=all-linear", r"lora.targets is \"all-linear\", expected array; write \[\"all-linear\"\]"),
         ("lora..rank=3", r"expected KEY=VALUE such as seed=1 or train.steps=100"),
         ("data.held.format=text", r"data.held.path is missing, expected str; add it"),
         ("second.name=lora", r"stage\[1\] is called 'lora' as stage\[0\] is, expected one stage of each name"),
@@ -184,6 +193,51 @@ def test_an_override_is_one_value_and_never_more_toml(load) -> None:
 def test_a_wrong_override_is_named(load, override: str, message: str) -> None:
     with pytest.raises(InputError, match=rf"program: {re.escape(repr(override))} on the command line.*{message}"):
         load(override)
+
+
+def test_an_override_of_a_whole_table_is_blamed_and_not_the_line_that_it_replaced(load) -> None:
+    text = TEXT.replace('path = "demo"', 'path = "demo"\nchat_template_kwargs = { a = 1 }\ndtype = "float32"')
+    for override, message in (
+        ('model={ path = "demo", dtype = "float8" }', r'model.dtype is "float8", expected one of'),
+        ("lora.targets=[1]", r"lora.targets\[0\] is 1, expected str"),
+    ):
+        with pytest.raises(InputError, match=rf"program: {re.escape(repr(override))} on the command line: {message}"):
+            load(override, text=text)
+
+
+def test_a_key_in_a_message_can_be_typed_back(load) -> None:
+    with pytest.raises(InputError, match=r": second.rank is \"x\", expected int"):
+        load("second.rank=x")
+    assert load("second.rank=3").stage[1].rank == 3
+    with pytest.raises(InputError, match=r": stage\[0\].rank is \"x\", expected int"):  # two stages have that name
+        load(text=TEXT.replace('name    = "second"', "").replace("rank    = 8", 'rank = "x"'))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [(b"", "utf-8"), (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")],
+)
+def test_a_program_is_read_as_any_editor_writes_it(load, tmp_path: Path, mark: bytes, encoding: str, newline: str) -> None:
+    def written(text: str) -> Path:
+        (tmp_path / "windows.toml").write_bytes(mark + text.replace("\n", newline).encode(encoding))
+        return tmp_path / "windows.toml"
+
+    assert program.load(written(TEXT)) == load()
+    wrong = written(TEXT.replace("rank    = 8", "rank    = 0"))
+    with pytest.raises(InputError, match=r"windows.toml:14: lora.rank is 0, expected"):
+        program.load(wrong)
+
+
+def test_common_slips_are_shown_as_they_are_written(load) -> None:
+    train = '[[stage]]\nop = "train"\ndata = "train"\nsteps = 1\nbatch_size = 2\n'
+    with pytest.raises(InputError, match=r'train.schedule is "cosine", expected table; write \{ kind = "cosine" \}'):
+        load("train.schedule=cosine", text=TEXT + train)
+    with pytest.raises(InputError, match=r"stage is a table of 4, expected array.*; write \[\[stage\]\] in place of \[stage\]"):
+        load(
+            text=TEXT.partition('[[stage]]\nop      = "lora"\nname')[0].partition("[[stage]]")[0]
+            + '[stage]\nop = "lora"\nrank = 1\nalpha = 1\ntargets = []\n'
+        )
 
 
 def test_an_ambiguous_override_lists_the_stages(load) -> None:
@@ -232,6 +286,12 @@ loras = st.builds(
     alpha=st.floats(allow_nan=False, allow_infinity=False),
     targets=st.lists(words, max_size=3).map(tuple),
 )
+wandb_configs = st.builds(
+    WandbConfig,
+    project=st.none() | words,
+    tags=st.none() | st.lists(words, max_size=2),
+    config=st.none() | st.dictionaries(words, json_values, max_size=3),
+)
 programs = st.builds(
     Program,
     name=names,
@@ -247,7 +307,7 @@ programs = st.builds(
     stage=st.lists(names, min_size=1, max_size=3, unique_by=str.casefold).flatmap(
         lambda names: st.tuples(*(loras.map(lambda lora, name=name: msgspec.structs.replace(lora, name=name)) for name in names))
     ),
-    log=st.builds(LogConfig, wandb=st.none() | st.dictionaries(words, json_values, max_size=3), every=st.integers(1, 2**40)),
+    log=st.builds(LogConfig, wandb=st.none() | wandb_configs, every=st.integers(1, 2**40)),
 )
 
 

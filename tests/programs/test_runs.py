@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -27,10 +28,10 @@ from minitune.programs import program, run, run_folder
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.program import Program
-from minitune.programs.run import run_program, summary
+from minitune.programs.records import summary
+from minitune.programs.run import run_program
 from minitune.programs.run_folder import Run, open_run
-from minitune.programs.signals import StopSignals
-from minitune.programs.state import Stopped
+from minitune.programs.signals import Stopped, StopSignals
 
 
 class FakeState(NamedTuple):
@@ -63,14 +64,15 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     def run(self, state: FakeState) -> FakeState:
         if self.name in state.records:
             return state
-        for step in range(1, self.steps + 1):
-            if self.fail:
-                raise RuntimeError("power cut")
-            if step == self.signal_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if state.stopping():
-                raise Stopped(step, state.folder)
-            state.log.metrics(step, {"loss": 1.0 / step})
+        with state.stopping.after_step():
+            for step in range(1, self.steps + 1):
+                if self.fail:
+                    raise RuntimeError("power cut")
+                if step == self.signal_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if state.stopping():
+                    raise Stopped(step, state.folder)
+                state.log.metrics(step, {"loss": 1.0 / step})
         record = {"top": {"steps": self.steps}, "last": self.steps}
         return state._replace(records={**state.records, self.name: record})
 
@@ -184,6 +186,68 @@ def test_a_changed_version_is_told(tiny: Program) -> None:
     assert opened(tiny).notes[1] == message
 
 
+class Crash(Exception):  # noqa: N818 - no error of a program
+    """Something went wrong after the last record was written."""
+
+
+def never(state: FakeState) -> FakeState:
+    raise AssertionError("a stage ran in a finished run")
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_a_finished_run_whose_command_comes_again_is_finished(
+    tiny: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    resume: bool | None,
+) -> None:
+    def crash(*args: Any) -> None:
+        raise Crash
+
+    # a tracker that uploads while a preempted process is killed: the summary is there, the exit code is not
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "show", crash)
+        with pytest.raises(Crash):
+            run_program(tiny)
+    folder = tmp_path / "runs" / "tiny"
+    before = files(folder)
+    monkeypatch.setattr(Count, "run", never)
+    result = run_program(changed(tiny, resume=resume))
+    assert result == json.loads((folder / "summary.json").read_bytes())
+    assert "tiny is finished: nothing is left to run; resume = false begins afresh" in capsys.readouterr().out
+    assert files(folder) == before
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["tiny"]
+
+
+def test_a_finished_run_on_other_data_begins_afresh(tiny: Program, tmp_path: Path) -> None:
+    run_program(tiny)
+    (tmp_path / "train.jsonl").write_text('{"text": "y"}\n', encoding="utf-8")
+    run = opened(tiny)
+    assert not run.resumed
+    message = r"tiny is finished, and \S+train\.jsonl is not what it was when it began: moved to \S+tiny\.1"
+    assert re.search(message, run.notes[0])
+
+
+def test_a_finished_run_whose_result_is_gone_begins_afresh(tiny: Program, tmp_path: Path) -> None:
+    class Writes(Count, frozen=True, tag="writes"):
+        @property
+        def result(self) -> results.Result:  # pyright: ignore[reportIncompatibleVariableOverride]
+            return results.Result(str(tmp_path / "result"), "file")
+
+        def run(self, state: FakeState) -> FakeState:
+            (tmp_path / "result").write_text("weights", encoding="utf-8")
+            return super().run(state)
+
+    writes = changed(tiny, stage=(Writes(3, "one"),))
+    run_program(writes)
+    assert opened(writes).summary is not None
+    (tmp_path / "result").unlink()
+    run = opened(writes)
+    assert run.summary is None
+    assert "is finished, but its result" in run.notes[0]
+
+
 @pytest.mark.parametrize("resume", [None, False])
 def test_a_finished_run_is_moved_aside_and_never_deleted(tiny: Program, tmp_path: Path, resume: bool | None) -> None:
     out = tmp_path / "runs"
@@ -192,10 +256,10 @@ def test_a_finished_run_is_moved_aside_and_never_deleted(tiny: Program, tmp_path
         run_program(changed(tiny, seed=n, resume=resume))
         kept.append(files(out / "tiny"))
     assert [files(out / name) for name in ("tiny.1", "tiny.2", "tiny")] == kept
-    run = opened(changed(tiny, resume=resume))
+    run = opened(changed(tiny, resume=False))
     assert not run.resumed
     assert run.records == {}
-    assert run.notes == (f"{out}/tiny is finished: moved to {out}/tiny.3",)
+    assert run.notes == (f"{out}/tiny is not to be continued (resume = false): moved to {out}/tiny.3",)
 
 
 def test_another_program_or_resume_false_begins_afresh(tiny: Program, tmp_path: Path) -> None:
@@ -222,12 +286,6 @@ def test_resume_true_needs_an_unfinished_run_of_this_program(tiny: Program, fiel
     with pytest.raises(InputError, match=message):
         opened(changed(tiny, resume=True, **fields))
     assert files(Path(tiny.out) / "tiny") == before
-
-
-def test_resume_true_refuses_a_finished_run(tiny: Program) -> None:
-    run_program(tiny)
-    with pytest.raises(InputError, match=r"runs: \S+tiny is finished, expected an unfinished run to resume; drop resume = true"):
-        opened(changed(tiny, resume=True))
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny: Program, tmp_path: Path) -> None:
@@ -282,6 +340,12 @@ def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_pat
         ("manifest.json", b"{}"),
         ("manifest.json", b'{"seed": 0, "inputs": {}, "starts": []}'),
         ("records.json", b"[]"),
+        ("records.json", b'{"train": 7}'),
+        ("records.json", b'{"train": {"top": [1]}}'),
+        ("records.json", b'{"train": {"samples": [{"prompt": "p"}]}}'),
+        ("records.json", b'{"train": {"loss_nats": "low"}}'),
+        ("records.json", b"\xff"),
+        ("manifest.json", b"\xff"),
         ("program.toml", b"= 1"),
         ("program.toml", b"\xff"),
     ],
@@ -289,7 +353,7 @@ def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_pat
 def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Program, name: str, text: bytes) -> None:
     folder = opened(tiny).folder
     (folder / name).write_bytes(text)
-    with pytest.raises(InputError, match=rf"{name}.*expected (a JSON object; set resume = false to begin afresh|TOML)"):
+    with pytest.raises(InputError, match=rf"{name}.*expected (a JSON object; set|its figures; set|TOML)"):
         opened(tiny)
     (folder / name).unlink()
     if name != "manifest.json":
@@ -383,17 +447,75 @@ def test_sigterm_stops_between_steps_and_the_same_program_finishes_later(tiny: P
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_signal_in_a_stage_that_does_not_look_stops_before_the_next_one(tiny: Program) -> None:
-    class Deaf(Count, frozen=True, tag="deaf"):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_in_a_stage_that_takes_no_steps_ends_it_at_once(tiny: Program, number: int) -> None:
+    class Long(Count, frozen=True, tag="long"):
         def run(self, state: FakeState) -> FakeState:
-            os.kill(os.getpid(), signal.SIGINT)
-            return super().run(state._replace(stopping=lambda: False))
+            os.kill(os.getpid(), number)
+            raise AssertionError("the stage went on")
 
     stop = StopSignals()
+    stages = (Count(3, "one"), Long(2, "two"))
     with pytest.raises(Stopped) as stopped:
-        run_program(changed(tiny, stage=(Deaf(3, "one"), Count(2, "two"))), stop)
-    assert (stopped.value.step, stop.number) == (3, signal.SIGINT)
+        run_program(changed(tiny, stage=stages), stop)
+    assert (stopped.value.step, stop.number) == (3, number)  # steps of the training before it
     assert set(json.loads((Path(tiny.out) / "tiny" / "records.json").read_bytes())) == {"one"}
+    assert opened(changed(tiny, stage=stages)).resumed
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_while_the_model_is_loaded_ends_the_run_at_once(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any) -> FakeState:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise AssertionError("loading went on")
+
+    monkeypatch.setattr(run, "open_pipeline", load)
+    with pytest.raises(Stopped, match="stopped at step 0"):
+        run_program(tiny)
+    assert opened(tiny).resumed
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_outlives_its_terminal_where_hangups_are_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as stopping, stopping.at_once(1, Path("runs/x")):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_steps_inside_a_stage_wait_and_an_evaluation_inside_them_does_not() -> None:
+    with StopSignals() as stopping, stopping.at_once(1, Path("runs/x")), stopping.after_step():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping()
+        with pytest.raises(Stopped, match="step 7"), stopping.at_once(7, Path("runs/x")):
+            raise AssertionError("an evaluation began after the signal")
+
+
+THREE_INTERRUPTS = """
+import os, signal
+from minitune.__main__ import main
+from minitune.programs import run
+from minitune.programs.signals import StopSignals
+def interrupted(program, stop):
+    with stop, stop.after_step():
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+run.run_program = interrupted
+raise SystemExit(main(["lora"]))
+"""
+
+
+def test_a_third_sigint_ends_the_process_without_a_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", THREE_INTERRUPTS], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "SIGINT: stopping after this step\n"
 
 
 @pytest.mark.usefixtures("handlers")
@@ -401,7 +523,8 @@ def test_a_signal_in_the_last_stage_lets_the_run_finish(tiny: Program) -> None:
     class Late(Count, frozen=True, tag="late"):
         def run(self, state: FakeState) -> FakeState:
             state = super().run(state)
-            os.kill(os.getpid(), signal.SIGTERM)
+            with state.stopping.after_step():
+                os.kill(os.getpid(), signal.SIGTERM)
             return state
 
     assert run_program(changed(tiny, stage=(Late(3, "one"),)))["steps"] == 3
@@ -436,12 +559,32 @@ def test_a_console_that_closes_on_windows_stops_the_run_as_sigterm_does(monkeypa
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_file_system_without_locks_is_told(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_without_locks_and_says_so(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise locks.Unsupported("Function not implemented")
 
     monkeypatch.setattr(locks, "acquire", refuse)
-    with pytest.raises(InputError, match=r"runs: \S+\.tiny\.lock can't be locked \(.*flock\), expected a file system with locks"):
+    run = opened(tiny)
+    assert run.notes == (
+        f"{tiny.out}/.tiny.lock can't be locked (Function not implemented): start no second run of this name now",
+    )
+    assert opened(tiny).resumed
+
+
+def test_a_lock_that_cannot_be_opened_is_told(tiny: Program) -> None:
+    (Path(tiny.out) / ".tiny.lock").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"runs: \S+\.tiny\.lock can't be locked \(.*\), expected a file; change out"):
+        opened(tiny)
+
+
+def test_places_where_no_run_can_be_are_told(tiny: Program, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for out in (tmp_path / "file", tmp_path / "file" / "in"):
+        with pytest.raises(InputError, match=r"runs: out '\S+' can't be made \(.*\), expected a folder; change out"):
+            opened(changed(tiny, out=str(out)))
+    Path(tiny.out).mkdir()
+    (Path(tiny.out) / "tiny").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"tiny holds no manifest\.json, expected a run folder; change name or out"):
         opened(tiny)
 
 

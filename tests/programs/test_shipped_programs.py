@@ -16,7 +16,8 @@ from minitune import checkpoint, models
 from minitune.__main__ import main
 from minitune.interop.peft.load import load_adapter
 from minitune.programs import program
-from minitune.programs.loading import ModelSource, check
+from minitune.programs.check import check
+from minitune.programs.loading import ModelSource
 from minitune.programs.run import summary
 from minitune.programs.stages import evaluate, save, train
 from minitune.programs.stages.quantize import Quantize

@@ -13,6 +13,7 @@ import torch
 from minitune import checkpoint, models
 from minitune.__main__ import main
 from minitune.interop.peft.load import load_adapter
+from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.quant import schemes
@@ -81,17 +82,47 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_loaded(
     assert re.search(message, error), error
 
 
-def test_a_teacher_of_another_vocabulary_is_refused_with_both_sizes(
+def test_a_teacher_may_be_padded_to_another_size_but_not_have_other_tokens(
     tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    wide = llama.Config(**{**{f: getattr(TINY, f) for f in TINY.__struct_fields__}, "vocab_size": 1031})
-    demo = tiny / "model"
-    checkpoint.save_folder(tmp_path / "wide", random_params(wide), Model(llama.FAMILY, wide), checkpoint.FolderExtras(demo, []))
-    stages = LORA + TRAIN + f'loss = {{ kind = "forward_kl" }}\nteacher = {{ path = "{tmp_path / "wide"}" }}\n'
-    assert start(tmp_path, tiny, stages) == 2
-    assert "has a student of 1024 tokens and a teacher of 1031, expected one vocabulary" in capsys.readouterr().err
+    same = {field: getattr(TINY, field) for field in TINY.__struct_fields__}
+    wide = llama.Config(**{**same, "vocab_size": 1031})
+    extras = checkpoint.FolderExtras(tiny / "model", [])
+    model = Model(llama.FAMILY, wide)
+    checkpoint.save_folder(tmp_path / "wide", random_params(wide), model, extras)
+    kd = 'loss = {{ kind = "forward_kl" }}\nteacher = {{ path = "{}" }}\n'
+    stages = LORA + TRAIN + kd.format(tmp_path / "wide")
+
+    # another template, and so other bytes, but the same tokens
+    config = tmp_path / "wide/tokenizer_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("{%", "{# as taught #}{%", 1), "utf-8")
+    assert start(tmp_path, tiny, stages, verb=("check",)) == 0
+    cached = stages + "cached_top_k = 4\n"
+    assert start(tmp_path, tiny, cached, verb=("check",)) == 2
+    assert "a teacher of 1031 tokens, expected no more than the student's 1024" in capsys.readouterr().err
+
+    # one token renamed
+    spec = tmp_path / "wide/tokenizer_config.json"
+    names = json.loads(spec.read_text(encoding="utf-8"))
+    added = names["added_tokens_decoder"]
+    added["3"]["content"] = "<|other|>"
+    spec.write_text(json.dumps(names), encoding="utf-8")
+    assert start(tmp_path, tiny, stages, verb=("check",)) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"has a teacher .*wide\) .*expected the student's tokens under the same ids", error), error
+
+
+def test_logits_that_only_one_of_the_models_has_are_left_out() -> None:
+    student, teacher = torch.randn(3, 11), torch.randn(3, 14)
+    targets = torch.tensor([0, 10, 4])
+    for kind in (ForwardKL, ReverseKL, SymmetricKL, JensenShannon):
+        loss = kind(ratio=0.5)
+        expected = loss(student, targets, teacher[:, :11])
+        assert torch.equal(loss(student, targets, teacher), expected)
+        padded = torch.cat([student, torch.randn(3, 2)], dim=-1)
+        assert torch.equal(loss(padded, targets, teacher[:, :11]), expected)
 
 
 def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, tmp_path: Path) -> None:
@@ -129,9 +160,9 @@ def test_a_run_without_a_finite_heldout_loss_says_so(
     capsys: pytest.CaptureFixture,
 ) -> None:
     watch = 'evaluate = { data = "heldout", every = 2 }\n'
-    diverging = TRAIN.replace("0.05", "1e30")
+    diverging = TRAIN.replace("0.05", "1e30").replace("steps = 4", "steps = 2")
     assert start(tmp_path, tiny, LORA + diverging + watch) == 2
-    assert "train had no finite held-out loss in 4 steps; lower the learning rate" in capsys.readouterr().err
+    assert "train had no finite held-out loss in 2 steps; lower the learning rate" in capsys.readouterr().err
 
 
 def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_path: Path) -> None:

@@ -47,12 +47,12 @@ def test_each_adapter_of_a_sweep_is_the_run_by_itself_and_the_best_goes_on(tiny:
         assert together[-1]["optimizer.lr"] == point["optimizer.lr"]
     best = min(losses, key=lambda i: losses[i])
     assert summary["train"]["best_adapter"] == best
-    found, wanted = (next((tmp_path / name).rglob("adapter_model.safetensors")).parent for name in ("together", f"alone{best}"))
-    assert (found / "adapter_config.json").read_text(encoding="utf-8") == (wanted / "adapter_config.json").read_text(
+    swept, wanted = (next((tmp_path / name).rglob("adapter_model.safetensors")).parent for name in ("together", f"alone{best}"))
+    assert (swept / "adapter_config.json").read_text(encoding="utf-8") == (wanted / "adapter_config.json").read_text(
         encoding="utf-8"
     )
     alone = deltas(wanted)
-    for name, x in deltas(found).items():
+    for name, x in deltas(swept).items():
         torch.testing.assert_close(x, alone[name], rtol=0.0, atol=1e-6)
 
 

@@ -57,7 +57,7 @@ def leaf(d_out: int, d_in: int, seed: int = 0) -> QFloat8:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The results' shapes of all products, each held to what a card's kernel asks for: the first matrix by rows, the second by
     columns, sizes in pieces, scales in float32, a result in bfloat16."""
-    kernel, found = torch.ops.aten._scaled_mm, []
+    kernel, shapes = torch.ops.aten._scaled_mm, []
 
     def checked(rows: Tensor, columns: Tensor, ours: Tensor, others: Tensor, *, out_dtype: torch.dtype) -> Tensor:
         assert rows.dtype == columns.dtype == float8.E4M3
@@ -67,11 +67,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         assert all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in (ours, others))
         assert out_dtype == torch.bfloat16
         y = kernel(rows, columns, ours, others, out_dtype=out_dtype)
-        found.append(y.shape)
+        shapes.append(y.shape)
         return y
 
     monkeypatch.setattr(torch.ops.aten, "_scaled_mm", checked)
-    return found
+    return shapes
 
 
 @given(st.integers(1, 9), st.integers(1, 71), st.integers(0, 99), st.sampled_from([1.0, 0.02, 1e-30, 1e30]), st.booleans())
@@ -113,26 +113,26 @@ def test_a_product_and_its_derivatives_are_those_of_rounded_rows(shape: tuple[in
     codes, scale = q.codes.double(), q.scale.double()
 
     def rows(x: Tensor) -> Tensor:
-        found, scales = float8.rounded(x)
-        return found.double() * scales.double()
+        product, scales = float8.rounded(x)
+        return product.double() * scales.double()
 
     y = float8.product(x, *q, False)
     (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
     (dg,) = torch.autograd.grad(dx, g, x.detach())
     assert len(calls) == 3
-    for found, left, right in (
+    for product, left, right in (
         (y, rows(x.detach()), (codes * scale).T),
         (dx, rows(g.detach() * q.scale.T), codes),
         (dg, rows(x.detach()), (codes * scale).T),
     ):
         wanted, size = left @ right, left.abs() @ right.abs()
-        assert ((found.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-5 * size).all()  # bfloat16 of a float32 sum
-    for found, left, right in ((y, x, (codes * scale).T), (dx, g, codes * scale)):
+        assert ((product.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-5 * size).all()  # bfloat16 of a float32 sum
+    for product, left, right in ((y, x, (codes * scale).T), (dx, g, codes * scale)):
         left = left.detach().double()
         peak = (left if right.shape[1] == d_out else left * scale.T).abs().amax(-1, keepdim=True)
         below = SMALLEST / 448 * peak * (right if right.shape[1] == d_out else codes).abs().sum(0)
         bound = (HALF_STEP + 2.0**-8) * (left.abs() @ right.abs()) + below
-        assert ((found.double() - left @ right).abs() <= bound).all()
+        assert ((product.double() - left @ right).abs() <= bound).all()
 
 
 def test_products_are_used_on_cards_that_have_them_and_nowhere_else(monkeypatch: pytest.MonkeyPatch):
@@ -146,7 +146,7 @@ def test_products_are_used_on_cards_that_have_them_and_nowhere_else(monkeypatch:
             ((9, 0), torch.bfloat16, (24, 48), "cuda", False),
             ((9, 0), torch.bfloat16, (32, 48), "cpu", False),
         ):
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
             codes = torch.empty(shape, dtype=float8.E4M3, device=device)
             x = torch.empty(2, 5, shape[1], dtype=dtype, device=device)
             assert float8.takes(x, codes) is wanted
@@ -171,10 +171,10 @@ def test_a_lora_step_over_8_bit_floats(monkeypatch: pytest.MonkeyPatch, calls: l
 
     decoded, wanted = value_and_grad(total)(deltas)
     monkeypatch.setattr(float8, "takes", on_cpu)
-    rounded, found = value_and_grad(total)(deltas)
+    rounded, actual = value_and_grad(total)(deltas)
     assert len(calls) == 14 + 11  # nothing flows back into the first layer's q, k and v
     assert 0 < float((rounded.total - decoded.total).abs() / decoded.total) < 0.02
-    first, second = (torch.cat([x.flatten() for delta in tree.values() for x in delta[:2]]) for tree in (found, wanted))
+    first, second = (torch.cat([x.flatten() for delta in tree.values() for x in delta[:2]]) for tree in (actual, wanted))
     assert 1e-4 < float((first - second).norm() / second.norm()) < 0.15
 
 
@@ -188,10 +188,10 @@ def test_a_card_multiplies_as_the_cpu_does():
         return y.detach().cpu(), torch.autograd.grad(y, own, g.to(y.device))[0].cpu()
 
     assert float8.takes(x.cuda(), q.codes.cuda())
-    found = both(x.cuda(), QFloat8(*(leaf.cuda() for leaf in q)))
+    on_card = both(x.cuda(), QFloat8(*(leaf.cuda() for leaf in q)))
     own = x.clone().requires_grad_()
     y = float8.product(own, *q, False)
-    torch.testing.assert_close(found, (y.detach(), torch.autograd.grad(y, own, g)[0]), rtol=2.0**-7, atol=1e-2)
+    torch.testing.assert_close(on_card, (y.detach(), torch.autograd.grad(y, own, g)[0]), rtol=2.0**-7, atol=1e-2)
 
 
 def test_the_compressed_folder_is_read_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -242,6 +242,6 @@ def test_bitsandbytes_holds_no_8_bit_floats(tmp_path: Path):
     from minitune.interop import bitsandbytes
 
     params = {n: quantize(w, Float8()) if is_linear(n) else w for n, w in random_params(CONFIG).items()}
-    beside = checkpoint.FolderExtras(tmp_path, [3])
+    extras = checkpoint.FolderExtras(tmp_path, [3])
     with pytest.raises(InputError, match=r"q_proj.weight is float8, expected NF4; write it in the format"):
-        bitsandbytes.save(tmp_path / "model", params, Model(llama.FAMILY, CONFIG), beside)
+        bitsandbytes.save(tmp_path / "model", params, Model(llama.FAMILY, CONFIG), extras)

@@ -55,7 +55,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 @contextmanager
-def bfloat16_products(found: list[str]) -> Iterator[None]:
+def bfloat16_products(products: list[str]) -> Iterator[None]:
     """Collect the names of the matrix products that torch runs on bfloat16, those inside of operators and backwards too."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         yield
@@ -64,7 +64,7 @@ def bfloat16_products(found: list[str]) -> Iterator[None]:
     for event in profiled.profiler.kineto_results.events():
         name = event.name().removeprefix("aten::")
         if name in EMULATED and "c10::BFloat16" in event.dtypes():
-            found.append(name)
+            products.append(name)
 
 
 def half(params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,10 +161,10 @@ def test_a_model_in_16_bits_is_the_float32_model_of_its_weights() -> None:
 def test_weights_that_train_stay_in_their_own_dtype() -> None:
     params, objective = random_params(SMALL), sft(MODEL, None)
     for trained, computed in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        held, whole = split_trainable({name: w.to(computed) for name, w in params.items()}, ("*",), params, trained)
-        attached = apply_trainable(held, whole, None)
+        frozen, whole = split_trainable({name: w.to(computed) for name, w in params.items()}, ("*",), params, trained)
+        attached = apply_trainable(frozen, whole, None)
         assert all(attached[name] is leaf for name, leaf in whole.items())
-        (value, _), grads = value_and_grad(objective, has_aux=True)(whole, held, batch_of(SMALL.vocab_size))
+        (value, _), grads = value_and_grad(objective, has_aux=True)(whole, frozen, batch_of(SMALL.vocab_size))
         assert value.total.dtype == torch.float32
         assert {g.dtype for g in grads.values()} == {trained}
 
@@ -188,10 +188,10 @@ def test_few_rows_of_a_quantized_weight_are_as_precise_as_bfloat16(scheme: Schem
     q, x = quantize(normal(48, 256), scheme), normal(3, 256, seed=1)
     leaf = packed({"w": q})["w"]
     wanted = x.double() @ dequantize(q, torch.float64).T
-    found: list[str] = []
-    with bfloat16_products(found), torch.no_grad():
+    products: list[str] = []
+    with bfloat16_products(products), torch.no_grad():
         y = linear(x, leaf)
-    assert (y.dtype, found) == (torch.float32, [])
+    assert (y.dtype, products) == (torch.float32, [])
     assert float((y - wanted).abs().max()) < 2**-7 * float(wanted.abs().max())
 
 
@@ -209,31 +209,31 @@ PROGRAMS = {
 @pytest.mark.parametrize("case", PROGRAMS)
 def test_no_program_multiplies_bfloat16(case: str, tiny: Path, tmp_path: Path, capsys: Any) -> None:
     name = case.partition(" ")[0]
-    found: list[str] = []
-    with bfloat16_products(found):
+    products: list[str] = []
+    with bfloat16_products(products):
         assert main([name, *toy(name, tiny, tmp_path, steps=1), *PROGRAMS[case]]) == 0
-    assert found == []
-    told = " ".join(capsys.readouterr().out.split())
+    assert products == []
+    printed = " ".join(capsys.readouterr().out.split())
     label = "full" if case == "full in 16 bits" else "model"
-    assert f"{label}: this cpu multiplies no bfloat16, so weights stay in 16 bits" in told
+    assert f"{label}: this cpu multiplies no bfloat16, so weights stay in 16 bits" in printed
 
 
 def test_no_expert_multiplies_bfloat16() -> None:
     experts = Experts(n_experts=4, n_active=2, d_ff=13, names="mixtral")
     sizes = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 20, "d_head": 6, "d_ff": 13, "vocab_size": 17}
     model = Model(mixtral.FAMILY, mixtral.Config(**sizes, experts=experts))
-    params, rule, found = half(model.init(0, 0.3)), Lora(3, 8.0, ("*_proj.weight",)), []
+    params, rule, products = half(model.init(0, 0.3)), Lora(3, 8.0, ("*_proj.weight",)), []
     deltas, objective = rule.init(params, 0), sft(model, rule)
-    with bfloat16_products(found):
+    with bfloat16_products(products):
         value_and_grad(lambda t: objective(t, params, batch_of(17))[0])(deltas)
         greedy(model, params, [[1, 2], [3]], max_new_tokens=3, stop_ids=[])
-    assert found == []
+    assert products == []
 
 
 def test_the_count_sees_what_a_processor_with_bfloat16_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: True)
-    found: list[str] = []
-    with bfloat16_products(found):
+    products: list[str] = []
+    with bfloat16_products(products):
         logits = MODEL.forward(half(random_params(SMALL)), batch_of(SMALL.vocab_size).tokens)
     assert logits.dtype == torch.bfloat16
-    assert {"mm", "bmm"} & set(found)
+    assert {"mm", "bmm"} & set(products)

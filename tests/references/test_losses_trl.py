@@ -155,11 +155,11 @@ def a_model(seed: int) -> LlamaForCausalLM:
     return reference(SMALL, random_params(SMALL, seed))
 
 
-def check(found: Tensor, model: LlamaForCausalLM, peer: Peer) -> None:
+def check(loss: Tensor, model: LlamaForCausalLM, peer: Peer) -> None:
     """The loss and its gradient by every weight are the peer's, to 1e-5 of their size."""
-    torch.testing.assert_close(found.detach(), peer.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.detach(), peer.loss, rtol=1e-5, atol=1e-6)
     named = dict(model.named_parameters())
-    gradients = torch.autograd.grad(found, list(named.values()))
+    gradients = torch.autograd.grad(loss, list(named.values()))
     size = max(float(g.abs().max()) for g in peer.gradients.values())
     assert size > 1e-3
     for name, gradient in zip(named, gradients, strict=True):
@@ -265,7 +265,7 @@ def test_divergences_are_gkd_trainers_times_the_temperature_squared(t: float) ->
     for weight in (0.0, 0.3, 0.5, 1.0):
         peer = GKDTrainer.generalized_jsd_loss(student, teacher, beta=weight, temperature=t, reduction="none").sum(-1)
         if 0 < weight < 1:
-            found = jensen_shannon(student, teacher, temperature=t, weight=weight)
+            divergence = jensen_shannon(student, teacher, temperature=t, weight=weight)
         else:
-            found = (forward_kl if weight == 0 else reverse_kl)(student, teacher, temperature=t)
-        torch.testing.assert_close(found, t**2 * peer)
+            divergence = (forward_kl if weight == 0 else reverse_kl)(student, teacher, temperature=t)
+        torch.testing.assert_close(divergence, t**2 * peer)

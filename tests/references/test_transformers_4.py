@@ -48,13 +48,13 @@ def test_saved_folders_have_equal_logits_in_transformers_4_57(tmp_path: Path) ->
     wanted = {case: model_of(config).forward(params[case], tokens) for case, config in CASES.items()}
     for case, config in CASES.items():
         save(tmp_path / "made anew" / case, config, params[case], None)
-    found = logits_of_4(tmp_path, "made anew")
-    assert {case: d for case in CASES if (d := distance(found[case], wanted[case])) > ATOL} == {}
+    logits = logits_of_4(tmp_path, "made anew")
+    assert {case: d for case in CASES if (d := distance(logits[case], wanted[case])) > ATOL} == {}
     for case, config in CASES.items():  # what it saves is read, and its config.json passed through
         model = models.open(tmp_path / "theirs" / case)
         assert model == model_of(config), case
         again = checkpoint.load_params(tmp_path / "theirs" / case, model.shapes())
         assert all(torch.equal(again[name], w) for name, w in params[case].items()), case
         save(tmp_path / "passed through" / case, config, again, tmp_path / "theirs" / case)
-    found = logits_of_4(tmp_path, "passed through")
-    assert {case: d for case in CASES if (d := distance(found[case], wanted[case])) > ATOL} == {}
+    logits = logits_of_4(tmp_path, "passed through")
+    assert {case: d for case in CASES if (d := distance(logits[case], wanted[case])) > ATOL} == {}

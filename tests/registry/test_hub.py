@@ -86,7 +86,7 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
-        for pattern, found in (
+        for pattern, handler in (
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", self.info),
             (rf"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>{COMMIT})", self.tree),
             (rf"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>{COMMIT})/(?P<name>.+)", self.file),
@@ -94,7 +94,7 @@ class Hub:
             if match := re.fullmatch(pattern, path):
                 if match["repo"] != REPO:
                     return refuse(request, 401, "RepoNotFound")
-                return found(request, **{key: value for key, value in match.groupdict().items() if key != "repo"})
+                return handler(request, **{key: value for key, value in match.groupdict().items() if key != "repo"})
         return refuse(request, 404, "EntryNotFound")
 
     def info(self, request: BaseHTTPRequestHandler, rev: str) -> None:
@@ -153,13 +153,13 @@ def fetch(folder: Path, repo: str = REPO, revision: str = "main") -> tuple[dict[
     return hub.fetch(repo, revision, folder, lambda text: None)
 
 
-def held(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_only_what_is_needed_is_fetched_and_only_once(server: Hub, tmp_path: Path) -> None:
     assert fetch(tmp_path / "a/b") == ({name: len(data) for name, data in NEEDED.items()}, COMMIT)
-    assert held(tmp_path / "a/b") == NEEDED
+    assert contents(tmp_path / "a/b") == NEEDED
     assert server.fetched() == sorted(NEEDED)
     server.log.clear()
     fetch(tmp_path / "a/b", revision="v1")
@@ -168,7 +168,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(server: Hub, tmp_path: Pat
     os.utime(tmp_path / "a/b" / SHARDS[0], (1, 1))  # by the machine that went down, and by nobody later
     (tmp_path / "a/b/config.json").unlink()
     fetch(tmp_path / "a/b")
-    assert held(tmp_path / "a/b") == NEEDED
+    assert contents(tmp_path / "a/b") == NEEDED
     assert server.fetched() == sorted([SHARDS[0], "config.json"])
 
 
@@ -210,19 +210,19 @@ def test_of_many_processes_on_a_node_one_fetches_and_the_first_rank_talks(server
     ranks = [
         command(server, REPO, "--to", str(tmp_path / "model"), LOCAL_RANK=str(rank), HF_TOKEN="hf_secret") for rank in (0, 1)
     ]
-    told = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    printed = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
     assert server.fetched() == sorted(NEEDED)
-    assert held(tmp_path / "model") == NEEDED
+    assert contents(tmp_path / "model") == NEEDED
     assert set(server.tokens) == {"Bearer hf_secret"}
     folder, n_bytes = tmp_path / "model", sum(map(len, NEEDED.values()))
-    assert told[0][0].splitlines() == [
+    assert printed[0][0].splitlines() == [
         f"{folder}: {REPO} at c0ffee000000, 6 files, {n_bytes / 1024:.1f} KiB",
         f"look at it: python -m minitune inspect {folder}",
         f"train it:   python -m minitune PROGRAM.toml model.path={folder}",
     ]
-    assert told[1] == ("", "")
-    assert "hf_secret" not in told[0][1]
+    assert printed[1] == ("", "")
+    assert "hf_secret" not in printed[0][1]
 
 
 def test_the_default_folder_is_named_after_the_repository(
@@ -231,7 +231,7 @@ def test_the_default_folder_is_named_after_the_repository(
     monkeypatch.chdir(tmp_path)
     server.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1", "optimizer.pt": b"2"}
     assert download([REPO]) == 0
-    assert held(tmp_path / "models" / REPO) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1"}
+    assert contents(tmp_path / "models" / REPO) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1"}
     assert f"model.deltas=models/{REPO}" in capsys.readouterr().out
 
 
@@ -255,7 +255,7 @@ def test_what_the_hub_refuses_is_one_line(
     with pytest.raises(InputError, match=message) as refused:
         fetch(tmp_path / "model", repo, revision)
     assert "\n" not in str(refused.value)
-    assert not held(tmp_path / "model") if (tmp_path / "model").exists() else True
+    assert not contents(tmp_path / "model") if (tmp_path / "model").exists() else True
 
 
 def test_no_network_is_one_line(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def test_a_disk_that_is_too_small_is_refused_before_a_weight_is_fetched(
 def test_a_hostile_name_is_written_nowhere(server: Hub, name: str, tmp_path: Path) -> None:
     server.files = {**NEEDED, name: b"evil"}
     fetch(tmp_path / "model")
-    assert held(tmp_path / "model") == NEEDED
+    assert contents(tmp_path / "model") == NEEDED
     assert [path.name for path in tmp_path.rglob("*evil*")] == []
     server.files = {**NEEDED, INDEX: json.dumps({"weight_map": {"a": name}}).encode(), name: b"evil"}
     with pytest.raises(InputError, match=rf"{INDEX} of {REPO} points to '.*', expected one of its files"):

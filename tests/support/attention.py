@@ -6,13 +6,13 @@ from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: KeyRange, scale: float, cap: float | None, sinks: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: KeyRange, scale: float, cap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     scores = scale * q @ k.mT
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~seen.mask(k.shape[2]), -torch.inf)
+    scores = scores.masked_fill(~keys.mask(k.shape[2]), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     return scores.softmax(-1)[..., : k.shape[2]] @ v
@@ -24,7 +24,7 @@ def runs(kind: str, rows: int, length: int, reach: int, share: float, generator:
     if kind == "padding":
         real = torch.randint(0, length + 1, (rows, 1), generator=generator)
         segments = torch.where(torch.arange(length) < real, segments, 0)
-    seen = causal(length, torch.device("cpu")) if kind == "causal" else documents(segments)
+    keys = causal(length, torch.device("cpu")) if kind == "causal" else documents(segments)
     if kind == "windows":
-        return windowed(seen, reach)
-    return chunked(seen, document_positions(segments), reach) if kind == "chunks" else seen
+        return windowed(keys, reach)
+    return chunked(keys, document_positions(segments), reach) if kind == "chunks" else keys

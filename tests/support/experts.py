@@ -91,7 +91,7 @@ def small_experts(name: str) -> Any:
 
 def fused(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of transformers, which keeps all experts of a layer in one tensor and calls every mixture mlp."""
-    found: dict[str, list[Tensor]] = {}
+    stacks: dict[str, list[Tensor]] = {}
     state = {}
     for name, w in params.items():
         name = name.replace("block_sparse_moe", "mlp")
@@ -100,12 +100,12 @@ def fused(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             state[name] = w
         else:
             key = f"{expert[1]}.{expert[2]}"
-            found[key] = [*found.get(key, []), w]
-    for name, each in found.items():
+            stacks[key] = [*stacks.get(key, []), w]
+    for name, each in stacks.items():
         prefix, _, part = name.rpartition(".")
         if part in ("w2", "down_proj"):
             state[f"{prefix}.down_proj"] = torch.stack(each)
         elif part in ("w1", "gate_proj"):
-            up = found[f"{prefix}.{'w3' if part == 'w1' else 'up_proj'}"]
+            up = stacks[f"{prefix}.{'w3' if part == 'w1' else 'up_proj'}"]
             state[f"{prefix}.gate_up_proj"] = torch.cat([torch.stack(each), torch.stack(up)], dim=1)
     return state

@@ -69,18 +69,18 @@ def check_decoding(config: DecoderConfig, seed: int) -> None:
     shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
     caches = [KVCache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
     block_of = decoder.plain_block_of(config)
-    at, positions, seen = 0, document_positions(segments), documents(segments)
-    found = []
+    at, positions, keys = 0, document_positions(segments), documents(segments)
+    logits = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]
         read = [type(cache)(*(x[:, :, : at + width] for x in cache)) for cache in caches]
-        found.append(decoder.decode(config, params, new, read, positions, seen, block_of))
+        logits.append(decoder.decode(config, params, new, read, positions, keys, block_of))
         at += width
-        positions, seen = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
+        positions, keys = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
         start = max(lengths) - length
         wanted = decoder.hidden(config, params, tokens[row : row + 1, start:])
-        torch.testing.assert_close(torch.cat(found, dim=1)[row, start:], wanted[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat(logits, dim=1)[row, start:], wanted[0], rtol=1e-5, atol=1e-5)
 
 
 def check_packing(config: DecoderConfig, seed: int, lengths: list[int]) -> None:

@@ -194,12 +194,12 @@ def answers(config: DecoderConfig, params: Mapping[str, torch.Tensor], tokens: t
     return (model.forward(params, tokens), fused(grads)), (wanted.detach(), theirs)
 
 
-def separation(found: Answer, wanted: Answer) -> tuple[float, float]:
+def separation(actual: Answer, wanted: Answer) -> tuple[float, float]:
     """Largest difference of logits and of gradients, as a share of the largest of all logits and of all gradients."""
-    assert found[1].keys() == wanted[1].keys()
+    assert actual[1].keys() == wanted[1].keys()
     scale = max(float(g.abs().max()) for g in wanted[1].values())
-    grads = max(float((found[1][n] - g).abs().max()) for n, g in wanted[1].items())
-    return float((found[0] - wanted[0]).abs().max() / wanted[0].abs().max()), grads / scale
+    grads = max(float((actual[1][n] - g).abs().max()) for n, g in wanted[1].items())
+    return float((actual[0] - wanted[0]).abs().max() / wanted[0].abs().max()), grads / scale
 
 
 def check_against_transformers(config: DecoderConfig, params: dict[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> None:

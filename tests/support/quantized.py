@@ -46,8 +46,8 @@ def folder_of(tmp_path: Path) -> Path:
 
 
 def save_compressed(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG, activations: str = "none") -> Path:
-    beside = FolderExtras(folder_of(tmp_path), [3], template="{{ bos_token }}")
-    compressed_tensors.save(tmp_path / "model", params, Model(llama.FAMILY, config), beside, activations=activations)
+    extras = FolderExtras(folder_of(tmp_path), [3], template="{{ bos_token }}")
+    compressed_tensors.save(tmp_path / "model", params, Model(llama.FAMILY, config), extras, activations=activations)
     return tmp_path / "model"
 
 

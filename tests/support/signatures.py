@@ -5,15 +5,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from beartype import beartype
-from jaxtyping import _import_hook, install_import_hook, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, _import_hook, install_import_hook, jaxtyped
+
+WITH_TYPE_ERRORS = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, as a caller would expect of Python
 
 
 def check(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
     """Return the function with its arguments and its result checked, where a size has one value in all of them."""
     if any("{" in str(hint) for hint in function.__annotations__.values()):  # a size that is an argument's value
-        return jaxtyped(function, typechecker=beartype)
-    checked = beartype(function)
+        return jaxtyped(function, typechecker=beartype(conf=WITH_TYPE_ERRORS))
+    checked = beartype(function, conf=WITH_TYPE_ERRORS)
 
     @functools.wraps(function)
     def with_sizes(*args: object, **kwargs: object) -> object:

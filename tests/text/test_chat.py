@@ -67,7 +67,7 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     content = st.one_of(texts, wild)
     system = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
     turns = draw(st.lists(st.tuples(content, content), min_size=1, max_size=3))
-    pairs = [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in turns]
+    pairs = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in turns]
     return system + [message for pair in pairs for message in pair]
 
 

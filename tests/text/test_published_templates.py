@@ -78,9 +78,9 @@ def theirs(name: str, messages: Sequence[Message], tools: Sequence[Any], opened:
         return None
 
 
-def ours(told: Template, messages: Sequence[Message], tools: Sequence[Any], opened: bool) -> str | None:
+def ours(chat_template: Template, messages: Sequence[Message], tools: Sequence[Any], opened: bool) -> str | None:
     try:
-        return render(told, messages, tools=tools, add_generation_prompt=opened)
+        return render(chat_template, messages, tools=tools, add_generation_prompt=opened)
     except InputError:
         return None
 
@@ -101,13 +101,13 @@ def test_there_are_templates_of_many_families() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rendering_equals_transformers_with_every_option(name: str) -> None:
-    told = template(name)
-    given = [{}, *({option: value} for option in sorted(told.variables) for value in (False, True, "high"))]
+    chat_template = template(name)
+    given = [{}, *({option: value} for option in sorted(chat_template.variables) for value in (False, True, "high"))]
     for messages, tools in CONVERSATIONS.values():
         for opened in (False, True):
             for options in given:
                 wanted = theirs(name, messages, tools, opened, options)
-                assert ours(with_options(told, options, "here"), messages, tools, opened) == wanted
+                assert ours(with_options(chat_template, options, "here"), messages, tools, opened) == wanted
 
 
 ASKED = {
@@ -135,10 +135,10 @@ def test_ids_and_mask_of_marked_templates_equal_transformers(name: str) -> None:
         wanted = speaker()[1].apply_chat_template(
             given, chat_template=PUBLISHED[name], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        found = encode_chat(speaker()[0], template(name), messages)
-        assert found.ids == wanted["input_ids"]
-        assert found.mask == [bool(one) for one in wanted["assistant_masks"]]
-        assert any(found.mask)
+        encoded = encode_chat(speaker()[0], template(name), messages)
+        assert encoded.ids == wanted["input_ids"]
+        assert encoded.mask == [bool(one) for one in wanted["assistant_masks"]]
+        assert any(encoded.mask)
 
 
 ENDS = {
@@ -185,9 +185,11 @@ def folder() -> Path:
 @pytest.mark.parametrize("where", ["model", "table", "over the model's", "mixed"])
 def test_an_option_reaches_training_prompts_and_pairs(where: str, folder: Path, tmp_path: Path) -> None:
     tokenizer, hf, said = open_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder), TURNS[:2]
-    told = open_template(folder, tokenizer)
+    chat_template = open_template(folder, tokenizer)
     if where in ("model", "over the model's"):
-        told = with_options(told, {"enable_thinking": where == "over the model's"} if where != "model" else QUIET, "[model]")
+        chat_template = with_options(
+            chat_template, {"enable_thinking": where == "over the model's"} if where != "model" else QUIET, "[model]"
+        )
     file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     file.write_text(json.dumps({"messages": said}) + "\n", encoding="utf-8")
     other.write_text(json.dumps({"prompt": "two", "chosen": "pear", "rejected": "plum"}) + "\n", encoding="utf-8")
@@ -198,38 +200,58 @@ def test_an_option_reaches_training_prompts_and_pairs(where: str, folder: Path, 
     prompt = hf.apply_chat_template(said[:1], **QUIET, add_generation_prompt=True, return_dict=False)
     assert hf.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
 
-    trained = prepare(source, tokenizer, told, tmp_path / "cache")
+    trained = prepare(source, tokenizer, chat_template, tmp_path / "cache")
     assert trained.tokens.tolist() == whole
     assert trained.mask.tolist() == [len(prompt) <= i < len(whole) - 1 for i in range(len(whole))]  # the last one is a line's end
-    assert [one.ids for one in prompts(source, tokenizer, told)] == [prompt]
+    assert [one.ids for one in prompts(source, tokenizer, chat_template)] == [prompt]
+    assert [one.reference for one in prompts(source, tokenizer, chat_template)] == ["pear"]
     compared = preference.prepare(
-        msgspec.structs.replace(source, path=str(other), format="pairs"), tokenizer, told, tmp_path / "cache"
+        msgspec.structs.replace(source, path=str(other), format="pairs"), tokenizer, chat_template, tmp_path / "cache"
     )
     chosen = compared.answers.at(0)
     assert chosen.tokens.tolist() == whole
     assert chosen.mask.tolist() == trained.mask.tolist()
     if where == "model":
-        assert encode_prompt(tokenizer, told, said[:1]) == prompt
+        assert encode_prompt(tokenizer, chat_template, said[:1]) == prompt
 
 
 def test_an_option_changes_what_is_trained(folder: Path) -> None:
     tokenizer = open_tokenizer(folder)
-    told = open_template(folder, tokenizer)
-    assert spans(encode_chat(tokenizer, told, TURNS[:2])) == ["<think>\n\n</think>\n\npear<|im_end|>"]
-    assert spans(encode_chat(tokenizer, with_options(told, QUIET, "here"), TURNS[:2])) == ["pear<|im_end|>"]
+    chat_template = open_template(folder, tokenizer)
+    assert spans(encode_chat(tokenizer, chat_template, TURNS[:2])) == ["<think>\n\n</think>\n\npear<|im_end|>"]
+    assert spans(encode_chat(tokenizer, with_options(chat_template, QUIET, "here"), TURNS[:2])) == ["pear<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_answer_that_a_model_is_compared_with_is_the_one_that_it_was_taught(name: str, tmp_path: Path) -> None:
+    """A perfect model writes every trained token: Qwen 3's empty thought before the words too."""
+    tokenizer, hf = speaker()
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": TURNS[:2]}) + "\n", encoding="utf-8")
+    try:
+        trained = encode_chat(tokenizer, template(name), TURNS[:2], train_on="last")
+    except InputError:
+        pytest.skip("no answer of this template can be trained")
+    taught = [i for i, is_trained in zip(trained.ids, trained.mask, strict=True) if is_trained]
+    if "pear" not in hf.decode(taught):
+        pytest.skip("this template wants content as a list of parts")
+    (one,) = prompts(Source(str(file), "chat", 64), tokenizer, template(name))
+    assert one.reference_ids == taught[: len(one.reference_ids)]
+    assert "pear" in one.reference
+    assert ("<think>" in one.reference) == ("<think>" in hf.decode(taught))
 
 
 def test_a_prompt_that_is_no_part_of_what_a_turn_becomes_is_refused(folder: Path) -> None:
     """Without thinking Qwen 3 opens a turn with an empty thought, which it drops once the turn is history."""
     tokenizer = open_tokenizer(folder)
-    told = with_options(open_template(folder, tokenizer), QUIET, "here")
+    chat_template = with_options(open_template(folder, tokenizer), QUIET, "here")
     with pytest.raises(InputError, match=r'render message 2 \(assistant\) after its generation prompt.* set train_on = "last"'):
-        encode_chat(tokenizer, told, TURNS)
-    assert spans(encode_chat(tokenizer, told, TURNS, train_on="last")) == ["apple<|im_end|>"]
+        encode_chat(tokenizer, chat_template, TURNS)
+    assert spans(encode_chat(tokenizer, chat_template, TURNS, train_on="last")) == ["apple<|im_end|>"]
 
 
 def test_an_option_that_no_template_asks_for_is_refused(folder: Path, tmp_path: Path) -> None:
-    told = open_template(folder, open_tokenizer(folder))
+    chat_template = open_template(folder, open_tokenizer(folder))
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"messages": TURNS}) + "\n", encoding="utf-8")
     source = Source(str(file), "chat", 64, chat_template_kwargs={"thinking": True})
@@ -237,18 +259,18 @@ def test_an_option_that_no_template_asks_for_is_refused(folder: Path, tmp_path: 
     for read in (prepare, preference.prepare):
         one = source if read is prepare else msgspec.structs.replace(source, format="pairs")
         with pytest.raises(InputError, match=message):
-            read(one, open_tokenizer(folder), told, tmp_path / "cache")
+            read(one, open_tokenizer(folder), chat_template, tmp_path / "cache")
     with pytest.raises(InputError, match=message):
-        prompts(source, open_tokenizer(folder), told)
+        prompts(source, open_tokenizer(folder), chat_template)
     for name in ("messages", "tools", "add_generation_prompt", "bos_token", "raise_exception", "reasoning_content"):
         with pytest.raises(InputError, match=rf"chat: here chat_template_kwargs has '{name}', expected what .* asks for: enable"):
-            with_options(told, {name: 1}, "here")
+            with_options(chat_template, {name: 1}, "here")
     with pytest.raises(InputError, match=r"chat_template_kwargs has 'enable_thinking', expected what llama3 asks for: nothing$"):
         with_options(template("llama3"), QUIET, "here")
 
 
 def test_the_template_for_tools_is_told_too() -> None:
-    told = template("llama3")._replace(tool_use=template("qwen3"))
-    found = with_options(told, QUIET, "here")
-    assert ours(found, TURNS[:3], [FUNCTION], True) == theirs("qwen3", TURNS[:3], [FUNCTION], True, QUIET)
-    assert ours(found, TURNS[:3], [], True) == theirs("llama3", TURNS[:3], [], True, {})
+    chat_template = template("llama3")._replace(tool_use=template("qwen3"))
+    quiet = with_options(chat_template, QUIET, "here")
+    assert ours(quiet, TURNS[:3], [FUNCTION], True) == theirs("qwen3", TURNS[:3], [FUNCTION], True, QUIET)
+    assert ours(quiet, TURNS[:3], [], True) == theirs("llama3", TURNS[:3], [], True, {})

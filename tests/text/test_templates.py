@@ -258,22 +258,22 @@ HARMONY = """\
 
 
 def calls(message: Message, form: str) -> list[str]:
-    told = [call["function"] for call in message.get("tool_calls") or []]
-    return [form % (call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in told]
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    return [form % (call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in functions]
 
 
 def qwen25(message: Message, last: bool) -> str:
-    told = "".join("\n" + call for call in calls(message, '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'))
-    return (message["content"] + told if message["content"] else told.removeprefix("\n")) + "<|im_end|>"
+    written_calls = "".join("\n" + call for call in calls(message, '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'))
+    return (message["content"] + written_calls if message["content"] else written_calls.removeprefix("\n")) + "<|im_end|>"
 
 
 def qwen3(message: Message, last: bool) -> str:
     reasoning, content = message.get("reasoning_content"), message["content"]
     reasoning = reasoning if isinstance(reasoning, str) else ""
-    told = calls(message, '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>')
-    told = [("\n" if content or n else "") + call for n, call in enumerate(told)]
+    written_calls = calls(message, '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>')
+    written_calls = [("\n" if content or n else "") + call for n, call in enumerate(written_calls)]
     thought = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
-    return (thought if last else content) + "".join(told) + "<|im_end|>"
+    return (thought if last else content) + "".join(written_calls) + "<|im_end|>"
 
 
 def llama31(message: Message, last: bool) -> str:
@@ -361,12 +361,12 @@ def spans(ids: Sequence[int], mask: Sequence[bool]) -> list[str]:
 def expected(family: Family, messages: Sequence[Message]) -> list[str]:
     """The assistant's turns as the template should write them."""
     last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    found = []
+    answers = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             thinks = i > last_user and (i == len(messages) - 1 or bool(message.get("reasoning_content")))
-            found.append(family.answer(message, thinks))
-    return found
+            answers.append(family.answer(message, thinks))
+    return answers
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -436,11 +436,11 @@ def test_ids_equal_transformers(name: str, data: st.DataObject) -> None:
         assert ids == theirs
     assert [i for i in ids if i in special] == [i for i in theirs if i in special]
     if name == "marked":
-        found = speaker()[1].apply_chat_template(
+        rendered = speaker()[1].apply_chat_template(
             messages, chat_template=RENDERED[name], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        if found["input_ids"] == ids:
-            assert [bool(one) for one in found["assistant_masks"]] == mask
+        if rendered["input_ids"] == ids:
+            assert [bool(one) for one in rendered["assistant_masks"]] == mask
 
 
 def user(content: str) -> Message:
@@ -489,9 +489,9 @@ def test_an_empty_block_of_generation_is_no_turn() -> None:
         "{% endgeneration %}{% if m.role != 'assistant' %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
     )
     messages = [user("a"), assistant("b"), user("c"), assistant("d")]
-    found = compile_template(source, NAMES, "test")
-    assert spans(*encode_chat(speaker()[0], found, messages)[:2]) == ["b<|end|>", "d<|end|>"]
-    assert spans(*encode_chat(speaker()[0], found, messages, train_on="last")[:2]) == ["d<|end|>"]
+    chat_template = compile_template(source, NAMES, "test")
+    assert spans(*encode_chat(speaker()[0], chat_template, messages)[:2]) == ["b<|end|>", "d<|end|>"]
+    assert spans(*encode_chat(speaker()[0], chat_template, messages, train_on="last")[:2]) == ["d<|end|>"]
 
 
 def test_the_last_turn_of_a_conversation_without_one() -> None:
@@ -545,8 +545,8 @@ def test_a_template_for_tools_is_used_where_there_are_some() -> None:
     folder = write_folder(None, {**NAMES, "chat_template": named})
     (folder / "tokenizer.json").write_text(speaker()[1].backend_tokenizer.to_str(), encoding="utf-8")
     tokenizer, theirs = open_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-    found = open_template(folder, tokenizer)
+    chat_template = open_template(folder, tokenizer)
     for tools in ([], [FUNCTION]):
         expected = theirs.apply_chat_template([user("a"), assistant("b")], tools=tools or None, tokenize=False)
-        assert render(found, [user("a"), assistant("b")], tools=tools, add_generation_prompt=False) == expected
-        assert spans(*encode_chat(tokenizer, found, [user("a"), assistant("b")], tools=tools)[:2]) == ["b<|im_end|>"]
+        assert render(chat_template, [user("a"), assistant("b")], tools=tools, add_generation_prompt=False) == expected
+        assert spans(*encode_chat(tokenizer, chat_template, [user("a"), assistant("b")], tools=tools)[:2]) == ["b<|im_end|>"]

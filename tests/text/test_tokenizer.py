@@ -1,8 +1,10 @@
 """Ids against transformers and tokenizers, special tokens only where asked for, and every error message."""
 
 import builtins
+import json
 import random
 import re
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from tokenizers import models, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import InputError
+from minitune.io import paths
 from minitune.text.tokenizer import TOKENIZER_FILES, Tokenizer, open_tokenizer
 from support.tokenizers import CHAT_TOKENS, byte_level, llama, llama_config, sentencepiece_model, texts, wild, write_folder
 
@@ -236,3 +239,35 @@ def test_a_mutated_model_is_read_or_refused() -> None:
         except InputError:
             refused += 1
     assert 0 < refused < 40
+
+
+def with_declared(folder: Path, token_id: int, text: str = "<image_soft_token>", **more: Any) -> Path:
+    """Copy of the demo's tokenizer whose configuration declares one more added token."""
+    shutil.copytree(paths.locate("demo"), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["added_tokens_decoder"][str(token_id)] = {"content": text, "special": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **more}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("token_id", [1024, 1100])
+def test_a_token_without_a_row_matters_only_in_a_text_that_has_it(token_id: int, tmp_path: Path) -> None:
+    more = open_tokenizer(with_declared(tmp_path / "more", token_id))
+    fitted = more.with_rows(1024, "here")
+    assert fitted.fingerprint != more.fingerprint  # cached tokens of a larger model may hold the token
+    assert more.with_rows(token_id + 1, "here") is more
+    for text in ("Two lamps", "<image_soft_token>"):
+        assert fitted.encode(text, parse_special=False) == more.encode(text, parse_special=False)
+    message = f"'<image_soft_token>' is token {token_id}, but the model's embedding has 1024 rows, expected a text without"
+    with pytest.raises(InputError, match=message):
+        fitted.encode("a <image_soft_token>", parse_special=True)
+    with pytest.raises(InputError, match=message):
+        fitted.encode_span("<image_soft_token>", starts_document=True, restore={})
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_or_end_is_of_another_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"here has 1024 tokens, more than the model's 1000, .*; are they of two models"):
+        open_tokenizer(paths.locate("demo")).with_rows(1000, "here")
+    folder = with_declared(tmp_path / "end", 1024, "<|over|>", eos_token="<|over|>")
+    with pytest.raises(InputError, match="are they of two models"):
+        open_tokenizer(folder).with_rows(1024, "here")

@@ -86,12 +86,12 @@ def corpus(n: int = 3200) -> list[str]:
     """Strings of one kind of part, then of all kinds, with and without spaces between them; drawn with a seed."""
     rng = random.Random(5)
     everything = [part for parts in PARTS.values() for part in parts]
-    found = ["", *everything]
+    texts = ["", *everything]
     for kind in itertools.cycle([*PARTS, None, None, None]):
-        if len(found) == n:
-            return found
+        if len(texts) == n:
+            return texts
         parts = rng.choices(PARTS[kind] if kind else everything, k=rng.randint(1, 9))
-        found.append(rng.choice(["", "", " "]).join(parts))
+        texts.append(rng.choice(["", "", " "]).join(parts))
     raise AssertionError
 
 
@@ -256,16 +256,16 @@ def test_ids_and_text_equal_transformers(kind: str) -> None:
     ours, theirs = both(kind)
     texts = corpus()
     assert len(texts) >= 3000
-    found = [ours.encode(text, parse_special=True) for text in texts]
+    encoded = [ours.encode(text, parse_special=True) for text in texts]
     expected = theirs(texts, add_special_tokens=False)["input_ids"]
-    different = [(text, a, b) for text, a, b in zip(texts, found, expected, strict=True) if a != b]
+    different = [(text, a, b) for text, a, b in zip(texts, encoded, expected, strict=True) if a != b]
     assert not different, f"{len(different)} of {len(texts)}: {different[:3]}"
     for skip in (False, True):
-        shown = [ours.decode(ids, skip_special=skip) for ids in found]
-        expected = theirs.batch_decode(found, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        shown = [ours.decode(ids, skip_special=skip) for ids in encoded]
+        expected = theirs.batch_decode(encoded, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         if kind == "spm_unigram":  # sentencepiece itself takes away all the spaces that a text opens with, not only the first
             shown, expected = [text.lstrip(" ") for text in shown], [text.lstrip(" ") for text in expected]
-        different = [(ids, a, b) for ids, a, b in zip(found, shown, expected, strict=True) if a != b]
+        different = [(ids, a, b) for ids, a, b in zip(encoded, shown, expected, strict=True) if a != b]
         assert not different, f"{len(different)} of {len(texts)} decoded: {different[:3]}"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from minitune.errors import InputError
 from minitune.text.chat import CHATML, PLAIN, encode_chat, encode_prompt
-from minitune.text.served import answer_text, encode_answers
+from minitune.text.served import encode_answer, encode_answers
 from minitune.text.template import Message, Template, compile_template
 from support.tokenizers import with_special_tokens
 
@@ -193,10 +193,13 @@ def test_a_thought_that_the_prompt_opens_is_finished(more: dict[str, Any]) -> No
     assert [runs(sample.ids, sample.mask) for sample in samples] == [[f"{thought}b<|im_end|>"]] * 2
     prompt = encode_prompt(TOKENIZER, template(THINKING), said[:3])
     assert samples[1].ids[: len(prompt)] == prompt
-    assert answer_text(TOKENIZER, template(THINKING), said) == f"{thought}b"
 
 
-def test_the_text_of_an_answer_is_what_the_template_makes_of_it() -> None:
-    assert answer_text(TOKENIZER, template(CHATML), [user("a"), assistant("b")]) == "b"
-    assert answer_text(TOKENIZER, template(QWEN), [user("a"), assistant("b")]) == "<think>\n\n</think>\n\nb"
-    assert answer_text(TOKENIZER, template(OBJECTS), [user("a"), call(OSLO)]).startswith('{"name": "weather"')
+def test_an_answer_is_what_the_template_makes_of_it() -> None:
+    for source, answer, wanted in (
+        (CHATML, assistant("b"), "b<|im_end|>"),
+        (QWEN, assistant("b"), "<think>\n\n</think>\n\nb<|im_end|>"),
+        (OBJECTS, call(OSLO), f'{{"name": "weather", "arguments": {OSLO}}}<|im_end|>'),
+    ):
+        tokens = encode_answer(TOKENIZER, template(source), [user("a"), answer])
+        assert runs(tokens.ids, tokens.mask) == [wanted]

@@ -6,7 +6,7 @@ Meta 2025, as published with the weights; the growth of queries on layers withou
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import rope_scaling
+from minitune.models import hf_config, rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig, QKNorm, RopeLayout, layer_kind
 from minitune.models.experts import Experts
 from minitune.models.family import Family
@@ -32,13 +32,13 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
-    n, every, step = hf.get("num_hidden_layers") or 0, hf.get("no_rope_layer_interval", 4), hf.get("interleave_moe_layer_step", 1)
-    turned = hf.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(n)]  # 1 where a layer has RoPE
-    rope_layers = pattern([bool(x) for x in turned[:n]], (True, True, True, False))
+    n, every = hf.get("num_hidden_layers", 0), hf.get("no_rope_layer_interval", 4)
+    step = hf.get("interleave_moe_layer_step", 1)
+    turned = hf_config.rope_layers(hf, where) or [(i + 1) % every != 0 for i in range(n)]
+    rope_layers = pattern(turned, (True, True, True, False))
     types = ["chunked" if rope_layers[i % len(rope_layers)] else "full" for i in range(n)]
     layer_types = pattern(types, LAYERS) if hf.get("layer_types") is None else layer_pattern(hf, LAYERS, where)
-    routed = hf.get("moe_layers")
-    routed = range(step - 1, n, step) if routed is None else routed
+    routed = frozenset(hf.get("moe_layers", range(step - 1, n, step)))
     experts = {
         "n_experts": hf.get("num_local_experts", 16),
         "n_active": hf.get("num_experts_per_tok", 1),

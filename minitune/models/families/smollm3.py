@@ -6,7 +6,7 @@ Bakouch et al. 2025, as published with its weights; NoPE: Kazemnejad et al. 2023
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.models import rope_scaling
+from minitune.models import hf_config, rope_scaling
 from minitune.models.config import DecoderConfig, layer_kind
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
@@ -22,10 +22,10 @@ class Config(DecoderConfig, frozen=True):
 
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
-    n, every = hf.get("num_hidden_layers") or 0, hf.get("no_rope_layer_interval", 4)
+    n, every = hf.get("num_hidden_layers", 0), hf.get("no_rope_layer_interval", 4)
     default = (True,) * (every - 1) + (False,)
-    turned = hf.get("no_rope_layers")  # 1 where a layer has RoPE, whatever the name says
-    rope_layers = default if turned is None else pattern([bool(x) for x in turned[:n]], default)
+    turned = hf_config.rope_layers(hf, where)
+    rope_layers = default if turned is None else pattern(turned, default)
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     late = ["full" if rope_layers[i % len(rope_layers)] else "sliding" for i in range(n)] if window else []
     layer_types = layer_pattern(hf, pattern(late, ("full",)), where) if window else ("full",)

@@ -13,12 +13,14 @@ from minitune.algorithms.precompute import TopK, reference_logps, teacher_tops, 
 from minitune.autodiff.value_and_grad import accumulate
 from minitune.data import preference, supervised
 from minitune.data.cursor import Cursor
-from minitune.data.source import Source
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import Dataset
 from minitune.data.token_store import Report
 from minitune.io import paths
 from minitune.losses.registry import DistillationLoss, Loss
-from minitune.programs.state import PipelineState
+from minitune.programs.state import AbstractState, PipelineState
+from minitune.text.template import Template
+from minitune.text.tokenizer import Tokenizer
 from minitune.tree import Tree
 from minitune.types import Mean
 
@@ -53,11 +55,11 @@ def load_batches(
     many of the teacher's likeliest tokens, kept on disk as well.
     """
     if loss.compares_answers:
-        return _load_answers(state, state.data[name], cached and loss.needs_reference)
+        return _load_answers(state, name, cached and loss.needs_reference)
     source, loaded = state.data[name], state.loaded
     dataset = supervised.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
     fill = f", rows {dataset.fill(source, state.seed):.1%} full" if source.packed else ""
-    description = describe(dataset.report) + fill
+    description = describe(dataset.report, name, source) + fill
     if teacher is not None and top_k is not None:
         temperature = cast(DistillationLoss, loss).temperature  # no other loss has a teacher
         tops = teacher_tops(teacher, dataset, top_k, temperature, paths.cache(), state.log.progress)
@@ -69,8 +71,8 @@ def load_batches(
     )
 
 
-def _load_answers(state: PipelineState, source: Source, cached: bool) -> BatchLoader:
-    loaded = state.loaded
+def _load_answers(state: PipelineState, name: str, cached: bool) -> BatchLoader:
+    loaded, source = state.loaded, state.data[name]
     answers = preference.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
     logps = None
     if cached:
@@ -78,7 +80,7 @@ def _load_answers(state: PipelineState, source: Source, cached: bool) -> BatchLo
         progress = state.log.progress
         logps = reference_logps(loaded.model, adapted, answers, source, paths.cache(), progress)
     return BatchLoader(
-        describe(answers.report),
+        describe(answers.report, name, source),
         lambda cursor, n: preference.take(answers, cursor, n, source, state.seed, logps),
         lambda n: preference.batches(answers, source, n, logps),
     )
@@ -94,11 +96,45 @@ def _with_teacher_rows(state: PipelineState, source: Source, dataset: Dataset, d
         return with_teacher(batch, at.tokens, tops), after
 
     def batches(n: int) -> Iterator[Tree]:
-        rows, places = supervised.batches(dataset, source, n), supervised.batches(positions, source, n)
+        rows, places = (
+            supervised.batches(dataset, source, n),
+            supervised.batches(positions, source, n),
+        )
         for batch, at in zip(rows, places, strict=True):
             yield with_teacher(batch, at.tokens, tops)
 
     return BatchLoader(description, take, batches)
+
+
+class TokenizedTable(NamedTuple):
+    """Tokenized [data] table, as far as a stage asks before it loads anything."""
+
+    description: str
+    n_rows: int  # (or pairs) of the first epoch
+    longest: int  # tokens of the longest document
+
+
+def tokenized(abstract: AbstractState, name: str, seed: int = 0) -> TokenizedTable:
+    """Tokenize a [data] table into the cache; InputError for a row that can't be."""
+    return tokenized_table(name, abstract.data[name], *abstract.text(), seed)
+
+
+def tokenized_table(
+    name: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    seed: int,
+) -> TokenizedTable:
+    """Tokenize a [data] table as a model reads it; InputError for a row that can't be."""
+    if source.format in PREFERENCE_FORMATS:
+        answers = preference.prepare(source, tokenizer, template, paths.cache())
+        report, order, offsets = answers.report, answers.order, answers.answers.offsets
+    else:
+        dataset = supervised.prepare(source, tokenizer, template, paths.cache())
+        report, order, offsets = dataset.report, dataset.order, dataset.offsets
+    description = f"{name} has {describe(report, name, source)}"
+    return TokenizedTable(description, len(order(seed, 0)), int(np.diff(offsets).max()))
 
 
 def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -> list[float]:
@@ -108,11 +144,12 @@ def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -
     return mean.value().reshape(-1).tolist()
 
 
-def describe(report: Report) -> str:
-    """Data report in words."""
+def describe(report: Report, table: str, source: Source) -> str:
+    """Report of a data table in words, with the keys that decide on what was left out."""
+    longer = f"longer than data.{table}.seq_len = {source.seq_len}"
     left_out = {
-        "truncated": report.n_truncated,
-        "dropped (longer than seq_len)": report.n_dropped,
+        f"truncated ({longer})": report.n_truncated,
+        f'dropped ({longer}; overlong = "truncate" keeps their beginning)': report.n_dropped,
         "without a target": report.n_without_target,
         "with equal answers": report.n_identical,
         "texts split": report.n_split,

@@ -4,8 +4,7 @@ import json
 from typing import Any
 
 from minitune.checkpoint.tensors import model_bytes
-from minitune.data.prompts import prompts
-from minitune.data.source import Source
+from minitune.data.prompts import Prompt, prompts, questions
 from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
 from minitune.inference.generate import answers
@@ -18,8 +17,8 @@ from minitune.io.results import Result
 from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
-from minitune.programs.state import AbstractState, PipelineState, Stopped
-from minitune.text.chat import stop_ids
+from minitune.programs.stages.batches import describe
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import NonNegativeInt, PositiveInt
 
 
@@ -37,6 +36,35 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         require_data(abstract, self.data, self.label, "instruct", "chat", "text")
         return abstract
 
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the rows that are measured; InputError for a row that can't be."""
+        source, (tokenizer, template) = abstract.data[self.data], abstract.text()
+        dataset = prepare(source, tokenizer, template, paths.cache())
+        lines = [f"{self.data} has {describe(dataset.report, self.data, source)}"]
+        if source.format != "text":
+            lines += self._answer_notes(prompts(source, tokenizer, template, self.limit))
+        return lines
+
+    def _answer_notes(self, asked: list[Prompt]) -> list[str]:
+        """Lines on answers that exact match can't count; InputError if no row has an answer."""
+        answers = [prompt.reference_ids for prompt in asked if prompt.reference]
+        if not answers:
+            raise InputError(
+                f"stages: {self.label} finds no row of {self.data} that ends with an answer, "
+                "expected one to compare with; use a generate stage for prompts alone"
+            )
+        lines = []
+        if len(answers) < len(asked):
+            n = len(asked) - len(answers)
+            of_rows = f"{n:,} of {len(asked):,} rows"
+            lines.append(f"{of_rows} end without an answer and are left out of exact match")
+        n_long = sum(len(ids) > self.max_new_tokens for ids in answers)
+        if n_long:
+            of_answers = f"{n_long:,} of {len(answers):,} answers"
+            limit = f"max_new_tokens = {self.max_new_tokens}"
+            lines.append(f"{of_answers} are longer than {limit} and can't match")
+        return lines
+
     def run(self, state: PipelineState) -> PipelineState:
         """State with a record of loss_nats (per target token), perplexity, token_accuracy (target tokens that were the most
         likely ones), bytes of the model, and exact_match (fraction of answers equal to the reference)."""
@@ -44,17 +72,21 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             return state
         source, loaded = state.data[self.data], state.loaded
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+        description = describe(dataset.report, self.data, source)
+        state.log.say(f"{self.label}: {self.data} has {description}")
         metrics = token_metrics(loaded.model, adapted_params(state), batches(dataset, source, self.batch_size))
         record: dict[str, Any] = {
             "loss_nats": metrics.loss_nats,
             "perplexity": metrics.perplexity,
             "token_accuracy": metrics.accuracy,
             "target_tokens": metrics.n_targets,
+            "n_rows": dataset.report.n_samples,
+            "n_dropped": dataset.report.n_dropped + dataset.report.n_without_target,
             "model_bytes": model_bytes(loaded.params, loaded.trainable, loaded.stored),
         }
         exact_match = ""
         if source.format != "text":
-            record |= self._answer(state, source)
+            record |= self._answer(state)
             exact_match = f", exact match {record['exact_match']:.1%} of {record['n_prompts']}"
         state.log.say(
             f"{self.label}: loss {metrics.loss_nats:.4f} nats a token, perplexity {metrics.perplexity:.3f}, "
@@ -62,18 +94,22 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         )
         return state.record(self.label, record)
 
-    def _answer(self, state: PipelineState, source: Source) -> dict[str, Any]:
-        questions = prompts(source, state.loaded.tokenizer, state.loaded.template)[: self.limit]
-        questions = [prompt for prompt in questions if prompt.target is not None]
-        if not questions:
-            found = f"{self.label}: {source.path} has no answers"
-            raise InputError(f"{found}, expected some to compare with; add them or use generate")
-        ids = [prompt.ids for prompt in questions]
+    def _answer(self, state: PipelineState) -> dict[str, Any]:
+        loaded = state.loaded
+        rows = prompts(state.data[self.data], loaded.tokenizer, loaded.template, self.limit)
+        for line in self._answer_notes(rows):
+            state.log.say(f"{self.label}: {line}")
+        asked = [prompt for prompt in rows if prompt.reference]
+        ids = [prompt.ids for prompt in asked]
         replies = answered(state, self.label, ids, Sampling(), self.batch_size, self.max_new_tokens, ())
-        pairs = list(zip(questions, replies, strict=True))
-        n_right = sum(reply.strip() == str(prompt.target).strip() for prompt, reply in pairs)
+        pairs = list(zip(asked, replies, strict=True))
+        n_right = sum(reply.strip() == prompt.reference.strip() for prompt, reply in pairs)
         samples = [
-            {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "answer": reply}
+            {
+                "prompt": prompt.messages[-1]["content"],
+                "reference": prompt.reference,
+                "answer": reply,
+            }
             for prompt, reply in pairs[: self.samples]
         ]
         return {"exact_match": n_right / len(pairs), "n_prompts": len(pairs), "samples": samples}
@@ -96,6 +132,11 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         require_data(abstract, self.data, self.label, "instruct", "chat")
         return abstract
 
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the prompts; InputError for a row that asks nothing."""
+        asked = questions(abstract.data[self.data], *abstract.text(), self.limit)
+        return [f"{self.data} has {len(asked):,} prompts"]
+
     @property
     def result(self) -> Result:
         """Answers, in the run folder."""
@@ -109,10 +150,19 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
             answering = state.with_model(model=compiled)
         else:
             answering = state
-        questions = prompts(state.data[self.data], state.loaded.tokenizer, state.loaded.template)[: self.limit]
-        ids = [prompt.ids for prompt in questions]
-        replies = answered(answering, self.label, ids, self.sampling, self.batch_size, self.max_new_tokens, self.stop)
-        pairs = list(zip(questions, replies, strict=True))
+        loaded = state.loaded
+        asked = questions(state.data[self.data], loaded.tokenizer, loaded.template, self.limit)
+        ids = [prompt.ids for prompt in asked]
+        replies = answered(
+            answering,
+            self.label,
+            ids,
+            self.sampling,
+            self.batch_size,
+            self.max_new_tokens,
+            self.stop,
+        )
+        pairs = list(zip(asked, replies, strict=True))
         lines = [json.dumps({"messages": prompt.messages, "answer": reply}) for prompt, reply in pairs]
         write_atomic(file, ("\n".join(lines) + "\n").encode())
         for prompt, reply in pairs[: self.samples]:
@@ -155,7 +205,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             batch_size=self.batch_size,
             limit=self.limit,
             max_length=self.max_length,
-            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_ids=loaded.stop_ids,
         )
         for task, result in results["tasks"].items():
             values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
@@ -172,15 +222,13 @@ def answered(
     max_new_tokens: int,
     stop: tuple[str, ...],
 ) -> list[str]:
-    """Answers of the model to prompts, in their order; state.Stopped when the run is asked to stop."""
+    """Answers of the model to prompts, in their order."""
     loaded = state.loaded
     params = adapted_params(state)
     with state.log.progress(label, len(ids), 0) as progress:
 
         def report(done: int) -> None:
             progress.update(done, {})
-            if state.stopping():
-                raise Stopped(0, state.folder)  # nothing is lost: a resumed run repeats the answers
 
         return answers(
             loaded.model,
@@ -191,7 +239,7 @@ def answered(
             seed=state.seed,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids(loaded.tokenizer, loaded.template),
+            stop_ids=loaded.stop_ids,
             stop_strings=stop,
             on_progress=report,
         )

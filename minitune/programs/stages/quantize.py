@@ -12,9 +12,11 @@ from minitune.checkpoint.tensors import load_tensors, save_tensors
 from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
 from minitune.io import paths
-from minitune.io.atomic import atomic_file
+from minitune.io.atomic import atomic_folder
+from minitune.io.checksums import damaged_file, write_checksums
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.batches import tokenized
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme
@@ -57,19 +59,27 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
         return abstract._replace(quantized=abstract.quantized | names)
 
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the calibration data; InputError for a row that can't be tokenized."""
+        if not isinstance(self.method, gptq.Gptq):
+            return []
+        return [tokenized(abstract, self.method.data).description]
+
     def run(self, state: PipelineState) -> PipelineState:
         """State with quantized leaves in its params; the record holds bytes before and after."""
-        loaded, file = state.loaded, state.folder / "checkpoints" / self.label / "quantized.safetensors"
+        loaded, folder = state.loaded, state.folder / "checkpoints" / self.label
         names = self.rule.plan(loaded.params)
-        if file.is_file():  # calibration may have taken long
+        file = folder / "quantized.safetensors"
+        # Calibration may have taken long; a file that is not what was written is made again.
+        if file.is_file() and damaged_file(folder) is None:
             tensors = load_tensors(file)
             kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
             codes = {name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields)) for name, kind in kinds.items()}
         else:
             codes = self._codes(state)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(file) as aside:
-                save_tensors(aside, dict(tree.items(codes)))
+            with atomic_folder(folder) as aside:
+                save_tensors(aside / file.name, dict(tree.items(codes)))
+                write_checksums(aside, [aside / file.name])
         device = device_of(loaded.params, loaded.trainable)
         moved = {name: tree.map(lambda x: x.to(device), w) for name, w in codes.items()}
         params = {**loaded.params, **moved}

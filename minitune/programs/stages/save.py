@@ -17,7 +17,7 @@ from minitune.lora import Onto
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.merge import Dtype, check_onto, merged
-from minitune.programs.state import AbstractState, PipelineState
+from minitune.programs.state import AbstractState, PipelineState, SavedModel
 from minitune.text.chat import stop_ids
 
 
@@ -48,7 +48,8 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         if self.what == "deltas" and abstract.lora is not None:
             ranks = {name: abstract.lora.rank_of(name) for name in abstract.adapted}
             check_adapter(ranks, abstract.whole, names=abstract.params, dora=abstract.lora.dora)
-        return abstract._replace(saved={**abstract.saved, self.result.path: abstract.model})
+        saved = SavedModel(abstract.model, abstract.tokenizer, abstract.template)
+        return abstract._replace(saved={**abstract.saved, self.result.path: saved})
 
     @property
     def result(self) -> Result:

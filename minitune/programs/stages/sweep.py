@@ -17,7 +17,7 @@ from minitune.lora import Lora
 from minitune.losses.registry import TokenLoss
 from minitune.models.model import Model
 from minitune.optim.transforms import GradientTransformation
-from minitune.programs.stages import training_loop
+from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import heldout_losses, load_batches
 from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
@@ -53,7 +53,7 @@ def run(
     each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
     opt_states = [member.optimizer.init(start) for member, start in each]
     train_state = {"trainable": deltas, "opt_state": opt_states, "best": tree.map(torch.clone, deltas)}
-    begin = training_loop.begin(len(members), n_orders=len(_seeds(members)))
+    begin = loop_state.begin(len(members), n_orders=len(_seeds(members)))
     train_state, loop = training_loop.train(stage, state, train_state, begin, lambda: _task(stage, state, model, members))
 
     state.log.show(_table(stage.label, members, loop))
@@ -118,7 +118,7 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
         after, metrics = all_step.update(params, before, batch)
         return {**train_state, **after._asdict()}, metrics
 
-    def rows(done: int, metrics: training_loop.MetricValues) -> list[training_loop.Row]:
+    def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
         rows = []
         for i, member in enumerate(members):
             values = {name: column[i] for name, column in metrics.items()}
@@ -136,7 +136,7 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     return training_loop.TrainingTask(next_batch, loaders[0].n_tokens, step, rows, evaluate, _keep_best)
 
 
-def _keep_best(train_state: Any, loop: training_loop.LoopState, improved: list[bool]) -> Any:
+def _keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
     """State whose "best" deltas are the present ones, for every adapter that has improved."""
 
     def newest(best: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
     return tree.map(lambda *leaves: torch.stack(leaves), *padded)
 
 
-def _table(label: str, members: Sequence[Member], loop: training_loop.LoopState) -> Table:
+def _table(label: str, members: Sequence[Member], loop: loop_state.LoopState) -> Table:
     table = Table(title=f"{label}: {len(members)} adapters", title_justify="left")
     keys = list(dict.fromkeys(key for member in members for key in member.point.table))
     for column in ("adapter", *keys, "held-out loss", "best", "at step", "skipped"):
@@ -165,7 +165,7 @@ def _table(label: str, members: Sequence[Member], loop: training_loop.LoopState)
     return table
 
 
-def _record(members: Sequence[Member], loop: training_loop.LoopState, best: int) -> dict[str, Any]:
+def _record(members: Sequence[Member], loop: loop_state.LoopState, best: int) -> dict[str, Any]:
     adapters = [
         {
             "point": dict(member.point.table),

@@ -29,16 +29,32 @@ from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.planning import activations
-from minitune.programs.loading import ModelSource, abstract_state, load, require_data, say_widening
+from minitune.programs.loading import ModelSource, require_data
+from minitune.programs.stages import loop_state, sweep_points, teachers, training_loop
 from minitune.programs.stages import sweep as sweep_stage
-from minitune.programs.stages import sweep_points, training_loop
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
+from minitune.programs.stages.batches import (
+    BatchLoader,
+    TokenizedTable,
+    heldout_losses,
+    load_batches,
+    tokenized,
+    tokenized_table,
+)
+from minitune.programs.stages.training_notes import n_steps, training_notes
 from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.steps import train_step
 from minitune.tree import device_of
-from minitune.types import Metrics, NonNegativeFloat, Params, PositiveInt, Trainable, TrainState
+from minitune.types import (
+    Metrics,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Trainable,
+    TrainState,
+)
 
 HOST = "host"  # value of remat: blocks are computed again, and their inputs are kept in the host's memory
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")  # value of remat such as "8 GiB"
@@ -48,7 +64,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     """Take optimizer steps on the trainable tree, by whatever loss."""
 
     data: str
-    steps: PositiveInt
+    steps: PositiveInt | None = None  # optimizer steps; or else epochs
+    epochs: PositiveFloat | None = None  # passes through the data, rounded up to whole steps
     batch_size: PositiveInt  # rows (or pairs) per optimizer step
     micro_batch_size: PositiveInt | None = None  # rows per forward; the whole batch if absent
     loss: Loss = CrossEntropy()
@@ -64,6 +81,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     evaluate: Evaluation | None = None
     save_every: PositiveInt = 100  # steps
+    keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
     # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others
     # fit with their inputs in memory such as "8 GiB", or all with their inputs kept in the host's memory ("host").
     remat: bool | str = False
@@ -72,11 +90,14 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless something trains, the data has the loss's format, and a teacher shares the vocabulary."""
+        if (self.steps is None) == (self.epochs is None):
+            has = "neither steps nor epochs" if self.steps is None else "both steps and epochs"
+            raise InputError(f"stages: {self.label} has {has}, expected one; write or remove one")
         if not abstract.adapted and not abstract.whole:
             raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
             require_data(abstract, name, self.label, *self.loss.formats)
-        self._check_teacher(abstract)
+        teachers.check_teacher(self.label, self.loss, self.teacher, abstract, self.cached_top_k)
         if self.reference == "base" and self.loss.compares_answers and abstract.whole:
             raise InputError(
                 f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains whole; "
@@ -94,23 +115,36 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             sweep_points.check(self, abstract)
         return abstract
 
-    def _check_teacher(self, abstract: AbstractState) -> None:
-        if self.loss.needs_teacher != (self.teacher is not None):
-            raise InputError(
-                f"stages: {self.label} has {'no teacher' if self.teacher is None else 'a teacher'}, expected one exactly with a "
-                "distillation loss (forward_kl, reverse_kl, symmetric_kl, jensen_shannon)"
-            )
-        if self.teacher is not None:
-            student_size = abstract.model.config.vocab_size
-            teacher_size = abstract_state(self.teacher, abstract).model.config.vocab_size
-            if student_size != teacher_size:
-                raise InputError(
-                    f"stages: {self.label} has a student of {student_size} tokens and a teacher of {teacher_size}, "
-                    "expected one vocabulary"
-                )
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the data and on the steps that it makes; InputError for a malformed row."""
+        table = tokenized(abstract, self.data)
+        seq_len, config = abstract.data[self.data].seq_len, abstract.model.config
+        notes = training_notes(self._with_steps(table), table, config, seq_len)
+        lines = [table.description, *notes]
+        if self.evaluate is not None:
+            lines.append(tokenized(abstract, self.evaluate.data).description)
+        return lines
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps in all; those of `epochs` are known once the data is: _with_steps."""
+        return self.steps or 1
+
+    def _with_steps(self, table: TokenizedTable) -> "Train":
+        """Stage with `steps` in place of `epochs`."""
+        steps = n_steps(self.steps, self.epochs, self.batch_size, table.n_rows)
+        return msgspec.structs.replace(self, steps=steps, epochs=None)
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with the trained tree; continues from the newest saved state in the run folder."""
+        source, loaded = state.data[self.data], state.loaded
+        table = tokenized_table(self.data, source, loaded.tokenizer, loaded.template, state.seed)
+        stage = self._with_steps(table)
+        for line in training_notes(stage, table, loaded.model.config, source.seq_len):
+            state.log.say(f"{self.label}: {line}")
+        return stage._train(state)
+
+    def _train(self, state: PipelineState) -> PipelineState:
         if self.sweep is not None:
             return sweep_stage.run(self, state, self._model(state), Train._optimizer)
         trainable = state.loaded.trainable
@@ -121,7 +155,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         train_state = {"trainable": trainable, "opt_state": optimizer.init(trainable)}
 
         train_state, loop = training_loop.train(
-            self, state, train_state, training_loop.begin(1), lambda: self._task(state, optimizer)
+            self, state, train_state, loop_state.begin(1), lambda: self._task(state, optimizer)
         )
 
         trainable = train_state["trainable"]
@@ -129,7 +163,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             trainable = self._best(state, trainable, loop)
         return state.with_model(trainable=trainable).record(self.label, self._record(loop))
 
-    def _best(self, state: PipelineState, trainable: Trainable, loop: training_loop.LoopState) -> Trainable:
+    def _best(
+        self,
+        state: PipelineState,
+        trainable: Trainable,
+        loop: loop_state.LoopState,
+    ) -> Trainable:
         (nats,), (step,) = loop.best_nats, loop.best_step
         if nats is None:
             raise InputError(f"stages: {self.label} had no finite held-out loss in {loop.step} steps; lower the learning rate")
@@ -157,7 +196,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             after, metrics = one.update(params, before, batch)
             return after._asdict(), metrics
 
-        def rows(done: int, metrics: training_loop.MetricValues) -> list[training_loop.Row]:
+        def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
         def evaluate(train_state: Any) -> list[float]:
@@ -165,7 +204,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             batches = self._load_batches(state, self.evaluate.data, teacher).batches(self.evaluate.batch_size)
             return heldout_losses(lambda batch: objective(train_state["trainable"], params, batch)[0], batches)
 
-        def keep_best(train_state: Any, loop: training_loop.LoopState, improved: list[bool]) -> Any:
+        def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
                 best = {"trainable": train_state["trainable"]}
                 save_state(self._best_folder(state), loop.step, best, {"loss_nats": loop.nats[0]})
@@ -185,11 +224,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     def _optimizer(self) -> Chain:
         clip = [ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
         factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
-        return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.steps))
+        return chain(*clip, self.optimizer, *factors, ScaleBySchedule(self.schedule, self.n_steps))
 
     def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
         loaded, model = state.loaded, self._model(state)
-        teacher = self._teacher(state) if self.loss.needs_teacher else None
+        teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
         # A reference without deltas is the base alone, which costs no memory of its own.
         from_base = self.reference == "base" or not _changes_model(loaded.trainable)
         frozen = Frozen({} if from_base else loaded.trainable, teacher)
@@ -233,17 +272,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
         return activations.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
 
-    def _teacher(self, state: PipelineState) -> Teacher:
-        teacher = load(self.teacher or ModelSource(), state.folder, state.seed)
-        if teacher.tokenizer.fingerprint != state.loaded.tokenizer.fingerprint:
-            raise InputError(
-                f"stages: {self.label} has a teacher whose tokenizer ({teacher.tokenizer_folder}) is not the student's "
-                f"({state.loaded.tokenizer_folder}), expected the same tokens; distil from a model of the same family"
-            )
-        say_widening(state.log, f"{self.label}: teacher", teacher.params)
-        return Teacher(teacher.model, apply_trainable(teacher.params, teacher.trainable, teacher.lora))
-
-    def _record(self, loop: training_loop.LoopState) -> dict[str, Any]:
+    def _record(self, loop: loop_state.LoopState) -> dict[str, Any]:
         best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}
         return {
             "top": loop.throughput(),

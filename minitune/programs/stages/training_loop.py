@@ -4,7 +4,7 @@ A stage trains one model, or many adapters at once; what is counted for each of 
 entry for each. docs/stages.md walks through one step.
 """
 
-import math
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,81 +16,24 @@ import msgspec
 import torch
 
 from minitune import hardware
-from minitune.checkpoint.state import list_states, load_state, save_state
+from minitune.checkpoint.state import drop_old_states, list_states, load_state, save_state
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.programs.log import Log, Progress
+from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
+from minitune.programs.stages.loop_state import (
+    MAX_SKIPPED,
+    SKIPPED_AT_END,
+    LoopState,
+    MetricValues,
+    Row,
+    decode,
+)
 from minitune.programs.stages.training_stage import TrainingStage
-from minitune.programs.state import PipelineState, Stopped
+from minitune.programs.state import PipelineState
 from minitune.tree import Tree, device_of
 from minitune.types import Metrics
-
-MAX_SKIPPED = 20  # steps in a row without a finite gradient after which a run stops
-
-Row = dict[str, float | int]
-MetricValues = Mapping[str, Sequence[float]]  # by name of the metric: a value for each model
-
-
-class LoopState(msgspec.Struct, frozen=True):
-    """Position of a training stage: it is saved with what trains, and enough to go on from there."""
-
-    cursors: tuple[tuple[int, int], ...]  # of each order of the data
-    nats: tuple[float | None, ...]  # at the last evaluation; None if it was not finite
-    best_nats: tuple[float | None, ...]
-    best_step: tuple[int, ...]
-    n_skipped: tuple[int, ...]
-    step: int = 0
-    time_s: float = 0.0
-    n_tokens: int = 0
-    peak_mem_bytes: int = 0
-    n_worse: int = 0  # evaluations in a row without a new best
-
-    def after_queueing(self, cursors: Sequence[Cursor]) -> "LoopState":
-        """State once one more step is queued, behind which the data goes on at `cursors`."""
-        positions = tuple((cursor.epoch, cursor.row) for cursor in cursors)
-        return msgspec.structs.replace(self, step=self.step + 1, cursors=positions)
-
-    def after_reading(self, time_s: float, n_tokens: int, rows: Sequence[Row], mem_bytes: int) -> "LoopState":
-        """State once the metrics of a step that took time_s are read."""
-        return msgspec.structs.replace(
-            self,
-            time_s=self.time_s + time_s,
-            n_tokens=self.n_tokens + n_tokens,
-            n_skipped=tuple(n + int(row["skipped"]) for n, row in zip(self.n_skipped, rows, strict=True)),
-            peak_mem_bytes=max(self.peak_mem_bytes, mem_bytes),
-        )
-
-    def after_evaluation(self, nats: Sequence[float]) -> tuple["LoopState", list[bool]]:
-        """(state after an evaluation, for each of its losses whether it is a new best)."""
-        improved = []
-        best_nats, best_step = list(self.best_nats), list(self.best_step)
-        for i, loss in enumerate(nats):
-            best = best_nats[i]
-            improved.append(math.isfinite(loss) and (best is None or loss < best))
-            if improved[i]:
-                best_nats[i], best_step[i] = loss, self.step
-        loop = msgspec.structs.replace(
-            self,
-            nats=tuple(loss if math.isfinite(loss) else None for loss in nats),
-            best_nats=tuple(best_nats),
-            best_step=tuple(best_step),
-            n_worse=0 if any(improved) else self.n_worse + 1,
-        )
-        return loop, improved
-
-    def is_finished(self, stage: TrainingStage) -> bool:
-        """True once all steps are taken, or the held-out loss has not improved for `patience` evaluations."""
-        patience = stage.evaluate.patience if stage.evaluate else None
-        return self.step >= stage.steps or (patience is not None and self.n_worse >= patience)
-
-    def throughput(self) -> dict[str, float]:
-        """First entries of a stage's record, which summary.json has at its top level."""
-        return {
-            "tokens_per_s": self.n_tokens / self.time_s,
-            "peak_mem_bytes": self.peak_mem_bytes,
-            "steps": self.step,
-        }
 
 
 class TrainingTask(NamedTuple):
@@ -129,12 +72,6 @@ class Due(NamedTuple):
     end: bool  # no step follows
 
 
-def begin(n_models: int, n_orders: int = 1) -> LoopState:
-    """State of n_models before the first step, which read the data in n_orders orders."""
-    none, zeros = (None,) * n_models, (0,) * n_models
-    return LoopState(((0, 0),) * n_orders, nats=none, best_nats=none, best_step=zeros, n_skipped=zeros)
-
-
 def reading(metrics: Metrics) -> Callable[[], MetricValues]:
     """Begin to copy a step's metrics to the host, all at once; the function that is returned waits for them."""
     names, values = list(metrics), metrics.values()
@@ -145,7 +82,7 @@ def reading(metrics: Metrics) -> Callable[[], MetricValues]:
 
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
     """Row of the log for one step, under the names that dashboards expect."""
-    lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.steps))
+    lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.n_steps))
     rest = {name: value for name, value in metrics.items() if name != "loss_nats"}
     return {"loss": metrics["loss_nats"], "lr": lr, **rest}
 
@@ -162,16 +99,24 @@ def train(
     prepare() is skipped if the run had already finished the stage. Raises Stopped after a signal, when the
     state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
     """
-    saved = list_states(_state_folder(stage, state))
+    folder = _state_folder(stage, state)
+    saved = list_states(folder)
     if saved:
         train_state, meta = load_state(saved[-1], train_state)
-        loop = msgspec.convert(meta["loop"], LoopState)
-        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.steps}")
+        loop = decode(meta, loop, saved[-1])
+        if not loop.n_skipped_in_a_row:
+            drop_old_states(folder, stage.keep)  # those that a kill left behind
+        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.n_steps}")
     state.log.rewind(loop.step)
-    if loop.is_finished(stage):
+    if loop.is_finished(stage) and not loop.unlogged_rows:
         return train_state, loop
-    task = prepare()
-    with state.log.progress(stage.label, stage.steps, loop.step) as progress:
+    with state.stopping.at_once(loop.step, folder):
+        task = prepare()
+    # From here on a signal waits until the state can be saved.
+    shown = state.log.progress(stage.label, stage.n_steps, loop.step)
+    with state.stopping.after_step(), shown as progress:
+        if loop.unlogged_rows:
+            train_state, loop = _finish_evaluation(stage, state, task, train_state, loop)
         return _take_steps(stage, state, task, train_state, loop, progress)
 
 
@@ -191,7 +136,7 @@ def _take_steps(
     # An accelerator gets its next step before the metrics of the last one are read, so that it never waits.
     n_ahead = 1 if hardware.is_accelerator(device) else 0
     queue: deque[QueuedStep] = deque()
-    n_skipped, last_read = 0, 0.0
+    last_read, owes_save = 0.0, False
     while not loop.is_finished(stage):
         if not queue:
             last_read = time.perf_counter()
@@ -200,24 +145,24 @@ def _take_steps(
         due = _due(stage, state, loop)
 
         # Nothing is evaluated or saved before every step is read: a saved state counts all that was measured.
-        while len(queue) > (0 if any(due) or n_skipped >= MAX_SKIPPED else n_ahead):
+        while len(queue) > (0 if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED else n_ahead):
             queued = queue.popleft()
             rows = task.rows(queued.step, queued.read())
             now = time.perf_counter()
             loop = loop.after_reading(now - last_read, queued.n_tokens, rows, peak_mem_bytes(device))
             rates = {"tokens_per_second": queued.n_tokens / (now - last_read), "mem_bytes": loop.peak_mem_bytes}
             last_read = now
-            _show(progress, queued.step, rows, rates)
+            _show(progress, queued.step, rows, rates, loop)
 
             # The last row that is read waits for the evaluation, because it carries the held-out loss.
-            nats = None
+            rows = [{**values, **rates} for values in rows]
             if due.evaluation and not queue:
-                train_state, loop, nats = _evaluate(task, train_state, loop)
-            _log(state.log, queued.step, rows, rates, nats)
-            n_skipped = _skipped_in_a_row(n_skipped, rows)
+                train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
+            _log(state.log, queued.step, rows)
 
         is_stopping = due.stop or (not queue and state.stopping())
-        _save_or_stop(stage, state, train_state, loop, due.save, is_stopping, n_skipped)
+        is_save_due = due.save or owes_save
+        owes_save = _save_or_stop(stage, state, train_state, loop, is_save_due, is_stopping)
     return train_state, loop
 
 
@@ -229,33 +174,63 @@ def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple
 
 
 def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
-    is_last = loop.step == stage.steps
+    is_last = loop.step == stage.n_steps
     evaluates = stage.evaluate is not None and (is_last or loop.step % stage.evaluate.every == 0)
     return Due(evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last)
 
 
-def _evaluate(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple[Tree, LoopState, list[float]]:
-    nats = task.evaluate(train_state)
+def _evaluate(
+    stage: TrainingStage,
+    state: PipelineState,
+    task: TrainingTask,
+    train_state: Tree,
+    loop: LoopState,
+    rows: Sequence[Row],
+) -> tuple[Tree, LoopState, list[Row]]:
+    """(train_state, loop, rows with their held-out losses); Stopped after a signal, when the state
+    is saved."""
+    folder = _state_folder(stage, state)
+    try:
+        with state.stopping.at_once(loop.step, folder):
+            nats = task.evaluate(train_state)
+    except Stopped:
+        # The rows are saved with the state, so that a resumed run measures the loss first and then
+        # logs them.
+        unlogged = msgspec.structs.replace(loop, unlogged_rows=json.dumps(rows))
+        _save(stage, state, train_state, unlogged)
+        raise Stopped(loop.step, folder) from None
     loop, improved = loop.after_evaluation(nats)
-    return task.keep_best(train_state, loop, improved), loop, nats
+    train_state = task.keep_best(train_state, loop, improved)
+    rows = [{**values, "heldout_loss": loss} for values, loss in zip(rows, nats, strict=True)]
+    return train_state, loop, rows
 
 
-def _show(progress: Progress, step: int, rows: Sequence[Row], rates: Row) -> None:
+def _finish_evaluation(
+    stage: TrainingStage,
+    state: PipelineState,
+    task: TrainingTask,
+    train_state: Tree,
+    loop: LoopState,
+) -> tuple[Tree, LoopState]:
+    """(train_state, loop) after the evaluation that a signal broke off, with its rows logged."""
+    rows = json.loads(loop.unlogged_rows)
+    loop = msgspec.structs.replace(loop, unlogged_rows="")
+    train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
+    _log(state.log, loop.step, rows)
+    _save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.stopping())
+    return train_state, loop
+
+
+def _show(progress: Progress, step: int, rows: Sequence[Row], rates: Row, loop: LoopState) -> None:
     best = min(rows, key=lambda row: row["loss"])
-    progress.update(step, {"loss": best["loss"], "lr": best["lr"], **rates})
+    n_skipped = min(loop.n_skipped)
+    skipped = {"skipped": n_skipped} if n_skipped else {}
+    progress.update(step, {"loss": best["loss"], "lr": best["lr"], **skipped, **rates})
 
 
-def _log(log: Log, step: int, rows: Sequence[Row], rates: Row, nats: Sequence[float] | None) -> None:
-    for i, values in enumerate(rows):
-        heldout = {"heldout_loss": nats[i]} if nats is not None else {}
-        log.metrics(step, {**values, **rates, **heldout})
-
-
-def _skipped_in_a_row(n_skipped: int, rows: Sequence[Row]) -> int:
-    """Steps in a row that changed no model; once there are too many, a good one that was queued before does not reset it."""
-    if n_skipped >= MAX_SKIPPED or all(values["skipped"] for values in rows):
-        return n_skipped + 1
-    return 0
+def _log(log: Log, step: int, rows: Sequence[Row]) -> None:
+    for values in rows:
+        log.metrics(step, values)
 
 
 def _save_or_stop(
@@ -265,17 +240,48 @@ def _save_or_stop(
     loop: LoopState,
     is_save_due: bool,
     is_stopping: bool,
-    n_skipped: int,
-) -> None:
-    """Save the state if it is time for it; Stopped after a signal, InputError if too many steps changed nothing."""
-    folder = _state_folder(stage, state)
+) -> bool:
+    """Save the state if it is time for it; True if that has to wait for a step that is not skipped.
+
+    Raises Stopped after a signal, when the state is saved, and InputError if too many steps changed
+    nothing.
+    """
     is_finished = loop.is_finished(stage)
-    if is_save_due or is_stopping or is_finished or n_skipped >= MAX_SKIPPED:
-        save_state(folder, loop.step, train_state, {"loop": msgspec.to_builtins(loop)})
+    _require_progress(stage, state, loop, is_finished)
+    is_skipping = loop.n_skipped_in_a_row > 0
+    if is_stopping or is_finished or (is_save_due and not is_skipping):
+        _save(stage, state, train_state, loop)
     if is_stopping and not is_finished:
-        raise Stopped(loop.step, folder)
-    if n_skipped >= MAX_SKIPPED:
-        raise InputError(
-            f"stages: {stage.label} had {MAX_SKIPPED} steps in a row without a finite gradient or a target token, "
-            f"up to step {loop.step}; they changed nothing. Lower the learning rate, or look at the data"
-        )
+        raise Stopped(loop.step, _state_folder(stage, state))
+    return is_save_due and is_skipping
+
+
+def _save(stage: TrainingStage, state: PipelineState, train_state: Tree, loop: LoopState) -> None:
+    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped."""
+    # A state that is counted from skipped steps must not push out the last one that still learned.
+    keep = None if loop.n_skipped_in_a_row else stage.keep
+    meta = {"loop": msgspec.to_builtins(loop)}
+    state.log.sync()
+    save_state(_state_folder(stage, state), loop.step, train_state, meta, keep)
+
+
+def _require_progress(
+    stage: TrainingStage,
+    state: PipelineState,
+    loop: LoopState,
+    is_finished: bool,
+) -> None:
+    """InputError if too many steps in a row changed nothing, or if a finished stage ends with such
+    steps."""
+    n_in_a_row, n_skipped = loop.n_skipped_in_a_row, min(loop.n_skipped)
+    is_failure = n_in_a_row >= SKIPPED_AT_END or 2 * n_skipped > loop.step
+    if n_in_a_row < MAX_SKIPPED and not (is_finished and is_failure):
+        return
+    states = list_states(_state_folder(stage, state))
+    kept = f"; {states[-1]} is the newest state that was saved" if states else ""
+    raise InputError(
+        f"stages: {stage.label} had {n_in_a_row} steps in a row without a finite gradient or a "
+        "target token, "
+        f"up to step {loop.step}, and {n_skipped} in all; they changed nothing{kept}. "
+        "Lower the learning rate, or look at the data"
+    )

@@ -37,7 +37,7 @@ class TrainingStage(Protocol):
         ...
 
     @property
-    def steps(self) -> int:
+    def n_steps(self) -> int:
         """Optimizer steps in all."""
         ...
 
@@ -74,6 +74,11 @@ class TrainingStage(Protocol):
     @property
     def save_every(self) -> int:
         """Steps from one saved state to the next."""
+        ...
+
+    @property
+    def keep(self) -> int:
+        """Number of saved states that stay on the disk."""
         ...
 
     @property

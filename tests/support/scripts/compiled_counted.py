@@ -5,8 +5,8 @@ from minitune.models.families import gemma2, llama
 from support.scripts.blocks import SIZES, count_whole_graphs, counted, said
 
 count_whole_graphs()
-found = []
+n_graphs = []
 for family, depth in ((llama, 2), (llama, 5), (gemma2, 2)):
     config = family.Config(n_layers=depth, **SIZES)
-    found.append(counted(family, config, Model(family.FAMILY, config).init(0, 0.3)))
-print(found, said)
+    n_graphs.append(counted(family, config, Model(family.FAMILY, config).init(0, 0.3)))
+print(n_graphs, said)

@@ -6,7 +6,7 @@ from torch._inductor import metrics
 from minitune.quant import schemes
 from minitune.quant.schemes import NF4, Int4, _levels_at_once, dequantize, quantize
 
-found, on_cpu = [], schemes._levels
+n_kernels, on_cpu = [], schemes._levels
 for scheme in (Int4(32), NF4()):
     q = quantize(torch.randn(37, 96, generator=torch.Generator().manual_seed(0)), scheme)
     for form in (on_cpu, _levels_at_once):
@@ -15,5 +15,5 @@ for scheme in (Int4(32), NF4()):
         metrics.reset()
         torch._dynamo.reset()
         assert torch.equal(torch.compile(dequantize, fullgraph=True)(q, torch.bfloat16), expected)
-    found.append(metrics.generated_kernel_count)
-print(found)
+    n_kernels.append(metrics.generated_kernel_count)
+print(n_kernels)

@@ -17,10 +17,10 @@ products: list[Any] = []
 
 def behind(node: Any) -> set[Any]:
     """Every node that this one needs."""
-    found: set[Any] = set()
-    while new := {above for below in found | {node} for above in below.all_input_nodes} - found:
-        found |= new
-    return found
+    ancestors: set[Any] = set()
+    while new := {above for below in ancestors | {node} for above in below.all_input_nodes} - ancestors:
+        ancestors |= new
+    return ancestors
 
 
 def in_order(graph: Any, inputs: Any) -> Any:

@@ -36,8 +36,8 @@ def probed(model: Model) -> tuple[list[str], Any]:
 
 names, wanted = probed(Model(llama.FAMILY, config))
 for n_remat in (0, 2):
-    found_names, found = probed(Model(llama.FAMILY, config, wrap(said.append), n_remat=n_remat))
-    assert found_names == names
+    actual_names, actual = probed(Model(llama.FAMILY, config, wrap(said.append), n_remat=n_remat))
+    assert actual_names == names
     assert len(names) == 2 * config.n_layers
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 print(len(graphs) > 0, said)

@@ -8,10 +8,10 @@ from support.scripts.blocks import SIZES, count_whole_graphs, counted, said
 
 count_whole_graphs()
 mixed = {"*.self_attn.*": Int4(32), "*.mlp.up_proj.weight": Int8(), "*.mlp.gate_proj.weight": Float8()}
-found = []
+n_graphs = []
 for scheme, depth in ((None, 2), (NF4(), 2), (NF4(), 3)):
     config = llama.Config(n_layers=depth, **{**SIZES, "d_model": 32, "d_head": 8, "d_ff": 64})
     params = Model(llama.FAMILY, config).init(0, 0.3)
     params = params if scheme is None else Quantization(scheme, exceptions=mixed).quantize(params)
-    found.append(counted(llama, config, params, (9, 14, 23)))
-print(found, said)
+    n_graphs.append(counted(llama, config, params, (9, 14, 23)))
+print(n_graphs, said)

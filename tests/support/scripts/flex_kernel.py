@@ -13,8 +13,8 @@ kind, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys
 trains = device.type == "cuda"  # torch has no backward for the CPU, and no sum of exponentials, which sinks need
 flex.serves = flex.serves if trains else lambda q, k, v: True
 generator = torch.Generator().manual_seed(0)
-seen = runs(kind, 3, 517, 200, 0.01, generator)
-seen = type(seen)(*(x if isinstance(x, tuple) else x.to(device) for x in seen))
+keys = runs(kind, 3, 517, 200, 0.01, generator)
+keys = type(keys)(*(x if isinstance(x, tuple) else x.to(device) for x in keys))
 drawn = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in [(3, n, 517, 64) for n in (6, 2, 2, 6)] + [(6,)]]
 q, k, v, cotangent, sinks = drawn
 
@@ -29,13 +29,13 @@ def results(run: Callable[..., torch.Tensor], wide: torch.dtype) -> list[torch.T
 @torch.compile(fullgraph=True)
 def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """minitune's."""
-    return attention(q, k, v, seen, scale=0.1, soft_cap=2.0, sinks=sinks)
+    return attention(q, k, v, keys, scale=0.1, soft_cap=2.0, sinks=sinks)
 
 
 def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """The definition."""
-    return plain(q, k, v, seen, 0.1, 2.0, sinks)
+    return plain(q, k, v, keys, 0.1, 2.0, sinks)
 
 
-for found, wanted in zip(results(ours, dtype), results(theirs, torch.float64), strict=True):
-    print(float(torch.linalg.vector_norm(found.double() - wanted) / torch.linalg.vector_norm(wanted)))
+for actual, wanted in zip(results(ours, dtype), results(theirs, torch.float64), strict=True):
+    print(float(torch.linalg.vector_norm(actual.double() - wanted) / torch.linalg.vector_norm(wanted)))

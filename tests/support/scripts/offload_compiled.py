@@ -26,11 +26,11 @@ config = llama.Config(n_layers=3, **SIZES)
 params, rule = Model(llama.FAMILY, config).init(0, 0.3), Lora(3, 8.0, ("*_proj.weight",))
 tokens = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(0))
 batch = Batch(tokens, torch.ones_like(tokens), torch.ones_like(tokens, dtype=torch.bool))
-lean, found, n_graphs = Model(llama.FAMILY, config, wrap(print), n_remat=3), [], []
-for model in (lean, lean._replace(remat=offload.remat(offload.Mover(copied, copied, lambda x: x)))):
+on_device, gradients, n_graphs = Model(llama.FAMILY, config, wrap(print), n_remat=3), [], []
+for model in (on_device, on_device._replace(remat=offload.remat(offload.Mover(copied, copied, lambda x: x)))):
     objective = sft(model, rule)
     step = value_and_grad(lambda d, objective=objective: objective(d, params, batch), has_aux=True)
-    found.append(step(rule.init(params, 0)))
+    gradients.append(step(rule.init(params, 0)))
     n_graphs.append(len(graphs))
-torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 print(n_graphs[0] == n_graphs[1], len(moved))

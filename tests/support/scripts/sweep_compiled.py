@@ -41,6 +41,6 @@ def run(model: Model) -> Any:
     return step.update(params, step.init(deltas), batch)
 
 
-((found, _), ours), ((wanted, _), theirs) = run(model._replace(block_transform=compiled)), run(model)
-tree.map(same, (found, ours), (wanted, theirs))
+((actual, _), ours), ((wanted, _), theirs) = run(model._replace(block_transform=compiled)), run(model)
+tree.map(same, (actual, ours), (wanted, theirs))
 print(len(graphs))

@@ -1,0 +1,56 @@
+"""Words that people type first because other tools have them, and what does the same here."""
+
+NAMES = {
+    "run": "a program is run by its name alone: {me} lora, or {me} PROGRAM.toml",
+    "train": "training is a program: {me} lora model.path=FOLDER data.train.path=FILE",
+    "merge": 'merging is a stage after training: [[stage]] op = "save", what = "merged" '
+    "as in programs/lora.toml; of an adapter that exists, with [model] deltas = FOLDER",
+    "evaluate": "evaluation is a program: {me} eval model.path=FOLDER",
+    "generate-text": "answers come from {me} generate model.path=FOLDER or {me} chat FOLDER",
+    "serve": "nothing here serves a model: vLLM, transformers and llama.cpp open what a run saved; "
+    "{me} chat FOLDER talks with it in a terminal",
+    "export": 'exporting is a stage: [[stage]] op = "export", as in programs/quantize.toml',
+    "upload": "nothing here uploads: `hf upload OWNER/NAME FOLDER` of huggingface_hub does",
+    "report": "a run folder holds its figures: summary.json at the end, metrics.jsonl a step",
+    "compare": "the figures of a run are in its summary.json and metrics.jsonl; "
+    "read those of the two runs, or log both to one wandb project",
+    "resume": "a run that was stopped goes on with the command that started it",
+    "list": "the shipped programs are listed by {me} ls",
+    "new": "a program of your own begins as a copy: {me} cp lora mine.toml",
+    "config": "a program with every default written out: {me} show PROGRAM",
+    "validate": "a program is checked, and nothing run, by {me} check PROGRAM",
+    "estimate": "memory and operations of a program: {me} plan PROGRAM",
+    "preview": "text, ids and mask of a program's data: {me} show-sample PROGRAM",
+    "pull": "a model comes from the Hub by {me} download OWNER/NAME",
+    "info": "what a folder holds is told by {me} inspect FOLDER",
+    "version": "the version is told by {me} --version",
+}
+ALIASES = {
+    "run": ("start", "launch", "exec", "tune", "accelerate", "torchrun"),
+    "train": ("finetune", "fine-tune", "fine_tune", "sft", "fit", "qlora-train", "pretrain"),
+    "merge": ("merge-lora", "merge_lora", "merge-adapter", "fuse"),
+    "evaluate": ("test", "benchmark", "bench", "score", "harness", "lm_eval", "lm-eval"),
+    "generate-text": ("infer", "inference", "predict", "complete", "prompt", "ask"),
+    "serve": ("server", "api", "deploy"),
+    "export": ("convert", "gguf", "awq", "gptq", "convert-to-gguf"),
+    "upload": ("push", "push-to-hub", "push_to_hub", "publish", "share"),
+    "report": ("summary", "summarize", "logs", "log", "metrics", "plot", "results", "status"),
+    "compare": ("diff",),
+    "resume": ("continue", "restart"),
+    "list": ("programs", "recipes", "configs"),
+    "new": ("init", "copy", "create"),
+    "config": ("cat", "print", "explain"),
+    "validate": ("lint", "verify", "dry-run", "dryrun"),
+    "estimate": ("memory", "profile", "vram"),
+    "preview": ("tokenize", "preprocess", "sample", "samples", "data", "dataset"),
+    "pull": ("get", "fetch", "install", "clone"),
+    "info": ("describe", "model", "view"),
+    "version": ("-v", "-V", "--verbose-version"),
+}
+HINTS = NAMES | {alias: NAMES[name] for name, aliases in ALIASES.items() for alias in aliases}
+
+
+def hint(word: str, me: str) -> str | None:
+    """Sentence on what does here what a word does elsewhere; `me` starts this program."""
+    sentence = HINTS.get(word.casefold())
+    return sentence.format(me=me) if sentence is not None else None

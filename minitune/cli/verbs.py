@@ -1,0 +1,279 @@
+"""Verbs of the command line: what each does, and its help. torch is imported where it is needed."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Never
+
+from minitune.cli.guesses import hint
+from minitune.cli.options import typed_name
+from minitune.errors import InputError, nearest
+from minitune.io import paths, toml
+
+HELP_WORDS = ("--help", "-h")
+
+
+class Verb(NamedTuple):
+    """Word that runs no program; `run` takes the words after it and returns the exit code."""
+
+    usage: str
+    summary: str
+    run: Callable[[Sequence[str]], int]
+    details: str = ""
+    parses_help: bool = False  # its own parser knows --help, with every option
+
+
+def ls(words: Sequence[str]) -> int:
+    """Print the shipped programs, each with its first comment."""
+    if words:
+        refuse(f"ls {' '.join(words)}, expected ls alone")
+    programs = paths.shipped()
+    width = max(map(len, programs), default=0)
+    for name, path in programs.items():
+        sys.stdout.write(f"{name:{width}}  {next(iter(comments(path)), '')}".rstrip() + "\n")
+    return 0
+
+
+def comments(path: Path) -> list[str]:
+    """Lines of the comment that a program begins with."""
+    lines = []
+    for line in toml.read(path, "program")[0].splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def cp(words: Sequence[str]) -> int:
+    """Copy a shipped program; InputError for a place that is taken or lies in no folder."""
+    if len(words) != 2:
+        refuse(f"cp {' '.join(words)}, expected cp NAME DEST")
+    source, dest = program_file(words[0]), paths.user_path(words[1])
+    target = dest / source.name if dest.is_dir() else dest
+    if target.exists():
+        refuse(f"{target} exists, expected a new file; nothing was copied")
+    if not target.parent.is_dir():
+        refuse(f"{target.parent} is no folder, expected one that exists")
+    shutil.copyfile(source, target)
+    sys.stdout.write(f"{target}\n")
+    return 0
+
+
+def show(words: Sequence[str]) -> int:
+    """Print a program with its overrides and every default."""
+    from minitune.programs import program
+
+    file = _program_of("show", words)
+    sys.stdout.write(program.resolved(program.load(file, words[1:])))
+    return 0
+
+
+def check(words: Sequence[str]) -> int:
+    """Read a program and all it names but weights; InputError for whatever would stop it later."""
+    file = announced(_program_of("check", words))
+    from minitune.programs import program, save_paths, wandb_tracker
+    from minitune.programs.check import check as findings
+
+    loaded = program.load(file, words[1:])
+    lines = findings(loaded.model, loaded.data, loaded.stage)
+    save_paths.check(loaded)
+    wandb_tracker.check(loaded.log.wandb)
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+def plan(words: Sequence[str]) -> int:
+    """Print memory and operations of each training stage."""
+    file = announced(_program_of("plan", words))
+    from minitune.cli.plan import show
+
+    return show(file, words[1:])
+
+
+def schema(words: Sequence[str]) -> int:
+    """Print the JSON Schema of programs."""
+    if words:
+        refuse(f"schema {' '.join(words)}, expected schema alone")
+    from minitune.programs import program
+
+    sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
+    return 0
+
+
+def show_sample(words: Sequence[str]) -> int:
+    """Print text, ids and mask of the first samples of a program's data."""
+    wants_help = any(word in HELP_WORDS for word in words)
+    file = Path() if wants_help else _program_of("show-sample", words)
+    from minitune.cli.show_sample import show
+
+    return show(file, HELP_WORDS[:1] if wants_help else words[1:])
+
+
+def chat(words: Sequence[str]) -> int:
+    """Talk with a model folder."""
+    from minitune.cli.chat import chat
+
+    return chat(words)
+
+
+def download(words: Sequence[str]) -> int:
+    """Fetch a folder from the Hub."""
+    from minitune.cli.download import download
+
+    return download(words)
+
+
+def inspect(words: Sequence[str]) -> int:
+    """Print what a folder holds."""
+    if len(words) != 1:
+        found = f"{len(words)} folders" if words else "without a folder"
+        refuse(f"inspect {found}, expected inspect FOLDER")
+    from minitune.cli.inspect import inspect
+
+    return inspect(words[0])
+
+
+CHANGES = "KEY=VALUE changes the program for this command: train.optimizer.lr=1e-4, seed=1."
+VERBS = {
+    "ls": Verb("ls", "the shipped programs", ls),
+    "cp": Verb(
+        "cp NAME DEST",
+        "copy a shipped program, to change it",
+        cp,
+        "DEST is a new file or a folder. Nothing is ever overwritten.",
+    ),
+    "show": Verb(
+        "show PROGRAM [KEY=VALUE ...]",
+        "the program with every default written out",
+        show,
+        CHANGES,
+    ),
+    "check": Verb(
+        "check PROGRAM [KEY=VALUE ...]",
+        "read the program, find its files, match its globs; run nothing",
+        check,
+        f"{CHANGES}\nExit code 0: the program can begin; 2 comes with what must change first.",
+    ),
+    "plan": Verb(
+        "plan PROGRAM [KEY=VALUE ...]",
+        "memory and operations of each training stage, and whether it fits; reads no weight",
+        plan,
+        CHANGES,
+    ),
+    "schema": Verb(
+        "schema",
+        "the JSON Schema of programs",
+        schema,
+        "Editors that read a schema complete and check programs with it.",
+    ),
+    "show-sample": Verb(
+        "show-sample PROGRAM [-n 3] [--data NAME] [KEY=VALUE ...]",
+        "text, ids and mask of the first samples of its data",
+        show_sample,
+        parses_help=True,
+    ),
+    "download": Verb(
+        "download REPO [--to DIR] [--revision R]",
+        "fetch a model folder or an adapter from the Hugging Face Hub",
+        download,
+        parses_help=True,
+    ),
+    "inspect": Verb(
+        "inspect FOLDER",
+        "what a model or adapter folder holds; reads no weight",
+        inspect,
+        "Exit code 2 means that a file is missing or damaged; which one is told on stderr.",
+    ),
+    "chat": Verb(
+        "chat FOLDER [--OPTION VALUE]",
+        "talk with a model folder, or with demo",
+        chat,
+        parses_help=True,
+    ),
+}
+
+
+def overview() -> str:
+    """Help of the whole command: how a program is run, every verb, the exit codes."""
+    me = typed_name()
+    lines = [
+        f"usage: {me} PROGRAM.toml [KEY=VALUE ...]",
+        "",
+        "Runs a program: a TOML file, or the name of a shipped one.",
+        CHANGES,
+        "",
+    ]
+    for verb in VERBS.values():
+        lines += [f"  {verb.usage}", f"      {verb.summary}"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{me} VERB --help says more of a verb, {me} PROGRAM --help of a program.",
+            "--version, --help; --debug shows the traceback of whatever ends a command early.",
+            "Exit codes: 0 done, 2 something to change, 3 a disk is full, 1 a fault of minitune,",
+            "128 + signal when stopped by one.",
+            "",
+        ]
+    )
+
+
+def verb_help(name: str) -> str:
+    """Help of one verb that has no parser of its own."""
+    verb = VERBS[name]
+    summary = f"{verb.summary[0].upper()}{verb.summary[1:]}."
+    parts = [f"usage: {typed_name()} {verb.usage}\n", summary, verb.details]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def program_help(name: str, file: Path) -> str:
+    """Help of a program, by the name that was typed: its own comment, and how it is changed."""
+    me = typed_name()
+    lines = [f"usage: {me} {name} [KEY=VALUE ...]", "", *comments(file), "", CHANGES]
+    lines += [f"`{me} show {name}` prints its keys, `{me} check {name}` runs nothing."]
+    return "\n".join(lines) + "\n"
+
+
+def announced(file: Path) -> Path:
+    """Same file, named on the terminal if it is TOML: the first line does not wait for torch."""
+    toml.read(file, "program")
+    sys.stdout.write(f"program: {file}\n")
+    sys.stdout.flush()
+    return file
+
+
+def program_file(name: str) -> Path:
+    """File of a program by path or shipped name; InputError with what another word may mean."""
+    path = paths.program_file(name)
+    if path.is_file():
+        return path
+    what = f"{_cut(name)} is no file, no verb and no shipped program"
+    known_elsewhere = hint(name, typed_name())
+    if known_elsewhere is not None:
+        refuse(f"{what}; {known_elsewhere}")
+    if path.is_dir():
+        place = _cut(name)
+        refuse(f"{place} is a folder, expected a program; write PROGRAM model.path={place}")
+    known = [*VERBS, *paths.shipped()]
+    near = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)
+    separator = " " if near else "; "
+    lists = f"`{typed_name()} ls` lists the programs, --help the verbs"
+    return refuse(f"{what}{near}{separator}{lists}")
+
+
+def _program_of(verb: str, words: Sequence[str]) -> Path:
+    if not words:
+        refuse(f"{verb} without a program, expected {VERBS[verb].usage}")
+    return program_file(words[0])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def refuse(message: str) -> Never:
+    """InputError of the command line itself."""
+    raise InputError(f"minitune: {message}")

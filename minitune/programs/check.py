@@ -1,0 +1,81 @@
+"""Checks of a program before anything expensive: folders, stages, and the data as they use it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from minitune.checkpoint.hf_folder import check_weights
+from minitune.data.readers import read_rows
+from minitune.data.source import Source
+from minitune.io.paths import locate
+from minitune.models.model import Model
+from minitune.models.open import FAMILIES
+from minitune.models.open import open as open_model
+from minitune.programs.loading import ModelSource, abstract_state
+from minitune.programs.state import AbstractState, DataStage, PipelineStage
+from minitune.text.template import with_options
+
+
+def check(
+    source: ModelSource,
+    sources: Mapping[str, Source],
+    stages: Sequence[PipelineStage],
+) -> list[str]:
+    """Lines that say what a program would work on; InputError for whatever would stop it later.
+
+    The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
+    the headers are read.
+    """
+    located = {name: data.with_paths(locate) for name, data in sources.items()}
+    abstract = abstract_state(source, AbstractState(located, Model(FAMILIES["llama"], None), {}))
+    _, template = abstract.text()
+    n_params = sum(w.numel() for w in abstract.params.values())
+    vocabulary = abstract.model.config.vocab_size
+    sizes = f"{n_params:,} parameters, vocabulary {vocabulary:,}"
+    lines = [f"model: {sizes}, template: {template.origin}"]
+    for model in _models(source, stages):
+        if model.path is not None and not model.path.startswith("run/"):
+            check_weights(locate(model.path), open_model(locate(model.path)).shapes())
+    for name, data in located.items():
+        for part in data.parts():
+            next(iter(read_rows(Path(part.path))))
+            with_options(template, part.chat_template_kwargs, part.path)
+        lines.append(f"data: {name} is {', '.join(part.path for part in data.parts())}")
+    lines += data_notes(source, sources)
+
+    # All that costs nothing comes first: rows are read once every stage has found its place.
+    before: list[AbstractState] = []
+    for stage in stages:
+        before.append(abstract)
+        abstract = stage.check(abstract)
+    for stage, found in zip(stages, before, strict=True):
+        lines.append(f"stage: {stage.label}")
+        if isinstance(stage, DataStage):
+            lines += [f"  {note}" for note in stage.prepare(found)]
+    return lines
+
+
+def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
+    """Lines on tables that are still the demo's beside a user's model or data.
+
+    Another line says that a folder ./demo of the user's is not what demo/... means.
+    """
+    parts = [(f"data.{name}", part.path) for name, data in sources.items() for part in data.parts()]
+    models = [("model", path) for path in (source.path, source.config) if path is not None]
+    is_demo = {path: path.partition("/")[0] == "demo" for _, path in [*models, *parts]}
+    lines = []
+    if not all(is_demo.values()):
+        left = [(key, path) for key, path in parts if is_demo[path]]
+        lines += [f"note: {key} is still the demo's ({path}); set {key}.path" for key, path in left]
+    for path in sorted({path for path, demo in is_demo.items() if demo and Path(path).exists()}):
+        lines.append(f"note: {path} is the embedded demo, not what lies here; ./{path} is that")
+    return lines
+
+
+def _models(source: ModelSource, stages: Sequence[PipelineStage]) -> Iterator[ModelSource]:
+    """Every model that a program loads: its own, those of load stages, and teachers."""
+    yield source
+    for stage in stages:
+        for name in getattr(stage, "__struct_fields__", ()):
+            value = getattr(stage, name)
+            if isinstance(value, ModelSource):
+                yield value

@@ -1,0 +1,120 @@
+"""Names that TRL, PEFT, torchtune, Axolotl and LLaMA-Factory give to keys, and the keys here."""
+
+from collections.abc import Sequence
+
+from minitune.errors import nearest
+
+ROWS = "batch_size counts the rows of a whole step, micro_batch_size those in the model at once"
+GLOBS = 'globs such as ["*.q_proj.weight"]; "*_proj.weight" is every linear map of a layer'
+NF4 = '[[stage]] op = "quantize", scheme = { kind = "nf4" } before lora: programs/qlora.toml'
+COLUMNS = 'columns = { output = "answer" } says which column is what'
+# fmt: off
+# (key here, what a reader must know of it, the names elsewhere)
+KEYS = (
+    ("train.optimizer.lr", "", "learning_rate lr max_lr peak_lr base_lr"),
+    ("train.steps", "", "max_steps num_steps total_steps max_iters iters train_steps"),
+    ("train.batch_size", ROWS, "per_device_train_batch_size train_batch_size global_batch_size"),
+    ("train.micro_batch_size", ROWS,
+        "gradient_accumulation_steps grad_accum accumulate_grad_batches gradient_accumulation "
+        "grad_accumulation_steps micro_batch device_batch_size"),
+    ("eval.batch_size", "", "per_device_eval_batch_size eval_batch_size val_batch_size"),
+    ("train.schedule.warmup_steps", "a number of steps",
+        "warmup_ratio warmup warmup_steps num_warmup_steps lr_warmup_steps warmup_iters"),
+    ("train.schedule", 'schedule = { kind = "cosine" }',
+        "lr_scheduler_type lr_scheduler scheduler lr_schedule lr_decay_style"),
+    ("train.schedule.end", "a share of the highest rate",
+        "min_lr min_lr_ratio lr_min cosine_min_lr_ratio"),
+    ("train.clip_norm", "",
+        "max_grad_norm gradient_clip_val gradient_clipping grad_clip clip_grad_norm clip_grad "
+        "max_norm"),
+    ("train.optimizer.weight_decay", "", "weight_decay wd"),
+    ("train.optimizer.betas", "both in one array", "adam_beta1 adam_beta2 beta1 beta2 betas"),
+    ("train.optimizer.eps", "", "adam_epsilon adam_eps epsilon eps"),
+    ("train.optimizer", 'optimizer = { kind = "adamw", lr = 1e-4 }',
+        "optim optimizer_type optimizer_name"),
+    ("lora.rank", "", "r lora_r lora_rank rank"),
+    ("lora.alpha", "", "lora_alpha alpha"),
+    ("lora.targets", GLOBS,
+        "target_modules lora_target lora_target_modules lora_target_linear lora_attn_modules "
+        "targets"),
+    ("lora.dora", "", "use_dora peft_use_dora"),
+    ("lora.rslora", "", "use_rslora peft_use_rslora"),
+    ("lora.train", "globs of weights that train whole", "modules_to_save lora_modules_to_save"),
+    ("lora.ranks", "glob -> rank", "rank_pattern"),
+    ("train.lr_factors", "glob -> factor", "loraplus_lr_ratio embedding_lr lr_groups"),
+    ("quantize.scheme", NF4,
+        "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_bit quantize_base "
+        "use_qlora qlora"),
+    ("model.dtype", "", "bf16 fp16 torch_dtype precision mixed_precision float16 bfloat16"),
+    ("train.remat", "true recomputes blocks in the backward pass",
+        "gradient_checkpointing activation_checkpointing enable_activation_checkpointing "
+        "use_gradient_checkpointing"),
+    ("train.remat", '"host" keeps block inputs there',
+        "enable_activation_offloading activation_offloading"),
+    ("train.compiled", "", "torch_compile compile compile_model"),
+    ("data.train.seq_len", "tokens; of each [data] table",
+        "max_seq_length max_seq_len max_length sequence_len cutoff_len block_size "
+        "model_max_length context_length seq_length"),
+    ("data.train.packed", "", "packing sample_packing pack"),
+    ("data.train.train_on", "",
+        "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
+        "train_on_prompt roles_to_train"),
+    ("data.train.columns", COLUMNS,
+        "dataset_text_field column_map prompt_field prompt_column field_instruction "
+        "field_output"),
+    ("data.train.path", "",
+        "train_file dataset dataset_path dataset_name datasets data_path data_files "
+        "train_data"),
+    ("data.heldout.path", "",
+        "eval_dataset validation_file val_file eval_file test_datasets validation_data"),
+    ("data.heldout.split", "", "val_set_size val_size validation_split test_size"),
+    ("model.path", "",
+        "model_name_or_path base_model model_id model_name pretrained_model base_model_name"),
+    ("model.deltas", "", "adapter adapter_path adapter_name_or_path lora_model_dir peft_model_id"),
+    ("model.tokenizer", "", "tokenizer_path tokenizer_name tokenizer_name_or_path"),
+    ("model.device", "", "device_map device use_cpu"),
+    ("model.chat_template_kwargs", "", "enable_thinking"),
+    ("out", "the run lies in out/name", "output_dir out_dir save_dir logging_dir"),
+    ("name", "", "run_name experiment_name"),
+    ("seed", "", "data_seed random_seed manual_seed"),
+    ("resume", "", "resume_from_checkpoint auto_resume_from_checkpoints"),
+    ("log.every", "steps between two rows", "logging_steps log_every_n_steps log_interval"),
+    ("log.wandb", 'wandb = { project = "..." }', "report_to wandb_project use_wandb metric_logger"),
+    ("train.evaluate.every", 'evaluate = { data = "heldout", every = 100 }',
+        "eval_steps eval_interval eval_strategy evaluation_strategy val_check_interval "
+        "eval_every"),
+    ("train.evaluate.patience", "",
+        "early_stopping_patience load_best_model_at_end early_stopping"),
+    ("train.save_every", "steps", "save_steps save_interval save_strategy checkpoint_interval"),
+    ("train.loss.beta", "", "beta dpo_beta kl_beta rl_beta"),
+    ("train.loss", 'loss = { kind = "dpo" }', "loss_type pref_loss rl loss_fn"),
+    ("train.teacher.path", "", "teacher_model_name_or_path teacher_model teacher_model_path"),
+    ("generate.sampling", "sampling = { temperature = 0.7, top_p = 0.9 }",
+        "do_sample temperature top_p top_k min_p repetition_penalty generation_config"),
+)
+# (what stands here in place of a key, the names elsewhere)
+NO_KEYS = (
+    ("attention needs no choice here",
+        "attn_implementation flash_attention use_flash_attn sdp_attention"),
+    ("no code of a model folder is ever run", "trust_remote_code"),
+    ("tokenized data is mapped from disk, without workers", "dataloader_num_workers num_workers"),
+    ("beams are not there: answers are the likeliest tokens, or drawn", "num_beams"),
+)
+# fmt: on
+
+
+def _sentences() -> dict[str, str]:
+    found = {}
+    for key, note, names in KEYS:
+        for name in names.split():
+            found[name] = f"{name} is {key} here{f': {note}' if note else ''}"
+    return found | {name: note for note, names in NO_KEYS for name in names.split()}
+
+
+SENTENCES = _sentences()
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """End of a message about an unknown key: what it is here, else the nearest known key."""
+    sentence = SENTENCES.get(name.strip("-").replace("-", "_").casefold())
+    return f"; {sentence}" if sentence is not None else nearest(name, known)

@@ -1,0 +1,100 @@
+"""Files of a run folder as typed values: what was measured, and the rows of the log, decoded here
+and nowhere else."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minitune.errors import InputError
+from minitune.io.json_file import read_json
+from minitune.io.results import Record
+
+REMEDY = "set resume = false to begin afresh"
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """Answer that a report shows beside its reference."""
+
+    prompt: Any  # text, or content parts
+    reference: str
+    answer: str
+
+
+class StageRecord(msgspec.Struct, frozen=True):
+    """Figures of a stage's record that a report shows or a later start reads; a record may hold
+    others."""
+
+    top: dict[str, float | int | None] = {}  # what summary.json has at its top level
+    loss_nats: float | None = None
+    exact_match: float | None = None
+    n_prompts: int | None = None
+    samples: tuple[Sample, ...] = ()
+    steps: int | None = None
+    n_skipped: int | None = None
+    time_s: float | None = None
+    bytes: int | None = None
+    bytes_after: int | None = None
+    model_bytes: int | None = None
+    what: str | None = None
+    path: str | None = None
+
+
+class RowKey(msgspec.Struct, frozen=True):
+    """Place of a row of metrics.jsonl in its run."""
+
+    stage: str
+    step: int
+
+
+def summary(records: Mapping[str, Record]) -> Record:
+    """Records by stage name, with what stands under their key "top" moved to the top level."""
+    stages, top = {}, {}
+    for name, record in records.items():
+        stages[name] = {key: value for key, value in record.items() if key != "top"}
+        top |= record.get("top", {})
+    return stages | top
+
+
+def stage_records(tree: Mapping[str, Any], path: str) -> dict[str, StageRecord]:
+    """Typed records of the stages in a summary or in records.json, by name.
+
+    InputError, which names `path`, for a record whose figures are of another type.
+    """
+    typed = {}
+    for name, record in tree.items():
+        if isinstance(record, Mapping):
+            try:
+                typed[name] = msgspec.convert(record, StageRecord)
+            except msgspec.ValidationError as error:
+                found = f"holds for stage {name[:100]} what no stage wrote ({error})"
+                message = f"records: {path} {found}, expected its figures; {REMEDY}"
+                raise InputError(message) from None
+    return typed
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """Records of finished stages from records.json; InputError for a file that no run wrote."""
+    records = read_json(path, dict[str, Record], "runs", REMEDY)
+    stage_records(records, str(path))
+    return records
+
+
+def read_summary(path: Path) -> Record:
+    """Content of summary.json; InputError for a file that no run wrote."""
+    content = read_json(path, Record, "runs", REMEDY)
+    stage_records(content, str(path))
+    return content
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """(stage, step, line) of each whole row of metrics.jsonl; a line that is no row is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        try:
+            key = msgspec.json.decode(line, type=RowKey)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if line.endswith(b"\n"):
+            yield key.stage, key.step, line

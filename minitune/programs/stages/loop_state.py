@@ -1,0 +1,131 @@
+"""Position of a training stage: counters and cursors that are saved with what trains."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minitune.data.cursor import Cursor
+from minitune.errors import InputError
+from minitune.programs.stages.training_stage import TrainingStage
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient after which a run stops
+SKIPPED_AT_END = 2  # steps in a row at the end of a stage after which it is no success
+
+Row = dict[str, float | int]
+MetricValues = Mapping[str, Sequence[float]]  # by name of the metric: a value for each model
+
+
+class LoopState(msgspec.Struct, frozen=True):
+    """Position of a training stage: it is saved with what trains, and enough to go on from
+    there."""
+
+    cursors: tuple[tuple[int, int], ...]  # of each order of the data
+    nats: tuple[float | None, ...]  # at the last evaluation; None if it was not finite
+    best_nats: tuple[float | None, ...]
+    best_step: tuple[int, ...]
+    n_skipped: tuple[int, ...]
+    step: int = 0
+    time_s: float = 0.0
+    n_tokens: int = 0
+    peak_mem_bytes: int = 0
+    n_worse: int = 0  # evaluations in a row without a new best
+    n_skipped_in_a_row: int = 0  # steps that changed no model, up to this one
+    unlogged_rows: str = ""  # rows as JSON that wait for an evaluation that a signal broke off
+
+    def after_queueing(self, cursors: Sequence[Cursor]) -> "LoopState":
+        """State once one more step is queued, behind which the data goes on at `cursors`."""
+        positions = tuple((cursor.epoch, cursor.row) for cursor in cursors)
+        return msgspec.structs.replace(self, step=self.step + 1, cursors=positions)
+
+    def after_reading(
+        self,
+        time_s: float,
+        n_tokens: int,
+        rows: Sequence[Row],
+        mem_bytes: int,
+    ) -> "LoopState":
+        """State once the metrics of a step that took time_s are read."""
+        skipped = [int(values["skipped"]) for values in rows]
+        return msgspec.structs.replace(
+            self,
+            time_s=self.time_s + time_s,
+            n_tokens=self.n_tokens + n_tokens,
+            n_skipped=tuple(n + one for n, one in zip(self.n_skipped, skipped, strict=True)),
+            n_skipped_in_a_row=self._skipped_in_a_row(rows),
+            peak_mem_bytes=max(self.peak_mem_bytes, mem_bytes),
+        )
+
+    def _skipped_in_a_row(self, rows: Sequence[Row]) -> int:
+        # Once there are too many, a good step that was queued before does not reset the count.
+        is_over = self.n_skipped_in_a_row >= MAX_SKIPPED
+        if is_over or all(values["skipped"] for values in rows):
+            return self.n_skipped_in_a_row + 1
+        return 0
+
+    def after_evaluation(self, nats: Sequence[float]) -> tuple["LoopState", list[bool]]:
+        """(state after an evaluation, for each of its losses whether it is a new best)."""
+        improved = []
+        best_nats, best_step = list(self.best_nats), list(self.best_step)
+        for i, loss in enumerate(nats):
+            best = best_nats[i]
+            improved.append(math.isfinite(loss) and (best is None or loss < best))
+            if improved[i]:
+                best_nats[i], best_step[i] = loss, self.step
+        loop = msgspec.structs.replace(
+            self,
+            nats=tuple(loss if math.isfinite(loss) else None for loss in nats),
+            best_nats=tuple(best_nats),
+            best_step=tuple(best_step),
+            n_worse=0 if any(improved) else self.n_worse + 1,
+        )
+        return loop, improved
+
+    def is_finished(self, stage: TrainingStage) -> bool:
+        """True once all steps are taken, or the held-out loss has not improved for `patience`
+        evaluations."""
+        patience = stage.evaluate.patience if stage.evaluate else None
+        return self.step >= stage.n_steps or (patience is not None and self.n_worse >= patience)
+
+    def throughput(self) -> dict[str, float]:
+        """First entries of a stage's record, which summary.json has at its top level."""
+        return {
+            "tokens_per_s": self.n_tokens / self.time_s,
+            "peak_mem_bytes": self.peak_mem_bytes,
+            "steps": self.step,
+        }
+
+
+def begin(n_models: int, n_orders: int = 1) -> LoopState:
+    """State of n_models before the first step, which read the data in n_orders orders."""
+    none, zeros = (None,) * n_models, (0,) * n_models
+    cursors = ((0, 0),) * n_orders
+    return LoopState(cursors, nats=none, best_nats=none, best_step=zeros, n_skipped=zeros)
+
+
+def decode(meta: Mapping[str, Any], begin: LoopState, path: Path) -> LoopState:
+    """State of the loop that was saved in `path`; begin: that of the same stage before its first
+    step.
+
+    InputError for one that is of another shape, or of another number of models or orders of the
+    data.
+    """
+    try:
+        loop = msgspec.convert(meta.get("loop"), LoopState)
+    except msgspec.ValidationError as error:
+        raise _unfit(path, str(error)) from None
+    for name in ("cursors", "nats", "best_nats", "best_step", "n_skipped"):
+        n_saved, n_wanted = len(getattr(loop, name)), len(getattr(begin, name))
+        if n_saved != n_wanted:
+            raise _unfit(path, f"{n_saved} {name} in place of {n_wanted}")
+    return loop
+
+
+def _unfit(path: Path, found: str) -> InputError:
+    return InputError(
+        f"checkpoint: {path / 'state.json'} is of another program ({found}), expected the "
+        "counters of "
+        f"this stage; remove {path} to continue from the step before"
+    )

@@ -1,0 +1,168 @@
+"""Weights & Biases: settings in a program, their check before a run, and the run itself."""
+
+import inspect
+import io
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import msgspec
+
+from minitune.errors import InputError
+from minitune.io.atomic import write_atomic
+
+Mode = Literal["online", "offline", "disabled", "shared"]
+REACH_S = 10.0  # a server that takes no connection in this time is taken for absent
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+REASON_CHARACTERS = 300
+OFFLINE = 'or set log.wandb.mode = "offline" (WANDB_MODE=offline), then upload by `wandb sync`'
+
+
+class WandbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keywords of wandb.init; what is absent is wandb's own default.
+
+    config: keys to add to the program's own; settings: fields of wandb.Settings.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    id: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: Sequence[str] | None = None
+    notes: str | None = None
+    mode: Mode | None = None
+    dir: str | None = None
+    config: dict[str, Any] | None = None
+    config_exclude_keys: list[str] | None = None
+    config_include_keys: list[str] | None = None
+    allow_val_change: bool | None = None
+    force: bool | None = None
+    reinit: bool | str | None = None
+    resume: bool | str | None = None
+    resume_from: str | None = None
+    fork_from: str | None = None
+    save_code: bool | None = None
+    settings: dict[str, Any] | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords that are given."""
+        fields = msgspec.to_builtins(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class WandbRun:
+    """Run of wandb with the program as its config; a run that is continued keeps its id."""
+
+    def __init__(self, folder: Path, config: WandbConfig, program: Mapping[str, Any]) -> None:
+        """folder: of the run. InputError with what wandb says if it does not begin."""
+        id_file = folder / "wandb-id"
+        given = config.keywords()
+        ours: dict[str, Any] = {
+            "name": program.get("name"),
+            "dir": os.environ.get("WANDB_DIR", str(folder)),
+            "id": id_file.read_text("utf-8") if id_file.exists() else None,
+            "resume": "allow",
+        }
+        keywords = {**ours, **given, "config": {**program, **given.get("config", {})}}
+        with _explained():
+            self._run = _imported().init(**keywords)
+        write_atomic(id_file, self._run.id.encode())
+
+    def log(self, step: int, values: Mapping[str, Any]) -> str | None:
+        """Log a row; returns why wandb did not take it, else None: no tracker ends a training."""
+        try:
+            self._run.log(values, step=step)
+        except Exception as error:
+            return _reason(error)
+        return None
+
+    def finish(self, exit_code: int) -> str | None:
+        """End the run, which uploads what is left; returns why that failed, None if it did not."""
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            return _reason(error)
+        return None
+
+
+def check(config: WandbConfig | None) -> None:
+    """InputError for what would stop wandb at the beginning of a run: names, mode, key, network."""
+    if config is None:
+        return
+    wandb = _imported()
+    given = config.keywords()
+    names = {"project": "project", "entity": "entity", "id": "run_id", "mode": "mode"}
+    with _explained():
+        wandb.Settings(**{field: given[key] for key, field in names.items() if key in given})
+        settings = wandb.setup().settings
+    if (config.mode or settings.mode) not in ("online", "run", "shared"):
+        return
+    host = urlsplit(settings.base_url)
+    if not _has_key(str(host.hostname)):
+        found = f"wandb has no API key for {host.hostname}, expected one"
+        raise InputError(f"log: {found}; run `wandb login`, set WANDB_API_KEY, {OFFLINE}")
+    fault = _unreachable(str(host.hostname), host.port or (80 if host.scheme == "http" else 443))
+    if fault is not None:
+        found = f"{host.hostname}, the server of wandb, can't be reached ({fault})"
+        raise InputError(f"log: {found}, expected a network; mend it, {OFFLINE}")
+    if "prompt" in inspect.signature(wandb.login).parameters:  # of wandb 0.23 and later
+        with _explained(), redirect_stderr(io.StringIO()):
+            wandb.login(prompt=False)
+
+
+def _imported() -> Any:
+    try:
+        import wandb  # slow to import, and only for those who ask for it
+    except ImportError:
+        found = "the package wandb is not installed"
+        raise InputError(f"log: {found}, expected it for [log] wandb; pip install wandb") from None
+    return wandb
+
+
+def _has_key(host: str) -> bool:
+    """True if wandb will find a key where it looks: its variables, then the file of passwords."""
+    if any(os.environ.get(name) for name in KEYS):
+        return True
+    for name in (os.environ.get("NETRC") or "~/.netrc", "~/_netrc"):
+        try:
+            if netrc(os.path.expanduser(name)).authenticators(host) is not None:
+                return True
+        except (OSError, NetrcParseError):
+            continue
+    return False
+
+
+def _unreachable(host: str, port: int) -> str | None:
+    """Why no connection to a server can be made, None if one can, or if a proxy makes it."""
+    if {"http", "https", "all"} & set(getproxies()):
+        return None
+    try:
+        socket.create_connection((host, port), timeout=REACH_S).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn whatever wandb raises into an InputError with its own words."""
+    try:
+        yield
+    except Exception as error:
+        said = f"wandb says: {_reason(error)}"
+        raise InputError(f"log: {said}; correct [log] wandb, {OFFLINE}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Words of an error on one line, without the address of a manual."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith("For further information")]
+    return " ".join(kept)[:REASON_CHARACTERS].rstrip(".") or type(error).__name__

@@ -1,0 +1,119 @@
+"""GGUF files in llama.cpp itself, by the package llama_cpp where it is installed: pytest -m soak tests/interop."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from minitune.interop.gguf import export
+from minitune.models import rope_scaling
+from minitune.text.tokenizer import open_tokenizer
+from support.families import sized
+from support.gguf_tokenizers import CUTS, TEXTS, byte_level_folder, sentencepiece_folder, sentencepiece_json_folder
+from support.models import DENSE, SCALINGS, YARNS, model_of, random_params
+
+llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.soak
+
+SQUARE = {
+    "n_layers": 4,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_model": 64,
+    "d_head": 16,
+    "d_ff": 96,
+    "vocab_size": 67,
+    "max_positions": 40,
+}
+YARN, LONG = rope_scaling.Yarn(4.0, 13), rope_scaling.LongRope((1.0, 1.5, 2.0, 1.0) * 2, (3.0, 2.0, 1.5, 1.0) * 2, 13)
+OWN = {"olmo3": {"window_rope_theta": 30.0}}  # its base is that of all layers, as llama.cpp has it
+MODELS = {  # name -> (family, fields)
+    **{name: (name, OWN.get(name, {})) for name in DENSE},
+    **{
+        f"wide heads of {name}": (name, {"d_head": 32})
+        for name in ("llama", "mistral", "qwen3", "gemma", "gemma3_text", "granite")
+    },
+    **{f"window of {name}": (name, {"window": 5, **OWN.get(name, {})}) for name in ("gemma2", "gemma3_text", "olmo3")},
+    **{
+        f"scores of 27 B, {name}": (name, {"n_layers": n, "d_head": 8, "attention_scale": 16**-0.5})
+        for name, n in (("gemma2", 46), ("gemma3_text", 62))
+    },
+    **{
+        f"{kind} on {name}": (name, {"rope_scaling": SCALINGS[kind]})
+        for name in ("llama", "granite")
+        for kind in ("linear", "llama3")
+    },
+    **{
+        f"linear on {name}": (name, {"rope_scaling": SCALINGS["linear"]})
+        for name in ("qwen3", "gemma2", "gemma3_text", "smollm3")
+    },
+    **{
+        f"yarn on {name}": (name, {"rope_scaling": YARN, **OWN.get(name, {})})
+        for name in ("llama", "qwen2", "qwen3", "mistral", "olmo3", "granite", "smollm3")
+    },
+    "yarn with a magnitude": ("qwen2", {"rope_scaling": YARNS[3]}),
+    "yarn with mscale": ("llama", {"rope_scaling": YARNS[2]}),
+    "growing queries": (
+        "ministral3",
+        {"rope_scaling": rope_scaling.Yarn(4.0, 13, None, 16.0, 2.0, 1.0, 1.0, llama_4_scaling_beta=0.7)},
+    ),
+    "longrope on phi3": ("phi3", {"rope_scaling": LONG}),
+    "longrope on llama": ("llama", {"rope_scaling": LONG}),
+    "part of each head": ("phi3", {"rotary_factor": 0.5}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "biases of granite": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "multipliers": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_scale": 0.1, "logit_divisor": 5.0},
+    ),
+    "tied": ("llama", {"tie_embeddings": True}),
+    "untied": ("gemma3_text", {"tie_embeddings": False}),
+    "capped": ("gemma3_text", {"final_cap": 4.0}),
+}
+
+
+CACHE = {"type_k": 0, "type_v": 0}  # float32
+AS_IN_THE_FILE = dict.fromkeys(["yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"], -1.0)
+# llama.cpp looks the tanh form of gelu up in float16: a thousandth a layer.
+GELU = {"gemma": 5e-3, "gemma2": 5e-3, "gemma3_text": 5e-3, "scores of 27 B, gemma2": 2e-2}
+
+
+def logits(path: Path, ids: list[int]) -> torch.Tensor:
+    """Logits of llama.cpp for a text in ids."""
+    sizes = {"n_ctx": len(ids), "n_batch": len(ids), "n_threads": 1}
+    engine = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **CACHE, **AS_IN_THE_FILE)
+    engine.eval(ids)
+    return torch.from_numpy(engine.scores[: len(ids)].copy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    family, fields = MODELS[name]
+    config = sized(family, **{**SQUARE, **fields})
+    model, params = model_of(config), random_params(config)
+    no_tokenizer = ({"tokenizer.ggml.model": "none"}, [])
+    with mock.patch.object(export.gguf_vocabulary, "metadata", return_value=no_tokenizer):
+        export.save(tmp_path / "x.gguf", params, model, export.Types("F32"), tokenizer=tmp_path, template=None, stop_ids=[])
+    ids = torch.randint(0, 67, (1, 23), generator=torch.Generator().manual_seed(1))
+    wanted = model.forward(params, ids)[0]
+    share = GELU.get(name, GELU.get(family, 2e-4))
+    torch.testing.assert_close(
+        logits(tmp_path / "x.gguf", ids[0].tolist()), wanted, rtol=0, atol=share * float(wanted.abs().max())
+    )
+
+
+@pytest.mark.parametrize("name", [*CUTS, "sentencepiece", "sentencepiece in tokenizer.json"])
+def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    if name in CUTS:
+        folder = byte_level_folder(tmp_path, *CUTS[name])
+    else:
+        folder = (sentencepiece_folder if name == "sentencepiece" else sentencepiece_json_folder)(tmp_path)
+    ours = open_tokenizer(folder)
+    model = model_of(sized("llama", **{**SQUARE, "n_layers": 1, "vocab_size": ours.vocab_size}))
+    path = tmp_path / "x.gguf"
+    export.save(path, model.init(0), model, export.Types("F32"), tokenizer=folder, template=None, stop_ids=[])
+    engine = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    # Behind a prefix, transformers 5 writes no second space where llama.cpp does.
+    for text in TEXTS if name in CUTS else [text.lstrip() for text in TEXTS]:
+        assert engine.tokenize(text.encode(), add_bos=False, special=True) == ours.encode(text, parse_special=True), text

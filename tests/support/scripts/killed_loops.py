@@ -1,0 +1,102 @@
+"""Kill a training loop by SIGKILL at random instants and continue it, N times: killed_loops.py FOLDER N SEED.
+
+A child takes the steps of support.numbers with a state of 64 KiB saved after each, and an evaluation after every
+second. It names every step whose save has returned on a pipe, so that it is known what was committed when it died.
+Whenever a run is finished it is compared with a straight one, and a fresh one begins. Prints counts as JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from minitune import checkpoint
+from minitune.programs.stages import training_loop
+from minitune.programs.stages.training_stage import Evaluation
+from support.numbers import STAGE, Numbers, train
+
+STAGE_OF_KILLS = msgspec.structs.replace(STAGE, steps=12, evaluate=Evaluation(data="heldout", every=2))
+
+
+class Large(Numbers):
+    """Task whose state is large enough for a kill to come while it is written."""
+
+    def step(self, train_state: dict, batch: torch.Tensor) -> tuple[dict, dict]:
+        after, metrics = super().step(train_state, batch)
+        after["trainable"]["x"] = after["trainable"]["x"].expand(2**14).contiguous()
+        return after, metrics
+
+
+def take_steps(folder: Path, reports: int | None = None) -> tuple[list[float], list[str]]:
+    """(values of the trained leaf, rows without times) of a finished loop."""
+    save = training_loop.save_state
+
+    def reported(where: Path, step: int, *args: object) -> Path:
+        path = save(where, step, *args)
+        if reports is not None:
+            os.write(reports, b"%d\n" % step)
+        return path
+
+    training_loop.save_state = reported
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    numbers = Large(skipped=(4,))
+    x = train(folder, numbers, STAGE_OF_KILLS, torch.zeros(2**14))[0]
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    timeless = [{key: row[key] for key in row if key not in ("tokens_per_second", "mem_bytes")} for row in rows]
+    return x.tolist(), [json.dumps(row) for row in timeless]
+
+
+def child(folder: Path, reports: int) -> int:
+    """Process that trains in a folder."""
+    pid = os.fork()
+    if pid == 0:
+        take_steps(folder, reports)
+        os._exit(0)
+    return pid
+
+
+def main(root: Path, n: int, seed: int) -> dict[str, int]:
+    """Counts of what was seen over n kills."""
+    terminal = sys.stdout
+    started = time.time()
+    straight = take_steps(root / "straight")
+    longest_s = time.time() - started
+    draw, counts = random.Random(seed), dict.fromkeys(("kills", "lost", "unreadable", "unequal", "finished"), 0)
+    number = 0
+    while counts["kills"] < n:
+        folder = root / f"run-{number}"
+        folder.mkdir(exist_ok=True)
+        reader, writer = os.pipe()
+        pid = child(folder, writer)
+        os.close(writer)
+        time.sleep(draw.uniform(0, longest_s))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        with os.fdopen(reader) as file:
+            committed = [int(line) for line in file]
+        states = checkpoint.list_states(folder / "checkpoints/train")
+        steps = [int(path.name.removeprefix("step-")) for path in states]
+        counts["lost"] += bool(committed) and (not steps or steps[-1] < committed[-1])
+        for state in states:
+            try:
+                checkpoint.load_state(state, {"trainable": {"x": torch.zeros(2**14)}})
+            except ValueError:
+                counts["unreadable"] += 1
+        counts["kills"] += os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status) or counts["kills"] == n:
+            counts["finished"] += 1
+            counts["unequal"] += take_steps(folder) != straight
+            number += 1
+    sys.stdout = terminal
+    return counts
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
