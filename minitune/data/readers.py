@@ -1,46 +1,61 @@
-"""Rows of jsonl, json and parquet files, each with the location that an error message names."""
+"""Rows of data files, each with the location that an error message names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from minitune.data.files import UTF8_BOM, FileKind, data_files, kind_of, opened
 from minitune.data.source import Source
+from minitune.data.tables import arrow_rows, csv_rows, parquet_rows
 from minitune.errors import InputError
+
+NO_JSON_NUMBER = re.compile(rb"[:,\[\s](-?Infinity|NaN)\b")  # as Python's json writes them
+HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, object) of every row: by line in jsonl and json, by row in parquet.
+    """Yield (number, object) of every row: by line in jsonl, json, csv and tsv, else by row.
 
-    A .json holds a list of objects, or is read as jsonl. InputError with file and line for anything but JSON
-    objects, and for a file without a row.
+    A list of objects, on one line or many, is read as the rows that it holds. Files may be
+    compressed; a folder, and a pattern such as data/train-*.parquet, are the rows of all their
+    files. InputError with file and line for anything else, and for a file without a row.
     """
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    if path.suffix == ".json":
-        with open_rows(path) as file:
-            start = file.read(4096).lstrip()
-        if start.startswith(b"["):
-            return _list_rows(path)
-    return _line_rows(path)
+    for file in data_files(path):
+        yield from _rows_of_file(file)
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, row) of one file, without the values that are null."""
+    readers: dict[FileKind, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+        "lines": _line_rows,
+        "list": _list_rows,
+        "csv": csv_rows,
+        "tsv": partial(csv_rows, delimiter="\t"),
+        "parquet": parquet_rows,
+        "arrow": arrow_rows,
+    }
+    for number, row in readers[kind_of(path)](path):
+        yield number, present(row)
 
 
 def rows_with_location(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", object) of every row that is in the source's part of its file; InputError if none is."""
-    path = Path(source.path)
+    """Yield ("file:line", object) of every row in the source's part of its file; InputError if none is."""
     n_read = n_taken = 0
-    for number, row in read_rows(path):
-        n_read += 1
-        if source.split is None or source.split.takes(row):
-            n_taken += 1
-            yield f"{path}:{number}", row
+    for path in data_files(Path(source.path)):
+        for number, row in _rows_of_file(path):
+            n_read += 1
+            if source.split is None or source.split.takes(row):
+                n_taken += 1
+                yield f"{path}:{number}", row
     if n_taken == 0 and source.split is not None:
         raise InputError(
-            f"data: {path} has no row of {n_read} in the part {source.split.part!r} of split, expected one; change its fraction"
+            f"data: {source.path} has no row of {n_read} in the part {source.split.part!r} of split, "
+            "expected one; change its fraction"
         )
 
 
@@ -53,17 +68,12 @@ def error_location(where: str) -> Iterator[None]:
         raise InputError(f"data: {where} {error}") from None
 
 
-def open_rows(path: Path) -> BufferedReader:
-    """Open a data file, to be read as bytes; InputError if there is no such file."""
-    if not path.is_file():
-        raise InputError(f"data: {path} is no file, expected a jsonl, json or parquet file; correct the path")
-    return path.open("rb")
-
-
 def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     is_empty = True
-    with open_rows(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(UTF8_BOM)
             if line.strip():
                 is_empty = False
                 yield number, _object(line, path, number, "one JSON object a line")
@@ -73,8 +83,8 @@ def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     expected = "a list of JSON objects"
-    with open_rows(path) as file:
-        content = file.read()
+    with opened(path) as file:
+        content = file.read().removeprefix(UTF8_BOM)
     try:
         rows = msgspec.json.decode(content, type=list[msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -95,28 +105,6 @@ def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         end = start + len(row)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError(
-            f"data: {path} needs the package pyarrow, which is not installed; pip install 'minitune[parquet]'"
-        ) from None
-    open_rows(path).close()
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, present(row)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"data: {path}:{number + 1} {error}, expected a parquet file; fetch the file again") from None
-    if number == 0:
-        raise InputError(f"data: {path} holds no row, expected a parquet file with rows; correct the path")
-
-
 def present(value: Any) -> Any:
     """Copy a value without the keys that are null: a null is no value, as transformers reads
     messages.
@@ -134,7 +122,18 @@ def _object(text: bytes, path: Path, number: int, expected: str) -> dict[str, An
     try:
         row = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"data: {path}:{number} {error}, expected {expected}; correct the line") from None
+        found, advice = _explain(text, error)
+        raise InputError(f"data: {path}:{number} {found}, expected {expected}; {advice}") from None
     if not isinstance(row, dict):
         raise InputError(f"data: {path}:{number} holds a {type(row).__name__}, expected {expected}; correct the line")
-    return present(row)
+    return row
+
+
+def _explain(text: bytes, error: Exception) -> tuple[str, str]:
+    """(what was found, what to do) for a text that is no JSON."""
+    number = NO_JSON_NUMBER.search(text)
+    if number is not None:
+        return f"holds {number[1].decode()}, which is no JSON", "write null or leave the key out"
+    if HALF_PAIR.search(text):
+        return "holds half of a surrogate pair, which is no character", "write the text without it"
+    return str(error), "correct the line"

@@ -14,8 +14,9 @@ from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.encoded_rows import encoded_rows
+from minitune.data.files import data_files, opened
 from minitune.data.packing import epoch_rows
-from minitune.data.readers import error_location, open_rows
+from minitune.data.readers import error_location
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
@@ -125,11 +126,13 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     """Hash of everything that a source's tokens depend on."""
     files = []
     for part in source.parts():
-        with open_rows(Path(part.path)) as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        # Tokens depend neither on where the file lies nor on how rows are packed; the suffix says how it is read.
-        rules = msgspec.structs.replace(part, path=Path(part.path).suffix, packed=True)
-        files.append((content, msgspec.json.encode(rules, order="deterministic").decode()))
+        # Tokens depend neither on where files lie nor on how rows are packed; the suffix says how one is read.
+        rules = msgspec.structs.replace(part, path="", packed=True)
+        written = msgspec.json.encode(rules, order="deterministic").decode()
+        for path in data_files(Path(part.path)):
+            with opened(path) as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            files.append((content, path.suffixes, written))
     names = sorted(template.special_names.items())
     sources = [template.source, template.tool_use.source if template.tool_use else None]
     options = msgspec.json.encode(dict(template.options), order="deterministic").decode()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,13 +17,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from minitune.errors import InputError, nearest
+from minitune.text.bounds import (
+    MAX_CHARS,
+    MAX_ITERATIONS,
+    Concatenations,
+    bounded,
+    check_call,
+    check_operator,
+    concatenated,
+    n_steps,
+    written,
+)
 
 Message = Mapping[str, Any]  # role and content, and whatever else the template reads, such as tool_calls
 Tool = Mapping[str, Any]  # a function that may be called, as a JSON schema
 
-# Bounds of one rendering.
-MAX_ITERATIONS = 200_000  # loop steps and calls
-MAX_CHARS = 50_000_000
 # Names in the template's context with a space, so that no template can spell them.
 BUDGET = "loop budget"
 GENERATION_FILTER = "generation border"
@@ -57,13 +66,17 @@ def compile_template(source: str, special_names: Mapping[str, str], origin: str)
 
     InputError for a syntax error, with its line.
     """
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    env.filters |= {"tojson": _tojson, "counted": _counted, GENERATION_FILTER: _generation_border}
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, finalize=written, extensions=extensions)
+    filters = {**env.filters, "tojson": _tojson, "concatenated": concatenated}
+    env.filters = {name: bounded(name, function, _spend) for name, function in filters.items()}
+    env.filters |= {"counted": _counted, GENERATION_FILTER: _generation_border}
     env.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace, "dict": _dict}
     del env.globals["lipsum"]
     try:
         tree = env.parse(source)
         _count_loops(tree)
+        tree = Concatenations().visit(tree)
         tree.set_environment(env)
         # Both are read before the tree is compiled, because Jinja folds constants in place.
         has_blocks = any(node.name == GENERATION_FILTER for node in tree.find_all(jinja2.nodes.Filter))
@@ -174,16 +187,27 @@ def _with_reasoning(message: Message) -> Message:
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which bounds calls, powers and repetitions as well."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _spend(context)
+        _spend(context, n_steps(getattr(obj, "__self__", None), *args))
+        check_call(obj, args)
         return super().call(context, obj, *args, **kwargs)
 
+    def wrap_str_format(self, value: Any) -> Any:
+        method = super().wrap_str_format(value)
+        if method is None:
+            return None
+
+        def bounded_format(*args: Any, **kwargs: Any) -> str:
+            check_call(value, args)
+            return method(*args, **kwargs)
+
+        return bounded_format
+
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if isinstance(x, (str, list, tuple)) else x for x in (left, right)]
-        if operator == "**" or abs(sizes[0] * sizes[1]) > MAX_CHARS:
-            raise SecurityError(f"{operator} on large operands")
+        _spend(context, n_steps(left, right))
+        check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
 
@@ -230,8 +254,8 @@ def _generation_border(context: jinja2.runtime.Context, char: str) -> str:
     return char if context[GENERATION_FILTER] else ""
 
 
-def _spend(context: jinja2.runtime.Context) -> None:
-    if next(context[BUDGET], None) is None:
+def _spend(context: jinja2.runtime.Context, n: int = 1) -> None:
+    if next(islice(context[BUDGET], n - 1, n), None) is None:
         raise SecurityError(f"more than {MAX_ITERATIONS} loop steps and calls")
 
 

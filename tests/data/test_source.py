@@ -69,11 +69,11 @@ def test_a_list_says_what_lines_say(
     folder = tmp_path_factory.mktemp("rows")
     whole = blanks + json.dumps(rows, indent=indent) + blanks
     (folder / "a.json").write_text(whole, encoding="utf-8")
-    found = list(read_rows(folder / "a.json"))
+    located_rows = list(read_rows(folder / "a.json"))
     wanted = [present(row) for row in rows]  # a null is no value
-    assert [row for _, row in found] == wanted == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
+    assert [row for _, row in located_rows] == wanted == [row for _, row in read_rows(jsonl(folder / "a.jsonl", rows))]
     assert [row for _, row in read_rows(jsonl(folder / "lines.json", rows))] == wanted  # as some data sets call it
-    numbers = [number for number, _ in found]
+    numbers = [number for number, _ in located_rows]
     assert numbers == sorted(numbers)
     lines = whole.split("\n")
     assert all(lines[number - 1].lstrip(" \t[,").startswith("{") for number in numbers)
@@ -135,7 +135,9 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"text": "a"}]).slice(0, 0), path)
     with pytest.raises(InputError, match=r"^data: .*a.parquet holds no row, expected a parquet file with rows; correct the path"):
         list(read_rows(path))
-    with pytest.raises(InputError, match=r"none.parquet is no file, expected a jsonl, json or parquet file; correct the path"):
+    with pytest.raises(
+        InputError, match=r"none.parquet is no file, expected a jsonl, json, csv, tsv, parquet or arrow file; correct the path"
+    ):
         list(read_rows(tmp_path / "none.parquet"))
     pq.write_table(pa.Table.from_pylist([{"text": "a"}, {"text": None}]), path)
     with pytest.raises(InputError, match=r'^data: .*a.parquet:2 has no "text" \(only nothing\)'):
@@ -144,6 +146,7 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
 
 def test_without_pyarrow_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
+    pq.write_table(pa.Table.from_pylist([{"text": "a"}]), tmp_path / "a.parquet")
 
     def refuse(name: str, *args: Any) -> Any:
         if name.startswith("pyarrow"):

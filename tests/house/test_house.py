@@ -13,10 +13,13 @@ from support.paths import PACKAGE, ROOT, TESTS
 pytestmark = pytest.mark.fast
 
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
-WITH_TORCH = {"jinja2": "text/template", "filelock": "io/locks"}  # torch depends on them; only these modules import them
+WITH_TORCH = {
+    "jinja2": "text/template text/bounds",
+    "filelock": "io/locks",
+}  # torch depends on them; only these modules import them
 EXTRAS = {  # imported in functions of these modules
     "tokenizers": "text/open_vocabulary text/tokenizer_json text/vocabulary text/sentencepiece text/ranks",
-    "pyarrow": "data/readers",
+    "pyarrow": "data/files data/tables",
     "huggingface_hub": "registry/hub",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval"),
 }

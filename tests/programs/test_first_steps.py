@@ -49,7 +49,7 @@ def test_one_leaf_of_a_delta_and_one_expert_of_a_layer_are_enough() -> None:
         return Mean(total, torch.ones(())), {}
 
     experts = {f"mlp.experts.{i}.up.weight": torch.ones(2) for i in range(3)}
-    trainable = {"q.weight": Delta(torch.ones(1, 2), torch.zeros(2, 1), None), **experts}
+    trainable = {"q.weight": Delta(torch.ones(1, 2), torch.zeros(2, 1)), **experts}
     require_gradients("train", objective, trainable, {}, torch.ones(1))
     more = {**trainable, "other.experts.0.up.weight": torch.ones(2)}
     with pytest.raises(InputError, match=r"no gradient for other.experts "):

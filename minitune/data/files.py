@@ -1,0 +1,157 @@
+"""Data files: which of them a path means, what they hold, and their bytes without compression."""
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Literal
+
+from minitune.errors import InputError
+
+FileKind = Literal["lines", "list", "csv", "tsv", "parquet", "arrow"]
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst")
+EXPECTED = "a jsonl, json, csv, tsv, parquet or arrow file"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+UTF8_BOM = b"\xef\xbb\xbf"
+# First bytes of what is no data file, and what to do with it.
+OTHERS = {
+    b"\xff\xfe": ("is text in UTF-16", "save it as UTF-8"),
+    b"\xfe\xff": ("is text in UTF-16", "save it as UTF-8"),
+    b"PK\x03\x04": ("is a zip archive or a spreadsheet", "unpack it, or save the sheet as csv"),
+    b"version https://git-lfs": ("is a git-lfs pointer, not the file itself", "run git lfs pull"),
+    b"\x80\x04": ("is a pickle, which can run code", "write it as jsonl"),
+}
+# Files that describe a data set and lie beside its rows.
+DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
+# Words in the names of files that belong to different parts of a data set.
+SPLITS = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+
+
+def data_files(path: Path) -> list[Path]:
+    """Files that a path means: itself, those that its pattern matches, or those of its folder.
+
+    InputError if there is none, and for a folder that holds several parts of a data set.
+    """
+    if path.is_dir():
+        return _files_of_folder(path)
+    if path.exists() or not re.search(r"[*?\[]", str(path)):
+        return [path]
+    root = Path(path.anchor or ".")
+    pattern = str(path.relative_to(path.anchor)) if path.anchor else str(path)
+    files = sorted(file for file in root.glob(pattern) if file.is_file())
+    if not files:
+        raise InputError(f"data: {path} matches no file, expected {EXPECTED}; correct the pattern")
+    return files
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """Data files in a folder and the folders below it, such as the shards of a data set."""
+    files: list[Path] = []
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and _suffix(file) in SUFFIXES and file.name not in DESCRIPTIONS:
+            files.append(file)
+    if not files:
+        found_nothing = f"data: {folder} holds no file with rows"
+        raise InputError(f"{found_nothing}, expected {EXPECTED}; correct the path")
+    found = [SPLITS.search(file.relative_to(folder).as_posix()) for file in files]
+    parts = sorted({match[1].lower() for match in found if match})
+    if len(parts) > 1:
+        raise InputError(
+            f"data: {folder} holds the parts {', '.join(parts)} of a data set, "
+            f'expected one of them; name its files, as in path = "{folder}/**/{parts[-1]}*"'
+        )
+    return files
+
+
+def _suffix(path: Path) -> str:
+    """Suffix of a file in lower case, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def kind_of(path: Path) -> FileKind:
+    """Kind of a data file, by its first bytes where they say it, else by its suffix.
+
+    InputError for a file that is none.
+    """
+    suffix = _suffix(path)
+    with opened(path) as file:
+        start = file.read(4096)
+    for magic, (found, advice) in OTHERS.items():
+        if start.startswith(magic):
+            raise InputError(f"data: {path} {found}, expected {EXPECTED}; {advice}")
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith(b"ARROW1") or suffix == ".arrow":
+        return "arrow"
+    if suffix == ".parquet":
+        return "parquet"
+    if start.count(0) > len(start) // 4:
+        raise InputError(f"data: {path} is text in UTF-16, expected {EXPECTED}; save it as UTF-8")
+    if suffix == ".csv":
+        return "csv"
+    if suffix == ".tsv":
+        return "tsv"
+    return _kind_of_json(start.removeprefix(UTF8_BOM), suffix)
+
+
+def _kind_of_json(start: bytes, suffix: str) -> FileKind:
+    """Kind of a file of JSON: a list of objects whatever it is called, or an object a line."""
+    if not start.lstrip().startswith(b"["):
+        return "lines"
+    # A list begins with an object; lines that hold lists are refused one by one.
+    begins_list = re.match(rb"\s*\[\s*(\{|\]|$)", start)
+    return "list" if suffix == ".json" or begins_list else "lines"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a data file as bytes, without its compression and the byte order mark of UTF-8.
+
+    InputError if there is no such file, and for a damaged archive.
+    """
+    if not path.is_file():
+        raise InputError(f"data: {path} is no file, expected {EXPECTED}; correct the path")
+    try:
+        with path.open("rb") as raw:
+            start = raw.read(4)
+            raw.seek(0)
+            with _decompressed(raw, start, path) as file:
+                yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        found = f"data: {path} {error}"
+        raise InputError(f"{found}, expected a gzip file; fetch the file again") from None
+
+
+@contextmanager
+def _decompressed(raw: IO[bytes], start: bytes, path: Path) -> Iterator[IO[bytes]]:
+    if start.startswith(GZIP):
+        with gzip.GzipFile(fileobj=raw) as file:
+            yield file
+    elif start == ZSTD:
+        yield BytesIO(_zstd(raw, path))
+    else:
+        yield raw
+
+
+def _zstd(raw: IO[bytes], path: Path) -> bytes:
+    """Content of a zstd file; InputError without pyarrow, which reads it, and for a damaged one."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise InputError(
+            f"data: {path} is compressed with zstd and needs the package pyarrow, which is not "
+            "installed; pip install 'minitune[parquet]'"
+        ) from None
+    try:
+        with pa.CompressedInputStream(pa.PythonFile(raw), "zstd") as stream:
+            return stream.read()
+    except (pa.ArrowException, OSError) as error:
+        found = f"data: {path} {error}"
+        raise InputError(f"{found}, expected a zstd file; fetch the file again") from None
