@@ -5,6 +5,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from minitune.errors import InputError
 from minitune.inference import generate
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import Score, continuations
+from minitune.interop.lm_eval_results import is_ours, plain_results
 from minitune.models.model import Model
 from minitune.text.template import Message, Template, render
 from minitune.text.tokenizer import Tokenizer
@@ -82,7 +84,7 @@ def evaluate(
         # The harness drops a system message that the template refuses; here that is an error.
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
         render(template, messages, add_generation_prompt=True)
-    with _quiet():
+    with _quiet() as errors:
         index = TaskManager(include_path=include, include_defaults=False)
         if not set(tasks) <= set(index.all_tasks):  # it takes seconds to list the harness's own
             index = TaskManager(include_path=include)
@@ -109,7 +111,21 @@ def evaluate(
                 f"lm_eval: the data of {', '.join(tasks)} can't be read ({error}), expected local files or data sets in the "
                 "cache; run once with the network, or correct data_files"
             ) from None
-    return {"lm_eval": __version__, "tasks": _plain(results or {})}
+        except InputError:
+            raise
+        except Exception as error:
+            if is_ours(error):
+                raise
+            files = [index.task_index[name].yaml_path for name in tasks]
+            where = ", ".join(str(path or name) for path, name in zip(files, tasks, strict=True))
+            logged = [record.getMessage() for record in errors.buffer[-1:]]
+            words = [*logged, f"{type(error).__name__}: {error}"]
+            said = " ".join("; ".join(words).split())[:500]
+            raise InputError(
+                f"lm_eval: {where}: {said}; expected a task that lm_eval {__version__} can run on "
+                "its data; correct the task's file or its data"
+            ) from None
+    return {"lm_eval": __version__, "tasks": plain_results(results or {})}
 
 
 def language_model(
@@ -251,46 +267,23 @@ def _rendered(template: Template, messages: Sequence[Message], add_generation_pr
     return text if tail.startswith(" ") else text.rstrip()  # the template strips what a message ends with
 
 
-def _plain(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of what simple_evaluate returned, by task and metric; a group of tasks counts as a task."""
-
-    def metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-        cells = {tuple(key.split(",", 1)): value for key, value in row.items() if "," in key}
-        return {
-            name if rule == "none" else f"{name},{rule}": {
-                "value": float(value),
-                "stderr": stderr if isinstance(stderr := cells.get((f"{name}_stderr", rule)), float) else None,
-            }
-            for (name, rule), value in cells.items()
-            if not name.endswith("_stderr")
-        }
-
-    return {
-        name: {
-            "metrics": metrics(row),
-            "n_samples": results["n-samples"].get(name, {}).get("effective"),
-            "n_shots": results["n-shot"].get(name),
-            "version": results["versions"].get(name),
-        }
-        for name, row in {**results["results"], **results.get("groups", {})}.items()
-    }
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, no log lines and no download counts of lm_eval and datasets inside: what matters is returned."""
+def _quiet() -> Iterator[BufferingHandler]:
+    """Buffer of lm_eval's errors; inside, neither it nor datasets shows bars, lines or counts."""
     from datasets import config
 
-    logger = logging.getLogger("lm_eval")
+    logger, errors = logging.getLogger("lm_eval"), BufferingHandler(100)
     level, counts = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else datasets reports every local file that it opens
     logger.setLevel(logging.ERROR)
+    logger.addHandler(errors)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
+            yield errors
     finally:
+        logger.removeHandler(errors)
         logger.setLevel(level)
         config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         for name, value in before.items():

@@ -434,6 +434,38 @@ def test_what_a_user_gets_wrong_is_said(subject: Subject, tasks: Path, tmp_path:
         subject._replace(tokenizer=subject.tokenizer._replace(eos_id=None)).ours()
 
 
+MISTAKES = {  # in a task file -> what lm_eval, datasets or jinja say
+    "column": ({"doc_to_text": "{{question}}", "doc_to_target": "nowhere"}, ""),
+    "metric": ({"metric_list": [{"metric": "accuracyy"}]}, "accuracyy"),
+    "split": ({"test_split": "validation"}, "validation"),
+    "no split": ({"test_split": None}, ""),
+    "output type": ({"output_type": "multiple_choise"}, "multiple_choise"),
+    "template": ({"doc_to_text": "{{q"}, "TemplateSyntaxError"),
+    "gold": ({"doc_to_target": "{{7}}"}, ""),
+    "filter": ({"filter_list": [{"name": "x", "filter": [{"function": "regexx"}]}]}, ""),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_task_file_is_said_with_the_file(name: str, subject: Subject, tmp_path: Path) -> None:
+    changes, said = MISTAKES[name]
+    write_task(tmp_path, "multiple_choice", DOCS[1:3], task="mine")
+    file = tmp_path / "mine.yaml"
+    task = {**yaml.safe_load(file.read_text(encoding="utf-8")), **changes}
+    file.write_text(yaml.safe_dump({key: value for key, value in task.items() if value is not None}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"lm_eval: .*mine\.yaml: .*{said}.*correct the task's file or its data"):
+        subject.evaluate(tmp_path, "mine")
+
+
+def test_an_error_of_the_model_is_none_of_the_task_file(subject: Subject, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("minitune.inference.score._read", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        subject.evaluate(tasks, "multiple_choice")
+
+
 def test_without_lm_eval_the_message_names_the_extra(subject: Subject, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"needs the extra eval: pip install 'minitune\[eval\]'"):
