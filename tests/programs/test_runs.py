@@ -81,7 +81,7 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
 def fake_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """States without a model: what a run does with its stages does not depend on what they do."""
 
-    def open_pipeline(model, sources, seed, folder, log, stopping, records, tf32) -> FakeState:
+    def open_pipeline(model, sources, seed, folder, log, stopping, records, tf32, **ahead) -> FakeState:
         return FakeState(seed, folder, log, stopping, records)
 
     monkeypatch.setattr(run, "open_pipeline", open_pipeline)
@@ -465,7 +465,7 @@ def test_a_signal_in_a_stage_that_takes_no_steps_ends_it_at_once(tiny: Program, 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_while_the_model_is_loaded_ends_the_run_at_once(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*args: Any) -> FakeState:
+    def load(*args: Any, **ahead: Any) -> FakeState:
         os.kill(os.getpid(), signal.SIGHUP)
         raise AssertionError("loading went on")
 

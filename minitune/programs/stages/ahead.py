@@ -1,17 +1,17 @@
 """Facts about later stages by which earlier ones go: memory, and weights that become codes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from minitune.algorithms.gptq import Rtn
 from minitune.data.source import Source
 from minitune.programs.stages.adapt import Load
 from minitune.programs.stages.quantize import Quantize
 from minitune.programs.stages.train import Train
-from minitune.programs.state import PipelineStage
 from minitune.quant.rules import Quantization
 
 
-def tokens_at_once(stages: Sequence[PipelineStage], data: Mapping[str, Source]) -> int | None:
+def tokens_at_once(stages: Sequence[Any], data: Mapping[str, Source]) -> int | None:
     """Fewest tokens that go through the model together in a training step; None without one.
 
     Evaluations and generations take as many by default, so that they fit where the steps fit.
@@ -20,7 +20,7 @@ def tokens_at_once(stages: Sequence[PipelineStage], data: Mapping[str, Source]) 
     return min((stage.n_rows * data[stage.data].seq_len for stage in training), default=None)
 
 
-def first_rules(stages: Sequence[PipelineStage]) -> dict[str, Quantization]:
+def first_rules(stages: Sequence[Any]) -> dict[str, Quantization]:
     """Rules of quantization that follow the loading of a model at once, by the stage that loads.
 
     "" is the program's own model. Weights that they match go from the disk to codes one by one, and
