@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Literal
+from typing import BinaryIO, Literal, cast
 
 from minitune.errors import InputError
 
@@ -111,7 +111,7 @@ def _kind_of_json(start: bytes, suffix: str) -> FileKind:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a data file as bytes, without its compression and the byte order mark of UTF-8.
 
     InputError if there is no such file, and for a damaged archive.
@@ -130,17 +130,17 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _decompressed(raw: IO[bytes], start: bytes, path: Path) -> Iterator[IO[bytes]]:
+def _decompressed(raw: BinaryIO, start: bytes, path: Path) -> Iterator[BinaryIO]:
     if start.startswith(GZIP):
         with gzip.GzipFile(fileobj=raw) as file:
-            yield file
+            yield cast(BinaryIO, file)
     elif start == ZSTD:
         yield BytesIO(_zstd(raw, path))
     else:
         yield raw
 
 
-def _zstd(raw: IO[bytes], path: Path) -> bytes:
+def _zstd(raw: BinaryIO, path: Path) -> bytes:
     """Content of a zstd file; InputError without pyarrow, which reads it, and for a damaged one."""
     try:
         import pyarrow as pa
