@@ -131,7 +131,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
         written = msgspec.json.encode(rules, order="deterministic").decode()
         for path in data_files(Path(part.path)):
             with opened(path) as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType] - GzipFile has readinto
             files.append((content, path.suffixes, written))
     names = sorted(template.special_names.items())
     sources = [template.source, template.tool_use.source if template.tool_use else None]

@@ -7,6 +7,7 @@ from typing import Any
 from minitune.errors import InputError, nearest, quoted
 from minitune.io import toml
 from minitune.io.json_file import read_json
+from minitune.io.paths import is_present
 from minitune.io.toml_messages import KeyPath
 from minitune.models.families import (
     gemma,
@@ -64,7 +65,7 @@ def open(folder: Path) -> Model:
 def config_json(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model folder; InputError if it is missing or not a JSON object."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_present(path):
         raise InputError(f"models: {folder_problem(folder)}")
     return read_json(path, dict[str, Any], "models", "download it again")
 

@@ -342,7 +342,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     deltas = rule.init(params, 0)
     save_adapter(folder / "adapter", deltas, rule, base="a/b", fingerprint="f00d", quantization=None, names=params)
     checkpoint.save_state(folder, 1, STATE, {"marks": {"step": 1}})
-    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "tool_calls": [{"name": "f"}]}]
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "weight": 1}]
     (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
     (folder / "program.toml").write_text(PROGRAM, encoding="utf-8")
     write_run_files(folder)
