@@ -433,7 +433,8 @@ def test_errors_name_file_and_line(source: Source, line: bytes, message: str, tm
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     for read in (lambda path: list(read_rows(path)), lambda path: prepared(tmp_path, Source(str(path), "chat", 8))):
         with pytest.raises(
-            InputError, match=r"data: .*none.jsonl is no file, expected a jsonl, json or parquet file; correct the path"
+            InputError,
+            match=r"data: .*none.jsonl is no file, expected a jsonl, json, csv, tsv, parquet or arrow file; correct the path",
         ):
             read(tmp_path / "none.jsonl")
         (tmp_path / "empty.jsonl").write_text("\n \n", encoding="utf-8")

@@ -283,7 +283,7 @@ json_values = st.recursive(
 loras = st.builds(
     LoraStage,
     rank=st.integers(1, 2**40),
-    alpha=st.floats(allow_nan=False, allow_infinity=False),
+    alpha=st.floats(0, 1e30, exclude_min=True),
     targets=st.lists(words, max_size=3).map(tuple),
 )
 wandb_configs = st.builds(
