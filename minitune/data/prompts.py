@@ -7,7 +7,7 @@ from minitune.data.conversations import messages, tools
 from minitune.data.readers import error_location, rows_with_location
 from minitune.data.source import Source
 from minitune.errors import InputError
-from minitune.text.chat import encode_prompt, stop_ids
+from minitune.text.chat import Tokens, encode_chat, encode_prompt, stop_ids
 from minitune.text.served import encode_answer
 from minitune.text.template import Message, Template, Tool, with_options
 from minitune.text.tokenizer import Tokenizer
@@ -64,8 +64,10 @@ def _collect(
 ) -> list[Prompt]:
     for part in source.parts():
         if part.format not in ("instruct", "chat"):
-            why = "plain text asks for no answer" if part.format == "text" else "a pair has no one answer"
-            raise InputError(f"data: {part.path} has format {part.format!r}, expected instruct or chat; {why}")
+            is_text = part.format == "text"
+            why = "plain text asks for no answer" if is_text else "a pair has no one answer"
+            found = f"data: {part.path} has format {part.format!r}"
+            raise InputError(f"{found}, expected instruct or chat; {why}")
     collected: list[Prompt] = []
     for part in source.parts():
         part_template = with_options(template, part.chat_template_kwargs, part.path)
@@ -78,7 +80,8 @@ def _collect(
                 reference_ids: list[int] = []
                 if with_references and answer is not None:
                     turns = [*asked, answer]
-                    reference_ids = _answer_ids(tokenizer, part_template, turns, functions, stops)
+                    tokens = _encode(part, tokenizer, part_template, turns, functions)
+                    reference_ids = _answer_ids(tokens, stops)
             text = tokenizer.decode(reference_ids, skip_special=True)
             collected.append(Prompt(ids, text, reference_ids, asked))
     return collected
@@ -96,19 +99,25 @@ def _split_rows(part: Source) -> Iterator[tuple[str, list[Message], Message | No
         yield where, asked, answer, tools(row, part, where)
 
 
-def _answer_ids(
+def _encode(
+    part: Source,
     tokenizer: Tokenizer,
     template: Template,
     turns: list[Message],
     functions: list[Tool],
-    stops: list[int],
-) -> list[int]:
-    """Ids of the last answer that training trains, up to the first one that stops generation.
+) -> Tokens:
+    """Conversation with its last answer trained, as training of this source encodes it."""
+    if part.turns == "each":
+        return encode_answer(tokenizer, template, turns, tools=functions)
+    return encode_chat(tokenizer, template, turns, tools=functions, train_on="last")
+
+
+def _answer_ids(tokens: Tokens, stops: list[int]) -> list[int]:
+    """Ids of an answer that training trains, up to the first one that stops generation.
 
     They are more than the message's own words where a template adds to them: Qwen 3 opens an answer
     with an empty thought, which a trained model therefore writes as well.
     """
-    tokens = encode_answer(tokenizer, template, turns, tools=functions)
     trained = [i for i, weight in enumerate(tokens.mask) if weight]
     if not trained:
         return []

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -131,7 +131,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
         written = msgspec.json.encode(rules, order="deterministic").decode()
         for path in data_files(Path(part.path)):
             with opened(path) as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType] - GzipFile has readinto
+                content = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
             files.append((content, path.suffixes, written))
     names = sorted(template.special_names.items())
     sources = [template.source, template.tool_use.source if template.tool_use else None]

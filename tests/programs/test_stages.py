@@ -13,6 +13,7 @@ import torch
 from minitune import checkpoint, models
 from minitune.__main__ import main
 from minitune.interop.peft.load import load_adapter
+from minitune.io.results import MARKER
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
 from minitune.models import Model
 from minitune.models.families import llama
@@ -281,7 +282,7 @@ def test_qlora_merges_onto_what_it_trained_on_and_says_both_errors(
     assert all(torch.equal(dense[name], onto_stored[name]) for name in dense)
     # the adapter refuses another base, and another base's folder
     other = tmp_path / "other"
-    shutil.copytree(tiny / "model", other)
+    shutil.copytree(tiny / "model", other, ignore=shutil.ignore_patterns(MARKER))
     weights = checkpoint.load_tensors(other / "model.safetensors")
     checkpoint.save_tensors(other / "model.safetensors", {name: w + 1e-3 for name, w in weights.items()})
     assert start(tmp_path, tiny, evaluation("after"), f"model.path={other}", adapter, name="refused") == 2
