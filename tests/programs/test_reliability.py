@@ -146,7 +146,7 @@ evaluate = {{ data = "heldout", every = 10 }}
 op = "merge"
 [[stage]]
 op = "quantize"
-scheme = {{ kind = "int4", group = 16 }}
+scheme = {{ kind = "int4", group = 32 }}
 method = {{ kind = "gptq", data = "train", rows = 40 }}
 {evaluation("after")}
 [[stage]]
@@ -175,6 +175,7 @@ def test_a_signal_after_any_line_of_a_program_is_survived(tiny: Path, tmp_path: 
 
     with spawn(program("straight")) as straight:
         n_lines = len(straight.communicate()[0].splitlines())
+    assert straight.returncode == 0
     expected = result("straight")
     for i in range(N_SIGNALS):
         name, number = f"p{i}", SIGNALS[i % len(SIGNALS)]
