@@ -79,7 +79,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     text, raw = toml.read(path, "program")
     names, given = _stage_names(raw), {}
     for override in overrides:
-        given[_override(raw, names, override)] = override
+        key_path = _override(raw, names, override)
+        rival = _rival(key_path)
+        if rival in given:
+            both = f"{given[rival]!r} and {override!r}"
+            raise InputError(f"program: {both} on the command line, expected one of them; drop one")
+        given[key_path] = override
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = _expand(raw, (), places)
     program = toml.decode(raw, Program, places.where, spelled=places.spelled, suggest=suggest)
@@ -169,10 +174,18 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     # A number is text where only a string can stand, as in name=2026.
     types = types_at(Program, raw, (*top, *keys))
     text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
-    if keys[-1] in EITHER:
-        table.pop(EITHER[keys[-1]], None)
+    rival = _rival((*top, *keys))
+    if rival is not None:
+        table.pop(str(rival[-1]), None)
     table[keys[-1]] = _toml_value(value.strip(), text_only and len(types) > 0)
     return (*top, *keys)
+
+
+def _rival(path: toml_messages.KeyPath) -> toml_messages.KeyPath | None:
+    """Key of a stage that can't be there together with this one, or None."""
+    if len(path) != 3 or path[0] != "stage" or path[2] not in EITHER:
+        return None
+    return (*path[:2], EITHER[str(path[2])])
 
 
 def _meant(text: str) -> str:

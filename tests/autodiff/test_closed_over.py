@@ -15,7 +15,7 @@ from support.models import SMALL, random_batch, random_params
 
 
 def tempered(model: Model, batch: Batch, by_extra: bool) -> Callable[..., Mean]:
-    """Mean loss of (temperature, weights that train beside it): the loss closes over the temperature, or gets it as rows."""
+    """Mean loss of (temperature, weights that train with it): the loss closes over the temperature, or gets it as rows."""
 
     frozen = random_params(SMALL, 3, torch.float64)
 
@@ -32,11 +32,11 @@ def tempered(model: Model, batch: Batch, by_extra: bool) -> Callable[..., Mean]:
 
 
 @pytest.mark.parametrize("by_extra", [False, True])
-@pytest.mark.parametrize("beside", [(), ("model.norm.weight",), ("lm_head.weight",), ("model.norm.weight", "lm_head.weight")])
-def test_a_leaf_that_a_loss_closes_over_or_is_handed_has_its_gradient(by_extra: bool, beside: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", [(), ("model.norm.weight",), ("lm_head.weight",), ("model.norm.weight", "lm_head.weight")])
+def test_a_leaf_that_a_loss_closes_over_or_is_handed_has_its_gradient(by_extra: bool, names: tuple[str, ...]) -> None:
     params, batch = random_params(SMALL, 3, torch.float64), random_batch(SMALL, 3, 9)
     objective = tempered(Model(llama.FAMILY, SMALL), batch, by_extra)
-    leaves = {"t": torch.tensor(1.3, dtype=torch.float64), **{name: params[name] for name in beside}}
+    leaves = {"t": torch.tensor(1.3, dtype=torch.float64), **{name: params[name] for name in names}}
     found = value_and_grad(objective)(leaves)[1]
     wanted = torch.func.grad(lambda x: objective(x).total)(leaves)
     step = 1e-5

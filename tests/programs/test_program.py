@@ -20,6 +20,7 @@ from minitune.programs.log import LogConfig
 from minitune.programs.program import Program
 from minitune.programs.stages.adapt import LoraStage
 from minitune.programs.wandb_tracker import WandbConfig
+from support.paths import ROOT
 
 pytestmark = pytest.mark.fast
 
@@ -361,3 +362,18 @@ def test_schema_is_json_and_knows_every_key() -> None:
     schema = json.loads(json.dumps(program.schema()))
     assert set(schema["$defs"]["Program"]["properties"]) == set(Program.__struct_fields__)
     assert schema["$defs"]["Program"]["additionalProperties"] is False
+
+
+def test_steps_and_epochs_replace_one_another_in_a_stage_and_nowhere_else(tmp_path: Path) -> None:
+    lora = ROOT / "programs/lora.toml"
+    train = next(stage for stage in program.load(lora, ["train.epochs=2"]).stage if stage.label == "train")
+    assert (train.steps, train.epochs) == (0, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    both = ["train.epochs=2", "train.steps=5"]
+    with pytest.raises(InputError, match=r"'train.epochs=2' and 'train.steps=5' on the command line, expected one of them"):
+        program.load(lora, both)
+    with pytest.raises(InputError, match=r"'train.steps=5' and 'train.epochs=2' on the command line"):
+        program.load(lora, both[::-1])
+    words = ['log.wandb={project="p"}', "log.wandb.config={}", "log.wandb.config.epochs=3", "log.wandb.config.steps=4"]
+    loaded = program.load(lora, words).log.wandb
+    assert loaded is not None
+    assert loaded.config == {"epochs": 3, "steps": 4}

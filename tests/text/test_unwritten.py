@@ -125,8 +125,8 @@ def test_words_that_stand_elsewhere_are_not_taken_for_those_that_are_lost() -> N
 def test_other_keys_and_the_reasoning_of_history_are_counted() -> None:
     tokens = encode_chat(TOKENIZER, template(CHATML), [{**user("a"), "id": 7}, assistant("b", name="bob")])
     assert sorted(tokens.unwritten) == ["id", "name"]
-    told = [user("a"), assistant("b", reasoning_content="r"), user("c"), assistant("d")]
-    assert list(encode_chat(TOKENIZER, template(QWEN), told, train_on="last").unwritten) == ["reasoning_content"]
+    turns = [user("a"), assistant("b", reasoning_content="r"), user("c"), assistant("d")]
+    assert list(encode_chat(TOKENIZER, template(QWEN), turns, train_on="last").unwritten) == ["reasoning_content"]
     named = "{% for m in messages %}{{ '<|im_start|>' + (m.name or m.role) + m.content + '<|im_end|>' }}{% endfor %}"
     assert not encode_chat(TOKENIZER, template(named), [user("a"), assistant("b", name="bob")]).unwritten
 
