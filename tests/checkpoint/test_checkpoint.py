@@ -623,7 +623,10 @@ def test_nf4_weights_are_dequantized_as_by_bitsandbytes(nested: bool, tmp_path: 
     add_tensors(tmp_path / "nf4", {name: codes, **parts})
     checkpoint.check_weights(tmp_path / "nf4", model.shapes())
     loaded = checkpoint.load_params(tmp_path / "nf4", model.shapes(), torch.float32)
-    assert torch.allclose(loaded[name], functional.dequantize_4bit(codes, state), atol=1e-6)
+    # bitsandbytes' kernel for AVX512 is wrong where a row does not end with a block, so each block is a row here.
+    state.shape = torch.Size([params[name].numel() // state.blocksize, state.blocksize])
+    expected = functional.dequantize_4bit(codes, state).reshape(params[name].shape)
+    assert torch.allclose(loaded[name], expected, atol=1e-6)
     assert not torch.equal(loaded[name], params[name])
     add_tensors(tmp_path / "nf4", {}, drop=[f"{name}.quant_state.bitsandbytes__nf4"])
     with pytest.raises(InputError, match="expected floating point, FP8 with its scales or bitsandbytes' NF4; take"):

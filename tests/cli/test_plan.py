@@ -95,7 +95,7 @@ def test_a_step_takes_no_more_memory_than_its_floor(name: str, monkeypatch: pyte
     *case, chunk, how = CASES[name]
     monkeypatch.setattr(head, "HEAD_CHUNK", chunk)
     monkeypatch.setattr(head, "HEAD_ROWS", 1)
-    monkeypatch.setattr(blockwise, "BLOCK", 128)
+    monkeypatch.setattr(blockwise, "BLOCK", 64)
     monkeypatch.setattr(adamw, "FUSED_ELEMENTS", {"cpu": 2**14})
     monkeypatch.setattr(transforms, "SLICE_ELEMENTS", {"cpu": 2**13})
     step, run = built(*case, **how)

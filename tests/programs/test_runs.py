@@ -428,9 +428,12 @@ def test_an_error_while_opening_lets_the_lock_go(tiny: Program, tmp_path: Path) 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Signals as a terminal leaves them, also where pytest runs under nohup; a test must leave them as they were."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     assert {number: signal.getsignal(number) for number in before} == before
+    signal.signal(signal.SIGHUP, inherited)
 
 
 @pytest.mark.usefixtures("handlers")
