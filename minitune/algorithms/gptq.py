@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitune.errors import InputError
 from minitune.models import decoder
-from minitune.models.block import Tap, block
+from minitune.models.block import Tap
 from minitune.models.config import LayerKind, layer_kind
 from minitune.models.model import Model
 from minitune.models.weights import head_name, layer_of
@@ -130,7 +130,9 @@ def before_first_block(model: Model, params: Params, batch: Batch) -> BlockInput
 def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: Tap | None = None) -> BlockInputs:
     """Batch behind block i; tap sees the block's linear maps."""
     kind = layer_kind(model.config, i)
-    return inputs._replace(x=block(model.config, kind.mixer, layer_of(params, i), inputs.x, inputs.mixer[kind], tap=tap))
+    layer = layer_of(params, i)
+    x = model.block(model.config, kind.mixer, layer, inputs.x, inputs.mixer[kind], tap=tap)
+    return inputs._replace(x=x)
 
 
 def _grams(model: Model, params: Params, i: int, inputs: BlockInputs, names: Container[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.inference.sampling import Sampling, next_tokens
 from minitune.models import decoder, rope_scaling
-from minitune.models.model import Model
+from minitune.models.model import Model, untransformed
 from minitune.nn.attention.key_range import KeyRange, document_positions, documents
 from minitune.quant.schemes import packed
 from minitune.text.tokenizer import Tokenizer
@@ -35,7 +35,8 @@ def stream(
 
     Row b draws from row_seeds[b], and no row depends on another. Prompts of all lengths run as one
     batch, padded on the left. The keys and values of all steps have their place from the start.
-    model.block_transform, such as torch.compile, is applied to the block of the later steps.
+    model.block_transform, such as torch.compile, is applied to the block of the later steps alone, whose
+    shapes rarely change.
     InputError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
@@ -106,8 +107,8 @@ def _refill(
 
 
 def _first_call(model: Model, prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"]) -> _Call:
-    segments, block_of = is_token.to(torch.int32), decoder.plain_block_of(model.config)
-    keys = documents(segments)
+    segments = is_token.to(torch.int32)
+    keys, block_of = documents(segments), untransformed(model).block_of()
     return _Call(prompts, document_positions(segments), keys, prompts.shape[1], block_of)
 
 

@@ -1,7 +1,6 @@
 """The one decoder behind every family: tokens to hidden states to logits, block after block, with or without a cache."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,14 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune.models import rope_scaling
-from minitune.models.block import block
 from minitune.models.config import DecoderConfig, LayerKind, layer_kind, layer_kinds
 from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.mixers.registry import MIXERS
-from minitune.models.weights import head_name, layer_of
+from minitune.models.weights import layer_of
 from minitune.nn.attention.key_range import KeyRange, causal, document_lengths, document_positions, documents
 from minitune.nn.elementwise import rms_norm
-from minitune.nn.linear import embed, linear
+from minitune.nn.linear import embed
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -29,19 +27,13 @@ def hidden(
     tokens: Int[Tensor, "B T"],
     *,
     segment_ids: Int[Tensor, "B T"] | None = None,
-    block_of: BlockOf | None = None,
+    block_of: BlockOf,
 ) -> Float[Tensor, "B T D"]:
-    """Final normed hidden states; segment_ids keep packed documents apart. block_of(i) runs layer i, `block` if not given."""
-    block_of = block_of or plain_block_of(config)
+    """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) runs layer i."""
     x, inputs = before_first_block(config, params, tokens, segment_ids)
     for i in range(config.n_layers):
         x = block_of(i)(layer_of(params, i), x, inputs[layer_kind(config, i)])
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
-
-
-def plain_block_of(config: DecoderConfig) -> BlockOf:
-    """Blocks as they are: neither compiled nor recomputed."""
-    return lambda i: partial(block, config, layer_kind(config, i).mixer)
 
 
 def before_first_block(
@@ -108,18 +100,6 @@ def filled_caches(config: DecoderConfig, caches: Sequence[Tree], n_slots: int) -
     """The first n_slots slots of every cache, as views."""
     mixers = [MIXERS[layer_kind(config, i).mixer] for i in range(config.n_layers)]
     return [mixer.filled(cache, n_slots) for mixer, cache in zip(mixers, caches, strict=True)]
-
-
-def forward(
-    config: DecoderConfig,
-    params: Params,
-    tokens: Int[Tensor, "B T"],
-    *,
-    segment_ids: Int[Tensor, "B T"] | None = None,
-) -> Float[Tensor, "B T V"]:
-    """Logits of every token; training never holds these whole, see Model.token_losses."""
-    states = hidden(config, params, tokens, segment_ids=segment_ids)
-    return scaled_logits(config, linear(states, params[head_name(config)]))
 
 
 def scaled_logits(config: DecoderConfig, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:

@@ -12,7 +12,8 @@ from minitune import seeds, tree
 from minitune.autodiff.remat import remat
 from minitune.hardware import to_device
 from minitune.models import decoder, weights
-from minitune.models.block import block
+from minitune.models.block import Block
+from minitune.models.block import block as decoder_block
 from minitune.models.config import DecoderConfig, MixerName, layer_kind
 from minitune.models.family import Family
 from minitune.models.weights import head_name
@@ -22,7 +23,7 @@ from minitune.nn.linear import linear
 from minitune.tree import Tree
 from minitune.types import Batch, Params
 
-BlockTransform = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+BlockTransform = Callable[[Block], Block]
 
 
 class Probe(NamedTuple):
@@ -35,12 +36,15 @@ class Probe(NamedTuple):
 class Model(NamedTuple):
     """Family with its numbers: all that is needed to run parameters.
 
-    block_transform is applied to the function of every block, such as models.compile.wrap; the backward recomputes the first
-    n_remat blocks, by the transform `remat`: remat.remat or offload.remat(...).
+    The training forward, `forward`, scoring and generation all run `block`: a function of your own in its place, with the
+    arguments of models.block.block, changes the model everywhere at once. block_transform computes the same in another way,
+    such as models.compile.wrap, and is applied to the function of every block; the backward recomputes the first n_remat
+    blocks, by the transform `remat`: remat.remat or offload.remat(...).
     """
 
     family: Family
     config: Any
+    block: Block = decoder_block
     block_transform: BlockTransform = lambda f: f
     n_remat: int = 0
     remat: BlockTransform = remat
@@ -54,7 +58,8 @@ class Model(NamedTuple):
         segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of every token."""
-        return decoder.forward(self.config, params, tokens, segment_ids=segment_ids)
+        states = decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=self.block_of())
+        return self.logits(params, states)
 
     def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
@@ -76,8 +81,8 @@ class Model(NamedTuple):
 
     def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
         if self.probe is None:
-            return partial(block, self.config, mixer)
-        return partial(probed_block, self.config, mixer, self.probe.weights)
+            return partial(self.block, self.config, mixer)
+        return partial(probed_block, self.block, self.config, mixer, self.probe.weights)
 
     def head(self, params: Params) -> Any:
         """Leaf [V, D] that turns hidden states into logits: the embedding itself when tied."""
@@ -141,7 +146,13 @@ class Model(NamedTuple):
         return {name: weight(name, shape) for name, shape in self.shapes().items()}
 
 
+def untransformed(model: Model) -> Model:
+    """The same model, whose blocks are neither compiled nor recomputed."""
+    return model._replace(block_transform=lambda f: f, n_remat=0)
+
+
 def probed_block(
+    block: Block,
     config: DecoderConfig,
     mixer: MixerName,
     weights: tuple[str, ...],

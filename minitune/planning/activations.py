@@ -14,18 +14,19 @@ from minitune.autodiff.remat import remat
 from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.errors import InputError
 from minitune.models import decoder
-from minitune.models.block import block
-from minitune.models.config import DecoderConfig, LayerKind, layer_kind
+from minitune.models.config import LayerKind, layer_kind
+from minitune.models.model import Model
 from minitune.models.weights import layer_of
 from minitune.tree import Tree
 from minitune.types import Params
 
 
-def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
+def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
     """Fewest blocks to recompute in the backward of n_rows x n_tokens so that all blocks together keep at most n_bytes.
 
     What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
     """
+    config = model.config
     like, n = params["model.embed_tokens.weight"], config.n_layers
     dtype = hardware.product_dtype(like.dtype, like.device)
     x = torch.ones(n_rows, n_tokens, config.d_model, dtype=dtype, device=like.device)
@@ -33,7 +34,7 @@ def n_remat(config: DecoderConfig, params: Params, n_rows: int, n_tokens: int, n
     inputs = decoder.mixer_inputs(config, decoder.token_positions(config, tokens, None), x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
-    inner = kept_bytes(_x_first(config, last), x, layer_of(params, n - 1), inputs[last])
+    inner = kept_bytes(_x_first(model, last), x, layer_of(params, n - 1), inputs[last])
     fewest = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if fewest is None:
         raise InputError(
@@ -65,22 +66,20 @@ def measure(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> BlockMemory:
     return BlockMemory(kept, live.peak - kept - result)
 
 
-def measure_blocks(
-    config: DecoderConfig, n_remat: int, params: Params, x: Tensor, inputs: dict[LayerKind, Any]
-) -> list[BlockMemory]:
+def measure_blocks(model: Model, params: Params, x: Tensor, inputs: dict[LayerKind, Any]) -> list[BlockMemory]:
     """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the embedding has one.
 
     Blocks that are alike are measured once.
     """
     measured: list[BlockMemory] = []
     known: dict[Any, BlockMemory] = {}
-    for i in range(config.n_layers):
-        kind, layer = layer_kind(config, i), layer_of(params, i)
+    for i in range(model.config.n_layers):
+        kind, layer = layer_kind(model.config, i), layer_of(params, i)
         leaves = tuple((path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer))
-        alike = (kind, i < n_remat, x.requires_grad, leaves)
+        alike = (kind, i < model.n_remat, x.requires_grad, leaves)
         if alike not in known:
-            run = _x_first(config, kind)
-            known[alike] = measure(remat(run) if i < n_remat else run, x, layer, inputs[kind])
+            run = _x_first(model, kind)
+            known[alike] = measure(remat(run) if i < model.n_remat else run, x, layer, inputs[kind])
         measured.append(known[alike])
         x = detached_leaves(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return measured
@@ -114,9 +113,9 @@ class _Live(TorchDispatchMode):
         self.now = self.now - n_bytes
 
 
-def _x_first(config: DecoderConfig, kind: LayerKind) -> Callable[..., Tensor]:
+def _x_first(model: Model, kind: LayerKind) -> Callable[..., Tensor]:
     """Block as a function of x and then of the rest, which is how memory is measured."""
-    return lambda x, w, inputs: block(config, kind.mixer, w, x, inputs)
+    return lambda x, w, inputs: model.block(model.config, kind.mixer, w, x, inputs)
 
 
 def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:

@@ -173,7 +173,7 @@ def _forward(step: StepSpec) -> _Forward:
     where = TokenPositions(segment_ids.long(), step.n_tokens, documents(segment_ids))
     inputs = decoder.mixer_inputs(config, where, x.dtype)
 
-    blocks = measure_blocks(config, step.model.n_remat, params, x, inputs)
+    blocks = measure_blocks(step.model, params, x, inputs)
     if step.offloaded:
         # an input that waits in the host's memory is not kept, but two of them are on their way
         travelling = 2 * tree.n_bytes(x)

@@ -25,7 +25,7 @@ def names() -> dict:
 
 
 def test_every_example_is_short() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     for snippet in SNIPPETS[1:]:
         lines = [line for line in snippet.splitlines() if line.strip() and not line.strip().startswith(('"""', "#"))]
         assert len(lines) <= 15, snippet
@@ -58,6 +58,28 @@ def test_task_arithmetic_adds_the_products(names: dict) -> None:
     base = names["model"].forward(params, names["tokens"])
     torch.testing.assert_close(names["forgotten"], base, rtol=0, atol=1e-3)
     assert float((wanted - base).abs().max()) > 0.1
+
+
+def test_a_block_of_ones_own_is_the_one_that_everything_runs(names: dict) -> None:
+    model, params, vector = names["steered_model"], names["steered_params"], names["vector"]
+    plain, logits, tokens = names["model"].forward(params, names["tokens"]), names["steered_logits"], names["tokens"]
+    assert float((logits - plain).abs().max()) > 0.1
+
+    # the training forward has the same logits, and its gradient is theirs
+    def loss(vector: torch.Tensor) -> torch.Tensor:
+        logits = model.forward({**params, "model.layers.3.steer": vector}, tokens)
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+    leaf = vector["model.layers.3.steer"].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(leaf), leaf)
+    actual = names["gradient_of_vector"]["model.layers.3.steer"]
+    torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+    # decoding with a cache chooses what the whole forward chooses
+    rows = tokens
+    for step in range(4):
+        rows = torch.cat([rows, model.forward(params, rows)[:, -1:].argmax(-1)], dim=1)
+        assert rows[:, tokens.shape[1] + step].tolist() == [row[step] for row in names["answer"]]
 
 
 def test_the_hessian_vector_product_is_the_slope_of_the_gradient(names: dict) -> None:

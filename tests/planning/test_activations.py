@@ -56,11 +56,11 @@ def test_a_budget_is_kept_with_as_few_blocks_computed_again_as_it_takes() -> Non
     adapted = apply_trainable(params, detached_leaves(deltas), RULE)
     for n in range(6):
         room = kept[n] - between_blocks + (first if n == 0 else 0)
-        assert n_remat(CONFIG, adapted, 3, 41, room) == n
+        assert n_remat(model, adapted, 3, 41, room) == n
         if n < 5:
-            assert n_remat(CONFIG, adapted, 3, 41, room - 1) == n + 1
+            assert n_remat(model, adapted, 3, 41, room - 1) == n + 1
     with pytest.raises(InputError, match=r"memory: 5 blocks keep .* MiB for the backward of 3 x 41 tokens when all are computed"):
-        n_remat(CONFIG, adapted, 3, 41, 5 * 3 * 41 * CONFIG.d_model * 4 - 1)
+        n_remat(model, adapted, 3, 41, 5 * 3 * 41 * CONFIG.d_model * 4 - 1)
 
 
 def test_any_number_of_blocks_computed_again_gives_the_same_gradient() -> None:

@@ -68,7 +68,7 @@ def check_decoding(config: DecoderConfig, seed: int) -> None:
     segments = (torch.arange(max(lengths)) >= first).to(torch.int32)
     shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
     caches = [KVCache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
-    block_of = decoder.plain_block_of(config)
+    block_of = model_of(config).block_of()
     at, positions, keys = 0, document_positions(segments), documents(segments)
     logits = []
     for width in (max(lengths), *[1] * n_new):
@@ -79,7 +79,7 @@ def check_decoding(config: DecoderConfig, seed: int) -> None:
         positions, keys = positions[:, -1:] + 1, KeyRange(first, torch.tensor([[at]]))
     for row, length in enumerate(lengths):
         start = max(lengths) - length
-        wanted = decoder.hidden(config, params, tokens[row : row + 1, start:])
+        wanted = decoder.hidden(config, params, tokens[row : row + 1, start:], block_of=block_of)
         torch.testing.assert_close(torch.cat(logits, dim=1)[row, start:], wanted[0], rtol=1e-5, atol=1e-5)
 
 

@@ -259,7 +259,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return model.config.n_layers if self.remat else 0
         number, unit = MEMORY.findall(self.remat)[0]
         n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
-        return activations.n_remat(model.config, params, self.n_rows, n_tokens, n_bytes)
+        return activations.n_remat(model, params, self.n_rows, n_tokens, n_bytes)
 
     def _record(self, loop: loop_state.LoopState) -> dict[str, Any]:
         best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}
