@@ -35,8 +35,7 @@ def stream(
 
     Row b draws from row_seeds[b], and no row depends on another. Prompts of all lengths run as one
     batch, padded on the left. The keys and values of all steps have their place from the start.
-    model.block_transform, such as torch.compile, is applied to the block of the later steps alone, whose
-    shapes rarely change.
+    model.block_transform, such as torch.compile, is applied to the block of the later steps.
     InputError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):

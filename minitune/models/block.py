@@ -21,7 +21,7 @@ from minitune.types import Params
 
 ACTIVATIONS = {"silu": swiglu, "gelu_tanh": geglu}
 Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its output)
-Block = Callable[..., Tensor]  # called as `block` below is
+BlockFunction = Callable[..., Tensor]  # called as `block` below is
 
 
 def block(

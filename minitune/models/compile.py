@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from minitune.autodiff.value_and_grad import in_forward_mode
+from minitune.models.block import BlockFunction
 
-BlockFunction = Callable[..., Tensor]
 # A block needs a graph for every combination of: input with and without a gradient, forward for a backward or alone, the first
 # length and any length, rows of up to 128 tokens and longer ones, layers with and without RoPE, layers with and without experts
 OWN_LIMIT = {"isolate_recompiles": True, "recompile_limit": 2**6}

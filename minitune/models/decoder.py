@@ -29,7 +29,7 @@ def hidden(
     segment_ids: Int[Tensor, "B T"] | None = None,
     block_of: BlockOf,
 ) -> Float[Tensor, "B T D"]:
-    """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) runs layer i."""
+    """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) is layer i."""
     x, inputs = before_first_block(config, params, tokens, segment_ids)
     for i in range(config.n_layers):
         x = block_of(i)(layer_of(params, i), x, inputs[layer_kind(config, i)])

@@ -12,7 +12,7 @@ from minitune import seeds, tree
 from minitune.autodiff.remat import remat
 from minitune.hardware import to_device
 from minitune.models import decoder, weights
-from minitune.models.block import Block
+from minitune.models.block import BlockFunction
 from minitune.models.block import block as decoder_block
 from minitune.models.config import DecoderConfig, MixerName, layer_kind
 from minitune.models.family import Family
@@ -23,7 +23,7 @@ from minitune.nn.linear import linear
 from minitune.tree import Tree
 from minitune.types import Batch, Params
 
-BlockTransform = Callable[[Block], Block]
+BlockTransform = Callable[[BlockFunction], BlockFunction]
 
 
 class Probe(NamedTuple):
@@ -36,15 +36,16 @@ class Probe(NamedTuple):
 class Model(NamedTuple):
     """Family with its numbers: all that is needed to run parameters.
 
-    The training forward, `forward`, scoring and generation all run `block`: a function of your own in its place, with the
-    arguments of models.block.block, changes the model everywhere at once. block_transform computes the same in another way,
-    such as models.compile.wrap, and is applied to the function of every block; the backward recomputes the first n_remat
-    blocks, by the transform `remat`: remat.remat or offload.remat(...).
+    The training forward, `forward`, scoring and generation all run `block`: a function of your own
+    in its place, with the arguments of models.block.block, changes the model everywhere at once.
+    block_transform computes the same in another way, such as models.compile.wrap, and is applied to
+    the function of every block; the backward recomputes the first n_remat blocks, by the transform
+    `remat`: remat.remat or offload.remat(...).
     """
 
     family: Family
     config: Any
-    block: Block = decoder_block
+    block: BlockFunction = decoder_block
     block_transform: BlockTransform = lambda f: f
     n_remat: int = 0
     remat: BlockTransform = remat
@@ -58,8 +59,9 @@ class Model(NamedTuple):
         segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of every token."""
-        states = decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=self.block_of())
-        return self.logits(params, states)
+        block_of = self.block_of()
+        x = decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=block_of)
+        return self.logits(params, x)
 
     def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
@@ -147,12 +149,12 @@ class Model(NamedTuple):
 
 
 def untransformed(model: Model) -> Model:
-    """The same model, whose blocks are neither compiled nor recomputed."""
+    """Model whose blocks are neither compiled nor recomputed."""
     return model._replace(block_transform=lambda f: f, n_remat=0)
 
 
 def probed_block(
-    block: Block,
+    block: BlockFunction,
     config: DecoderConfig,
     mixer: MixerName,
     weights: tuple[str, ...],

@@ -66,7 +66,12 @@ def measure(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> BlockMemory:
     return BlockMemory(kept, live.peak - kept - result)
 
 
-def measure_blocks(model: Model, params: Params, x: Tensor, inputs: dict[LayerKind, Any]) -> list[BlockMemory]:
+def measure_blocks(
+    model: Model,
+    params: Params,
+    x: Tensor,
+    inputs: dict[LayerKind, Any],
+) -> list[BlockMemory]:
     """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the embedding has one.
 
     Blocks that are alike are measured once.
