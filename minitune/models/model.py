@@ -45,11 +45,11 @@ class Model(NamedTuple):
 
     family: Family
     config: Any
-    block: BlockFunction = decoder_block
     block_transform: BlockTransform = lambda f: f
     n_remat: int = 0
     remat: BlockTransform = remat
     probe: Probe | None = None
+    block: BlockFunction = decoder_block
 
     def forward(
         self,
