@@ -47,6 +47,8 @@ def _with_others(first: InputError, refused: list[str]) -> InputError:
     """First refusal, with the lines of the others and what leaves them out."""
     if len(refused) == 1:
         return first
-    lines = ", ".join(where.rpartition(":")[2] for where in refused[1:])
+    file, _, _ = refused[0].rpartition(":")
+    # Lines of the same file need no name of it.
+    lines = ", ".join(where.removeprefix(f"{file}:") for where in refused[1:])
     advice = 'invalid = "skip" leaves such rows out and counts them'
     return InputError(f"{first} (also refused: {lines}; {advice})")

@@ -54,7 +54,8 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     for a malformed line, for data that leaves nothing, and for unpaired answers to a single prompt.
     """
     if source.format not in PREFERENCE_FORMATS:
-        raise InputError(f"data: {source.path} has format {source.format!r}, expected pairs or unpaired; a row there is no pair")
+        found = f"data: {source.path_names} has format {source.format!r}"
+        raise InputError(f"{found}, expected pairs or unpaired; a row there is no pair")
     key = cache_key(source, tokenizer, template)
     desirable = mismatched = None
     if source.format == "pairs":
@@ -166,7 +167,7 @@ def tokenized(
     Of the tokens only the last message is trained. refused gets the locations of the rows that
     invalid = "skip" leaves out.
     """
-    template = with_options(template, source.chat_template_kwargs, source.path)
+    template = with_options(template, source.chat_template_kwargs, source.path_names)
 
     def encode(row: Mapping[str, Any], where: str) -> list[tuple[Tokens, bool]]:
         answers = []
@@ -214,7 +215,7 @@ def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: T
     refused: list[str] = []
     rows = tokenized(source, tokenizer, template, refused)
     samples = ([tokens for tokens, _ in answers] for _, answers in rows)
-    answers, _, report = filter_documents(samples, source.path, source.seq_len, source.overlong)
+    answers, _, report = filter_documents(samples, source.path_names, source.seq_len, source.overlong)
     save(folder, answers, report._replace(n_refused=len(refused)))
 
 
@@ -229,8 +230,8 @@ def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template
                 labels.append(desirable)
                 yield [tokens]
 
-    answers, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
-    mismatched = _mismatched(answers, source.path)
+    answers, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
+    mismatched = _mismatched(answers, source.path_names)
     report = report._replace(n_refused=len(refused))
     save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 

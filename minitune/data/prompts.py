@@ -66,11 +66,11 @@ def _collect(
         if part.format not in ("instruct", "chat"):
             is_text = part.format == "text"
             why = "plain text asks for no answer" if is_text else "a pair has no one answer"
-            found = f"data: {part.path} has format {part.format!r}"
+            found = f"data: {part.path_names} has format {part.format!r}"
             raise InputError(f"{found}, expected instruct or chat; {why}")
     collected: list[Prompt] = []
     for part in source.parts():
-        part_template = with_options(template, part.chat_template_kwargs, part.path)
+        part_template = with_options(template, part.chat_template_kwargs, part.path_names)
         stops = stop_ids(tokenizer, part_template) if with_references else []
         for where, asked, answer, functions in _split_rows(part):
             if len(collected) == limit:

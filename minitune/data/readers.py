@@ -19,17 +19,17 @@ HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, object) of every row: by line in jsonl, json, csv and tsv, else by row.
+    """Yield (number, object) of every row of a path: by line in jsonl, json, csv, tsv, else by row.
 
     A list of objects, on one line or many, is read as the rows that it holds. Files may be
     compressed; a folder, and a pattern such as data/train-*.parquet, are the rows of all their
     files. InputError with file and line for anything else, and for a file without a row.
     """
     for file in data_files(path):
-        yield from _rows_of_file(file)
+        yield from rows_of_file(file)
 
 
-def _rows_of_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number, row) of one file, without the values that are null."""
     readers: dict[FileKind, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         "lines": _line_rows,
@@ -44,17 +44,20 @@ def _rows_of_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def rows_with_location(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", object) of every row in the source's part of its file; InputError if none is."""
+    """Yield ("file:line", object) of every row in the source's part of its files.
+
+    InputError if there is none.
+    """
     n_read = n_taken = 0
-    for path in data_files(Path(source.path)):
-        for number, row in _rows_of_file(path):
+    for path in source.files():
+        for number, row in rows_of_file(path):
             n_read += 1
             if source.split is None or source.split.takes(row):
                 n_taken += 1
                 yield f"{path}:{number}", row
     if n_taken == 0 and source.split is not None:
         raise InputError(
-            f"data: {source.path} has no row of {n_read} in the part {source.split.part!r} of split, "
+            f"data: {source.path_names} has no row of {n_read} in the part {source.split.part!r} of split, "
             "expected one; change its fraction"
         )
 

@@ -14,7 +14,7 @@ from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.encoded_rows import encoded_rows
-from minitune.data.files import data_files, opened
+from minitune.data.files import opened
 from minitune.data.packing import epoch_rows
 from minitune.data.readers import error_location
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
@@ -55,9 +55,9 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     InputError for a malformed line, and for data without a single trained token.
     """
     if source.format in PREFERENCE_FORMATS:
-        raise InputError(
-            f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
-        )
+        found = f"data: {source.path_names} has format {source.format!r}"
+        expected = "expected instruct, chat or text; pairs are for preference losses"
+        raise InputError(f"{found}, {expected}")
     key = cache_key(source, tokenizer, template)
     if not array_cache.is_whole(cache / key):
         _write(cache / key, source, tokenizer, template)
@@ -66,7 +66,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     for size, part in zip(sizes, source.parts(), strict=True):
         if size == 0:
             raise InputError(
-                f"data: {part.path} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
+                f"data: {part.path_names} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
             )
     lengths = np.diff(documents.offsets).tolist()
     shares = [component.share for component in source.mix]
@@ -88,7 +88,7 @@ def tokenized(
     A sample is a row; with turns = "each" an answer, with overlong = "split" a part of a text of
     at most seq_len tokens. refused gets the locations of the rows that invalid = "skip" leaves out.
     """
-    template = with_options(template, source.chat_template_kwargs, source.path)
+    template = with_options(template, source.chat_template_kwargs, source.path_names)
 
     def encode(row: Mapping[str, Any], where: str) -> list[Tokens]:
         return _documents(row, where, source, tokenizer, template)
@@ -127,9 +127,9 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     files = []
     for part in source.parts():
         # Tokens depend neither on where files lie nor on how rows are packed; the suffix says how one is read.
-        rules = msgspec.structs.replace(part, path="", packed=True)
+        rules = msgspec.structs.replace(part, path="any", packed=True)
         written = msgspec.json.encode(rules, order="deterministic").decode()
-        for path in data_files(Path(part.path)):
+        for path in part.files():
             with opened(path) as file:
                 content = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
             files.append((content, path.suffixes, written))
@@ -152,7 +152,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Templat
                 rows[where] += source.overlong == "split"
                 yield [tokens]
 
-    documents, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
+    documents, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
     n_split = sum(n > 1 for n in rows.values())
     report = report._replace(n_split=n_split, n_refused=len(refused))
     save(folder, documents, report, file=np.array(file_numbers, dtype=np.int32)[kept])

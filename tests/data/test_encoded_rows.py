@@ -46,6 +46,14 @@ def test_the_first_refused_rows_are_named_together(tmp_path: Path) -> None:
         preference.prepare(Source(str(path), "pairs", 64), TOKENIZER, TEMPLATE, tmp_path)
 
 
+def test_refused_rows_of_several_files_are_named_with_their_files(tmp_path: Path) -> None:
+    first = table(tmp_path, [LOST, LOST]).rename(tmp_path / "first.jsonl")
+    second = table(tmp_path, [chat(), LOST])
+    source = Source((str(first), str(second)), "chat", 64)
+    with pytest.raises(InputError, match=rf"first.jsonl:1 chat: .* \(also refused: 2, {second}:2;"):
+        supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+
+
 def test_refused_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     path = table(tmp_path, [chat(), LOST, chat(name="x"), {"messages": []}])
     report = supervised.prepare(Source(str(path), "chat", 64, invalid="skip"), TOKENIZER, TEMPLATE, tmp_path).report
