@@ -15,7 +15,7 @@ import torch
 from minitune import tree
 from minitune.data.conversations import conversation, opening, split_answer, tools
 from minitune.data.cursor import Cursor, next_rows
-from minitune.data.encoded_rows import encoded_rows
+from minitune.data.encoded_rows import Refused, encoded_rows, with_refused
 from minitune.data.packing import permutation
 from minitune.data.readers import error_location
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
@@ -160,11 +160,11 @@ def tokenized(
     source: Source,
     tokenizer: Tokenizer,
     template: Template,
-    refused: list[str] | None = None,
+    refused: list[Refused] | None = None,
 ) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
     """Yield ("file:line", answers) of every row; answers: (tokens, whether it is the chosen or a desirable one).
 
-    Of the tokens only the last message is trained. refused gets the locations of the rows that
+    Of the tokens only the last message is trained. refused gets the rows that
     invalid = "skip" leaves out.
     """
     template = with_options(template, source.chat_template_kwargs, source.path_names)
@@ -212,17 +212,17 @@ def _with_prompt(prompt: str | list[Any], answer: str | list[Any], where: str) -
 
 def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize a file of pairs into a token cache, two answers a sample."""
-    refused: list[str] = []
+    refused: list[Refused] = []
     rows = tokenized(source, tokenizer, template, refused)
     samples = ([tokens for tokens, _ in answers] for _, answers in rows)
     answers, _, report = filter_documents(samples, source.path_names, source.seq_len, source.overlong)
-    save(folder, answers, report._replace(n_refused=len(refused)))
+    save(folder, answers, with_refused(report, refused))
 
 
 def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize a file of unpaired answers into a token cache, with their labels and their mismatched answers."""
     labels: list[bool] = []  # of each answer that is read
-    refused: list[str] = []
+    refused: list[Refused] = []
 
     def samples() -> Iterator[list[Tokens]]:
         for _, answers in tokenized(source, tokenizer, template, refused):
@@ -232,7 +232,7 @@ def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template
 
     answers, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
     mismatched = _mismatched(answers, source.path_names)
-    report = report._replace(n_refused=len(refused))
+    report = with_refused(report, refused)
     save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 
 

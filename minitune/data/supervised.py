@@ -13,7 +13,7 @@ import numpy as np
 from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
-from minitune.data.encoded_rows import encoded_rows
+from minitune.data.encoded_rows import Refused, encoded_rows, with_refused
 from minitune.data.files import opened
 from minitune.data.packing import epoch_rows
 from minitune.data.readers import error_location
@@ -27,7 +27,7 @@ from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 3  # version of the token cache; another number makes every cache anew
+LAYOUT = 4  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):
@@ -81,12 +81,12 @@ def tokenized(
     source: Source,
     tokenizer: Tokenizer,
     template: Template,
-    refused: list[str] | None = None,
+    refused: list[Refused] | None = None,
 ) -> Iterator[tuple[str, Tokens]]:
     """Yield ("file:line", tokens) of every sample of the table's own file.
 
     A sample is a row; with turns = "each" an answer, with overlong = "split" a part of a text of
-    at most seq_len tokens. refused gets the locations of the rows that invalid = "skip" leaves out.
+    at most seq_len tokens. refused gets the rows that invalid = "skip" leaves out.
     """
     template = with_options(template, source.chat_template_kwargs, source.path_names)
 
@@ -142,7 +142,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize all files of a source into a token cache, with the number of the file of each document."""
     file_numbers: list[int] = []  # of each sample that is read
-    refused: list[str] = []
+    refused: list[Refused] = []
     rows: Counter[str] = Counter()  # samples of each row
 
     def samples() -> Iterator[list[Tokens]]:
@@ -154,7 +154,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Templat
 
     documents, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
     n_split = sum(n > 1 for n in rows.values())
-    report = report._replace(n_split=n_split, n_refused=len(refused))
+    report = with_refused(report._replace(n_split=n_split), refused)
     save(folder, documents, report, file=np.array(file_numbers, dtype=np.int32)[kept])
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from minitune.checkpoint.hf_folder import check_weights
-from minitune.data.readers import rows_of_file
+from minitune.data.readers import require_rows
 from minitune.data.source import Source
 from minitune.io import paths
 from minitune.io.paths import locate
@@ -38,8 +38,7 @@ def check(
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
     for name, data in located.items():
         for part in data.parts():
-            for file in part.files():
-                next(rows_of_file(file))
+            require_rows(part)
             with_options(template, part.chat_template_kwargs, part.path_names)
         lines.append(f"data: {name} is {', '.join(part.path_names for part in data.parts())}")
     lines += data_notes(source, sources)

@@ -1,6 +1,7 @@
 """Rows that are refused: all of the first ones are named, or they are left out and counted."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ import pytest
 import torch
 
 from minitune.data import preference, supervised
+from minitune.data.encoded_rows import Refused
+from minitune.data.prompts import prompts
+from minitune.data.readers import read_rows, require_rows
 from minitune.data.source import Source
+from minitune.data.tables import csv_rows
 from minitune.errors import InputError
 from minitune.losses.token import CrossEntropy
+from minitune.programs.stages.batches import describe
 from minitune.text.chat import CHATML
 from minitune.text.template import compile_template
 from minitune.types import Batch, Mean
@@ -58,6 +64,66 @@ def test_refused_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     path = table(tmp_path, [chat(), LOST, chat(name="x"), {"messages": []}])
     report = supervised.prepare(Source(str(path), "chat", 64, invalid="skip"), TOKENIZER, TEMPLATE, tmp_path).report
     assert (report.n_samples, report.n_refused, report.unwritten) == (2, 2, {"name": 1})
+
+
+MALFORMED = {
+    "a line that is no JSON": ("rows.jsonl", '{"instruction": "two", "output": "pe'),
+    "a list in a line": ("rows.jsonl", "[1, 2]"),
+    "a NaN": ("rows.jsonl", '{"instruction": "two", "output": "pears", "score": NaN}'),
+    "an entry of a list": ("rows.json", "7"),
+    "a row of csv without a field": ("rows.csv", "pears"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_row_is_left_out_and_counted(name: str, tmp_path: Path) -> None:
+    file, bad = MALFORMED[name]
+    good = '{"instruction": "two", "output": "pears"}'
+    written = {
+        ".jsonl": f"{bad}\n{good}\n{bad}\n{good}\n",
+        ".json": f"[{bad}, {good}, {bad}, {good}]",
+        ".csv": f"instruction,output\n{bad}\ntwo,pears\n{bad}\ntwo,pears\n",
+    }
+    path = tmp_path / file
+    path.write_text(written[path.suffix], encoding="utf-8")
+    source = Source(str(path), "instruct", 64, invalid="skip")
+    require_rows(source)
+    report = supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path).report
+    assert (report.n_samples, report.n_malformed, report.n_refused) == (2, 2, 0)
+    assert "2 malformed rows skipped" in describe(report, "train", source)
+    refused: list[Refused] = []
+    answers = [one.reference for one in prompts(source, TOKENIZER, TEMPLATE, refused=refused)]
+    assert (answers, [one.is_malformed for one in refused]) == (["pears", "pears"], [True, True])
+    strict = msgspec.structs.replace(source, invalid="refuse")
+    with pytest.raises(InputError, match=rf"^data: {re.escape(str(path))}:\d .*, expected"):
+        supervised.prepare(strict, TOKENIZER, TEMPLATE, tmp_path)
+    with pytest.raises(InputError, match=rf"^data: {re.escape(str(path))}:\d .*, expected"):
+        require_rows(strict)
+
+
+def test_a_table_of_which_all_rows_are_refused_says_why(tmp_path: Path) -> None:
+    path = table(tmp_path, [LOST, LOST])
+    source = Source(str(path), "chat", 64, invalid="skip")
+    with pytest.raises(InputError, match=r"rows.jsonl:1 .*reasoning.* \(all 2 rows of .*rows.jsonl are refused, expected one"):
+        supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+
+
+def test_rows_that_evaluation_can_not_read_are_left_out_as_in_training(tmp_path: Path) -> None:
+    path = table(tmp_path, [chat(), LOST, chat(), {"messages": []}])
+    source = Source(str(path), "chat", 64, invalid="skip")
+    refused: list[Refused] = []
+    assert len(prompts(source, TOKENIZER, TEMPLATE, refused=refused)) == 2
+    assert [one.where for one in refused] == [f"{path}:2", f"{path}:4"]
+    # a row after the limit is never looked at
+    assert len(prompts(msgspec.structs.replace(source, invalid="refuse"), TOKENIZER, TEMPLATE, 1)) == 1
+
+
+def test_rows_of_csv_are_named_by_the_line_that_they_begin_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('"in\nstruction",output\n"a\n\nb",c\nonly\nd,e\n', encoding="utf-8")
+    assert [(n, row["output"]) for n, row in csv_rows(path) if isinstance(row, dict)] == [(3, "c"), (7, "e")]
+    with pytest.raises(InputError, match=r"rows.csv:6 has 1 fields, expected the 2 of the first line"):
+        list(read_rows(path))
 
 
 def test_long_texts_are_split_and_every_token_is_a_target_once(tmp_path: Path) -> None:
