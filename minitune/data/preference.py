@@ -18,6 +18,7 @@ from minitune.data.cursor import Cursor, next_rows
 from minitune.data.encoded_rows import Refused, encoded_rows, with_refused
 from minitune.data.packing import permutation
 from minitune.data.readers import error_location
+from minitune.data.row_weights import refuse_weight
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.supervised import cache_key
 from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
@@ -171,6 +172,7 @@ def tokenized(
 
     def encode(row: Mapping[str, Any], where: str) -> list[tuple[Tokens, bool]]:
         answers = []
+        refuse_weight(row, where)
         functions = tools(row, source, where)
         for turns, is_desirable in conversations(row, source, where):
             with error_location(where):

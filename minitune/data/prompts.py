@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from minitune.data.conversations import messages, tools
 from minitune.data.encoded_rows import Refused, encoded_rows
 from minitune.data.readers import error_location
+from minitune.data.row_weights import row_weight
 from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat, encode_prompt, stop_ids
@@ -99,7 +100,8 @@ def _encoder(
         with error_location(where):
             ids = encode_prompt(tokenizer, template, asked, tools=functions)
             reference_ids: list[int] = []
-            if with_references and answer is not None:
+            # As a turn of weight 0, a row of weight 0 has no answer to compare with.
+            if with_references and answer is not None and row_weight(row, part, where) > 0:
                 turns = [*asked, answer]
                 tokens = _encode(part, tokenizer, template, turns, functions)
                 reference_ids = _answer_ids(tokens, stops)

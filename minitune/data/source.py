@@ -15,9 +15,9 @@ from minitune.types import OpenUnitInterval, PositiveInt
 # Formats whose rows are preferences: two answers to a prompt, or single answers that are labelled.
 PREFERENCE_FORMATS = ("pairs", "unpaired")
 COLUMNS = {
-    "instruct": ("instruction", "input", "output", "system", "history", "tools"),
-    "chat": ("messages", "tools", "system"),
-    "text": ("text",),
+    "instruct": ("instruction", "input", "output", "system", "history", "tools", "weight"),
+    "chat": ("messages", "tools", "system", "history", "weight"),
+    "text": ("text", "weight"),
     "pairs": ("prompt", "chosen", "rejected", "tools", "system", "history"),
     "unpaired": (
         "prompt",

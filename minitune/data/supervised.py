@@ -17,6 +17,7 @@ from minitune.data.encoded_rows import Refused, encoded_rows, with_refused
 from minitune.data.files import opened
 from minitune.data.packing import epoch_rows
 from minitune.data.readers import error_location
+from minitune.data.row_weights import row_weight, weighted
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
@@ -166,14 +167,40 @@ def _documents(
     template: Template,
 ) -> list[Tokens]:
     """Samples of a row: a conversation, each answer of it, or text between bos and eos."""
-    if source.format != "text":
-        conversation = messages(row, source, where)
-        functions = tools(row, source, where)
-        with error_location(where):
-            if source.turns == "each":
-                return encode_answers(tokenizer, template, conversation, tools=functions)
-            train_on = source.train_on
-            return [encode_chat(tokenizer, template, conversation, tools=functions, train_on=train_on)]
+    if source.format == "text":
+        samples = _texts(row, where, source, tokenizer)
+    else:
+        samples = _conversations(row, where, source, tokenizer, template)
+    weight = row_weight(row, source, where)
+    return [weighted(tokens, weight) for tokens in samples]
+
+
+def _conversations(
+    row: Mapping[str, Any],
+    where: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+) -> list[Tokens]:
+    """Samples of a row that is a conversation."""
+    conversation = messages(row, source, where)
+    functions = tools(row, source, where)
+    with error_location(where):
+        if source.turns == "each":
+            answers = encode_answers(tokenizer, template, conversation, tools=functions)
+            # A row without an answer to train is a sample without a target, and counted as such.
+            return answers or [Tokens([], [])]
+        train_on = source.train_on
+        return [encode_chat(tokenizer, template, conversation, tools=functions, train_on=train_on)]
+
+
+def _texts(
+    row: Mapping[str, Any],
+    where: str,
+    source: Source,
+    tokenizer: Tokenizer,
+) -> list[Tokens]:
+    """Samples of a row of format text: several where a long one is split."""
     tokens = _text(row, where, source, tokenizer)
     if source.overlong != "split":
         return [tokens]

@@ -166,6 +166,69 @@ def test_answers_that_are_compared_are_not_weighed(tmp_path: Path) -> None:
         preference.prepare(Source(str(table(tmp_path, [row])), "pairs", 64), TOKENIZER, TEMPLATE, tmp_path)
 
 
+ANSWERED = {
+    "instruct": {"instruction": "two", "output": "pears"},
+    "chat": {"messages": [*chat(weight=0.5)["messages"], *chat()["messages"]]},
+    "text": {"text": "apples and pears"},
+}
+
+
+@pytest.mark.parametrize("format", ANSWERED)
+@pytest.mark.parametrize(("key", "columns"), [("weight", {}), ("quality", {"weight": "quality"})])
+def test_a_weight_of_a_row_multiplies_those_of_its_targets(
+    format: str, key: str, columns: dict[str, str], tmp_path: Path
+) -> None:
+    row = ANSWERED[format]
+    plain = Source(str(table(tmp_path, [row])), format, 64)  # pyright: ignore[reportArgumentType]
+    wanted = supervised.prepare(plain, TOKENIZER, TEMPLATE, tmp_path)
+    weights = [0.25, 0, 1, None]
+    path = table(tmp_path, [{**row, key: weight} for weight in weights])
+    source = msgspec.structs.replace(plain, path=str(path), columns=columns)
+    if columns:
+        with pytest.raises(InputError, match=r'rows.jsonl:4 has no "quality" \(only .*expected a number from 0 to 1'):
+            supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+        path = table(tmp_path, [{**row, key: weight} for weight in [*weights[:3], "1.0"]])
+    dataset = supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+    assert (dataset.report.n_samples, dataset.report.n_without_target) == (3, 1)
+    mask = wanted.mask.astype(np.float32)
+    assert np.array_equal(dataset.mask, np.concatenate([0.25 * mask, mask, mask]))
+    assert np.array_equal(dataset.tokens, np.tile(wanted.tokens, 3))
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, "much", "nan", [1], {"a": 1}, "1e999", 10**400])
+def test_a_weight_that_means_nothing_is_refused(weight: Any, tmp_path: Path) -> None:
+    for format, row in ANSWERED.items():
+        path = table(tmp_path, [{**row, "weight": weight}])
+        source = Source(str(path), format, 64)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(InputError, match=r'rows.jsonl:1 has "weight" = .*, expected a number from 0 to 1; correct'):
+            supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path)
+        # a column of that name that holds something else
+        unread = msgspec.structs.replace(source, columns={"weight": ""})
+        assert supervised.prepare(unread, TOKENIZER, TEMPLATE, tmp_path).report.n_samples == 1
+
+
+def test_a_row_of_preferences_has_no_weight(tmp_path: Path) -> None:
+    row = {"prompt": "two", "chosen": "pears", "rejected": "apples"}
+    path = table(tmp_path, [{**row, "weight": 0.5}])
+    with pytest.raises(InputError, match=r'rows.jsonl:1 has "weight" = 0.5, expected no weight or 1 where answers are'):
+        preference.prepare(Source(str(path), "pairs", 64), TOKENIZER, TEMPLATE, tmp_path)
+    path = table(tmp_path, [{**row, "weight": 1.0}])
+    assert preference.prepare(Source(str(path), "pairs", 64), TOKENIZER, TEMPLATE, tmp_path).report.n_samples == 1
+
+
+def test_a_row_of_weight_0_is_not_compared_either(tmp_path: Path) -> None:
+    path = table(tmp_path, [{**chat(), "weight": 0}, chat()])
+    asked = prompts(Source(str(path), "chat", 64), TOKENIZER, TEMPLATE)
+    assert [one.reference for one in asked] == ["", "pears"]
+
+
+def test_a_row_without_an_answer_to_train_is_counted_with_each_turn_too(tmp_path: Path) -> None:
+    path = table(tmp_path, [chat(), chat(weight=0), {"messages": chat()["messages"][:1]}])
+    for turns in ("whole", "each"):
+        report = supervised.prepare(Source(str(path), "chat", 64, turns=turns), TOKENIZER, TEMPLATE, tmp_path).report
+        assert (report.n_samples, report.n_without_target) == (1, 2)
+
+
 def test_each_answer_is_a_sample_where_the_source_says_so(tmp_path: Path) -> None:
     path = table(tmp_path, [{"messages": [*chat()["messages"], *chat()["messages"]]}])
     whole = supervised.prepare(Source(str(path), "chat", 64), TOKENIZER, TEMPLATE, tmp_path)
