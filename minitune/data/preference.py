@@ -15,9 +15,10 @@ import torch
 from minitune import tree
 from minitune.data.conversations import conversation, opening, split_answer, tools
 from minitune.data.cursor import Cursor, next_rows
-from minitune.data.encoded_rows import encoded_rows
+from minitune.data.encoded_rows import Refused, encoded_rows, with_refused
 from minitune.data.packing import permutation
 from minitune.data.readers import error_location
+from minitune.data.row_weights import refuse_weight
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.supervised import cache_key
 from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
@@ -54,7 +55,8 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     for a malformed line, for data that leaves nothing, and for unpaired answers to a single prompt.
     """
     if source.format not in PREFERENCE_FORMATS:
-        raise InputError(f"data: {source.path} has format {source.format!r}, expected pairs or unpaired; a row there is no pair")
+        found = f"data: {source.path_names} has format {source.format!r}"
+        raise InputError(f"{found}, expected pairs or unpaired; a row there is no pair")
     key = cache_key(source, tokenizer, template)
     desirable = mismatched = None
     if source.format == "pairs":
@@ -159,17 +161,18 @@ def tokenized(
     source: Source,
     tokenizer: Tokenizer,
     template: Template,
-    refused: list[str] | None = None,
+    refused: list[Refused] | None = None,
 ) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
     """Yield ("file:line", answers) of every row; answers: (tokens, whether it is the chosen or a desirable one).
 
-    Of the tokens only the last message is trained. refused gets the locations of the rows that
+    Of the tokens only the last message is trained. refused gets the rows that
     invalid = "skip" leaves out.
     """
-    template = with_options(template, source.chat_template_kwargs, source.path)
+    template = with_options(template, source.chat_template_kwargs, source.path_names)
 
     def encode(row: Mapping[str, Any], where: str) -> list[tuple[Tokens, bool]]:
         answers = []
+        refuse_weight(row, where)
         functions = tools(row, source, where)
         for turns, is_desirable in conversations(row, source, where):
             with error_location(where):
@@ -211,17 +214,17 @@ def _with_prompt(prompt: str | list[Any], answer: str | list[Any], where: str) -
 
 def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize a file of pairs into a token cache, two answers a sample."""
-    refused: list[str] = []
+    refused: list[Refused] = []
     rows = tokenized(source, tokenizer, template, refused)
     samples = ([tokens for tokens, _ in answers] for _, answers in rows)
-    answers, _, report = filter_documents(samples, source.path, source.seq_len, source.overlong)
-    save(folder, answers, report._replace(n_refused=len(refused)))
+    answers, _, report = filter_documents(samples, source.path_names, source.seq_len, source.overlong)
+    save(folder, answers, with_refused(report, refused))
 
 
 def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize a file of unpaired answers into a token cache, with their labels and their mismatched answers."""
     labels: list[bool] = []  # of each answer that is read
-    refused: list[str] = []
+    refused: list[Refused] = []
 
     def samples() -> Iterator[list[Tokens]]:
         for _, answers in tokenized(source, tokenizer, template, refused):
@@ -229,9 +232,9 @@ def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template
                 labels.append(desirable)
                 yield [tokens]
 
-    answers, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
-    mismatched = _mismatched(answers, source.path)
-    report = report._replace(n_refused=len(refused))
+    answers, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
+    mismatched = _mismatched(answers, source.path_names)
+    report = with_refused(report, refused)
     save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
 
 

@@ -1,10 +1,12 @@
 """Prompts of a source, for generation, and the answers that its rows give to them."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from minitune.data.conversations import messages, tools
-from minitune.data.readers import error_location, rows_with_location
+from minitune.data.encoded_rows import Refused, encoded_rows
+from minitune.data.readers import error_location
+from minitune.data.row_weights import row_weight
 from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat, encode_prompt, stop_ids
@@ -32,16 +34,18 @@ def prompts(
     tokenizer: Tokenizer,
     template: Template,
     limit: int | None = None,
+    refused: list[Refused] | None = None,
 ) -> list[Prompt]:
     """First `limit` prompts of a source: each conversation without its last answer, the reference.
 
     A conversation that ends with another message than the assistant's, or a row of instructions
-    without its output, is a prompt as a whole and has no reference.
+    without its output, is a prompt as a whole and has no reference. refused gets the rows that
+    invalid = "skip" leaves out.
 
     InputError for a format without prompts, for a malformed row and for an answer that the
     template can't write.
     """
-    return _collect(source, tokenizer, template, limit, with_references=True)
+    return _collect(source, tokenizer, template, limit, refused, with_references=True)
 
 
 def questions(
@@ -49,9 +53,10 @@ def questions(
     tokenizer: Tokenizer,
     template: Template,
     limit: int | None = None,
+    refused: list[Refused] | None = None,
 ) -> list[Prompt]:
     """Prompts as of `prompts`, but with no reference: the rows' own answers are not looked at."""
-    return _collect(source, tokenizer, template, limit, with_references=False)
+    return _collect(source, tokenizer, template, limit, refused, with_references=False)
 
 
 def _collect(
@@ -59,6 +64,7 @@ def _collect(
     tokenizer: Tokenizer,
     template: Template,
     limit: int | None,
+    refused: list[Refused] | None,
     *,
     with_references: bool,
 ) -> list[Prompt]:
@@ -66,37 +72,58 @@ def _collect(
         if part.format not in ("instruct", "chat"):
             is_text = part.format == "text"
             why = "plain text asks for no answer" if is_text else "a pair has no one answer"
-            found = f"data: {part.path} has format {part.format!r}"
+            found = f"data: {part.path_names} has format {part.format!r}"
             raise InputError(f"{found}, expected instruct or chat; {why}")
     collected: list[Prompt] = []
     for part in source.parts():
-        part_template = with_options(template, part.chat_template_kwargs, part.path)
-        stops = stop_ids(tokenizer, part_template) if with_references else []
-        for where, asked, answer, functions in _split_rows(part):
+        part_template = with_options(template, part.chat_template_kwargs, part.path_names)
+        encode = _encoder(part, tokenizer, part_template, with_references)
+        for _, prompt in encoded_rows(part, encode, [] if refused is None else refused):
+            collected.append(prompt)
             if len(collected) == limit:
                 return collected
-            with error_location(where):
-                ids = encode_prompt(tokenizer, part_template, asked, tools=functions)
-                reference_ids: list[int] = []
-                if with_references and answer is not None:
-                    turns = [*asked, answer]
-                    tokens = _encode(part, tokenizer, part_template, turns, functions)
-                    reference_ids = _answer_ids(tokens, stops)
-            text = tokenizer.decode(reference_ids, skip_special=True)
-            collected.append(Prompt(ids, text, reference_ids, asked))
     return collected
 
 
-def _split_rows(part: Source) -> Iterator[tuple[str, list[Message], Message | None, list[Tool]]]:
-    """Yield ("file:line", messages of the prompt, answer or None, tools) of every row."""
-    for where, row in rows_with_location(part):
-        turns = messages(row, part, where, is_open=True)
-        asked, answer = turns, None
-        if turns[-1]["role"] == "assistant":
-            *asked, answer = turns
-        if answer is not None and not (answer.get("content") or answer.get("tool_calls")):
-            answer = None
-        yield where, asked, answer, tools(row, part, where)
+def _encoder(
+    part: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    with_references: bool,
+) -> Callable[[Mapping[str, Any], str], Prompt]:
+    """Function of (row, "file:line") that returns the row's prompt."""
+    stops = stop_ids(tokenizer, template) if with_references else []
+
+    def encode(row: Mapping[str, Any], where: str) -> Prompt:
+        asked, answer = _split_row(row, part, where)
+        functions = tools(row, part, where)
+        with error_location(where):
+            ids = encode_prompt(tokenizer, template, asked, tools=functions)
+            reference_ids: list[int] = []
+            # As a turn of weight 0, a row of weight 0 has no answer to compare with.
+            if with_references and answer is not None and row_weight(row, part, where) > 0:
+                turns = [*asked, answer]
+                tokens = _encode(part, tokenizer, template, turns, functions)
+                reference_ids = _answer_ids(tokens, stops)
+        text = tokenizer.decode(reference_ids, skip_special=True)
+        return Prompt(ids, text, reference_ids, asked)
+
+    return encode
+
+
+def _split_row(
+    row: Mapping[str, Any],
+    part: Source,
+    where: str,
+) -> tuple[list[Message], Message | None]:
+    """(messages of the prompt, answer or None) of a row."""
+    turns = messages(row, part, where, is_open=True)
+    asked, answer = turns, None
+    if turns[-1]["role"] == "assistant":
+        *asked, answer = turns
+    if answer is not None and not (answer.get("content") or answer.get("tool_calls")):
+        answer = None
+    return asked, answer
 
 
 def _encode(

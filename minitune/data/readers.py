@@ -18,20 +18,35 @@ NO_JSON_NUMBER = re.compile(rb"[:,\[\s](-?Infinity|NaN)\b")  # as Python's json 
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
+RowOrError = dict[str, Any] | InputError
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, object) of every row: by line in jsonl, json, csv and tsv, else by row.
+    """Yield (number, object) of every row of a path: by line in jsonl, json, csv, tsv, else by row.
 
     A list of objects, on one line or many, is read as the rows that it holds. Files may be
     compressed; a folder, and a pattern such as data/train-*.parquet, are the rows of all their
     files. InputError with file and line for anything else, and for a file without a row.
     """
     for file in data_files(path):
-        yield from _rows_of_file(file)
+        for number, row in _rows_of_file(file):
+            yield number, _required(row)
 
 
-def _rows_of_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, row) of one file, without the values that are null."""
-    readers: dict[FileKind, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+def require_rows(source: Source) -> None:
+    """InputError unless every file of a source begins with a row, or with one that it skips."""
+    for file in source.files():
+        _, row = next(_rows_of_file(file))
+        if source.invalid == "refuse":
+            _required(row)
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[int, RowOrError]]:
+    """Yield (number, row) of one file, without the values that are null.
+
+    In place of a row that can't be read, where the next ones can, stands its InputError.
+    """
+    readers: dict[FileKind, Callable[[Path], Iterator[tuple[int, RowOrError]]]] = {
         "lines": _line_rows,
         "list": _list_rows,
         "csv": csv_rows,
@@ -40,21 +55,31 @@ def _rows_of_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         "arrow": arrow_rows,
     }
     for number, row in readers[kind_of(path)](path):
-        yield number, present(row)
+        yield number, row if isinstance(row, InputError) else present(row)
 
 
-def rows_with_location(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", object) of every row in the source's part of its file; InputError if none is."""
+def _required(row: RowOrError) -> dict[str, Any]:
+    if isinstance(row, InputError):
+        raise row
+    return row
+
+
+def rows_with_location(source: Source) -> Iterator[tuple[str, RowOrError]]:
+    """Yield ("file:line", row) of every row in the source's part of its files.
+
+    In place of a row that is malformed, such as a line that is no JSON, stands its InputError.
+    InputError for files that can't be read on, and if the part has no row.
+    """
     n_read = n_taken = 0
-    for path in data_files(Path(source.path)):
+    for path in source.files():
         for number, row in _rows_of_file(path):
             n_read += 1
-            if source.split is None or source.split.takes(row):
+            if isinstance(row, InputError) or source.split is None or source.split.takes(row):
                 n_taken += 1
                 yield f"{path}:{number}", row
     if n_taken == 0 and source.split is not None:
         raise InputError(
-            f"data: {source.path} has no row of {n_read} in the part {source.split.part!r} of split, "
+            f"data: {source.path_names} has no row of {n_read} in the part {source.split.part!r} of split, "
             "expected one; change its fraction"
         )
 
@@ -68,7 +93,7 @@ def error_location(where: str) -> Iterator[None]:
         raise InputError(f"data: {where} {error}") from None
 
 
-def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _line_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
     is_empty = True
     with opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -81,7 +106,7 @@ def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"data: {path} holds no line, expected one JSON object a line; correct the path")
 
 
-def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _list_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
     expected = "a list of JSON objects"
     with opened(path) as file:
         content = file.read().removeprefix(UTF8_BOM)
@@ -117,15 +142,16 @@ def present(value: Any) -> Any:
     return [present(child) for child in value] if isinstance(value, list) else value
 
 
-def _object(text: bytes, path: Path, number: int, expected: str) -> dict[str, Any]:
-    """Row that a JSON text holds; InputError with its line for anything but an object."""
+def _object(text: bytes, path: Path, number: int, expected: str) -> RowOrError:
+    """Row that a JSON text holds; an InputError with its line for anything but an object."""
     try:
         row = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         found, advice = _explain(text, error)
-        raise InputError(f"data: {path}:{number} {found}, expected {expected}; {advice}") from None
+        return InputError(f"data: {path}:{number} {found}, expected {expected}; {advice}")
     if not isinstance(row, dict):
-        raise InputError(f"data: {path}:{number} holds a {type(row).__name__}, expected {expected}; correct the line")
+        found = f"data: {path}:{number} holds a {type(row).__name__}"
+        return InputError(f"{found}, expected {expected}; correct the line")
     return row
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from minitune.data.files import data_files
 from minitune.errors import InputError, nearest
 from minitune.text.conversation import TrainOn
 from minitune.types import OpenUnitInterval, PositiveInt
@@ -14,9 +15,9 @@ from minitune.types import OpenUnitInterval, PositiveInt
 # Formats whose rows are preferences: two answers to a prompt, or single answers that are labelled.
 PREFERENCE_FORMATS = ("pairs", "unpaired")
 COLUMNS = {
-    "instruct": ("instruction", "input", "output", "system", "history", "tools"),
-    "chat": ("messages", "tools", "system"),
-    "text": ("text",),
+    "instruct": ("instruction", "input", "output", "system", "history", "tools", "weight"),
+    "chat": ("messages", "tools", "system", "history", "weight"),
+    "text": ("text", "weight"),
     "pairs": ("prompt", "chosen", "rejected", "tools", "system", "history"),
     "unpaired": (
         "prompt",
@@ -59,7 +60,7 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another file, whose documents are mixed with those of a table's own file."""
 
-    path: str
+    path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
     share: OpenUnitInterval  # of the documents of an epoch, the table's own having the rest
     format: Single | None = None  # the table's own if absent
     columns: dict[str, str] = {}
@@ -74,7 +75,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share says: the next ones of an endless shuffled order, so that over the epochs all of them come equally often.
     """
 
-    path: str
+    path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
     format: Literal["instruct", "chat", "text", "pairs", "unpaired"]  # the last two are read by data.preference.prepare
     seq_len: PositiveInt  # tokens
     packed: bool = True
@@ -91,6 +92,10 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _check_columns(self.format, self.columns)
+        for path in (self.path, *(other.path for other in self.mix)):
+            if not path or not all(_list_of(path)):
+                expected = "expected a file, a glob, a folder or a list of them"
+                raise InputError(f"data: path names no file, {expected}; write one")
         for other in self.mix:
             _check_columns(other.format or self.format, other.columns)
         if self.format not in ("instruct", "chat") and self.train_on != "assistant":
@@ -123,8 +128,44 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def with_paths(self, resolve: Callable[[str], Path]) -> "Source":
         """Source with the paths of its own file and of those that are mixed in resolved."""
-        mix = tuple(msgspec.structs.replace(other, path=str(resolve(other.path))) for other in self.mix)
-        return msgspec.structs.replace(self, path=str(resolve(self.path)), mix=mix)
+
+        def resolved(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+            paths = tuple(str(resolve(one)) for one in _list_of(path))
+            return paths[0] if isinstance(path, str) else paths
+
+        mix = tuple(msgspec.structs.replace(other, path=resolved(other.path)) for other in self.mix)
+        return msgspec.structs.replace(self, path=resolved(self.path), mix=mix)
+
+    @property
+    def path_names(self) -> str:
+        """Own paths, as messages name them."""
+        return ", ".join(_list_of(self.path))
+
+    def files(self) -> list[Path]:
+        """Files of the table's own paths, in the order in which they are read.
+
+        InputError for a path that means no file, and for a file that two paths mean.
+        """
+        files: dict[Path, None] = {}
+        for path in _list_of(self.path):
+            for file in data_files(Path(path)):
+                if file in files:
+                    found = f"data: {file} is meant twice by path ({self.path_names})"
+                    raise InputError(f"{found}, expected each file once; correct the list")
+                files[file] = None
+        return list(files)
+
+    def paths_by_key(self, table: str) -> dict[str, str]:
+        """Paths of the table and of what is mixed in, by their keys: {"data.train.path": ...}."""
+        paths = {f"data.{table}.path": self.path}
+        paths |= {f"data.{table}.mix[{i}].path": other.path for i, other in enumerate(self.mix)}
+        by_key: dict[str, str] = {}
+        for key, path in paths.items():
+            if isinstance(path, str):
+                by_key[key] = path
+            else:
+                by_key |= {f"{key}[{i}]": one for i, one in enumerate(path)}
+        return by_key
 
     def parts(self) -> "list[Source]":
         """Own file and then those that are mixed in, each as a Source of its own."""
@@ -164,6 +205,11 @@ def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: S
     if not isinstance(row[key], kinds):
         raise InputError(f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct the line')
     return row[key]
+
+
+def _list_of(path: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Paths of a key that holds one or a list of them."""
+    return (path,) if isinstance(path, str) else path
 
 
 def _check_columns(format: str, columns: Mapping[str, str]) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 from minitune.data import packing
 from minitune.data.conversations import messages, tools
 from minitune.data.cursor import Cursor, next_rows
-from minitune.data.encoded_rows import encoded_rows
-from minitune.data.files import data_files, opened
+from minitune.data.encoded_rows import Refused, encoded_rows, with_refused
+from minitune.data.files import opened
 from minitune.data.packing import epoch_rows
 from minitune.data.readers import error_location
+from minitune.data.row_weights import row_weight, weighted
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
 from minitune.errors import InputError
@@ -27,7 +28,7 @@ from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 3  # version of the token cache; another number makes every cache anew
+LAYOUT = 4  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):
@@ -55,9 +56,9 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     InputError for a malformed line, and for data without a single trained token.
     """
     if source.format in PREFERENCE_FORMATS:
-        raise InputError(
-            f"data: {source.path} has format {source.format!r}, expected instruct, chat or text; pairs are for preference losses"
-        )
+        found = f"data: {source.path_names} has format {source.format!r}"
+        expected = "expected instruct, chat or text; pairs are for preference losses"
+        raise InputError(f"{found}, {expected}")
     key = cache_key(source, tokenizer, template)
     if not array_cache.is_whole(cache / key):
         _write(cache / key, source, tokenizer, template)
@@ -66,7 +67,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     for size, part in zip(sizes, source.parts(), strict=True):
         if size == 0:
             raise InputError(
-                f"data: {part.path} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
+                f"data: {part.path_names} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
             )
     lengths = np.diff(documents.offsets).tolist()
     shares = [component.share for component in source.mix]
@@ -81,14 +82,14 @@ def tokenized(
     source: Source,
     tokenizer: Tokenizer,
     template: Template,
-    refused: list[str] | None = None,
+    refused: list[Refused] | None = None,
 ) -> Iterator[tuple[str, Tokens]]:
     """Yield ("file:line", tokens) of every sample of the table's own file.
 
     A sample is a row; with turns = "each" an answer, with overlong = "split" a part of a text of
-    at most seq_len tokens. refused gets the locations of the rows that invalid = "skip" leaves out.
+    at most seq_len tokens. refused gets the rows that invalid = "skip" leaves out.
     """
-    template = with_options(template, source.chat_template_kwargs, source.path)
+    template = with_options(template, source.chat_template_kwargs, source.path_names)
 
     def encode(row: Mapping[str, Any], where: str) -> list[Tokens]:
         return _documents(row, where, source, tokenizer, template)
@@ -127,9 +128,9 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     files = []
     for part in source.parts():
         # Tokens depend neither on where files lie nor on how rows are packed; the suffix says how one is read.
-        rules = msgspec.structs.replace(part, path="", packed=True)
+        rules = msgspec.structs.replace(part, path="any", packed=True)
         written = msgspec.json.encode(rules, order="deterministic").decode()
-        for path in data_files(Path(part.path)):
+        for path in part.files():
             with opened(path) as file:
                 content = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
             files.append((content, path.suffixes, written))
@@ -142,7 +143,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
     """Tokenize all files of a source into a token cache, with the number of the file of each document."""
     file_numbers: list[int] = []  # of each sample that is read
-    refused: list[str] = []
+    refused: list[Refused] = []
     rows: Counter[str] = Counter()  # samples of each row
 
     def samples() -> Iterator[list[Tokens]]:
@@ -152,9 +153,9 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Templat
                 rows[where] += source.overlong == "split"
                 yield [tokens]
 
-    documents, kept, report = filter_documents(samples(), source.path, source.seq_len, source.overlong)
+    documents, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
     n_split = sum(n > 1 for n in rows.values())
-    report = report._replace(n_split=n_split, n_refused=len(refused))
+    report = with_refused(report._replace(n_split=n_split), refused)
     save(folder, documents, report, file=np.array(file_numbers, dtype=np.int32)[kept])
 
 
@@ -166,14 +167,40 @@ def _documents(
     template: Template,
 ) -> list[Tokens]:
     """Samples of a row: a conversation, each answer of it, or text between bos and eos."""
-    if source.format != "text":
-        conversation = messages(row, source, where)
-        functions = tools(row, source, where)
-        with error_location(where):
-            if source.turns == "each":
-                return encode_answers(tokenizer, template, conversation, tools=functions)
-            train_on = source.train_on
-            return [encode_chat(tokenizer, template, conversation, tools=functions, train_on=train_on)]
+    if source.format == "text":
+        samples = _texts(row, where, source, tokenizer)
+    else:
+        samples = _conversations(row, where, source, tokenizer, template)
+    weight = row_weight(row, source, where)
+    return [weighted(tokens, weight) for tokens in samples]
+
+
+def _conversations(
+    row: Mapping[str, Any],
+    where: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+) -> list[Tokens]:
+    """Samples of a row that is a conversation."""
+    conversation = messages(row, source, where)
+    functions = tools(row, source, where)
+    with error_location(where):
+        if source.turns == "each":
+            answers = encode_answers(tokenizer, template, conversation, tools=functions)
+            # A row without an answer to train is a sample without a target, and counted as such.
+            return answers or [Tokens([], [])]
+        train_on = source.train_on
+        return [encode_chat(tokenizer, template, conversation, tools=functions, train_on=train_on)]
+
+
+def _texts(
+    row: Mapping[str, Any],
+    where: str,
+    source: Source,
+    tokenizer: Tokenizer,
+) -> list[Tokens]:
+    """Samples of a row of format text: several where a long one is split."""
     tokens = _text(row, where, source, tokenizer)
     if source.overlong != "split":
         return [tokens]

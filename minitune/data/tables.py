@@ -1,8 +1,9 @@
 """Rows of files that hold a table: csv, tsv, parquet and arrow."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,50 @@ BATCH_ROWS = 1024
 DELIMITERS = ",;\t"
 
 
-def csv_rows(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, row) of a csv file whose first line names the columns.
+def csv_rows(
+    path: Path,
+    delimiter: str | None = None,
+) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Yield (line, row) of a csv file whose first row names the columns.
 
+    In place of a row with another number of fields stands its InputError.
     delimiter: the one that the first line has most of if it is None, as spreadsheets differ.
     """
     number = 1
+    is_empty = True
     try:
         with opened(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             header = text.readline()
             if delimiter is None:
                 delimiter = max(DELIMITERS, key=header.count)
-            names = next(csv.reader([header], delimiter=delimiter), [])
-            for fields in csv.reader(text, delimiter=delimiter, strict=True):
-                number += 1
-                if not fields:
-                    continue
-                if len(fields) != len(names):
-                    raise InputError(
-                        f"data: {path}:{number} has {len(fields)} fields, expected the "
-                        f"{len(names)} of the first line ({', '.join(names)}); correct the line"
-                    )
-                yield number, dict(zip(names, fields, strict=True))
+            rows = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
+            names = next(rows, [])
+            # A field in quotes may go over several lines: a row's line is its first one.
+            number = rows.line_num + 1
+            for fields in rows:
+                if fields:
+                    is_empty = False
+                    yield number, _csv_row(names, fields, f"{path}:{number}")
+                number = rows.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
-        found = f"data: {path}:{number + 1} {error}"
+        found = f"data: {path}:{number} {error}"
         raise InputError(f"{found}, expected csv in UTF-8; correct it or write jsonl") from None
-    if number == 1:
+    if is_empty:
         found = f"data: {path} holds no row"
         raise InputError(f"{found}, expected names of columns and rows; correct the path")
+
+
+def _csv_row(
+    names: Sequence[str],
+    fields: Sequence[str],
+    where: str,
+) -> dict[str, Any] | InputError:
+    """Row of a csv file; an InputError for another number of fields than of names."""
+    if len(fields) == len(names):
+        return dict(zip(names, fields, strict=True))
+    columns = f"{len(names)} of the first line ({', '.join(names)})"
+    found = f"data: {where} has {len(fields)} fields"
+    return InputError(f"{found}, expected the {columns}; correct the line")
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -23,7 +23,8 @@ class Report(NamedTuple):
     n_samples, n_tokens and n_target_tokens count what was kept; n_truncated of the samples were
     cut. Left out were n_dropped that are too long, n_without_target with nothing to train, and
     n_identical pairs whose answers are equal. n_split of the texts were split into several samples.
-    n_refused rows can't be read and were left out, as asked for. unwritten: how often a message
+    n_malformed rows are none, such as lines that are no JSON, and n_refused others can't be
+    encoded; both were left out, as asked for. unwritten: how often a message
     holds something under a key that the template does not write, by key.
     """
 
@@ -36,6 +37,7 @@ class Report(NamedTuple):
     n_identical: int = 0
     n_split: int = 0
     n_refused: int = 0
+    n_malformed: int = 0
     unwritten: Mapping[str, int] = MappingProxyType({})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from minitune.checkpoint.hf_folder import check_weights
-from minitune.data.readers import read_rows
+from minitune.data.readers import require_rows
 from minitune.data.source import Source
 from minitune.io import paths
 from minitune.io.paths import locate
@@ -38,9 +38,9 @@ def check(
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
     for name, data in located.items():
         for part in data.parts():
-            next(iter(read_rows(Path(part.path))))
-            with_options(template, part.chat_template_kwargs, part.path)
-        lines.append(f"data: {name} is {', '.join(part.path for part in data.parts())}")
+            require_rows(part)
+            with_options(template, part.chat_template_kwargs, part.path_names)
+        lines.append(f"data: {name} is {', '.join(part.path_names for part in data.parts())}")
     lines += data_notes(source, sources)
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
@@ -61,14 +61,14 @@ def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
     Another line says that a folder ./demo of the user's is not what demo/... means, another that
     tokenized data is not kept where it usually is.
     """
-    parts = [(f"data.{name}", part.path) for name, data in sources.items() for part in data.parts()]
+    parts = [pair for name, data in sources.items() for pair in data.paths_by_key(name).items()]
     models = [("model", path) for path in (source.path, source.config) if path is not None]
     embedded = paths.PACKAGE / "demo"
     is_demo = {path: locate(path).is_relative_to(embedded) for _, path in [*models, *parts]}
     lines = []
     if not all(is_demo.values()):
         left = [(key, path) for key, path in parts if is_demo[path]]
-        lines += [f"note: {key} is still the demo's ({path}); set {key}.path" for key, path in left]
+        lines += [f"note: {key} is still the demo's ({path}); change it" for key, path in left]
     for path in sorted({path for path, demo in is_demo.items() if demo and Path(path).exists()}):
         lines.append(f"note: {path} is the embedded demo, not what lies here; ./{path} is that")
     cache_note = paths.cache_note()

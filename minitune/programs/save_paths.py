@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from minitune.data.files import data_files
 from minitune.errors import InputError
 from minitune.io.locks import holder_file
 from minitune.io.paths import locate, user_path
@@ -26,11 +27,10 @@ def model_inputs(program: Program) -> dict[str, str]:
 
 
 def data_inputs(program: Program) -> dict[str, str]:
-    """Every data file that a program reads, by its key: {"data.train.path": ..., "data.train.mix[0].path": ...}."""
-    inputs = {}
+    """Every path to data of a program, by its key: {"data.train.path": ..., "data.train.mix[0].path": ...}."""
+    inputs: dict[str, str] = {}
     for name, source in program.data.items():
-        mixed = {f"data.{name}.mix[{i}].path": part.path for i, part in enumerate(source.mix)}
-        inputs |= {f"data.{name}.path": source.path, **mixed}
+        inputs |= source.paths_by_key(name)
     return inputs
 
 
@@ -38,8 +38,12 @@ def check(program: Program) -> None:
     """InputError if a stage would write over, into or around what the program reads, its own run folder, the working folder,
     what another stage writes, or anything else that no save wrote."""
     run = user_path(program.out) / program.name
-    inputs = {**model_inputs(program), **data_inputs(program)}
-    read = {key: locate(path) for key, path in inputs.items()}
+    read = {key: locate(path) for key, path in model_inputs(program).items()}
+    for key, path in data_inputs(program).items():
+        place = locate(path)
+        # A pattern is no place: the files that it matches are.
+        files = [place] if place.is_dir() else data_files(place)
+        read |= {key if len(files) == 1 else f"{key} ({file})": file for file in files}
     written: dict[str, tuple[Result, Path]] = {}
     for stage in program.stage:
         if stage.result is None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from minitune.data.files import data_files
 from minitune.data.readers import read_rows, rows_with_location
-from minitune.data.source import Source
+from minitune.data.source import MixtureComponent, Source
 from minitune.errors import InputError
 
 ROWS = [{"text": 'two, "apples"\nand é'}, {"text": "pears"}, {"text": ""}]
@@ -83,6 +84,41 @@ def test_a_folder_of_shards_is_one_table(tmp_path: Path) -> None:
         InputError, match=r"data: .*hub holds the parts test, train of a data set, expected one of them; name its"
     ):
         data_files(tmp_path / "hub")
+
+
+def test_a_list_of_paths_is_one_table_whose_rows_know_their_files(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    places = [tmp_path / "b.jsonl", tmp_path / "shards" / "c.csv", tmp_path / "shards" / "d.csv"]
+    for name, row in zip(places, ROWS, strict=True):
+        if name.suffix == ".csv":
+            with name.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([["text", "n"], [row["text"], "1"]])
+        else:
+            name.write_text(json.dumps(row), "utf-8")
+    written = f"""
+path = ["{places[0]}", "{tmp_path}/shards/*.csv"]
+format = "text"
+seq_len = 8
+"""
+    source = msgspec.toml.decode(written, type=Source)
+    located = list(rows_with_location(source))
+    assert [row["text"] for _, row in located] == [row["text"] for row in ROWS]
+    assert [where.rpartition(":")[0] for where, _ in located] == [str(place) for place in places]
+    assert source.with_paths(lambda path: Path("/root") / path).path == source.path
+    keys = ["data.train.path[0]", "data.train.path[1]"]
+    assert source.paths_by_key("train") == dict(zip(keys, source.path, strict=True))
+
+
+def test_a_list_of_paths_is_refused_where_it_can_mean_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    twice = Source((str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")), "text", 8)
+    with pytest.raises(InputError, match=r"data: .*a.jsonl is meant twice by path .*, expected each file once"):
+        twice.files()
+    for path in ((), "", ("a.jsonl", "")):
+        with pytest.raises(InputError, match=r"^data: path names no file, expected a file, a glob, a folder or a list"):
+            Source(path, "text", 8)
+    with pytest.raises(InputError, match=r"^data: path names no file"):
+        Source("a", "text", 8, mix=(MixtureComponent((), 0.1),))
 
 
 REFUSED: list[tuple[str, bytes, str]] = [

@@ -319,6 +319,24 @@ def test_changed_inputs_stop_a_resume(tiny: Program, tmp_path: Path) -> None:
     assert not opened(changed(tiny, resume=False)).resumed
 
 
+def test_every_file_of_a_list_a_pattern_and_a_folder_is_in_the_manifest(tiny: Program, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "shards/0.jsonl", "shards/deep/1.jsonl", "more-1.jsonl", "more-2.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n', encoding="utf-8")
+    paths = tuple(str(tmp_path / name) for name in ("a.jsonl", "shards", "more-*.jsonl"))
+    listed = changed(tiny, data={"train": Source(path=paths, format="text", seq_len=5)})
+    opened(listed)
+    inputs = json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["inputs"]
+    places = [tmp_path / "a.jsonl", *tmp_path.glob("shards/**/*.jsonl"), *tmp_path.glob("more*")]
+    data = {name: record for name, record in inputs.items() if name.endswith(".jsonl")}
+    hashes = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in places}
+    assert {name: record["sha256"] for name, record in data.items()} == hashes
+    # one that came later matches the pattern, and makes another data set
+    (tmp_path / "more-3.jsonl").write_text('{"text": "z"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"runs: \S+more-3.jsonl is not what it was"):
+        opened(listed)
+
+
 def test_a_missing_input_is_named_before_anything_is_made(tiny: Program, tmp_path: Path) -> None:
     gone = changed(tiny, data={"train": Source(path="gone.jsonl", format="text", seq_len=5)})
     message = r"runs: data.train.path 'gone.jsonl' does not exist \(looked for /.*gone.jsonl\), expected a file or folder"

@@ -36,6 +36,13 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     return Program(name="t", model=ModelSource(path="models/m", deltas="adapter"), data={"train": source}, stage=saving(None))
 
 
+def test_files_of_a_pattern_and_of_a_list_are_read_and_never_written_over(tiny: Program) -> None:
+    source = Source(path=("*.jsonl",), format="text", seq_len=5)
+    listed = msgspec.structs.replace(tiny, data={"train": source}, stage=saving("mixed.jsonl"))
+    with pytest.raises(InputError, match=r"is also data\.train\.path\[0\] \(mixed\.jsonl\)"):
+        save_paths.check(listed)
+
+
 REFUSED = {
     "the model folder": ("models/m", r"stage0 path 'models/m' is also model\.path \(models/m\), expected a place of its own"),
     "the model folder by a longer way": ("models/../models/m/", r"is also model\.path"),

@@ -153,6 +153,7 @@ def describe(report: Report, table: str, source: Source) -> str:
         "without a target": report.n_without_target,
         "with equal answers": report.n_identical,
         "texts split": report.n_split,
+        "malformed rows skipped": report.n_malformed,
         "rows refused and skipped": report.n_refused,
     }
     for key, n in report.unwritten.items():

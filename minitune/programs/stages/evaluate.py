@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from minitune.checkpoint.tensors import model_bytes, require_finite
+from minitune.data.encoded_rows import Refused
 from minitune.data.prompts import Prompt, prompts, questions
 from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
@@ -145,8 +146,10 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the prompts; InputError for a row that asks nothing."""
-        asked = questions(abstract.data[self.data], *abstract.text(), self.limit)
-        return [f"{self.data} has {len(asked):,} prompts"]
+        refused: list[Refused] = []
+        asked = questions(abstract.data[self.data], *abstract.text(), self.limit, refused)
+        skipped = f", {len(refused):,} rows refused and skipped" if refused else ""
+        return [f"{self.data} has {len(asked):,} prompts{skipped}"]
 
     @property
     def result(self) -> Result:
