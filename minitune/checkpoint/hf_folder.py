@@ -1,6 +1,5 @@
 """Hugging Face folders: weights read and written, with config.json and the tokenizer's files."""
 
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.checkpoint import quantized_base
+from minitune.checkpoint.carried import write_text_files
 from minitune.checkpoint.generation_config import generation_config, with_end_ids
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
 from minitune.errors import InputError, quoted
@@ -25,7 +25,6 @@ from minitune.models.model import Model
 from minitune.models.open import config_json
 from minitune.models.open import open as open_model
 from minitune.quant import mxfp4
-from minitune.text.tokenizer import TOKENIZER_FILES
 from minitune.types import Params
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -195,13 +194,9 @@ def save_folder(
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
         write_json(aside / "config.json", {**_config_json(extras, model, params), **config_keys})
-        write_json(aside / "generation_config.json", _generation_config_json(extras))
+        write_json(aside / "generation_config.json", generation_config_json(extras))
         _write_weights(aside, params, shard_bytes)
-        for name in TOKENIZER_FILES:
-            if (extras.tokenizer / name).is_file():
-                shutil.copyfile(extras.tokenizer / name, aside / name)
-        if extras.template is not None:
-            (aside / "chat_template.jinja").write_text(extras.template, encoding="utf-8")
+        write_text_files(aside, extras.tokenizer, extras.template)
 
 
 def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
@@ -274,6 +269,7 @@ def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 
-def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:
+def generation_config_json(extras: FolderExtras) -> dict[str, Any]:
+    """Generation config of the source, if any, that ends an answer where training did too."""
     generation = {} if extras.source is None else generation_config(extras.source)
     return with_end_ids(generation, extras.stop_ids)

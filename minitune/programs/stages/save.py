@@ -1,5 +1,6 @@
 """Stages that write the result: adapters and model folders, and quantized folders and files for inference."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -73,6 +74,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 quantization=msgspec.to_builtins(rule) if rule else None,
                 names=loaded.params,
                 wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
+                extras=_folder_extras(state),
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
@@ -142,9 +144,15 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
             for line in compressed_tensors.notes(params):
                 state.log.say(f"{self.label}: {line}")
-        n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+        n_bytes = _n_bytes(target)
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
+
+
+def _n_bytes(target: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = [path for path in target.rglob("*") if path.is_file()] if target.is_dir() else [target]
+    return sum(file.stat().st_size for file in files)
 
 
 def _folder_extras(state: PipelineState) -> FolderExtras:
