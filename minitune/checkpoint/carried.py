@@ -1,4 +1,4 @@
-"""What a saved folder carries of the folder that it came from, besides the weights that train."""
+"""Files and tensors that a saved folder carries of the folder that it came from."""
 
 import shutil
 from pathlib import Path
