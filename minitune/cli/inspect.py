@@ -22,6 +22,7 @@ from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import BITS, Entry
+from minitune.io.tensor_names import described, is_unmodelled
 from minitune.io.units import format_bytes
 from minitune.text.folder_files import DEFAULT, TOOL_USE, template_texts, text_files
 
@@ -105,6 +106,8 @@ def _model(folder: Path) -> FolderSummary:
         "vocabulary": f"{_number(text.get('vocab_size'))} in the embedding, {_number(tokens.size)} in the tokenizer",
         "tied head": f"{'yes' if (not head if tied is None else tied) else 'no'}{'' if tied is not None else ' (not said)'}",
         "quantized": _quantized(quantization),
+        "not trained": _unmodelled(entries),
+        "left out of saves": "auto_map" if config.get("auto_map") else "",
         "tokenizer": tokens.kind,
         "special tokens": tokens.named(),
         "stops at": _stops(folder, text, tokens),
@@ -140,6 +143,13 @@ def _adapter(folder: Path) -> FolderSummary:
         "template": _template(folder, tokens) if text_files(folder) else "",
     }
     return FolderSummary({name: value for name, value in rows.items() if value}, damage)
+
+
+def _unmodelled(entries: Mapping[str, Entry]) -> str:
+    """Words for tensors that no decoder of text has, which saves of the text model carry."""
+    beside = {name: entry for name, entry in entries.items() if is_unmodelled(name)}
+    n_bytes = sum(entry.end - entry.start for entry in beside.values())
+    return f"{described(beside)}, {format_bytes(n_bytes)}" if beside else ""
 
 
 def _quantized(quantization: Any) -> str:
