@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,24 +11,24 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.checkpoint import quantized_base
+from minitune.checkpoint.carried import CODED, Carried, carried, write_text_files
 from minitune.checkpoint.generation_config import generation_config, with_end_ids
 from minitune.checkpoint.tensors import opened_tensors, save_tensors
-from minitune.errors import InputError, quoted
+from minitune.checkpoint.weight_files import weight_files
+from minitune.errors import InputError
 from minitune.io.atomic import require_room, write_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
-from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
+from minitune.io.safetensors_header import INDEX, SINGLE
 from minitune.models import hf_quantized
 from minitune.models.hf_multimodal import text_config, text_name
 from minitune.models.model import Model
 from minitune.models.open import config_json
 from minitune.models.open import open as open_model
 from minitune.quant import mxfp4
-from minitune.text.tokenizer import TOKENIZER_FILES
 from minitune.types import Params
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-CODED = ("U8", "F8_E4M3", "F8_E5M2")  # dtypes of codes, in safetensors' words
 SHARD_BYTES = 5 * 10**9
 NO_KEYS: Mapping[str, Any] = MappingProxyType({})
 
@@ -190,56 +189,21 @@ def save_folder(
     """Write a complete Hugging Face folder: config, weights (with an index when sharded), generation config and tokenizer files.
 
     In a config.json that passes through, nothing is touched but the dtype and config_keys, which a quantized format has for the
-    tensors that it passes as params. InputError, before anything is written, if the disk is too small.
+    tensors that it passes as params: such a folder holds the text model alone. Any other holds
+    what the source has beside it, untouched. InputError, before anything is written, if the disk
+    is too small.
     """
+    beside = Carried() if extras.source is None or config_keys else carried(extras.source)
+    config = {**_config_json(extras, model, params, beside), **config_keys}
+    params = {beside.stored_names.get(name, name): w for name, w in params.items()} | beside.tensors
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        write_json(aside / "config.json", {**_config_json(extras, model, params), **config_keys})
-        write_json(aside / "generation_config.json", _generation_config_json(extras))
+        write_json(aside / "config.json", config)
+        write_json(aside / "generation_config.json", generation_config_json(extras))
         _write_weights(aside, params, shard_bytes)
-        for name in TOKENIZER_FILES:
-            if (extras.tokenizer / name).is_file():
-                shutil.copyfile(extras.tokenizer / name, aside / name)
-        if extras.template is not None:
-            (aside / "chat_template.jinja").write_text(extras.template, encoding="utf-8")
-
-
-def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
-    """The files that hold a model's weights, and what the index says is in each (nothing, where there is no index).
-
-    InputError for a folder without weights, an index that can't be read, and one that points nowhere or out of the folder.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise InputError(f"checkpoint: {_no_weights(folder)}")
-        return {folder / SINGLE: frozenset()}
-    file_of = read_weight_map(folder, "checkpoint", "download it again")
-    for name in sorted(set(file_of.values())):
-        if Path(name).name != name or len(name) > 200:
-            raise InputError(f"checkpoint: {index} points to {quoted(name)}, expected a file name in its own folder")
-        if not (folder / name).is_file():
-            raise InputError(f"checkpoint: {folder / name} does not exist, but {INDEX} points to it; download the missing shard")
-    if (folder / SINGLE).is_file() and SINGLE not in file_of.values():
-        what = f"{folder} holds two models, {SINGLE} and the shards of {INDEX}"
-        raise InputError(f"checkpoint: {what}, expected one of them; move the other away")
-    by_file = sorted((file, name) for name, file in file_of.items())
-    return {folder / file: frozenset(name for _, name in group) for file, group in groupby(by_file, lambda pair: pair[0])}
-
-
-def _no_weights(folder: Path) -> str:
-    """Sentence that says why a folder has no weights, and what to do about it."""
-    missing = f"holds neither {SINGLE} nor {INDEX}, expected one of them"
-    pickled = sorted(path.name for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if pickled:
-        convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        remedy = f"those of {pickled[0]} are pickled, which is not read: convert them with {convert}"
-    elif others:
-        remedy = f"{INDEX} says which of its weights is in {quoted(others)}: download it"
-    else:
-        remedy = "download the weights, or give the model as a shape: config = ..."
-    return f"{folder} {missing}; {remedy}"
+        write_text_files(aside, extras.tokenizer, extras.template)
+        for file in beside.files:
+            shutil.copyfile(file, aside / file.name)
 
 
 def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
@@ -260,20 +224,33 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config_json(extras: FolderExtras, model: Model, params: Params) -> dict[str, Any]:
-    dtype = str(next(w.dtype for w in params.values() if w.is_floating_point())).removeprefix("torch.")
+def _config_json(extras: FolderExtras, model: Model, params: Params, beside: Carried) -> dict[str, Any]:
+    dtype = str(next(w.dtype for w in params.values() if w.is_floating_point()))
+    dtype = dtype.removeprefix("torch.")
     if extras.source is None:
         # written out: an absent id is that of the family's own vocabulary,
         # and transformers refuses a padding id beyond this one
-        ids = {"bos_token_id": None, "eos_token_id": [*extras.stop_ids] or None, "pad_token_id": None}
+        ids = dict.fromkeys(["bos_token_id", "pad_token_id"])
+        ids |= {"eos_token_id": [*extras.stop_ids] or None}
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
-    hf = text_config(config_json(extras.source))
-    keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"]
+    hf = config_json(extras.source)
+    config = _passed_through(hf if beside.tensors else text_config(hf), dtype)
+    inner = hf.get("text_config")
+    if beside.tensors and isinstance(inner, dict):
+        config["text_config"] = _passed_through(inner, dtype, added=False)
+    return config
+
+
+def _passed_through(hf: Mapping[str, Any], dtype: str, *, added: bool = True) -> dict[str, Any]:
+    """Content of a config.json for dense weights of a dtype, which is added where none is said."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf]
+    keys = keys or ["dtype", "torch_dtype"] * added
     # what was packed is written unpacked, and the Python files that auto_map names are not carried
-    dense = {key: value for key, value in hf.items() if key not in (*hf_quantized.KEYS, "auto_map")}
+    dense = {key: x for key, x in hf.items() if key not in (*hf_quantized.KEYS, "auto_map")}
     return {**dense, **dict.fromkeys(keys, dtype)}
 
 
-def _generation_config_json(extras: FolderExtras) -> dict[str, Any]:
+def generation_config_json(extras: FolderExtras) -> dict[str, Any]:
+    """Generation config of the source, if any, that ends an answer where training did too."""
     generation = {} if extras.source is None else generation_config(extras.source)
     return with_end_ids(generation, extras.stop_ids)

@@ -22,7 +22,9 @@ from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import BITS, Entry
+from minitune.io.tensor_names import described, is_unmodelled
 from minitune.io.units import format_bytes
+from minitune.text.folder_files import DEFAULT, TOOL_USE, template_texts, text_files
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")  # of all experts of a layer, one rank after the other
@@ -104,6 +106,8 @@ def _model(folder: Path) -> FolderSummary:
         "vocabulary": f"{_number(text.get('vocab_size'))} in the embedding, {_number(tokens.size)} in the tokenizer",
         "tied head": f"{'yes' if (not head if tied is None else tied) else 'no'}{'' if tied is not None else ' (not said)'}",
         "quantized": _quantized(quantization),
+        "not trained": _unmodelled(entries),
+        "left out of saves": "auto_map" if config.get("auto_map") else "",
         "tokenizer": tokens.kind,
         "special tokens": tokens.named(),
         "stops at": _stops(folder, text, tokens),
@@ -122,6 +126,7 @@ def _adapter(folder: Path) -> FolderSummary:
     ranks = Counter(e.shape[0] for name, e in entries.items() if ".lora_A" in name and e.shape and not JOINED.fullmatch(name))
     joined = sum(JOINED.fullmatch(name) is not None for name in entries)
     kinds = [word for key, word in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key)]
+    tokens = TokenizerFiles.of(folder)
     rows = {
         "adapter": " ".join(kinds) or str(config.get("peft_type")),
         "rank": ", ".join(f"{rank} in {n} modules" for rank, n in sorted(ranks.items())) or _number(config.get("r")),
@@ -134,8 +139,17 @@ def _adapter(folder: Path) -> FolderSummary:
         "base": str(config.get("base_model_name_or_path")),
         "base fingerprint": str(origin.get("fingerprint") or "") if isinstance(origin, dict) else "",
         "base quantized": _quantized(origin.get("quantization") or {}) if isinstance(origin, dict) and origin else "",
+        "tokenizer": tokens.kind if text_files(folder) else "",
+        "template": _template(folder, tokens) if text_files(folder) else "",
     }
     return FolderSummary({name: value for name, value in rows.items() if value}, damage)
+
+
+def _unmodelled(entries: Mapping[str, Entry]) -> str:
+    """Words for tensors that no decoder of text has, which saves of the text model carry."""
+    beside = {name: entry for name, entry in entries.items() if is_unmodelled(name)}
+    n_bytes = sum(entry.end - entry.start for entry in beside.values())
+    return f"{described(beside)}, {format_bytes(n_bytes)}" if beside else ""
 
 
 def _quantized(quantization: Any) -> str:
@@ -187,11 +201,20 @@ def _stops(folder: Path, config: Mapping[str, Any], tokens: TokenizerFiles) -> s
 
 
 def _template(folder: Path, tokens: TokenizerFiles) -> str:
-    if (folder / "chat_template.jinja").is_file():
-        return "chat_template.jinja"
-    if read_json_object(folder / "tokenizer_config.json", "inspect", optional=True).get("chat_template"):
-        return "tokenizer_config.json"
-    return f"none; the built-in {'ChatML' if all(text in tokens.ids for text in CHATML) else 'plain'} one is used"
+    """File that the chat template stands in, and which others there are."""
+    try:
+        named = {name: Path(text.origin) for name, text in template_texts(folder).items()}
+    except InputError as error:
+        return f"none that can be read ({error})"
+    if not named:
+        kind = "ChatML" if all(text in tokens.ids for text in CHATML) else "plain"
+        return f"none; the built-in {kind} one is used"
+    default = named.pop(DEFAULT).name
+    words = [default.partition(" ")[0]]
+    for name in sorted(named):
+        use = "for conversations with tools" if name == TOOL_USE else "not used"
+        words.append(f"{name} {use}")
+    return ", ".join(words)
 
 
 def _sequence(value: Any) -> Sequence[Any]:

@@ -1,7 +1,8 @@
 """Results of a run under paths that a user chose: a save replaces an earlier save, and never anything else.
 
-A folder that a save wrote holds `.minitune-files.json`, the list of its files. A single file has its list in
-`.NAME.minitune-files.json` in the same folder. PEFT, transformers and llama.cpp ignore both.
+A folder that a save wrote holds `.minitune-files.json`, the list of its files, of those in folders
+below it too. A single file has its list in `.NAME.minitune-files.json` in the same folder. PEFT,
+transformers and llama.cpp ignore both.
 """
 
 import hashlib
@@ -64,7 +65,8 @@ def result_folder(path: Path) -> Iterator[Path]:
     require_replaceable(path, "folder")
     with atomic_folder(path) as aside:
         yield aside
-        marker = _Marker({file.name: (_saved_record(file),) for file in sorted(aside.iterdir())})
+        files = {file.relative_to(aside).as_posix(): file for file in _entries(aside)}
+        marker = _Marker({name: (_saved_record(file),) for name, file in files.items()})
         _write(aside / MARKER, marker)
         require_replaceable(path, "folder")
 
@@ -119,13 +121,21 @@ def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
 
 def _require_earlier_save(folder: Path) -> None:
     files = _read(folder / MARKER).files
-    for entry in sorted(folder.iterdir()):
-        if entry.name == MARKER and files:
+    for entry in _entries(folder):
+        name = entry.relative_to(folder).as_posix()
+        if name == MARKER and files:
             continue
-        if entry.name not in files or entry.is_symlink() or not entry.is_file():
-            raise _refused(folder, f"holds {entry.name}, which no save stage wrote")
-        if not _is_recorded(entry, files[entry.name]):
-            raise _refused(folder, f"holds {entry.name}, which was changed after it was saved")
+        if name not in files or entry.is_symlink() or not entry.is_file():
+            raise _refused(folder, f"holds {name}, which no save stage wrote")
+        if not _is_recorded(entry, files[name]):
+            raise _refused(folder, f"holds {name}, which was changed after it was saved")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Files in a folder and in those below it, links and empty folders too."""
+    for entry in sorted(folder.iterdir()):
+        inner = [] if entry.is_symlink() or not entry.is_dir() else list(_entries(entry))
+        yield from inner or [entry]
 
 
 def _saved_record(file: Path) -> Record:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from minitune.io import tensor_names
+
 WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "llama4": "Llama4ForCausalLM"}
 PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
-NO_TEXT = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 # fields that the outer config.json decides
 OUTER = ("tie_word_embeddings", "quantization_config", "quantization")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -25,9 +26,10 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_name(name: str) -> str | None:
-    """The name of a stored tensor in the text model alone; None for one that belongs to images."""
-    if name.startswith(NO_TEXT):
+    """Name of a stored tensor in the text model alone; None for one that no text model has."""
+    if tensor_names.is_unmodelled(name):
         return None
+    name = tensor_names.unwrapped(name)
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
 

@@ -33,6 +33,8 @@ def check(
     vocabulary = abstract.model.config.vocab_size
     sizes = f"{n_params:,} parameters, vocabulary {vocabulary:,}"
     lines = [f"model: {sizes}, template: {template.origin}"]
+    if template.tool_use is not None:
+        lines.append(f"template: {template.tool_use.origin} for conversations with tools")
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())

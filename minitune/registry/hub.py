@@ -20,6 +20,8 @@ from minitune.io.units import format_bytes
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
 ADAPTER = "adapter_model.safetensors"
 REPO = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+# in the one folder that is fetched
+TEMPLATE = re.compile(r"additional_chat_templates/[A-Za-z0-9_][\w.+=-]*\.jinja", re.ASCII)
 FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)  # no separator, no drive, no glob, nothing hidden
 
 
@@ -42,7 +44,7 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
     with _explained(repo, revision, folder):
         info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True)
         listed = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        small = {name: n for name, n in listed.items() if FILE.fullmatch(name) and any(fnmatch.fnmatch(name, g) for g in SMALL)}
+        small = {name: n for name, n in listed.items() if _is_small(name)}
         commit = str(info.sha)
 
         def bring(sizes: Mapping[str, int]) -> None:
@@ -66,6 +68,12 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
                     "run the same command again"
                 )
     return sizes, commit
+
+
+def _is_small(name: str) -> bool:
+    """True for a file of a model that is no weights."""
+    in_top_folder = FILE.fullmatch(name) and any(fnmatch.fnmatch(name, glob) for glob in SMALL)
+    return bool(in_top_folder or TEMPLATE.fullmatch(name))
 
 
 def _weights(repo: str, folder: Path, listed: Mapping[str, int]) -> dict[str, int]:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.errors import InputError
-from minitune.io.json_file import read_json_object
-from minitune.io.paths import is_present
 from minitune.text.conversation import Conversation, TrainOn, Turn, turn_weights, without_weights
 from minitune.text.escaping import escape_special_tokens
+from minitune.text.folder_files import DEFAULT, TOOL_USE, template_texts
 from minitune.text.forms import write
 from minitune.text.template import Message, Template, Tool, compile_template, describe_roles
 from minitune.text.tokenizer import Tokenizer
@@ -52,41 +51,18 @@ class Tokens(NamedTuple):
 def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
     """Read a folder's chat template; without one, the built-in ChatML if the tokenizer has its tokens, else a plain one.
 
-    InputError for a template that can't be read or compiled, and for a tokenizer without a token that ends a turn.
+    Of several, `default` is read, and `tool_use` for conversations with tools. InputError for a
+    template that can't be read or compiled, and for a tokenizer without a token that ends a turn.
     """
-    names = tokenizer.special_names
-    file = folder / "chat_template.jinja"
-    if is_present(file):
-        try:
-            source = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"chat: {file} is not UTF-8 ({error}), expected a Jinja template; fetch the file again") from None
-        return compile_template(source, names, str(file))
-    return _template_of_config(folder / "tokenizer_config.json", names) or _built_in(folder, tokenizer)
-
-
-def _template_of_config(config: Path, names: Mapping[str, str]) -> Template | None:
-    """The chat_template of a tokenizer_config.json, None if there is none.
-
-    It is a string, or a list of named ones, of which `default` and `tool_use` are read.
-    """
-    written = read_json_object(config, "chat", optional=True).get("chat_template")
-    tool_use = None
-    if isinstance(written, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in written if isinstance(entry, dict)}
-        tool_use = by_name.get("tool_use")
-        written = by_name.get("default", by_name)
-    if written is None:
-        return None
-    if not isinstance(written, str):
-        raise InputError(
-            f"chat: {config} chat_template is a {type(written).__name__}, expected a string or a list of named strings with "
-            "one called default; write the template to chat_template.jinja"
-        )
-    template = compile_template(written, names, f"{config} chat_template")
-    if isinstance(tool_use, str):
-        template = template._replace(tool_use=compile_template(tool_use, names, f"{config} chat_template tool_use"))
-    return template
+    named = template_texts(folder)
+    if DEFAULT not in named:
+        return _built_in(folder, tokenizer)
+    compiled = {
+        name: compile_template(named[name].source, tokenizer.special_names, named[name].origin)
+        for name in (DEFAULT, TOOL_USE)
+        if name in named
+    }
+    return compiled[DEFAULT]._replace(tool_use=compiled.get(TOOL_USE))
 
 
 def _built_in(folder: Path, tokenizer: Tokenizer) -> Template:

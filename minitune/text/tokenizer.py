@@ -14,19 +14,10 @@ from typing import Any, NamedTuple
 
 from minitune.errors import InputError, quoted
 from minitune.io.json_file import read_json_object
+from minitune.text.folder_files import fingerprint
 from minitune.text.open_vocabulary import open_vocabulary
 from minitune.text.vocabulary import NAMED_TOKENS, AddedToken, Vocabulary
 
-TOKENIZER_FILES = (  # what a saved Hugging Face folder carries over byte for byte
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
 MAX_ID = 2**31  # token ids are int32 in files
 
 MATCHES_NOTHING = re.compile(r"(?!)")
@@ -158,7 +149,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
                 "correct tokenizer_config.json"
             )
     names = {name: text for name, text in names.items() if text in added}
-    return _tokenizer(vocabulary, names, added, config, _fingerprint(folder))
+    return _tokenizer(vocabulary, names, added, config, fingerprint(folder))
 
 
 def match_starts(find: re.Pattern[str], text: str) -> Iterator[int]:
@@ -287,12 +278,3 @@ def _declared(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:
             'expected {"id": {"content": text, "special": bool}}; fetch the file again'
         ) from None
     return declared
-
-
-def _fingerprint(folder: Path) -> str:
-    """SHA-256 of the names and contents of all tokenizer files that the folder has."""
-    digests = []
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digests.append((name, hashlib.sha256((folder / name).read_bytes()).hexdigest()))
-    return hashlib.sha256(repr(digests).encode()).hexdigest()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minitune.checkpoint.hf_folder import weight_files
+from minitune.checkpoint.weight_files import weight_files
 from minitune.errors import InputError
 
 OUT = ("..", "../x", "../../x", "../../../../etc/passwd", "a/../../x", "./../x", "../secret", "a/b/../../../secret", "..//secret")

@@ -1,6 +1,7 @@
 """Every family equals transformers, with its gradients, and each of its mechanisms is shown to matter."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from minitune import checkpoint, hardware, models
+from minitune.checkpoint.carried import notes
 from minitune.errors import InputError
 from minitune.hardware import product_dtype
 from minitune.interop.gguf import export
@@ -361,7 +363,7 @@ EAGER = {"llama4": {"experts_implementation": "eager"}}  # the others refuse odd
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 @pytest.mark.parametrize("name", IMAGES)
-def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str, tmp_path: Path) -> None:
+def test_the_text_model_within_is_read_and_written_with_what_sees_images(name: str, prefix: str, tmp_path: Path) -> None:
     config, fields = IMAGES[name]
     text = {key: value for key, value in family_of(config).to_hf(config).items() if key != "architectures"}
     text |= {"pad_token_id": None, "bos_token_id": 4, "eos_token_id": 5}
@@ -380,12 +382,40 @@ def test_the_text_model_within_is_read_and_written_alone(name: str, prefix: str,
     with torch.no_grad():
         wanted = (hf.language_model if name == "llama4" else hf)(tokens).logits  # whose whole model is broken without an image
     assert distance(model.forward(params, tokens), wanted) <= ATOL
+    trained = {n: w + 0.1 if n.endswith("q_proj.weight") else w for n, w in params.items()}
+    checkpoint.save_folder(tmp_path / "saved", trained, model, checkpoint.FolderExtras(tmp_path, [5], source=tmp_path / "whole"))
+    if (name, prefix) != ("llama4", "model.language_model."):  # a spelling that transformers does not read
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", **EAGER.get(name, {})).eval()
+        with torch.no_grad():
+            logits = (again.language_model if name == "llama4" else again)(tokens).logits
+        assert distance(logits, model.forward(trained, tokens)) <= ATOL < 1e-3 < distance(logits, wanted)
+    written = load_file(tmp_path / "saved/model.safetensors")
+    seeing = {n: w for n, w in renamed.items() if "vision" in n or "projector" in n}
+    assert seeing
+    assert {n: written[n].equal(w) for n, w in seeing.items()} == dict.fromkeys(seeing, True)
+    assert written.keys() == renamed.keys()
+    assert models.open(tmp_path / "saved").config == config
+
+
+def test_the_text_alone_is_written_where_the_rest_is_codes(tmp_path: Path) -> None:
+    config, fields = IMAGES["gemma3"]
+    text = {key: value for key, value in family_of(config).to_hf(config).items() if key != "architectures"}
+    whole = AutoConfig.for_model("gemma3", text_config={**text, "pad_token_id": None}, vision_config=VISION, **fields)
+    AutoModelForImageTextToText.from_config(whole).save_pretrained(tmp_path / "whole")
+    stored = load_file(tmp_path / "whole/model.safetensors")
+    coded = {n: w.to(torch.float8_e4m3fn) if n.startswith("vision_tower") and w.ndim == 2 else w for n, w in stored.items()}
+    assert any(w.dtype == torch.float8_e4m3fn for w in coded.values())
+    save_file(coded, tmp_path / "whole/model.safetensors", metadata={"format": "pt"})
+    model = models.open(tmp_path / "whole")
+    params = checkpoint.load_params(tmp_path / "whole", model.shapes())
     checkpoint.save_folder(tmp_path / "text", params, model, checkpoint.FolderExtras(tmp_path, [5], source=tmp_path / "whole"))
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", **EAGER.get(name, {})).eval()
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
     assert type(alone).__name__ == family_of(config).hf.architecture
+    tokens = 6 + random_batch(config, 2, 9).tokens % 11
     with torch.no_grad():
-        assert distance(alone(tokens).logits, wanted) <= ATOL
-    assert models.open(tmp_path / "text").config == config
+        assert distance(alone(tokens).logits, model.forward(params, tokens)) <= ATOL
+    (line,) = notes(tmp_path / "whole")
+    assert re.fullmatch(r"\d+ tensors of multi_modal_projector, vision_tower are left out: only the text model is here", line)
 
 
 def test_a_folder_that_spells_out_what_differs_alone_is_read() -> None:

@@ -32,6 +32,7 @@ NEEDED = {
     "config.json": b"{}",
     "tokenizer.json": b'{"version": "1.0"}',
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
     INDEX: json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode(),
     SHARDS[0]: bytes(range(256)) * 40,
     SHARDS[1]: bytes(3),
@@ -45,6 +46,7 @@ NOT_NEEDED = dict.fromkeys(
         "original/params.json",
         "onnx/model.onnx",
         "checkpoint-9/config.json",
+        "other/tool_use.jinja",
         ".gitattributes",
     ],
     b"not needed",
@@ -112,11 +114,12 @@ class Hub:
             return refuse(request, *self.refusal)
         if request.command == "GET":
             time.sleep(self.delay_s)
-        return send(request, self.files[name], {"ETag": f'"{len(self.files[name])}-{name}"', "X-Repo-Commit": COMMIT})
+        etag = f'"{len(self.files[name])}-{name.replace("/", "-")}"'
+        return send(request, self.files[name], {"ETag": etag, "X-Repo-Commit": COMMIT})
 
     def fetched(self) -> list[str]:
         """The files that were asked for, each as often as it was."""
-        return sorted(line.rpartition("/")[2] for line in self.log if line.startswith("GET") and "/resolve/" in line)
+        return sorted(re.split("/resolve/[^/]+/", line)[1] for line in self.log if line.startswith("GET") and "/resolve/" in line)
 
 
 def send(request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
@@ -154,7 +157,8 @@ def fetch(folder: Path, repo: str = REPO, revision: str = "main") -> tuple[dict[
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(".cache/")}
 
 
 def test_only_what_is_needed_is_fetched_and_only_once(server: Hub, tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_of_many_processes_on_a_node_one_fetches_and_the_first_rank_talks(server
     assert set(server.tokens) == {"Bearer hf_secret"}
     folder, n_bytes = tmp_path / "model", sum(map(len, NEEDED.values()))
     assert printed[0][0].splitlines() == [
-        f"{folder}: {REPO} at c0ffee000000, 6 files, {n_bytes / 1024:.1f} KiB",
+        f"{folder}: {REPO} at c0ffee000000, {len(NEEDED)} files, {n_bytes / 1024:.1f} KiB",
         f"look at it: python -m minitune inspect {folder}",
         f"train it:   python -m minitune PROGRAM.toml model.path={folder}",
     ]

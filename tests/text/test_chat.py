@@ -393,7 +393,10 @@ def test_built_in_templates() -> None:
 
 def test_unusable_templates_are_refused() -> None:
     folder, tokenizer = folder_with(llama_config(chat_template=[{"name": "rag", "template": "{{ 1 }}"}]))
-    with pytest.raises(InputError, match="chat_template is a dict, expected a string or a list of named strings with one called"):
+    with pytest.raises(
+        InputError,
+        match=r"chat_template is a list of \['rag'\], expected .* one called default; write it",
+    ):
         open_template(folder, tokenizer)
     folder, tokenizer = folder_with({"eos_token": None})
     with pytest.raises(InputError, match="has no chat template and its tokenizer no eos_token, expected one that ends a turn"):

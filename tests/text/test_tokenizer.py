@@ -19,7 +19,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import InputError
 from minitune.io import paths
-from minitune.text.tokenizer import TOKENIZER_FILES, Tokenizer, open_tokenizer
+from minitune.text.folder_files import TOKENIZER_FILES, fingerprint
+from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import CHAT_TOKENS, byte_level, llama, llama_config, sentencepiece_model, texts, wild, write_folder
 
 
@@ -166,6 +167,17 @@ def test_the_fingerprint_changes_with_every_file(file: str) -> None:
     old = (folder / file).read_bytes() if (folder / file).exists() else b"{}"
     (folder / file).write_bytes(sentencepiece_model(False) if file == "tokenizer.model" else old + b"\n")
     assert open_tokenizer(folder).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"])
+def test_the_fingerprint_changes_with_every_template(file: str) -> None:
+    folder = write_folder(sentencepiece_model(True), llama_config())
+    seen = {fingerprint(folder)}
+    (folder / file).parent.mkdir(exist_ok=True)
+    for content in ("{}", "{ }"):
+        (folder / file).write_text(content, encoding="utf-8")
+        seen.add(fingerprint(folder))
+    assert len(seen) == 3
 
 
 def test_tokenizer_json_stands_in_for_a_model_that_sentencepiece_cannot_read() -> None:

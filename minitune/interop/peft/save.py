@@ -10,10 +10,13 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from minitune.checkpoint.carried import write_text_files
+from minitune.checkpoint.hf_folder import FolderExtras, generation_config_json
 from minitune.checkpoint.tensors import save_tensors
 from minitune.errors import InputError
 from minitune.interop.peft import experts
 from minitune.interop.peft.layout import CONFIG, EMBEDDING, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
+from minitune.io.atomic import write_json
 from minitune.io.results import result_folder
 from minitune.lora import Lora
 from minitune.models.hf_multimodal import wrapped_name
@@ -30,10 +33,13 @@ def save_adapter(
     quantization: Mapping[str, Any] | None,
     names: Collection[str],
     wrapper: str | None = None,
+    extras: FolderExtras | None = None,
 ) -> None:
     """Write deltas, and tensors trained whole beside them, so that PeftModel.from_pretrained(base model, folder) gives the same
     logits; names: those of all the model's weights; wrapper: the model_type of a base that sees images too. InputError as
     `check` says.
+
+    extras: tokenizer, chat templates and end tokens that the deltas were trained with.
 
     The scale is always written as alpha / rank, because not every server knows rsLoRA. Deltas of single experts are written as
     such, which servers read too, and PEFT is told of the tensors that it will join them to.
@@ -89,6 +95,9 @@ def save_adapter(
         save_tensors(aside / WEIGHTS, tensors)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (aside / ORIGIN).write_text(json.dumps({"base": msgspec.to_builtins(origin)}, indent=2) + "\n", encoding="utf-8")
+        if extras is not None:
+            write_text_files(aside, extras.tokenizer, extras.template)
+            write_json(aside / "generation_config.json", generation_config_json(extras))
 
 
 def check_adapter(ranks: Mapping[str, int], whole: Collection[str], *, names: Collection[str], dora: bool) -> None:

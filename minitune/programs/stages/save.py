@@ -1,10 +1,12 @@
 """Stages that write the result: adapters and model folders, and quantized folders and files for inference."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from torch import Tensor
 
+from minitune.checkpoint.carried import notes
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.checkpoint.tensors import require_finite
@@ -73,12 +75,14 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 quantization=msgspec.to_builtins(rule) if rule else None,
                 names=loaded.params,
                 wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
+                extras=_folder_extras(state),
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
             require_finite(final, f"stages: {self.label}")
             save_folder(folder, final, loaded.model, _folder_extras(state))
             record |= errors
+            _say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
         return state.record(self.label, record)
 
@@ -142,9 +146,23 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
             for line in compressed_tensors.notes(params):
                 state.log.say(f"{self.label}: {line}")
-        n_bytes = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+        _say_notes(state, self.label, text_alone=True)
+        n_bytes = _n_bytes(target)
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
+
+
+def _say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
+    """Say in the log what becomes of what the model's folder holds beside its text model."""
+    source = state.loaded.source
+    for line in notes(source, text_alone=text_alone) if source is not None else []:
+        state.log.say(f"{label}: {line}")
+
+
+def _n_bytes(target: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = [path for path in target.rglob("*") if path.is_file()] if target.is_dir() else [target]
+    return sum(file.stat().st_size for file in files)
 
 
 def _folder_extras(state: PipelineState) -> FolderExtras:
