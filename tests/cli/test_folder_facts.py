@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -395,7 +396,7 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     place = (folder / file).parent if "/" in file else folder
     content = (folder / file).read_bytes()
     read(place)
-    refused, before = 0, host.peak_bytes()
+    refused, faults, before = 0, [], host.peak_bytes()
     for number in range(n):
         damaged = mutated(content, first, SPICE, random.Random(f"{seed} {file} {number}"))
         (folder / file).parent.mkdir(exist_ok=True)  # a damaged cache is removed
@@ -404,7 +405,10 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
             read(place)
         except InputError:
             refused += 1
-        except Exception as error:
-            raise AssertionError(f"mutation {number} of {file} raised {error!r}: {damaged[:3000]!r}") from error
+        except Exception as error:  # one long run shows all of them
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            fault = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
+            faults.append(f"mutation {number} of {file}: {fault}: {error!r:.200}: {damaged[:3000]!r}")
+    assert not faults, f"{len(faults)} tracebacks\n" + "\n".join(faults[:20])
     assert refused > n / 10 or not is_refused
     assert host.peak_bytes() - before < 256 * 2**20

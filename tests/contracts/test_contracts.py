@@ -21,11 +21,8 @@ from minitune.optim import registry
 from minitune.optim.schedules import Schedule
 from minitune.programs.stages.stage import Stage
 from minitune.types import LogProbs
+from support.independent import members
 from support.models import DENSE, family_configs, random_params
-
-
-def members(union: Any) -> list[type]:
-    return list(get_args(union)) or [union]  # a union of one is that one
 
 
 def smallest(kind: type) -> Any:
