@@ -43,6 +43,7 @@ from minitune.text import tokenizer
 from minitune.text.chat import encode_chat, encode_prompt, open_template, stop_ids
 from minitune.text.template import render
 from support.models import SMALL, random_params
+from support.programs import ONE_STEP, small_program
 
 MODEL = Model(llama.FAMILY, SMALL)
 DEMO = paths.PACKAGE / "demo/model"
@@ -55,27 +56,6 @@ TEMPLATE = """\
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-PROGRAM = """\
-name = "tiny"
-[model]
-path = "demo"
-[data.train]
-path = "demo/orders-train.jsonl"
-format = "instruct"
-seq_len = 64
-[[stage]]
-op = "lora"
-rank = 8
-alpha = 16.0
-targets = ["*.mlp.*"]
-[[stage]]
-op = "train"
-loss = { kind = "cross_entropy" }
-data = "train"
-steps = 3
-batch_size = 2
-optimizer = { kind = "adamw", lr = 3e-3 }
-"""
 
 
 def byte_level(folder: Path) -> None:
@@ -345,7 +325,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save_state(folder, 1, STATE, {"marks": {"step": 1}})
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "weight": 1}]
     (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
-    (folder / "program.toml").write_text(PROGRAM, encoding="utf-8")
+    (folder / "program.toml").write_text(small_program() + ONE_STEP, encoding="utf-8")
     write_run_files(folder)
     return folder
 
