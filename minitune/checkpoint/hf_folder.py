@@ -195,7 +195,8 @@ def save_folder(
     """
     beside = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, beside), **config_keys}
-    params = {beside.stored_names.get(name, name): w for name, w in params.items()} | beside.tensors
+    named = {beside.stored_names.get(name, name): w for name, w in params.items()}
+    params = {**named, **beside.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
         write_json(aside / "config.json", config)

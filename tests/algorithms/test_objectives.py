@@ -18,7 +18,7 @@ from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
-from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
+from minitune.losses.registry import PairLoss
 from minitune.losses.unpaired import Kto
 from minitune.models import Model
 from minitune.models.families import llama
@@ -27,6 +27,7 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.steps import dpo_step, kd_step, sft_step, train_step
 from minitune.types import Batch, Pairs, TeacherBatch, TrainState, UnpairedBatch
+from support.independent import members
 from support.models import SMALL, configs, random_batch, random_params
 
 pytestmark = pytest.mark.fast
@@ -117,7 +118,7 @@ def test_a_preference_step_starts_at_log_2_and_the_three_references_agree() -> N
         stepped(start, both, None)
 
 
-@pytest.mark.parametrize("kind", [Dpo, Ipo, Hinge, SimPO, Orpo, Cpo])
+@pytest.mark.parametrize("kind", members(PairLoss))
 def test_micro_batches_of_pairs_are_one_batch_and_steps_raise_the_margin(kind: type) -> None:
     model, params = Model(llama.FAMILY, SMALL), random_params(SMALL)
     both, optimizer, trainable = pairs(SMALL, 5, 3), AdamW(lr=1e-2), LORA.init(params, 0)

@@ -15,13 +15,11 @@ from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.lora import Lora
 from minitune.models import Model
 from minitune.models.compile import wrap
-from minitune.models.config import DecoderConfig
 from minitune.nn.attention import blockwise
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Int8, Scheme
 from support.closeness import assert_trees_close
-from support.experts import WITH_EXPERTS, small_experts
-from support.families import sized
+from support.families import config_of, sized
 from support.models import model_of, random_batch, random_deltas, random_params
 
 # torch scripts some of its rules for forward mode, which it deprecates itself, and warns of its own graph
@@ -63,10 +61,6 @@ def check(
     for forward in modes:
         found = forward(total, trainable, along)
         assert abs(float(found - true)) <= tolerance * max(1.0, abs(float(true))), forward.__name__
-
-
-def config_of(name: str) -> DecoderConfig:
-    return small_experts(name) if name in WITH_EXPERTS else sized(name)
 
 
 @pytest.mark.parametrize("name", sorted(models.FAMILIES))

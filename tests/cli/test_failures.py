@@ -17,28 +17,9 @@ from minitune.cli.failures import failure
 from minitune.errors import DiskFullError, InputError
 from minitune.io import atomic, paths
 from support.paths import PACKAGE
+from support.programs import ONE_STEP, small_program
 
-PROGRAM = """\
-name = "t"
-[model]
-path = "m"
-dtype = "float32"
-[data.train]
-path = "train.jsonl"
-format = "instruct"
-seq_len = 160
-[[stage]]
-op = "lora"
-rank = 4
-alpha = 8.0
-targets = ["*.self_attn.*_proj.weight"]
-[[stage]]
-op = "train"
-data = "train"
-steps = 1
-batch_size = 2
-optimizer = { kind = "adamw", lr = 5e-3 }
-"""
+PROGRAM = small_program("m", "train.jsonl") + ONE_STEP
 LONG = "y" * 300
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ from minitune.text import tokenizer
 from minitune.text.chat import encode_chat, encode_prompt, open_template, stop_ids
 from minitune.text.template import render
 from support.models import SMALL, random_params
+from support.programs import ONE_STEP, small_program
 
 MODEL = Model(llama.FAMILY, SMALL)
 DEMO = paths.PACKAGE / "demo/model"
@@ -54,27 +56,6 @@ TEMPLATE = """\
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-PROGRAM = """\
-name = "tiny"
-[model]
-path = "demo"
-[data.train]
-path = "demo/orders-train.jsonl"
-format = "instruct"
-seq_len = 64
-[[stage]]
-op = "lora"
-rank = 8
-alpha = 16.0
-targets = ["*.mlp.*"]
-[[stage]]
-op = "train"
-loss = { kind = "cross_entropy" }
-data = "train"
-steps = 3
-batch_size = 2
-optimizer = { kind = "adamw", lr = 3e-3 }
-"""
 
 
 def byte_level(folder: Path) -> None:
@@ -344,7 +325,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save_state(folder, 1, STATE, {"marks": {"step": 1}})
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "weight": 1}]
     (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
-    (folder / "program.toml").write_text(PROGRAM, encoding="utf-8")
+    (folder / "program.toml").write_text(small_program() + ONE_STEP, encoding="utf-8")
     write_run_files(folder)
     return folder
 
@@ -395,7 +376,7 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
     place = (folder / file).parent if "/" in file else folder
     content = (folder / file).read_bytes()
     read(place)
-    refused, before = 0, host.peak_bytes()
+    refused, faults, before = 0, [], host.peak_bytes()
     for number in range(n):
         damaged = mutated(content, first, SPICE, random.Random(f"{seed} {file} {number}"))
         (folder / file).parent.mkdir(exist_ok=True)  # a damaged cache is removed
@@ -404,7 +385,10 @@ def survive(i: int, whole: Path, tmp_path: Path, n: int, seed: int) -> None:
             read(place)
         except InputError:
             refused += 1
-        except Exception as error:
-            raise AssertionError(f"mutation {number} of {file} raised {error!r}: {damaged[:3000]!r}") from error
+        except Exception as error:  # one long run shows all of them
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            fault = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
+            faults.append(f"mutation {number} of {file}: {fault}: {error!r:.200}: {damaged[:3000]!r}")
+    assert not faults, f"{len(faults)} tracebacks\n" + "\n".join(faults[:20])
     assert refused > n / 10 or not is_refused
     assert host.peak_bytes() - before < 256 * 2**20

@@ -5,7 +5,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune import models, tree
@@ -14,18 +14,12 @@ from minitune.data.source import Source
 from minitune.io.paths import locate
 from minitune.losses.registry import DistillationLoss, Loss, PairLoss, TokenLoss, UnpairedLoss
 from minitune.models import Model
-from minitune.models.config import DecoderConfig
 from minitune.models.families import llama
-from minitune.models.weights import head_name, shapes
 from minitune.optim import registry
 from minitune.optim.schedules import Schedule
 from minitune.programs.stages.stage import Stage
 from minitune.types import LogProbs
-from support.models import DENSE, family_configs, random_params
-
-
-def members(union: Any) -> list[type]:
-    return list(get_args(union)) or [union]  # a union of one is that one
+from support.independent import members
 
 
 def smallest(kind: type) -> Any:
@@ -176,32 +170,6 @@ def test_a_stage_has_a_tag_a_label_and_a_docstring(kind: type) -> None:
     assert kind.__struct_config__.frozen
     assert kind.__struct_config__.forbid_unknown_fields
     assert kind.run.__doc__
-
-
-@pytest.mark.parametrize("name", sorted(models.FAMILIES))
-def test_a_family_is_listed_by_its_model_type_and_has_a_config_of_its_own(name: str) -> None:
-    family = models.FAMILIES[name]
-    assert family.name == name
-    assert issubclass(family.config, DecoderConfig)
-    assert [other for other, one in models.FAMILIES.items() if one.config is family.config] == [name]
-
-
-@settings(max_examples=3)
-@pytest.mark.parametrize("name", DENSE)
-@given(data=st.data(), seed=st.integers(0, 2**32), length=st.integers(2, 11))
-def test_a_family_is_causal_and_its_config_survives_config_json(name: str, data: st.DataObject, seed: int, length: int) -> None:
-    family, config = models.FAMILIES[name], data.draw(family_configs(name))
-    assert models.from_hf(family.to_hf(config)).config == config
-    params, generator = random_params(config, seed, torch.float64), torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-    at = int(torch.randint(0, length, (), generator=generator))
-    changed = tokens.clone()
-    changed[0, at] = (changed[0, at] + 1) % config.vocab_size
-    before, after = (Model(family, config).forward(params, t) for t in (tokens, changed))
-    assert torch.equal(before[:, :at], after[:, :at])
-    assert not torch.equal(before[:, at:], after[:, at:])
-    assert set(params) == set(shapes(config))
-    assert head_name(config) in params
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:

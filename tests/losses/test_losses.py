@@ -14,19 +14,17 @@ from torch import Tensor
 
 from minitune.losses.base import log1mexp
 from minitune.losses.distillation import (
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SymmetricKL,
     forward_kl,
     jensen_shannon,
     reverse_kl,
     symmetric_kl,
 )
-from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO, cpo, dpo, hinge, ipo, orpo, simpo
+from minitune.losses.preference import cpo, dpo, hinge, ipo, orpo, simpo
+from minitune.losses.registry import DistillationLoss, PairLoss
 from minitune.losses.token import CrossEntropy, cross_entropy
 from minitune.losses.unpaired import Kto, kto
 from minitune.types import LogProbs
+from support.independent import members
 
 pytestmark = pytest.mark.fast
 
@@ -52,8 +50,8 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "jensen_shannon": lambda s, t, *, temperature: jensen_shannon(s, t, temperature=temperature, weight=0.5),
     "jensen_shannon 0.2": lambda s, t, *, temperature: jensen_shannon(s, t, temperature=temperature, weight=0.2),
 }
-DISTILLATIONS = [ForwardKL, ReverseKL, SymmetricKL, JensenShannon]
-PAIRED = [Dpo, Ipo, Hinge, SimPO, Orpo, Cpo]
+DISTILLATIONS: list[Any] = members(DistillationLoss)
+PAIRED: list[Any] = members(PairLoss)
 
 
 def drawn(seed: int, *shape: int, scale: float = 3.0) -> Tensor:
@@ -213,40 +211,13 @@ def test_kto_is_finite_at_the_extremes(dtype: torch.dtype) -> None:
             assert all(torch.isfinite(g).all() for g in gradients(loss, policy, ref))
 
 
-@given(seed=seeds, beta=betas)
-def test_structs_average_where_their_paper_does(seed: int, beta: float) -> None:
-    policy, ref = log_probs(seed), log_probs(seed + 1)
-    ref = ref._replace(n_chosen=policy.n_chosen, n_rejected=policy.n_rejected)
-    sums = (policy.chosen, policy.rejected, ref.chosen, ref.rejected)
-    n = (policy.n_chosen, policy.n_rejected)
-    means = tuple(x / m for x, m in zip(sums, n * 2, strict=True))
-    cases = [
-        (Dpo(beta=beta, label_smoothing=0.1), dpo(*sums, beta=beta, label_smoothing=0.1)),
-        (Ipo(beta=beta), ipo(*means, beta=beta)),
-        (Hinge(beta=beta), hinge(*sums, beta=beta)),
-        (SimPO(beta=beta, gamma=0.4), simpo(*means[:2], beta=beta, gamma=0.4)),
-        (Orpo(beta=beta), orpo(*means[:2], beta=beta)),
-        (Cpo(beta=beta, nll_weight=0.3), cpo(*sums[:2], -means[0], beta=beta, nll_weight=0.3)),
-    ]
-    assert [type(loss) for loss, _ in cases] == PAIRED
-    for loss, expected in cases:
-        torch.testing.assert_close(loss(policy, ref), expected)
-        if not loss.needs_reference:
-            torch.testing.assert_close(loss(policy, None), expected)
-        c, r, rc, rr = means if isinstance(loss, (SimPO, Orpo)) else sums
-        rewards = torch.stack([c - rc, r - rr] if loss.needs_reference else [c, r])
-        torch.testing.assert_close(torch.stack(loss.rewards(policy, ref if loss.needs_reference else None)), beta * rewards)
-    ratios = Kto(beta=beta).rewards(policy.chosen, ref.chosen)
-    torch.testing.assert_close(ratios, beta * (policy.chosen - ref.chosen))
-
-
-@pytest.mark.parametrize("kind", [Ipo, SimPO, Orpo, Cpo])
+@pytest.mark.parametrize("kind", PAIRED)
 def test_an_answer_without_tokens_is_no_division_by_zero(kind: Any) -> None:
     empty = LogProbs(*torch.zeros(4, 3))
     assert torch.isfinite(kind()(empty, empty)).all()
 
 
-@pytest.mark.parametrize("kind", [Dpo, Ipo, Hinge])
+@pytest.mark.parametrize("kind", [kind for kind in PAIRED if kind.needs_reference])
 def test_a_loss_that_compares_says_when_there_is_no_reference(kind: Any) -> None:
     for call in (kind(), kind().rewards):
         with pytest.raises(TypeError, match="losses: the reference is None, expected LogProbs; this loss compares the policy"):

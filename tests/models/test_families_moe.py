@@ -1,14 +1,12 @@
 """Families with experts equal transformers, with their gradients, and each of their mechanisms is shown to matter."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,7 +14,6 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from minitune import checkpoint, models
 from minitune.algorithms import gptq
-from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.errors import InputError
 from minitune.hardware import product_dtype
 from minitune.inference.generate import greedy
@@ -30,14 +27,12 @@ from minitune.nn import moe
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import Int8
 from minitune.quant.tensors import QInt8
-from minitune.types import Delta, Mean
+from minitune.types import Delta
 from support.closeness import distance
 from support.experts import WITH_EXPERTS, small_experts
-from support.families import check_decoding, check_packing
 from support.models import (
     answers,
     check_against_transformers,
-    family_configs,
     random_batch,
     random_params,
     reference,
@@ -46,15 +41,6 @@ from support.models import (
 
 ATOL = 1e-5  # of the largest value
 SEEDS = st.integers(0, 2**32)
-
-
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-@settings(max_examples=6)
-@given(data=st.data(), seed=SEEDS, length=st.integers(2, 29))
-def test_logits_and_gradients_equal_transformers(name: str, data: st.DataObject, seed: int, length: int) -> None:
-    config = data.draw(family_configs(name))
-    params, tokens = random_params(config, seed), random_batch(config, 2, length, seed).tokens
-    check_against_transformers(config, params, tokens, seed)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
@@ -67,61 +53,6 @@ def test_experts_in_one_kernel_equal_transformers(name: str, monkeypatch: pytest
     monkeypatch.setattr(moe, "_in_one_kernel", lambda *args: taken.append(has_kernel(*args)) or taken[-1])
     check_against_transformers(config, random_params(config), random_batch(config, 2, 23).tokens, 0)
     assert any(taken)
-
-
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-@given(data=st.data())
-def test_a_config_survives_config_json_in_both_spellings(name: str, data: st.DataObject) -> None:
-    config = data.draw(family_configs(name))
-    hf, model = json.loads(json.dumps(models.FAMILIES[name].to_hf(config))), Model(models.FAMILIES[name], config)
-    assert models.from_hf(hf) == model
-    spellings = [("rope_theta", "rope_scaling"), ("rope_parameters",)]
-    spellings += [("num_local_experts",), ("num_experts",)] if name in ("qwen2_moe", "qwen3_moe") else []
-    for left_out in spellings:
-        assert models.from_hf({key: value for key, value in hf.items() if key not in left_out}) == model
-    assert msgspec.convert(msgspec.to_builtins(config), type(config)) == config
-
-
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-def test_a_folder_of_transformers_loads_and_gives_its_logits(name: str, tmp_path: Path) -> None:
-    config = small_experts(name)
-    hf = reference(config, random_params(config))
-    hf.save_pretrained(tmp_path)
-    model = models.open(tmp_path)
-    params = checkpoint.load_params(tmp_path, model.shapes())
-    tokens = random_batch(config, 2, 19).tokens
-    with torch.no_grad():
-        assert distance(model.forward(params, tokens), hf(tokens).logits) <= ATOL
-
-
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-def test_packed_documents_equal_their_own_forwards_in_values_and_gradients(name: str) -> None:
-    config = small_experts(name)
-    params, batch = random_params(config, 1, torch.float64), random_batch(config, 2, 23, 1)
-    model = Model(models.FAMILIES[name], config)
-
-    def packed(p: Mapping[str, Tensor]) -> Mean:
-        logits = model.forward(p, batch.tokens, segment_ids=batch.segment_ids)
-        return Mean(torch.where(batch.segment_ids[..., None] > 0, logits, 0.0).square().sum(), torch.ones(()))
-
-    def apart(p: Mapping[str, Tensor]) -> Mean:
-        documents = [
-            row[ids == i] for row, ids in zip(batch.tokens, batch.segment_ids, strict=True) for i in ids[ids > 0].unique()
-        ]
-        return Mean(torch.stack([model.forward(p, one[None]).square().sum() for one in documents]).sum(), torch.ones(()))
-
-    actual, wanted = (value_and_grad(f)(params) for f in (packed, apart))
-    torch.testing.assert_close(actual[0].total, wanted[0].total)
-    torch.testing.assert_close(actual[1], wanted[1], atol=1e-9 * float(wanted[0].total), rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-@settings(max_examples=3)
-@given(data=st.data(), seed=SEEDS)
-def test_cached_and_packed_equal_the_full_forward(name: str, data: st.DataObject, seed: int) -> None:
-    config = data.draw(family_configs(name))
-    check_decoding(config, seed)
-    check_packing(config, seed, [5, 1, 7, 11])
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

@@ -14,9 +14,6 @@ from minitune import models
 from minitune.errors import MAX_QUOTED, InputError, quoted
 from minitune.models import hf_config, hf_fields, rope_scaling
 from minitune.models.hf_config import pattern
-from support.experts import small_experts
-from support.families import sized
-from support.models import WITH_EXPERTS
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LEAVES = st.one_of(
@@ -50,7 +47,7 @@ ROPES = st.fixed_dictionaries(
 
 def written(name: str) -> dict[str, Any]:
     """A config.json of a family as minitune writes it."""
-    return models.FAMILIES[name].to_hf(small_experts(name) if name in WITH_EXPERTS else sized(name))
+    return models.FAMILIES[name].to_hf(config_of(name))
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

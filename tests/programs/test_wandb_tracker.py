@@ -12,23 +12,9 @@ from minitune.__main__ import main
 from minitune.errors import InputError
 from minitune.programs import wandb_tracker
 from minitune.programs.wandb_tracker import WandbConfig, check
+from support.programs import small_program
 
-PROGRAM = """\
-name = "t"
-[model]
-path = "demo"
-[data.train]
-path = "demo/orders-train.jsonl"
-format = "instruct"
-seq_len = 160
-[[stage]]
-op = "lora"
-rank = 4
-alpha = 8.0
-targets = ["*.self_attn.*_proj.weight"]
-[log]
-wandb = { project = "p" }
-"""
+PROGRAM = small_program() + '[log]\nwandb = { project = "p" }\n'
 KEY = "a" * 40
 
 
@@ -83,7 +69,7 @@ def test_a_wrong_setting_is_one_sentence_before_a_folder_is_made(
 def test_a_wrong_key_of_the_file_names_its_line(capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
     Path("t.toml").write_text(PROGRAM.replace('project = "p"', text), encoding="utf-8")
     assert main(["check", "t.toml"]) == 2
-    assert capsys.readouterr().err.startswith(f"program: t.toml:14: {message}")
+    assert capsys.readouterr().err.startswith(f"program: t.toml:15: {message}")
 
 
 def test_a_key_that_wandb_refuses_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,7 +13,13 @@ from minitune import models
 from minitune.models.experts import Experts
 from minitune.models.rope_scaling import Llama3, Yarn
 
-WITH_EXPERTS = ("gpt_oss", "llama4_text", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+WITH_EXPERTS = tuple(
+    sorted(
+        name
+        for name, family in models.FAMILIES.items()
+        if any(field.name == "experts" and field.required for field in msgspec.structs.fields(family.config))
+    )
+)
 ONE_WIDTH = ("gpt_oss", "mixtral", "olmoe")  # intermediate_size is that of the experts
 NO_HEAD_DIM = ("olmoe", "qwen2_moe")  # head_dim is no field of theirs
 
@@ -34,7 +41,7 @@ def expert_config(draw: Callable[..., Any], name: str, fields: dict[str, Any]) -
         "names": {"mixtral": "mixtral", "gpt_oss": "gpt_oss", "llama4_text": "llama4"}.get(name, "qwen"),
     }
     window = draw(st.sampled_from([None, 1, 3, 8]))
-    if name in ("mixtral", "qwen2_moe", "qwen3_moe"):
+    if name in ("qwen2_moe", "qwen3_moe"):
         fields["window"] = window
     if name in ("qwen2_moe", "qwen3_moe", "olmoe"):
         experts["renormalised"] = draw(st.booleans())
@@ -42,7 +49,6 @@ def expert_config(draw: Callable[..., Any], name: str, fields: dict[str, Any]) -
         experts["layers"] = pattern((True,), (True, False))
     if name == "qwen2_moe":
         experts |= {"d_shared": draw(st.sampled_from([2, 9])), "shared_gate": True}
-        fields["qkv_bias"] = draw(st.booleans())
         if window is not None:
             fields["layer_types"] = pattern(("full",), ("full", "sliding"))
     if name == "gpt_oss":
@@ -56,17 +62,29 @@ def expert_config(draw: Callable[..., Any], name: str, fields: dict[str, Any]) -
             "qk_norm": draw(st.sampled_from(["none", "rotated"])),
             "nope_span": draw(st.integers(1, 9)),
         }
-        fields |= {"nope_growth": draw(st.sampled_from([None, 0.7])), "attention_bias": draw(st.booleans())}
+        fields["nope_growth"] = draw(st.sampled_from([None, 0.7]))
         fields["rope_layers"] = pattern((True, True, True, False), (True, False))
         fields["layer_types"] = pattern(("chunked", "chunked", "chunked", "full"), ("chunked", "full"))
         fields["rope_scaling"] = draw(st.sampled_from([None, Llama3(8.0, 1.0, 4.0, 13)]))
     if name in ONE_WIDTH:
         fields["d_ff"] = experts["d_ff"]
-    if name in ("qwen3_moe", "olmoe"):
-        fields["attention_bias"] = draw(st.booleans())
     if name in NO_HEAD_DIM:
         fields["d_model"] = fields["n_heads"] * fields["d_head"]
-    return models.FAMILIES[name].config(**fields, experts=Experts(**experts))
+    return models.FAMILIES[name].config(**fields, **declared(draw, name, fields), experts=Experts(**experts))
+
+
+def declared(draw: Callable[..., Any], name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the switches and numbers that a family's declaration spells in config.json and `fields` does not hold yet."""
+    family, drawn = models.FAMILIES[name], {}
+    for field in msgspec.structs.fields(family.config):
+        if field.name in family.hf.fields and field.name not in fields:
+            if isinstance(field.default, bool):
+                drawn[field.name] = draw(st.booleans())
+            elif isinstance(field.default, float):
+                drawn[field.name] = draw(st.sampled_from([0.5, 1.0, 1.7]))
+            elif field.name == "window":
+                drawn["window"] = draw(st.sampled_from([None, 1, 3, 8]))
+    return drawn
 
 
 def small_experts(name: str) -> Any:
@@ -78,7 +96,7 @@ def small_experts(name: str) -> Any:
         "olmoe": Experts(5, 2, 7, "qwen", renormalised=False),
         "llama4_text": Experts(5, 2, 7, "llama4", "top_then_sigmoid", d_shared=7, layers=(True, False)),
         "gpt_oss": Experts(5, 2, 7, "gpt_oss", "top_then_softmax", bias=True, limit=0.5),
-    }[name]
+    }.get(name, Experts(5, 2, 7, "qwen"))
     more: dict[str, Any] = {"window": 5} if name in ("mixtral", "qwen3_moe", "gpt_oss") else {}
     more |= {"rope_scaling": Yarn(4.0, 13, truncate=False)} if name == "gpt_oss" else {}
     if name == "llama4_text":

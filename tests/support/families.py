@@ -1,5 +1,6 @@
 """Configs of every family in which each mechanism shows, and checks that every family passes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from minitune.models import decoder, rope_scaling
 from minitune.models.config import DecoderConfig
 from minitune.models.mixers.grouped_query import KVCache
 from minitune.nn.attention.key_range import KeyRange, document_positions, documents
-from support.experts import small_experts
+from support.experts import WITH_EXPERTS, small_experts
 from support.models import SCALINGS, YARNS, model_of, random_batch, random_params
 
 
@@ -108,3 +109,16 @@ IMAGES = {
     "mistral3": (sized("mistral"), {"image_token_index": 3}),
     "llama4": (small_experts("llama4_text"), {"boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3}),
 }
+
+
+def config_of(name: str) -> DecoderConfig:
+    """A fixed config of a family, in which every mechanism that it has shows."""
+    if name in WITH_EXPERTS:
+        return small_experts(name)
+    return sized(name, **({"rope_scaling": GROWING} if name == "ministral3" else {}))  # transformers has no other
+
+
+def linear_maps(params: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of all weights that a delta can lie on, but for embedding and head."""
+    others = ("_bias", "embed_tokens.weight", "lm_head.weight")
+    return [name for name, w in params.items() if w.ndim > 1 and not name.endswith(others)]

@@ -18,7 +18,7 @@ from minitune.models.families.llama import Config
 from minitune.models.family import Family
 from minitune.models.rope_scaling import Dynamic, LinearScaling, Llama3, LongRope, Scaling, Yarn
 from minitune.types import Batch, Delta, Mean
-from support.experts import WITH_EXPERTS, expert_config, fused
+from support.experts import WITH_EXPERTS, declared, expert_config, fused
 
 SCALINGS = {
     "default": None,
@@ -32,10 +32,7 @@ YARNS = [
     Yarn(8.0, 20, mscale=0.7, mscale_all_dim=0.3),
     Yarn(2.0, 13, attention_factor=1.3),
 ]
-DENSE = (
-    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
-    *("gemma3_text", "phi3", "olmo2", "olmo3", "smollm3", "granite"),
-)
+DENSE = tuple(name for name in models.FAMILIES if name not in WITH_EXPERTS)
 ATTENTION_TYPES: tuple[AttentionType, ...] = ("full", "sliding")
 
 
@@ -79,12 +76,15 @@ def scalings(draw: st.DrawFn, d_rotary: int) -> Scaling | None:
 
 @st.composite
 def family_configs(draw: st.DrawFn, name: str) -> DecoderConfig:
-    """A Config of a family, with every choice that its config.json has."""
+    """A Config of a family, with every choice that its config.json has.
+
+    Switches and numbers that the family declares are drawn as they are declared; a branch here adds
+    what it reads and writes by itself.
+    """
     kind, fields = models.FAMILIES[name].config, draw(sizes())
     if name in WITH_EXPERTS:
         return expert_config(draw, name, fields)
-    bias, window = draw(st.booleans()), draw(st.sampled_from([None, 1, 3, 8]))
-    number = st.sampled_from([0.5, 1.0, 1.7])
+    window = draw(st.sampled_from([None, 1, 3, 8]))
     if name == "phi3":
         d_head = draw(st.sampled_from([4, 8]))
         fields |= {"d_head": d_head, "d_model": d_head * fields["n_heads"], "rotary_factor": draw(st.sampled_from([0.5, 1.0]))}
@@ -93,8 +93,6 @@ def family_configs(draw: st.DrawFn, name: str) -> DecoderConfig:
         scaling = draw(scalings(int(d_head * fields["rotary_factor"])))
         return kind(**fields, window=window, rope_scaling=scaling if isinstance(scaling, LongRope) else None)
     scaling = draw(scalings(fields["d_head"]))
-    if name == "mistral":
-        return kind(**fields, window=window, rope_scaling=scaling)
     if name == "ministral3":
         return kind(**fields, window=window, rope_scaling=Yarn(4.0, 7, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4))
     if name in ("gemma3_text", "olmo3"):
@@ -117,12 +115,7 @@ def family_configs(draw: st.DrawFn, name: str) -> DecoderConfig:
         fields["layer_types"] = draw(patterns(fields["n_layers"], kind(**fields).layer_types, ATTENTION_TYPES))
     if name == "smollm3":
         fields["rope_layers"] = draw(patterns(fields["n_layers"], (True, True, True, False), (True, False)))
-    if name == "granite":
-        names = ("embedding_multiplier", "residual_multiplier", "attention_scale", "logit_divisor")
-        fields |= {field: draw(number) for field in names}
-    if name in ("llama", "smollm3", "granite"):
-        fields["mlp_bias"] = draw(st.booleans())
-    return kind(**fields) if name == "qwen2" else kind(**fields, attention_bias=bias)
+    return kind(**fields, **declared(draw, name, fields))
 
 
 @st.composite
@@ -202,16 +195,28 @@ def separation(actual: Answer, wanted: Answer) -> tuple[float, float]:
     return float((actual[0] - wanted[0]).abs().max() / wanted[0].abs().max()), grads / scale
 
 
+def moved(params: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """float64 weights, each moved by up to a rounding of float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rounding(w: torch.Tensor) -> torch.Tensor:
+        return 2**-23 * (2 * torch.rand(w.shape, generator=generator, dtype=torch.float64) - 1)
+
+    return {name: w.double() * (1 + rounding(w)) for name, w in params.items()}
+
+
 def check_against_transformers(config: DecoderConfig, params: dict[str, torch.Tensor], tokens: torch.Tensor, seed: int) -> None:
-    """In float64 the two are one function with one gradient; in float32 minitune is as near to it as transformers is, or nearer
-    than 1e-5."""
+    """In float64 the two are one function with one gradient. In float32 minitune errs as transformers does, or as a weight that
+    is moved by a rounding does: of 240 draws the worst was 2.1 times the larger of the two."""
     ours, theirs = answers(config, params, tokens, seed)
     with widened():
         exact, wanted = answers(config, {n: w.double() for n, w in params.items()}, tokens, seed)
+        near = [answers(config, moved(params, seed + i), tokens, seed)[0] for i in range(2)]
     assert max(separation(exact, wanted)) <= 1e-12
     assert exact[0].dtype == wanted[0].dtype == torch.float64
-    for error, their_error in zip(separation(ours, wanted), separation(theirs, wanted), strict=True):
-        assert error <= max(1e-5, 4 * their_error)
+    roundings = [separation(theirs, wanted), *(separation(other, exact) for other in near)]
+    for error, *others in zip(separation(ours, wanted), *roundings, strict=True):
+        assert error <= 8 * max(others)
 
 
 def random_batch(config: DecoderConfig, n_rows: int, length: int, seed: int = 0, packed: bool = True) -> Batch:

@@ -110,6 +110,23 @@ path = "{tiny}/orders-pairs.jsonl"
 format = "unpaired"
 seq_len = 256
 """
+ONE_STEP = """\
+[[stage]]
+op = "train"
+data = "train"
+steps = 1
+batch_size = 2
+optimizer = { kind = "adamw", lr = 5e-3 }
+"""
+
+
+def small_program(model: str = "demo", data: str = "demo/orders-train.jsonl") -> str:
+    """A program that puts deltas on a model and trains nothing yet."""
+    head = f'name = "t"\n[model]\npath = "{model}"\ndtype = "float32"\n'
+    source = f'[data.train]\npath = "{data}"\nformat = "instruct"\nseq_len = 160\n'
+    return f'{head}{source}[[stage]]\nop = "lora"\nrank = 4\nalpha = 8.0\ntargets = ["*.self_attn.*_proj.weight"]\n'
+
+
 LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'
 NF4 = '[[stage]]\nop = "quantize"\nscheme = { kind = "nf4" }\n'
 TRAIN = '[[stage]]\nop = "train"\ndata = "train"\nsteps = 4\nbatch_size = 4\nsave_every = 2\n'
