@@ -195,7 +195,8 @@ def save_folder(
     """
     beside = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, beside), **config_keys}
-    params = {beside.stored_names.get(name, name): w for name, w in params.items()} | beside.tensors
+    named = {beside.stored_names.get(name, name): w for name, w in params.items()}
+    params = {**named, **beside.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
         write_json(aside / "config.json", config)
@@ -230,15 +231,15 @@ def _config_json(extras: FolderExtras, model: Model, params: Params, beside: Car
     if extras.source is None:
         # written out: an absent id is that of the family's own vocabulary,
         # and transformers refuses a padding id beyond this one
-        ids = dict.fromkeys(["bos_token_id", "pad_token_id"])
-        ids |= {"eos_token_id": [*extras.stop_ids] or None}
+        ends = {"eos_token_id": [*extras.stop_ids] or None}
+        ids = {"bos_token_id": None, **ends, "pad_token_id": None}
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
     hf = config_json(extras.source)
-    config = _passed_through(hf if beside.tensors else text_config(hf), dtype)
+    if not beside.tensors:
+        return _passed_through(text_config(hf), dtype)
     inner = hf.get("text_config")
-    if beside.tensors and isinstance(inner, dict):
-        config["text_config"] = _passed_through(inner, dtype, added=False)
-    return config
+    texts = {"text_config": _passed_through(inner, dtype, added=False)} if inner else {}
+    return {**_passed_through(hf, dtype), **texts}
 
 
 def _passed_through(hf: Mapping[str, Any], dtype: str, *, added: bool = True) -> dict[str, Any]:
