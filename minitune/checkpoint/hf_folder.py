@@ -20,7 +20,7 @@ from minitune.io.atomic import require_room, write_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
 from minitune.io.safetensors_header import INDEX, SINGLE
-from minitune.models import hf_quantized
+from minitune.models import fused_experts, hf_quantized
 from minitune.models.hf_multimodal import text_config, text_name
 from minitune.models.model import Model
 from minitune.models.open import config_json
@@ -62,6 +62,7 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
     """
     params: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}  # of weights that are stored as codes, and a tied head
+    fused = fused_experts.places(shapes)
     for path, promised in weight_files(folder).items():
         with opened_tensors(path) as file:
             absent = sorted(promised - frozenset(file.keys()))
@@ -72,11 +73,11 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
                 if _is_part(file, stored, name, shapes):
                     parts[name] = file.get_tensor(stored)
                     continue
-                if name in params:
-                    what = f"{path} holds {name}, which a file before it holds too"
-                    raise InputError(f"checkpoint: {what}; download both again")
-                w = _checked_weight(file, stored, name, path, shapes)
-                params[name] = w if dtype is None else w.to(dtype)
+                for one, w in _checked_weights(file, stored, name, path, shapes, fused).items():
+                    if one in params:
+                        what = f"{path} holds {name}, which a file before it holds too"
+                        raise InputError(f"checkpoint: {what}; download both again")
+                    params[one] = w if dtype is None else w.to(dtype)
 
     head = None if HEAD in shapes else parts.pop(HEAD, None)
     params |= _dequantized(parts, shapes, folder, dtype or torch.bfloat16)
@@ -89,13 +90,15 @@ def load_params(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
 def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """InputError for what `load_params` refuses and the files' headers show; no weight is read."""
     found: set[str] = set()
+    fused = fused_experts.places(shapes)
     for path in weight_files(folder):
         with opened_tensors(path) as file:
             for stored, name in _text_tensors(file.keys()).items():
-                found.add(quantized_base.owner(mxfp4.whole_name(name)))
-                if not _is_part(file, stored, name, shapes):
-                    _require_known(name, path, shapes)
-                    _require_shape(file, stored, name, path, shapes[name])
+                if _is_part(file, stored, name, shapes):
+                    found.add(quantized_base.owner(mxfp4.whole_name(name)))
+                else:
+                    _require_fit(file, stored, name, path, shapes, fused)
+                    found |= {name, *fused.get(name, ())}
     _require_all(folder, found, shapes)
 
 
@@ -146,21 +149,43 @@ def _require_tied(head: Tensor, embedding: Tensor, folder: Path) -> None:
         )
 
 
-def _require_known(name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if name not in shapes:
-        what = f"{path} holds {name}, which this model does not have"
-        raise InputError(f"checkpoint: {what}; is config.json of another model?")
+def _checked_weights(
+    file: Any,
+    stored: str,
+    name: str,
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    fused: Mapping[str, Sequence[str]],
+) -> dict[str, Tensor]:
+    """Stored tensor by the name of the weight that it is, or its parts where it holds experts.
 
-
-def _checked_weight(file: Any, stored: str, name: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """Stored tensor that is a weight of the model: known by name, of its shape, floating point."""
-    _require_known(name, path, shapes)
-    _require_shape(file, stored, name, path, shapes[name])
+    InputError unless it is known by name, of its shape, and floating point.
+    """
+    _require_fit(file, stored, name, path, shapes, fused)
     w = file.get_tensor(stored)
     if not w.is_floating_point():
         what = f"{path} holds {name} as {w.dtype}, expected floating point"
         raise InputError(f"checkpoint: {what}; take a folder of unquantized weights")
-    return w
+    return {name: w} if name in shapes else fused_experts.unfused(name, w, fused[name])
+
+
+def _require_fit(
+    file: Any,
+    stored: str,
+    name: str,
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    fused: Mapping[str, Sequence[str]],
+) -> None:
+    """InputError unless a stored tensor is a weight of the model, or holds experts of it."""
+    if name in shapes:
+        expected = shapes[name]
+    elif name in fused:
+        expected = fused_experts.fused_shape(name, fused[name], shapes[fused[name][0]])
+    else:
+        what = f"{path} holds {name}, which this model does not have"
+        raise InputError(f"checkpoint: {what}; is config.json of another model?")
+    _require_shape(file, stored, name, path, expected)
 
 
 def _require_shape(file: Any, stored: str, name: str, path: Path, expected: Sequence[int]) -> None:
@@ -231,15 +256,15 @@ def _config_json(extras: FolderExtras, model: Model, params: Params, beside: Car
     if extras.source is None:
         # written out: an absent id is that of the family's own vocabulary,
         # and transformers refuses a padding id beyond this one
-        ids = dict.fromkeys(["bos_token_id", "pad_token_id"])
-        ids |= {"eos_token_id": [*extras.stop_ids] or None}
+        ends = {"eos_token_id": [*extras.stop_ids] or None}
+        ids = {"bos_token_id": None, **ends, "pad_token_id": None}
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
     hf = config_json(extras.source)
-    config = _passed_through(hf if beside.tensors else text_config(hf), dtype)
+    if not beside.tensors:
+        return _passed_through(text_config(hf), dtype)
     inner = hf.get("text_config")
-    if beside.tensors and isinstance(inner, dict):
-        config["text_config"] = _passed_through(inner, dtype, added=False)
-    return config
+    texts = {"text_config": _passed_through(inner, dtype, added=False)} if inner else {}
+    return {**_passed_through(hf, dtype), **texts}
 
 
 def _passed_through(hf: Mapping[str, Any], dtype: str, *, added: bool = True) -> dict[str, Any]:

@@ -243,6 +243,41 @@ def test_what_experts_can_not_be_is_refused() -> None:
         models.from_hf({**hf, "shared_expert_intermediate_size": 4})
 
 
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_that_are_stored_fused_are_read_and_saved_as_published(name: str, tmp_path: Path) -> None:
+    config = small_experts(name)
+    params, tokens = random_params(config), random_batch(config, 2, 9).tokens
+    hf = reference(config, params)
+    hf.save_pretrained(tmp_path / "fused", save_original_format=False)
+    stored = checkpoint.load_tensors(tmp_path / "fused/model.safetensors")
+    assert any(n.endswith("experts.gate_up_proj") and w.ndim == 3 for n, w in stored.items())
+    model = models.open(tmp_path / "fused")
+    checkpoint.check_weights(tmp_path / "fused", model.shapes())
+    loaded = checkpoint.load_params(tmp_path / "fused", model.shapes())
+    assert loaded.keys() == params.keys()
+    assert all(w.equal(params[n]) for n, w in loaded.items())
+    extras = checkpoint.FolderExtras(tmp_path, [2], source=tmp_path / "fused")
+    checkpoint.save_folder(tmp_path / "saved", loaded, model, extras)
+    assert checkpoint.load_tensors(tmp_path / "saved/model.safetensors").keys() == params.keys()
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", experts_implementation="eager")(tokens).logits
+        assert torch.equal(again, hf(tokens).logits)
+
+
+def test_fused_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
+    config = small_experts("qwen3_moe")
+    reference(config, random_params(config)).save_pretrained(tmp_path / "fused", save_original_format=False)
+    path, name = tmp_path / "fused/model.safetensors", "model.layers.0.mlp.experts.gate_up_proj"
+    stored = {key: w.clone() for key, w in checkpoint.load_tensors(path).items()}  # the file is written over
+    checkpoint.save_tensors(path, {**stored, name: stored[name].mT})
+    shapes = models.open(tmp_path / "fused").shapes()
+    n, out, in_ = stored[name].shape
+    message = rf"holds {name} of shape \[{n}, {in_}, {out}\], expected \[{n}, {out}, {in_}\]"
+    for read in (checkpoint.check_weights, checkpoint.load_params):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / "fused", shapes)
+
+
 def mxfp4_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """A gpt-oss whose experts are packed on disk, and all its weights unpacked by transformers."""
     sizes = {"d_model": 32, "d_ff": 64, "experts": msgspec.structs.replace(small_experts("gpt_oss").experts, d_ff=64)}

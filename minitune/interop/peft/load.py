@@ -17,6 +17,7 @@ from minitune.interop.peft import experts
 from minitune.interop.peft.layout import CONFIG, EMBEDDING, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
 from minitune.io.json_file import read_json
 from minitune.lora import Lora
+from minitune.models.fused_experts import is_single, parameters, places
 from minitune.models.hf_multimodal import text_name
 from minitune.types import Delta, PositiveFloat, PositiveInt, Trainable
 
@@ -173,7 +174,7 @@ def _place(config: _Config, module: str, names: _Names) -> _Place:
 
     # A router is a parameter to PEFT though its delta is that of one weight.
     candidates = [f"{module}.weight"]
-    if not experts.is_single(weight):
+    if not is_single(weight):
         candidates.append(names.parameters.get(weight, ""))
     return _Place(weight, "", next((path for path in candidates if _is_target(config, path)), module))
 
@@ -182,7 +183,7 @@ def _adapted(
     config: _Config, parts: Mapping[str, Mapping[str, Tensor]], names: Collection[str], folder: Path
 ) -> dict[str, _Adapted]:
     """Deltas by the names of the weights; InputError where their ranks are not what the config says."""
-    known = _Names(frozenset(names), experts.parameters(names), experts.places(names))
+    known = _Names(frozenset(names), parameters(names), places(names))
     adapted: dict[str, _Adapted] = {}
     for module, present in parts.items():
         place = _place(config, module, known)

@@ -19,6 +19,7 @@ from minitune.interop.peft.layout import CONFIG, EMBEDDING, HEAD, ORIGIN, PARTS,
 from minitune.io.atomic import write_json
 from minitune.io.results import result_folder
 from minitune.lora import Lora
+from minitune.models.fused_experts import is_single, n_joined, parameters, places
 from minitune.models.hf_multimodal import wrapped_name
 from minitune.types import Delta, Trainable
 
@@ -50,16 +51,16 @@ def save_adapter(
     within = partial(wrapped_name, wrapper=wrapper)
     tie = EMBEDDING in whole and HEAD not in names  # PEFT then wants the shared tensor under both of its names
     whole = {**whole, HEAD: whole[EMBEDDING]} if tie else whole
-    parameter_of = {name: within(path) for name, path in experts.parameters(names).items() if name in deltas}
+    parameter_of = {name: within(path) for name, path in parameters(names).items() if name in deltas}
     ranks: dict[str, int] = {}  # by module, and by parameter
     alphas: dict[str, float] = {}
     for name, delta in deltas.items():
         rank = delta.a.shape[-2]
-        if name not in parameter_of or experts.is_single(name):
+        if name not in parameter_of or is_single(name):
             module = within(module_name(name))
             ranks[module], alphas[module] = rank, alpha_of(lora, rank)
         if name in parameter_of:
-            n = experts.n_joined(within(name), parameter_of[name])
+            n = n_joined(within(name), parameter_of[name])
             ranks[parameter_of[name]], alphas[parameter_of[name]] = n * rank, n * alpha_of(lora, rank)
     default = alpha_of(lora, lora.rank)
     config = {
@@ -70,7 +71,7 @@ def save_adapter(
         "lora_alpha": default,
         "rank_pattern": {re.escape(place): rank for place, rank in ranks.items() if rank != lora.rank},
         "alpha_pattern": {re.escape(place): alpha for place, alpha in alphas.items() if alpha != default},
-        "target_modules": [within(module_name(name)) for name in deltas if name not in parameter_of or experts.is_single(name)],
+        "target_modules": [within(module_name(name)) for name in deltas if name not in parameter_of or is_single(name)],
         "target_parameters": list(dict.fromkeys(parameter_of.values())) or None,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -116,7 +117,7 @@ def check_adapter(ranks: Mapping[str, int], whole: Collection[str], *, names: Co
         raise InputError(
             f"peft: {apart} does not train, but another tensor of its module trains whole, expected both: PEFT keeps modules"
         )
-    parameter_of = experts.parameters(names)
+    parameter_of = parameters(names)
     other = next((name for name in whole if parameter_of.get(name, name) != name), None)
     if other is not None:
         raise InputError(
@@ -127,7 +128,7 @@ def check_adapter(ranks: Mapping[str, int], whole: Collection[str], *, names: Co
             f"peft: {name} has a DoRA, expected dora = false: PEFT adapts the feed-forward of a model with experts without; "
             "narrow the targets, drop dora, or save it merged"
         )
-    for path, joined in experts.places(names).items():
+    for path, joined in places(names).items():
         first = joined[0]
         other = next((name for name in joined if ranks.get(name) != ranks.get(first)), None)
         if other is not None:
