@@ -132,7 +132,7 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("a.csv", b"text,n\na,1\nb\n", ":3 has 1 fields, expected the 2 of the first line"),
     ("a.csv", b"text\n\xff\xfeb\n", "expected csv in UTF-8"),
     ("a.csv", b"text\n", "holds no row, expected names of columns and rows"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "expected a gzip file; fetch the file again"),
+    ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "expected a gzip file; fetch the file again"),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfdxxxxxxx", "expected a zstd file; fetch the file again"),
     ("a.arrow", b"no arrow at all", "expected an arrow file; fetch the file again"),
     ("a.parquet", b"no parquet at all", "expected a parquet file; fetch the file again"),

@@ -452,14 +452,16 @@ def test_a_source_is_checked_when_it_is_decoded() -> None:
         ({"overlong": "split"}, "overlong"),
         (
             {"columns": {"mesages": "x"}},
-            "columns names 'mesages', expected messages or tools or system or history or weight with format = 'chat'; did you mean 'messages'",
+            "columns names 'mesages', expected messages or tools or system or history or weight with "
+            "format = 'chat'; did you mean 'messages'",
         ),
     ]:
         with pytest.raises(msgspec.ValidationError, match=message):
             msgspec.convert({**good, **change}, Source)
     with pytest.raises(
         InputError,
-        match=r"data: columns names 'text', expected instruction or input or output or system or history or tools or weight with format",
+        match=r"data: columns names 'text', expected instruction or input or output or system or history or tools or "
+        "weight with format",
     ):
         Source("a", "instruct", 8, columns={"text": "x"})
 
