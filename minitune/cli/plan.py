@@ -12,23 +12,26 @@ from torch import Tensor
 from minitune import hardware, host
 from minitune.errors import InputError
 from minitune.optim.eight_bit import AdamW8bit
-from minitune.planning.memory import StepSpec, peak_memory
+from minitune.planning.memory import StepSpec
 from minitune.programs import program
 from minitune.programs.plan import Planned, planned, quantized_params
-from minitune.programs.stages.train import HOST
+from minitune.programs.stages.train import HOST, Train
 from minitune.quant.schemes import NF4
 
 MIB = 2**20
 
 
 def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> int:
-    """Print what each training stage of a program needs and whether it fits; returns the exit code. No weight is read.
+    """Print what each stage of `planned` needs and whether it fits; returns the exit code. No weight is read.
 
-    InputError for what is wrong with the program, and for one that trains nothing.
+    InputError for what is wrong with the program, and for one without such a stage.
     """
     stages = list(planned(program.load(file, overrides)))
     if not stages:
-        raise InputError(f"plan: {file} has no train stage, expected one; the memory of other stages is that of their weights")
+        raise InputError(
+            f"plan: {file} has no train stage, and no eval or generate stage with a batch_size, "
+            "expected one; the memory of other stages is that of their weights"
+        )
     screen = console or Console()
     screen.print(_table(stages))
     for one in stages:
@@ -41,8 +44,8 @@ def _table(stages: Sequence[Planned]) -> Table:
     table = Table("at the fullest moment [MiB]")
     for one in stages:
         table.add_column(one.stage.label, justify="right")
-    for name in stages[0].parts:
-        if any(values := [one.parts[name] for one in stages]):
+    for name in dict.fromkeys(name for one in stages for name in one.parts):
+        if any(values := [one.parts.get(name, 0) for one in stages]):
             table.add_row(name, *(f"{value / MIB:,.1f}" for value in values))
     table.add_section()
     table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in stages))
@@ -65,16 +68,24 @@ def fit_lines(one: Planned) -> Iterator[str]:
     for change, less in _smaller(one):
         if n_bytes <= there:
             return
-        before, n_bytes = n_bytes, sum(peak_memory(less).values())
+        before, n_bytes = n_bytes, sum(one.memory(less).values())
         if n_bytes < before:
             yield f"  {change}: {n_bytes / MIB:,.1f} MiB{', fits' if n_bytes <= there else ''}"
     if n_bytes > there:
-        yield "  or a smaller model, or a lora stage in place of a full one" if step.lora is None else "  or a smaller model"
+        trains_whole = isinstance(one.stage, Train) and step.lora is None
+        yield "  or a smaller model, or a lora stage in place of a full one" if trains_whole else "  or a smaller model"
 
 
 def _smaller(one: Planned) -> Iterator[tuple[str, StepSpec]]:
     """Changes to a program that need less memory, the mildest first, each with those before it."""
-    step, stage, lora = one.step, one.stage, one.step.lora is not None
+    if isinstance(one.stage, Train):
+        yield from _smaller_step(one.stage, one.step)
+    else:
+        yield f"with {one.stage.label}.batch_size=1", one.step._replace(n_rows=1)
+
+
+def _smaller_step(stage: Train, step: StepSpec) -> Iterator[tuple[str, StepSpec]]:
+    lora = step.lora is not None
     n_micro = min(stage.micro_batch_size or stage.batch_size, stage.batch_size)
     least = min(n_micro, stage.loss.min_samples)
     step = step._replace(n_rows=step.n_rows // n_micro * least)

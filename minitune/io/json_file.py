@@ -1,6 +1,7 @@
 """JSON files, read with one message for whatever is wrong with them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import msgspec
 from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
 from minitune.io.paths import is_present
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character as JSON escapes it; alone it is none
 
 
 def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
@@ -20,10 +23,21 @@ def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
     if git_lfs.is_pointer(path):
         raise InputError(f"{room}: {path} {git_lfs.REMEDY}")
     try:
-        # json reads the Infinity that transformers writes into some config.json; msgspec.json refuses it
-        return msgspec.convert(json.loads(path.read_bytes()), kind)
+        return msgspec.convert(_decoded(path.read_bytes()), kind)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{room}: {path} can't be read ({quoted(error)}), expected a JSON object; {remedy}") from None
+
+
+def _decoded(content: bytes) -> Any:
+    """Value that JSON stands for; ValueError for what is no JSON, and for strings that are no text."""
+    # json reads the Infinity that transformers writes into some config.json; msgspec.json refuses it
+    value = json.loads(content)
+    if SURROGATE.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half of a surrogate pair, which is no character") from None
+    return value
 
 
 def read_json_object(path: Path, room: str, *, optional: bool = False) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
 from minitune.autodiff.value_and_grad import detached_leaves
+from minitune.inference.generate import STRIDE
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import decoder
@@ -29,7 +30,7 @@ from minitune.optim.apply import scratch_bytes
 from minitune.optim.transforms import GradientTransformation
 from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.tree import Tree
-from minitune.types import Adapted, Delta, Params, Trainable
+from minitune.types import Adapted, Delta, Params, Trainable, wide_dtype
 
 Parts = Mapping[str, int]  # what is in memory -> its bytes
 # id, segment and mask of a token as they come, the same moved to the place that predicts them, the places of targets
@@ -77,30 +78,70 @@ def peak_memory(step: StepSpec) -> Parts:
 
 
 def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
-    """Bytes of what is in memory at the fullest moment of a forward without gradients, beside the
-    state of the step: held-out loss on n_rows rows of n_tokens."""
-    always = peak_memory(step)
+    """Bytes of what is in memory at the fullest moment of held-out loss on n_rows rows of n_tokens,
+    beside the state of the step."""
+    return {**peak_memory(step), **_loss_memory(step, n_rows, n_tokens)}
+
+
+def loss_memory(step: StepSpec) -> Parts:
+    """Bytes at the fullest moment of the losses of the step's rows, where nothing is to train."""
+    return {**_held(step), **_loss_memory(step, step.n_rows, step.n_tokens)}
+
+
+def answer_memory(step: StepSpec, n_new: int) -> Parts:
+    """Bytes at the fullest moment of answering the step's rows with n_new tokens each.
+
+    That is while the prompts are read, or at the logits of their last tokens.
+    """
+    config, like = step.model.config, step.params["model.embed_tokens.weight"]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        like = tree.map(
-            lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device),
-            (step.params, step.trainable),
-        )
-        with torch.no_grad():
-            params = tree.map(Tensor.detach, apply_trainable(like[0], like[1], step.lora))
-        model = step.model._replace(n_remat=0)
-        step = step._replace(params=params, trainable={}, model=model, offloaded=False)
-        step = step._replace(n_rows=n_rows, n_tokens=n_tokens, n_micro_batches=1, rounded=())
-        forward = _forward(step)
+        forward = _without_gradients(step, step.n_rows, step.n_tokens)[1]
+        element = torch.empty((), dtype=like.dtype, device=step.device)
+        n_slots = -(-(step.n_tokens + n_new) // STRIDE) * STRIDE
+        cache = decoder.empty_caches(config, step.n_rows, n_slots, element)
+        x_bytes = tree.n_bytes(forward.x)
+    logits = step.n_rows * config.vocab_size * (forward.x.element_size() + 4)  # and as float32
+    return {
+        **_held(step),
+        "cache": tree.n_bytes(cache),
+        "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
+        "transient": max([logits, *(block.transient for block in forward.blocks)]),
+        "activations": x_bytes,
+    }
+
+
+def _held(step: StepSpec) -> Parts:
+    """Parts that are in memory while nothing trains."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _always(step, _without_gradients(step, 1, 1)[1], 0)
+
+
+def _loss_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step, forward = _without_gradients(step, n_rows, n_tokens)
         x_bytes = tree.n_bytes(forward.x)
         logits_bytes = _head(step, forward)[1]
     return {
-        **always,
         "batch": n_rows * n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
         "copies": 0,
         "gradients": 0,
         "transient": max([logits_bytes, *(block.transient for block in forward.blocks)]),
         "activations": x_bytes,
     }
+
+
+def _without_gradients(step: StepSpec, n_rows: int, n_tokens: int) -> "tuple[StepSpec, _Forward]":
+    """(step of a forward alone over n_rows rows of n_tokens, its forward), on fake tensors."""
+    like = tree.map(
+        lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device),
+        (step.params, step.trainable),
+    )
+    with torch.no_grad():
+        params = tree.map(Tensor.detach, apply_trainable(like[0], like[1], step.lora))
+    model = step.model._replace(n_remat=0)
+    step = step._replace(params=params, trainable={}, model=model, offloaded=False)
+    step = step._replace(n_rows=n_rows, n_tokens=n_tokens, n_micro_batches=1, rounded=())
+    return step, _forward(step)
 
 
 class _Forward(NamedTuple):
@@ -125,7 +166,10 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     prefixes = [f"model.layers.{i}." for i in range(step.model.config.n_layers)] + ["model.norm."]
     gradients = [_bytes_of({**whole, **forward.deltas}, prefix) for prefix in prefixes]
     block_copies = [_bytes_of(copies, prefix) for prefix in prefixes]
-    earlier = tree.n_bytes(step.trainable) if step.n_micro_batches > 1 else 0  # sum over the micro-batches before this one
+    # the sum over the micro-batches before this one, and over all of them, in float32 or wider
+    wide_sum = sum(leaf.numel() * wide_dtype(leaf.dtype).itemsize for leaf in tree.leaves(step.trainable))
+    earlier = wide_sum if step.n_micro_batches > 1 else 0
+    total = wide_sum if step.n_micro_batches > 1 else tree.n_bytes(step.trainable)
 
     def memory_during_backward(n_blocks_left: int, gradients: int, transient: int) -> Parts:
         """While the backward has yet to go through the first blocks; gradients: of this micro-batch so far."""
@@ -153,7 +197,7 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     yield memory_during_backward(0, done + _bytes_of(whole, "model.embed_tokens."), tree.n_bytes(forward.x))
     # the sum over micro-batches, then the optimizer
     yield memory_during_backward(0, tree.n_bytes(step.trainable), 0)
-    yield memory_during_backward(0, tree.n_bytes(step.trainable) - earlier, scratch_bytes(step.optimizer, step.trainable))
+    yield memory_during_backward(0, total - earlier, scratch_bytes(step.optimizer, step.trainable))
 
 
 def _forward(step: StepSpec) -> _Forward:

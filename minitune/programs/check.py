@@ -12,7 +12,8 @@ from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.models.open import open as open_model
 from minitune.programs.loading import ModelSource, abstract_state
-from minitune.programs.state import AbstractState, DataStage, PipelineStage
+from minitune.programs.stages.train import Train
+from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
 from minitune.text.template import with_options
 
 
@@ -46,15 +47,25 @@ def check(
     lines += data_notes(source, sources)
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
-    before: list[AbstractState] = []
-    for stage in stages:
-        before.append(abstract)
-        abstract = stage.check(abstract)
+    before = _states_before(stages, abstract)
     for stage, found in zip(stages, before, strict=True):
         lines.append(f"stage: {stage.label}")
         if isinstance(stage, DataStage):
             lines += [f"  {note}" for note in stage.prepare(found)]
     return lines
+
+
+def _states_before(stages: Sequence[PipelineStage], abstract: AbstractState) -> list[AbstractState]:
+    """State before each stage; InputError for what would stop one of them."""
+    before: list[AbstractState] = []
+    for stage in stages:
+        before.append(abstract)
+        abstract = stage.check(abstract)
+        if isinstance(stage, Train):
+            # an optimizer that chooses leaves by globs finds out what they match when it begins
+            trainable = trainable_like(abstract)
+            stage.optimizer_for(trainable, seed=0).init(trainable)
+    return before
 
 
 def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:

@@ -51,6 +51,7 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractState:
     """Abstract state with another model; InputError where its folder, tokenizer or device does not fit."""
+    _require_written(source, abstract)
     if source.path in abstract.saved:
         saved = abstract.saved[str(source.path)]
         model, text, template = saved.model, saved.tokenizer, saved.template
@@ -82,6 +83,19 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         tokenizer=text,
         template=template,
     )
+
+
+def _require_written(source: ModelSource, abstract: AbstractState) -> None:
+    """InputError for a path run/... that no stage before writes."""
+    for field in ("path", "deltas", "tokenizer"):
+        path = getattr(source, field)
+        if path is not None and path.startswith("run/") and path not in abstract.saved:
+            earlier = f"one of {', '.join(abstract.saved)}" if abstract.saved else "a save stage before it"
+            remedy = nearest(path, [*abstract.saved]) or "; correct it"
+            raise InputError(
+                f"loading: model {field} {path!r} lies in the run folder, where no earlier stage writes it, "
+                f"expected {earlier}{remedy}"
+            )
 
 
 def _checked_model(source: ModelSource) -> Model:

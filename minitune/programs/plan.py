@@ -1,6 +1,7 @@
 """Plans: what each training stage of a program needs, before anything is loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,29 +12,43 @@ from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
 from minitune.autodiff.value_and_grad import detached_leaves
+from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
+from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import Parts, StepSpec, evaluation_memory, peak_memory
+from minitune.planning.memory import (
+    Parts,
+    StepSpec,
+    answer_memory,
+    evaluation_memory,
+    loss_memory,
+    peak_memory,
+)
 from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
+from minitune.programs.stages.evaluate import Eval, Generate
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.stage import Stage
 from minitune.programs.stages.train import HOST, Train
-from minitune.programs.state import AbstractState
+from minitune.programs.state import AbstractState, trainable_like
 from minitune.quant.schemes import Scheme, quantize
 from minitune.types import Params, Trainable
 
 
 class Planned(NamedTuple):
-    """Training stage with its step, what that has in memory at its fullest moment, and its floating-point operations."""
+    """Stage with its step, what that has in memory at its fullest moment, and its floating-point operations.
 
-    stage: Train
+    The step of an evaluation or a generation is the forward of its rows.
+    """
+
+    stage: Train | Eval | Generate
     step: StepSpec
     parts: Parts
     flops_per_token: float
+    memory: Callable[[StepSpec], Parts] = peak_memory  # of another step of the same stage
 
     @property
     def n_bytes(self) -> int:
@@ -66,7 +81,11 @@ class PlanState(NamedTuple):
 
 
 def planned(source: program.Program) -> Iterator[Planned]:
-    """Every training stage of a program with its costs, in order; InputError for what would stop the program there."""
+    """Every training stage of a program with its costs, in order, and every evaluation and generation whose
+    batch_size is its own.
+
+    Those without one take as many tokens as a step. InputError for what would stop the program there.
+    """
     nothing = AbstractState(source.data, Model(FAMILIES["llama"], None), {})
     plan = PlanState(abstract_state(source.model, nothing), source.model)
     for stage in source.stage:
@@ -74,11 +93,40 @@ def planned(source: program.Program) -> Iterator[Planned]:
         if isinstance(stage, Train):
             step = _step(stage, plan)
             yield Planned(stage, step, _memory(stage, step, plan), _flops_per_token(stage, step))
+        elif isinstance(stage, Eval | Generate) and stage.batch_size is not None:
+            yield _planned_forward(stage, stage.batch_size, plan)
+
+
+def _planned_forward(stage: Eval | Generate, n_rows: int, plan: PlanState) -> Planned:
+    """Evaluation or generation of n_rows at a time, its prompts as long as a row."""
+    source, (device, _) = plan.abstract.data[stage.data], device_and_dtype(plan.source)
+    step = StepSpec(
+        plan.abstract.model,
+        _weights(plan),
+        trainable_like(plan.abstract, plan.narrow),
+        plan.abstract.lora,
+        SGD(lr=0.0),  # which keeps nothing, and is never asked
+        CrossEntropy(),
+        device,
+        n_rows,
+        source.seq_len,
+    )
+    memory = partial(_forward_memory, stage, source.format != "text")
+    flops = flops_per_token(step.model, {}, step.n_tokens)
+    return Planned(stage, step, memory(step), flops, memory)
+
+
+def _forward_memory(stage: Eval | Generate, answers: bool, step: StepSpec) -> Parts:
+    """Memory of the fullest moment of an evaluation or a generation; answers: it writes some."""
+    moments = [loss_memory(step)] if isinstance(stage, Eval) else []
+    if answers:
+        moments.append(answer_memory(step, stage.max_new_tokens))
+    return max(moments, key=lambda one: sum(one.values()))
 
 
 def _step(stage: Train, plan: PlanState) -> StepSpec:
     abstract, (device, _) = plan.abstract, device_and_dtype(plan.source)
-    params, trainable = _weights(plan), _trainable(plan)
+    params, trainable = _weights(plan), trainable_like(abstract, plan.narrow)
     optimizer = stage.optimizer_for(trainable, seed=0)
 
     # Trees that stay in memory besides the ones that train: a reference as training found it, or a sweep's best.
@@ -159,15 +207,3 @@ def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
     alike = {(params[name].shape, scheme): params[name] for name, scheme in schemes.items()}
     codes = {(shape, scheme): quantize(w, scheme) for (shape, scheme), w in alike.items()}
     return {name: codes[params[name].shape, scheme] for name, scheme in schemes.items()}
-
-
-def _trainable(plan: PlanState) -> Trainable:
-    abstract = plan.abstract
-    whole = {}
-    for name in abstract.whole:
-        whole[name] = abstract.params[name].to(torch.bfloat16 if name in plan.narrow else torch.float32)
-    if abstract.lora is None:
-        return whole
-    with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
-        deltas = abstract.lora.init(abstract.params, 0)
-    return {**tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas), **whole}

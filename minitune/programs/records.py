@@ -66,7 +66,6 @@ def stage_records(tree: Mapping[str, Any], path: str) -> dict[str, StageRecord]:
     for name, record in tree.items():
         if isinstance(record, Mapping):
             try:
-                msgspec.json.encode(record)  # a lone surrogate could not be written again
                 typed[name] = msgspec.convert(record, StageRecord)
             except (ValueError, msgspec.ValidationError) as error:
                 found = f"holds for stage {name[:100]} what no stage wrote ({error})"

@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from minitune import __version__
-from minitune.data.files import data_files
 from minitune.errors import InputError
 from minitune.io import locks, paths, toml
 from minitune.io.atomic import create_folder, sync, write_atomic
@@ -199,21 +198,8 @@ def _changed_input(manifest: Manifest, inputs: Mapping[str, Record]) -> str | No
 
 def _inputs(program: Program) -> Iterator[tuple[str, Record]]:
     """Every file that the program reads, by the path that it writes: SHA-256 and size, or size and time for large weights."""
-    for key, written in save_paths.data_inputs(program).items():
-        # A pattern and a folder of shards mean files whose names the path does not hold.
-        for file in data_files(paths.locate(written)):
-            _require_existing(key, written, file)
-            yield written if file == paths.locate(written) else str(file), hashed_record(file)
-    for key, written in save_paths.model_inputs(program).items():
-        path = paths.locate(written)
-        _require_existing(key, written, path)
-        for file in sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]:
-            yield f"{written}/{file.name}" if path.is_dir() else written, file_record(file)
-
-
-def _require_existing(key: str, written: str, path: Path) -> None:
-    if not path.exists():
-        raise InputError(f"runs: {key} {written!r} does not exist (looked for {path.absolute()}), expected a file or folder")
+    for name, file, is_hashed in save_paths.input_files(program):
+        yield name, hashed_record(file) if is_hashed else file_record(file)
 
 
 def _start() -> Start:

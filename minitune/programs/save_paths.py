@@ -34,11 +34,47 @@ def data_inputs(program: Program) -> dict[str, str]:
     return inputs
 
 
+def task_inputs(program: Program) -> dict[str, str]:
+    """Every folder of the harness's task files that a program reads, by its key."""
+    folders = {f"{stage.label}.include": getattr(stage, "include", None) for stage in program.stage}
+    return {key: path for key, path in folders.items() if path is not None}
+
+
+def input_files(program: Program) -> Iterator[tuple[str, Path, bool]]:
+    """Every file that a program reads: (path as the program writes it, file, whether it is data or a task).
+
+    A folder and a pattern mean all of their files. InputError for a path where nothing is.
+    """
+    data, tasks = data_inputs(program), task_inputs(program)
+    for key, written in (model_inputs(program) | data | tasks).items():
+        path = locate(written)
+        if key in data:
+            files = data_files(path)
+        elif path.is_dir():
+            files = sorted(path.rglob("*") if key in tasks else path.iterdir())
+        else:
+            files = [path]
+        if files == [path] and not path.exists():
+            looked_for = f"looked for {path.absolute()}"
+            raise InputError(f"runs: {key} {written!r} does not exist ({looked_for}), expected a file or folder")
+        for file in files:
+            if file.is_file():
+                yield _name_of(file, path, written), file, key in data or key in tasks
+
+
+def _name_of(file: Path, path: Path, written: str) -> str:
+    """Name of an input file that its copy in another folder has too, where the program's path is relative."""
+    if file == path:
+        return written
+    return f"{written}/{file.relative_to(path).as_posix()}" if path.is_dir() else str(file)
+
+
 def check(program: Program) -> None:
     """InputError if a stage would write over, into or around what the program reads, its own run folder, the working folder,
     what another stage writes, or anything else that no save wrote."""
     run = user_path(program.out) / program.name
-    read = {key: locate(path) for key, path in model_inputs(program).items()}
+    inputs = {**model_inputs(program), **task_inputs(program)}
+    read = {key: locate(path) for key, path in inputs.items()}
     for key, path in data_inputs(program).items():
         place = locate(path)
         # A pattern is no place: the files that it matches are.

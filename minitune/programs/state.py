@@ -1,12 +1,15 @@
 """State that flows through the stages of a program, and what is known of it before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minitune import tree
 from minitune.data.source import Source
 from minitune.lora import Lora
 from minitune.models.model import Model
@@ -103,6 +106,18 @@ class AbstractState(NamedTuple):
         assert self.tokenizer is not None, "a program has a model before its first stage"
         assert self.template is not None, "a tokenizer comes with a template"
         return self.tokenizer, self.template
+
+
+def trainable_like(abstract: AbstractState, narrow: Set[str] = frozenset()) -> Trainable:
+    """Tree that trains, on the meta device; narrow: weights that train whole in bfloat16."""
+    whole = {}
+    for name in abstract.whole:
+        whole[name] = abstract.params[name].to(torch.bfloat16 if name in narrow else torch.float32)
+    if abstract.lora is None:
+        return whole
+    with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
+        deltas = abstract.lora.init(abstract.params, 0)
+    return {**tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas), **whole}
 
 
 @runtime_checkable

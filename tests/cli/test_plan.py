@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from minitune import models, tree
 from minitune.__main__ import main
+from minitune.algorithms.objective import apply_trainable
 from minitune.algorithms.supervised import sft
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.cli import plan
 from minitune.errors import InputError
+from minitune.inference.generate import greedy
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model
@@ -30,7 +32,7 @@ from minitune.optim import adamw, eight_bit, rounding, transforms
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import StepSpec, evaluation_memory, peak_memory
+from minitune.planning.memory import StepSpec, answer_memory, evaluation_memory, peak_memory
 from minitune.programs import program
 from minitune.programs.plan import planned
 from minitune.programs.stages.quantize import Quantize
@@ -73,6 +75,10 @@ CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds 
     "full": ("full", LLAMA, torch.float32, 3, 131, 2**14, {}),
     "full, blocks again": ("full", LLAMA._replace(n_remat=3), torch.bfloat16, 3, 131, 2**14, {}),
     "full, micro-batches": ("full", LLAMA, torch.float32, 3, 131, 2**14, {"micro_batch": 1}),
+    "full in bfloat16, micro-batches": (
+        *("full", LLAMA, torch.bfloat16, 3, 131, 2**14),
+        {"trained": torch.bfloat16, "optimizers": ROUNDED, "micro_batch": 1},
+    ),
     "full, a large head": ("full", BROAD, torch.float32, 3, 61, 2**14, {}),
     "full, a large tied head": ("full", TIED, torch.bfloat16, 3, 61, 2**14, {}),
     "full, rounded": ("full", LLAMA, torch.bfloat16, 3, 131, 2**14, {"trained": torch.bfloat16, "optimizers": ROUNDED}),
@@ -241,6 +247,42 @@ def test_an_evaluation_takes_the_memory_that_is_planned_for_it(
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_take_the_memory_that_is_planned_for_them(dtype: torch.dtype) -> None:
+    step, _ = built("lora", LLAMA, dtype, 9, 83)
+    params = apply_trainable(step.params, step.trainable, step.lora)
+    prompts = torch.randint(1, 1031, (9, 83)).tolist()
+    with AllocatedBytes() as measured:
+        greedy(LLAMA, params, prompts, max_new_tokens=70, stop_ids=[])
+    parts = answer_memory(step, 70)
+    assert parts["cache"] == 3 * 2 * 9 * 2 * 256 * 14 * dtype.itemsize
+    made = parts["cache"] + parts["transient"] + parts["activations"]
+    assert 0.75 <= measured.peak / made <= 1.25
+    assert parts["weights"] == peak_memory(step)["weights"]
+    assert parts["optimizer"] == 0
+
+
+def test_evaluations_and_generations_with_rows_of_their_own_are_planned(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those without are as large as a step, at most."""
+    generate = '[[stage]]\nop = "generate"\ndata = "heldout"\nmax_new_tokens = 900\n'
+    asked = evaluation("after").replace("limit = 2", "batch_size = 40")
+    text = plan_of(capsys, tmp_path, tiny, evaluation("before") + LORA + TRAIN + asked + generate + "batch_size = 64\n")
+    assert "after: 40 x 256 tokens at a time need" in text
+    assert "generate: 64 x 256 tokens at a time need" in text
+    assert "before" not in text
+    train, after, generated = planned(program.load(tmp_path / "p.toml"))
+    assert generated.parts["cache"] == 2 * 2 * 64 * 1 * 1280 * 16 * 4  # of 256 and 900 tokens, rounded up to 128
+    assert after.parts["trained"] == generated.parts["trained"] == train.parts["trained"]
+    assert min(after.n_bytes, generated.n_bytes) > train.n_bytes
+
+    monkeypatch.setattr(plan, "_memory_bytes", lambda device: generated.n_bytes // 2)
+    text = plan_of(capsys, tmp_path, tiny, generate + "batch_size = 64\n")
+    assert "does not fit\n  with generate.batch_size=1: " in text
+    assert text.endswith(", fits\n")
+
+
 def test_a_plan_counts_an_evaluation_that_is_larger_than_the_step(tiny: Path, tmp_path: Path) -> None:
     def n_bytes(evaluate: str) -> int:
         stages = LORA + TRAIN.replace("batch_size = 4", "batch_size = 1") + evaluate
@@ -296,6 +338,6 @@ def test_a_program_that_trains_nothing_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert start(tmp_path, tiny, NF4, verb=("plan",)) == 2
-    assert "p.toml has no train stage, expected one" in capsys.readouterr().err
+    assert "p.toml has no train stage, and no eval or generate stage with a batch_size, expected one" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert capsys.readouterr().err == "minitune: plan without a program, expected plan PROGRAM [KEY=VALUE ...]\n"

@@ -38,7 +38,7 @@ ROOMS = {  # room -> the rooms that it may import
     "inference": f"{GROUND} losses quant nn text models",
     "algorithms": BELOW_ALGORITHMS,
     "steps": f"{BELOW_ALGORITHMS} algorithms",
-    "planning": f"{BELOW_ALGORITHMS} algorithms",
+    "planning": f"{BELOW_ALGORITHMS} algorithms inference",
     "interop": f"{BELOW_ALGORITHMS} inference",
     "registry": "errors io checkpoint",
     "programs": BELOW_PROGRAMS,

@@ -14,6 +14,7 @@ from minitune import models
 from minitune.errors import MAX_QUOTED, InputError, quoted
 from minitune.models import hf_config, hf_fields, rope_scaling
 from minitune.models.hf_config import pattern
+from support.families import config_of
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LEAVES = st.one_of(

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from minitune import __version__
-from minitune.data.source import Source
+from minitune.data.source import MixtureComponent, Source
 from minitune.errors import InputError
 from minitune.io import locks, results
 from minitune.io.atomic import write_atomic
@@ -156,6 +156,42 @@ def test_the_manifest_names_versions_seed_and_inputs(tiny: Program, tmp_path: Pa
     assert manifest["inputs"][config] == {"sha256": hashlib.sha256(b"{}").hexdigest(), "bytes": 2}
     assert manifest["inputs"][data]["sha256"] == hashlib.sha256(b'{"text": "x"}\n').hexdigest()
     assert set(manifest["inputs"][weights]) == {"bytes", "time"}
+
+
+def test_every_file_of_mixtures_patterns_folders_and_tasks_is_in_the_manifest_by_its_hash(
+    tiny: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = (
+        "p-1.jsonl",
+        "p-2.jsonl",
+        "mixed.jsonl",
+        "shards/a.jsonl",
+        "shards/deep/b.jsonl",
+        "tasks/t.yaml",
+        "tasks/deep/u.yaml",
+    )
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+
+    class Asks(Count, frozen=True, tag="asks"):
+        include: str = "tasks"
+
+    source = Source(path="p-*.jsonl", format="text", seq_len=5, mix=(MixtureComponent("mixed.jsonl", 0.2),))
+    data = {"train": source, "held": Source(path="shards", format="text", seq_len=5)}
+    whole = changed(tiny, data=data, stage=(Asks(1, "one"),))  # pyright: ignore[reportArgumentType]
+    inputs = json.loads((opened(whole).folder / "manifest.json").read_bytes())["inputs"]
+    for name in names:
+        assert inputs[name]["sha256"] == hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    for name in names:  # a file that comes, changes or goes is named
+        (tmp_path / name).write_text('{"text": "other"}\n', encoding="utf-8")
+        with pytest.raises(InputError, match=rf"runs: {name} is not what it was when"):
+            opened(whole)
+        Path(name).write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+    Path("p-3.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"runs: p-3.jsonl is not what it was when"):
+        opened(whole)
 
 
 def test_an_unfinished_run_of_the_same_program_is_continued(tiny: Program) -> None:

@@ -30,10 +30,13 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     for name in ("models/m", "notes", "adapter"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
-    for name in ("train.jsonl", "mixed.jsonl"):
+    for name in ("train.jsonl", "mixed.jsonl", "part-1.jsonl", "part-2.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n', encoding="utf-8")
     source = Source(path="train.jsonl", format="text", seq_len=5, mix=(MixtureComponent("mixed.jsonl", 0.5),))
-    return Program(name="t", model=ModelSource(path="models/m", deltas="adapter"), data={"train": source}, stage=saving(None))
+    parts = Source(path="part-*.jsonl", format="text", seq_len=5)
+    return Program(
+        name="t", model=ModelSource(path="models/m", deltas="adapter"), data={"train": source, "parts": parts}, stage=saving(None)
+    )
 
 
 def test_files_of_a_pattern_and_of_a_list_are_read_and_never_written_over(tiny: Program) -> None:
@@ -50,6 +53,7 @@ REFUSED = {
     "inside the model folder": ("models/m/merged", r"lies inside model\.path"),
     "the adapter": ("adapter", r"is also model\.deltas"),
     "the data file": ("train.jsonl", r"is also data\.train\.path"),
+    "a file of a pattern": ("part-2.jsonl", r"is also data\.parts\.path \(part-2\.jsonl\)"),
     "a mixed file": ("mixed.jsonl", r"is also data\.train\.mix\[0\]\.path"),
     "inside the data file": ("train.jsonl/out", r"lies inside data\.train\.path"),
     "notes": ("notes", r"results: notes holds config\.json, which no save stage wrote"),

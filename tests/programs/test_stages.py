@@ -61,7 +61,10 @@ REFUSED = {
     "export what trains": (LORA + '[[stage]]\nop = "export"\nformat = "gguf"\n', "still training, expected none; put a merge"),
     "export dense": ('[[stage]]\nop = "export"\nformat = "compressed-tensors"\n', "no quantized weight to write as compressed"),
     "save codes": (NF4 + '[[stage]]\nop = "save"\nwhat = "params"\n', "quantized weights, expected dense ones; use an export"),
-    "run folder without the save": ('[[stage]]\nop = "load"\nmodel = { path = "run/teacher" }\n', r"run/teacher.*does not exist"),
+    "run folder without the save": (
+        '[[stage]]\nop = "load"\nmodel = { path = "run/teacher" }\n',
+        r"run/teacher' lies in the run folder, where no",
+    ),
     "scheme that does not fit": (
         '[[stage]]\nop = "quantize"\nscheme = { kind = "int4", group = 128 }\n',
         r"int4.*group.*128|128.*group",

@@ -44,6 +44,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the globs match plain weights that fit the schemes, and the calibration data is there."""
+        _check_kept(self, abstract)
         names = frozenset(self.rule.plan(abstract.params))
         odd = sorted(names & (abstract.adapted | abstract.whole | abstract.quantized))
         if odd:
@@ -118,6 +119,7 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless every weight that is to be rounded trains whole."""
+        _check_kept(self, abstract)
         odd = sorted(set(self.rule.plan(abstract.params)) - abstract.whole)
         if odd:
             raise InputError(f"stages: {self.label} is to round {odd[0]}, which does not train whole; put a full stage before it")
@@ -126,3 +128,10 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
     def run(self, state: PipelineState) -> PipelineState:
         """State whose objectives see rounded weights."""
         return state._replace(fake=self.rule)
+
+
+def _check_kept(stage: Quantize | Qat, abstract: AbstractState) -> None:
+    """InputError for a glob of `keep` that matches none of the weights that the stage is about."""
+    if stage.keep:
+        names = tree.select(abstract.params, stage.weights, f"{stage.label}: weights")
+        tree.select(names, stage.keep, f"{stage.label}: keep")
