@@ -28,6 +28,7 @@ from minitune.lora import Lora
 from minitune.losses.preference import Dpo
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model
+from minitune.nn.dropout import seeded
 from minitune.optim.adamw import AdamW
 from minitune.optim.transforms import ClipByGlobalNorm, chain
 from minitune.planning.memory import StepSpec, peak_memory
@@ -51,8 +52,12 @@ def rows(vocab_size: int, n_rows: int, n_tokens: int) -> Batch:
 def step_and_run(
     kind: str, model: Model, params: Params, n_rows: int, n_tokens: int, targets: tuple[str, ...] = TARGETS, **how: Any
 ) -> tuple[StepSpec, Callable[[], Any]]:
-    """(a step as its costs are counted, the same step as a function to run); how: micro_batch, trained (a dtype), optimizers."""
-    lora, micro = None if kind == "full" else Lora(8, 16.0, targets), how.get("micro_batch", n_rows)
+    """(a step as its costs are counted, the same step as a function to run).
+
+    how: micro_batch, trained (a dtype), optimizers, dropout.
+    """
+    rule, micro = Lora(8, 16.0, targets, dropout=how.get("dropout", 0.0)), how.get("micro_batch", n_rows)
+    lora = None if kind == "full" else rule
     if kind == "qlora":
         params = Quantization(NF4(), targets).quantize(params)
     if lora is None:
@@ -64,6 +69,7 @@ def step_and_run(
     if kind == "dpo":
         loss, batch, at_once = Dpo(), Pairs(batch, batch), 2 * micro
         objective = preference(model, lora, loss, {})
+    batch = seeded(batch, 0, 0) if rule.dropout else batch
     optimizer = chain(ClipByGlobalNorm(1.0), *how.get("optimizers", (AdamW(lr=1e-3),)))
     run = train_step(objective, optimizer, micro_batch=micro, donate=True)
     state = run.init(trainable)

@@ -1,6 +1,6 @@
 """Low-rank adaptation: a rule that makes, scales and merges deltas. It never touches the model it adapts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from minitune.types import (
     Adapted,
     Delta,
     Deltas,
+    Fraction,
     Params,
     PositiveFloat,
     PositiveInt,
@@ -51,6 +52,10 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: dict[str, PositiveInt] = {}  # glob -> another rank for the targets that it matches; the first match wins
     rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
     dora: bool = False  # train the length m of every row apart from its direction
+    # Share of the inputs of a that a training step sets to zero, the others divided by 1 - dropout
+    # (Hu et al. 2021, table 11). Drawn from the rows' seeds (nn/dropout.py); nothing is dropped
+    # in evaluation, generation, a reference or a merge.
+    dropout: Fraction = 0.0
 
     def names(self, params: Params) -> list[str]:
         """The weights that the targets match; InputError for a glob without a match and for a weight that is no linear map."""
@@ -70,9 +75,20 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"lora: {name} {shape} holds all experts of a layer, expected dora = false for it; narrow the targets or "
                     "drop dora"
                 )
+        self.check_dropout(names)
         if self.ranks:
             tree.select(names, list(self.ranks), "lora: ranks")
         return names
+
+    def check_dropout(self, names: Iterable[str]) -> None:
+        """InputError for a weight whose inputs can't be dropped, if the rule drops any."""
+        for name in names:
+            if self.dropout and (name == "lm_head.weight" or ".experts." in name):
+                found = f"lora: {name} is adapted with dropout = {self.dropout}"
+                raise InputError(
+                    f"{found}, expected 0 for experts and the head, whose inputs are no longer in "
+                    "the order of their rows; narrow the targets"
+                )
 
     def rank_of(self, name: str) -> int:
         """The rank of a weight's delta: of the first glob in ranks that matches its name, else rank."""

@@ -45,6 +45,13 @@ class Delta(NamedTuple):
     m: Float[Tensor, "out"] | tuple[()] = ()  # not None, which torch.func counts as a leaf that is no tensor
 
 
+class Dropout(NamedTuple):
+    """Seeds and rate by which inputs of a low-rank change are dropped (nn/dropout.py)."""
+
+    seeds: Int[Tensor, "B"]  # of each row of tokens, for one weight
+    rate: Float[Tensor, "*n"]  # share that is dropped, in [0, 1); of each of n changes
+
+
 class Adapted(NamedTuple):
     """A weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b a) / |W + b a| by rows.
 
@@ -56,6 +63,7 @@ class Adapted(NamedTuple):
     a: Float[Tensor, "*n R in"]
     b: Float[Tensor, "*n out R"]
     m: Float[Tensor, "*n out"] | tuple[()] = ()
+    dropout: Dropout | tuple[()] = ()  # of the input of a; there in training alone
 
     @property
     def shape(self) -> torch.Size:
@@ -134,6 +142,21 @@ class TeacherBatch(NamedTuple):
     def counts(self) -> str:
         """What the weight of an objective on such rows counts, in metrics."""
         return "target_tokens"
+
+
+class SeededBatch(NamedTuple):
+    """Rows of any kind for a step that draws at random: a row's dropout and noise follow its seed.
+
+    Without seeds nothing is dropped and no noise is added. dropout.seeded makes these.
+    """
+
+    rows: Any  # Batch, Pairs, UnpairedBatch or TeacherBatch
+    seeds: Int[Tensor, "B"]
+
+    @property
+    def counts(self) -> str:
+        """Name in metrics of what the weight of an objective on the rows counts."""
+        return self.rows.counts
 
 
 class LogProbs(NamedTuple):

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.algorithms.objective import Objective, apply_trainable, required
+from minitune.algorithms.objective import Objective, apply_trainable, required, with_draws
 from minitune.lora import Lora
 from minitune.losses.registry import DistillationLoss
 from minitune.models.model import Model
 from minitune.nn.head import by_rows
-from minitune.types import Batch, Mean, Params, TeacherBatch, Trainable
+from minitune.types import Batch, Mean, Params, SeededBatch, TeacherBatch, Trainable
 
 
 class Teacher(NamedTuple):
@@ -31,16 +31,19 @@ def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teache
     if teacher is not None:
         n_tokens = min(n_tokens, teacher.model.config.vocab_size)
 
-    def objective(trainable: Trainable, params: Params, batch: Batch | TeacherBatch) -> tuple[Mean, dict[str, Mean]]:
+    def objective(
+        trainable: Trainable, params: Params, batch: Batch | TeacherBatch | SeededBatch
+    ) -> tuple[Mean, dict[str, Mean]]:
+        drawing, rows = with_draws(model, lora, batch)
         adapted = apply_trainable(params, trainable, lora)
-        if isinstance(batch, TeacherBatch):
-            tops = (batch.top_ids, batch.top_logps)
+        if isinstance(rows, TeacherBatch):
+            tops = (rows.top_ids, rows.top_logps)
             on_top = by_rows(lambda y, t, top: loss.on_top(y[..., :n_tokens], t, *top))
-            nats = model.token_losses(adapted, batch.rows, on_top, tops, summed=True)
-            return Mean.of(nats, batch.rows.target_mask()), {}
+            nats = drawing.token_losses(adapted, rows.rows, on_top, tops, summed=True)
+            return Mean.of(nats, rows.rows.target_mask()), {}
         frozen = required(teacher, "distillation")
         with torch.no_grad():
-            teacher_hidden = frozen.model.hidden(frozen.params, batch)
+            teacher_hidden = frozen.model.hidden(frozen.params, rows)
             teacher_hidden = teacher_hidden.roll(1, 1)  # hidden[t] predicts token t + 1: aligned with the targets
 
         def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teache
             both = logits[..., :n_tokens], targets, teacher_logits[..., :n_tokens].to(logits.device)
             return by_rows(loss)(*both)
 
-        nats = model.token_losses(adapted, batch, divergence, teacher_hidden, summed=True)
-        return Mean.of(nats, batch.target_mask()), {}
+        nats = drawing.token_losses(adapted, rows, divergence, teacher_hidden, summed=True)
+        return Mean.of(nats, rows.target_mask()), {}
 
     return objective

@@ -12,7 +12,7 @@ from minitune.hardware import to_device
 from minitune.models.experts import router_weight
 from minitune.models.model import Model, Probe
 from minitune.nn import moe
-from minitune.types import Mean, Params, TeacherBatch, Trainable
+from minitune.types import Mean, Params, SeededBatch, TeacherBatch, Trainable
 
 
 def balanced(objective: Callable[[Model], Objective], model: Model, coefficient: float) -> Objective:
@@ -33,7 +33,8 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
         probe = Probe((router_weight(experts),), lambda name, y: logits.append(y))
         mean, metrics = objective(model._replace(probe=probe))(trainable, params, batch)
 
-        rows = batch.rows if isinstance(batch, TeacherBatch) else batch
+        rows = batch.rows if isinstance(batch, SeededBatch) else batch
+        rows = rows.rows if isinstance(rows, TeacherBatch) else rows
         is_token = to_device((rows.segment_ids > 0).flatten(), mean.total.device)
         by_layer = torch.stack(logits).flatten(1, 2)
         term = moe.load_balance(by_layer, experts.n_active, is_token)

@@ -11,8 +11,8 @@ from minitune import hardware, tree
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
-from minitune.models.model import Model
-from minitune.types import Batch, Delta, Mean, Params, Trainable
+from minitune.models.model import Draws, Model
+from minitune.types import Batch, Delta, Mean, Params, SeededBatch, Trainable
 
 Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
 
@@ -33,6 +33,29 @@ def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> 
         raise TypeError(f"objective: {next(iter(deltas))} is a Delta, expected a Lora rule for it")
     whole = {**params, **replaced}
     return whole if lora is None else lora.apply(whole, deltas)
+
+
+def with_draws(model: Model, lora: Lora | None, batch: Any) -> tuple[Model, Any]:
+    """(model, rows) of a training step: the model draws from the seeds of a SeededBatch.
+
+    Rows without seeds are those of an evaluation. TypeError for such rows where a gradient is to be
+    taken through a model or a rule that draws: a training without its dropout would not be seen.
+    """
+    rate = lora.dropout if lora is not None else 0.0
+    if isinstance(batch, SeededBatch):
+        return model._replace(draws=Draws(batch.seeds, (rate,))), batch.rows
+    require_no_draws(model, rate)
+    return model, batch
+
+
+def require_no_draws(model: Model, rate: float) -> None:
+    """TypeError for rows without seeds of which a gradient is to be taken with dropout or noise."""
+    if torch.is_grad_enabled() and (rate or model.neftune_alpha):
+        what = f"lora.dropout = {rate}" if rate else f"neftune_alpha = {model.neftune_alpha}"
+        raise TypeError(
+            f"objective: {what} is drawn from seeds of the rows, and the batch has none, expected "
+            "dropout.seeded(batch, seed, step) in training, and torch.no_grad() in evaluation"
+        )
 
 
 def answer_logps(model: Model, params: Params, rows: Batch) -> Float[Tensor, "B"]:

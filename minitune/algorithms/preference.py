@@ -7,11 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune import tree
-from minitune.algorithms.objective import Objective, answer_logps, apply_trainable, mean_of, required
+from minitune.algorithms.objective import (
+    Objective,
+    answer_logps,
+    apply_trainable,
+    mean_of,
+    required,
+    with_draws,
+)
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.models.model import Model
-from minitune.types import LogProbs, Mean, Pairs, Params, Trainable
+from minitune.types import LogProbs, Mean, Pairs, Params, SeededBatch, Trainable
 
 
 @runtime_checkable
@@ -36,12 +43,13 @@ def preference(model: Model, lora: Lora | None, loss: PreferenceLoss, reference:
     compares with nothing, or when every batch carries the reference's log-probs.
     """
 
-    def objective(trainable: Trainable, params: Params, pairs: Pairs) -> tuple[Mean, dict[str, Mean]]:
+    def objective(trainable: Trainable, params: Params, batch: Pairs | SeededBatch) -> tuple[Mean, dict[str, Mean]]:
+        drawing, pairs = with_draws(model, lora, batch)
         frozen = None
         if loss.needs_reference and not isinstance(pairs.reference, Tensor):
             with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
                 frozen = pair_logps(model, apply_trainable(params, required(reference, "preference"), lora), pairs)
-        policy = pair_logps(model, apply_trainable(params, trainable, lora), pairs)
+        policy = pair_logps(drawing, apply_trainable(params, trainable, lora), pairs)
         if loss.needs_reference and isinstance(pairs.reference, Tensor):
             cached = to_device(pairs.reference, policy.chosen.device)
             frozen = policy._replace(chosen=cached[:, 0], rejected=cached[:, 1])

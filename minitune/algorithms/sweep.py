@@ -5,23 +5,37 @@ neither gets a gradient and the pad stays exactly zero: each adapter takes the s
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minitune import tree
+from minitune.algorithms.objective import require_no_draws
 from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.registry import TokenLoss
-from minitune.models.model import Model
+from minitune.models.model import Draws, Model
 from minitune.models.weights import head_name
 from minitune.optim.apply import apply_gradients_each
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import sum_over_ranks
 from minitune.tree import Tree
-from minitune.types import Adapted, Batch, Delta, Deltas, Mean, Metrics, Params, Step, TrainState, wide_dtype
+from minitune.types import (
+    Adapted,
+    Batch,
+    Delta,
+    Deltas,
+    Mean,
+    Metrics,
+    Params,
+    SeededBatch,
+    Step,
+    TrainState,
+    wide_dtype,
+)
 
 CPU_HIDDEN_ELEMENTS = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
 
@@ -56,7 +70,7 @@ def unstack(stacked: Tree, n: int) -> list[Tree]:
     return members
 
 
-def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Batch], Mean]:
+def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Any], Mean]:
     """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]: supervised.sft for n adapters.
 
     The rows of all adapters go through the model as one batch, and only the low-rank products tell them apart. A delta on the
@@ -64,20 +78,45 @@ def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> 
     """
     n, head = len(rules), head_name(model.config)
 
-    def objective(deltas: Deltas, params: Params, batch: Batch) -> Mean:
+    def objective(deltas: Deltas, params: Params, batch: Batch | SeededBatch) -> Mean:
         scaled = _scaled(deltas, rules)
-        together = Batch(*(x.flatten(0, 1) for x in batch))
+        drawing, own = _with_draws(model, rules, batch)
+        together = Batch(*(x.flatten(0, 1) for x in own))
         if n == 1 or any(name == head or ".experts." in name for name in deltas):
-            members = zip(unstack(batch, n), unstack(scaled, n), strict=True)
-            each = [model.token_losses(_adapted(params, delta), rows, loss, summed=True) for rows, delta in members]
+            members = zip(drawing, unstack(own, n), unstack(scaled, n), strict=True)
+            each = [one.token_losses(_adapted(params, delta), rows, loss, summed=True) for one, rows, delta in members]
             nats = torch.stack(each)
         else:
-            nats = model.token_losses(_adapted(params, scaled), together, loss, summed=True).view(batch.tokens.shape)
-        mask = to_device(together.target_mask(), nats.device).view(batch.tokens.shape)
+            adapted = _adapted(params, scaled)
+            nats = _together(drawing).token_losses(adapted, together, loss, summed=True)
+            nats = nats.view(own.tokens.shape)
+        mask = to_device(together.target_mask(), nats.device).view(own.tokens.shape)
         total, weight = (x.sum((1, 2)) for x in (torch.where(mask != 0, nats, 0.0), mask))
         return Mean(total, weight.to(nats.dtype))
 
     return objective
+
+
+def _with_draws(
+    model: Model,
+    rules: Sequence[Lora],
+    batch: Batch | SeededBatch,
+) -> tuple[list[Model], Batch]:
+    """(model of each adapter with the seeds of its rows, the rows of all)."""
+    if isinstance(batch, SeededBatch):
+        each = zip(batch.seeds.unbind(), rules, strict=True)
+        return [model._replace(draws=Draws(own, (rule.dropout,))) for own, rule in each], batch.rows
+    require_no_draws(model, max(rule.dropout for rule in rules))
+    return [model] * len(rules), batch
+
+
+def _together(models: Sequence[Model]) -> Model:
+    """Model for the rows of all adapters, one adapter's after the other's."""
+    draws = [model.draws for model in models if model.draws is not None]
+    if not draws:
+        return models[0]
+    rates = tuple(rate for one in draws for rate in one.dropout)
+    return models[0]._replace(draws=Draws(torch.cat([one.seeds for one in draws]), rates))
 
 
 def _scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
@@ -115,10 +154,10 @@ def sweep_step(
         members = zip(optimizers, unstack(trainable, len(optimizers)), strict=True)
         return TrainState(trainable, [optimizer.init(deltas) for optimizer, deltas in members])
 
-    def update(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(params: Params, state: TrainState, batch: Batch | SeededBatch) -> tuple[TrainState, Metrics]:
         trainable, opt_state = state
-        starts = range(0, batch.tokens.shape[1], micro_batch)
-        micro_batches = (Batch(*(x[:, i : i + micro_batch] for x in batch)) for i in starts)
+        starts = range(0, tree.leaves(batch)[0].shape[1], micro_batch)
+        micro_batches = (tree.map(lambda x, i=i: x[:, i : i + micro_batch], batch) for i in starts)
         mean, grads = accumulate(lambda rows: _gradients(model, loss, rules, trainable, params, rows), micro_batches)
         mean, grads = sum_over_ranks((mean, grads))
         divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
@@ -140,10 +179,10 @@ def sweep_step(
 
 
 def _gradients(
-    model: Model, loss: TokenLoss, rules: Sequence[Lora], trainable: Deltas, params: Params, rows: Batch
+    model: Model, loss: TokenLoss, rules: Sequence[Lora], trainable: Deltas, params: Params, rows: Batch | SeededBatch
 ) -> tuple[Mean, Tree]:
     """(means, gradients of their totals) of all adapters, as many in one forward as suits the device."""
-    n_elements = rows.tokens[0].numel() * model.config.d_model
+    n_elements = tree.leaves(rows)[0][0].numel() * model.config.d_model
     on_cpu = tree.leaves(trainable)[0].device.type == "cpu"
     size = max(1, CPU_HIDDEN_ELEMENTS // n_elements) if on_cpu else len(rules)
 

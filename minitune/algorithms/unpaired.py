@@ -4,33 +4,47 @@ import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.algorithms.objective import Objective, answer_logps, apply_trainable, mean_of, required
+from minitune.algorithms.objective import (
+    Objective,
+    answer_logps,
+    apply_trainable,
+    mean_of,
+    required,
+    with_draws,
+)
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.registry import UnpairedLoss
 from minitune.models.model import Model
-from minitune.types import Mean, Params, Trainable, UnpairedBatch
+from minitune.types import Mean, Params, SeededBatch, Trainable, UnpairedBatch
 
 
 def unpaired_preference(model: Model, lora: Lora | None, loss: UnpairedLoss, reference: Trainable | None) -> Objective:
     """Learning from single answers, each found desirable or not (KTO); the reference is given as for `preference`.
 
-    The mismatched answers of a micro-batch estimate how far the policy has drifted from the reference.
+    The mismatched answers of a micro-batch estimate how far the policy, without its dropout, has
+    drifted from the reference.
     """
 
-    def objective(trainable: Trainable, params: Params, batch: UnpairedBatch) -> tuple[Mean, dict[str, Mean]]:
-        rows = batch.answers, batch.mismatched
+    def objective(
+        trainable: Trainable,
+        params: Params,
+        batch: UnpairedBatch | SeededBatch,
+    ) -> tuple[Mean, dict[str, Mean]]:
+        drawing, unpaired = with_draws(model, lora, batch)
+        rows = unpaired.answers, unpaired.mismatched
         adapted = apply_trainable(params, trainable, lora)
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
             drifted = answer_logps(model, adapted, rows[1])
-            if isinstance(batch.reference, Tensor):
-                frozen, mismatched = to_device(batch.reference, drifted.device).unbind(1)
+            if isinstance(unpaired.reference, Tensor):
+                frozen, mismatched = to_device(unpaired.reference, drifted.device).unbind(1)
             else:
                 base = apply_trainable(params, required(reference, "unpaired_preference"), lora)
-                frozen, mismatched = (answer_logps(model, base, one) for one in rows)
+                frozen, mismatched = (answer_logps(model, base, answers) for answers in rows)
             kl = (drifted - mismatched).mean().clamp(min=0.0)
-        policy = answer_logps(model, adapted, rows[0])
-        rewards, desirable = loss.rewards(policy, frozen), to_device(batch.desirable, policy.device)
+        policy = answer_logps(drawing, adapted, rows[0])
+        rewards = loss.rewards(policy, frozen)
+        desirable = to_device(unpaired.desirable, policy.device)
         readings = {
             "reward_desirable": Mean.of(rewards, desirable),
             "reward_undesirable": Mean.of(rewards, ~desirable),

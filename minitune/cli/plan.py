@@ -15,7 +15,8 @@ from minitune.optim.eight_bit import AdamW8bit
 from minitune.planning.memory import StepSpec
 from minitune.programs import program
 from minitune.programs.plan import Planned, planned, quantized_params
-from minitune.programs.stages.train import HOST, Train
+from minitune.programs.stages.train import Train
+from minitune.programs.stages.training_model import HOST
 from minitune.quant.schemes import NF4
 
 MIB = 2**20

@@ -13,6 +13,7 @@ from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import layer_of
 from minitune.nn.attention.key_range import KeyRange, causal, document_lengths, document_positions, documents
+from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.linear import embed
 from minitune.tree import Tree
@@ -28,20 +29,47 @@ def hidden(
     *,
     segment_ids: Int[Tensor, "B T"] | None = None,
     block_of: BlockOf,
+    noise: Float[Tensor, "B T D"] | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) is layer i."""
-    x, inputs = before_first_block(config, params, tokens, segment_ids)
+    """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) is layer i.
+
+    noise is added to the embedded tokens (see neftune_noise).
+    """
+    x, inputs = before_first_block(config, params, tokens, segment_ids, noise)
     for i in range(config.n_layers):
         x = block_of(i)(layer_of(params, i), x, inputs[layer_kind(config, i)])
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
 
 
 def before_first_block(
-    config: DecoderConfig, params: Params, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
+    config: DecoderConfig,
+    params: Params,
+    tokens: Int[Tensor, "B T"],
+    segment_ids: Int[Tensor, "B T"] | None,
+    noise: Float[Tensor, "B T D"] | None = None,
 ) -> tuple[Float[Tensor, "B T D"], dict[LayerKind, Any]]:
     """Embedded tokens, and the inputs that the mixers of every kind of layer share."""
-    x = _embedded(config, params, tokens)
+    x = _embedded(config, params, tokens, noise)
     return x, mixer_inputs(config, token_positions(config, tokens, segment_ids), x.dtype)
+
+
+def neftune_noise(
+    config: DecoderConfig,
+    seeds: Int[Tensor, "B"],
+    segment_ids: Int[Tensor, "B_parts T"],
+    alpha: float,
+) -> Float[Tensor, "B_parts T D"]:
+    """Uniform on (-1, 1) times alpha / sqrt(L d_model), L the tokens of a token's document; 0 on padding.
+
+    Jain et al. 2023, arXiv 2310.05914, algorithm 1, where a row is one document: packed documents
+    have the noise that each would have alone. Drawn from each row's seed.
+    """
+    n_rows, n_tokens = segment_ids.shape
+    own = row_seeds(seeds, n_rows, "neftune")
+    lengths = document_lengths(segment_ids).clamp(min=1)
+    size = alpha / (lengths * config.d_model).float().sqrt()
+    size = torch.where(segment_ids > 0, size, 0.0)
+    return size[..., None] * uniform(own, n_tokens, config.d_model)
 
 
 def token_positions(config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None) -> TokenPositions:
@@ -109,8 +137,15 @@ def scaled_logits(config: DecoderConfig, logits: Float[Tensor, "*rows V"]) -> Fl
     return logits if config.final_cap is None else config.final_cap * torch.tanh(logits / config.final_cap)
 
 
-def _embedded(config: DecoderConfig, params: Params, tokens: Tensor) -> Tensor:
+def _embedded(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
     x = embed(tokens, params["model.embed_tokens.weight"])
+    if noise is not None:
+        x = x + noise.to(x.dtype)
     if config.embedding_multiplier == "sqrt_d_model":  # rounded to the dtype of the weights, as it was in training
         return x * params["model.embed_tokens.weight"].new_full((), config.d_model**0.5)
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier

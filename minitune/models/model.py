@@ -1,6 +1,6 @@
 """Model: a family with its numbers, all that is needed to run parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ from minitune.models.config import DecoderConfig, MixerName, layer_kind
 from minitune.models.family import Family
 from minitune.models.weights import head_name
 from minitune.nn import head as nn_head
+from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
 from minitune.tree import Tree
-from minitune.types import Batch, Params
+from minitune.types import Adapted, Batch, Dropout, Params
 
 BlockTransform = Callable[[BlockFunction], BlockFunction]
 
@@ -31,6 +32,14 @@ class Probe(NamedTuple):
 
     weights: tuple[str, ...]  # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed by
     receive: Callable[[str, Tensor], None]  # called with the weight's whole name and its map's output [B T out], once a forward
+
+
+class Draws(NamedTuple):
+    """Seeds of the rows of a training step, and what is drawn from them; an evaluation has none."""
+
+    seeds: Int[Tensor, "B"]
+    # rate at which inputs of low-rank changes are dropped, or that of each of n adapters
+    dropout: tuple[float, ...] = (0.0,)
 
 
 class Model(NamedTuple):
@@ -50,6 +59,9 @@ class Model(NamedTuple):
     remat: BlockTransform = remat
     probe: Probe | None = None
     block: BlockFunction = decoder_block
+    # of the noise on embedded tokens, where there are draws (decoder.neftune_noise)
+    neftune_alpha: float = 0.0
+    draws: Draws | None = None
 
     def forward(
         self,
@@ -67,7 +79,14 @@ class Model(NamedTuple):
         """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
         device = params["model.embed_tokens.weight"].device
         tokens, segment_ids = to_device(rows.tokens, device), to_device(rows.segment_ids, device)
-        return decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=self.block_of())
+        noise = None
+        if self.draws is not None:
+            own = to_device(self.draws.seeds, device)
+            params = with_dropout(params, own, len(tokens), self.draws.dropout)
+            if self.neftune_alpha:
+                noise = decoder.neftune_noise(self.config, own, segment_ids, self.neftune_alpha)
+        how: dict[str, Any] = {"segment_ids": segment_ids, "block_of": self.block_of(), "noise": noise}
+        return decoder.hidden(self.config, params, tokens, **how)
 
     def block_of(self) -> decoder.BlockOf:
         """Function that gives the block of layer i: transformed, recomputed in the backward, probed, as the model says."""
@@ -151,6 +170,22 @@ class Model(NamedTuple):
 def untransformed(model: Model) -> Model:
     """Model whose blocks are neither compiled nor recomputed."""
     return model._replace(block_transform=lambda f: f, n_remat=0)
+
+
+def with_dropout(
+    params: Params,
+    seeds: Int[Tensor, "B"],
+    n_rows: int,
+    rates: Sequence[float],
+) -> Params:
+    """Parameters whose low-rank changes drop their inputs; params itself where all rates are 0."""
+    if not any(rates):
+        return params
+    rate = to_device(torch.tensor(rates, dtype=torch.float32), seeds.device)
+    adapted = {name: leaf for name, leaf in params.items() if isinstance(leaf, Adapted)}
+    dropouts = {name: Dropout(row_seeds(seeds, n_rows, name), rate) for name in adapted}
+    dropping = {name: leaf._replace(dropout=dropouts[name]) for name, leaf in adapted.items()}
+    return {**params, **dropping}
 
 
 def probed_block(

@@ -6,11 +6,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import hardware
+from minitune.nn.dropout import dropped
 from minitune.quant import widened
 from minitune.quant.linear import quantized_linear
 from minitune.quant.schemes import dequantize
 from minitune.quant.tensors import QTensor
-from minitune.types import Adapted, Delta, wide_dtype
+from minitune.types import Adapted, Delta, Dropout, wide_dtype
 
 
 def linear(
@@ -37,13 +38,18 @@ def linear(
 
 
 def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
-    """x (W + b a)^T + bias (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b), its rows at length m where the
-    leaf has a magnitude (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    """x (W + b a)^T + bias (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b).
+
+    Where the leaf has a magnitude the rows have that length (Liu et al. 2024, arXiv 2402.09353, eq. 5).
+    Where it has dropout, a gets x with it, and W does not.
+    """
     magnitude = w.m if isinstance(w.m, Tensor) else None
     # a product that takes the bias along adds it first
     bias_comes_first = isinstance(w.w, Tensor) and magnitude is None
     y = linear(x, w.w, bias if bias_comes_first else None)
 
+    if isinstance(w.dropout, Dropout):
+        x = dropped(x, w.dropout)
     a, b = w.a.to(x.dtype), w.b.to(x.dtype)
     n = 1 if a.ndim == 2 else len(a)
     rows, z = (t.reshape(n, -1, t.shape[-1]) for t in (x, y))

@@ -6,6 +6,7 @@ Updates are added to the parameters by `apply_gradients`, which is the one place
 from minitune.optim.adamw import AdamState as AdamState
 from minitune.optim.adamw import AdamW as AdamW
 from minitune.optim.apply import apply_gradients as apply_gradients
+from minitune.optim.decay_groups import decay_groups as decay_groups
 from minitune.optim.eight_bit import AdamW8bit as AdamW8bit
 from minitune.optim.muon import Muon as Muon
 from minitune.optim.partition import Partition as Partition

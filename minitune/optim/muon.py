@@ -57,17 +57,18 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
                 f"optim: muon finds no matrix to update among {len(paths)} trained leaves ({', '.join(paths[:3])}, ...), "
                 "expected a 2-D weight of a hidden layer; use kind = 'adamw'"
             )
-        return self._partition().init(params)
+        return self.partitioned().init(params)
 
     def update(self, grads: Tree, state: Sequence[Tree], params: Tree) -> tuple[Tree, tuple[Tree, ...]]:
         """OrthogonalizedMomentum's update of matrices, AdamW's of the rest."""
-        return self._partition().update(grads, state, params)
+        return self.partitioned().update(grads, state, params)
 
     def branches(self, state: Sequence[Tree], paths: Sequence[str], leaves: Sequence[Tensor]) -> list[Branch]:
         """The matrices, and the rest."""
-        return self._partition().branches(state, paths, leaves)
+        return self.partitioned().branches(state, paths, leaves)
 
-    def _partition(self) -> Partition:
+    def partitioned(self) -> Partition:
+        """Rule of the matrices, then that of the rest, and which leaf goes to which."""
         matrices = OrthogonalizedMomentum(
             self.lr, self.momentum, self.nesterov, self.ns_steps, self.weight_decay, self.adjust_lr_fn
         )

@@ -16,11 +16,6 @@ from minitune import hardware, seeds, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
 from minitune.tree import Tree
 
-GOLDEN = -1640531527  # 2^32 / golden ratio, as a signed number: neighbours in the order of elements become far apart
-MIX_32 = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of the hash "lowbias32" (Wellons 2018)
-MIX_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of splitmix64 (Steele et al. 2014)
-
-
 Rounding = Callable[[Tensor, str, int], Tensor]  # (float32 values of a slice, path of its leaf, its start) -> bfloat16
 
 
@@ -103,17 +98,11 @@ def draw_16_bits(keys: StepKeys, leaf_key: int, start: int, n: int) -> Int[Tenso
     One hash of 32 bits serves two neighbours.
     """
     x = torch.arange(start // 2, (start + n + 1) // 2, dtype=torch.int32, device=keys.first.device)
-    x = (x * GOLDEN + keys.first) ^ leaf_key
-    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX_32[0] + keys.second
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * MIX_32[1]
-    x = x ^ ((x >> 16) & 0xFFFF)
+    x = seeds.scrambled((x * seeds.GOLDEN_32 + keys.first) ^ leaf_key, keys.second)
     return (x.view(torch.int16)[start % 2 : start % 2 + n]).to(torch.int32) & 0xFFFF
 
 
 def step_keys(seed: int, step: Int[Tensor, ""]) -> StepKeys:
     """Keys of a step, computed where its count lies."""
-    z = (step + 1) * (0x9E3779B97F4A7C15 - 2**64) + seeds.derive(seed, "rounding")
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * MIX_64[0]
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * MIX_64[1]
-    z = z ^ ((z >> 31) & (2**33 - 1))
+    z = seeds.mixed(step, seeds.derive(seed, "rounding"))
     return StepKeys((z & 0x7FFFFFFF).to(torch.int32), ((z >> 32) & 0x7FFFFFFF).to(torch.int32))

@@ -38,10 +38,14 @@ KEYS = (
     ("lora.targets", GLOBS,
         "target_modules lora_target lora_target_modules lora_target_linear lora_attn_modules "
         "targets"),
+    ("lora.dropout", "", "lora_dropout"),
     ("lora.dora", "", "use_dora peft_use_dora"),
     ("lora.rslora", "", "use_rslora peft_use_rslora"),
     ("lora.train", "globs of weights that train whole", "modules_to_save lora_modules_to_save"),
     ("lora.ranks", "glob -> rank", "rank_pattern"),
+    ("train.neftune_alpha", "", "neftune_noise_alpha noisy_embedding_alpha neftune_alpha"),
+    ("train.decay_factors", '{ "*norm*" = 0.0 } spares norms',
+        "no_decay no_decay_params no_weight_decay weight_decay_groups"),
     ("train.lr_factors", "glob -> factor", "loraplus_lr_ratio embedding_lr lr_groups"),
     ("quantize.scheme", NF4,
         "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_bit quantize_base "

@@ -10,8 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
-from minitune.algorithms.objective import apply_trainable
-from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
@@ -32,7 +30,8 @@ from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval, Generate
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.stage import Stage
-from minitune.programs.stages.train import HOST, Train
+from minitune.programs.stages.train import Train
+from minitune.programs.stages.training_model import HOST, forward_params
 from minitune.programs.state import AbstractState, trainable_like
 from minitune.quant.schemes import Scheme, quantize
 from minitune.types import Params, Trainable
@@ -179,7 +178,7 @@ def _n_remat(stage: Train, abstract: AbstractState, params: Params, trainable: T
     """Number of blocks that the stage will compute again, found on fake tensors of the real device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
-        adapted = apply_trainable(like[0], detached_leaves(like[1]), abstract.lora)
+        adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
         return stage.n_remat(abstract.model, adapted, abstract.data[stage.data].seq_len)
 
 

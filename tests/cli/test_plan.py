@@ -67,11 +67,15 @@ def built(kind: str, model: Model, dtype: torch.dtype, n_rows: int, n_tokens: in
     return memory.step_and_run(kind, model, params, n_rows, n_tokens, **how)
 
 
+AGAIN = LLAMA._replace(n_remat=3)
 CASES = {  # kind, model, dtype, rows, tokens a row, logits that the head holds at a time, and what else is not as usual
     "lora in bfloat16": ("lora", LLAMA, torch.bfloat16, 5, 83, 2**14, {}),
     "lora, blocks again": ("lora", LLAMA._replace(n_remat=3), torch.float32, 3, 131, 2**14, {}),
     "lora, two blocks again": ("lora", LLAMA._replace(n_remat=2), torch.bfloat16, 2, 211, 2**14, {}),
     "lora, fullest at the head": ("lora", LLAMA, torch.float32, 3, 131, 2**22, {}),
+    "lora with dropout": ("lora", LLAMA, torch.float32, 3, 131, 2**14, {"dropout": 0.1}),
+    "lora with dropout, blocks again": ("lora", AGAIN, torch.bfloat16, 3, 131, 2**14, {"dropout": 0.1}),
+    "dpo with dropout": ("dpo", LLAMA, torch.float32, 2, 131, 2**14, {"dropout": 0.1}),
     "full": ("full", LLAMA, torch.float32, 3, 131, 2**14, {}),
     "full, blocks again": ("full", LLAMA._replace(n_remat=3), torch.bfloat16, 3, 131, 2**14, {}),
     "full, micro-batches": ("full", LLAMA, torch.float32, 3, 131, 2**14, {"micro_batch": 1}),

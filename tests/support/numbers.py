@@ -32,7 +32,7 @@ class Numbers:
     def task(self) -> TrainingTask:
         return TrainingTask(self.next_batch, lambda batch: 5, self.step, self.rows, self.evaluate, self.keep)
 
-    def next_batch(self, cursors: Any) -> Any:
+    def next_batch(self, done: int, cursors: Any) -> Any:
         (cursor,) = cursors
         return torch.tensor(cursor.row), [Cursor(cursor.epoch, cursor.row + 1)]
 

@@ -19,7 +19,7 @@ from minitune.io.json_file import read_json
 from minitune.lora import Lora
 from minitune.models.fused_experts import is_single, parameters, places
 from minitune.models.hf_multimodal import text_name
-from minitune.types import Delta, PositiveFloat, PositiveInt, Trainable
+from minitune.types import Delta, Fraction, PositiveFloat, PositiveInt, Trainable
 
 BOUNDED = re.compile(r"(?s)(?!.*\)[*+?])([^*+?{]*[*+?]){0,3}[^*+?{]*")  # others can take for ever on a module's name
 
@@ -32,6 +32,7 @@ class _Config(msgspec.Struct):
     lora_alpha: PositiveFloat
     use_rslora: bool = False
     use_dora: bool = False
+    lora_dropout: Fraction | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     target_parameters: list[str] | None = None
@@ -56,7 +57,6 @@ HARMLESS = frozenset(
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
-        "lora_dropout",
         "megatron_core",
         "peft_version",
         "qalora_group_size",
@@ -239,7 +239,9 @@ def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[
     Where alphas differ so that no rule does, the rest of the scale is folded into b: the forward is the same.
     """
     others = {name: one.delta.a.shape[-2] for name, one in adapted.items() if one.delta.a.shape[-2] != config.r}
-    rule = Lora(config.r, config.lora_alpha, tuple(adapted), others, config.use_rslora, config.use_dora)
+    rule = Lora(
+        config.r, config.lora_alpha, tuple(adapted), others, config.use_rslora, config.use_dora, config.lora_dropout or 0.0
+    )
     # what `save` writes of rsLoRA with several ranks: alpha / rank, each alpha in proportion to sqrt(rank)
     rooted = msgspec.structs.replace(rule, alpha=config.lora_alpha / config.r**0.5, rslora=True)
     if not config.use_rslora and all(

@@ -73,7 +73,7 @@ def save_adapter(
         "alpha_pattern": {re.escape(place): alpha for place, alpha in alphas.items() if alpha != default},
         "target_modules": [within(module_name(name)) for name in deltas if name not in parameter_of or is_single(name)],
         "target_parameters": list(dict.fromkeys(parameter_of.values())) or None,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

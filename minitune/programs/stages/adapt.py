@@ -12,7 +12,7 @@ from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.types import PositiveFloat, PositiveInt
+from minitune.types import Fraction, PositiveFloat, PositiveInt
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
@@ -24,12 +24,15 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
+    # share of a delta's inputs that a training step sets to zero (Hu et al. 2021, table 11)
+    dropout: Fraction = 0.0
     train: tuple[str, ...] = ()  # globs of weights to train whole with the deltas: norms, embeddings
 
     @property
     def rule(self) -> Lora:
         """Rule that the deltas follow."""
-        return Lora(self.rank, self.alpha, self.targets, self.ranks, self.rslora, self.dora)
+        how = self.ranks, self.rslora, self.dora, self.dropout
+        return Lora(self.rank, self.alpha, self.targets, *how)
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the targets match linear weights, `train` matches others, and there are no deltas yet."""

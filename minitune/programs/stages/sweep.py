@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,13 +17,14 @@ from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.registry import TokenLoss
 from minitune.models.model import Model
+from minitune.nn.dropout import seeded
 from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
-from minitune.programs.stages.batches import heldout_losses, load_batches
+from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
 from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
-from minitune.types import Batch, Delta, Deltas, Metrics, TrainState
+from minitune.types import Batch, Delta, Deltas, Metrics, SeededBatch, TrainState
 
 
 class Member(NamedTuple):
@@ -39,11 +41,11 @@ def run(
     stage: TrainingStage,
     state: PipelineState,
     model: Model,
-    optimizer_of: Callable[[Any], GradientTransformation],
+    optimizer_of: Callable[[Any, Deltas], GradientTransformation],
 ) -> PipelineState:
     """State with the best adapter of the sweep; continues from the newest saved state in the run folder.
 
-    model: with its blocks wrapped as the stage wants them; optimizer_of: a point's stage -> its optimizer.
+    model: with its blocks wrapped as the stage wants them; optimizer_of: (a point's stage, its deltas) -> its optimizer.
     """
     members = [_member(stage, state, point, optimizer_of) for point in points(stage)]
     evaluation = _evaluation(stage)
@@ -82,7 +84,7 @@ def _member(
     stage: TrainingStage,
     state: PipelineState,
     point: Point,
-    optimizer_of: Callable[[Any], GradientTransformation],
+    optimizer_of: Callable[[Any, Deltas], GradientTransformation],
 ) -> Member:
     assert state.loaded.lora is not None, "adapters have a rule"
     rule = point.rule(state.loaded.lora)
@@ -96,7 +98,7 @@ def _member(
                 "sweep other keys, or put it right after the lora stage"
             )
         start = rule.init(state.loaded.params, seed)
-    return Member(point, rule, optimizer_of(point.stage), seed, start)
+    return Member(point, rule, optimizer_of(point.stage, start), seed, start)
 
 
 def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Sequence[Member]) -> training_loop.TrainingTask:
@@ -108,12 +110,7 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     optimizers = [member.optimizer for member in members]
     all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, donate=True)
 
-    def next_batch(cursors: Sequence[Cursor]) -> tuple[Batch, list[Cursor]]:
-        orders = [loader.take(cursor, stage.batch_size) for loader, cursor in zip(loaders, cursors, strict=True)]
-        batch_of = {seed: batch for seed, (batch, _) in zip(seeds, orders, strict=True)}
-        return _stacked([batch_of[member.seed] for member in members]), [after for _, after in orders]
-
-    def step(train_state: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])
         after, metrics = all_step.update(params, before, batch)
         return {**train_state, **after._asdict()}, metrics
@@ -136,7 +133,26 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
         all_rows = (tree.map(lambda x: x.expand(len(rules), *x.shape), batch) for batch in batches)
         return heldout_losses(lambda batch: mean_of(train_state["trainable"], params, batch), all_rows)
 
-    return training_loop.TrainingTask(next_batch, loaders[0].n_tokens, step, rows, evaluate, _keep_best)
+    take = partial(_take, stage, members, loaders)
+    return training_loop.TrainingTask(take, loaders[0].n_tokens, step, rows, evaluate, _keep_best)
+
+
+def _take(
+    stage: TrainingStage,
+    members: Sequence[Member],
+    loaders: Sequence[BatchLoader],
+    done: int,
+    cursors: Sequence[Cursor],
+) -> tuple[Any, list[Cursor]]:
+    """(batch of every member's rows, where the next one begins); loaders and cursors: of each seed."""
+    pairs = zip(loaders, cursors, strict=True)
+    orders = [loader.take(cursor, stage.batch_size) for loader, cursor in pairs]
+    batch_of = {seed: rows for seed, (rows, _) in zip(_seeds(members), orders, strict=True)}
+    batch: Any = _stacked([batch_of[member.seed] for member in members])
+    if stage.draws(*(member.rule for member in members)):
+        each = [seeded(batch_of[member.seed], member.seed, done).seeds for member in members]
+        batch = SeededBatch(batch, torch.stack(each))
+    return batch, [after for _, after in orders]
 
 
 def _keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:

@@ -11,8 +11,9 @@ from minitune.lora import Lora
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import AbstractState
 
-KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, seed, lora.rank, lora.alpha or lora.rslora"
-ALLOWED = ("optimizer", "schedule", "clip_norm", "lr_factors", "seed", "lora.rank", "lora.alpha", "lora.rslora")
+KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, decay_factors, seed, lora.rank, lora.alpha, lora.rslora or lora.dropout"
+OF_STAGE = ("optimizer", "schedule", "clip_norm", "lr_factors", "decay_factors", "seed")
+ALLOWED = (*OF_STAGE, "lora.rank", "lora.alpha", "lora.rslora", "lora.dropout")
 
 
 class Point(NamedTuple):
@@ -56,6 +57,9 @@ def check(stage: TrainingStage, abstract: AbstractState) -> None:
         raise InputError(f"stages: {stage.label} has a sweep without evaluate, expected one: it finds the adapter that goes on")
     if abstract.whole:
         raise InputError(f"stages: {stage.label} has a sweep, but {min(abstract.whole)} trains whole, expected deltas only")
+    for point in all_points:
+        if point.lora and abstract.lora is not None:
+            point.rule(abstract.lora).names(abstract.params)
     plain = [point for point in all_points if all(isinstance(x, int | float | str) for x in point.table.values())]
     if len({tuple(point.table.items()) for point in plain}) < len(all_points):
         raise InputError(f"stages: {stage.label} has a sweep with the same point twice, expected each once")

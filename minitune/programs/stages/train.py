@@ -1,6 +1,5 @@
 """Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,29 +8,35 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minitune import hardware, tree
+from minitune import tree
 from minitune.algorithms.distillation import Teacher
-from minitune.algorithms.objective import Objective, apply_trainable
+from minitune.algorithms.objective import Objective
 from minitune.algorithms.quantization_aware import quantization_aware
 from minitune.algorithms.registry import Frozen, objective_of
-from minitune.autodiff import offload
-from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.checkpoint.state import load_state, save_state
 from minitune.checkpoint.tensors import require_finite
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
+from minitune.lora import Lora
 from minitune.losses.registry import Loss
 from minitune.losses.token import CrossEntropy
-from minitune.models.compile import wrap
 from minitune.models.model import Model
+from minitune.nn.dropout import seeded
 from minitune.optim.adamw import AdamW
+from minitune.optim.decay_groups import decay_groups
 from minitune.optim.registry import Optimizer
 from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
-from minitune.planning import activations
 from minitune.programs.loading import ModelSource, require_data
-from minitune.programs.stages import loop_state, sweep_points, teachers, training_loop, training_notes
+from minitune.programs.stages import (
+    loop_state,
+    sweep_points,
+    teachers,
+    training_loop,
+    training_model,
+    training_notes,
+)
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import (
@@ -43,7 +48,6 @@ from minitune.programs.stages.batches import (
 from minitune.programs.stages.first_steps import watched_step
 from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.tree import device_of
 from minitune.types import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -52,9 +56,6 @@ from minitune.types import (
     PositiveInt,
     Trainable,
 )
-
-HOST = "host"  # value of remat: blocks are computed again, and their inputs are kept in the host's memory
-MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMG])iB")  # value of remat such as "8 GiB"
 
 
 class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
@@ -74,8 +75,14 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     optimizer: Optimizer = AdamW(lr=1e-4)
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
     lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
+    # glob over trained leaves -> factor of optimizer.weight_decay; { "*norm*" = 0.0, "*bias*" = 0.0 } spares these,
+    # as the groups of torch.optim.AdamW in most training code do. The first match wins; without one it is 1.
+    decay_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
+    # Noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model), L the
+    # tokens of the document (NEFTune, Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual).
+    neftune_alpha: NonNegativeFloat = 0.0
     evaluate: Evaluation | None = None
     save_every: PositiveInt = 100  # steps
     keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
@@ -104,13 +111,26 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             raise InputError(
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
-        if isinstance(self.remat, str) and self.remat != HOST and not MEMORY.fullmatch(self.remat):
-            raise InputError(
-                f"stages: {self.label} has remat = {self.remat!r}, expected true, false, 'host', or memory such as '8 GiB'"
-            )
+        training_model.check_remat(self.label, self.remat)
+        self._check_factors(abstract)
+        if abstract.lora is not None:
+            abstract.lora.check_dropout(sorted(abstract.adapted))
         if self.sweep is not None:
             sweep_points.check(self, abstract)
         return abstract
+
+    def _check_factors(self, abstract: AbstractState) -> None:
+        parts = ("a", "b", "m") if abstract.lora is not None and abstract.lora.dora else ("a", "b")
+        paths = [*abstract.whole, *(f"{name}.{part}" for name in abstract.adapted for part in parts)]
+        if self.lr_factors:
+            tree.select(paths, list(self.lr_factors), f"stages: {self.label}.lr_factors")
+        if self.decay_factors:
+            tree.select(paths, list(self.decay_factors), f"stages: {self.label}.decay_factors")
+        if self.decay_factors and not self.optimizer.weight_decay:
+            raise InputError(
+                f"stages: {self.label} has decay_factors and optimizer.weight_decay = 0, expected a decay "
+                "that they are factors of; set it, or drop them"
+            )
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the data and on the steps that it makes; InputError for a malformed row."""
@@ -170,9 +190,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
         step = watched_step(self, objective, optimizer, params, self.lr_factors)
 
-        def next_batch(cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
+        draws = self.draws(state.loaded.lora)
+
+        def next_batch(done: int, cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
             batch, after = loader.take(cursors[0], self.batch_size)
-            return batch, [after]
+            return seeded(batch, state.seed, done) if draws else batch, [after]
 
         def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
@@ -193,6 +215,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
         return training_loop.TrainingTask(next_batch, loader.n_tokens, step, rows, evaluate, keep_best)
 
+    def draws(self, *rules: Lora | None) -> bool:
+        """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""
+        return self.neftune_alpha > 0 or any(rule is not None and rule.dropout for rule in rules)
+
     def _load_batches(self, state: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
         cached = self.reference == "cached"
         return load_batches(state, name, self.loss, cached=cached, teacher=teacher, top_k=self.cached_top_k)
@@ -200,13 +226,16 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
         """Optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
         narrow = any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(trainable))
-        return chain(*self._optimizer().parts, *([RoundStochastically(seed)] if narrow else []))
+        parts = self._optimizer(trainable).parts
+        return chain(*parts, *([RoundStochastically(seed)] if narrow else []))
 
-    def _optimizer(self) -> Chain:
+    def _optimizer(self, trainable: Trainable) -> Chain:
         clip = [ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
         schedule = ScaleBySchedule(self.schedule, max(1, self.steps))
         factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
-        return chain(*clip, self.optimizer, *factors, schedule)
+        paths = [path for path, _ in tree.items(trainable)]
+        rule = decay_groups(self.optimizer, self.decay_factors, paths)
+        return chain(*clip, rule, *factors, schedule)
 
     def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
         loaded, model = state.loaded, self._model(state)
@@ -220,21 +249,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return objective, teacher
 
     def _model(self, state: PipelineState) -> Model:
-        """Model with its blocks compiled and computed again as the stage asks for."""
-        loaded, model = state.loaded, state.loaded.model
-        device = device_of(loaded.params, loaded.trainable)
-        if self.compiled or (self.compiled is None and hardware.capabilities(device).compiles):
-            model = model._replace(block_transform=wrap(state.log.say))
-        adapted = apply_trainable(loaded.params, detached_leaves(loaded.trainable), loaded.lora)
-        n_remat = self.n_remat(model, adapted, state.data[self.data].seq_len)
-        if self.remat == HOST and hardware.capabilities(device).streams:
-            model = model._replace(remat=offload.remat(offload.side_stream(device)))
-        elif self.remat == HOST:
-            state.log.say(f"{self.label}: remat = 'host' is remat = true on {device.type}, which sends nothing to the host")
-        elif isinstance(self.remat, str):
-            n_blocks = model.config.n_layers
-            state.log.say(f"{self.label}: {n_remat} of {n_blocks} blocks are computed again to stay within {self.remat}")
-        return model._replace(n_remat=n_remat)
+        """Model whose blocks and embedding are what the stage asks for."""
+        model = training_model.transformed(self, state, self.n_rows, self.compiled, self.remat)
+        return model._replace(neftune_alpha=self.neftune_alpha)
 
     @property
     def n_rows(self) -> int:
@@ -253,13 +270,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
         """Number of blocks to compute again in the backward of rows of n_tokens; InputError for too small a budget."""
-        if self.remat == HOST:
-            return model.config.n_layers
-        if not isinstance(self.remat, str):
-            return model.config.n_layers if self.remat else 0
-        number, unit = MEMORY.findall(self.remat)[0]
-        n_bytes = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
-        return activations.n_remat(model, params, self.n_rows, n_tokens, n_bytes)
+        return training_model.n_remat(self.remat, model, params, self.n_rows, n_tokens)
 
     def _record(self, loop: loop_state.LoopState) -> dict[str, Any]:
         best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}

@@ -42,8 +42,8 @@ class TrainingTask(NamedTuple):
     train_state is a tree that holds what is trained under "trainable".
     """
 
-    # cursors -> (a batch, where the next one begins)
-    next_batch: Callable[[Sequence[Cursor]], tuple[Tree, list[Cursor]]]
+    # (steps done, cursors) -> (a batch, where the next one begins)
+    next_batch: Callable[[int, Sequence[Cursor]], tuple[Tree, list[Cursor]]]
     n_tokens: Callable[[Tree], int]
     # (train_state, batch) -> (train_state, metrics of the step, not yet read)
     step: Callable[[Tree, Tree], tuple[Tree, Metrics]]
@@ -167,7 +167,7 @@ def _take_steps(
 
 
 def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple[Tree, LoopState, QueuedStep]:
-    batch, cursors = task.next_batch([Cursor(*cursor) for cursor in loop.cursors])
+    batch, cursors = task.next_batch(loop.step, [Cursor(*cursor) for cursor in loop.cursors])
     train_state, metrics = task.step(train_state, batch)
     loop = loop.after_queueing(cursors)
     return train_state, loop, QueuedStep(loop.step, task.n_tokens(batch), reading(metrics))

@@ -4,6 +4,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from minitune.lora import Lora
 from minitune.losses.registry import Loss
 from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
@@ -79,6 +80,10 @@ class TrainingStage(Protocol):
     @property
     def keep(self) -> int:
         """Number of saved states that stay on the disk."""
+        ...
+
+    def draws(self, *rules: Lora | None) -> bool:
+        """True if a step under one of these rules drops or adds noise."""
         ...
 
     @property
