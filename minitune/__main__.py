@@ -5,7 +5,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Never
 
 from minitune import __version__
@@ -101,22 +100,10 @@ def _run_words(words: list[str]) -> int:
     if wants_help:
         sys.stdout.write(verbs.program_help(words[0], file))
         return DONE
-    return _run(file, words[1:])
-
-
-def _run(file: Path, overrides: Sequence[str]) -> int:
     verbs.announced(file)
-    from minitune.programs import program
-    from minitune.programs.run import run_program
-    from minitune.programs.signals import Stopped, StopSignals
+    from minitune.cli.running import run_file  # torch comes with it
 
-    stop = StopSignals()
-    try:
-        run_program(program.load(file, overrides), stop)
-    except Stopped as stopped:
-        sys.stderr.write(f"stopped at step {stopped.step}, saved in {stopped.folder}; run the same command to continue\n")
-        return 128 + (stop.number or 0)
-    return DONE
+    return run_file(file, words[1:])
 
 
 if __name__ == "__main__":

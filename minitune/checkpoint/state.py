@@ -91,6 +91,11 @@ def list_states(folder: Path) -> list[Path]:
     return sorted(states, key=lambda path: (len(path.name), path.name))
 
 
+def state_step(state: Path) -> int:
+    """Step of a training state, by the name of its folder."""
+    return int(state.name.removeprefix("step-"))
+
+
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     """(state, meta) of a committed step, in the structure of `like`; InputError if a byte, name, shape or dtype differs."""
     try:

@@ -126,6 +126,13 @@ def download(words: Sequence[str]) -> int:
     return download(words)
 
 
+def finish(words: Sequence[str]) -> int:
+    """End the training of a stopped run, and run the stages after it."""
+    from minitune.cli.running import finish
+
+    return finish(words)
+
+
 def inspect(words: Sequence[str]) -> int:
     """Print what a folder holds."""
     if len(words) != 1:
@@ -179,6 +186,12 @@ VERBS = {
         "download REPO [--to DIR] [--revision R]",
         "fetch a model folder or an adapter from the Hugging Face Hub",
         download,
+        parses_help=True,
+    ),
+    "finish": Verb(
+        "finish RUN [--best]",
+        "end the training of a stopped run with its saved state, and run the stages after it",
+        finish,
         parses_help=True,
     ),
     "inspect": Verb(

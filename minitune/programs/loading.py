@@ -21,6 +21,7 @@ from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
+from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
@@ -32,6 +33,7 @@ from minitune.tree import Tree
 from minitune.types import Delta, Params, Trainable
 
 NO_RULES: Mapping[str, Quantization] = MappingProxyType({})
+NONE_ENDED: Mapping[str, Ended] = MappingProxyType({})
 
 
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,10 +154,11 @@ def open_pipeline(
     *,
     tokens_at_once: int | None = None,
     first_rules: Mapping[str, Quantization] = NO_RULES,
+    ended: Mapping[str, Ended] = NONE_ENDED,
 ) -> PipelineState:
     """Load (or draw) the model and its tokenizer: the state before the first stage.
 
-    tokens_at_once, first_rules: fields of the state.
+    tokens_at_once, first_rules, ended: fields of the state.
 
     tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is the one setting of torch
     that minitune makes, and torch has it for a whole process.
@@ -174,6 +177,7 @@ def open_pipeline(
         loaded,
         tokens_at_once=tokens_at_once,
         first_rules=first_rules,
+        ended=ended,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from minitune.errors import InputError
+from minitune.io.atomic import write_atomic
 from minitune.io.json_file import read_json
 from minitune.io.results import Record
 
@@ -98,3 +99,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, bytes]]:
             continue
         if line.endswith(b"\n"):
             yield key.stage, key.step, line
+
+
+def write_record(path: Path, tree: Mapping[str, Any] | msgspec.Struct) -> None:
+    """Write a record as indented JSON, whole or not at all."""
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

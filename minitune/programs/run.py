@@ -9,18 +9,26 @@ from minitune.io.results import Record
 from minitune.programs import log, save_paths, wandb_tracker
 from minitune.programs.allocator import keep_freed
 from minitune.programs.check import check, data_notes
+from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
 from minitune.programs.program import Program, resolved
-from minitune.programs.records import summary
+from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
-from minitune.programs.run_folder import Run, open_run, write_record
+from minitune.programs.run_folder import Run, open_run
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 
 
-def run_program(program: Program, stop: StopSignals | None = None) -> Record:
+def run_program(
+    program: Program,
+    stop: StopSignals | None = None,
+    *,
+    end: Chosen | None = None,
+) -> Record:
     """Run or continue a program and return what its summary.json holds.
 
+    end: of the training that is unfinished, with its newest or its best state; what comes after it
+    is run.
     Raises InputError for what the user must change, and signals.Stopped after a signal, when the
     state has been saved.
     """
@@ -29,7 +37,7 @@ def run_program(program: Program, stop: StopSignals | None = None) -> Record:
     wandb_tracker.check(program.log.wandb)
     check(program.model, program.data, program.stage)
     save_paths.check(program)
-    run = open_run(program, program_text=resolved(program))
+    run = open_run(program, program_text=resolved(program), end=end)
     as_dict = msgspec.to_builtins(program)
     if run.summary is not None:
         out = log.Log(run.folder, program.log, as_dict)
@@ -57,6 +65,7 @@ def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> 
             program.tf32,
             tokens_at_once=tokens_at_once(program.stage, program.data),
             first_rules=first_rules(program.stage),
+            ended=run.ended,
         )
     for stage in program.stage:
         out.begin(stage.label)

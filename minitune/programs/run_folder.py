@@ -1,47 +1,28 @@
 """Run folders: the resolved program, a manifest, records, and the lock that keeps two runs apart."""
 
 import os
-import platform
-import socket
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
-from importlib import metadata
+import shutil
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
-from minitune import __version__
 from minitune.errors import InputError
-from minitune.io import locks, paths, toml
+from minitune.io import locks, paths
 from minitune.io.atomic import create_folder, sync, write_atomic
-from minitune.io.json_file import read_json
-from minitune.io.results import Record, file_record, hashed_record, iso_time
-from minitune.io.toml_messages import KeyPath, shown
-from minitune.programs import save_paths
+from minitune.io.results import Record
+from minitune.programs import ended
+from minitune.programs.earlier_run import EarlierRun, changed_input, earlier_run, gone_result
+from minitune.programs.ended import Chosen, Ended
+from minitune.programs.manifest import Manifest, Start, input_records, read_manifest, this_start, version_changes
 from minitune.programs.program import Program
-from minitune.programs.records import REMEDY, read_records, read_summary
+from minitune.programs.records import read_rows, read_summary, write_record
+from minitune.programs.stages.training_stage import TrainingStage
 
-PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "msgspec", "wandb")
-NOT_THE_RUN = ("log", "resume", "out")  # keys of a program that may change while a run goes on
-
-
-class Start(msgspec.Struct, frozen=True):
-    """When, where and with what a run was begun or continued."""
-
-    time: str
-    host: str
-    pid: int
-    versions: dict[str, str]
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """Inputs and origin of a run; inputs: by path, "sha256" and "bytes", or "bytes" and "time" for large weights."""
-
-    seed: int
-    inputs: dict[str, Record]
-    starts: Annotated[tuple[Start, ...], msgspec.Meta(min_length=1)]
+LINES, ROWS, TRACKER = "log.txt", "metrics.jsonl", "wandb-id"
 
 
 class Run(NamedTuple):
@@ -53,15 +34,18 @@ class Run(NamedTuple):
     notes: tuple[str, ...]  # for the user
     lock: locks.Lock
     summary: Record | None = None  # of a run that is finished: there is nothing left to run
+    ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that were ended early
 
 
-def open_run(program: Program, *, program_text: str) -> Run:
-    """Lock out/name and make it this program's folder: continue it, or move what is there aside and begin afresh.
+def open_run(program: Program, *, program_text: str, end: Chosen | None = None) -> Run:
+    """Lock out/name and make it this program's folder: continue what is there as far as it is the
+    program's, or move it aside and begin afresh.
 
     A run that this program finished on the same inputs is returned with its summary, as it is: a
     scheduler that gives a command again means no second training. Nothing is ever deleted.
-    InputError when another trainer holds the folder, when it is no run folder, when its inputs
-    changed since it began, and when resume = true finds nothing to continue.
+    end: training is to end with the newest or the best state that is saved. InputError when another
+    trainer holds the folder, when it is no run folder, when its inputs changed since it began, and
+    when resume = true finds nothing to continue.
     """
     out = _out_folder(program.out)
     folder = out / program.name
@@ -69,6 +53,8 @@ def open_run(program: Program, *, program_text: str) -> Run:
     lock, lock_notes = _lock(out / f".{program.name}.lock", folder)
     try:
         run = _open_locked(program, program_text, folder, lock)
+        if end is not None:
+            run = _with_training_ended(run, program, end)
     except BaseException:
         lock.close()
         raise
@@ -76,30 +62,70 @@ def open_run(program: Program, *, program_text: str) -> Run:
 
 
 def _open_locked(program: Program, program_text: str, folder: Path, lock: locks.Lock) -> Run:
+    _recover(folder)
     exists = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
     if exists and not (folder / "manifest.json").is_file():
         remedy = "change name or out, or move it away"
         raise InputError(f"runs: {folder} holds no manifest.json, expected a run folder; {remedy}")
-    obstacle = _obstacle(folder, program_text, program.resume) if exists else "does not exist"
-    if obstacle is None and not (folder / "summary.json").exists():
-        return _continued(program, program_text, folder, lock)
-    if obstacle is None:
-        obstacle = _change_since_end(program, folder)
-    if obstacle is None:
-        return _finished(folder, lock)
-    if program.resume:
+    if not exists:
+        return _begun(program, program_text, folder, lock, "does not exist")
+    if program.resume is False:
+        return _begun(program, program_text, folder, lock, "is not to be continued (resume = false)")
+    earlier = earlier_run(program, program_text, folder)
+    changed = changed_input(program, earlier)
+    if changed is not None and not earlier.is_finished:
+        found = f"{changed} is not what it was when {folder} began"
+        remedy = "restore it, or set resume = false"
+        raise InputError(f"runs: {found}, expected the same file; {remedy}")
+    if changed is not None:
+        obstacle = f"is finished, and {changed} is not what it was when it began"
+        return _begun(program, program_text, folder, lock, obstacle)
+    gone = gone_result(program, folder) if earlier.is_finished else None
+    if earlier.is_finished and earlier.changes.first is None and gone is None:
+        return _finished(earlier, lock)
+    if earlier.continues_here:
+        return _continued(program, program_text, earlier, lock, gone)
+    obstacle = f"holds another program ({earlier.changes.first})"
+    return _begun(program, program_text, folder, lock, obstacle, earlier)
+
+
+def _begun(
+    program: Program,
+    program_text: str,
+    folder: Path,
+    lock: locks.Lock,
+    obstacle: str,
+    earlier: EarlierRun | None = None,
+) -> Run:
+    """Fresh run, with what holds of an earlier one; what lies in its folder is moved aside.
+
+    InputError if resume = true and nothing is kept.
+    """
+    kept = earlier.kept if earlier is not None else []
+    if program.resume and not kept:
         wanted = "expected an unfinished run to resume; drop resume = true"
         raise InputError(f"runs: {folder} {obstacle}, {wanted}")
-    new = _prepared(program, program_text, folder)
+    new = _prepared(program, program_text, folder, earlier)
     notes = ()
-    if exists:
+    if folder.is_dir() and any(folder.iterdir()):
         numbered = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
         aside = next(path for path in numbered if not path.exists())
         folder.rename(aside)
-        notes = (f"{folder} {obstacle}: moved to {aside}",)
+        goes_on = f"; what holds of it goes on here: {', '.join(kept)}" if kept else ""
+        notes = (f"{folder} {obstacle}: moved to {aside}{goes_on}",)
     new.rename(folder)
     sync(folder.parent)
-    return Run(folder, False, {}, notes, lock)
+    if earlier is None:
+        return Run(folder, False, {}, notes, lock)
+    return Run(folder, bool(kept), earlier.held(earlier.records), notes, lock, ended=earlier.held(earlier.ended))
+
+
+def _recover(folder: Path) -> None:
+    """Give a prepared run its name, if the machine went down after the earlier one was moved."""
+    new = _new_folder(folder)
+    if not os.path.lexists(folder) and (new / "manifest.json").is_file():
+        new.rename(folder)
+        sync(folder.parent)
 
 
 def _out_folder(path: str) -> Path:
@@ -113,99 +139,107 @@ def _out_folder(path: str) -> Path:
     return out
 
 
-def _obstacle(folder: Path, program_text: str, resume: bool | None) -> str | None:
-    """Why a run folder is not to be continued by this program, in words; None if it is."""
-    if resume is False:
-        return "is not to be continued (resume = false)"
-    before = toml.parse(_read(folder / "program.toml").decode("utf-8", "replace"), f"runs: {folder / 'program.toml'}")
-    now = toml.parse(program_text, "runs: the program")
-    for tree in (before, now):
-        for key in NOT_THE_RUN:
-            tree.pop(key, None)
-    return _difference(before, now, ())
-
-
-def _difference(before: Any, now: Any, path: KeyPath) -> str | None:
-    if type(before) is not type(now) or not isinstance(now, (dict, list)):
-        return None if before == now else f"holds another program ({shown(path)} is {before!r} there and {now!r} here)"
-    if isinstance(now, list):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    for key in before | now:
-        if key not in before or key not in now:
-            return f"holds another program ({shown((*path, key))} stands only {'here' if key in now else 'there'})"
-        difference = _difference(before[key], now[key], (*path, key))
-        if difference is not None:
-            return difference
-    return None
-
-
-def _prepared(program: Program, program_text: str, folder: Path) -> Path:
-    """Fresh run folder under another name, so that under its own it exists whole or not at all."""
-    new = folder.with_name(f".{folder.name}.new")  # one left by a kill is written over: the lock is ours
-    (new / "checkpoints").mkdir(parents=True, exist_ok=True)
+def _prepared(program: Program, program_text: str, folder: Path, earlier: EarlierRun | None) -> Path:
+    """Run folder under another name, so that under its own it exists whole or not at all."""
+    new = _new_folder(folder)
+    shutil.rmtree(new, ignore_errors=True)  # one left by a kill: the lock is ours
+    (new / "checkpoints").mkdir(parents=True)
+    starts: tuple[Start, ...] = ()
+    records: dict[str, Record] = {}
+    if earlier is not None and earlier.kept:
+        records, starts = earlier.held(earlier.records), read_manifest(folder).starts
+        _take_over(earlier, new)
     write_atomic(new / "program.toml", program_text.encode())
-    write_record(new / "records.json", {})
-    write_record(new / "manifest.json", Manifest(program.seed, dict(_inputs(program)), (_start(),)))
+    write_record(new / "records.json", records)
+    # The manifest comes last: it says that the folder is whole.
+    manifest = Manifest(program.seed, input_records(program), (*starts, this_start()))
+    write_record(new / "manifest.json", manifest)
     return new
 
 
-def _continued(program: Program, program_text: str, folder: Path, lock: locks.Lock) -> Run:
-    manifest, start = _read_manifest(folder), _start()
-    changed_input = _changed_input(manifest, dict(_inputs(program)))
-    if changed_input is not None:
-        raise InputError(
-            f"runs: {changed_input} is not what it was when {folder} began, expected the same "
-            "file; "
-            "restore it, or set resume = false"
-        )
-    last = manifest.starts[-1].versions
-    changed = [f"{name} {last.get(name)} -> {version}" for name, version in start.versions.items() if last.get(name) != version]
-    notes = (f"{folder} is unfinished: continuing it",)
+def _take_over(earlier: EarlierRun, new: Path) -> None:
+    """Put what holds of an earlier run into a new folder; saved states take no second room."""
+    for label in earlier.taken:
+        if label in earlier.changes.states:
+            source, target = earlier.folder / "checkpoints" / label, new / "checkpoints" / label
+            shutil.copytree(source, target, copy_function=_link)
+    rows = [line for stage, _, line in read_rows(earlier.folder / ROWS) if stage in earlier.kept]
+    write_atomic(new / ROWS, b"".join(rows))
+    if early := earlier.held(earlier.ended):
+        write_record(new / ended.FILE, msgspec.to_builtins(early))
+    for name in (LINES, TRACKER):
+        if (earlier.folder / name).is_file():
+            shutil.copyfile(earlier.folder / name, new / name)
+
+
+def _link(source: str, target: str) -> None:
+    """Second name of a file, which nothing writes to again; a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _new_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.new")
+
+
+def _continued(
+    program: Program,
+    program_text: str,
+    earlier: EarlierRun,
+    lock: locks.Lock,
+    gone: Path | None,
+) -> Run:
+    folder, first = earlier.folder, earlier.changes.first
+    manifest, start = read_manifest(folder), this_start()
+    changed = version_changes(manifest.starts[-1], start)
+    notes = (_going_on(earlier, gone),)
     if changed:
-        notes += (f"versions changed since it was stopped ({', '.join(changed)}): it may not continue bit for bit",)
-    records = read_records(folder / "records.json")
-    write_record(folder / "manifest.json", msgspec.structs.replace(manifest, starts=(*manifest.starts, start)))
+        may_differ = "it may not continue bit for bit"
+        notes += (f"versions changed since it was stopped ({changed}): {may_differ}",)
+    if first is not None:
+        notes += (f"the program has changed: {first}",)
+    records, early = earlier.held(earlier.records), earlier.held(earlier.ended)
+    # Without its summary the run counts as unfinished, whatever comes.
+    (folder / "summary.json").unlink(missing_ok=True)
+    write_record(folder / "records.json", records)
+    if early != earlier.ended:
+        write_record(folder / ended.FILE, msgspec.to_builtins(early))
+    inputs = input_records(program)
+    starts = (*manifest.starts, start)
+    write_record(folder / "manifest.json", Manifest(program.seed, inputs, starts))
     write_atomic(folder / "program.toml", program_text.encode())
-    return Run(folder, True, records, notes, lock)
+    return Run(folder, True, records, notes, lock, ended=early)
 
 
-def _finished(folder: Path, lock: locks.Lock) -> Run:
-    summary = read_summary(folder / "summary.json")
-    note = f"{folder} is finished: nothing is left to run; resume = false begins afresh"
-    return Run(folder, True, {}, (note,), lock, summary)
+def _going_on(earlier: EarlierRun, gone: Path | None) -> str:
+    if not earlier.is_finished:
+        return f"{earlier.folder} is unfinished: continuing it"
+    if gone is not None:
+        return f"{earlier.folder} is finished, but its result {gone} is gone: making it again"
+    return f"{earlier.folder} is finished: running what has changed after its training"
 
 
-def _change_since_end(program: Program, folder: Path) -> str | None:
-    """Reason why a finished run does not stand for this program any more, in words; None if it
-    does."""
-    changed = _changed_input(_read_manifest(folder), dict(_inputs(program)))
-    if changed is not None:
-        return f"is finished, and {changed} is not what it was when it began"
-    results = [paths.locate(stage.result.path, folder) for stage in program.stage if stage.result]
-    gone = next((path for path in results if not path.exists()), None)
-    return None if gone is None else f"is finished, but its result {gone} is gone"
+def _finished(earlier: EarlierRun, lock: locks.Lock) -> Run:
+    summary = read_summary(earlier.folder / "summary.json")
+    note = f"{earlier.folder} is finished: nothing is left to run; resume = false begins afresh"
+    if earlier.ended:
+        steps = ", ".join(f"{label} at step {end.step}" for label, end in earlier.ended.items())
+        note += f", and resume = true continues the training that was ended early ({steps})"
+    return Run(earlier.folder, True, {}, (note,), lock, summary, ended=earlier.ended)
 
 
-def _changed_input(manifest: Manifest, inputs: Mapping[str, Record]) -> str | None:
-    """Name of the first input that is not what the manifest says; None if all are. A copy's time
-    may differ."""
-    for name in {**inputs, **manifest.inputs}:
-        before, now = (tree.get(name, {}) | {"time": None} for tree in (manifest.inputs, inputs))
-        if before != now:
-            return name
-    return None
-
-
-def _inputs(program: Program) -> Iterator[tuple[str, Record]]:
-    """Every file that the program reads, by the path that it writes: SHA-256 and size, or size and time for large weights."""
-    for name, file, is_hashed in save_paths.input_files(program):
-        yield name, hashed_record(file) if is_hashed else file_record(file)
-
-
-def _start() -> Start:
-    versions = {"minitune": __version__, "python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in PACKAGES}
-    return Start(iso_time(datetime.now(UTC).timestamp()), socket.gethostname(), os.getpid(), versions)
+def _with_training_ended(run: Run, program: Program, chosen: Chosen) -> Run:
+    """Run whose first unfinished training stage ends where it stands; InputError if none can."""
+    if run.summary is not None:
+        found = f"{run.folder} is finished"
+        raise InputError(f"runs: {found}, expected a run whose training can end; nothing to do")
+    training = {stage.label: stage for stage in program.stage if isinstance(stage, TrainingStage)}
+    new = ended.end_training(run.folder, training, {**run.records, **run.ended}, chosen)
+    all_ended = {**run.ended, **new}
+    write_record(run.folder / ended.FILE, msgspec.to_builtins(all_ended))
+    return run._replace(ended=all_ended)
 
 
 def _lock(path: Path, folder: Path) -> tuple[locks.Lock, tuple[str, ...]]:
@@ -222,19 +256,3 @@ def _lock(path: Path, folder: Path) -> tuple[locks.Lock, tuple[str, ...]]:
     except OSError as error:
         found = f"can't be locked ({error})"
         raise InputError(f"runs: {path} {found}, expected a file; change out") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"runs: {path} can't be read ({error}), expected a run folder's file; set resume = false") from None
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    return read_json(folder / "manifest.json", Manifest, "runs", REMEDY)
-
-
-def write_record(path: Path, tree: Mapping[str, Any] | Manifest) -> None:
-    """Write a record as indented JSON, whole or not at all."""
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

@@ -13,7 +13,18 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
 
 MODEL_PATHS = ("path", "config", "tokenizer", "deltas")
-RUN_PARTS = ("checkpoints", "manifest.json", "program.toml", "records.json", "summary.json", "metrics.jsonl", "wandb", "wandb-id")
+RUN_PARTS = (
+    "checkpoints",
+    "ended.json",
+    "log.txt",
+    "manifest.json",
+    "metrics.jsonl",
+    "program.toml",
+    "records.json",
+    "summary.json",
+    "wandb",
+    "wandb-id",
+)
 
 
 def model_inputs(program: Program) -> dict[str, str]:

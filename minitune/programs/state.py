@@ -13,6 +13,7 @@ from minitune import tree
 from minitune.data.source import Source
 from minitune.lora import Lora
 from minitune.models.model import Model
+from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
@@ -61,6 +62,7 @@ class PipelineState(NamedTuple):
     tokens_at_once: int | None = None  # of the smallest training step of the program, if it has one
     # by the stage that loads a model, "" for the program's: how its weights are quantized at once
     first_rules: Mapping[str, Quantization] = MappingProxyType({})
+    ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that the user has ended
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of n_tokens for a forward that fits where the training steps fit."""

@@ -37,8 +37,9 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.programs import program, records
 from minitune.programs.log import Log, LogConfig
+from minitune.programs.manifest import Manifest, Start
+from minitune.programs.records import write_record
 from minitune.programs.report import report
-from minitune.programs.run_folder import Manifest, Start, write_record
 from minitune.text import tokenizer
 from minitune.text.chat import encode_chat, encode_prompt, open_template, stop_ids
 from minitune.text.template import render

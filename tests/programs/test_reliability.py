@@ -21,7 +21,7 @@ from minitune.errors import DiskFullError, InputError
 from minitune.io import atomic
 from minitune.io.json_file import read_json
 from minitune.programs import records
-from minitune.programs.run_folder import Manifest
+from minitune.programs.manifest import Manifest
 from minitune.programs.stages.training_stage import Evaluation
 from support.faults import Faults, Killed
 from support.numbers import STAGE, Numbers, train

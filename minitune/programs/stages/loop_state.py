@@ -33,6 +33,7 @@ class LoopState(msgspec.Struct, frozen=True):
     peak_mem_bytes: int = 0
     n_worse: int = 0  # evaluations in a row without a new best
     n_skipped_in_a_row: int = 0  # steps that changed no model, up to this one
+    heldout: str = ""  # hash of the table that the losses were measured on
     unlogged_rows: str = ""  # rows as JSON that wait for an evaluation that a signal broke off
 
     def after_queueing(self, cursors: Sequence[Cursor]) -> "LoopState":
@@ -83,11 +84,32 @@ class LoopState(msgspec.Struct, frozen=True):
         )
         return loop, improved
 
+    def measured_on(self, heldout: str) -> "LoopState":
+        """State for evaluations on a table: losses that were measured on another one are dropped,
+        because they can't be compared."""
+        if not heldout or self.heldout in ("", heldout):
+            return msgspec.structs.replace(self, heldout=heldout or self.heldout)
+        none = (None,) * len(self.nats)
+        return msgspec.structs.replace(
+            self,
+            nats=none,
+            best_nats=none,
+            best_step=(0,) * len(self.nats),
+            n_worse=0,
+            heldout=heldout,
+        )
+
     def is_finished(self, stage: TrainingStage) -> bool:
         """True once all steps are taken, or the held-out loss has not improved for `patience`
         evaluations."""
         patience = stage.evaluate.patience if stage.evaluate else None
         return self.step >= stage.steps or (patience is not None and self.n_worse >= patience)
+
+    def end_record(self, stage: TrainingStage) -> dict[str, int]:
+        """Entries of the record of a stage that was ended before its last step; none of another."""
+        if self.is_finished(stage):
+            return {}
+        return {"ended_at_step": self.step, "planned_steps": stage.steps}
 
     def throughput(self) -> dict[str, float]:
         """First entries of a stage's record, which summary.json has at its top level."""

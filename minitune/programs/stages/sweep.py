@@ -67,7 +67,9 @@ def run(
     point, rule = members[best].point, members[best].rule
     state.log.say(f"{stage.label}: adapter {best} goes on ({point.describe()}), held-out loss {nats[best]:.4f}")
     chosen = sweep.adapter(train_state["best" if keeps_best else "trainable"], best, rule)
-    return state.with_model(trainable=chosen, lora=rule).record(stage.label, _record(members, loop, best))
+    return state.with_model(trainable=chosen, lora=rule).record(
+        stage.label, {**_record(members, loop, best), **loop.end_record(stage)}
+    )
 
 
 def _evaluation(stage: TrainingStage) -> Evaluation:

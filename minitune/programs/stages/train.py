@@ -145,6 +145,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         for line in training_notes.notes(self, steps, table, loaded.model.config, source.seq_len):
             state.log.say(f"{self.label}: {line}")
         stage = msgspec.structs.replace(self, steps=steps)
+        end = state.ended.get(self.label)
+        if end is not None and stage.evaluate is not None:
+            keep = "best" if end.state == "best" else "last"
+            evaluate = msgspec.structs.replace(stage.evaluate, keep=keep)
+            stage = msgspec.structs.replace(stage, evaluate=evaluate)
         return stage._train(state)
 
     def _train(self, state: PipelineState) -> PipelineState:
@@ -174,6 +179,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         loop: loop_state.LoopState,
     ) -> Trainable:
         (nats,), (step,) = loop.best_nats, loop.best_step
+        if nats is None and loop.n_worse == 0:
+            # evaluate was added to training that is over
+            state.log.say(f"{self.label}: no held-out loss was measured, the last step goes on")
+            return trainable
         if nats is None:
             raise InputError(f"stages: {self.label} had no finite held-out loss in {loop.step} steps; lower the learning rate")
         saved, _ = load_state(self._best_folder(state) / f"step-{step:08d}", {"trainable": trainable})
@@ -280,6 +289,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             "n_skipped": loop.n_skipped[0],
             "steps": loop.step,
             **best,
+            **loop.end_record(self),
         }
 
 

@@ -16,19 +16,19 @@ import msgspec
 import torch
 
 from minitune import hardware
-from minitune.checkpoint.state import drop_old_states, list_states, load_state, save_state
+from minitune.checkpoint.state import list_states, save_state
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.programs.log import Log, Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
+from minitune.programs.stages.continued import continued
 from minitune.programs.stages.loop_state import (
     MAX_SKIPPED,
     SKIPPED_AT_END,
     LoopState,
     MetricValues,
     Row,
-    decode,
 )
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
@@ -100,14 +100,9 @@ def train(
     state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
     """
     folder = _state_folder(stage, state)
-    saved = list_states(folder)
-    if saved:
-        train_state, meta = load_state(saved[-1], train_state)
-        loop = decode(meta, loop, saved[-1])
-        if not loop.n_skipped_in_a_row:
-            drop_old_states(folder, stage.keep)  # those that a kill left behind
-        state.log.say(f"{stage.label}: continuing from step {loop.step} of {stage.steps}")
-    state.log.rewind(loop.step)
+    train_state, loop = continued(stage, state, folder, train_state, loop)
+    if stage.label in state.ended:
+        return train_state, loop
     if loop.is_finished(stage) and not loop.unlogged_rows:
         return train_state, loop
     with state.stopping.at_once(loop.step, folder):
