@@ -362,7 +362,7 @@ def test_every_file_of_a_list_a_pattern_and_a_folder_is_in_the_manifest(tiny: Pr
     paths = tuple(str(tmp_path / name) for name in ("a.jsonl", "shards", "more-*.jsonl"))
     listed = changed(tiny, data={"train": Source(path=paths, format="text", seq_len=5)})
     opened(listed)
-    inputs = json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["inputs"]
+    inputs = json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text(encoding="utf-8"))["inputs"]
     places = [tmp_path / "a.jsonl", *tmp_path.glob("shards/**/*.jsonl"), *tmp_path.glob("more*")]
     data = {name: record for name, record in inputs.items() if name.endswith(".jsonl")}
     hashes = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in places}
