@@ -33,6 +33,17 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, _required(row)
 
 
+def first_row(path: Path) -> dict[str, Any]:
+    """First row of a path that can be read; InputError if there is none."""
+    error: InputError | None = None
+    for file in data_files(path):
+        for _, row in _rows_of_file(file):
+            if not isinstance(row, InputError):
+                return row
+            error = error or row
+    raise error or InputError(f"data: {path} has no row, expected at least one; look at the file")
+
+
 def require_rows(source: Source) -> None:
     """InputError unless every file of a source begins with a row, or with one that it skips."""
     for file in source.files():

@@ -76,13 +76,17 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
-    format: Literal["instruct", "chat", "text", "pairs", "unpaired"]  # the last two are read by data.preference.prepare
+    # pairs and unpaired are read by data.preference.prepare; auto: by the columns of the first row,
+    # which a program decides when it is loaded
+    format: Literal["instruct", "chat", "text", "pairs", "unpaired", "auto"]
     seq_len: PositiveInt  # tokens
     packed: bool = True
     overlong: Literal["truncate", "drop", "split"] = "drop"  # split: a text becomes several samples
     columns: dict[str, str] = {}
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
+    # in a program: share of the rows that are kept apart as table [data.heldout], by a hash of their content
+    holdout: OpenUnitInterval | None = None
     mix: tuple[MixtureComponent, ...] = ()
     chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
     # of a conversation: one sample, or each answer one, its prompt as it is served
@@ -91,6 +95,11 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     invalid: Literal["refuse", "skip"] = "refuse"  # rows that can't be read: stop, or count them
 
     def __post_init__(self) -> None:
+        if self.format == "auto" or self.holdout is not None:
+            raise InputError(
+                "data: format = 'auto' and holdout are keys of a program, which are decided when it is "
+                "loaded, expected a format and a split; write them"
+            )
         _check_columns(self.format, self.columns)
         for path in (self.path, *(other.path for other in self.mix)):
             if not path or not all(_list_of(path)):

@@ -43,7 +43,7 @@ def check(
         for part in data.parts():
             require_rows(part)
             with_options(template, part.chat_template_kwargs, part.path_names)
-        lines.append(f"data: {name} is {', '.join(part.path_names for part in data.parts())}")
+        lines.append(f"data: {name} is {', '.join(map(_read_as, data.parts()))}")
     lines += data_notes(source, sources)
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
@@ -53,6 +53,17 @@ def check(
         if isinstance(stage, DataStage):
             lines += [f"  {note}" for note in stage.prepare(found)]
     return lines
+
+
+def _read_as(part: Source) -> str:
+    """Words for a file: its path, and how its rows are read."""
+    words = [f"{name} = {column}" for name, column in part.columns.items()]
+    how = f"{part.format}: {', '.join(words)}" if words else part.format
+    if part.split is None:
+        return f"{part.path_names} ({how})"
+    heldout = part.split.fraction
+    share = heldout if part.split.part == "heldout" else 1 - heldout
+    return f"{share:.3g} of {part.path_names} ({how})"
 
 
 def _states_before(stages: Sequence[PipelineStage], abstract: AbstractState) -> list[AbstractState]:

@@ -13,6 +13,7 @@ from minitune.errors import InputError
 from minitune.io import toml, toml_messages
 from minitune.io.toml_messages import shown, types_at
 from minitune.io.toml_writing import dumps
+from minitune.programs import data_tables
 from minitune.programs.field_names import suggest
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
@@ -87,6 +88,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
         given[key_path] = override
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = _expand(raw, (), places)
+    if isinstance(raw.get("data"), dict):
+        raw["data"] = data_tables.completed(raw["data"], lambda table, key: places.where(("data", table, key)))
     program = toml.decode(raw, Program, places.where, spelled=places.spelled, suggest=suggest)
     _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)

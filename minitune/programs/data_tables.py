@@ -1,0 +1,110 @@
+"""Data tables of a program, completed: formats found from the columns, and held-out rows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from minitune.data.readers import first_row
+from minitune.errors import InputError
+from minitune.io.paths import locate
+
+AUTO = "auto"
+HELDOUT = "heldout"  # table of the rows that `holdout` keeps apart
+
+
+class Layout(NamedTuple):
+    """Format of a data table, and the names that its columns have in the file."""
+
+    format: str
+    columns: Mapping[str, str] = {}
+
+
+# Columns by which a layout is recognised; the first that a row has all of says which it is.
+LAYOUTS: dict[tuple[str, ...], Layout] = {
+    ("messages",): Layout("chat"),
+    ("conversations",): Layout("chat"),
+    ("prompt", "chosen", "rejected"): Layout("pairs"),
+    ("chosen", "rejected"): Layout("pairs"),
+    ("prompt", "completion", "label"): Layout("unpaired"),
+    ("instruction", "output"): Layout("instruct"),
+    ("prompt", "completion"): Layout("chat"),
+    ("instruction", "response"): Layout("instruct", {"output": "response"}),
+    ("prompt", "response"): Layout("instruct", {"instruction": "prompt", "output": "response"}),
+    ("question", "answer"): Layout("instruct", {"instruction": "question", "output": "answer"}),
+    ("query", "response"): Layout("instruct", {"instruction": "query", "output": "response"}),
+    ("problem", "solution"): Layout("instruct", {"instruction": "problem", "output": "solution"}),
+    ("input", "output"): Layout("instruct", {"instruction": "input"}),
+    ("text",): Layout("text"),
+}
+
+
+def completed(
+    tables: Mapping[str, Any],
+    where: Callable[[str, str], str],
+) -> dict[str, Any]:
+    """Tables [data.NAME] as decoding takes them: without holdout, and without format = "auto".
+
+    where(table, key) begins a message about a key. InputError for columns that show no format, and
+    for two tables with a holdout.
+    """
+    whole = _with_heldout_table(tables, where)
+    return {name: _with_format(name, table, where) for name, table in whole.items()}
+
+
+def _with_heldout_table(
+    tables: Mapping[str, Any],
+    where: Callable[[str, str], str],
+) -> dict[str, Any]:
+    """Tables in which that of the held-out rows stands by itself.
+
+    What [data.heldout] does not say is as in the table that has the holdout; with a path of its own
+    it takes all rows of that, and nothing is kept apart.
+    """
+    dicts = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    asking = [name for name, table in dicts.items() if "holdout" in table]
+    if not asking:
+        return dict(tables)
+    name, *others = asking
+    if others or name == HELDOUT:
+        found = f"{where(asking[-1], 'holdout')}: data.{asking[-1]}.holdout"
+        raise InputError(f"{found} is one too many, expected it in one table; remove it")
+    table = {key: value for key, value in tables[name].items() if key != "holdout"}
+    fraction, heldout = tables[name]["holdout"], tables.get(HELDOUT, {})
+    if not isinstance(fraction, float) or not 0 < fraction < 1:
+        found = f"{where(name, 'holdout')}: data.{name}.holdout is {fraction!r}"
+        raise InputError(f"{found}, expected a number between 0 and 1; correct it")
+    if not isinstance(heldout, dict):
+        return {**tables, name: table}  # decoding says what is wrong with it
+    if "path" in heldout:
+        return {**tables, name: table, HELDOUT: {**table, **heldout}}
+    if "split" in table:
+        found = f"{where(name, 'holdout')}: data.{name} has both holdout and split"
+        raise InputError(f"{found}, expected one of them; remove one")
+    parts = {part: {"fraction": fraction, "part": part} for part in ("train", HELDOUT)}
+    return {
+        **tables,
+        name: {**table, "split": parts["train"]},
+        HELDOUT: {**table, "split": parts[HELDOUT], **heldout},
+    }
+
+
+def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any:
+    """Table with the format that its first row shows, where it asks for that."""
+    if not isinstance(table, dict) or table.get("format") != AUTO:
+        return table
+    path = table.get("path")
+    if isinstance(path, list) and path:
+        path = path[0]
+    if not isinstance(path, str):
+        return {**table, "format": "text"}  # decoding says what is wrong with the path
+    place = locate(path)
+    names = set(first_row(place))
+    for needed, layout in LAYOUTS.items():
+        if names.issuperset(needed):
+            columns = {**layout.columns, **table.get("columns", {})}
+            return {**table, "format": layout.format, **({"columns": columns} if columns else {})}
+    known = "; ".join(" and ".join(needed) for needed in LAYOUTS)
+    raise InputError(
+        f"{where(name, 'format')}: data.{name}.format is 'auto', but the first row of {place} has "
+        f"the columns {', '.join(sorted(names))}, expected {known}; "
+        f"write data.{name}.format, and its data.{name}.columns"
+    )

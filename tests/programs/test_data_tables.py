@@ -1,0 +1,142 @@
+"""What a data table leaves open is found when its program is loaded: the format from the columns, and the held-out rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitune.__main__ import main
+from minitune.data.readers import read_rows
+from minitune.data.source import Source
+from minitune.errors import InputError
+from minitune.programs import program
+from support.paths import ROOT
+from support.programs import SHIPPED
+
+ASKED, ANSWER = "Two plus two?", "Four."
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWER}]
+SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWER}]
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "messages": ({"id": 1, "messages": TURNS}, "chat"),
+    "conversations": ({"conversations": SHARED}, "chat"),
+    "prompt and completion": ({"prompt": ASKED, "completion": ANSWER}, "chat"),
+    "instruction": ({"instruction": ASKED, "input": "", "output": ANSWER, "text": "both"}, "instruct"),
+    "response": ({"instruction": ASKED, "response": ANSWER}, "instruct"),
+    "prompt and response": ({"prompt": ASKED, "response": ANSWER}, "instruct"),
+    "question and answer": ({"question": ASKED, "answer": ANSWER, "level": 3}, "instruct"),
+    "query": ({"query": ASKED, "response": ANSWER}, "instruct"),
+    "problem": ({"problem": ASKED, "solution": ANSWER, "answer": "4"}, "instruct"),
+    "input and output": ({"input": ASKED, "output": ANSWER}, "instruct"),
+    "text": ({"text": f"{ASKED} {ANSWER}", "meta": {}}, "text"),
+    "pairs": ({"prompt": ASKED, "chosen": ANSWER, "rejected": "Five."}, "pairs"),
+    "pairs of conversations": ({"chosen": TURNS, "rejected": TURNS[:1] + TURNS[1:]}, "pairs"),
+    "label": ({"prompt": ASKED, "completion": ANSWER, "label": True}, "unpaired"),
+}
+
+
+def written(folder: Path, rows: list[dict[str, Any]], name: str = "own.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_format_is_found_from_the_columns_and_reads_the_same_text(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    row, expected = ROWS[name]
+    path = written(tmp_path, [row])
+    words = [f"data.train.path={path}", f"data.heldout.path={path}"]
+    source = program.load(SHIPPED["sft"], words).data["train"]
+    assert (source.format, source.split) == (expected, None)
+    if expected in ("instruct", "chat", "text"):
+        assert main(["show-sample", str(SHIPPED["sft"]), *words]) == 0
+        shown = capsys.readouterr().out.replace("⟦", "").replace("⟧", "")
+        assert ASKED in shown
+        assert ANSWER in shown
+
+
+def test_columns_that_are_named_come_first(tmp_path: Path) -> None:
+    path = written(tmp_path, [{"question": ASKED, "answer": "no", "gold": ANSWER}])
+    words = [f"data.train.path={path}", "data.train.columns.output=gold"]
+    source = program.load(SHIPPED["sft"], words).data["train"]
+    assert source.columns == {"instruction": "question", "output": "gold"}
+
+
+def test_columns_without_a_format_are_named_with_what_was_expected(tmp_path: Path) -> None:
+    path = written(tmp_path, [{"q": ASKED, "a": ANSWER}])
+    found = r"data.train.format is 'auto', but the first row of .*own\.jsonl has the columns a, q"
+    match = rf"{found}, expected messages; .*write data\.train\.format"
+    with pytest.raises(InputError, match=match):
+        program.load(SHIPPED["sft"], [f"data.train.path={path}"])
+    path.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match=r"own\.jsonl"):
+        program.load(SHIPPED["sft"], [f"data.train.path={path}"])
+    with pytest.raises(InputError, match=r"missing\.jsonl is no file, expected a jsonl"):
+        program.load(SHIPPED["sft"], ["data.train.path=missing.jsonl"])
+
+
+def test_held_out_rows_are_a_table_and_every_row_is_on_one_side(tmp_path: Path) -> None:
+    rows = [{"question": f"{i} plus {i}?", "answer": f"{2 * i}."} for i in range(300)]
+    path = written(tmp_path, rows)
+    data = program.load(SHIPPED["sft"], [f"data.train.path={path}", "data.train.holdout=0.2"]).data
+    sides: dict[str, set[str]] = {}
+    for name in ("train", "heldout"):
+        split = data[name].split
+        assert split is not None
+        sides[name] = {row["question"] for _, row in read_rows(path) if split.takes(row)}
+    assert sides["train"] | sides["heldout"] == {row["question"] for row in rows}
+    assert not sides["train"] & sides["heldout"]
+    assert 30 <= len(sides["heldout"]) <= 90  # 60 expected, five standard deviations of 7
+    # what a run writes down is decoded to the same program
+    loaded = program.load(SHIPPED["sft"], [f"data.train.path={path}"])
+    (tmp_path / "resolved.toml").write_text(program.resolved(loaded), encoding="utf-8")
+    assert program.load(tmp_path / "resolved.toml") == loaded
+
+
+def test_a_file_of_ones_own_takes_the_place_of_held_out_rows(tmp_path: Path) -> None:
+    train = written(tmp_path, [{"question": ASKED, "answer": ANSWER}])
+    heldout = written(tmp_path, [{"text": ANSWER}], "heldout.jsonl")
+    words = [f"data.train.path={train}", f"data.heldout.path={heldout}", "data.train.seq_len=77"]
+    data = program.load(SHIPPED["sft"], words).data
+    assert (data["train"].format, data["train"].split) == ("instruct", None)
+    assert (data["heldout"].format, data["heldout"].split, data["heldout"].seq_len) == ("text", None, 77)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["data.train.holdout=3"], "data.train.holdout is 3, expected a number between 0 and 1"),
+        (["data.train.holdout=0.0"], "data.train.holdout is 0.0, expected a number between 0 and 1"),
+        (["data.heldout=3"], "data.heldout is 3, expected table"),
+        (["data.heldout.holdout=0.1"], "data.heldout.holdout is one too many, expected it in one table"),
+        (['data.train.split={fraction=0.1,part="train"}'], "data.train has both holdout and split, expected one of them"),
+        (["data.train.path=3"], "data.train.path"),
+    ],
+)
+def test_what_can_not_be_held_out_is_said(words: list[str], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        program.load(SHIPPED["sft"], words)
+
+
+def test_check_says_how_the_rows_are_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = written(tmp_path, [{"question": f"{i}?", "answer": f"{i}."} for i in range(60)])
+    assert main(["check", str(SHIPPED["sft"]), f"data.train.path={path}", "data.train.holdout=0.25"]) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert f"train is 0.75 of {path} (instruct: instruction = question, output = answer)" in shown
+    assert f"heldout is 0.25 of {path} (instruct: instruction = question, output = answer)" in shown
+
+
+def test_a_source_made_in_python_has_a_format() -> None:
+    with pytest.raises(InputError, match="keys of a program, which are decided when it is loaded"):
+        Source("a.jsonl", "auto", 8)
+    with pytest.raises(InputError, match="keys of a program, which are decided when it is loaded"):
+        Source("a.jsonl", "text", 8, holdout=0.1)
+
+
+def test_a_program_for_ones_own_model_needs_a_folder_and_a_file_alone() -> None:
+    for name in ("sft", "preference"):
+        text = (ROOT / f"programs/{name}.toml").read_text(encoding="utf-8")
+        first = text.splitlines()[0]
+        assert first.endswith(f"python -m minitune {name} model.path=FOLDER data.train.path=FILE")
