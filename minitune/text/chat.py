@@ -189,15 +189,3 @@ def _encode_spans(
         ids += span
         mask += [bool(weight) if weight in (0, 1) else weight] * len(span)
     return ids, mask
-
-
-def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Tokens that end an answer: the special token that the template puts after an assistant's turn, and eos."""
-    turn = encode_chat(tokenizer, template, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    last_trained = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
-    stops = []
-    if last_trained in tokenizer.special.values():
-        stops.append(last_trained)
-    if tokenizer.eos_id is not None and tokenizer.eos_id not in stops:
-        stops.append(tokenizer.eos_id)
-    return stops

@@ -14,7 +14,7 @@ from minitune.text.escaping import escape_special_tokens
 from minitune.text.forms import write
 from minitune.text.template import REASONING_KEYS, Message, Template, Tool
 from minitune.text.tokenizer import Tokenizer
-from minitune.text.turns import content_end, content_start, turn_end_when_last
+from minitune.text.turns import content_end, content_start, n_equal_at_start, turn_end_when_last
 from minitune.text.unwritten import END_OF_THOUGHT
 
 START_OF_THOUGHT = "<think>"
@@ -94,32 +94,72 @@ def _answer_after_prompt(
     form, text, lost = write(conversation, False, ())
     conversation = conversation._replace(messages=form(escaped))
     last = len(messages) - 1
+    history = conversation.text(last, False)
     prompt = conversation.text(last, True)
-    header = prompt.removeprefix(conversation.text(last, False))
-    before, opens_thought, _ = header.rpartition(START_OF_THOUGHT)
+    header = prompt.removeprefix(history)
+    before, opens_thought, after = header.rpartition(START_OF_THOUGHT)
+    if END_OF_THOUGHT in after:
+        # Without thinking the prompt holds an empty thought, and the model goes on after it.
+        opens_thought = ""
     is_thought_lost = any(one.is_reasoning and one.message == last for one in lost)
-    if is_thought_lost and not opens_thought:
-        return None
     words_start = content_start(conversation, last, text)
-    words_end = content_end(conversation, last, text)
-    if header == prompt or words_start is None:
+    if (is_thought_lost and not opens_thought) or header == prompt or words_start is None:
         return None
+    # Earlier turns begin with the same header.
+    n_before = n_equal_at_start(history, text)
     thought = ""
-    start = text.rfind(header, 0, words_start)
+    start = text.rfind(header, n_before, words_start)
     if start >= 0:
         start += len(header)
-    elif opens_thought and before in text[:words_start]:
-        start = text.rfind(before, 0, words_start) + len(before)
+    elif opens_thought and before in text[n_before:words_start]:
+        start = text.rfind(before, n_before, words_start) + len(before)
         thought = f"{_reasoning(conversation.messages[last])}\n{END_OF_THOUGHT}\n\n".lstrip(" ")
-    if start < 0:
+    written = None if start < 0 else _until_end(tokenizer, conversation, text, start)
+    if written is None:
         return None
-    end = turn_end_when_last(tokenizer, text, text, start, None, words_end)
-    if end is None:
-        return None
-    written = text[start:end]
     answer = thought + written.lstrip() if thought else written
     opens = tokenizer.opens_after(prompt, True)
     return tokenizer.encode_span(answer, starts_document=opens, restore=restore)
+
+
+def _until_end(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    text: str,
+    start: int,
+) -> str | None:
+    """Answer from its start to the token that ends it; None if there is none."""
+    words_end = content_end(conversation, len(conversation.messages) - 1, text)
+    end = turn_end_when_last(tokenizer, text, text, start, None, words_end)
+    if end is not None:
+        return text[start:end]
+    token = _token_of_next_turn(tokenizer, conversation)
+    return None if token is None else text[start:] + token
+
+
+def _token_of_next_turn(tokenizer: Tokenizer, conversation: Conversation) -> str | None:
+    """Special token with which the template begins the message after the last one, an answer.
+
+    Where no token ends a turn, as in GLM 4, the model stops by beginning the turn of the user, or
+    that of the tool which it calls. None if no special token begins it.
+    """
+    *asked, answer = conversation.messages
+    # Without its reasoning, as the next message may make the template remove that.
+    plain = {key: value for key, value in answer.items() if key not in REASONING_KEYS}
+    if isinstance(plain.get("content"), str):
+        plain["content"] = plain["content"].rpartition(END_OF_THOUGHT)[2]
+    role = "tool" if answer.get("tool_calls") else "user"
+    turns = [*asked, plain, {"role": role, "content": "?"}]
+    longer = conversation._replace(messages=turns)
+    try:
+        text = longer.text(len(turns) - 1, add_generation_prompt=False)
+        with_next = longer.text(len(turns), add_generation_prompt=False)
+    except InputError:
+        return None
+    token = tokenizer.find_special.match(with_next, len(text))
+    if token is None or not with_next.startswith(text):
+        return None
+    return token.group()
 
 
 def _reasoning(message: Message) -> str:
@@ -132,3 +172,16 @@ def _reasoning(message: Message) -> str:
         return ""
     thought, _, _ = content.rpartition(END_OF_THOUGHT)
     return thought.strip().removeprefix(START_OF_THOUGHT).strip()
+
+
+def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Tokens that end an answer: the special token that ends it as it is served, and eos."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    turn = encode_answer(tokenizer, template, messages)
+    last_trained = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
+    stops = []
+    if last_trained in tokenizer.special.values():
+        stops.append(last_trained)
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in stops:
+        stops.append(tokenizer.eos_id)
+    return stops

@@ -169,8 +169,13 @@ def content_start(conversation: Conversation, i: int, as_last: str) -> int | Non
     other = _text_with_other_words(conversation, i, at_start=True)
     if other is None:
         return None
+    return n_equal_at_start(as_last, other)
+
+
+def n_equal_at_start(text: str, other: str) -> int:
+    """Number of characters at the start of two texts that are the same."""
     n_equal = 0
-    while n_equal < min(len(as_last), len(other)) and as_last[n_equal] == other[n_equal]:
+    while n_equal < min(len(text), len(other)) and text[n_equal] == other[n_equal]:
         n_equal += 1
     return n_equal
 
