@@ -44,16 +44,17 @@ def encode_answer(
     else:
         if whole.ids[: len(prompt)] == prompt:
             return _trained_from(whole, len(prompt))
-    answer = _answer_after_prompt(tokenizer, template, messages, tools)
-    if answer is None:
+    found = _answer_after_prompt(tokenizer, template, messages, tools)
+    if found is None:
         raise refusal or InputError(
             f"chat: {template.origin} doesn't end the prompt of message {number} (assistant) as it "
             "begins that message, expected the prompt to be a prefix of the conversation; "
             "correct the template"
         )
+    answer, lost = found
     weight = turn_weights(messages, "last")[len(messages) - 1]
     mask = [False] * len(prompt) + [bool(weight) if weight in (0, 1) else weight] * len(answer)
-    return Tokens([*prompt, *answer], mask)
+    return Tokens([*prompt, *answer], mask, lost)
 
 
 def encode_answers(
@@ -85,8 +86,11 @@ def _answer_after_prompt(
     template: Template,
     messages: Sequence[Message],
     tools: Sequence[Tool],
-) -> list[int] | None:
-    """Ids of an answer whose template writes another prompt before it; None if it is not found."""
+) -> tuple[list[int], list[str]] | None:
+    """Ids of an answer whose template writes another prompt before it; None if it is not found.
+
+    With them come the keys of what the template does not write, one for each message.
+    """
     plain = without_weights(messages)
     escaped, escaped_tools, restore = escape_special_tokens(plain, tools, tokenizer)
     conversation = Conversation(template, escaped, escaped_tools)
@@ -119,7 +123,8 @@ def _answer_after_prompt(
         return None
     answer = thought + written.lstrip() if thought else written
     opens = tokenizer.opens_after(prompt, True)
-    return tokenizer.encode_span(answer, starts_document=opens, restore=restore)
+    ids = tokenizer.encode_span(answer, starts_document=opens, restore=restore)
+    return ids, [one.key for one in lost if not (one.is_reasoning and one.message == last)]
 
 
 def _until_end(
