@@ -160,7 +160,10 @@ def _is_prompt_appended(conversation: Conversation, last_turn: Turn, text: str) 
     """Return True if a generation prompt that nobody asked for follows the assistant's last message."""
     n = len(conversation.messages)
     is_last = conversation.messages[-1].get("role") == "assistant"
-    return is_last and text[last_turn.end :].strip() != "" and appends_prompt(conversation, n)
+    if not is_last or text[last_turn.end :].strip() == "":
+        return False
+    with_prompt = conversation.text(n, add_generation_prompt=True)
+    return appends_prompt(conversation, n, text, with_prompt)
 
 
 def _encode_spans(

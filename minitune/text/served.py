@@ -98,33 +98,50 @@ def _answer_after_prompt(
     form, text, lost = write(conversation, False, ())
     conversation = conversation._replace(messages=form(escaped))
     last = len(messages) - 1
-    history = conversation.text(last, False)
-    prompt = conversation.text(last, True)
+    history, prompt = conversation.text(last, False), conversation.text(last, True)
     header = prompt.removeprefix(history)
-    before, opens_thought, after = header.rpartition(START_OF_THOUGHT)
-    if END_OF_THOUGHT in after:
-        # Without thinking the prompt holds an empty thought, and the model goes on after it.
-        opens_thought = ""
-    is_thought_lost = any(one.is_reasoning and one.message == last for one in lost)
     words_start = content_start(conversation, last, text)
-    if (is_thought_lost and not opens_thought) or header == prompt or words_start is None:
+    is_thought_lost = any(one.is_reasoning and one.message == last for one in lost)
+    if header == prompt or words_start is None:
+        return None
+    if is_thought_lost and not _opens_thought(header):
         return None
     # Earlier turns begin with the same header.
-    n_before = n_equal_at_start(history, text)
-    thought = ""
-    start = text.rfind(header, n_before, words_start)
-    if start >= 0:
-        start += len(header)
-    elif opens_thought and before in text[n_before:words_start]:
-        start = text.rfind(before, n_before, words_start) + len(before)
-        thought = f"{_reasoning(conversation.messages[last])}\n{END_OF_THOUGHT}\n\n".lstrip(" ")
-    written = None if start < 0 else _until_end(tokenizer, conversation, text, start)
+    before_words = text[n_equal_at_start(history, text) : words_start]
+    start, thought = _start(header, before_words, conversation.messages[last])
+    if start is None:
+        return None
+    written = _until_end(tokenizer, conversation, text, words_start - len(before_words) + start)
     if written is None:
         return None
     answer = thought + written.lstrip() if thought else written
     opens = tokenizer.opens_after(prompt, True)
     ids = tokenizer.encode_span(answer, starts_document=opens, restore=restore)
     return ids, [one.key for one in lost if not (one.is_reasoning and one.message == last)]
+
+
+def _opens_thought(header: str) -> bool:
+    """Return True if a prompt ends in a thought that is open.
+
+    Without thinking it ends with an empty one, and the model goes on after that.
+    """
+    _, opened, after = header.rpartition(START_OF_THOUGHT)
+    return bool(opened) and END_OF_THOUGHT not in after
+
+
+def _start(header: str, before_words: str, answer: Message) -> tuple[int | None, str]:
+    """(place where an answer begins, thought that its template leaves out).
+
+    header: what the prompt ends with; before_words: text from there to the answer's own words.
+    """
+    start = before_words.rfind(header)
+    if start >= 0:
+        return start + len(header), ""
+    before_thought, _, _ = header.rpartition(START_OF_THOUGHT)
+    if _opens_thought(header) and before_thought in before_words:
+        start = before_words.rfind(before_thought) + len(before_thought)
+        return start, f"{_reasoning(answer)}\n{END_OF_THOUGHT}\n\n".lstrip(" ")
+    return None, ""
 
 
 def _until_end(
