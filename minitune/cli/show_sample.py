@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from minitune.cli.options import OptionParser
 from minitune.data import preference
+from minitune.data.encoded_rows import Refused
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
@@ -67,25 +69,53 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _show_file(screen: Console, name: str, source: Source, text: Tokenizer, template: Template, n: int) -> None:
-    for where, samples in islice(_samples(source, text, template), n):
+def _show_file(
+    screen: Console,
+    name: str,
+    source: Source,
+    text: Tokenizer,
+    template: Template,
+    n: int,
+) -> None:
+    refused: list[Refused] = []
+    for where, samples in islice(_samples(source, text, template, refused), n):
         for kind, whole in samples:
-            tokens = Tokens(whole.ids, [False, *whole.mask[1:]])  # nothing predicts the first token
-            counts = f"{len(tokens.ids):,} tokens, {sum(tokens.mask):,} of them targets{_fate(tokens, source)}"
-            screen.print(Text(f"\n{name} {where}{f' {kind}' if kind else ''}: {counts}", style="bold"), soft_wrap=True)
-            for line in (_text(tokens, text), _ids(tokens), _mask(tokens)):
+            # Nothing predicts the first token.
+            tokens = whole._replace(mask=[False, *whole.mask[1:]][: len(whole.ids)])
+            n_targets = sum(map(bool, tokens.mask))
+            counts = f"{len(tokens.ids):,} tokens, {n_targets:,} of them targets"
+            title = f"\n{name} {where}{f' {kind}' if kind else ''}: {counts}{_fate(tokens, source)}"
+            screen.print(Text(title, style="bold"), soft_wrap=True)
+            for line in (*_unwritten(tokens), _text(tokens, text), _ids(tokens), _mask(tokens)):
                 screen.print(line, soft_wrap=True)
+    for one in refused:
+        kind = "malformed" if one.is_malformed else "refused"
+        screen.print(_visible(f"\n{name} {one.where} is left out ({kind}): {one.reason}"), soft_wrap=True)
 
 
-def _samples(source: Source, text: Tokenizer, template: Template) -> Iterator[tuple[str, list[tuple[str, Tokens]]]]:
-    """("file:line", [(what it is to its loss, tokens)]) of each row."""
+def _samples(
+    source: Source,
+    text: Tokenizer,
+    template: Template,
+    refused: list[Refused],
+) -> Iterator[tuple[str, list[tuple[str, Tokens]]]]:
+    """Yield ("file:line", [(what it is to its loss, tokens)]) of each row."""
     if source.format not in PREFERENCE_FORMATS:
-        for where, tokens in tokenized(source, text, template):
+        for where, tokens in tokenized(source, text, template, refused):
             yield where, [("", tokens)]
         return
     words = ("chosen", "rejected") if source.format == "pairs" else ("desirable", "undesirable")
-    for where, answers in preference.tokenized(source, text, template):
+    for where, answers in preference.tokenized(source, text, template, refused):
         yield where, [(words[not better], tokens) for tokens, better in answers]
+
+
+def _unwritten(tokens: Tokens) -> list[Text]:
+    """Line on what the messages hold and the template does not write, if there is anything."""
+    counts = Counter(tokens.unwritten)
+    if not counts:
+        return []
+    named = ", ".join(f"{key} of {n:,} message{'s' * (n > 1)}" for key, n in counts.items())
+    return [_visible(f"not written by the template: {named}")]
 
 
 def _fate(tokens: Tokens, source: Source) -> str:
@@ -122,11 +152,21 @@ def _ids(tokens: Tokens) -> Text:
 
 def _mask(tokens: Tokens) -> Text:
     shown = Text("mask ", style=OTHER)
-    for trained, start, end in _runs(tokens):
-        _mark(shown.append(" "), f"{end - start} x {int(trained)}", trained)
+    for weight, run in groupby(map(float, tokens.mask)):
+        _mark(shown.append(" "), f"{len(list(run))} x {weight:g}", weight > 0)
     return shown
 
 
 def _mark(shown: Text, piece: str, trained: bool) -> None:
-    piece = CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])), piece)  # pictures of them: data can't steer a terminal
+    piece = _without_controls(piece)
     shown.append(f"{OPEN}{piece}{CLOSE}" if trained else piece, style=TARGET if trained else OTHER)
+
+
+def _visible(line: str) -> Text:
+    """Line that data is a part of, in plain style."""
+    return Text(_without_controls(line), style=OTHER)
+
+
+def _without_controls(text: str) -> str:
+    """Text with pictures of its control characters, so that data can't steer a terminal."""
+    return CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])), text)

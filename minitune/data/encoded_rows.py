@@ -15,10 +15,14 @@ LOOK_AHEAD = 1000  # rows that are read after the first that is refused, for oth
 
 
 class Refused(NamedTuple):
-    """Row that is left out; is_malformed: it is no row at all, such as a line that is no JSON."""
+    """Row that is left out, and the words of its refusal.
+
+    is_malformed: it is no row at all, such as a line that is no JSON.
+    """
 
     where: str
     is_malformed: bool
+    reason: str
 
 
 def encoded_rows(
@@ -45,7 +49,8 @@ def encoded_rows(
                 raise row
             encoded = encode(row, where)
         except InputError as error:
-            refused.append(Refused(where, isinstance(row, InputError)))
+            reason = str(error).removeprefix(f"data: {where} ")
+            refused.append(Refused(where, isinstance(row, InputError), reason))
             first = first or error
             continue
         if first is None or source.invalid == "skip":

@@ -9,8 +9,8 @@ from minitune.data.readers import error_location
 from minitune.data.row_weights import row_weight
 from minitune.data.source import Source
 from minitune.errors import InputError
-from minitune.text.chat import Tokens, encode_chat, encode_prompt, stop_ids
-from minitune.text.served import encode_answer
+from minitune.text.chat import Tokens, encode_chat, encode_prompt
+from minitune.text.served import encode_answer, stop_ids
 from minitune.text.template import Message, Template, Tool, with_options
 from minitune.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
-from minitune.text.chat import stop_ids
+from minitune.text.served import stop_ids
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params, Trainable

@@ -160,7 +160,10 @@ def _is_prompt_appended(conversation: Conversation, last_turn: Turn, text: str) 
     """Return True if a generation prompt that nobody asked for follows the assistant's last message."""
     n = len(conversation.messages)
     is_last = conversation.messages[-1].get("role") == "assistant"
-    return is_last and text[last_turn.end :].strip() != "" and appends_prompt(conversation, n)
+    if not is_last or text[last_turn.end :].strip() == "":
+        return False
+    with_prompt = conversation.text(n, add_generation_prompt=True)
+    return appends_prompt(conversation, n, text, with_prompt)
 
 
 def _encode_spans(
@@ -189,15 +192,3 @@ def _encode_spans(
         ids += span
         mask += [bool(weight) if weight in (0, 1) else weight] * len(span)
     return ids, mask
-
-
-def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Tokens that end an answer: the special token that the template puts after an assistant's turn, and eos."""
-    turn = encode_chat(tokenizer, template, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    last_trained = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
-    stops = []
-    if last_trained in tokenizer.special.values():
-        stops.append(last_trained)
-    if tokenizer.eos_id is not None and tokenizer.eos_id not in stops:
-        stops.append(tokenizer.eos_id)
-    return stops

@@ -55,14 +55,13 @@ def _escape_text(text: str, tokenizer: Tokenizer, placeholders: dict[str, str]) 
     # The beginning of a special token at the end of the text, which the text that comes next might complete. Tokens
     # that begin with a letter or digit are no markup: every second word would be the beginning of one.
     end = len(text.rstrip())
-    longest = max(map(len, tokenizer.special), default=0)
-    markup = [token for token in tokenizer.special if not token[0].isalnum()]
-    for i in range(max(0, end - longest + 1), end):
-        if any(token.startswith(text[i:end]) for token in markup):
+    for i in range(max(0, end - tokenizer.longest_special), end):
+        if text[i:end] in tokenizer.markup_beginnings:
             places.add(i)
 
     # The characters that mark generation blocks.
-    places |= {i for i, char in enumerate(text) if char in (GENERATION_START, GENERATION_END)}
+    if GENERATION_START in text or GENERATION_END in text:
+        places |= {i for i, char in enumerate(text) if char in (GENERATION_START, GENERATION_END)}
 
     if not places:
         return text

@@ -14,7 +14,7 @@ from minitune.text.escaping import escape_special_tokens
 from minitune.text.forms import write
 from minitune.text.template import REASONING_KEYS, Message, Template, Tool
 from minitune.text.tokenizer import Tokenizer
-from minitune.text.turns import content_end, content_start, turn_end_when_last
+from minitune.text.turns import content_end, content_start, n_equal_at_start, turn_end_when_last
 from minitune.text.unwritten import END_OF_THOUGHT
 
 START_OF_THOUGHT = "<think>"
@@ -44,16 +44,17 @@ def encode_answer(
     else:
         if whole.ids[: len(prompt)] == prompt:
             return _trained_from(whole, len(prompt))
-    answer = _answer_after_prompt(tokenizer, template, messages, tools)
-    if answer is None:
+    found = _answer_after_prompt(tokenizer, template, messages, tools)
+    if found is None:
         raise refusal or InputError(
             f"chat: {template.origin} doesn't end the prompt of message {number} (assistant) as it "
             "begins that message, expected the prompt to be a prefix of the conversation; "
             "correct the template"
         )
+    answer, lost = found
     weight = turn_weights(messages, "last")[len(messages) - 1]
     mask = [False] * len(prompt) + [bool(weight) if weight in (0, 1) else weight] * len(answer)
-    return Tokens([*prompt, *answer], mask)
+    return Tokens([*prompt, *answer], mask, lost)
 
 
 def encode_answers(
@@ -85,8 +86,11 @@ def _answer_after_prompt(
     template: Template,
     messages: Sequence[Message],
     tools: Sequence[Tool],
-) -> list[int] | None:
-    """Ids of an answer whose template writes another prompt before it; None if it is not found."""
+) -> tuple[list[int], list[str]] | None:
+    """Ids of an answer whose template writes another prompt before it; None if it is not found.
+
+    With them come the keys of what the template does not write, one for each message.
+    """
     plain = without_weights(messages)
     escaped, escaped_tools, restore = escape_special_tokens(plain, tools, tokenizer)
     conversation = Conversation(template, escaped, escaped_tools)
@@ -94,32 +98,90 @@ def _answer_after_prompt(
     form, text, lost = write(conversation, False, ())
     conversation = conversation._replace(messages=form(escaped))
     last = len(messages) - 1
-    prompt = conversation.text(last, True)
-    header = prompt.removeprefix(conversation.text(last, False))
-    before, opens_thought, _ = header.rpartition(START_OF_THOUGHT)
-    is_thought_lost = any(one.is_reasoning and one.message == last for one in lost)
-    if is_thought_lost and not opens_thought:
-        return None
+    history, prompt = conversation.text(last, False), conversation.text(last, True)
+    header = prompt.removeprefix(history)
     words_start = content_start(conversation, last, text)
-    words_end = content_end(conversation, last, text)
+    is_thought_lost = any(one.is_reasoning and one.message == last for one in lost)
     if header == prompt or words_start is None:
         return None
-    thought = ""
-    start = text.rfind(header, 0, words_start)
-    if start >= 0:
-        start += len(header)
-    elif opens_thought and before in text[:words_start]:
-        start = text.rfind(before, 0, words_start) + len(before)
-        thought = f"{_reasoning(conversation.messages[last])}\n{END_OF_THOUGHT}\n\n".lstrip(" ")
-    if start < 0:
+    if is_thought_lost and not _opens_thought(header):
         return None
-    end = turn_end_when_last(tokenizer, text, text, start, None, words_end)
-    if end is None:
+    # Earlier turns begin with the same header.
+    before_words = text[n_equal_at_start(history, text) : words_start]
+    start, thought = _start(header, before_words, conversation.messages[last])
+    if start is None:
         return None
-    written = text[start:end]
+    written = _until_end(tokenizer, conversation, text, words_start - len(before_words) + start)
+    if written is None:
+        return None
     answer = thought + written.lstrip() if thought else written
     opens = tokenizer.opens_after(prompt, True)
-    return tokenizer.encode_span(answer, starts_document=opens, restore=restore)
+    ids = tokenizer.encode_span(answer, starts_document=opens, restore=restore)
+    return ids, [one.key for one in lost if not (one.is_reasoning and one.message == last)]
+
+
+def _opens_thought(header: str) -> bool:
+    """Return True if a prompt ends in a thought that is open.
+
+    Without thinking it ends with an empty one, and the model goes on after that.
+    """
+    _, opened, after = header.rpartition(START_OF_THOUGHT)
+    return bool(opened) and END_OF_THOUGHT not in after
+
+
+def _start(header: str, before_words: str, answer: Message) -> tuple[int | None, str]:
+    """(place where an answer begins, thought that its template leaves out).
+
+    header: what the prompt ends with; before_words: text from there to the answer's own words.
+    """
+    start = before_words.rfind(header)
+    if start >= 0:
+        return start + len(header), ""
+    before_thought, _, _ = header.rpartition(START_OF_THOUGHT)
+    if _opens_thought(header) and before_thought in before_words:
+        start = before_words.rfind(before_thought) + len(before_thought)
+        return start, f"{_reasoning(answer)}\n{END_OF_THOUGHT}\n\n".lstrip(" ")
+    return None, ""
+
+
+def _until_end(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    text: str,
+    start: int,
+) -> str | None:
+    """Answer from its start to the token that ends it; None if there is none."""
+    words_end = content_end(conversation, len(conversation.messages) - 1, text)
+    end = turn_end_when_last(tokenizer, text, text, start, None, words_end)
+    if end is not None:
+        return text[start:end]
+    token = _token_of_next_turn(tokenizer, conversation)
+    return None if token is None else text[start:] + token
+
+
+def _token_of_next_turn(tokenizer: Tokenizer, conversation: Conversation) -> str | None:
+    """Special token with which the template begins the message after the last one, an answer.
+
+    Where no token ends a turn, as in GLM 4, the model stops by beginning the turn of the user, or
+    that of the tool which it calls. None if no special token begins it.
+    """
+    *asked, answer = conversation.messages
+    # Without its reasoning, as the next message may make the template remove that.
+    plain = {key: value for key, value in answer.items() if key not in REASONING_KEYS}
+    if isinstance(plain.get("content"), str):
+        plain["content"] = plain["content"].rpartition(END_OF_THOUGHT)[2]
+    role = "tool" if answer.get("tool_calls") else "user"
+    turns = [*asked, plain, {"role": role, "content": "?"}]
+    longer = conversation._replace(messages=turns)
+    try:
+        text = longer.text(len(turns) - 1, add_generation_prompt=False)
+        with_next = longer.text(len(turns), add_generation_prompt=False)
+    except InputError:
+        return None
+    token = tokenizer.find_special.match(with_next, len(text))
+    if token is None or not with_next.startswith(text):
+        return None
+    return token.group()
 
 
 def _reasoning(message: Message) -> str:
@@ -132,3 +194,16 @@ def _reasoning(message: Message) -> str:
         return ""
     thought, _, _ = content.rpartition(END_OF_THOUGHT)
     return thought.strip().removeprefix(START_OF_THOUGHT).strip()
+
+
+def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Tokens that end an answer: the special token that ends it as it is served, and eos."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    turn = encode_answer(tokenizer, template, messages)
+    last_trained = [i for i, trained in zip(turn.ids, turn.mask, strict=True) if trained][-1]
+    stops = []
+    if last_trained in tokenizer.special.values():
+        stops.append(last_trained)
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in stops:
+        stops.append(tokenizer.eos_id)
+    return stops

@@ -32,6 +32,8 @@ class Tokenizer(NamedTuple):
     has what its template writes.
     The patterns find, in this order: added tokens; special ones; special ones in any letter case; added tokens that
     are not special; special ones that the vocabulary would recognize in plain text.
+    markup_beginnings: beginnings of the special tokens that begin with no letter and no digit.
+    longest_special: characters of the longest special token.
     """
 
     vocab_size: int
@@ -48,6 +50,8 @@ class Tokenizer(NamedTuple):
     special_case_insensitive: re.Pattern[str]
     find_ordinary: re.Pattern[str]
     special_known_to_vocab: re.Pattern[str]
+    markup_beginnings: frozenset[str]
+    longest_special: int
     vocabulary: Vocabulary
     n_rows: int | None = None  # of the embedding, where added tokens lie beyond it
 
@@ -191,8 +195,18 @@ def _tokenizer(
         special_case_insensitive=_pattern(exact, re.IGNORECASE),
         find_ordinary=_pattern(token for token in added.values() if not token.special),
         special_known_to_vocab=_pattern(token for token in exact if token.text in vocabulary.recognized),
+        markup_beginnings=frozenset(_beginnings(token.text for token in special)),
+        longest_special=max((len(token.text) for token in special), default=0),
         vocabulary=vocabulary,
     )
+
+
+def _beginnings(texts: Iterable[str]) -> Iterator[str]:
+    """Yield all beginnings of texts that begin with neither a letter nor a digit."""
+    for text in texts:
+        if text and not text[0].isalnum():
+            for end in range(1, len(text) + 1):
+                yield text[:end]
 
 
 def _names(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -37,22 +37,30 @@ def assistant_turns(
             if are_required and any(weights.values()):
                 raise
             return []
-    return _turns_by_rendering(tokenizer, conversation, text, weights, are_required)
+    return _turns_by_rendering(tokenizer, conversation, text, add_generation_prompt, weights, are_required)
 
 
 def _turns_by_rendering(
     tokenizer: Tokenizer,
     conversation: Conversation,
     text: str,
+    has_prompt: bool,
     weights: Mapping[int, float],
     are_required: bool,
 ) -> list[Turn]:
-    """Turns of a template without generation blocks, found by rendering the conversation up to each."""
+    """Turns of a template without generation blocks, found by rendering up to each.
+
+    has_prompt: text ends with a generation prompt.
+    """
     turns: list[Turn] = []
+    last = None if has_prompt else len(conversation.messages) - 1
     for i, weight in weights.items():
         end_of_previous = turns[-1].end if turns else 0
+        # The text up to the last message is the whole one.
+        as_last = text if i == last else None
         try:
-            start, end = _turn_span(tokenizer, conversation, text, i, end_of_previous)
+            start = _turn_start(conversation, text, i, end_of_previous)
+            end = _turn_end(tokenizer, conversation, text, i, start, as_last)
         except InputError:
             if weight and are_required:
                 raise
@@ -61,53 +69,83 @@ def _turns_by_rendering(
     return turns
 
 
-def _turn_span(tokenizer: Tokenizer, conversation: Conversation, text: str, i: int, end_of_previous: int) -> tuple[int, int]:
-    """(start, end) in text of the assistant's turn in message i.
-
-    It starts where the generation prompt for it ends. It ends with the last special token that the turn itself
-    writes: one that is there whether another turn follows, a prompt, or nothing. Where a template writes a turn
-    differently once it is history (without its reasoning), the turn ends there with the same token as it does last.
-    """
-    following = next((n for n, message in enumerate(conversation.messages) if n > i and message.get("role") == "assistant"), None)
-    advice = 'correct the template or set turns = "each"'
-    if following is not None:
-        advice = 'correct the template or set train_on = "last" or turns = "each"'
+def _turn_start(conversation: Conversation, text: str, i: int, end_of_previous: int) -> int:
+    """Start in text of the assistant's turn in message i: where its generation prompt ends."""
     prompt = conversation.text(i, add_generation_prompt=True)
     if len(prompt) < end_of_previous or not text.startswith(prompt):
+        found = f"doesn't render message {i + 1} (assistant) after its generation prompt"
         raise InputError(
-            f"chat: {conversation.template.origin} doesn't render message {i + 1} (assistant) after its generation prompt, "
-            f"expected the prompt to be a prefix of the conversation; {advice}"
+            f"chat: {conversation.template.origin} {found}, "
+            f"expected the prompt to be a prefix of the conversation; {_advice(conversation, i)}"
         )
-    start = len(prompt)
+    return len(prompt)
+
+
+def _turn_end(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    text: str,
+    i: int,
+    start: int,
+    as_last: str | None,
+) -> int:
+    """End in text of the assistant's turn in message i, which begins at start.
+
+    That is the last special token that the turn itself writes: one that is there whether another
+    turn follows, a prompt, or nothing. Where a template writes a turn differently once it is
+    history (without its reasoning), the turn ends there with the same token as it does last.
+    as_last: text up to the turn, if that is known.
+    """
+    if as_last is None:
+        as_last = conversation.text(i + 1, add_generation_prompt=False)
     before_prompt = conversation.text(i + 1, add_generation_prompt=True)
-    as_last = conversation.text(i + 1, add_generation_prompt=False)
     end = _common_special_end(tokenizer, text, (before_prompt, as_last), start)
     is_whole = end is not None and not tokenizer.find_special.sub("", as_last[end:]).strip()
-    if appends_prompt(conversation, i + 1):
+    if appends_prompt(conversation, i + 1, as_last, before_prompt):
         # The special tokens of the prompt that comes after every turn are no part of the turn.
         is_whole, end = False, None
     if not is_whole:
-        # The turn's words go on after that token, so it stands inside them, or this turn is written differently here.
-        limit = len(text) if following is None else len(conversation.text(following, add_generation_prompt=True))
+        # The turn's words go on after that token, so it stands inside them, or this turn is written
+        # differently here.
+        following = _following(conversation, i)
+        limit = len(text)
+        if following is not None:
+            limit = len(conversation.text(following, add_generation_prompt=True))
         words_end = content_end(conversation, i, as_last)
         end = turn_end_when_last(tokenizer, text[:limit], as_last, start, end, words_end)
     if end is None:
+        found = f"writes no special token after message {i + 1} (assistant)"
         raise InputError(
-            f"chat: {conversation.template.origin} writes no special token after message {i + 1} (assistant), expected one that "
-            f"ends the turn there as it does at the end, or generation never stops ({{{{ eos_token }}}} for one); {advice}"
+            f"chat: {conversation.template.origin} {found}, expected one that ends the turn there "
+            "as it does at the end, or generation never stops ({{ eos_token }} for one); "
+            f"{_advice(conversation, i)}"
         )
-    return start, end
+    return end
 
 
-def appends_prompt(conversation: Conversation, n: int) -> bool:
+def _following(conversation: Conversation, i: int) -> int | None:
+    """Number of the assistant's next message after i, None if there is none."""
+    for n, message in enumerate(conversation.messages[i + 1 :], i + 1):
+        if message.get("role") == "assistant":
+            return n
+    return None
+
+
+def _advice(conversation: Conversation, i: int) -> str:
+    """Words on what to do where the turn in message i can't be found."""
+    if _following(conversation, i) is None:
+        return 'correct the template or set turns = "each"'
+    return 'correct the template or set train_on = "last" or turns = "each"'
+
+
+def appends_prompt(conversation: Conversation, n: int, text: str, with_prompt: str) -> bool:
     """Return True if the template writes a generation prompt after the first n messages though none
     is asked for.
 
     Then it writes the same where one is asked for, and goes on differently where a user's message
-    follows.
+    follows. text, with_prompt: what it writes of these messages, without and with a prompt.
     """
-    text = conversation.text(n, add_generation_prompt=False)
-    if text != conversation.text(n, add_generation_prompt=True):
+    if text != with_prompt:
         return False
     longer = conversation._replace(messages=[*conversation.messages[:n], {"role": "user", "content": "?"}])
     try:
@@ -169,8 +207,13 @@ def content_start(conversation: Conversation, i: int, as_last: str) -> int | Non
     other = _text_with_other_words(conversation, i, at_start=True)
     if other is None:
         return None
+    return n_equal_at_start(as_last, other)
+
+
+def n_equal_at_start(text: str, other: str) -> int:
+    """Number of characters at the start of two texts that are the same."""
     n_equal = 0
-    while n_equal < min(len(as_last), len(other)) and as_last[n_equal] == other[n_equal]:
+    while n_equal < min(len(text), len(other)) and text[n_equal] == other[n_equal]:
         n_equal += 1
     return n_equal
 

@@ -2,9 +2,10 @@
 rendered.
 
 A template may drop whatever it likes, and says nothing about it: the loss looks fine, and an empty
-answer is trained in place of a tool call. So each conversation is rendered once more, with marks
-around all its texts. A text whose marks are gone was left out. Names of arguments and values that
-are no strings are looked for as they are.
+answer is trained in place of a tool call. So the rendered text is searched for all texts of the
+conversation, one after the other. A short text may be there by chance: then the conversation is
+rendered once more, with marks around its texts, and a text whose marks are gone was left out. Names
+of arguments and values that are no strings are looked for as they are.
 """
 
 import json
@@ -22,6 +23,7 @@ MARK = re.compile("\U000ffff0([0-9]+)\U000ffff1")
 # marked between it.
 MARKUP = re.compile(r"<[^<>\s]{1,40}>")
 END_OF_THOUGHT = "</think>"
+MIN_SOUGHT = 16  # characters of a text that no template and no other text holds by chance
 # Keys of a message whose texts are marked.
 WRITTEN_KEYS = ("role", "content", "tool_calls", *REASONING_KEYS)
 
@@ -69,24 +71,54 @@ def unwritten(
     model is served.
     """
     marked, marked_texts, plain_texts = _marked(conversation)
-    try:
-        rendered = marked.text(len(marked.messages), add_generation_prompt)
-    except InputError:
-        rendered = ""
     missing = [one for one in plain_texts if not _stands_in(one.text, text)]
-    if MARK.sub("", rendered) == text:
-        # Each text has two marks, at its start and at its end.
-        found = {int(number) for number in MARK.findall(rendered)}
-        missing += [one for n, one in enumerate(marked_texts) if not {2 * n, 2 * n + 1} <= found]
-    else:
-        # The template looks into the texts and takes another way because of the marks.
-        missing += [one for one in marked_texts if not _stands_in(one.text, text)]
+    if not _stand_in_order(marked_texts, text):
+        missing += _without_marks(marked, marked_texts, text, add_generation_prompt)
     lost: list[Unwritten] = []
     for one in missing:
         is_fatal = not one.is_reasoning or one.message in trained
         lost.append(Unwritten(one.message, one.key, is_fatal, one.is_reasoning))
     lost += _unread_keys(conversation, text, add_generation_prompt)
     return list(dict.fromkeys(lost))
+
+
+def _stand_in_order(texts: Sequence[Text], text: str) -> bool:
+    """Return True if a text holds these, one after the other, and each is too long to be there by
+    chance.
+
+    Then nothing is lost, and it takes no further rendering to know that. Texts of tools may stand
+    before the messages or after them.
+    """
+    end_of_message = end_of_tool = 0
+    for one in texts:
+        begin = end_of_tool if one.message is None else end_of_message
+        start = text.find(one.text, begin)
+        if len(one.text) < MIN_SOUGHT or start < 0:
+            return False
+        if one.message is None:
+            end_of_tool = start + len(one.text)
+        else:
+            end_of_message = start + len(one.text)
+    return True
+
+
+def _without_marks(
+    marked: Conversation,
+    texts: Sequence[Text],
+    text: str,
+    add_generation_prompt: bool,
+) -> list[Text]:
+    """Texts whose marks are gone once the marked conversation is rendered."""
+    try:
+        rendered = marked.text(len(marked.messages), add_generation_prompt)
+    except InputError:
+        rendered = ""
+    if MARK.sub("", rendered) != text:
+        # The template looks into the texts and takes another way because of the marks.
+        return [one for one in texts if not _stands_in(one.text, text)]
+    # Each text has two marks, at its start and at its end.
+    found = {int(number) for number in MARK.findall(rendered)}
+    return [one for n, one in enumerate(texts) if not {2 * n, 2 * n + 1} <= found]
 
 
 def _marked(conversation: Conversation) -> tuple[Conversation, list[Text], list[Text]]:
@@ -109,15 +141,15 @@ class _Marker(NamedTuple):
 
     def message(self, n: int, message: Message) -> Message:
         copy = dict(message)
+        # Only the first of these keys is read. Templates write it before the content.
+        key = next((key for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
+        if key is not None:
+            copy[key] = self.text(n, key, message[key], is_reasoning=True)
         content = message.get("content")
         if isinstance(content, str):
             copy["content"] = self.content(n, content)
         elif isinstance(content, list):
             copy["content"] = [self.part(n, number, part) for number, part in enumerate(content, 1)]
-        # Only the first of these keys is read.
-        key = next((key for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
-        if key is not None:
-            copy[key] = self.text(n, key, message[key], is_reasoning=True)
         calls = message.get("tool_calls")
         if isinstance(calls, list):
             copy["tool_calls"] = [self.call(n, call) for call in calls]

@@ -41,7 +41,8 @@ from minitune.programs.manifest import Manifest, Start
 from minitune.programs.records import write_record
 from minitune.programs.report import report
 from minitune.text import tokenizer
-from minitune.text.chat import encode_chat, encode_prompt, open_template, stop_ids
+from minitune.text.chat import encode_chat, encode_prompt, open_template
+from minitune.text.served import stop_ids
 from minitune.text.template import render
 from support.models import SMALL, random_params
 from support.programs import ONE_STEP, small_program

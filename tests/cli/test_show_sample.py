@@ -86,6 +86,20 @@ def test_marks_stand_around_what_is_trained(format: str, tmp_path: Path) -> None
         assert (numbers, flags) == (whole.ids, whole.mask)
 
 
+def test_what_is_counted_is_shown_by_name(tmp_path: Path) -> None:
+    file = program(tmp_path, "chat", invalid='"skip"')
+    named = [{**SAID[0], "name": "Ann", "id": 7}, {**SAID[1], "id": 8, "weight": 0.25}, *SAID[2:]]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [json.dumps({"messages": turns}) for turns in (named, [SAID[0], call], SAID)]
+    (tmp_path / "data.jsonl").write_text("\n".join([rows[0], "{", rows[1], rows[2]]) + "\n", encoding="utf-8")
+    text = shown(file)
+    assert "not written by the template: name of 1 message, id of 2 messages" in text
+    assert "2 x 0.25" in text  # what the turn counts
+    assert re.search(r"data.jsonl:1: \d+ tokens, [1-9] of them targets\n", text)
+    assert re.search(r"data.jsonl:2 is left out \(malformed\): .*expected one JSON object a line", text)
+    assert re.search(r"data.jsonl:3 is left out \(refused\): chat: .* does not write the tool_calls of message 2", text)
+
+
 def test_labels_of_answers(tmp_path: Path) -> None:
     assert [f"data.jsonl:1 {word}:" in shown(program(tmp_path, "pairs")) for word in ("chosen", "rejected")] == [True, True]
     assert "data.jsonl:1 undesirable:" in shown(program(tmp_path, "unpaired"))

@@ -19,6 +19,7 @@ from minitune.data.source import MixtureComponent, Source
 from minitune.data.supervised import prepare
 from minitune.errors import InputError
 from minitune.text.chat import Tokens, encode_chat, encode_prompt, open_template
+from minitune.text.served import encode_answer, stop_ids
 from minitune.text.template import Message, Template, compile_template, render, with_options
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import with_special_tokens, write_folder
@@ -239,6 +240,52 @@ def test_the_answer_that_a_model_is_compared_with_is_the_one_that_it_was_taught(
     assert one.reference_ids == taught[: len(one.reference_ids)]
     assert "pear" in one.reference
     assert ("<think>" in one.reference) == ("<think>" in hf.decode(taught))
+
+
+GLM = {
+    "a turn": (TURNS[:2], []),
+    "turns": (TURNS, []),
+    "reasoning": (CONVERSATIONS["reasoning"][0], []),
+    "a thought": (CONVERSATIONS["thoughts"][0][:2], []),
+    "a call": ([user("a"), assistant("", tool_calls=[CALL])], [FUNCTION]),
+    "after a call": ([*CONVERSATIONS["tools"][0], assistant("nine")], [FUNCTION]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in GLM), *((name, QUIET) for name in ("a turn", "turns", "a call", "after a call"))],
+)
+def test_an_answer_that_no_token_ends_is_trained_up_to_the_turn_that_follows(name: str, options: dict[str, Any]) -> None:
+    """GLM 4 stops where the user's or the tool's turn begins; TRL's training template writes these tokens."""
+    messages, tools = GLM[name]
+    tokenizer, hf = speaker()
+    wanted_ids = hf.apply_chat_template(
+        messages, tools=tools or None, chat_template=PUBLISHED["glm4moe_training"], return_dict=False, **options
+    )
+    answer = encode_answer(tokenizer, with_options(template("glm4moe"), options, "here"), messages, tools=tools)
+    prompt = hf.apply_chat_template(
+        messages[:-1],
+        tools=tools or None,
+        chat_template=PUBLISHED["glm4moe"],
+        add_generation_prompt=True,
+        return_dict=False,
+        **options,
+    )
+    assert answer.ids == wanted_ids
+    assert answer.mask == [n >= len(prompt) for n in range(len(wanted_ids))]
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "qwen3"])
+def test_a_thought_after_a_prompt_that_closed_its_own_is_refused(name: str) -> None:
+    for messages, _ in (GLM["reasoning"], GLM["a thought"]):
+        with pytest.raises(InputError, match=rf"chat: {name} "):
+            encode_answer(speaker()[0], with_options(template(name), QUIET, "here"), messages)
+
+
+def test_an_answer_that_no_token_ends_stops_at_the_users_turn() -> None:
+    tokenizer = speaker()[0]
+    assert stop_ids(tokenizer, template("glm4moe")) == [tokenizer.special["<|user|>"], tokenizer.eos_id]
 
 
 def test_a_prompt_that_is_no_part_of_what_a_turn_becomes_is_refused(folder: Path) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from minitune.errors import InputError
+from minitune.text import conversation
 from minitune.text.chat import CHATML, PLAIN, encode_chat, encode_prompt
 from minitune.text.served import encode_answer, encode_answers
-from minitune.text.template import Message, Template, compile_template
+from minitune.text.template import Message, Template, compile_template, render
 from support.tokenizers import with_special_tokens
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -203,3 +204,41 @@ def test_an_answer_is_what_the_template_makes_of_it() -> None:
     ):
         tokens = encode_answer(TOKENIZER, template(source), [user("a"), answer])
         assert runs(tokens.ids, tokens.mask) == [wanted]
+
+
+LONG = [user("Order two pears and six plums, please."), assistant('{"items": {"pears": 2, "plums": 6}}')]
+KEYED = [{**LONG[0], "name": "Ann", "id": "a1"}, LONG[1]]
+SHORT = [user("two"), assistant("pears")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "n_renderings"),
+    [(LONG, 3), (SHORT, 4), (KEYED, 4), ([*LONG, *LONG], 6), ([*LONG, *LONG, *LONG], 9)],
+)
+def test_a_conversation_takes_few_renderings(messages: list[Message], n_renderings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole text, prompt of each answer and prompt after it; marks for short texts, one more for keys."""
+    count = 0
+
+    def counted(*args: Any, **kwargs: Any) -> str:
+        nonlocal count
+        count += 1
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(conversation, "render", counted)
+    encoded = encode_chat(TOKENIZER, template(CHATML), messages)
+    assert any(encoded.mask)
+    assert count <= n_renderings
+
+
+@pytest.mark.parametrize("lost", range(4))
+@pytest.mark.parametrize("said", ["Order two pears and six plums, please.", "two"])
+def test_a_lost_text_is_missed_though_another_message_says_the_same(lost: int, said: str) -> None:
+    """The messages all say the same, and the template leaves one of them out."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        f"{{% if loop.index0 != {lost} %}}{{{{ m.content }}}}{{% endif %}}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [user(said), assistant(said), user(f"{said} {said}"), assistant(said)]
+    with pytest.raises(InputError, match=rf"does not write the content of message {lost + 1} "):
+        encode_chat(TOKENIZER, template(source), messages)

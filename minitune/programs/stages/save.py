@@ -21,7 +21,7 @@ from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.merge import Dtype, check_onto, merged
 from minitune.programs.state import AbstractState, PipelineState, SavedModel
-from minitune.text.chat import stop_ids
+from minitune.text.served import stop_ids
 
 
 class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
