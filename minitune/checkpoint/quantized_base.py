@@ -13,19 +13,21 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitune.errors import InputError, quoted
+from minitune.quant import nf4
+from minitune.quant.tensors import QNF4
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_BLOCK = 128  # rows and columns of a weight that share a scale
 SCALES = (".weight_scale_inv", ".weight_scale")  # both are multiplied by
 UNUSED = (".activation_scale", ".input_scale")  # of activations, which stay in their dtype here
 NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
-NF4_PARTS = (
-    ".weight.absmax",
+NF4_SCALES = (
     ".weight.quant_map",
+    ".weight.absmax",
     ".weight.nested_absmax",
     ".weight.nested_quant_map",
-    NF4_STATE,
 )
+NF4_PARTS = (*NF4_SCALES, NF4_STATE)
 
 
 class _NF4State(msgspec.Struct):
@@ -72,6 +74,44 @@ def dequantized(
     return whole.to(dtype)
 
 
+def nf4_codes(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> QNF4 | None:
+    """Codes and scales of a weight as bitsandbytes saved them; None where a QNF4 can't hold them.
+
+    It holds bitsandbytes' own blocks and tables, and an even number of weights in a row.
+    """
+    stem = name.removesuffix(".weight")
+    state, codes = _nf4_state(parts.get(f"{stem}{NF4_STATE}")), parts.get(name)
+    table, absmax, nested, levels = (parts.get(f"{stem}{end}") for end in NF4_SCALES)
+    if state is None or codes is None or table is None or absmax is None:
+        return None
+    n = math.prod(shape)
+    fits = state.shape == list(shape) and len(shape) == 2 and shape[-1] % 2 == 0
+    if not fits or 2 * codes.numel() != n or absmax.numel() != -(-n // nf4.BLOCK):
+        return None
+    if state.blocksize != nf4.BLOCK or not torch.equal(table.float(), nf4.LEVELS):
+        return None
+    packed = codes.view(shape[0], -1)
+    if absmax.dtype != torch.uint8:
+        return QNF4(packed, absmax.float(), torch.zeros(0), torch.zeros(()))
+    if nested is None or levels is None or not torch.equal(levels.float(), nf4.DYNAMIC_MAP):
+        return None
+    if state.nested_blocksize != nf4.NESTED_BLOCK:
+        return None
+    if nested.numel() != -(-absmax.numel() // nf4.NESTED_BLOCK):
+        return None
+    return QNF4(packed, absmax, nested.float(), torch.tensor(state.nested_offset))
+
+
+def _nf4_state(raw: Tensor | None) -> _NF4State | None:
+    """State of an NF4 weight from its JSON bytes; None if there is none that can be read."""
+    try:
+        text = bytes(raw.tolist()) if raw is not None else b""
+        state = msgspec.json.decode(text, type=_NF4State)
+    except (msgspec.DecodeError, ValueError):
+        return None
+    return state if state.quant_type == "nf4" else None
+
+
 def _from_fp8(w: Tensor, scale: Tensor | None) -> Tensor | None:
     """w * scale: one scale for all, a row or a block of 128 x 128; None where it does not fit."""
     wide = w.to(torch.float32)
@@ -90,14 +130,11 @@ def _from_nf4(
     codes: UInt8[Tensor, "*half"], parts: Mapping[str, Tensor | None], shape: tuple[int, ...]
 ) -> Float[Tensor, "*shape"] | None:
     """table[code] * absmax of the code's block; None where the parts do not fit the shape."""
-    raw, table, absmax = (parts[end] for end in (NF4_STATE, ".weight.quant_map", ".weight.absmax"))
-    try:
-        state = msgspec.json.decode(bytes(raw.tolist()) if raw is not None else b"", type=_NF4State)
-    except (msgspec.DecodeError, ValueError):
-        return None
+    state, table, absmax = _nf4_state(parts[NF4_STATE]), *(parts[end] for end in NF4_SCALES[:2])
     n = math.prod(shape)
-    fits = state.quant_type == "nf4" and state.shape == list(shape) and state.blocksize > 0
-    if not fits or 2 * codes.numel() != n + n % 2:
+    if state is None or state.shape != list(shape) or state.blocksize < 1:
+        return None
+    if 2 * codes.numel() != n + n % 2:
         return None
     if table is None or absmax is None or table.numel() != 16:
         return None

@@ -47,7 +47,7 @@ def require_finite(leaves: Mapping[str, Any], where: str) -> None:
                 raise InputError(f"{where}: {name} holds {value}, expected finite numbers; {cure}")
 
 
-def model_bytes(params: Params, trainable: Trainable, stored: Mapping[str, Tensor]) -> int:
+def model_bytes(params: Params, trainable: Trainable, stored: Params) -> int:
     """Bytes of a model as it would be saved now: dense weights as stored, quantized ones as codes, and its deltas."""
     codes = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
     deltas = {name: leaf for name, leaf in trainable.items() if not isinstance(leaf, Tensor)}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def save(
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_use_double_quant": not _is_single(params),
         "llm_int8_skip_modules": unquantized(params, model),
     }
     save_folder(folder, tensors, model, extras, config_keys={"quantization_config": config})
@@ -64,20 +65,29 @@ def check(params: Params) -> None:
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
-    state = {
+    state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": nf4.BLOCK,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(w.shape),
-        "nested_blocksize": nf4.NESTED_BLOCK,
-        "nested_dtype": "float32",
-        "nested_offset": w.offset.item(),
     }
-    return {
-        name: w.codes.reshape(-1, 1),
-        f"{name}.absmax": w.absmax,
-        f"{name}.quant_map": torch.tensor(nf4.TABLE),
-        f"{name}.nested_absmax": w.nested_absmax,
-        f"{name}.nested_quant_map": nf4.DYNAMIC_MAP,
-        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
-    }
+    scales = {f"{name}.absmax": w.absmax, f"{name}.quant_map": torch.tensor(nf4.TABLE)}
+    if not w.absmax.is_floating_point():
+        state |= {
+            "nested_blocksize": nf4.NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": w.offset.item(),
+        }
+        scales |= {
+            f"{name}.nested_absmax": w.nested_absmax,
+            f"{name}.nested_quant_map": nf4.DYNAMIC_MAP,
+        }
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    key = f"{name}.quant_state.bitsandbytes__nf4"
+    return {name: w.codes.reshape(-1, 1), **scales, key: text}
+
+
+def _is_single(params: Params) -> bool:
+    """True if no scale of an NF4 weight is quantized itself."""
+    codes = [w for w in params.values() if isinstance(w, QNF4)]
+    return all(w.absmax.is_floating_point() for w in codes)

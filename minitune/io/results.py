@@ -99,6 +99,13 @@ def require_unharmed(folder: Path) -> None:
             raise InputError(f"results: {file} {found}, expected the same bytes; {remedy}")
 
 
+def saved_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of each file that a save has just written at a path, by its name."""
+    marker = path / MARKER if path.is_dir() else _marker_of(path)
+    records = {name: found[-1] for name, found in _read(marker).files.items() if found}
+    return {name: str(record["sha256"]) for name, record in records.items() if "sha256" in record}
+
+
 def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
     """InputError unless nothing lies at a path, or an empty folder, or exactly what an earlier save wrote there."""
     place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from minitune.checkpoint.hf_folder import check_weights
+from minitune.checkpoint.hf_weights import check_weights
 from minitune.data.readers import require_rows
 from minitune.data.source import Source
 from minitune.io import paths

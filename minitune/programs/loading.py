@@ -11,7 +11,7 @@ import torch
 from minitune import hardware, tree
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.generation_config import end_ids
-from minitune.checkpoint.hf_folder import load_params
+from minitune.checkpoint.hf_weights import load_base
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.interop.peft.load import load_adapter
@@ -26,6 +26,7 @@ from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.quant.rules import Quantization
+from minitune.quant.schemes import NF4
 from minitune.text import tokenizer
 from minitune.text.chat import open_template
 from minitune.text.template import Template, with_options
@@ -190,7 +191,8 @@ def load(
     """Read (or draw) the weights of a model, its tokenizer and its deltas.
 
     A path run/... lies in the run folder. Weights that first_rule matches are about to be
-    quantized: they stay on the disk, as `stored`, and stand in `params` on the meta device.
+    quantized: they stay on the disk, as `stored`, and stand in `params` on the meta device. Where
+    the folder holds such a weight as NF4 and the rule makes it that, `stored` has those codes.
     """
     device, dtype = device_and_dtype(source)
     model = _model(source, run)
@@ -199,10 +201,12 @@ def load(
     text = _open_tokenizer(folder, model)
     if path is not None:
         require_unharmed(path)
-    stored = load_params(path, model.shapes()) if path is not None else model.init(seed)
-    waiting = first_rule.plan(stored) if first_rule is not None else {}
-    places = {name: "meta" if name in waiting else device for name in stored}
-    params = {name: w.to(places[name], dtype) for name, w in stored.items()}
+    shapes = model.shapes()
+    absent = {name: torch.empty(n, dtype=dtype, device="meta") for name, n in shapes.items()}
+    waiting = first_rule.plan(absent) if first_rule is not None else {}
+    kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
+    stored = load_base(path, shapes, kept) if path is not None else model.init(seed)
+    params = {n: absent[n] if n in waiting else w.to(device, dtype) for n, w in stored.items()}
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)

@@ -17,6 +17,7 @@ from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
+from minitune.quant.schemes import dequantize
 from minitune.text.served import stop_ids
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
@@ -31,7 +32,9 @@ class LoadedModel(NamedTuple):
 
     model: Model
     params: Params
-    stored: Mapping[str, Tensor]  # the dense weights in the dtype of the disk, which is what a save goes back to
+    # weights in the dtype of the disk, which is what a save goes back to: dense, or as codes where
+    # the folder has them so and a stage keeps them
+    stored: Params
     source: Path | None  # the Hugging Face folder that the weights came from
     tokenizer_folder: Path
     tokenizer: Tokenizer
@@ -39,6 +42,11 @@ class LoadedModel(NamedTuple):
     lora: Lora | None
     trainable: Trainable
     end_ids: Sequence[int] = ()  # that generation_config.json ends an answer at
+
+    @property
+    def dense(self) -> dict[str, Tensor]:
+        """Stored weights in floating point, codes as what they stand for."""
+        return {name: w if isinstance(w, Tensor) else dequantize(w, torch.bfloat16) for name, w in self.stored.items()}
 
     @property
     def stop_ids(self) -> list[int]:

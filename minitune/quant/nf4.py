@@ -57,6 +57,8 @@ def quantized(w: Float[Tensor, "out in"]) -> QNF4:
 def blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blocks 1"]]:
     """Codes by block, the last one filled up, and the maximum of each block."""
     codes = F.pad(q.codes.flatten(), (0, -q.codes.numel() % (BLOCK // 2))).view(-1, BLOCK // 2)
+    if q.absmax.is_floating_point():
+        return codes, q.absmax[:, None]
     nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(q.absmax)]
     absmax = DYNAMIC_MAP.to(q.absmax.device, non_blocking=True)[q.absmax.int()] * nested + q.offset
     return codes, absmax[:, None]

@@ -47,10 +47,13 @@ class QInt4(NamedTuple):
 class QNF4(NamedTuple):
     """Weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
     8-bit codes of a dynamic map, times nested_absmax of their block of 256, plus offset (Dettmers et al. 2023, arXiv 2305.14314,
-    section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes."""
+    section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes.
+
+    Folders whose scales are not quantized a second time have them in `absmax` as they are; then
+    nested_absmax is empty and offset 0."""
 
     codes: UInt8[Tensor, "out half"]
-    absmax: UInt8[Tensor, "blocks"]
+    absmax: UInt8[Tensor, "blocks"] | Float[Tensor, "blocks"]
     nested_absmax: Float[Tensor, "nested"]
     offset: Float[Tensor, ""]
 

@@ -1,5 +1,6 @@
 """A saved adapter's folder is what serves it: PEFT opens it on its base, AutoTokenizer opens it alone."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from minitune.io.results import MARKER
 from minitune.text.chat import open_template
 from minitune.text.folder_files import text_files
 from minitune.text.tokenizer import open_tokenizer
@@ -62,6 +64,15 @@ def test_tokenizer_and_templates_are_those_of_training(result: str, saved: Path)
 def test_the_trained_end_of_a_turn_joins_those_of_the_base(result: str, saved: Path) -> None:
     generation = GenerationConfig.from_pretrained(saved / result)
     assert (generation.eos_token_id, generation.top_k) == ([5, 6, 2], 7)
+
+
+def test_the_summary_has_the_sha256_of_what_was_written(saved: Path) -> None:
+    stages = json.loads((saved / "summary.json").read_text(encoding="utf-8"))
+    for stage, result in (("save", "deltas"), ("whole", "merged")):
+        files = {file.name: file for file in (saved / result).glob("*.*") if file.name != MARKER}
+        hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+        assert hashes.items() <= stages[stage]["sha256"].items()
+        assert any(name.endswith(".safetensors") for name in hashes)
 
 
 def test_a_built_in_template_is_written_beside_the_adapter(tiny: Path, tmp_path: Path) -> None:

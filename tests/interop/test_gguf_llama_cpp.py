@@ -3,6 +3,7 @@
 from pathlib import Path
 from unittest import mock
 
+import gguf
 import pytest
 import torch
 
@@ -117,3 +118,40 @@ def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     # Behind a prefix, transformers 5 writes no second space where llama.cpp does.
     for text in TEXTS if name in CUTS else [text.lstrip() for text in TEXTS]:
         assert engine.tokenize(text.encode(), add_bos=False, special=True) == ours.encode(text, parse_special=True), text
+
+
+PARTS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+PARTS |= {"attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+ENDS = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+
+
+def read_back(path: Path, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices of a file as the gguf package dequantizes them, by their Hugging Face names."""
+    found = {}
+    for tensor in gguf.GGUFReader(str(path)).tensors:
+        parts = tensor.name.split(".")
+        name = f"model.layers.{parts[1]}.{PARTS.get(parts[2])}.weight" if parts[0] == "blk" else ENDS.get(tensor.name)
+        if name in params:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            found[name] = torch.from_numpy(values.copy()).view(params[name].shape)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_quantized_weights_are_those_that_llama_cpp_reads(kind: str, tmp_path: Path) -> None:
+    """Its products round activations to 8 bits, so that only the first digits can agree."""
+    config = sized("qwen3", **{**SQUARE, "d_model": 256, "d_head": 64, "d_ff": 512, "vocab_size": 256})
+    model = model_of(config)
+    params = {name: w if w.ndim == 1 else 0.1 * w for name, w in random_params(config).items()}
+    no_tokenizer = ({"tokenizer.ggml.model": "none"}, [])
+    with mock.patch.object(export.gguf_vocabulary, "metadata", return_value=no_tokenizer):
+        export.save(tmp_path / "x.gguf", params, model, export.Types(kind), tokenizer=tmp_path, template=None, stop_ids=[])
+    stands_for = read_back(tmp_path / "x.gguf", params)
+    assert stands_for.keys() == {name for name, w in params.items() if w.ndim == 2}
+    ids = torch.randint(0, 67, (1, 23), generator=torch.Generator().manual_seed(1))
+    theirs = logits(tmp_path / "x.gguf", ids[0].tolist())
+    ours, dense = (model.forward({**params, **weights}, ids)[0] for weights in (stands_for, {}))
+    distance, lost = float((theirs - ours).norm() / ours.norm()), float((dense - ours).norm() / ours.norm())
+    assert distance < 0.03
+    if kind.startswith("Q4"):
+        assert 3 * distance < lost

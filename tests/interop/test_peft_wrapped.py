@@ -89,5 +89,5 @@ def test_an_adapter_that_peft_made_of_the_whole_is_read(whole: tuple[str, Any], 
     assert distance(model.forward(params, tokens), wanted) > 100 * ATOL
     if name == "gemma3":
         get_peft_model(theirs.unload(), LoraConfig(target_modules=r".*vision_tower.*q_proj")).save_pretrained(tmp_path / "images")
-        with pytest.raises(InputError, match=r"here adapts .*vision_tower\..*\.q_proj\.weight, which this model does not have"):
-            check_deltas(params, load_adapter(tmp_path / "images", names=params)[1], "here")
+        with pytest.raises(InputError, match=r"adapts '.*vision_tower\..*', a part that sees images, expected deltas of"):
+            load_adapter(tmp_path / "images", names=params)

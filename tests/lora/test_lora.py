@@ -466,7 +466,7 @@ def adapter(folder: Path, *, dora: bool = False, **changes: object) -> Path:
         ({"layer_replication": [[0, 2]]}, "has layer_replication"),
         ({"trainable_token_indices": [3]}, "has trainable_token_indices"),
         ({"a_field_of_tomorrow": 1}, "has a_field_of_tomorrow = 1"),
-        ({"init_lora_weights": "pissa"}, r"'pissa' - at `\$\.init_lora_weights`; expected a LoRA adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights = 'pissa_niter_4', which changes"),
         ({"peft_type": "IA3"}, r"'IA3' - at `\$\.peft_type`"),
         ({"r": 3}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[3, in\] and \[out, 3\]"),
         ({"rank_pattern": {"head": 3, "lm_.*": 4}}, r"lm_head has A \[2, 12\] and B \[17, 2\], expected \[4, in\]"),
@@ -495,7 +495,7 @@ def test_an_adapter_with_missing_or_odd_parts_is_refused(tmp_path: Path) -> None
     refused(only_a, r"holds base_model\.model\.lm_head\.lora_A\.weight, expected \.lora_A\.weight, \.lora_B\.weight")
     refused(
         {**tensors, f"{head}.weight": torch.ones(17, 12)},
-        r"holds base_model\.model\.lm_head\.weight, expected .* modules_to_save",
+        r"holds lm_head\.weight beside a delta on it, expected the base's own weight",
     )
     refused({**tensors, f"{head}.lora_B.bias": torch.ones(17)}, r"holds base_model\.model\.lm_head\.lora_B\.bias, expected")
     refused({**tensors, f"{head}.lora_magnitude_vector": torch.ones(5)}, r"lm_head has a magnitude \[5\], expected \[17\]")

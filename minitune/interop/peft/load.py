@@ -12,10 +12,12 @@ import msgspec
 from torch import Tensor
 
 from minitune.checkpoint.tensors import load_tensors
-from minitune.errors import InputError
+from minitune.errors import InputError, cut, quoted
 from minitune.interop.peft import experts
-from minitune.interop.peft.layout import CONFIG, EMBEDDING, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
+from minitune.interop.peft.layout import CONFIG, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
+from minitune.interop.peft.whole import MERGE, changed_copies, copied_weight, is_kept, refused, require_tied
 from minitune.io.json_file import read_json
+from minitune.io.tensor_names import is_unmodelled
 from minitune.lora import Lora
 from minitune.models.fused_experts import is_single, parameters, places
 from minitune.models.hf_multimodal import text_name
@@ -47,6 +49,8 @@ class _Origin(msgspec.Struct):
     base: Base
 
 
+# ways to begin that PEFT repeats when it loads an adapter, and that take from the base what they give
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change nothing in an adapter's forward, or that only repeat what the tensors say.
 HARMLESS = frozenset(
     [
@@ -70,38 +74,49 @@ HARMLESS = frozenset(
 def load_adapter(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainable, Base | None]:
     """Rule, deltas with whole tensors, and base (if minitune wrote it) of a PEFT LoRA adapter.
 
-    names: the weights of the model that it is for. InputError names what the adapter uses beyond LoRA, rsLoRA and DoRA.
+    names: the weights of the model that it is for, best with the weights themselves: an adapter may
+    hold copies of embedding and head, which train whole where they are not the base's.
+    InputError names what the adapter uses beyond LoRA, rsLoRA and DoRA.
     """
-    config = _config(folder)
-    parts, whole = _tensors(folder, config)
+    config, where = _config(folder), str(folder / WEIGHTS)
+    parts, whole, copies = _tensors(folder, config)
     _require_all_parts(parts, config, folder)
     rule, deltas = _rule(config, _adapted(config, parts, names, folder))
-    return rule, {**deltas, **_untied(whole, names, folder)}, _base(folder)
+    whole = {**whole, **changed_copies(copies, names, deltas, where)}
+    return rule, {**deltas, **require_tied(whole, deltas, names, where)}, _base(folder)
 
 
-def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(parts a, b and m of each adapted module, tensors trained whole by the names of their weights), all in float32."""
-    kept = list(config.modules_to_save or [])
-    if config.ensure_weight_tying:
-        kept.append(module_name(HEAD))
+def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """(parts a, b and m of each adapted module, tensors trained whole, copies of the base's).
+
+    The latter two are by the names of their weights; all are in float32.
+    """
+    kept = [*(config.modules_to_save or []), *[module_name(HEAD)] * config.ensure_weight_tying]
+    where = str(folder / WEIGHTS)
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     for key, tensor in load_tensors(folder / WEIGHTS).items():
         name = key.removeprefix(PREFIX) if key.startswith(PREFIX) else ""
         part = next((part for part, suffix in PARTS.items() if name.endswith(suffix)), None)
         if not tensor.is_floating_point():
-            raise InputError(f"peft: {folder / WEIGHTS} holds {key} as {tensor.dtype}, expected floating point; save it again")
+            expected = "expected floating point; save it again"
+            raise InputError(f"peft: {where} holds {quoted(key)} as {tensor.dtype}, {expected}")
+        if is_unmodelled(name):
+            raise InputError(
+                f"peft: {where} adapts {quoted(name)}, a part that sees images, expected deltas of the text model alone; {MERGE}"
+            )
+        copied = copied_weight(name)
         if part is not None:
             module = name.removesuffix(PARTS[part])
             parts[module] = {**parts.get(module, {}), part: tensor.float()}
-        elif any(module_name(name).endswith(module) for module in kept) and ".lora_" not in name:
+        elif is_kept(name, kept) and ".lora_" not in name:
             whole[text_name(name) or name] = tensor.float()
+        elif copied is not None:
+            copies[copied] = tensor.float()
         else:
-            raise InputError(
-                f"peft: {folder / WEIGHTS} holds {key}, expected {PREFIX}<module>.lora_A.weight, .lora_B.weight or "
-                ".lora_magnitude_vector, or a tensor of modules_to_save; merge it with PEFT first"
-            )
-    return parts, whole
+            raise refused(key, where)
+    return parts, whole, copies
 
 
 def _require_all_parts(parts: Mapping[str, Mapping[str, Tensor]], config: _Config, folder: Path) -> None:
@@ -114,19 +129,6 @@ def _require_all_parts(parts: Mapping[str, Mapping[str, Tensor]], config: _Confi
                 f"peft: {folder / WEIGHTS} holds {', '.join(keys)}, expected {', '.join(PARTS[part] for part in wanted)} of "
                 f"every adapted module with use_dora = {json.dumps(config.use_dora)}"
             )
-
-
-def _untied(whole: Mapping[str, Tensor], names: Collection[str], folder: Path) -> dict[str, Tensor]:
-    """Whole tensors, without the head where the model ties it to the embedding; InputError if the two differ."""
-    if EMBEDDING not in whole or HEAD in names:
-        return dict(whole)
-    head = whole.get(HEAD)
-    if head is None or not head.equal(whole[EMBEDDING]):
-        raise InputError(
-            f"peft: {folder} trains {EMBEDDING} apart from the head, which this model ties to it; expected one tensor for "
-            "both (PEFT's ensure_weight_tying)"
-        )
-    return {name: tensor for name, tensor in whole.items() if name != HEAD}
 
 
 class _Adapted(NamedTuple):
@@ -218,19 +220,36 @@ def _is_target(config: _Config, path: str) -> bool:
 
 def _config(folder: Path) -> _Config:
     path = folder / CONFIG
+    _require_weights(folder)
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         used = [key for key, value in raw.items() if value and value != "none"]
         odd = [key for key in used if key not in HARMLESS and key not in _Config.__struct_fields__]
         if odd:
+            found = f"{path} has {cut(odd[0])} = {quoted(raw[odd[0]])}"
+            raise InputError(f"peft: {found}, expected LoRA, rsLoRA or DoRA alone; {MERGE}")
+        ways = raw.get("init_lora_weights")
+        if isinstance(ways, str) and ways.startswith(CHANGE_THE_BASE):
             raise InputError(
-                f"peft: {path} has {odd[0]} = {raw[odd[0]]!r}, expected LoRA, rsLoRA or DoRA alone; merge it with PEFT first"
+                f"peft: {path} has init_lora_weights = {quoted(ways)}, which changes the weights of "
+                "the base, expected deltas on the base as it is; save it again with PEFT's "
+                "path_initial_model_for_weight_conversion, or merge it with PEFT first"
             )
         return msgspec.convert(raw, _Config)
     except OSError:
         raise InputError(f"peft: {path} does not exist, expected a folder with {CONFIG} and {WEIGHTS}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"peft: {path}: {error}; expected a LoRA adapter of PEFT") from None
+        raise InputError(f"peft: {path}: {quoted(error)}; expected a LoRA adapter of PEFT") from None
+
+
+def _require_weights(folder: Path) -> None:
+    """InputError for an adapter whose weights are pickled, or that has none."""
+    pickled = folder / "adapter_model.bin"
+    if not (folder / WEIGHTS).exists() and pickled.exists():
+        raise InputError(
+            f"peft: {folder} holds {pickled.name}, which is pickled and not read, expected {WEIGHTS}; "
+            "convert it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+        )
 
 
 def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[str, Delta]]:

@@ -61,7 +61,7 @@ def merged(state: PipelineState, label: str, onto: Onto, dtype: Dtype | None) ->
         loaded.params,
         loaded.trainable,
         loaded.lora,
-        stored=loaded.stored,
+        stored=loaded.dense,
         onto=onto,
         dtype=getattr(torch, dtype) if dtype else None,
     )

@@ -18,8 +18,8 @@ from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import tokenized
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.quant.rules import Quantization
-from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme
+from minitune.quant.rules import Quantization, refuse_not_finite
+from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme, quantize
 from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
 from minitune.tree import device_of
 from minitune.types import Params
@@ -94,7 +94,15 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         loaded = state.loaded
         names = self.rule.plan(loaded.params)
         if isinstance(self.method, gptq.Rtn):
-            quantized = self.rule.quantize({name: loaded.stored[name] for name in names})
+            held = {name: loaded.stored[name] for name in names}
+            codes = {name: w for name, w in held.items() if not isinstance(w, Tensor)}
+            if codes:
+                said = f"{len(codes)} weights keep the codes and scales of {loaded.source}"
+                state.log.say(f"{self.label}: {said}")
+            plain = {name: w for name, w in held.items() if name not in codes}
+            refuse_not_finite(plain, plain)
+            rounded = {name: quantize(w, names[name]) for name, w in plain.items()}
+            quantized = {**rounded, **codes}
         else:
             source, device = state.data[self.method.data], device_of(loaded.params, loaded.trainable)
             dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())

@@ -15,7 +15,7 @@ from minitune.interop import bitsandbytes, compressed_tensors
 from minitune.interop.gguf import export
 from minitune.interop.peft.save import check_adapter, save_adapter
 from minitune.io.paths import locate
-from minitune.io.results import Result
+from minitune.io.results import Result, saved_hashes
 from minitune.lora import Onto
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
@@ -84,7 +84,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             record |= errors
             _say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
-        return state.record(self.label, record)
+        return state.record(self.label, {**record, "sha256": saved_hashes(folder)})
 
 
 class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
@@ -149,7 +149,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         _say_notes(state, self.label, text_alone=True)
         n_bytes = _n_bytes(target)
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
-        return state.record(self.label, {"what": self.format, "path": str(target), "bytes": n_bytes})
+        record = {"what": self.format, "path": str(target), "bytes": n_bytes}
+        return state.record(self.label, {**record, "sha256": saved_hashes(target)})
 
 
 def _say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
