@@ -1,7 +1,7 @@
 """Training of many adapters at once: their data, their rows of the log, and which one goes on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +22,7 @@ from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
 from minitune.programs.stages.sweep_points import Point, points
+from minitune.programs.stages.training_optimizer import adapter_optimizer
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.types import Batch, Delta, Deltas, Metrics, SeededBatch, TrainState
@@ -41,13 +42,12 @@ def run(
     stage: TrainingStage,
     state: PipelineState,
     model: Model,
-    optimizer_of: Callable[[Any, Deltas], GradientTransformation],
 ) -> PipelineState:
     """State with the best adapter of the sweep; continues from the newest saved state in the run folder.
 
-    model: with its blocks wrapped as the stage wants them; optimizer_of: (a point's stage, its deltas) -> its optimizer.
+    model: with its blocks wrapped as the stage wants them.
     """
-    members = [_member(stage, state, point, optimizer_of) for point in points(stage)]
+    members = [_member(stage, state, point) for point in points(stage)]
     evaluation = _evaluation(stage)
 
     # The adapters are stacked: one tree of deltas that has a leading dimension, and an optimizer state for each.
@@ -86,7 +86,6 @@ def _member(
     stage: TrainingStage,
     state: PipelineState,
     point: Point,
-    optimizer_of: Callable[[Any, Deltas], GradientTransformation],
 ) -> Member:
     assert state.loaded.lora is not None, "adapters have a rule"
     rule = point.rule(state.loaded.lora)
@@ -100,7 +99,7 @@ def _member(
                 "sweep other keys, or put it right after the lora stage"
             )
         start = rule.init(state.loaded.params, seed)
-    return Member(point, rule, optimizer_of(point.stage, start), seed, start)
+    return Member(point, rule, adapter_optimizer(point.stage, start), seed, start)
 
 
 def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Sequence[Member]) -> training_loop.TrainingTask:

@@ -23,11 +23,9 @@ from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.nn.dropout import seeded
 from minitune.optim.adamw import AdamW
-from minitune.optim.decay_groups import decay_groups
 from minitune.optim.registry import Optimizer
-from minitune.optim.rounding import RoundStochastically
-from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
-from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
+from minitune.optim.schedules import Constant, Schedule
+from minitune.optim.transforms import Chain
 from minitune.programs.loading import ModelSource, require_data
 from minitune.programs.stages import (
     loop_state,
@@ -36,6 +34,7 @@ from minitune.programs.stages import (
     training_loop,
     training_model,
     training_notes,
+    training_optimizer,
 )
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages.base import BaseStage
@@ -75,13 +74,13 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     optimizer: Optimizer = AdamW(lr=1e-4)
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
     lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
-    # glob over trained leaves -> factor of optimizer.weight_decay; { "*norm*" = 0.0, "*bias*" = 0.0 } spares these,
-    # as the groups of torch.optim.AdamW in most training code do. The first match wins; without one it is 1.
+    # glob over trained leaves -> factor of optimizer.weight_decay, the first match's, else 1:
+    # { "*norm*" = 0.0, "*bias*" = 0.0 } spares these, as most training code does
     decay_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
-    # Noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model), L the
-    # tokens of the document (NEFTune, Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual).
+    # noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model),
+    # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual)
     neftune_alpha: NonNegativeFloat = 0.0
     evaluate: Evaluation | None = None
     save_every: PositiveInt = 100  # steps
@@ -112,25 +111,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
         training_model.check_remat(self.label, self.remat)
-        self._check_factors(abstract)
+        training_optimizer.check_factors(self)
         if abstract.lora is not None:
             abstract.lora.check_dropout(sorted(abstract.adapted))
         if self.sweep is not None:
             sweep_points.check(self, abstract)
         return abstract
-
-    def _check_factors(self, abstract: AbstractState) -> None:
-        parts = ("a", "b", "m") if abstract.lora is not None and abstract.lora.dora else ("a", "b")
-        paths = [*abstract.whole, *(f"{name}.{part}" for name in abstract.adapted for part in parts)]
-        if self.lr_factors:
-            tree.select(paths, list(self.lr_factors), f"stages: {self.label}.lr_factors")
-        if self.decay_factors:
-            tree.select(paths, list(self.decay_factors), f"stages: {self.label}.decay_factors")
-        if self.decay_factors and not self.optimizer.weight_decay:
-            raise InputError(
-                f"stages: {self.label} has decay_factors and optimizer.weight_decay = 0, expected a decay "
-                "that they are factors of; set it, or drop them"
-            )
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the data and on the steps that it makes; InputError for a malformed row."""
@@ -154,7 +140,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def _train(self, state: PipelineState) -> PipelineState:
         if self.sweep is not None:
-            return sweep_stage.run(self, state, self._model(state), Train._optimizer)
+            return sweep_stage.run(self, state, self._model(state))
         trainable = state.loaded.trainable
         optimizer = self.optimizer_for(trainable, state.seed)
         if self.loss.compares_answers:
@@ -233,18 +219,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return load_batches(state, name, self.loss, cached=cached, teacher=teacher, top_k=self.cached_top_k)
 
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
-        """Optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
-        narrow = any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(trainable))
-        parts = self._optimizer(trainable).parts
-        return chain(*parts, *([RoundStochastically(seed)] if narrow else []))
-
-    def _optimizer(self, trainable: Trainable) -> Chain:
-        clip = [ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
-        schedule = ScaleBySchedule(self.schedule, max(1, self.steps))
-        factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
-        paths = [path for path, _ in tree.items(trainable)]
-        rule = decay_groups(self.optimizer, self.decay_factors, paths)
-        return chain(*clip, rule, *factors, schedule)
+        """Optimizer between its clip and its schedule."""
+        return training_optimizer.optimizer_for(self, trainable, seed)
 
     def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
         loaded, model = state.loaded, self._model(state)

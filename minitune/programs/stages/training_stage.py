@@ -1,5 +1,6 @@
 """Interface of a stage that trains: what the training loop, a sweep and a plan read of it."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -8,7 +9,7 @@ from minitune.lora import Lora
 from minitune.losses.registry import Loss
 from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
-from minitune.types import PositiveInt
+from minitune.types import NonNegativeFloat, PositiveInt
 
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
@@ -19,6 +20,10 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: str
     every: PositiveInt  # steps
     patience: PositiveInt | None = None  # evaluations in a row without a new best; None: never stop
+    # nats that a new best has to be below the last one to count for patience; 0: any. The best is
+    # kept either way, as with early_stopping_threshold of transformers.
+    min_delta: NonNegativeFloat = 0.0
+    at_start: bool = False  # evaluate before the first step too; its row is that of step 0
     keep: Literal["best", "last"] = "best"  # what goes on to the next stage
     batch_size: PositiveInt | None = None  # rows per forward; a step's tokens if absent
 
@@ -65,6 +70,21 @@ class TrainingStage(Protocol):
     @property
     def schedule(self) -> Schedule:
         """Factor of the learning rate at each step."""
+        ...
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest norm of the whole gradient; 0: any."""
+        ...
+
+    @property
+    def lr_factors(self) -> Mapping[str, float]:
+        """Factors of the learning rate by globs over trained leaves."""
+        ...
+
+    @property
+    def decay_factors(self) -> Mapping[str, float]:
+        """Factors of the weight decay by globs over trained leaves."""
         ...
 
     @property
