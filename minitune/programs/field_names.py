@@ -51,6 +51,7 @@ KEYS = (
         "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_bit quantize_base "
         "use_qlora qlora"),
     ("model.dtype", "", "bf16 fp16 torch_dtype precision mixed_precision float16 bfloat16"),
+    ("train.loss_scale.initial", "of float16 compute", "initial_scale_power loss_scale init_scale"),
     ("train.remat", "true recomputes blocks in the backward pass",
         "gradient_checkpointing activation_checkpointing enable_activation_checkpointing "
         "use_gradient_checkpointing"),

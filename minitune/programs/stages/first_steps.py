@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitune import hardware, tree
+from minitune.algorithms.loss_scale import LossScale, inner_state
 from minitune.algorithms.objective import Objective
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.errors import InputError
@@ -28,7 +29,7 @@ def watched_step(
     objective: Objective,
     optimizer: Chain,
     params: Params,
-    lr_factors: dict[str, float],
+    loss_scale: LossScale | None,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
     """Step of a stage on (train_state, batch), whose first ones are watched.
 
@@ -36,10 +37,11 @@ def watched_step(
     """
     # Donated: the trees are the stage's own, and those before a step are not needed after it.
     micro_batch = stage.micro_batch_size or stage.batch_size
-    one = train_step(objective, optimizer, micro_batch=micro_batch, donate=True)
+    how: dict[str, Any] = {"micro_batch": micro_batch, "loss_scale": loss_scale, "donate": True}
+    one = train_step(objective, optimizer, **how)
     schedule_at = [isinstance(part, ScaleBySchedule) for part in optimizer.parts].index(True)
     factor = float(stage.schedule.factor(torch.tensor(1), stage.steps))
-    factors = ScaleByGlob(lr_factors)
+    factors = ScaleByGlob(dict(stage.lr_factors))
 
     def rate_of(path: str) -> float:
         # plain gradient descent moves as far as the gradient is large
@@ -50,7 +52,7 @@ def watched_step(
 
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])
-        n_taken = before.opt_state[schedule_at]
+        n_taken = inner_state(before.opt_state)[schedule_at]
         lr = stage.optimizer.lr * stage.schedule.factor(n_taken, stage.steps)
         after, metrics = watch(before, batch, lambda: one.update(params, before, batch))
         return after._asdict(), {**metrics, "lr": lr}

@@ -63,10 +63,11 @@ def _require_progress(
     if n_in_a_row < MAX_SKIPPED and not (is_finished and is_failure):
         return
     states = list_states(state_folder(stage, state))
+    leaf = f", the first without a finite gradient being {loop.culprit}" if loop.culprit else ""
     kept = f"; {states[-1]} is the newest state that was saved" if states else ""
     raise InputError(
         f"stages: {stage.label} had {n_in_a_row} steps in a row without a finite gradient or a "
         "target token, "
-        f"up to step {loop.step}, and {n_skipped} in all; they changed nothing{kept}. "
+        f"up to step {loop.step}, and {n_skipped} in all{leaf}; they changed nothing{kept}. "
         "Lower the learning rate, or look at the data"
     )

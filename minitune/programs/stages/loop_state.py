@@ -34,6 +34,7 @@ class LoopState(msgspec.Struct, frozen=True):
     n_worse: int = 0  # evaluations in a row without a new best (by more than min_delta)
     n_skipped_in_a_row: int = 0  # steps that changed no model, up to this one
     heldout: str = ""  # hash of the table that the losses were measured on
+    culprit: str = ""  # the first leaf whose gradient was not finite in the last step that had one
     unlogged_rows: str = ""  # rows as JSON that wait for an evaluation that a signal broke off
 
     def after_queueing(self, cursors: Sequence[Cursor]) -> "LoopState":

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from minitune import tree
 from minitune.algorithms import sweep
+from minitune.algorithms.loss_scale import with_scale
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.hardware import to_device
@@ -22,7 +23,7 @@ from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
 from minitune.programs.stages.sweep_points import Point, points
-from minitune.programs.stages.training_optimizer import adapter_optimizer
+from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.types import Batch, Delta, Deltas, Metrics, SeededBatch, TrainState
@@ -54,7 +55,8 @@ def run(
     deltas = sweep.stack([member.start for member in members])
     each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
     opt_states = [member.optimizer.init(start) for member, start in each]
-    train_state = {"trainable": deltas, "opt_state": opt_states, "best": tree.map(torch.clone, deltas)}
+    opt_state = with_scale(opt_states, loss_scale_for(stage, state.loaded.params), deltas)
+    train_state = {"trainable": deltas, "opt_state": opt_state, "best": tree.map(torch.clone, deltas)}
     begin = loop_state.begin(len(members), n_orders=len(_seeds(members)))
     train_state, loop = training_loop.train(stage, state, train_state, begin, lambda: _task(stage, state, model, members))
 
@@ -109,7 +111,8 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     state.log.say(f"{stage.label}: {len(members)} adapters at once; {stage.data} has {loaders[0].description}")
     micro_batch = stage.micro_batch_size or stage.batch_size
     optimizers = [member.optimizer for member in members]
-    all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, donate=True)
+    how: dict[str, Any] = {"loss_scale": loss_scale_for(stage, params), "donate": True}
+    all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, **how)
 
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])

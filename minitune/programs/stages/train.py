@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.algorithms.distillation import Teacher
+from minitune.algorithms.loss_scale import LossScale, with_scale
 from minitune.algorithms.objective import Objective
 from minitune.algorithms.quantization_aware import quantization_aware
 from minitune.algorithms.registry import Frozen, objective_of
@@ -78,6 +79,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # { "*norm*" = 0.0, "*bias*" = 0.0 } spares these, as most training code does
     decay_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
+    # of the loss where the model computes in float16, and without meaning elsewhere; None: the rule of
+    # torch.amp.GradScaler, which begins at 65536, halves at an overflow and doubles after 2000 steps
+    loss_scale: LossScale | None = None
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     # noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model),
     # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual)
@@ -146,7 +150,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         if self.loss.compares_answers:
             # The reference is what training started from, and steps write over their trees.
             trainable = tree.map(torch.clone, trainable)
-        train_state = {"trainable": trainable, "opt_state": optimizer.init(trainable)}
+        loss_scale = training_optimizer.loss_scale_for(self, state.loaded.params)
+        opt_state = with_scale(optimizer.init(trainable), loss_scale, trainable)
+        train_state = {"trainable": trainable, "opt_state": opt_state}
 
         train_state, loop = training_loop.train(
             self, state, train_state, loop_state.begin(1), lambda: self._task(state, optimizer)
@@ -183,7 +189,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         objective, teacher = self._objective(state)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
-        step = watched_step(self, objective, optimizer, params, self.lr_factors)
+        loss_scale = training_optimizer.loss_scale_for(self, params)
+        step = watched_step(self, objective, optimizer, params, loss_scale)
 
         draws = self.draws(state.loaded.lora)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from minitune import hardware
+from minitune import hardware, tree
 from minitune.data.cursor import Cursor
 from minitune.programs.log import Log, Progress
 from minitune.programs.signals import Stopped
@@ -80,7 +80,8 @@ def reading(metrics: Metrics) -> Callable[[], MetricValues]:
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
     """Row of the log for one step, under the names that dashboards expect."""
     lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.steps))
-    rest = {name: value for name, value in metrics.items() if name != "loss_nats"}
+    others = metrics.keys() - {"loss_nats", "not_finite"}
+    rest = {name: value for name, value in metrics.items() if name in others}
     return {"loss": metrics["loss_nats"], "lr": lr, **rest}
 
 
@@ -140,7 +141,7 @@ def _take_steps(
         # Nothing is evaluated or saved before every step is read: a saved state counts all that was measured.
         while len(queue) > (0 if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED else n_ahead):
             queued = queue.popleft()
-            rows = task.rows(queued.step, queued.read())
+            rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
             loop = loop.after_reading(now - last_read, queued.n_tokens, rows, peak_mem_bytes(device))
             rates = {"tokens_per_second": queued.n_tokens / (now - last_read), "mem_bytes": loop.peak_mem_bytes}
@@ -157,6 +158,31 @@ def _take_steps(
         is_save_due = due.save or owes_save
         owes_save = save_or_stop(stage, state, train_state, loop, is_save_due, is_stopping)
     return train_state, loop
+
+
+def _read(
+    stage: TrainingStage,
+    state: PipelineState,
+    task: TrainingTask,
+    train_state: Tree,
+    queued: QueuedStep,
+    loop: LoopState,
+) -> tuple[list[Row], LoopState]:
+    """(rows of a step, loop with the leaf that it was skipped for); waits for its metrics.
+
+    The first of several skipped steps in a row is said.
+    """
+    metrics = queued.read()
+    rows = task.rows(queued.step, metrics)
+    numbers = [int(number) for number in metrics.get("not_finite", ()) if number >= 0]
+    culprit = ""
+    if numbers:
+        culprit = [path for path, _ in tree.items(train_state["trainable"])][min(numbers)]
+        loop = msgspec.structs.replace(loop, culprit=culprit)
+    if not loop.n_skipped_in_a_row and all(values["skipped"] for values in rows):
+        why = f"gradient of {culprit} is not finite" if culprit else "no target, or no finite loss"
+        state.log.say(f"{stage.label}: step {queued.step} changed nothing: {why}")
+    return rows, loop
 
 
 def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple[Tree, LoopState, QueuedStep]:

@@ -3,13 +3,14 @@
 import torch
 
 from minitune import tree
+from minitune.algorithms.loss_scale import LossScale
 from minitune.errors import InputError
 from minitune.optim.decay_groups import decay_groups
 from minitune.optim.rounding import RoundStochastically
 from minitune.optim.schedules import ScaleBySchedule
 from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
 from minitune.programs.stages.training_stage import TrainingStage
-from minitune.types import Trainable
+from minitune.types import Params, Trainable
 
 
 def optimizer_for(stage: TrainingStage, trainable: Trainable, seed: int) -> Chain:
@@ -26,6 +27,13 @@ def adapter_optimizer(stage: TrainingStage, trainable: Trainable) -> Chain:
     rule = decay_groups(stage.optimizer, stage.decay_factors, paths)
     factors = [ScaleByGlob(dict(stage.lr_factors))] if stage.lr_factors else []
     return chain(*clip, rule, *factors, ScaleBySchedule(stage.schedule, max(1, stage.steps)))
+
+
+def loss_scale_for(stage: TrainingStage, params: Params) -> LossScale | None:
+    """Rule of the loss's scale where a model computes in float16; None where it does not."""
+    if params["model.embed_tokens.weight"].dtype != torch.float16:
+        return None
+    return stage.loss_scale or LossScale()
 
 
 def check_factors(stage: TrainingStage) -> None:

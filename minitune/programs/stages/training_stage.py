@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from minitune.algorithms.loss_scale import LossScale
 from minitune.lora import Lora
 from minitune.losses.registry import Loss
 from minitune.optim.registry import Optimizer
@@ -85,6 +86,11 @@ class TrainingStage(Protocol):
     @property
     def decay_factors(self) -> Mapping[str, float]:
         """Factors of the weight decay by globs over trained leaves."""
+        ...
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """Scale of the loss in float16 compute; None: the default."""
         ...
 
     @property
