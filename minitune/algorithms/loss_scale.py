@@ -76,8 +76,8 @@ def with_scale(optimizer_state: Tree, rule: LossScale | None, trainable: Tree) -
 
 
 def inner_state(opt_state: Tree) -> Tree:
-    """Optimizer's own state, whether a scale is beside it or not."""
-    return opt_state.inner if isinstance(opt_state, ScaledState) else opt_state
+    """Optimizer's own state, which that of a scale or of a private step holds as `inner`."""
+    return getattr(opt_state, "inner", opt_state)
 
 
 def factor_of(opt_state: Tree, n_tokens: int) -> Float[Tensor, "*adapters"] | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minitune import hardware, tree
-from minitune.algorithms.loss_scale import LossScale, inner_state
+from minitune.algorithms.loss_scale import inner_state
 from minitune.algorithms.objective import Objective
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.errors import InputError
@@ -15,9 +15,8 @@ from minitune.optim.schedules import ScaleBySchedule
 from minitune.optim.sgd import SGD
 from minitune.optim.transforms import Chain, ScaleByGlob
 from minitune.programs.stages.training_stage import TrainingStage
-from minitune.steps import train_step
 from minitune.tree import Tree
-from minitune.types import Metrics, Params, Trainable, TrainState
+from minitune.types import Metrics, Params, Step, Trainable, TrainState
 
 TakeStep = Callable[[], tuple[TrainState, Metrics]]
 EPSILON = torch.finfo(torch.float32).eps
@@ -27,18 +26,15 @@ N_STEPS = 2  # LoRA's b moves in the first one, and with it a in the second
 def watched_step(
     stage: TrainingStage,
     objective: Objective,
+    one: Step,
     optimizer: Chain,
     params: Params,
-    loss_scale: LossScale | None,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
-    """Step of a stage on (train_state, batch), whose first ones are watched.
+    """Step of a stage on (train_state, batch), whose first ones are watched; one: its step, donated.
 
     Its metrics have the learning rate that is applied, which a skipped step does not advance.
     """
-    # Donated: the trees are the stage's own, and those before a step are not needed after it.
     micro_batch = stage.micro_batch_size or stage.batch_size
-    how: dict[str, Any] = {"micro_batch": micro_batch, "loss_scale": loss_scale, "donate": True}
-    one = train_step(objective, optimizer, **how)
     schedule_at = [isinstance(part, ScaleBySchedule) for part in optimizer.parts].index(True)
     factor = float(stage.schedule.factor(torch.tensor(1), stage.steps))
     factors = ScaleByGlob(dict(stage.lr_factors))

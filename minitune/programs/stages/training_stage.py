@@ -108,6 +108,11 @@ class TrainingStage(Protocol):
         """Number of saved states that stay on the disk."""
         ...
 
+    @property
+    def privacy(self) -> Any:
+        """PrivateTraining, or None."""
+        ...
+
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step under one of these rules drops or adds noise."""
         ...
