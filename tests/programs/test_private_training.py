@@ -98,4 +98,4 @@ def test_a_mixture_learns_to_balance_its_experts(tiny: Path, tmp_path: Path) -> 
         ends[coefficient] = [row.get("load_balance") for row in rows]
     assert ends[0.0] == [None] * 12
     assert ends[5.0][-1] < ends[5.0][0]
-    assert min(ends[5.0]) >= 2.0 - 1e-5  # an even router has n_active
+    assert ends[5.0][-1] == pytest.approx(2.0, abs=0.05)  # an even router has n_active
