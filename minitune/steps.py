@@ -10,6 +10,14 @@ import torch
 
 from minitune import tree
 from minitune.algorithms.distillation import Teacher, distillation
+from minitune.algorithms.loss_scale import (
+    LossScale,
+    factor_of,
+    inner_state,
+    next_scale,
+    scaled,
+    with_scale,
+)
 from minitune.algorithms.objective import Objective
 from minitune.algorithms.preference import PreferenceLoss, preference
 from minitune.algorithms.supervised import sft
@@ -26,7 +34,19 @@ from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import sum_over_ranks
 from minitune.tree import Tree
-from minitune.types import Mean, Metrics, Params, Step, Trainable, TrainState
+from minitune.types import (
+    Batch,
+    Mean,
+    Metrics,
+    Pairs,
+    Params,
+    SeededBatch,
+    Step,
+    TeacherBatch,
+    Trainable,
+    TrainState,
+    UnpairedBatch,
+)
 
 
 def train_step(
@@ -35,45 +55,68 @@ def train_step(
     *,
     micro_batch: int | None = None,
     donate: bool = False,
+    loss_scale: LossScale | None = None,
 ) -> Step:
     """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows (None: all) whose sums are divided once.
 
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing and says so in
     metrics["skipped"]. With donate=True the tensors of the state that is passed in are overwritten by the new ones.
+    metrics["not_finite"] is the number of the first leaf whose gradient is not finite, or -1.
+    loss_scale is for parameters in float16, and its scale is part of the state.
     """
 
     def init(trainable: Trainable) -> TrainState:
-        return TrainState(trainable, optimizer.init(trainable))
+        return TrainState(trainable, with_scale(optimizer.init(trainable), loss_scale, trainable))
 
     def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        require_batch(batch)
+        first, *others = _micro_batches(batch, micro_batch)
+        factor = factor_of(state.opt_state, tree.leaves(first)[0].shape.numel())
+        evaluated = value_and_grad(scaled(objective, factor), has_aux=True)
+
         # sums over the batch: of losses, of what the objective reports, and of gradients
         def evaluate(rows: Any) -> tuple[Any, Tree]:
-            return value_and_grad(objective, has_aux=True)(state.trainable, params, rows)
+            return evaluated(state.trainable, params, rows)
 
-        sums = accumulate(evaluate, _micro_batches(batch, micro_batch))
-        (loss, reports), grads = sum_over_ranks(sums)
+        (loss, reports), grads = sum_over_ranks(accumulate(evaluate, (first, *others)))
+        if factor is not None:
+            loss = Mean(loss.total / factor, loss.weight)
 
         # the one division, for all ranks and micro-batches
         divisor = torch.where(loss.weight > 0, loss.weight, 1.0)
-        norm = tree.norm(grads) / divisor
+        of_grads = divisor if factor is None else divisor * factor
+        leaf_norms = tree.norms(grads)
+        norm = torch.linalg.vector_norm(leaf_norms) / of_grads
         is_finite = torch.isfinite(loss.total) & torch.isfinite(norm) & (loss.weight > 0)
-        trainable, opt_state = apply_gradients(
-            optimizer,
-            grads,
-            state.opt_state,
-            state.trainable,
-            divisor=divisor,
-            norm=norm,
-            is_finite=is_finite,
-            donate=donate,
-        )
+        how: dict[str, Any] = {"divisor": of_grads, "norm": norm, "is_finite": is_finite}
+        inner, trainable = inner_state(state.opt_state), state.trainable
+        step = apply_gradients(optimizer, grads, inner, trainable, **how, donate=donate)
 
         metrics = {name: mean.value() for name, mean in reports.items()}
         metrics |= {"loss_nats": loss.value(), "grad_norm": norm}
         metrics |= {batch.counts: loss.weight, "skipped": (~is_finite).float()}
-        return TrainState(trainable, opt_state), metrics
+        metrics |= {"not_finite": tree.first_not_finite(leaf_norms)}
+        return next_scale(loss_scale, state.opt_state, TrainState(*step), norm, metrics)
 
     return Step(init, update)
+
+
+def require_batch(batch: Any) -> None:
+    """TypeError for what is no batch of rows, or whose tensors have different numbers of them."""
+    if not isinstance(getattr(batch, "counts", None), str):
+        kinds = Batch, Pairs, UnpairedBatch, TeacherBatch, SeededBatch
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(
+            f"steps: the batch is a {type(batch).__name__}, expected one of {names} or a tree of "
+            "tensors with a property `counts`, the name of what its rows count in metrics"
+        )
+    n_rows = {path: len(leaf) if leaf.ndim else 0 for path, leaf in tree.items(batch)}
+    if not n_rows or len(set(n_rows.values())) > 1 or not max(n_rows.values()):
+        found = ", ".join(f"{path} {n}" for path, n in n_rows.items()) or "no tensor"
+        raise TypeError(
+            f"steps: the batch has rows: {found}; expected the same number, at least 1, in all; "
+            f"cut or pad its {len(n_rows)} tensors"
+        )
 
 
 def eval_step(objective: Objective) -> Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]:

@@ -86,10 +86,21 @@ def add(x: Tree, y: Tree) -> Tree:
 
 def norm(tree: Tree) -> Float[Tensor, ""]:
     """Euclidean norm over all leaves together, accumulated in float32; TypeError for a tree without leaves."""
+    return torch.linalg.vector_norm(norms(tree))
+
+
+def norms(tree: Tree) -> Float[Tensor, "leaves"]:
+    """Euclidean norm of each leaf, accumulated in float32; TypeError for a tree without leaves."""
     parts = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in leaves(tree)]
     if not parts:
         raise TypeError("tree: norm of a tree without leaves, expected at least one tensor")
-    return torch.linalg.vector_norm(torch.stack(parts))
+    return torch.stack(parts)
+
+
+def first_not_finite(norms: Float[Tensor, "leaves *adapters"]) -> Int[Tensor, "*adapters"]:
+    """Number of the first leaf whose norm is not finite, in storage order; -1 if all are finite."""
+    bad = ~torch.isfinite(norms)
+    return torch.where(bad.any(0), bad.int().argmax(0), -1)
 
 
 def n_bytes(tree: Tree) -> int:

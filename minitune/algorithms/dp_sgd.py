@@ -1,5 +1,6 @@
 """Differential privacy: each example's gradient is clipped, and noise hides what any one of them did (DP-SGD)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -44,6 +45,11 @@ class PrivateState(NamedTuple):
     inner: Tree
 
 
+def private_state(optimizer: GradientTransformation, trainable: Trainable) -> PrivateState:
+    """State of a private step before the first one."""
+    return PrivateState(torch.zeros((), dtype=torch.int64), optimizer.init(trainable))
+
+
 def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]:
     """(sum of g_i / max(1, |g_i| / max_norm) over examples, norms |g_i|), of gradients with a leading dimension B.
 
@@ -78,8 +84,7 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
     """
 
     def init(trainable: Trainable) -> TrainState:
-        n_steps = torch.zeros((), dtype=torch.int64)
-        return TrainState(trainable, PrivateState(n_steps, optimizer.init(trainable)))
+        return TrainState(trainable, private_state(optimizer, trainable))
 
     def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         trainable, opt_state = state
@@ -90,8 +95,14 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
 
         place = tree.leaves(trainable)[0].device
         batch = tree.map(lambda x: to_device(x, place), batch)  # under vmap no token is counted, so none is kept on the host
-        losses, each = per_example(mean, chunk=privacy.chunk)(trainable, batch)
-        total, norms = clipped_sum(each, privacy.max_norm)
+
+        # a chunk's gradients are summed before the next one's are there
+        def of_chunk(rows: Any) -> tuple[Mean, Tensor, Tree]:
+            losses, each = per_example(mean, chunk=privacy.chunk)(trainable, rows)
+            total, norms = clipped_sum(each, privacy.max_norm)
+            return losses, norms, total
+
+        losses, norms, total = _in_chunks(of_chunk, batch, privacy.chunk)
         taken = int(opt_state.step)
         grads = noised(total, privacy.noise * privacy.max_norm, privacy.seed, taken)
         n = norms.new_full((), len(norms))
@@ -111,3 +122,15 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
         return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
 
     return Step(init, update)
+
+
+def _in_chunks(of_chunk: Callable[[Any], tuple[Mean, Tensor, Tree]], batch: Any, size: int) -> tuple[Mean, Tensor, Tree]:
+    """(losses, norms, sum of the totals) of a batch's rows, given those of `size` rows at a time."""
+    n_rows = len(tree.leaves(batch)[0])
+    losses, norms, total = [], [], None
+    for i in range(0, n_rows, size):
+        loss, norm, part = of_chunk(tree.map(lambda x, i=i: x[i : i + size], batch))
+        losses.append(loss)
+        norms.append(norm)
+        total = part if total is None else tree.add(total, part)
+    return tree.map(lambda *x: torch.cat(x), *losses), torch.cat(norms), total

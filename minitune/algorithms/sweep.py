@@ -12,6 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune import tree
+from minitune.algorithms.loss_scale import (
+    LossScale,
+    factor_of,
+    inner_state,
+    next_scale,
+    scaled,
+    with_scale,
+)
 from minitune.algorithms.objective import require_no_draws
 from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.hardware import to_device
@@ -142,6 +150,7 @@ def sweep_step(
     *,
     micro_batch: int,
     donate: bool = False,
+    loss_scale: LossScale | None = None,
 ) -> Step:
     """Step of n adapters at once, each under its own Lora rule and optimizer.
 
@@ -152,34 +161,48 @@ def sweep_step(
 
     def init(trainable: Deltas) -> TrainState:
         members = zip(optimizers, unstack(trainable, len(optimizers)), strict=True)
-        return TrainState(trainable, [optimizer.init(deltas) for optimizer, deltas in members])
+        opt_states = [optimizer.init(deltas) for optimizer, deltas in members]
+        return TrainState(trainable, with_scale(opt_states, loss_scale, trainable))
 
     def update(params: Params, state: TrainState, batch: Batch | SeededBatch) -> tuple[TrainState, Metrics]:
-        trainable, opt_state = state
-        starts = range(0, tree.leaves(batch)[0].shape[1], micro_batch)
+        tokens = tree.leaves(batch)[0]
+        factor = factor_of(state.opt_state, micro_batch * tokens.shape[2])
+
+        def evaluate(rows: Any) -> tuple[Mean, Tree]:
+            return _gradients(model, loss, rules, factor, state.trainable, params, rows)
+
+        starts = range(0, tokens.shape[1], micro_batch)
         micro_batches = (tree.map(lambda x, i=i: x[:, i : i + micro_batch], batch) for i in starts)
-        mean, grads = accumulate(lambda rows: _gradients(model, loss, rules, trainable, params, rows), micro_batches)
-        mean, grads = sum_over_ranks((mean, grads))
+        mean, grads = sum_over_ranks(accumulate(evaluate, micro_batches))
+        if factor is not None:
+            mean = Mean(mean.total / factor, mean.weight)
         divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
-        norms = _norms(grads) / divisors
+        of_grads = divisors if factor is None else divisors * factor
+        leaf_norms = _norms(grads)
+        norms = torch.linalg.vector_norm(leaf_norms, dim=0) / of_grads
         is_finite = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
 
-        new, states = (trainable, opt_state) if donate else tree.map(torch.clone, (trainable, list(opt_state)))
-        # written into `new` and `states`, which are ours here
-        apply_gradients_each(optimizers, grads, states, new, divisors=divisors, norms=norms, is_finite=is_finite)
-        metrics = {
-            "loss_nats": mean.total / divisors,
-            "grad_norm": norms,
-            batch.counts: mean.weight,
-            "skipped": (~is_finite).float(),
-        }
-        return TrainState(new, list(states)), metrics
+        owned = state if donate else tree.map(torch.clone, state)
+        # written into what is ours here
+        states = inner_state(owned.opt_state)
+        how: dict[str, Any] = {"divisors": of_grads, "norms": norms, "is_finite": is_finite}
+        apply_gradients_each(optimizers, grads, states, owned.trainable, **how)
+        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight}
+        metrics |= {"skipped": (~is_finite).float(), "not_finite": tree.first_not_finite(leaf_norms)}
+        after = TrainState(owned.trainable, states)
+        return next_scale(loss_scale, state.opt_state, after, norms, metrics)
 
     return Step(init, update)
 
 
 def _gradients(
-    model: Model, loss: TokenLoss, rules: Sequence[Lora], trainable: Deltas, params: Params, rows: Batch | SeededBatch
+    model: Model,
+    loss: TokenLoss,
+    rules: Sequence[Lora],
+    factor: Tensor | None,
+    trainable: Deltas,
+    params: Params,
+    rows: Batch | SeededBatch,
 ) -> tuple[Mean, Tree]:
     """(means, gradients of their totals) of all adapters, as many in one forward as suits the device."""
     n_elements = tree.leaves(rows)[0][0].numel() * model.config.d_model
@@ -189,12 +212,13 @@ def _gradients(
     def of_some(i: int) -> tuple[Mean, Tree]:
         deltas, batch = tree.map(lambda x: x[i : i + size], (trainable, rows))
         objective = adapters_objective(model, loss, rules[i : i + size])
-        return value_and_grad(objective)(deltas, params, batch)
+        own_factor = None if factor is None else factor[i : i + size]
+        return value_and_grad(scaled(objective, own_factor))(deltas, params, batch)
 
     return tree.map(lambda *x: torch.cat(x), *(of_some(i) for i in range(0, len(rules), size)))
 
 
 def _norms(stacked: Tree) -> Tensor:
-    """Euclidean norm [n] of each adapter's gradient, accumulated in float32 or wider."""
+    """Euclidean norms [leaves, n] of each adapter's gradient, accumulated in float32 or wider."""
     parts = [torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide_dtype(x.dtype)) for x in tree.leaves(stacked)]
-    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return torch.stack(parts)

@@ -67,6 +67,7 @@ def apply_gradients(
         return params, state
 
     new = _by_definition(optimizer, grads, state, params, divisor)
+    is_finite = is_finite & _has_finite_updates(new[0], params, names_leaf=not selects)
     new = _select(is_finite, new, (params, state)) if selects else new
     return tree.donate((params, state), new) if donate else new
 
@@ -122,6 +123,21 @@ def _by_definition(
     """(params, state) after the step, as new trees."""
     updates, after = optimizer.update(tree.map(lambda g: _scaled(g, divisor, ()), grads), state, params)
     return tree.map(_added, params, updates), after
+
+
+def _has_finite_updates(new: Tree, old: Tree, *, names_leaf: bool) -> Bool[Tensor, ""]:
+    """True if all updates are finite; on a host that reads it, an error names the leaf.
+
+    Of optimizers that are applied by their definition alone, which may be anybody's.
+    """
+    bad = tree.first_not_finite(tree.norms(tree.map(lambda x, y: widen(x) - widen(y), new, old)))
+    if names_leaf and bad >= 0:
+        path = [path for path, _ in tree.items(old)][int(bad)]
+        raise FloatingPointError(
+            f"optim: the update of {path} is not finite, expected a finite one of a finite "
+            "gradient; nothing was written, look at the optimizer"
+        )
+    return bad < 0
 
 
 def _select(is_finite: Tensor, new: Tree, old: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""Weight decay by globs: norms, biases or embeddings without it, as the parameter groups of torch have it."""
+"""Weight decay by globs: norms, biases or embeddings without it, as in torch's parameter groups."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -17,10 +17,10 @@ def decay_groups(
     factors: Mapping[str, float],
     paths: list[str],
 ) -> GradientTransformation:
-    """Rule whose weight_decay is multiplied by the factor of the first glob that matches a leaf's path.
+    """Rule whose weight_decay is multiplied by the factor of the first glob that matches a leaf.
 
-    {"*norm*": 0.0} spares the norms; a leaf that no glob matches keeps the rule's own. InputError for
-    a glob that matches none of the paths. The state is that of a partition: a part for each factor.
+    {"*norm*": 0.0} spares the norms; a leaf that no glob matches keeps the rule's own. InputError
+    for a glob that matches none of the paths. The state has a part for each factor.
     """
     if not factors:
         return rule

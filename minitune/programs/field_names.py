@@ -43,6 +43,10 @@ KEYS = (
     ("lora.rslora", "", "use_rslora peft_use_rslora"),
     ("lora.train", "globs of weights that train whole", "modules_to_save lora_modules_to_save"),
     ("lora.ranks", "glob -> rank", "rank_pattern"),
+    ("train.load_balance", "", "router_aux_loss_coef moe_aux_loss_coeff aux_loss_alpha"),
+    ("train.privacy.epsilon", "", "target_epsilon"),
+    ("train.privacy.noise", "", "noise_multiplier"),
+    ("train.privacy.max_norm", "", "max_per_sample_grad_norm per_sample_max_grad_norm"),
     ("train.neftune_alpha", "", "neftune_noise_alpha noisy_embedding_alpha neftune_alpha"),
     ("train.decay_factors", '{ "*norm*" = 0.0 } spares norms',
         "no_decay no_decay_params no_weight_decay weight_decay_groups"),
@@ -51,6 +55,7 @@ KEYS = (
         "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_bit quantize_base "
         "use_qlora qlora"),
     ("model.dtype", "", "bf16 fp16 torch_dtype precision mixed_precision float16 bfloat16"),
+    ("train.loss_scale.initial", "of float16 compute", "initial_scale_power loss_scale init_scale"),
     ("train.remat", "true recomputes blocks in the backward pass",
         "gradient_checkpointing activation_checkpointing enable_activation_checkpointing "
         "use_gradient_checkpointing"),
@@ -90,6 +95,9 @@ KEYS = (
         "eval_every"),
     ("train.evaluate.patience", "",
         "early_stopping_patience load_best_model_at_end early_stopping"),
+    ("train.evaluate.min_delta", "nats",
+        "early_stopping_threshold early_stopping_min_delta min_delta"),
+    ("train.evaluate.at_start", "", "eval_on_start evaluate_at_start val_before_train"),
     ("train.save_every", "steps", "save_steps save_interval save_strategy checkpoint_interval"),
     ("train.keep", "saved states on the disk", "save_total_limit keep_last_n_checkpoints"),
     ("train.loss.beta", "", "beta dpo_beta kl_beta rl_beta"),

@@ -40,14 +40,17 @@ NONE_ENDED: Mapping[str, Ended] = MappingProxyType({})
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Source of a model: a Hugging Face folder, or a shape with random weights and a tokenizer folder.
 
-    dtype "auto" is bfloat16 where the device multiplies it natively, else float32.
+    dtype "auto" is bfloat16 where the device multiplies it natively, else float16 on an accelerator
+    and float32 on a CPU. What trains is never in float16: its gradients are those of a scaled loss.
     """
 
     path: str | None = None
     config: str | None = None
     tokenizer: str | None = None  # a folder; `path` if absent
     deltas: str | None = None  # a folder with a PEFT adapter to put on the model
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights and of compute, and never of what trains
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of frozen weights and of compute, and never of what trains
+    )
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
 
@@ -233,8 +236,13 @@ def say_widening(log: Log, label: str, leaves: Tree) -> None:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware, else float32: elsewhere bfloat16 is slower than what it saves."""
-    return torch.bfloat16 if hardware.multiplies_bfloat16(device) else torch.float32
+    """bfloat16 where the device multiplies it in hardware; else float16 on an accelerator (T4, V100).
+
+    A CPU without bfloat16 computes in float32: it emulates both.
+    """
+    if hardware.multiplies_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if hardware.is_accelerator(device) else torch.float32
 
 
 def _deltas(

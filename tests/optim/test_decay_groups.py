@@ -76,8 +76,8 @@ def test_a_program_has_groups_and_check_refuses_those_that_do_nothing(
     words = ("train.steps=2", "model.device=cpu")
     run(tmp_path, tiny, stages + 'decay_factors = { "*.a" = 0.0 }\n', *words, name="spared")
     refused = {
-        'decay_factors = { "*.c" = 0.0 }\n': r"train.decay_factors: '*.c' matches no weight",
-        'lr_factors = { "*.c" = 0.0 }\n': r"train.lr_factors: '*.c' matches no weight",
+        'decay_factors = { "*.c" = 0.0 }\n': "optim: decay factor: '*.c' matches no weight",
+        'lr_factors = { "*.c" = 0.0 }\n': "optim: lr factor: '*.c' matches no weight",
     }
     for line, message in refused.items():
         assert start(tmp_path, tiny, stages + line, verb=("check",)) == 2

@@ -42,7 +42,7 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(
     assert {w.dtype for w in named.params.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("major", "dtype"), [(8, torch.bfloat16), (7, torch.float32)])
+@pytest.mark.parametrize(("major", "dtype"), [(8, torch.bfloat16), (7, torch.float16)])
 def test_auto_on_cuda_asks_for_bfloat16_in_hardware(major: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: major >= 8 or including_emulation)
     assert compute_dtype(torch.device("cuda")) == dtype

@@ -14,7 +14,7 @@ from minitune import checkpoint
 from minitune.errors import InputError
 from minitune.programs.log import Log
 from minitune.programs.signals import Stopped
-from minitune.programs.stages import loop_state, training_loop
+from minitune.programs.stages import loop_saves, loop_state, training_loop
 from minitune.programs.stages.loop_state import MAX_SKIPPED
 from minitune.programs.stages.training_stage import Evaluation
 from support.numbers import STAGE, Numbers, Power, train
@@ -101,9 +101,9 @@ def test_what_a_kill_left_behind_is_removed_at_the_next_start(tmp_path: Path) ->
 
 def test_rows_are_on_the_disk_before_a_state_that_counts_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, save = Log.sync, training_loop.save_state
+    sync, save = Log.sync, loop_saves.save_state
     monkeypatch.setattr(Log, "sync", lambda self: (events.append("rows"), sync(self))[1])
-    monkeypatch.setattr(training_loop, "save_state", lambda *args: (events.append("state"), save(*args))[1])
+    monkeypatch.setattr(loop_saves, "save_state", lambda *args: (events.append("state"), save(*args))[1])
     train(tmp_path, Numbers())
     assert events == ["rows", "state"] * 6
 
@@ -143,3 +143,55 @@ def test_counters_of_another_shape_are_refused(change: dict[str, Any], message: 
     checkpoint.save_state(tmp_path / "checkpoints/train", 3, start, change)
     with pytest.raises(InputError, match=rf"state\.json is of another program \({message}.*; remove"):
         train(tmp_path, Numbers())
+
+
+MEASURED = msgspec.structs.replace(STAGE, evaluate=Evaluation("heldout", every=2, at_start=True))
+ONE = torch.tensor(1.0)
+
+
+def test_the_first_evaluation_is_of_what_the_stage_begins_with(tmp_path: Path) -> None:
+    numbers = Numbers()
+    _, loop = train(tmp_path, numbers, MEASURED, ONE)
+    assert numbers.evaluations == [1.0, 3.0, 5.0, 7.0]
+    assert rows(tmp_path)[0] == {"step": 0, "heldout_loss": 1.0}
+    assert [row["step"] for row in rows(tmp_path) if "heldout_loss" in row] == [0, 2, 4, 6]
+    assert (loop.best_step, loop.best_nats) == ((6,), (1 / 7,))
+
+
+@pytest.mark.parametrize("dies_at", [1, 4])
+def test_the_first_evaluation_has_one_row_however_often_a_run_begins(dies_at: int, tmp_path: Path) -> None:
+    train(tmp_path / "straight", Numbers(), MEASURED, ONE)
+    stage = msgspec.structs.replace(MEASURED, save_every=2)
+    for _ in range(2):
+        with pytest.raises(Power):
+            train(tmp_path / "died", Numbers(dies_at=dies_at), stage, ONE)
+    train(tmp_path / "died", Numbers(), stage, ONE)
+    assert rows(tmp_path / "died") == rows(tmp_path / "straight")
+
+
+def test_a_signal_in_the_first_evaluation_leaves_it_to_the_next_start(tmp_path: Path) -> None:
+    train(tmp_path / "straight", Numbers(), MEASURED, ONE)
+    with pytest.raises(Stopped, match="step 0"):
+        train(tmp_path / "signalled", Numbers(signal_at=1), MEASURED, ONE)
+    train(tmp_path / "signalled", Numbers(), MEASURED, ONE)
+    assert rows(tmp_path / "signalled") == rows(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("min_delta", [0.0, 0.04, 0.1, 0.3])
+def test_patience_counts_as_early_stopping_of_transformers_does(min_delta: float, tmp_path: Path) -> None:
+    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+
+    evaluate = Evaluation("heldout", every=1, patience=2, min_delta=min_delta)
+    _, loop = train(tmp_path, Numbers(), msgspec.structs.replace(STAGE, steps=9, evaluate=evaluate))
+
+    args = TrainingArguments(tmp_path / "theirs", metric_for_best_model="eval_loss", greater_is_better=False, use_cpu=True)
+    callback, state, control = EarlyStoppingCallback(2, min_delta), TrainerState(), TrainerControl()
+    stopped = 9
+    for step in range(1, 10):
+        callback.check_metric_value(args, state, control, 1 / step)
+        state.best_metric = 1 / step  # which falls with every step
+        if callback.early_stopping_patience_counter >= 2:
+            stopped = step
+            break
+    assert loop.step == stopped
+    assert loop.best_step == (stopped,)  # the best is kept, whatever counts for patience

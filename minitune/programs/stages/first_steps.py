@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitune import hardware, tree
+from minitune.algorithms.loss_scale import inner_state
 from minitune.algorithms.objective import Objective
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.errors import InputError
@@ -14,9 +15,8 @@ from minitune.optim.schedules import ScaleBySchedule
 from minitune.optim.sgd import SGD
 from minitune.optim.transforms import Chain, ScaleByGlob
 from minitune.programs.stages.training_stage import TrainingStage
-from minitune.steps import train_step
 from minitune.tree import Tree
-from minitune.types import Metrics, Params, Trainable, TrainState
+from minitune.types import Metrics, Params, Step, Trainable, TrainState
 
 TakeStep = Callable[[], tuple[TrainState, Metrics]]
 EPSILON = torch.finfo(torch.float32).eps
@@ -26,20 +26,18 @@ N_STEPS = 2  # LoRA's b moves in the first one, and with it a in the second
 def watched_step(
     stage: TrainingStage,
     objective: Objective,
+    one: Step,
     optimizer: Chain,
     params: Params,
-    lr_factors: dict[str, float],
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
-    """Step of a stage on (train_state, batch), whose first ones are watched.
+    """Step of a stage on (train_state, batch), whose first ones are watched; one: its step, donated.
 
     Its metrics have the learning rate that is applied, which a skipped step does not advance.
     """
-    # Donated: the trees are the stage's own, and those before a step are not needed after it.
     micro_batch = stage.micro_batch_size or stage.batch_size
-    one = train_step(objective, optimizer, micro_batch=micro_batch, donate=True)
     schedule_at = [isinstance(part, ScaleBySchedule) for part in optimizer.parts].index(True)
     factor = float(stage.schedule.factor(torch.tensor(1), stage.steps))
-    factors = ScaleByGlob(lr_factors)
+    factors = ScaleByGlob(dict(stage.lr_factors))
 
     def rate_of(path: str) -> float:
         # plain gradient descent moves as far as the gradient is large
@@ -50,7 +48,7 @@ def watched_step(
 
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])
-        n_taken = before.opt_state[schedule_at]
+        n_taken = inner_state(before.opt_state)[schedule_at]
         lr = stage.optimizer.lr * stage.schedule.factor(n_taken, stage.steps)
         after, metrics = watch(before, batch, lambda: one.update(params, before, batch))
         return after._asdict(), {**metrics, "lr": lr}

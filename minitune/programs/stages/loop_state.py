@@ -31,9 +31,10 @@ class LoopState(msgspec.Struct, frozen=True):
     time_s: float = 0.0
     n_tokens: int = 0
     peak_mem_bytes: int = 0
-    n_worse: int = 0  # evaluations in a row without a new best
+    n_worse: int = 0  # evaluations in a row without a new best (by more than min_delta)
     n_skipped_in_a_row: int = 0  # steps that changed no model, up to this one
     heldout: str = ""  # hash of the table that the losses were measured on
+    culprit: str = ""  # the first leaf whose gradient was not finite in the last step that had one
     unlogged_rows: str = ""  # rows as JSON that wait for an evaluation that a signal broke off
 
     def after_queueing(self, cursors: Sequence[Cursor]) -> "LoopState":
@@ -66,21 +67,35 @@ class LoopState(msgspec.Struct, frozen=True):
             return self.n_skipped_in_a_row + 1
         return 0
 
-    def after_evaluation(self, nats: Sequence[float]) -> tuple["LoopState", list[bool]]:
-        """(state after an evaluation, for each of its losses whether it is a new best)."""
+    @property
+    def is_measured(self) -> bool:
+        """True once there was an evaluation."""
+        return self.n_worse > 0 or any(loss is not None for loss in self.best_nats)
+
+    def after_evaluation(
+        self,
+        nats: Sequence[float],
+        min_delta: float = 0.0,
+    ) -> tuple["LoopState", list[bool]]:
+        """(state after an evaluation, for each of its losses whether it is a new best).
+
+        A new best resets n_worse if it is lower than the one before it by more than min_delta.
+        """
         improved = []
+        is_better = False
         best_nats, best_step = list(self.best_nats), list(self.best_step)
         for i, loss in enumerate(nats):
             best = best_nats[i]
             improved.append(math.isfinite(loss) and (best is None or loss < best))
             if improved[i]:
+                is_better = is_better or best is None or best - loss > min_delta
                 best_nats[i], best_step[i] = loss, self.step
         loop = msgspec.structs.replace(
             self,
             nats=tuple(loss if math.isfinite(loss) else None for loss in nats),
             best_nats=tuple(best_nats),
             best_step=tuple(best_step),
-            n_worse=0 if any(improved) else self.n_worse + 1,
+            n_worse=0 if is_better else self.n_worse + 1,
         )
         return loop, improved
 

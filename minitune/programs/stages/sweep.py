@@ -1,7 +1,7 @@
 """Training of many adapters at once: their data, their rows of the log, and which one goes on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from minitune import tree
 from minitune.algorithms import sweep
+from minitune.algorithms.loss_scale import with_scale
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.hardware import to_device
@@ -22,6 +23,7 @@ from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
 from minitune.programs.stages.sweep_points import Point, points
+from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.types import Batch, Delta, Deltas, Metrics, SeededBatch, TrainState
@@ -41,20 +43,20 @@ def run(
     stage: TrainingStage,
     state: PipelineState,
     model: Model,
-    optimizer_of: Callable[[Any, Deltas], GradientTransformation],
 ) -> PipelineState:
     """State with the best adapter of the sweep; continues from the newest saved state in the run folder.
 
-    model: with its blocks wrapped as the stage wants them; optimizer_of: (a point's stage, its deltas) -> its optimizer.
+    model: with its blocks wrapped as the stage wants them.
     """
-    members = [_member(stage, state, point, optimizer_of) for point in points(stage)]
+    members = [_member(stage, state, point) for point in points(stage)]
     evaluation = _evaluation(stage)
 
     # The adapters are stacked: one tree of deltas that has a leading dimension, and an optimizer state for each.
     deltas = sweep.stack([member.start for member in members])
     each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
     opt_states = [member.optimizer.init(start) for member, start in each]
-    train_state = {"trainable": deltas, "opt_state": opt_states, "best": tree.map(torch.clone, deltas)}
+    opt_state = with_scale(opt_states, loss_scale_for(stage, state.loaded.params), deltas)
+    train_state = {"trainable": deltas, "opt_state": opt_state, "best": tree.map(torch.clone, deltas)}
     begin = loop_state.begin(len(members), n_orders=len(_seeds(members)))
     train_state, loop = training_loop.train(stage, state, train_state, begin, lambda: _task(stage, state, model, members))
 
@@ -86,7 +88,6 @@ def _member(
     stage: TrainingStage,
     state: PipelineState,
     point: Point,
-    optimizer_of: Callable[[Any, Deltas], GradientTransformation],
 ) -> Member:
     assert state.loaded.lora is not None, "adapters have a rule"
     rule = point.rule(state.loaded.lora)
@@ -100,7 +101,7 @@ def _member(
                 "sweep other keys, or put it right after the lora stage"
             )
         start = rule.init(state.loaded.params, seed)
-    return Member(point, rule, optimizer_of(point.stage, start), seed, start)
+    return Member(point, rule, adapter_optimizer(point.stage, start), seed, start)
 
 
 def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Sequence[Member]) -> training_loop.TrainingTask:
@@ -110,7 +111,8 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     state.log.say(f"{stage.label}: {len(members)} adapters at once; {stage.data} has {loaders[0].description}")
     micro_batch = stage.micro_batch_size or stage.batch_size
     optimizers = [member.optimizer for member in members]
-    all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, donate=True)
+    how: dict[str, Any] = {"loss_scale": loss_scale_for(stage, params), "donate": True}
+    all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, **how)
 
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])

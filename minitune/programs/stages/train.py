@@ -1,7 +1,6 @@
 """Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.algorithms.distillation import Teacher
+from minitune.algorithms.load_balancing import balanced
+from minitune.algorithms.loss_scale import LossScale
 from minitune.algorithms.objective import Objective
 from minitune.algorithms.quantization_aware import quantization_aware
 from minitune.algorithms.registry import Frozen, objective_of
-from minitune.checkpoint.state import load_state, save_state
 from minitune.checkpoint.tensors import require_finite
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
@@ -23,19 +23,19 @@ from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.nn.dropout import seeded
 from minitune.optim.adamw import AdamW
-from minitune.optim.decay_groups import decay_groups
 from minitune.optim.registry import Optimizer
-from minitune.optim.rounding import RoundStochastically
-from minitune.optim.schedules import Constant, ScaleBySchedule, Schedule
-from minitune.optim.transforms import Chain, ClipByGlobalNorm, ScaleByGlob, chain
+from minitune.optim.schedules import Constant, Schedule
+from minitune.optim.transforms import Chain
 from minitune.programs.loading import ModelSource, require_data
 from minitune.programs.stages import (
     loop_state,
+    private_training,
     sweep_points,
     teachers,
     training_loop,
     training_model,
     training_notes,
+    training_optimizer,
 )
 from minitune.programs.stages import sweep as sweep_stage
 from minitune.programs.stages.base import BaseStage
@@ -45,8 +45,11 @@ from minitune.programs.stages.batches import (
     load_batches,
     tokenized_table,
 )
+from minitune.programs.stages.best_state import load_best, save_best
 from minitune.programs.stages.first_steps import watched_step
+from minitune.programs.stages.private_training import PrivateTraining
 from minitune.programs.stages.training_stage import Evaluation, Sweep
+from minitune.programs.stages.training_step import initial_state, step_for
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import (
     NonNegativeFloat,
@@ -75,14 +78,21 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     optimizer: Optimizer = AdamW(lr=1e-4)
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
     lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
-    # glob over trained leaves -> factor of optimizer.weight_decay; { "*norm*" = 0.0, "*bias*" = 0.0 } spares these,
-    # as the groups of torch.optim.AdamW in most training code do. The first match wins; without one it is 1.
+    # glob over trained leaves -> factor of optimizer.weight_decay, the first match's, else 1:
+    # { "*norm*" = 0.0, "*bias*" = 0.0 } spares these, as most training code does
     decay_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
+    # of the loss where the model computes in float16, and without meaning elsewhere; None: the rule of
+    # torch.amp.GradScaler, which begins at 65536, halves at an overflow and doubles after 2000 steps
+    loss_scale: LossScale | None = None
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
-    # Noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model), L the
-    # tokens of the document (NEFTune, Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual).
+    # noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model),
+    # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual)
     neftune_alpha: NonNegativeFloat = 0.0
+    # coefficient of the load-balancing loss of a mixture of experts, in nats a token (Fedus et al. 2021,
+    # arXiv 2101.03961, eq. 4-6): router_aux_loss_coef of transformers, where 0.001 to 0.02 are usual
+    load_balance: NonNegativeFloat = 0.0
+    privacy: PrivateTraining | None = None  # DP-SGD: clip the gradient of each row, and add noise
     evaluate: Evaluation | None = None
     save_every: PositiveInt = 100  # steps
     keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
@@ -112,24 +122,27 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
             )
         training_model.check_remat(self.label, self.remat)
-        self._check_factors(abstract)
+        training_optimizer.check_factors(self)
+        private_training.check_private(self, abstract)
+        self._check_load_balance(abstract)
         if abstract.lora is not None:
             abstract.lora.check_dropout(sorted(abstract.adapted))
         if self.sweep is not None:
             sweep_points.check(self, abstract)
         return abstract
 
-    def _check_factors(self, abstract: AbstractState) -> None:
-        parts = ("a", "b", "m") if abstract.lora is not None and abstract.lora.dora else ("a", "b")
-        paths = [*abstract.whole, *(f"{name}.{part}" for name in abstract.adapted for part in parts)]
-        if self.lr_factors:
-            tree.select(paths, list(self.lr_factors), f"stages: {self.label}.lr_factors")
-        if self.decay_factors:
-            tree.select(paths, list(self.decay_factors), f"stages: {self.label}.decay_factors")
-        if self.decay_factors and not self.optimizer.weight_decay:
+    def _check_load_balance(self, abstract: AbstractState) -> None:
+        found = ""
+        if abstract.model.config.experts is None:
+            found = "a model without experts"
+        elif self.sweep is not None or self.privacy is not None:
+            found = "a sweep" if self.sweep is not None else "privacy"
+        elif self.loss.compares_answers:
+            found = f"loss {self.loss.__struct_config__.tag!r}"
+        if self.load_balance and found:
             raise InputError(
-                f"stages: {self.label} has decay_factors and optimizer.weight_decay = 0, expected a decay "
-                "that they are factors of; set it, or drop them"
+                f"stages: {self.label} has load_balance and {found}, expected a mixture of experts "
+                "and a loss of tokens; drop load_balance"
             )
 
     def prepare(self, abstract: AbstractState) -> list[str]:
@@ -150,55 +163,47 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             keep = "best" if end.state == "best" else "last"
             evaluate = msgspec.structs.replace(stage.evaluate, keep=keep)
             stage = msgspec.structs.replace(stage, evaluate=evaluate)
-        return stage._train(state)
+        return stage._train(state, table.n_rows)
 
-    def _train(self, state: PipelineState) -> PipelineState:
+    def _train(self, state: PipelineState, n_rows: int) -> PipelineState:
         if self.sweep is not None:
-            return sweep_stage.run(self, state, self._model(state), Train._optimizer)
+            return sweep_stage.run(self, state, self._model(state))
         trainable = state.loaded.trainable
         optimizer = self.optimizer_for(trainable, state.seed)
         if self.loss.compares_answers:
             # The reference is what training started from, and steps write over their trees.
             trainable = tree.map(torch.clone, trainable)
-        train_state = {"trainable": trainable, "opt_state": optimizer.init(trainable)}
+        train_state = initial_state(self, state, optimizer, trainable)
 
         train_state, loop = training_loop.train(
-            self, state, train_state, loop_state.begin(1), lambda: self._task(state, optimizer)
+            self,
+            state,
+            train_state,
+            loop_state.begin(1),
+            lambda: self._task(state, optimizer, n_rows),
         )
 
         trainable = train_state["trainable"]
         if self.evaluate is not None and self.evaluate.keep == "best":
-            trainable = self._best(state, trainable, loop)
+            trainable = load_best(self, state, trainable, loop)
         require_finite(trainable, f"stages: {self.label}")
-        return state.with_model(trainable=trainable).record(self.label, self._record(loop))
+        record = self._record(loop) | private_training.spent(self, n_rows, loop.step)
+        private_training.say_spent(self, state, record)
+        return state.with_model(trainable=trainable).record(self.label, record)
 
-    def _best(
-        self,
-        state: PipelineState,
-        trainable: Trainable,
-        loop: loop_state.LoopState,
-    ) -> Trainable:
-        (nats,), (step,) = loop.best_nats, loop.best_step
-        if nats is None and loop.n_worse == 0:
-            # evaluate was added to training that is over
-            state.log.say(f"{self.label}: no held-out loss was measured, the last step goes on")
-            return trainable
-        if nats is None:
-            raise InputError(f"stages: {self.label} had no finite held-out loss in {loop.step} steps; lower the learning rate")
-        saved, _ = load_state(self._best_folder(state) / f"step-{step:08d}", {"trainable": trainable})
-        state.log.say(f"{self.label}: step {step} was the best, held-out loss {nats:.4f}")
-        return saved["trainable"]
-
-    def _best_folder(self, state: PipelineState) -> Path:
-        return state.folder / "checkpoints" / self.label / "best"
-
-    def _task(self, state: PipelineState, optimizer: Chain) -> training_loop.TrainingTask:
+    def _task(self, state: PipelineState, optimizer: Chain, n_rows: int) -> training_loop.TrainingTask:
         params = state.loaded.params
-        objective, teacher = self._objective(state)
+        model = self._model(state)
+        teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
+        objective = self._objective(model, state, teacher)
+        trained = objective
+        if self.load_balance:
+            # of the training loss alone: a held-out loss is that of the tokens
+            trained = balanced(lambda m: self._objective(m, state, teacher), model, self.load_balance)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
-        step = watched_step(self, objective, optimizer, params, self.lr_factors)
-
+        one = step_for(self, state, trained, optimizer, n_rows)
+        step = watched_step(self, trained, one, optimizer, params)
         draws = self.draws(state.loaded.lora)
 
         def next_batch(done: int, cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
@@ -218,8 +223,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
-                best = {"trainable": train_state["trainable"]}
-                save_state(self._best_folder(state), loop.step, best, {"loss_nats": loop.nats[0]})
+                save_best(self, state, train_state["trainable"], loop)
             return train_state
 
         return training_loop.TrainingTask(next_batch, loader.n_tokens, step, rows, evaluate, keep_best)
@@ -233,29 +237,23 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return load_batches(state, name, self.loss, cached=cached, teacher=teacher, top_k=self.cached_top_k)
 
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
-        """Optimizer between its clip and its schedule; what trains in bfloat16 is rounded at random."""
-        narrow = any(leaf.dtype == torch.bfloat16 for leaf in tree.leaves(trainable))
-        parts = self._optimizer(trainable).parts
-        return chain(*parts, *([RoundStochastically(seed)] if narrow else []))
+        """Optimizer between its clip and its schedule."""
+        return training_optimizer.optimizer_for(self, trainable, seed)
 
-    def _optimizer(self, trainable: Trainable) -> Chain:
-        clip = [ClipByGlobalNorm(self.clip_norm)] if self.clip_norm else []
-        schedule = ScaleBySchedule(self.schedule, max(1, self.steps))
-        factors = [ScaleByGlob(self.lr_factors)] if self.lr_factors else []
-        paths = [path for path, _ in tree.items(trainable)]
-        rule = decay_groups(self.optimizer, self.decay_factors, paths)
-        return chain(*clip, rule, *factors, schedule)
-
-    def _objective(self, state: PipelineState) -> tuple[Objective, Teacher | None]:
-        loaded, model = state.loaded, self._model(state)
-        teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
+    def _objective(
+        self,
+        model: Model,
+        state: PipelineState,
+        teacher: Teacher | None,
+    ) -> Objective:
+        loaded = state.loaded
         # A reference without deltas is the base alone, which costs no memory of its own.
         from_base = self.reference == "base" or not _changes_model(loaded.trainable)
         frozen = Frozen({} if from_base else loaded.trainable, teacher)
         objective = objective_of(model, loaded.lora, self.loss, frozen)
         if state.fake is not None:
             objective = quantization_aware(objective, state.fake.fake)
-        return objective, teacher
+        return objective
 
     def _model(self, state: PipelineState) -> Model:
         """Model whose blocks and embedding are what the stage asks for."""

@@ -9,23 +9,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
 
-from minitune import hardware
-from minitune.checkpoint.state import list_states, save_state
+from minitune import hardware, tree
 from minitune.data.cursor import Cursor
-from minitune.errors import InputError
 from minitune.programs.log import Log, Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
+from minitune.programs.stages.loop_saves import save, save_or_stop, state_folder
 from minitune.programs.stages.loop_state import (
     MAX_SKIPPED,
-    SKIPPED_AT_END,
     LoopState,
     MetricValues,
     Row,
@@ -83,7 +80,8 @@ def reading(metrics: Metrics) -> Callable[[], MetricValues]:
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
     """Row of the log for one step, under the names that dashboards expect."""
     lr = stage.optimizer.lr * float(stage.schedule.factor(torch.tensor(done - 1), stage.steps))
-    rest = {name: value for name, value in metrics.items() if name != "loss_nats"}
+    others = metrics.keys() - {"loss_nats", "not_finite"}
+    rest = {name: value for name, value in metrics.items() if name in others}
     return {"loss": metrics["loss_nats"], "lr": lr, **rest}
 
 
@@ -99,24 +97,25 @@ def train(
     prepare() is skipped if the run had already finished the stage. Raises Stopped after a signal, when the
     state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
     """
-    folder = _state_folder(stage, state)
+    folder = state_folder(stage, state)
     train_state, loop = continued(stage, state, folder, train_state, loop)
+    starts_measured = _measures_at_start(stage, loop)
     if stage.label in state.ended:
         return train_state, loop
     if loop.is_finished(stage) and not loop.unlogged_rows:
         return train_state, loop
+    if starts_measured:
+        state.log.rewind(-1)  # the row of an evaluation that was not saved
     with state.stopping.at_once(loop.step, folder):
         task = prepare()
     # From here on a signal waits until the state can be saved.
     shown = state.log.progress(stage.label, stage.steps, loop.step)
     with state.stopping.after_step(), shown as progress:
+        if starts_measured:
+            train_state, loop = _evaluate_at_start(stage, state, task, train_state, loop)
         if loop.unlogged_rows:
             train_state, loop = _finish_evaluation(stage, state, task, train_state, loop)
         return _take_steps(stage, state, task, train_state, loop, progress)
-
-
-def _state_folder(stage: TrainingStage, state: PipelineState) -> Path:
-    return state.folder / "checkpoints" / stage.label
 
 
 def _take_steps(
@@ -142,7 +141,7 @@ def _take_steps(
         # Nothing is evaluated or saved before every step is read: a saved state counts all that was measured.
         while len(queue) > (0 if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED else n_ahead):
             queued = queue.popleft()
-            rows = task.rows(queued.step, queued.read())
+            rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
             loop = loop.after_reading(now - last_read, queued.n_tokens, rows, peak_mem_bytes(device))
             rates = {"tokens_per_second": queued.n_tokens / (now - last_read), "mem_bytes": loop.peak_mem_bytes}
@@ -157,8 +156,33 @@ def _take_steps(
 
         is_stopping = due.stop or (not queue and state.stopping())
         is_save_due = due.save or owes_save
-        owes_save = _save_or_stop(stage, state, train_state, loop, is_save_due, is_stopping)
+        owes_save = save_or_stop(stage, state, train_state, loop, is_save_due, is_stopping)
     return train_state, loop
+
+
+def _read(
+    stage: TrainingStage,
+    state: PipelineState,
+    task: TrainingTask,
+    train_state: Tree,
+    queued: QueuedStep,
+    loop: LoopState,
+) -> tuple[list[Row], LoopState]:
+    """(rows of a step, loop with the leaf that it was skipped for); waits for its metrics.
+
+    The first of several skipped steps in a row is said.
+    """
+    metrics = queued.read()
+    rows = task.rows(queued.step, metrics)
+    numbers = [int(number) for number in metrics.get("not_finite", ()) if number >= 0]
+    culprit = ""
+    if numbers:
+        culprit = [path for path, _ in tree.items(train_state["trainable"])][min(numbers)]
+        loop = msgspec.structs.replace(loop, culprit=culprit)
+    if not loop.n_skipped_in_a_row and all(values["skipped"] for values in rows):
+        why = f"gradient of {culprit} is not finite" if culprit else "no target, or no finite loss"
+        state.log.say(f"{stage.label}: step {queued.step} changed nothing: {why}")
+    return rows, loop
 
 
 def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple[Tree, LoopState, QueuedStep]:
@@ -184,7 +208,7 @@ def _evaluate(
 ) -> tuple[Tree, LoopState, list[Row]]:
     """(train_state, loop, rows with their held-out losses); Stopped after a signal, when the state
     is saved."""
-    folder = _state_folder(stage, state)
+    folder = state_folder(stage, state)
     try:
         with state.stopping.at_once(loop.step, folder):
             nats = task.evaluate(train_state)
@@ -192,12 +216,34 @@ def _evaluate(
         # The rows are saved with the state, so that a resumed run measures the loss first and then
         # logs them.
         unlogged = msgspec.structs.replace(loop, unlogged_rows=json.dumps(rows))
-        _save(stage, state, train_state, unlogged)
+        save(stage, state, train_state, unlogged)
         raise Stopped(loop.step, folder) from None
-    loop, improved = loop.after_evaluation(nats)
+    assert stage.evaluate is not None, "an evaluation has its table"
+    loop, improved = loop.after_evaluation(nats, stage.evaluate.min_delta)
     train_state = task.keep_best(train_state, loop, improved)
     rows = [{**values, "heldout_loss": loss} for values, loss in zip(rows, nats, strict=True)]
     return train_state, loop, rows
+
+
+def _measures_at_start(stage: TrainingStage, loop: LoopState) -> bool:
+    """True if the stage evaluates before its first step and has not done so."""
+    at_start = stage.evaluate is not None and stage.evaluate.at_start
+    return at_start and loop.step == 0 and not loop.unlogged_rows and not loop.is_measured
+
+
+def _evaluate_at_start(
+    stage: TrainingStage,
+    state: PipelineState,
+    task: TrainingTask,
+    train_state: Tree,
+    loop: LoopState,
+) -> tuple[Tree, LoopState]:
+    """(train_state, loop) with the held-out loss of step 0, which counts as any other."""
+    n_models = len(loop.nats)
+    rows: list[Row] = [{"adapter": i} for i in range(n_models)] if n_models > 1 else [{}]
+    train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
+    _log(state.log, loop.step, rows)
+    return train_state, loop
 
 
 def _finish_evaluation(
@@ -212,7 +258,7 @@ def _finish_evaluation(
     loop = msgspec.structs.replace(loop, unlogged_rows="")
     train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
     _log(state.log, loop.step, rows)
-    _save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.stopping())
+    save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.stopping())
     return train_state, loop
 
 
@@ -226,57 +272,3 @@ def _show(progress: Progress, step: int, rows: Sequence[Row], rates: Row, loop: 
 def _log(log: Log, step: int, rows: Sequence[Row]) -> None:
     for values in rows:
         log.metrics(step, values)
-
-
-def _save_or_stop(
-    stage: TrainingStage,
-    state: PipelineState,
-    train_state: Tree,
-    loop: LoopState,
-    is_save_due: bool,
-    is_stopping: bool,
-) -> bool:
-    """Save the state if it is time for it; True if that has to wait for a step that is not skipped.
-
-    Raises Stopped after a signal, when the state is saved, and InputError if too many steps changed
-    nothing.
-    """
-    is_finished = loop.is_finished(stage)
-    _require_progress(stage, state, loop, is_finished)
-    is_skipping = loop.n_skipped_in_a_row > 0
-    if is_stopping or is_finished or (is_save_due and not is_skipping):
-        _save(stage, state, train_state, loop)
-    if is_stopping and not is_finished:
-        raise Stopped(loop.step, _state_folder(stage, state))
-    return is_save_due and is_skipping
-
-
-def _save(stage: TrainingStage, state: PipelineState, train_state: Tree, loop: LoopState) -> None:
-    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped."""
-    # A state that is counted from skipped steps must not push out the last one that still learned.
-    keep = None if loop.n_skipped_in_a_row else stage.keep
-    meta = {"loop": msgspec.to_builtins(loop)}
-    state.log.sync()
-    save_state(_state_folder(stage, state), loop.step, train_state, meta, keep)
-
-
-def _require_progress(
-    stage: TrainingStage,
-    state: PipelineState,
-    loop: LoopState,
-    is_finished: bool,
-) -> None:
-    """InputError if too many steps in a row changed nothing, or if a finished stage ends with such
-    steps."""
-    n_in_a_row, n_skipped = loop.n_skipped_in_a_row, min(loop.n_skipped)
-    is_failure = n_in_a_row >= SKIPPED_AT_END or 2 * n_skipped > loop.step
-    if n_in_a_row < MAX_SKIPPED and not (is_finished and is_failure):
-        return
-    states = list_states(_state_folder(stage, state))
-    kept = f"; {states[-1]} is the newest state that was saved" if states else ""
-    raise InputError(
-        f"stages: {stage.label} had {n_in_a_row} steps in a row without a finite gradient or a "
-        "target token, "
-        f"up to step {loop.step}, and {n_skipped} in all; they changed nothing{kept}. "
-        "Lower the learning rate, or look at the data"
-    )

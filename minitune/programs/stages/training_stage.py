@@ -1,14 +1,16 @@
 """Interface of a stage that trains: what the training loop, a sweep and a plan read of it."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from minitune.algorithms.loss_scale import LossScale
 from minitune.lora import Lora
 from minitune.losses.registry import Loss
 from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
-from minitune.types import PositiveInt
+from minitune.types import NonNegativeFloat, PositiveInt
 
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
@@ -19,6 +21,10 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: str
     every: PositiveInt  # steps
     patience: PositiveInt | None = None  # evaluations in a row without a new best; None: never stop
+    # nats that a new best has to be below the last one to count for patience; 0: any. The best is
+    # kept either way, as with early_stopping_threshold of transformers.
+    min_delta: NonNegativeFloat = 0.0
+    at_start: bool = False  # evaluate before the first step too; its row is that of step 0
     keep: Literal["best", "last"] = "best"  # what goes on to the next stage
     batch_size: PositiveInt | None = None  # rows per forward; a step's tokens if absent
 
@@ -68,6 +74,26 @@ class TrainingStage(Protocol):
         ...
 
     @property
+    def clip_norm(self) -> float:
+        """Largest norm of the whole gradient; 0: any."""
+        ...
+
+    @property
+    def lr_factors(self) -> Mapping[str, float]:
+        """Factors of the learning rate by globs over trained leaves."""
+        ...
+
+    @property
+    def decay_factors(self) -> Mapping[str, float]:
+        """Factors of the weight decay by globs over trained leaves."""
+        ...
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """Scale of the loss in float16 compute; None: the default."""
+        ...
+
+    @property
     def evaluate(self) -> Evaluation | None:
         """Steps and data at which the held-out loss is measured."""
         ...
@@ -80,6 +106,11 @@ class TrainingStage(Protocol):
     @property
     def keep(self) -> int:
         """Number of saved states that stay on the disk."""
+        ...
+
+    @property
+    def privacy(self) -> Any:
+        """PrivateTraining, or None."""
         ...
 
     def draws(self, *rules: Lora | None) -> bool:

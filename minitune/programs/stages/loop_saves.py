@@ -1,0 +1,73 @@
+"""Saved states of a training stage, and when its steps make no progress."""
+
+from pathlib import Path
+
+import msgspec
+
+from minitune.checkpoint.state import list_states, save_state
+from minitune.errors import InputError
+from minitune.programs.signals import Stopped
+from minitune.programs.stages.loop_state import MAX_SKIPPED, SKIPPED_AT_END, LoopState
+from minitune.programs.stages.training_stage import TrainingStage
+from minitune.programs.state import PipelineState
+from minitune.tree import Tree
+
+
+def state_folder(stage: TrainingStage, state: PipelineState) -> Path:
+    """Folder of the states that a stage saves."""
+    return state.folder / "checkpoints" / stage.label
+
+
+def save_or_stop(
+    stage: TrainingStage,
+    state: PipelineState,
+    train_state: Tree,
+    loop: LoopState,
+    is_save_due: bool,
+    is_stopping: bool,
+) -> bool:
+    """Save the state if it is time for it; True if that has to wait for a step that is not skipped.
+
+    Raises Stopped after a signal, when the state is saved, and InputError if too many steps changed
+    nothing.
+    """
+    is_finished = loop.is_finished(stage)
+    _require_progress(stage, state, loop, is_finished)
+    is_skipping = loop.n_skipped_in_a_row > 0
+    if is_stopping or is_finished or (is_save_due and not is_skipping):
+        save(stage, state, train_state, loop)
+    if is_stopping and not is_finished:
+        raise Stopped(loop.step, state_folder(stage, state))
+    return is_save_due and is_skipping
+
+
+def save(stage: TrainingStage, state: PipelineState, train_state: Tree, loop: LoopState) -> None:
+    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped."""
+    # A state that is counted from skipped steps must not push out the last one that still learned.
+    keep = None if loop.n_skipped_in_a_row else stage.keep
+    meta = {"loop": msgspec.to_builtins(loop)}
+    state.log.sync()
+    save_state(state_folder(stage, state), loop.step, train_state, meta, keep)
+
+
+def _require_progress(
+    stage: TrainingStage,
+    state: PipelineState,
+    loop: LoopState,
+    is_finished: bool,
+) -> None:
+    """InputError if too many steps in a row changed nothing, or if a finished stage ends with such
+    steps."""
+    n_in_a_row, n_skipped = loop.n_skipped_in_a_row, min(loop.n_skipped)
+    is_failure = n_in_a_row >= SKIPPED_AT_END or 2 * n_skipped > loop.step
+    if n_in_a_row < MAX_SKIPPED and not (is_finished and is_failure):
+        return
+    states = list_states(state_folder(stage, state))
+    leaf = f", the first without a finite gradient being {loop.culprit}" if loop.culprit else ""
+    kept = f"; {states[-1]} is the newest state that was saved" if states else ""
+    raise InputError(
+        f"stages: {stage.label} had {n_in_a_row} steps in a row without a finite gradient or a "
+        "target token, "
+        f"up to step {loop.step}, and {n_skipped} in all{leaf}; they changed nothing{kept}. "
+        "Lower the learning rate, or look at the data"
+    )

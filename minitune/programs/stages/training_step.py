@@ -1,0 +1,55 @@
+"""Step of a training stage, and the state that it begins with: plain, with a loss scale, or private."""
+
+from typing import Any
+
+from minitune.algorithms.dp_sgd import private_state, private_step
+from minitune.algorithms.loss_scale import with_scale
+from minitune.algorithms.objective import Objective
+from minitune.errors import InputError
+from minitune.optim.transforms import Chain
+from minitune.programs.stages import private_training
+from minitune.programs.stages.training_optimizer import loss_scale_for
+from minitune.programs.stages.training_stage import TrainingStage
+from minitune.programs.state import PipelineState
+from minitune.steps import train_step
+from minitune.types import Step, Trainable
+
+
+def initial_state(
+    stage: TrainingStage,
+    state: PipelineState,
+    optimizer: Chain,
+    trainable: Trainable,
+) -> dict[str, Any]:
+    """State of a stage before its first step; InputError for a private one in float16."""
+    loss_scale = loss_scale_for(stage, state.loaded.params)
+    if stage.privacy is None:
+        opt_state = with_scale(optimizer.init(trainable), loss_scale, trainable)
+        return {"trainable": trainable, "opt_state": opt_state}
+    if loss_scale is not None:
+        raise InputError(
+            f"stages: {stage.label} has privacy and computes in float16, expected float32 or "
+            "bfloat16: rows whose gradient overflows would be left out; set model.dtype"
+        )
+    return {"trainable": trainable, "opt_state": private_state(optimizer, trainable)}
+
+
+def step_for(
+    stage: TrainingStage,
+    state: PipelineState,
+    objective: Objective,
+    optimizer: Chain,
+    n_rows: int,
+) -> Step:
+    """Step of a stage over a table of n_rows rows.
+
+    It is donated: the trees are the stage's own, and those before a step are not needed after it.
+    """
+    if stage.privacy is not None:
+        privacy = private_training.rule(stage, n_rows, state.seed)
+        state.log.say(f"{stage.label}: noise {privacy.noise:.4g} times max_norm on each sum")
+        return private_step(objective, optimizer, privacy, donate=True)
+    loss_scale = loss_scale_for(stage, state.loaded.params)
+    micro_batch = stage.micro_batch_size or stage.batch_size
+    how: dict[str, Any] = {"micro_batch": micro_batch, "loss_scale": loss_scale, "donate": True}
+    return train_step(objective, optimizer, **how)
