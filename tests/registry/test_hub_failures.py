@@ -1,17 +1,14 @@
 """Every way in which a download fails is one sentence and an exit code, and the same command goes on where it stopped."""
 
-import os
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from support.hub_server import NEEDED, REPO, SHARDS, Hub, command, contents
+from support.small_disks import fill, small_disk
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -100,39 +97,20 @@ def test_a_download_that_was_stopped_goes_on_with_the_files_that_are_missing(num
     assert "config.json" not in server.fetched()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB in memory, where mounting is allowed."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """Leave no room on a small file system."""
-    with (disk / "other").open("wb", buffering=0) as other, suppress(OSError):
-        while True:
-            other.write(bytes(4096))
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs a file system of its own")
-def test_a_disk_that_fills_up_midway_has_its_exit_code(server: Hub, small_disk: Path) -> None:
+def test_a_disk_that_fills_up_midway_has_its_exit_code(server: Hub, tmp_path: Path) -> None:
     """The room is there when the download begins, and gone when the weights come."""
-    server.files = {**NEEDED, SHARDS[0]: bytes(100_000)}
-    held = threading.Event()
-    server.hold = (SHARDS[0], held)
-    process = command(server, REPO, "--to", str(small_disk / "model"))
-    assert server.asked.wait(60), process.communicate()
-    fill(small_disk)
-    held.set()
-    code, err = ended(process)
-    assert code == 3
-    assert err.startswith("hub: the disk of ")
-    assert " is full, expected room for somebody/tiny-model; free some space" in err
-    (small_disk / "other").unlink()
-    assert ended(command(server, REPO, "--to", str(small_disk / "model"))) == (0, "")
-    assert contents(small_disk / "model") == server.files
+    with small_disk(tmp_path / "small", 256) as disk:
+        server.files = {**NEEDED, SHARDS[0]: bytes(100_000)}
+        held = threading.Event()
+        server.hold = (SHARDS[0], held)
+        process = command(server, REPO, "--to", str(disk / "model"))
+        assert server.asked.wait(60), process.communicate()
+        other = fill(disk)
+        held.set()
+        code, err = ended(process)
+        assert code == 3
+        assert err.startswith("hub: the disk of ")
+        assert " is full, expected room for somebody/tiny-model; free some space" in err
+        other.unlink()
+        assert ended(command(server, REPO, "--to", str(disk / "model"))) == (0, "")
+        assert contents(disk / "model") == server.files
