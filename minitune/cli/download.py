@@ -1,8 +1,11 @@
 """Download verb: a model or adapter of the Hub in a plain folder."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from minitune.cli.options import OptionParser
 from minitune.io.paths import user_path
@@ -29,7 +32,8 @@ def download(words: Sequence[str]) -> int:
         if talks:
             sys.stderr.write(f"{text}\n")
 
-    sizes, commit = fetch(options.repo, options.revision, folder, tell)
+    with _ended_by_ctrl_c():
+        sizes, commit = fetch(options.repo, options.revision, folder, tell)
     if talks:
         key = "model.deltas" if ADAPTER in sizes else "model.path"
         sys.stdout.write(
@@ -38,3 +42,19 @@ def download(words: Sequence[str]) -> int:
             f"train it:   python -m minitune PROGRAM.toml {key}={folder}\n"
         )
     return 0
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, where Python would wait for every answer that is on its way.
+
+    A download may be killed at any instant: the next one goes on with the files that are missing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

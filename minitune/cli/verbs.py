@@ -143,6 +143,13 @@ def inspect(words: Sequence[str]) -> int:
     return inspect(words[0])
 
 
+def cache(words: Sequence[str]) -> int:
+    """Print or empty the cache of tokenized data."""
+    from minitune.cli.cache import cache
+
+    return cache(words)
+
+
 CHANGES = "KEY=VALUE changes the program for this command: train.optimizer.lr=1e-4, seed=1."
 VERBS = {
     "ls": Verb("ls", "the shipped programs", ls),
@@ -205,6 +212,12 @@ VERBS = {
         "talk with a model folder, or with demo",
         chat,
         parses_help=True,
+    ),
+    "cache": Verb(
+        "cache [clear]",
+        "where tokenized data is kept and how much there is; clear removes it",
+        cache,
+        "Tokens and answers of teachers that a later run would use again; it makes them anew.",
     ),
 }
 

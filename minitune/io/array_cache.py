@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from minitune.errors import DiskFullError, InputError
 from minitune.io.atomic import NO_ROOM, create_folder, free_bytes, remove_folder, sync_tree
+from minitune.io.cache_size import keep_below
 from minitune.io.checksums import damaged_file, write_checksums
 
 UNFINISHED = ".tmp-"  # begins the names of folders that are being filled: .tmp-HOST-PID-RANDOM
@@ -42,6 +43,8 @@ def is_whole(folder: Path) -> bool:
         return False
     damaged = damaged_file(folder)
     if damaged is None:
+        with suppress(OSError):
+            os.utime(folder)  # the time of its last use
         return True
     try:
         remove_folder(folder)
@@ -62,7 +65,8 @@ def filling(folder: Path, n_bytes: int = 0) -> Iterator[Path]:
     """
     with _error_in_words(folder, n_bytes):
         create_folder(folder.parent)
-        _remove_unfinished(folder.parent)
+        remove_unfinished(folder.parent)
+        keep_below(folder.parent)
         if n_bytes > free_bytes(folder):
             raise OSError(errno.ENOSPC, "its disk is too full")
         prefix = f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-"
@@ -78,6 +82,16 @@ def filling(folder: Path, n_bytes: int = 0) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(cache: Path) -> None:
+    """Remove what killed processes were filling: those of this machine, and others after a week."""
+    here = f"{UNFINISHED}{socket.gethostname()}-"
+    for left in cache.glob(f"{UNFINISHED}*"):
+        pid = left.name.removeprefix(here).partition("-")[0]
+        is_ours = left.name.startswith(here) and pid.isdigit()
+        if (is_ours and not _is_alive(int(pid))) or _age_s(left) > ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def zeros(path: Path, dtype: type[np.generic], shape: Sequence[int]) -> np.memmap:
@@ -129,16 +143,6 @@ def _free(folder: Path) -> str:
         return f"{free_bytes(folder):,}"
     except OSError:
         return "an unknown number of"
-
-
-def _remove_unfinished(cache: Path) -> None:
-    """Remove what killed processes were filling: those of this machine, and others after a week."""
-    here = f"{UNFINISHED}{socket.gethostname()}-"
-    for left in cache.glob(f"{UNFINISHED}*"):
-        pid = left.name.removeprefix(here).partition("-")[0]
-        is_ours = left.name.startswith(here) and pid.isdigit()
-        if (is_ours and not _is_alive(int(pid))) or _age_s(left) > ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from minitune.errors import InputError
+from minitune.errors import DiskFullError, InputError
 from minitune.io import locks, paths
-from minitune.io.atomic import create_folder, sync, write_atomic
+from minitune.io.atomic import NO_ROOM, create_folder, sync, write_atomic
 from minitune.io.results import Record
 from minitune.programs import ended
 from minitune.programs.earlier_run import EarlierRun, changed_input, earlier_run, gone_result
@@ -135,7 +135,7 @@ def _out_folder(path: str) -> Path:
         create_folder(out)
     except OSError as error:
         found = f"can't be made ({error.strerror})"
-        raise InputError(f"runs: out {path!r} {found}, expected a folder; change out") from None
+        raise _refusal(error)(f"runs: out {path!r} {found}, expected a folder; change out") from None
     return out
 
 
@@ -255,4 +255,9 @@ def _lock(path: Path, folder: Path) -> tuple[locks.Lock, tuple[str, ...]]:
         return locks.Lock(None, locks.holder_file(path)), (note,)
     except OSError as error:
         found = f"can't be locked ({error})"
-        raise InputError(f"runs: {path} {found}, expected a file; change out") from None
+        raise _refusal(error)(f"runs: {path} {found}, expected a file; change out") from None
+
+
+def _refusal(error: OSError) -> type[InputError]:
+    """Kind of a message: a full disk has an exit code of its own."""
+    return DiskFullError if error.errno in NO_ROOM else InputError

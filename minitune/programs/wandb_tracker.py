@@ -19,6 +19,7 @@ from minitune.io.atomic import write_atomic
 
 Mode = Literal["online", "offline", "disabled", "shared"]
 REACH_S = 10.0  # a server that takes no connection in this time is taken for absent
+FINISH_S = 30.0  # that the end of a run may upload
 KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 REASON_CHARACTERS = 300
 OFFLINE = 'or set log.wandb.mode = "offline" (WANDB_MODE=offline), then upload by `wandb sync`'
@@ -27,7 +28,8 @@ OFFLINE = 'or set log.wandb.mode = "offline" (WANDB_MODE=offline), then upload b
 class WandbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keywords of wandb.init; what is absent is wandb's own default.
 
-    config: keys to add to the program's own; settings: fields of wandb.Settings.
+    config: keys to add to the program's own; settings: fields of wandb.Settings, of which
+    finish_timeout [s] is how long the end of a run may upload (30 if absent).
     """
 
     project: str | None = None
@@ -71,7 +73,9 @@ class WandbRun:
             "id": id_file.read_text("utf-8") if id_file.exists() else None,
             "resume": "allow",
         }
-        keywords = {**ours, **given, "config": {**program, **given.get("config", {})}}
+        settings = {**_finish_settings(), **given.get("settings", {})}
+        config_of_run = {**program, **given.get("config", {})}
+        keywords = {**ours, **given, "config": config_of_run, "settings": settings}
         with _explained():
             self._run = _imported().init(**keywords)
         write_atomic(id_file, self._run.id.encode())
@@ -85,12 +89,25 @@ class WandbRun:
         return None
 
     def finish(self, exit_code: int) -> str | None:
-        """End the run, which uploads what is left; returns why that failed, None if it did not."""
+        """End the run, which uploads what is left; returns why that failed, None if it did not.
+
+        Without a network that waits no longer than FINISH_S, and the rest stays on the disk.
+        """
+        folder = Path(self._run.dir).parent
         try:
             self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            return f"what is left was not uploaded in time and lies in {folder}; `wandb sync {folder}` sends it"
         except Exception as error:
             return _reason(error)
         return None
+
+
+def _finish_settings() -> dict[str, Any]:
+    """Settings by which `finish` ends in time and says when it did not upload all; an old wandb has none."""
+    bounds = {"finish_timeout": FINISH_S, "finish_timeout_raises": True}
+    known = _imported().Settings.model_fields
+    return {name: value for name, value in bounds.items() if name in known and f"WANDB_{name.upper()}" not in os.environ}
 
 
 def check(config: WandbConfig | None) -> None:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitune.errors import InputError
+from minitune.errors import DiskFullError, InputError, nearest
 from minitune.io import locks
 from minitune.io.atomic import NO_ROOM, require_room
+from minitune.io.checksums import checksum
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.io.units import format_bytes
 
+API_TIMEOUT_S = 30.0
+N_GUESSES = 100  # names that a message about an unknown one chooses from
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
 ADAPTER = "adapter_model.safetensors"
 REPO = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
@@ -35,15 +38,19 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
     try:
         import huggingface_hub as hf
         from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError:
         raise InputError(
             "hub: the package huggingface_hub is not installed, expected it for downloads; pip install 'minitune[hf]'"
         ) from None
     if not sys.stderr.isatty():
         disable_progress_bars()
+    set_verbosity_error()  # what it says of its retries would stand beside the one sentence
     with _explained(repo, revision, folder):
-        info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True)
-        listed = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
+        files = info.siblings or []
+        listed = {file.rfilename: file.size or 0 for file in files}
+        digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
         small = {name: n for name, n in listed.items() if _is_small(name)}
         commit = str(info.sha)
 
@@ -67,7 +74,19 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
                     f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that {repo} lists, expected the same; "
                     "run the same command again"
                 )
+            _remove_damaged(folder, repo, {name: digests[name] for name in missing if name in digests})
     return sizes, commit
+
+
+def _remove_damaged(folder: Path, repo: str, digests: Mapping[str, str]) -> None:
+    """InputError for a file whose SHA-256 is not the one that the repository lists; it is fetched again by the next call."""
+    for name, digest in digests.items():
+        if checksum(folder / name).sha256 != digest:
+            (folder / name).unlink()
+            raise InputError(
+                f"hub: {folder / name} arrived with another SHA-256 than {repo} lists, expected the same; "
+                "it was removed: run the same command again"
+            )
 
 
 def _is_small(name: str) -> bool:
@@ -164,8 +183,8 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
             said = f"{repo} is gated, expected access; accept its terms at {where}, then set HF_TOKEN to your token"
         elif isinstance(cause, hf.RepositoryNotFoundError):
             said = (
-                f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of a model; correct the name, or "
-                "set HF_TOKEN to a token that may read it"
+                f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of a model"
+                f"{_near_names(repo)}; correct the name, or set HF_TOKEN to a token that may read it"
             )
         elif isinstance(cause, hf.RevisionNotFoundError):
             said = f"{repo} has no revision {revision!r}, expected a branch, a tag or a commit; see {where}/tree/main"
@@ -186,4 +205,20 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
             said = f"{where} can't be reached ({cause}), expected an answer; check the network, HF_ENDPOINT and the proxy"
         else:
             raise
-        raise InputError(f"hub: {' '.join(said.split())}") from None
+        kind = DiskFullError if isinstance(cause, OSError) and cause.errno in NO_ROOM else InputError
+        raise kind(f"hub: {' '.join(said.split())}") from None
+
+
+def _near_names(repo: str) -> str:
+    """End of a message about a name that the Hub does not know: one of the same owner, or of another, that is near."""
+    import huggingface_hub as hf
+
+    owner, _, name = repo.rpartition("/")
+    searches = [{"author": owner}] if owner else []
+    try:
+        found = [
+            model.id for query in (*searches, {"search": name}) for model in hf.HfApi().list_models(**query, limit=N_GUESSES)
+        ]
+    except Exception:  # a guess that fails is none, whatever its HTTP library raises
+        return ""
+    return nearest(repo, found)

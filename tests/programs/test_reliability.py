@@ -5,10 +5,12 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from support.faults import Faults, Killed
 from support.numbers import STAGE, Numbers, train
 from support.paths import ROOT
 from support.programs import LORA, STAGES_HEAD, TRAIN, evaluation, spawn
+from support.small_disks import grow, small_disk
 
 GOLDEN = ROOT / "tests/programs/golden"  # a folder for each released format, cut off after the second of three steps
 SHORT = msgspec.structs.replace(STAGE, steps=3, evaluate=Evaluation(data="heldout", every=2))
@@ -176,18 +179,62 @@ def test_a_signal_after_any_line_of_a_program_is_survived(tiny: Path, tmp_path: 
     with spawn(program("straight")) as straight:
         n_lines = len(straight.communicate()[0].splitlines())
     assert straight.returncode == 0
-    expected = result("straight")
+    expected, slowest_s = result("straight"), 0.0
     for i in range(N_SIGNALS):
         name, number = f"p{i}", SIGNALS[i % len(SIGNALS)]
         with spawn(program(name)) as stopped:
             assert stopped.stdout is not None
             for _ in range(1 + i * n_lines // N_SIGNALS):
                 stopped.stdout.readline()
+            time.sleep(0.4 * random.Random(i).random())
+            sent = time.monotonic()
             stopped.send_signal(number)
             _, errors = stopped.communicate()
+            slowest_s = max(slowest_s, time.monotonic() - sent)
         assert stopped.returncode in (0, 128 + number, -number), errors  # the last before its handlers stand
         assert "Traceback" not in errors
         with spawn(program(name)) as again:
             again.communicate()
         assert again.returncode == 0
         assert result(name) == expected
+    print(f"slowest exit after a signal: {slowest_s:.1f} s")  # noqa: T201 - bench/RELIABILITY.md records it (pytest -s)
+
+
+def used_kib(folder: Path) -> int:
+    """Size of what lies in a folder, in pages of 4 KiB."""
+    return sum(4 * (1 + path.stat().st_size // 4096) for path in folder.rglob("*"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["out", "cache"])
+def test_a_run_on_a_disk_of_any_size_ends_in_words_and_goes_on_when_there_is_room(place: str, tiny: Path, tmp_path: Path) -> None:
+    """16 sizes of a real file system, from one that holds nothing to one that holds all."""
+    text = STAGES_HEAD.format(name="p", tiny=tiny) + LORA + TRAIN + '[[stage]]\nop = "save"\nwhat = "merged"\n'
+    (tmp_path / "p.toml").write_text(text, encoding="utf-8")
+
+    def ended(disk: Path, other: Path) -> tuple[int, str]:
+        out, cache = (disk, other) if place == "out" else (other, disk)
+        words = [str(tmp_path / "p.toml"), f"out={out / 'runs'}"]
+        with spawn(words, env={**os.environ, "XDG_CACHE_HOME": str(cache / "cache")}) as process:
+            errors = process.communicate()[1]
+        return process.returncode, errors
+
+    def saved(out: Path) -> bytes:
+        return (out / "runs/p/merged/model.safetensors").read_bytes()
+
+    assert ended(tmp_path / "all", tmp_path / "rest")[0] == 0
+    straight = saved(tmp_path / ("all" if place == "out" else "rest"))
+    whole, codes = used_kib(tmp_path / "all"), []
+    for i in range(16):
+        other = tmp_path / f"other{i}"
+        with small_disk(tmp_path / f"disk{i}", 4 + round(1.4 * whole * i / 15)) as disk:
+            code, errors = ended(disk, other)
+            assert code in (0, 3), errors
+            assert errors.count("\n") == (code == 3), errors
+            codes.append(code)
+            grow(disk, 4 * whole)
+            assert ended(disk, other) == (0, "")
+            assert saved(disk if place == "out" else other) == straight
+    print(f"{place}: exit codes by size {codes}")  # noqa: T201 - bench/RELIABILITY.md records them (pytest -s)
+    assert codes[0] == 3
+    assert codes[-1] == 0

@@ -1,5 +1,6 @@
 """Runs: the folder, the manifest, the lock, what is resumed and what is moved aside, signals, and the fold over stages."""
 
+import errno
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 
 from minitune import __version__
 from minitune.data.source import MixtureComponent, Source
-from minitune.errors import InputError
+from minitune.errors import DiskFullError, InputError
 from minitune.io import locks, results
 from minitune.io.atomic import write_atomic
 from minitune.programs import program, records, run, run_folder
@@ -663,3 +664,17 @@ def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
 def test_summary_moves_top_up_and_keeps_the_rest_by_stage() -> None:
     records = {"before": {"loss_nats": 2.0}, "train": {"top": {"steps": 3}, "n": 1}, "more": {"top": {"steps": 5}}}
     assert summary(records) == {"before": {"loss_nats": 2.0}, "train": {"n": 1}, "more": {}, "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("create_folder", "out .* can't be made"), ("acquire", r"\.lock can't be locked")]
+)
+def test_a_disk_that_is_full_before_a_run_folder_is_made_is_told_as_one(
+    place: str, message: str, tiny: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder if place == "create_folder" else run_folder.locks, place, full)
+    with pytest.raises(DiskFullError, match=rf"runs: .*{message} .*No space left on device"):
+        opened(tiny)

@@ -128,3 +128,25 @@ def test_a_tracker_that_breaks_ends_no_training(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(run._run, "finish", broken)
     assert run.log(1, {"loss": 1.0}) == "the service is gone"
     assert run.finish(0) == "the service is gone"
+
+
+def test_a_run_that_can_not_upload_ends_in_time_and_says_how_to_send_it_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = wandb_tracker.WandbRun(tmp_path, WandbConfig(mode="offline"), {"name": "t"})
+    assert (run._run.settings.finish_timeout, run._run.settings.finish_timeout_raises) == (30.0, True)
+    finish, folder = run._run.finish, Path(run._run.dir).parent
+
+    def late(exit_code: int) -> None:
+        finish(exit_code=exit_code)
+        raise TimeoutError("Timed out finishing run.")  # as wandb does
+
+    monkeypatch.setattr(run._run, "finish", late)
+    said = f"what is left was not uploaded in time and lies in {folder}; `wandb sync {folder}` sends it"
+    assert run.finish(0) == said
+    assert list(folder.glob("*.wandb"))
+
+    own = WandbConfig(mode="offline", settings={"finish_timeout": 5.0})
+    other = wandb_tracker.WandbRun(tmp_path, own, {"name": "t"})
+    assert other._run.settings.finish_timeout == 5.0
+    assert other.finish(0) is None

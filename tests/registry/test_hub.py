@@ -3,20 +3,14 @@
 import fnmatch
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,141 +18,7 @@ from minitune.cli.download import download
 from minitune.errors import InputError
 from minitune.registry import hub
 from minitune.registry.hub import FILE
-
-REPO, COMMIT = "somebody/tiny-model", "c0ffee" + 34 * "0"
-INDEX = "model.safetensors.index.json"
-SHARDS = ("weights-a.safetensors", "weights-b.safetensors")
-NEEDED = {
-    "config.json": b"{}",
-    "tokenizer.json": b'{"version": "1.0"}',
-    "chat_template.jinja": b"{{ messages }}",
-    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
-    INDEX: json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode(),
-    SHARDS[0]: bytes(range(256)) * 40,
-    SHARDS[1]: bytes(3),
-}
-NOT_NEEDED = dict.fromkeys(
-    [
-        "README.md",
-        "pytorch_model.bin",
-        "model.gguf",
-        "consolidated.safetensors",
-        "original/params.json",
-        "onnx/model.onnx",
-        "checkpoint-9/config.json",
-        "other/tool_use.jinja",
-        ".gitattributes",
-    ],
-    b"not needed",
-)
-
-
-class Hub:
-    """A server with one repository; `log` holds the requests, `refusal` (status, error code) is what files are answered with."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files, self.log, self.tokens = files, [], []
-        self.refusal: tuple[int, str] | None = None
-        self.delay_s = 0.0
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.log.append(f"{self.command} {self.path}")
-                hub.tokens.append(self.headers.get("Authorization"))
-                hub.answer(self)
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.partition("?")[0]
-        for pattern, handler in (
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", self.info),
-            (rf"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>{COMMIT})", self.tree),
-            (rf"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>{COMMIT})/(?P<name>.+)", self.file),
-        ):
-            if match := re.fullmatch(pattern, path):
-                if match["repo"] != REPO:
-                    return refuse(request, 401, "RepoNotFound")
-                return handler(request, **{key: value for key, value in match.groupdict().items() if key != "repo"})
-        return refuse(request, 404, "EntryNotFound")
-
-    def info(self, request: BaseHTTPRequestHandler, rev: str) -> None:
-        if rev not in ("main", COMMIT, "v1"):
-            return refuse(request, 404, "RevisionNotFound")
-        siblings = [{"rfilename": name, "size": len(data), "blobId": str(i)} for i, (name, data) in enumerate(self.files.items())]
-        return send(request, json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings, "private": False}).encode())
-
-    def tree(self, request: BaseHTTPRequestHandler, rev: str) -> None:
-        entries = [{"type": "file", "oid": str(i), "size": len(self.files[n]), "path": n} for i, n in enumerate(self.files)]
-        send(request, json.dumps(entries).encode())
-
-    def file(self, request: BaseHTTPRequestHandler, rev: str, name: str) -> None:
-        if self.refusal is not None:
-            return refuse(request, *self.refusal)
-        if request.command == "GET":
-            time.sleep(self.delay_s)
-        etag = f'"{len(self.files[name])}-{name.replace("/", "-")}"'
-        return send(request, self.files[name], {"ETag": etag, "X-Repo-Commit": COMMIT})
-
-    def fetched(self) -> list[str]:
-        """The files that were asked for, each as often as it was."""
-        return sorted(re.split("/resolve/[^/]+/", line)[1] for line in self.log if line.startswith("GET") and "/resolve/" in line)
-
-
-def send(request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
-    request.send_response(status)
-    for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-        request.send_header(key, value)
-    request.end_headers()
-    if request.command == "GET":
-        request.wfile.write(body)
-
-
-def refuse(request: BaseHTTPRequestHandler, status: int, code: str) -> None:
-    send(request, b"", {"X-Error-Code": code, "X-Error-Message": code}, status)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    hub = Hub({**NEEDED, **NOT_NEEDED})
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    yield hub
-    hub.close()
-    if shown:
-        enable_progress_bars()
-
-
-def fetch(folder: Path, repo: str = REPO, revision: str = "main") -> tuple[dict[str, int], str]:
-    return hub.fetch(repo, revision, folder, lambda text: None)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(".cache/")}
+from support.hub_server import COMMIT, INDEX, NEEDED, REPO, SHARDS, Hub, command, contents, fetch
 
 
 def test_only_what_is_needed_is_fetched_and_only_once(server: Hub, tmp_path: Path) -> None:
@@ -194,19 +54,6 @@ def test_a_downloaded_file_that_a_user_changed_stays(server: Hub, tmp_path: Path
     with pytest.raises(InputError, match=r"hub: .*config\.json was not downloaded, or was changed since"):
         fetch(tmp_path / "model")
     assert (tmp_path / "model/config.json").read_bytes() == b"{ }"
-
-
-def command(server: Hub, *words: str, **env: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
-    environ = {
-        **os.environ,
-        "HF_ENDPOINT": server.url,
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(Path(hub.__file__).parents[2]),
-        **env,
-    }
-    words = (sys.executable, "-m", "minitune", "download", *words)
-    return subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_of_many_processes_on_a_node_one_fetches_and_the_first_rank_talks(server: Hub, tmp_path: Path) -> None:
