@@ -45,7 +45,9 @@ from minitune.programs.stages.batches import (
     load_batches,
     tokenized_table,
 )
+from minitune.programs.stages.continued import evaluation
 from minitune.programs.stages.first_steps import watched_step
+from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import (
@@ -144,12 +146,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         steps = training_notes.n_steps(self, self.epochs, table.n_rows)
         for line in training_notes.notes(self, steps, table, loaded.model.config, source.seq_len):
             state.log.say(f"{self.label}: {line}")
-        stage = msgspec.structs.replace(self, steps=steps)
-        end = state.ended.get(self.label)
-        if end is not None and stage.evaluate is not None:
-            keep = "best" if end.state == "best" else "last"
-            evaluate = msgspec.structs.replace(stage.evaluate, keep=keep)
-            stage = msgspec.structs.replace(stage, evaluate=evaluate)
+        stage = msgspec.structs.replace(self, steps=steps, evaluate=evaluation(self, state))
         return stage._train(state)
 
     def _train(self, state: PipelineState) -> PipelineState:
@@ -212,9 +209,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             assert self.evaluate is not None, "there is nothing to evaluate on"
             name = self.evaluate.data
             loader = self._load_batches(state, name, teacher)
-            n_tokens, n_trained = state.data[name].seq_len, state.data[self.data].seq_len
-            batches = loader.batches(self.evaluation_rows(n_tokens, n_trained))
-            return heldout_losses(lambda batch: objective(train_state["trainable"], params, batch)[0], batches)
+            lengths = state.data[name].seq_len, state.data[self.data].seq_len
+            batches = loader.batches(self.evaluation_rows(*lengths))
+            title, total = f"{self.label} held-out", loader.total_tokens
+            with shown_batches(state.log, title, batches, total) as shown:
+                trainable = train_state["trainable"]
+                return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
@@ -222,7 +222,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 save_state(self._best_folder(state), loop.step, best, {"loss_nats": loop.nats[0]})
             return train_state
 
-        return training_loop.TrainingTask(next_batch, loader.n_tokens, step, rows, evaluate, keep_best)
+        return training_loop.TrainingTask(next_batch, n_tokens, step, rows, evaluate, keep_best)
 
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""
@@ -289,6 +289,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             "n_skipped": loop.n_skipped[0],
             "steps": loop.step,
             **best,
+            **loop.training_record(),
             **loop.end_record(self),
         }
 

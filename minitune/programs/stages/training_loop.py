@@ -19,7 +19,8 @@ from minitune import hardware
 from minitune.checkpoint.state import list_states, save_state
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
-from minitune.programs.log import Log, Progress
+from minitune.programs.log import Log
+from minitune.programs.progress import Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
@@ -30,6 +31,7 @@ from minitune.programs.stages.loop_state import (
     MetricValues,
     Row,
 )
+from minitune.programs.stages.step_lines import say_heldout, show_step
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.tree import Tree, device_of
@@ -147,7 +149,7 @@ def _take_steps(
             loop = loop.after_reading(now - last_read, queued.n_tokens, rows, peak_mem_bytes(device))
             rates = {"tokens_per_second": queued.n_tokens / (now - last_read), "mem_bytes": loop.peak_mem_bytes}
             last_read = now
-            _show(progress, queued.step, rows, rates, loop)
+            show_step(progress, queued.step, rows, rates, loop)
 
             # The last row that is read waits for the evaluation, because it carries the held-out loss.
             rows = [{**values, **rates} for values in rows]
@@ -195,6 +197,7 @@ def _evaluate(
         _save(stage, state, train_state, unlogged)
         raise Stopped(loop.step, folder) from None
     loop, improved = loop.after_evaluation(nats)
+    say_heldout(state.log, stage.label, loop, nats)
     train_state = task.keep_best(train_state, loop, improved)
     rows = [{**values, "heldout_loss": loss} for values, loss in zip(rows, nats, strict=True)]
     return train_state, loop, rows
@@ -214,13 +217,6 @@ def _finish_evaluation(
     _log(state.log, loop.step, rows)
     _save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.stopping())
     return train_state, loop
-
-
-def _show(progress: Progress, step: int, rows: Sequence[Row], rates: Row, loop: LoopState) -> None:
-    best = min(rows, key=lambda row: row["loss"])
-    n_skipped = min(loop.n_skipped)
-    skipped = {"skipped": n_skipped} if n_skipped else {}
-    progress.update(step, {"loss": best["loss"], "lr": best["lr"], **skipped, **rates})
 
 
 def _log(log: Log, step: int, rows: Sequence[Row]) -> None:
