@@ -214,11 +214,10 @@ def _near_names(repo: str) -> str:
     import huggingface_hub as hf
 
     owner, _, name = repo.rpartition("/")
-    searches = [{"author": owner}] if owner else []
+    hub = hf.HfApi()
     try:
-        found = [
-            model.id for query in (*searches, {"search": name}) for model in hf.HfApi().list_models(**query, limit=N_GUESSES)
-        ]
+        models = list(hub.list_models(author=owner, limit=N_GUESSES)) if owner else []
+        models += hub.list_models(search=name, limit=N_GUESSES)
     except Exception:  # a guess that fails is none, whatever its HTTP library raises
         return ""
-    return nearest(repo, found)
+    return nearest(repo, [model.id for model in models])
