@@ -213,6 +213,13 @@ def test_a_record_has_the_last_loss_and_means_of_the_last_steps() -> None:
     assert loop_state.begin(1).training_record() == {}
 
 
+@pytest.mark.parametrize(("every", "expected"), [(0.3, [2, 4, 6]), (0.5, [3, 6]), (0.01, [1, 2, 3, 4, 5, 6]), (4, [4, 6])])
+def test_evaluations_come_every_so_many_steps_or_at_a_share_of_all(every: float, expected: list[int], tmp_path: Path) -> None:
+    stage = msgspec.structs.replace(STAGE, steps=6, evaluate=Evaluation("heldout", every=every))
+    train(tmp_path, Numbers(), stage)
+    assert [row["step"] for row in rows(tmp_path) if "heldout_loss" in row] == expected
+
+
 def test_held_out_losses_are_said_when_they_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = msgspec.structs.replace(STAGE, steps=4, evaluate=Evaluation(data="heldout", every=2))
     train(tmp_path, Numbers(), stage)

@@ -196,7 +196,7 @@ def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple
 
 def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
     is_last = loop.step == stage.steps
-    evaluates = stage.evaluate is not None and (is_last or loop.step % stage.evaluate.every == 0)
+    evaluates = stage.evaluate is not None and stage.evaluate.is_due(loop.step, stage.steps)
     return Due(evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last)
 
 

@@ -10,16 +10,16 @@ from minitune.lora import Lora
 from minitune.losses.registry import Loss
 from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
-from minitune.types import NonNegativeFloat, PositiveInt
+from minitune.types import NonNegativeFloat, OpenUnitInterval, PositiveInt
 
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
 
 class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Training loss on held-out data every `every` steps."""
+    """Training loss on held-out data every `every` steps, and after the last one."""
 
     data: str
-    every: PositiveInt  # steps
+    every: PositiveInt | OpenUnitInterval  # steps, or a share of all steps such as 0.1
     patience: PositiveInt | None = None  # evaluations in a row without a new best; None: never stop
     # nats that a new best has to be below the last one to count for patience; 0: any. The best is
     # kept either way, as with early_stopping_threshold of transformers.
@@ -27,6 +27,12 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at_start: bool = False  # evaluate before the first step too; its row is that of step 0
     keep: Literal["best", "last"] = "best"  # what goes on to the next stage
     batch_size: PositiveInt | None = None  # rows per forward; a step's tokens if absent
+
+    def is_due(self, step: int, n_steps: int) -> bool:
+        """True if the loss is measured after that step of a stage of n_steps."""
+        is_share = isinstance(self.every, float)
+        n_between = max(1, round(self.every * n_steps)) if is_share else int(self.every)
+        return step == n_steps or step % n_between == 0
 
 
 @runtime_checkable
