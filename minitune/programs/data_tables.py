@@ -1,6 +1,7 @@
 """Data tables of a program, completed: formats found from the columns, and held-out rows."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minitune.data.readers import first_row
@@ -15,7 +16,7 @@ class Layout(NamedTuple):
     """Format of a data table, and the names that its columns have in the file."""
 
     format: str
-    columns: Mapping[str, str] = {}
+    columns: Mapping[str, str] = MappingProxyType({})
 
 
 # Columns by which a layout is recognised; the first that a row has all of says which it is.
