@@ -46,7 +46,7 @@ def download(words: Sequence[str]) -> int:
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, where Python would wait for every answer that is on its way.
+    """Let Ctrl-C end the process at once, where Python waits for every answer on its way.
 
     A download may be killed at any instant: the next one goes on with the files that are missing.
     """

@@ -228,12 +228,7 @@ VERBS = {
         chat,
         parses_help=True,
     ),
-    "cache": Verb(
-        "cache [clear]",
-        "where tokenized data is kept and how much there is; clear removes it",
-        cache,
-        "Tokens and answers of teachers that a later run would use again; it makes them anew.",
-    ),
+    "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),
 }
 
 

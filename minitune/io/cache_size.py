@@ -14,7 +14,7 @@ IN_USE_S = 24 * 3600.0  # a folder that was used so lately may be in use, and st
 KEY = re.compile(r"[0-9a-f]{64}")  # name of a cache folder: nothing else is ever removed
 
 
-class Entry(NamedTuple):
+class CachedFolder(NamedTuple):
     """Folder of the cache with its size and the time of its last use [s since 1970]."""
 
     folder: Path
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     used_s: float
 
 
-def entries(cache: Path) -> list[Entry]:
+def entries(cache: Path) -> list[CachedFolder]:
     """Folders of a cache, the one that was used longest ago first."""
     found = []
     for folder in cache.iterdir() if cache.is_dir() else ():
@@ -30,11 +30,11 @@ def entries(cache: Path) -> list[Entry]:
         with suppress(OSError):
             if KEY.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
                 n_bytes = sum(file.stat().st_size for file in folder.iterdir())
-                found.append(Entry(folder, n_bytes, folder.stat().st_mtime))
+                found.append(CachedFolder(folder, n_bytes, folder.stat().st_mtime))
     return sorted(found, key=lambda entry: entry.used_s)
 
 
-def remove(unwanted: Iterable[Entry]) -> list[Entry]:
+def remove(unwanted: Iterable[CachedFolder]) -> list[CachedFolder]:
     """Remove folders of a cache; returns those that are gone. A run that has them open goes on."""
     gone = []
     for entry in unwanted:
@@ -44,7 +44,7 @@ def remove(unwanted: Iterable[Entry]) -> list[Entry]:
     return gone
 
 
-def keep_below(cache: Path, limit: int = LIMIT_BYTES) -> list[Entry]:
+def keep_below(cache: Path, limit: int = LIMIT_BYTES) -> list[CachedFolder]:
     """Remove what was used longest ago until a cache holds at most so many bytes."""
     there = entries(cache)
     n_bytes, old = sum(entry.n_bytes for entry in there), []

@@ -11,7 +11,8 @@ from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
 from minitune.io.paths import is_present
 
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character as JSON escapes it; alone it is none
+# half of a character, as JSON escapes it; alone it is none
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
@@ -29,14 +30,15 @@ def read_json(path: Path, kind: Any, room: str, remedy: str) -> Any:
 
 
 def _decoded(content: bytes) -> Any:
-    """Value that JSON stands for; ValueError for what is no JSON, and for strings that are no text."""
-    # json reads the Infinity that transformers writes into some config.json; msgspec.json refuses it
+    """Value of JSON; ValueError for what is none, and for strings that are no text."""
+    # json reads the Infinity that transformers writes into some config.json; msgspec refuses it
     value = json.loads(content)
     if SURROGATE.search(content):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("a string holds half of a surrogate pair, which is no character") from None
+            found = "a string holds half of a surrogate pair, which is no character"
+            raise ValueError(found) from None
     return value
 
 

@@ -16,7 +16,6 @@ from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
 from minitune.autodiff.value_and_grad import detached_leaves
-from minitune.inference.generate import STRIDE
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import decoder
@@ -77,74 +76,7 @@ def peak_memory(step: StepSpec) -> Parts:
         return max(_moments(step, state), key=lambda parts: sum(parts.values()))
 
 
-def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
-    """Bytes of what is in memory at the fullest moment of held-out loss on n_rows rows of n_tokens,
-    beside the state of the step."""
-    return {**peak_memory(step), **_loss_memory(step, n_rows, n_tokens)}
-
-
-def loss_memory(step: StepSpec) -> Parts:
-    """Bytes at the fullest moment of the losses of the step's rows, where nothing is to train."""
-    return {**_held(step), **_loss_memory(step, step.n_rows, step.n_tokens)}
-
-
-def answer_memory(step: StepSpec, n_new: int) -> Parts:
-    """Bytes at the fullest moment of answering the step's rows with n_new tokens each.
-
-    That is while the prompts are read, or at the logits of their last tokens.
-    """
-    config, like = step.model.config, step.params["model.embed_tokens.weight"]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        forward = _without_gradients(step, step.n_rows, step.n_tokens)[1]
-        element = torch.empty((), dtype=like.dtype, device=step.device)
-        n_slots = -(-(step.n_tokens + n_new) // STRIDE) * STRIDE
-        cache = decoder.empty_caches(config, step.n_rows, n_slots, element)
-        x_bytes = tree.n_bytes(forward.x)
-    logits = step.n_rows * config.vocab_size * (forward.x.element_size() + 4)  # and as float32
-    return {
-        **_held(step),
-        "cache": tree.n_bytes(cache),
-        "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
-        "transient": max([logits, *(block.transient for block in forward.blocks)]),
-        "activations": x_bytes,
-    }
-
-
-def _held(step: StepSpec) -> Parts:
-    """Parts that are in memory while nothing trains."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return _always(step, _without_gradients(step, 1, 1)[1], 0)
-
-
-def _loss_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        step, forward = _without_gradients(step, n_rows, n_tokens)
-        x_bytes = tree.n_bytes(forward.x)
-        logits_bytes = _head(step, forward)[1]
-    return {
-        "batch": n_rows * n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
-        "copies": 0,
-        "gradients": 0,
-        "transient": max([logits_bytes, *(block.transient for block in forward.blocks)]),
-        "activations": x_bytes,
-    }
-
-
-def _without_gradients(step: StepSpec, n_rows: int, n_tokens: int) -> "tuple[StepSpec, _Forward]":
-    """(step of a forward alone over n_rows rows of n_tokens, its forward), on fake tensors."""
-    like = tree.map(
-        lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device),
-        (step.params, step.trainable),
-    )
-    with torch.no_grad():
-        params = tree.map(Tensor.detach, apply_trainable(like[0], like[1], step.lora))
-    model = step.model._replace(n_remat=0)
-    step = step._replace(params=params, trainable={}, model=model, offloaded=False)
-    step = step._replace(n_rows=n_rows, n_tokens=n_tokens, n_micro_batches=1, rounded=())
-    return step, _forward(step)
-
-
-class _Forward(NamedTuple):
+class StepForward(NamedTuple):
     """Forward of a step without values, as the moments of the step count it."""
 
     params: Params  # adapted, with a gradient where a leaf trains
@@ -157,19 +89,15 @@ class _Forward(NamedTuple):
 
 def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     """Parts in memory at every moment of a step that may be its fullest."""
-    forward = _forward(step)
-    params, whole, blocks = forward.params, forward.whole, forward.blocks
-    always = _always(step, forward, optimizer_bytes)
+    forward = step_forward(step)
+    whole, blocks = forward.whole, forward.blocks
+    always = constant_parts(step, forward, optimizer_bytes)
     copies, rounded = _copies(step, whole)
-
-    # by block: the gradients that its backward makes, and the copies that its forward computes with
+    # by block: the gradients of its backward, and the copies that its forward computes with
     prefixes = [f"model.layers.{i}." for i in range(step.model.config.n_layers)] + ["model.norm."]
     gradients = [_bytes_of({**whole, **forward.deltas}, prefix) for prefix in prefixes]
     block_copies = [_bytes_of(copies, prefix) for prefix in prefixes]
-    # the sum over the micro-batches before this one, and over all of them, in float32 or wider
-    wide_sum = sum(leaf.numel() * wide_dtype(leaf.dtype).itemsize for leaf in tree.leaves(step.trainable))
-    earlier = wide_sum if step.n_micro_batches > 1 else 0
-    total = wide_sum if step.n_micro_batches > 1 else tree.n_bytes(step.trainable)
+    earlier = _sum_bytes(step) if step.n_micro_batches > 1 else 0
 
     def memory_during_backward(n_blocks_left: int, gradients: int, transient: int) -> Parts:
         """While the backward has yet to go through the first blocks; gradients: of this micro-batch so far."""
@@ -182,25 +110,32 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
         }
 
     # at the head
-    head_sums, head_transient = _head(step, forward)
-    at_head = memory_during_backward(len(blocks), head_sums, head_transient)
+    at_head = memory_during_backward(len(blocks), *head_bytes(step, forward))
     wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
     yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name(step.model.config)) + wide}
 
     # back through the blocks
-    done = _bytes_with_gradient(step.model.head(params))
+    done = _bytes_with_gradient(step.model.head(forward.params))
     for i in reversed(range(len(blocks))):
         yield memory_during_backward(i + 1, done, blocks[i].transient)
         done = done + gradients[i]
 
     # at the embedding, where a tied head has two gradients until they are added
-    yield memory_during_backward(0, done + _bytes_of(whole, "model.embed_tokens."), tree.n_bytes(forward.x))
-    # the sum over micro-batches, then the optimizer
-    yield memory_during_backward(0, tree.n_bytes(step.trainable), 0)
-    yield memory_during_backward(0, total - earlier, scratch_bytes(step.optimizer, step.trainable))
+    done = done + _bytes_of(whole, "model.embed_tokens.")
+    yield memory_during_backward(0, done, tree.n_bytes(forward.x))
+    # the sum over micro-batches, then the optimizer, which has that sum alone
+    n_bytes, scratch = tree.n_bytes(step.trainable), scratch_bytes(step.optimizer, step.trainable)
+    yield memory_during_backward(0, n_bytes, 0)
+    yield memory_during_backward(0, 0 if earlier else n_bytes, scratch)
 
 
-def _forward(step: StepSpec) -> _Forward:
+def _sum_bytes(step: StepSpec) -> int:
+    """Bytes of the gradients that are summed over micro-batches, in float32 or wider."""
+    leaves = tree.leaves(step.trainable)
+    return sum(leaf.numel() * wide_dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def step_forward(step: StepSpec) -> StepForward:
     """Forward of one micro-batch, its blocks measured."""
     config = step.model.config
     params = tree.map(_leaf, apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
@@ -229,10 +164,10 @@ def _forward(step: StepSpec) -> _Forward:
 
     last = detached_leaves(x) if x.requires_grad or any(block.kept for block in blocks) else x
     norm = measure(lambda x, w: rms_norm(x, w, config.norm_eps, config.norm), last, params["model.norm.weight"])
-    return _Forward(params, whole, deltas, x, tree.n_bytes(list(inputs.values())), [*blocks, norm])
+    return StepForward(params, whole, deltas, x, tree.n_bytes(list(inputs.values())), [*blocks, norm])
 
 
-def _always(step: StepSpec, forward: _Forward, optimizer_bytes: int) -> Parts:
+def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -> Parts:
     """Parts that are in memory all through a step."""
     frozen = [w for name, w in step.params.items() if name not in forward.whole]
     scaled = [delta.b for delta in forward.deltas.values()]  # b times its scale, as well as b
@@ -252,7 +187,7 @@ def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:
     return {name: w for name, w in whole.items() if w.dtype != dtypes[name] or name in rounded}, rounded
 
 
-def _head(step: StepSpec, forward: _Forward) -> tuple[int, int]:
+def head_bytes(step: StepSpec, forward: StepForward) -> tuple[int, int]:
     """(bytes of the sums of the head's gradient, the most that else is there while its losses are taken).
 
     The latter: the labelled rows, as they are and one after the other, and their gradients, which

@@ -98,11 +98,12 @@ def _require_written(source: ModelSource, abstract: AbstractState) -> None:
     for field in ("path", "deltas", "tokenizer"):
         path = getattr(source, field)
         if path is not None and path.startswith("run/") and path not in abstract.saved:
-            earlier = f"one of {', '.join(abstract.saved)}" if abstract.saved else "a save stage before it"
+            names = ", ".join(abstract.saved)
+            earlier = f"one of {names}" if names else "a save stage before it"
             remedy = nearest(path, [*abstract.saved]) or "; correct it"
             raise InputError(
-                f"loading: model {field} {path!r} lies in the run folder, where no earlier stage writes it, "
-                f"expected {earlier}{remedy}"
+                f"loading: model {field} {path!r} lies in the run folder, where no earlier stage "
+                f"writes it, expected {earlier}{remedy}"
             )
 
 

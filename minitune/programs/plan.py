@@ -15,14 +15,8 @@ from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import (
-    Parts,
-    StepSpec,
-    answer_memory,
-    evaluation_memory,
-    loss_memory,
-    peak_memory,
-)
+from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
+from minitune.planning.memory import Parts, StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
 from minitune.programs.stages import sweep_points
@@ -38,7 +32,7 @@ from minitune.types import Params, Trainable
 
 
 class Planned(NamedTuple):
-    """Stage with its step, what that has in memory at its fullest moment, and its floating-point operations.
+    """Stage with its step, memory at the fullest moment of that, and floating-point operations.
 
     The step of an evaluation or a generation is the forward of its rows.
     """
@@ -80,10 +74,10 @@ class PlanState(NamedTuple):
 
 
 def planned(source: program.Program) -> Iterator[Planned]:
-    """Every training stage of a program with its costs, in order, and every evaluation and generation whose
-    batch_size is its own.
+    """Stages of a program that train, in order, with their costs, and the evaluations and
+    generations with a batch_size of their own.
 
-    Those without one take as many tokens as a step. InputError for what would stop the program there.
+    Those without one take as many tokens as a step. InputError for what would stop the program.
     """
     nothing = AbstractState(source.data, Model(FAMILIES["llama"], None), {})
     plan = PlanState(abstract_state(source.model, nothing), source.model)

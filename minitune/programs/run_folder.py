@@ -136,7 +136,8 @@ def _out_folder(path: str) -> Path:
         create_folder(out)
     except OSError as error:
         found = f"can't be made ({error.strerror})"
-        raise _refusal(error)(f"runs: out {path!r} {found}, expected a folder; change out") from None
+        said = f"runs: out {path!r} {found}, expected a folder; change out"
+        raise _refusal(error)(said) from None
     return out
 
 

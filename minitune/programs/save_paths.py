@@ -53,7 +53,7 @@ def task_inputs(program: Program) -> dict[str, str]:
 
 
 def input_files(program: Program) -> Iterator[tuple[str, Path, bool]]:
-    """Every file that a program reads: (path as the program writes it, file, whether it is data or a task).
+    """Every file that a program reads: (path in the program, file, whether it is data or a task).
 
     A folder and a pattern mean all of their files. InputError for a path where nothing is.
     """
@@ -77,7 +77,7 @@ def input_files(program: Program) -> Iterator[tuple[str, Path, bool]]:
 
 
 def _name_of(file: Path, path: Path, written: str) -> str:
-    """Name of an input file that its copy in another folder has too, where the program's path is relative."""
+    """Name of an input file, which a copy of the folder has too where the path is relative."""
     if file == path:
         return written
     return f"{written}/{file.relative_to(path).as_posix()}" if path.is_dir() else str(file)

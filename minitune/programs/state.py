@@ -127,7 +127,8 @@ def trainable_like(abstract: AbstractState, narrow: Set[str] = frozenset()) -> T
         return whole
     with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
         deltas = abstract.lora.init(abstract.params, 0)
-    return {**tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas), **whole}
+    like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas)
+    return {**like, **whole}
 
 
 @runtime_checkable

@@ -108,7 +108,8 @@ class WandbRun:
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:
-            return f"what is left was not uploaded in time and lies in {folder}; `wandb sync {folder}` sends it"
+            left = f"what is left was not uploaded in time and lies in {folder}"
+            return f"{left}; `wandb sync {folder}` sends it"
         except Exception as error:
             return _reason(error)
         return None
@@ -135,10 +136,11 @@ def _fault(call: Callable[[], object]) -> str | None:
 
 
 def _finish_settings() -> dict[str, Any]:
-    """Settings by which `finish` ends in time and says when it did not upload all; an old wandb has none."""
+    """Settings by which `finish` ends in time and says what it left; an old wandb has none."""
     bounds = {"finish_timeout": FINISH_S, "finish_timeout_raises": True}
     known = _imported().Settings.model_fields
-    return {name: value for name, value in bounds.items() if name in known and f"WANDB_{name.upper()}" not in os.environ}
+    given = {name for name in bounds if f"WANDB_{name.upper()}" in os.environ}
+    return {name: value for name, value in bounds.items() if name in known and name not in given}
 
 
 def check(config: WandbConfig | None) -> None:

@@ -47,7 +47,8 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
         disable_progress_bars()
     set_verbosity_error()  # what it says of its retries would stand beside the one sentence
     with _explained(repo, revision, folder):
-        info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
+        how = {"files_metadata": True, "timeout": API_TIMEOUT_S}
+        info = hf.HfApi().model_info(repo, revision=revision, **how)
         files = info.siblings or []
         listed = {file.rfilename: file.size or 0 for file in files}
         digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
@@ -74,18 +75,19 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
                     f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that {repo} lists, expected the same; "
                     "run the same command again"
                 )
-            _remove_damaged(folder, repo, {name: digests[name] for name in missing if name in digests})
+            new = {name: digest for name, digest in digests.items() if name in missing}
+            _remove_damaged(folder, repo, new)
     return sizes, commit
 
 
 def _remove_damaged(folder: Path, repo: str, digests: Mapping[str, str]) -> None:
-    """InputError for a file whose SHA-256 is not the one that the repository lists; it is fetched again by the next call."""
+    """InputError for a file without the SHA-256 that its repository lists; it is removed."""
     for name, digest in digests.items():
         if checksum(folder / name).sha256 != digest:
             (folder / name).unlink()
             raise InputError(
-                f"hub: {folder / name} arrived with another SHA-256 than {repo} lists, expected the same; "
-                "it was removed: run the same command again"
+                f"hub: {folder / name} arrived with another SHA-256 than {repo} lists, "
+                "expected the same; it was removed: run the same command again"
             )
 
 
@@ -183,8 +185,9 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
             said = f"{repo} is gated, expected access; accept its terms at {where}, then set HF_TOKEN to your token"
         elif isinstance(cause, hf.RepositoryNotFoundError):
             said = (
-                f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of a model"
-                f"{_near_names(repo)}; correct the name, or set HF_TOKEN to a token that may read it"
+                f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of "
+                f"a model{_near_names(repo)}; correct the name, or set HF_TOKEN to a token that "
+                "may read it"
             )
         elif isinstance(cause, hf.RevisionNotFoundError):
             said = f"{repo} has no revision {revision!r}, expected a branch, a tag or a commit; see {where}/tree/main"
@@ -205,12 +208,13 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
             said = f"{where} can't be reached ({cause}), expected an answer; check the network, HF_ENDPOINT and the proxy"
         else:
             raise
-        kind = DiskFullError if isinstance(cause, OSError) and cause.errno in NO_ROOM else InputError
+        is_full = isinstance(cause, OSError) and cause.errno in NO_ROOM
+        kind = DiskFullError if is_full else InputError
         raise kind(f"hub: {' '.join(said.split())}") from None
 
 
 def _near_names(repo: str) -> str:
-    """End of a message about a name that the Hub does not know: one of the same owner, or of another, that is near."""
+    """End of a message about an unknown name: one that is near, of the same owner or of others."""
     import huggingface_hub as hf
 
     owner, _, name = repo.rpartition("/")

@@ -32,7 +32,8 @@ from minitune.optim import adamw, eight_bit, rounding, transforms
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import StepSpec, answer_memory, evaluation_memory, peak_memory
+from minitune.planning.inference import answer_memory, evaluation_memory
+from minitune.planning.memory import StepSpec, peak_memory
 from minitune.programs import program
 from minitune.programs.plan import planned
 from minitune.programs.stages.quantize import Quantize

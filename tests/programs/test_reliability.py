@@ -160,6 +160,7 @@ max_new_tokens = 20
 op = "export"
 format = "compressed-tensors"
 """
+EXIT_S = 10.0  # promised after a signal: torchrun kills after 30
 N_SIGNALS = int(os.environ.get("MINITUNE_SOAK_SIGNALS", "20"))
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
@@ -179,7 +180,7 @@ def test_a_signal_after_any_line_of_a_program_is_survived(tiny: Path, tmp_path: 
     with spawn(program("straight")) as straight:
         n_lines = len(straight.communicate()[0].splitlines())
     assert straight.returncode == 0
-    expected, slowest_s = result("straight"), 0.0
+    expected = result("straight")
     for i in range(N_SIGNALS):
         name, number = f"p{i}", SIGNALS[i % len(SIGNALS)]
         with spawn(program(name)) as stopped:
@@ -187,17 +188,14 @@ def test_a_signal_after_any_line_of_a_program_is_survived(tiny: Path, tmp_path: 
             for _ in range(1 + i * n_lines // N_SIGNALS):
                 stopped.stdout.readline()
             time.sleep(0.4 * random.Random(i).random())
-            sent = time.monotonic()
             stopped.send_signal(number)
-            _, errors = stopped.communicate()
-            slowest_s = max(slowest_s, time.monotonic() - sent)
+            _, errors = stopped.communicate(timeout=EXIT_S)
         assert stopped.returncode in (0, 128 + number, -number), errors  # the last before its handlers stand
         assert "Traceback" not in errors
         with spawn(program(name)) as again:
             again.communicate()
         assert again.returncode == 0
         assert result(name) == expected
-    print(f"slowest exit after a signal: {slowest_s:.1f} s")  # noqa: T201 - bench/RELIABILITY.md records it (pytest -s)
 
 
 def used_kib(folder: Path) -> int:

@@ -1,0 +1,87 @@
+"""Bytes in memory where nothing is to train: held-out loss and answers, before a weight is read."""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minitune import tree
+from minitune.algorithms.objective import apply_trainable
+from minitune.inference.generate import STRIDE
+from minitune.models import decoder
+from minitune.planning.memory import (
+    BATCH_BYTES_PER_TOKEN,
+    Parts,
+    StepForward,
+    StepSpec,
+    constant_parts,
+    head_bytes,
+    peak_memory,
+    step_forward,
+)
+
+
+def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
+    """Bytes of what is in memory at the fullest moment of held-out loss on n_rows rows of n_tokens,
+    beside the state of the step."""
+    return {**peak_memory(step), **_loss_memory(step, n_rows, n_tokens)}
+
+
+def loss_memory(step: StepSpec) -> Parts:
+    """Bytes at the fullest moment of the losses of the step's rows, where nothing is to train."""
+    return {**_held(step), **_loss_memory(step, step.n_rows, step.n_tokens)}
+
+
+def answer_memory(step: StepSpec, n_new: int) -> Parts:
+    """Bytes at the fullest moment of answering the step's rows with n_new tokens each.
+
+    That is while the prompts are read, or at the logits of their last tokens.
+    """
+    config, like = step.model.config, step.params["model.embed_tokens.weight"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        forward = _without_gradients(step, step.n_rows, step.n_tokens)[1]
+        element = torch.empty((), dtype=like.dtype, device=step.device)
+        n_slots = -(-(step.n_tokens + n_new) // STRIDE) * STRIDE
+        cache = decoder.empty_caches(config, step.n_rows, n_slots, element)
+        x_bytes = tree.n_bytes(forward.x)
+    logits = step.n_rows * config.vocab_size * (forward.x.element_size() + 4)  # and as float32
+    return {
+        **_held(step),
+        "cache": tree.n_bytes(cache),
+        "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
+        "transient": max([logits, *(block.transient for block in forward.blocks)]),
+        "activations": x_bytes,
+    }
+
+
+def _held(step: StepSpec) -> Parts:
+    """Parts that are in memory while nothing trains."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return constant_parts(step, _without_gradients(step, 1, 1)[1], 0)
+
+
+def _loss_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step, forward = _without_gradients(step, n_rows, n_tokens)
+        x_bytes = tree.n_bytes(forward.x)
+        logits_bytes = head_bytes(step, forward)[1]
+    return {
+        "batch": n_rows * n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
+        "copies": 0,
+        "gradients": 0,
+        "transient": max([logits_bytes, *(block.transient for block in forward.blocks)]),
+        "activations": x_bytes,
+    }
+
+
+def _without_gradients(step: StepSpec, n_rows: int, n_tokens: int) -> tuple[StepSpec, StepForward]:
+    """(step of a forward alone over n_rows rows of n_tokens, its forward), on fake tensors."""
+    like = tree.map(
+        lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device),
+        (step.params, step.trainable),
+    )
+    with torch.no_grad():
+        params = tree.map(Tensor.detach, apply_trainable(like[0], like[1], step.lora))
+    model = step.model._replace(n_remat=0)
+    step = step._replace(params=params, trainable={}, model=model, offloaded=False)
+    step = step._replace(n_rows=n_rows, n_tokens=n_tokens, n_micro_batches=1, rounded=())
+    return step, step_forward(step)
