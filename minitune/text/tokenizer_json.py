@@ -66,7 +66,12 @@ def spec_of_llama(spec: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping
     scheme = "always" if config.get("legacy") is True else "first"
     if config.get("add_prefix_space") is False:
         scheme = "never"
-    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    metaspace = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
     model = {**spec["model"], "fuse_unk": True, "byte_fallback": True}
     return {**spec, "normalizer": None, "pre_tokenizer": metaspace, "model": model}
 
