@@ -11,7 +11,25 @@ from minitune.io.json_file import read_json
 from minitune.io.paths import is_present
 from minitune.models.hf_multimodal import text_config
 from minitune.models.open import config_json
+from minitune.types import PositiveFloat
 
+# What else changes greedy answers of transformers.
+OTHER_RULES = (
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "penalty_alpha",
+    "num_beams",
+)
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
@@ -39,6 +57,29 @@ def end_ids(source: Path) -> tuple[int, ...]:
     if generation.get("eos_token_id") is None:
         generation = text_config(config_json(source))
     return tuple(_end_ids_of(generation, source / "config.json"))
+
+
+def repetition_penalty(source: Path) -> float:
+    """Penalty of repetitions that transformers applies to answers of this folder, 1 for none.
+
+    InputError if it is no number above 0.
+    """
+    written = generation_config(source).get("repetition_penalty")
+    try:
+        return msgspec.convert(1.0 if written is None else written, PositiveFloat)
+    except msgspec.ValidationError as error:
+        place = source / "generation_config.json"
+        found = f"checkpoint: {place} repetition_penalty: {error}"
+        raise InputError(f"{found}, expected a number above 0; correct it") from None
+
+
+def other_rules(source: Path) -> list[str]:
+    """Fields of generation_config.json by which transformers changes greedy answers of this folder
+    and minitune does not.
+    """
+    generation = generation_config(source)
+    idle = (None, False, 0, 1, 1.0, [])
+    return [name for name in OTHER_RULES if generation.get(name) not in idle]
 
 
 def with_end_ids(generation: Mapping[str, Any], more: Sequence[int]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 4  # version of the token cache; another number makes every cache anew
+LAYOUT = 5  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):

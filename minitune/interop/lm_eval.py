@@ -1,11 +1,6 @@
 """EleutherAI's lm-evaluation-harness (lm_eval 0.4) over pure functions, with the numbers of its own transformers backend."""
 
-import contextlib
-import io
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from logging.handlers import BufferingHandler
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +10,8 @@ from minitune.errors import InputError
 from minitune.inference import generate
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import Score, continuations
-from minitune.interop.lm_eval_results import is_ours, plain_results
+from minitune.interop.lm_eval_results import plain_results
+from minitune.interop.lm_eval_tasks import check, index_of, quiet, refusals
 from minitune.models.model import Model
 from minitune.text.template import Message, Template, render
 from minitune.text.tokenizer import Tokenizer
@@ -27,10 +23,6 @@ NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_to
 DEFAULT_NEW_TOKENS = 256  # the harness's own
 DRAWN = ("top_k", "top_p", "min_p")  # 0 is none of them
 MARK = "\U0010fffd"  # a private character that shows where a rendered message ends
-ENVIRONMENT = {
-    "DISABLE_MULTIPROC": "1",  # resampling forks no copy of a process that holds a model
-    "LOCAL_RANK": "0",  # lm_eval returns nothing on other ranks, and here every rank has all results
-}
 
 
 class _Rules(NamedTuple):
@@ -39,16 +31,6 @@ class _Rules(NamedTuple):
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     sampling: Sampling
-
-
-def check(include: Path | None) -> None:
-    """InputError where lm_eval is not installed, or where the folder of task files does not exist or holds none."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise InputError("lm_eval: lm_eval is not installed, this needs the extra eval: pip install 'minitune[eval]'") from None
-    if include is not None and next(include.rglob("*.yaml"), None) is None:
-        raise InputError(f"lm_eval: {include} holds no task, expected a folder with *.yaml files; see docs/eval.md")
 
 
 def evaluate(
@@ -66,35 +48,37 @@ def evaluate(
     limit: int | float | None,
     max_length: int | None,
     stop_ids: Sequence[int],
+    repetition_penalty: float = 1.0,
 ) -> dict[str, Any]:
     """{"lm_eval": its version, "tasks": {name: {"metrics": {metric: {"value", "stderr"}}, "n_samples", "n_shots", "version"}}}.
 
     tasks: names from the YAML files under the folder `include`, else the harness's own, whose data sets are downloaded unless
     they are in the cache. n_shots: solved examples in front of each question, the task's own number if None. limit: documents
-    a task, below 1 a share of them. max_length: tokens a row, the model's own limit if None. stop_ids end an answer, as eos does.
+    a task, below 1 a share of them. max_length: tokens a row, the model's own limit if None. stop_ids end an answer, as eos does;
+    repetition_penalty is for tasks that name none: the folder's own, which transformers applies.
     Python's, numpy's and torch's global generators are seeded, as lm_eval does. InputError for a task or data that is not there.
     """
     check(include)
-    backend = language_model(model, params, tokenizer, template, batch_size=batch_size, max_length=max_length, stop_ids=stop_ids)
+    backend = language_model(
+        model,
+        params,
+        tokenizer,
+        template,
+        batch_size=batch_size,
+        max_length=max_length,
+        stop_ids=stop_ids,
+        repetition_penalty=repetition_penalty,
+    )
     from lm_eval import __version__
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     if chat_template and system is not None:
         # The harness drops a system message that the template refuses; here that is an error.
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
         render(template, messages, add_generation_prompt=True)
-    with _quiet() as errors:
-        index = TaskManager(include_path=include, include_defaults=False)
-        if not set(tasks) <= set(index.all_tasks):  # it takes seconds to list the harness's own
-            index = TaskManager(include_path=include)
-        unknown = [name for name in tasks if name not in index.all_tasks]
-        if unknown or not tasks:
-            raise InputError(
-                f"lm_eval: tasks are {list(tasks)}, expected names of tasks under {include} or of lm_eval {__version__}; "
-                + (f"{unknown[0]} is in neither" if unknown else "name at least one")
-            )
-        try:
+    with quiet() as errors:
+        index = index_of(tasks, include)
+        with refusals(tasks, index, errors):
             results = simple_evaluate(
                 model=backend,
                 tasks=list(tasks),
@@ -106,25 +90,6 @@ def evaluate(
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=False,
             )
-        except OSError as error:
-            raise InputError(
-                f"lm_eval: the data of {', '.join(tasks)} can't be read ({error}), expected local files or data sets in the "
-                "cache; run once with the network, or correct data_files"
-            ) from None
-        except InputError:
-            raise
-        except Exception as error:
-            if is_ours(error):
-                raise
-            files = [index.task_index[name].yaml_path for name in tasks]
-            where = ", ".join(str(path or name) for path, name in zip(files, tasks, strict=True))
-            logged = [record.getMessage() for record in errors.buffer[-1:]]
-            words = [*logged, f"{type(error).__name__}: {error}"]
-            said = " ".join("; ".join(words).split())[:500]
-            raise InputError(
-                f"lm_eval: {where}: {said}; expected a task that lm_eval {__version__} can run on "
-                "its data; correct the task's file or its data"
-            ) from None
     return {"lm_eval": __version__, "tasks": plain_results(results or {})}
 
 
@@ -137,6 +102,7 @@ def language_model(
     batch_size: int,
     max_length: int | None,
     stop_ids: Sequence[int],
+    repetition_penalty: float = 1.0,
 ) -> Any:
     """Model as an lm_eval TemplateLM, for those who want more of its functions than `evaluate` returns."""
     check(None)
@@ -203,7 +169,7 @@ def language_model(
             # Requests with the same rules are answered in common batches.
             by_rules: dict[_Rules, list[int]] = {}
             for n, request in enumerate(requests):
-                by_rules.setdefault(_rules(request.args[1], n_max), []).append(n)
+                by_rules.setdefault(_rules(request.args[1], n_max, repetition_penalty), []).append(n)
             texts: dict[int, str] = {}
             for rules, group in by_rules.items():
                 width = n_max - rules.max_new_tokens
@@ -224,13 +190,16 @@ def language_model(
     return Adapter()
 
 
-def _rules(asked: Mapping[str, Any], max_length: int) -> _Rules:
-    """Rules of a task's generation_kwargs; InputError for what can't be done here."""
+def _rules(asked: Mapping[str, Any], max_length: int, penalty: float) -> _Rules:
+    """Rules of a task's generation_kwargs; InputError for what can't be done here.
+
+    penalty: that of a task which names none.
+    """
     known = {*NEW_TOKENS, *DRAWN, "until", "do_sample", "temperature", "repetition_penalty"}
     odd = {name: value for name, value in asked.items() if name not in known and value not in (None, 1)}  # 1 changes nothing
     temperature = 0.0 if asked.get("do_sample") is False else asked.get("temperature") or 0.0
     filters = {name: asked[name] for name in DRAWN if asked.get(name) and temperature}
-    knobs = {"temperature": temperature, "repetition_penalty": asked.get("repetition_penalty") or 1.0, **filters}
+    knobs = {"temperature": temperature, "repetition_penalty": asked.get("repetition_penalty") or penalty, **filters}
     try:
         sampling = msgspec.convert({**knobs, **odd}, Sampling)
     except msgspec.ValidationError as error:
@@ -265,29 +234,3 @@ def _rendered(template: Template, messages: Sequence[Message], add_generation_pr
     if not mark:
         raise InputError(f"lm_eval: {template.origin} leaves out what the last message says, expected it for a task's gen_prefix")
     return text if tail.startswith(" ") else text.rstrip()  # the template strips what a message ends with
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[BufferingHandler]:
-    """Buffer of lm_eval's errors; inside, neither it nor datasets shows bars, lines or counts."""
-    from datasets import config
-
-    logger, errors = logging.getLogger("lm_eval"), BufferingHandler(100)
-    level, counts = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else datasets reports every local file that it opens
-    logger.setLevel(logging.ERROR)
-    logger.addHandler(errors)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield errors
-    finally:
-        logger.removeHandler(errors)
-        logger.setLevel(level)
-        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ.update({name: value})

@@ -11,9 +11,12 @@ from minitune.text.sentencepiece import open_sentencepiece
 from minitune.text.tokenizer_json import (
     bos_text_of_spec,
     prefixes_everywhere,
+    spec_of_llama,
     vocabulary_from_spec,
 )
 from minitune.text.vocabulary import Vocabulary
+
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def open_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
@@ -34,7 +37,10 @@ def open_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
             if vocabulary is not None:
                 return vocabulary
     if fast.is_file():
-        return vocabulary_from_spec(fast, read_json_object(fast, "tokenizer"))
+        spec = read_json_object(fast, "tokenizer")
+        if not model.is_file() and _is_llama(folder, config):
+            spec = spec_of_llama(spec, config)
+        return vocabulary_from_spec(fast, spec)
     raise InputError(
         f"tokenizer: {folder} holds neither file, expected tokenizer.model or tokenizer.json; copy one from the model"
     )
@@ -45,8 +51,11 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
 
     It does if the model is damaged, and if the two disagree about the prefix of text after a token.
     """
+    family = _family(model.parent)
+    # As in transformers: without a word on it, only Llama's tokenizer leaves the prefix away.
+    is_other = family not in (None, "llama") and config.get("legacy") is not False
     try:
-        vocabulary = open_sentencepiece(model, config)
+        vocabulary = open_sentencepiece(model, config, prefixes_spaces=is_other)
     except (RuntimeError, ValueError, IndexError) as error:  # what sentencepiece raises for damaged bytes
         if fast.is_file():
             return None
@@ -54,11 +63,8 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
             f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a sentencepiece model; "
             "put the model's tokenizer.json next to it or fetch the file again"
         ) from None
-    family = read_json_object(model.parent / "config.json", "tokenizer", optional=True).get("model_type")
     if not fast.is_file():
-        # As in transformers: without a word on it, only Llama's tokenizer leaves the prefix away.
-        everywhere = config.get("legacy") is None and family not in (None, "llama")
-        return vocabulary._replace(prefix_everywhere=vocabulary.prefix_everywhere or everywhere)
+        return vocabulary._replace(prefix_everywhere=vocabulary.prefix_everywhere or is_other)
     spec = read_json_object(fast, "tokenizer")
     # Servers read tokenizer.json where it says otherwise; for Llama's family the class decides.
     if family != "llama" and prefixes_everywhere(spec) != vocabulary.prefix_everywhere:
@@ -67,3 +73,13 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
     if "add_bos_token" not in config:
         return vocabulary._replace(bos_text=bos_text_of_spec(spec))
     return vocabulary
+
+
+def _family(folder: Path) -> Any:
+    """model_type of a folder's config.json, None without one."""
+    return read_json_object(folder / "config.json", "tokenizer", optional=True).get("model_type")
+
+
+def _is_llama(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return True if AutoTokenizer takes the class of Llama's tokenizer for a folder."""
+    return _family(folder) in (None, "llama") and config.get("tokenizer_class") in LLAMA_CLASSES

@@ -23,9 +23,15 @@ USER_DEFINED = 4
 SPACES = (" ", "\u2581")  # U+2581 is how sentencepiece writes a space
 
 
-def open_sentencepiece(path: Path, config: Mapping[str, Any]) -> Vocabulary:
+def open_sentencepiece(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    prefixes_spaces: bool = False,
+) -> Vocabulary:
     """Read a sentencepiece model; config: tokenizer_config.json.
 
+    prefixes_spaces: the dummy prefix also stands before a text that begins with a space.
     RuntimeError, ValueError or IndexError for damaged bytes.
     """
     proto = path.read_bytes()
@@ -43,8 +49,10 @@ def open_sentencepiece(path: Path, config: Mapping[str, Any]) -> Vocabulary:
     squeezes = _removes_extra_whitespace(proto)
 
     def ids(text: str, starts_document: bool) -> list[int]:
-        # As in transformers: a text that starts with a space is not given another one.
-        prefixed = squeezes or (starts_document and not text.startswith(SPACES))
+        # As in transformers: a text that starts with a space is not given another one by Llama's
+        # tokenizer, and is by what the other families have.
+        begins = prefixes_spaces or not text.startswith(SPACES)
+        prefixed = squeezes or (starts_document and begins)
         return (at_start if prefixed else inside).encode(text)
 
     def text(ids: list[int], added: Mapping[int, str]) -> str:

@@ -51,6 +51,31 @@ def prefixes_everywhere(spec: Mapping[str, Any]) -> bool:
     return '"type": "Prepend"' in written or '"prepend_scheme": "always"' in written
 
 
+def spec_of_llama(spec: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Content of a tokenizer.json as transformers 5 reads it for Llama's tokenizer.
+
+    Of a tokenizer that came from sentencepiece, the class takes vocabulary and merges alone, and
+    has a rule of its own for the space in front of a text: one at its start, or with legacy one
+    after each added token too, and none where the text begins with a space. Others, such as those
+    on bytes, are as the file says.
+    """
+    written = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+    is_bpe = (spec.get("model") or {}).get("type") == "BPE"
+    if not is_bpe or not ('"type": "Prepend"' in written or '"type": "Metaspace"' in written):
+        return spec
+    scheme = "always" if config.get("legacy") is True else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    metaspace = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    model = {**spec["model"], "fuse_unk": True, "byte_fallback": True}
+    return {**spec, "normalizer": None, "pre_tokenizer": metaspace, "model": model}
+
+
 def bos_text_of_spec(spec: Mapping[str, Any]) -> str:
     """Special token that the post-processor of a tokenizer.json puts in front of a text, "" for none."""
     processor = spec.get("post_processor") or {}

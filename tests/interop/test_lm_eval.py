@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from minitune import checkpoint, models
+from minitune.checkpoint.generation_config import other_rules, repetition_penalty
 from minitune.errors import InputError
 from minitune.inference import generate
 from minitune.inference.score import continuations
-from minitune.interop import lm_eval
+from minitune.interop import lm_eval, lm_eval_tasks
 from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models import Model
@@ -416,6 +418,42 @@ def test_rules_that_change_nothing_are_taken(subject: Subject) -> None:
     assert subject.ours().generate_until([asked("Pick", rules)]) == plain
 
 
+def test_a_repetition_penalty_of_the_folder_holds_as_in_the_transformers_backend(
+    subject: Subject, tasks: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "penalized"
+    shutil.copytree(subject.folder, folder)
+    file = folder / "generation_config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    penalized = subject._replace(folder=folder)
+    plain = run(subject.ours(), tasks, "generate_until", limit=3)
+    file.write_text(json.dumps({**written, "repetition_penalty": 1.7}), encoding="utf-8")
+    ours = run(penalized.ours(repetition_penalty=repetition_penalty(folder)), tasks, "generate_until", limit=3)
+    compare(ours, run(penalized.theirs(), tasks, "generate_until", limit=3))
+    assert ours["samples"] != plain["samples"]
+    for fields, wanted in (
+        ({"repetition_penalty": None}, []),
+        ({"num_beams": 1, "no_repeat_ngram_size": 3}, ["no_repeat_ngram_size"]),
+    ):
+        file.write_text(json.dumps({**written, **fields}), encoding="utf-8")
+        assert (repetition_penalty(folder), other_rules(folder)) == (1.0, wanted)
+    for odd in (0, "much"):
+        file.write_text(json.dumps({**written, "repetition_penalty": odd}), encoding="utf-8")
+        with pytest.raises(InputError, match=r"generation_config.json repetition_penalty: .*, expected a number above 0"):
+            repetition_penalty(folder)
+
+
+def test_check_finds_a_task_that_there_is_not(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm_eval_tasks.check(tasks, ["multiple_choice"])
+    # the harness's own task is found in its files, without a list of all
+    lm_eval_tasks.check(None, ["hellaswag", "mmlu", "gsm8k"])
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
+    with pytest.raises(InputError, match=r"expected names .* multiple_choise is in neither; did you mean 'multiple_choice'"):
+        lm_eval_tasks.check(tasks, ["multiple_choice", "multiple_choise"])
+    with pytest.raises(InputError, match="name at least one"):
+        lm_eval_tasks.check(tasks, [])
+
+
 def test_what_a_user_gets_wrong_is_said(subject: Subject, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the harness's own tasks take seconds to list
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
@@ -425,7 +463,7 @@ def test_what_a_user_gets_wrong_is_said(subject: Subject, tasks: Path, tmp_path:
         subject.evaluate(tasks)
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match=f"lm_eval: {folder} holds no task, expected a folder with"):
-            lm_eval.check(folder)
+            lm_eval_tasks.check(folder)
     gone = write_task(tmp_path, "multiple_choice", DOCS[:1], task="gone")
     (tmp_path / "gone.jsonl").unlink()
     with pytest.raises(InputError, match="lm_eval: the data of gone can't be read"):
@@ -455,6 +493,8 @@ def test_a_mistake_in_a_task_file_is_said_with_the_file(name: str, subject: Subj
     file.write_text(yaml.safe_dump({key: value for key, value in task.items() if value is not None}), encoding="utf-8")
     with pytest.raises(InputError, match=rf"lm_eval: .*mine\.yaml: .*{said}.*correct the task's file or its data"):
         subject.evaluate(tmp_path, "mine")
+    with pytest.raises(InputError, match=rf"lm_eval: .*mine\.yaml: .*{said}.*correct the task's file or its data"):
+        lm_eval_tasks.check(tmp_path, ["mine"])
 
 
 def test_an_error_of_the_model_is_none_of_the_task_file(subject: Subject, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

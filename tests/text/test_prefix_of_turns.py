@@ -16,6 +16,19 @@ from minitune.text.tokenizer import open_tokenizer
 from support.tokenizers import sentencepiece_model
 
 MARKUP = ["<|user|>", "<|assistant|>", "<|end|>"]
+STARTS = [
+    "two pears",
+    " two pears",
+    "  two pears",
+    "\n two",
+    " ",
+    "",
+    "\u2581two",
+    "<|user|>two<|end|> pears",
+    "<|user|> two<|end|>\n pears<|end|>",
+    " <|user|>two",
+    "a<|user|>  two",
+]
 SAID = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "pears"}]
 
 
@@ -40,8 +53,6 @@ def fast(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize("family", ["phi3", "mistral", "llama"])
 @pytest.mark.parametrize("after_role", ["\\n", ""])
 def test_ids_equal_those_of_transformers(family: str, legacy: bool | None, files: str, after_role: str, tmp_path: Path) -> None:
-    if (family, files) == ("llama", "json") and legacy is not True:
-        pytest.skip("transformers 5 builds Llama's tokenizer anew there, transformers 4 reads tokenizer.json as it is")
     model = sentencepiece_model(True)
     vocabulary = pieces(model)
     added = {
@@ -82,3 +93,5 @@ def test_ids_equal_those_of_transformers(family: str, legacy: bool | None, files
     found = encode_chat(ours, opened, SAID)
     assert found.ids == theirs.apply_chat_template(SAID, tokenize=True, return_dict=False)
     assert found.ids[: list(found.mask).index(True)] == encode_prompt(ours, opened, SAID[:1])
+    for text in STARTS:
+        assert ours.encode(text, parse_special=True) == theirs(text, add_special_tokens=False)["input_ids"]

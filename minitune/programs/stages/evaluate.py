@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from minitune.checkpoint.generation_config import other_rules, repetition_penalty
 from minitune.checkpoint.tensors import model_bytes, require_finite
 from minitune.data.encoded_rows import Refused
 from minitune.data.prompts import Prompt, prompts, questions
@@ -12,7 +13,7 @@ from minitune.errors import InputError
 from minitune.inference.generate import answers
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import token_metrics
-from minitune.interop import lm_eval
+from minitune.interop import lm_eval, lm_eval_tasks
 from minitune.io import paths
 from minitune.io.atomic import write_atomic
 from minitune.io.results import Result
@@ -200,8 +201,8 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     max_length: PositiveInt | None = None  # tokens; what the model was made for if absent
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless the extra is installed and the folder of tasks is there."""
-        lm_eval.check(paths.locate(self.include) if self.include else None)
+        """InputError unless the extra is installed and there are such tasks, which it can run."""
+        lm_eval_tasks.check(paths.locate(self.include) if self.include else None, self.tasks)
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
@@ -209,6 +210,13 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
         if self.label in state.records:
             return state
         loaded = state.loaded
+        penalty = 1.0
+        if loaded.source is not None:
+            penalty = repetition_penalty(loaded.source)
+            others = other_rules(loaded.source)
+            if others:
+                names = ", ".join(others)
+                state.log.say(f"{self.label}: {names} of generation_config.json is not applied")
         results = lm_eval.evaluate(
             loaded.model,
             adapted_params(state),
@@ -223,6 +231,7 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             limit=self.limit,
             max_length=self.max_length,
             stop_ids=loaded.stop_ids,
+            repetition_penalty=penalty,
         )
         for task, result in results["tasks"].items():
             values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
