@@ -6,10 +6,18 @@ from reprlib import Repr
 from typing import Any
 
 MAX_QUOTED = 100  # characters of an input that a message repeats
+MAX_MESSAGE = 3000  # characters of a message
 
 
 class InputError(ValueError):  # here and not in types: whatever imports torch takes longer than a message may
-    """Mistake in what a user wrote or pointed at; the command line prints the message alone, without a traceback."""
+    """Mistake in what a user wrote or pointed at; the command line prints the message alone, without a traceback.
+
+    Names and texts come from files that anyone may have written. So a message is one line that
+    moves no cursor and colours no terminal, and that ends, whatever it repeats of them.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(cut(message, MAX_MESSAGE)))
 
 
 class DiskFullError(InputError):
@@ -39,9 +47,14 @@ def quoted(value: Any) -> str:
     return cut(short.repr(value))
 
 
-def cut(text: str) -> str:
-    """Text of at most MAX_QUOTED characters: a longer one loses its middle."""
-    if len(text) <= MAX_QUOTED:
+def cut(text: str, length: int = MAX_QUOTED) -> str:
+    """Text of at most so many characters: a longer one loses its middle."""
+    if len(text) <= length:
         return text
-    half = MAX_QUOTED // 2
+    half = length // 2
     return f"{text[: half - 3]} ... {text[-half + 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Text whose characters that do not show, such as line ends and escapes, are written out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -4,7 +4,7 @@ import errno
 import os
 from typing import NamedTuple
 
-from minitune.errors import DiskFullError, InputError, cut
+from minitune.errors import DiskFullError, InputError, cut, printable
 from minitune.io.atomic import NO_ROOM
 
 DONE, BUG, REFUSED, DISK_FULL = 0, 1, 2, 3
@@ -73,7 +73,7 @@ def _system_failure(error: OSError) -> Failure:
 def _shown(name: str | bytes | int) -> str:
     """Path as a message shows it: cut in the middle where it is long, on one line."""
     text = f"file descriptor {name}" if isinstance(name, int) else os.fsdecode(name)
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut(text))
+    return printable(cut(text))
 
 
 def _first_line(text: str) -> str:

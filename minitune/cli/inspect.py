@@ -18,7 +18,7 @@ from minitune.cli.folder_facts import (
     weight_names,
 )
 from minitune.cli.model_folders import result_of
-from minitune.errors import InputError
+from minitune.errors import InputError, printable
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import BITS, Entry
@@ -58,14 +58,14 @@ def inspect(word: str) -> int:
     if not console.is_terminal:
         # whoever reads a pipe wants one line a topic, whatever the width
         width = max(map(len, rows))
-        lines = [f"{name:{width}}  {_printable(value)}\n" for name, value in rows.items()]
+        lines = [f"{name:{width}}  {printable(value)}\n" for name, value in rows.items()]
         sys.stdout.write("".join(lines))
         return _tell(faults)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, Text(_printable(value)))
+        table.add_row(name, Text(printable(value)))
     console.print(table)
     return _tell(faults)
 
@@ -73,7 +73,7 @@ def inspect(word: str) -> int:
 def _tell(faults: Sequence[str]) -> int:
     """Exit code, after each fault is told on stderr."""
     for fault in faults:
-        sys.stderr.write(f"inspect: {_printable(fault)}\n")
+        sys.stderr.write(f"inspect: {printable(fault)}\n")
     return 2 if faults else 0
 
 
@@ -265,8 +265,3 @@ def _number(value: Any) -> str:
 def _count(n: int) -> str:
     short = next((f" ({n / size:.2f} {unit})" for size, unit in ((10**9, "billion"), (10**6, "million")) if n >= size), "")
     return f"{n:,}{short}"
-
-
-def _printable(text: str) -> str:
-    """Text of a file without the characters that move a cursor or colour a terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -101,7 +101,7 @@ def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]
         part = next((part for part, suffix in PARTS.items() if name.endswith(suffix)), None)
         if not tensor.is_floating_point():
             expected = "expected floating point; save it again"
-            raise InputError(f"peft: {where} holds {quoted(key)} as {tensor.dtype}, {expected}")
+            raise InputError(f"peft: {where} holds {key} as {tensor.dtype}, {expected}")
         if is_unmodelled(name):
             raise InputError(
                 f"peft: {where} adapts {quoted(name)}, a part that sees images, expected deltas of the text model alone; {MERGE}"
