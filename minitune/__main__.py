@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Never
 
 from minitune import __version__
+from minitune.cli import help as help_text
 from minitune.cli import verbs
 from minitune.cli.failures import DONE, INTERRUPTED, OUTPUT_CLOSED, failure
 from minitune.cli.verbs import HELP_WORDS, VERBS
 
 DEBUG = "--debug"
+RUN_WORDS = ("run", "train")  # people write them before the program, as other tools want it
 
 
 def start() -> Never:
@@ -84,21 +86,23 @@ def _run_words(words: list[str]) -> int:
     if words[:1] == ["help"] and len(words) > 1:
         words = [*words[1:], HELP_WORDS[0]]
     if not words or words[0] in (*HELP_WORDS, "help"):
-        sys.stdout.write(verbs.overview())
+        sys.stdout.write(help_text.overview())
         return DONE
     if words == ["--version"]:
         sys.stdout.write(f"minitune {__version__}\n")
         return DONE
     wants_help = any(word in HELP_WORDS for word in words[1:])
+    if words[0] in RUN_WORDS and len(words) > 1 and "=" not in words[1]:
+        words = words[1:]
     verb = VERBS.get(words[0])
     if verb is not None and wants_help and not verb.parses_help:
-        sys.stdout.write(verbs.verb_help(words[0]))
+        sys.stdout.write(help_text.verb_help(words[0]))
         return DONE
     if verb is not None:
         return verb.run(words[1:])
     file = verbs.program_file(words[0])
     if wants_help:
-        sys.stdout.write(verbs.program_help(words[0], file))
+        sys.stdout.write(help_text.program_help(words[0], file))
         return DONE
     verbs.announced(file)
     from minitune.cli.running import run_file  # torch comes with it

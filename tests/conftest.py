@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -106,3 +108,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny(folder)
     return folder
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Function that has the process get SIGTERM when the row of a step is logged, once."""
+    from minitune.programs.log import Log
+
+    def stop_at(step: int) -> None:
+        metrics = Log.metrics
+
+        def with_signal(self: Log, at: int, values: Any) -> None:
+            metrics(self, at, values)
+            if at == step:
+                monkeypatch.setattr(Log, "metrics", metrics)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Log, "metrics", with_signal)
+
+    return stop_at

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from minitune import tree
 from minitune.checkpoint.tensors import load_tensors, serialized
 from minitune.errors import InputError
@@ -97,18 +99,11 @@ def state_step(state: Path) -> int:
 
 
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
-    """(state, meta) of a committed step, in the structure of `like`; InputError if a byte, name, shape or dtype differs."""
-    try:
-        meta = unsealed(json.loads((path / "state.json").read_bytes()))
-        with (path / "state.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {path} can't be read ({error}); remove it to continue from the step before") from None
-    if digest != meta.get("sha256"):
-        raise InputError(
-            f"checkpoint: {path / 'state.safetensors'} does not match its sha256; remove {path} to continue from the step before"
-        )
-    tensors = load_tensors(path / "state.safetensors")
+    """(state, meta) of a committed step, in the structure of `like`.
+
+    InputError if a byte, name, shape or dtype differs.
+    """
+    meta, tensors = _unharmed(path)
     wanted = dict(tree.items(like))
     unmatched = sorted(set(tensors) ^ set(wanted))
     if unmatched:
@@ -124,3 +119,25 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
             )
     # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels then round otherwise
     return tree.rebuild(like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]), meta
+
+
+def load_part(path: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one part of a state, such as "trainable", by their paths in it; InputError if a
+    byte differs."""
+    _, tensors = _unharmed(path)
+    return {key.removeprefix(f"{name}."): x.clone() for key, x in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _unharmed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(meta, tensors by path) of a state whose bytes are those that were written."""
+    try:
+        meta = unsealed(json.loads((path / "state.json").read_bytes()))
+        with (path / "state.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint: {path} can't be read ({error}); remove it to continue from the step before") from None
+    if digest != meta.get("sha256"):
+        raise InputError(
+            f"checkpoint: {path / 'state.safetensors'} does not match its sha256; remove {path} to continue from the step before"
+        )
+    return meta, load_tensors(path / "state.safetensors")

@@ -3,10 +3,9 @@
 NAMES = {
     "run": "a program is run by its name alone: {me} lora, or {me} PROGRAM.toml",
     "train": "training is a program: {me} lora model.path=FOLDER data.train.path=FILE",
-    "merge": 'merging is a stage after training: [[stage]] op = "save", what = "merged" '
-    "as in programs/lora.toml; of an adapter that exists, with [model] deltas = FOLDER",
-    "evaluate": "evaluation is a program: {me} eval model.path=FOLDER",
-    "generate-text": "answers come from {me} generate model.path=FOLDER or {me} chat FOLDER",
+    "fuse": "an adapter is merged by {me} merge ADAPTER",
+    "evaluate": "evaluation is a program: {me} eval FOLDER",
+    "generate-text": "answers come from {me} generate FOLDER or {me} chat FOLDER",
     "serve": "nothing here serves a model: vLLM, transformers and llama.cpp open what a run saved; "
     "{me} chat FOLDER talks with it in a terminal",
     "export": 'exporting is a stage: [[stage]] op = "export", as in programs/quantize.toml',
@@ -28,7 +27,7 @@ NAMES = {
 ALIASES = {
     "run": ("start", "launch", "exec", "tune", "accelerate", "torchrun"),
     "train": ("finetune", "fine-tune", "fine_tune", "sft", "fit", "qlora-train", "pretrain"),
-    "merge": ("merge-lora", "merge_lora", "merge-adapter", "fuse"),
+    "fuse": ("merge-lora", "merge_lora", "merge-adapter"),
     "evaluate": ("test", "benchmark", "bench", "score", "harness", "lm_eval", "lm-eval"),
     "generate-text": ("infer", "inference", "predict", "complete", "prompt", "ask"),
     "serve": ("server", "api", "deploy"),

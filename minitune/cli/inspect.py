@@ -24,6 +24,7 @@ from minitune.io.paths import locate
 from minitune.io.safetensors_header import BITS, Entry
 from minitune.io.tensor_names import described, is_unmodelled
 from minitune.io.units import format_bytes
+from minitune.programs.trained_state import TrainedState
 from minitune.text.folder_files import DEFAULT, TOOL_USE, template_texts, text_files
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -46,10 +47,13 @@ def inspect(word: str) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    folder = result_of(word, "inspect")
-    rows, faults = summarize(locate(folder))
-    if folder != word:
-        rows = {"folder": folder, **rows}
+    found = result_of(word, "inspect")
+    if isinstance(found, TrainedState):
+        rows, faults = training_state(found)
+    else:
+        rows, faults = summarize(locate(found))
+        if found != word:
+            rows = {"folder": found, **rows}
     console = Console()
     if not console.is_terminal:
         # whoever reads a pipe wants one line a topic, whatever the width
@@ -83,6 +87,31 @@ def summarize(folder: Path) -> FolderSummary:
         raise InputError(f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model or adapter folder")
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     return FolderSummary({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)
+
+
+def training_state(state: TrainedState) -> FolderSummary:
+    """Content of a saved state of training: what it trains, how far it is, and on what."""
+    prefix = "trainable."
+    all_entries, faults = tensor_entries([state.folder / "state.safetensors"])
+    entries = {name: entry for name, entry in all_entries.items() if name.startswith(prefix)}
+    lora = state.lora
+    if lora is None:
+        trains = "whole weights"
+    else:
+        trains = f"deltas of rank {lora['rank']}, alpha {lora['alpha']}"
+    steps, epochs = state.stage.get("steps"), state.stage.get("epochs")
+    planned = f"of {steps:,}" if steps else f"({epochs} epochs are planned)"
+    rows = {
+        "training": f"{state.label} of {state.run}",
+        "step": f"{state.step:,} {planned}",
+        "trains": trains,
+        "parameters": _count(sum(entry.numel for entry in entries.values())),
+        "dtypes": _dtypes(entries),
+        "base": str(state.model.get("path") or state.model.get("config")),
+        "folder": str(state.folder),
+        "opens": f'chat {state.run}, merge {state.run}, [model] deltas = "{state.run}"',
+    }
+    return FolderSummary(rows, faults)
 
 
 def _model(folder: Path) -> FolderSummary:

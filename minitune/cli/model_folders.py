@@ -1,14 +1,15 @@
 """Folders that people point at where a model is asked for: a run folder, an adapter, a model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
+from minitune.programs.trained_state import TrainedState, is_run, trained_state
 
 ADAPTER_CONFIG = "adapter_config.json"
-RUN_FILES = ("manifest.json", "program.toml")
 
 
 class ModelFolder(NamedTuple):
@@ -19,43 +20,68 @@ class ModelFolder(NamedTuple):
     note: str | None  # for the user, if this is not the folder that was named
 
 
-def is_run(folder: Path) -> bool:
-    """True for a run folder."""
-    return all((folder / name).is_file() for name in RUN_FILES)
+def result_of(word: str, verb: str) -> str | TrainedState:
+    """Folder that a finished run saved: its model, else its adapter; of one that is not finished,
+    its newest training state. A word that is no run is returned.
 
-
-def result_of(word: str, verb: str) -> str:
-    """Folder that a run saved: its model, else its adapter; a word that is no run is returned.
-
-    InputError for a run that has saved none yet, or several of the same kind.
+    InputError for a run that has saved nothing yet, or several of the same kind.
     """
-    run = locate(word)
-    if not is_run(run):
-        return word
+    place = locate(word)
+    if not is_run(place):
+        return trained_state(place) or word
+    is_finished = (place / "summary.json").is_file()
+    state = trained_state(place)
+    if state is not None and not is_finished:
+        return state
     for name in ("config.json", ADAPTER_CONFIG):
-        found = sorted(path.parent for path in run.glob(f"*/{name}"))
+        found = sorted(path.parent for path in place.glob(f"*/{name}"))
         if len(found) > 1:
             names = ", ".join(str(path) for path in found)
             raise InputError(f"{verb}: {word} is a run that saved {names}, expected one; name it")
         if found:
             return str(found[0])
+    if state is not None:
+        return state
     found = f"{word} is a run that has saved no model yet"
-    raise InputError(f"{verb}: {found}, expected one with a save stage; let it finish")
+    raise InputError(f"{verb}: {found}, expected a training state or a save stage; let it go on")
 
 
 def open_model_folder(word: str, adapter: str | None, verb: str) -> ModelFolder:
-    """Model and adapter that a word means: a model, a run's result, or an adapter with its base.
+    """Model and adapter that a word means: a model, a run's result or newest state, or an adapter
+    with its base.
 
     InputError for an adapter whose base is not on this machine.
     """
-    folder = result_of(word, verb)
-    config = locate(folder) / ADAPTER_CONFIG
+    result = result_of(word, verb)
+    if isinstance(result, TrainedState):
+        if adapter is not None:
+            found = f"{word} has deltas of its own"
+            raise InputError(f"{verb}: {found}, expected a model; drop --deltas")
+        return ModelFolder(result.base, str(result.folder), f"{result.describe()} on {result.base}")
+    config = locate(result) / ADAPTER_CONFIG
     if adapter is not None or not config.is_file():
-        return ModelFolder(folder, adapter, folder if folder != word else None)
+        return ModelFolder(result, adapter, result if result != word else None)
+    base = base_of(config, verb)
+    if base is None or not locate(base).is_dir():
+        remedy = f"write {verb} BASE_FOLDER --deltas {result}"
+        wanted = "no folder here, expected its base"
+        raise InputError(f"{verb}: {result} is an adapter on {base}, {wanted}; {remedy}")
+    return ModelFolder(base, result, f"{result} on {base}")
+
+
+def base_of(config: Path, verb: str) -> str | None:
+    """Base that an adapter_config.json names."""
     base = read_json_object(config, verb).get("base_model_name_or_path")
-    if not isinstance(base, str) or not locate(base).is_dir():
-        raise InputError(
-            f"{verb}: {folder} is an adapter on {base}, no folder here, expected its base; "
-            f"write {verb} BASE_FOLDER --deltas {folder}"
-        )
-    return ModelFolder(base, folder, f"{folder} on {base}")
+    return base if isinstance(base, str) else None
+
+
+def with_model(words: Sequence[str], program: str) -> list[str]:
+    """Words after a program: a folder that stands first among them is its model, so that
+    `eval FOLDER` evaluates what lies there."""
+    first = next(iter(words), "")
+    if "=" in first or first.startswith("-") or not (first and locate(first).is_dir()):
+        return list(words)
+    folder = open_model_folder(first, None, program)
+    given = [f"model.path={folder.model}"]
+    given += [f"model.deltas={folder.adapter}"] if folder.adapter is not None else []
+    return [*given, *words[1:]]

@@ -1,24 +1,28 @@
 """Runs that the command line starts: a program, or the rest of one whose training is ended."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from minitune.cli.model_folders import is_run
+from minitune.cli.model_folders import open_model_folder, with_model
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.io.paths import user_path
 from minitune.programs import program, run
 from minitune.programs.ended import Chosen
+from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
 from minitune.programs.signals import Stopped, StopSignals
+from minitune.programs.stages.save import Save
+from minitune.programs.trained_state import is_run
 
 
 def run_file(file: Path, overrides: Sequence[str]) -> int:
     """Run or continue a program file; returns the exit code."""
-    return _run(program.load(file, overrides), end=None)
+    return _run(program.load(file, with_model(overrides, file.stem)), end=None)
 
 
 def finish(words: Sequence[str]) -> int:
@@ -45,6 +49,39 @@ def _finish_parser() -> OptionParser:
     parser.add_argument("run", metavar="RUN", help="the folder of the run, such as runs/lora")
     best = "go on with the best state, where evaluate keeps it"
     parser.add_argument("--best", action="store_true", help=best)
+    return parser
+
+
+def merge(words: Sequence[str]) -> int:
+    """Merge an adapter into its base and write a model folder, as a run; returns the exit code.
+
+    InputError for a folder without deltas, and for a base that is not here.
+    """
+    options = _merge_parser().parse_args(words)
+    folder = open_model_folder(options.adapter, None, "merge")
+    base, deltas = options.base or folder.model, folder.adapter
+    if deltas is None:
+        wanted = "expected an adapter, a run or a training state"
+        raise InputError(f"merge: {options.adapter} holds no deltas, {wanted}; nothing to merge")
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", user_path(options.adapter).absolute().name)
+    stage = Save(what="merged", path=options.to, onto=options.onto, dtype=options.dtype)
+    source = ModelSource(path=base, deltas=deltas)
+    return _run(Program(name=f"merge-{name}", model=source, stage=(stage,)), end=None)
+
+
+def _merge_parser() -> OptionParser:
+    description = "Fold an adapter into its base and write a model folder that all tools open."
+    epilog = "The folder is runs/merge-NAME/merged unless --to names another."
+    parser = OptionParser("merge", description=description, epilog=epilog)
+    adapter = "an adapter, a run folder, or a training state in its checkpoints"
+    parser.add_argument("adapter", metavar="ADAPTER", help=adapter)
+    parser.add_argument("--base", metavar="FOLDER", help="its base, if that has been moved")
+    parser.add_argument("--to", metavar="FOLDER", help="a new folder to write")
+    dtypes = ("float32", "bfloat16", "float16")
+    as_stored = "of the new weights (default: as the base stores them)"
+    parser.add_argument("--dtype", choices=dtypes, help=as_stored)
+    onto = "trained: only what the deltas trained on; stored: the dense weights, after QLoRA"
+    parser.add_argument("--onto", choices=("trained", "stored"), default="trained", help=onto)
     return parser
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Never
 
 from minitune.cli.guesses import hint
+from minitune.cli.model_folders import with_model
 from minitune.cli.options import typed_name
 from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
@@ -66,7 +67,8 @@ def show(words: Sequence[str]) -> int:
     from minitune.programs import program
 
     file = _program_of("show", words)
-    sys.stdout.write(program.resolved(program.load(file, words[1:]), absent=True))
+    loaded = program.load(file, with_model(words[1:], "show"))
+    sys.stdout.write(program.resolved(loaded, absent=True))
     return 0
 
 
@@ -76,7 +78,7 @@ def check(words: Sequence[str]) -> int:
     from minitune.programs import program, save_paths, wandb_tracker
     from minitune.programs.check import check as findings
 
-    loaded = program.load(file, words[1:])
+    loaded = program.load(file, with_model(words[1:], "check"))
     wandb_tracker.check(loaded.log.wandb)
     lines = findings(loaded.model, loaded.data, loaded.stage)
     save_paths.check(loaded)
@@ -90,7 +92,7 @@ def plan(words: Sequence[str]) -> int:
     file = announced(_program_of("plan", words))
     from minitune.cli.plan import show
 
-    return show(file, words[1:])
+    return show(file, with_model(words[1:], "plan"))
 
 
 def schema(words: Sequence[str]) -> int:
@@ -131,6 +133,13 @@ def finish(words: Sequence[str]) -> int:
     from minitune.cli.running import finish
 
     return finish(words)
+
+
+def merge(words: Sequence[str]) -> int:
+    """Merge an adapter into its base."""
+    from minitune.cli.running import merge
+
+    return merge(words)
 
 
 def inspect(words: Sequence[str]) -> int:
@@ -201,15 +210,21 @@ VERBS = {
         finish,
         parses_help=True,
     ),
+    "merge": Verb(
+        "merge ADAPTER [--to FOLDER]",
+        "fold an adapter, or what a run has trained, into its base: a model folder",
+        merge,
+        parses_help=True,
+    ),
     "inspect": Verb(
         "inspect FOLDER",
-        "what a model or adapter folder holds; reads no weight",
+        "what a model, an adapter or a run folder holds; reads no weight",
         inspect,
         "Exit code 2 means that a file is missing or damaged; which one is told on stderr.",
     ),
     "chat": Verb(
         "chat FOLDER [--OPTION VALUE]",
-        "talk with a model folder, or with demo",
+        "talk with a model, an adapter, a run or demo",
         chat,
         parses_help=True,
     ),
@@ -220,47 +235,6 @@ VERBS = {
         "Tokens and answers of teachers that a later run would use again; it makes them anew.",
     ),
 }
-
-
-def overview() -> str:
-    """Help of the whole command: how a program is run, every verb, the exit codes."""
-    me = typed_name()
-    lines = [
-        f"usage: {me} PROGRAM.toml [KEY=VALUE ...]",
-        "",
-        "Runs a program: a TOML file, or the name of a shipped one.",
-        CHANGES,
-        "",
-    ]
-    for verb in VERBS.values():
-        lines += [f"  {verb.usage}", f"      {verb.summary}"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{me} VERB --help says more of a verb, {me} PROGRAM --help of a program.",
-            "--version, --help; --debug shows the traceback of whatever ends a command early.",
-            "Exit codes: 0 done, 2 something to change, 3 a disk is full, 1 a fault of minitune,",
-            "128 + signal when stopped by one.",
-            "",
-        ]
-    )
-
-
-def verb_help(name: str) -> str:
-    """Help of one verb that has no parser of its own."""
-    verb = VERBS[name]
-    summary = f"{verb.summary[0].upper()}{verb.summary[1:]}."
-    parts = [f"usage: {typed_name()} {verb.usage}\n", summary, verb.details]
-    return "\n".join(part for part in parts if part) + "\n"
-
-
-def program_help(name: str, file: Path) -> str:
-    """Help of a program, by the name that was typed: its own comment, and how it is changed."""
-    me = typed_name()
-    lines = [f"usage: {me} {name} [KEY=VALUE ...]", "", *comments(file), "", CHANGES]
-    lines += [f"`{me} show {name}` prints its keys, `{me} check {name}` runs nothing."]
-    return "\n".join(lines) + "\n"
 
 
 def announced(file: Path) -> Path:

@@ -14,7 +14,6 @@ from minitune.checkpoint.generation_config import end_ids
 from minitune.checkpoint.hf_weights import load_base
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
-from minitune.interop.peft.load import load_adapter
 from minitune.io.paths import locate
 from minitune.io.results import require_unharmed
 from minitune.lora import Lora, check_deltas
@@ -25,6 +24,7 @@ from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
+from minitune.programs.state_deltas import deltas_folder, open_deltas
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
 from minitune.text import tokenizer
@@ -47,10 +47,11 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str | None = None
     config: str | None = None
     tokenizer: str | None = None  # a folder; `path` if absent
-    deltas: str | None = None  # a folder with a PEFT adapter to put on the model
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of frozen weights and of compute, and never of what trains
-    )
+    # an adapter to put on the model: a folder of PEFT's, a run (what it saved, else its newest
+    # state), or a state such as runs/lora/checkpoints/train/step-00000100
+    deltas: str | None = None
+    # of frozen weights and of compute, and never of what trains
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
 
@@ -74,7 +75,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     rule, trainable, base = None, {}, None
     if source.deltas is not None and source.deltas not in abstract.saved:
-        rule, trainable, base = load_adapter(locate(source.deltas), names=params)
+        rule, trainable, base = open_deltas(locate(source.deltas), params)
         check_deltas(params, trainable, source.deltas)
     adapted = frozenset(name for name, leaf in trainable.items() if isinstance(leaf, Delta))
     return AbstractState(
@@ -248,8 +249,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _deltas(
     source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
 ) -> tuple[Lora | None, Trainable]:
-    require_unharmed(locate(str(source.deltas), run))
-    rule, trainable, base = load_adapter(locate(str(source.deltas), run), names=params)
+    folder = locate(str(source.deltas), run)
+    require_unharmed(deltas_folder(folder))
+    rule, trainable, base = open_deltas(folder, params)
     check_deltas(params, trainable, str(source.deltas))
     if base is not None and base.fingerprint is not None and path is not None:
         fingerprint = folder_fingerprint(path)

@@ -11,6 +11,7 @@ from minitune.io.paths import locate, user_path
 from minitune.io.results import Result, require_replaceable
 from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
+from minitune.programs.state_deltas import deltas_folder
 
 MODEL_PATHS = ("path", "config", "tokenizer", "deltas")
 RUN_PARTS = (
@@ -59,6 +60,8 @@ def input_files(program: Program) -> Iterator[tuple[str, Path, bool]]:
     data, tasks = data_inputs(program), task_inputs(program)
     for key, written in (model_inputs(program) | data | tasks).items():
         path = locate(written)
+        if key.endswith(".deltas"):
+            path = deltas_folder(path)  # a run's other files change while it goes on
         if key in data:
             files = data_files(path)
         elif path.is_dir():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from minitune import checkpoint
 from minitune.__main__ import main
 from minitune.io import paths
 from minitune.programs import program
-from minitune.programs.log import Log
 from minitune.programs.program_changes import FREE
 from minitune.programs.stages import train as train_stage
 from minitune.programs.stages.evaluate import Eval
@@ -28,24 +26,6 @@ SAVE = '[[stage]]\nop = "save"\nwhat = "deltas"\n'
 STAGES = evaluation("before") + LORA + TRAIN + evaluation("after") + SAVE
 STOPPED = 128 + signal.SIGTERM
 EVALUATE = 'train.evaluate={data="heldout",every=1}'
-
-
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Function that sends SIGTERM when the row of a step is logged, once."""
-
-    def stop_at(step: int) -> None:
-        metrics = Log.metrics
-
-        def with_signal(self: Log, at: int, values: Any) -> None:
-            metrics(self, at, values)
-            if at == step:
-                monkeypatch.setattr(Log, "metrics", metrics)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        monkeypatch.setattr(Log, "metrics", with_signal)
-
-    return stop_at
 
 
 @pytest.fixture

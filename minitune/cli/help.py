@@ -1,0 +1,48 @@
+"""Help of the command line: of the whole command, of a verb, of a program."""
+
+from pathlib import Path
+
+from minitune.cli.options import typed_name
+from minitune.cli.verbs import CHANGES, VERBS, comments
+
+
+def overview() -> str:
+    """Help of the whole command: how a program is run, every verb, the exit codes."""
+    me = typed_name()
+    lines = [
+        f"usage: {me} PROGRAM.toml [KEY=VALUE ...]",
+        "",
+        "Runs a program: a TOML file, or the name of a shipped one. The folder of a model, of an",
+        "adapter or of a run may follow: it takes the place of model.path.",
+        CHANGES,
+        "",
+    ]
+    for verb in VERBS.values():
+        lines += [f"  {verb.usage}", f"      {verb.summary}"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{me} VERB --help says more of a verb, {me} PROGRAM --help of a program.",
+            "--version, --help; --debug shows the traceback of whatever ends a command early.",
+            "Exit codes: 0 done, 2 something to change, 3 a disk is full, 1 a fault of minitune,",
+            "128 + signal when stopped by one.",
+            "",
+        ]
+    )
+
+
+def verb_help(name: str) -> str:
+    """Help of one verb that has no parser of its own."""
+    verb = VERBS[name]
+    summary = f"{verb.summary[0].upper()}{verb.summary[1:]}."
+    parts = [f"usage: {typed_name()} {verb.usage}\n", summary, verb.details]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def program_help(name: str, file: Path) -> str:
+    """Help of a program, by the name that was typed: its own comment, and how it is changed."""
+    me = typed_name()
+    lines = [f"usage: {me} {name} [KEY=VALUE ...]", "", *comments(file), "", CHANGES]
+    lines += [f"`{me} show {name}` prints its keys, `{me} check {name}` runs nothing."]
+    return "\n".join(lines) + "\n"
