@@ -1,6 +1,6 @@
 """Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not its entries, change least."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -45,23 +45,26 @@ class BlockInputs(NamedTuple):
     is_token: Bool[Tensor, "B T"]  # False at padding
 
 
-def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Quantization, *, damp: float) -> Params:
+def gptq(
+    model: Model,
+    params: Params,
+    batches: Sequence[Batch],
+    quantization: Quantization,
+    *,
+    damp: float,
+    on_block: Callable[[int], None] = lambda n_done: None,
+) -> Params:
     """Parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
     experts see of it. Block by block: what a block sees has come through the quantized blocks before it. Of an adapted leaf the
     weight is quantized, and its change stays as it is.
 
-    InputError for an nf4 or float8 scheme, for no batches, and for a weight that is not finite or that no linear map of the model
-    uses.
+    on_block: called after each block with how many are done. InputError for an nf4 or float8 scheme,
+    for no batches, and for a weight that is not finite or that no linear map of the model uses.
     """
-    plan = quantization.plan(params)
-    grids: dict[str, Int8 | Int4] = {name: scheme for name, scheme in plan.items() if isinstance(scheme, Int8 | Int4)}
-    if len(grids) < len(plan):
-        odd = next(name for name in plan if name not in grids)
-        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
-        raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
+    grids = _integer_grids(params, quantization)
     if not batches:
         raise InputError("gptq: no row of data to calibrate on, expected at least one; look at the data table of gptq")
-    refuse_not_finite(params, plan)
+    refuse_not_finite(params, grids)
     head = head_name(model.config)
     dense = params
 
@@ -76,6 +79,7 @@ def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Q
             grams = _summed(_grams(model, params, i, one, grids) for one in inputs)
             params = {**params, **{name: calibrated(name, gram) for name, gram in grams.items()}}
             inputs = [after_block(model, params, i, one) for one in inputs]
+            on_block(i + 1)
         if head in grids:
             gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
             params = {**params, head: calibrated(head, gram)}
@@ -83,6 +87,20 @@ def gptq(model: Model, params: Params, batches: Sequence[Batch], quantization: Q
     if unused is not None:
         raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
     return params
+
+
+def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8 | Int4]:
+    """Scheme of each weight that is to be quantized; InputError for one without a grid."""
+    plan = quantization.plan(params)
+    grids: dict[str, Int8 | Int4] = {}
+    for name, scheme in plan.items():
+        if isinstance(scheme, Int8 | Int4):
+            grids[name] = scheme
+    if len(grids) < len(plan):
+        odd = next(name for name in plan if name not in grids)
+        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
+        raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
+    return grids
 
 
 def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float) -> QInt8 | QInt4:

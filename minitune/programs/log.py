@@ -1,39 +1,31 @@
-"""Output of a run: lines and a progress bar on the terminal, rows in metrics.jsonl, and wandb where the program asks for it."""
+"""Output of a run: lines and a progress bar on the terminal, the same lines in log.txt, rows in
+metrics.jsonl, and wandb where the program asks for it."""
 
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from time import monotonic
+from time import time
 from types import TracebackType
 from typing import IO, Any, cast
 
 import msgspec
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.progress import Progress as RichProgress
 
+from minitune import __version__
 from minitune.io.atomic import write_atomic
+from minitune.io.results import iso_time
+from minitune.programs.progress import Bar, Lines, Number, Progress, columns
 from minitune.programs.records import read_rows
 from minitune.programs.wandb_tracker import WandbConfig, WandbRun
 from minitune.types import PositiveInt
 
-Number = float | int
-LINE_EVERY_S = 10.0  # where the output is no terminal: a line after this long,
-TIME_CHARACTERS = 12  # of the time left, the slash of the count and the blanks between columns
-BAR_CHARACTERS = 20
-BAR_FROM = 80  # characters left for readings, from which on a bar takes some
-LINE_EVERY_SHARE = 0.05  # or after this share of the steps, whichever comes first
+LINES = "log.txt"
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,14 +33,6 @@ class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     wandb: WandbConfig | None = None
     every: PositiveInt = 1
-
-
-class Progress:
-    """Progress of a loop, shown as the terminal allows."""
-
-    def update(self, step: int, values: Mapping[str, Number]) -> None:
-        """Show that `step` steps are done, with these readings: {"loss": ..., "lr": ..., "mem_bytes": ...}."""
-        raise NotImplementedError
 
 
 class Log:
@@ -62,27 +46,52 @@ class Log:
         self._console = console or Console(file=cast("IO[str]", _Terminal()))
         self._wandb: WandbRun | None = None
         self._stage, self._n_before = "", 0
+        self._bars: RichProgress | None = None  # that are on the terminal now
+        self._text: IO[str] | None = None
 
     def __enter__(self) -> "Log":
         if self._config.wandb is not None:
             self._wandb = WandbRun(self._path.parent, self._config.wandb, self._program)
         self._file = self._reopened(keep=lambda stage, step: True)
+        self._text = (self._path.parent / LINES).open("a", encoding="utf-8", errors="replace")
+        self._write(f"--- {iso_time(time())}, minitune {__version__} ---")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+        if error is not None:
+            self._write(str(error) or type(error).__name__)
         if self._wandb is not None:
             fault = self._wandb.finish(exit_code=0 if error is None else 1)
             if fault is not None:
                 self.say(f"wandb did not finish ({fault}); metrics.jsonl has every row")
+        if self._text is not None:
+            self._text.close()
+            self._text = None
+
+    @property
+    def width(self) -> int:
+        """Characters of a line of the terminal."""
+        return self._console.width
 
     def say(self, text: str) -> None:
-        """One plain line on the terminal."""
+        """One plain line on the terminal, and in log.txt."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._write(text)
 
     def show(self, renderable: RenderableType) -> None:
         """Show a table or anything else that rich can draw."""
         self._console.print(renderable)
+        plain = Console(file=io.StringIO(), width=self.width, no_color=True, force_terminal=False)
+        plain.print(renderable)
+        lines = cast("io.StringIO", plain.file).getvalue().splitlines()
+        self._write("\n".join(line.rstrip() for line in lines))
+
+    def _write(self, text: str) -> None:
+        """Add lines to log.txt, which is open while the run goes on."""
+        if self._text is not None:
+            self._text.write(f"{text}\n")
+            self._text.flush()
 
     def begin(self, stage: str) -> None:
         """Name the stage whose steps are counted from now on; wandb's global_step goes on where the stages before it ended."""
@@ -102,10 +111,25 @@ class Log:
             global_step = self._n_before + step
             group = f"adapter-{values['adapter']}/" if "adapter" in values else ""  # of a sweep: wandb draws each group apart
             named = {f"{group}{name}": value for name, value in values.items()}
-            fault = self._wandb.log(global_step, {"global_step": global_step, **named})
-            if fault is not None:
-                self.say(f"wandb takes no more rows ({fault}); training goes on, metrics.jsonl has them")
-                self._wandb = None
+            self._drop_broken(self._wandb.log(global_step, {"global_step": global_step, **named}))
+
+    def record(self, label: str, record: Mapping[str, Any]) -> None:
+        """Give the figures and samples of the stage that has ended to wandb."""
+        if self._wandb is not None:
+            step = self._n_before + int(record.get("steps") or 0)
+            self._drop_broken(self._wandb.record(step, label, record))
+
+    def summarize(self, content: Mapping[str, Any]) -> None:
+        """Give the content of summary.json to wandb."""
+        if self._wandb is not None:
+            self._drop_broken(self._wandb.summarize(content))
+
+    def _drop_broken(self, fault: str | None) -> None:
+        """Go on without wandb after a fault."""
+        if fault is not None:
+            reason = f"wandb takes no more rows ({fault})"
+            self.say(f"{reason}; training goes on, metrics.jsonl has them")
+            self._wandb = None
 
     def sync(self) -> None:
         """Flush the rows to the disk, before a state that says that they are there."""
@@ -117,24 +141,33 @@ class Log:
         self._file = self._reopened(keep=lambda stage, at: stage != self._stage or at <= step)
 
     @contextmanager
-    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Progress]:
-        """Show a progress bar on a terminal, else a plain line now and then; `done` of `total` steps were done before."""
+    def progress(
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        *,
+        brief: bool = False,
+    ) -> Iterator[Progress]:
+        """Show a progress bar on a terminal, else a plain line now and then; `done` of `total`
+        steps were done before. brief: no line tells of a loop that takes seconds."""
         if not self._console.is_terminal:
-            yield _Lines(self, title, total, done)
+            yield Lines(self.say, title, total, done, brief)
             return
-        # Count and time come first: a narrow terminal shows fewer readings, and no number is cut.
-        room = self._console.width - len(title) - 2 * len(str(total)) - TIME_CHARACTERS
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description}", markup=False),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[readings]}", markup=False),
-        ]
-        if room > BAR_FROM:
-            columns.append(BarColumn(bar_width=BAR_CHARACTERS))
-            room -= BAR_CHARACTERS + 1
-        with RichProgress(*columns, console=self._console) as bar:
-            yield _Bar(bar, bar.add_task(title, total=total, completed=done, readings=""), room)
+        lines = Lines(self._write, title, total, done, brief)
+        shown, room = columns(title, total, self._console.width)
+        outer = self._bars
+        bars = outer or RichProgress(*shown, console=self._console)
+        # One inside another is a second line of the same display.
+        with nullcontext() if outer is not None else bars:
+            self._bars = bars
+            task = bars.add_task(title, total=total, completed=done, readings="")
+            try:
+                yield Bar(bars, task, room, lines)
+            finally:
+                self._bars = outer
+                if outer is not None:
+                    outer.remove_task(task)
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
@@ -142,25 +175,6 @@ class Log:
         if self._path.exists() and kept != self._path.read_bytes():
             write_atomic(self._path, kept)
         return self._path.open("ab")
-
-
-def readings(values: Mapping[str, Number]) -> str:
-    """Named numbers as one line, each with its unit: "loss 0.1234  lr 3.00e-04  12,345 tokens/s  mem 1.2 GiB"."""
-    return "  ".join(_each_reading(values))
-
-
-def fitted(values: Mapping[str, Number], room: int) -> str:
-    """Readings on one line of at most `room` characters, the last ones left out where they do not fit."""
-    parts = _each_reading(values)
-    while parts and len("  ".join(parts)) > room:
-        parts.pop()
-    return "  ".join(parts)
-
-
-def _each_reading(values: Mapping[str, Number]) -> list[str]:
-    unlabelled = ("tokens_per_second",)
-    texts = _texts(values)
-    return [text if name in unlabelled else f"{_label(name)} {text}" for name, text in texts]
 
 
 class _Terminal:
@@ -191,49 +205,3 @@ class _Terminal:
             self._is_open = False
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _Bar(Progress):
-    def __init__(self, bar: RichProgress, task: TaskID, room: int) -> None:
-        self._bar, self._task, self._room = bar, task, room
-
-    def update(self, step: int, values: Mapping[str, Number]) -> None:
-        self._bar.update(self._task, completed=step, readings=fitted(values, self._room))
-
-
-class _Lines(Progress):
-    def __init__(self, log: Log, title: str, total: int, done: int) -> None:
-        self._log, self._title, self._total, self._done = log, title, total, done
-        self._started = monotonic()
-        self._shown_step, self._shown_s = -math.inf, self._started
-
-    def update(self, step: int, values: Mapping[str, Number]) -> None:
-        now = monotonic()
-        share, waited_s = (step - self._shown_step) / max(self._total, 1), now - self._shown_s
-        if step < self._total and share < LINE_EVERY_SHARE and waited_s < LINE_EVERY_S:
-            return
-        self._shown_step, self._shown_s = step, now
-        left_s = (now - self._started) / max(step - self._done, 1) * (self._total - step)
-        minutes, seconds = divmod(round(left_s), 60)
-        self._log.say(f"{self._title} {step}/{self._total}  {readings(values)}  {minutes}:{seconds:02} left")
-
-
-def _label(name: str) -> str:
-    return name.removesuffix("_bytes").replace("_", " ")
-
-
-def _texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each value as it is read: bytes in MiB or GiB, rates and counts with thousands, learning rates in powers of ten."""
-    for name, value in values.items():
-        if isinstance(value, (str, bool)):
-            yield name, str(value)
-        elif name.endswith("_bytes"):
-            yield name, f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-        elif name.endswith(("tokens_per_second", "tokens_per_s")):
-            yield name, f"{value:,.0f} tokens/s"
-        elif isinstance(value, int):
-            yield name, f"{value:,}"
-        elif name == "lr" or (value != 0 and not 1e-3 <= abs(value) < 1e6):
-            yield name, f"{value:.2e}"
-        else:
-            yield name, f"{value:.4f}"

@@ -43,9 +43,10 @@ class Manifest(msgspec.Struct, frozen=True):
 def input_records(program: Program) -> dict[str, Record]:
     """Every file that the program reads, by the path that it writes: SHA-256 and size, or size and
     time for large weights."""
-    return {
-        name: hashed_record(file) if is_hashed else file_record(file) for name, file, is_hashed in save_paths.input_files(program)
-    }
+    records = {}
+    for name, file, is_hashed in save_paths.input_files(program):
+        records[name] = hashed_record(file) if is_hashed else file_record(file)
+    return records
 
 
 def this_start() -> Start:

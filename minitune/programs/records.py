@@ -33,6 +33,15 @@ class StageRecord(msgspec.Struct, frozen=True):
     n_prompts: int | None = None
     samples: tuple[Sample, ...] = ()
     steps: int | None = None
+    last_loss: float | None = None  # nats a token, of training
+    mean_loss: float | None = None  # of the last n_mean_steps
+    n_mean_steps: int | None = None
+    # share of pairs whose preferred answer has the higher reward
+    reward_accuracy: float | None = None
+    best_heldout_nats: float | None = None
+    best_step: int | None = None
+    ended_at_step: int | None = None
+    planned_steps: int | None = None
     n_skipped: int | None = None
     time_s: float | None = None
     bytes: int | None = None

@@ -7,18 +7,33 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from minitune.programs.log import readings
+from minitune.programs.progress import readings
 from minitune.programs.records import Sample, StageRecord, stage_records
 
+LOSS = "loss [nats a token]"
+COLUMNS = (
+    LOSS,
+    "best held-out",
+    "exact match",
+    "reward accuracy",
+    "size [MiB]",
+    "time [s]",
+    "skipped steps",
+)
 
-def report(title: str, summary: Mapping[str, Any]) -> RenderableType:
+
+def report(title: str, summary: Mapping[str, Any], width: int = 100) -> RenderableType:
     """Content of a summary.json as one table of stages, the evaluations' samples side by side, and
-    a line of figures."""
+    a line of figures.
+
+    On a terminal too narrow for the table (width: its characters) each stage is a line.
+    """
     records = stage_records(summary, "the summary")
     evals = {name: record for name, record in records.items() if record.loss_nats is not None}
     parts: list[RenderableType] = [Text()]
     if any(_has_figures(record) for record in records.values()):
-        parts += [_stages(title, records)]
+        parts += _stages(title, records, width)
+    parts += [Text(line) for name, record in records.items() for line in _training(name, record)]
     if evals:
         parts += _samples(evals)
     names = ("steps", "tokens_per_s", "peak_mem_bytes")
@@ -33,33 +48,59 @@ def _has_figures(record: StageRecord) -> bool:
     return any(figure is not None for figure in figures)
 
 
-def _stages(title: str, records: Mapping[str, StageRecord]) -> Table:
+def _stages(title: str, records: Mapping[str, StageRecord], width: int) -> list[RenderableType]:
+    """Table of the stages with figures, without the columns that none of them has."""
+    rows = {name: _cells(record) for name, record in records.items() if _has_figures(record)}
+    used = [column for column in COLUMNS if any(cells[column] for cells in rows.values())]
     table = Table(title=title, title_justify="left")
-    table.add_column("stage")
-    columns = ["loss [nats a token]", "exact match", "size [MiB]", "time [s]"]
-    any_skipped = any(record.n_skipped for record in records.values())
-    if any_skipped:
-        columns += ["skipped steps"]
-    for column in columns:
-        table.add_column(Text(column), justify="right")
-    for name, record in records.items():
-        if _has_figures(record):
-            table.add_row(name, *_cells(record), *([_skipped(record)] if any_skipped else []))
-    return table
+    table.add_column("stage", no_wrap=True)
+    for column in used:
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *(cells[column] for column in used))
+    columns = {"stage": list(rows), **{name: [row[name] for row in rows.values()] for name in used}}
+    widths = [max(map(len, (name, *texts))) for name, texts in columns.items()]
+    if sum(widths) + 3 * len(widths) + 1 <= width:
+        return [table]
+    lines: list[RenderableType] = [Text(title)]
+    for name, cells in rows.items():
+        lines.append(Text(name))
+        lines += [Text(f"  {column}: {cells[column]}") for column in used if cells[column]]
+    return lines
 
 
-def _cells(record: StageRecord) -> list[str]:
-    """Loss, exact match, size and time of a stage, each empty where the stage has none."""
-    loss = "" if record.loss_nats is None else f"{record.loss_nats:.4f}"
-    match = "" if record.exact_match is None else f"{record.exact_match:.1%} of {record.n_prompts}"
+def _cells(record: StageRecord) -> dict[str, str]:
+    """Figures of a stage by column, each empty where the stage has none."""
+    cells: dict[str, str] = dict.fromkeys(COLUMNS, "")
+    loss = record.mean_loss if record.loss_nats is None else record.loss_nats
+    if loss is not None:
+        cells[LOSS] = f"{loss:.4f}"
+    if record.exact_match is not None:
+        cells["exact match"] = f"{record.exact_match:.1%} of {record.n_prompts}"
+    if record.best_heldout_nats is not None:
+        cells["best held-out"] = f"{record.best_heldout_nats:.4f}"
+    if record.reward_accuracy is not None:
+        cells["reward accuracy"] = f"{record.reward_accuracy:.1%}"
     sizes = (record.model_bytes, record.bytes, record.bytes_after)
     n_bytes = next((size for size in sizes if size is not None), None)
-    size = "" if n_bytes is None else f"{n_bytes / 2**20:.2f}"
-    return [loss, match, size, "" if record.time_s is None else f"{record.time_s:.1f}"]
+    if n_bytes is not None:
+        cells["size [MiB]"] = f"{n_bytes / 2**20:.2f}"
+    if record.time_s is not None:
+        cells["time [s]"] = f"{record.time_s:.1f}"
+    if record.n_skipped:
+        cells["skipped steps"] = f"{record.n_skipped} of {record.steps}"
+    return cells
 
 
-def _skipped(record: StageRecord) -> str:
-    return f"{record.n_skipped} of {record.steps}" if record.n_skipped else ""
+def _training(name: str, record: StageRecord) -> Iterator[str]:
+    """Lines on what the figures of a training stage are of."""
+    if record.mean_loss is not None and record.last_loss is not None:
+        means = f"means of the last {record.n_mean_steps} training steps"
+        yield f"{name}: {means}; the loss of the last one is {record.last_loss:.4f}"
+    if record.best_heldout_nats is not None and record.best_step is not None:
+        yield f"{name}: step {record.best_step} has the best held-out loss"
+    if record.ended_at_step is not None:
+        yield f"{name}: ended at step {record.ended_at_step} of {record.planned_steps}"
 
 
 def _samples(evals: Mapping[str, StageRecord]) -> Iterator[RenderableType]:

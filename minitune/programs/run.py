@@ -75,11 +75,14 @@ def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> 
         if stage.label in state.records:
             time_s = perf_counter() - started
             state = state.record(stage.label, {"time_s": time_s, **state.records[stage.label]})
+            if stage.label not in run.records:
+                out.record(stage.label, state.records[stage.label])
         write_record(run.folder / "records.json", state.records)
     result = summary(state.records)
     write_record(run.folder / "summary.json", result)
-    out.show(report(program.name, result))
-    files = "summary.json, metrics.jsonl, checkpoints, and the program that made them"
+    out.summarize(result)
+    out.show(report(program.name, result, out.width))
+    files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
     out.say(f"{run.folder} holds this run: {files}")
     return result
 
@@ -93,4 +96,4 @@ def _show_finished(program: Program, content: Record, out: log.Log, notes: Seque
     """Show the table of a run that an earlier command finished; no tracker is opened for it."""
     for note in notes:
         out.say(note)
-    out.show(report(program.name, content))
+    out.show(report(program.name, content, out.width))

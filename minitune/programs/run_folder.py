@@ -17,12 +17,13 @@ from minitune.io.results import Record
 from minitune.programs import ended
 from minitune.programs.earlier_run import EarlierRun, changed_input, earlier_run, gone_result
 from minitune.programs.ended import Chosen, Ended
+from minitune.programs.log import LINES
 from minitune.programs.manifest import Manifest, Start, input_records, read_manifest, this_start, version_changes
 from minitune.programs.program import Program
 from minitune.programs.records import read_rows, read_summary, write_record
 from minitune.programs.stages.training_stage import TrainingStage
 
-LINES, ROWS, TRACKER = "log.txt", "metrics.jsonl", "wandb-id"
+ROWS, TRACKER = "metrics.jsonl", "wandb-id"
 
 
 class Run(NamedTuple):

@@ -98,8 +98,12 @@ class StopSignals:
             if self._n_interrupts > 2:
                 os._exit(128 + number)
             if self._n_interrupts == 2:
+                with suppress(OSError):
+                    os.write(2, b"SIGINT: ending at once, without a save\n")
                 raise KeyboardInterrupt
         when = "stopping after this step" if self._place is None else "stopping"
+        if number == signal.SIGINT:
+            when += "; Ctrl-C again ends at once, without a save"
         # Not through the console: a signal may come while it is printing, and its locks are held.
         with suppress(OSError):
             os.write(2, f"{signal.Signals(number).name}: {when}\n".encode())

@@ -4,7 +4,7 @@ import inspect
 import io
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -82,11 +82,22 @@ class WandbRun:
 
     def log(self, step: int, values: Mapping[str, Any]) -> str | None:
         """Log a row; returns why wandb did not take it, else None: no tracker ends a training."""
-        try:
-            self._run.log(values, step=step)
-        except Exception as error:
-            return _reason(error)
-        return None
+        return _fault(lambda: self._run.log(values, step=step))
+
+    def record(self, step: int, label: str, record: Mapping[str, Any]) -> str | None:
+        """Log the figures of a finished stage as LABEL/NAME, and its samples as a table; returns as
+        log does."""
+        values: dict[str, Any] = {"global_step": step, **flat(record, f"{label}/")}
+        samples = record.get("samples")
+        if samples:
+            columns = list(samples[0])
+            rows = [[str(sample.get(column, "")) for column in columns] for sample in samples]
+            values[f"{label}/samples"] = _imported().Table(columns=columns, data=rows)
+        return self.log(step, values)
+
+    def summarize(self, content: Mapping[str, Any]) -> str | None:
+        """Write the figures of summary.json into the run's summary; returns as log does."""
+        return _fault(lambda: self._run.summary.update(flat(content)))
 
     def finish(self, exit_code: int) -> str | None:
         """End the run, which uploads what is left; returns why that failed, None if it did not.
@@ -101,6 +112,26 @@ class WandbRun:
         except Exception as error:
             return _reason(error)
         return None
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | str]:
+    """Numbers and texts of a nested record by their path, "after/loss_nats"; lists are left out."""
+    values: dict[str, float | int | str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, float | int | str):
+            values[f"{prefix}{key}"] = value
+    return values
+
+
+def _fault(call: Callable[[], object]) -> str | None:
+    """Why a call of wandb failed, None if it did not."""
+    try:
+        call()
+    except Exception as error:
+        return _reason(error)
+    return None
 
 
 def _finish_settings() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from time import sleep
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from minitune.errors import InputError
-from minitune.programs import log
+from minitune.programs import progress as shown_progress
 from minitune.programs.log import Log, LogConfig
+from minitune.programs.signals import Stopped
 from minitune.programs.wandb_tracker import WandbConfig
 
 
@@ -108,7 +111,7 @@ def test_plain_lines_come_first_last_and_every_twentieth(tmp_path: Path) -> None
 
 def test_plain_lines_come_every_ten_seconds_and_tell_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(log, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(shown_progress, "monotonic", lambda: clock[0])
     console = piped()
     with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("train", 10_000, 100) as progress:
         for step in range(101, 110):
@@ -139,7 +142,7 @@ def test_a_narrow_terminal_shows_count_and_time_and_no_cut_number(tmp_path: Path
     text = written(console)
     assert "save-merged 1234/1234 0:00:00" in text
     assert "…" not in text
-    whole = log.readings(values).split("  ")
+    whole = shown_progress.readings(values).split("  ")
     n_shown = {40: 0, 60: 2, 80: 3, 200: 5}[width]
     last = next(line for line in reversed(text.splitlines()) if "1234/1234" in line)
     assert [part for part in whole if part in last] == whole[:n_shown]
@@ -159,7 +162,7 @@ def test_a_narrow_terminal_shows_count_and_time_and_no_cut_number(tmp_path: Path
     ],
 )
 def test_readings(values: dict[str, float], text: str) -> None:
-    assert log.readings(values) == text
+    assert shown_progress.readings(values) == text
 
 
 def wandb_records(folder: Path) -> Iterator:
@@ -199,12 +202,33 @@ def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range, n_a
             values = {"loss": 1.0 / step, "lr": 3e-4, "tokens_per_second": 100.5, "grad_norm": math.nan}
             for row in [{"adapter": i, **values, "loss": i / step} for i in range(n_adapters)] or [values]:
                 out.metrics(step, row)
+        record = {"loss_nats": 0.25, "tasks": {"t": {"acc": 0.5}}, "samples": [{"prompt": "p", "reference": "r", "answer": "a"}]}
+        out.begin("after")
+        out.record("after", record)
+        out.summarize({"after": record, "steps": steps.stop - 1})
     for _ in range(200):  # its service closes the file only after it has said that the run is finished
         records = list(wandb_records(folder / "wandb-files"))
         if any(record.WhichOneof("record_type") == "exit" for record in records):
             return records
         sleep(0.05)
     raise AssertionError("the offline file has no exit record after 10 s")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_wandb_gets_evaluations_samples_and_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = offline_run(tmp_path, monkeypatch, range(1, 4))
+    last = history(records)[-1]
+    assert (last["after/loss_nats"], last["after/tasks/t/acc"], last["global_step"], last["_step"]) == (0.25, 0.5, 3, 3)
+    assert last["after/samples._type"] == "table-file"
+    (table,) = (tmp_path / "wandb-files").glob(f"wandb/offline-run-*/files/{last['after/samples.path']}")
+    content = json.loads(table.read_text(encoding="utf-8"))
+    assert (content["columns"], content["data"]) == (["prompt", "reference", "answer"], [["p", "r", "a"]])
+    summary: dict = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            items = record.summary.update
+            summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    assert (summary["after/loss_nats"], summary["after/tasks/t/acc"], summary["steps"]) == (0.25, 0.5, 3)
 
 
 def history(records: list) -> list[dict]:
@@ -227,7 +251,7 @@ def test_the_adapters_of_a_sweep_are_groups_of_one_step_in_wandb(tmp_path: Path,
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # wandb leaves the socket to its own service to the collector
 def test_an_offline_wandb_run_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = offline_run(tmp_path, monkeypatch, range(1, 4))
-    for row, step in zip(history(records), (1, 2, 3), strict=True):
+    for row, step in zip(history(records), (1, 2, 3), strict=True):  # the last one has the record of the stage after it, too
         assert (row["global_step"], row["loss"], row["lr"], row["tokens_per_second"]) == (step, 1.0 / step, 3e-4, 100.5)
         assert row["_step"] == step
         assert "grad_norm" in row
@@ -288,3 +312,52 @@ def test_a_run_outlives_its_terminal(error: OSError, tmp_path: Path, monkeypatch
         out.metrics(1, {"loss": 1.0})
     assert rows(tmp_path) == [{"stage": "train", "step": 1, "loss": 1.0}]
     assert gone.n_writes == 1
+
+
+def test_log_txt_has_the_lines_of_the_screen(tmp_path: Path) -> None:
+    table = Table("stage")
+    table.add_column(Text("loss [nats a token]"))
+    table.add_row("before", "1.5")
+    for console in (piped(), Console(file=io.StringIO(), force_terminal=True, width=60)):
+        with Log(tmp_path, LogConfig(), {}, console) as out:
+            out.say("one [red] line")
+            out.show(table)
+            with out.progress("train", 4) as progress:
+                progress.update(4, {"loss": 0.5})
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    first, second = text.split("--- ")[1::2], text.split(" ---\n")[1:]
+    assert all(re.fullmatch(r"20\S+, minitune \S+", line.split(" ---")[0]) for line in first)
+    for part in second:
+        lines = part.splitlines()
+        assert lines[0] == "one [red] line"
+        assert "loss [nats a token]" in part
+        assert "train 4/4  loss 0.5000  0:00 left" in lines
+        assert "\x1b" not in part
+
+
+def test_log_txt_ends_with_what_ended_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Stopped), Log(tmp_path, LogConfig(), {}, piped()):
+        raise Stopped(7, Path("runs/x"))
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("\nstopped at step 7, saved in runs/x\n")
+
+
+def test_a_short_loop_is_no_line_where_it_is_brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, console = [0.0], piped()
+    monkeypatch.setattr(shown_progress, "monotonic", lambda: clock[0])
+    with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("before loss", 40, brief=True) as progress:
+        for step in (10, 20):
+            progress.update(step, {})
+        clock[0] = 11.0
+        progress.update(30, {})
+    assert written(console) == "before loss 30/40  0:04 left\n"
+
+
+def test_a_loop_inside_another_is_a_second_line_of_the_display(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None, legacy_windows=False)
+    with Log(tmp_path, LogConfig(), {}, console) as out, out.progress("train", 8) as outer:
+        outer.update(1, {"loss": 1.0})
+        with out.progress("train held-out", 50, brief=True) as inner:
+            inner.update(20, {})
+        outer.update(2, {"loss": 0.5})
+    assert "train held-out" in written(console)
+    assert "2/8" in written(console).rpartition("train")[2]

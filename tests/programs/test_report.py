@@ -18,7 +18,18 @@ SUMMARY = {
         "time_s": 2.0,
         "samples": [{"prompt": "two [red] lamps", "reference": '{"lamps": 2}', "answer": "and so on"}],
     },
-    "train": {"time_s": 61.0, "steps": 300},
+    "train": {
+        "time_s": 61.0,
+        "steps": 300,
+        "last_loss": 0.0512,
+        "mean_loss": 0.0625,
+        "n_mean_steps": 50,
+        "reward_accuracy": 0.875,
+        "best_heldout_nats": 0.5,
+        "best_step": 200,
+        "ended_at_step": 300,
+        "planned_steps": 450,
+    },
     "quantize": {"time_s": 0.5, "bytes_before": 3 * 2**20, "bytes_after": 2**20},
     "after": {
         "loss_nats": 0.125,
@@ -33,16 +44,22 @@ SUMMARY = {
 }
 
 
-def shown(summary: dict) -> list[str]:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(report("lora", summary))
+def shown(summary: dict, width: int = 120) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report("lora", summary, width))
     return [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
 
 
 def test_the_report_sets_stages_side_by_side() -> None:
     lines = shown(SUMMARY)
     assert "before 3.2500 0.0% of 240 3.00 2.0" in lines
-    assert "train 61.0" in lines
+    assert "stage loss [nats a token] best held-out exact match reward accuracy size [MiB] time [s]" in [
+        line.replace("┃ ", "").replace(" ┃", "") for line in lines
+    ]
+    assert "train 0.0625 0.5000 87.5% 61.0" in lines
+    assert "train: means of the last 50 training steps; the loss of the last one is 0.0512" in lines
+    assert "train: step 200 has the best held-out loss" in lines
+    assert "train: ended at step 300 of 450" in lines
     assert "quantize 1.00 0.5" in lines
     assert "after 0.1250 92.5% of 240" in lines
     at = lines.index("prompt two [red] lamps")
@@ -55,3 +72,17 @@ def test_a_run_without_evaluations_still_says_where_its_result_lies() -> None:
     lines = shown({"save": SUMMARY["save"], "steps": 3})
     assert "deltas in runs/lora/deltas" in lines
     assert not any("exact match" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
+    lines = shown(SUMMARY, width)
+    at = lines.index("train")
+    assert lines[at + 1 : at + 5] == [
+        "loss [nats a token]: 0.0625",
+        "best held-out: 0.5000",
+        "reward accuracy: 87.5%",
+        "time [s]: 61.0",
+    ]
+    assert "exact match: 92.5% of 240" in lines
+    assert not any("…" in line for line in lines)

@@ -1,6 +1,7 @@
 """The training loop over a model of one number: skipped steps, signals in an evaluation, and which states stay."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 
 from minitune import checkpoint
 from minitune.errors import InputError
-from minitune.programs.log import Log
+from minitune.programs.log import Log, LogConfig
 from minitune.programs.signals import Stopped
-from minitune.programs.stages import loop_saves, loop_state, training_loop
+from minitune.programs.stages import loop_saves, loop_state, step_lines, training_loop
 from minitune.programs.stages.loop_state import MAX_SKIPPED
 from minitune.programs.stages.training_stage import Evaluation
 from support.numbers import STAGE, Numbers, Power, train
@@ -195,3 +196,39 @@ def test_patience_counts_as_early_stopping_of_transformers_does(min_delta: float
             break
     assert loop.step == stopped
     assert loop.best_step == (stopped,)  # the best is kept, whatever counts for patience
+
+
+def test_a_record_has_the_last_loss_and_means_of_the_last_steps() -> None:
+    loop = loop_state.begin(2)
+    losses = [[1 / n, 2.0] for n in range(1, 70)]
+    for n, pair in enumerate(losses):
+        rows = [{"loss": loss, "skipped": float(n == 68), "reward_accuracy": n % 2} for loss in pair]
+        loop = loop.after_reading(1.0, 5, rows, 0)
+    # as it is when a saved state is read
+    loop = loop_state.decode(json.loads(json.dumps({"loop": msgspec.to_builtins(loop)})), loop_state.begin(2), Path())
+    kept = [first for first, _ in losses[:-1]][-50:]
+    wanted = {"last_loss": kept[-1], "mean_loss": sum(kept) / 50, "reward_accuracy": 0.5, "n_mean_steps": 50}
+    assert loop.training_record() == pytest.approx(wanted)
+    assert loop.training_record(1)["mean_loss"] == 2.0
+    assert loop_state.begin(1).training_record() == {}
+
+
+def test_held_out_losses_are_said_when_they_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = msgspec.structs.replace(STAGE, steps=4, evaluate=Evaluation(data="heldout", every=2))
+    train(tmp_path, Numbers(), stage)
+    out = capsys.readouterr().out
+    assert "train step 2: held-out loss 0.5000; the best so far is 0.5000 at step 2\n" in out
+    assert "train step 4: held-out loss 0.2500; the best so far is 0.2500 at step 4\n" in out
+
+
+def test_many_adapters_are_named_in_their_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    loop = loop_state.begin(2).after_evaluation([3.0, 1.5])[0]
+    with Log(tmp_path, LogConfig(), {}) as log, log.progress("train", 2) as progress:
+        rows = [{"adapter": 0, "loss": 0.5, "lr": 1.0}, {"adapter": 1, "loss": 0.25, "lr": 0.1}]
+        step_lines.show_step(progress, 1, rows, {}, loop)
+        step_lines.say_heldout(log, "train", loop, [3.0, 1.5])
+        step_lines.say_heldout(log, "train", loop_state.begin(2), [math.nan, math.nan])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train 1/2  loss 0.2500  adapter 1  lr 1.00e-01")
+    assert lines[1] == "train step 0: held-out losses 3.0000, 1.5000; the best so far is 1.5000 of adapter 1 at step 0"
+    assert lines[2] == "train step 0: held-out losses nan, nan; none was finite yet"

@@ -6,7 +6,6 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
-from minitune import tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
 from minitune.algorithms.precompute import TopK, reference_logps, teacher_tops, with_teacher
@@ -34,10 +33,7 @@ class BatchLoader(NamedTuple):
     description: str  # of the data, for the log
     take: Callable[[Cursor, int], tuple[Tree, Cursor]]
     batches: Callable[[int], Iterator[Tree]]
-
-    def n_tokens(self, batch: Tree) -> int:
-        """Tokens in a batch, padding left out."""
-        return sum(int((leaf > 0).sum()) for path, leaf in tree.items(batch) if path.endswith("segment_ids"))
+    total_tokens: int  # of one pass
 
 
 def load_batches(
@@ -68,6 +64,7 @@ def load_batches(
         description,
         lambda cursor, n: supervised.take(dataset, cursor, n, source, state.seed),
         lambda n: supervised.batches(dataset, source, n),
+        dataset.report.n_tokens,
     )
 
 
@@ -83,6 +80,7 @@ def _load_answers(state: PipelineState, name: str, cached: bool) -> BatchLoader:
         describe(answers.report, name, source),
         lambda cursor, n: preference.take(answers, cursor, n, source, state.seed, logps),
         lambda n: preference.batches(answers, source, n, logps),
+        answers.report.n_tokens,
     )
 
 
@@ -103,7 +101,7 @@ def _with_teacher_rows(state: PipelineState, source: Source, dataset: Dataset, d
         for batch, at in zip(rows, places, strict=True):
             yield with_teacher(batch, at.tokens, tops)
 
-    return BatchLoader(description, take, batches)
+    return BatchLoader(description, take, batches, dataset.report.n_tokens)
 
 
 class TokenizedTable(NamedTuple):

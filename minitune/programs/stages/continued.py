@@ -9,7 +9,7 @@ import msgspec
 from minitune.checkpoint.state import drop_old_states, list_states, load_state
 from minitune.errors import InputError
 from minitune.programs.stages.loop_state import LoopState, decode
-from minitune.programs.stages.training_stage import TrainingStage
+from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.tree import Tree
 
@@ -43,6 +43,14 @@ def continued(
             drop_old_states(folder, stage.keep)  # those that a kill left behind
     state.log.rewind(loop.step)
     return train_state, loop
+
+
+def evaluation(stage: TrainingStage, state: PipelineState) -> Evaluation | None:
+    """Evaluation of a stage, which keeps what the user chose where the stage was ended early."""
+    end = state.ended.get(stage.label)
+    if end is None or stage.evaluate is None:
+        return stage.evaluate
+    return msgspec.structs.replace(stage.evaluate, keep="best" if end.state == "best" else "last")
 
 
 def _heldout_hash(stage: TrainingStage, state: PipelineState) -> str:

@@ -20,6 +20,7 @@ from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
+from minitune.programs.stages.shown_batches import shown_batches
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import NonNegativeInt, PositiveInt
 
@@ -79,7 +80,9 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         state.log.say(f"{self.label}: {self.data} has {description}")
         n_rows = self.batch_size or state.rows_at_once(source.seq_len)
         all_rows = batches(dataset, source, n_rows)
-        metrics = token_metrics(loaded.model, adapted_params(state), all_rows)
+        total = dataset.report.n_tokens
+        with shown_batches(state.log, f"{self.label} loss", all_rows, total) as shown:
+            metrics = token_metrics(loaded.model, adapted_params(state), shown)
         if not math.isfinite(metrics.loss_nats):
             require_finite(adapted_params(state), f"stages: {self.label}")
             raise InputError(

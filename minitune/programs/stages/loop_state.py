@@ -14,6 +14,9 @@ from minitune.programs.stages.training_stage import TrainingStage
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which a run stops
 SKIPPED_AT_END = 2  # steps in a row at the end of a stage after which it is no success
 
+RECENT = 50  # steps: few enough to show where training ends, many enough to smooth
+SUMMARIZED = ("loss", "reward_accuracy", "reward_margin")
+
 Row = dict[str, float | int]
 MetricValues = Mapping[str, Sequence[float]]  # by name of the metric: a value for each model
 
@@ -33,6 +36,8 @@ class LoopState(msgspec.Struct, frozen=True):
     peak_mem_bytes: int = 0
     n_worse: int = 0  # evaluations in a row without a new best (by more than min_delta)
     n_skipped_in_a_row: int = 0  # steps that changed no model, up to this one
+    # of the last RECENT steps that changed a model, for each model: what summary.json has means of
+    recent: tuple[tuple[Row, ...], ...] = ()
     heldout: str = ""  # hash of the table that the losses were measured on
     culprit: str = ""  # the first leaf whose gradient was not finite in the last step that had one
     unlogged_rows: str = ""  # rows as JSON that wait for an evaluation that a signal broke off
@@ -57,8 +62,24 @@ class LoopState(msgspec.Struct, frozen=True):
             n_tokens=self.n_tokens + n_tokens,
             n_skipped=tuple(n + one for n, one in zip(self.n_skipped, skipped, strict=True)),
             n_skipped_in_a_row=self._skipped_in_a_row(rows),
+            recent=self._with_recent(rows),
             peak_mem_bytes=max(self.peak_mem_bytes, mem_bytes),
         )
+
+    def _with_recent(self, rows: Sequence[Row]) -> tuple[tuple[Row, ...], ...]:
+        before = self.recent or ((),) * len(rows)
+        pairs = zip(before, rows, strict=True)
+        return tuple(_with_row(kept, row) for kept, row in pairs)
+
+    def training_record(self, model: int = 0) -> dict[str, float]:
+        """Entries of a record on the last steps of a model: the loss of the last one, and means
+        over the last RECENT of the loss and of the accuracy of rewards."""
+        rows = self.recent[model] if self.recent else ()
+        if not rows:
+            return {}
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        record = {"last_loss": rows[-1]["loss"], "mean_loss": means.pop("loss")}
+        return {**record, **means, "n_mean_steps": len(rows)}
 
     def _skipped_in_a_row(self, rows: Sequence[Row]) -> int:
         # Once there are too many, a good step that was queued before does not reset the count.
@@ -133,6 +154,14 @@ class LoopState(msgspec.Struct, frozen=True):
             "peak_mem_bytes": self.peak_mem_bytes,
             "steps": self.step,
         }
+
+
+def _with_row(kept: tuple[Row, ...], row: Row) -> tuple[Row, ...]:
+    """Last RECENT rows, of each the part that a record has means of."""
+    if row["skipped"]:
+        return kept
+    summarized = {name: row[name] for name in SUMMARIZED if name in row}
+    return (*kept, summarized)[-RECENT:]
 
 
 def begin(n_models: int, n_orders: int = 1) -> LoopState:

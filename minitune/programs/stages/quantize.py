@@ -109,7 +109,15 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             rows = islice(batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS))
             state.log.say(f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}")
             some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
-            quantized = gptq.gptq(loaded.model, loaded.params, some, self.rule, damp=self.method.damp)
+            with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
+                quantized = gptq.gptq(
+                    loaded.model,
+                    loaded.params,
+                    some,
+                    self.rule,
+                    damp=self.method.damp,
+                    on_block=lambda n_done: progress.update(n_done, {}),
+                )
         return {name: tree.map(Tensor.cpu, quantized[name]) for name in names}
 
 

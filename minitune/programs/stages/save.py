@@ -63,6 +63,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         """State with a record of where the result lies."""
         loaded, folder = state.loaded, locate(self.result.path, state.folder)
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
+        state.log.say(f"{self.label}: writing {self.what}")
         if self.what == "deltas" and loaded.lora is not None:
             require_finite(loaded.trainable, f"stages: {self.label}")
             rule = state.quantization
@@ -127,6 +128,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
         params, extras = {**loaded.stored, **codes}, _folder_extras(state)
+        state.log.say(f"{self.label}: writing {self.format}")
         require_finite(params, f"stages: {self.label}")
         if self.format == "gguf":
             lines = export.save(

@@ -22,6 +22,7 @@ from minitune.nn.dropout import seeded
 from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
+from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
@@ -69,9 +70,9 @@ def run(
     point, rule = members[best].point, members[best].rule
     state.log.say(f"{stage.label}: adapter {best} goes on ({point.describe()}), held-out loss {nats[best]:.4f}")
     chosen = sweep.adapter(train_state["best" if keeps_best else "trainable"], best, rule)
-    return state.with_model(trainable=chosen, lora=rule).record(
-        stage.label, {**_record(members, loop, best), **loop.end_record(stage)}
-    )
+    record = _record(members, loop, best)
+    record |= {**loop.training_record(best), **loop.end_record(stage)}
+    return state.with_model(trainable=chosen, lora=rule).record(stage.label, record)
 
 
 def _evaluation(stage: TrainingStage) -> Evaluation:
@@ -133,12 +134,15 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
         n_rows = micro_batch
         if evaluation.batch_size is not None:
             n_rows = max(1, evaluation.batch_size // len(rules))
-        batches = load_batches(state, evaluation.data, stage.loss).batches(n_rows)
-        all_rows = (tree.map(lambda x: x.expand(len(rules), *x.shape), batch) for batch in batches)
-        return heldout_losses(lambda batch: mean_of(train_state["trainable"], params, batch), all_rows)
+        loader = load_batches(state, evaluation.data, stage.loss)
+        title, total = f"{stage.label} held-out", loader.total_tokens
+        with shown_batches(state.log, title, loader.batches(n_rows), total) as batches:
+            each = (tree.map(lambda x: x.expand(len(rules), *x.shape), batch) for batch in batches)
+            trainable = train_state["trainable"]
+            return heldout_losses(lambda batch: mean_of(trainable, params, batch), each)
 
     take = partial(_take, stage, members, loaders)
-    return training_loop.TrainingTask(take, loaders[0].n_tokens, step, rows, evaluate, _keep_best)
+    return training_loop.TrainingTask(take, n_tokens, step, rows, evaluate, _keep_best)
 
 
 def _take(

@@ -46,8 +46,10 @@ from minitune.programs.stages.batches import (
     tokenized_table,
 )
 from minitune.programs.stages.best_state import load_best, save_best
+from minitune.programs.stages.continued import evaluation
 from minitune.programs.stages.first_steps import watched_step
 from minitune.programs.stages.private_training import PrivateTraining
+from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import Evaluation, Sweep
 from minitune.programs.stages.training_step import initial_state, step_for
 from minitune.programs.state import AbstractState, PipelineState
@@ -157,12 +159,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         steps = training_notes.n_steps(self, self.epochs, table.n_rows)
         for line in training_notes.notes(self, steps, table, loaded.model.config, source.seq_len):
             state.log.say(f"{self.label}: {line}")
-        stage = msgspec.structs.replace(self, steps=steps)
-        end = state.ended.get(self.label)
-        if end is not None and stage.evaluate is not None:
-            keep = "best" if end.state == "best" else "last"
-            evaluate = msgspec.structs.replace(stage.evaluate, keep=keep)
-            stage = msgspec.structs.replace(stage, evaluate=evaluate)
+        stage = msgspec.structs.replace(self, steps=steps, evaluate=evaluation(self, state))
         return stage._train(state, table.n_rows)
 
     def _train(self, state: PipelineState, n_rows: int) -> PipelineState:
@@ -217,16 +214,19 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             assert self.evaluate is not None, "there is nothing to evaluate on"
             name = self.evaluate.data
             loader = self._load_batches(state, name, teacher)
-            n_tokens, n_trained = state.data[name].seq_len, state.data[self.data].seq_len
-            batches = loader.batches(self.evaluation_rows(n_tokens, n_trained))
-            return heldout_losses(lambda batch: objective(train_state["trainable"], params, batch)[0], batches)
+            lengths = state.data[name].seq_len, state.data[self.data].seq_len
+            batches = loader.batches(self.evaluation_rows(*lengths))
+            title, total = f"{self.label} held-out", loader.total_tokens
+            with shown_batches(state.log, title, batches, total) as shown:
+                trainable = train_state["trainable"]
+                return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
                 save_best(self, state, train_state["trainable"], loop)
             return train_state
 
-        return training_loop.TrainingTask(next_batch, loader.n_tokens, step, rows, evaluate, keep_best)
+        return training_loop.TrainingTask(next_batch, n_tokens, step, rows, evaluate, keep_best)
 
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""
@@ -287,6 +287,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             "n_skipped": loop.n_skipped[0],
             "steps": loop.step,
             **best,
+            **loop.training_record(),
             **loop.end_record(self),
         }
 

@@ -16,7 +16,8 @@ import torch
 
 from minitune import hardware, tree
 from minitune.data.cursor import Cursor
-from minitune.programs.log import Log, Progress
+from minitune.programs.log import Log
+from minitune.programs.progress import Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
@@ -27,6 +28,7 @@ from minitune.programs.stages.loop_state import (
     MetricValues,
     Row,
 )
+from minitune.programs.stages.step_lines import say_heldout, show_step
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.tree import Tree, device_of
@@ -146,7 +148,7 @@ def _take_steps(
             loop = loop.after_reading(now - last_read, queued.n_tokens, rows, peak_mem_bytes(device))
             rates = {"tokens_per_second": queued.n_tokens / (now - last_read), "mem_bytes": loop.peak_mem_bytes}
             last_read = now
-            _show(progress, queued.step, rows, rates, loop)
+            show_step(progress, queued.step, rows, rates, loop)
 
             # The last row that is read waits for the evaluation, because it carries the held-out loss.
             rows = [{**values, **rates} for values in rows]
@@ -220,6 +222,7 @@ def _evaluate(
         raise Stopped(loop.step, folder) from None
     assert stage.evaluate is not None, "an evaluation has its table"
     loop, improved = loop.after_evaluation(nats, stage.evaluate.min_delta)
+    say_heldout(state.log, stage.label, loop, nats)
     train_state = task.keep_best(train_state, loop, improved)
     rows = [{**values, "heldout_loss": loss} for values, loss in zip(rows, nats, strict=True)]
     return train_state, loop, rows
@@ -260,13 +263,6 @@ def _finish_evaluation(
     _log(state.log, loop.step, rows)
     save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.stopping())
     return train_state, loop
-
-
-def _show(progress: Progress, step: int, rows: Sequence[Row], rates: Row, loop: LoopState) -> None:
-    best = min(rows, key=lambda row: row["loss"])
-    n_skipped = min(loop.n_skipped)
-    skipped = {"skipped": n_skipped} if n_skipped else {}
-    progress.update(step, {"loss": best["loss"], "lr": best["lr"], **skipped, **rates})
 
 
 def _log(log: Log, step: int, rows: Sequence[Row]) -> None:
