@@ -15,7 +15,7 @@ from minitune import checkpoint
 from minitune.errors import InputError
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.signals import Stopped
-from minitune.programs.stages import loop_saves, loop_state, step_lines, training_loop
+from minitune.programs.stages import loop_saves, loop_state, step_lines
 from minitune.programs.stages.loop_state import MAX_SKIPPED
 from minitune.programs.stages.training_stage import Evaluation
 from support.numbers import STAGE, Numbers, Power, train
