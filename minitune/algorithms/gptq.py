@@ -83,10 +83,29 @@ def gptq(
         if head in grids:
             gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
             params = {**params, head: calibrated(head, gram)}
+    _refuse_unused(params, grids)
+    return params
+
+
+def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8 | Int4]:
+    """Scheme of each weight that is to be quantized; InputError for one without a grid."""
+    plan = quantization.plan(params)
+    grids: dict[str, Int8 | Int4] = {}
+    for name, scheme in plan.items():
+        if isinstance(scheme, Int8 | Int4):
+            grids[name] = scheme
+    if len(grids) < len(plan):
+        odd = next(name for name in plan if name not in grids)
+        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
+        raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
+    return grids
+
+
+def _refuse_unused(params: Params, grids: Mapping[str, Int8 | Int4]) -> None:
+    """InputError for a weight that is still dense after all blocks."""
     unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
     if unused is not None:
         raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
-    return params
 
 
 def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8 | Int4]:

@@ -50,9 +50,8 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # an adapter to put on the model: a folder of PEFT's, a run (what it saved, else its newest
     # state), or a state such as runs/lora/checkpoints/train/step-00000100
     deltas: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of frozen weights and of compute, and never of what trains
-    )
+    # of frozen weights and of compute, and never of what trains
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
 
