@@ -108,20 +108,6 @@ def _refuse_unused(params: Params, grids: Mapping[str, Int8 | Int4]) -> None:
         raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
 
 
-def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8 | Int4]:
-    """Scheme of each weight that is to be quantized; InputError for one without a grid."""
-    plan = quantization.plan(params)
-    grids: dict[str, Int8 | Int4] = {}
-    for name, scheme in plan.items():
-        if isinstance(scheme, Int8 | Int4):
-            grids[name] = scheme
-    if len(grids) < len(plan):
-        odd = next(name for name in plan if name not in grids)
-        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
-        raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
-    return grids
-
-
 def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float) -> QInt8 | QInt4:
     """Leaf that makes |X (W - Q)^T| small, where gram = X^T X (Frantar et al. 2022, algorithm 1).
 

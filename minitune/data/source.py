@@ -85,7 +85,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: dict[str, str] = {}
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
-    # in a program: share of the rows that are kept apart as table [data.heldout], by a hash of their content
+    # in a program: share of the rows that are kept apart as the table [data.heldout]; a hash of a
+    # row decides on which side it is
     holdout: OpenUnitInterval | None = None
     mix: tuple[MixtureComponent, ...] = ()
     chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
@@ -97,8 +98,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.format == "auto" or self.holdout is not None:
             raise InputError(
-                "data: format = 'auto' and holdout are keys of a program, which are decided when it is "
-                "loaded, expected a format and a split; write them"
+                "data: format = 'auto' and holdout are keys of a program, which are decided when it "
+                "is loaded, expected a format and a split; write them"
             )
         _check_columns(self.format, self.columns)
         for path in (self.path, *(other.path for other in self.mix)):

@@ -12,29 +12,32 @@ AUTO = "auto"
 HELDOUT = "heldout"  # table of the rows that `holdout` keeps apart
 
 
-class Layout(NamedTuple):
+class RowFormat(NamedTuple):
     """Format of a data table, and the names that its columns have in the file."""
 
     format: str
     columns: Mapping[str, str] = MappingProxyType({})
 
 
-# Columns by which a layout is recognised; the first that a row has all of says which it is.
-LAYOUTS: dict[tuple[str, ...], Layout] = {
-    ("messages",): Layout("chat"),
-    ("conversations",): Layout("chat"),
-    ("prompt", "chosen", "rejected"): Layout("pairs"),
-    ("chosen", "rejected"): Layout("pairs"),
-    ("prompt", "completion", "label"): Layout("unpaired"),
-    ("instruction", "output"): Layout("instruct"),
-    ("prompt", "completion"): Layout("chat"),
-    ("instruction", "response"): Layout("instruct", {"output": "response"}),
-    ("prompt", "response"): Layout("instruct", {"instruction": "prompt", "output": "response"}),
-    ("question", "answer"): Layout("instruct", {"instruction": "question", "output": "answer"}),
-    ("query", "response"): Layout("instruct", {"instruction": "query", "output": "response"}),
-    ("problem", "solution"): Layout("instruct", {"instruction": "problem", "output": "solution"}),
-    ("input", "output"): Layout("instruct", {"instruction": "input"}),
-    ("text",): Layout("text"),
+# Columns by which a format is recognised; the first that a row has all of says which it is.
+ROW_FORMATS: dict[tuple[str, ...], RowFormat] = {
+    ("messages",): RowFormat("chat"),
+    ("conversations",): RowFormat("chat"),
+    ("prompt", "chosen", "rejected"): RowFormat("pairs"),
+    ("chosen", "rejected"): RowFormat("pairs"),
+    ("prompt", "completion", "label"): RowFormat("unpaired"),
+    ("instruction", "output"): RowFormat("instruct"),
+    ("prompt", "completion"): RowFormat("chat"),
+    ("instruction", "response"): RowFormat("instruct", {"output": "response"}),
+    ("prompt", "response"): RowFormat("instruct", {"instruction": "prompt", "output": "response"}),
+    ("question", "answer"): RowFormat("instruct", {"instruction": "question", "output": "answer"}),
+    ("query", "response"): RowFormat("instruct", {"instruction": "query", "output": "response"}),
+    ("problem", "solution"): RowFormat(
+        "instruct",
+        {"instruction": "problem", "output": "solution"},
+    ),
+    ("input", "output"): RowFormat("instruct", {"instruction": "input"}),
+    ("text",): RowFormat("text"),
 }
 
 
@@ -99,11 +102,11 @@ def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any
         return {**table, "format": "text"}  # decoding says what is wrong with the path
     place = locate(path)
     names = set(first_row(place))
-    for needed, layout in LAYOUTS.items():
+    for needed, shown in ROW_FORMATS.items():
         if names.issuperset(needed):
-            columns = {**layout.columns, **table.get("columns", {})}
-            return {**table, "format": layout.format, **({"columns": columns} if columns else {})}
-    known = "; ".join(" and ".join(needed) for needed in LAYOUTS)
+            columns = {**shown.columns, **table.get("columns", {})}
+            return {**table, "format": shown.format, **({"columns": columns} if columns else {})}
+    known = "; ".join(" and ".join(needed) for needed in ROW_FORMATS)
     raise InputError(
         f"{where(name, 'format')}: data.{name}.format is 'auto', but the first row of {place} has "
         f"the columns {', '.join(sorted(names))}, expected {known}; "

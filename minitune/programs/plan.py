@@ -153,10 +153,11 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
 
 def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
     """Memory of a step, or of an evaluation during training if that needs more."""
-    parts = dict(peak_memory(step))
+    parts = peak_memory(step)
     if stage.privacy is not None:  # a gradient for each row of a chunk, beside their sum
         rows_of_chunk = step.n_rows // stage.loss.rows_per_sample
-        parts["gradients"] += rows_of_chunk * tree.n_bytes(step.trainable)
+        of_rows = rows_of_chunk * tree.n_bytes(step.trainable)
+        parts = {**parts, "gradients": parts["gradients"] + of_rows}
     if stage.evaluate is None:
         return parts
     data = plan.abstract.data

@@ -89,7 +89,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = _expand(raw, (), places)
     if isinstance(raw.get("data"), dict):
-        raw["data"] = data_tables.completed(raw["data"], lambda table, key: places.where(("data", table, key)))
+        raw["data"] = data_tables.completed(
+            raw["data"],
+            lambda table, key: places.where(("data", table, key)),
+        )
     program = toml.decode(raw, Program, places.where, spelled=places.spelled, suggest=suggest)
     _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)

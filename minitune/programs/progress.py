@@ -67,6 +67,7 @@ class Lines(Progress):
         self._shown_step, self._shown_s = -math.inf, self._started
 
     def update(self, step: int, values: Mapping[str, Number]) -> None:
+        """Write a line if the last one is long enough ago."""
         now = monotonic()
         share, waited_s = (step - self._shown_step) / max(self._total, 1), now - self._shown_s
         is_due = step >= self._total or share >= LINE_EVERY_SHARE
@@ -88,6 +89,7 @@ class Bar(Progress):
         self._bar, self._task, self._room, self._lines = bar, task, room, lines
 
     def update(self, step: int, values: Mapping[str, Number]) -> None:
+        """Move the bar to a step, with its readings."""
         self._bar.update(self._task, completed=step, readings=fitted(values, self._room))
         self._lines.update(step, values)
 

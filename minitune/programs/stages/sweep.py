@@ -58,7 +58,8 @@ def run(
     members = [_member(stage, state, point) for point in points(stage)]
     evaluation = _evaluation(stage)
 
-    # The adapters are stacked: one tree of deltas that has a leading dimension, and an optimizer state for each.
+    # The adapters are stacked: one tree of deltas that has a leading dimension, and an optimizer
+    # state for each.
     deltas = sweep.stack([member.start for member in members])
     each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
     opt_states = [member.optimizer.init(start) for member, start in each]
@@ -76,8 +77,8 @@ def run(
     point, rule = members[best].point, members[best].rule
     state.log.say(f"{stage.label}: adapter {best} goes on ({point.describe()}), held-out loss {nats[best]:.4f}")
     chosen = sweep.adapter(train_state["best" if keeps_best else "trainable"], best, rule)
-    record = _record(members, loop, best)
-    record |= {**loop.training_record(best), **loop.end_record(stage)}
+    of_loop = {**loop.training_record(best), **loop.end_record(stage)}
+    record = {**_record(members, loop, best), **of_loop}
     return state.with_model(trainable=chosen, lora=rule).record(stage.label, record)
 
 

@@ -181,19 +181,17 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         optimizer: Chain,
         n_rows: int,
     ) -> training_loop.TrainingTask:
-        params = state.loaded.params
-        model = self._model(state)
+        params, model = state.loaded.params, self._model(state)
         teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
-        objective = self._objective(model, state, teacher)
-        trained = objective
+        objective = trained = self._objective(model, state, teacher)
         if self.load_balance:
             # of the training loss alone: a held-out loss is that of the tokens
             plain = partial(self._objective, state=state, teacher=teacher)
             trained = balanced(plain, model, self.load_balance)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
-        one = step_for(self, state, trained, optimizer, n_rows)
-        step = watched_step(self, trained, one, optimizer, params)
+        step = step_for(self, state, trained, optimizer, n_rows)
+        step = watched_step(self, trained, step, optimizer, params)
         draws = self.draws(state.loaded.lora)
 
         def next_batch(done: int, cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
@@ -201,13 +199,14 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return seeded(batch, state.seed, done) if draws else batch, [after]
 
         def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
-            return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
+            only = {name: value for name, (value,) in metrics.items()}
+            return [training_loop.row(self, done, only)]
 
         def evaluate(train_state: Any) -> list[float]:
             loader, n_rows = self._heldout_loader(state, teacher)
             title, total = f"{self.label} held-out", loader.total_tokens
-            leaves = train_state["trainable"]
             with shown_batches(state.log, title, loader.batches(n_rows), total) as shown:
+                leaves = train_state["trainable"]
                 return heldout_losses(lambda batch: objective(leaves, params, batch)[0], shown)
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
