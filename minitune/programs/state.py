@@ -46,7 +46,9 @@ class LoadedModel(NamedTuple):
     @property
     def dense(self) -> dict[str, Tensor]:
         """Stored weights in floating point, codes as what they stand for."""
-        return {name: w if isinstance(w, Tensor) else dequantize(w, torch.bfloat16) for name, w in self.stored.items()}
+        codes = {name: w for name, w in self.stored.items() if not isinstance(w, Tensor)}
+        whole = {name: dequantize(w, torch.bfloat16) for name, w in codes.items()}
+        return {**self.stored, **whole}
 
     @property
     def stop_ids(self) -> list[int]:
