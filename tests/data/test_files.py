@@ -131,6 +131,7 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b'{"text": "\\ud83d"}\n', ":1 holds half of a surrogate pair, which is no character"),
     ("a.csv", b"text,n\na,1\nb\n", ":3 has 1 fields, expected the 2 of the first line"),
     ("a.csv", b"text\n\xff\xfeb\n", "expected csv in UTF-8"),
+    ("a.csv", b"text,n,text\na,1,b\n", ":1 names the column 'text' twice, expected each once"),
     ("a.csv", b"text\n", "holds no row, expected names of columns and rows"),
     ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "expected a gzip file; fetch the file again"),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfdxxxxxxx", "expected a zstd file; fetch the file again"),
@@ -152,6 +153,13 @@ def test_parquet_with_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a.parquet:1 .*utf-8.*expected a parquet file"):
         list(read_rows(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("written", ["a/b-2.5", "hub:a/b-2.5", "hf://datasets/a/b-2.5"])
+def test_a_name_of_the_hub_is_told_how_to_get_it(written: str) -> None:
+    message = r"is no file here, .*run hf download a/b-2.5 --repo-type dataset --local-dir FOLDER, and name the FOLDER"
+    with pytest.raises(InputError, match=message):
+        Source(written, "text", 8).files()
 
 
 def test_no_file(tmp_path: Path) -> None:
