@@ -108,24 +108,23 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
         n = norms.new_full((), len(norms))
         norm = tree.norm(grads) / n
         is_finite = torch.isfinite(norm)
-        new, inner = apply_gradients(
-            optimizer, grads, opt_state.inner, trainable, divisor=n, norm=norm, is_finite=is_finite, donate=donate
-        )
+        how: dict[str, Any] = {"divisor": n, "norm": norm, "is_finite": is_finite}
+        new, inner = apply_gradients(optimizer, grads, opt_state.inner, trainable, **how, donate=donate)
         finite = torch.isfinite(losses.total)
-        metrics = {
-            "loss_nats": Mean.of(losses.total, finite).value(),
-            "grad_norm": norm,
-            "clipped_share": (norms > privacy.max_norm).float().mean(),
-            batch.counts: losses.weight.sum(),
-            "skipped": (~is_finite).float(),
-        }
+        metrics = {"loss_nats": Mean.of(losses.total, finite).value(), "grad_norm": norm}
+        metrics |= {"clipped_share": (norms > privacy.max_norm).float().mean()}
+        metrics |= {batch.counts: losses.weight.sum(), "skipped": (~is_finite).float()}
         return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
 
     return Step(init, update)
 
 
-def _in_chunks(of_chunk: Callable[[Any], tuple[Mean, Tensor, Tree]], batch: Any, size: int) -> tuple[Mean, Tensor, Tree]:
-    """(losses, norms, sum of the totals) of a batch's rows, given those of `size` rows at a time."""
+def _in_chunks(
+    of_chunk: Callable[[Any], tuple[Mean, Tensor, Tree]],
+    batch: Any,
+    size: int,
+) -> tuple[Mean, Tensor, Tree]:
+    """(losses, norms, sum of totals) of a batch's rows, given those of `size` rows at a time."""
     n_rows = len(tree.leaves(batch)[0])
     losses, norms, total = [], [], None
     for i in range(0, n_rows, size):

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import hardware, tree
+from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
-from minitune.models.model import Draws, Model
+from minitune.models.model import Draws, Model, with_dropout
 from minitune.types import Batch, Delta, Mean, Params, SeededBatch, Trainable
 
 Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
@@ -33,6 +34,20 @@ def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> 
         raise TypeError(f"objective: {next(iter(deltas))} is a Delta, expected a Lora rule for it")
     whole = {**params, **replaced}
     return whole if lora is None else lora.apply(whole, deltas)
+
+
+def forward_params(
+    params: Params,
+    trainable: Trainable,
+    lora: Lora | None,
+    n_rows: int,
+) -> Params:
+    """Parameters as a forward of n_rows in a training step has them, so that it can be measured."""
+    adapted = apply_trainable(params, detached_leaves(trainable), lora)
+    if lora is None or not trainable:
+        return adapted
+    seeds = torch.zeros(n_rows, dtype=torch.int64, device=tree.device_of(params, trainable))
+    return with_dropout(adapted, seeds, n_rows, (lora.dropout,))
 
 
 def with_draws(model: Model, lora: Lora | None, batch: Any) -> tuple[Model, Any]:

@@ -1,7 +1,7 @@
-"""Privacy that steps of DP-SGD spend: (epsilon, delta) of a noise multiplier, and the other way round.
+"""Privacy that steps of DP-SGD spend: epsilon of a noise multiplier, and the other way round.
 
-Renyi divergence of the sampled Gaussian (Mironov, Talwar & Zhang 2019, arXiv 1908.10530, section 3.3),
-which adds up over steps, and its conversion (Balle et al. 2020, arXiv 1905.09982, theorem 21). Both
+Renyi divergence of the sampled Gaussian (Mironov et al. 2019, arXiv 1908.10530, section 3.3), which
+adds up over steps, and its conversion (Balle et al. 2020, arXiv 1905.09982, theorem 21). Both
 assume that each row is in a batch by a coin of its own, with probability q (Poisson sampling).
 """
 
@@ -17,7 +17,7 @@ LARGEST_NOISE = 1e6
 
 
 def log_moment(noise: float, q: float, alpha: int) -> float:
-    """Log of A_alpha = sum_k C(alpha, k) (1 - q)^(alpha - k) q^k exp((k^2 - k) / (2 noise^2)), eq. 7.
+    """Log of sum_k C(alpha, k) (1 - q)^(alpha - k) q^k exp((k^2 - k) / (2 noise^2)), section 3.3.
 
     (alpha - 1) times the Renyi divergence of order alpha that one step spends.
     """
@@ -33,7 +33,7 @@ def log_moment(noise: float, q: float, alpha: int) -> float:
 
 
 def epsilon_of(noise: float, q: float, n_steps: int, delta: float) -> float:
-    """Epsilon of n_steps at a noise multiplier and a sampling rate q: the smallest that any order gives."""
+    """Epsilon of n_steps at a noise multiplier and a sampling rate q: the least of all orders."""
     if n_steps == 0:
         return 0.0
     if noise == 0:
@@ -48,7 +48,7 @@ def epsilon_of(noise: float, q: float, n_steps: int, delta: float) -> float:
 
 
 def noise_for(epsilon: float, q: float, n_steps: int, delta: float) -> float:
-    """Smallest noise multiplier, to 4 digits and rounded up, whose epsilon is at most the wanted one.
+    """Smallest noise multiplier, to 4 digits and rounded up, for an epsilon.
 
     ValueError if none below LARGEST_NOISE is enough.
     """
@@ -56,7 +56,8 @@ def noise_for(epsilon: float, q: float, n_steps: int, delta: float) -> float:
     while epsilon_of(high, q, n_steps, delta) > epsilon:
         low, high = high, 2 * high
         if high > LARGEST_NOISE:
-            raise ValueError(f"no noise below {LARGEST_NOISE:g} gives epsilon {epsilon} at delta {delta}")
+            found = f"no noise below {LARGEST_NOISE:g} gives epsilon {epsilon}"
+            raise ValueError(f"{found} at delta {delta}")
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         if epsilon_of(middle, q, n_steps, delta) > epsilon:

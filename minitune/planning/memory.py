@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
-from minitune.algorithms.objective import apply_trainable
+from minitune.algorithms.objective import apply_trainable, forward_params
 from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.inference.generate import STRIDE
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models import decoder
 from minitune.models.mixers.mixer import TokenPositions
-from minitune.models.model import Model, with_dropout
+from minitune.models.model import Model
 from minitune.models.weights import head_name
 from minitune.nn.attention.key_range import documents
 from minitune.nn.elementwise import rms_norm
@@ -203,10 +203,8 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
 def _forward(step: StepSpec) -> _Forward:
     """Forward of one micro-batch, its blocks measured."""
     config = step.model.config
-    params = tree.map(_leaf, apply_trainable(step.params, detached_leaves(step.trainable), step.lora))
-    if step.trainable and step.lora is not None:  # an evaluation drops nothing
-        seeds = torch.empty(step.n_rows, dtype=torch.int64, device=step.device)
-        params = with_dropout(params, seeds, step.n_rows, (step.lora.dropout,))
+    forward = forward_params(step.params, step.trainable, step.lora, step.n_rows)
+    params = tree.map(_leaf, forward)
     whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
     deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
 

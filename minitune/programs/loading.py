@@ -238,7 +238,7 @@ def say_widening(log: Log, label: str, leaves: Tree) -> None:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware; else float16 on an accelerator (T4, V100).
+    """bfloat16 where the device multiplies it in hardware, else float16 on an accelerator.
 
     A CPU without bfloat16 computes in float32: it emulates both.
     """

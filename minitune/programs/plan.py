@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
+from minitune.algorithms.objective import forward_params
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
@@ -31,7 +32,7 @@ from minitune.programs.stages.evaluate import Eval, Generate
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.stage import Stage
 from minitune.programs.stages.train import Train
-from minitune.programs.stages.training_model import HOST, forward_params
+from minitune.programs.stages.training_model import HOST
 from minitune.programs.state import AbstractState, trainable_like
 from minitune.quant.schemes import Scheme, quantize
 from minitune.types import Params, Trainable

@@ -10,14 +10,27 @@ from minitune.programs.state import PipelineState
 from minitune.types import Trainable
 
 
-def save_best(stage: TrainingStage, state: PipelineState, trainable: Trainable, loop: LoopState) -> None:
+def save_best(
+    stage: TrainingStage,
+    state: PipelineState,
+    trainable: Trainable,
+    loop: LoopState,
+) -> None:
     """Save a tree as the best so far."""
     tensors = {"trainable": trainable}
     save_state(_folder(stage, state), loop.step, tensors, {"loss_nats": loop.nats[0]})
 
 
-def load_best(stage: TrainingStage, state: PipelineState, trainable: Trainable, loop: LoopState) -> Trainable:
-    """Best tree that was saved, or the given one if no loss was measured; InputError if none was finite."""
+def load_best(
+    stage: TrainingStage,
+    state: PipelineState,
+    trainable: Trainable,
+    loop: LoopState,
+) -> Trainable:
+    """Best tree that was saved, or the given one if no loss was measured.
+
+    InputError if none was finite.
+    """
     (nats,), (step,) = loop.best_nats, loop.best_step
     if nats is None and loop.n_worse == 0:
         # evaluate was added to training that is over

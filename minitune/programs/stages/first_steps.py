@@ -30,7 +30,7 @@ def watched_step(
     optimizer: Chain,
     params: Params,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
-    """Step of a stage on (train_state, batch), whose first ones are watched; one: its step, donated.
+    """Step of a stage on (train_state, batch), whose first ones are watched; one: the step itself.
 
     Its metrics have the learning rate that is applied, which a skipped step does not advance.
     """

@@ -15,8 +15,10 @@ ASSUMED = "as if each row were in a batch by a coin of its own, while batches ar
 
 
 class PrivateTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): each row's gradient is clipped to max_norm, and normal
-    noise of deviation noise * max_norm is added to their sum.
+    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
+
+    Each row's gradient is clipped to max_norm, and normal noise of deviation noise * max_norm is
+    added to their sum.
 
     Rows are what is private. Of noise and epsilon one is given: a target epsilon finds its noise by
     algorithms/privacy_accountant.py. The draws are those of a seed, and no secret.
@@ -43,7 +45,8 @@ def check_private(stage: TrainingStage, abstract: AbstractState) -> None:
     source, found = abstract.data[stage.data], ""
     if (privacy.noise is None) == (privacy.epsilon is None):
         found = "neither noise nor epsilon" if privacy.noise is None else "both noise and epsilon"
-        raise InputError(f"stages: {stage.label}.privacy has {found}, expected one of them; correct it")
+        where = f"stages: {stage.label}.privacy"
+        raise InputError(f"{where} has {found}, expected one of them; correct it")
     if source.packed and stage.loss.objective == "supervised":
         found = f"data.{stage.data}.packed = true, where several documents share a row"
     elif source.overlong == "split" or source.turns == "each":

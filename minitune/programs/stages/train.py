@@ -1,6 +1,7 @@
 """Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -51,7 +52,7 @@ from minitune.programs.stages.first_steps import watched_step
 from minitune.programs.stages.private_training import PrivateTraining
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import Evaluation, Sweep
-from minitune.programs.stages.training_step import initial_state, step_for
+from minitune.programs.stages.training_step import check_load_balance, initial_state, step_for
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import (
     NonNegativeFloat,
@@ -84,15 +85,15 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # { "*norm*" = 0.0, "*bias*" = 0.0 } spares these, as most training code does
     decay_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     schedule: Schedule = Constant()
-    # of the loss where the model computes in float16, and without meaning elsewhere; None: the rule of
-    # torch.amp.GradScaler, which begins at 65536, halves at an overflow and doubles after 2000 steps
+    # of the loss where the model computes in float16, without meaning elsewhere; None: the rule of
+    # torch.amp.GradScaler: from 65536, halved at an overflow, doubled after 2000 steps
     loss_scale: LossScale | None = None
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     # noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model),
-    # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1; 5 to 15 are usual)
+    # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1); 5 to 15 are usual
     neftune_alpha: NonNegativeFloat = 0.0
-    # coefficient of the load-balancing loss of a mixture of experts, in nats a token (Fedus et al. 2021,
-    # arXiv 2101.03961, eq. 4-6): router_aux_loss_coef of transformers, where 0.001 to 0.02 are usual
+    # coefficient of a mixture's load-balancing loss, in nats a token (Fedus et al. 2021, arXiv
+    # 2101.03961, eq. 4-6): router_aux_loss_coef of transformers, where 0.001 to 0.02 are usual
     load_balance: NonNegativeFloat = 0.0
     privacy: PrivateTraining | None = None  # DP-SGD: clip the gradient of each row, and add noise
     evaluate: Evaluation | None = None
@@ -126,26 +127,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         training_model.check_remat(self.label, self.remat)
         training_optimizer.check_factors(self)
         private_training.check_private(self, abstract)
-        self._check_load_balance(abstract)
+        check_load_balance(self, abstract)
         if abstract.lora is not None:
             abstract.lora.check_dropout(sorted(abstract.adapted))
         if self.sweep is not None:
             sweep_points.check(self, abstract)
         return abstract
-
-    def _check_load_balance(self, abstract: AbstractState) -> None:
-        found = ""
-        if abstract.model.config.experts is None:
-            found = "a model without experts"
-        elif self.sweep is not None or self.privacy is not None:
-            found = "a sweep" if self.sweep is not None else "privacy"
-        elif self.loss.compares_answers:
-            found = f"loss {self.loss.__struct_config__.tag!r}"
-        if self.load_balance and found:
-            raise InputError(
-                f"stages: {self.label} has load_balance and {found}, expected a mixture of experts "
-                "and a loss of tokens; drop load_balance"
-            )
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the data and on the steps that it makes; InputError for a malformed row."""
@@ -188,7 +175,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         private_training.say_spent(self, state, record)
         return state.with_model(trainable=trainable).record(self.label, record)
 
-    def _task(self, state: PipelineState, optimizer: Chain, n_rows: int) -> training_loop.TrainingTask:
+    def _task(
+        self,
+        state: PipelineState,
+        optimizer: Chain,
+        n_rows: int,
+    ) -> training_loop.TrainingTask:
         params = state.loaded.params
         model = self._model(state)
         teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
@@ -196,7 +188,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         trained = objective
         if self.load_balance:
             # of the training loss alone: a held-out loss is that of the tokens
-            trained = balanced(lambda m: self._objective(m, state, teacher), model, self.load_balance)
+            plain = partial(self._objective, state=state, teacher=teacher)
+            trained = balanced(plain, model, self.load_balance)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
         one = step_for(self, state, trained, optimizer, n_rows)
@@ -211,15 +204,11 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
         def evaluate(train_state: Any) -> list[float]:
-            assert self.evaluate is not None, "there is nothing to evaluate on"
-            name = self.evaluate.data
-            loader = self._load_batches(state, name, teacher)
-            lengths = state.data[name].seq_len, state.data[self.data].seq_len
-            batches = loader.batches(self.evaluation_rows(*lengths))
-            title, total = f"{self.label} held-out", loader.total_tokens
-            with shown_batches(state.log, title, batches, total) as shown:
-                trainable = train_state["trainable"]
-                return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
+from minitune.programs.stages.best_state import load_best, save_best
+from minitune.programs.stages.continued import evaluation
+from minitune.programs.stages.first_steps import watched_step
+from minitune.programs.stages.private_training import PrivateTraining
+from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
@@ -227,6 +216,13 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return train_state
 
         return training_loop.TrainingTask(next_batch, n_tokens, step, rows, evaluate, keep_best)
+
+    def _heldout_batches(self, state: PipelineState, teacher: Teacher | None) -> Iterator[Any]:
+        assert self.evaluate is not None, "there is nothing to evaluate on"
+        name = self.evaluate.data
+        n_tokens, n_trained = state.data[name].seq_len, state.data[self.data].seq_len
+        loader = self._load_batches(state, name, teacher)
+        return loader.batches(self.evaluation_rows(n_tokens, n_trained))
 
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""

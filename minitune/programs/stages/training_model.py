@@ -2,21 +2,17 @@
 
 import re
 
-import torch
-
 from minitune import hardware
-from minitune.algorithms.objective import apply_trainable
+from minitune.algorithms.objective import forward_params
 from minitune.autodiff import offload
-from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.errors import InputError
-from minitune.lora import Lora
 from minitune.models.compile import wrap
-from minitune.models.model import Model, with_dropout
+from minitune.models.model import Model
 from minitune.planning import activations
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
 from minitune.tree import device_of
-from minitune.types import Params, Trainable
+from minitune.types import Params
 
 # value of remat: blocks are computed again, and their inputs are kept in the host's memory
 HOST = "host"
@@ -57,15 +53,6 @@ def transformed(
         line = f"{n_again} of {n_blocks} blocks are computed again to stay within {remat}"
         state.log.say(f"{stage.label}: {line}")
     return model._replace(n_remat=n_again)
-
-
-def forward_params(params: Params, trainable: Trainable, lora: Lora | None, n_rows: int) -> Params:
-    """Parameters as a training forward of n_rows has them, so that what it keeps can be counted."""
-    adapted = apply_trainable(params, detached_leaves(trainable), lora)
-    if lora is None:
-        return adapted
-    seeds = torch.zeros(n_rows, dtype=torch.int64, device=device_of(params, trainable))
-    return with_dropout(adapted, seeds, n_rows, (lora.dropout,))
 
 
 def n_remat(remat: bool | str, model: Model, params: Params, n_rows: int, n_tokens: int) -> int:

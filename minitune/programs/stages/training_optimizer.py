@@ -37,7 +37,7 @@ def loss_scale_for(stage: TrainingStage, params: Params) -> LossScale | None:
 
 
 def check_factors(stage: TrainingStage) -> None:
-    """InputError for factors of a weight decay that is 0; globs are matched when the state is made."""
+    """InputError for factors of no decay; globs are matched where the state is made."""
     if stage.decay_factors and not stage.optimizer.weight_decay:
         raise InputError(
             f"stages: {stage.label} has decay_factors and optimizer.weight_decay = 0, expected a "

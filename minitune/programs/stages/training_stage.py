@@ -109,6 +109,11 @@ class TrainingStage(Protocol):
         ...
 
     @property
+    def load_balance(self) -> float:
+        """Coefficient of the load-balancing loss."""
+        ...
+
+    @property
     def privacy(self) -> Any:
         """PrivateTraining, or None."""
         ...

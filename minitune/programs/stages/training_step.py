@@ -1,4 +1,4 @@
-"""Step of a training stage, and the state that it begins with: plain, with a loss scale, or private."""
+"""Step of a training stage and its first state: plain, with a loss scale, or private."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from minitune.optim.transforms import Chain
 from minitune.programs.stages import private_training
 from minitune.programs.stages.training_optimizer import loss_scale_for
 from minitune.programs.stages.training_stage import TrainingStage
-from minitune.programs.state import PipelineState
+from minitune.programs.state import AbstractState, PipelineState
 from minitune.steps import train_step
 from minitune.types import Step, Trainable
 
@@ -53,3 +53,19 @@ def step_for(
     micro_batch = stage.micro_batch_size or stage.batch_size
     how: dict[str, Any] = {"micro_batch": micro_batch, "loss_scale": loss_scale, "donate": True}
     return train_step(objective, optimizer, **how)
+
+
+def check_load_balance(stage: TrainingStage, abstract: AbstractState) -> None:
+    """InputError for load_balance of what has no experts, or more than one loss at a time."""
+    found = ""
+    if abstract.model.config.experts is None:
+        found = "a model without experts"
+    elif stage.sweep is not None or stage.privacy is not None:
+        found = "a sweep" if stage.sweep is not None else "privacy"
+    elif stage.loss.compares_answers:
+        found = f"loss {stage.loss.__struct_config__.tag!r}"
+    if stage.load_balance and found:
+        raise InputError(
+            f"stages: {stage.label} has load_balance and {found}, expected a mixture of experts and "
+            "a loss of tokens; drop load_balance"
+        )
