@@ -8,10 +8,12 @@ import torch
 
 from minitune.errors import InputError
 from minitune.programs.stages.first_steps import (
+    WatchedAdapter,
     require_gradients,
     require_moved,
     signatures,
     watched,
+    watched_adapters,
 )
 from minitune.types import Delta, Mean, TrainState
 from support.programs import LORA, TRAIN, start
@@ -95,6 +97,28 @@ def test_only_steps_that_count_are_watched_and_a_step_is_taken_once() -> None:
     for _ in range(3):
         watch(state, torch.ones(4), step(0.0, 1.0))
     assert taken == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_every_adapter_of_a_sweep_is_watched_and_named() -> None:
+    state = TrainState({"w": torch.zeros(2, 3), "x": torch.zeros(2, 3)}, ())
+
+    def adapter(i: int, dead: str = "") -> WatchedAdapter:
+        return WatchedAdapter(linear(dead), lambda path: 1e-3, lambda stacked: {key: leaf[i] for key, leaf in stacked.items()})
+
+    def step(moves: tuple[float, float]):
+        moved = torch.tensor(moves)[:, None].expand(2, 3)
+        return lambda: (TrainState({"w": moved, "x": moved}, ()), {"skipped": torch.zeros(2)})
+
+    watch = watched_adapters("train", [adapter(0), adapter(1, dead="x")], {}, 4)
+    with pytest.raises(InputError, match=r"train, adapter 1, finds no gradient for x"):
+        watch(state, torch.ones(2, 4), step((1.0, 1.0)))
+    watch = watched_adapters("train", [adapter(0), adapter(1)], {}, 4)
+    watch(state, torch.ones(2, 4), step((1.0, 0.0)))
+    with pytest.raises(InputError, match=r"train, adapter 1, has not moved w in 2 steps"):
+        watch(state, torch.ones(2, 4), step((1.0, 0.0)))
+    watch = watched_adapters("train", [adapter(0), adapter(1)], {}, 4)
+    for _ in range(3):
+        watch(state, torch.ones(2, 4), step((1.0, 2.0)))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Proof, in the first steps of a run, that every weight that trains has a gradient and moves."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,15 +36,7 @@ def watched_step(
     """
     micro_batch = stage.micro_batch_size or stage.batch_size
     schedule_at = [isinstance(part, ScaleBySchedule) for part in optimizer.parts].index(True)
-    factor = float(stage.schedule.factor(torch.tensor(1), stage.steps))
-    factors = ScaleByGlob(dict(stage.lr_factors))
-
-    def rate_of(path: str) -> float:
-        # plain gradient descent moves as far as the gradient is large
-        is_scaled = not isinstance(stage.optimizer, SGD)
-        return is_scaled * stage.optimizer.lr * factor * factors.path_factor(path)
-
-    watch = watched(stage.label, objective, params, rate_of, micro_batch)
+    watch = watched(stage.label, objective, params, rate_function(stage), micro_batch)
 
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])
@@ -54,6 +46,62 @@ def watched_step(
         return after._asdict(), {**metrics, "lr": lr}
 
     return step
+
+
+def rate_function(stage: TrainingStage) -> Callable[[str], float]:
+    """Function that gives about how far an element of a leaf moves in a first step; 0: unknown."""
+    factor = float(stage.schedule.factor(torch.tensor(1), stage.steps))
+    factors = ScaleByGlob(dict(stage.lr_factors))
+
+    def rate_of(path: str) -> float:
+        # plain gradient descent moves as far as the gradient is large
+        is_scaled = not isinstance(stage.optimizer, SGD)
+        return is_scaled * stage.optimizer.lr * factor * factors.path_factor(path)
+
+    return rate_of
+
+
+class WatchedAdapter(NamedTuple):
+    """One adapter of a sweep as its first steps are watched."""
+
+    objective: Objective
+    rate_of: Callable[[str], float]
+    take: Callable[[Tree], Trainable]  # stacked deltas -> those of this adapter
+
+
+def watched_adapters(
+    label: str,
+    adapters: Sequence[WatchedAdapter],
+    params: Params,
+    micro_batch: int,
+) -> Callable[[TrainState, Tree, TakeStep], tuple[TrainState, Metrics]]:
+    """Function that takes a step of a sweep and looks at every weight of every adapter.
+
+    watch(state, batch, step) is that of `watched`; leaves of the batch are [n, B, ...]. Messages
+    name the adapter by its number.
+    """
+    first: list[dict[str, list[Tensor]]] = []
+    taken: list[int] = []
+
+    def watch(state: TrainState, batch: Tree, step: TakeStep) -> tuple[TrainState, Metrics]:
+        if len(taken) == N_STEPS:
+            return step()
+        if not first:
+            for i, adapter in enumerate(adapters):
+                own = adapter.take(state.trainable)
+                rows = tree.map(lambda x, i=i: x[i, :micro_batch], batch)
+                require_gradients(f"{label}, adapter {i},", adapter.objective, own, params, rows)
+                first.append(signatures(own))
+        after, metrics = step()
+        if not bool(metrics["skipped"].any()):
+            taken.append(1)
+        if len(taken) == N_STEPS:
+            for i, adapter in enumerate(adapters):
+                moved = signatures(adapter.take(after.trainable))
+                require_moved(f"{label}, adapter {i},", first[i], moved, adapter.rate_of)
+        return after, metrics
+
+    return watch
 
 
 def watched(

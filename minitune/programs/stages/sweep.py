@@ -12,6 +12,7 @@ from rich.table import Table
 from minitune import tree
 from minitune.algorithms import sweep
 from minitune.algorithms.loss_scale import with_scale
+from minitune.algorithms.supervised import sft
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
 from minitune.hardware import to_device
@@ -22,6 +23,11 @@ from minitune.nn.dropout import seeded
 from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
+from minitune.programs.stages.first_steps import (
+    WatchedAdapter,
+    rate_function,
+    watched_adapters,
+)
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
@@ -115,9 +121,11 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     how: dict[str, Any] = {"loss_scale": loss_scale_for(stage, params), "donate": True}
     all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, **how)
 
+    watch = watched_adapters(stage.label, _adapters(model, token_loss, members), params, micro_batch)
+
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])
-        after, metrics = all_step.update(params, before, batch)
+        after, metrics = watch(before, batch, lambda: all_step.update(params, before, batch))
         return {**train_state, **after._asdict()}, metrics
 
     def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
@@ -143,6 +151,22 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
 
     take = partial(_take, stage, members, loaders)
     return training_loop.TrainingTask(take, n_tokens, step, rows, evaluate, _keep_best)
+
+
+def _adapters(
+    model: Model,
+    loss: TokenLoss,
+    members: Sequence[Member],
+) -> list[WatchedAdapter]:
+    """Members as their first steps are watched."""
+    return [
+        WatchedAdapter(
+            sft(model, member.rule, loss),
+            rate_function(member.point.stage),
+            partial(sweep.adapter, i=i, rule=member.rule),
+        )
+        for i, member in enumerate(members)
+    ]
 
 
 def _take(

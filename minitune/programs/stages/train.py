@@ -1,6 +1,6 @@
 """Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -204,11 +204,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return [training_loop.row(self, done, {name: value for name, (value,) in metrics.items()})]
 
         def evaluate(train_state: Any) -> list[float]:
-from minitune.programs.stages.best_state import load_best, save_best
-from minitune.programs.stages.continued import evaluation
-from minitune.programs.stages.first_steps import watched_step
-from minitune.programs.stages.private_training import PrivateTraining
-from minitune.programs.stages.shown_batches import n_tokens, shown_batches
+            return self._heldout(state, objective, teacher, train_state["trainable"])
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
@@ -217,12 +213,21 @@ from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 
         return training_loop.TrainingTask(next_batch, n_tokens, step, rows, evaluate, keep_best)
 
-    def _heldout_batches(self, state: PipelineState, teacher: Teacher | None) -> Iterator[Any]:
+    def _heldout(
+        self,
+        state: PipelineState,
+        objective: Objective,
+        teacher: Teacher | None,
+        trainable: Trainable,
+    ) -> list[float]:
         assert self.evaluate is not None, "there is nothing to evaluate on"
-        name = self.evaluate.data
-        n_tokens, n_trained = state.data[name].seq_len, state.data[self.data].seq_len
+        params, name = state.loaded.params, self.evaluate.data
         loader = self._load_batches(state, name, teacher)
-        return loader.batches(self.evaluation_rows(n_tokens, n_trained))
+        lengths = state.data[name].seq_len, state.data[self.data].seq_len
+        batches = loader.batches(self.evaluation_rows(*lengths))
+        title, total = f"{self.label} held-out", loader.total_tokens
+        with shown_batches(state.log, title, batches, total) as shown:
+            return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
 
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""

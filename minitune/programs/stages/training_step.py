@@ -66,6 +66,6 @@ def check_load_balance(stage: TrainingStage, abstract: AbstractState) -> None:
         found = f"loss {stage.loss.__struct_config__.tag!r}"
     if stage.load_balance and found:
         raise InputError(
-            f"stages: {stage.label} has load_balance and {found}, expected a mixture of experts and "
-            "a loss of tokens; drop load_balance"
+            f"stages: {stage.label} has load_balance and {found}, expected a mixture of experts "
+            "and a loss of tokens; drop load_balance"
         )
