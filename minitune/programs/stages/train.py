@@ -181,7 +181,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         optimizer: Chain,
         n_rows: int,
     ) -> training_loop.TrainingTask:
-        params, model = state.loaded.params, self._model(state)
+        params = state.loaded.params
+        model = self._model(state)
         teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
         objective = trained = self._objective(model, state, teacher)
         if self.load_balance:
@@ -203,11 +204,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return [training_loop.row(self, done, only)]
 
         def evaluate(train_state: Any) -> list[float]:
-            loader, n_rows = self._heldout_loader(state, teacher)
-            title, total = f"{self.label} held-out", loader.total_tokens
-            with shown_batches(state.log, title, loader.batches(n_rows), total) as shown:
-                leaves = train_state["trainable"]
-                return heldout_losses(lambda batch: objective(leaves, params, batch)[0], shown)
+            return self._heldout(state, objective, teacher, train_state["trainable"])
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
@@ -216,13 +213,21 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
         return training_loop.TrainingTask(next_batch, n_tokens, step, rows, evaluate, keep_best)
 
-    def _heldout_loader(self, state: PipelineState, teacher: Teacher | None) -> tuple[BatchLoader, int]:
-        """(batches of the held-out data, rows of a forward)."""
+    def _heldout(
+        self,
+        state: PipelineState,
+        objective: Objective,
+        teacher: Teacher | None,
+        trainable: Trainable,
+    ) -> list[float]:
         assert self.evaluate is not None, "there is nothing to evaluate on"
-        name = self.evaluate.data
-        n_tokens, n_trained = state.data[name].seq_len, state.data[self.data].seq_len
+        params, name = state.loaded.params, self.evaluate.data
         loader = self._load_batches(state, name, teacher)
-        return loader, self.evaluation_rows(n_tokens, n_trained)
+        lengths = state.data[name].seq_len, state.data[self.data].seq_len
+        batches = loader.batches(self.evaluation_rows(*lengths))
+        title, total = f"{self.label} held-out", loader.total_tokens
+        with shown_batches(state.log, title, batches, total) as shown:
+            return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
 
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""
