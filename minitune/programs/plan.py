@@ -22,7 +22,8 @@ from minitune.programs import program
 from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
-from minitune.programs.stages.evaluate import Eval, Generate
+from minitune.programs.stages.evaluate import Eval
+from minitune.programs.stages.generate import Generate
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.stage import Stage
 from minitune.programs.stages.train import Train
@@ -87,13 +88,14 @@ def planned(source: program.Program) -> Iterator[Planned]:
         if isinstance(stage, Train):
             step = _step(stage, plan)
             yield Planned(stage, step, _memory(stage, step, plan), _flops_per_token(stage, step))
-        elif isinstance(stage, Eval | Generate) and stage.batch_size is not None:
-            yield _planned_forward(stage, stage.batch_size, plan)
+        elif isinstance(stage, Eval | Generate) and None not in (stage.batch_size, stage.data):
+            yield _planned_forward(stage, plan)
 
 
-def _planned_forward(stage: Eval | Generate, n_rows: int, plan: PlanState) -> Planned:
-    """Evaluation or generation of n_rows at a time, its prompts as long as a row."""
-    source, (device, _) = plan.abstract.data[stage.data], device_and_dtype(plan.source)
+def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
+    """Evaluation or generation of its batch_size at a time, its prompts as long as a row."""
+    n_rows = stage.batch_size or 1
+    source, (device, _) = plan.abstract.data[str(stage.data)], device_and_dtype(plan.source)
     step = StepSpec(
         plan.abstract.model,
         _weights(plan),

@@ -22,7 +22,7 @@ from minitune.programs.stages.stage import Stage
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # a folder's name on any system, and never one that hides or leaves its folder
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # devices of Windows, whatever the ending
 # Two keys of which a stage has one: an override of one takes the place of the other.
-EITHER = {"steps": "epochs", "epochs": "steps"}
+EITHER = {"steps": "epochs", "epochs": "steps", "prompt": "data"}
 _VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
 
 

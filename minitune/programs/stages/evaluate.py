@@ -1,26 +1,21 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
-import json
 import math
 from typing import Any
 
 from minitune.checkpoint.generation_config import other_rules, repetition_penalty
 from minitune.checkpoint.tensors import model_bytes, require_finite
-from minitune.data.encoded_rows import Refused
-from minitune.data.prompts import Prompt, prompts, questions
+from minitune.data.prompts import Prompt, prompts
 from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
-from minitune.inference.generate import answers
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import token_metrics
 from minitune.interop import lm_eval, lm_eval_tasks
 from minitune.io import paths
-from minitune.io.atomic import write_atomic
-from minitune.io.results import Result
-from minitune.models.compile import wrap
 from minitune.programs.loading import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
+from minitune.programs.stages.generate import answered, conversation_text
 from minitune.programs.stages.shown_batches import shown_batches
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import NonNegativeInt, PositiveInt
@@ -116,76 +111,19 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             state.log.say(f"{self.label}: {line}")
         asked = [prompt for prompt in rows if prompt.reference]
         ids = [prompt.ids for prompt in asked]
-        replies = answered(state, self.label, ids, Sampling(), self.batch_size, self.max_new_tokens, ())
+        limits = self.batch_size, self.max_new_tokens
+        replies = answered(state, self.label, ids, Sampling(), *limits, ())
         pairs = list(zip(asked, replies, strict=True))
-        n_right = sum(reply.strip() == prompt.reference.strip() for prompt, reply in pairs)
+        n_right = sum(reply.text.strip() == prompt.reference.strip() for prompt, reply in pairs)
         samples = [
             {
-                "prompt": prompt.messages[-1]["content"],
+                "prompt": conversation_text(prompt.messages),
                 "reference": prompt.reference,
-                "answer": reply,
+                "answer": reply.shown,
             }
             for prompt, reply in pairs[: self.samples]
         ]
         return {"exact_match": n_right / len(pairs), "n_prompts": len(pairs), "samples": samples}
-
-
-class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
-    """Answer the prompts of a data file, and write {"prompt", "answer"} lines to answers.jsonl in the run folder."""
-
-    data: str
-    sampling: Sampling = Sampling()
-    max_new_tokens: PositiveInt = 256
-    stop: tuple[str, ...] = ()  # strings that end an answer
-    compiled: bool = False  # compile the decoder block of a step, once: worth its seconds where there is much to write
-    # prompts at once; as many tokens as a training step takes if absent
-    batch_size: PositiveInt | None = None
-    limit: PositiveInt | None = None
-    samples: NonNegativeInt = 3  # answers to show
-
-    def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless the data is there and asks something."""
-        require_data(abstract, self.data, self.label, "instruct", "chat")
-        return abstract
-
-    def prepare(self, abstract: AbstractState) -> list[str]:
-        """Notes on the prompts; InputError for a row that asks nothing."""
-        refused: list[Refused] = []
-        asked = questions(abstract.data[self.data], *abstract.text(), self.limit, refused)
-        skipped = f", {len(refused):,} rows refused and skipped" if refused else ""
-        return [f"{self.data} has {len(asked):,} prompts{skipped}"]
-
-    @property
-    def result(self) -> Result:
-        """Answers, in the run folder."""
-        return Result(f"run/{self.label}.jsonl", "file")
-
-    def run(self, state: PipelineState) -> PipelineState:
-        """State with a record of where the answers lie."""
-        file = paths.locate(self.result.path, state.folder)
-        if self.compiled:
-            compiled = state.loaded.model._replace(block_transform=wrap(state.log.say))
-            answering = state.with_model(model=compiled)
-        else:
-            answering = state
-        loaded = state.loaded
-        asked = questions(state.data[self.data], loaded.tokenizer, loaded.template, self.limit)
-        ids = [prompt.ids for prompt in asked]
-        replies = answered(
-            answering,
-            self.label,
-            ids,
-            self.sampling,
-            self.batch_size,
-            self.max_new_tokens,
-            self.stop,
-        )
-        pairs = list(zip(asked, replies, strict=True))
-        lines = [json.dumps({"messages": prompt.messages, "answer": reply}) for prompt, reply in pairs]
-        write_atomic(file, ("\n".join(lines) + "\n").encode())
-        for prompt, reply in pairs[: self.samples]:
-            state.log.say(f"prompt  {prompt.messages[-1]['content']}\nanswer  {reply}")
-        return state.record(self.label, {"what": f"{len(replies)} answers", "path": str(file)})
 
 
 class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
@@ -237,40 +175,3 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
             state.log.say(f"{self.label}: {task} ({result['n_samples']} samples)  {values}")
         return state.record(self.label, results)
-
-
-def answered(
-    state: PipelineState,
-    label: str,
-    ids: list[list[int]],
-    sampling: Sampling,
-    batch_size: int | None,
-    max_new_tokens: int,
-    stop: tuple[str, ...],
-) -> list[str]:
-    """Answers of the model to prompts, in their order.
-
-    batch_size None: so many prompts at once that their tokens are not more than a training step's.
-    """
-    loaded = state.loaded
-    params = adapted_params(state)
-    require_finite(params, f"stages: {label}")
-    n_rows = batch_size or state.rows_at_once(max(map(len, ids), default=1) + max_new_tokens)
-    with state.log.progress(label, len(ids), 0) as progress:
-
-        def report(done: int) -> None:
-            progress.update(done, {})
-
-        return answers(
-            loaded.model,
-            params,
-            ids,
-            loaded.tokenizer,
-            sampling=sampling,
-            seed=state.seed,
-            batch_size=n_rows,
-            max_new_tokens=max_new_tokens,
-            stop_ids=loaded.stop_ids,
-            stop_strings=stop,
-            on_progress=report,
-        )

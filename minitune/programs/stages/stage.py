@@ -4,7 +4,8 @@ The union is the registry: TOML, `schema` and the contract tests pick a stage up
 """
 
 from minitune.programs.stages.adapt import Full, Load, LoraStage
-from minitune.programs.stages.evaluate import Eval, Generate, Harness
+from minitune.programs.stages.evaluate import Eval, Harness
+from minitune.programs.stages.generate import Generate
 from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.save import Export, Save
