@@ -83,9 +83,7 @@ def gptq(
         if head in grids:
             gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
             params = {**params, head: calibrated(head, gram)}
-    unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
-    if unused is not None:
-        raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
+    _refuse_unused(params, grids)
     return params
 
 
@@ -101,6 +99,13 @@ def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8
         kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
         raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
     return grids
+
+
+def _refuse_unused(params: Params, grids: Mapping[str, Int8 | Int4]) -> None:
+    """InputError for a weight that is still dense after all blocks."""
+    unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
+    if unused is not None:
+        raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
 
 
 def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float) -> QInt8 | QInt4:

@@ -174,8 +174,7 @@ def answers(
     """Texts that the model writes after each prompt, in their order, ended by a stop token or before a stop string.
 
     Prompts run in batches of about one length, the longest first, and on_progress(how many are
-    answered) follows each; neither changes an answer. on_cut(i) tells that answer i was not at its
-    end after max_new_tokens. A stop string that is a special token stops as
+    answered) follows each. on_cut(i): answer i has max_new_tokens and no end. A stop string that is a special token stops as
     that token does. InputError for an empty stop string.
     """
     stop_tokens = [*stop_ids, *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special)]
@@ -192,8 +191,7 @@ def answers(
         row_seeds = [seeds.derive(seed, "prompt", i) for i in batch]
         steps = run([prompts[i] for i in batch], row_seeds=row_seeds)
         for i, row in zip(batch, _rows(steps, len(batch), stop_tokens, has_ended), strict=True):
-            text = decode(row)
-            texts[i] = text[: _stop(text, strings)]
+            texts[i] = (text := decode(row))[: _stop(text, strings)]
             if len(row) == max_new_tokens and not has_ended(row):
                 on_cut(i)
         on_progress(len(texts))
