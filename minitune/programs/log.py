@@ -26,6 +26,7 @@ from minitune.programs.wandb_tracker import WandbConfig, WandbRun
 from minitune.types import PositiveInt
 
 LINES = "log.txt"
+FILE_CHARACTERS = 120  # of a line of what is no terminal
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,7 +44,7 @@ class Log:
         self._path = folder / "metrics.jsonl"
         self._config = config
         self._program = program
-        self._console = console or Console(file=cast("IO[str]", _Terminal()))
+        self._console = console or _console()
         self._wandb: WandbRun | None = None
         self._stage, self._n_before = "", 0
         self._bars: RichProgress | None = None  # that are on the terminal now
@@ -175,6 +176,14 @@ class Log:
         if self._path.exists() and kept != self._path.read_bytes():
             write_atomic(self._path, kept)
         return self._path.open("ab")
+
+
+def _console() -> Console:
+    """Console on standard output; a file or a pipe has room for a whole table."""
+    console = Console(file=cast("IO[str]", _Terminal()))
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_CHARACTERS
+    return console
 
 
 class _Terminal:
