@@ -174,8 +174,8 @@ def answers(
     """Texts that the model writes after each prompt, in their order, ended by a stop token or before a stop string.
 
     Prompts run in batches of about one length, the longest first, and on_progress(how many are
-    answered) follows each. on_cut(i): answer i has max_new_tokens and no end. A stop string that is a special token stops as
-    that token does. InputError for an empty stop string.
+    answered) follows each. on_cut(i): answer i has max_new_tokens and no end. A stop string that is
+    a special token stops as that token does. InputError for an empty stop string.
     """
     stop_tokens = [*stop_ids, *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special)]
     strings = [stop for stop in stop_strings if stop not in tokenizer.special]

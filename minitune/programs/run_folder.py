@@ -71,7 +71,8 @@ def _open_locked(program: Program, program_text: str, folder: Path, lock: locks.
     if not exists:
         return _begun(program, program_text, folder, lock, "does not exist")
     if program.resume is False:
-        return _begun(program, program_text, folder, lock, "is not to be continued (resume = false)")
+        obstacle = "is not to be continued (resume = false)"
+        return _begun(program, program_text, folder, lock, obstacle)
     earlier = earlier_run(program, program_text, folder)
     changed = changed_input(program, earlier)
     if changed is not None and not earlier.is_finished:
@@ -118,7 +119,8 @@ def _begun(
     sync(folder.parent)
     if earlier is None:
         return Run(folder, False, {}, notes, lock)
-    return Run(folder, bool(kept), earlier.held(earlier.records), notes, lock, ended=earlier.held(earlier.ended))
+    records, early = earlier.held(earlier.records), earlier.held(earlier.ended)
+    return Run(folder, bool(kept), records, notes, lock, ended=early)
 
 
 def _recover(folder: Path) -> None:
