@@ -181,8 +181,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         optimizer: Chain,
         n_rows: int,
     ) -> training_loop.TrainingTask:
-        params = state.loaded.params
-        model = self._model(state)
+        params, model = state.loaded.params, self._model(state)
         teacher = teachers.load_teacher(self.label, self.teacher, state) if self.teacher else None
         objective = self._objective(model, state, teacher)
         trained = objective
@@ -194,10 +193,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
         one = step_for(self, state, trained, optimizer, n_rows)
         step = watched_step(self, trained, one, optimizer, params)
-        draws = self.draws(state.loaded.lora)
 
         def next_batch(done: int, cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
             batch, after = loader.take(cursors[0], self.batch_size)
+            draws = self.draws(state.loaded.lora)
             return seeded(batch, state.seed, done) if draws else batch, [after]
 
         def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
@@ -205,9 +204,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
         def evaluate(train_state: Any) -> list[float]:
             loader, n_rows = self._heldout_loader(state, teacher)
-            title, total = f"{self.label} held-out", loader.total_tokens
-            leaves = train_state["trainable"]
-            with shown_batches(state.log, title, loader.batches(n_rows), total) as shown:
+            title, leaves = f"{self.label} held-out", train_state["trainable"]
+            passed = loader.batches(n_rows), loader.total_tokens
+            with shown_batches(state.log, title, *passed) as shown:
                 return heldout_losses(lambda batch: objective(leaves, params, batch)[0], shown)
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
