@@ -36,7 +36,8 @@ def finish(words: Sequence[str]) -> int:
         wanted = "expected the folder of a run, such as runs/lora"
         raise InputError(f"finish: {options.run} holds no manifest.json and program.toml, {wanted}")
     # The folder may have been moved since its program was written.
-    place = {"name": folder.absolute().name, "out": str(folder.absolute().parent), "resume": None}
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    place = {"name": named.name, "out": str(named.parent), "resume": None}
     began = msgspec.structs.replace(program.load(folder / "program.toml"), **place)
     return _run(began, end="best" if options.best else "newest")
 
@@ -62,7 +63,9 @@ def merge(words: Sequence[str]) -> int:
     base, deltas = options.base or folder.model, folder.adapter
     if deltas is None:
         wanted = "expected an adapter, a run or a training state"
-        raise InputError(f"merge: {options.adapter} holds no deltas, {wanted}; nothing to merge")
+        is_result = folder.model != options.adapter
+        holds = f"has saved a whole model, {folder.model}" if is_result else "holds no deltas"
+        raise InputError(f"merge: {options.adapter} {holds}, {wanted}; nothing to merge")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", user_path(options.adapter).absolute().name)
     stage = Save(what="merged", path=options.to, onto=options.onto, dtype=options.dtype)
     source = ModelSource(path=base, deltas=deltas)

@@ -159,6 +159,9 @@ def test_what_holds_no_deltas_is_not_merged(run: Path, capsys: pytest.CaptureFix
     assert "merge: base holds no deltas, expected an adapter, a run or a training state" in capsys.readouterr().err
     assert main(["merge", "runs/x"]) == 2
     assert "saved no model yet" in capsys.readouterr().err
+    add(run / "merged", "config.json")
+    assert main(["merge", "runs/x"]) == 2
+    assert "merge: runs/x has saved a whole model, runs/x/merged, expected" in capsys.readouterr().err
 
 
 def test_weights_that_train_whole_open_too(
