@@ -190,18 +190,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             trained = balanced(plain, model, self.load_balance)
         loader = self._load_batches(state, self.data, teacher)
         state.log.say(f"{self.label}: {self.data} has {loader.description}")
-<<<<<<< HEAD
-        step = step_for(self, state, trained, optimizer, n_rows)
-        step = watched_step(self, trained, step, optimizer, params)
-        draws = self.draws(state.loaded.lora)
-=======
         one = step_for(self, state, trained, optimizer, n_rows)
         step = watched_step(self, trained, one, optimizer, params)
->>>>>>> hours
+        draws = self.draws(state.loaded.lora)
 
         def next_batch(done: int, cursors: Sequence[Cursor]) -> tuple[Any, list[Cursor]]:
             batch, after = loader.take(cursors[0], self.batch_size)
-            draws = self.draws(state.loaded.lora)
             return seeded(batch, state.seed, done) if draws else batch, [after]
 
         def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
@@ -209,15 +203,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return [training_loop.row(self, done, only)]
 
         def evaluate(train_state: Any) -> list[float]:
-<<<<<<< HEAD
             return self._heldout(state, objective, teacher, train_state["trainable"])
-=======
-            loader, n_rows = self._heldout_loader(state, teacher)
-            title, leaves = f"{self.label} held-out", train_state["trainable"]
-            passed = loader.batches(n_rows), loader.total_tokens
-            with shown_batches(state.log, title, *passed) as shown:
-                return heldout_losses(lambda batch: objective(leaves, params, batch)[0], shown)
->>>>>>> hours
 
         def keep_best(train_state: Any, loop: loop_state.LoopState, improved: list[bool]) -> Any:
             if improved[0]:
