@@ -25,6 +25,8 @@ OTHERS = {
     b"version https://git-lfs": ("is a git-lfs pointer, not the file itself", "run git lfs pull"),
     b"\x80\x04": ("is a pickle, which can run code", "write it as jsonl"),
 }
+# A data set of the Hub as other tools name it: OWNER/NAME alone or after hub: or hf://datasets/.
+HUB_NAME = re.compile(r"(?:hub:|hf:/+(?:datasets/)?)?([\w-][\w.-]*/[\w-][\w.-]*)$")
 # Files that describe a data set and lie beside its rows.
 DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Words in the names of files that belong to different parts of a data set.
@@ -38,6 +40,13 @@ def data_files(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return _files_of_folder(path)
+    on_hub = HUB_NAME.match(str(path))
+    if on_hub and not path.exists() and _suffix(path) not in SUFFIXES:
+        download = f"hf download {on_hub[1]} --repo-type dataset --local-dir FOLDER"
+        raise InputError(
+            f"data: {path} is no file here, expected {EXPECTED}; for a data set of the Hugging Face "
+            f"Hub run {download}, and name the FOLDER"
+        )
     if path.exists() or not re.search(r"[*?\[]", str(path)):
         return [path]
     root = Path(path.anchor or ".")

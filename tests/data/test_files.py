@@ -154,6 +154,13 @@ def test_parquet_with_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "a.parquet"))
 
 
+@pytest.mark.parametrize("written", ["a/b-2.5", "hub:a/b-2.5", "hf://datasets/a/b-2.5"])
+def test_a_name_of_the_hub_is_told_how_to_get_it(written: str) -> None:
+    message = r"is no file here, .*run hf download a/b-2.5 --repo-type dataset --local-dir FOLDER, and name the FOLDER"
+    with pytest.raises(InputError, match=message):
+        Source(written, "text", 8).files()
+
+
 def test_no_file(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "x-*.jsonl", "matches no file, expected a jsonl"),
