@@ -44,8 +44,8 @@ def data_files(path: Path) -> list[Path]:
     if on_hub and not path.exists() and _suffix(path) not in SUFFIXES:
         download = f"hf download {on_hub[1]} --repo-type dataset --local-dir FOLDER"
         raise InputError(
-            f"data: {path} is no file here, expected {EXPECTED}; for a data set of the Hugging Face "
-            f"Hub run {download}, and name the FOLDER"
+            f"data: {path} is no file here, expected {EXPECTED}; "
+            f"for a data set of the Hugging Face Hub run {download}, and name the FOLDER"
         )
     if path.exists() or not re.search(r"[*?\[]", str(path)):
         return [path]
