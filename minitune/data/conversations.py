@@ -10,7 +10,13 @@ from minitune.errors import InputError
 from minitune.text.template import Message, Tool
 
 SYSTEM_ROLES = ("system", "developer")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+# Roles of data sets by other names, in any letter case.
+ROLES = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
 
 
 def messages(
@@ -186,6 +192,9 @@ def _turn(turn: Any, where: str) -> Message:
         turn = _from_sharegpt(turn, where)
     if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)):
         raise InputError(f'data: {where} has no "role", expected an object with "role" and "content"; correct it')
+    role = ROLES.get(turn["role"].lower())
+    if role not in (None, turn["role"]):
+        turn = {**turn, "role": role}
     content = turn.get("content")
     if not isinstance(content, (str, list, type(None))):
         raise InputError(f'data: {where} has a "content" of type {type(content).__name__}, expected a string; correct it')
@@ -200,7 +209,6 @@ def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Message in OpenAI's form of one in ShareGPT's, whose from and value become role and content."""
     names = {"from": "role", "value": "content"}
     turn = {names.get(key, key): value for key, value in turn.items()}
-    turn["role"] = SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])
     if turn["role"] != "function_call":
         return turn
     # A thought may stand before the call, and the calls may be a list.

@@ -78,3 +78,15 @@ def test_a_call_of_sharegpt_may_have_a_thought_before_it() -> None:
 def test_errors_name_the_row(source: Source, row: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^data: f:1 .*{message}"):
         messages(row, source, "f:1")
+
+
+@pytest.mark.parametrize("asks", ["user", "User", "human"])
+@pytest.mark.parametrize("answers", ["assistant", "Assistant", "gpt", "chatgpt", "ai", "bot", "model"])
+def test_roles_by_other_names_are_the_same_roles(asks: str, answers: str) -> None:
+    for role, content, column_name in (("role", "content", "messages"), ("from", "value", "conversations")):
+        row = {column_name: [{role: asks, content: "two"}, {role: answers, content: "pears"}]}
+        said = messages(row, Source("a", "chat", 8), "a:1")
+        assert said == [{"role": "user", "content": "two"}, {"role": "assistant", "content": "pears"}]
+    # a role of a template's own stays
+    row = {"messages": [{"role": "ipython", "content": "two"}]}
+    assert messages(row, Source("a", "chat", 8), "a:1") == row["messages"]

@@ -131,6 +131,7 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b'{"text": "\\ud83d"}\n', ":1 holds half of a surrogate pair, which is no character"),
     ("a.csv", b"text,n\na,1\nb\n", ":3 has 1 fields, expected the 2 of the first line"),
     ("a.csv", b"text\n\xff\xfeb\n", "expected csv in UTF-8"),
+    ("a.csv", b"text,n,text\na,1,b\n", ":1 names the column 'text' twice, expected each once"),
     ("a.csv", b"text\n", "holds no row, expected names of columns and rows"),
     ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "expected a gzip file; fetch the file again"),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfdxxxxxxx", "expected a zstd file; fetch the file again"),
