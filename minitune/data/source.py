@@ -85,15 +85,15 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: dict[str, str] = {}
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
     split: Split | None = None
-    # in a program: share of the rows that are kept apart as the table [data.heldout]; a hash of a
-    # row decides on which side it is
-    holdout: OpenUnitInterval | None = None
     mix: tuple[MixtureComponent, ...] = ()
     chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
     # of a conversation: one sample, or each answer one, its prompt as it is served
     turns: Literal["whole", "each"] = "whole"
     system_in_user: bool = False  # a system message is put at the start of the user's first one
     invalid: Literal["refuse", "skip"] = "refuse"  # rows that can't be read: stop, or count them
+    # in a program: share of the rows that are kept apart as table [data.heldout], by a hash of
+    # their content
+    holdout: OpenUnitInterval | None = None
 
     def __post_init__(self) -> None:
         if self.format == "auto" or self.holdout is not None:
