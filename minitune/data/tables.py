@@ -34,7 +34,8 @@ def csv_rows(
             names = next(rows, [])
             twice = next((name for name in names if name and names.count(name) > 1), None)
             if twice is not None:
-                raise InputError(f"data: {path}:1 names the column {twice!r} twice, expected each once; rename one")
+                found = f"data: {path}:1 names the column {twice!r} twice"
+                raise InputError(f"{found}, expected each once; rename one")
             # A field in quotes may go over several lines: a row's line is its first one.
             number = rows.line_num + 1
             for fields in rows:
