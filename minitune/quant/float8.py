@@ -10,6 +10,7 @@ from jaxtyping import Float, Float8e4m3fn
 from torch import Tensor
 
 from minitune import hardware
+from minitune.autodiff.operator import operator
 from minitune.autodiff.value_and_grad import under_transform
 
 E4M3 = torch.float8_e4m3fn
@@ -67,7 +68,7 @@ class _Product(torch.autograd.Function):
         return _Product.apply(grad_outputs[0], codes, scale, not ctx.transposed), None, None, None
 
 
-@torch.library.custom_op("minitune::float8_times", mutates_args=())
+@operator("minitune::float8_times")
 def _times(rows: Tensor, scales: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows * scales) codes. The kernel reads its second matrix by columns, so codes are laid out anew: in a separate
     operator, because a compiler that sees this makes it in the forward and keeps it for the backward."""
@@ -75,6 +76,6 @@ def _times(rows: Tensor, scales: Tensor, codes: Tensor, dtype: torch.dtype) -> T
     return torch.ops.aten._scaled_mm(rows, columns, scales, scales.new_ones(1, codes.shape[1]), out_dtype=dtype)
 
 
-@_times.register_fake
+@torch.library.register_fake("minitune::float8_times")
 def _(rows: Tensor, scales: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.new_empty(rows.shape[0], codes.shape[1], dtype=dtype)

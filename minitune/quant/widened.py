@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from minitune.autodiff.operator import operator
 from minitune.autodiff.value_and_grad import under_transform
 
 BLOCK = 2**18  # weights widened at a time: 1 MiB in float32, see bench/narrow.py
@@ -63,28 +64,6 @@ class _Product(torch.autograd.Function):
         return by_m if t_x is None else _Product.apply(t_x, m) + by_m
 
 
-@torch.library.custom_op("minitune::widened_product", mutates_args=())
-def _product(x: Tensor, m: Tensor) -> Tensor:
-    """x m as an operator that torch.compile calls as it is: a compiler would widen every weight of a block whole."""
-    return _times(x, m)
-
-
-@torch.library.custom_op("minitune::widened_product_gradient", mutates_args=())
-def _product_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """x^T grad as an operator, for the same reason."""
-    return _gradient(x, grad, dtype).mT.clone().mT  # an operator may return no view
-
-
-@_product.register_fake
-def _(x: Tensor, m: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], m.shape[1])
-
-
-@_product_gradient.register_fake
-def _(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(grad.shape[1], x.shape[1], dtype=dtype).mT
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, m = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, m)
@@ -96,7 +75,26 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_x, _product_gradient(x, grad, m.dtype) if ctx.needs_input_grad[1] else None
 
 
-_product.register_autograd(_gradients, setup_context=_keep)
+@operator("minitune::widened_product", _gradients, _keep)
+def _product(x: Tensor, m: Tensor) -> Tensor:
+    """x m as an operator that torch.compile calls as it is: a compiler would widen every weight of a block whole."""
+    return _times(x, m)
+
+
+@operator("minitune::widened_product_gradient")
+def _product_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """x^T grad as an operator, for the same reason."""
+    return _gradient(x, grad, dtype).mT.clone().mT  # an operator may return no view
+
+
+@torch.library.register_fake("minitune::widened_product")
+def _(x: Tensor, m: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], m.shape[1])
+
+
+@torch.library.register_fake("minitune::widened_product_gradient")
+def _(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1], dtype=dtype).mT
 
 
 def _times(x: Float[Tensor, "n k"], m: Float[Tensor, "k c"]) -> Float[Tensor, "n c"]:

@@ -61,3 +61,7 @@ def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(tmp_path: Pat
 
 def test_an_error_of_the_block_is_the_blocks_own() -> None:
     assert run_script("compiled_broken") == "of the block\n"
+
+
+def test_steps_that_are_not_compiled_import_no_compiler() -> None:
+    assert run_script("steps_alone").strip() == "False"

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import tree
+from minitune.autodiff.operator import operator
 from minitune.autodiff.value_and_grad import in_forward_mode
 from minitune.nn.attention.span_layout import Layout, QueryBlock, layout
 from minitune.types import wide_dtype, widen
@@ -45,7 +46,18 @@ def attend(
     return _attend(q, k, v, first, sinks, scale, soft_cap)[0]
 
 
-@torch.library.custom_op("minitune::attend_in_blocks", mutates_args=())
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.scale, ctx.soft_cap = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_top: Tensor) -> tuple[Any, ...]:
+    sinks = ctx.saved_tensors[4]
+    d_q, d_k, d_v, d_sinks = _attend_backward(d_out, *ctx.saved_tensors, ctx.scale, ctx.soft_cap)
+    return d_q, d_k, d_v, None, None if sinks is None else d_sinks, None, None
+
+
+@operator("minitune::attend_in_blocks", _gradients, _keep)
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, sinks: Tensor | None, scale: float, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +79,7 @@ def _attend(
     return plan.queries.scattered(outs, q.shape), highest
 
 
-@torch.library.custom_op("minitune::attend_in_blocks_backward", mutates_args=())
+@operator("minitune::attend_in_blocks_backward")
 def _attend_backward(
     d_out: Tensor,
     q: Tensor,
@@ -106,32 +118,18 @@ def _attend_backward(
     return plan.queries.scattered(d_q, q.shape), d_keys, d_values, q.new_empty(0) if d_sinks is None else d_sinks.to(q.dtype)
 
 
-@_attend.register_fake
+@torch.library.register_fake("minitune::attend_in_blocks")
 def _(q: Tensor, k: Tensor, v: Tensor, first: Any, sinks: Any, scale: float, soft_cap: float | None) -> tuple[Tensor, Tensor]:
     n_tops = int(_Rule(1, scale, soft_cap).shifts(q.dtype))
     return _by_token(q, v.shape[3]), _by_token(q, n_tops)
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake("minitune::attend_in_blocks_backward")
 def _(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Any, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = (_by_token(x, x.shape[3]) for x in (q, k, v))
     return d_q, d_k, d_v, q.new_empty(0 if sinks is None else sinks.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.scale, ctx.soft_cap = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], output[1])
-
-
-def _gradients(ctx: Any, d_out: Tensor, d_top: Tensor) -> tuple[Any, ...]:
-    sinks = ctx.saved_tensors[4]
-    d_q, d_k, d_v, d_sinks = _attend_backward(d_out, *ctx.saved_tensors, ctx.scale, ctx.soft_cap)
-    return d_q, d_k, d_v, None, None if sinks is None else d_sinks, None, None
-
-
-_attend.register_autograd(_gradients, setup_context=_keep)
 
 
 class _Rule(NamedTuple):
