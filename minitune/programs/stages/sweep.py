@@ -1,7 +1,7 @@
 """Training of many adapters at once: their data, their rows of the log, and which one goes on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from minitune.optim.transforms import GradientTransformation
 from minitune.programs.stages import loop_state, training_loop
 from minitune.programs.stages.batches import BatchLoader, heldout_losses, load_batches
 from minitune.programs.stages.first_steps import (
+    TakeStep,
     WatchedAdapter,
     rate_function,
     watched_adapters,
@@ -33,7 +34,7 @@ from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
-from minitune.types import Batch, Delta, Deltas, Metrics, SeededBatch, TrainState
+from minitune.types import Batch, Delta, Deltas, Metrics, Params, SeededBatch, TrainState
 
 
 class Member(NamedTuple):
@@ -122,7 +123,7 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     how: dict[str, Any] = {"loss_scale": loss_scale_for(stage, params), "donate": True}
     all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, **how)
 
-    watch = watched_adapters(stage.label, _adapters(model, token_loss, members), params, micro_batch)
+    watch = _watch(stage, model, members, params, micro_batch)
 
     def step(train_state: Any, batch: Any) -> tuple[Any, Metrics]:
         before = TrainState(train_state["trainable"], train_state["opt_state"])
@@ -154,20 +155,23 @@ def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Seq
     return training_loop.TrainingTask(take, n_tokens, step, rows, evaluate, _keep_best)
 
 
-def _adapters(
+def _watch(
+    stage: TrainingStage,
     model: Model,
-    loss: TokenLoss,
     members: Sequence[Member],
-) -> list[WatchedAdapter]:
-    """Members as their first steps are watched."""
-    return [
+    params: Params,
+    micro_batch: int,
+) -> Callable[[TrainState, Any, TakeStep], tuple[TrainState, Metrics]]:
+    """Function that takes a step and, for the first ones, looks at every member."""
+    adapters = [
         WatchedAdapter(
-            sft(model, member.rule, loss),
+            sft(model, member.rule, cast(TokenLoss, stage.loss)),
             rate_function(member.point.stage),
             partial(sweep.adapter, i=i, rule=member.rule),
         )
         for i, member in enumerate(members)
     ]
+    return watched_adapters(stage.label, adapters, params, micro_batch)
 
 
 def _take(
