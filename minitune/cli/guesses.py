@@ -26,7 +26,7 @@ NAMES = {
 }
 ALIASES = {
     "run": ("start", "launch", "exec", "tune", "accelerate", "torchrun"),
-    "train": ("finetune", "fine-tune", "fine_tune", "sft", "fit", "qlora-train", "pretrain"),
+    "train": ("finetune", "fine-tune", "fine_tune", "fit", "qlora-train", "pretrain"),
     "fuse": ("merge-lora", "merge_lora", "merge-adapter"),
     "evaluate": ("test", "benchmark", "bench", "score", "harness", "lm_eval", "lm-eval"),
     "generate-text": ("infer", "inference", "predict", "complete", "prompt", "ask"),
