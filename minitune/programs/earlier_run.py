@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from minitune.checkpoint.state import list_states, state_step
 from minitune.errors import InputError
@@ -10,7 +10,7 @@ from minitune.io import paths, toml
 from minitune.io.results import Record
 from minitune.programs.ended import Ended, read_ended
 from minitune.programs.manifest import input_records, read_manifest
-from minitune.programs.program import Program
+from minitune.programs.program import Program, load, resolved
 from minitune.programs.program_changes import Changes, compare
 from minitune.programs.records import REMEDY, read_records
 
@@ -52,7 +52,7 @@ class EarlierRun(NamedTuple):
 def earlier_run(program: Program, program_text: str, folder: Path) -> EarlierRun:
     """Run in a folder, compared with a program; InputError for files that no run wrote."""
     path = folder / "program.toml"
-    before = toml.parse(_read(path).decode("utf-8", "replace"), f"runs: {path}")
+    before = _program_of_run(path)
     records = read_records(folder / "records.json")
     early = read_ended(folder)
     taken = {}
@@ -68,6 +68,19 @@ def earlier_run(program: Program, program_text: str, folder: Path) -> EarlierRun
         raise InputError(f"runs: {path} {found}, expected TOML of one; {REMEDY}") from None
     is_finished = (folder / "summary.json").exists()
     return EarlierRun(folder, records, taken, early, is_finished, changes)
+
+
+def _program_of_run(path: Path) -> dict[str, Any]:
+    """Resolved program of a run, with the keys that minitune has got since then at their defaults.
+
+    As it stands where this version decodes it no more.
+    """
+    text = _read(path).decode("utf-8", "replace")
+    written = toml.parse(text, f"runs: {path}")
+    try:
+        return toml.parse(resolved(load(path)), f"runs: {path}")
+    except InputError:
+        return written
 
 
 def gone_result(program: Program, folder: Path) -> Path | None:

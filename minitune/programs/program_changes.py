@@ -2,22 +2,17 @@
 holds. docs/runs.md says in words what follows from it."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
 from minitune.io.toml_messages import KeyPath, shown
+from minitune.programs.stages.save import Save
+from minitune.programs.stages.stage import Stage
 
 TomlTable = Mapping[str, Any]
 
 NOT_THE_RUN = ("log", "resume", "out", "name")  # keys of a program that change nothing of a run
-# stages that leave the model as it is
-OBSERVING = ("eval", "harness", "generate", "save", "export")
-# Keys of a stage that decide how it is done, and not what comes out, rounding aside.
-FREE = {
-    "train": ("save_every", "keep", "micro_batch_size", "remat", "compiled"),
-    "eval": ("batch_size",),
-    "harness": ("batch_size",),
-    "generate": ("batch_size", "compiled", "samples"),
-}
+KINDS = MappingProxyType({kind.__struct_config__.tag: kind for kind in get_args(Stage)})
 # Keys under whose change a training stage goes on from its newest state.
 LONGER = ("steps", "epochs", "evaluate")
 
@@ -123,10 +118,10 @@ def _stages(program: TomlTable) -> Iterator[_Stage]:
     tables, data = program["stage"], program.get("data", {})
     n_makers = 0
     for n, table in enumerate(tables):
-        op, label = table["op"], table.get("name", table["op"])
+        kind, label = KINDS[table["op"]], table.get("name", table["op"])
         # A save that a later stage reads is part of how the model is made.
-        observes = op in OBSERVING and not (op == "save" and _reads_run(tables[n + 1 :]))
-        free = {"name", *FREE.get(op, ())}
+        observes = kind.observes and not (kind is Save and _reads_run(tables[n + 1 :]))
+        free = {"name", *kind.free_keys}
         if table.get("loss", {}).get("kind") == "kto":
             free.discard("micro_batch_size")  # it compares the answers within one
         names = (table.get("data"), table.get("method", {}).get("data"))

@@ -15,7 +15,7 @@ from minitune import checkpoint
 from minitune.__main__ import main
 from minitune.io import paths
 from minitune.programs import program
-from minitune.programs.program_changes import FREE
+from minitune.programs.program_changes import KINDS
 from minitune.programs.stages import train as train_stage
 from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.train import Train
@@ -197,6 +197,23 @@ def test_they_leave_a_finished_run_finished(tmp_path: Path, tiny: Path, ran: lis
     assert not (tmp_path / "p.1").exists()
 
 
+def test_a_key_that_minitune_has_got_since_changes_nothing(
+    tmp_path: Path,
+    tiny: Path,
+    stop_at: Callable[[int], None],
+    ran: list[str],
+) -> None:
+    stop_at(2)
+    assert start(tmp_path, tiny, STAGES) == STOPPED
+    resolved = tmp_path / "p" / "program.toml"
+    text = resolved.read_text(encoding="utf-8")
+    assert "neftune_alpha = 0.0\n" in text
+    resolved.write_text(text.replace("neftune_alpha = 0.0\n", ""), encoding="utf-8")
+    assert start(tmp_path, tiny, STAGES) == 0
+    assert ran == ["before", "train", "train", "after"]
+    assert not (tmp_path / "p.1").exists()
+
+
 def test_losses_on_another_table_are_not_compared(
     tmp_path: Path,
     tiny: Path,
@@ -302,5 +319,5 @@ def test_the_page_says_how_far_the_rate_jumps() -> None:
 def test_the_page_names_every_key_that_restarts_nothing() -> None:
     (section,) = re.findall(r"## Keys that change nothing\n(.*?)\n##", PAGE, re.S)
     named = {*re.findall(r"`([\w.]+)`", section)}
-    assert {key for keys in FREE.values() for key in keys} <= named
+    assert {key for kind in KINDS.values() for key in kind.free_keys} <= named
     assert {"out", "name", "resume", "train.evaluate"} <= named

@@ -1,5 +1,7 @@
 """Base of every stage, and functions that several of them need."""
 
+from typing import ClassVar
+
 import msgspec
 import torch
 
@@ -12,6 +14,10 @@ from minitune.types import Params
 
 class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
     """One table [[stage]] of a program."""
+
+    observes: ClassVar[bool] = False  # True: it leaves the model as it is
+    # keys that decide how the stage's work is done, and not what comes out of it, rounding aside
+    free_keys: ClassVar[tuple[str, ...]] = ()
 
     name: str | None = None  # what overrides and summary.json call it; the op if absent
 

@@ -1,7 +1,7 @@
 """Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from minitune.checkpoint.generation_config import other_rules, repetition_penalty
 from minitune.checkpoint.tensors import model_bytes, require_finite
@@ -23,6 +23,9 @@ from minitune.types import NonNegativeInt, PositiveInt
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
+
+    observes: ClassVar[bool] = True
+    free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     data: str
     # rows per forward; as many tokens as a training step takes if absent
@@ -128,6 +131,9 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
 
 class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`)."""
+
+    observes: ClassVar[bool] = True
+    free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     tasks: tuple[str, ...]
     include: str | None = None  # a folder of task files

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from minitune.checkpoint.tensors import require_finite
 from minitune.data.encoded_rows import Refused
@@ -37,6 +37,9 @@ class Answer(NamedTuple):
 class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     """Answer the prompts of a data file, or one prompt, and write {"messages", "answer"} lines to
     NAME.jsonl in the run folder, NAME being the stage's."""
+
+    observes: ClassVar[bool] = True
+    free_keys: ClassVar[tuple[str, ...]] = ("batch_size", "compiled", "samples")
 
     data: str | None = None
     prompt: str | None = None  # one message of the user, in place of data

@@ -1,7 +1,7 @@
 """Stages that write the result: adapters and model folders, and quantized folders and files for inference."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from torch import Tensor
@@ -26,6 +26,8 @@ from minitune.text.served import stop_ids
 
 class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     """Write the result: deltas as a PEFT adapter, or a whole Hugging Face folder (`merged` deltas, or `params`)."""
+
+    observes: ClassVar[bool] = True
 
     what: Literal["deltas", "merged", "params"]
     path: str | None = None  # a folder, run/NAME for one in the run folder; run/<what> if absent
@@ -91,6 +93,8 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
 class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     """Write a quantized model for inference elsewhere: transformers and vLLM (compressed-tensors), llama.cpp (gguf), or
     bitsandbytes (nf4)."""
+
+    observes: ClassVar[bool] = True
 
     format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
     path: str | None = None  # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if absent

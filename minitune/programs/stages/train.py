@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -51,7 +51,7 @@ from minitune.programs.stages.continued import evaluation
 from minitune.programs.stages.first_steps import watched_step
 from minitune.programs.stages.private_training import PrivateTraining
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
-from minitune.programs.stages.training_stage import Evaluation, Sweep
+from minitune.programs.stages.training_stage import FREE_KEYS, Evaluation, Sweep
 from minitune.programs.stages.training_step import check_load_balance, initial_state, step_for
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import (
@@ -66,6 +66,8 @@ from minitune.types import (
 
 class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     """Take optimizer steps on the trainable tree, by whatever loss."""
+
+    free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
 
     data: str
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as epochs need

@@ -12,6 +12,7 @@ from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
 from minitune.types import NonNegativeFloat, OpenUnitInterval, PositiveInt
 
+FREE_KEYS = ("save_every", "keep", "micro_batch_size", "remat", "compiled")
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
 
