@@ -304,7 +304,7 @@ def test_a_stage_on_a_cuda_device_sends_its_inputs_away(
 
     late, asked = Late(), []
     wanted = losses("here", "true")
-    monkeypatch.setattr("minitune.programs.stages.train.device_of", lambda *_: torch.device("cuda", 3))
+    monkeypatch.setattr("minitune.programs.stages.training_model.device_of", lambda *_: torch.device("cuda", 3))
     monkeypatch.setattr(offload, "side_stream", lambda device: asked.append(device) or late.mover)
     assert losses("away", '"host"') == wanted
     assert len(wanted) == 4

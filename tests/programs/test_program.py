@@ -187,7 +187,7 @@ def test_an_override_is_one_value_and_never_more_toml(load) -> None:
         ("lora_alpha=3", r"lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
         ("lora.targets=all-linear", r"lora.targets is \"all-linear\", expected array; write \[\"all-linear\"\]"),
         ("lora..rank=3", r"expected KEY=VALUE such as seed=1 or train.steps=100"),
-        ("data.held.format=text", r"data.held.path is missing, expected str; add it"),
+        ("data.held.format=text", r"data.held.path is missing, expected str or array; add it"),
         ("second.name=lora", r"stage\[1\] is called 'lora' as stage\[0\] is, expected one stage of each name"),
     ],
 )
@@ -302,7 +302,12 @@ programs = st.builds(
     model=st.builds(ModelSource, path=st.none() | words, config=st.none() | words, tokenizer=st.none() | words),
     data=st.dictionaries(
         words,
-        st.builds(Source, path=words, format=st.sampled_from(["instruct", "chat", "text"]), seq_len=st.integers(2, 2**20)),
+        st.builds(
+            Source,
+            path=words.filter(bool),
+            format=st.sampled_from(["instruct", "chat", "text"]),
+            seq_len=st.integers(2, 2**20),
+        ),
         max_size=3,
     ),
     stage=st.lists(names, min_size=1, max_size=3, unique_by=str.casefold).flatmap(
@@ -312,6 +317,8 @@ programs = st.builds(
 )
 
 
+# beartype, which checks the signatures, looks at a random item of a list while a Source is built
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @given(programs)
 def test_a_resolved_program_loads_back_equal(tmp_path_factory, generated: Program) -> None:
     file = tmp_path_factory.mktemp("p") / "p.toml"
@@ -353,7 +360,7 @@ def test_resolved_writes_every_default_out(load) -> None:
     resolved = toml.parse(program.resolved(load()), "resolved")
     assert (resolved["seed"], resolved["out"], resolved["log"]) == (0, "runs", {"every": 1})
     assert "resume" not in resolved
-    for name, default in msgspec.structs.asdict(Source(path="", format="text", seq_len=2)).items():
+    for name, default in msgspec.structs.asdict(Source(path="a", format="text", seq_len=2)).items():
         if name not in ("path", "format", "seq_len") and default is not None:
             assert name in resolved["data"]["train"]
 

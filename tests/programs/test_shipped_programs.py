@@ -20,7 +20,7 @@ from minitune.programs import program
 from minitune.programs.check import check
 from minitune.programs.loading import ModelSource
 from minitune.programs.run import summary
-from minitune.programs.stages import evaluate, save, train
+from minitune.programs.stages import evaluate, generate, save, train
 from minitune.programs.stages.quantize import Quantize
 from support.models import random_params
 from support.programs import COMMAND, SHIPPED, TINY, rows_without_time, spawn, toy, wait_for_step, weights
@@ -54,7 +54,7 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
             assert f"{record['loss_nats']:.4f}" in output
         if isinstance(stage, Quantize):
             assert 2**10 < record["bytes_after"] < record["bytes_before"]
-        if isinstance(stage, (save.Save, save.Export, evaluate.Generate)):
+        if isinstance(stage, (save.Save, save.Export, generate.Generate)):
             assert Path(record["path"]).exists()
             assert f"{record['what']} in {record['path']}" in output.replace("\n", "")
         if isinstance(stage, save.Save):
@@ -266,7 +266,7 @@ def test_a_program_is_checked_before_a_weight_is_read(tiny: Path, monkeypatch: p
     def read(*_: object) -> NoReturn:
         raise AssertionError("a weight is read, expected its header alone")
 
-    monkeypatch.setattr("minitune.programs.loading.load_params", read)
+    monkeypatch.setattr("minitune.programs.loading.load_base", read)
     loaded = program.load(SHIPPED["lora"], toy("lora", tiny, tiny / "unused"))
     lines = check(ModelSource(path=str(tiny / "model")), loaded.data, loaded.stage)
     n_params = sum(w.numel() for w in random_params(TINY).values())

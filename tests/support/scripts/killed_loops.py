@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from minitune import checkpoint
-from minitune.programs.stages import training_loop
+from minitune.programs.stages import loop_saves
 from minitune.programs.stages.training_stage import Evaluation
 from support.numbers import STAGE, Numbers, train
 
@@ -35,7 +35,7 @@ class Large(Numbers):
 
 def take_steps(folder: Path, reports: int | None = None) -> tuple[list[float], list[str]]:
     """(values of the trained leaf, rows without times) of a finished loop."""
-    save = training_loop.save_state
+    save = loop_saves.save_state
 
     def reported(where: Path, step: int, *args: object) -> Path:
         path = save(where, step, *args)
@@ -43,7 +43,7 @@ def take_steps(folder: Path, reports: int | None = None) -> tuple[list[float], l
             os.write(reports, b"%d\n" % step)
         return path
 
-    training_loop.save_state = reported
+    loop_saves.save_state = reported
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     numbers = Large(skipped=(4,))
     x = train(folder, numbers, STAGE_OF_KILLS, torch.zeros(2**14))[0]
