@@ -7,6 +7,7 @@ import fnmatch
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,11 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
             _refuse_foreign(folder, repo, sizes)
             for name in _unfinished(folder, sizes):
                 (folder / name).unlink(missing_ok=True)  # huggingface_hub would take it for the whole file
-            hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(sizes))
+            with warnings.catch_warnings():
+                # a disk without room ends in a sentence of ours
+                warnings.filterwarnings("ignore", message="Not enough free disk space")
+                names = list(sizes)
+                hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=names)
 
         with folder_lock(folder, tell):
             _require_room_for_missing(folder, small)
