@@ -30,5 +30,6 @@ def tables_of(kind: type[msgspec.Struct]) -> list[msgspec.inspect.StructType]:
     while level:
         new = [struct for struct in level if struct.cls not in found]
         found.update((struct.cls, struct) for struct in new)
-        level = [below for struct in new for field in struct.fields for below in structs_in(field.type)]
+        fields = [field for struct in new for field in struct.fields]
+        level = [below for field in fields for below in structs_in(field.type)]
     return list(found.values())

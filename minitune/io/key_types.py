@@ -93,7 +93,8 @@ def _many(info: inspect.Type) -> str:
 def _range(info: inspect.IntType | inspect.FloatType, *, whole: bool) -> str:
     """Bounds of a number, begun by a space; "" without any that a user meets."""
     bounds = {">=": info.ge, ">": info.gt, "<=": info.le, "<": info.lt}
-    shown = {sign: bound for sign, bound in bounds.items() if bound is not None and bound not in _STORAGE_BOUNDS}
+    hidden = (None, *_STORAGE_BOUNDS)
+    shown = {sign: bound for sign, bound in bounds.items() if bound not in hidden}
     if whole and ">" in shown:
         shown[">="] = shown.pop(">") + 1
     if whole and "<" in shown:
@@ -117,7 +118,7 @@ def _default_value(field: inspect.Field) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Tree of plain values, in which a struct has its tag and those keys that differ from its defaults."""
+    """Plain tree, in which a struct has its tag and the keys that differ from its defaults."""
     if not isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
     info = inspect.type_info(type(value))

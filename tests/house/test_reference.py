@@ -1,4 +1,4 @@
-"""Reference of keys: every key has a meaning beside its field, and docs/reference.md is what the structs say."""
+"""Reference of keys: each has a meaning beside its field, and docs/reference.md is made of these."""
 
 import re
 
@@ -15,14 +15,19 @@ pytestmark = pytest.mark.fast
 PAGE = reference_page.PAGE.read_text("utf-8")
 
 
-@pytest.mark.parametrize("kind", [info.cls for info in tables_of(Program)], ids=lambda kind: kind.__name__)
+KINDS = [info.cls for info in tables_of(Program)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_key_has_a_meaning(kind: type[msgspec.Struct]) -> None:
     silent = [name for name, comment in comments_of(kind).items() if not comment]
-    assert not silent, f"{kind.__module__}.{kind.__name__}: say in a comment beside the field what {silent} mean"
+    place = f"{kind.__module__}.{kind.__name__}"
+    assert not silent, f"{place}: say in a comment beside the field what {silent} mean"
 
 
 def test_the_page_is_what_the_structs_say() -> None:
-    assert reference_page.page() == PAGE, f"docs/reference.md is not what the structs say; run {reference_page.COMMAND}"
+    help_ = f"docs/reference.md is not what the structs say; run {reference_page.COMMAND}"
+    assert reference_page.page() == PAGE, help_
 
 
 def test_the_page_has_a_row_for_every_key_of_the_schema() -> None:
@@ -31,16 +36,19 @@ def test_the_page_has_a_row_for_every_key_of_the_schema() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \|", PAGE, re.M)) == sorted(keys)
     for tag in ("op", "kind"):
         tags = [table["properties"][tag]["enum"] for table in tables if tag in table["properties"]]
-        assert sorted(re.findall(rf'^### `{tag} = "(.*)"`$', PAGE, re.M)) == sorted(value for (value,) in tags)
+        headings = re.findall(rf'^### `{tag} = "(.*)"`$', PAGE, re.M)
+        assert sorted(headings) == sorted(value for (value,) in tags)
 
 
 def test_every_link_of_the_page_has_its_heading() -> None:
     headings = re.findall(r"^##+ (.*)$", PAGE, re.M)
-    anchors = {"".join(c for c in heading.lower() if c.isalnum() or c in " -_").replace(" ", "-") for heading in headings}
+    plain = ["".join(c for c in text.lower() if c.isalnum() or c in " -_") for text in headings]
+    anchors = {text.replace(" ", "-") for text in plain}
     assert len(anchors) == len(headings)
     assert set(re.findall(r"\]\(#([^)]*)\)", PAGE)) == anchors
 
 
 def test_a_cell_shows_a_meaning_as_it_is_written() -> None:
     text = 'a | b, `c | d`, *e* and "*_proj", seq_len <f> -> g < 1'
-    assert reference_page.shown_as_is(text) == r'a \| b, `c \| d`, \*e\* and "\*\_proj", seq_len \<f> -> g < 1'
+    written = reference_page.shown_as_is(text)
+    assert written == r'a \| b, `c \| d`, \*e\* and "\*\_proj", seq_len \<f> -> g < 1'
