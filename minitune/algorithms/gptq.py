@@ -30,8 +30,9 @@ class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     """Round column by column, each error undone as far as the later columns can (Frantar et al. 2022, arXiv 2210.17323)."""
 
     data: str  # name of a [data] table
-    rows: PositiveInt  # of that data
-    damp: PositiveFloat = 0.01  # added to the Hessian's diagonal, as a part of the diagonal's mean
+    rows: PositiveInt  # of that table, to calibrate on: more are more exact, and take longer
+    # share of the mean of the Hessian's diagonal that is added to it: more is steadier, less exact
+    damp: PositiveFloat = 0.01
 
 
 Method = Rtn | Gptq

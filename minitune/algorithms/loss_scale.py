@@ -37,10 +37,10 @@ class LossScale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     The scale is that of the mean loss of a micro-batch: its sum is multiplied by scale / tokens.
     """
 
-    initial: PositiveFloat = 65536.0
-    growth_factor: PositiveFloat = 2.0
-    backoff_factor: OpenUnitInterval = 0.5
-    growth_interval: PositiveInt = 2000  # good steps
+    initial: PositiveFloat = 65536.0  # scale of the first step
+    growth_factor: PositiveFloat = 2.0  # factor of the scale after growth_interval good steps
+    backoff_factor: OpenUnitInterval = 0.5  # factor of the scale after a step with an overflow
+    growth_interval: PositiveInt = 2000  # steps in a row without an overflow
 
     def begin(self, n_adapters: tuple[int, ...], device: torch.device) -> ScaleState:
         """Scale of the first step; n_adapters: () for one model."""

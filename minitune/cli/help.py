@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minitune.cli.options import typed_name
 from minitune.cli.verbs import CHANGES, VERBS, comments
+from minitune.io import toml
 
 
 def overview() -> str:
@@ -41,8 +42,12 @@ def verb_help(name: str) -> str:
 
 
 def program_help(name: str, file: Path) -> str:
-    """Help of a program, by the name that was typed: its own comment, and how it is changed."""
+    """Help of a program, by the name that was typed: its comment, how it is changed, its keys."""
+    from minitune.cli.program_keys import key_lines  # torch comes with it
+
     me = typed_name()
     lines = [f"usage: {me} {name} [KEY=VALUE ...]", "", *comments(file), "", CHANGES]
-    lines += [f"`{me} show {name}` prints its keys, `{me} check {name}` runs nothing."]
+    lines += [f"`{me} show {name}` writes it with every default;"]
+    lines += [f"`{me} check {name}` reads it and runs nothing."]
+    lines += key_lines(toml.read(file, "program")[1])
     return "\n".join(lines) + "\n"

@@ -46,8 +46,8 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     So no row changes sides when others come or go, and equal rows are on the same side.
     """
 
-    fraction: OpenUnitInterval  # of the rows, that are held out
-    part: Literal["train", "heldout"]
+    fraction: OpenUnitInterval  # share of the rows that are held out
+    part: Literal["train", "heldout"]  # the rows to read: those that are held out, or the others
 
     def takes(self, row: Mapping[str, Any]) -> bool:
         """Return True if a row is in this part."""
@@ -61,31 +61,33 @@ class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another file, whose documents are mixed with those of a table's own file."""
 
     path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
-    share: OpenUnitInterval  # of the documents of an epoch, the table's own having the rest
+    share: OpenUnitInterval  # of the documents of an epoch; the table's own file has the rest
     format: Single | None = None  # the table's own if absent
-    columns: dict[str, str] = {}
-    split: Split | None = None
+    columns: dict[str, str] = {}  # name of a column in the format -> its name in this file
+    split: Split | None = None  # the part of this file that is read; all of it if absent
     chat_template_kwargs: dict[str, Any] | None = None  # the table's own if absent
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A data file and how to read it; columns: the format's name of a column -> its name in the file.
+    """Data file and how to read it.
 
     An epoch goes once through the file. With `mix` it also takes as many documents of each other file as that file's
     share says: the next ones of an endless shuffled order, so that over the epochs all of them come equally often.
     """
 
     path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
-    # pairs and unpaired are read by data.preference.prepare; auto: by the columns of the first row,
-    # which a program decides when it is loaded
+    # what a row holds, as docs/data.md shows; auto: by the columns of the first row
     format: Literal["instruct", "chat", "text", "pairs", "unpaired", "auto"]
-    seq_len: PositiveInt  # tokens
+    seq_len: PositiveInt  # tokens of a row at most
+    # short documents share a row, in which none sees another; false: a row for each
     packed: bool = True
-    overlong: Literal["truncate", "drop", "split"] = "drop"  # split: a text becomes several samples
+    # more tokens than seq_len: cut, left out, or (split) a text becomes several samples
+    overlong: Literal["truncate", "drop", "split"] = "drop"
+    # name of a column in the format -> its name in the file: { output = "answer" }
     columns: dict[str, str] = {}
     train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
-    split: Split | None = None
-    mix: tuple[MixtureComponent, ...] = ()
+    split: Split | None = None  # the part of the file that is read; all of it if absent
+    mix: tuple[MixtureComponent, ...] = ()  # other files, whose documents are mixed in
     chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
     # of a conversation: one sample, or each answer one, its prompt as it is served
     turns: Literal["whole", "each"] = "whole"

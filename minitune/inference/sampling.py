@@ -21,6 +21,7 @@ MIN_TEMPERATURE = 1e-4  # below it logits divided by it leave the range of float
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Likeliest token at temperature 0, else a draw from softmax(logits / temperature) after the filters."""
 
+    # 0: the likeliest token; 1: the model's own chances; more is more varied
     temperature: NonNegativeFloat = 0.0
     top_k: PositiveInt | None = None  # keep the k likeliest tokens
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None  # keep the likeliest tokens that together reach this probability

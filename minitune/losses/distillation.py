@@ -20,7 +20,9 @@ class Distillation(BaseLoss, frozen=True):
     formats: ClassVar[tuple[str, ...]] = ("instruct", "chat", "text")
     needs_teacher: ClassVar[bool] = True
 
+    # of both softmaxes: above 1 the teacher's unlikely tokens count for more
     temperature: PositiveFloat = 1.0
+    # share of the divergence; the rest is cross-entropy with the data's own tokens
     ratio: UnitInterval = 1.0
 
     def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
@@ -125,6 +127,7 @@ def jensen_shannon(student_logits: Logits, teacher_logits: Logits, *, temperatur
 class JensenShannon(Distillation, frozen=True, tag="jensen_shannon"):
     """The mean divergence of teacher and student from their mixture, at most log 2 a token at temperature 1 and weight 0.5."""
 
+    # of the teacher in the mixture: towards 0 it acts as forward_kl, towards 1 as reverse_kl
     weight: OpenUnitInterval = 0.5
 
     def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:

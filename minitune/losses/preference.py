@@ -18,8 +18,6 @@ class BasePreferenceLoss(BaseLoss, frozen=True):
     needs_reference: ClassVar[bool] = True
     rows_per_sample: ClassVar[int] = 2
 
-    beta: PositiveFloat = 0.1
-
     def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
         """Implicit rewards of the chosen and of the rejected answers, in nats."""
         raise NotImplementedError
@@ -35,6 +33,9 @@ def dpo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, b
 class Dpo(BasePreferenceLoss, frozen=True, tag="dpo"):
     """Direct preference optimization; beta holds the policy to the reference."""
 
+    # more holds the policy nearer to the reference (0.1: Rafailov et al. 2023, appendix B)
+    beta: PositiveFloat = 0.1
+    # chance that a pair's label is wrong: more makes the policy less sure
     label_smoothing: UnitInterval = 0.0
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
@@ -55,6 +56,9 @@ def ipo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, b
 class Ipo(BasePreferenceLoss, frozen=True, tag="ipo"):
     """Identity preference optimization: the margin is to be 1 / (2 beta), and not more."""
 
+    # more asks for a smaller margin, so holds the policy nearer to the reference
+    beta: PositiveFloat = 0.1
+
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
         """ipo of the averaged log-probs."""
         return ipo(*_answers(_averaged(policy), _averaged(_present(reference))), beta=self.beta)
@@ -72,6 +76,9 @@ def hinge(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *,
 
 class Hinge(BasePreferenceLoss, frozen=True, tag="hinge"):
     """A support vector machine's loss: a pair whose margin has reached 1 / beta is left alone."""
+
+    # more is content with a smaller margin, so holds the policy nearer to the reference
+    beta: PositiveFloat = 0.1
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
         """hinge of the summed log-probs."""
@@ -92,7 +99,8 @@ class SimPO(BasePreferenceLoss, frozen=True, tag="simpo"):
 
     needs_reference: ClassVar[bool] = False
 
-    beta: PositiveFloat = 2.0
+    beta: PositiveFloat = 2.0  # scale of the margin: more makes the loss steeper about gamma
+    # target of the scaled margin, in nats: more drives the answers further apart
     gamma: NonNegativeFloat = 1.0
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None = None) -> Nats:
@@ -120,6 +128,8 @@ class Orpo(BasePreferenceLoss, frozen=True, tag="orpo"):
 
     needs_reference: ClassVar[bool] = False
 
+    beta: PositiveFloat = 0.1  # weight of the preference beside fine-tuning on the chosen answers
+
     def __call__(self, policy: LogProbs, reference: LogProbs | None = None) -> Nats:
         """orpo of the averaged log-probs."""
         mean = _averaged(policy)
@@ -144,6 +154,9 @@ class Cpo(BasePreferenceLoss, frozen=True, tag="cpo"):
 
     needs_reference: ClassVar[bool] = False
 
+    # scale of the margin: more makes the loss steeper, and done with a pair sooner
+    beta: PositiveFloat = 0.1
+    # weight of fine-tuning on the chosen answers; 0: the preference alone
     nll_weight: NonNegativeFloat = 1.0
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None = None) -> Nats:

@@ -28,7 +28,9 @@ class CrossEntropy(BaseLoss, frozen=True, tag="cross_entropy"):
     objective: ClassVar[ObjectiveName] = "supervised"
     formats: ClassVar[tuple[str, ...]] = ("instruct", "chat", "text")
 
+    # share of the target's weight that goes to all tokens alike: more makes a model less sure
     label_smoothing: Fraction = 0.0
+    # weight of the squared log of softmax's denominator, in nats: more holds it nearer to 0
     z_loss: NonNegativeFloat = 0.0
 
     def __call__(self, logits: Logits, targets: Int[Tensor, "*rows"]) -> Nats:

@@ -35,9 +35,10 @@ class Kto(BaseLoss, frozen=True, tag="kto"):
     needs_reference: ClassVar[bool] = True
     min_samples: ClassVar[int] = 2  # the answers of a micro-batch are compared
 
+    # more makes an answer's value saturate sooner: it holds the policy nearer to the reference
     beta: PositiveFloat = 0.1
-    desirable_weight: NonNegativeFloat = 1.0
-    undesirable_weight: NonNegativeFloat = 1.0
+    desirable_weight: NonNegativeFloat = 1.0  # of good answers; raise it where they are the fewer
+    undesirable_weight: NonNegativeFloat = 1.0  # of bad answers; raise it where they are the fewer
 
     def __call__(self, policy: Nats, reference: Nats, desirable: Bool[Tensor, "*rows"], kl: Float[Tensor, ""]) -> Nats:
         """kto of the summed log-probs, one value an answer."""

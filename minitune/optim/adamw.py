@@ -42,9 +42,12 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)."""
 
     scope: ClassVar[Scope] = "element"
-    lr: NonNegativeFloat
+    lr: NonNegativeFloat  # learning rate at the schedule's peak
+    # what the means of the gradient and of its square keep at a step: more averages longer
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    # added to the root of the mean square: more shortens steps where gradients are tiny
     eps: Epsilon = 1e-8
+    # each step takes lr * weight_decay off a weight, as a share of it
     weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> AdamState:

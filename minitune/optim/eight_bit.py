@@ -31,9 +31,12 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
     sections 2.1 and 2.2); a step is taken with the float32 moments, before they are rounded."""
 
     scope: ClassVar[Scope] = "element"  # or rather a block of elements: slices begin at multiples of BLOCK
-    lr: NonNegativeFloat
+    lr: NonNegativeFloat  # learning rate at the schedule's peak
+    # what the means of the gradient and of its square keep at a step: more averages longer
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    # added to the root of the mean square: more shortens steps where gradients are tiny
     eps: Epsilon = 1e-8
+    # each step takes lr * weight_decay off a weight, as a share of it
     weight_decay: NonNegativeFloat = 0.0
 
     def init(self, params: Tree) -> AdamState:

@@ -36,16 +36,21 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
     2502.16982, eq. 4). "original" is the default of torch.optim.Muon; AdamW then wants a smaller rate: adamw_lr_factor.
     """
 
-    lr: NonNegativeFloat
-    momentum: Fraction = 0.95
-    nesterov: bool = True
-    ns_steps: Annotated[int, Meta(ge=1, lt=100)] = 5  # of Newton and Schulz
-    weight_decay: NonNegativeFloat = 0.0  # decoupled, in AdamW too
+    lr: NonNegativeFloat  # learning rate at the schedule's peak, of the matrices
+    momentum: Fraction = 0.95  # share of the mean gradient that a step keeps: more averages longer
+    nesterov: bool = True  # look one step ahead along the momentum
+    # iterations of Newton and Schulz: more are nearer to orthogonal, and slower
+    ns_steps: Annotated[int, Meta(ge=1, lt=100)] = 5
+    # each step takes lr * weight_decay off a weight, as a share of it; in AdamW too
+    weight_decay: NonNegativeFloat = 0.0
+    # match_rms_adamw: steps as long as AdamW's, so that one lr serves both; original: those of
+    # torch.optim.Muon's default
     adjust_lr_fn: AdjustLr = "match_rms_adamw"
+    # globs of the matrices that take AdamW; embeddings and head if absent
     adamw: tuple[str, ...] | None = None
-    adamw_lr_factor: NonNegativeFloat = 1.0  # of lr
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # of AdamW
-    eps: Epsilon = 1e-8  # of AdamW
+    adamw_lr_factor: NonNegativeFloat = 1.0  # learning rate of AdamW, in units of lr
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # of AdamW: what its two means keep at a step
+    eps: Epsilon = 1e-8  # of AdamW: added to the root of the mean square
 
     def init(self, params: Tree) -> tuple[Tree, ...]:
         """The state of the matrices, then that of AdamW; InputError for no matrix, and for a glob that matches no leaf."""

@@ -22,6 +22,7 @@ class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     after the last one would have, so that every step moves, as the schedules of transformers do.
     """
 
+    # first steps, in which the rate rises in a straight line to its peak
     warmup_steps: NonNegativeInt = 0
 
     def factor(self, step: Int[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
@@ -59,7 +60,7 @@ class Constant(_ByProgress, frozen=True, tag="constant"):
 class Linear(_ByProgress, frozen=True, tag="linear"):
     """Warm-up, then a straight line to `end` times the peak."""
 
-    end: NonNegativeFloat = 0.0
+    end: NonNegativeFloat = 0.0  # factor of the peak rate that is left at the end
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """1 - (1 - end) * progress."""
@@ -69,7 +70,7 @@ class Linear(_ByProgress, frozen=True, tag="linear"):
 class Cosine(_ByProgress, frozen=True, tag="cosine"):
     """Warm-up, then half a cosine to `end` times the peak (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)."""
 
-    end: NonNegativeFloat = 0.0
+    end: NonNegativeFloat = 0.0  # factor of the peak rate that is left at the end
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """end + (1 - end) * (1 + cos(pi * progress)) / 2."""
@@ -80,7 +81,8 @@ class Wsd(_ByProgress, frozen=True, tag="wsd"):
     """Warm-up, the peak, and a straight line to `end` times the peak in the last share of the steps
     after the warm-up (warmup-stable-decay: Hu et al. 2024, arXiv 2404.06395, section 4)."""
 
-    end: NonNegativeFloat = 0.0
+    end: NonNegativeFloat = 0.0  # factor of the peak rate that is left at the end
+    # share of the steps after the warm-up in which the rate falls
     decay_share: OpenUnitInterval = 0.1
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -93,7 +95,8 @@ class InverseSqrt(_Schedule, frozen=True, tag="inverse_sqrt"):
     """Warm-up, then sqrt(timescale / (timescale + steps since then)), for any number of steps
     (Vaswani et al. 2017, arXiv 1706.03762, 5.3; Zhai et al. 2022, arXiv 2106.04560, 3.5)."""
 
-    timescale: PositiveInt | None = None  # steps; None: those of the warm-up, or 10,000 without one
+    # steps until the rate has fallen to 0.71; absent: those of the warm-up, or 10,000 without
+    timescale: PositiveInt | None = None
 
     def fall(self, t: Float[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
         """sqrt(timescale / (timescale + t - warmup_steps))."""

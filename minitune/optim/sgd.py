@@ -16,10 +16,11 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
     """Gradient descent with momentum, and weight decay in the gradient (Sutskever et al. 2013, eq. 1-4, as torch.optim.SGD)."""
 
     scope: ClassVar[Scope] = "element"
-    lr: NonNegativeFloat
+    lr: NonNegativeFloat  # learning rate at the schedule's peak
+    # share of the last step's direction that is kept: more averages longer
     momentum: Fraction = 0.0
-    nesterov: bool = False
-    weight_decay: NonNegativeFloat = 0.0
+    nesterov: bool = False  # look one step ahead along the momentum
+    weight_decay: NonNegativeFloat = 0.0  # this share of a weight is added to its gradient
 
     def init(self, params: Tree) -> Tree:
         """Zero momentum, in float32 or wider."""

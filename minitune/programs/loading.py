@@ -44,7 +44,9 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     and float32 on a CPU. What trains is never in float16: its gradients are those of a scaled loss.
     """
 
+    # Hugging Face folder, "demo", or in a load stage run/NAME; or give config
     path: str | None = None
+    # shape file such as configs/models/llama-125m.toml, for a model with random weights
     config: str | None = None
     tokenizer: str | None = None  # a folder; `path` if absent
     # an adapter to put on the model: a folder of PEFT's, a run (what it saved, else its newest

@@ -30,10 +30,10 @@ FILE_CHARACTERS = 120  # of a line of what is no terminal
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of what is logged beyond the terminal. wandb: keywords of wandb.init; every: steps between two rows of metrics."""
+    """Settings of what is logged beyond the terminal."""
 
-    wandb: WandbConfig | None = None
-    every: PositiveInt = 1
+    wandb: WandbConfig | None = None  # log to Weights & Biases too, as keywords of wandb.init say
+    every: PositiveInt = 1  # steps between two rows of metrics
 
 
 class Log:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -10,7 +10,7 @@ import msgspec
 
 from minitune.data.source import Source
 from minitune.errors import InputError
-from minitune.io import toml, toml_messages
+from minitune.io import json_schema, toml, toml_messages
 from minitune.io.toml_messages import shown, types_at
 from minitune.io.toml_writing import dumps
 from minitune.programs import data_tables
@@ -29,14 +29,20 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Program that `python -m minitune` runs: a model, its data, and the stages that the model goes through, in order."""
 
+    # of the run, whose folder is out/name: letters, digits, . _ - and not . or - first
     name: Annotated[str, msgspec.Meta(pattern=rf"^{_PLAIN}(?!\n)$", max_length=100)]
+    # seed of every random draw: fresh deltas, order of the data, dropout, sampling
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
-    out: str = "runs"
-    resume: bool | None = None  # None: continue an unfinished run of this program; True: there must be one; False: start afresh
-    model: ModelSource
+    out: str = "runs"  # folder of run folders
+    # absent: continue an unfinished run of this program, if there is one; true: there must be one;
+    # false: start afresh
+    resume: bool | None = None
+    model: ModelSource  # the model that the first stage begins with
+    # data by the name that stages call it by: [data.train], [data.heldout]
     data: dict[str, Source] = msgspec.field(default_factory=dict)
+    # the stages in their order, each a table [[stage]] with the op that says what it does
     stage: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
-    log: LogConfig = LogConfig()
+    log: LogConfig = LogConfig()  # what is logged beyond the terminal
     tf32: bool = False  # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less exact
 
 
@@ -109,7 +115,12 @@ def resolved(program: Program, *, absent: bool = False) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a program, for editors and for checks outside of minitune."""
-    return msgspec.json.schema(Program)
+    return json_schema.described(Program)
+
+
+def speller(raw: Mapping[str, Any]) -> Callable[[toml_messages.KeyPath], str]:
+    """Spelling of key paths of a parsed program as they can be typed: train.steps."""
+    return _Places(Path(), {}, {}, _stage_names(raw)).spelled
 
 
 def _stage_names(raw: Mapping[str, Any]) -> list[str | None]:

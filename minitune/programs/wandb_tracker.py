@@ -26,32 +26,30 @@ OFFLINE = 'or set log.wandb.mode = "offline" (WANDB_MODE=offline), then upload b
 
 
 class WandbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Keywords of wandb.init; what is absent is wandb's own default.
+    """Keywords of wandb.init; what is absent is wandb's own default."""
 
-    config: keys to add to the program's own; settings: fields of wandb.Settings, of which
-    finish_timeout [s] is how long the end of a run may upload (30 if absent).
-    """
-
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    id: str | None = None
-    group: str | None = None
-    job_type: str | None = None
-    tags: Sequence[str] | None = None
-    notes: str | None = None
+    project: str | None = None  # project that the run belongs to, as in wandb.init
+    entity: str | None = None  # user or team that owns the project, as in wandb.init
+    name: str | None = None  # name of the run on the page, as in wandb.init
+    id: str | None = None  # id of the run, by which it is continued, as in wandb.init
+    group: str | None = None  # group of runs that belong together, as in wandb.init
+    job_type: str | None = None  # kind of run within a group, as in wandb.init
+    tags: Sequence[str] | None = None  # words to find the run by, as in wandb.init
+    notes: str | None = None  # longer description of the run, as in wandb.init
+    # online; offline: upload later with wandb sync; disabled: log nothing; as in wandb.init
     mode: Mode | None = None
-    dir: str | None = None
-    config: dict[str, Any] | None = None
-    config_exclude_keys: list[str] | None = None
-    config_include_keys: list[str] | None = None
-    allow_val_change: bool | None = None
-    force: bool | None = None
-    reinit: bool | str | None = None
-    resume: bool | str | None = None
-    resume_from: str | None = None
-    fork_from: str | None = None
-    save_code: bool | None = None
+    dir: str | None = None  # folder of wandb's own files, as in wandb.init
+    config: dict[str, Any] | None = None  # keys to add to the program's own, as in wandb.init
+    config_exclude_keys: list[str] | None = None  # keys of config to leave out, as in wandb.init
+    config_include_keys: list[str] | None = None  # keys of config to keep alone, as in wandb.init
+    allow_val_change: bool | None = None  # let config values change later, as in wandb.init
+    force: bool | None = None  # refuse to run without a login, as in wandb.init
+    reinit: bool | str | None = None  # what a second run in one process does, as in wandb.init
+    resume: bool | str | None = None  # continue the run of this id, as in wandb.init
+    resume_from: str | None = None  # run and step to go back to and continue from, as in wandb.init
+    fork_from: str | None = None  # run and step to begin a new run from, as in wandb.init
+    save_code: bool | None = None  # upload the script, as in wandb.init
+    # fields of wandb.Settings; finish_timeout is how long the end may upload [s]
     settings: dict[str, Any] | None = None
 
     def keywords(self) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Int4(_Grid, frozen=True, tag="int4"):
     lowest: ClassVar[int] = -8
     highest: ClassVar[int] = 7
     divisors: ClassVar[tuple[float, ...]] = (7.0, 7.5, 8.0, 8.5, 9.0)
+    # neighbours that share a scale: fewer are more exact, and take more memory
     group: Literal[32, 64, 128] = 32
 
     def group_size(self, d_in: int) -> int:

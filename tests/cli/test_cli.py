@@ -17,11 +17,16 @@ from minitune import __version__
 from minitune.__main__ import main
 from minitune.cli import guesses
 from minitune.cli.verbs import VERBS
+from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.io import paths, toml
+from minitune.optim.sgd import SGD
 from minitune.programs import check as check_module
 from minitune.programs import program, run
+from minitune.programs.loading import ModelSource
+from minitune.programs.program import Program
 from minitune.programs.signals import Stopped, StopSignals
+from minitune.programs.stages.train import Train
 from support.paths import ROOT
 from support.scripts import run_script
 
@@ -84,12 +89,61 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str, form
     assert err == ""
 
 
+# a stage that is no stage and a rate that is missing do not matter to its help
+HELPED = """
+name = "mine"
+model.path = "demo"
+stage = [
+    { op = "train", name = "tune", optimizer = { kind = "sgd", momentum = 0.5 } },
+    { op = "unknown", unknown = 1 },
+]
+data.a.path = "a.jsonl"
+data.b.path = "b.jsonl"
+"""
+
+
 @pytest.mark.usefixtures("shipped")
 def test_a_program_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lora", "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: python -m minitune lora [KEY=VALUE ...]\n\nPuts deltas on the model.\n(a second line)\n")
-    assert "`python -m minitune show lora` prints its keys" in out
+    assert "`python -m minitune show lora` writes it with every default" in out
+
+
+def test_help_of_a_program_explains_the_keys_of_its_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(HELPED, encoding="utf-8")
+    assert main(["mine.toml", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    # every key of every table that the program has, by the name that changes it
+    for prefix, kind in {"": Program, "model.": ModelSource, "data.a.": Source, "tune.": Train, "tune.optimizer.": SGD}.items():
+        lines = [re.search(rf"^  {re.escape(prefix + key)}(  \(| =|$)", out, re.M) for key in kind.__struct_fields__]
+        assert all(lines), prefix
+    wanted = """
+tune.optimizer, kind = "sgd": Gradient descent with momentum, and weight decay
+in the gradient (Sutskever et al. 2013, eq. 1-4, as torch.optim.SGD).
+  tune.optimizer.lr  (must be given)
+      learning rate at the schedule's peak [number >= 0]
+  tune.optimizer.momentum = 0.5
+      share of the last step's direction that is kept: more averages longer
+      [number >= 0 and < 1]
+  tune.optimizer.nesterov  (default: false)
+      look one step ahead along the momentum [true or false]
+"""
+    assert wanted in out
+    assert out.endswith('\n\ndata.b: its keys are those of data.a.\n  data.b.path = "b.jsonl"\n')
+    assert "unknown" not in out
+
+
+def test_help_of_a_program_cuts_values_that_a_line_can_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f"name = '{'x' * 200}'", encoding="utf-8")
+    assert main([str(file), "--help"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  name"))
+    assert line == f'  name = "{"x" * 66} ...'
 
 
 @pytest.mark.parametrize(

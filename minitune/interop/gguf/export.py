@@ -32,7 +32,8 @@ CHUNK = 2**22  # weights that are encoded at a time, so that a file needs little
 class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Types of the stored matrices: a default, and by glob of Hugging Face names another; the first glob that matches counts."""
 
-    default: Kind
+    default: Kind  # type of each matrix that no exception matches
+    # glob of Hugging Face names -> another type; the first match wins
     exceptions: dict[str, Kind] = {}
 
 

@@ -18,9 +18,10 @@ from minitune.types import Fraction, PositiveFloat, PositiveInt
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
 
-    rank: PositiveInt
+    rank: PositiveInt  # r, rows of a and columns of b: more can learn more, and take more memory
+    # the change of a weight is (alpha / rank) b a (Hu et al. 2021, arXiv 2106.09685, section 4.1)
     alpha: PositiveFloat
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # globs of the weights that get deltas: ["*_proj.weight"]
     ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
@@ -78,7 +79,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
 class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     """Train the weights that the globs match whole, in place of the loaded ones."""
 
-    weights: tuple[str, ...] = ("*",)
+    weights: tuple[str, ...] = ("*",)  # globs of the weights to train
     dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
 
     def check(self, abstract: AbstractState) -> AbstractState:
@@ -103,7 +104,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
 class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
     """Go on with another model; path = "run/NAME" is what a save stage of this program called NAME has written."""
 
-    model: ModelSource
+    model: ModelSource  # the model to go on with
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the model is there, or a stage before writes it."""

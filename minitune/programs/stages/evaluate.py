@@ -27,10 +27,10 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     observes: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
-    data: str
+    data: str  # name of the [data] table to evaluate on
     # rows per forward; as many tokens as a training step takes if absent
     batch_size: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: PositiveInt = 256  # tokens of an answer at most
     limit: PositiveInt | None = None  # prompts to answer; all if absent
     samples: NonNegativeInt = 3  # answers to keep in the record and show
 
@@ -135,14 +135,16 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     observes: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # names of tasks, as the harness has them
     include: str | None = None  # a folder of task files
-    n_shots: NonNegativeInt | None = None  # each task's own if absent
-    chat_template: bool = False
-    system: str | None = None
-    batch_size: PositiveInt = 16
-    limit: PositiveInt | None = None  # samples a task
-    max_length: PositiveInt | None = None  # tokens; what the model was made for if absent
+    # solved examples before each question; each task's own if absent
+    n_shots: NonNegativeInt | None = None
+    chat_template: bool = False  # ask in the chat format of the model
+    system: str | None = None  # system message before each question
+    batch_size: PositiveInt = 16  # requests per forward
+    limit: PositiveInt | None = None  # samples a task; all if absent
+    # tokens of a row at most; what the model was made for if absent
+    max_length: PositiveInt | None = None
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the extra is installed and there are such tasks, which it can run."""

@@ -41,16 +41,16 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     observes: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size", "compiled", "samples")
 
-    data: str | None = None
+    data: str | None = None  # name of the [data] table whose prompts are answered
     prompt: str | None = None  # one message of the user, in place of data
-    sampling: Sampling = Sampling()
-    max_new_tokens: PositiveInt = 256
+    sampling: Sampling = Sampling()  # how a token is drawn; the likeliest if absent
+    max_new_tokens: PositiveInt = 256  # tokens of an answer at most
     stop: tuple[str, ...] = ()  # strings that end an answer
     # compile the decoder block of a step, once: worth its seconds where there is much to write
     compiled: bool = False
     # prompts at once; as many tokens as a training step takes if absent
     batch_size: PositiveInt | None = None
-    limit: PositiveInt | None = None
+    limit: PositiveInt | None = None  # prompts to answer; all if absent
     samples: NonNegativeInt = 3  # answers to show
 
     def check(self, abstract: AbstractState) -> AbstractState:

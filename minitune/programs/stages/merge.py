@@ -20,6 +20,8 @@ ROUNDING_TO_MENTION = 0.01  # share of a change, from which on its cure is named
 class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
     """Fold what was trained into the weights: computed in float32, rounded once to the dtype that the weights are stored in."""
 
+    # trained: the weights that the deltas trained on, rounded as they were; stored: the dense
+    # ones of the model's folder
     onto: Onto = "trained"
     dtype: Dtype | None = None  # of the new weights from here on; as they were stored if absent
 

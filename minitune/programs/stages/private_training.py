@@ -24,9 +24,11 @@ class PrivateTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     algorithms/privacy_accountant.py. The draws are those of a seed, and no secret.
     """
 
-    max_norm: PositiveFloat
-    delta: OpenUnitInterval
-    noise: NonNegativeFloat | None = None  # multiplier sigma
+    max_norm: PositiveFloat  # largest norm of a row's gradient
+    delta: OpenUnitInterval  # chance that epsilon does not hold; well below 1 / rows
+    # sigma, the deviation of the noise in units of max_norm; or give epsilon
+    noise: NonNegativeFloat | None = None
+    # privacy to have spent at the end: less is more private, and noisier; or give noise
     epsilon: PositiveFloat | None = None
 
     def sigma(self, q: float, n_steps: int) -> float:

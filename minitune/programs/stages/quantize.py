@@ -31,10 +31,11 @@ LAYOUTS: dict[type, Any] = {Int8: QInt8, Float8: QFloat8, Int4: QInt4, NF4: QNF4
 class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
     """Keep the weights that the globs match as codes of 8 or 4 bits, rounded to nearest or calibrated on data."""
 
-    scheme: Scheme
-    weights: tuple[str, ...] = ("*_proj.weight",)
+    scheme: Scheme  # codes of a weight and their scales: { kind = "int4", group = 32 }
+    weights: tuple[str, ...] = ("*_proj.weight",)  # globs of the weights to quantize
     exceptions: dict[str, Scheme] = msgspec.field(default_factory=dict)  # glob -> another scheme, the first match wins
     keep: tuple[str, ...] = ()  # globs of weights to leave as they are
+    # how a weight is rounded: to nearest, or calibrated on data (gptq)
     method: gptq.Method = gptq.Rtn()
 
     @property
@@ -124,9 +125,9 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
     """Round the weights that train to their quantized values in every forward: quantizing them afterwards loses nothing."""
 
-    scheme: Scheme
-    weights: tuple[str, ...] = ("*_proj.weight",)
-    keep: tuple[str, ...] = ()
+    scheme: Scheme  # as in the quantize stage that will follow
+    weights: tuple[str, ...] = ("*_proj.weight",)  # globs of the weights that are rounded
+    keep: tuple[str, ...] = ()  # globs of weights to leave as they are
 
     @property
     def rule(self) -> Quantization:

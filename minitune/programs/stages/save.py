@@ -29,8 +29,11 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
 
     observes: ClassVar[bool] = True
 
+    # deltas: an adapter; merged: weights with the deltas in them; params: weights as they are
     what: Literal["deltas", "merged", "params"]
     path: str | None = None  # a folder, run/NAME for one in the run folder; run/<what> if absent
+    # merged only; trained: the weights that the deltas trained on, rounded as they were; stored:
+    # the dense ones of the model's folder
     onto: Onto = "trained"
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
@@ -96,10 +99,11 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
 
     observes: ClassVar[bool] = True
 
+    # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4
     format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
     path: str | None = None  # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if absent
     activations: Literal["none", "int8"] = "none"  # compressed-tensors: int8 rounds each token's activations as well (W8A8)
-    types: export.Types = export.Types("Q4_K")  # gguf only
+    types: export.Types = export.Types("Q4_K")  # types of the stored matrices, for gguf
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError if something is left to merge, or unless the weights are of the kind that the format holds."""

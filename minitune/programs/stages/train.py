@@ -69,25 +69,25 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
 
-    data: str
+    data: str  # name of the [data] table to learn from
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as epochs need
     epochs: PositiveFloat | None = None  # passes through the data, rounded up to whole steps
     batch_size: PositiveInt  # rows (or pairs) per optimizer step
     micro_batch_size: PositiveInt | None = None  # rows per forward; the whole batch if absent
-    loss: Loss = CrossEntropy()
+    loss: Loss = CrossEntropy()  # what training makes small; its kind names it
     # Reference of a preference loss: the model as this stage found it ("start"), the same with its log-probs computed
     # once ("cached"), or the parameters without deltas ("base").
     reference: Literal["start", "base", "cached"] = "start"
-    teacher: ModelSource | None = None  # of a distillation loss
+    teacher: ModelSource | None = None  # model that a distillation loss learns from
     cached_top_k: PositiveInt | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
-    optimizer: Optimizer = AdamW(lr=1e-4)
+    optimizer: Optimizer = AdamW(lr=1e-4)  # its kind, its rate lr and its other numbers
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
     lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     # glob over trained leaves -> factor of optimizer.weight_decay, the first match's, else 1:
     # { "*norm*" = 0.0, "*bias*" = 0.0 } spares these, as most training code does
     decay_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
-    schedule: Schedule = Constant()
-    # of the loss where the model computes in float16, without meaning elsewhere; None: the rule of
+    schedule: Schedule = Constant()  # course of the learning rate over the steps
+    # of the loss where the model computes in float16, without meaning elsewhere; absent: as in
     # torch.amp.GradScaler: from 65536, halved at an overflow, doubled after 2000 steps
     loss_scale: LossScale | None = None
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
@@ -98,8 +98,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # 2101.03961, eq. 4-6): router_aux_loss_coef of transformers, where 0.001 to 0.02 are usual
     load_balance: NonNegativeFloat = 0.0
     privacy: PrivateTraining | None = None  # DP-SGD: clip the gradient of each row, and add noise
+    # loss on held-out data as training goes; the best state goes on
     evaluate: Evaluation | None = None
-    save_every: PositiveInt = 100  # steps
+    save_every: PositiveInt = 100  # steps between two saved states
     keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
     # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others
     # fit with their inputs in memory such as "8 GiB", or all with their inputs kept in the host's memory ("host").

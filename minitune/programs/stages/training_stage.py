@@ -19,9 +19,10 @@ Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or it
 class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Training loss on held-out data every `every` steps, and after the last one."""
 
-    data: str
+    data: str  # name of the [data] table that is held out
     every: PositiveInt | OpenUnitInterval  # steps, or a share of all steps such as 0.1
-    patience: PositiveInt | None = None  # evaluations in a row without a new best; None: never stop
+    # evaluations in a row without a new best that end training; never if absent
+    patience: PositiveInt | None = None
     # nats that a new best has to be below the last one to count for patience; 0: any. The best is
     # kept either way, as with early_stopping_threshold of transformers.
     min_delta: NonNegativeFloat = 0.0
