@@ -98,8 +98,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # 2101.03961, eq. 4-6): router_aux_loss_coef of transformers, where 0.001 to 0.02 are usual
     load_balance: NonNegativeFloat = 0.0
     privacy: PrivateTraining | None = None  # DP-SGD: clip the gradient of each row, and add noise
-    # loss on held-out data as training goes; the best state goes on
-    evaluate: Evaluation | None = None
+    evaluate: Evaluation | None = None  # loss on held-out data on the way; the best state goes on
     save_every: PositiveInt = 100  # steps between two saved states
     keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
     # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others
