@@ -146,7 +146,9 @@ def test_sentencepiece_in_a_tokenizer_json_is_the_sentencepiece_model(tmp_path: 
     (tmp_path / "b").mkdir()
     metadata, notes = exported(sentencepiece_json_folder(tmp_path / "a"), 400)
     wanted, _ = exported(sentencepiece_folder(tmp_path / "b"), 400)
-    assert notes == []
+    # as AutoTokenizer of transformers 5 reads this folder
+    there = "llama.cpp puts a space in front of text behind a special token too"
+    assert notes == [f"{there}, this tokenizer at the start alone"]
     for name in ("model", "tokens", "token_type", "add_space_prefix"):
         assert metadata[f"tokenizer.ggml.{name}"] == wanted[f"tokenizer.ggml.{name}"], name
     order = [sorted(range(3, 380), key=lambda i: some["tokenizer.ggml.scores"][i]) for some in (metadata, wanted)]
