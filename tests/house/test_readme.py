@@ -103,8 +103,8 @@ def test_every_command_is_known_and_those_of_minitune_run(
         if words[0] == "finish":  # tests/programs/test_continued.py finishes a run that was stopped
             assert words[0] in VERBS
             continue
-        if words[0] == "lora":
-            words += toy("lora", tiny, tmp_path)
+        if words[0] in ("lora", "sft"):
+            words += toy(words[0], tiny, tmp_path)
         assert main(words) == 0, capsys.readouterr().err
     assert (tmp_path / "mine.toml").is_file()
 
