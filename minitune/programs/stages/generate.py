@@ -132,7 +132,7 @@ def answered(
     require_finite(params, f"stages: {label}")
     n_rows = batch_size or state.rows_at_once(max(map(len, ids), default=1) + max_new_tokens)
     cut: set[int] = set()
-    with state.log.progress(label, len(ids), 0) as progress:
+    with state.log.progress(label, len(ids), brief=True) as progress:
 
         def report(done: int) -> None:
             progress.update(done, {})
