@@ -18,12 +18,13 @@ from minitune.losses.distillation import ForwardKL
 from minitune.losses.preference import Dpo
 from minitune.models.compile import wrap
 from minitune.optim.adamw import AdamW
-from minitune.programs.allocator import keep_freed
+from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
 from minitune.types import Batch, Pairs
 
 keep_freed()  # as a program run by `python -m minitune` does
+bound_kernel_cache()
 DTYPE = getattr(torch, args.dtype)
 LORA = Lora(rank=C.RANK, alpha=float(C.ALPHA), targets=("*_proj.weight",))
 OPTIMIZER = AdamW(lr=C.LR, weight_decay=0.01)

@@ -1,10 +1,12 @@
-"""Settings of the C library's allocator: a training step asks for the same memory each time, and gives it back in between."""
+"""Settings of a process that trains: memory that a step gives back, and kernels that it compiles."""
 
 import ctypes
+import os
 import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, as glibc's malloc.h numbers them
 KEPT = 2**30  # bytes
+KERNELS = "128"  # that oneDNN keeps, and as many of torch's own descriptions of them
 
 
 def keep_freed() -> bool:
@@ -15,3 +17,14 @@ def keep_freed() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(TRIM_THRESHOLD, KEPT)) and bool(mallopt(MMAP_THRESHOLD, KEPT))
+
+
+def bound_kernel_cache() -> None:
+    """Let oneDNN keep 128 compiled kernels in place of 1,024, unless the environment says otherwise.
+
+    It compiles one for every shape of a bfloat16 product, and packed rows bring ever new ones into
+    attention's blocks: with 1,024 a process grows for hundreds of steps. It takes effect only before
+    the first product of a process.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, KERNELS)

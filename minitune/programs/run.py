@@ -7,7 +7,7 @@ import msgspec
 
 from minitune.io.results import Record
 from minitune.programs import log, save_paths, wandb_tracker
-from minitune.programs.allocator import keep_freed
+from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.check import check, data_notes
 from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
@@ -33,6 +33,7 @@ def run_program(
     state has been saved.
     """
     keep_freed()
+    bound_kernel_cache()
     # before a folder is made or a weight is read
     wandb_tracker.check(program.log.wandb)
     check(program.model, program.data, program.stage)
