@@ -20,11 +20,11 @@ def keep_freed() -> bool:
 
 
 def bound_kernel_cache() -> None:
-    """Let oneDNN keep 128 compiled kernels in place of 1,024, unless the environment says otherwise.
+    """Let oneDNN keep 128 compiled kernels, not 1,024, unless the environment says otherwise.
 
     It compiles one for every shape of a bfloat16 product, and packed rows bring ever new ones into
-    attention's blocks: with 1,024 a process grows for hundreds of steps. It takes effect only before
-    the first product of a process.
+    attention's blocks: with 1,024 a process grows for hundreds of steps. This takes effect only
+    before the first product of a process.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, KERNELS)
