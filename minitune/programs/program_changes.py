@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from minitune.io.toml_messages import KeyPath, shown
+from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.save import Save
 from minitune.programs.stages.stage import Stage
 
@@ -118,7 +119,7 @@ def _stages(program: TomlTable) -> Iterator[_Stage]:
     tables, data = program["stage"], program.get("data", {})
     n_makers = 0
     for n, table in enumerate(tables):
-        kind, label = KINDS[table["op"]], table.get("name", table["op"])
+        kind, label = KINDS.get(table["op"], BaseStage), table.get("name", table["op"])
         # A save that a later stage reads is part of how the model is made.
         observes = kind.observes and not (kind is Save and _reads_run(tables[n + 1 :]))
         free = {"name", *kind.free_keys}
