@@ -1,5 +1,6 @@
 """Bytes by which a process grows while it multiplies bfloat16 matrices of 600 shapes: kernel_cache.py bounded|free."""
 
+import os
 import sys
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from minitune import host
 from minitune.programs.allocator import bound_kernel_cache
 
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # a run in the parent has set them
+    os.environ.pop(name, None)
 if sys.argv[1] == "bounded":
     bound_kernel_cache()
 
