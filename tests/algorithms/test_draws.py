@@ -27,14 +27,11 @@ from minitune.models.model import Draws
 from minitune.nn.attention.key_range import document_lengths
 from minitune.nn.dropout import dropped, row_seeds, seeded, uniform
 from minitune.optim.adamw import AdamW
-from minitune.programs.stages import training_loop
-from minitune.programs.stages.loop_state import LoopState
 from minitune.steps import eval_step, sft_step, train_step
 from minitune.types import Dropout, Pairs, UnpairedBatch
 from support.closeness import assert_trees_close, distance
 from support.models import SMALL, randn, random_batch, random_params, reference
-from support.numbers import Power
-from support.programs import LORA, TRAIN, rows_without_time, run, start, weights
+from support.programs import LORA, TRAIN, rows_without_time, run, run_killed, start, weights
 
 TARGETS = ("*.self_attn.*_proj.weight", "*.mlp.*_proj.weight")
 RULE = Lora(3, 5.0, TARGETS, dropout=0.3)
@@ -236,18 +233,7 @@ def test_a_run_with_dropout_and_noise_that_is_killed_ends_with_the_same_bits(
     stages = LORA.replace("rank = 2", "rank = 2\ndropout = 0.2") + TRAIN + "neftune_alpha = 5.0\n"
     words = ("train.save_every=3", "train.steps=7", "train.micro_batch_size=2", "model.device=cpu")
     run(tmp_path, tiny, stages, *words, name="straight")
-    queue_step = training_loop._queue_step
-
-    def dying(task: object, train_state: object, loop: LoopState) -> object:
-        if loop.step == 5:
-            raise Power
-        return queue_step(task, train_state, loop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "_queue_step", dying)
-        with pytest.raises(Power):
-            start(tmp_path, tiny, stages, *words, name="killed")
-    run(tmp_path, tiny, stages, *words, name="killed")
+    run_killed(tmp_path, tiny, stages, *words, after_step=5, monkeypatch=monkeypatch)
     one, two = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "killed")

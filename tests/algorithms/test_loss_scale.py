@@ -17,14 +17,11 @@ from minitune.models.families import llama
 from minitune.optim import transforms
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
-from minitune.programs.stages import training_loop
-from minitune.programs.stages.loop_state import LoopState
 from minitune.steps import train_step
 from minitune.types import Batch, Mean
 from support.closeness import assert_trees_close
 from support.models import SMALL, random_batch, random_params
-from support.numbers import Power
-from support.programs import LORA, TRAIN, rows_without_time, run, start, weights
+from support.programs import LORA, TRAIN, rows_without_time, run, run_killed, weights
 
 RULE = Lora(3, 5.0, ("*_proj.weight",))
 MODEL = Model(llama.FAMILY, SMALL)
@@ -141,18 +138,7 @@ def test_a_program_in_float16_logs_its_scale_and_resumes_with_it(
     lines = (tmp_path / "straight/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["loss_scale"] for line in lines] == [256.0, 256.0, 512.0, 512.0, 1024.0]
     assert "not_finite" not in json.loads(lines[0])
-    queue_step = training_loop._queue_step
-
-    def dying(task: object, train_state: object, loop: LoopState) -> object:
-        if loop.step == 3:
-            raise Power
-        return queue_step(task, train_state, loop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "_queue_step", dying)
-        with pytest.raises(Power):
-            start(tmp_path, tiny, stages, *words, name="killed")
-    run(tmp_path, tiny, stages, *words, name="killed")
+    run_killed(tmp_path, tiny, stages, *words, after_step=3, monkeypatch=monkeypatch)
     one, two = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert "opt_state.scaling.scale" in one

@@ -8,10 +8,7 @@ import torch
 
 from minitune.__main__ import main
 from minitune.algorithms.privacy_accountant import epsilon_of
-from minitune.programs.stages import training_loop
-from minitune.programs.stages.loop_state import LoopState
-from support.numbers import Power
-from support.programs import LORA, STAGES_HEAD, TRAIN, rows_without_time, run, start, weights
+from support.programs import LORA, STAGES_HEAD, TRAIN, rows_without_time, run, run_killed, start, weights
 
 UNPACKED = ("data.train.packed=false", "model.device=cpu")
 PRIVACY = "privacy = { max_norm = 0.1, delta = 1e-3, %s }\n"
@@ -43,18 +40,7 @@ def test_a_private_run_counts_what_it_spends_and_resumes_bit_for_bit(
     assert record["epsilon"] == pytest.approx(epsilon_of(record["noise"], 0.1, 5, 1e-3))
     assert 2.9 < record["epsilon"] <= 3.0
     assert "train: spent epsilon" in capsys.readouterr().out
-    queue_step = training_loop._queue_step
-
-    def dying(task: object, train_state: object, loop: LoopState) -> object:
-        if loop.step == 3:
-            raise Power
-        return queue_step(task, train_state, loop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "_queue_step", dying)
-        with pytest.raises(Power):
-            start(tmp_path, tiny, stages, *words, name="killed")
-    run(tmp_path, tiny, stages, *words, name="killed")
+    run_killed(tmp_path, tiny, stages, *words, after_step=3, monkeypatch=monkeypatch)
     one, two = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "killed")

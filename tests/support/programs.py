@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from minitune import checkpoint
@@ -14,7 +15,10 @@ from minitune.io import paths
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.programs import program
+from minitune.programs.stages import training_loop
+from minitune.programs.stages.loop_state import LoopState
 from support.models import random_params
+from support.numbers import Power
 
 TINY = llama.Config(n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, d_ff=64, vocab_size=1024, tie_embeddings=True)
 SHIPPED = paths.shipped()
@@ -86,6 +90,29 @@ def rows_without_time(folder: Path) -> list[dict]:
     timed = ("tokens_per_second", "mem_bytes")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def run_killed(
+    tmp_path: Path,
+    tiny: Path,
+    stages: str,
+    *words: str,
+    after_step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Run a program called killed whose training dies after a step, and then to its end."""
+    queue_step = training_loop._queue_step
+
+    def dying(task: object, train_state: object, loop: LoopState) -> object:
+        if loop.step == after_step:
+            raise Power
+        return queue_step(task, train_state, loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, "_queue_step", dying)
+        with pytest.raises(Power):
+            start(tmp_path, tiny, stages, *words, name="killed")
+    run(tmp_path, tiny, stages, *words, name="killed")
 
 
 STAGES_HEAD = """
