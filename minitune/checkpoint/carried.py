@@ -42,28 +42,28 @@ def carried(source: Path) -> Carried:
     Nothing where there is none, and where some of it is stored as codes: those need a
     quantization_config, which the text model has no more.
     """
-    beside = unmodelled(source)
-    if not beside or is_coded(beside):
+    unread = unmodelled(source)
+    if not unread or is_coded(unread):
         return Carried()
     tensors: dict[str, Tensor] = {}
     stored_names: dict[str, str] = {}
     for path in weight_files(source):
         with opened_tensors(path) as file:
             names = list(file.keys())
-            tensors |= {name: file.get_tensor(name) for name in names if name in beside}
-        stored_names |= {text_name(name) or name: name for name in names if name not in beside}
+            tensors |= {name: file.get_tensor(name) for name in names if name in unread}
+        stored_names |= {text_name(name) or name: name for name in names if name not in unread}
     files = [source / name for name in PROCESSORS if (source / name).is_file()]
     return Carried(tensors, stored_names, files)
 
 
 def unmodelled(source: Path) -> dict[str, Entry]:
     """Tensors of a folder that the decoder does not have, by their names there."""
-    beside: dict[str, Entry] = {}
+    unread: dict[str, Entry] = {}
     for path in weight_files(source):
         with opened_tensors(path):
             entries = read_header(path)
-        beside |= {n: entry for n, entry in entries.items() if tensor_names.is_unmodelled(n)}
-    return beside
+        unread |= {n: entry for n, entry in entries.items() if tensor_names.is_unmodelled(n)}
+    return unread
 
 
 def is_coded(entries: Mapping[str, Entry]) -> bool:
@@ -75,11 +75,11 @@ def notes(source: Path, *, text_alone: bool = False) -> list[str]:
     """Lines that say what becomes of all in a folder that is neither a weight of the decoder nor
     a tokenizer; text_alone: of a format that holds nothing else."""
     lines = []
-    beside = unmodelled(source)
-    if beside and (text_alone or is_coded(beside)):
-        lines.append(f"{tensor_names.described(beside)} are left out: only the text model is here")
-    elif beside:
-        lines.append(f"{tensor_names.described(beside)} are carried as they are in {source}")
+    unread = unmodelled(source)
+    if unread and (text_alone or is_coded(unread)):
+        lines.append(f"{tensor_names.described(unread)} are left out: only the text model is here")
+    elif unread:
+        lines.append(f"{tensor_names.described(unread)} are carried as they are in {source}")
     files = _python_files(config_json(source).get("auto_map"))
     if files:
         lines.append(

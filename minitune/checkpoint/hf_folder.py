@@ -64,17 +64,17 @@ def save_folder(
     what the source has beside it, untouched. InputError, before anything is written, if the disk
     is too small.
     """
-    beside = Carried() if extras.source is None or config_keys else carried(extras.source)
-    config = {**_config_json(extras, model, params, beside), **config_keys}
-    named = {beside.stored_names.get(name, name): w for name, w in params.items()}
-    params = {**named, **beside.tensors}
+    others = Carried() if extras.source is None or config_keys else carried(extras.source)
+    config = {**_config_json(extras, model, params, others), **config_keys}
+    named = {others.stored_names.get(name, name): w for name, w in params.items()}
+    params = {**named, **others.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
         write_json(aside / "config.json", config)
         write_json(aside / "generation_config.json", generation_config_json(extras))
         _write_weights(aside, params, shard_bytes)
         write_text_files(aside, extras.tokenizer, extras.template)
-        for file in beside.files:
+        for file in others.files:
             shutil.copyfile(file, aside / file.name)
 
 
@@ -96,7 +96,7 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config_json(extras: FolderExtras, model: Model, params: Params, beside: Carried) -> dict[str, Any]:
+def _config_json(extras: FolderExtras, model: Model, params: Params, others: Carried) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point()))
     dtype = dtype.removeprefix("torch.")
     if extras.source is None:
@@ -106,7 +106,7 @@ def _config_json(extras: FolderExtras, model: Model, params: Params, beside: Car
         ids = {"bos_token_id": None, **ends, "pad_token_id": None}
         return {**model.family.to_hf(model.config), **ids, "dtype": dtype, "torch_dtype": dtype}
     hf = config_json(extras.source)
-    if not beside.tensors:
+    if not others.tensors:
         return _passed_through(text_config(hf), dtype)
     inner = hf.get("text_config")
     texts = {"text_config": _passed_through(inner, dtype, added=False)} if inner else {}

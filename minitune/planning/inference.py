@@ -28,7 +28,7 @@ def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
 
 def loss_memory(step: StepSpec) -> Parts:
     """Bytes at the fullest moment of the losses of the step's rows, where nothing is to train."""
-    return {**_held(step), **_loss_memory(step, step.n_rows, step.n_tokens)}
+    return {**_constant_parts(step), **_loss_memory(step, step.n_rows, step.n_tokens)}
 
 
 def answer_memory(step: StepSpec, n_new: int) -> Parts:
@@ -45,7 +45,7 @@ def answer_memory(step: StepSpec, n_new: int) -> Parts:
         x_bytes = tree.n_bytes(forward.x)
     logits = step.n_rows * config.vocab_size * (forward.x.element_size() + 4)  # and as float32
     return {
-        **_held(step),
+        **_constant_parts(step),
         "cache": tree.n_bytes(cache),
         "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
         "transient": max([logits, *(block.transient for block in forward.blocks)]),
@@ -53,7 +53,7 @@ def answer_memory(step: StepSpec, n_new: int) -> Parts:
     }
 
 
-def _held(step: StepSpec) -> Parts:
+def _constant_parts(step: StepSpec) -> Parts:
     """Parts that are in memory while nothing trains."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return constant_parts(step, _without_gradients(step, 1, 1)[1], 0)
