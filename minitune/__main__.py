@@ -1,4 +1,6 @@
-"""Command line: run a program, or look at one. Verbs that only look stay fast: torch is imported where it is needed."""
+"""Command line: run a program, or look at one. Verbs that only look stay fast: torch is imported
+where it is needed.
+"""
 
 import os
 import signal

@@ -1,4 +1,6 @@
-"""InputError, which every message to a user is raised as, and the names that a message about an unknown one offers."""
+"""InputError, which every message to a user is raised as, and the names that a message about an
+unknown one offers.
+"""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -9,8 +11,10 @@ MAX_QUOTED = 100  # characters of an input that a message repeats
 MAX_MESSAGE = 3000  # characters of a message
 
 
-class InputError(ValueError):  # here and not in types: whatever imports torch takes longer than a message may
-    """Mistake in what a user wrote or pointed at; the command line prints the message alone, without a traceback.
+# here and not in types: whatever imports torch takes longer than a message may
+class InputError(ValueError):
+    """Mistake in what a user wrote or pointed at; the command line prints the message alone,
+    without a traceback.
 
     Names and texts come from files that anyone may have written. So a message is one line that
     moves no cursor and colours no terminal, and that ends, whatever it repeats of them.
@@ -25,13 +29,17 @@ class DiskFullError(InputError):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """End of a message about an unknown name: "; did you mean 'rank'?", or nothing when no known name is near."""
+    """End of a message about an unknown name: "; did you mean 'rank'?", or nothing when no known
+    name is near.
+    """
     near = closest(name, known, 1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def closest(name: str, known: Sequence[str], n: int, *, cutoff: float) -> list[str]:
-    """At most n of the known names that resemble a name, the most similar first; cutoff in [0, 1] is the least similarity."""
+    """At most n of the known names that resemble a name, the most similar first; cutoff in [0, 1]
+    is the least similarity.
+    """
     return get_close_matches(name, known, n=n, cutoff=cutoff)
 
 

@@ -1,4 +1,6 @@
-"""Facts about the processor or accelerator that a tensor lies on; all questions of that kind are asked here."""
+"""Facts about the processor or accelerator that a tensor lies on; all questions of that kind are
+asked here.
+"""
 
 import os
 from collections.abc import Callable, Mapping
@@ -9,7 +11,10 @@ import torch
 from torch import Tensor
 
 BFLOAT16_EXTENSIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of Arm
-LIMITED_TO_AVX2 = {"ATEN_CPU_CAPABILITY": ("avx2", "default"), "ONEDNN_MAX_CPU_ISA": ("AVX2", "AVX", "SSE41")}
+LIMITED_TO_AVX2 = {
+    "ATEN_CPU_CAPABILITY": ("avx2", "default"),
+    "ONEDNN_MAX_CPU_ISA": ("AVX2", "AVX", "SSE41"),
+}
 MPS_BFLOAT16_MACOS = (14, 0)  # the first macOS whose Metal has bfloat16
 
 
@@ -25,11 +30,13 @@ CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
     {
         "cpu": Capabilities(float64=True, streams=False, compiles=False),
         "cuda": Capabilities(float64=True, streams=True, compiles=True),
-        "xpu": Capabilities(float64=False, streams=True, compiles=True),  # client cards have no float64
+        # client cards have no float64
+        "xpu": Capabilities(float64=False, streams=True, compiles=True),
         "mps": Capabilities(float64=False, streams=False, compiles=False),
     }
 )
-LEAST = Capabilities(float64=False, streams=False, compiles=False)  # of a type of device that the table does not name
+# of a type of device that the table does not name
+LEAST = Capabilities(float64=False, streams=False, compiles=False)
 
 
 def capabilities(device: torch.device) -> Capabilities:
@@ -51,8 +58,9 @@ def is_accelerator(device: torch.device) -> bool:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """True if the device has matrix products of bfloat16 in hardware.
 
-    On CUDA that is Ampere and later, on MPS macOS 14 and later; on a CPU it is AVX512-BF16, AMX or Arm's extension,
-    unless the environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA tell torch to use none of them.
+    On CUDA that is Ampere and later, on MPS macOS 14 and later; on a CPU it is AVX512-BF16, AMX or
+    Arm's extension, unless the environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA
+    tell torch to use none of them.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -67,7 +75,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype of activations for weights of `dtype`: float32 in place of a bfloat16 that the device does not multiply.
+    """Dtype of activations for weights of `dtype`: float32 in place of a bfloat16 that the device
+    does not multiply.
 
     torch emulates such products, about fifty times slower than those of float32.
     """
@@ -75,12 +84,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, for kernels that exist for CUDA alone; (0, 0) for any other device."""
+    """Compute capability of a CUDA device, for kernels that exist for CUDA alone; (0, 0) for any
+    other device.
+    """
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """True if operations are queued on the device, so that reading a value makes the host wait for all before it."""
+    """True if operations are queued on the device, so that reading a value makes the host wait for
+    all before it.
+    """
     return device.type != "cpu"
 
 
@@ -92,9 +105,10 @@ def widest_float(device: torch.device) -> torch.dtype:
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on the device; a copy from the host is queued there and the host does not wait for it.
 
-    It goes through pinned memory, which torch's allocator keeps until the copy is done. Where a device has no
-    such copies the host waits, because torch may else read the memory of x after it was freed. Tensors without
-    memory of their own, fake ones and those of a functorch transform, are not pinned.
+    It goes through pinned memory, which torch's allocator keeps until the copy is done. Where a
+    device has no such copies the host waits, because torch may else read the memory of x after it
+    was freed. Tensors without memory of their own, fake ones and those of a functorch transform,
+    are not pinned.
     """
     if x.device == device or x.device.type != "cpu" or not capabilities(device).streams:
         return x.to(device)
@@ -105,7 +119,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def reading(x: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy x to the host; the function that is returned waits for that copy alone and returns it.
+    """Begin to copy x to the host; the function that is returned waits for that copy alone and
+    returns it.
 
     Work that is queued on the device after this call goes on meanwhile.
     """
@@ -123,14 +138,18 @@ def reading(x: Tensor) -> Callable[[], Tensor]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory that tensors on an accelerator have had; of MPS, which counts no peak, what the process holds of it now."""
+    """Most memory that tensors on an accelerator have had; of MPS, which counts no peak, what the
+    process holds of it now.
+    """
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return _module(device).max_memory_allocated(device)
 
 
 def total_bytes(device: torch.device) -> int:
-    """All memory of an accelerator; of MPS, which shares the machine's, what Metal recommends to use at most."""
+    """All memory of an accelerator; of MPS, which shares the machine's, what Metal recommends to
+    use at most.
+    """
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return _module(device).get_device_properties(device).total_memory

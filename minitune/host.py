@@ -44,7 +44,9 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def peak_bytes() -> int:
-    """Most physical memory that this process has had at once, in bytes; OSError if the system does not say."""
+    """Most physical memory that this process has had at once, in bytes; OSError if the system does
+    not say.
+    """
     if sys.platform == "win32":
         counters = _ProcessMemoryCounters(cb=ctypes.sizeof(_ProcessMemoryCounters))
         current = _dll("kernel32").GetCurrentProcess
@@ -63,7 +65,9 @@ def peak_bytes() -> int:
 
 
 def _peak_of_linux() -> int | None:
-    """VmHWM of /proc in bytes, where there is one: unlike ru_maxrss it does not begin with what the parent had at the fork."""
+    """VmHWM of /proc in bytes, where there is one: unlike ru_maxrss it does not begin with what the
+    parent had at the fork.
+    """
     try:
         line = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:

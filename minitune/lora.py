@@ -1,4 +1,6 @@
-"""Low-rank adaptation: a rule that makes, scales and merges deltas. It never touches the model it adapts."""
+"""Low-rank adaptation: a rule that makes, scales and merges deltas. It never touches the model it
+adapts.
+"""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -25,32 +27,39 @@ from minitune.types import (
     wide_dtype,
 )
 
-Onto = Literal["trained", "stored"]  # what deltas are merged onto: the weights they trained on, or the dense ones on disk
+# what deltas are merged onto: the weights they trained on, or the dense ones on disk
+Onto = Literal["trained", "stored"]
 
 
 class MergedWeight(NamedTuple):
-    """Weight with its delta merged in, and the share of its change that was lost (see merge_error)."""
+    """Weight with its delta merged in, and the share of its change that was lost."""
 
     weight: Float[Tensor, "*experts out in"]
     error: Float[Tensor, ""]
 
 
 class Merged(NamedTuple):
-    """Dense weights with all that was trained in them, and the largest share of a weight's change that each base loses."""
+    """Dense weights with all that was trained in them, and the largest share of a weight's change
+    that each base loses.
+    """
 
     params: Params
     errors: Mapping[Onto, float]
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """W' = W + s b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685, eq. 3), or, with dora,
-    m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    """W' = W + s b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685,
+    eq. 3), or, with dora, m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353,
+    eq. 5).
+    """
 
     rank: PositiveInt
     alpha: PositiveFloat
     targets: tuple[str, ...]
-    ranks: dict[str, PositiveInt] = {}  # glob -> another rank for the targets that it matches; the first match wins
-    rslora: bool = False  # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
+    # glob -> another rank for the targets that it matches; the first match wins
+    ranks: dict[str, PositiveInt] = {}
+    # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
+    rslora: bool = False
     dora: bool = False  # train the length m of every row apart from its direction
     # Share of the inputs of a that a training step sets to zero, the others divided by 1 - dropout
     # (Hu et al. 2021, table 11). Drawn from the rows' seeds (nn/dropout.py); nothing is dropped
@@ -58,21 +67,30 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dropout: Fraction = 0.0
 
     def names(self, params: Params) -> list[str]:
-        """The weights that the targets match; InputError for a glob without a match and for a weight that is no linear map."""
+        """The weights that the targets match; InputError for a glob without a match and for a
+        weight that is no linear map.
+        """
         for glob in self.targets:
-            if fnmatchcase("lm_head.weight", glob) and not any(fnmatchcase(name, glob) for name in params):
+            if fnmatchcase("lm_head.weight", glob) and not any(
+                fnmatchcase(name, glob) for name in params
+            ):
                 raise InputError(
-                    f"lora: target {glob!r} is the head, which this model ties to its embedding, expected a weight of its own; "
+                    f"lora: target {glob!r} is the head, which this model ties to its embedding, "
+                    "expected a weight of its own; "
                     "drop the target, or train model.embed_tokens.weight whole"
                 )
         names = tree.select(params, self.targets, "lora: target")
         for name in names:
             shape = list(params[name].shape)
             if len(shape) not in (2, 3) or name.endswith(("embed_tokens.weight", "_bias")):
-                raise InputError(f"lora: {name} {shape} is not a linear weight, expected [out, in]; narrow the targets")
+                raise InputError(
+                    f"lora: {name} {shape} is not a linear weight, expected [out, in]; narrow the "
+                    "targets"
+                )
             if len(shape) == 3 and self.dora:
                 raise InputError(
-                    f"lora: {name} {shape} holds all experts of a layer, expected dora = false for it; narrow the targets or "
+                    f"lora: {name} {shape} holds all experts of a layer, expected dora = false "
+                    "for it; narrow the targets or "
                     "drop dora"
                 )
         self.check_dropout(names)
@@ -91,8 +109,12 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
     def rank_of(self, name: str) -> int:
-        """The rank of a weight's delta: of the first glob in ranks that matches its name, else rank."""
-        return next((rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)), self.rank)
+        """The rank of a weight's delta: of the first glob in ranks that matches its name, else
+        rank.
+        """
+        return next(
+            (rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)), self.rank
+        )
 
     def scale(self, delta: Delta) -> float:
         """s = alpha / r with r the delta's own rank, or alpha / sqrt(r) with rslora."""
@@ -100,11 +122,17 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
     def init(self, params: Params, seed: int) -> Deltas:
-        """float32 deltas that change nothing yet: a uniform in +-1/sqrt(in), b zero, m the length of every row of W (with dora);
-        drawn from (seed, weight name). A weight of all experts has a and b of every expert, in its own layout."""
+        """float32 deltas that change nothing yet: a uniform in +-1/sqrt(in), b zero, m the length
+        of every row of W (with dora); drawn from (seed, weight name). A weight of all experts has a
+        and b of every expert, in its own layout.
+        """
 
         def delta(name: str, w: Any) -> Delta:
-            (*experts, out, in_), rank, device = w.shape, self.rank_of(name), tree.leaves(w)[0].device
+            (*experts, out, in_), rank, device = (
+                w.shape,
+                self.rank_of(name),
+                tree.leaves(w)[0].device,
+            )
             draws = seeds.generator(seed, "lora", name)
             unit = torch.rand(*experts, rank, in_, generator=draws, dtype=torch.float32)
             b = torch.zeros(*experts, out, rank, dtype=torch.float32, device=device)
@@ -114,27 +142,39 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: delta(name, params[name]) for name in self.names(params)}
 
     def apply(self, params: Params, deltas: Deltas) -> Params:
-        """Parameters for a forward: each adapted weight becomes one leaf that multiplies as W + s b a; TypeError for a delta of
-        a weight that params do not have or that is adapted already."""
+        """Parameters for a forward: each adapted weight becomes one leaf that multiplies as W + s b
+        a; TypeError for a delta of a weight that params do not have or that is adapted already.
+        """
         for name in deltas:
             if name not in params or isinstance(params[name], Adapted):
                 state = "adapted already" if name in params else "not there"
-                raise TypeError(f"lora: {name} is {state}, expected a weight of the base; apply deltas to the base's params once")
-        adapted = {name: Adapted(params[name], d.a, self.scale(d) * d.b, d.m) for name, d in deltas.items()}
+                raise TypeError(
+                    f"lora: {name} is {state}, expected a weight of the base; apply deltas to the "
+                    "base's params once"
+                )
+        adapted = {
+            name: Adapted(params[name], d.a, self.scale(d) * d.b, d.m) for name, d in deltas.items()
+        }
         return {**params, **adapted}
 
     def merge(self, params: Params, deltas: Deltas) -> Params:
-        """All parameters, the adapted ones replaced by merged_weight, rounded once to the dtype of W.
+        """All parameters, the adapted ones replaced by merged_weight, rounded once to the dtype of
+        W.
 
-        TypeError for a quantized weight: whether to merge onto what it stands for or onto the dense one is the caller's to say.
+        TypeError for a quantized weight: whether to merge onto what it stands for or onto the dense
+        one is the caller's to say.
         """
         quantized = next((name for name in deltas if not isinstance(params[name], Tensor)), None)
         if quantized is not None:
             raise TypeError(
-                f"lora: {quantized} is a {type(params[quantized]).__name__}, expected a dense tensor to merge onto; "
+                f"lora: {quantized} is a {type(params[quantized]).__name__}, expected a dense "
+                "tensor to merge onto; "
                 "merge_trainable dequantizes it, or takes the weight that it was made from"
             )
-        merged = {name: self.merge_weight(params[name], d, params[name].dtype).weight for name, d in deltas.items()}
+        merged = {
+            name: self.merge_weight(params[name], d, params[name].dtype).weight
+            for name, d in deltas.items()
+        }
         return {**params, **merged}
 
     def merge_weight(
@@ -144,18 +184,25 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: torch.dtype,
         onto: Float[Tensor, "*experts out in"] | None = None,
     ) -> MergedWeight:
-        """Weight with its delta, which was trained on w, merged onto w (or onto another base), rounded once to the dtype."""
+        """Weight with its delta, which was trained on w, merged onto w (or onto another base),
+        rounded once to the dtype.
+        """
         exact = self.merged_weight(w, delta)
         merged = (exact if onto is None else self.merged_weight(onto, delta)).to(dtype)
         return MergedWeight(merged, merge_error(merged, exact, w))
 
-    def merged_weight(self, w: Float[Tensor, "*experts out in"], delta: Delta) -> Float[Tensor, "*experts out in"]:
-        """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in float32 or wider."""
+    def merged_weight(
+        self, w: Float[Tensor, "*experts out in"], delta: Delta
+    ) -> Float[Tensor, "*experts out in"]:
+        """W + s b a, or m * (W + s b a) / |W + s b a| by rows where the delta has a magnitude, in
+        float32 or wider.
+        """
         wide = wide_dtype(w.dtype)
         total = w.to(wide) + self.scale(delta) * (delta.b.to(wide) @ delta.a.to(wide))
         if not isinstance(delta.m, Tensor):
             return total
-        norms = torch.linalg.vector_norm(total, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)  # a row of zeros stays one
+        # a row of zeros stays one
+        norms = torch.linalg.vector_norm(total, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)
         return total * (delta.m.to(wide) / norms)[:, None]
 
 
@@ -168,20 +215,27 @@ def merge_trainable(
     onto: Onto = "trained",
     dtype: torch.dtype | None = None,
 ) -> Merged:
-    """All weights dense, with deltas merged in and whole trained weights in place of theirs; one weight is computed at a time.
+    """All weights dense, with deltas merged in and whole trained weights in place of theirs; one
+    weight is computed at a time.
 
-    stored: the dense weights that params were cast or quantized from; dtype: of the result, None for that of each stored
-    weight. Deltas over quantized weights were trained on the dequantized ones: merging onto those ("trained") is exact but for
-    rounding, merging onto the dense ones ("stored") is not. TypeError for deltas without their Lora rule.
+    stored: the dense weights that params were cast or quantized from; dtype: of the result, None
+    for that of each stored weight. Deltas over quantized weights were trained on the dequantized
+    ones: merging onto those ("trained") is exact but for rounding, merging onto the dense ones
+    ("stored") is not. TypeError for deltas without their Lora rule.
     """
     dtypes = {name: dtype or w.dtype for name, w in stored.items()}
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
     whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
     merged = {name: w.to(dtypes[name]) for name, w in {**stored, **whole}.items()}
 
-    # Quantized weights without a delta become what they stand for: the deltas were trained beside those.
+    # Quantized weights without a delta become what they stand for: the deltas were trained beside
+    # those.
     if onto == "trained":
-        codes = {name: w for name, w in params.items() if not isinstance(w, Tensor) and name not in deltas}
+        codes = {
+            name: w
+            for name, w in params.items()
+            if not isinstance(w, Tensor) and name not in deltas
+        }
         merged |= {name: dequantize(w, dtypes[name]) for name, w in codes.items()}
 
     errors: dict[Onto, float] = {"trained": 0.0, "stored": 0.0}
@@ -202,29 +256,45 @@ def merge_trainable(
 
 
 def merge_error(
-    merged: Float[Tensor, "*experts out in"], exact: Float[Tensor, "*experts out in"], w: Float[Tensor, "*experts out in"]
+    merged: Float[Tensor, "*experts out in"],
+    exact: Float[Tensor, "*experts out in"],
+    w: Float[Tensor, "*experts out in"],
 ) -> Float[Tensor, ""]:
     """|merged - exact| / |exact - W|: the share of a weight's change that a merge lost.
 
-    exact: merged_weight onto W, the weight that the delta was trained on. What is lost is rounding where `merged` was merged onto
-    W as well, and W's own error where it was merged onto another base, such as the dense weight that a quantized W stands for.
+    exact: merged_weight onto W, the weight that the delta was trained on. What is lost is rounding
+    where `merged` was merged onto W as well, and W's own error where it was merged onto another
+    base, such as the dense weight that a quantized W stands for.
     """
     change = torch.linalg.vector_norm(exact - w)
-    return torch.linalg.vector_norm(merged - exact) / change.clamp(min=torch.finfo(exact.dtype).tiny)
+    return torch.linalg.vector_norm(merged - exact) / change.clamp(
+        min=torch.finfo(exact.dtype).tiny
+    )
 
 
 def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
-    """InputError unless every leaf fits a weight of params: a Delta's a [r, in], b [out, r] and m [out], or a tensor of the
-    weight's own shape; `where` names their source."""
+    """InputError unless every leaf fits a weight of params: a Delta's a [r, in], b [out, r] and m
+    [out], or a tensor of the weight's own shape; `where` names their source.
+    """
     for name, leaf in trainable.items():
         if name not in params:
-            raise InputError(f"lora: {where} adapts {name}, which this model does not have; is it of another base?")
+            raise InputError(
+                f"lora: {where} adapts {name}, which this model does not have; is it of another "
+                "base?"
+            )
         shape = list(params[name].shape)
         if isinstance(leaf, Tensor):
             if list(leaf.shape) != shape:
-                raise InputError(f"lora: {where} has {name} {list(leaf.shape)}, expected {shape}; is it of another base?")
+                raise InputError(
+                    f"lora: {where} has {name} {list(leaf.shape)}, expected {shape}; is it of "
+                    "another base?"
+                )
         elif len(shape) < 2 or [*leaf.b.shape[:-1], leaf.a.shape[-1]] != shape:
             shapes = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
             *experts, out, in_ = [f"{n}" for n in shape] if len(shape) > 1 else ["out", "in"]
-            wanted = " and ".join(f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r")))
-            raise InputError(f"lora: {where} has {shapes} for {name}, expected {wanted}; is it of another base?")
+            wanted = " and ".join(
+                f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r"))
+            )
+            raise InputError(
+                f"lora: {where} has {shapes} for {name}, expected {wanted}; is it of another base?"
+            )

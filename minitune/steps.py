@@ -1,4 +1,5 @@
-"""Pure, stateless steps: `step.init(trainable) -> state`, `step.update(params, state, batch) -> (state, metrics)`.
+"""Pure, stateless steps: `step.init(trainable) -> state`, `step.update(params, state, batch) ->
+(state, metrics)`.
 
 `train_step` makes one of any objective and any optimizer; every loss has its named step.
 """
@@ -57,12 +58,14 @@ def train_step(
     donate: bool = False,
     loss_scale: LossScale | None = None,
 ) -> Step:
-    """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows (None: all) whose sums are divided once.
+    """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows (None: all)
+    whose sums are divided once.
 
-    A step whose loss or gradient is not finite, or that has no target token at all, changes nothing and says so in
-    metrics["skipped"]. With donate=True the tensors of the state that is passed in are overwritten by the new ones.
-    metrics["not_finite"] is the number of the first leaf whose gradient is not finite, or -1.
-    loss_scale is for parameters in float16, and its scale is part of the state.
+    A step whose loss or gradient is not finite, or that has no target token at all, changes nothing
+    and says so in metrics["skipped"]. With donate=True the tensors of the state that is passed in
+    are overwritten by the new ones. metrics["not_finite"] is the number of the first leaf whose
+    gradient is not finite, or -1. loss_scale is for parameters in float16, and its scale is part of
+    the state.
     """
 
     def init(trainable: Trainable) -> TrainState:
@@ -119,12 +122,16 @@ def require_batch(batch: Any) -> None:
         )
 
 
-def eval_step(objective: Objective) -> Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]:
+def eval_step(
+    objective: Objective,
+) -> Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]:
     """Function that gives the objective's value without its gradient."""
     return torch.no_grad()(objective)
 
 
-def sft_step(model: Model, lora: Lora | None, optimizer: GradientTransformation, **how: Any) -> Step:
+def sft_step(
+    model: Model, lora: Lora | None, optimizer: GradientTransformation, **how: Any
+) -> Step:
     """Step of supervised fine-tuning on a Batch; `how` is what train_step takes."""
     return train_step(sft(model, lora, CrossEntropy()), optimizer, **how)
 
@@ -137,7 +144,9 @@ def preference_step(
     reference: Trainable | None,
     **how: Any,
 ) -> Step:
-    """Step of any loss over Pairs; reference as preference.preference takes it, `how` as train_step does."""
+    """Step of any loss over Pairs; reference as preference.preference takes it, `how` as train_step
+    does.
+    """
     return train_step(preference(model, lora, loss, reference), optimizer, **how)
 
 

@@ -1,7 +1,7 @@
 """Trees of tensors: dict, tuple, list and NamedTuple, with None as the empty tree.
 
-Everything that minitune trains, differentiates or saves is such a tree. A path names a leaf as it would be
-written in a table: `mu.model.layers.0.mlp.up_proj.weight.a`.
+Everything that minitune trains, differentiates or saves is such a tree. A path names a leaf as it
+would be written in a table: `mu.model.layers.0.mlp.up_proj.weight.a`.
 """
 
 import re
@@ -17,11 +17,14 @@ from minitune.errors import InputError, closest
 from minitune.types import Params, Trainable, wide_dtype
 
 SUM_ELEMENTS = 2**18  # that are added up at a time
-Tree = Any  # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
+# Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
+Tree = Any
 
 
 def items(tree: Tree, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield (path, leaf) in storage order; TypeError names the path of anything that is neither tensor nor container."""
+    """Yield (path, leaf) in storage order; TypeError names the path of anything that is neither
+    tensor nor container.
+    """
     if isinstance(tree, Tensor):
         yield path, tree
     elif tree is not None:
@@ -31,47 +34,71 @@ def items(tree: Tree, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of a tree, in storage order."""
-    if isinstance(tree, dict | tuple | list):  # not through `items`: writing paths takes longer than a step on small tensors
+    # not through `items`: writing paths takes longer than a step on small tensors
+    if isinstance(tree, dict | tuple | list):
         children = tree.values() if isinstance(tree, dict) else tree
         try:
-            return [leaf for child in children for leaf in ([child] if isinstance(child, Tensor) else leaves(child))]
+            return [
+                leaf
+                for child in children
+                for leaf in ([child] if isinstance(child, Tensor) else leaves(child))
+            ]
         except TypeError:
             pass
     return [leaf for _, leaf in items(tree)]
 
 
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree, path: str = "") -> Tree:
-    """Apply f to corresponding leaves; TypeError names the path where two trees differ in structure."""
+    """Apply f to corresponding leaves; TypeError names the path where two trees differ in
+    structure.
+    """
     if isinstance(tree, Tensor):
         for other in rest:
             if not isinstance(other, Tensor):
-                raise TypeError(f"tree: {path or 'root'} is a tensor in one tree and {type(other).__name__} in another")
+                raise TypeError(
+                    f"tree: {path or 'root'} is a tensor in one tree and {type(other).__name__} "
+                    "in another"
+                )
         return f(tree, *rest)
     if tree is None:
         if any(other is not None for other in rest):
-            raise TypeError(f"tree: {path or 'root'} is None in one tree, expected the same in the others")
+            raise TypeError(
+                f"tree: {path or 'root'} is None in one tree, expected the same in the others"
+            )
         return None
     children = _children(tree, path)
     for other in rest:
         if [key for key, _ in _children(other, path)] != [key for key, _ in children]:
             other_kind, kind = _describe(other), _describe(tree)
-            raise TypeError(f"tree: {path or 'root'} is {other_kind} in one tree, expected {kind} as in the first")
+            raise TypeError(
+                f"tree: {path or 'root'} is {other_kind} in one tree, expected {kind} as in the "
+                "first"
+            )
     mapped = [
-        map(f, child, *(_child(other, i, path) for other in rest), path=f"{path}.{key}" if path else key)
+        map(
+            f,
+            child,
+            *(_child(other, i, path) for other in rest),
+            path=f"{path}.{key}" if path else key,
+        )
         for i, (key, child) in enumerate(children)
     ]
     return _like(tree, mapped)
 
 
 def rebuild(tree: Tree, new_leaves: Iterable[Tensor]) -> Tree:
-    """The same structure with other leaves, given in storage order; TypeError if there are too few or too many."""
+    """The same structure with other leaves, given in storage order; TypeError if there are too few
+    or too many.
+    """
     pending = iter(new_leaves)
 
     def take(_: Tensor) -> Tensor:
         try:
             return next(pending)
         except StopIteration:
-            raise TypeError(f"tree: fewer leaves than the {len(leaves(tree))} that the structure holds") from None
+            raise TypeError(
+                f"tree: fewer leaves than the {len(leaves(tree))} that the structure holds"
+            ) from None
 
     built = map(take, tree)
     if next(pending, None) is not None:
@@ -85,7 +112,9 @@ def add(x: Tree, y: Tree) -> Tree:
 
 
 def norm(tree: Tree) -> Float[Tensor, ""]:
-    """Euclidean norm over all leaves together, accumulated in float32; TypeError for a tree without leaves."""
+    """Euclidean norm over all leaves together, accumulated in float32; TypeError for a tree without
+    leaves.
+    """
     return torch.linalg.vector_norm(norms(tree))
 
 
@@ -109,13 +138,18 @@ def n_bytes(tree: Tree) -> int:
 
 
 def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
-    """The names that match any glob, in their own order; InputError for no glob, and for one that matches nothing.
+    """The names that match any glob, in their own order; InputError for no glob, and for one that
+    matches nothing.
 
-    `*` also crosses dots, so `*.mlp.*_proj.weight` reaches every layer. `what` names the asking rule in the message.
+    `*` also crosses dots, so `*.mlp.*_proj.weight` reaches every layer. `what` names the asking
+    rule in the message.
     """
     names = list(names)
     if not globs:
-        raise InputError(f"{what}: the list of globs is empty, expected at least one such as '*.mlp.*_proj.weight'")
+        raise InputError(
+            f"{what}: the list of globs is empty, expected at least one such as "
+            "'*.mlp.*_proj.weight'"
+        )
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             near = _near(glob, names)
@@ -124,7 +158,9 @@ def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
 
 
 def _near(glob: str, names: Sequence[str]) -> str:
-    """Names that a glob may have meant, those whose segments resemble its own first, and a glob that finds them."""
+    """Names that a glob may have meant, those whose segments resemble its own first, and a glob
+    that finds them.
+    """
     segments = dict.fromkeys(part for name in names for part in name.split("."))
     words = [word for word in re.split(r"[.*?]+", glob) if word and word != "weight"]
     meant = [closest(word, [*segments], 1, cutoff=0.6) for word in words]
@@ -140,7 +176,8 @@ def _near(glob: str, names: Sequence[str]) -> str:
 
 
 def donate(old: Tree, new: Tree) -> Tree:
-    """Write the leaves of `new` over those of `old` and return `old`: this, donate_at and donate_sum are where minitune writes.
+    """Write the leaves of `new` over those of `old` and return `old`: this, donate_at and
+    donate_sum are where minitune writes.
 
     Only for memory that the caller gave away: a step with donate=True.
     """
@@ -149,23 +186,28 @@ def donate(old: Tree, new: Tree) -> Tree:
 
 
 def donate_at(old: Tree, index: Int[Tensor, "n"], new: Tree, *, dim: int) -> Tree:
-    """Write the leaves of `new` over places `index` of dimension dim of those of `old` and return `old`.
+    """Write the leaves of `new` over places `index` of dimension dim of those of `old` and return
+    `old`.
 
-    Only for memory that the caller gave away: a key/value cache. The index is a tensor, so that one compiled step serves all.
+    Only for memory that the caller gave away: a key/value cache. The index is a tensor, so that one
+    compiled step serves all.
     """
     with torch.no_grad():
         return map(lambda x, y: x.index_copy_(dim, index, y), old, new)
 
 
 def donate_sum(old: Tree, new: Tree) -> Tree:
-    """Add the leaves of `new` to those of `old`, which may be views of a part of some tensor, and return `old`.
+    """Add the leaves of `new` to those of `old`, which may be views of a part of some tensor, and
+    return `old`.
 
     Only for memory that the caller gave away: a sum that is being made.
     """
 
     def added(x: Tensor, y: Tensor) -> Tensor:
         # where dtypes differ, torch's CPU kernel begins by making the whole of y as wide as x
-        n_rows = len(x) if x.dtype == y.dtype else max(1, SUM_ELEMENTS * len(x) // max(1, x.numel()))
+        n_rows = (
+            len(x) if x.dtype == y.dtype else max(1, SUM_ELEMENTS * len(x) // max(1, x.numel()))
+        )
         for some, more in zip(x.split(n_rows), y.split(n_rows), strict=True):
             some.add_(more)
         return x
@@ -178,8 +220,12 @@ def _children(tree: Tree, path: str) -> list[tuple[str, Tree]]:
     if isinstance(tree, Mapping):
         return list(tree.items())
     if isinstance(tree, (tuple, list)):
-        return list(zip(getattr(tree, "_fields", [str(i) for i in range(len(tree))]), tree, strict=True))
-    raise TypeError(f"tree: {path or 'root'} is a {type(tree).__name__}, expected a tensor, dict, tuple or None")
+        return list(
+            zip(getattr(tree, "_fields", [str(i) for i in range(len(tree))]), tree, strict=True)
+        )
+    raise TypeError(
+        f"tree: {path or 'root'} is a {type(tree).__name__}, expected a tensor, dict, tuple or None"
+    )
 
 
 def _child(tree: Tree, i: int, path: str) -> Tree:
@@ -187,7 +233,9 @@ def _child(tree: Tree, i: int, path: str) -> Tree:
 
 
 def _describe(tree: Tree) -> str:
-    keys = [key for key, _ in _children(tree, "")] if isinstance(tree, (Mapping, tuple, list)) else []
+    keys = (
+        [key for key, _ in _children(tree, "")] if isinstance(tree, (Mapping, tuple, list)) else []
+    )
     shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
     return f"{type(tree).__name__} of {len(keys)} ({shown})"
 
@@ -200,4 +248,7 @@ def _like(tree: Tree, children: list[Tree]) -> Tree:
 
 def device_of(params: Params, trainable: Trainable) -> torch.device:
     """Where a model lives; weights that train whole are on the meta device in params."""
-    return next((leaf.device for leaf in leaves((params, trainable)) if not leaf.is_meta), torch.device("cpu"))
+    return next(
+        (leaf.device for leaf in leaves((params, trainable)) if not leaf.is_meta),
+        torch.device("cpu"),
+    )

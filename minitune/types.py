@@ -6,7 +6,8 @@
     S  keys that can be attended to (cached + new)  n  labelled rows
     Ev head size of values, where it is not E
 
-Params are flat and keep Hugging Face names and [out, in] layout: "model.layers.0.self_attn.q_proj.weight".
+Params are flat and keep Hugging Face names and [out, in] layout:
+"model.layers.0.self_attn.q_proj.weight".
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from minitune.hardware import to_device
 
-# numbers in a certain range: msgspec checks them where a program, a config or a data file is decoded
-# numbers that 32 bits hold
+# numbers in a certain range: msgspec checks them where a program, a config or a data file is
+# decoded numbers that 32 bits hold
 PositiveInt = Annotated[int, Meta(gt=0, le=2**31 - 1)]
 NonNegativeInt = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 # bounds that neither infinity nor NaN is within, and whose products with float32 are finite
@@ -35,14 +36,16 @@ Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
 class Delta(NamedTuple):
-    """A low-rank change of one weight W [out, in]: W + b @ a (the rule that owns it holds the scale).
+    """A low-rank change of one weight W [out, in]: W + b @ a (the rule that owns it holds the
+    scale).
 
     With a magnitude m (DoRA) every row of the sum is rescaled to that length.
     """
 
     a: Float[Tensor, "R in"]
     b: Float[Tensor, "out R"]
-    m: Float[Tensor, "out"] | tuple[()] = ()  # not None, which torch.func counts as a leaf that is no tensor
+    # not None, which torch.func counts as a leaf that is no tensor
+    m: Float[Tensor, "out"] | tuple[()] = ()
 
 
 class Dropout(NamedTuple):
@@ -53,10 +56,12 @@ class Dropout(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b a) / |W + b a| by rows.
+    """A weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b
+    a) / |W + b a| by rows.
 
-    The scale of the rule that trains the change is inside b: `lora.apply` makes such leaves, and nothing else scales them.
-    Leaves a and b with one dimension more, n, hold n changes of one weight: each serves its n-th part of the rows.
+    The scale of the rule that trains the change is inside b: `lora.apply` makes such leaves, and
+    nothing else scales them. Leaves a and b with one dimension more, n, hold n changes of one
+    weight: each serves its n-th part of the rows.
     """
 
     w: Any  # a Tensor [out, in], or a QTensor
@@ -71,20 +76,24 @@ class Adapted(NamedTuple):
         return self.w.shape
 
 
-Params = Mapping[str, Any]  # a leaf says how it multiplies: a Tensor, a QTensor (quantized) or an Adapted one
+# a leaf says how it multiplies: a Tensor, a QTensor (quantized) or an Adapted one
+Params = Mapping[str, Any]
 Deltas = Mapping[str, Delta]
-Trainable = Mapping[str, Union[Tensor, Delta]]  # a tensor replaces the weight of its name, a Delta adapts it
+# a tensor replaces the weight of its name, a Delta adapts it
+Trainable = Mapping[str, Union[Tensor, Delta]]
 Metrics = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Rows of tokens: segment_ids 0 is padding, else a document's number in its row; loss_mask: tokens[b, t] is a target.
+    """Rows of tokens: segment_ids 0 is padding, else a document's number in its row; loss_mask:
+    tokens[b, t] is a target.
 
     A loss_mask of numbers holds what each target counts in the loss, from 0 to 1.
 
-    A batch may lie on the host beside weights on an accelerator, and that is where it belongs: a step counts its labelled
-    tokens there and sends what each micro-batch needs. A step on a batch that lies on an accelerator is as right, but the
-    host waits for every micro-batch to learn how many of its tokens are labelled.
+    A batch may lie on the host beside weights on an accelerator, and that is where it belongs: a
+    step counts its labelled tokens there and sends what each micro-batch needs. A step on a batch
+    that lies on an accelerator is as right, but the host waits for every micro-batch to learn how
+    many of its tokens are labelled.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -98,14 +107,18 @@ class Batch(NamedTuple):
 
     def target_mask(self) -> Bool[Tensor, "B T"] | Float[Tensor, "B T"]:
         """Targets that can be predicted: loss_mask, less documents' first tokens and padding."""
-        follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (self.segment_ids[:, 1:] > 0)
+        follows = (self.segment_ids[:, 1:] == self.segment_ids[:, :-1]) & (
+            self.segment_ids[:, 1:] > 0
+        )
         nothing = torch.zeros_like(self.loss_mask)
         predicted = torch.where(follows, self.loss_mask[:, 1:], nothing[:, 1:])
         return torch.cat([nothing[:, :1], predicted], dim=1)
 
 
 class Pairs(NamedTuple):
-    """Answers to the same prompts, row by row; reference: summed log-probs of [chosen, rejected] under a frozen model, or ()."""
+    """Answers to the same prompts, row by row; reference: summed log-probs of [chosen, rejected]
+    under a frozen model, or ().
+    """
 
     chosen: Batch
     rejected: Batch
@@ -118,12 +131,15 @@ class Pairs(NamedTuple):
 
 
 class UnpairedBatch(NamedTuple):
-    """Answers that were found desirable or not; mismatched: each prompt with the answer to another prompt of the data."""
+    """Answers that were found desirable or not; mismatched: each prompt with the answer to another
+    prompt of the data.
+    """
 
     answers: Batch
     mismatched: Batch
     desirable: Bool[Tensor, "B"]
-    reference: Float[Tensor, "B 2"] | tuple[()] = ()  # summed log-probs of [answers, mismatched] under a frozen model
+    # summed log-probs of [answers, mismatched] under a frozen model
+    reference: Float[Tensor, "B 2"] | tuple[()] = ()
 
     @property
     def counts(self) -> str:
@@ -132,7 +148,9 @@ class UnpairedBatch(NamedTuple):
 
 
 class TeacherBatch(NamedTuple):
-    """Rows with what a teacher says of every token: log-probs of its k likeliest tokens at the loss's temperature."""
+    """Rows with what a teacher says of every token: log-probs of its k likeliest tokens at the
+    loss's temperature.
+    """
 
     rows: Batch
     top_ids: Int[Tensor, "B T k"]
@@ -169,7 +187,8 @@ class LogProbs(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A mean that is not divided yet: so that ranks and micro-batches can be summed and divided once.
+    """A mean that is not divided yet: so that ranks and micro-batches can be summed and divided
+    once.
 
     A scalar of each; a sweep has one for every adapter.
     """
@@ -206,7 +225,8 @@ class Step(NamedTuple):
     """A training step as two pure functions; steps.py makes them."""
 
     init: Callable[[Any], TrainState]  # trainable -> state
-    update: Callable[[Params, TrainState, Any], tuple[TrainState, Metrics]]  # (params, state, batch) -> (state, metrics)
+    # (params, state, batch) -> (state, metrics)
+    update: Callable[[Params, TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,8 +20,11 @@ class Teacher(NamedTuple):
     params: Params
 
 
-def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None) -> Objective:
-    """Learning from a teacher's distribution over every labelled token: live, or what each batch carries of it (TeacherBatch).
+def distillation(
+    model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None
+) -> Objective:
+    """Learning from a teacher's distribution over every labelled token: live, or what each batch
+    carries of it (TeacherBatch).
 
     Neither model's whole logits ever exist: the teacher's hidden states pass its head in chunks,
     as the student's do. Where the two heads differ in rows, both are cut to the smaller: the rows
@@ -44,7 +47,8 @@ def distillation(model: Model, lora: Lora | None, loss: DistillationLoss, teache
         frozen = required(teacher, "distillation")
         with torch.no_grad():
             teacher_hidden = frozen.model.hidden(frozen.params, rows)
-            teacher_hidden = teacher_hidden.roll(1, 1)  # hidden[t] predicts token t + 1: aligned with the targets
+            # hidden[t] predicts token t + 1: aligned with the targets
+            teacher_hidden = teacher_hidden.roll(1, 1)
 
         def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
             teacher_logits = frozen.model.logits(frozen.params, hidden)

@@ -1,4 +1,6 @@
-"""Differential privacy: each example's gradient is clipped, and noise hides what any one of them did (DP-SGD)."""
+"""Differential privacy: each example's gradient is clipped, and noise hides what any one of them
+did (DP-SGD).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +32,9 @@ from minitune.types import (
 
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """DP-SGD's knobs (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): a clipping norm C, and the noise's deviation over C."""
+    """DP-SGD's knobs (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): a clipping norm C, and the
+    noise's deviation over C.
+    """
 
     max_norm: PositiveFloat
     noise: NonNegativeFloat  # sigma, the noise multiplier
@@ -51,11 +55,14 @@ def private_state(optimizer: GradientTransformation, trainable: Trainable) -> Pr
 
 
 def clipped_sum(grads: Tree, max_norm: float) -> tuple[Tree, Float[Tensor, "B"]]:
-    """(sum of g_i / max(1, |g_i| / max_norm) over examples, norms |g_i|), of gradients with a leading dimension B.
+    """(sum of g_i / max(1, |g_i| / max_norm) over examples, norms |g_i|), of gradients with a
+    leading dimension B.
 
     An example whose gradient is not finite adds nothing, or it alone would decide the step.
     """
-    squares = torch.stack([g.flatten(1).to(wide_dtype(g.dtype)).square().sum(1) for g in tree.leaves(grads)])
+    squares = torch.stack(
+        [g.flatten(1).to(wide_dtype(g.dtype)).square().sum(1) for g in tree.leaves(grads)]
+    )
     norms = squares.sum(0).sqrt()
     good = torch.isfinite(norms)
     factors = torch.where(good, 1 / (norms / max_norm).clamp(min=1.0), 0.0)
@@ -71,14 +78,23 @@ def noised(grads: Tree, deviation: float, seed: int, step: int) -> Tree:
     """grads + normal(0, deviation^2), drawn from (seed, "noise", step, path of the leaf)."""
 
     def noise(path: str, g: Tensor) -> Tensor:
-        drawn = torch.randn(g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=wide_dtype(g.dtype))
+        drawn = torch.randn(
+            g.shape, generator=seeds.generator(seed, "noise", step, path), dtype=wide_dtype(g.dtype)
+        )
         return g + to_device((deviation * drawn).to(g.dtype), g.device)
 
     return tree.rebuild(grads, [noise(path, g) for path, g in tree.items(grads)])
 
 
-def private_step(objective: Objective, optimizer: GradientTransformation, privacy: Privacy, *, donate: bool = False) -> Step:
-    """Step on (sum of the clipped gradients + noise) / B, each gradient that of one row's mean loss; B: rows of the batch.
+def private_step(
+    objective: Objective,
+    optimizer: GradientTransformation,
+    privacy: Privacy,
+    *,
+    donate: bool = False,
+) -> Step:
+    """Step on (sum of the clipped gradients + noise) / B, each gradient that of one row's mean
+    loss; B: rows of the batch.
 
     Rows without a target count in B, because who has none is private too.
     """
@@ -94,7 +110,8 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
             return Mean(value.value(), value.weight)
 
         place = tree.leaves(trainable)[0].device
-        batch = tree.map(lambda x: to_device(x, place), batch)  # under vmap no token is counted, so none is kept on the host
+        # under vmap no token is counted, so none is kept on the host
+        batch = tree.map(lambda x: to_device(x, place), batch)
 
         # a chunk's gradients are summed before the next one's are there
         def of_chunk(rows: Any) -> tuple[Mean, Tensor, Tree]:
@@ -109,7 +126,9 @@ def private_step(objective: Objective, optimizer: GradientTransformation, privac
         norm = tree.norm(grads) / n
         is_finite = torch.isfinite(norm)
         how: dict[str, Any] = {"divisor": n, "norm": norm, "is_finite": is_finite}
-        new, inner = apply_gradients(optimizer, grads, opt_state.inner, trainable, **how, donate=donate)
+        new, inner = apply_gradients(
+            optimizer, grads, opt_state.inner, trainable, **how, donate=donate
+        )
         finite = torch.isfinite(losses.total)
         metrics = {"loss_nats": Mean.of(losses.total, finite).value(), "grad_norm": norm}
         metrics |= {"clipped_share": (norms > privacy.max_norm).float().mean()}

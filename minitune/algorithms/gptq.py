@@ -1,4 +1,6 @@
-"""Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not its entries, change least."""
+"""Quantization that looks at data: how the codes of a weight are chosen so that its outputs, not
+its entries, change least.
+"""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +21,9 @@ from minitune.quant.schemes import NF4, Int4, Int8, base_weight, with_base_weigh
 from minitune.quant.tensors import QInt4, QInt8
 from minitune.types import Batch, Params, PositiveFloat, PositiveInt
 
-BLOCK = 128  # columns whose errors are spread together, a multiple of every group: it changes the time, not the result
+# columns whose errors are spread together, a multiple of every group: it changes the time, not the
+# result
+BLOCK = 128
 
 
 class Rtn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rtn"):
@@ -27,7 +31,9 @@ class Rtn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="ki
 
 
 class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="gptq"):
-    """Round column by column, each error undone as far as the later columns can (Frantar et al. 2022, arXiv 2210.17323)."""
+    """Round column by column, each error undone as far as the later columns can (Frantar et al.
+    2022, arXiv 2210.17323).
+    """
 
     data: str  # name of a [data] table
     rows: PositiveInt  # of that table, to calibrate on: more are more exact, and take longer
@@ -55,16 +61,21 @@ def gptq(
     damp: float,
     on_block: Callable[[int], None] = lambda n_done: None,
 ) -> Params:
-    """Parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out but for what a mixture's
-    experts see of it. Block by block: what a block sees has come through the quantized blocks before it. Of an adapted leaf the
-    weight is quantized, and its change stays as it is.
+    """Parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out
+    but for what a mixture's experts see of it. Block by block: what a block sees has come through
+    the quantized blocks before it. Of an adapted leaf the weight is quantized, and its change stays
+    as it is.
 
-    on_block: called after each block with how many are done. InputError for an nf4 or float8 scheme,
-    for no batches, and for a weight that is not finite or that no linear map of the model uses.
+    on_block: called after each block with how many are done. InputError for an nf4 or float8
+    scheme, for no batches, and for a weight that is not finite or that no linear map of the model
+    uses.
     """
     grids = _integer_grids(params, quantization)
     if not batches:
-        raise InputError("gptq: no row of data to calibrate on, expected at least one; look at the data table of gptq")
+        raise InputError(
+            "gptq: no row of data to calibrate on, expected at least one; look at the data table "
+            "of gptq"
+        )
     refuse_not_finite(params, grids)
     head = head_name(model.config)
     dense = params
@@ -82,7 +93,10 @@ def gptq(
             inputs = [after_block(model, params, i, one) for one in inputs]
             on_block(i + 1)
         if head in grids:
-            gram = _summed({head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])} for batch in batches)[head]
+            gram = _summed(
+                {head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])}
+                for batch in batches
+            )[head]
             params = {**params, head: calibrated(head, gram)}
     _refuse_unused(params, grids)
     return params
@@ -98,7 +112,10 @@ def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8
     if len(grids) < len(plan):
         odd = next(name for name in plan if name not in grids)
         kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
-        raise InputError(f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn for {kind}")
+        raise InputError(
+            f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn "
+            f"for {kind}"
+        )
     return grids
 
 
@@ -106,13 +123,19 @@ def _refuse_unused(params: Params, grids: Mapping[str, Int8 | Int4]) -> None:
     """InputError for a weight that is still dense after all blocks."""
     unused = next((name for name in grids if isinstance(base_weight(params[name]), Tensor)), None)
     if unused is not None:
-        raise InputError(f"gptq: {unused} is used by no linear map of a block, expected one; except it or choose the method rtn")
+        raise InputError(
+            f"gptq: {unused} is used by no linear map of a block, expected one; except it or "
+            "choose the method rtn"
+        )
 
 
-def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float) -> QInt8 | QInt4:
+def gptq_weight(
+    w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme: Int8 | Int4, damp: float
+) -> QInt8 | QInt4:
     """Leaf that makes |X (W - Q)^T| small, where gram = X^T X (Frantar et al. 2022, algorithm 1).
 
-    The scale of a group is chosen when its first column is reached, from weights that already hold the earlier columns' errors.
+    The scale of a group is chosen when its first column is reached, from weights that already hold
+    the earlier columns' errors.
     """
     d_in = w.shape[1]
     group = scheme.group_size(d_in)
@@ -126,7 +149,9 @@ def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme
         errors: list[Tensor] = []
         for j in range(start, stop):
             if j % group == 0:
-                scale = scheme.scale(torch.cat([block, later[:, : max(0, group - block.shape[1])]], dim=1)[:, :group])
+                scale = scheme.scale(
+                    torch.cat([block, later[:, : max(0, group - block.shape[1])]], dim=1)[:, :group]
+                )
                 scales.append(scale)
             level = scheme.levels(block[:, :1], scale)
             error = (block[:, :1] - level * scale) / factor[j, j]
@@ -138,10 +163,14 @@ def gptq_weight(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], scheme
 
 
 def _inverse_factor(gram: Float[Tensor, "in in"], damp: float) -> Float[Tensor, "in in"]:
-    """Upper triangular U with U^T U = (gram + damp mean(diagonal) I)^-1, in float64; the identity where no input was seen."""
+    """Upper triangular U with U^T U = (gram + damp mean(diagonal) I)^-1, in float64; the identity
+    where no input was seen.
+    """
     wide = gram.double()
     mean = wide.diagonal().mean()
-    damped = wide + torch.where(mean > 0, damp * mean, 1.0) * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    damped = wide + torch.where(mean > 0, damp * mean, 1.0) * torch.eye(
+        len(wide), dtype=wide.dtype, device=wide.device
+    )
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
@@ -151,7 +180,9 @@ def before_first_block(model: Model, params: Params, batch: Batch) -> BlockInput
     return BlockInputs(x, mixer, batch.segment_ids > 0)
 
 
-def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: Tap | None = None) -> BlockInputs:
+def after_block(
+    model: Model, params: Params, i: int, inputs: BlockInputs, tap: Tap | None = None
+) -> BlockInputs:
     """Batch behind block i; tap sees the block's linear maps."""
     kind = layer_kind(model.config, i)
     layer = layer_of(params, i)
@@ -159,7 +190,9 @@ def after_block(model: Model, params: Params, i: int, inputs: BlockInputs, tap: 
     return inputs._replace(x=x)
 
 
-def _grams(model: Model, params: Params, i: int, inputs: BlockInputs, names: Container[str]) -> dict[str, Tensor]:
+def _grams(
+    model: Model, params: Params, i: int, inputs: BlockInputs, names: Container[str]
+) -> dict[str, Tensor]:
     """X^T X over the real tokens for those weights of block i that are among `names`."""
     grams: dict[str, Tensor] = {}
 
@@ -182,5 +215,8 @@ def _gram(x: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
 def _summed(grams: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for one in grams:
-        total = {**total, **{name: total[name] + gram if name in total else gram for name, gram in one.items()}}
+        total = {
+            **total,
+            **{name: total[name] + gram if name in total else gram for name, gram in one.items()},
+        }
     return total

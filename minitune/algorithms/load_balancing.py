@@ -1,4 +1,6 @@
-"""Keeping routers even: the load-balancing loss of a mixture of experts as a term of any objective with one forward."""
+"""Keeping routers even: the load-balancing loss of a mixture of experts as a term of any objective
+with one forward.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,9 @@ from minitune.nn import moe
 from minitune.types import Mean, Params, SeededBatch, TeacherBatch, Trainable
 
 
-def balanced(objective: Callable[[Model], Objective], model: Model, coefficient: float) -> Objective:
+def balanced(
+    objective: Callable[[Model], Objective], model: Model, coefficient: float
+) -> Objective:
     """Objective of a model plus coefficient * moe.load_balance of its routers, in nats a token.
 
     The term is taken over the tokens that are no padding, and load_balance is among the metrics
@@ -25,7 +29,10 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
     """
     experts = model.config.experts
     if experts is None:
-        raise InputError("load_balancing: the model has no experts, expected a family such as mixtral; leave the term out")
+        raise InputError(
+            "load_balancing: the model has no experts, expected a family such as mixtral; leave "
+            "the term out"
+        )
 
     def with_term(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
         # the objective's one forward, with a probe that collects the logits of every layer's router
@@ -41,6 +48,9 @@ def balanced(objective: Callable[[Model], Objective], model: Model, coefficient:
 
         # the term counts once for each target, as the mean that it is added to does
         total = mean.total + coefficient * term * mean.weight
-        return Mean(total, mean.weight), {**metrics, "load_balance": Mean(term * mean.weight, mean.weight)}
+        return Mean(total, mean.weight), {
+            **metrics,
+            "load_balance": Mean(term * mean.weight, mean.weight),
+        }
 
     return with_term

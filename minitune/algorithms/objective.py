@@ -1,4 +1,6 @@
-"""Objective: a function (trainable, params, batch) -> (Mean, extras), and what several of them share."""
+"""Objective: a function (trainable, params, batch) -> (Mean, extras), and what several of them
+share.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +21,30 @@ Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
 
 
 def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:
-    """Parameters for a forward: a trainable tensor replaces the weight of its name, cast to that weight's dtype, and a Delta
-    adapts it by the rule. TypeError for deltas without a rule, InputError for a weight that trains whole and is not there.
+    """Parameters for a forward: a trainable tensor replaces the weight of its name, cast to that
+    weight's dtype, and a Delta adapts it by the rule. TypeError for deltas without a rule,
+    InputError for a weight that trains whole and is not there.
 
-    Where either dtype is a bfloat16 that the device does not multiply, nothing is cast: `linear.linear` takes both as they are.
+    Where either dtype is a bfloat16 that the device does not multiply, nothing is cast:
+    `linear.linear` takes both as they are.
     """
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
-    missing = next((name for name, w in params.items() if isinstance(w, Tensor) and w.is_meta and name not in trainable), None)
+    missing = next(
+        (
+            name
+            for name, w in params.items()
+            if isinstance(w, Tensor) and w.is_meta and name not in trainable
+        ),
+        None,
+    )
     if missing is not None:
-        raise InputError(f"objective: {missing} is trained whole, but the trainable tree does not hold it")
+        raise InputError(
+            f"objective: {missing} is trained whole, but the trainable tree does not hold it"
+        )
     whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
-    replaced = {name: leaf.to(_multiplied_dtype(leaf, params[name].dtype)) for name, leaf in whole.items()}
+    replaced = {
+        name: leaf.to(_multiplied_dtype(leaf, params[name].dtype)) for name, leaf in whole.items()
+    }
     if deltas and lora is None:
         raise TypeError(f"objective: {next(iter(deltas))} is a Delta, expected a Lora rule for it")
     whole = {**params, **replaced}
@@ -79,22 +94,33 @@ def answer_logps(model: Model, params: Params, rows: Batch) -> Float[Tensor, "B"
 
 
 def split_trainable(
-    params: Params, globs: tuple[str, ...], stored: Params | None = None, dtype: torch.dtype = torch.float32
+    params: Params,
+    globs: tuple[str, ...],
+    stored: Params | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Params, Trainable]:
-    """(params, trainable) for training chosen weights whole: copies to train, and the originals freed.
+    """(params, trainable) for training chosen weights whole: copies to train, and the originals
+    freed.
 
-    stored: the same weights before they were cast to the dtype of compute, which is what the copies are then made of.
+    stored: the same weights before they were cast to the dtype of compute, which is what the copies
+    are then made of.
 
-    A trained weight stays in params as dtype and shape alone (on the meta device): it says what to cast to and holds no memory.
+    A trained weight stays in params as dtype and shape alone (on the meta device): it says what to
+    cast to and holds no memory.
     """
     names = tree.select(params, globs, "full: weights")
-    trainable = {name: (stored or {}).get(name, params[name]).to(params[name].device, dtype, copy=True) for name in names}
+    trainable = {
+        name: (stored or {}).get(name, params[name]).to(params[name].device, dtype, copy=True)
+        for name in names
+    }
     return {**params, **{name: params[name].to("meta") for name in names}}, trainable
 
 
 def _multiplied_dtype(leaf: Tensor, computed: torch.dtype) -> torch.dtype:
     """Dtype in which a forward takes a trained leaf whose weight was loaded as `computed`."""
-    emulated = any(hardware.product_dtype(dtype, leaf.device) != dtype for dtype in (leaf.dtype, computed))
+    emulated = any(
+        hardware.product_dtype(dtype, leaf.device) != dtype for dtype in (leaf.dtype, computed)
+    )
     return leaf.dtype if emulated else computed
 
 
@@ -106,5 +132,8 @@ def mean_of(x: Float[Tensor, "B"]) -> Mean:
 def required(value: Any, name: str) -> Any:
     """Value, which is not None; TypeError names the objective that lacks it."""
     if value is None:
-        raise TypeError(f"objective: {name} has nothing frozen to compare with, expected it as an argument or in the batch")
+        raise TypeError(
+            f"objective: {name} has nothing frozen to compare with, expected it as an argument or "
+            "in the batch"
+        )
     return value

@@ -1,6 +1,8 @@
-"""Outputs of a frozen model over a data set, computed once and kept under a hash of the data and of the model's every byte.
+"""Outputs of a frozen model over a data set, computed once and kept under a hash of the data and of
+the model's every byte.
 
-A reference's log-probs of answers (for preference losses) and a teacher's likeliest tokens (for distillation).
+A reference's log-probs of answers (for preference losses) and a teacher's likeliest tokens (for
+distillation).
 """
 
 from collections.abc import Callable, Iterator
@@ -36,16 +38,24 @@ StartProgress = Callable[[str, int], AbstractContextManager[Any]]
 
 
 class TopK(NamedTuple):
-    """Row t of both: the k likeliest tokens in the place of token t of a data set, likeliest first, and their log-probs."""
+    """Row t of both: the k likeliest tokens in the place of token t of a data set, likeliest first,
+    and their log-probs.
+    """
 
     ids: np.ndarray
     logps: np.ndarray
 
 
 def reference_logps(
-    model: Model, params: Params, pairset: PairSet, source: Source, cache: Path, progress: StartProgress | None = None
+    model: Model,
+    params: Params,
+    pairset: PairSet,
+    source: Source,
+    cache: Path,
+    progress: StartProgress | None = None,
 ) -> np.ndarray:
-    """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of unpaired answers and mismatched ones.
+    """Summed log-probs [n, 2] in nats, float32: of chosen and rejected, or of unpaired answers and
+    mismatched ones.
 
     InputError for a damaged cache.
     """
@@ -64,17 +74,28 @@ def reference_logps(
 
 
 def teacher_tops(
-    teacher: Teacher, dataset: Dataset, k: int, temperature: float, cache: Path, progress: StartProgress | None = None
+    teacher: Teacher,
+    dataset: Dataset,
+    k: int,
+    temperature: float,
+    cache: Path,
+    progress: StartProgress | None = None,
 ) -> TopK:
-    """Teacher's k likeliest tokens in the place of every target, by log_softmax(logits / temperature); int32 and float32.
+    """Teacher's k likeliest tokens in the place of every target, by log_softmax(logits /
+    temperature); int32 and float32.
 
-    Zero where there is no target. Logits of head.head_chunk targets exist at a time. InputError for a k that the
-    vocabulary does not have, and for a damaged cache.
+    Zero where there is no target. Logits of head.head_chunk targets exist at a time. InputError for
+    a k that the vocabulary does not have, and for a damaged cache.
     """
     n_tokens, vocab_size = len(dataset.tokens), teacher.model.head(teacher.params).shape[0]
     if not 0 < k <= vocab_size:
-        raise InputError(f"precompute: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; change it")
-    folder = cache / array_cache.key(LAYOUT, "tops", dataset.key, k, temperature, *_model_key(*teacher))
+        raise InputError(
+            f"precompute: top_k = {k}, expected 1 to {vocab_size}, the teacher's vocabulary; "
+            "change it"
+        )
+    folder = cache / array_cache.key(
+        LAYOUT, "tops", dataset.key, k, temperature, *_model_key(*teacher)
+    )
     if not array_cache.is_whole(folder):
         shown = _shown(progress, "teacher", len(dataset.offsets) - 1)
         filling = array_cache.filling(folder, 8 * n_tokens * k)
@@ -93,12 +114,18 @@ def teacher_tops(
 
 
 def with_teacher(batch: Batch, positions: Int[Tensor, "B T"], tops: TopK) -> TeacherBatch:
-    """Batch with what the teacher says of every token, given where in the data set each one stands."""
+    """Batch with what the teacher says of every token, given where each one stands in the data."""
     at = positions.numpy()
-    return TeacherBatch(batch, torch.from_numpy(tops.ids[at].astype(np.int64)), torch.from_numpy(np.array(tops.logps[at])))
+    return TeacherBatch(
+        batch,
+        torch.from_numpy(tops.ids[at].astype(np.int64)),
+        torch.from_numpy(np.array(tops.logps[at])),
+    )
 
 
-def _answer_logps(model: Model, params: Params, pairset: PairSet, source: Source, show: Callable[[int], None]) -> np.ndarray:
+def _answer_logps(
+    model: Model, params: Params, pairset: PairSet, source: Source, show: Callable[[int], None]
+) -> np.ndarray:
     n, place = pairset.report.n_samples, _place(params)
     logps, done = np.zeros((n, 2), dtype=np.float32), 0
     for rows in _batched(np.diff(pairset.answers.offsets).reshape(n, -1).max(1)):
@@ -121,7 +148,8 @@ def _top_rows(
         batch = padded([[documents.at(i)] for i in rows])
         places = _numpy(padded([[numbered.at(i)] for i in rows]).tokens[batch.target_mask() > 0])
         batch = tree.map(lambda x: x.to(place), batch)
-        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask() > 0]  # the state before a token predicts it
+        # the state before a token predicts it
+        states = model.hidden(params, batch).roll(1, 1)[batch.target_mask() > 0]
         for start in range(0, len(places), chunk):
             logits = model.logits(params, states[start : start + chunk])
             wide = widen(logits)
@@ -136,7 +164,9 @@ def _model_key(model: Model, params: Params) -> tuple[str, Any, str]:
 
 
 def _batched(lengths: np.ndarray) -> Iterator[list[int]]:
-    """Numbers of all samples, longest first, as many together as fit in FORWARD_TOKENS when padded to the longest."""
+    """Numbers of all samples, longest first, as many together as fit in FORWARD_TOKENS when padded
+    to the longest.
+    """
     order, start = np.argsort(-lengths, kind="stable").tolist(), 0
     while start < len(order):
         rows = order[start : start + max(1, FORWARD_TOKENS // int(lengths[order[start]]))]
@@ -145,7 +175,9 @@ def _batched(lengths: np.ndarray) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _shown(progress: StartProgress | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _shown(
+    progress: StartProgress | None, title: str, total: int
+) -> Iterator[Callable[[int], None]]:
     if progress is None:
         yield lambda done: None
     else:

@@ -23,7 +23,9 @@ from minitune.types import LogProbs, Mean, Pairs, Params, SeededBatch, Trainable
 
 @runtime_checkable
 class PreferenceLoss(Protocol):
-    """Methods of a loss over pairs of answers: every struct of losses.PairLoss has them, and so may a class of yours."""
+    """Methods of a loss over pairs of answers: every struct of losses.PairLoss has them, and so may
+    a class of yours.
+    """
 
     needs_reference: ClassVar[bool]
 
@@ -36,19 +38,26 @@ class PreferenceLoss(Protocol):
         ...
 
 
-def preference(model: Model, lora: Lora | None, loss: PreferenceLoss, reference: Trainable | None) -> Objective:
-    """Learning from pairs of answers: one forward for chosen and rejected, and one without gradient for the reference.
+def preference(
+    model: Model, lora: Lora | None, loss: PreferenceLoss, reference: Trainable | None
+) -> Objective:
+    """Learning from pairs of answers: one forward for chosen and rejected, and one without gradient
+    for the reference.
 
-    reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None for a loss that
-    compares with nothing, or when every batch carries the reference's log-probs.
+    reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None
+    for a loss that compares with nothing, or when every batch carries the reference's log-probs.
     """
 
-    def objective(trainable: Trainable, params: Params, batch: Pairs | SeededBatch) -> tuple[Mean, dict[str, Mean]]:
+    def objective(
+        trainable: Trainable, params: Params, batch: Pairs | SeededBatch
+    ) -> tuple[Mean, dict[str, Mean]]:
         drawing, pairs = with_draws(model, lora, batch)
         frozen = None
         if loss.needs_reference and not isinstance(pairs.reference, Tensor):
             with torch.no_grad():  # first: what the policy keeps for its backward is not there yet
-                frozen = pair_logps(model, apply_trainable(params, required(reference, "preference"), lora), pairs)
+                frozen = pair_logps(
+                    model, apply_trainable(params, required(reference, "preference"), lora), pairs
+                )
         policy = pair_logps(drawing, apply_trainable(params, trainable, lora), pairs)
         if loss.needs_reference and isinstance(pairs.reference, Tensor):
             cached = to_device(pairs.reference, policy.chosen.device)
@@ -70,7 +79,10 @@ def preference(model: Model, lora: Lora | None, loss: PreferenceLoss, reference:
 def pair_logps(model: Model, params: Params, pairs: Pairs) -> LogProbs:
     """Log-probs of chosen and rejected answers from one forward over both."""
     width = max(pairs.chosen.tokens.shape[1], pairs.rejected.tokens.shape[1])
-    padded = (tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows) for rows in (pairs.chosen, pairs.rejected))
+    padded = (
+        tree.map(lambda x: F.pad(x, (0, width - x.shape[1])), rows)
+        for rows in (pairs.chosen, pairs.rejected)
+    )
     rows = tree.map(lambda x, y: torch.cat([x, y]), *padded)
     logps = answer_logps(model, params, rows)
     n_tokens = to_device(rows.target_mask().sum(1), logps.device).to(logps.dtype)

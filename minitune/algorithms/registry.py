@@ -17,15 +17,20 @@ from minitune.types import Trainable
 class Frozen(NamedTuple):
     """Models that an objective compares the policy with; a loss says which of these it needs."""
 
-    reference: Trainable | None = None  # the trainable tree as it was when training began; {}: the parameters alone
+    # the trainable tree as it was when training began; {}: the parameters alone
+    reference: Trainable | None = None
     teacher: Teacher | None = None
 
 
 OBJECTIVES: dict[ObjectiveName, Callable[[Model, Lora | None, Any, Frozen], Objective]] = {
     "supervised": lambda model, lora, loss, frozen: sft(model, lora, loss),
     "preference": lambda model, lora, loss, frozen: preference(model, lora, loss, frozen.reference),
-    "unpaired_preference": lambda model, lora, loss, frozen: unpaired_preference(model, lora, loss, frozen.reference),
-    "distillation": lambda model, lora, loss, frozen: distillation(model, lora, loss, frozen.teacher),
+    "unpaired_preference": lambda model, lora, loss, frozen: unpaired_preference(
+        model, lora, loss, frozen.reference
+    ),
+    "distillation": lambda model, lora, loss, frozen: distillation(
+        model, lora, loss, frozen.teacher
+    ),
 }
 
 

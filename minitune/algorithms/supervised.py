@@ -11,9 +11,13 @@ from minitune.types import Batch, Mean, Params, SeededBatch, Trainable
 def sft(model: Model, lora: Lora | None, loss: TokenLoss = CrossEntropy()) -> Objective:  # noqa: B008 - a frozen struct
     """Supervised fine-tuning: the loss of every labelled token given those before it."""
 
-    def objective(trainable: Trainable, params: Params, batch: Batch | SeededBatch) -> tuple[Mean, dict[str, Mean]]:
+    def objective(
+        trainable: Trainable, params: Params, batch: Batch | SeededBatch
+    ) -> tuple[Mean, dict[str, Mean]]:
         drawing, rows = with_draws(model, lora, batch)
-        nats = drawing.token_losses(apply_trainable(params, trainable, lora), rows, loss, summed=True)
+        nats = drawing.token_losses(
+            apply_trainable(params, trainable, lora), rows, loss, summed=True
+        )
         return Mean.of(nats, rows.target_mask()), {}
 
     return objective

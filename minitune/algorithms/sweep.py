@@ -1,7 +1,9 @@
-"""Many adapters trained at once on one frozen base: deltas get a leading dimension, and every frozen matmul serves all of them.
+"""Many adapters trained at once on one frozen base: deltas get a leading dimension, and every
+frozen matmul serves all of them.
 
-Adapters are stacked with their ranks padded by zeros to the largest. A zero in the pad of a meets a zero in the pad of b, so
-neither gets a gradient and the pad stays exactly zero: each adapter takes the steps that it would take alone.
+Adapters are stacked with their ranks padded by zeros to the largest. A zero in the pad of a meets a
+zero in the pad of b, so neither gets a gradient and the pad stays exactly zero: each adapter takes
+the steps that it would take alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,11 +47,14 @@ from minitune.types import (
     wide_dtype,
 )
 
-CPU_HIDDEN_ELEMENTS = 2**18  # numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
+# numbers in a forward's hidden states, of which a CPU's cache holds a few: more only make it slower
+CPU_HIDDEN_ELEMENTS = 2**18
 
 
 def stack(adapters: Sequence[Deltas]) -> Deltas:
-    """Deltas of one set of weights with a leading dimension for the adapters, their ranks padded by zeros to the largest."""
+    """Deltas of one set of weights with a leading dimension for the adapters, their ranks padded by
+    zeros to the largest.
+    """
 
     def stacked(deltas: Sequence[Delta]) -> Delta:
         rank = max(d.a.shape[-2] for d in deltas)
@@ -64,7 +69,9 @@ def adapter(stacked: Deltas, i: int, rule: Lora) -> Deltas:
     """Adapter i alone, without the pad of its rank."""
     ranks = {name: rule.rank_of(name) for name in stacked}
     deltas = {
-        name: Delta(d.a[i, ..., : ranks[name], :], d.b[i, ..., : ranks[name]], tree.map(lambda m: m[i], d.m))
+        name: Delta(
+            d.a[i, ..., : ranks[name], :], d.b[i, ..., : ranks[name]], tree.map(lambda m: m[i], d.m)
+        )
         for name, d in stacked.items()
     }
     return tree.map(torch.clone, deltas)
@@ -78,11 +85,15 @@ def unstack(stacked: Tree, n: int) -> list[Tree]:
     return members
 
 
-def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> Callable[[Deltas, Params, Any], Mean]:
-    """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]: supervised.sft for n adapters.
+def adapters_objective(
+    model: Model, loss: TokenLoss, rules: Sequence[Lora]
+) -> Callable[[Deltas, Params, Any], Mean]:
+    """(stacked deltas, params, batch of leaves [n, B, T]) -> Mean of totals [n] and weights [n]:
+    supervised.sft for n adapters.
 
-    The rows of all adapters go through the model as one batch, and only the low-rank products tell them apart. A delta on the
-    head or on experts, whose rows are no longer in the order of the adapters, makes them go one after another.
+    The rows of all adapters go through the model as one batch, and only the low-rank products tell
+    them apart. A delta on the head or on experts, whose rows are no longer in the order of the
+    adapters, makes them go one after another.
     """
     n, head = len(rules), head_name(model.config)
 
@@ -92,7 +103,10 @@ def adapters_objective(model: Model, loss: TokenLoss, rules: Sequence[Lora]) -> 
         together = Batch(*(x.flatten(0, 1) for x in own))
         if n == 1 or any(name == head or ".experts." in name for name in deltas):
             members = zip(drawing, unstack(own, n), unstack(scaled, n), strict=True)
-            each = [one.token_losses(_adapted(params, delta), rows, loss, summed=True) for one, rows, delta in members]
+            each = [
+                one.token_losses(_adapted(params, delta), rows, loss, summed=True)
+                for one, rows, delta in members
+            ]
             nats = torch.stack(each)
         else:
             adapted = _adapted(params, scaled)
@@ -128,14 +142,23 @@ def _together(models: Sequence[Model]) -> Model:
 
 
 def _scaled(deltas: Deltas, rules: Sequence[Lora]) -> Deltas:
-    """Stacked deltas with each adapter's scale inside its b: by its rule, because the pad hides its rank."""
+    """Stacked deltas with each adapter's scale inside its b: by its rule, because the pad hides its
+    rank.
+    """
 
     def scales(name: str, b: Tensor) -> Tensor:
         ranks = [rule.rank_of(name) for rule in rules]
-        values = [rule.alpha / (rank**0.5 if rule.rslora else rank) for rule, rank in zip(rules, ranks, strict=True)]
-        return to_device(torch.tensor(values, dtype=b.dtype), b.device).view(-1, *(1 for _ in b.shape[1:]))
+        values = [
+            rule.alpha / (rank**0.5 if rule.rslora else rank)
+            for rule, rank in zip(rules, ranks, strict=True)
+        ]
+        return to_device(torch.tensor(values, dtype=b.dtype), b.device).view(
+            -1, *(1 for _ in b.shape[1:])
+        )
 
-    return {name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()}
+    return {
+        name: delta._replace(b=scales(name, delta.b) * delta.b) for name, delta in deltas.items()
+    }
 
 
 def _adapted(params: Params, scaled: Deltas) -> Params:
@@ -154,9 +177,10 @@ def sweep_step(
 ) -> Step:
     """Step of n adapters at once, each under its own Lora rule and optimizer.
 
-    Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T], of which `micro_batch` rows of
-    every adapter go through one forward; on the CPU of as many adapters as its cache holds the hidden states of. Metrics are [n].
-    Each adapter is clipped, and skipped where its gradient is not finite, by itself.
+    Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T],
+    of which `micro_batch` rows of every adapter go through one forward; on the CPU of as many
+    adapters as its cache holds the hidden states of. Metrics are [n]. Each adapter is clipped, and
+    skipped where its gradient is not finite, by itself.
     """
 
     def init(trainable: Deltas) -> TrainState:
@@ -164,7 +188,9 @@ def sweep_step(
         opt_states = [optimizer.init(deltas) for optimizer, deltas in members]
         return TrainState(trainable, with_scale(opt_states, loss_scale, trainable))
 
-    def update(params: Params, state: TrainState, batch: Batch | SeededBatch) -> tuple[TrainState, Metrics]:
+    def update(
+        params: Params, state: TrainState, batch: Batch | SeededBatch
+    ) -> tuple[TrainState, Metrics]:
         tokens = tree.leaves(batch)[0]
         factor = factor_of(state.opt_state, micro_batch * tokens.shape[2])
 
@@ -187,8 +213,15 @@ def sweep_step(
         states = inner_state(owned.opt_state)
         how: dict[str, Any] = {"divisors": of_grads, "norms": norms, "is_finite": is_finite}
         apply_gradients_each(optimizers, grads, states, owned.trainable, **how)
-        metrics = {"loss_nats": mean.total / divisors, "grad_norm": norms, batch.counts: mean.weight}
-        metrics |= {"skipped": (~is_finite).float(), "not_finite": tree.first_not_finite(leaf_norms)}
+        metrics = {
+            "loss_nats": mean.total / divisors,
+            "grad_norm": norms,
+            batch.counts: mean.weight,
+        }
+        metrics |= {
+            "skipped": (~is_finite).float(),
+            "not_finite": tree.first_not_finite(leaf_norms),
+        }
         after = TrainState(owned.trainable, states)
         return next_scale(loss_scale, state.opt_state, after, norms, metrics)
 
@@ -204,7 +237,9 @@ def _gradients(
     params: Params,
     rows: Batch | SeededBatch,
 ) -> tuple[Mean, Tree]:
-    """(means, gradients of their totals) of all adapters, as many in one forward as suits the device."""
+    """(means, gradients of their totals) of all adapters, as many in one forward as suits the
+    device.
+    """
     n_elements = tree.leaves(rows)[0][0].numel() * model.config.d_model
     on_cpu = tree.leaves(trainable)[0].device.type == "cpu"
     size = max(1, CPU_HIDDEN_ELEMENTS // n_elements) if on_cpu else len(rules)
@@ -220,5 +255,8 @@ def _gradients(
 
 def _norms(stacked: Tree) -> Tensor:
     """Euclidean norms [leaves, n] of each adapter's gradient, accumulated in float32 or wider."""
-    parts = [torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide_dtype(x.dtype)) for x in tree.leaves(stacked)]
+    parts = [
+        torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide_dtype(x.dtype))
+        for x in tree.leaves(stacked)
+    ]
     return torch.stack(parts)

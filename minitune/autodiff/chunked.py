@@ -24,10 +24,12 @@ from minitune.types import wide_dtype
 
 
 def with_row_gradients(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """f(rows [n ...], *args) -> values [n ...], whose gradient by rows is taken in the forward, while what f makes is there.
+    """f(rows [n ...], *args) -> values [n ...], whose gradient by rows is taken in the forward,
+    while what f makes is there.
 
-    For an f whose values of a row depend on that row alone. Differentiable once. Where they depend on
-    anything else that requires grad, an argument or not, autograd differentiates f and keeps all of it.
+    For an f whose values of a row depend on that row alone. Differentiable once. Where they depend
+    on anything else that requires grad, an argument or not, autograd differentiates f and keeps all
+    of it.
     """
 
     def evaluate(rows: Tensor, *args: Tree) -> Tensor:
@@ -56,23 +58,38 @@ class _RowGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # a sum's cotangent spares a pass over what is large; an accelerator would be waited for to see it
-        if len(ctx.saved_tensors) == 1 and not is_accelerator(grad_outputs[0].device) and bool((grad_outputs[0] == 1).all()):
+        # a sum's cotangent spares a pass over what is large; an accelerator would be waited for to
+        # see it
+        if (
+            len(ctx.saved_tensors) == 1
+            and not is_accelerator(grad_outputs[0].device)
+            and bool((grad_outputs[0] == 1).all())
+        ):
             return None, ctx.saved_tensors[0], None
-        cotangents = grad_outputs[0].unsqueeze(-1) if grad_outputs[0].ndim == 1 else grad_outputs[0].flatten(1)
-        parts = (c[:, None] * g for c, g in zip(cotangents.unbind(1), ctx.saved_tensors, strict=True))
+        cotangents = (
+            grad_outputs[0].unsqueeze(-1)
+            if grad_outputs[0].ndim == 1
+            else grad_outputs[0].flatten(1)
+        )
+        parts = (
+            c[:, None] * g for c, g in zip(cotangents.unbind(1), ctx.saved_tensors, strict=True)
+        )
         d_rows = reduce(torch.add, parts).to(ctx.saved_tensors[0].dtype)
         return None, d_rows, *(None for _ in ctx.saved_tensors)
 
 
-def chunked_with_gradients(f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int, summed: bool = False) -> Tensor:
-    """f(start, rows[start : start + chunk], weights) -> one value a row, for all chunks together, with the gradients of rows and
-    weights taken in the forward: right if the values are then summed, which is when they all have one cotangent.
+def chunked_with_gradients(
+    f: Callable[..., Tensor], rows: Tensor, weights: Tree, chunk: int, summed: bool = False
+) -> Tensor:
+    """f(start, rows[start : start + chunk], weights) -> one value a row, for all chunks together,
+    with the gradients of rows and weights taken in the forward: right if the values are then
+    summed, which is when they all have one cotangent.
 
-    On a CPU, every chunk is recomputed if the cotangents turn out to differ. An accelerator would be waited for to see
-    them, so there the caller says what they are: with `summed` they are 1, and the gradients are NaN if they are not;
-    without it every chunk is recomputed. Differentiable once. Where f depends on a tensor that
-    requires grad and is no argument, autograd differentiates f and keeps all of it.
+    On a CPU, every chunk is recomputed if the cotangents turn out to differ. An accelerator would
+    be waited for to see them, so there the caller says what they are: with `summed` they are 1, and
+    the gradients are NaN if they are not; without it every chunk is recomputed. Differentiable
+    once. Where f depends on a tensor that requires grad and is no argument, autograd differentiates
+    f and keeps all of it.
     """
     structure = tree.map(lambda _: PLACEHOLDER, weights)
 
@@ -88,14 +105,18 @@ def chunked_with_gradients(f: Callable[..., Tensor], rows: Tensor, weights: Tree
 
 class _InChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: Callable[..., Tensor], chunk: int, summed: bool, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, f: Callable[..., Tensor], chunk: int, summed: bool, *tensors: Tensor
+    ) -> Tensor:
         ctx.f, ctx.chunk, ctx.summed = f, chunk, summed
         if is_accelerator(tensors[0].device) and not summed:
             ctx.save_for_backward(*tensors)
             starts = range(0, max(len(tensors[0]), 1), chunk)
             pieces = [(i, [tensors[0][i : i + chunk], *tensors[1:]]) for i in starts]
             return torch.cat([value_of_arguments(partial(f, i), some) for i, some in pieces])
-        values, grads = _chunk_gradients(f, chunk, tensors, ctx.needs_input_grad[3:], lambda x, start: torch.ones_like(x))
+        values, grads = _chunk_gradients(
+            f, chunk, tensors, ctx.needs_input_grad[3:], lambda x, start: torch.ones_like(x)
+        )
         ctx.save_for_backward(*tensors, *grads)
         return values
 
@@ -111,9 +132,12 @@ class _InChunks(torch.autograd.Function):
             firsts = [g.view(-1)[:1] for g in grads if g.numel() > 0]
             tree.donate_sum(firsts, [fault.to(x.dtype)[None] for x in firsts])
         elif not accelerated and bool((cotangent == one).all()):
-            grads = grads if bool(one == 1) else [g * one.to(g.dtype) for g in grads]  # a copy is as large as the head
+            # a copy is as large as the head
+            grads = grads if bool(one == 1) else [g * one.to(g.dtype) for g in grads]
         else:
-            grads = _chunk_gradients(ctx.f, ctx.chunk, tensors, needed, lambda x, i: cotangent[i : i + len(x)])[1]
+            grads = _chunk_gradients(
+                ctx.f, ctx.chunk, tensors, needed, lambda x, i: cotangent[i : i + len(x)]
+            )[1]
         given = iter(grads)
         return None, None, None, *(next(given) if need else None for need in needed)
 
@@ -125,8 +149,9 @@ def _chunk_gradients(
     needed: Sequence[bool],
     cotangent: Callable[[Tensor, int], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """(the values of all chunks, the gradients of the tensors that need one); the first tensor is cut in chunks, and what the
-    chunks say of the others is added up in float32 or wider."""
+    """(the values of all chunks, the gradients of the tensors that need one); the first tensor is
+    cut in chunks, and what the chunks say of the others is added up in float32 or wider.
+    """
     rows, *weights = tensors
     chosen = [w for w, need in zip(weights, needed[1:], strict=True) if need]
     sums = [torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in chosen]
@@ -136,10 +161,15 @@ def _chunk_gradients(
         with torch.enable_grad():
             results = f(start, *fresh)
         refuse_other_leaves(results, fresh)
-        grads = list(autograd_grads([results], [x for x in fresh if x.requires_grad], [cotangent(results, start)]))
+        grads = list(
+            autograd_grads(
+                [results], [x for x in fresh if x.requires_grad], [cotangent(results, start)]
+            )
+        )
         values.append(results.detach())
         pieces += [grads.pop(0)] if needed[0] else []
         tree.donate_sum(sums, grads)
-        del grads  # as large as the weights, and not to be there together with those of the next chunk
+        # as large as the weights, and not to be there together with those of the next chunk
+        del grads
     joined = [torch.cat(pieces)] if needed[0] else []
     return torch.cat(values), [*joined, *(x.to(w.dtype) for x, w in zip(sums, chosen, strict=True))]

@@ -1,6 +1,8 @@
-"""Blocks recomputed in the backward, whose inputs wait in the host's memory until then (Rhu et al. 2016, arXiv 1602.08124).
+"""Blocks recomputed in the backward, whose inputs wait in the host's memory until then (Rhu et al.
+2016, arXiv 1602.08124).
 
-A block's input is all that `remat.remat` keeps of it. How a tensor travels is a Mover's business; when, that of _Inputs.
+A block's input is all that `remat.remat` keeps of it. How a tensor travels is a Mover's business;
+when, that of _Inputs.
 """
 
 from collections.abc import Callable
@@ -22,30 +24,38 @@ class Mover(NamedTuple):
 
     send: Callable[[Tensor], Any]  # begins a copy out; its source must live until it was waited for
     fetch: Callable[[Any], Any]  # begins a copy back of what was sent
-    wait: Callable[[Any], Tensor]  # lets what is computed from here on come after a copy, and returns its result
+    # lets what is computed from here on come after a copy, and returns its result
+    wait: Callable[[Any], Tensor]
 
 
 def side_stream(device: torch.device) -> Mover:
-    """Mover of an accelerator with streams: copies to and from pinned memory on a side stream, during the computation."""
+    """Mover of an accelerator with streams: copies to and from pinned memory on a side stream,
+    during the computation.
+    """
     streams = torch.get_device_module(device)  # torch.cuda or torch.xpu
     side = streams.Stream(device)
 
     def copied(x: Tensor, to: torch.device) -> tuple[Tensor, Any]:
-        # waited for: what computes x, and what still reads the memory that the side stream may be given for this copy. So no
-        # tensor needs record_stream, which frees memory only once the device has caught up with a host that runs far ahead
+        # waited for: what computes x, and what still reads the memory that the side stream may be
+        # given for this copy. So no tensor needs record_stream, which frees memory only once the
+        # device has caught up with a host that runs far ahead
         side.wait_stream(streams.current_stream(device))
         with streams.stream(side):
-            return x.to(to, non_blocking=True), side.record_event()  # to the host, such a copy is pinned
+            # to the host, such a copy is pinned
+            return x.to(to, non_blocking=True), side.record_event()
 
     def wait(copy: tuple[Tensor, Any]) -> Tensor:
         streams.current_stream(device).wait_event(copy[1])
         return copy[0]
 
-    return Mover(lambda x: copied(x, torch.device("cpu")), lambda sent: copied(sent[0], device), wait)
+    return Mover(
+        lambda x: copied(x, torch.device("cpu")), lambda sent: copied(sent[0], device), wait
+    )
 
 
 def remat(mover: Mover) -> Callable[[Block], Block]:
-    """Transform of the blocks f(w, x, *rest) of a model into remat.remat of them whose inputs x the mover keeps.
+    """Transform of the blocks f(w, x, *rest) of a model into remat.remat of them whose inputs x the
+    mover keeps.
 
     Made anew by every forward. Differentiable once. Where no gradient is wanted nothing moves, and
     under a functorch transform inputs stay where they are.
@@ -56,7 +66,9 @@ def remat(mover: Mover) -> Callable[[Block], Block]:
 
         def recomputed(w: Any, x: Tensor, *rest: Any) -> Tensor:
             flat, tensors = flattened(lambda x, w, *rest: f(w, x, *rest), (x, w, *rest))
-            if under_transform() or not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
+            if under_transform() or not (
+                torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+            ):
                 return plain(w, x, *rest)
             return _Offloaded.apply(flat, inputs, *tensors)
 
@@ -66,7 +78,8 @@ def remat(mover: Mover) -> Callable[[Block], Block]:
 
 
 class _Inputs:
-    def __init__(self, mover: Mover) -> None:  # for the block inputs of one forward; its graph alone holds them
+    # for the block inputs of one forward; its graph alone holds them
+    def __init__(self, mover: Mover) -> None:
         self.mover, self.sent, self.newest, self.coming = mover, [], None, (-1, None)
 
     def put(self, x: Tensor) -> int:
@@ -79,7 +92,8 @@ class _Inputs:
         (place, coming), x = self.coming, self._release()
         if x is None or i + 1 < len(self.sent):
             x = self.mover.wait(coming if place == i else self.mover.fetch(self.sent[i]))
-        self.coming = (i - 1, self.mover.fetch(self.sent[i - 1])) if i else (-1, None)  # has a block's backward to arrive in
+        # has a block's backward to arrive in
+        self.coming = (i - 1, self.mover.fetch(self.sent[i - 1])) if i else (-1, None)
         return x
 
     def _release(self) -> Tensor | None:
@@ -99,5 +113,6 @@ class _Offloaded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        others, x = ctx.saved_tensors, ctx.inputs.take(ctx.place)  # in this order: the first says so if all is gone
+        # in this order: the first says so if all is gone
+        others, x = ctx.saved_tensors, ctx.inputs.take(ctx.place)
         return None, None, *pullback(ctx.f, [x, *others], grad_outputs[0], ctx.needs_input_grad[2:])

@@ -18,11 +18,13 @@ from minitune.tree import Tree
 
 
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Function f, whose backward recomputes f from its inputs: nothing inside f is kept (Chen et al. 2016, arXiv 1604.06174).
+    """Function f, whose backward recomputes f from its inputs: nothing inside f is kept (Chen et
+    al. 2016, arXiv 1604.06174).
 
-    Arguments are trees of tensors and the result is one tensor. ClosedOverError where f depends on a
-    tensor that requires grad and is no argument. Works under every transform of torch.func; inside
-    torch.func.grad, which keeps all that a backward computes, and in forward mode f is as it is.
+    Arguments are trees of tensors and the result is one tensor. ClosedOverError where f depends on
+    a tensor that requires grad and is no argument. Works under every transform of torch.func;
+    inside torch.func.grad, which keeps all that a backward computes, and in forward mode f is as it
+    is.
     """
 
     def recomputed(*args: Tree) -> Tensor:
@@ -35,7 +37,9 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def flattened(f: Callable[..., Tensor], args: Tree) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """(f as a function of the leaves of its arguments, these leaves); the function keeps none of them alive."""
+    """(f as a function of the leaves of its arguments, these leaves); the function keeps none of
+    them alive.
+    """
     structure = tree.map(lambda _: PLACEHOLDER, args)
     return lambda *tensors: f(*tree.rebuild(structure, tensors)), tree.leaves(args)
 
@@ -57,18 +61,24 @@ class _Remat(torch.autograd.Function):
         return None, *pullback(ctx.f, ctx.saved_tensors, grad_outputs[0], ctx.needs_input_grad[1:])
 
 
-def with_derivative(f: Callable[..., Tensor], derivative: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Tensor]:
-    """Function f of tensors alone, whose backward is derivative(cotangent, needed, *tensors): nothing inside f is kept.
+def with_derivative(
+    f: Callable[..., Tensor], derivative: Callable[..., Sequence[Tensor | None]]
+) -> Callable[..., Tensor]:
+    """Function f of tensors alone, whose backward is derivative(cotangent, needed, *tensors):
+    nothing inside f is kept.
 
-    derivative returns the vector-Jacobian product of every tensor, None where `needed` has False. It must not be what is
-    differentiated itself: for a gradient of the gradient f is computed once more, by autograd.
+    derivative returns the vector-Jacobian product of every tensor, None where `needed` has False.
+    It must not be what is differentiated itself: for a gradient of the gradient f is computed once
+    more, by autograd.
     """
     return lambda *tensors: _WithDerivative.apply(f, derivative, *tensors)
 
 
 class _WithDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: Callable[..., Tensor], derivative: Callable[..., Any], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, f: Callable[..., Tensor], derivative: Callable[..., Any], *tensors: Tensor
+    ) -> Tensor:
         ctx.f, ctx.derivative = f, derivative
         ctx.save_for_backward(*tensors)
         return f(*tensors)

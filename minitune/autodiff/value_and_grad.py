@@ -1,8 +1,9 @@
 """Gradients of pure functions over trees, with the memory of plain autograd.
 
-`torch.func.grad` keeps a graph of the gradient (create_graph=True), which costs about twice the memory of
-`torch.autograd.grad` and is slower. Here the same contract is kept with fresh detached leaves; inside a functorch
-transform, where detached leaves can't be made, the torch.func form is used and stays right.
+`torch.func.grad` keeps a graph of the gradient (create_graph=True), which costs about twice the
+memory of `torch.autograd.grad` and is slower. Here the same contract is kept with fresh detached
+leaves; inside a functorch transform, where detached leaves can't be made, the torch.func form is
+used and stays right.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -40,23 +41,30 @@ def takes_gradients() -> bool:
     return any(level.key() == FUNCTORCH.TransformType.Grad for level in stack)
 
 
-def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
-    """Turn `fn: (tree, *rest) -> Mean` into `(tree, *rest) -> (Mean, gradient of its total by the tree)`.
+def value_and_grad(
+    fn: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., tuple[Any, Tree]]:
+    """Turn `fn: (tree, *rest) -> Mean` into `(tree, *rest) -> (Mean, gradient of its total by the
+    tree)`.
 
-    With has_aux, fn returns (Mean, aux). This is the contract of torch.func.grad_and_value, value first: no argument is
-    written, no `.grad` is set, and a leaf that fn does not use gets a zero gradient. The result carries no graph. TypeError
-    names a leaf that is not floating point; RuntimeError inside torch.inference_mode.
+    With has_aux, fn returns (Mean, aux). This is the contract of torch.func.grad_and_value, value
+    first: no argument is written, no `.grad` is set, and a leaf that fn does not use gets a zero
+    gradient. The result carries no graph. TypeError names a leaf that is not floating point;
+    RuntimeError inside torch.inference_mode.
     """
 
     def evaluate(params: Tree, *rest: Any) -> tuple[Any, Tree]:
         for path, leaf in tree.items(params):
             if not leaf.is_floating_point():
-                raise TypeError(f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor")
+                raise TypeError(
+                    f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor"
+                )
         if under_transform():
             return _transformed(fn, has_aux, params, rest)
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "grad: torch.inference_mode is on, which records nothing; take gradients outside of it",
+                "grad: torch.inference_mode is on, which records nothing; take gradients outside "
+                "of it",
             )
         leaves = detached_leaves(params)
         with torch.enable_grad():
@@ -78,12 +86,16 @@ def detached_where(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Te
     return [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
 
 
-def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree, Any], tuple[Any, Tree]]:
-    """Turn `fn: (tree, example) -> Mean` into `(tree, examples) -> (Mean [B], gradients [B, ...] of each example's total)`.
+def per_example(
+    fn: Callable[[Tree, Any], Any], *, chunk: int
+) -> Callable[[Tree, Any], tuple[Any, Tree]]:
+    """Turn `fn: (tree, example) -> Mean` into `(tree, examples) -> (Mean [B], gradients [B, ...] of
+    each example's total)`.
 
-    An example is what the leaves of `examples` hold at one place of their first dimension. Each of the `chunk` that a vmap takes
-    has a view of the tree for its leaves, which keeps their gradients apart; memory grows by the activations of `chunk`
-    examples and by what is returned. TypeError names a leaf that is not floating point.
+    An example is what the leaves of `examples` hold at one place of their first dimension. Each of
+    the `chunk` that a vmap takes has a view of the tree for its leaves, which keeps their gradients
+    apart; memory grows by the activations of `chunk` examples and by what is returned. TypeError
+    names a leaf that is not floating point.
     """
 
     def evaluate(params: Tree, examples: Tree) -> tuple[Any, Tree]:
@@ -105,11 +117,12 @@ def per_example(fn: Callable[[Tree, Any], Any], *, chunk: int) -> Callable[[Tree
 
 
 def accumulate(evaluate: Callable[[Any], Tree], micro_batches: Iterable[Any]) -> Tree:
-    """Sum evaluate(micro_batch) leafwise: totals, weights and gradients add, and whoever calls divides once.
+    """Sum evaluate(micro_batch) leafwise: totals, weights and gradients add, and whoever calls
+    divides once.
 
     Sums of several are float32 or wider, whatever their dtype; the value of one is as it is.
-    Peak memory does not grow with the number of micro-batches: each pair of leaves is freed as its sum is made.
-    TypeError if there is no micro-batch.
+    Peak memory does not grow with the number of micro-batches: each pair of leaves is freed as its
+    sum is made. TypeError if there is no micro-batch.
     """
     structure: Tree = None
     sums: list[Tensor] = []
@@ -130,21 +143,27 @@ def _wide_sum(x: Tensor, y: Tensor) -> Tensor:
     return x + y.to(wide_dtype(x.dtype)) if x.is_floating_point() else x + y
 
 
-PLACEHOLDER = torch.empty(0)  # stands where a leaf was, so that a kept structure keeps no leaf alive
+# stands where a leaf was, so that a kept structure keeps no leaf alive
+PLACEHOLDER = torch.empty(0)
 
 
 def pullback(
     f: Callable[..., Tensor], tensors: Sequence[Tensor], cotangent: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Vector-Jacobian product of f for the inputs that need one, None for the others."""
-    if under_transform() or torch.is_grad_enabled():  # grad mode is on here when somebody differentiates the gradient
+    # grad mode is on here when somebody differentiates the gradient
+    if under_transform() or torch.is_grad_enabled():
 
         def active(*some: Tensor) -> Tensor:
             given = iter(some)
             return f(*(next(given) if need else x for x, need in zip(tensors, needed, strict=True)))
 
-        vjp = torch.func.vjp(active, *(x for x, need in zip(tensors, needed, strict=True) if need))[1]
-        grads = vjp(cotangent, retain_graph=torch.is_grad_enabled(), create_graph=torch.is_grad_enabled())
+        vjp = torch.func.vjp(active, *(x for x, need in zip(tensors, needed, strict=True) if need))[
+            1
+        ]
+        grads = vjp(
+            cotangent, retain_graph=torch.is_grad_enabled(), create_graph=torch.is_grad_enabled()
+        )
     else:
         fresh = detached_where(tensors, needed)
         with torch.enable_grad():
@@ -192,14 +211,22 @@ def refuse_other_leaves(value: Tensor, inputs: Sequence[Tensor]) -> None:
         pending.extend(following for following, _ in node.next_functions)
 
 
-def autograd_grads(values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor]:
-    """Gradients of the inputs as autograd takes them, and zeros for an input that no value depends on."""
+def autograd_grads(
+    values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
+) -> Sequence[Tensor]:
+    """Gradients of the inputs as autograd takes them, and zeros for an input that no value depends
+    on.
+    """
     if not any(value.requires_grad for value in values):  # fn used no leaf at all
         return [torch.zeros_like(x) for x in inputs]
-    return torch.autograd.grad(values, inputs, cotangents, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        values, inputs, cotangents, allow_unused=True, materialize_grads=True
+    )
 
 
-def _transformed(fn: Callable[..., Any], has_aux: bool, params: Tree, rest: Sequence[Any]) -> tuple[Any, Tree]:
+def _transformed(
+    fn: Callable[..., Any], has_aux: bool, params: Tree, rest: Sequence[Any]
+) -> tuple[Any, Tree]:
     def total(fresh: Tree) -> tuple[Tensor, Any]:
         value = fn(fresh, *rest)
         return (value[0] if has_aux else value).total, value

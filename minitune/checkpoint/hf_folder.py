@@ -35,11 +35,13 @@ class FolderExtras(NamedTuple):
     tokenizer: Path  # the folder whose tokenizer files are copied, byte for byte
     stop_ids: Sequence[int]  # the end-of-turn tokens that were trained, which join eos_token_id
     template: str | None = None  # written where the tokenizer's folder ships none
-    source: Path | None = None  # whose config.json and generation_config.json pass through; made anew without
+    # whose config.json and generation_config.json pass through; made anew without
+    source: Path | None = None
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str, Tensor]]:
-    """Model and weights of a Hugging Face folder, given its path or "demo" for the embedded model; InputError as for load_params.
+    """Model and weights of a Hugging Face folder, given its path or "demo" for the embedded model;
+    InputError as for load_params.
 
     Weights are memory-mapped where they are stored in dtype, and copied where they are not.
     """
@@ -57,12 +59,13 @@ def save_folder(
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
 ) -> None:
-    """Write a complete Hugging Face folder: config, weights (with an index when sharded), generation config and tokenizer files.
+    """Write a complete Hugging Face folder: config, weights (with an index when sharded),
+    generation config and tokenizer files.
 
-    In a config.json that passes through, nothing is touched but the dtype and config_keys, which a quantized format has for the
-    tensors that it passes as params: such a folder holds the text model alone. Any other holds
-    what the source has beside it, untouched. InputError, before anything is written, if the disk
-    is too small.
+    In a config.json that passes through, nothing is touched but the dtype and config_keys, which a
+    quantized format has for the tensors that it passes as params: such a folder holds the text
+    model alone. Any other holds what the source has beside it, untouched. InputError, before
+    anything is written, if the disk is too small.
     """
     others = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, others), **config_keys}
@@ -92,11 +95,16 @@ def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_tensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
-    total = {"total_size": tree.n_bytes(params), "total_parameters": sum(w.numel() for w in params.values())}
+    total = {
+        "total_size": tree.n_bytes(params),
+        "total_parameters": sum(w.numel() for w in params.values()),
+    }
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def _config_json(extras: FolderExtras, model: Model, params: Params, others: Carried) -> dict[str, Any]:
+def _config_json(
+    extras: FolderExtras, model: Model, params: Params, others: Carried
+) -> dict[str, Any]:
     dtype = str(next(w.dtype for w in params.values() if w.is_floating_point()))
     dtype = dtype.removeprefix("torch.")
     if extras.source is None:

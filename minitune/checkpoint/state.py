@@ -46,7 +46,10 @@ def save_state(
     """
     path = folder / f"step-{step:08d}"
     if extras := _extras(path):
-        raise InputError(f"checkpoint: {path} holds {extras[0]}, expected {' and '.join(STATE_FILES)} alone; move it away")
+        raise InputError(
+            f"checkpoint: {path} holds {extras[0]}, expected {' and '.join(STATE_FILES)} alone; "
+            "move it away"
+        )
     _remove_leftovers(folder)
     require_room(path, tree.n_bytes(state), "the training state")
     with atomic_folder(path) as aside:
@@ -81,15 +84,25 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _extras(path: Path) -> list[str]:
-    """The names in a state's folder that are no part of a state: a user put them there, so they are not removed."""
-    return sorted(file.name for file in path.iterdir() if file.name not in STATE_FILES) if path.is_dir() else []
+    """The names in a state's folder that are no part of a state: a user put them there, so they are
+    not removed.
+    """
+    return (
+        sorted(file.name for file in path.iterdir() if file.name not in STATE_FILES)
+        if path.is_dir()
+        else []
+    )
 
 
 def list_states(folder: Path) -> list[Path]:
-    """The training states in a folder, oldest first; one that a crash left half replaced takes its place again."""
+    """The training states in a folder, oldest first; one that a crash left half replaced takes its
+    place again.
+    """
     for old in folder.glob(f".step-*{OLD}"):
         recover_replaced(old)
-    states = [path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)]
+    states = [
+        path for path in folder.glob("step-*") if path.is_dir() and STATE.fullmatch(path.name)
+    ]
     return sorted(states, key=lambda path: (len(path.name), path.name))
 
 
@@ -108,24 +121,33 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     unmatched = sorted(set(tensors) ^ set(wanted))
     if unmatched:
         raise InputError(
-            f"checkpoint: {path} and this program differ in {unmatched[0]} (and {len(unmatched) - 1} more); "
+            f"checkpoint: {path} and this program differ in {unmatched[0]} (and "
+            f"{len(unmatched) - 1} more); "
             "it is of another program"
         )
     for name, leaf in wanted.items():
         saved = tensors[name]
         if saved.shape != leaf.shape or saved.dtype != leaf.dtype:
             raise InputError(
-                f"checkpoint: {path} holds {name} {saved.dtype}{list(saved.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
+                f"checkpoint: {path} holds {name} {saved.dtype}{list(saved.shape)}, expected "
+                f"{leaf.dtype}{list(leaf.shape)}"
             )
-    # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels then round otherwise
-    return tree.rebuild(like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]), meta
+    # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels
+    # then round otherwise
+    return tree.rebuild(
+        like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]
+    ), meta
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one part of a state, such as "trainable", by their paths in it; InputError if a
     byte differs."""
     _, tensors = _unharmed(path)
-    return {key.removeprefix(f"{name}."): x.clone() for key, x in tensors.items() if key.startswith(f"{name}.")}
+    return {
+        key.removeprefix(f"{name}."): x.clone()
+        for key, x in tensors.items()
+        if key.startswith(f"{name}.")
+    }
 
 
 def _unharmed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -135,9 +157,13 @@ def _unharmed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with (path / "state.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {path} can't be read ({error}); remove it to continue from the step before") from None
+        raise InputError(
+            f"checkpoint: {path} can't be read ({error}); remove it to continue from the step "
+            "before"
+        ) from None
     if digest != meta.get("sha256"):
         raise InputError(
-            f"checkpoint: {path / 'state.safetensors'} does not match its sha256; remove {path} to continue from the step before"
+            f"checkpoint: {path / 'state.safetensors'} does not match its sha256; remove {path} "
+            "to continue from the step before"
         )
     return meta, load_tensors(path / "state.safetensors")

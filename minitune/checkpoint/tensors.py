@@ -17,8 +17,9 @@ from minitune.types import Params, Trainable
 
 # fmt: off
 WORDS = {  # safetensors' own for each dtype
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.complex64: "C64", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
@@ -48,24 +49,33 @@ def require_finite(leaves: Mapping[str, Any], where: str) -> None:
 
 
 def model_bytes(params: Params, trainable: Trainable, stored: Params) -> int:
-    """Bytes of a model as it would be saved now: dense weights as stored, quantized ones as codes, and its deltas."""
+    """Bytes of a model as it would be saved now: dense weights as stored, quantized ones as codes,
+    and its deltas.
+    """
     codes = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
     deltas = {name: leaf for name, leaf in trainable.items() if not isinstance(leaf, Tensor)}
     return tree.n_bytes(({**stored, **codes}, deltas))
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Bytes of a safetensors file, piece by piece: at most two tensors are copied at a time, the piece in hand and the next."""
+    """Bytes of a safetensors file, piece by piece: at most two tensors are copied at a time, the
+    piece in hand and the next.
+    """
     order = sorted(tensors, key=lambda name: (ORDER.index(WORDS[tensors[name].dtype]), name))
-    yield header_bytes({name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order})
+    yield header_bytes(
+        {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
+    )
     for name in order:
         x = tensors[name].detach().cpu().contiguous()
-        flat = x.as_strided((x.numel(),), (1,))  # a single element may keep a stride that view would refuse
+        # a single element may keep a stride that view would refuse
+        flat = x.as_strided((x.numel(),), (1,))
         yield flat.view(torch.uint8).numpy().data
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, memory-mapped; InputError if it is missing, cut short or no such file."""
+    """All tensors of one safetensors file, memory-mapped; InputError if it is missing, cut short or
+    no such file.
+    """
     with opened_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -88,4 +98,6 @@ def _damaged(path: Path, error: Exception) -> InputError:
     if git_lfs.is_pointer(path):
         return InputError(f"checkpoint: {path} {git_lfs.REMEDY}")
     reason = quoted(error)
-    return InputError(f"checkpoint: {path} is no whole safetensors file ({reason}); download or save it again")
+    return InputError(
+        f"checkpoint: {path} is no whole safetensors file ({reason}); download or save it again"
+    )

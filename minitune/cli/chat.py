@@ -21,20 +21,29 @@ from minitune.programs.state import LoadedModel
 from minitune.text.chat import encode_prompt
 from minitune.text.template import Message
 
-COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help shows this"
+COMMANDS = (
+    "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer, "
+    "/help shows this"
+)
 
 
 def chat(words: Sequence[str]) -> int:
-    """Talk with a model: turns from stdin, answers to stdout as they are written, all else to stderr; returns the exit code.
+    """Talk with a model: turns from stdin, answers to stdout as they are written, all else to
+    stderr; returns the exit code.
 
     InputError for options, folders and templates that do not fit.
     """
     options = vars(_parser().parse_args(words))
     sampling = _sampling(options)
     if options["max_new_tokens"] < 1:
-        raise InputError(f"chat: --max-new-tokens is {options['max_new_tokens']}, expected at least 1; correct it")
+        raise InputError(
+            f"chat: --max-new-tokens is {options['max_new_tokens']}, expected at least 1; correct "
+            "it"
+        )
     loaded = load(_source(options), Path("run"), options["seed"])
-    opening = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+    opening = (
+        [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+    )
     # A template that takes no system message refuses it here, before anyone types.
     encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])
 
@@ -71,17 +80,50 @@ def _source(options: Mapping[str, Any]) -> ModelSource:
 def _parser() -> OptionParser:
     description = "Talk with a model, on a terminal or with one turn a line on stdin."
     parser = OptionParser("chat", description=description, epilog=COMMANDS)
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, an adapter, a run folder, or demo")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="a model folder, an adapter, a run folder, or demo"
+    )
     parser.add_argument("--deltas", metavar="FOLDER", help="a PEFT adapter to put on the model")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
-    parser.add_argument("--chat-template-kwargs", default="{}", metavar="JSON", help="such as '{\"enable_thinking\": false}'")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        default="{}",
+        metavar="JSON",
+        help="such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default): always the likeliest token",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach probability P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default %(default)s)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest tokens that reach probability P",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="draw from tokens at least P times as likely as the likeliest",
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longest answer (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the draws (default %(default)s)"
+    )
     return parser
 
 
@@ -91,15 +133,19 @@ def _template_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
         return msgspec.json.decode(text, type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise InputError(
-            f"chat: --chat-template-kwargs is {text!r} ({error}), expected a JSON object; correct the command"
+            f"chat: --chat-template-kwargs is {text!r} ({error}), expected a JSON object; correct "
+            "the command"
         ) from None
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:
     try:
-        return msgspec.convert({name: options[name] for name in Sampling.__struct_fields__}, Sampling)
+        return msgspec.convert(
+            {name: options[name] for name in Sampling.__struct_fields__}, Sampling
+        )
     except msgspec.ValidationError as error:
-        # msgspec ends a message about one field with its name; a check of several fields says all of it itself.
+        # msgspec ends a message about one field with its name; a check of several fields says all
+        # of it itself.
         reason, _, name = str(error).rstrip("`").partition(" - at `$.")
         if name:
             option = f"--{name.replace('_', '-')}"
@@ -122,16 +168,26 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise InputError(f"chat: the input is not UTF-8 ({error}), expected UTF-8 text; convert it") from None
+            raise InputError(
+                f"chat: the input is not UTF-8 ({error}), expected UTF-8 text; convert it"
+            ) from None
 
 
-def _answer(loaded: LoadedModel, asked: Sequence[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> str:
+def _answer(
+    loaded: LoadedModel,
+    asked: Sequence[Message],
+    sampling: Sampling,
+    seed: int,
+    max_new_tokens: int,
+) -> str:
     """Answer of the model, written to stdout while it comes; Ctrl-C cuts it short."""
     ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
     room = loaded.model.config.max_positions - len(ids)
     if room < 1:
         limit = loaded.model.config.max_positions
-        _tell(f"the conversation has {len(ids)} tokens and the model takes {limit}: /reset forgets it")
+        _tell(
+            f"the conversation has {len(ids)} tokens and the model takes {limit}: /reset forgets it"
+        )
         return ""
     params = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
     stops = frozenset(loaded.stop_ids)
@@ -146,7 +202,9 @@ def _answer(loaded: LoadedModel, asked: Sequence[Message], sampling: Sampling, s
     tokens = takewhile(lambda token: token not in stops, (int(step) for step in steps))
     said: list[str] = []
     try:
-        for piece in pieces(tokens, lambda ids: loaded.tokenizer.decode(ids, skip_special=True), ()):
+        for piece in pieces(
+            tokens, lambda ids: loaded.tokenizer.decode(ids, skip_special=True), ()
+        ):
             said.append(piece)
             sys.stdout.write(piece)
             sys.stdout.flush()

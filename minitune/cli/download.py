@@ -14,18 +14,28 @@ from minitune.registry.hub import ADAPTER, fetch
 
 
 def download(words: Sequence[str]) -> int:
-    """Fetch what the words name, say on stdout where it lies and how to use it, and return the exit code 0; InputError else.
+    """Fetch what the words name, say on stdout where it lies and how to use it, and return the exit
+    code 0; InputError else.
 
-    On a node where many ranks run this, one fetches and the others wait for it; LOCAL_RANK 0 does the talking.
+    On a node where many ranks run this, one fetches and the others wait for it; LOCAL_RANK 0 does
+    the talking.
     """
     description = "Fetch a model folder: only the files that are needed, unfinished ones again."
     parser = OptionParser("download", description=description)
-    parser.add_argument("repo", metavar="REPO", help="OWNER/NAME on the Hub; HF_TOKEN opens gated and private ones")
+    parser.add_argument(
+        "repo", metavar="REPO", help="OWNER/NAME on the Hub; HF_TOKEN opens gated and private ones"
+    )
     parser.add_argument("--to", metavar="DIR", help="the folder; models/OWNER/NAME if absent")
-    parser.add_argument("--revision", metavar="R", default="main", help="a branch, a tag or a commit; main if absent")
+    parser.add_argument(
+        "--revision",
+        metavar="R",
+        default="main",
+        help="a branch, a tag or a commit; main if absent",
+    )
     options = parser.parse_args(words)
     folder = user_path(options.to or f"models/{options.repo}")
-    # On a node where many ranks run this, they all wait for one download, and one of them reports it.
+    # On a node where many ranks run this, they all wait for one download, and one of them reports
+    # it.
     talks = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def tell(text: str) -> None:
@@ -37,7 +47,8 @@ def download(words: Sequence[str]) -> int:
     if talks:
         key = "model.deltas" if ADAPTER in sizes else "model.path"
         sys.stdout.write(
-            f"{folder}: {options.repo} at {commit[:12]}, {len(sizes)} files, {format_bytes(sum(sizes.values()))}\n"
+            f"{folder}: {options.repo} at {commit[:12]}, {len(sizes)} files, "
+            f"{format_bytes(sum(sizes.values()))}\n"
             f"look at it: python -m minitune inspect {folder}\n"
             f"train it:   python -m minitune PROGRAM.toml {key}={folder}\n"
         )

@@ -1,4 +1,4 @@
-"""Facts of a model or adapter folder, from its JSON files and tensor headers; weights are not read."""
+"""Facts of a model or adapter folder, from its JSON files and headers; no weights are read."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,14 @@ from minitune.io.safetensors_header import INDEX, SINGLE, Entry, read_header, re
 from minitune.text.ranks import holds_ranks
 from minitune.text.vocabulary import NAMED_TOKENS
 
-ADAPTER_CONFIG, ADAPTER, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "minitune.json"
+ADAPTER_CONFIG, ADAPTER, ORIGIN = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "minitune.json",
+)
 REMEDY = "fetch the file again"
-QUANT_METADATA = re.compile(  # what quantized formats keep beside the codes of a weight: no parameters of the model
+# what quantized formats keep beside the codes of a weight: no parameters of the model
+QUANT_METADATA = re.compile(
     r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
     r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
 )
@@ -34,34 +39,48 @@ class TokenizerFiles(NamedTuple):
     def of(folder: Path) -> "TokenizerFiles":
         """Content of a folder's tokenizer files; InputError for one that can't be read."""
         model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-        config = read_json_object(folder / "special_tokens_map.json", "inspect", optional=True) | read_json_object(
-            folder / "tokenizer_config.json", "inspect", optional=True
-        )
+        config = read_json_object(
+            folder / "special_tokens_map.json", "inspect", optional=True
+        ) | read_json_object(folder / "tokenizer_config.json", "inspect", optional=True)
         decoder = config.get("added_tokens_decoder")
         declared = {}
         for i, token in (decoder if isinstance(decoder, dict) else {}).items():
             if i.isdecimal() and isinstance(token, dict):
                 declared[str(token.get("content"))] = int(i)
         marked = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
-        names = {name: str(token.get("content") if isinstance(token, dict) else token) for name, token in marked.items()}
+        names = {
+            name: str(token.get("content") if isinstance(token, dict) else token)
+            for name, token in marked.items()
+        }
         if model.is_file():
             if not holds_ranks(model):
                 size, ids, known = _sentencepiece(model)
-                return TokenizerFiles("tokenizer.model (sentencepiece)", size, {**ids, **declared}, {**known, **names})
+                return TokenizerFiles(
+                    "tokenizer.model (sentencepiece)", size, {**ids, **declared}, {**known, **names}
+                )
             if not fast.is_file():
                 with model.open("rb") as file:
-                    return TokenizerFiles("tokenizer.model (ranks, as Meta's)", sum(1 for _ in file), declared, names)
+                    return TokenizerFiles(
+                        "tokenizer.model (ranks, as Meta's)", sum(1 for _ in file), declared, names
+                    )
         if not fast.is_file():
             return TokenizerFiles("none", None, declared, names)
         spec = read_json(fast, _Fast, "inspect", REMEDY)
         added = {token.content: token.id for token in spec.added_tokens}
         size = max([len(spec.model.vocab), *(i + 1 for i in added.values())])
-        return TokenizerFiles(f"tokenizer.json ({spec.model.type or 'no type'})", size, {**declared, **added}, names)
+        return TokenizerFiles(
+            f"tokenizer.json ({spec.model.type or 'no type'})", size, {**declared, **added}, names
+        )
 
     def named(self) -> str:
         """Tokens by role, such as bos and eos, each with its id where the files say it."""
-        ids = {name: f" {self.ids[text]}" if text in self.ids else "" for name, text in self.names.items()}
-        return ", ".join(f"{name.removesuffix('_token')} {text}{ids[name]}" for name, text in self.names.items())
+        ids = {
+            name: f" {self.ids[text]}" if text in self.ids else ""
+            for name, text in self.names.items()
+        }
+        return ", ".join(
+            f"{name.removesuffix('_token')} {text}{ids[name]}" for name, text in self.names.items()
+        )
 
 
 class _FastModel(msgspec.Struct):
@@ -95,17 +114,23 @@ def _sentencepiece(path: Path) -> tuple[int, dict[str, int], dict[str, str]]:
         names = {name: model.id_to_piece(i) for name, i in roles.items() if i >= 0}
         return model.vocab_size(), {text: roles[name] for name, text in names.items()}, names
     except (RuntimeError, ValueError, IndexError) as error:
-        raise InputError(f"inspect: {path} can't be read by sentencepiece ({error}), fetch the file again") from None
+        raise InputError(
+            f"inspect: {path} can't be read by sentencepiece ({error}), fetch the file again"
+        ) from None
 
 
 def weight_names(folder: Path) -> tuple[list[str], list[str]]:
     """(names of the files that hold a folder's weights, what is wrong with them)."""
     if not (folder / INDEX).is_file():
-        faults = [] if (folder / SINGLE).is_file() else [f"{folder} holds neither {SINGLE} nor {INDEX}"]
+        faults = (
+            [] if (folder / SINGLE).is_file() else [f"{folder} holds neither {SINGLE} nor {INDEX}"]
+        )
         return [] if faults else [SINGLE], faults
     names = sorted(set(read_weight_map(folder, "inspect", REMEDY).values()))
     return [name for name in names if Path(name).name == name], [
-        f"{folder / INDEX} points to {name!r}, expected a file in its own folder" for name in names if Path(name).name != name
+        f"{folder / INDEX} points to {name!r}, expected a file in its own folder"
+        for name in names
+        if Path(name).name != name
     ]
 
 
@@ -116,7 +141,9 @@ def tensor_entries(paths: Iterable[Path]) -> tuple[dict[str, Entry], list[str]]:
         try:
             entries |= read_header(path)
         except FileNotFoundError:
-            faults.append(f"{path} does not exist, expected it: the folder needs it; download it again")
+            faults.append(
+                f"{path} does not exist, expected it: the folder needs it; download it again"
+            )
         except (OSError, ValueError) as error:
             faults.append(f"{path} is no whole safetensors file ({error}); download it again")
     return entries, faults
@@ -128,12 +155,16 @@ def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> in
         return 0
     if PACKED_WORDS.fullmatch(name) and entry.dtype == "I32":
         return entry.numel * (32 // bits_of(quantization))
-    nibbles = entry.dtype == "U8" and (name.endswith("_blocks") or quantization.get("quant_method") == "bitsandbytes")
+    nibbles = entry.dtype == "U8" and (
+        name.endswith("_blocks") or quantization.get("quant_method") == "bitsandbytes"
+    )
     return entry.numel * (2 if nibbles else 1)
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int:
-    """Bits of a quantized weight as a quantization_config says them, wherever its format has them; 4 if it does not."""
+    """Bits of a quantized weight as a quantization_config says them, wherever its format has them;
+    4 if it does not.
+    """
     groups = quantization.get("config_groups")
     candidates = [quantization.get("bits")]
     for group in groups.values() if isinstance(groups, dict) else []:

@@ -28,7 +28,8 @@ from minitune.programs.trained_state import TrainedState
 from minitune.text.folder_files import DEFAULT, TOOL_USE, template_texts, text_files
 
 CHATML = ("<|im_start|>", "<|im_end|>")
-JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")  # of all experts of a layer, one rank after the other
+# of all experts of a layer, one rank after the other
+JOINED = re.compile(r".*\.experts(\.base_layer)?\.lora_A\.weight")
 
 
 class FolderSummary(NamedTuple):
@@ -39,7 +40,8 @@ class FolderSummary(NamedTuple):
 
 
 def inspect(word: str) -> int:
-    """Print what a folder (or demo) holds, as a table, and return 0; 2 if a file is missing or damaged, told on stderr.
+    """Print what a folder (or demo) holds, as a table, and return 0; 2 if a file is missing or
+    damaged, told on stderr.
 
     InputError for what is no model and no adapter folder.
     """
@@ -78,13 +80,18 @@ def _tell(faults: Sequence[str]) -> int:
 
 
 def summarize(folder: Path) -> FolderSummary:
-    """Content of a model or adapter folder; InputError for any other folder, and for JSON that can't be read."""
+    """Content of a model or adapter folder; InputError for any other folder, and for JSON that
+    can't be read.
+    """
     if (folder / ADAPTER_CONFIG).is_file():
         rows, faults = _adapter(folder)
     elif (folder / "config.json").is_file():
         rows, faults = _model(folder)
     else:
-        raise InputError(f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model or adapter folder")
+        raise InputError(
+            f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model "
+            "or adapter folder"
+        )
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     return FolderSummary({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)
 
@@ -117,7 +124,8 @@ def training_state(state: TrainedState) -> FolderSummary:
 def _model(folder: Path) -> FolderSummary:
     config = read_json_object(folder / "config.json", "inspect", optional=True)
     inner = config.get("text_config")
-    text = {**config, **inner} if isinstance(inner, dict) else config  # of a multimodal model, what reads and writes text
+    # of a multimodal model, what reads and writes text
+    text = {**config, **inner} if isinstance(inner, dict) else config
     names, faults = weight_names(folder)
     entries, damage = tensor_entries(folder / name for name in names)
     quantization = text.get("quantization_config") or text.get("compression_config")
@@ -126,14 +134,21 @@ def _model(folder: Path) -> FolderSummary:
     head = any(name.endswith("lm_head.weight") for name in entries)
     tokens = TokenizerFiles.of(folder)
     rows = {
-        "family": ", text of ".join(str(c.get("model_type")) for c in ([inner, config] if text is not config else [config])),
+        "family": ", text of ".join(
+            str(c.get("model_type")) for c in ([inner, config] if text is not config else [config])
+        ),
         "architecture": _listed(config.get("architectures")),
-        "parameters": _count(sum(n_parameters(name, entry, quantization) for name, entry in entries.items())),
+        "parameters": _count(
+            sum(n_parameters(name, entry, quantization) for name, entry in entries.items())
+        ),
         "dtypes": _dtypes(entries),
         "shape": _shape(text),
         "context": _context(text),
-        "vocabulary": f"{_number(text.get('vocab_size'))} in the embedding, {_number(tokens.size)} in the tokenizer",
-        "tied head": f"{'yes' if (not head if tied is None else tied) else 'no'}{'' if tied is not None else ' (not said)'}",
+        "vocabulary": (
+            f"{_number(text.get('vocab_size'))} in the embedding, {_number(tokens.size)} in the "
+            "tokenizer"
+        ),
+        "tied head": _tied_head(tied, head),
         "quantized": _quantized(quantization),
         "not trained": _unmodelled(entries),
         "left out of saves": "auto_map" if config.get("auto_map") else "",
@@ -150,15 +165,25 @@ def _adapter(folder: Path) -> FolderSummary:
     entries, damage = tensor_entries([folder / ADAPTER])
     origin = read_json_object(folder / ORIGIN, "inspect", optional=True).get("base") or {}
     targets = config.get("target_modules")
-    places = [*(targets if isinstance(targets, list) else [targets]), *_sequence(config.get("target_parameters"))]
+    places = [
+        *(targets if isinstance(targets, list) else [targets]),
+        *_sequence(config.get("target_parameters")),
+    ]
     ends = Counter(str(place).removesuffix(".weight").rpartition(".")[2] for place in places)
-    ranks = Counter(e.shape[0] for name, e in entries.items() if ".lora_A" in name and e.shape and not JOINED.fullmatch(name))
+    ranks = Counter(
+        e.shape[0]
+        for name, e in entries.items()
+        if ".lora_A" in name and e.shape and not JOINED.fullmatch(name)
+    )
     joined = sum(JOINED.fullmatch(name) is not None for name in entries)
-    kinds = [word for key, word in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key)]
+    kinds = [
+        word for key, word in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key)
+    ]
     tokens = TokenizerFiles.of(folder)
     rows = {
         "adapter": " ".join(kinds) or str(config.get("peft_type")),
-        "rank": ", ".join(f"{rank} in {n} modules" for rank, n in sorted(ranks.items())) or _number(config.get("r")),
+        "rank": ", ".join(f"{rank} in {n} modules" for rank, n in sorted(ranks.items()))
+        or _number(config.get("r")),
         "joined experts": f"{joined} tensors" if joined else "",
         "alpha": f"{config.get('lora_alpha')}",
         "targets": ", ".join(f"{name} x {n}" if n > 1 else name for name, n in ends.items()),
@@ -166,12 +191,23 @@ def _adapter(folder: Path) -> FolderSummary:
         "parameters": _count(sum(entry.numel for entry in entries.values())),
         "dtypes": _dtypes(entries),
         "base": str(config.get("base_model_name_or_path")),
-        "base fingerprint": str(origin.get("fingerprint") or "") if isinstance(origin, dict) else "",
-        "base quantized": _quantized(origin.get("quantization") or {}) if isinstance(origin, dict) and origin else "",
+        "base fingerprint": str(origin.get("fingerprint") or "")
+        if isinstance(origin, dict)
+        else "",
+        "base quantized": _quantized(origin.get("quantization") or {})
+        if isinstance(origin, dict) and origin
+        else "",
         "tokenizer": tokens.kind if text_files(folder) else "",
         "template": _template(folder, tokens) if text_files(folder) else "",
     }
     return FolderSummary({name: value for name, value in rows.items() if value}, damage)
+
+
+def _tied_head(tied: Any, head: Any) -> str:
+    """Whether the head shares the embedding's weight: as config.json says, or as the weights do."""
+    if tied is None:
+        return "no (not said)" if head else "yes (not said)"
+    return "yes" if tied else "no"
 
 
 def _unmodelled(entries: Mapping[str, Entry]) -> str:
@@ -192,7 +228,11 @@ def _dtypes(entries: Mapping[str, Entry]) -> str:
     sizes: Counter[str] = Counter()
     for entry in entries.values():
         sizes[entry.dtype] += entry.end - entry.start
-    return ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in sizes.most_common()) if set(sizes) <= set(BITS) else ""
+    return (
+        ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in sizes.most_common())
+        if set(sizes) <= set(BITS)
+        else ""
+    )
 
 
 def _shape(config: Mapping[str, Any]) -> str:
@@ -207,13 +247,16 @@ def _shape(config: Mapping[str, Any]) -> str:
         ("num_local_experts", "{} experts"),
         ("num_experts_per_tok", "{} a token"),
     ]
-    return ", ".join(dict.fromkeys(word.format(config[key]) for key, word in words if config.get(key)))
+    return ", ".join(
+        dict.fromkeys(word.format(config[key]) for key, word in words if config.get(key))
+    )
 
 
 def _context(config: Mapping[str, Any]) -> str:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     rope = rope if isinstance(rope, dict) else {}
-    rope = next((value for value in rope.values() if isinstance(value, dict)), rope)  # nested by the kind of layer
+    # nested by the kind of layer
+    rope = next((value for value in rope.values() if isinstance(value, dict)), rope)
     kind = rope.get("rope_type") or rope.get("type")
     words = [f"{_number(config.get('max_position_embeddings'))} tokens"]
     if kind not in (None, "default"):
@@ -263,5 +306,12 @@ def _number(value: Any) -> str:
 
 
 def _count(n: int) -> str:
-    short = next((f" ({n / size:.2f} {unit})" for size, unit in ((10**9, "billion"), (10**6, "million")) if n >= size), "")
+    short = next(
+        (
+            f" ({n / size:.2f} {unit})"
+            for size, unit in ((10**9, "billion"), (10**6, "million"))
+            if n >= size
+        ),
+        "",
+    )
     return f"{n:,}{short}"

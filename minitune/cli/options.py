@@ -1,4 +1,6 @@
-"""Options of the verbs, whose mistakes end as an InputError, and the name that the command was typed as."""
+"""Options of the verbs, whose mistakes end as an InputError, and the name that the command was
+typed as.
+"""
 
 import argparse
 import sys
@@ -14,7 +16,9 @@ def typed_name() -> str:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Parser of what follows a verb, such as `chat FOLDER [--seed S]`; InputError in place of argparse's exit."""
+    """Parser of what follows a verb, such as `chat FOLDER [--seed S]`; InputError in place of
+    argparse's exit.
+    """
 
     def __init__(self, verb: str, *, description: str, epilog: str | None = None) -> None:
         prog = f"{typed_name()} {verb}"
@@ -24,5 +28,6 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         """Raise an InputError with argparse's message."""
         raise InputError(
-            f"{self.verb}: {message}, expected options as in `{typed_name()} {self.verb} --help`; correct the command"
+            f"{self.verb}: {message}, expected options as in `{typed_name()} {self.verb} --help`; "
+            "correct the command"
         )

@@ -1,4 +1,6 @@
-"""Plan verb: memory and floating-point operations of a program's training stages, and whether they fit."""
+"""Plan verb: memory and floating-point operations of a program's training stages, and whether they
+fit.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +25,8 @@ MIB = 2**20
 
 
 def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> int:
-    """Print what each stage of `planned` needs and whether it fits; returns the exit code. No weight is read.
+    """Print what each stage of `planned` needs and whether it fits; returns the exit code. No
+    weight is read.
 
     InputError for what is wrong with the program, and for one without such a stage.
     """
@@ -52,7 +55,9 @@ def _table(stages: Sequence[Planned]) -> Table:
     table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
     table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in stages))
-    table.add_row("TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in stages))
+    table.add_row(
+        "TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in stages)
+    )
     return table
 
 
@@ -63,7 +68,10 @@ def _tokens(one: Planned) -> int:
 def fit_lines(one: Planned) -> Iterator[str]:
     """Lines on whether a stage fits, and on what would make it fit."""
     step, there, n_bytes = one.step, _memory_bytes(one.step.device), one.n_bytes
-    needs = f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need {n_bytes / MIB:,.1f} MiB"
+    needs = (
+        f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need "
+        f"{n_bytes / MIB:,.1f} MiB"
+    )
     has = f"of the {there / MIB:,.0f} MiB of this machine's {step.device.type}"
     yield f"{needs}, {n_bytes / there:.0%} {has}: {'fits' if n_bytes <= there else 'does not fit'}"
     for change, less in _smaller(one):
@@ -74,7 +82,11 @@ def fit_lines(one: Planned) -> Iterator[str]:
             yield f"  {change}: {n_bytes / MIB:,.1f} MiB{', fits' if n_bytes <= there else ''}"
     if n_bytes > there:
         trains_whole = isinstance(one.stage, Train) and step.lora is None
-        yield "  or a smaller model, or a lora stage in place of a full one" if trains_whole else "  or a smaller model"
+        yield (
+            "  or a smaller model, or a lora stage in place of a full one"
+            if trains_whole
+            else "  or a smaller model"
+        )
 
 
 def _smaller(one: Planned) -> Iterator[tuple[str, StepSpec]]:
@@ -98,11 +110,23 @@ def _smaller_step(stage: Train, step: StepSpec) -> Iterator[tuple[str, StepSpec]
         step = step._replace(offloaded=True)
         yield f"and {stage.label}.remat={HOST} in its place", step
     if lora:
-        dense = [name for name, w in step.params.items() if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name]
-        codes = quantized_params(step.params, {name: NF4() for name in dense if step.params[name].shape[1] % 2 == 0})
-        yield "and a quantize stage with scheme nf4 before the lora stage", step._replace(params={**step.params, **codes})
+        dense = [
+            name
+            for name, w in step.params.items()
+            if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name
+        ]
+        codes = quantized_params(
+            step.params, {name: NF4() for name in dense if step.params[name].shape[1] % 2 == 0}
+        )
+        yield (
+            "and a quantize stage with scheme nf4 before the lora stage",
+            step._replace(params={**step.params, **codes}),
+        )
     else:
-        yield f"and {stage.label}.optimizer.kind=adamw8bit", step._replace(optimizer=AdamW8bit(lr=0.0))
+        yield (
+            f"and {stage.label}.optimizer.kind=adamw8bit",
+            step._replace(optimizer=AdamW8bit(lr=0.0)),
+        )
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -1,4 +1,6 @@
-"""Show-sample verb: what a program would train on, token by token, before anything is loaded or trained."""
+"""Show-sample verb: what a program would train on, token by token, before anything is loaded or
+trained.
+"""
 
 import re
 import sys
@@ -29,10 +31,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
 def show(file: Path, words: Sequence[str], console: Console | None = None) -> int:
-    """Print the first samples of a program's data: text, ids and mask, the targets marked; returns the exit code.
+    """Print the first samples of a program's data: text, ids and mask, the targets marked; returns
+    the exit code.
 
-    words: overrides of the program, --n (samples a file), --data (a [data] table, all if absent). InputError for what the
-    program, its tokenizer or its data have wrong.
+    words: overrides of the program, --n (samples a file), --data (a [data] table, all if absent).
+    InputError for what the program, its tokenizer or its data have wrong.
     """
     options = _parser().parse_intermixed_args(words)
     if not 1 <= options.n <= sys.maxsize:
@@ -41,17 +44,23 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     if options.data is not None and options.data not in asked.data:
         known = ", ".join(asked.data) or "none"
         raise InputError(
-            f"show-sample: --data {options.data}, expected a [data] table: {known}{nearest(options.data, [*asked.data])}"
+            f"show-sample: --data {options.data}, expected a [data] table: "
+            f"{known}{nearest(options.data, [*asked.data])}"
         )
     folder = asked.model.tokenizer or asked.model.path
     if folder is None:
         raise InputError(
-            f"show-sample: {file} has [model] config but no tokenizer, expected the folder that holds the tokenizer's files"
+            f"show-sample: {file} has [model] config but no tokenizer, expected the folder that "
+            "holds the tokenizer's files"
         )
     text = tokenizer.open_tokenizer(locate(folder))
-    template = with_options(open_template(locate(folder), text), asked.model.chat_template_kwargs, "[model]")
+    template = with_options(
+        open_template(locate(folder), text), asked.model.chat_template_kwargs, "[model]"
+    )
     screen = console or Console()
-    screen.print(Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True)
+    screen.print(
+        Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True
+    )
     for name, source in asked.data.items():
         if options.data in (None, name):
             here = source.with_paths(locate)
@@ -61,9 +70,18 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
 
 
 def _parser() -> OptionParser:
-    description = "Show what a program would train on: text, ids and mask of the first samples of its data."
+    description = (
+        "Show what a program would train on: text, ids and mask of the first samples of its data."
+    )
     parser = OptionParser("show-sample PROGRAM", description=description)
-    parser.add_argument("-n", "--n", type=int, default=3, metavar="N", help="samples of each file (default %(default)s)")
+    parser.add_argument(
+        "-n",
+        "--n",
+        type=int,
+        default=3,
+        metavar="N",
+        help="samples of each file (default %(default)s)",
+    )
     parser.add_argument("--data", metavar="NAME", help="a [data] table; all of them if absent")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
     return parser
@@ -90,7 +108,9 @@ def _show_file(
                 screen.print(line, soft_wrap=True)
     for one in refused:
         kind = "malformed" if one.is_malformed else "refused"
-        screen.print(_visible(f"\n{name} {one.where} is left out ({kind}): {one.reason}"), soft_wrap=True)
+        screen.print(
+            _visible(f"\n{name} {one.where} is left out ({kind}): {one.reason}"), soft_wrap=True
+        )
 
 
 def _samples(
@@ -121,7 +141,10 @@ def _unwritten(tokens: Tokens) -> list[Text]:
 def _fate(tokens: Tokens, source: Source) -> str:
     """Words on a sample that is not trained on as it is, or nothing."""
     if len(tokens.ids) > source.seq_len:
-        return f" (longer than seq_len = {source.seq_len}: {'dropped' if source.overlong == 'drop' else 'cut there'})"
+        return (
+            f" (longer than seq_len = {source.seq_len}: "
+            f"{'dropped' if source.overlong == 'drop' else 'cut there'})"
+        )
     return "" if any(tokens.mask) else " (left out: nothing in it is trained)"
 
 
@@ -137,7 +160,8 @@ def _runs(tokens: Tokens) -> Iterator[tuple[bool, int, int]]:
 def _text(tokens: Tokens, text: Tokenizer) -> Text:
     shown, before = Text(), ""
     for trained, _, end in _runs(tokens):
-        whole = text.decode(tokens.ids[:end], skip_special=False)  # from the start on: what a token adds depends on those before
+        # from the start on: what a token adds depends on those before
+        whole = text.decode(tokens.ids[:end], skip_special=False)
         _mark(shown, whole[len(before) :], trained)
         before = whole
     return shown

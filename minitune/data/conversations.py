@@ -63,7 +63,8 @@ def opening(
     first = list(turns[:1]) if turns and turns[0]["role"] in SYSTEM_ROLES else []
     if system and first and first[0].get("content") != system:
         raise InputError(
-            f"data: {where} has a system prompt in a column of its own and another in its messages, "
+            f"data: {where} has a system prompt in a column of its own and another in its "
+            "messages, "
             "expected one; correct the line"
         )
     rest = turns[len(first) :]
@@ -145,7 +146,9 @@ def _optional(row: Mapping[str, Any], name: str, kind: type, source: Source, whe
 
 
 def tools(row: Mapping[str, Any], source: Source, where: str) -> list[Tool]:
-    """Functions that the assistant may call in a row, as JSON schemas; the column is a list of objects or its JSON text."""
+    """Functions that the assistant may call in a row, as JSON schemas; the column is a list of
+    objects or its JSON text.
+    """
     name = source.columns.get("tools", "tools")
     value = row.get(name)
     if isinstance(value, str):
@@ -153,10 +156,16 @@ def tools(row: Mapping[str, Any], source: Source, where: str) -> list[Tool]:
             value = msgspec.json.decode(value) if value.strip() else None
         except (msgspec.DecodeError, RecursionError) as error:
             raise InputError(
-                f'data: {where} "{name}" is no JSON ({error}), expected a list of objects; correct the line'
+                f'data: {where} "{name}" is no JSON ({error}), expected a list of objects; '
+                "correct the line"
             ) from None
-    if not isinstance(value, list | None) or not all(isinstance(tool, dict) for tool in value or []):
-        raise InputError(f'data: {where} "{name}" is a {type(value).__name__}, expected a list of objects; correct the line')
+    if not isinstance(value, list | None) or not all(
+        isinstance(tool, dict) for tool in value or []
+    ):
+        raise InputError(
+            f'data: {where} "{name}" is a {type(value).__name__}, expected a list of objects; '
+            "correct the line"
+        )
     return value or []
 
 
@@ -170,18 +179,26 @@ def conversation(turns: Any, where: str) -> list[Message]:
         turns = [turns]
     if not isinstance(turns, list):
         kind = type(turns).__name__
-        raise InputError(f"data: {where} holds a {kind}, expected a list of messages; correct the line")
+        raise InputError(
+            f"data: {where} holds a {kind}, expected a list of messages; correct the line"
+        )
     if not turns:
-        raise InputError(f"data: {where} holds a conversation of no messages, expected at least one; remove the line")
+        raise InputError(
+            f"data: {where} holds a conversation of no messages, expected at least one; remove "
+            "the line"
+        )
     return [_turn(turn, f"{where} message {n}") for n, turn in enumerate(turns, 1)]
 
 
 def split_answer(turns: Sequence[Message], where: str) -> tuple[list[Message], Message]:
-    """Split a conversation into (prompt, answer); InputError if the last message is not the assistant's."""
+    """Split a conversation into (prompt, answer); InputError if the last message is not the
+    assistant's.
+    """
     *asked, answer = turns
     if answer["role"] != "assistant":
         raise InputError(
-            f"data: {where} ends with a message of {answer['role']!r}, expected an answer of 'assistant'; correct it"
+            f"data: {where} ends with a message of {answer['role']!r}, expected an answer of "
+            "'assistant'; correct it"
         )
     return asked, answer
 
@@ -191,13 +208,18 @@ def _turn(turn: Any, where: str) -> Message:
     if isinstance(turn, dict) and "from" in turn:
         turn = _from_sharegpt(turn, where)
     if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)):
-        raise InputError(f'data: {where} has no "role", expected an object with "role" and "content"; correct it')
+        raise InputError(
+            f'data: {where} has no "role", expected an object with "role" and "content"; correct it'
+        )
     role = ROLES.get(turn["role"].lower())
     if role not in (None, turn["role"]):
         turn = {**turn, "role": role}
     content = turn.get("content")
     if not isinstance(content, (str, list, type(None))):
-        raise InputError(f'data: {where} has a "content" of type {type(content).__name__}, expected a string; correct it')
+        raise InputError(
+            f'data: {where} has a "content" of type {type(content).__name__}, expected a string; '
+            "correct it"
+        )
     call = turn.get("function_call")
     if isinstance(call, dict) and "tool_calls" not in turn:  # OpenAI's first name for one call
         turn = {key: value for key, value in turn.items() if key != "function_call"}
@@ -206,7 +228,7 @@ def _turn(turn: Any, where: str) -> Message:
 
 
 def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Message in OpenAI's form of one in ShareGPT's, whose from and value become role and content."""
+    """Message in OpenAI's form of one in ShareGPT's, whose "from" is the role."""
     names = {"from": "role", "value": "content"}
     turn = {names.get(key, key): value for key, value in turn.items()}
     if turn["role"] != "function_call":
@@ -216,7 +238,10 @@ def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     calls = _decoded(written)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) for call in calls):
-        raise InputError(f'data: {where} has a function_call that is no JSON object, expected "name" and "arguments"')
+        raise InputError(
+            f'data: {where} has a function_call that is no JSON object, expected "name" and '
+            '"arguments"'
+        )
     made = [{"type": "function", "function": call} for call in calls]
     return {**turn, "role": "assistant", "content": thought + end, "tool_calls": made}
 

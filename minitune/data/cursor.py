@@ -13,8 +13,11 @@ class Cursor(NamedTuple):
     row: int
 
 
-def next_rows(order: Callable[[int, int], list[Row]], cursor: Cursor, n_rows: int, seed: int) -> tuple[list[Row], Cursor]:
-    """Take the next n_rows, through as many epochs as that needs; returns them and the cursor after them.
+def next_rows(
+    order: Callable[[int, int], list[Row]], cursor: Cursor, n_rows: int, seed: int
+) -> tuple[list[Row], Cursor]:
+    """Take the next n_rows, through as many epochs as that needs; returns them and the cursor after
+    them.
 
     order(seed, epoch): the rows of an epoch.
     """

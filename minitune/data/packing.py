@@ -1,4 +1,6 @@
-"""Packing: which documents an epoch holds, and how rows are filled with them; functions of (seed, epoch)."""
+"""Packing: which documents an epoch holds, and how rows are filled with them; functions of (seed,
+epoch).
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -22,9 +24,10 @@ def epoch_rows(
 ) -> list[list[int]]:
     """Rows of one epoch as numbers of documents, in an order that (seed, epoch) determines.
 
-    lengths: tokens a document. sizes and shares: those of `epoch_documents` for a mixture; without them the epoch
-    holds every document once. Unpacked rows hold one document each. Packed ones are filled by `filled_rows` from
-    WINDOW shuffled documents at a time, and then shuffled. No document is cut.
+    lengths: tokens a document. sizes and shares: those of `epoch_documents` for a mixture; without
+    them the epoch holds every document once. Unpacked rows hold one document each. Packed ones are
+    filled by `filled_rows` from WINDOW shuffled documents at a time, and then shuffled. No document
+    is cut.
     """
     documents = epoch_documents(sizes or [len(lengths)], shares, seed, epoch)
     shuffled = [documents[i] for i in permutation(len(documents), seed, "documents", epoch)]
@@ -39,13 +42,15 @@ def epoch_rows(
 def filled_rows(documents: Sequence[int], lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Rows of at most seq_len tokens that hold every document once.
 
-    A row begins with the longest document that is left and goes on with the longest that fits. Where the row's room
-    is at most twice that one's length, it takes the one or two documents that fill the room best.
+    A row begins with the longest document that is left and goes on with the longest that fits.
+    Where the row's room is at most twice that one's length, it takes the one or two documents that
+    fill the room best.
 
-    Which lengths are left is kept as the bits of one integer: bit n is set while a document of n tokens is left. So
-    the lengths that fit into a room are its lowest room + 1 bits, and the longest of them is the highest bit set
-    there: a few operations on machine words in place of a search through a list. O(n seq_len) for n documents at
-    worst, and near O(n) as long as many lengths are left to choose from.
+    Which lengths are left is kept as the bits of one integer: bit n is set while a document of n
+    tokens is left. So the lengths that fit into a room are its lowest room + 1 bits, and the
+    longest of them is the highest bit set there: a few operations on machine words in place of a
+    search through a list. O(n seq_len) for n documents at worst, and near O(n) as long as many
+    lengths are left to choose from.
     """
     by_length: list[list[int]] = [[] for _ in range(seq_len + 1)]
     lengths_left = 0
@@ -72,10 +77,13 @@ def filled_rows(documents: Sequence[int], lengths: Sequence[int], seq_len: int) 
 
 
 def _best_pair(fitting: int, room: int, by_length: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Lengths of the one or two documents that fill a room best; fitting: the lengths that fit into it, as bits."""
+    """Lengths of the one or two documents that fill a room best; fitting: the lengths that fit into
+    it, as bits.
+    """
     best: tuple[int, ...] = (_highest_bit(fitting),)
     untried: int = fitting
-    # Longer ones first. Two documents of at most the longest untried length can't fill more than twice that.
+    # Longer ones first. Two documents of at most the longest untried length can't fill more than
+    # twice that.
     while untried and sum(best) < min(room, 2 * _highest_bit(untried)):
         longer = _highest_bit(untried)
         untried ^= 1 << longer
@@ -99,17 +107,22 @@ def _highest_bit(bits: int) -> int:
     return bits.bit_length() - 1
 
 
-def epoch_documents(sizes: Sequence[int], shares: Sequence[float], seed: int, epoch: int) -> Sequence[int]:
+def epoch_documents(
+    sizes: Sequence[int], shares: Sequence[float], seed: int, epoch: int
+) -> Sequence[int]:
     """Numbers of an epoch's documents: all of the first file's, and a share of each other file's.
 
-    sizes: documents a file; documents are numbered through all files. shares: the part of the epoch's documents that
-    each file but the first gives. So file k gives sizes[0] * shares[k] / (1 - sum(shares)) documents an epoch, and at
-    least one. They are the next ones of an endless order, one shuffle of the file after the other, so that over the
-    epochs all its documents come equally often.
+    sizes: documents a file; documents are numbered through all files. shares: the part of the
+    epoch's documents that each file but the first gives. So file k gives sizes[0] * shares[k] / (1
+    - sum(shares)) documents an epoch, and at least one. They are the next ones of an endless order,
+    one shuffle of the file after the other, so that over the epochs all its documents come equally
+    often.
     """
     chosen = list(range(sizes[0]))
     first_numbers = list(accumulate(sizes))[:-1]
-    for file, (size, first, share) in enumerate(zip(sizes[1:], first_numbers, shares, strict=True), 1):
+    for file, (size, first, share) in enumerate(
+        zip(sizes[1:], first_numbers, shares, strict=True), 1
+    ):
         n = max(1, round(sizes[0] * share / (1 - sum(shares))))
         start = epoch * n
         stop = start + n

@@ -1,7 +1,8 @@
-"""Preference data: rows to Pairs (two answers to a prompt) or UnpairedBatch (single answers, desirable or not).
+"""Preference data: rows to Pairs (two answers to a prompt) or UnpairedBatch (single answers,
+desirable or not).
 
-The formats of rows are those that TRL documents. Only the answer is trained: the last message, with its end-of-turn
-token.
+The formats of rows are those that TRL documents. Only the answer is trained: the last message, with
+its end-of-turn token.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,15 @@ from minitune.data.readers import error_location
 from minitune.data.row_weights import refuse_weight
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
 from minitune.data.supervised import cache_key
-from minitune.data.token_store import Document, Documents, Report, filter_documents, load, padded, save
+from minitune.data.token_store import (
+    Document,
+    Documents,
+    Report,
+    filter_documents,
+    load,
+    padded,
+    save,
+)
 from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
@@ -33,11 +42,12 @@ from minitune.types import Pairs, UnpairedBatch
 class PairSet(NamedTuple):
     """Tokenized answers and the order in which epochs take them.
 
-    Pair i is answers 2 i (chosen) and 2 i + 1 (rejected). With `desirable`, answers are unpaired: answer i stands
-    alone, labelled desirable or not.
-    mismatched[i]: the number of an answer to another prompt than answer i's. It is fixed, so that the log-probs that
-    a frozen model gives it can be kept.
-    order(seed, epoch): all pairs (or answers) in the order of an epoch. key: a hash of all that the tokens depend on.
+    Pair i is answers 2 i (chosen) and 2 i + 1 (rejected). With `desirable`, answers are unpaired:
+    answer i stands alone, labelled desirable or not.
+    mismatched[i]: the number of an answer to another prompt than answer i's. It is fixed, so that
+    the log-probs that a frozen model gives it can be kept.
+    order(seed, epoch): all pairs (or answers) in the order of an epoch. key: a hash of all that the
+    tokens depend on.
     """
 
     answers: Documents
@@ -49,10 +59,12 @@ class PairSet(NamedTuple):
 
 
 def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> PairSet:
-    """Tokenize the source's answers once, into a folder of `cache` whose name is a hash of all that they depend on.
+    """Tokenize the source's answers once, into a folder of `cache` whose name is a hash of all that
+    they depend on.
 
-    Overlong pairs are dropped or cut as a whole; pairs whose answers are equal are left out and counted. InputError
-    for a malformed line, for data that leaves nothing, and for unpaired answers to a single prompt.
+    Overlong pairs are dropped or cut as a whole; pairs whose answers are equal are left out and
+    counted. InputError for a malformed line, for data that leaves nothing, and for unpaired answers
+    to a single prompt.
     """
     if source.format not in PREFERENCE_FORMATS:
         found = f"data: {source.path_names} has format {source.format!r}"
@@ -67,15 +79,24 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
         if not array_cache.is_whole(cache / key):
             _write_unpaired(cache / key, source, tokenizer, template)
         answers, (desirable, mismatched), report = load(cache / key, 1, "desirable", "mismatched")
-    # A cache of this PairSet's own: the order is a pure function, but a step can't afford to compute it.
-    order = lru_cache(maxsize=2)(lambda seed, epoch: permutation(report.n_samples, seed, "pairs", epoch))
+    # A cache of this PairSet's own: the order is a pure function, but a step can't afford to
+    # compute it.
+    order = lru_cache(maxsize=2)(
+        lambda seed, epoch: permutation(report.n_samples, seed, "pairs", epoch)
+    )
     return PairSet(answers, desirable, mismatched, report, order, key)
 
 
 def take(
-    pairset: PairSet, cursor: Cursor, n_rows: int, source: Source, seed: int, reference: np.ndarray | None = None
+    pairset: PairSet,
+    cursor: Cursor,
+    n_rows: int,
+    source: Source,
+    seed: int,
+    reference: np.ndarray | None = None,
 ) -> tuple[Pairs | UnpairedBatch, Cursor]:
-    """Take the next n_rows pairs (or unpaired answers), and the cursor after them; the next epoch completes a batch.
+    """Take the next n_rows pairs (or unpaired answers), and the cursor after them; the next epoch
+    completes a batch.
 
     reference: a frozen model's log-probs [n, 2] of the whole set, of which the batch gets its rows.
     """
@@ -92,8 +113,12 @@ def batches(
         yield select(pairset, range(start, min(start + n_rows, n)), source, reference)
 
 
-def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.ndarray | None = None) -> Pairs | UnpairedBatch:
-    """Batch of these pairs (or unpaired answers), all padded to the longest, so that both halves go through one forward."""
+def select(
+    pairset: PairSet, rows: Sequence[int], source: Source, reference: np.ndarray | None = None
+) -> Pairs | UnpairedBatch:
+    """Batch of these pairs (or unpaired answers), all padded to the longest, so that both halves go
+    through one forward.
+    """
     answers = pairset.answers
     mismatched = pairset.mismatched
     if mismatched is None:
@@ -101,25 +126,38 @@ def select(pairset: PairSet, rows: Sequence[int], source: Source, reference: np.
         seconds = [answers.at(2 * i + 1) for i in rows]
     else:
         firsts = [answers.at(i) for i in rows]
-        seconds = [_swap_answer(answers.at(i), answers.at(int(mismatched[i])), source.seq_len) for i in rows]
+        seconds = [
+            _swap_answer(answers.at(i), answers.at(int(mismatched[i])), source.seq_len)
+            for i in rows
+        ]
     batch = padded([[document] for document in [*firsts, *seconds]])
     first, second = (tree.map(lambda x, half=half: x.chunk(2)[half], batch) for half in (0, 1))
-    logps = () if reference is None else torch.from_numpy(np.array(reference[list(rows)], dtype=np.float32))
+    logps = (
+        ()
+        if reference is None
+        else torch.from_numpy(np.array(reference[list(rows)], dtype=np.float32))
+    )
     if pairset.desirable is None:
         return Pairs(first, second, logps)
     desirable = torch.from_numpy(np.array(pairset.desirable[list(rows)], dtype=np.bool_))
     return UnpairedBatch(first, second, desirable, logps)
 
 
-def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tuple[list[Message], bool]]:
-    """Conversations of a row, each ending with an answer, and whether that is the chosen (or a desirable) one.
+def conversations(
+    row: Mapping[str, Any], source: Source, where: str
+) -> list[tuple[list[Message], bool]]:
+    """Conversations of a row, each ending with an answer, and whether that is the chosen (or a
+    desirable) one.
 
-    prompt is a string (a user's message) or messages. An answer is a string, messages, or a whole conversation that
-    begins with the prompt; chosen_conversations and rejected_conversations are answers too. A row of format unpaired
-    may be a pair: it gives a desirable answer and one that is not. InputError for anything else; where = "file:line".
+    prompt is a string (a user's message) or messages. An answer is a string, messages, or a whole
+    conversation that begins with the prompt; chosen_conversations and rejected_conversations are
+    answers too. A row of format unpaired may be a pair: it gives a desirable answer and one that is
+    not. InputError for anything else; where = "file:line".
     """
     row = _plain_names(row, source)
-    has = {name: source.columns.get(name, name) in row for name in ("prompt", "chosen", "completion")}
+    has = {
+        name: source.columns.get(name, name) in row for name in ("prompt", "chosen", "completion")
+    }
     is_single = source.format == "unpaired" and (has["completion"] or not has["chosen"])
     if is_single:
         names = ["completion"]
@@ -133,12 +171,18 @@ def conversations(row: Mapping[str, Any], source: Source, where: str) -> list[tu
     prompt = column(row, "prompt", (str, list), source, where) if needs_prompt else []
     whole = [_with_prompt(prompt, answer, where) for answer in answers]
     if whole[0][0] != whole[-1][0]:
-        raise InputError(f"data: {where} has answers to different prompts, expected one at the start of both; correct the line")
+        raise InputError(
+            f"data: {where} has answers to different prompts, expected one at the start of both; "
+            "correct the line"
+        )
     whole = [opening(row, source, where, turns) for turns in whole]
     for turns in whole:
         asked, _ = split_answer(turns, where)
         if not asked:
-            raise InputError(f"data: {where} has an answer to nothing, expected a prompt before it; correct the line")
+            raise InputError(
+                f"data: {where} has an answer to nothing, expected a prompt before it; correct "
+                "the line"
+            )
     return list(zip(whole, desirable, strict=True))
 
 
@@ -147,7 +191,9 @@ def _label(row: Mapping[str, Any], source: Source, where: str) -> bool:
     label = column(row, "label", (bool, int), source, where)
     if label not in (0, 1):
         key = source.columns.get("label", "label")
-        raise InputError(f'data: {where} "{key}" is {label}, expected true or false, or 1 or 0; correct the line')
+        raise InputError(
+            f'data: {where} "{key}" is {label}, expected true or false, or 1 or 0; correct the line'
+        )
     return bool(label)
 
 
@@ -163,7 +209,8 @@ def tokenized(
     template: Template,
     refused: list[Refused] | None = None,
 ) -> Iterator[tuple[str, list[tuple[Tokens, bool]]]]:
-    """Yield ("file:line", answers) of every row; answers: (tokens, whether it is the chosen or a desirable one).
+    """Yield ("file:line", answers) of every row; answers: (tokens, whether it is the chosen or a
+    desirable one).
 
     Of the tokens only the last message is trained. refused gets the rows that
     invalid = "skip" leaves out.
@@ -179,7 +226,8 @@ def tokenized(
                 tokens = encode_chat(tokenizer, template, turns, tools=functions, train_on="last")
             if any(weight not in (0, 1) for weight in tokens.mask):
                 raise InputError(
-                    f"data: {where} weighs an answer by a fraction, expected 0 or 1 where answers are compared; correct it"
+                    f"data: {where} weighs an answer by a fraction, expected 0 or 1 where answers "
+                    "are compared; correct it"
                 )
             answers.append((tokens, is_desirable))
         return answers
@@ -188,7 +236,9 @@ def tokenized(
 
 
 def _plain_names(row: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
-    """Row with chosen_conversations and rejected_conversations called chosen and rejected, if these names are free."""
+    """Row with chosen_conversations and rejected_conversations called chosen and rejected, if these
+    names are free.
+    """
     aliases = {f"{name}_conversations": name for name in ("chosen", "rejected")}
     if any(name in row or name in source.columns for name in aliases.values()):
         return row
@@ -196,7 +246,9 @@ def _plain_names(row: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
 
 
 def _with_prompt(prompt: str | list[Any], answer: str | list[Any], where: str) -> list[Message]:
-    """Prompt and answer as one conversation; an answer that holds the prompt already, as in some data sets, keeps it once."""
+    """Prompt and answer as one conversation; an answer that holds the prompt already, as in some
+    data sets, keeps it once.
+    """
     asked: list[Message] = []
     if isinstance(prompt, str):
         asked = [{"role": "user", "content": prompt}]
@@ -217,12 +269,16 @@ def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: T
     refused: list[Refused] = []
     rows = tokenized(source, tokenizer, template, refused)
     samples = ([tokens for tokens, _ in answers] for _, answers in rows)
-    answers, _, report = filter_documents(samples, source.path_names, source.seq_len, source.overlong)
+    answers, _, report = filter_documents(
+        samples, source.path_names, source.seq_len, source.overlong
+    )
     save(folder, answers, with_refused(report, refused))
 
 
 def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
-    """Tokenize a file of unpaired answers into a token cache, with their labels and their mismatched answers."""
+    """Tokenize a file of unpaired answers into a token cache, with their labels and their
+    mismatched answers.
+    """
     labels: list[bool] = []  # of each answer that is read
     refused: list[Refused] = []
 
@@ -232,7 +288,9 @@ def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template
                 labels.append(desirable)
                 yield [tokens]
 
-    answers, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
+    answers, kept, report = filter_documents(
+        samples(), source.path_names, source.seq_len, source.overlong
+    )
     mismatched = _mismatched(answers, source.path_names)
     report = with_refused(report, refused)
     save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
@@ -241,8 +299,8 @@ def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template
 def _mismatched(answers: Documents, path: str) -> np.ndarray:
     """For each answer, the number of one to another prompt.
 
-    That is the answer half the data away or, if that has the same prompt, the next one after it that has not.
-    InputError if all answers are to one prompt.
+    That is the answer half the data away or, if that has the same prompt, the next one after it
+    that has not. InputError if all answers are to one prompt.
     """
     numbers: dict[bytes, int] = {}  # of the prompts
     prompts = []  # the number of each answer's prompt
@@ -252,11 +310,12 @@ def _mismatched(answers: Documents, path: str) -> np.ndarray:
         prompts.append(numbers.setdefault(prompt, len(numbers)))
     if len(numbers) < 2:
         raise InputError(
-            f"data: {path} has answers to one prompt only, expected two or more: each is compared with an answer to another one"
+            f"data: {path} has answers to one prompt only, expected two or more: each is compared "
+            "with an answer to another one"
         )
     n = len(prompts)
-    # next_other[i]: the next answer after i, in a circle, to another prompt. Built from the last answer to the first,
-    # and twice round, because a run of answers to one prompt may span the end.
+    # next_other[i]: the next answer after i, in a circle, to another prompt. Built from the last
+    # answer to the first, and twice round, because a run of answers to one prompt may span the end.
     next_other = [0] * n
     for i in [*range(n - 1, -1, -1)] * 2:
         after = (i + 1) % n

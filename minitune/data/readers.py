@@ -90,14 +90,17 @@ def rows_with_location(source: Source) -> Iterator[tuple[str, RowOrError]]:
                 yield f"{path}:{number}", row
     if n_taken == 0 and source.split is not None:
         raise InputError(
-            f"data: {source.path_names} has no row of {n_read} in the part {source.split.part!r} of split, "
+            f"data: {source.path_names} has no row of {n_read} in the part {source.split.part!r} "
+            "of split, "
             "expected one; change its fraction"
         )
 
 
 @contextmanager
 def error_location(where: str) -> Iterator[None]:
-    """Add the location of a row to errors that are raised inside the block, such as a chat template's."""
+    """Add the location of a row to errors that are raised inside the block, such as a chat
+    template's.
+    """
     try:
         yield
     except InputError as error:
@@ -114,7 +117,9 @@ def _line_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
                 is_empty = False
                 yield number, _object(line, path, number, "one JSON object a line")
     if is_empty:
-        raise InputError(f"data: {path} holds no line, expected one JSON object a line; correct the path")
+        raise InputError(
+            f"data: {path} holds no line, expected one JSON object a line; correct the path"
+        )
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
@@ -126,11 +131,14 @@ def _list_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         stop = re.search(r"\(byte (\d+)\)", str(error))
         number = 1 + content.count(b"\n", 0, int(stop[1]) if stop else len(content))
-        raise InputError(f"data: {path}:{number} {error}, expected {expected}; correct the line") from None
+        raise InputError(
+            f"data: {path}:{number} {error}, expected {expected}; correct the line"
+        ) from None
     if not rows:
         raise InputError(f"data: {path} holds an empty list, expected {expected}; correct the path")
-    # The line of a row is found by counting line ends up to it. Only a comma and blanks lie between two rows, so
-    # searching for a row from the end of the one before finds the place where it stands.
+    # The line of a row is found by counting line ends up to it. Only a comma and blanks lie between
+    # two rows, so searching for a row from the end of the one before finds the place where it
+    # stands.
     number = 1
     end = 0
     for row in map(bytes, rows):

@@ -41,7 +41,8 @@ Single = Literal["instruct", "chat", "text"]  # the formats whose rows are one d
 
 
 class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the two parts of a file: a row is held out if a hash of its content falls below the fraction.
+    """One of the two parts of a file: a row is held out if a hash of its content falls below the
+    fraction.
 
     So no row changes sides when others come or go, and equal rows are on the same side.
     """
@@ -71,8 +72,9 @@ class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Data file and how to read it.
 
-    An epoch goes once through the file. With `mix` it also takes as many documents of each other file as that file's
-    share says: the next ones of an endless shuffled order, so that over the epochs all of them come equally often.
+    An epoch goes once through the file. With `mix` it also takes as many documents of each other
+    file as that file's share says: the next ones of an endless shuffled order, so that over the
+    epochs all of them come equally often.
     """
 
     path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
@@ -85,7 +87,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlong: Literal["truncate", "drop", "split"] = "drop"
     # name of a column in the format -> its name in the file: { output = "answer" }
     columns: dict[str, str] = {}
-    train_on: TrainOn = "assistant"  # of a conversation: every turn of the assistant, its last one, or every token
+    # of a conversation: every turn of the assistant, its last one, or every token
+    train_on: TrainOn = "assistant"
     split: Split | None = None  # the part of the file that is read; all of it if absent
     mix: tuple[MixtureComponent, ...] = ()  # other files, whose documents are mixed in
     chat_template_kwargs: dict[str, Any] = {}  # options of the chat template, over those of [model]
@@ -100,7 +103,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.format == "auto" or self.holdout is not None:
             raise InputError(
-                "data: format = 'auto' and holdout are keys of a program, which are decided when it "
+                "data: format = 'auto' and holdout are keys of a program, which are decided when "
+                "it "
                 "is loaded, expected a format and a split; write them"
             )
         _check_columns(self.format, self.columns)
@@ -113,7 +117,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.format not in ("instruct", "chat") and self.train_on != "assistant":
             trained = "every token" if self.format == "text" else "the answer"
             raise InputError(
-                f"data: train_on = {self.train_on!r} with format = {self.format!r}, expected it with instruct or chat only; "
+                f"data: train_on = {self.train_on!r} with format = {self.format!r}, expected it "
+                "with instruct or chat only; "
                 f"remove it: {trained} is trained"
             )
         if self.format not in ("instruct", "chat") and self.turns != "whole":
@@ -129,13 +134,20 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found = f'data: turns = "each" with train_on = {self.train_on!r}'
             raise InputError(f'{found}, expected train_on = "assistant"; remove one of them')
         if self.format == "text" and self.chat_template_kwargs:
-            raise InputError("data: chat_template_kwargs with format = 'text', expected it with conversations only; remove it")
+            raise InputError(
+                "data: chat_template_kwargs with format = 'text', expected it with conversations "
+                "only; remove it"
+            )
         if self.mix and self.format in PREFERENCE_FORMATS:
-            raise InputError(f"data: mix with format = {self.format!r}, expected instruct, chat or text; remove it")
+            raise InputError(
+                f"data: mix with format = {self.format!r}, expected instruct, chat or text; "
+                "remove it"
+            )
         total = sum(other.share for other in self.mix)
         if total >= 1:
             raise InputError(
-                f"data: mix has shares of {total:g} together, expected less than 1; the table's own file has the rest"
+                f"data: mix has shares of {total:g} together, expected less than 1; the table's "
+                "own file has the rest"
             )
 
     def with_paths(self, resolve: Callable[[str], Path]) -> "Source":
@@ -202,7 +214,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: Source, where: str) -> Any:
+def column(
+    row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: Source, where: str
+) -> Any:
     """Value of a row's column, under the name that the source gives it.
 
     InputError if it is missing or of none of the kinds; where = "file:line".
@@ -211,11 +225,15 @@ def column(row: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: S
     expected = " or ".join(EXPECTED[kind] for kind in kinds)
     if key not in row:
         raise InputError(
-            f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected {expected}; '
+            f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected '
+            f"{expected}; "
             f'name the column with columns = {{ {name} = "..." }}'
         )
     if not isinstance(row[key], kinds):
-        raise InputError(f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct the line')
+        raise InputError(
+            f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct '
+            "the line"
+        )
     return row[key]
 
 
@@ -229,6 +247,7 @@ def _check_columns(format: str, columns: Mapping[str, str]) -> None:
     for name in columns:
         if name not in COLUMNS[format]:
             raise InputError(
-                f"data: columns names {name!r}, expected {' or '.join(COLUMNS[format])} with format = "
+                f"data: columns names {name!r}, expected {' or '.join(COLUMNS[format])} with "
+                "format = "
                 f"{format!r}{nearest(name, COLUMNS[format])} (the name here = the name in the file)"
             )

@@ -35,7 +35,8 @@ class Dataset(NamedTuple):
     """Tokenized documents and the order in which epochs take them.
 
     Document i is tokens[offsets[i] : offsets[i + 1]]; mask: True for the tokens that are trained.
-    order(seed, epoch): the epoch's rows, each a list of documents. key: a hash of all that the tokens depend on.
+    order(seed, epoch): the epoch's rows, each a list of documents. key: a hash of all that the
+    tokens depend on.
     """
 
     tokens: np.ndarray
@@ -51,7 +52,8 @@ class Dataset(NamedTuple):
 
 
 def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> Dataset:
-    """Tokenize the source's documents once, into a folder of `cache` whose name is a hash of all that they depend on.
+    """Tokenize the source's documents once, into a folder of `cache` whose name is a hash of all
+    that they depend on.
 
     InputError for a malformed line, and for data without a single trained token.
     """
@@ -67,13 +69,17 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     for size, part in zip(sizes, source.parts(), strict=True):
         if size == 0:
             raise InputError(
-                f"data: {part.path_names} leaves nothing to train on, expected an assistant's turn that fits; raise seq_len"
+                f"data: {part.path_names} leaves nothing to train on, expected an assistant's "
+                "turn that fits; raise seq_len"
             )
     lengths = np.diff(documents.offsets).tolist()
     shares = [component.share for component in source.mix]
-    # A cache of this Dataset's own: the order is a pure function, but a step can't afford to compute it.
+    # A cache of this Dataset's own: the order is a pure function, but a step can't afford to
+    # compute it.
     order = lru_cache(maxsize=2)(
-        lambda seed, epoch: epoch_rows(lengths, source.seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares)
+        lambda seed, epoch: epoch_rows(
+            lengths, source.seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares
+        )
     )
     return Dataset(*documents, report, order, key)
 
@@ -99,8 +105,12 @@ def tokenized(
             yield where, tokens
 
 
-def take(dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int) -> tuple[Batch, Cursor]:
-    """Take the next n_rows rows, and the cursor after them; where an epoch ends, the next one completes the batch."""
+def take(
+    dataset: Dataset, cursor: Cursor, n_rows: int, source: Source, seed: int
+) -> tuple[Batch, Cursor]:
+    """Take the next n_rows rows, and the cursor after them; where an epoch ends, the next one
+    completes the batch.
+    """
     rows, cursor = next_rows(dataset.order, cursor, n_rows, seed)
     return _batch(dataset, rows, source), cursor
 
@@ -127,7 +137,8 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     """Hash of everything that a source's tokens depend on."""
     files = []
     for part in source.parts():
-        # Tokens depend neither on where files lie nor on how rows are packed; the suffix says how one is read.
+        # Tokens depend neither on where files lie nor on how rows are packed; the suffix says how
+        # one is read.
         rules = msgspec.structs.replace(part, path="any", packed=True)
         written = msgspec.json.encode(rules, order="deterministic").decode()
         for path in part.files():
@@ -141,7 +152,9 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
 
 
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
-    """Tokenize all files of a source into a token cache, with the number of the file of each document."""
+    """Tokenize all files of a source into a token cache, with the number of the file of each
+    document.
+    """
     file_numbers: list[int] = []  # of each sample that is read
     refused: list[Refused] = []
     rows: Counter[str] = Counter()  # samples of each row
@@ -153,7 +166,9 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Templat
                 rows[where] += source.overlong == "split"
                 yield [tokens]
 
-    documents, kept, report = filter_documents(samples(), source.path_names, source.seq_len, source.overlong)
+    documents, kept, report = filter_documents(
+        samples(), source.path_names, source.seq_len, source.overlong
+    )
     n_split = sum(n > 1 for n in rows.values())
     report = with_refused(report._replace(n_split=n_split), refused)
     save(folder, documents, report, file=np.array(file_numbers, dtype=np.int32)[kept])
@@ -223,7 +238,9 @@ def _text(row: Mapping[str, Any], where: str, source: Source, tokenizer: Tokeniz
 
 
 def _batch(dataset: Dataset, rows: Sequence[Sequence[int]], source: Source) -> Batch:
-    """Batch of rows of documents; packed: T = seq_len, so that shapes never change; unpacked: T = the longest row."""
+    """Batch of rows of documents; packed: T = seq_len, so that shapes never change; unpacked: T =
+    the longest row.
+    """
     documents = Documents(dataset.tokens, dataset.mask, dataset.offsets)
     n_tokens = source.seq_len if source.packed else None
     return padded([[documents.at(i) for i in row] for row in rows], n_tokens)

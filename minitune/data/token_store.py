@@ -1,4 +1,6 @@
-"""Tokenized documents end to end in three arrays, kept memory-mapped on disk, and how rows of them make a Batch."""
+"""Tokenized documents end to end in three arrays, kept memory-mapped on disk, and how rows of them
+make a Batch.
+"""
 
 from array import array
 from collections import Counter
@@ -49,7 +51,9 @@ class Document(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Many tokenized texts; document i is tokens[offsets[i] : offsets[i + 1]], with its part of mask."""
+    """Many tokenized texts; document i is tokens[offsets[i] : offsets[i + 1]], with its part of
+    mask.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -64,11 +68,12 @@ class Documents(NamedTuple):
 def filter_documents(
     samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str
 ) -> tuple[Documents, np.ndarray, Report]:
-    """Collect the documents of all samples that can be trained: (documents, numbers of the kept samples, report).
+    """Collect the documents of all samples that can be trained: (documents, numbers of the kept
+    samples, report).
 
-    A sample is one text, or the answers to one prompt; its documents are kept or left out together. overlong says
-    what to do with one of more than seq_len tokens: drop or truncate. path is named in messages. InputError if
-    nothing is left.
+    A sample is one text, or the answers to one prompt; its documents are kept or left out together.
+    overlong says what to do with one of more than seq_len tokens: drop or truncate. path is named
+    in messages. InputError if nothing is left.
     """
     # Python's arrays take 4 bytes a token each while they grow, where lists take 8 and more.
     tokens, mask = array("i"), array("f")
@@ -99,8 +104,10 @@ def filter_documents(
     if not kept:
         identical = f", {n_identical} with two answers that are the same" if n_identical else ""
         raise InputError(
-            f"data: {path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than {seq_len} tokens, "
-            f"{n_without_target} without a trained token{identical}), expected an assistant's turn that fits; raise seq_len, set "
+            f"data: {path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than "
+            f"{seq_len} tokens, "
+            f"{n_without_target} without a trained token{identical}), expected an assistant's "
+            "turn that fits; raise seq_len, set "
             'overlong = "truncate" or check the columns'
         )
     weights = np.array(mask, dtype=np.float32)
@@ -141,14 +148,23 @@ def load(folder: Path, per_sample: int, *more: str) -> tuple[Documents, list[np.
         report = msgspec.json.decode((folder / "report.json").read_bytes(), type=Report)
         sizes = [len(tokens), len(mask), len(offsets), *map(len, others)]
         n_documents = per_sample * report.n_samples
-        expected = [report.n_tokens, report.n_tokens, n_documents + 1, *[report.n_samples] * len(more)]
+        expected = [
+            report.n_tokens,
+            report.n_tokens,
+            n_documents + 1,
+            *[report.n_samples] * len(more),
+        ]
         if sizes != expected:
-            raise ValueError(f"arrays of {', '.join(map(str, sizes))} entries, not {', '.join(map(str, expected))}")
+            raise ValueError(
+                f"arrays of {', '.join(map(str, sizes))} entries, not "
+                f"{', '.join(map(str, expected))}"
+            )
     return Documents(tokens, mask, offsets), others, report
 
 
 def padded(rows: Sequence[Sequence[Document]], n_tokens: int | None = None) -> Batch:
-    """Batch [B, T] of rows of documents, which are numbered from 1 in segment_ids; padding has segment 0.
+    """Batch [B, T] of rows of documents, which are numbered from 1 in segment_ids; padding has
+    segment 0.
 
     T = n_tokens, or the longest row's length if that is None.
     """
@@ -165,4 +181,6 @@ def padded(rows: Sequence[Sequence[Document]], n_tokens: int | None = None) -> B
             segment_ids[b, start:end] = segment
             loss_mask[b, start:end] = document.mask
             start = end
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(segment_ids), torch.from_numpy(loss_mask))
+    return Batch(
+        torch.from_numpy(tokens), torch.from_numpy(segment_ids), torch.from_numpy(loss_mask)
+    )

@@ -19,7 +19,8 @@ from minitune.text.tokenizer import Tokenizer
 from minitune.tree import Tree
 from minitune.types import Params
 
-STRIDE = 128  # a step attends to the filled slots of the cache, rounded up to this, so that shapes rarely change
+# a step attends to the filled slots of the cache, rounded up to this, so that shapes rarely change
+STRIDE = 128
 
 
 def stream(
@@ -52,9 +53,13 @@ def stream(
     call = _first_call(model, written, slots[:, :width] >= first_slot)
     for step in range(max_new_tokens):
         with torch.no_grad():
-            _refill(model, params, caches, written, first_slot, _crossing_rows(model, prompts, step))
+            _refill(
+                model, params, caches, written, first_slot, _crossing_rows(model, prompts, step)
+            )
             hidden = _decode(model, params, caches, call)
-            new = next_tokens(model.logits(params, hidden[:, -1]), written, sampling, row_seeds, step)
+            new = next_tokens(
+                model.logits(params, hidden[:, -1]), written, sampling, row_seeds, step
+            )
         yield new
         written = torch.cat([written, new[:, None]], dim=1)
 
@@ -74,7 +79,9 @@ class _Call(NamedTuple):
     block_of: decoder.BlockOf
 
 
-def _decode(model: Model, params: Params, caches: Sequence[Tree], call: _Call) -> Float[Tensor, "B T D"]:
+def _decode(
+    model: Model, params: Params, caches: Sequence[Tree], call: _Call
+) -> Float[Tensor, "B T D"]:
     read = decoder.filled_caches(model.config, caches, call.n_read)
     arguments = call.tokens, read, call.positions, call.keys, call.block_of
     return decoder.decode(model.config, params, *arguments)
@@ -96,7 +103,9 @@ def _refill(
     first_slot: Int[Tensor, "B 1"],
     rows: Sequence[int],
 ) -> None:
-    """Write the state of all tokens of some rows to the caches again, with the angles of their length."""
+    """Write the state of all tokens of some rows to the caches again, with the angles of their
+    length.
+    """
     is_token = torch.arange(written.shape[1], device=written.device)[None] >= first_slot
     for row in rows:
         only = slice(row, row + 1)
@@ -116,8 +125,8 @@ def _left_padded(
 ) -> tuple[Int[Tensor, "B {width}"], Int[Tensor, "B 1"]]:
     """(prompts padded on the left, the first slot of each).
 
-    A padded place repeats the first token of its prompt: attention never sees it, and the repetition
-    penalty, which asks if a token was there, counts nothing more.
+    A padded place repeats the first token of its prompt: attention never sees it, and the
+    repetition penalty, which asks if a token was there, counts nothing more.
     """
     n_pad = [width - len(prompt) for prompt in prompts]
     rows = [[prompt[0]] * n + list(prompt) for prompt, n in zip(prompts, n_pad, strict=True)]
@@ -139,7 +148,14 @@ def generate(
     The token of prompt i at a step depends on (seed, i, step) and that prompt alone.
     """
     row_seeds = [seeds.derive(seed, "prompt", i) for i in range(len(prompts))]
-    steps = stream(model, params, prompts, sampling=sampling, row_seeds=row_seeds, max_new_tokens=max_new_tokens)
+    steps = stream(
+        model,
+        params,
+        prompts,
+        sampling=sampling,
+        row_seeds=row_seeds,
+        max_new_tokens=max_new_tokens,
+    )
     return _rows(steps, len(prompts), stop_ids, lambda row: False)
 
 
@@ -151,9 +167,19 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """New tokens as of `generate`, the most likely one at every step: argmax of the full forward, token by token."""
+    """New tokens as of `generate`, the most likely one at every step: argmax of the full forward,
+    token by token.
+    """
     rule = Sampling()
-    return generate(model, params, prompts, sampling=rule, seed=0, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return generate(
+        model,
+        params,
+        prompts,
+        sampling=rule,
+        seed=0,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+    )
 
 
 def answers(
@@ -171,13 +197,17 @@ def answers(
     on_progress: Callable[[int], None],
     on_cut: Callable[[int], None] = lambda i: None,
 ) -> list[str]:
-    """Texts that the model writes after each prompt, in their order, ended by a stop token or before a stop string.
+    """Texts that the model writes after each prompt, in their order, ended by a stop token or
+    before a stop string.
 
     Prompts run in batches of about one length, the longest first, and on_progress(how many are
     answered) follows each. on_cut(i): answer i has max_new_tokens and no end. A stop string that is
     a special token stops as that token does. InputError for an empty stop string.
     """
-    stop_tokens = [*stop_ids, *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special)]
+    stop_tokens = [
+        *stop_ids,
+        *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special),
+    ]
     strings = [stop for stop in stop_strings if stop not in tokenizer.special]
     _check_stops(strings)
     decode = partial(tokenizer.decode, skip_special=True)
@@ -198,9 +228,12 @@ def answers(
     return [texts[i] for i in range(len(prompts))]
 
 
-def _stop_string_test(decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    """Function that says if the text of tokens, of which the last one is new, holds a stop string."""
-    # a token has a byte at least, and a character four at most, so the end of a text that holds a new stop string is this long
+def _stop_string_test(
+    decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]
+) -> Callable[[Sequence[int]], bool]:
+    """Function that says if a text of tokens, the last one new, holds a stop string."""
+    # a token has a byte at least, and a character four at most, so the end of a text that holds a
+    # new stop string is this long
     n_tail = 4 * max(map(len, stop_strings), default=0) + 8
 
     def has_ended(tokens: Sequence[int]) -> bool:
@@ -211,11 +244,15 @@ def _stop_string_test(decode: Callable[[Sequence[int]], str], stop_strings: Sequ
     return has_ended
 
 
-def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]) -> Iterator[str]:
-    """Text of tokens that come one by one, in pieces as soon as each is certain; it ends before the first stop string.
+def pieces(
+    tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]
+) -> Iterator[str]:
+    """Text of tokens that come one by one, in pieces as soon as each is certain; it ends before the
+    first stop string.
 
-    Held back: the bytes of a character that is not complete, and what may be the beginning of a stop string. The pieces
-    together are decode(all tokens), cut there. InputError for an empty stop string.
+    Held back: the bytes of a character that is not complete, and what may be the beginning of a
+    stop string. The pieces together are decode(all tokens), cut there. InputError for an empty stop
+    string.
     """
     _check_stops(stop_strings)
     ids: list[int] = []
@@ -235,9 +272,14 @@ def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_s
 
 
 def _rows(
-    steps: Iterable[Tensor], n_rows: int, stop_ids: Sequence[int], has_ended: Callable[[Sequence[int]], bool]
+    steps: Iterable[Tensor],
+    n_rows: int,
+    stop_ids: Sequence[int],
+    has_ended: Callable[[Sequence[int]], bool],
 ) -> list[list[int]]:
-    """Tokens of each row up to a stop token, or through the one that ended it; reads no step after the last row's end."""
+    """Tokens of each row up to a stop token, or through the one that ended it; reads no step after
+    the last row's end.
+    """
     rows: list[list[int]] = [[] for _ in range(n_rows)]
     going, stops = set(range(n_rows)), frozenset(stop_ids)
     for tokens in steps:
@@ -254,7 +296,9 @@ def _rows(
 
 
 def _packed(params: Params) -> Params:
-    """Parameters with their leaves in the order that decoding reads; torch's kernels for that take bfloat16 alone."""
+    """Parameters with their leaves in the order that decoding reads; torch's kernels for that take
+    bfloat16 alone.
+    """
     return packed(params) if params["model.embed_tokens.weight"].dtype == torch.bfloat16 else params
 
 
@@ -264,7 +308,9 @@ def _rounded(n: int) -> int:
 
 def _check_stops(stop_strings: Sequence[str]) -> None:
     if "" in stop_strings:
-        raise InputError("generate: a stop string is empty, expected at least one character; remove it")
+        raise InputError(
+            "generate: a stop string is empty, expected at least one character; remove it"
+        )
 
 
 def _stop(text: str, stop_strings: Sequence[str]) -> int | None:
@@ -275,5 +321,10 @@ def _stop(text: str, stop_strings: Sequence[str]) -> int | None:
 def _certain(text: str, stop_strings: Sequence[str]) -> int:
     """Number of characters of a text that stay as they are, whatever follows."""
     whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    heads = (len(whole) - n for stop in stop_strings for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+    heads = (
+        len(whole) - n
+        for stop in stop_strings
+        for n in range(1, len(stop))
+        if whole.endswith(stop[:n])
+    )
     return min(heads, default=len(whole))

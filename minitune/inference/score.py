@@ -1,4 +1,6 @@
-"""Likelihood of given texts: log-probs of continuations, many in one forward, and the metrics of a model on labelled batches."""
+"""Likelihood of given texts: log-probs of continuations, many in one forward, and the metrics of a
+model on labelled batches.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,7 +20,9 @@ from minitune.types import Batch, Params
 
 
 class Score(NamedTuple):
-    """log p(continuation | context) in nats, and whether greedy decoding would have written the continuation."""
+    """log p(continuation | context) in nats, and whether greedy decoding would have written the
+    continuation.
+    """
 
     logp_nats: float
     greedy: bool
@@ -39,7 +43,8 @@ class TokenMetrics(NamedTuple):
 
 def token_metrics(model: Model, params: Params, batches: Iterable[Batch]) -> TokenMetrics:
     """Loss and accuracy over the target tokens of all batches; TypeError if there is no batch."""
-    # Read once, behind the last forward; an accelerator may lack the float64 that the batches are added up in.
+    # Read once, behind the last forward; an accelerator may lack the float64 that the batches are
+    # added up in.
     sums = [_token_sums(model, params, batch) for batch in batches]
     if not sums:
         raise TypeError("score: no batch to measure on, expected at least one")
@@ -49,10 +54,14 @@ def token_metrics(model: Model, params: Params, batches: Iterable[Batch]) -> Tok
 
 
 def _token_sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"]:
-    """Nats, the number of targets that were the likeliest tokens, and the number of targets, summed over a batch."""
+    """Nats, the number of targets that were the likeliest tokens, and the number of targets, summed
+    over a batch.
+    """
 
     def values(logits: Tensor, targets: Tensor) -> Tensor:
-        return torch.stack([cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
+        return torch.stack(
+            [cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1
+        )
 
     with torch.no_grad():
         nats_and_right = model.token_losses(params, batch, values)
@@ -71,15 +80,18 @@ def continuations(
 ) -> list[Score]:
     """Score of each (context, continuation), token ids both, in the order given.
 
-    Contexts are cut on the left so that a row has at most max_length tokens. Rows run from long to short, batch_size at a time,
-    and pairs that differ in their last token alone share one: the answers A, B, C, D to a question cost one forward of a row.
-    InputError for an empty context and for a continuation that is empty or longer than max_length.
+    Contexts are cut on the left so that a row has at most max_length tokens. Rows run from long to
+    short, batch_size at a time, and pairs that differ in their last token alone share one: the
+    answers A, B, C, D to a question cost one forward of a row. InputError for an empty context and
+    for a continuation that is empty or longer than max_length.
     """
-    sharers: dict[tuple[int, ...], list[int]] = {}  # the tokens of a row -> the pairs that it serves
+    # the tokens of a row -> the pairs that it serves
+    sharers: dict[tuple[int, ...], list[int]] = {}
     for n, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= max_length:
             raise InputError(
-                f"score: a context of {len(context)} and a continuation of {len(continuation)} tokens, expected a context "
+                f"score: a context of {len(context)} and a continuation of {len(continuation)} "
+                "tokens, expected a context "
                 f"of 1 or more and a continuation of 1 to {max_length}"
             )
         row = (*context, *continuation)[-max_length - 1 : -1]
@@ -90,7 +102,11 @@ def continuations(
         batch = rows[start : start + batch_size]
         served = [(b, n) for b, row in enumerate(batch) for n in sharers[row]]
         targets = [pairs[n][1] for _, n in served]
-        places = [(b, len(batch[b]) - len(t) + i) for (b, _), t in zip(served, targets, strict=True) for i in range(len(t))]
+        places = [
+            (b, len(batch[b]) - len(t) + i)
+            for (b, _), t in zip(served, targets, strict=True)
+            for i in range(len(t))
+        ]
         logps, greedy = _read(model, params, batch, places, [token for t in targets for token in t])
         sizes = [len(t) for t in targets]
         for (_, n), logp, hits in zip(served, logps.split(sizes), greedy.split(sizes), strict=True):
@@ -105,19 +121,27 @@ def _read(
     places: Sequence[tuple[int, int]],
     targets: Sequence[int],
 ) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
-    """(log p of each target at its (row, position), whether it is the argmax there), on the CPU; no other logits are computed."""
+    """(log p of each target at its (row, position), whether it is the argmax there), on the CPU; no
+    other logits are computed.
+    """
     width, device = max(map(len, rows)), params["model.embed_tokens.weight"].device
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     b, t = torch.tensor(places, device=device).T
     labels = torch.tensor(targets, device=device)
     with torch.no_grad():
-        # rows are padded on the right, where a causal model never looks: no mask, so attention takes its fastest path
+        # rows are padded on the right, where a causal model never looks: no mask, so attention
+        # takes its fastest path
         hidden = decoder.hidden(model.config, params, tokens, block_of=model.block_of())[b, t]
         chunk = head_chunk(model.head(params))
-        pieces = [_judge(model.logits(params, h), y) for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
+        pieces = [
+            _judge(model.logits(params, h), y)
+            for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        ]
     logps, greedy = (torch.cat(side).cpu() for side in zip(*pieces, strict=True))
     return logps, greedy
 
 
-def _judge(logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"]) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+def _judge(
+    logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
     return -cross_entropy(logits, targets), logits.argmax(-1) == targets

@@ -1,4 +1,6 @@
-"""NF4 in Hugging Face folders as transformers and bitsandbytes save it: 4-bit codes with doubly quantized scales (QLoRA)."""
+"""NF4 in Hugging Face folders as transformers and bitsandbytes save it: 4-bit codes with doubly
+quantized scales (QLoRA).
+"""
 
 import json
 from pathlib import Path
@@ -22,9 +24,11 @@ def save(
     model: Model,
     extras: FolderExtras,
 ) -> None:
-    """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes layers.
+    """Write a complete Hugging Face folder whose QNF4 leaves transformers loads as bitsandbytes
+    layers.
 
-    The layers compute in the dtype of the unquantized weights. InputError for leaves of other kinds, and without an NF4 one.
+    The layers compute in the dtype of the unquantized weights. InputError for leaves of other
+    kinds, and without an NF4 one.
     """
     check(params)
     dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
@@ -64,7 +68,9 @@ def check(params: Params) -> None:
 
 
 def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is what it dequantizes to."""
+    """Tensors of one weight under bitsandbytes' names; what is no tensor is JSON bytes; dtype is
+    what it dequantizes to.
+    """
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": nf4.BLOCK,

@@ -1,4 +1,6 @@
-"""Quantized Hugging Face folders in the compressed-tensors format, which transformers and vLLM read."""
+"""Quantized Hugging Face folders in the compressed-tensors format, which transformers and vLLM
+read.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +30,9 @@ class _Scheme(NamedTuple):
     @property
     def format(self) -> str:
         """Name that the format has for weights that are stored so."""
-        return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[self.activations]
+        return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[
+            self.activations
+        ]
 
 
 def save(
@@ -39,12 +43,14 @@ def save(
     *,
     activations: Activations,
 ) -> None:
-    """Write a complete Hugging Face folder whose QInt4 leaves are W4A16 and whose QInt8 leaves are W8A16, or, with activations
-    "int8", W8A8: every token's activations are rounded to int8 with a scale of their own while the model runs. QFloat8 leaves
-    are W8A8 in 8-bit floats, as they are where minitune multiplies them.
+    """Write a complete Hugging Face folder whose QInt4 leaves are W4A16 and whose QInt8 leaves are
+    W8A16, or, with activations "int8", W8A8: every token's activations are rounded to int8 with a
+    scale of their own while the model runs. QFloat8 leaves are W8A8 in 8-bit floats, as they are
+    where minitune multiplies them.
 
-    Scales are stored in the dtype of the unquantized weights. InputError for NF4 leaves and where there is nothing to quantize.
-    vLLM fuses q, k, v and gate, up: it refuses a folder in which the parts of one such layer have different schemes.
+    Scales are stored in the dtype of the unquantized weights. InputError for NF4 leaves and where
+    there is nothing to quantize. vLLM fuses q, k, v and gate, up: it refuses a folder in which the
+    parts of one such layer have different schemes.
     """
     check(params, activations)
     dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))
@@ -56,7 +62,10 @@ def save(
             continue
         module, scheme = name.removesuffix(".weight"), _scheme(name, w, activations)
         schemes.setdefault(scheme, []).append(module)
-        tensors |= {**stored(module, w, scheme.activations), f"{module}.weight_scale": w.scale.to(dtype)}
+        tensors |= {
+            **stored(module, w, scheme.activations),
+            f"{module}.weight_scale": w.scale.to(dtype),
+        }
     config = {"quantization_config": _config(schemes, unquantized(params, model))}
     save_folder(folder, tensors, model, extras, config_keys=config)
 
@@ -72,7 +81,8 @@ def check(params: Params, activations: Activations) -> None:
         )
     if activations == "int8" and not any(scheme.activations == "int8" for scheme in schemes):
         raise InputError(
-            "compressed_tensors: activations = 'int8' but no weight is int8, expected int8 weights with them; quantize to int8"
+            "compressed_tensors: activations = 'int8' but no weight is int8, expected int8 "
+            "weights with them; quantize to int8"
         )
 
 
@@ -105,8 +115,9 @@ def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
 
 
 def stored(module: str, w: QInt8 | QFloat8 | QInt4, activations: str) -> dict[str, Tensor]:
-    """Codes of one linear layer under the format's names: as they are, or packed into int32 as value + 2^(bits - 1), the
-    first in the lowest bits."""
+    """Codes of one linear layer under the format's names: as they are, or packed into int32 as
+    value + 2^(bits - 1), the first in the lowest bits.
+    """
     if activations != "none":
         return {f"{module}.weight": w.codes}
     # QInt4 has these bytes already, and for int8 they are the codes with the sign bit flipped
@@ -120,10 +131,18 @@ def _words(rows: UInt8[Tensor, "out bytes"]) -> Int[Tensor, "out words"]:
 
 
 def unquantized(params: Params, model: Model) -> list[str]:
-    """Linear layers that stay as they are; a tied head is one, although it has no weight of its own."""
+    """Linear layers that stay as they are; a tied head is one, although it has no weight of its
+    own.
+    """
     embedding = "model.embed_tokens.weight"
-    linears = [name for name, w in params.items() if isinstance(w, Tensor) and w.ndim == 2 and name != embedding]
-    return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (head_name(model.config) == embedding)
+    linears = [
+        name
+        for name, w in params.items()
+        if isinstance(w, Tensor) and w.ndim == 2 and name != embedding
+    ]
+    return [name.removesuffix(".weight") for name in linears] + ["lm_head"] * (
+        head_name(model.config) == embedding
+    )
 
 
 def _config(schemes: Mapping[_Scheme, list[str]], ignore: list[str]) -> dict[str, Any]:
@@ -132,7 +151,9 @@ def _config(schemes: Mapping[_Scheme, list[str]], ignore: list[str]) -> dict[str
         f"group_{i}": {
             "targets": ["Linear"] if len(schemes) == 1 else modules,
             "weights": _rounding(scheme, "channel" if scheme.group_size is None else "group"),
-            "input_activations": _rounding(scheme, "token") if scheme.activations != "none" else None,
+            "input_activations": _rounding(scheme, "token")
+            if scheme.activations != "none"
+            else None,
             "output_activations": None,
             "format": scheme.format,
         }

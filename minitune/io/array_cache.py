@@ -115,7 +115,9 @@ def intact(folder: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, msgspec.DecodeError) as error:
-        raise InputError(f"data: {folder} is damaged ({error}), expected {expected}; delete the folder") from None
+        raise InputError(
+            f"data: {folder} is damaged ({error}), expected {expected}; delete the folder"
+        ) from None
 
 
 def load(folder: Path, *names: str) -> list[np.ndarray]:

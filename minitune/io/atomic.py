@@ -13,18 +13,23 @@ from typing import Any
 from minitune.errors import DiskFullError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-NEW, OLD, GONE = ".minitune-new", ".minitune-old", ".minitune-gone"  # ends of names that exist only while something is replaced
+# ends of names that exist only while something is replaced
+NEW, OLD, GONE = ".minitune-new", ".minitune-old", ".minitune-gone"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any instant, meets the old content or the new one and nothing between."""
+    """Write a file so that a reader, or a crash at any instant, meets the old content or the new
+    one and nothing between.
+    """
     with atomic_file(path) as aside:
         aside.write_bytes(data)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """File to write, which takes the place of `path` when the block ends without an error; InputError for a full disk."""
+    """File to write, which takes the place of `path` when the block ends without an error;
+    InputError for a full disk.
+    """
     aside = path.with_name(f".{path.name}{NEW}")
     with disk_full_is_input_error(path):
         try:
@@ -39,9 +44,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Folder to fill, which takes the place of `path` when the block ends without an error; an older one is replaced.
+    """Folder to fill, which takes the place of `path` when the block ends without an error; an
+    older one is replaced.
 
-    Whoever calls this knows that the older one may go; results.result_folder finds it out. InputError for a full disk.
+    Whoever calls this knows that the older one may go; results.result_folder finds it out.
+    InputError for a full disk.
     """
     aside, old = path.with_name(f".{path.name}{NEW}"), path.with_name(f".{path.name}{OLD}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -52,7 +59,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield aside
             sync_tree(aside)
-            # No system renames a folder over one that holds files, and Windows renames none over an empty one.
+            # No system renames a folder over one that holds files, and Windows renames none over an
+            # empty one.
             if path.exists():
                 path.rename(old)
             aside.rename(path)
@@ -77,7 +85,7 @@ def create_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a crash at any instant leaves it whole or leaves none of that name."""
+    """Remove a folder so that a crash at any instant leaves it whole or none of that name."""
     gone = path.with_name(f".{path.name}{GONE}")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -85,7 +93,9 @@ def remove_folder(path: Path) -> None:
 
 
 def recover_replaced(old: Path) -> None:
-    """Finish an interrupted replacement: restore the older folder if no newer one came to its place, else remove it."""
+    """Finish an interrupted replacement: restore the older folder if no newer one came to its
+    place, else remove it.
+    """
     path = old.with_name(old.name[1:].removesuffix(OLD))
     if old.exists() and not path.exists():
         old.rename(path)
@@ -101,7 +111,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk; on Windows, which opens no folder, only files are flushed."""
+    """Flush a file, or the names in a folder, to the disk; on Windows, which opens no folder, only
+    files are flushed.
+    """
     if path.is_dir():
         if sys.platform == "win32":
             return
@@ -132,7 +144,8 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
     free = free_bytes(path)
     if n_bytes > free:
         raise DiskFullError(
-            f"io: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected at least as many; free "
+            f"io: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected "
+            "at least as many; free "
             "some space, or choose another folder"
         )
 
@@ -146,7 +159,8 @@ def disk_full_is_input_error(path: Path) -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         raise DiskFullError(
-            f"io: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, expected more; what was "
+            f"io: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, "
+            "expected more; what was "
             "there before is as it was. Free some space and run the same command again"
         ) from None
 

@@ -41,12 +41,19 @@ class Lock:
     def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def holder_file(path: Path) -> Path:
-    """File that names who has the lock; not the lock file, which other processes can't read on Windows."""
+    """File that names who has the lock; not the lock file, which other processes can't read on
+    Windows.
+    """
     return path.with_name(f"{path.name}.holder")
 
 
@@ -79,6 +86,9 @@ def acquire(path: Path, wait: Callable[[str], None] | None = None) -> Lock:
 
 def _holder(path: Path) -> str:
     try:
-        return holder_file(path).read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        return (
+            holder_file(path).read_text(encoding="utf-8", errors="replace").strip()
+            or "another process"
+        )
     except OSError:
         return "another process"

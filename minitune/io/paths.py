@@ -1,4 +1,6 @@
-"""Places of files: the shipped programs and configs, the embedded demo, and whatever a program's own paths mean."""
+"""Places of files: the shipped programs and configs, the embedded demo, and whatever a program's
+own paths mean.
+"""
 
 import os
 import tempfile
@@ -10,13 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped(kind: str = "programs") -> dict[str, Path]:
-    """Shipped TOML files of a kind (programs or configs) by name: folder and file without the suffix, "demo/pretrain"."""
+    """Shipped TOML files of a kind (programs or configs) by name: folder and file without the
+    suffix, "demo/pretrain".
+    """
     root = _root(kind)
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+    return {
+        path.relative_to(root).with_suffix("").as_posix(): path
+        for path in sorted(root.rglob("*.toml"))
+    }
 
 
 def program_file(name: str) -> Path:
-    """File of a program: the path itself if it exists, else the shipped program of that name, else the path as written."""
+    """File of a program: the path itself if it exists, else the shipped program of that name, else
+    the path as written.
+    """
     require_possible(name)
     path = Path(name)
     if path.is_file():
@@ -27,8 +36,8 @@ def program_file(name: str) -> Path:
 def locate(path: str, run: Path | None = None) -> Path:
     """Place that a program's path means.
 
-    demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the run that asks, the rest is
-    the user's.
+    demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the
+    run that asks, the rest is the user's.
     """
     require_possible(path)
     head, _, rest = path.partition("/")
@@ -51,7 +60,8 @@ def user_path(text: str) -> Path:
     except RuntimeError:
         home = text.partition("/")[0]
         raise InputError(
-            f"paths: {text!r} begins with {home}, whose folder is unknown, expected a home; write the whole path"
+            f"paths: {text!r} begins with {home}, whose folder is unknown, expected a home; write "
+            "the whole path"
         ) from None
 
 
@@ -116,5 +126,6 @@ def _private_temporary_folder() -> Path:
 
 
 def _root(kind: str) -> Path:
-    packaged = PACKAGE / "_shipped" / kind  # in a wheel; in a checkout they stand beside the package
+    # in a wheel; in a checkout they stand beside the package
+    packaged = PACKAGE / "_shipped" / kind
     return packaged if packaged.is_dir() else PACKAGE.parent / kind

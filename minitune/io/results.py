@@ -1,4 +1,5 @@
-"""Results of a run under paths that a user chose: a save replaces an earlier save, and never anything else.
+"""Results of a run under paths that a user chose: a save replaces an earlier save, and never
+anything else.
 
 A folder that a save wrote holds `.minitune-files.json`, the list of its files, of those in folders
 below it too. A single file has its list in `.NAME.minitune-files.json` in the same folder. PEFT,
@@ -19,7 +20,8 @@ from minitune.errors import InputError
 from minitune.io.atomic import atomic_file, atomic_folder, write_atomic
 
 MARKER = ".minitune-files.json"
-HASHED_BELOW_BYTES = 64 * 2**20  # hashing larger files would delay every start: size and time tell them apart
+# hashing larger files would delay every start: size and time tell them apart
+HASHED_BELOW_BYTES = 64 * 2**20
 
 Record = dict[str, Any]
 
@@ -32,7 +34,9 @@ class Result(NamedTuple):
 
 
 class _Marker(msgspec.Struct, frozen=True):
-    """Records of the files that a save wrote; a file that was replaced has those of its last two contents."""
+    """Records of the files that a save wrote; a file that was replaced has those of its last two
+    contents.
+    """
 
     files: dict[str, tuple[Record, ...]]
 
@@ -48,7 +52,10 @@ def file_record(file: Path) -> Record:
 def hashed_record(file: Path) -> Record:
     """SHA-256 and size of a file of any size."""
     with file.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
+        return {
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            "bytes": file.stat().st_size,
+        }
 
 
 def iso_time(time_s: float) -> str:
@@ -58,9 +65,11 @@ def iso_time(time_s: float) -> str:
 
 @contextmanager
 def result_folder(path: Path) -> Iterator[Path]:
-    """Folder to fill with files, which takes the place of `path` when the block ends without an error.
+    """Folder to fill with files, which takes the place of `path` when the block ends without an
+    error.
 
-    InputError as require_replaceable raises it, before the block and again after it, and for a full disk.
+    InputError as require_replaceable raises it, before the block and again after it, and for a full
+    disk.
     """
     require_replaceable(path, "folder")
     with atomic_folder(path) as aside:
@@ -73,12 +82,15 @@ def result_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def result_file(path: Path) -> Iterator[Path]:
-    """File to write, which takes the place of `path` when the block ends without an error; raises as result_folder does."""
+    """File to write, which takes the place of `path` when the block ends without an error; raises
+    as result_folder does.
+    """
     require_replaceable(path, "file")
     with atomic_file(path) as aside:
         yield aside
         require_replaceable(path, "file")
-        # Both contents are recorded before the replacement: after a crash, whichever lies there is known.
+        # Both contents are recorded before the replacement: after a crash, whichever lies there is
+        # known.
         before = [_saved_record(path)] if path.exists() else []
         _write(_marker_of(path), _Marker({path.name: (*before, _saved_record(aside))}))
 
@@ -107,10 +119,14 @@ def saved_hashes(path: Path) -> dict[str, str]:
 
 
 def require_replaceable(path: Path, kind: Literal["folder", "file"]) -> None:
-    """InputError unless nothing lies at a path, or an empty folder, or exactly what an earlier save wrote there."""
+    """InputError unless nothing lies at a path, or an empty folder, or exactly what an earlier save
+    wrote there.
+    """
     place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not place.is_dir():
-        raise InputError(f"results: {path} would lie in {place}, which is no folder; choose another path")
+        raise InputError(
+            f"results: {path} would lie in {place}, which is no folder; choose another path"
+        )
     if not os.path.lexists(path):
         return
     if path.is_symlink():
@@ -156,8 +172,13 @@ def _is_recorded(file: Path, records: Sequence[Record]) -> bool:
     return any(found.items() <= record.items() for record in records)
 
 
-def _refused(path: Path, reason: str, advice: str = "choose another path, or move it away") -> InputError:
-    return InputError(f"results: {path} {reason}, expected nothing there, or an earlier save of a run and no more; {advice}")
+def _refused(
+    path: Path, reason: str, advice: str = "choose another path, or move it away"
+) -> InputError:
+    return InputError(
+        f"results: {path} {reason}, expected nothing there, or an earlier save of a run and no "
+        f"more; {advice}"
+    )
 
 
 def _marker_of(path: Path) -> Path:

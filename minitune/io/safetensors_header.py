@@ -1,6 +1,8 @@
-"""Frame of a safetensors file, without torch: eight bytes of length, a JSON header, then the bytes of the tensors.
+"""Frame of a safetensors file, without torch: eight bytes of length, a JSON header, then the bytes
+of the tensors.
 
-https://huggingface.co/docs/safetensors - a header is read here and checked against the file before anything trusts an offset.
+https://huggingface.co/docs/safetensors - a header is read here and checked against the file before
+anything trusts an offset.
 """
 
 import json
@@ -17,7 +19,9 @@ BITS = {  # of one element, in the order in which the safetensors library lays t
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 64),
     **dict.fromkeys(["F32", "U32", "I32"], 32),
     **dict.fromkeys(["BF16", "F16", "U16", "I16"], 16),
-    **dict.fromkeys(["F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"], 8),
+    **dict.fromkeys(
+        ["F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"], 8
+    ),
     **dict.fromkeys(["F6_E3M2", "F6_E2M3"], 6),
     "F4": 4,
 }
@@ -29,7 +33,9 @@ INDEX = "model.safetensors.index.json"
 
 
 class Entry(NamedTuple):
-    """Position of a tensor: its dtype in the file's words ("BF16"), its shape, and [start, end) in bytes of the whole file."""
+    """Position of a tensor: its dtype in the file's words ("BF16"), its shape, and [start, end) in
+    bytes of the whole file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,12 +62,16 @@ class _Index(msgspec.Struct):
 
 
 def read_weight_map(folder: Path, room: str, remedy: str) -> dict[str, str]:
-    """File name of every weight, as the index of a folder's shards says it; InputError as read_json raises it."""
+    """File name of every weight, as the index of a folder's shards says it; InputError as read_json
+    raises it.
+    """
     return read_json(folder / INDEX, _Index, room, remedy).weight_map
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Tensors of a file by name, in the order of the header; ValueError says what is wrong with a file that is not whole."""
+    """Tensors of a file by name, in the order of the header; ValueError says what is wrong with a
+    file that is not whole.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         n_bytes = int.from_bytes(file.read(8), "little")
@@ -71,7 +81,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
         raw.pop(METADATA, None)
-        entries = {name: _entry(name, msgspec.json.decode(value, type=_Raw), 8 + n_bytes) for name, value in raw.items()}
+        entries = {
+            name: _entry(name, msgspec.json.decode(value, type=_Raw), 8 + n_bytes)
+            for name, value in raw.items()
+        }
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"its header is no table of tensors: {error}") from None
     end = 8 + n_bytes
@@ -89,12 +102,15 @@ def _entry(name: str, raw: _Raw, begin: int) -> Entry:
         raise ValueError(f"{name} has dtype {raw.dtype!r}")
     if BITS[raw.dtype] * prod(raw.shape) != 8 * (raw.data_offsets[1] - raw.data_offsets[0]):
         raise ValueError(f"{name} {raw.dtype}{raw.shape} has bytes {list(raw.data_offsets)}")
-    return Entry(raw.dtype, tuple(raw.shape), begin + raw.data_offsets[0], begin + raw.data_offsets[1])
+    return Entry(
+        raw.dtype, tuple(raw.shape), begin + raw.data_offsets[0], begin + raw.data_offsets[1]
+    )
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Start of a file for tensors (dtype, shape), which must follow in this order: the library orders them by
-    (ORDER.index(dtype), name) and so should the caller."""
+    """Start of a file for tensors (dtype, shape), which must follow in this order: the library
+    orders them by (ORDER.index(dtype), name) and so should the caller.
+    """
     header: dict[str, dict[str, Any]] = {METADATA: {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():

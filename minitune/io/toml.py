@@ -22,7 +22,9 @@ _TOKEN = re.compile(
 
 
 def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
-    """(the text of a TOML file, its plain tree); InputError, begun by `what` ("program"), for what can't be read or parsed."""
+    """(the text of a TOML file, its plain tree); InputError, begun by `what` ("program"), for what
+    can't be read or parsed.
+    """
     try:
         text = _text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
@@ -32,20 +34,25 @@ def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def _text(data: bytes) -> str:
-    """Text of a file as editors write it: UTF-8, or UTF-16 with a byte order mark; any line ends."""
+    """Text of a file in UTF-8, or in UTF-16 with a byte order mark; with any line ends."""
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
-    """Plain tree of a TOML text; InputError, begun by `what` ("program: FILE"), with line and column of what is malformed."""
+    """Plain tree of a TOML text; InputError, begun by `what` ("program: FILE"), with line and
+    column of what is malformed.
+    """
     try:
         return tomllib.loads(text)
     except RecursionError:
         raise InputError(f"{what}: brackets nested too deeply, expected TOML") from None
-    except ValueError as error:  # tomllib's own error, and int() on a number with thousands of digits
-        match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
+    # tomllib's own error, and int() on a number with thousands of digits
+    except ValueError as error:
+        match = re.fullmatch(
+            r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL
+        )
         if not match:
             raise InputError(f"{what}: {error}, expected TOML") from None
         message, line, column = match.groups()
@@ -88,7 +95,8 @@ def decode(
     spelled: Callable[[KeyPath], str] = shown,
     suggest: Callable[[str, Sequence[str]], str] = nearest,
 ) -> T:
-    """Struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the first misfit.
+    """Struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the
+    first misfit.
 
     spelled: a key path in messages; suggest: end of a message about an unknown key and the known.
     """
@@ -99,7 +107,9 @@ def decode(
 
 
 def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:
-    """Table that a struct has at a path when nothing is written there: its default as TOML would hold it, or an empty one."""
+    """Table that a struct has at a path when nothing is written there: its default as TOML would
+    hold it, or an empty one.
+    """
     for info in types_at(kind, raw, path[:-1]):
         for field in info.fields if isinstance(info, msgspec.inspect.StructType) else ():
             if field.encode_name == path[-1] and isinstance(field.default, msgspec.Struct):

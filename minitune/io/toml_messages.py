@@ -1,4 +1,6 @@
-"""Messages about a TOML file that does not fit its struct: the place, what was found, what was expected."""
+"""Messages about a TOML file that does not fit its struct: the place, what was found, what was
+expected.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +16,15 @@ KeyPath = tuple[str | int, ...]  # ("stage", 1, "optimizer", "lr"), shown as sta
 
 def shown(path: KeyPath) -> str:
     """Key path as it is written in messages: stage[1].optimizer.lr."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(
+        "."
+    )
 
 
 def types_at(kind: Any, raw: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, ...]:
-    """Types of a value at a path by its struct's annotations; of a tagged union, the struct whose tag stands in `raw`."""
+    """Types of a value at a path by its struct's annotations; of a tagged union, the struct whose
+    tag stands in `raw`.
+    """
     return _types_at(msgspec.inspect.type_info(kind), raw, path)
 
 
@@ -30,22 +36,31 @@ def explain(
     spelled: Callable[[KeyPath], str],
     suggest: Callable[[str, Sequence[str]], str],
 ) -> str:
-    """Message for a user from msgspec's message about a tree that does not fit its struct; see toml.decode."""
+    """Message for a user from msgspec's message about a tree that does not fit its struct; see
+    toml.decode.
+    """
     text, _, at = error.rpartition(" - at `$")
     text, at = (text, at.rstrip("`")) if text else (error, "")
     path = _key_path(at, error, raw, kind)
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL):
         name, known = unknown.group(1), _known(types_at(kind, raw, path), "")
         path = (*path, name)
-        return f"{where(path)}: {spelled(path)} is unknown, expected one of {', '.join(known)}{suggest(name, known)}"
+        return (
+            f"{where(path)}: {spelled(path)} is unknown, expected one of "
+            f"{', '.join(known)}{suggest(name, known)}"
+        )
     if missing := re.fullmatch(r"Object missing required field `(.*)`", text):
         name = missing.group(1)
         tags = _known(types_at(kind, raw, path), name)
-        wanted = f"one of {', '.join(tags)}" if tags else _in_words(types_at(kind, raw, (*path, name)))
+        wanted = (
+            f"one of {', '.join(tags)}" if tags else _in_words(types_at(kind, raw, (*path, name)))
+        )
         return f"{where(path)}: {spelled((*path, name))} is missing, expected {wanted}; add it"
     value = _at(raw, path)
     if text.startswith(("Invalid value", "Invalid enum value")):
-        known = _known(types_at(kind, raw, path[:-1]), str(path[-1])) or _known(types_at(kind, raw, path), "")
+        known = _known(types_at(kind, raw, path[:-1]), str(path[-1])) or _known(
+            types_at(kind, raw, path), ""
+        )
         wanted = f"one of {', '.join(known)}{nearest(str(value), known)}"
         return f"{where(path)}: {spelled(path)} is {_short(value)}, expected {wanted}"
     if text.startswith("Expected "):
@@ -56,7 +71,12 @@ def explain(
 
 def _wanted(text: str, value: Any, path: KeyPath, types: Sequence[msgspec.inspect.Type]) -> str:
     """Words for what msgspec expected, and how it is written where the mistake is a common one."""
-    wanted = text.split(", got `")[0].replace(" | null", "").replace("`object`", "`table`").replace("`", "")
+    wanted = (
+        text.split(", got `")[0]
+        .replace(" | null", "")
+        .replace("`object`", "`table`")
+        .replace("`", "")
+    )
     if wanted.startswith("str matching regex"):
         return "letters, digits, . _ - and nothing else, . and - not first; change it"
     if wanted.startswith("array") and isinstance(value, Mapping) and len(path) == 1:
@@ -71,7 +91,9 @@ def _wanted(text: str, value: Any, path: KeyPath, types: Sequence[msgspec.inspec
 
 
 def _key_path(at: str, error: str, raw: Mapping[str, Any], kind: Any) -> KeyPath:
-    """msgspec's own path, with each `[...]` (a value of a dict, its key not told) found by decoding without the others."""
+    """msgspec's own path, with each `[...]` (a value of a dict, its key not told) found by decoding
+    without the others.
+    """
     path: KeyPath = ()
     for key, index, anything in re.findall(r"\.(\w+)|\[(\d+)\]|(\[\.\.\.\])", at):
         step = key or (_culprit(path, error, raw, kind) if anything else int(index))
@@ -83,7 +105,8 @@ def _culprit(path: KeyPath, error: str, raw: Mapping[str, Any], kind: Any) -> st
     """Key of the table at a path whose value is refused with this message."""
     table = _at(raw, path)
     for key in table:
-        # msgspec does not name the keys of a dict: each is decoded alone, until the same message comes.
+        # msgspec does not name the keys of a dict: each is decoded alone, until the same message
+        # comes.
         alone = _replaced(raw, path, {key: table[key]})
         try:
             msgspec.convert(alone, kind)
@@ -108,7 +131,9 @@ def _at(tree: Any, path: KeyPath) -> Any:
     return tree
 
 
-def _types_at(info: msgspec.inspect.Type, value: Any, path: KeyPath) -> tuple[msgspec.inspect.Type, ...]:
+def _types_at(
+    info: msgspec.inspect.Type, value: Any, path: KeyPath
+) -> tuple[msgspec.inspect.Type, ...]:
     options = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
     if isinstance(value, Mapping):
         structs = [option for option in options if isinstance(option, msgspec.inspect.StructType)]
@@ -139,7 +164,9 @@ def _types_at(info: msgspec.inspect.Type, value: Any, path: KeyPath) -> tuple[ms
 
 
 def _known(types: Sequence[msgspec.inspect.Type], tag_field: str) -> list[str]:
-    """Tags of those structs that have this tag field; without one the fields of the structs, the values of the literals."""
+    """Tags of those structs that have this tag field; without one the fields of the structs, the
+    values of the literals.
+    """
     known: list[str] = []
     for info in types:
         if isinstance(info, msgspec.inspect.StructType):
@@ -156,8 +183,18 @@ def _known(types: Sequence[msgspec.inspect.Type], tag_field: str) -> list[str]:
 def _in_words(types: Sequence[msgspec.inspect.Type]) -> str:
     """Kinds of value as msgspec's messages name them: int, float, str, bool, array, table."""
     words = [type(info).__name__.removesuffix("Type").lower() for info in types]
-    same = {"struct": "table", "dict": "table", "vartuple": "array", "tuple": "array", "list": "array", "literal": "str"}
-    return " or ".join(dict.fromkeys(same.get(word, word) for word in words if word != "none")) or "a value"
+    same = {
+        "struct": "table",
+        "dict": "table",
+        "vartuple": "array",
+        "tuple": "array",
+        "list": "array",
+        "literal": "str",
+    }
+    return (
+        " or ".join(dict.fromkeys(same.get(word, word) for word in words if word != "none"))
+        or "a value"
+    )
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 
 def dumps(tree: Mapping[str, Any], *, absent: bool = False) -> str:
-    """TOML text: values first, then a [table] or [[table]] for each nested one, everything deeper inline.
+    """TOML text: values first, then a [table] or [[table]] for each nested one, everything deeper
+    inline.
 
     None is left out, or with `absent` a comment `# key =` where a line could be.
     """
@@ -18,7 +19,11 @@ def dumps(tree: Mapping[str, Any], *, absent: bool = False) -> str:
         name = key_text(key)
         if _is_tables(value):
             tables += [[f"[[{name}]]", *pairs_text(table, absent=absent)] for table in value]
-        elif isinstance(value, Mapping) and value and all(isinstance(part, Mapping) for part in value.values()):
+        elif (
+            isinstance(value, Mapping)
+            and value
+            and all(isinstance(part, Mapping) for part in value.values())
+        ):
             for part, table in value.items():
                 tables += [[f"[{name}.{key_text(part)}]", *pairs_text(table, absent=absent)]]
         elif isinstance(value, Mapping):
@@ -29,7 +34,11 @@ def dumps(tree: Mapping[str, Any], *, absent: bool = False) -> str:
 
 
 def _is_tables(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(table, Mapping) for table in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(table, Mapping) for table in value)
+    )
 
 
 def pairs_text(table: Mapping[str, Any], *, absent: bool = False) -> list[str]:
@@ -54,7 +63,8 @@ def inline_text(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for DEL
+            # JSON's escapes are TOML's, but for DEL
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case int():
             return str(value)
         case float():
@@ -65,4 +75,7 @@ def inline_text(value: Any) -> str:
             return f"{{ {', '.join(pairs)} }}" if (pairs := pairs_text(value)) else "{}"
         case list() | tuple():
             return "[" + ", ".join(inline_text(item) for item in value) + "]"
-    raise TypeError(f"toml: {value!r} ({type(value).__name__}) has no TOML form, expected str, number, bool, array or table")
+    raise TypeError(
+        f"toml: {value!r} ({type(value).__name__}) has no TOML form, expected str, number, bool, "
+        "array or table"
+    )

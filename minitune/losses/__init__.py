@@ -1,6 +1,8 @@
-"""Losses: pure functions and, right under each, the struct that a program writes; registry.py lists them all.
+"""Losses: pure functions and, right under each, the struct that a program writes; registry.py lists
+them all.
 
-A loss gives one value a row and averages nothing. Tokens come as logits [n, V]; answers as log-probabilities of whole answers
+A loss gives one value a row and averages nothing. Tokens come as logits [n, V]; answers as
+log-probabilities of whole answers
 [B], sums unless the function says averages: sums over the answer's tokens divided by their number.
 """
 

@@ -25,7 +25,9 @@ class Distillation(BaseLoss, frozen=True):
     # share of the divergence; the rest is cross-entropy with the data's own tokens
     ratio: UnitInterval = 1.0
 
-    def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
+    def divergence(
+        self, student_logits: Logits, teacher_logits: Logits, temperature: float
+    ) -> Nats:
         """The divergence at a temperature, times the temperature squared."""
         raise NotImplementedError
 
@@ -51,10 +53,12 @@ class Distillation(BaseLoss, frozen=True):
         top_ids: Int[Tensor, "*rows k"],
         top_logps: Float[Tensor, "*rows k"],
     ) -> Nats:
-        """The mixture, given the teacher's log-probs of k tokens at this temperature: all other tokens count as one class.
+        """The mixture, given the teacher's log-probs of k tokens at this temperature: all other
+        tokens count as one class.
 
-        Merging classes never raises a divergence (log sum inequality, Cover & Thomas 2006, section 2.7): this is a lower bound
-        of the whole one, and equal to it when k = V. The teacher's mass of the others is known to the rounding of top_logps.
+        Merging classes never raises a divergence (log sum inequality, Cover & Thomas 2006, section
+        2.7): this is a lower bound of the whole one, and equal to it when k = V. The teacher's mass
+        of the others is known to the rounding of top_logps.
         """
         wide = widen(logits) / self.temperature
         ids = top_ids.long()
@@ -73,66 +77,96 @@ class Distillation(BaseLoss, frozen=True):
 
 
 def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float) -> Nats:
-    """T^2 sum_v p_v (log p_v - log q_v), p and q the teacher's and the student's softmax(logits / T), in nats (Hinton et al.
-    2015, arXiv 1503.02531, section 2: T^2 keeps the gradient's size when T changes); in float32 or wider, one value a row."""
-    student, teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
+    """T^2 sum_v p_v (log p_v - log q_v), p and q the teacher's and the student's softmax(logits /
+    T), in nats (Hinton et al. 2015, arXiv 1503.02531, section 2: T^2 keeps the gradient's size when
+    T changes); in float32 or wider, one value a row.
+    """
+    student, teacher = (
+        _log_softmax(student_logits, temperature),
+        _log_softmax(teacher_logits, temperature),
+    )
     return temperature**2 * _kl(teacher, student)
 
 
 class ForwardKL(Distillation, frozen=True, tag="forward_kl"):
     """KL(teacher || student): the student covers all that the teacher does."""
 
-    def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
+    def divergence(
+        self, student_logits: Logits, teacher_logits: Logits, temperature: float
+    ) -> Nats:
         """forward_kl."""
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
 
 
 def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float) -> Nats:
-    """T^2 sum_v q_v (log q_v - log p_v), with p, q and T^2 as in forward_kl, in nats (Gu et al. 2023, arXiv 2306.08543, eq. 1,
-    for each token of given text); in float32 or wider, one value a row."""
+    """T^2 sum_v q_v (log q_v - log p_v), with p, q and T^2 as in forward_kl, in nats (Gu et al.
+    2023, arXiv 2306.08543, eq. 1, for each token of given text); in float32 or wider, one value a
+    row.
+    """
     return forward_kl(teacher_logits, student_logits, temperature=temperature)
 
 
 class ReverseKL(Distillation, frozen=True, tag="reverse_kl"):
     """KL(student || teacher): the student keeps to what the teacher finds likely."""
 
-    def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
+    def divergence(
+        self, student_logits: Logits, teacher_logits: Logits, temperature: float
+    ) -> Nats:
         """reverse_kl."""
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
 
 
 def symmetric_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float) -> Nats:
-    """(forward_kl + reverse_kl) / 2 = T^2 / 2 sum_v (p_v - q_v) (log p_v - log q_v), in nats (half of Jeffreys'
-    divergence); in float32 or wider, one value a row."""
-    student, teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
+    """(forward_kl + reverse_kl) / 2 = T^2 / 2 sum_v (p_v - q_v) (log p_v - log q_v), in nats (half
+    of Jeffreys' divergence); in float32 or wider, one value a row.
+    """
+    student, teacher = (
+        _log_softmax(student_logits, temperature),
+        _log_softmax(teacher_logits, temperature),
+    )
     return 0.5 * temperature**2 * ((teacher.exp() - student.exp()) * (teacher - student)).sum(-1)
 
 
 class SymmetricKL(Distillation, frozen=True, tag="symmetric_kl"):
     """The mean of both directions."""
 
-    def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
+    def divergence(
+        self, student_logits: Logits, teacher_logits: Logits, temperature: float
+    ) -> Nats:
         """symmetric_kl."""
         return symmetric_kl(student_logits, teacher_logits, temperature=temperature)
 
 
-def jensen_shannon(student_logits: Logits, teacher_logits: Logits, *, temperature: float, weight: float) -> Nats:
-    """T^2 (w KL(p || m) + (1 - w) KL(q || m)), m = w p + (1 - w) q, with p, q and T^2 as in forward_kl, in nats (Agarwal et al.
-    2023, arXiv 2306.13649, eq. 1, where w is beta); 0 < w < 1; in float32 or wider, one value a row."""
-    student, teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
+def jensen_shannon(
+    student_logits: Logits, teacher_logits: Logits, *, temperature: float, weight: float
+) -> Nats:
+    """T^2 (w KL(p || m) + (1 - w) KL(q || m)), m = w p + (1 - w) q, with p, q and T^2 as in
+    forward_kl, in nats (Agarwal et al. 2023, arXiv 2306.13649, eq. 1, where w is beta); 0 < w < 1;
+    in float32 or wider, one value a row.
+    """
+    student, teacher = (
+        _log_softmax(student_logits, temperature),
+        _log_softmax(teacher_logits, temperature),
+    )
     mixture = torch.logaddexp(teacher + math.log(weight), student + math.log1p(-weight))
     return temperature**2 * (weight * _kl(teacher, mixture) + (1 - weight) * _kl(student, mixture))
 
 
 class JensenShannon(Distillation, frozen=True, tag="jensen_shannon"):
-    """The mean divergence of teacher and student from their mixture, at most log 2 a token at temperature 1 and weight 0.5."""
+    """The mean divergence of teacher and student from their mixture, at most log 2 a token at
+    temperature 1 and weight 0.5.
+    """
 
     # of the teacher in the mixture: towards 0 it acts as forward_kl, towards 1 as reverse_kl
     weight: OpenUnitInterval = 0.5
 
-    def divergence(self, student_logits: Logits, teacher_logits: Logits, temperature: float) -> Nats:
+    def divergence(
+        self, student_logits: Logits, teacher_logits: Logits, temperature: float
+    ) -> Nats:
         """jensen_shannon."""
-        return jensen_shannon(student_logits, teacher_logits, temperature=temperature, weight=self.weight)
+        return jensen_shannon(
+            student_logits, teacher_logits, temperature=temperature, weight=self.weight
+        )
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

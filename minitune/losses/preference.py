@@ -1,4 +1,6 @@
-"""Losses over pairs of answers, from their log-probabilities: sums over the answer, or averages where a function says so."""
+"""Losses over pairs of answers, from their log-probabilities: sums over the answer, or averages
+where a function says so.
+"""
 
 from typing import ClassVar
 
@@ -10,7 +12,9 @@ from minitune.types import LogProbs, NonNegativeFloat, PositiveFloat, UnitInterv
 
 
 class BasePreferenceLoss(BaseLoss, frozen=True):
-    """A call takes the log-probs of answer pairs under the policy and, where needs_reference, under a frozen model."""
+    """A call takes the log-probs of answer pairs under the policy and, where needs_reference, under
+    a frozen model.
+    """
 
     objective: ClassVar[ObjectiveName] = "preference"
     formats: ClassVar[tuple[str, ...]] = ("pairs",)
@@ -23,9 +27,19 @@ class BasePreferenceLoss(BaseLoss, frozen=True):
         raise NotImplementedError
 
 
-def dpo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float, label_smoothing: float) -> Nats:
-    """-(1 - s) log sigmoid(x) - s log sigmoid(-x), x = beta ((chosen - ref_chosen) - (rejected - ref_rejected)), in nats
-    (Rafailov et al. 2023, arXiv 2305.18290, eq. 7; s > 0, for labels wrong with chance s, is Mitchell's conservative DPO)."""
+def dpo(
+    chosen: Nats,
+    rejected: Nats,
+    ref_chosen: Nats,
+    ref_rejected: Nats,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> Nats:
+    """-(1 - s) log sigmoid(x) - s log sigmoid(-x), x = beta ((chosen - ref_chosen) - (rejected -
+    ref_rejected)), in nats (Rafailov et al. 2023, arXiv 2305.18290, eq. 7; s > 0, for labels wrong
+    with chance s, is Mitchell's conservative DPO).
+    """
     x = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
@@ -40,7 +54,11 @@ class Dpo(BasePreferenceLoss, frozen=True, tag="dpo"):
 
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
         """dpo of the summed log-probs."""
-        return dpo(*_answers(policy, _present(reference)), beta=self.beta, label_smoothing=self.label_smoothing)
+        return dpo(
+            *_answers(policy, _present(reference)),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
 
     def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
         """beta * log(policy / reference)."""
@@ -48,8 +66,10 @@ class Dpo(BasePreferenceLoss, frozen=True, tag="dpo"):
 
 
 def ipo(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float) -> Nats:
-    """((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 beta))^2 of averages, in nats^2 (Azar et al. 2023,
-    arXiv 2310.12036, eq. 17, where beta is tau; averages, as the authors ran it according to TRL's DPOTrainer)."""
+    """((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 beta))^2 of averages, in nats^2
+    (Azar et al. 2023, arXiv 2310.12036, eq. 17, where beta is tau; averages, as the authors ran it
+    according to TRL's DPOTrainer).
+    """
     return (_margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)).square()
 
 
@@ -68,9 +88,13 @@ class Ipo(BasePreferenceLoss, frozen=True, tag="ipo"):
         return _relative_rewards(self.beta, policy, reference)
 
 
-def hinge(chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float) -> Nats:
-    """max(0, 1 - beta ((chosen - ref_chosen) - (rejected - ref_rejected))): the hinge-norm loss of RSO (Liu et al. 2023,
-    arXiv 2309.06657, where beta is gamma), which is SLiC's (Zhao et al. 2023, arXiv 2305.10425) relative to a reference."""
+def hinge(
+    chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float
+) -> Nats:
+    """max(0, 1 - beta ((chosen - ref_chosen) - (rejected - ref_rejected))): the hinge-norm loss of
+    RSO (Liu et al. 2023, arXiv 2309.06657, where beta is gamma), which is SLiC's (Zhao et al. 2023,
+    arXiv 2305.10425) relative to a reference.
+    """
     return F.relu(1 - beta * _margin(chosen, rejected, ref_chosen, ref_rejected))
 
 
@@ -90,12 +114,16 @@ class Hinge(BasePreferenceLoss, frozen=True, tag="hinge"):
 
 
 def simpo(chosen: Nats, rejected: Nats, *, beta: float, gamma: float) -> Nats:
-    """-log sigmoid(beta (chosen - rejected) - gamma) of averages, in nats (Meng et al. 2024, arXiv 2405.14734, eq. 6)."""
+    """-log sigmoid(beta (chosen - rejected) - gamma) of averages, in nats (Meng et al. 2024, arXiv
+    2405.14734, eq. 6).
+    """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 class SimPO(BasePreferenceLoss, frozen=True, tag="simpo"):
-    """Simple preference optimization: no reference, answers of any length on one scale, and a target margin gamma in nats."""
+    """Simple preference optimization: no reference, answers of any length on one scale, and a
+    target margin gamma in nats.
+    """
 
     needs_reference: ClassVar[bool] = False
 
@@ -114,16 +142,20 @@ class SimPO(BasePreferenceLoss, frozen=True, tag="simpo"):
 
 
 def orpo(chosen: Nats, rejected: Nats, *, beta: float) -> Nats:
-    """-chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)) of averages, log odds(x) = x - log(1 - exp(x)), in nats
-    (Hong et al. 2024, arXiv 2403.07691, eq. 6-7, where beta is lambda)."""
+    """-chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)) of averages, log odds(x) =
+    x - log(1 - exp(x)), in nats (Hong et al. 2024, arXiv 2403.07691, eq. 6-7, where beta is
+    lambda).
+    """
     log_odds = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
     return -chosen - beta * F.logsigmoid(log_odds)
 
 
 class Orpo(BasePreferenceLoss, frozen=True, tag="orpo"):
-    """Odds-ratio preference optimization: fine-tunes on the chosen answers and prefers them at once; beta weighs the preference.
+    """Odds-ratio preference optimization: fine-tunes on the chosen answers and prefers them at
+    once; beta weighs the preference.
 
-    The fine-tuning term is each pair's own mean over the chosen answer's tokens, so that a batch is the mean of its pairs.
+    The fine-tuning term is each pair's own mean over the chosen answer's tokens, so that a batch is
+    the mean of its pairs.
     """
 
     needs_reference: ClassVar[bool] = False
@@ -141,15 +173,19 @@ class Orpo(BasePreferenceLoss, frozen=True, tag="orpo"):
 
 
 def cpo(chosen: Nats, rejected: Nats, nll: Nats, *, beta: float, nll_weight: float) -> Nats:
-    """-log sigmoid(beta (chosen - rejected)) + nll_weight * nll, in nats; nll is the chosen answer's negative log-likelihood
-    (Xu et al. 2024, arXiv 2401.08417, eq. 3 and the term L_NLL that follows it)."""
+    """-log sigmoid(beta (chosen - rejected)) + nll_weight * nll, in nats; nll is the chosen
+    answer's negative log-likelihood (Xu et al. 2024, arXiv 2401.08417, eq. 3 and the term L_NLL
+    that follows it).
+    """
     return nll_weight * nll - F.logsigmoid(beta * (chosen - rejected))
 
 
 class Cpo(BasePreferenceLoss, frozen=True, tag="cpo"):
-    """Contrastive preference optimization: DPO with a uniform reference, held in place by fine-tuning on the chosen answers.
+    """Contrastive preference optimization: DPO with a uniform reference, held in place by
+    fine-tuning on the chosen answers.
 
-    The fine-tuning term is each pair's own mean over the chosen answer's tokens, so that a batch is the mean of its pairs.
+    The fine-tuning term is each pair's own mean over the chosen answer's tokens, so that a batch is
+    the mean of its pairs.
     """
 
     needs_reference: ClassVar[bool] = False
@@ -178,11 +214,17 @@ def _answers(policy: LogProbs, reference: LogProbs) -> tuple[Tensor, Tensor, Ten
 
 
 def _averaged(x: LogProbs) -> LogProbs:
-    return x._replace(chosen=x.chosen / x.n_chosen.clamp(min=1), rejected=x.rejected / x.n_rejected.clamp(min=1))
+    return x._replace(
+        chosen=x.chosen / x.n_chosen.clamp(min=1), rejected=x.rejected / x.n_rejected.clamp(min=1)
+    )
 
 
-def _relative_rewards(beta: float, policy: LogProbs, reference: LogProbs | None) -> tuple[Tensor, Tensor]:
-    """beta * log(policy / reference) of both answers (Rafailov et al. 2023, eq. 5 less the prompt's term)."""
+def _relative_rewards(
+    beta: float, policy: LogProbs, reference: LogProbs | None
+) -> tuple[Tensor, Tensor]:
+    """beta * log(policy / reference) of both answers (Rafailov et al. 2023, eq. 5 less the prompt's
+    term).
+    """
     ref = _present(reference)
     return beta * (policy.chosen - ref.chosen), beta * (policy.rejected - ref.rejected)
 
@@ -193,5 +235,8 @@ def _scaled(beta: float, x: LogProbs) -> tuple[Tensor, Tensor]:
 
 def _present(reference: LogProbs | None) -> LogProbs:
     if reference is None:
-        raise TypeError("losses: the reference is None, expected LogProbs; this loss compares the policy with a frozen model")
+        raise TypeError(
+            "losses: the reference is None, expected LogProbs; this loss compares the policy with "
+            "a frozen model"
+        )
     return reference

@@ -1,4 +1,6 @@
-"""Unions of the losses of each kind: a loss that is listed here is known to TOML, to the schema and to the contract tests."""
+"""Unions of the losses of each kind: a loss that is listed here is known to TOML, to the schema and
+to the contract tests.
+"""
 
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
 from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO

@@ -11,7 +11,9 @@ from minitune.types import Fraction, NonNegativeFloat, widen
 
 
 def cross_entropy(logits: Logits, targets: Int[Tensor, "*rows"]) -> Nats:
-    """log sum_v exp(logits_v) - logits_target, in nats, computed in float32 or wider, one value a row; nothing is averaged."""
+    """log sum_v exp(logits_v) - logits_target, in nats, computed in float32 or wider, one value a
+    row; nothing is averaged.
+    """
     wide = widen(logits)
     nats = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.reshape(-1), reduction="none")
     return nats.reshape(targets.shape)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Name from another room: `load`, whose file imports the models and so can't be imported before them."""
+    """Name from another room: `load`, whose file imports the models and so can't be imported before
+    them.
+    """
     if name == "load":
         from minitune.checkpoint.hf_folder import load
 

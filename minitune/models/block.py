@@ -1,4 +1,5 @@
-"""One decoder block, the file to read first: norms, a mixer in which tokens see one another, and a feed-forward.
+"""One decoder block, the file to read first: norms, a mixer in which tokens see one another, and a
+feed-forward.
 
 Vaswani et al. 2017, arXiv 1706.03762, in the form of Touvron et al. 2023, arXiv 2302.13971.
 """
@@ -38,8 +39,9 @@ def block(
     w: leaves of this layer by their Hugging Face names within it.
     inputs: what the mixer shares between layers of one kind, such as angles and ranges of keys.
     cache: (state, slots); the state of x is written to these slots, and x sees the whole cache.
-    tap: called as tap(name, x, y) after each linear map, with the name of its weight within the layer, its input and its
-    output; the experts of a mixture call it with the rows that are routed to them.
+    tap: called as tap(name, x, y) after each linear map, with the name of its weight within the
+    layer, its input and its output; the experts of a mixture call it with the rows that are routed
+    to them.
     """
 
     def proj(name: str, x: Tensor) -> Tensor:
@@ -52,7 +54,9 @@ def block(
         return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm)
 
     def residual(x: Tensor, change: Tensor) -> Tensor:
-        return x + (change if config.residual_multiplier == 1 else change * config.residual_multiplier)
+        return x + (
+            change if config.residual_multiplier == 1 else change * config.residual_multiplier
+        )
 
     attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
 

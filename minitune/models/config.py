@@ -11,12 +11,15 @@ from minitune.models.experts import Experts
 from minitune.nn.elementwise import Norm
 from minitune.types import PositiveInt
 
-QKNorm = Literal["none", "head", "projection", "rotated"]  # of each head, of all heads together; of each after RoPE, no weight
+# of each head, of all heads together; of each after RoPE, no weight
+QKNorm = Literal["none", "head", "projection", "rotated"]
 NormPlacement = Literal["before", "after", "both"]  # of attention and of the mlp
 Activation = Literal["silu", "gelu_tanh"]
 EmbeddingMultiplier = float | Literal["sqrt_d_model"]
-RopeLayout = Literal["half", "interleaved"]  # the dimensions that RoPE rotates together: i and i + half; 2i and 2i + 1
-AttentionType = Literal["full", "sliding", "chunked"]  # which earlier tokens are attended to: all, the last, those of a chunk
+# the dimensions that RoPE rotates together: i and i + half; 2i and 2i + 1
+RopeLayout = Literal["half", "interleaved"]
+# which earlier tokens are attended to: all, the last, those of a chunk
+AttentionType = Literal["full", "sliding", "chunked"]
 MixerName = Literal["grouped_query"]
 
 
@@ -25,7 +28,9 @@ MAX_EXPERTS = 200_000  # of all layers
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Numbers that a decoder is made of; the patterns mixers, layer_types and rope_layers repeat over depth."""
+    """Numbers that a decoder is made of; the patterns mixers, layer_types and rope_layers repeat
+    over depth.
+    """
 
     n_layers: Annotated[int, Meta(gt=0, le=10_000)]
     n_heads: PositiveInt
@@ -59,11 +64,14 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: PositiveInt | None = None  # tokens; None: sliding layers are full
     chunk: PositiveInt | None = None  # tokens
     rope_layers: tuple[bool, ...] = (True,)
-    rotary_factor: float = 1.0  # the part of each head's dimensions, from the first, that RoPE rotates
-    window_rope_theta: float | None = None  # of sliding layers, which are then unscaled; None: RoPE as on the others
+    # the part of each head's dimensions, from the first, that RoPE rotates
+    rotary_factor: float = 1.0
+    # of sliding layers, which are then unscaled; None: RoPE as on the others
+    window_rope_theta: float | None = None
     rope_in_float32: bool = False
     rope_layout: RopeLayout = "half"
-    nope_growth: float | None = None  # queries without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
+    # queries without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
+    nope_growth: float | None = None
     nope_span: PositiveInt = 8192  # tokens
     experts: Experts | None = None  # in place of the mlp, on the layers that it says
     sinks: bool = False  # one more score a head, learned, whose weight goes nowhere
@@ -71,18 +79,25 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         self._check_sizes()
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(
+                f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}"
+            )
         if self.d_rotary % 2:
             what = f"d_head {self.d_head}"
             if self.rotary_factor != 1:
                 what = f"int({self.rotary_factor} * {what})"
             raise ValueError(f"{what} is odd, expected an even number: RoPE rotates pairs")
         if not (self.mixers and self.layer_types and self.rope_layers):
-            raise ValueError("mixers, layer_types or rope_layers is empty, expected a pattern such as ['full']")
+            raise ValueError(
+                "mixers, layer_types or rope_layers is empty, expected a pattern such as ['full']"
+            )
         if isinstance(self.rope_scaling, models_rope_scaling.LongRope):
             n_factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if n_factors != {self.d_rotary // 2}:
-                raise ValueError(f"longrope has lists of {sorted(n_factors)} factors, expected {self.d_rotary // 2} in each")
+                raise ValueError(
+                    f"longrope has lists of {sorted(n_factors)} factors, expected "
+                    f"{self.d_rotary // 2} in each"
+                )
 
     def _check_sizes(self) -> None:
         """ValueError for a model that no machine holds, before anything counts up its weights."""
@@ -113,7 +128,9 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerKind(NamedTuple):
-    """Choices that set a layer's mixer apart from another's; layers of one kind share their inputs, such as angles and masks."""
+    """Choices that set a layer's mixer apart from another's; layers of one kind share their inputs,
+    such as angles and masks.
+    """
 
     mixer: MixerName
     attention: AttentionType

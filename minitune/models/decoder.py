@@ -1,4 +1,6 @@
-"""The one decoder behind every family: tokens to hidden states to logits, block after block, with or without a cache."""
+"""The one decoder behind every family: tokens to hidden states to logits, block after block, with
+or without a cache.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +14,21 @@ from minitune.models.config import DecoderConfig, LayerKind, layer_kind, layer_k
 from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import layer_of
-from minitune.nn.attention.key_range import KeyRange, causal, document_lengths, document_positions, documents
+from minitune.nn.attention.key_range import (
+    KeyRange,
+    causal,
+    document_lengths,
+    document_positions,
+    documents,
+)
 from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.linear import embed
 from minitune.tree import Tree
 from minitune.types import Params
 
-BlockOf = Callable[[int], Callable[..., Tensor]]  # the function of layer i, called as (its leaves, x, its mixer's inputs)
+# the function of layer i, called as (its leaves, x, its mixer's inputs)
+BlockOf = Callable[[int], Callable[..., Tensor]]
 
 
 def hidden(
@@ -59,7 +68,8 @@ def neftune_noise(
     segment_ids: Int[Tensor, "B_parts T"],
     alpha: float,
 ) -> Float[Tensor, "B_parts T D"]:
-    """Uniform on (-1, 1) times alpha / sqrt(L d_model), L the tokens of a token's document; 0 on padding.
+    """Uniform on (-1, 1) times alpha / sqrt(L d_model), L the tokens of a token's document; 0 on
+    padding.
 
     Jain et al. 2023, arXiv 2310.05914, algorithm 1, where a row is one document: packed documents
     have the noise that each would have alone. Drawn from each row's seed.
@@ -72,8 +82,12 @@ def neftune_noise(
     return size[..., None] * uniform(own, n_tokens, config.d_model)
 
 
-def token_positions(config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None) -> TokenPositions:
-    """Positions of tokens that are one document a row, or of the documents that segment_ids tell apart."""
+def token_positions(
+    config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
+) -> TokenPositions:
+    """Positions of tokens that are one document a row, or of the documents that segment_ids tell
+    apart.
+    """
     n_tokens = tokens.shape[1]
     if segment_ids is None:
         keys = causal(n_tokens, tokens.device)
@@ -84,7 +98,9 @@ def token_positions(config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_i
     return TokenPositions(document_positions(segment_ids), lengths, documents(segment_ids))
 
 
-def mixer_inputs(config: DecoderConfig, where: TokenPositions, dtype: torch.dtype) -> dict[LayerKind, Any]:
+def mixer_inputs(
+    config: DecoderConfig, where: TokenPositions, dtype: torch.dtype
+) -> dict[LayerKind, Any]:
     """Inputs of every kind of layer that the model has, made by the kind's mixer."""
     inputs: dict[LayerKind, Any] = {}
     for name in dict.fromkeys(config.mixers):
@@ -106,8 +122,8 @@ def decode(
 
     The state of the new tokens is written to slots keys.last, which are the same in every row.
 
-    Each row is one document, whose last token is its last slot. A RoPE that depends on the length of
-    the text takes it as it is now; keys that are cached keep their angles, as in transformers. A
+    Each row is one document, whose last token is its last slot. A RoPE that depends on the length
+    of the text takes it as it is now; keys that are cached keep their angles, as in transformers. A
     caller whose text grows beyond rope_scaling.border writes the state of all its tokens again.
     """
     x = _embedded(config, params, tokens)
@@ -130,11 +146,17 @@ def filled_caches(config: DecoderConfig, caches: Sequence[Tree], n_slots: int) -
     return [mixer.filled(cache, n_slots) for mixer, cache in zip(mixers, caches, strict=True)]
 
 
-def scaled_logits(config: DecoderConfig, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+def scaled_logits(
+    config: DecoderConfig, logits: Float[Tensor, "*rows V"]
+) -> Float[Tensor, "*rows V"]:
     """Logits of the model from those of its head: divided and capped, where the family does so."""
     if config.logit_divisor != 1:
         logits = logits / config.logit_divisor
-    return logits if config.final_cap is None else config.final_cap * torch.tanh(logits / config.final_cap)
+    return (
+        logits
+        if config.final_cap is None
+        else config.final_cap * torch.tanh(logits / config.final_cap)
+    )
 
 
 def _embedded(
@@ -146,6 +168,7 @@ def _embedded(
     x = embed(tokens, params["model.embed_tokens.weight"])
     if noise is not None:
         x = x + noise.to(x.dtype)
-    if config.embedding_multiplier == "sqrt_d_model":  # rounded to the dtype of the weights, as it was in training
+    # rounded to the dtype of the weights, as it was in training
+    if config.embedding_multiplier == "sqrt_d_model":
         return x * params["model.embed_tokens.weight"].new_full((), config.d_model**0.5)
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier

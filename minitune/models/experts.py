@@ -1,4 +1,6 @@
-"""A block's feed-forward as a mixture of experts: its numbers, the names of its weights, and how they are used."""
+"""A block's feed-forward as a mixture of experts: its numbers, the names of its weights, and how
+they are used.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +17,9 @@ from minitune.types import Params, PositiveInt
 
 
 class Names(NamedTuple):
-    """Names of a layout's weights within a layer; {e} is an expert's number, and without it all experts share a tensor."""
+    """Names of a layout's weights within a layer; {e} is an expert's number, and without it all
+    experts share a tensor.
+    """
 
     mlp: str  # of a layer without experts
     router: str
@@ -39,7 +43,9 @@ NAMES = {
         "mlp.experts.{e}.down_proj.weight",
         "mlp.shared_expert",
     ),
-    "gpt_oss": Names("mlp", "mlp.router", ("mlp.experts.gate_up_proj",), "mlp.experts.down_proj", ""),
+    "gpt_oss": Names(
+        "mlp", "mlp.router", ("mlp.experts.gate_up_proj",), "mlp.experts.down_proj", ""
+    ),
     "llama4": Names(
         "feed_forward",
         "feed_forward.router",
@@ -51,7 +57,9 @@ NAMES = {
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The numbers of a mixture of experts, and what its router does. The pattern `layers` repeats over depth."""
+    """The numbers of a mixture of experts, and what its router does. The pattern `layers` repeats
+    over depth.
+    """
 
     n_experts: PositiveInt
     n_active: PositiveInt  # experts a token
@@ -96,7 +104,10 @@ def expert_shapes(experts: Experts, d_model: int) -> dict[str, tuple[int, ...]]:
         for name, in_, out in ((names.into[0], d_model, 2 * f), (names.out, f, d_model)):
             weights |= {name: (n, in_, out)} | ({f"{name}_bias": (n, out)} if experts.bias else {})
     if experts.d_shared is not None:
-        weights |= {f"{names.shared}.{name}_proj.weight": (experts.d_shared, d_model) for name in ("gate", "up")}
+        weights |= {
+            f"{names.shared}.{name}_proj.weight": (experts.d_shared, d_model)
+            for name in ("gate", "up")
+        }
         weights[f"{names.shared}.down_proj.weight"] = (d_model, experts.d_shared)
     if experts.shared_gate:
         weights[f"{names.shared}_gate.weight"] = (1, d_model)
@@ -122,19 +133,24 @@ def routed_feed_forward(
 ) -> Float[Tensor, "B T D"]:
     """The mixture's output, and that of the shared expert if there is one.
 
-    w holds the layer's leaves; proj(name, x) is the linear map of one of them; tap is what block says.
+    w holds the layer's leaves; proj(name, x) is the linear map of one of them; tap is what block
+    says.
     """
     names = NAMES[experts.names]
     routes = _routes(experts, proj(names.router, x).flatten(0, 1))
     up = [_linear_maps(experts, name, w, tap) for name in names.into]
     down = _linear_maps(experts, names.out, w, tap)
     scale_input = experts.router == "top_then_sigmoid"
-    y = moe.mixture(x.flatten(0, 1), routes, up, _activation(experts), down, scale_input=scale_input).unflatten(0, x.shape[:2])
+    y = moe.mixture(
+        x.flatten(0, 1), routes, up, _activation(experts), down, scale_input=scale_input
+    ).unflatten(0, x.shape[:2])
     if experts.d_shared is None:
         return y
     hidden = swiglu(proj(f"{names.shared}.gate_proj", x), proj(f"{names.shared}.up_proj", x))
     shared = proj(f"{names.shared}.down_proj", hidden)
-    return y + (torch.sigmoid(proj(f"{names.shared}_gate", x)) * shared if experts.shared_gate else shared)
+    return y + (
+        torch.sigmoid(proj(f"{names.shared}_gate", x)) * shared if experts.shared_gate else shared
+    )
 
 
 def _routes(experts: Experts, logits: Tensor) -> moe.Routes:
@@ -145,7 +161,9 @@ def _routes(experts: Experts, logits: Tensor) -> moe.Routes:
     return moe.softmax_then_top(logits, experts.n_active, experts.renormalised)
 
 
-def _linear_maps(experts: Experts, name: str, w: Params, tap: Callable[[str, Tensor, Tensor], None] | None) -> moe.ExpertLinear:
+def _linear_maps(
+    experts: Experts, name: str, w: Params, tap: Callable[[str, Tensor, Tensor], None] | None
+) -> moe.ExpertLinear:
     """One linear map of every expert."""
     if "{e}" not in name:
         return moe.stacked(w[name], w.get(f"{name}_bias"))

@@ -1,4 +1,6 @@
-"""A model family as a value: the config that sets it apart, and how its config.json is read and written."""
+"""A model family as a value: the config that sets it apart, and how its config.json is read and
+written.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,8 +18,8 @@ def _no_fields(*_: Any) -> Fields:
 class Family(NamedTuple):
     """Declaration of a family; `open.FAMILIES` lists them, and the decoder runs them all.
 
-    read gives the config's fields that a config.json says in the family's own way, write the config.json fields that
-    only it has.
+    read gives the config's fields that a config.json says in the family's own way, write the
+    config.json fields that only it has.
     """
 
     config: type[DecoderConfig]
@@ -33,7 +35,8 @@ class Family(NamedTuple):
     def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
         """Config of a Hugging Face config.json.
 
-        InputError names a field that is neither handled nor known to be harmless, or is of another type.
+        InputError names a field that is neither handled nor known to be harmless, or is of another
+        type.
         """
         fields = self.hf.decoded(hf, where)
         return self.hf.read(self.config, fields, where, **self.read(fields, where))

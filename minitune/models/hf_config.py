@@ -1,4 +1,6 @@
-"""config.json: how a family spells the numbers of its Config, in the 4.x and the 5.x style of transformers."""
+"""config.json: how a family spells the numbers of its Config, in the 4.x and the 5.x style of
+transformers.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -25,7 +27,13 @@ NAMES = {  # field of a Config -> field of config.json, in every family
     "max_positions": "max_position_embeddings",
 }
 REMEDY = "delete what says nothing about the architecture, or is it another family?"
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+ROPE = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
 ATTENTION_TYPES: dict[str, AttentionType] = {
     "full_attention": "full",
     "sliding_attention": "sliding",
@@ -35,11 +43,13 @@ MAX_NAMED = 5  # unknown fields that a message names
 
 
 class HFConfig(NamedTuple):
-    """How a family spells its config.json, and what it must say there because the decoder does nothing else.
+    """How a family spells its config.json, and what it must say there because the decoder does
+    nothing else.
 
-    fields: Config field -> config.json field, besides NAMES. required: config.json field -> the values that it may have, of which
-    the first is written; accepted: the same, not written. defaults: what a missing field means. ignored: fields that the family
-    reads by itself, or that say nothing.
+    fields: Config field -> config.json field, besides NAMES. required: config.json field -> the
+    values that it may have, of which the first is written; accepted: the same, not written.
+    defaults: what a missing field means. ignored: fields that the family reads by itself, or that
+    say nothing.
     """
 
     model_type: str
@@ -51,7 +61,8 @@ class HFConfig(NamedTuple):
     ignored: tuple[str, ...] = ()
 
     def decoded(self, hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Fields of a config.json and the family's defaults, each of its type and none of them null.
+        """Fields of a config.json and the family's defaults, each of its type and none of them
+        null.
 
         InputError for a field that the family does not know, and for a value that it does not have.
         """
@@ -62,7 +73,10 @@ class HFConfig(NamedTuple):
         known |= {*ROPE, *hf_fields.HARMLESS, *hf_quantized.KEYS}
         unknown = [key for key in hf if key not in known and hf[key] is not None]
         if unknown:
-            raise InputError(f"models: {where} has {_named(unknown, hf)}, unknown to the {self.model_type} family; {REMEDY}")
+            raise InputError(
+                f"models: {where} has {_named(unknown, hf)}, unknown to the {self.model_type} "
+                f"family; {REMEDY}"
+            )
         for name, values in allowed.items():
             if hf.get(name) is not None and hf[name] not in values:
                 expected = f"{name} {values[0]!r}" if values else f"no {name}"
@@ -77,7 +91,7 @@ class HFConfig(NamedTuple):
         return {**missing, **fields}
 
     def read(self, kind: type[C], hf: Mapping[str, Any], where: str, **read: Any) -> C:
-        """The Config of fields that `decoded` gave, with those that the family has read by itself."""
+        """Config of the fields that `decoded` gave and of those that the family reads itself."""
         names = {**NAMES, **self.fields}
         if "rotary_factor" not in read and rotary_factor(hf) != 1:
             raise InputError(
@@ -101,10 +115,14 @@ class HFConfig(NamedTuple):
         try:
             return msgspec.convert({**required, **derived, **fields, **read}, kind)
         except msgspec.ValidationError as error:
-            raise InputError(f"models: {where}: {quoted(error)} (in minitune's names for the fields)") from None
+            raise InputError(
+                f"models: {where}: {quoted(error)} (in minitune's names for the fields)"
+            ) from None
 
     def write(self, config: DecoderConfig, **written: Any) -> dict[str, Any]:
-        """A config.json that transformers 4.x and 5.x read alike, with the fields that the family writes by itself."""
+        """A config.json that transformers 4.x and 5.x read alike, with the fields that the family
+        writes by itself.
+        """
         names = {**NAMES, **self.fields}
         return {
             "architectures": [self.architecture],
@@ -128,7 +146,9 @@ def rotary_factor(hf: Mapping[str, Any]) -> float:
     return float(hf.get("partial_rotary_factor", 1.0) if inner is None else inner)
 
 
-def layer_pattern(hf: Mapping[str, Any], default: tuple[AttentionType, ...], where: str) -> tuple[AttentionType, ...]:
+def layer_pattern(
+    hf: Mapping[str, Any], default: tuple[AttentionType, ...], where: str
+) -> tuple[AttentionType, ...]:
     """The pattern of layer_types, and `default` where there are none or where they repeat it."""
     types = hf.get("layer_types")
     if types is None:
@@ -136,17 +156,22 @@ def layer_pattern(hf: Mapping[str, Any], default: tuple[AttentionType, ...], whe
     odd = next((one for one in types if one not in ATTENTION_TYPES), None)
     if odd is not None or len(types) != hf.get("num_hidden_layers"):
         raise InputError(
-            f"models: {where} has {len(types)} layer_types, one {quoted(odd)}; expected {hf.get('num_hidden_layers')} "
+            f"models: {where} has {len(types)} layer_types, one {quoted(odd)}; expected "
+            f"{hf.get('num_hidden_layers')} "
             f"of {', '.join(ATTENTION_TYPES)}"
         )
     return pattern([ATTENTION_TYPES[one] for one in types], default)
 
 
 def rope_layers(hf: Mapping[str, Any], where: str) -> list[bool] | None:
-    """True for each layer that has RoPE, as no_rope_layers says (1 where it has, whatever the name says)."""
+    """True for each layer that has RoPE, as no_rope_layers says (1 where it has, whatever the name
+    says).
+    """
     turned, n_layers = hf.get("no_rope_layers"), hf.get("num_hidden_layers", 0)
     if turned and len(turned) < n_layers:
-        raise InputError(f"models: {where} has {len(turned)} no_rope_layers, expected {n_layers}; correct it")
+        raise InputError(
+            f"models: {where} has {len(turned)} no_rope_layers, expected {n_layers}; correct it"
+        )
     return [bool(x) for x in turned[:n_layers]] if turned else None
 
 
@@ -155,7 +180,8 @@ def pattern(values: Sequence[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
     if all(x == default[i % len(default)] for i, x in enumerate(values)):
         return default
 
-    # the longest beginning that is an end too, for every part of the values (Knuth, Morris and Pratt 1977)
+    # the longest beginning that is an end too, for every part of the values (Knuth, Morris and
+    # Pratt 1977)
     borders = [0]
     for x in values[1:]:
         n = borders[-1]
@@ -172,24 +198,37 @@ def layer_types_to_hf(config: DecoderConfig) -> list[str]:
 
 
 def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) -> dict[str, Any]:
-    """rope_theta, rope_scaling and window_rope_theta, flat (4.x) or by layer type (5.x); InputError if windows are scaled."""
+    """rope_theta, rope_scaling and window_rope_theta, flat (4.x) or by layer type (5.x); InputError
+    if windows are scaled.
+    """
     nested = hf.get("rope_parameters") or {}
     if "full_attention" not in nested and "sliding_attention" not in nested:
         whole, scaling = rope_scaling.from_hf(hf, where, theta)
-        return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": hf.get("rope_local_base_freq", local)}
+        return {
+            "rope_theta": whole,
+            "rope_scaling": scaling,
+            "window_rope_theta": hf.get("rope_local_base_freq", local),
+        }
     # transformers lets rope_scaling, which is the older spelling, change the table of full layers
     scaling = hf.get("rope_scaling") or {}
     own = {**(nested.get("full_attention") or {}), **scaling}
     if "type" in scaling and own.get("rope_type", scaling["type"]) != scaling["type"]:
         raise InputError(
-            f"models: {where} has rope_scaling of type {quoted(scaling['type'])} beside rope_parameters of rope_type "
+            f"models: {where} has rope_scaling of type {quoted(scaling['type'])} beside "
+            "rope_parameters of rope_type "
             f"{quoted(own['rope_type'])}, which then counts; write rope_type for type"
         )
     full = {"rope_theta": hf.get("rope_theta", theta), **own}
-    near = {"rope_theta": hf.get("rope_local_base_freq", local), **(nested.get("sliding_attention") or {})}
+    near = {
+        "rope_theta": hf.get("rope_local_base_freq", local),
+        **(nested.get("sliding_attention") or {}),
+    }
     near_theta, near_scaling = rope_scaling.one_from_hf(near, hf, where)
     if near_scaling is not None:
-        raise InputError(f"models: {where} scales RoPE on sliding layers ({near['rope_type']!r}), expected the default there")
+        raise InputError(
+            f"models: {where} scales RoPE on sliding layers ({near['rope_type']!r}), expected the "
+            "default there"
+        )
     whole, scaling = rope_scaling.one_from_hf(full, hf, where)
     return {"rope_theta": whole, "rope_scaling": scaling, "window_rope_theta": near_theta}
 
@@ -197,16 +236,26 @@ def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) 
 def layered_rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """What `layered_rope` reads, in both spellings."""
     flat = rope_scaling.to_hf(config.rope_theta, config.rope_scaling)
-    near = rope_scaling.to_hf(config.window_rope_theta or config.rope_theta, None)["rope_parameters"]
-    return {**flat, "rope_parameters": {"full_attention": flat["rope_parameters"], "sliding_attention": near}}
+    near = rope_scaling.to_hf(config.window_rope_theta or config.rope_theta, None)[
+        "rope_parameters"
+    ]
+    return {
+        **flat,
+        "rope_parameters": {"full_attention": flat["rope_parameters"], "sliding_attention": near},
+    }
 
 
 def sliding_after(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """window and layer_types where the first max_window_layers layers are full and the rest see a window, if windows are used."""
+    """window and layer_types where the first max_window_layers layers are full and the rest see a
+    window, if windows are used.
+    """
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     n, n_full = hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28)
     late = pattern(["full" if i < n_full else "sliding" for i in range(n)], ("full",))
-    return {"window": window, "layer_types": layer_pattern(hf, late, where) if window is not None else ("full",)}
+    return {
+        "window": window,
+        "layer_types": layer_pattern(hf, late, where) if window is not None else ("full",),
+    }
 
 
 def sliding_after_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -214,4 +263,9 @@ def sliding_after_to_hf(config: DecoderConfig) -> dict[str, Any]:
     types = layer_types_to_hf(config)
     first = next((i for i, one in enumerate(types) if one != "full_attention"), config.n_layers)
     used = config.window is not None
-    return {"use_sliding_window": used, "sliding_window": config.window, "max_window_layers": first, "layer_types": types}
+    return {
+        "use_sliding_window": used,
+        "sliding_window": config.window,
+        "max_window_layers": first,
+        "layer_types": types,
+    }

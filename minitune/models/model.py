@@ -28,10 +28,15 @@ BlockTransform = Callable[[BlockFunction], BlockFunction]
 
 
 class Probe(NamedTuple):
-    """Outputs of linear maps of the blocks, through which gradients flow: also of blocks that are compiled or recomputed."""
+    """Outputs of linear maps of the blocks, through which gradients flow: also of blocks that are
+    compiled or recomputed.
+    """
 
-    weights: tuple[str, ...]  # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed by
-    receive: Callable[[str, Tensor], None]  # called with the weight's whole name and its map's output [B T out], once a forward
+    # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed
+    # by
+    weights: tuple[str, ...]
+    # called with the weight's whole name and its map's output [B T out], once a forward
+    receive: Callable[[str, Tensor], None]
 
 
 class Draws(NamedTuple):
@@ -76,7 +81,9 @@ class Model(NamedTuple):
         return self.logits(params, x)
 
     def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
-        """Final hidden states of every token, packed documents apart; rows on the host are sent to the weights."""
+        """Final hidden states of every token, packed documents apart; rows on the host are sent to
+        the weights.
+        """
         device = params["model.embed_tokens.weight"].device
         tokens, segment_ids = to_device(rows.tokens, device), to_device(rows.segment_ids, device)
         noise = None
@@ -85,11 +92,17 @@ class Model(NamedTuple):
             params = with_dropout(params, own, len(tokens), self.draws.dropout)
             if self.neftune_alpha:
                 noise = decoder.neftune_noise(self.config, own, segment_ids, self.neftune_alpha)
-        how: dict[str, Any] = {"segment_ids": segment_ids, "block_of": self.block_of(), "noise": noise}
+        how: dict[str, Any] = {
+            "segment_ids": segment_ids,
+            "block_of": self.block_of(),
+            "noise": noise,
+        }
         return decoder.hidden(self.config, params, tokens, **how)
 
     def block_of(self) -> decoder.BlockOf:
-        """Function that gives the block of layer i: transformed, recomputed in the backward, probed, as the model says."""
+        """Function that gives the block of layer i: transformed, recomputed in the backward,
+        probed, as the model says.
+        """
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
         recomputed = {mixer: self.remat(run) for mixer, run in runs.items()}
 
@@ -114,17 +127,26 @@ class Model(NamedTuple):
         return decoder.scaled_logits(self.config, linear(states, self.head(params)))
 
     def token_losses(
-        self, params: Params, batch: Batch, loss: Callable[..., Tensor], extra: Tree = None, *, summed: bool = False
+        self,
+        params: Params,
+        batch: Batch,
+        loss: Callable[..., Tensor],
+        extra: Tree = None,
+        *,
+        summed: bool = False,
     ) -> Float[Tensor, "B T *values"]:
-        """Loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole logits never exist.
+        """Loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole
+        logits never exist.
 
-        loss(logits [n V], targets [n]), by head.by_rows; or, with `extra`, a tree of tensors [B, T, ...] that belong to the
-        prediction of each token as loss_mask does, loss(logits, targets, rows of extra), by as many rows as the head is.
-        summed: True if all that is done with the losses is to add them up, which spares an accelerator a second forward
-        through a head that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in head.token_losses.
-        Where loss_mask holds weights, each loss is multiplied with its own.
+        loss(logits [n V], targets [n]), by head.by_rows; or, with `extra`, a tree of tensors [B, T,
+        ...] that belong to the prediction of each token as loss_mask does, loss(logits, targets,
+        rows of extra), by as many rows as the head is. summed: True if all that is done with the
+        losses is to add them up, which spares an accelerator a second forward through a head that
+        trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in
+        head.token_losses. Where loss_mask holds weights, each loss is multiplied with its own.
         """
-        mask = batch.target_mask().roll(-1, 1)  # target_mask() is False at 0, so nothing wraps round
+        # target_mask() is False at 0, so nothing wraps round
+        mask = batch.target_mask().roll(-1, 1)
         weights = mask if mask.is_floating_point() else None
         targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
 
@@ -132,7 +154,9 @@ class Model(NamedTuple):
             return loss(decoder.scaled_logits(self.config, logits), *rows)
 
         def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
-            return by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
+            return (
+                by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
+            )
 
         def weighted_losses(logits: Tensor, rows: tuple[tuple[Tensor, Tree], Tensor]) -> Tensor:
             losses = chunk_losses(logits, rows[0])
@@ -144,7 +168,9 @@ class Model(NamedTuple):
             nats = nn_head.token_losses(chunk_losses, hidden, targets, mask, head, summed=summed)
         else:
             labels = (targets, weights)
-            nats = nn_head.token_losses(weighted_losses, hidden, labels, mask > 0, head, summed=summed)
+            nats = nn_head.token_losses(
+                weighted_losses, hidden, labels, mask > 0, head, summed=summed
+            )
         return nats.roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -152,15 +178,19 @@ class Model(NamedTuple):
         return weights.shapes(self.config)
 
     def init(self, seed: int, std: float = 0.02) -> dict[str, Tensor]:
-        """Random float32 parameters: norms that multiply by one, biases zero, matrices normal(0, std), those that write to the
-        residual stream std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3); drawn from (seed, weight name)."""
+        """Random float32 parameters: norms that multiply by one, biases zero, matrices normal(0,
+        std), those that write to the residual stream std / sqrt(2 n_layers) (Radford et al. 2019,
+        section 2.3); drawn from (seed, weight name).
+        """
 
         def weight(name: str, shape: tuple[int, ...]) -> Tensor:
             if name.endswith("norm.weight"):
                 return torch.zeros(shape) if self.config.norm == "one_plus_w" else torch.ones(shape)
             if name.endswith(("bias", "sinks")):
                 return torch.zeros(shape)
-            residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj", ".w2.weight"))
+            residual = name.endswith(
+                ("o_proj.weight", "down_proj.weight", "experts.down_proj", ".w2.weight")
+            )
             scale = std / (2 * self.config.n_layers) ** 0.5 if residual else std
             return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
 
@@ -197,7 +227,9 @@ def probed_block(
     x: Float[Tensor, "B T D"],
     *rest: Any,
 ) -> Float[Tensor, "B T D_and_outputs"]:
-    """The block's result followed by the outputs of the linear maps of `weights`, in one tensor, as remat wants it."""
+    """The block's result followed by the outputs of the linear maps of `weights`, in one tensor, as
+    remat wants it.
+    """
     outputs: dict[str, Tensor] = {}
 
     def tap(name: str, x: Tensor, y: Tensor) -> None:
@@ -208,7 +240,9 @@ def probed_block(
     return torch.cat([result, *(outputs[name] for name in weights if name in w)], dim=-1)
 
 
-def _report(run: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any) -> Tensor:
+def _report(
+    run: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any
+) -> Tensor:
     """The result of a probed block, whose outputs the probe has received."""
     names = [name for name in probe.weights if name in w]
     sizes = [x.shape[-1], *(w[name].shape[0] for name in names)]

@@ -58,12 +58,14 @@ FAMILIES = {  # by the model_type of config.json
 
 
 def open(folder: Path) -> Model:
-    """The model that a Hugging Face folder's config.json describes; InputError for an unknown family or field."""
+    """The model that a Hugging Face folder's config.json describes; InputError for an unknown
+    family or field.
+    """
     return from_hf(config_json(folder), str(folder / "config.json"))
 
 
 def config_json(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder; InputError if it is missing or not a JSON object."""
+    """The parsed config.json of a model folder; InputError if there is none, or no JSON object."""
     path = folder / "config.json"
     if not is_present(path):
         raise InputError(f"models: {folder_problem(folder)}")
@@ -83,7 +85,9 @@ def folder_problem(folder: Path) -> str:
         return f"{folder} holds an adapter, {expected}; name its base as path, and this as deltas"
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
-        return f"{folder} holds models in folders of their own, {quoted(inner)}, {expected}; name one"
+        return (
+            f"{folder} holds models in folders of their own, {quoted(inner)}, {expected}; name one"
+        )
     names = sorted(path.name for path in folder.iterdir())
     found = f"holds {quoted(names)} and no config.json" if names else "is an empty folder"
     return f"{folder} {found}, {expected}; download or copy it again"
@@ -98,7 +102,9 @@ def _no_folder(folder: Path, expected: str) -> str:
 
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
-    """The model that a config.json's content describes, without the part that sees images if there is one."""
+    """The model that a config.json's content describes, without the part that sees images if there
+    is one.
+    """
     hf = text_config(hf)
     family = _family(hf.get("model_type"), where)
     return Model(family, family.from_hf(hf, where))
@@ -107,10 +113,14 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
 def open_config(path: Path) -> Model:
     """Model of a shape file: TOML with `family` and that family's Config fields.
 
-    InputError, with the line of the file, for an unknown family or field and for a value of another kind.
+    InputError, with the line of the file, for an unknown family or field and for a value of another
+    kind.
     """
     if not path.is_file():
-        raise InputError(f"models: {path} does not exist, expected a model shape such as configs/models/llama-3.2-1b.toml")
+        raise InputError(
+            f"models: {path} does not exist, expected a model shape such as "
+            "configs/models/llama-3.2-1b.toml"
+        )
     text, table = toml.read(path, "models")
     lines = toml.key_lines(text)
 

@@ -18,20 +18,30 @@ Share = Annotated[float, Meta(ge=0.0, le=1e6)]
 Context = Annotated[int, Meta(gt=1, le=2**31)]  # tokens
 
 
-class LinearScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"):
+class LinearScaling(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear", tag_field="rope_type"
+):
     """Every frequency divided by factor (Chen et al. 2023, arXiv 2306.15595, eq. 4)."""
 
     factor: Factor
 
 
-class Dynamic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dynamic", tag_field="rope_type"):
-    """A base that grows once the length exceeds the trained one (Peng et al. 2023, arXiv 2309.00071, section 3.3)."""
+class Dynamic(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dynamic", tag_field="rope_type"
+):
+    """A base that grows once the length exceeds the trained one (Peng et al. 2023, arXiv
+    2309.00071, section 3.3).
+    """
 
     factor: Annotated[float, Meta(ge=1.0, le=1e6)]
 
 
-class Llama3(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="llama3", tag_field="rope_type"):
-    """Low frequencies divided by factor, high ones kept, a ramp between (Llama 3.1; as published with its weights)."""
+class Llama3(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="llama3", tag_field="rope_type"
+):
+    """Low frequencies divided by factor, high ones kept, a ramp between (Llama 3.1; as published
+    with its weights).
+    """
 
     factor: Factor
     low_freq_factor: Factor
@@ -39,9 +49,18 @@ class Llama3(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="llama
     original_max_position_embeddings: Context
 
 
-class Yarn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="yarn", tag_field="rope_type"):
-    """As Llama3 with the ramp over dimensions, cos and sin longer by 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071,
-    sections 3.2 and 3.4). llama_4_scaling_beta: queries grow by 1 + beta ln(1 + floor(position / original)) (Ministral 3)."""
+class Yarn(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag="yarn",
+    tag_field="rope_type",
+):
+    """As Llama3 with the ramp over dimensions, cos and sin longer by 0.1 ln(factor) + 1 (Peng et
+    al. 2023, arXiv 2309.00071, sections 3.2 and 3.4). llama_4_scaling_beta: queries grow by 1 +
+    beta ln(1 + floor(position / original)) (Ministral 3).
+    """
 
     factor: Factor
     original_max_position_embeddings: Context
@@ -55,9 +74,16 @@ class Yarn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class LongRope(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="longrope", tag_field="rope_type"
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag="longrope",
+    tag_field="rope_type",
 ):
-    """A divisor for every frequency, one list up to the original context and one beyond (Ding et al. 2024, arXiv 2402.13753)."""
+    """A divisor for every frequency, one list up to the original context and one beyond (Ding et
+    al. 2024, arXiv 2402.13753).
+    """
 
     short_factor: tuple[Factor, ...]
     long_factor: tuple[Factor, ...]
@@ -75,7 +101,11 @@ STRETCHED = ("llama3", "yarn", "longrope")  # that know the context before stret
 
 
 def frequencies(
-    d_rotary: int, theta: float, scaling: Scaling | None, length: int | Int[Tensor, "*rows"], max_positions: int
+    d_rotary: int,
+    theta: float,
+    scaling: Scaling | None,
+    length: int | Int[Tensor, "*rows"],
+    max_positions: int,
 ) -> Float[Tensor, "... half"]:
     """theta^(-2i / d_rotary) for i < d_rotary / 2, in radians a token, then scaled.
 
@@ -85,13 +115,18 @@ def frequencies(
     if isinstance(scaling, Dynamic):
         lengths = torch.as_tensor(length).clamp(min=max_positions)[..., None].float()
         stretch = scaling.factor * lengths / max_positions - (scaling.factor - 1)
-        return 1.0 / (theta * stretch ** (d_rotary / (d_rotary - 2))) ** to_device(powers, lengths.device)
+        return 1.0 / (theta * stretch ** (d_rotary / (d_rotary - 2))) ** to_device(
+            powers, lengths.device
+        )
     f = 1.0 / theta**powers
     if isinstance(scaling, LinearScaling):
         return f / scaling.factor
     if isinstance(scaling, Llama3):
-        turns = scaling.original_max_position_embeddings * f / (2 * math.pi)  # full turns within the original context
-        ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        # full turns within the original context
+        turns = scaling.original_max_position_embeddings * f / (2 * math.pi)
+        ramp = (turns - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
         ramp = ramp.clamp(0.0, 1.0)
         return (1 - ramp) * f / scaling.factor + ramp * f
     if isinstance(scaling, Yarn):
@@ -99,7 +134,8 @@ def frequencies(
     if isinstance(scaling, LongRope):
         lengths = torch.as_tensor(length)[..., None]
         long, short = (
-            to_device(f / torch.tensor(x, dtype=f.dtype), lengths.device) for x in (scaling.long_factor, scaling.short_factor)
+            to_device(f / torch.tensor(x, dtype=f.dtype), lengths.device)
+            for x in (scaling.long_factor, scaling.short_factor)
         )
         return torch.where(lengths > scaling.original_max_position_embeddings, long, short)
     return f
@@ -119,7 +155,9 @@ def magnitude(scaling: Scaling | None, max_positions: int) -> float:
     if isinstance(scaling, (Yarn, LongRope)) and scaling.attention_factor is not None:
         return scaling.attention_factor
     if isinstance(scaling, Yarn) and scaling.mscale and scaling.mscale_all_dim:
-        return _growth(scaling.factor, scaling.mscale) / _growth(scaling.factor, scaling.mscale_all_dim)
+        return _growth(scaling.factor, scaling.mscale) / _growth(
+            scaling.factor, scaling.mscale_all_dim
+        )
     if isinstance(scaling, Yarn):
         return _growth(scaling.factor, 1.0)
     if isinstance(scaling, LongRope):
@@ -129,11 +167,15 @@ def magnitude(scaling: Scaling | None, max_positions: int) -> float:
     return 1.0
 
 
-def query_scale(scaling: Scaling | None, positions: Int[Tensor, "b T"]) -> Float[Tensor, "b T"] | None:
+def query_scale(
+    scaling: Scaling | None, positions: Int[Tensor, "b T"]
+) -> Float[Tensor, "b T"] | None:
     """Factor of the queries of each position, None for 1 everywhere."""
     if not isinstance(scaling, Yarn) or scaling.llama_4_scaling_beta is None:
         return None
-    return 1 + scaling.llama_4_scaling_beta * torch.log(1 + torch.floor(positions / scaling.original_max_position_embeddings))
+    return 1 + scaling.llama_4_scaling_beta * torch.log(
+        1 + torch.floor(positions / scaling.original_max_position_embeddings)
+    )
 
 
 def rope_table(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +183,9 @@ def rope_table(hf: Mapping[str, Any]) -> dict[str, Any]:
     return dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
 
 
-def from_hf(hf: Mapping[str, Any], where: str, theta: float = 10000.0) -> tuple[float, Scaling | None]:
+def from_hf(
+    hf: Mapping[str, Any], where: str, theta: float = 10000.0
+) -> tuple[float, Scaling | None]:
     """(theta, scaling) from the fields of a config.json.
 
     They are in the 4.x spelling (rope_theta, rope_scaling) or the 5.x one (rope_parameters); theta
@@ -156,12 +200,17 @@ def from_hf(hf: Mapping[str, Any], where: str, theta: float = 10000.0) -> tuple[
                 f"models: {where} has rope_scaling, which says no {name}, beside rope_parameters "
                 f"with {name} {hidden}, which then does not count; write {name} into rope_scaling"
             )
-    if rope.get("rope_type", rope.get("type")) in STRETCHED and "original_max_position_embeddings" in hf:
+    if (
+        rope.get("rope_type", rope.get("type")) in STRETCHED
+        and "original_max_position_embeddings" in hf
+    ):
         rope = {**rope, "original_max_position_embeddings": hf["original_max_position_embeddings"]}
     return one_from_hf({"rope_theta": hf.get("rope_theta", theta), **rope}, hf, where)
 
 
-def one_from_hf(table: Mapping[str, Any], hf: Mapping[str, Any], where: str) -> tuple[float, Scaling | None]:
+def one_from_hf(
+    table: Mapping[str, Any], hf: Mapping[str, Any], where: str
+) -> tuple[float, Scaling | None]:
     """(theta, scaling) of one table of rope parameters, within the fields of its config.json."""
     rope = {key: value for key, value in table.items() if key not in PASSED_OVER}
     theta, old_name = float(rope.pop("rope_theta")), rope.pop("type", "default")
@@ -184,7 +233,8 @@ def one_from_hf(table: Mapping[str, Any], hf: Mapping[str, Any], where: str) -> 
 
 def to_hf(theta: float, scaling: Scaling | None) -> dict[str, Any]:
     """Both spellings at once: what 4.x and 5.x of transformers read alike."""
-    scaled = msgspec.json.decode(msgspec.json.encode(scaling))  # lists, where to_builtins leaves tuples
+    # lists, where to_builtins leaves tuples
+    scaled = msgspec.json.decode(msgspec.json.encode(scaling))
     return {
         "rope_theta": theta,
         "rope_scaling": scaled,
@@ -202,7 +252,9 @@ def _yarn(f: Tensor, d_rotary: int, theta: float, scaling: Yarn) -> Tensor:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d_rotary - 1)
-    ramp = ((torch.arange(len(f), dtype=torch.float32) - low) / ((high - low) or 0.001)).clamp(0.0, 1.0)
+    ramp = ((torch.arange(len(f), dtype=torch.float32) - low) / ((high - low) or 0.001)).clamp(
+        0.0, 1.0
+    )
     return f / scaling.factor * ramp + f * (1 - ramp)
 
 

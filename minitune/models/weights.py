@@ -1,4 +1,6 @@
-"""Names and shapes of a decoder's weights: Hugging Face names, [out, in], in the order of the forward."""
+"""Names and shapes of a decoder's weights: Hugging Face names, [out, in], in the order of the
+forward.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +26,9 @@ def shapes(config: DecoderConfig) -> Shapes:
     """Every weight's name and shape; a tied head is not listed: it is the embedding."""
     weights: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.d_model)}
     for i in range(config.n_layers):
-        weights |= {f"model.layers.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
+        weights |= {
+            f"model.layers.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()
+        }
     weights["model.norm.weight"] = (config.d_model,)
     if not config.tie_embeddings:
         weights["lm_head.weight"] = (config.vocab_size, config.d_model)
@@ -53,7 +57,9 @@ def layer_shapes(config: DecoderConfig, i: int) -> Shapes:
 def layer_of(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:
     """Leaves of layer i by their names within it."""
     prefix = f"model.layers.{i}."
-    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)
+    }
 
 
 def _feed_forward_shapes(config: DecoderConfig, i: int) -> Shapes:

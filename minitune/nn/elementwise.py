@@ -18,9 +18,11 @@ Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 def rms_norm(
     x: Float[Tensor, "*rows D"], w: Float[Tensor, "D"], eps: float, kind: Norm = "w_after_cast"
 ) -> Float[Tensor, "*rows D"]:
-    """w * x / sqrt(mean(x^2) + eps), the quotient in float32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
+    """w * x / sqrt(mean(x^2) + eps), the quotient in float32 (Zhang & Sennrich 2019, arXiv
+    1910.07467, eq. 4).
 
-    Families differ in where w comes in: after the cast back to the dtype of x, before it, or before it as 1 + w.
+    Families differ in where w comes in: after the cast back to the dtype of x, before it, or before
+    it as 1 + w.
     """
 
     def normed(x: Tensor, w: Tensor) -> Tensor:
@@ -31,17 +33,21 @@ def rms_norm(
         w = w.to(wide.dtype)
         return (scaled * (1.0 + w if kind == "one_plus_w" else w)).to(x.dtype)
 
-    def derivative(d_y: Tensor, needed: Sequence[bool], x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        # with r = 1 / sqrt(mean(x^2) + eps) and y = s x r: d_x = r (s d_y - x r^2 mean(x s d_y)), d_s = sum of d_y x r
+    def derivative(
+        d_y: Tensor, needed: Sequence[bool], x: Tensor, w: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # with r = 1 / sqrt(mean(x^2) + eps) and y = s x r: d_x = r (s d_y - x r^2 mean(x s d_y)),
+        # d_s = sum of d_y x r
         wide = widen(x)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         d_x = d_w = None
         if needed[0]:
             after = kind == "w_after_cast"
             factor = w.to(x.dtype) if after else w.to(wide.dtype)
-            d_scaled = ((d_y if after else d_y.to(wide.dtype)) * (1.0 + factor if kind == "one_plus_w" else factor)).to(
-                wide.dtype
-            )
+            d_scaled = (
+                (d_y if after else d_y.to(wide.dtype))
+                * (1.0 + factor if kind == "one_plus_w" else factor)
+            ).to(wide.dtype)
             along = (wide * d_scaled).mean(-1, keepdim=True) * r.square()
             d_x = (torch.addcmul(d_scaled, wide, along, value=-1.0) * r).to(x.dtype)
         if needed[1]:
@@ -52,10 +58,14 @@ def rms_norm(
     return _recomputed(normed, derivative)(x, w)
 
 
-def swiglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float[Tensor, "*rows F"]:
+def swiglu(
+    gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]
+) -> Float[Tensor, "*rows F"]:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
-    def derivative(d_y: Tensor, _: Sequence[bool], gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    def derivative(
+        d_y: Tensor, _: Sequence[bool], gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return torch.ops.aten.silu_backward(d_y * up, gate), d_y * F.silu(gate)
 
     return _recomputed(lambda gate, up: F.silu(gate) * up, derivative)(gate, up)
@@ -66,8 +76,11 @@ def geglu(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]) -> Float
     return _recomputed(lambda gate, up: F.gelu(gate, approximate="tanh") * up)(gate, up)
 
 
-def _recomputed(f: Callable[..., Tensor], derivative: Callable[..., Any] | None = None) -> Callable[..., Tensor]:
-    """Function f, which the backward recomputes or takes the `derivative` of (remat.with_derivative).
+def _recomputed(
+    f: Callable[..., Tensor], derivative: Callable[..., Any] | None = None
+) -> Callable[..., Tensor]:
+    """Function f, which the backward recomputes or takes the `derivative` of
+    (remat.with_derivative).
 
     Element-wise work costs less than keeping its intermediate results.
     """

@@ -19,7 +19,8 @@ def linear(
     w: Float[Tensor, "out in"] | QTensor | Adapted,
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """Product x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or adapted.
+    """Product x W^T + bias in the dtype of x, however the leaf W multiplies: dense, quantized or
+    adapted.
 
     TypeError for a Delta, whose scale only the rule that trains it knows.
     """
@@ -27,7 +28,10 @@ def linear(
         return _adapted_linear(x, w, bias)
     bias = None if bias is None else bias.to(x.dtype)
     if isinstance(w, Delta):
-        raise TypeError("linear: a leaf of the params is a Delta, expected a weight; make the params of a forward by Lora.apply")
+        raise TypeError(
+            "linear: a leaf of the params is a Delta, expected a weight; make the params of a "
+            "forward by Lora.apply"
+        )
     if not isinstance(w, Tensor):
         y = quantized_linear(x, w)
     elif w.itemsize < x.itemsize:
@@ -40,8 +44,8 @@ def linear(
 def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
     """x (W + b a)^T + bias (Hu et al. 2021, arXiv 2106.09685, eq. 3, with the scale inside b).
 
-    Where the leaf has a magnitude the rows have that length (Liu et al. 2024, arXiv 2402.09353, eq. 5).
-    Where it has dropout, a gets x with it, and W does not.
+    Where the leaf has a magnitude the rows have that length (Liu et al. 2024, arXiv 2402.09353, eq.
+    5). Where it has dropout, a gets x with it, and W does not.
     """
     magnitude = w.m if isinstance(w.m, Tensor) else None
     # a product that takes the bias along adds it first
@@ -62,7 +66,8 @@ def _adapted_linear(x: Tensor, w: Adapted, bias: Tensor | None) -> Tensor:
 
 
 def row_norms(adapted: Adapted) -> Float[Tensor, "*n out"]:
-    """|W + b a| of every row in float32 or wider, held constant in the gradient (Liu et al. 2024, section 4.3).
+    """|W + b a| of every row in float32 or wider, held constant in the gradient (Liu et al. 2024,
+    section 4.3).
 
     From |W|^2 + 2 W a^T b + b a a^T b, so that the sum W + b a is never built.
     """
@@ -74,8 +79,10 @@ def row_norms(adapted: Adapted) -> Float[Tensor, "*n out"]:
 
 
 def embed(tokens: Int[Tensor, "B T"], w: Float[Tensor, "V D"]) -> Float[Tensor, "B T D"]:
-    """Row tokens[b, t] of the embedding, in its dtype; in float32 where the device multiplies no bfloat16.
+    """Row tokens[b, t] of the embedding, in its dtype; in float32 where the device multiplies no
+    bfloat16.
 
-    All that follows takes its dtype from here: such a device multiplies float32 activations by weights that stay in 16 bits.
+    All that follows takes its dtype from here: such a device multiplies float32 activations by
+    weights that stay in 16 bits.
     """
     return F.embedding(tokens, w).to(hardware.product_dtype(w.dtype, w.device))

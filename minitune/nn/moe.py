@@ -1,7 +1,9 @@
-"""Mixtures of experts: routers, experts over tokens sorted by expert, and the loss that spreads tokens evenly.
+"""Mixtures of experts: routers, experts over tokens sorted by expert, and the loss that spreads
+tokens evenly.
 
-Router functions see one row of logits a token and give its k experts and their weights. Letters in addition to those of types:
-X experts, k experts a token, n tokens, m rows (a token, once for each of its experts).
+Router functions see one row of logits a token and give its k experts and their weights. Letters in
+addition to those of types: X experts, k experts a token, n tokens, m rows (a token, once for each
+of its experts).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +31,9 @@ class Routes(NamedTuple):
 
 def softmax_then_top(logits: Float[Tensor, "n X"], k: int, renormalised: bool) -> Routes:
     """K largest of softmax(logits), in float32; renormalised: divided by their sum
-    (Jiang et al. 2024, arXiv 2401.04088, section 2.1; Muennighoff et al. 2024, arXiv 2409.02060, eq. 2)."""
+    (Jiang et al. 2024, arXiv 2401.04088, section 2.1; Muennighoff et al. 2024, arXiv 2409.02060,
+    eq. 2).
+    """
     weights, experts = widen(logits).softmax(-1).topk(k)
     return Routes(experts, weights / weights.sum(-1, keepdim=True) if renormalised else weights)
 
@@ -58,7 +62,9 @@ class StackedExperts(NamedTuple):
 
 
 class ExpertLinear(NamedTuple):
-    """One linear map of every expert, in the experts' order; stack: the same, where a checkpoint keeps them in one tensor."""
+    """One linear map of every expert, in the experts' order; stack: the same, where a checkpoint
+    keeps them in one tensor.
+    """
 
     weights: Sequence[Tensor | QTensor | Adapted]  # [out, in] each
     biases: Sequence[Tensor | None]  # [out] each
@@ -66,7 +72,9 @@ class ExpertLinear(NamedTuple):
     stack: StackedExperts | None = None
 
 
-def stacked(w: Float[Tensor, "X in out"] | Adapted, bias: Float[Tensor, "X out"] | None) -> ExpertLinear:
+def stacked(
+    w: Float[Tensor, "X in out"] | Adapted, bias: Float[Tensor, "X out"] | None
+) -> ExpertLinear:
     """Maps x W[e] + bias[e] of experts that are kept in one tensor, without copying it."""
     if isinstance(w, Adapted):
         weights = [Adapted(one.T, b.T, a.T) for one, a, b in zip(w.w, w.a, w.b, strict=True)]
@@ -86,42 +94,57 @@ def mixture(
     *,
     scale_input: bool = False,
 ) -> Float[Tensor, "n D"]:
-    """Sum over the experts e of each token of weight * down_e(activation(up_e(x))); scale_input: of down_e(activation(up_e(
-    weight * x))), for experts without biases.
+    """Sum over the experts e of each token of weight * down_e(activation(up_e(x))); scale_input: of
+    down_e(activation(up_e( weight * x))), for experts without biases.
 
-    Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert: all of them in one kernel
-    where torch has one for the stack that they lie in, else one by one, so that a quantized or adapted weight, or a tap
-    of its inputs, is what it is in any linear map. One by one, the host waits for the device to learn how many rows each expert
-    has. Under a functorch transform, which can't follow how many tokens an expert has, every expert is given all tokens.
+    Only the experts that a token goes to are computed, on its rows of the tokens sorted by expert:
+    all of them in one kernel where torch has one for the stack that they lie in, else one by one,
+    so that a quantized or adapted weight, or a tap of its inputs, is what it is in any linear map.
+    One by one, the host waits for the device to learn how many rows each expert has. Under a
+    functorch transform, which can't follow how many tokens an expert has, every expert is given all
+    tokens.
     """
     n, n_experts = len(x), len(down.weights)
     if under_transform():
         chosen = _one_hot(routes.experts, n_experts).to(routes.weights.dtype)
         weights = (routes.weights[..., None] * chosen).sum(1).T.flatten()
-        y = _experts(x.repeat(n_experts, 1), weights, [n] * n_experts, up, activation, down, scale_input)
+        y = _experts(
+            x.repeat(n_experts, 1), weights, [n] * n_experts, up, activation, down, scale_input
+        )
         return y.unflatten(0, (n_experts, n)).sum(0).to(x.dtype)
     flat = routes.experts.flatten()
     order = flat.argsort(stable=True)
-    ends = torch.searchsorted(flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True)
+    ends = torch.searchsorted(
+        flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True
+    )
     at_once = all(_in_one_kernel(maps.stack, x) for maps in (*up, down))
     groups = ends if at_once else _n_rows(ends, len(flat))
-    # permutations and not one scatter: no row is written twice, so a GPU's result does not depend on its scheduling
+    # permutations and not one scatter: no row is written twice, so a GPU's result does not depend
+    # on its scheduling
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
     weights = routes.weights.flatten().index_select(0, order)
-    y = _experts(rows, weights, groups, up, activation, down, scale_input).index_select(0, order.argsort())
+    y = _experts(rows, weights, groups, up, activation, down, scale_input).index_select(
+        0, order.argsort()
+    )
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
 
 
-def clamped_swiglu(gate: Float[Tensor, "m F"], up: Float[Tensor, "m F"], limit: float, slope: float) -> Float[Tensor, "m F"]:
-    """(up + 1) gate sigmoid(slope gate), after gate is cut at limit and up at +-limit (OpenAI 2025, arXiv 2508.10925,
-    section 2.2, and as published with the weights)."""
+def clamped_swiglu(
+    gate: Float[Tensor, "m F"], up: Float[Tensor, "m F"], limit: float, slope: float
+) -> Float[Tensor, "m F"]:
+    """(up + 1) gate sigmoid(slope gate), after gate is cut at limit and up at +-limit (OpenAI 2025,
+    arXiv 2508.10925, section 2.2, and as published with the weights).
+    """
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(slope * gate)
 
 
-def load_balance(logits: Float[Tensor, "L n X"], k: int, mask: Bool[Tensor, "n"]) -> Float[Tensor, ""]:
-    """X sum_e f_e P_e over the tokens of all L layers where mask is True: f_e is how many of a token's k experts are e, P_e
-    the mean of softmax(logits)_e (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6). k for an even router; X k for none but one.
+def load_balance(
+    logits: Float[Tensor, "L n X"], k: int, mask: Bool[Tensor, "n"]
+) -> Float[Tensor, ""]:
+    """X sum_e f_e P_e over the tokens of all L layers where mask is True: f_e is how many of a
+    token's k experts are e, P_e the mean of softmax(logits)_e (Fedus et al. 2021, arXiv 2101.03961,
+    eq. 4-6). k for an even router; X k for none but one.
 
     Differentiable through P alone; 0 where mask is True nowhere.
     """
@@ -149,7 +172,8 @@ def _experts(
 ) -> Tensor:
     """Results, times their weights, of rows that lie in the order of their experts.
 
-    groups: where each expert's rows end, for all experts at once, or how many rows it has, for one by one.
+    groups: where each expert's rows end, for all experts at once, or how many rows it has, for one
+    by one.
     """
     rows = rows * weights[:, None].to(rows.dtype) if scale_input else rows
     y = _grouped(activation(*(_grouped(rows, groups, maps) for maps in up)), groups, down)
@@ -161,7 +185,9 @@ def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -
         assert maps.stack is not None, "only a stack is multiplied at once"
         return _at_once(rows, groups, *maps.stack)
     results = []
-    for some, w, bias, tap in zip(rows.split(list(groups)), maps.weights, maps.biases, maps.taps, strict=True):
+    for some, w, bias, tap in zip(
+        rows.split(list(groups)), maps.weights, maps.biases, maps.taps, strict=True
+    ):
         if len(some):
             results.append(linear(some, w, bias))
             if tap is not None:
@@ -177,14 +203,19 @@ def _at_once(rows: Tensor, ends: Tensor, w: Tensor | Adapted, bias: Tensor | Non
         y = times(rows, w.w) + times(times(rows, w.b), w.a)
     else:
         y = times(rows, w)
-    if bias is not None:  # by a product and not by an index, whose gradient a GPU would sum in any order
+    # by a product and not by an index, whose gradient a GPU would sum in any order
+    if bias is not None:
         expert = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device), right=True)
-        y = y + (expert[:, None] == torch.arange(len(ends), device=ends.device)).to(y.dtype) @ bias.to(y.dtype)
+        y = y + (expert[:, None] == torch.arange(len(ends), device=ends.device)).to(
+            y.dtype
+        ) @ bias.to(y.dtype)
     return y
 
 
 def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
-    """Number of rows of each expert, as even as can be where tensors have no values (planning/memory.py)."""
+    """Number of rows of each expert, as even as can be where tensors have no values
+    (planning/memory.py).
+    """
     if isinstance(ends, FakeTensor):
         return [(i + 1) * n_rows // len(ends) - i * n_rows // len(ends) for i in range(len(ends))]
     return ends.diff(prepend=ends.new_zeros(1)).tolist()

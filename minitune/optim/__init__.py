@@ -1,4 +1,5 @@
-"""Optimizers as pure transforms of gradients: `init(params) -> state`, `update(grads, state, params) -> (updates, state)`.
+"""Optimizers as pure transforms of gradients: `init(params) -> state`, `update(grads, state,
+params) -> (updates, state)`.
 
 Updates are added to the parameters by `apply_gradients`, which is the one place that writes them.
 """

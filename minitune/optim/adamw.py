@@ -20,7 +20,9 @@ FUSED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26, "xpu": 2**26}
 
 
 class AdamState(NamedTuple):
-    """Steps taken, and the running means of the gradient and of its square, in the structure of the parameters."""
+    """Steps taken, and the running means of the gradient and of its square, in the structure of the
+    parameters.
+    """
 
     step: Int[Tensor, ""]
     mu: Tree
@@ -28,7 +30,9 @@ class AdamState(NamedTuple):
 
 
 class FusedSlice(NamedTuple):
-    """A part of a leaf that one call of the kernel updates, and where it begins in the flattened leaf."""
+    """A part of a leaf that one call of the kernel updates, and where it begins in the flattened
+    leaf.
+    """
 
     path: str
     start: int
@@ -39,7 +43,7 @@ class FusedSlice(NamedTuple):
 
 
 class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw", tag_field="kind"):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, 1711.05101, algorithm 2)."""
 
     scope: ClassVar[Scope] = "element"
     lr: NonNegativeFloat  # learning rate at the schedule's peak
@@ -52,7 +56,9 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
 
     def init(self, params: Tree) -> AdamState:
         """Zero moments, in float32 or wider."""
-        return AdamState(zero_count(params), tree.map(wide_zeros, params), tree.map(wide_zeros, params))
+        return AdamState(
+            zero_count(params), tree.map(wide_zeros, params), tree.map(wide_zeros, params)
+        )
 
     def update(self, grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         """-lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr * weight_decay * p."""
@@ -80,15 +86,27 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Bytes of one fused call: a scaled gradient, for bfloat16 a wide one and a wide weight, for rounding three integers."""
+        """Bytes of one fused call: a scaled gradient, for bfloat16 a wide one and a wide weight,
+        for rounding three integers.
+        """
         narrow = any(x.dtype == torch.bfloat16 for x in leaves)
-        elements = min(sum(x.numel() for x in leaves), FUSED_ELEMENTS.get(leaves[0].device.type, FUSED_ELEMENTS["cpu"]))
+        elements = min(
+            sum(x.numel() for x in leaves),
+            FUSED_ELEMENTS.get(leaves[0].device.type, FUSED_ELEMENTS["cpu"]),
+        )
         return 4 * elements * (1 + 2 * narrow + 3 * (narrow and rounds))
 
-    def is_fusable(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: AdamState) -> bool:
-        """True if torch's kernel takes these tensors: contiguous, on one device, moments as wide as weights or float32."""
+    def is_fusable(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], state: AdamState
+    ) -> bool:
+        """True if torch's kernel takes these tensors: contiguous, on one device, moments as wide as
+        weights or float32.
+        """
         return all(
-            _is_fusable(*leaves) for leaves in zip(params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True)
+            _is_fusable(*leaves)
+            for leaves in zip(
+                params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True
+            )
         )
 
     def fused_update(
@@ -104,13 +122,16 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         rounded: Rounding | None,
         is_finite: Bool[Tensor, ""] | None,
     ) -> None:
-        """Write over params and moments what a step on grads * grad_scale makes of them; the step count stays.
+        """Write over params and moments what a step on grads * grad_scale makes of them; the step
+        count stays.
 
-        The learning rate is lr * lr_scale * the leaf's own factor. Nothing is written if is_finite is false; None says that
-        the caller has looked at it.
+        The learning rate is lr * lr_scale * the leaf's own factor. Nothing is written if is_finite
+        is false; None says that the caller has looked at it.
         """
         leaves = zip(params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True)
-        groups: dict[tuple[float, torch.dtype, torch.device], list[tuple[str, tuple[Tensor, ...]]]] = {}
+        groups: dict[
+            tuple[float, torch.dtype, torch.device], list[tuple[str, tuple[Tensor, ...]]]
+        ] = {}
         for path, factor, four in zip(paths, path_factors, leaves, strict=True):
             groups.setdefault((factor, four[0].dtype, four[0].device), []).append((path, four))
 
@@ -129,12 +150,20 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
                 donate_adamw(self, lr, step, wide, g, m, v, found_inf)
                 if dtype == m[0].dtype:
                     continue
-                new = wide if rounded is None else [rounded(x, one.path, one.start) for x, one in zip(wide, chunk, strict=True)]
+                new = (
+                    wide
+                    if rounded is None
+                    else [
+                        rounded(x, one.path, one.start) for x, one in zip(wide, chunk, strict=True)
+                    ]
+                )
                 tree.donate(p, new)
 
 
 def bias_correction(beta: float, step: Int[Tensor, ""]) -> Float[Tensor, ""]:
-    """1 - beta^step, exact to the last digits where a power in float32 would have lost four of its seven at step 1."""
+    """1 - beta^step, exact to the last digits where a power in float32 would have lost four of its
+    seven at step 1.
+    """
     wide = step.to(hardware.widest_float(step.device))
     return -torch.expm1(wide * (math.log(beta) if beta else -math.inf))
 
@@ -149,21 +178,29 @@ def donate_adamw(
     nu: Sequence[Tensor],
     found_inf: Float[Tensor, ""] | None = None,
 ) -> None:
-    """Write over params, mu and nu their values after AdamW's step number `step` (from 1), by torch's one-pass kernel.
+    """Write over params, mu and nu their values after AdamW's step number `step` (from 1), by
+    torch's one-pass kernel.
 
-    The kernel writes nothing where found_inf is 1. Beside tree.donate the only writer of tensors, and like it only for memory
-    that the caller gave away.
+    The kernel writes nothing where found_inf is 1. Beside tree.donate the only writer of tensors,
+    and like it only for memory that the caller gave away.
     """
     b1, b2 = rule.betas
-    steps, rates = [step] * len(params), {"beta1": b1, "beta2": b2, "weight_decay": rule.weight_decay, "eps": rule.eps}
+    steps, rates = (
+        [step] * len(params),
+        {"beta1": b1, "beta2": b2, "weight_decay": rule.weight_decay, "eps": rule.eps},
+    )
     lists = [list(params), list(grads), list(mu), list(nu), [], steps]
     flags = {"amsgrad": False, "maximize": False, "found_inf": found_inf}
     with torch.no_grad():
         torch._fused_adamw_(*lists, lr=lr, **rates, **flags)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
 
 
-def _chunks(members: Sequence[tuple[str, tuple[Tensor, ...]]], limit: int) -> Iterator[list[FusedSlice]]:
-    """The leaves (p, g, m, v) of each path in their order, in lists of slices that have at most `limit` elements together."""
+def _chunks(
+    members: Sequence[tuple[str, tuple[Tensor, ...]]], limit: int
+) -> Iterator[list[FusedSlice]]:
+    """The leaves (p, g, m, v) of each path in their order, in lists of slices that have at most
+    `limit` elements together.
+    """
     chunk: list[FusedSlice] = []
     room = limit
     for path, leaves in members:
@@ -184,5 +221,15 @@ def _is_fusable(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
     narrow = p.dtype == torch.bfloat16 and g.dtype in (torch.bfloat16, torch.float32)
     kept = moments == {torch.float32} and (narrow or p.dtype == g.dtype == torch.float32)
     kept = kept or (moments == {p.dtype, g.dtype} == {torch.float64} and p.device.type == "cpu")
-    whole = p.shape == m.shape == v.shape == g.shape and p.is_contiguous() and m.is_contiguous() and v.is_contiguous()
-    return kept and whole and p.device == m.device == v.device == g.device and p.device.type in FUSED_ELEMENTS
+    whole = (
+        p.shape == m.shape == v.shape == g.shape
+        and p.is_contiguous()
+        and m.is_contiguous()
+        and v.is_contiguous()
+    )
+    return (
+        kept
+        and whole
+        and p.device == m.device == v.device == g.device
+        and p.device.type in FUSED_ELEMENTS
+    )

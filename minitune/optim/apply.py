@@ -1,9 +1,11 @@
 """One step of an optimizer over a tree of parameters: the one place that writes them.
 
-What `update` defines is added to the parameters. An optimizer that declares how it can be cut (transforms.py) is applied slice
-by slice, or by a kernel of its own, where parameters and state lie; any other by its definition.
+What `update` defines is added to the parameters. An optimizer that declares how it can be cut
+(transforms.py) is applied slice by slice, or by a kernel of its own, where parameters and state
+lie; any other by its definition.
 
-On a device that works asynchronously nothing here waits for it: a step that is not finite is computed and not selected.
+On a device that works asynchronously nothing here waits for it: a step that is not finite is
+computed and not selected.
 """
 
 import math
@@ -17,14 +19,23 @@ from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.autodiff.value_and_grad import under_transform
-from minitune.optim.pipeline import Link, Pipeline, Place, is_sliceable, places_in_turn, split_optimizer
+from minitune.optim.pipeline import (
+    Link,
+    Pipeline,
+    Place,
+    is_sliceable,
+    places_in_turn,
+    split_optimizer,
+)
 from minitune.optim.transforms import Chain, GradientTransformation, Slice, slice_tree
 from minitune.tree import Tree
 from minitune.types import widen
 
 
 class Gradients(NamedTuple):
-    """Gradients that are still to be divided and clipped, and whether the step counts (None: it does)."""
+    """Gradients that are still to be divided and clipped, and whether the step counts (None: it
+    does).
+    """
 
     leaves: Sequence[Tensor]
     divisor: Float[Tensor, ""]
@@ -43,14 +54,17 @@ def apply_gradients(
     is_finite: Bool[Tensor, ""],
     donate: bool,
 ) -> tuple[Tree, Tree]:
-    """(params, state) after one step on grads / divisor, whose norm is `norm`; as they were if not is_finite.
+    """(params, state) after one step on grads / divisor, whose norm is `norm`; as they were if not
+    is_finite.
 
-    With donate=True the new values are written over the old ones, slice by slice: optimizers of minitune then allocate nothing
-    as large as the parameters.
+    With donate=True the new values are written over the old ones, slice by slice: optimizers of
+    minitune then allocate nothing as large as the parameters.
     """
     if under_transform():
         # a decision for each element of a batch, which no `if` can take
-        return _select(is_finite, _by_definition(optimizer, grads, state, params, divisor), (params, state))
+        return _select(
+            is_finite, _by_definition(optimizer, grads, state, params, divisor), (params, state)
+        )
     selects = hardware.is_asynchronous(divisor.device)
     if not selects and not is_finite:
         return tree.map(Tensor.detach, params), state
@@ -82,7 +96,8 @@ def apply_gradients_each(
     norms: Float[Tensor, "n"],
     is_finite: Bool[Tensor, "n"],
 ) -> None:
-    """Take the step of apply_gradients for each of n members of stacked trees, under its own optimizer and with its own state.
+    """Take the step of apply_gradients for each of n members of stacked trees, under its own
+    optimizer and with its own state.
 
     Written over params and states.
     """
@@ -91,7 +106,16 @@ def apply_gradients_each(
     # one copy for all members, where one is due
     grads_by_member = zip(*(leaf.contiguous().unbind() for leaf in tree.leaves(grads)), strict=True)
     selects = hardware.is_asynchronous(divisors.device)
-    members = zip(optimizers, states, params_by_member, grads_by_member, divisors, norms, is_finite, strict=True)
+    members = zip(
+        optimizers,
+        states,
+        params_by_member,
+        grads_by_member,
+        divisors,
+        norms,
+        is_finite,
+        strict=True,
+    )
     for optimizer, state, member_params, member_grads, divisor, norm, finite in members:
         if not selects and not finite:
             continue
@@ -101,11 +125,15 @@ def apply_gradients_each(
             _donate_step(clips, pipelines, gradients, paths, member_params)
             continue
         trees = tree.rebuild(grads, member_grads), state, tree.rebuild(params, member_params)
-        apply_gradients(optimizer, *trees, divisor=divisor, norm=norm, is_finite=finite, donate=True)
+        apply_gradients(
+            optimizer, *trees, divisor=divisor, norm=norm, is_finite=finite, donate=True
+        )
 
 
 def scratch_bytes(optimizer: GradientTransformation, params: Tree) -> int:
-    """About how many bytes a donated step allocates beside what it is given; by definition, three trees like params."""
+    """About how many bytes a donated step allocates beside what it is given; by definition, three
+    trees like params.
+    """
     paths, leaves = zip(*tree.items(params), strict=True)
     _, pipelines = split_optimizer(optimizer, optimizer.init(params), paths, leaves)
     if not is_sliceable(pipelines, leaves):
@@ -113,7 +141,11 @@ def scratch_bytes(optimizer: GradientTransformation, params: Tree) -> int:
     sizes = []
     for pipeline in pipelines:
         rounds = any(hasattr(link.transform, "rounding_after") for link in pipeline.tail)
-        sizes.append(pipeline.rule.transform.scratch_bytes([leaves[i] for i in pipeline.numbers], rounds=rounds))
+        sizes.append(
+            pipeline.rule.transform.scratch_bytes(
+                [leaves[i] for i in pipeline.numbers], rounds=rounds
+            )
+        )
     return max(sizes)
 
 
@@ -121,7 +153,9 @@ def _by_definition(
     optimizer: GradientTransformation, grads: Tree, state: Tree, params: Tree, divisor: Tensor
 ) -> tuple[Tree, Tree]:
     """(params, state) after the step, as new trees."""
-    updates, after = optimizer.update(tree.map(lambda g: _scaled(g, divisor, ()), grads), state, params)
+    updates, after = optimizer.update(
+        tree.map(lambda g: _scaled(g, divisor, ()), grads), state, params
+    )
     return tree.map(_added, params, updates), after
 
 
@@ -146,7 +180,11 @@ def _select(is_finite: Tensor, new: Tree, old: Tree) -> Tree:
 
 
 def _donate_step(
-    clips: Sequence[Link], pipelines: Sequence[Pipeline], gradients: Gradients, paths: Sequence[str], leaves: Sequence[Tensor]
+    clips: Sequence[Link],
+    pipelines: Sequence[Pipeline],
+    gradients: Gradients,
+    paths: Sequence[str],
+    leaves: Sequence[Tensor],
 ) -> None:
     """Take the step where params and state lie."""
     clip_factors: list[Tensor] | None = None
@@ -166,7 +204,9 @@ def _donate_step(
 
 
 def _is_fused(pipeline: Pipeline, gradients: Gradients, leaves: Sequence[Tensor]) -> bool:
-    """True if the rule has a kernel for these tensors, and only factors and then a rounding come behind it."""
+    """True if the rule has a kernel for these tensors, and only factors and then a rounding come
+    behind it.
+    """
     rule, tail = pipeline.rule.transform, [link.transform for link in pipeline.tail]
     if tail and hasattr(tail[-1], "rounding_after"):
         tail = tail[:-1]
@@ -180,9 +220,15 @@ def _is_fused(pipeline: Pipeline, gradients: Gradients, leaves: Sequence[Tensor]
 
 
 def _donate_fused(
-    clips: Sequence[Link], pipeline: Pipeline, gradients: Gradients, paths: Sequence[str], leaves: Sequence[Tensor]
+    clips: Sequence[Link],
+    pipeline: Pipeline,
+    gradients: Gradients,
+    paths: Sequence[str],
+    leaves: Sequence[Tensor],
 ) -> None:
-    """Take the step by the rule's kernel: the division and clips scale its gradients, other factors its learning rate."""
+    """Take the step by the rule's kernel: the division and clips scale its gradients, other factors
+    its learning rate.
+    """
     # the gradient's factor: each clip sees the norm that the one before it leaves
     grad_scale = 1 / gradients.divisor
     norm = gradients.norm
@@ -212,7 +258,9 @@ def _donate_fused(
         pipeline.rule.state,
         grad_scale=grad_scale,
         lr_scale=lr_scale,
-        path_factors=[math.prod((part.path_factor(path) for part in by_path), start=1.0) for path in own_paths],
+        path_factors=[
+            math.prod((part.path_factor(path) for part in by_path), start=1.0) for path in own_paths
+        ],
         rounded=rounded,
         is_finite=gradients.is_finite,
     )
@@ -222,7 +270,9 @@ def _clip_factors(clips: Sequence[Link], gradients: Gradients) -> list[Tensor]:
     """The factor of each clip, to the last bit as its `update` has it."""
     factors: list[Tensor] = []
     for clip in clips:
-        norms = torch.stack([tree.norm(_scaled(g, gradients.divisor, factors)) for g in gradients.leaves])
+        norms = torch.stack(
+            [tree.norm(_scaled(g, gradients.divisor, factors)) for g in gradients.leaves]
+        )
         factors = [*factors, clip.transform.gradient_factor(torch.linalg.vector_norm(norms))]
     return factors
 
@@ -233,9 +283,15 @@ def _scaled(g: Tensor, divisor: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 def _donate_slices(
-    factors: Sequence[Tensor], pipeline: Pipeline, gradients: Gradients, paths: Sequence[str], leaves: Sequence[Tensor]
+    factors: Sequence[Tensor],
+    pipeline: Pipeline,
+    gradients: Gradients,
+    paths: Sequence[str],
+    leaves: Sequence[Tensor],
 ) -> None:
-    """Take the step slice by slice, each written before the next is computed: `update` to the last bit."""
+    """Take the step slice by slice, each written before the next is computed: `update` to the last
+    bit.
+    """
     for places in places_in_turn(pipeline, leaves):
         # a call of its own, after which nothing of these slices lives on beside the next ones
         _donate_places(places, factors, pipeline, gradients, paths, leaves)
@@ -250,12 +306,17 @@ def _donate_places(
     leaves: Sequence[Tensor],
 ) -> None:
     """Take the step of these places of the pipeline's leaves, where params and state lie."""
-    # a rule of a partition counts the leaves that it knows, the transforms behind it those of the whole tree
+    # a rule of a partition counts the leaves that it knows, the transforms behind it those of the
+    # whole tree
     numbers = [pipeline.numbers[place.leaf] for place in places]
-    in_tree = [Slice(i, paths[i], place.start, place.end) for i, place in zip(numbers, places, strict=True)]
+    in_tree = [
+        Slice(i, paths[i], place.start, place.end) for i, place in zip(numbers, places, strict=True)
+    ]
     in_rule = in_tree
     if pipeline.is_part:
-        in_rule = [part._replace(number=place.leaf) for part, place in zip(in_tree, places, strict=True)]
+        in_rule = [
+            part._replace(number=place.leaf) for part, place in zip(in_tree, places, strict=True)
+        ]
 
     # views of what belongs to the places
     params = slice_tree(leaves, in_tree)
@@ -266,7 +327,9 @@ def _donate_places(
 
     # their step, by definition
     update = Chain(tuple(link.transform for link in (rule, *tail))).update
-    updates, after = update(tree.map(lambda g: _scaled(g, gradients.divisor, factors), grads), state, params)
+    updates, after = update(
+        tree.map(lambda g: _scaled(g, gradients.divisor, factors), grads), state, params
+    )
     new = tree.map(_added, params, updates), after
     if gradients.is_finite is not None:
         new = _select(gradients.is_finite, new, (params, state))

@@ -20,17 +20,24 @@ SMALLEST = 4096  # elements; smaller leaves keep their moments in float32
 
 
 class Moment8(NamedTuple):
-    """A moment as table[codes] * absmax, one absmax for every BLOCK elements counted over the flattened leaf."""
+    """A moment as table[codes] * absmax, one absmax for every BLOCK elements counted over the
+    flattened leaf.
+    """
 
     codes: UInt8[Tensor, "blocks block"]
     absmax: Float[Tensor, "blocks 1"]
 
 
-class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw8bit", tag_field="kind"):
-    """AdamW whose moments are kept in 8 bits by block-wise dynamic quantization (Dettmers et al. 2021, arXiv 2110.02861,
-    sections 2.1 and 2.2); a step is taken with the float32 moments, before they are rounded."""
+class AdamW8bit(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw8bit", tag_field="kind"
+):
+    """AdamW whose moments are kept in 8 bits by block-wise dynamic quantization (Dettmers et al.
+    2021, arXiv 2110.02861, sections 2.1 and 2.2); a step is taken with the float32 moments, before
+    they are rounded.
+    """
 
-    scope: ClassVar[Scope] = "element"  # or rather a block of elements: slices begin at multiples of BLOCK
+    # or rather a block of elements: slices begin at multiples of BLOCK
+    scope: ClassVar[Scope] = "element"
     lr: NonNegativeFloat  # learning rate at the schedule's peak
     # what the means of the gradient and of its square keep at a step: more averages longer
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -50,11 +57,18 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
         return AdamState(zero_count(params), mu, nu)
 
     def update(self, grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        """AdamW's update of the moments' values, leaf by leaf, so that one leaf at a time is held in float32."""
+        """AdamW's update of the moments' values, leaf by leaf, so that one leaf at a time is held
+        in float32.
+        """
         rule = AdamW(self.lr, self.betas, self.eps, self.weight_decay)
         updates, mus, nus, step = [], [], [], state.step
-        for g, p, mu, nu in zip(tree.leaves(grads), tree.leaves(params), state.mu, state.nu, strict=True):
-            m, v = (dequantize(x, signed, p) if isinstance(x, Moment8) else x for x, signed in ((mu, True), (nu, False)))
+        for g, p, mu, nu in zip(
+            tree.leaves(grads), tree.leaves(params), state.mu, state.nu, strict=True
+        ):
+            m, v = (
+                dequantize(x, signed, p) if isinstance(x, Moment8) else x
+                for x, signed in ((mu, True), (nu, False))
+            )
             u, (step, m, v) = rule.update(g.float(), AdamState(state.step, m, v), p.float())
             updates.append(u)
             mus.append(quantize(m, True) if isinstance(mu, Moment8) else m)
@@ -62,14 +76,18 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
         return tree.rebuild(params, updates), AdamState(step, mus, nus)
 
     def slice_state(self, state: AdamState, slices: Sequence[Slice]) -> AdamState:
-        """Codes and scales, or small moments, of these slices, where they lie, and a copy of the step count."""
+        """Codes and scales, or small moments, of these slices, where they lie, and a copy of the
+        step count.
+        """
 
         def cut(moment: Any, part: Slice) -> Any:
             if isinstance(moment, Moment8):
                 return Moment8(*(x[part.start // BLOCK : -(-part.end // BLOCK)] for x in moment))
             return take_slice(moment, part.start, part.end)
 
-        mu, nu = ([cut(moment[part.number], part) for part in slices] for moment in (state.mu, state.nu))
+        mu, nu = (
+            [cut(moment[part.number], part) for part in slices] for moment in (state.mu, state.nu)
+        )
         return AdamState(state.step.clone(), mu, nu)
 
     def counts(self, state: AdamState) -> Int[Tensor, ""]:
@@ -84,7 +102,8 @@ class AdamW8bit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ad
 def quantize(x: Float[Tensor, "*shape"], signed: bool) -> Moment8:
     """The nearest codes of x over the largest absolute value of its block.
 
-    An unsigned x is never rounded to 0 (nor does bitsandbytes): it is what Adam divides by, and a step would grow by 1 / eps.
+    An unsigned x is never rounded to 0 (nor does bitsandbytes): it is what Adam divides by, and a
+    step would grow by 1 / eps.
     """
     flat = x.flatten()
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -103,14 +122,21 @@ def dequantize(q: Moment8, signed: bool, like: Float[Tensor, "*shape"]) -> Float
 
 
 def dynamic_table(signed: bool, device: torch.device | None = None) -> Float[Tensor, "codes"]:
-    """The 256 values of the dynamic map in [-1, 1] or [0, 1]: seven decades, each with twice the fractions of the one below
-    (Dettmers et al. 2021, section 1.3), with 0 and 1. It is computed where it is used: a copy would make a device wait."""
+    """The 256 values of the dynamic map in [-1, 1] or [0, 1]: seven decades, each with twice the
+    fractions of the one below (Dettmers et al. 2021, section 1.3), with 0 and 1. It is computed
+    where it is used: a copy would make a device wait.
+    """
     wide = hardware.widest_float(device or torch.device("cpu"))
-    # value number k has 2^floor(log2 k) fractions in its decade; the lowest decade begins at k = 1, or 2 without a sign
+    # value number k has 2^floor(log2 k) fractions in its decade; the lowest decade begins at k = 1,
+    # or 2 without a sign
     k = torch.arange(1 if signed else 2, 128 if signed else 256, device=device).to(wide)
     octave = torch.floor(torch.log2(k + 0.5))
     n = torch.exp2(octave)
     fraction = 0.1 + 0.9 * (k - n + 0.5) / n
     values = torch.pow(10.0, octave - (6 if signed else 7)) * fraction
     ends = torch.arange(2, device=device).to(wide)
-    return torch.cat([values, ends, -values] if signed else [values, ends]).sort().values.to(torch.float32)
+    return (
+        torch.cat([values, ends, -values] if signed else [values, ends])
+        .sort()
+        .values.to(torch.float32)
+    )

@@ -19,21 +19,26 @@ from minitune.optim.transforms import Scope, Slice, slice_limit, slice_tree, wid
 from minitune.tree import Tree
 from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for its slope at zero (Jordan et al. 2024)
+# of the quintic, chosen for its slope at zero (Jordan et al. 2024)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7  # that a matrix is divided by
-TABLES = ("*embed_tokens*", "*lm_head*")  # matrices that are looked up in or classify, and not hidden layers
+# matrices that are looked up in or classify, and not hidden layers
+TABLES = ("*embed_tokens*", "*lm_head*")
 AdjustLr = Literal["match_rms_adamw", "original"]
 
 
 class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", tag_field="kind"):
-    """Momentum, orthogonalized, for the 2-D weights of hidden layers (Jordan et al. 2024, "Muon: an optimizer for hidden
-    layers in neural networks"); AdamW for the rest: norms, biases, embeddings, the head, weights of any other rank.
+    """Momentum, orthogonalized, for the 2-D weights of hidden layers (Jordan et al. 2024, "Muon: an
+    optimizer for hidden layers in neural networks"); AdamW for the rest: norms, biases, embeddings,
+    the head, weights of any other rank.
 
-    The a and b of a LoRA delta are matrices like any other, and belong with their weight: those of an embedding or of the head
-    take AdamW. `adamw` names by globs which leaves take AdamW whatever their rank, in place of embeddings and head.
+    The a and b of a LoRA delta are matrices like any other, and belong with their weight: those of
+    an embedding or of the head take AdamW. `adamw` names by globs which leaves take AdamW whatever
+    their rank, in place of embeddings and head.
 
-    With adjust_lr_fn = "match_rms_adamw" a step is as long as one of AdamW, so that one lr serves both (Liu et al. 2025, arXiv
-    2502.16982, eq. 4). "original" is the default of torch.optim.Muon; AdamW then wants a smaller rate: adamw_lr_factor.
+    With adjust_lr_fn = "match_rms_adamw" a step is as long as one of AdamW, so that one lr serves
+    both (Liu et al. 2025, arXiv 2502.16982, eq. 4). "original" is the default of torch.optim.Muon;
+    AdamW then wants a smaller rate: adamw_lr_factor.
     """
 
     lr: NonNegativeFloat  # learning rate at the schedule's peak, of the matrices
@@ -53,29 +58,41 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
     eps: Epsilon = 1e-8  # of AdamW: added to the root of the mean square
 
     def init(self, params: Tree) -> tuple[Tree, ...]:
-        """The state of the matrices, then that of AdamW; InputError for no matrix, and for a glob that matches no leaf."""
+        """The state of the matrices, then that of AdamW; InputError for no matrix, and for a glob
+        that matches no leaf.
+        """
         paths = [path for path, _ in tree.items(params)]
         if self.adamw:
             tree.select(paths, self.adamw, "optim: muon.adamw")
         if all(self._choose(path, leaf) for path, leaf in tree.items(params)):
             raise InputError(
-                f"optim: muon finds no matrix to update among {len(paths)} trained leaves ({', '.join(paths[:3])}, ...), "
+                f"optim: muon finds no matrix to update among {len(paths)} trained leaves "
+                f"({', '.join(paths[:3])}, ...), "
                 "expected a 2-D weight of a hidden layer; use kind = 'adamw'"
             )
         return self.partitioned().init(params)
 
-    def update(self, grads: Tree, state: Sequence[Tree], params: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+    def update(
+        self, grads: Tree, state: Sequence[Tree], params: Tree
+    ) -> tuple[Tree, tuple[Tree, ...]]:
         """OrthogonalizedMomentum's update of matrices, AdamW's of the rest."""
         return self.partitioned().update(grads, state, params)
 
-    def branches(self, state: Sequence[Tree], paths: Sequence[str], leaves: Sequence[Tensor]) -> list[Branch]:
+    def branches(
+        self, state: Sequence[Tree], paths: Sequence[str], leaves: Sequence[Tensor]
+    ) -> list[Branch]:
         """The matrices, and the rest."""
         return self.partitioned().branches(state, paths, leaves)
 
     def partitioned(self) -> Partition:
         """Rule of the matrices, then that of the rest, and which leaf goes to which."""
         matrices = OrthogonalizedMomentum(
-            self.lr, self.momentum, self.nesterov, self.ns_steps, self.weight_decay, self.adjust_lr_fn
+            self.lr,
+            self.momentum,
+            self.nesterov,
+            self.ns_steps,
+            self.weight_decay,
+            self.adjust_lr_fn,
         )
         rest = AdamW(self.lr * self.adamw_lr_factor, self.betas, self.eps, self.weight_decay)
         return Partition((matrices, rest), self._choose)
@@ -102,13 +119,18 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return tree.map(wide_zeros, params)
 
     def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        """-lr * adjust * orthogonalized(m) - lr * weight_decay * p, with m = momentum * m + (1 - momentum) * g.
+        """-lr * adjust * orthogonalized(m) - lr * weight_decay * p, with m = momentum * m + (1 -
+        momentum) * g.
 
         With nesterov momentum * m + (1 - momentum) * g is orthogonalized, where m is the new one.
         """
         grads = tree.map(lambda m, g: g.to(m.dtype), state, grads)
         state = tree.map(lambda m, g: torch.lerp(m, g, 1 - self.momentum), state, grads)
-        ahead = tree.map(lambda m, g: torch.lerp(g, m, self.momentum), state, grads) if self.nesterov else state
+        ahead = (
+            tree.map(lambda m, g: torch.lerp(g, m, self.momentum), state, grads)
+            if self.nesterov
+            else state
+        )
         directions = tree.rebuild(ahead, orthogonalized(tree.leaves(ahead), self.ns_steps))
 
         def leaf(direction: Tensor, p: Tensor) -> Tensor:
@@ -118,7 +140,9 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return tree.map(leaf, directions, params), state
 
     def lr_adjustment(self, shape: torch.Size) -> float:
-        """sqrt(max(1, A / B)) for [A, B], or 0.2 sqrt(max(A, B)), which gives an update the root mean square of AdamW's."""
+        """sqrt(max(1, A / B)) for [A, B], or 0.2 sqrt(max(A, B)), which gives an update the root
+        mean square of AdamW's.
+        """
         n_out, n_in = shape
         if self.adjust_lr_fn == "original":
             return math.sqrt(max(1, n_out / n_in))
@@ -133,15 +157,19 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Seven numbers an element of the matrices that go together, or more where they are nearly square.
+        """Seven numbers an element of the matrices that go together, or more where they are nearly
+        square.
 
-        Gradient, momentum, what is orthogonalized, its copy and two iterates live beside two products [short, short];
-        afterwards gradient, momentum, direction, its two terms, update and new parameter do.
+        Gradient, momentum, what is orthogonalized, its copy and two iterates live beside two
+        products [short, short]; afterwards gradient, momentum, direction, its two terms, update and
+        new parameter do.
         """
         limit = slice_limit(leaves[0].device)
 
         def n_numbers(leaf: Tensor) -> int:
-            n_together = max(1, min(limit // leaf.numel(), sum(x.shape == leaf.shape for x in leaves)))
+            n_together = max(
+                1, min(limit // leaf.numel(), sum(x.shape == leaf.shape for x in leaves))
+            )
             during: int = 6 * leaf.numel() + 2 * min(leaf.shape) ** 2
             after = 7 * leaf.numel()
             if rounds:  # the wide copy of what was in bfloat16 lives beside them
@@ -151,10 +179,14 @@ class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return 4 * max(n_numbers(leaf) for leaf in leaves)
 
 
-def orthogonalized(matrices: Sequence[Float[Tensor, "A B"]], n_steps: int) -> list[Float[Tensor, "A B"]]:
-    """For each matrix U S V^T nearly U V^T: singular values between about 0.7 and 1.2. Those of one shape go together.
+def orthogonalized(
+    matrices: Sequence[Float[Tensor, "A B"]], n_steps: int
+) -> list[Float[Tensor, "A B"]]:
+    """For each matrix U S V^T nearly U V^T: singular values between about 0.7 and 1.2. Those of one
+    shape go together.
 
-    Products are of bfloat16 where the hardware multiplies it, as in torch.optim.Muon, else of float32; of float64 for float64.
+    Products are of bfloat16 where the hardware multiplies it, as in torch.optim.Muon, else of
+    float32; of float64 for float64.
     """
     groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for i, x in enumerate(matrices):
@@ -172,9 +204,11 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "A B"]], n_steps: int) -> li
 
 
 def newton_schulz(x: Float[Tensor, "n A B"], n_steps: int) -> Float[Tensor, "n A B"]:
-    """n_steps of X <- a X + b (X X^T) X + c (X X^T)^2 X, which takes all singular values near 1 (Jordan et al. 2024).
+    """n_steps of X <- a X + b (X X^T) X + c (X X^T)^2 X, which takes all singular values near 1
+    (Jordan et al. 2024).
 
-    It starts from x divided by its Frobenius norm, because it converges where no singular value is above 1.
+    It starts from x divided by its Frobenius norm, because it converges where no singular value is
+    above 1.
     """
     a, b, c = COEFFICIENTS
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALLEST_NORM)

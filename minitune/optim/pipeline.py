@@ -1,4 +1,6 @@
-"""An optimizer taken apart: the clips that it begins with, and the transforms that each leaf then goes through."""
+"""An optimizer taken apart: the clips that it begins with, and the transforms that each leaf then
+goes through.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +23,8 @@ class Link(NamedTuple):
 class Pipeline(NamedTuple):
     """Leaves that go through the same transforms behind the clips.
 
-    A partition's rule knows its leaves alone, by their place in `numbers`; the transforms behind it know the whole tree.
+    A partition's rule knows its leaves alone, by their place in `numbers`; the transforms behind it
+    know the whole tree.
     """
 
     rule: Link
@@ -41,7 +44,8 @@ class Place(NamedTuple):
 def split_optimizer(
     optimizer: GradientTransformation, state: Tree, paths: Sequence[str], leaves: Sequence[Tensor]
 ) -> tuple[list[Link], list[Pipeline]]:
-    """(leading clips, pipelines behind them): one pipeline of all leaves, or one for each rule of a partition.
+    """(leading clips, pipelines behind them): one pipeline of all leaves, or one for each rule of a
+    partition.
 
     There is no pipeline where nothing follows the clips.
     """
@@ -59,16 +63,22 @@ def split_optimizer(
     if not hasattr(rule.transform, "branches"):
         return clips, [Pipeline(rule, tail, range(len(leaves)), is_part=False)]
     branches = rule.transform.branches(rule.state, paths, leaves)
-    return clips, [Pipeline(Link(part.rule, part.state), tail, part.numbers, is_part=True) for part in branches]
+    return clips, [
+        Pipeline(Link(part.rule, part.state), tail, part.numbers, is_part=True) for part in branches
+    ]
 
 
 def is_sliceable(pipelines: Sequence[Pipeline], leaves: Sequence[Tensor]) -> bool:
-    """True if every transform declares how it is cut, and parameters and state are laid out in the order of their elements."""
+    """True if every transform declares how it is cut, and parameters and state are laid out in the
+    order of their elements.
+    """
     links = [link for pipeline in pipelines for link in (pipeline.rule, *pipeline.tail)]
     if not links or not all(hasattr(link.transform, "scope") for link in links):
         return False
     states = [link.state for link in links]
-    return all(x.is_contiguous() for x in leaves) and all(x.is_contiguous() for x in tree.leaves(states))
+    return all(x.is_contiguous() for x in leaves) and all(
+        x.is_contiguous() for x in tree.leaves(states)
+    )
 
 
 def is_elementwise(pipeline: Pipeline) -> bool:
@@ -79,8 +89,8 @@ def is_elementwise(pipeline: Pipeline) -> bool:
 def places_in_turn(pipeline: Pipeline, leaves: Sequence[Tensor]) -> Iterator[list[Place]]:
     """Places that are updated together, one list after the other.
 
-    A list is one slice of a leaf if every transform is element-wise; else it is whole leaves, those of one shape together up
-    to the limit.
+    A list is one slice of a leaf if every transform is element-wise; else it is whole leaves, those
+    of one shape together up to the limit.
     """
     members = [leaves[i] for i in pipeline.numbers]
     if is_elementwise(pipeline):

@@ -1,7 +1,9 @@
-"""Rounding at random of parameters in bfloat16, which keeps the steps that rounding to the nearest would drop.
+"""Rounding at random of parameters in bfloat16, which keeps the steps that rounding to the nearest
+would drop.
 
-A CPU draws from a generator of (seed, step, path), which is the fastest there. An accelerator hashes (seed, step, path, place of
-the element) itself: a generator on the host would need the step count, and the queue would wait until it is read.
+A CPU draws from a generator of (seed, step, path), which is the fastest there. An accelerator
+hashes (seed, step, path, place of the element) itself: a generator on the host would need the step
+count, and the queue would wait until it is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +18,8 @@ from minitune import hardware, seeds, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
 from minitune.tree import Tree
 
-Rounding = Callable[[Tensor, str, int], Tensor]  # (float32 values of a slice, path of its leaf, its start) -> bfloat16
+# (float32 values of a slice, path of its leaf, its start) -> bfloat16
+Rounding = Callable[[Tensor, str, int], Tensor]
 
 
 class StepKeys(NamedTuple):
@@ -27,8 +30,10 @@ class StepKeys(NamedTuple):
 
 
 class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The last transform before bfloat16 parameters: an update u becomes the one that takes p to p + u rounded up or down at
-    random, with the odds that make its mean p + u; steps too small for bfloat16 then add up in place of being lost."""
+    """The last transform before bfloat16 parameters: an update u becomes the one that takes p to p
+    + u rounded up or down at random, with the odds that make its mean p + u; steps too small for
+    bfloat16 then add up in place of being lost.
+    """
 
     scope: ClassVar[Scope] = "leaf"  # the draws of a leaf are one sequence
     seed: int
@@ -37,8 +42,12 @@ class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         """Step 0."""
         return zero_count(params)
 
-    def update(self, grads: Tree, state: Int[Tensor, ""], params: Tree) -> tuple[Tree, Int[Tensor, ""]]:
-        """round(p + u) - p in float32, drawn from (seed, step, path); leaves of other dtypes keep their u."""
+    def update(
+        self, grads: Tree, state: Int[Tensor, ""], params: Tree
+    ) -> tuple[Tree, Int[Tensor, ""]]:
+        """round(p + u) - p in float32, drawn from (seed, step, path); leaves of other dtypes keep
+        their u.
+        """
 
         rounded = self.rounding_after(state)
 
@@ -51,16 +60,20 @@ class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         return tree.rebuild(grads, [change(path, u, p) for (path, u), p in pairs]), state + 1
 
     def rounding_after(self, step: Int[Tensor, ""]) -> Rounding:
-        """Function that rounds float32 elements start, start + 1, ... of a leaf as it is done after `step` steps.
+        """Function that rounds float32 elements start, start + 1, ... of a leaf as it is done after
+        `step` steps.
 
-        The slices of a leaf are to come in their order, because those of a generator are one sequence.
+        The slices of a leaf are to come in their order, because those of a generator are one
+        sequence.
         """
         if hardware.is_asynchronous(step.device):
             keys = step_keys(self.seed, step)
 
             def hashed(x: Tensor, path: str, start: int) -> Tensor:
                 leaf_key = seeds.derive(self.seed, "rounding", path) & 0x7FFFFFFF
-                return stochastic_bfloat16(x, draw_16_bits(keys, leaf_key, start, x.numel()).view(x.shape))
+                return stochastic_bfloat16(
+                    x, draw_16_bits(keys, leaf_key, start, x.numel()).view(x.shape)
+                )
 
             return hashed
 
@@ -83,17 +96,22 @@ class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         return state
 
 
-def stochastic_bfloat16(x: Float[Tensor, "*shape"], drawn: Int[Tensor, "*shape"]) -> BFloat16[Tensor, "*shape"]:
-    """float32 x as one of its two neighbours in bfloat16, the nearer the likelier, so that its mean is x.
+def stochastic_bfloat16(
+    x: Float[Tensor, "*shape"], drawn: Int[Tensor, "*shape"]
+) -> BFloat16[Tensor, "*shape"]:
+    """float32 x as one of its two neighbours in bfloat16, the nearer the likelier, so that its mean
+    is x.
 
-    `drawn`, uniform in [0, 2^16), is added to the bits that bfloat16 has no room for, and these are cut off: a carry rounds up.
+    `drawn`, uniform in [0, 2^16), is added to the bits that bfloat16 has no room for, and these are
+    cut off: a carry rounds up.
     """
     cut = ((x.contiguous().view(torch.int32) + drawn) & -(2**16)).view(torch.float32)
     return torch.where(torch.isfinite(x), cut, x).to(torch.bfloat16)
 
 
 def draw_16_bits(keys: StepKeys, leaf_key: int, start: int, n: int) -> Int[Tensor, "n"]:
-    """Uniform integers in [0, 2^16) for elements start .. start + n of a leaf, on the device of the keys.
+    """Uniform integers in [0, 2^16) for elements start .. start + n of a leaf, on the device of the
+    keys.
 
     One hash of 32 bits serves two neighbours.
     """

@@ -1,4 +1,6 @@
-"""Learning-rate schedules: factors of the peak rate, and the transform that multiplies updates by one."""
+"""Learning-rate schedules: factors of the peak rate, and the transform that multiplies updates by
+one.
+"""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     warmup_steps: NonNegativeInt = 0
 
     def factor(self, step: Int[Tensor, ""], total_steps: int) -> Float[Tensor, ""]:
-        """The factor of step 0, 1, ..., total_steps - 1; the first step of a warm-up already moves."""
+        """Factor of step 0, 1, ..., total_steps - 1; the first step of a warm-up already moves."""
         t = step.to(hardware.widest_float(step.device))
         rise = (t + 1) / max(self.warmup_steps, 1)
         return torch.where(step < self.warmup_steps, rise, self.fall(t, total_steps))
@@ -68,7 +70,9 @@ class Linear(_ByProgress, frozen=True, tag="linear"):
 
 
 class Cosine(_ByProgress, frozen=True, tag="cosine"):
-    """Warm-up, then half a cosine to `end` times the peak (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)."""
+    """Warm-up, then half a cosine to `end` times the peak (Loshchilov & Hutter 2017, arXiv
+    1608.03983, eq. 5).
+    """
 
     end: NonNegativeFloat = 0.0  # factor of the peak rate that is left at the end
 
@@ -110,7 +114,8 @@ Schedule = Constant | Linear | Cosine | Wsd | InverseSqrt
 class ScaleBySchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Multiply updates by a schedule's factor; its state is the number of steps taken.
 
-    It stands at the end of a chain, because every optimizer here is proportional to its learning rate.
+    It stands at the end of a chain, because every optimizer here is proportional to its learning
+    rate.
     """
 
     scope: ClassVar[Scope] = "element"
@@ -121,7 +126,9 @@ class ScaleBySchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Step 0."""
         return zero_count(params)
 
-    def update(self, grads: Tree, state: Int[Tensor, ""], params: Tree) -> tuple[Tree, Int[Tensor, ""]]:
+    def update(
+        self, grads: Tree, state: Int[Tensor, ""], params: Tree
+    ) -> tuple[Tree, Int[Tensor, ""]]:
         """u * step_factor(step)."""
         factor = self.step_factor(state)
         return tree.map(lambda g: g * factor.to(g.dtype), grads), state + 1

@@ -13,7 +13,9 @@ from minitune.types import Fraction, NonNegativeFloat
 
 
 class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
-    """Gradient descent with momentum, and weight decay in the gradient (Sutskever et al. 2013, eq. 1-4, as torch.optim.SGD)."""
+    """Gradient descent with momentum, and weight decay in the gradient (Sutskever et al. 2013, eq.
+    1-4, as torch.optim.SGD).
+    """
 
     scope: ClassVar[Scope] = "element"
     lr: NonNegativeFloat  # learning rate at the schedule's peak
@@ -27,14 +29,18 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
         return tree.map(wide_zeros, params)
 
     def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        """-lr * m, with m = momentum * m + g; nesterov looks one step ahead: -lr * (g + momentum * m)."""
+        """-lr * m, with m = momentum * m + g; nesterov looks one step ahead: -lr * (g + momentum *
+        m).
+        """
 
         def decayed(m: Tensor, g: Tensor, p: Tensor) -> Tensor:
             return g.to(m.dtype) + self.weight_decay * p.to(m.dtype)
 
         grads = tree.map(decayed, state, grads, params)
         state = tree.map(lambda m, g: self.momentum * m + g, state, grads)
-        ahead = tree.map(lambda m, g: g + self.momentum * m, state, grads) if self.nesterov else state
+        ahead = (
+            tree.map(lambda m, g: g + self.momentum * m, state, grads) if self.nesterov else state
+        )
         return tree.map(lambda m: -self.lr * m, ahead), state
 
     def slice_state(self, state: Tree, slices: Sequence[Slice]) -> dict[str, Tensor]:
@@ -46,7 +52,8 @@ class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", ta
         return ()
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
-        """Up to five float32 numbers an element of a slice: gradient, momentum, what is ahead, update, new parameter.
+        """Up to five float32 numbers an element of a slice: gradient, momentum, what is ahead,
+        update, new parameter.
 
         Rounding adds three: wide copies of gradient and parameter, and draws.
         """

@@ -1,17 +1,21 @@
-"""The interface of gradient transforms, what they may declare about themselves, and those that only rescale gradients.
+"""The interface of gradient transforms, what they may declare about themselves, and those that only
+rescale gradients.
 
-A transform needs `init` and `update`, and is then applied as they define it: the updates of the whole tree exist at once. It
-takes less memory and time if it declares what it can do. `apply.py` asks for these declarations and never for a type:
+A transform needs `init` and `update`, and is then applied as they define it: the updates of the
+whole tree exist at once. It takes less memory and time if it declares what it can do. `apply.py`
+asks for these declarations and never for a type:
 
-    scope                   "element" or "leaf": an element's update depends on no more than that element, or than its leaf
-    slice_state, counts     (with scope) the part of its state that belongs to some slices of leaves, and its step counts
-    gradient_factor(norm)   its update is the gradient times this factor, which depends on the gradient's norm alone
-    path_factor(path)       its update is the incoming update times this factor
-    step_factor(state)      its update is the incoming update times this factor, which depends on its step count alone
-    fused_update(...)       it has a kernel that writes parameters and state in one pass (see adamw.py)
-    rounding_after(step)    it ends a chain by rounding what parameters become (see rounding.py)
-    branches(...)           it gives the leaves to several transforms (see partition.py)
-    scratch_bytes(leaves, rounds=)   memory that a donated step allocates beside its arguments
+    scope                   "element" or "leaf": an element's update depends on no more than that
+    element, or than its leaf slice_state, counts     (with scope) the part of its state that
+    belongs to some slices of leaves, and its step counts gradient_factor(norm)   its update is the
+    gradient times this factor, which depends on the gradient's norm alone path_factor(path)
+    its update is the incoming update times this factor
+    step_factor(state)      its update is the incoming update times this factor, which depends on
+    its step count alone fused_update(...)       it has a kernel that writes parameters and state in
+    one pass (see adamw.py) rounding_after(step)    it ends a chain by rounding what parameters
+    become (see rounding.py) branches(...)           it gives the leaves to several transforms (see
+    partition.py) scratch_bytes(leaves, rounds=)   memory that a donated step allocates beside its
+    arguments
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,8 @@ from minitune.tree import Tree
 from minitune.types import NonNegativeFloat, PositiveFloat, wide_dtype
 
 Scope = Literal["element", "leaf"]
-SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}  # elements updated at a time without a fused kernel
+# elements updated at a time without a fused kernel
+SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}
 
 
 @runtime_checkable
@@ -40,7 +45,9 @@ class GradientTransformation(Protocol):
         ...
 
     def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        """(updates, next state); the updates are added to params, or given to the next transform of a chain."""
+        """(updates, next state); the updates are added to params, or given to the next transform of
+        a chain.
+        """
         ...
 
 
@@ -69,7 +76,8 @@ def slice_limit(device: torch.device) -> int:
 
 
 def slice_scratch_bytes(leaves: Sequence[Tensor], bytes_per_element: int, *, rounds: bool) -> int:
-    """Memory of an element-wise step that goes slice by slice, given what its largest moment takes an element.
+    """Memory of an element-wise step that goes slice by slice, given what its largest moment takes
+    an element.
 
     A step that rounds at random goes leaf by leaf, and its rounding takes 24 bytes an element.
     """
@@ -81,7 +89,9 @@ def slice_scratch_bytes(leaves: Sequence[Tensor], bytes_per_element: int, *, rou
 
 
 class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1)."""
+    """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv
+    1211.5063, algorithm 1).
+    """
 
     max_norm: PositiveFloat
 
@@ -100,9 +110,11 @@ class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Multiply updates by a factor of their own: learning-rate groups, as globs over the paths of leaves. The first match wins.
+    """Multiply updates by a factor of their own: learning-rate groups, as globs over the paths of
+    leaves. The first match wins.
 
-    {"*.b": 16.0} is LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4.1); {"*norm.weight": 0.0} holds the norms still.
+    {"*.b": 16.0} is LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4.1); {"*norm.weight": 0.0}
+    holds the norms still.
     """
 
     scope: ClassVar[Scope] = "element"
@@ -110,16 +122,22 @@ class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def init(self, params: Tree) -> tuple[()]:
         """No state; InputError for a glob that matches no leaf."""
-        tree.select([path for path, _ in tree.items(params)], list(self.factors), "optim: lr factor")
+        tree.select(
+            [path for path, _ in tree.items(params)], list(self.factors), "optim: lr factor"
+        )
         return ()
 
     def update(self, grads: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
         """u * path_factor(path)."""
-        return tree.rebuild(grads, [self.path_factor(path) * g for path, g in tree.items(grads)]), ()
+        return tree.rebuild(
+            grads, [self.path_factor(path) * g for path, g in tree.items(grads)]
+        ), ()
 
     def path_factor(self, path: str) -> float:
         """Factor of the first glob that matches the path; 1 if none does."""
-        return next((factor for glob, factor in self.factors.items() if fnmatchcase(path, glob)), 1.0)
+        return next(
+            (factor for glob, factor in self.factors.items() if fnmatchcase(path, glob)), 1.0
+        )
 
     def slice_state(self, state: tuple[()], slices: Sequence[Slice]) -> tuple[()]:
         """No state."""
@@ -139,7 +157,9 @@ class Chain(NamedTuple):
         """Each part's state."""
         return tuple(part.init(params) for part in self.parts)
 
-    def update(self, grads: Tree, state: Sequence[Tree], params: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+    def update(
+        self, grads: Tree, state: Sequence[Tree], params: Tree
+    ) -> tuple[Tree, tuple[Tree, ...]]:
         """Feed each part's updates to the next."""
         states = []
         for part, part_state in zip(self.parts, state, strict=True):

@@ -1,4 +1,6 @@
-"""Memory that a forward keeps for its backward, measured on one block of each kind; which blocks are recomputed, by a budget."""
+"""Memory that a forward keeps for its backward, measured on one block of each kind; which blocks
+are recomputed, by a budget.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -22,9 +24,11 @@ from minitune.types import Params
 
 
 def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: int) -> int:
-    """Fewest blocks to recompute in the backward of n_rows x n_tokens so that all blocks together keep at most n_bytes.
+    """Fewest blocks to recompute in the backward of n_rows x n_tokens so that all blocks together
+    keep at most n_bytes.
 
-    What a block keeps is measured on the last one. InputError if they keep more even when all are computed again.
+    What a block keeps is measured on the last one. InputError if they keep more even when all are
+    computed again.
     """
     config = model.config
     like, n = params["model.embed_tokens.weight"], config.n_layers
@@ -38,8 +42,10 @@ def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: i
     fewest = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if fewest is None:
         raise InputError(
-            f"memory: {n} blocks keep {n * rows / 2**20:,.1f} MiB for the backward of {n_rows} x {n_tokens} tokens when all are "
-            f"computed again, expected at most {n_bytes / 2**20:,.3g}; take fewer rows at a time (micro_batch_size) or allow more"
+            f"memory: {n} blocks keep {n * rows / 2**20:,.1f} MiB for the backward of {n_rows} x "
+            f"{n_tokens} tokens when all are "
+            f"computed again, expected at most {n_bytes / 2**20:,.3g}; take fewer rows at a time "
+            "(micro_batch_size) or allow more"
         )
     return fewest
 
@@ -48,18 +54,23 @@ class BlockMemory(NamedTuple):
     """Bytes that a block needs in a training step."""
 
     kept: int  # for its backward, its input included if that is kept
-    transient: int  # the most that its backward adds, gradients included; its forward, if nothing has a gradient
+    # the most that its backward adds, gradients included; its forward, if nothing has a gradient
+    transient: int
 
 
 def measure(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> BlockMemory:
-    """Memory of f(x, *rest), whose result counts nowhere; the tensors may be fake (torch._subclasses.FakeTensorMode).
+    """Memory of f(x, *rest), whose result counts nowhere; the tensors may be fake
+    (torch._subclasses.FakeTensorMode).
 
     What an operator allocates for itself, and frees before it returns, is not counted.
     """
     with _Live() as live, torch.enable_grad():
         y = f(x.clone(), *rest)  # a copy, so that it counts if it is kept
         result = y.untyped_storage().nbytes()
-        kept, leaves = live.now - result, [leaf for leaf in tree.leaves((x, rest)) if leaf.requires_grad]
+        kept, leaves = (
+            live.now - result,
+            [leaf for leaf in tree.leaves((x, rest)) if leaf.requires_grad],
+        )
         if leaves:
             live.peak = live.now
             torch.autograd.grad(y, leaves, torch.empty_like(y), allow_unused=True)
@@ -72,7 +83,8 @@ def measure_blocks(
     x: Tensor,
     inputs: dict[LayerKind, Any],
 ) -> list[BlockMemory]:
-    """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the embedding has one.
+    """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the
+    embedding has one.
 
     Blocks that are alike are measured once.
     """
@@ -80,7 +92,9 @@ def measure_blocks(
     known: dict[Any, BlockMemory] = {}
     for i in range(model.config.n_layers):
         kind, layer = layer_kind(model.config, i), layer_of(params, i)
-        leaves = tuple((path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer))
+        leaves = tuple(
+            (path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer)
+        )
         alike = (kind, i < model.n_remat, x.requires_grad, leaves)
         if alike not in known:
             run = _x_first(model, kind)
@@ -124,7 +138,9 @@ def _x_first(model: Model, kind: LayerKind) -> Callable[..., Tensor]:
 
 
 def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
-    """Bytes that f(x, *rest), differentiated in x, keeps for its backward: without x and rest, each memory once."""
+    """Bytes that f(x, *rest), differentiated in x, keeps for its backward: without x and rest, each
+    memory once.
+    """
     given = {_memory(leaf) for leaf in tree.leaves((x, rest))}
     kept: dict[int, int] = {}
 
@@ -140,4 +156,5 @@ def kept_bytes(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> int:
 
 
 def _memory(x: Tensor) -> int:
-    return x.untyped_storage()._cdata  # and not its address, which tensors without values do not have
+    # and not its address, which tensors without values do not have
+    return x.untyped_storage()._cdata

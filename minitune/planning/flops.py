@@ -25,11 +25,13 @@ ATTENTION = 2  # the step behind which queries, keys and values are there
 
 
 def flops_per_token(model: Model, trainable: Trainable, companions: float | int) -> float:
-    """Floating-point operations of a training step for each of its tokens, all of them targets and in a document with
-    `companions` tokens on average (the sum of squares of the documents' lengths over the sum of their lengths).
+    """Floating-point operations of a training step for each of its tokens, all of them targets and
+    in a document with `companions` tokens on average (the sum of squares of the documents' lengths
+    over the sum of their lengths).
 
-    2 for every weight that a token is multiplied by, 2 more where its input has a gradient, 2 more where it trains whole; those
-    of deltas; attention over the keys that are seen, forward and twice as many back; the forward of blocks that are recomputed.
+    2 for every weight that a token is multiplied by, 2 more where its input has a gradient, 2 more
+    where it trains whole; those of deltas; attention over the keys that are seen, forward and twice
+    as many back; the forward of blocks that are recomputed.
     """
     config, experts = model.config, model.config.experts
     first = min((_place(name) for name in trainable), default=(torch.inf, 0))
@@ -39,7 +41,11 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
         if len(shape) < 2 or (name.endswith("embed_tokens.weight") and name != head):
             continue
         place = (torch.inf, 1) if name == head else _place(name)
-        share = experts.n_active / experts.n_experts if experts is not None and ".experts." in name else 1.0
+        share = (
+            experts.n_active / experts.n_experts
+            if experts is not None and ".experts." in name
+            else 1.0
+        )
         leaf, back = trainable.get(name), first < place
         forward = n = 2 * share * torch.Size(shape).numel()
         total += n * (1 + back + isinstance(leaf, Tensor))
@@ -52,7 +58,9 @@ def flops_per_token(model: Model, trainable: Trainable, companions: float | int)
         kind = layer_kind(config, i)
         forward = MIXERS[kind.mixer].flops(config, kind, companions)
         back = first <= (i, ATTENTION)
-        total += forward * (3 if back else 1) + (forward if i < model.n_remat and first <= (i, len(STEPS)) else 0)
+        total += forward * (3 if back else 1) + (
+            forward if i < model.n_remat and first <= (i, len(STEPS)) else 0
+        )
     return total
 
 
@@ -60,6 +68,10 @@ def _place(name: str) -> tuple[float | int, int]:
     """(layer, step) of a weight in the forward."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer is None:
-        return (-1, 0) if name.endswith("embed_tokens.weight") else (torch.inf, int(not name.startswith("model.norm")))
+        return (
+            (-1, 0)
+            if name.endswith("embed_tokens.weight")
+            else (torch.inf, int(not name.startswith("model.norm")))
+        )
     within_layer = name[layer.end() :]
     return int(layer[1]), next(i for i, step in enumerate(STEPS) if re.match(step, within_layer))

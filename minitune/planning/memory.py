@@ -32,7 +32,8 @@ from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params, Trainable, wide_dtype
 
 Parts = Mapping[str, int]  # what is in memory -> its bytes
-# id, segment and mask of a token as they come, the same moved to the place that predicts them, the places of targets
+# id, segment and mask of a token as they come, the same moved to the place that predicts them, the
+# places of targets
 BATCH_BYTES_PER_TOKEN = 45
 
 
@@ -43,7 +44,8 @@ class StepSpec(NamedTuple):
     """
 
     model: Model
-    params: Params  # those of weights that train whole say what dtype is computed with, and are not there
+    # those of weights that train whole say what dtype is computed with, and are not there
+    params: Params
     trainable: Trainable
     lora: Lora | None
     optimizer: GradientTransformation
@@ -52,16 +54,20 @@ class StepSpec(NamedTuple):
     n_rows: int  # that go through the model together in a micro-batch: both answers of a pair
     n_tokens: int  # of a row
     n_micro_batches: int = 1
-    rounded: Collection[str] = ()  # weights that train whole and are rounded to their quantized values in the forward
+    # weights that train whole and are rounded to their quantized values in the forward
+    rounded: Collection[str] = ()
     reference: Tree = ()  # the trainable tree that the policy is compared with
     teacher: Teacher | None = None
-    offloaded: bool = False  # inputs of blocks that are computed again wait in the host's memory (autodiff/offload.py)
+    # inputs of blocks that are computed again wait in the host's memory (autodiff/offload.py)
+    offloaded: bool = False
 
 
 def peak_memory(step: StepSpec) -> Parts:
-    """Bytes of what is in memory at the fullest moment of a step whose tokens are all targets; their sum is the floor.
+    """Bytes of what is in memory at the fullest moment of a step whose tokens are all targets;
+    their sum is the floor.
 
-    Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is not counted.
+    Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is
+    not counted.
     """
     state = tree.n_bytes(step.optimizer.init(tree.map(lambda x: x.to("meta"), step.trainable)))
 
@@ -69,7 +75,9 @@ def peak_memory(step: StepSpec) -> Parts:
         return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device), leaves)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        params, trainable, teacher = without_values((step.params, step.trainable, step.teacher and step.teacher.params))
+        params, trainable, teacher = without_values(
+            (step.params, step.trainable, step.teacher and step.teacher.params)
+        )
         step = step._replace(params=params, trainable=trainable)
         if step.teacher is not None:
             step = step._replace(teacher=Teacher(step.teacher.model, teacher))
@@ -100,7 +108,9 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     earlier = _sum_bytes(step) if step.n_micro_batches > 1 else 0
 
     def memory_during_backward(n_blocks_left: int, gradients: int, transient: int) -> Parts:
-        """While the backward has yet to go through the first blocks; gradients: of this micro-batch so far."""
+        """While the backward has yet to go through the first blocks; gradients: of this micro-batch
+        so far.
+        """
         return {
             **always,
             "copies": sum(block_copies[:n_blocks_left]),
@@ -112,7 +122,10 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     # at the head
     at_head = memory_during_backward(len(blocks), *head_bytes(step, forward))
     wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
-    yield {**at_head, "copies": at_head["copies"] + _bytes_of(copies, head_name(step.model.config)) + wide}
+    yield {
+        **at_head,
+        "copies": at_head["copies"] + _bytes_of(copies, head_name(step.model.config)) + wide,
+    }
 
     # back through the blocks
     done = _bytes_with_gradient(step.model.head(forward.params))
@@ -140,7 +153,9 @@ def step_forward(step: StepSpec) -> StepForward:
     config = step.model.config
     forward = forward_params(step.params, step.trainable, step.lora, step.n_rows)
     params = tree.map(_leaf, forward)
-    whole = {name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)}
+    whole = {
+        name: params[name] for name, leaf in step.trainable.items() if isinstance(leaf, Tensor)
+    }
     deltas = {name: Delta(w.a, w.b, w.m) for name, w in params.items() if isinstance(w, Adapted)}
 
     # what the first block is given
@@ -161,8 +176,12 @@ def step_forward(step: StepSpec) -> StepForward:
         blocks = [BlockMemory(0, block.transient + travelling) for block in blocks[:n]] + blocks[n:]
 
     last = detached_leaves(x) if x.requires_grad or any(block.kept for block in blocks) else x
-    norm = measure(lambda x, w: rms_norm(x, w, config.norm_eps, config.norm), last, params["model.norm.weight"])
-    return StepForward(params, whole, deltas, x, tree.n_bytes(list(inputs.values())), [*blocks, norm])
+    norm = measure(
+        lambda x, w: rms_norm(x, w, config.norm_eps, config.norm), last, params["model.norm.weight"]
+    )
+    return StepForward(
+        params, whole, deltas, x, tree.n_bytes(list(inputs.values())), [*blocks, norm]
+    )
 
 
 def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -> Parts:
@@ -179,14 +198,19 @@ def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -
 
 
 def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:
-    """(weights that train whole and are computed with as copies, the rounded ones in the dtype that they train in)."""
+    """(weights that train whole and are computed with as copies, the rounded ones in the dtype that
+    they train in).
+    """
     dtypes = {name: tree.leaves(leaf)[0].dtype for name, leaf in step.trainable.items()}
     rounded = {name: whole[name].to(dtypes[name]) for name in step.rounded}
-    return {name: w for name, w in whole.items() if w.dtype != dtypes[name] or name in rounded}, rounded
+    return {
+        name: w for name, w in whole.items() if w.dtype != dtypes[name] or name in rounded
+    }, rounded
 
 
 def head_bytes(step: StepSpec, forward: StepForward) -> tuple[int, int]:
-    """(bytes of the sums of the head's gradient, the most that else is there while its losses are taken).
+    """(bytes of the sums of the head's gradient, the most that else is there while its losses are
+    taken).
 
     The latter: the labelled rows, as they are and one after the other, and their gradients, which
     wait for the backward; a chunk of logits with their gradient and what the loss makes of the last
@@ -207,9 +231,12 @@ def head_bytes(step: StepSpec, forward: StepForward) -> tuple[int, int]:
         return model.logits(params, hidden).detach()
 
     logits = logits_of(step.model, params)
-    teacher_logits = [] if step.teacher is None else [logits_of(step.teacher.model, step.teacher.params)]
+    teacher_logits = (
+        [] if step.teacher is None else [logits_of(step.teacher.model, step.teacher.params)]
+    )
 
-    # the loss sees a few rows at a time, and keeps of each slice the gradient, which is one of the logits'
+    # the loss sees a few rows at a time, and keeps of each slice the gradient, which is one of the
+    # logits'
     rows, *teacher_rows = (x[: rows_at_once(x)] for x in (logits, *teacher_logits))
     targets = torch.empty(len(rows), dtype=torch.int64, device=like.device)
 

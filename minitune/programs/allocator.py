@@ -1,4 +1,4 @@
-"""Settings of a process that trains: memory that a step gives back, and kernels that it compiles."""
+"""Settings of a process that trains: memory that a step gives back, kernels it compiles."""
 
 import ctypes
 import os
@@ -10,13 +10,19 @@ KERNELS = "128"  # that oneDNN keeps, and as many of torch's own descriptions of
 
 
 def keep_freed() -> bool:
-    """Let this process keep up to 1 GiB of memory that it freed, for its next allocations; False if the C library can't.
+    """Let this process keep up to 1 GiB of memory that it freed, for its next allocations; False if
+    the C library can't.
 
-    By default glibc gives large blocks back to the kernel, which clears every page of the next ones: on a CPU a tenth of a step.
-    For whoever owns the process, as `python -m minitune` does; peak memory stays, but for holes between blocks.
+    By default glibc gives large blocks back to the kernel, which clears every page of the next
+    ones: on a CPU a tenth of a step. For whoever owns the process, as `python -m minitune` does;
+    peak memory stays, but for holes between blocks.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(TRIM_THRESHOLD, KEPT)) and bool(mallopt(MMAP_THRESHOLD, KEPT))
+    return (
+        mallopt is not None
+        and bool(mallopt(TRIM_THRESHOLD, KEPT))
+        and bool(mallopt(MMAP_THRESHOLD, KEPT))
+    )
 
 
 def bound_kernel_cache() -> None:

@@ -38,7 +38,8 @@ NONE_ENDED: Mapping[str, Ended] = MappingProxyType({})
 
 
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Source of a model: a Hugging Face folder, or a shape with random weights and a tokenizer folder.
+    """Source of a model: a Hugging Face folder, or a shape with random weights and a tokenizer
+    folder.
 
     dtype "auto" is bfloat16 where the device multiplies it natively, else float16 on an accelerator
     and float32 on a CPU. What trains is never in float16: its gradients are those of a scaled loss.
@@ -54,12 +55,16 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deltas: str | None = None
     # of frozen weights and of compute, and never of what trains
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: the accelerator that torch finds, else the CPU
-    chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking
+    # auto: the accelerator that torch finds, else the CPU
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    # variables of the chat template, such as enable_thinking
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractState:
-    """Abstract state with another model; InputError where its folder, tokenizer or device does not fit."""
+    """Abstract state with another model; InputError where its folder, tokenizer or device does not
+    fit.
+    """
     _require_written(source, abstract)
     if source.path in abstract.saved:
         saved = abstract.saved[str(source.path)]
@@ -73,7 +78,8 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
     template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
 
-    # The same shapes on the meta device: stages that follow match names and shapes, and no weight is read.
+    # The same shapes on the meta device: stages that follow match names and shapes, and no weight
+    # is read.
     params = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     rule, trainable, base = None, {}, None
     if source.deltas is not None and source.deltas not in abstract.saved:
@@ -129,23 +135,31 @@ def _check_device(source: ModelSource) -> None:
     if accelerator is None:
         present, choices = "no accelerator", "'auto' or 'cpu'"
     else:
-        present, choices = f"an accelerator of type {accelerator}", f"'auto', 'cpu' or '{accelerator}'"
+        present, choices = (
+            f"an accelerator of type {accelerator}",
+            f"'auto', 'cpu' or '{accelerator}'",
+        )
     raise InputError(
-        f"loading: [model] device = '{source.device}', but torch finds {present}, expected {choices} on this machine; correct it"
+        f"loading: [model] device = '{source.device}', but torch finds {present}, expected "
+        f"{choices} on this machine; correct it"
     )
 
 
 def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
-    """Data table that a stage asks for by name; InputError if there is none, or one of another format."""
+    """Data table that a stage asks for by name; InputError if there is none, or one of another
+    format.
+    """
     if name not in abstract.data:
         known = ", ".join(abstract.data) or "the program has none"
         raise InputError(
-            f"loading: stage {label} asks for data {name!r}, expected a [data] table: {known}{nearest(name, [*abstract.data])}"
+            f"loading: stage {label} asks for data {name!r}, expected a [data] table: "
+            f"{known}{nearest(name, [*abstract.data])}"
         )
     source = abstract.data[name]
     if source.format not in formats:
         raise InputError(
-            f"loading: stage {label} asks for data {name!r}, which has format {source.format!r}, expected {' or '.join(formats)}"
+            f"loading: stage {label} asks for data {name!r}, which has format {source.format!r}, "
+            f"expected {' or '.join(formats)}"
         )
     return source
 
@@ -168,8 +182,8 @@ def open_pipeline(
 
     tokens_at_once, first_rules, ended: fields of the state.
 
-    tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is the one setting of torch
-    that minitune makes, and torch has it for a whole process.
+    tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is
+    the one setting of torch that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     located = {name: data.with_paths(locate) for name, data in sources.items()}
@@ -224,17 +238,24 @@ def load(
 
 def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:
     """(device of a model, dtype of its compute), "auto" decided."""
-    device = torch.device((hardware.accelerator() or "cpu") if source.device == "auto" else source.device)
+    device = torch.device(
+        (hardware.accelerator() or "cpu") if source.device == "auto" else source.device
+    )
     return device, compute_dtype(device) if source.dtype == "auto" else getattr(torch, source.dtype)
 
 
 def say_widening(log: Log, label: str, leaves: Tree) -> None:
-    """Say in one line of the log what becomes of bfloat16 leaves on a device that multiplies no bfloat16."""
+    """Say in one line of the log what becomes of bfloat16 leaves on a device that multiplies no
+    bfloat16.
+    """
     dense = [x for x in tree.leaves(leaves) if x.dtype == torch.bfloat16 and not x.is_meta]
-    device = next((x.device for x in dense if hardware.product_dtype(x.dtype, x.device) != x.dtype), None)
+    device = next(
+        (x.device for x in dense if hardware.product_dtype(x.dtype, x.device) != x.dtype), None
+    )
     if device is not None:
         log.say(
-            f"{label}: this {device.type} multiplies no bfloat16, so weights stay in 16 bits and are widened a block at a time "
+            f"{label}: this {device.type} multiplies no bfloat16, so weights stay in 16 bits and "
+            "are widened a block at a time "
             "for float32 products; activations are float32"
         )
 
@@ -260,8 +281,10 @@ def _deltas(
         fingerprint = folder_fingerprint(path)
         if fingerprint != base.fingerprint:
             raise InputError(
-                f"loading: the deltas in {source.deltas} were trained on {base.path} ({base.fingerprint[:12]}), whose "
-                f"weights are not those of {path} ({fingerprint[:12]}), expected the same base; point [model] path to it"
+                f"loading: the deltas in {source.deltas} were trained on {base.path} "
+                f"({base.fingerprint[:12]}), whose "
+                f"weights are not those of {path} ({fingerprint[:12]}), expected the same base; "
+                "point [model] path to it"
             )
     return rule, tree.map(lambda x: x.to(device), trainable)
 
@@ -269,9 +292,14 @@ def _deltas(
 def _model(source: ModelSource, run: Path | None = None) -> Model:
     if (source.path is None) == (source.config is None):
         raise InputError(
-            "loading: [model] needs exactly one of path (a Hugging Face folder) and config (a shape file with random weights)"
+            "loading: [model] needs exactly one of path (a Hugging Face folder) and config (a "
+            "shape file with random weights)"
         )
-    return models_open(locate(source.path, run)) if source.path is not None else open_config(locate(str(source.config)))
+    return (
+        models_open(locate(source.path, run))
+        if source.path is not None
+        else open_config(locate(str(source.config)))
+    )
 
 
 def _template(source: ModelSource, folder: Path, text: tokenizer.Tokenizer) -> Template:
@@ -281,5 +309,8 @@ def _template(source: ModelSource, folder: Path, text: tokenizer.Tokenizer) -> T
 def _tokenizer_folder(source: ModelSource, run: Path | None = None) -> Path:
     name = source.tokenizer or source.path
     if name is None:
-        raise InputError("loading: [model] has config but no tokenizer, expected the folder that holds the tokenizer's files")
+        raise InputError(
+            "loading: [model] has config but no tokenizer, expected the folder that holds the "
+            "tokenizer's files"
+        )
     return locate(name, run)

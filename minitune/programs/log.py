@@ -37,9 +37,17 @@ class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Log:
-    """Terminal, metrics.jsonl and wandb of one run: a context manager, so that all are closed however the run ends."""
+    """Terminal, metrics.jsonl and wandb of one run: a context manager, so that all are closed
+    however the run ends.
+    """
 
-    def __init__(self, folder: Path, config: LogConfig, program: Mapping[str, Any], console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: LogConfig,
+        program: Mapping[str, Any],
+        console: Console | None = None,
+    ) -> None:
         """folder: of the run; program: the resolved one, which becomes wandb's config."""
         self._path = folder / "metrics.jsonl"
         self._config = config
@@ -58,7 +66,12 @@ class Log:
         self._write(f"--- {iso_time(time())}, minitune {__version__} ---")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
         if error is not None:
             self._write(str(error) or type(error).__name__)
@@ -95,22 +108,29 @@ class Log:
             self._text.flush()
 
     def begin(self, stage: str) -> None:
-        """Name the stage whose steps are counted from now on; wandb's global_step goes on where the stages before it ended."""
+        """Name the stage whose steps are counted from now on; wandb's global_step goes on where the
+        stages before it ended.
+        """
         last = {name: step for name, step, _ in read_rows(self._path)}
         earlier = list(last)[: list(last).index(stage)] if stage in last else list(last)
         self._stage, self._n_before = stage, sum(last[name] for name in earlier)
 
     def metrics(self, step: int, values: Mapping[str, Number]) -> None:
-        """Append a row to metrics.jsonl and wandb, on a stage's first step and on every `every`-th; NaN, inf become strings."""
+        """Append a row to metrics.jsonl and wandb, on a stage's first step and on every `every`-th;
+        NaN, inf become strings.
+        """
         if step > 1 and step % self._config.every:
             return
         row = {"stage": self._stage, "step": step}
-        row |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        row |= {
+            name: value if math.isfinite(value) else str(value) for name, value in values.items()
+        }
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
             global_step = self._n_before + step
-            group = f"adapter-{values['adapter']}/" if "adapter" in values else ""  # of a sweep: wandb draws each group apart
+            # of a sweep: wandb draws each group apart
+            group = f"adapter-{values['adapter']}/" if "adapter" in values else ""
             named = {f"{group}{name}": value for name, value in values.items()}
             self._drop_broken(self._wandb.log(global_step, {"global_step": global_step, **named}))
 
@@ -137,7 +157,9 @@ class Log:
         os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
-        """Cut this stage's rows after a step, because it goes on from there (wandb itself drops steps that it already has)."""
+        """Cut this stage's rows after a step, because it goes on from there (wandb itself drops
+        steps that it already has).
+        """
         self._file.close()
         self._file = self._reopened(keep=lambda stage, at: stage != self._stage or at <= step)
 
@@ -171,7 +193,9 @@ class Log:
                     outer.remove_task(task)
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
-        """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill, open for appending."""
+        """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill,
+        open for appending.
+        """
         kept = b"".join(line for stage, step, line in read_rows(self._path) if keep(stage, step))
         if self._path.exists() and kept != self._path.read_bytes():
             write_atomic(self._path, kept)

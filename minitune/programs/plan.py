@@ -125,7 +125,8 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
     params, trainable = _weights(plan), trainable_like(abstract, plan.narrow)
     optimizer = stage.optimizer_for(trainable, seed=0)
 
-    # Trees that stay in memory besides the ones that train: a reference as training found it, or a sweep's best.
+    # Trees that stay in memory besides the ones that train: a reference as training found it, or a
+    # sweep's best.
     kept: Trainable = trainable if stage.loss.compares_answers else {}
     if stage.sweep is not None:
         n = len(sweep_points.points(stage))
@@ -175,16 +176,26 @@ def _teacher(stage: Train, abstract: AbstractState) -> Teacher | None:
     return Teacher(plan.abstract.model, _weights(plan))
 
 
-def _n_remat(stage: Train, abstract: AbstractState, params: Params, trainable: Trainable, device: torch.device) -> int:
-    """Number of blocks that the stage will compute again, found on fake tensors of the real device."""
+def _n_remat(
+    stage: Train,
+    abstract: AbstractState,
+    params: Params,
+    trainable: Trainable,
+    device: torch.device,
+) -> int:
+    """Number of blocks that the stage will compute again, found on fake tensors of its device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable))
+        like = tree.map(
+            lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable)
+        )
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
         return stage.n_remat(abstract.model, adapted, abstract.data[stage.data].seq_len)
 
 
 def _flops_per_token(stage: Train, step: StepSpec) -> float:
-    """FLOPs of a step over rows of one document each, with every forward of a reference or a teacher."""
+    """FLOPs of a step over rows of one document each, with every forward of a reference or a
+    teacher.
+    """
     frozen_models = []
     if step.teacher is not None and stage.cached_top_k is None:
         frozen_models.append(step.teacher.model)
@@ -197,7 +208,9 @@ def _flops_per_token(stage: Train, step: StepSpec) -> float:
 def _weights(plan: PlanState) -> Params:
     """Weights in the dtype of compute or as codes, on the meta device."""
     params, (_, dtype) = plan.abstract.params, device_and_dtype(plan.source)
-    schemes = {name: scheme for name, scheme in plan.schemes.items() if name in plan.abstract.quantized}
+    schemes = {
+        name: scheme for name, scheme in plan.schemes.items() if name in plan.abstract.quantized
+    }
     dense = {name: w.to(dtype) for name, w in params.items()}
     return {**dense, **quantized_params(params, schemes)}
 

@@ -1,4 +1,6 @@
-"""Program of a run: one TOML file, complete in itself, decoded into frozen structs before anything else happens."""
+"""Program of a run: one TOML file, complete in itself, decoded into frozen structs before anything
+else happens.
+"""
 
 import os
 import re
@@ -19,15 +21,19 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.stages.stage import Stage
 
-_PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # a folder's name on any system, and never one that hides or leaves its folder
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # devices of Windows, whatever the ending
+# a folder's name on any system, and never one that hides or leaves its folder
+_PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+# devices of Windows, whatever the ending
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 # Two keys of which a stage has one: an override of one takes the place of the other.
 EITHER = {"steps": "epochs", "epochs": "steps", "prompt": "data"}
 _VARIABLE = re.compile(r"\$\$\{|\$\{(\w*)(\}?)")
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Program that `python -m minitune` runs: a model, its data, and the stages that the model goes through, in order."""
+    """Program that `python -m minitune` runs: a model, its data, and the stages that the model goes
+    through, in order.
+    """
 
     # of the run, whose folder is out/name: letters, digits, . _ - and not . or - first
     name: Annotated[str, msgspec.Meta(pattern=rf"^{_PLAIN}(?!\n)$", max_length=100)]
@@ -43,7 +49,9 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     # the stages in their order, each a table [[stage]] with the op that says what it does
     stage: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
     log: LogConfig = LogConfig()  # what is logged beyond the terminal
-    tf32: bool = False  # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less exact
+    # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less
+    # exact
+    tf32: bool = False
 
 
 class _Places(NamedTuple):
@@ -78,10 +86,12 @@ class _Places(NamedTuple):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Program:
-    """Decode a program file, changed by overrides such as "train.optimizer.lr=1e-4"; InputError for anything that does not fit.
+    """Decode a program file, changed by overrides such as "train.optimizer.lr=1e-4"; InputError for
+    anything that does not fit.
 
-    An override begins with a stage's name (its op, if it has none) or a top-level key. Its value is TOML, or else a plain string.
-    Strings may hold ${NAME} for an environment variable; $${ stands for ${.
+    An override begins with a stage's name (its op, if it has none) or a top-level key. Its value is
+    TOML, or else a plain string. Strings may hold ${NAME} for an environment variable; $${ stands
+    for ${.
     """
     text, raw = toml.read(path, "program")
     names, given = _stage_names(raw), {}
@@ -124,7 +134,9 @@ def speller(raw: Mapping[str, Any]) -> Callable[[toml_messages.KeyPath], str]:
 
 
 def _stage_names(raw: Mapping[str, Any]) -> list[str | None]:
-    """Name of each stage in overrides, records and summary.json: its name, else its op; None if decoding will refuse it."""
+    """Name of each stage in overrides, records and summary.json: its name, else its op; None if
+    decoding will refuse it.
+    """
     tables = raw.get("stage")
     names = []
     for table in tables if isinstance(tables, list) else []:
@@ -137,15 +149,21 @@ def _refuse_bad_names(names: Sequence[str | None], places: _Places) -> None:
     for n, name in enumerate(names):
         path = ("stage", n, "name")
         if name is None or not re.fullmatch(_PLAIN, name):
-            raise InputError(f"{places.where(path)}: {shown(path)} is {name!r}, expected letters, digits, . _ -")
+            raise InputError(
+                f"{places.where(path)}: {shown(path)} is {name!r}, expected letters, digits, . _ -"
+            )
         _refuse_reserved(name, path, places)
         if name in Program.__struct_fields__:
-            raise InputError(f"{places.where(path)}: {shown(path)} is {name!r}, a key of the program; choose another name")
+            raise InputError(
+                f"{places.where(path)}: {shown(path)} is {name!r}, a key of the program; choose "
+                "another name"
+            )
         # Folders are named after stages, and some systems take Train and train for one folder.
         first = [other and other.casefold() for other in names].index(name.casefold())
         if first != n:
             raise InputError(
-                f"{places.where(path)}: stage[{n}] is called {name!r} as stage[{first}] is, expected one stage of each name; "
+                f"{places.where(path)}: stage[{n}] is called {name!r} as stage[{first}] is, "
+                "expected one stage of each name; "
                 f'give it one with name = "..."'
             )
 
@@ -153,7 +171,8 @@ def _refuse_bad_names(names: Sequence[str | None], places: _Places) -> None:
 def _refuse_reserved(name: str, path: toml_messages.KeyPath, places: _Places) -> None:
     if _RESERVED.fullmatch(name) or name.endswith("."):
         raise InputError(
-            f"{places.where(path)}: {shown(path)} is {name!r}, which Windows can't have as a folder, expected another name; "
+            f"{places.where(path)}: {shown(path)} is {name!r}, which Windows can't have as a "
+            "folder, expected another name; "
             "change it"
         )
 
@@ -165,15 +184,24 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
     head, *rest = key.strip().split(".")
     tops = [field for field in Program.__struct_fields__ if field != "stage"]
     if not equals or not all((head, *rest)) or head.startswith("-"):
-        raise InputError(f"{what}, expected KEY=VALUE such as seed=1 or train.steps=100{_meant(text)}")
+        raise InputError(
+            f"{what}, expected KEY=VALUE such as seed=1 or train.steps=100{_meant(text)}"
+        )
     if names.count(head) > 1:
         places = ", ".join(f"stage[{n}]" for n, name in enumerate(names) if name == head)
-        raise InputError(f'{what}: {head} may be {places}, expected one stage of that name; give the others a name = "..."')
+        raise InputError(
+            f"{what}: {head} may be {places}, expected one stage of that name; give the others a "
+            'name = "..."'
+        )
     if head in names and not rest:
-        raise InputError(f"{what}: {head} is a stage, expected a key of it such as {head}.name=VALUE")
+        raise InputError(
+            f"{what}: {head} is a stage, expected a key of it such as {head}.name=VALUE"
+        )
     if head not in names and head not in tops:
         known = [*(name for name in names if name), *tops]
-        raise InputError(f"{what}: {head} is unknown, expected one of {', '.join(known)}{suggest(head, known)}")
+        raise InputError(
+            f"{what}: {head} is unknown, expected one of {', '.join(known)}{suggest(head, known)}"
+        )
 
     # Walk to the table that holds the key; what is not written on the way begins as its default.
     top: toml_messages.KeyPath = ()
@@ -190,7 +218,9 @@ def _override(raw: dict[str, Any], names: Sequence[str | None], text: str) -> to
 
     # A number is text where only a string can stand, as in name=2026.
     types = types_at(Program, raw, (*top, *keys))
-    text_only = all(isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types)
+    text_only = all(
+        isinstance(kind, (msgspec.inspect.StrType, msgspec.inspect.NoneType)) for kind in types
+    )
     rival = _rival((*top, *keys))
     if rival is not None:
         table.pop(str(rival[-1]), None)
@@ -219,7 +249,9 @@ def _meant(text: str) -> str:
 
 
 def _toml_value(text: str, text_only: bool) -> Any:
-    """Value of a TOML expression, or the text itself where it is none, or where only a string can stand (name=2026)."""
+    """Value of a TOML expression, or the text itself where it is none, or where only a string can
+    stand (name=2026).
+    """
     try:
         parsed = toml.parse(f"value = {text}", "")
     except InputError:
@@ -243,13 +275,20 @@ def _expand(value: Any, path: toml_messages.KeyPath, places: _Places) -> Any:
             return "${"
         name, brace = match.groups()
         if not (name and brace):
-            raise InputError(f"{places.where(path)}: {shown(path)} holds '${{', expected ${{NAME}}; write $${{ for ${{ itself")
+            raise InputError(
+                f"{places.where(path)}: {shown(path)} holds "
+                f"'${{', expected ${{NAME}}; write $${{ for ${{ itself"
+            )
         if name not in os.environ:
-            raise InputError(f"{places.where(path)}: {shown(path)} holds ${{{name}}}, expected {name} to be set; export it")
+            raise InputError(
+                f"{places.where(path)}: {shown(path)} holds ${{{name}}}, expected {name} to be "
+                "set; export it"
+            )
         return os.environ[name]
 
     text = _VARIABLE.sub(variable, value)
-    if not text.isascii() and text != text.encode("utf-8", "ignore").decode("utf-8"):  # bytes of a shell in another encoding
+    # bytes of a shell in another encoding
+    if not text.isascii() and text != text.encode("utf-8", "ignore").decode("utf-8"):
         raise InputError(f"{places.where(path)}: {shown(path)} is {text!r}, expected valid UTF-8")
     return text
 

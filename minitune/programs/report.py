@@ -1,4 +1,6 @@
-"""Report of a finished run for a person: what it learned, how fast, in how much memory, and where the result lies."""
+"""Report of a finished run for a person: what it learned, how fast, in how much memory, and where
+the result lies.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

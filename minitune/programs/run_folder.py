@@ -1,4 +1,4 @@
-"""Run folders: the resolved program, a manifest, records, and the lock that keeps two runs apart."""
+"""Run folders: the resolved program, a manifest, records, the lock that keeps two runs apart."""
 
 import os
 import shutil
@@ -18,7 +18,14 @@ from minitune.programs import ended
 from minitune.programs.earlier_run import EarlierRun, changed_input, earlier_run, gone_result
 from minitune.programs.ended import Chosen, Ended
 from minitune.programs.log import LINES
-from minitune.programs.manifest import Manifest, Start, input_records, read_manifest, this_start, version_changes
+from minitune.programs.manifest import (
+    Manifest,
+    Start,
+    input_records,
+    read_manifest,
+    this_start,
+    version_changes,
+)
 from minitune.programs.program import Program
 from minitune.programs.records import read_rows, read_summary, write_record
 from minitune.programs.stages.training_stage import TrainingStage
@@ -143,7 +150,9 @@ def _out_folder(path: str) -> Path:
     return out
 
 
-def _prepared(program: Program, program_text: str, folder: Path, earlier: EarlierRun | None) -> Path:
+def _prepared(
+    program: Program, program_text: str, folder: Path, earlier: EarlierRun | None
+) -> Path:
     """Run folder under another name, so that under its own it exists whole or not at all."""
     new = _new_folder(folder)
     shutil.rmtree(new, ignore_errors=True)  # one left by a kill: the lock is ours
@@ -252,7 +261,8 @@ def _lock(path: Path, folder: Path) -> tuple[locks.Lock, tuple[str, ...]]:
         return locks.acquire(path), ()
     except locks.Busy as busy:
         raise InputError(
-            f"runs: {folder} is in use by {busy.holder}, expected one trainer a folder; wait, or change name"
+            f"runs: {folder} is in use by {busy.holder}, expected one trainer a folder; wait, or "
+            "change name"
         ) from None
     except locks.Unsupported as reason:
         note = f"{path} can't be locked ({reason}): start no second run of this name now"

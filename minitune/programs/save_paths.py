@@ -29,17 +29,29 @@ RUN_PARTS = (
 
 
 def model_inputs(program: Program) -> dict[str, str]:
-    """Every model folder and config that a program reads, by its key: {"model.path": ..., "train.teacher.path": ...}."""
+    """Every model folder and config that a program reads, by its key: {"model.path": ...,
+    "train.teacher.path": ...}.
+    """
     sources = {"model": program.model}
     for stage in program.stage:
-        parts = {f"{stage.label}.{field}": getattr(stage, field) for field in stage.__struct_fields__}
+        parts = {
+            f"{stage.label}.{field}": getattr(stage, field) for field in stage.__struct_fields__
+        }
         sources |= {key: part for key, part in parts.items() if isinstance(part, ModelSource)}
-    inputs = {f"{at}.{key}": getattr(source, key) for at, source in sources.items() for key in MODEL_PATHS}
-    return {key: path for key, path in inputs.items() if path is not None and not path.startswith("run/")}
+    inputs = {
+        f"{at}.{key}": getattr(source, key) for at, source in sources.items() for key in MODEL_PATHS
+    }
+    return {
+        key: path
+        for key, path in inputs.items()
+        if path is not None and not path.startswith("run/")
+    }
 
 
 def data_inputs(program: Program) -> dict[str, str]:
-    """Every path to data of a program, by its key: {"data.train.path": ..., "data.train.mix[0].path": ...}."""
+    """Every path to data of a program, by its key: {"data.train.path": ...,
+    "data.train.mix[0].path": ...}.
+    """
     inputs: dict[str, str] = {}
     for name, source in program.data.items():
         inputs |= source.paths_by_key(name)
@@ -70,7 +82,9 @@ def input_files(program: Program) -> Iterator[tuple[str, Path, bool]]:
             files = [path]
         if files == [path] and not path.exists():
             looked_for = f"looked for {path.absolute()}"
-            raise InputError(f"runs: {key} {written!r} does not exist ({looked_for}), expected a file or folder")
+            raise InputError(
+                f"runs: {key} {written!r} does not exist ({looked_for}), expected a file or folder"
+            )
         for file in files:
             if file.is_file():
                 yield _name_of(file, path, written), file, key in data or key in tasks
@@ -84,8 +98,9 @@ def _name_of(file: Path, path: Path, written: str) -> str:
 
 
 def check(program: Program) -> None:
-    """InputError if a stage would write over, into or around what the program reads, its own run folder, the working folder,
-    what another stage writes, or anything else that no save wrote."""
+    """InputError if a stage would write over, into or around what the program reads, its own run
+    folder, the working folder, what another stage writes, or anything else that no save wrote.
+    """
     run = user_path(program.out) / program.name
     inputs = {**model_inputs(program), **task_inputs(program)}
     read = {key: locate(path) for key, path in inputs.items()}
@@ -103,7 +118,8 @@ def check(program: Program) -> None:
         _check_run(key, path, run)
         written[key] = (stage.result, path)
     for result, path in written.values():
-        # What lies in the run folder now is moved aside before this run begins, or is this run's own.
+        # What lies in the run folder now is moved aside before this run begins, or is this run's
+        # own.
         if not _within(path, run):
             require_replaceable(path, result.kind)
 
@@ -133,7 +149,9 @@ def _check_run(key: str, path: Path, run: Path) -> None:
 
 
 def _refused(key: str, fault: str) -> InputError:
-    return InputError(f"places: {key} {fault}, expected a place of its own; choose another path, such as run/NAME")
+    return InputError(
+        f"places: {key} {fault}, expected a place of its own; choose another path, such as run/NAME"
+    )
 
 
 def _relation(path: Path, place: Path) -> str | None:
@@ -162,7 +180,9 @@ def _within(inner: Path, outer: Path) -> bool:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """True if two paths are one place, through symbolic links and whatever the case of their letters means here."""
+    """True if two paths are one place, through symbolic links and whatever the case of their
+    letters means here.
+    """
     if a.exists() and b.exists():
         return a.samefile(b)
     return os.path.normcase(os.path.realpath(a)) == os.path.normcase(os.path.realpath(b))

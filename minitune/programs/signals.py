@@ -61,7 +61,12 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._caught) for number in numbers}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             # Whoever has pressed Ctrl-C twice may do so again while the process ends.
             if not (number == signal.SIGINT and self._n_interrupts > 1):

@@ -1,4 +1,6 @@
-"""State that flows through the stages of a program, and what is known of it before anything is loaded."""
+"""State that flows through the stages of a program, and what is known of it before anything is
+loaded.
+"""
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -96,7 +98,9 @@ class SavedModel(NamedTuple):
 
 
 class AbstractState(NamedTuple):
-    """State as it is known before a weight is loaded: each stage checks itself against it and returns the next."""
+    """State as it is known before a weight is loaded: each stage checks itself against it and
+    returns the next.
+    """
 
     data: Mapping[str, Source]
     model: Model
@@ -106,8 +110,10 @@ class AbstractState(NamedTuple):
     whole: frozenset[str] = frozenset()  # weights that train whole
     quantized: frozenset[str] = frozenset()
     codes: Params = MappingProxyType({})  # the quantized weights, on the meta device
-    trained_over: Mapping[str, Any] | None = None  # how the weights were quantized that loaded deltas were trained on
-    merged: bool = False  # weights have changed since they were loaded, so that no folder holds them
+    # how the weights were quantized that loaded deltas were trained on
+    trained_over: Mapping[str, Any] | None = None
+    # weights have changed since they were loaded, so that no folder holds them
+    merged: bool = False
     # by run/... path: the models that stages before will have written
     saved: Mapping[str, SavedModel] = MappingProxyType({})
     tokenizer: Tokenizer | None = None  # of the model; None before there is one

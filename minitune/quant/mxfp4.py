@@ -1,4 +1,6 @@
-"""MXFP4, the format of gpt-oss's experts on disk (Rouhani et al. 2023, arXiv 2310.10537, section 3; OCP MX 1.0, section 5.3)."""
+"""MXFP4, the format of gpt-oss's experts on disk (Rouhani et al. 2023, arXiv 2310.10537, section 3;
+OCP MX 1.0, section 5.3).
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,23 +13,30 @@ from torch import Tensor
 from minitune.errors import InputError
 
 PARTS = ("_blocks", "_scales")  # what follows a weight's name on disk
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0-7; codes 8-15 are their negatives
+# of the codes 0-7; codes 8-15 are their negatives
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BIAS = 127  # of the scales' exponent
 
 
 def dequantize(
-    blocks: UInt8[Tensor, "X out groups 16"], scales: UInt8[Tensor, "X out groups"], dtype: torch.dtype
+    blocks: UInt8[Tensor, "X out groups 16"],
+    scales: UInt8[Tensor, "X out groups"],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "X in out"]:
-    """Weights as x @ W takes them: value[code] * 2^(scale - 127), 32 neighbours of an output's inputs to a scale.
+    """Weights as x @ W takes them: value[code] * 2^(scale - 127), 32 neighbours of an output's
+    inputs to a scale.
 
-    Each byte holds two codes, the first in its low four bits. Every product is exact in bfloat16. One expert is unpacked at a
-    time, so that little more than the result is ever in memory.
+    Each byte holds two codes, the first in its low four bits. Every product is exact in bfloat16.
+    One expert is unpacked at a time, so that little more than the result is ever in memory.
     """
     values = torch.tensor([*VALUES, *(-value for value in VALUES)], device=blocks.device)
-    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)  # of every byte: low half first
+    # of every byte: low half first
+    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)
 
     def one(codes: Tensor, scale: Tensor) -> Tensor:
-        weight = F.embedding(codes.int(), pairs).flatten(2) * torch.exp2(scale.float() - BIAS)[..., None]
+        weight = (
+            F.embedding(codes.int(), pairs).flatten(2) * torch.exp2(scale.float() - BIAS)[..., None]
+        )
         return weight.flatten(1).T.to(dtype)
 
     return torch.stack([one(codes, scale) for codes, scale in zip(blocks, scales, strict=True)])
@@ -39,9 +48,14 @@ def whole_name(name: str) -> str:
 
 
 def unpacked(
-    packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, dtype: torch.dtype
+    packed: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Weights whose parts are `packed`; InputError for a part that is missing or does not fit the weight's shape."""
+    """Weights whose parts are `packed`; InputError for a part that is missing or does not fit the
+    weight's shape.
+    """
 
     def one(name: str) -> Tensor:
         n, in_, out = shapes[name]
@@ -50,7 +64,8 @@ def unpacked(
         actual = [None if x is None else tuple(x.shape) for x in (blocks, scales)]
         if blocks is None or scales is None or actual != wanted or in_ % 32:
             raise InputError(
-                f"checkpoint: {folder} holds {name} {list(shapes[name])} as MXFP4 blocks {actual[0]} and scales {actual[1]}, "
+                f"checkpoint: {folder} holds {name} {list(shapes[name])} as MXFP4 blocks "
+                f"{actual[0]} and scales {actual[1]}, "
                 f"expected {wanted[0]} and {wanted[1]}; download it again"
             )
         return dequantize(blocks, scales, dtype)

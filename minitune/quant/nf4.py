@@ -1,4 +1,5 @@
-"""4-bit NormalFloat as bitsandbytes stores it: a table of 16 levels, blocks of 64, whose maxima are kept in 8 bits.
+"""4-bit NormalFloat as bitsandbytes stores it: a table of 16 levels, blocks of 64, whose maxima are
+kept in 8 bits.
 
 Dettmers et al. 2023, arXiv 2305.14314, section 3.
 """
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from minitune.quant.tensors import QNF4
 
-TABLE = (  # quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
+# quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
+TABLE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -21,8 +23,10 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 
 def _dynamic_map() -> Tensor:
-    """Signed 8-bit floats with 0 to 6 exponent bits, sorted (Dettmers 2015, arXiv 1511.04561, section 2): 1, 0, and for each
-    exponent e the midpoints of 2^e equal steps from 0.1 to 1, times 10^(e-6), with both signs."""
+    """Signed 8-bit floats with 0 to 6 exponent bits, sorted (Dettmers 2015, arXiv 1511.04561,
+    section 2): 1, 0, and for each exponent e the midpoints of 2^e equal steps from 0.1 to 1, times
+    10^(e-6), with both signs.
+    """
     bounds = [torch.linspace(0.1, 1.0, 2**e + 1) for e in range(7)]
     positive = torch.cat([10.0 ** (e - 6) * ((b[:-1] + b[1:]) / 2) for e, b in enumerate(bounds)])
     return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
@@ -34,24 +38,32 @@ DYNAMIC_MAP = _dynamic_map()
 def quantized(w: Float[Tensor, "out in"]) -> QNF4:
     """Codes of bitsandbytes 0.50, byte for byte.
 
-    Its CPU library finds the 8-bit code of a block maximum in a table of 65536 equal steps, so here too a number is first
-    rounded to such a step: of two codes equally near to within 1.5e-5, it may take the farther one.
+    Its CPU library finds the 8-bit code of a block maximum in a table of 65536 equal steps, so here
+    too a number is first rounded to such a step: of two codes equally near to within 1.5e-5, it may
+    take the farther one.
     """
     n, n_full = w.numel(), w.numel() // BLOCK
     rows = F.pad(w.flatten(), (0, -n % BLOCK)).view(-1, BLOCK)
     peak = rows.abs().amax(1, keepdim=True)
     divisor = peak.clamp(min=1e-38)
-    scaled = torch.cat([rows[:n_full] * (1.0 / divisor[:n_full]), rows[n_full:] / divisor[n_full:]]).clamp(-1, 1)
+    scaled = torch.cat(
+        [rows[:n_full] * (1.0 / divisor[:n_full]), rows[n_full:] / divisor[n_full:]]
+    ).clamp(-1, 1)
     codes = torch.bucketize(scaled.flatten()[:n], _midpoints(LEVELS.to(w.device))).to(torch.uint8)
-    absmax = torch.cat([peak[:n_full], divisor[n_full:]]).flatten()  # a partial last block is stored without a zero
+    # a partial last block is stored without a zero
+    absmax = torch.cat([peak[:n_full], divisor[n_full:]]).flatten()
 
     offset = absmax.mean()
     nested = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested_absmax = nested.abs().amax(1)
-    steps = ((nested * (1.0 / nested_absmax)[:, None] + 1.0) * 32767.5 + 0.5).floor() / 32767.5 - 1.0
+    steps = (
+        (nested * (1.0 / nested_absmax)[:, None] + 1.0) * 32767.5 + 0.5
+    ).floor() / 32767.5 - 1.0
     absmax_codes = torch.bucketize(steps, _midpoints(DYNAMIC_MAP.to(w.device))).to(torch.uint8)
     absmax_codes = torch.where(nested_absmax[:, None] > 0, absmax_codes, 0).flatten()[: len(absmax)]
-    return QNF4((codes[::2] << 4 | codes[1::2]).view(w.shape[0], -1), absmax_codes, nested_absmax, offset)
+    return QNF4(
+        (codes[::2] << 4 | codes[1::2]).view(w.shape[0], -1), absmax_codes, nested_absmax, offset
+    )
 
 
 def blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blocks 1"]]:

@@ -15,15 +15,20 @@ from minitune.types import Delta, Params, Trainable
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Choice of a scheme for each weight: those that a glob matches get `scheme`, or what the first matching exception says."""
+    """Choice of a scheme for each weight: those that a glob matches get `scheme`, or what the first
+    matching exception says.
+    """
 
     scheme: Scheme
     weights: tuple[str, ...] = ("*_proj.weight",)
-    exceptions: dict[str, Scheme | None] = {}  # glob -> another scheme, or None to leave the weight as it is
+    # glob -> another scheme, or None to leave the weight as it is
+    exceptions: dict[str, Scheme | None] = {}
 
     def plan(self, params: Params) -> dict[str, Scheme]:
-        """Scheme of every weight that is to be quantized. InputError for a glob without a match, for what is no linear map
-        (embeddings and tied heads too: their rows are looked up) or quantized already, and for a shape that does not fit."""
+        """Scheme of every weight that is to be quantized. InputError for a glob without a match,
+        for what is no linear map (embeddings and tied heads too: their rows are looked up) or
+        quantized already, and for a shape that does not fit.
+        """
         names = tree.select(params, self.weights, "quant: weights")
         if self.exceptions:
             tree.select(names, tuple(self.exceptions), "quant: exceptions")
@@ -32,10 +37,14 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, scheme in plan.items():
             w = base_weight(params[name])
             if not isinstance(w, Tensor):
-                raise InputError(f"quant: {name} is a {type(w).__name__} already, expected a plain weight; narrow the weights")
+                raise InputError(
+                    f"quant: {name} is a {type(w).__name__} already, expected a plain weight; "
+                    "narrow the weights"
+                )
             if w.ndim != 2 or name.endswith("embed_tokens.weight"):
                 raise InputError(
-                    f"quant: {name} {list(w.shape)} is not a linear weight, expected [out, in]; narrow the weights or except it"
+                    f"quant: {name} {list(w.shape)} is not a linear weight, expected [out, in]; "
+                    "narrow the weights or except it"
                 )
             check_fit(name, w, scheme)
         return plan
@@ -50,14 +59,21 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: schemes.quantize(base_weight(params[name]), plan[name]) for name in plan}
 
     def quantize(self, params: Params) -> Params:
-        """Parameters, the planned ones rounded to nearest; InputError names one that holds NaN or infinity."""
+        """Parameters, the planned ones rounded to nearest; InputError names one that holds NaN or
+        infinity.
+        """
         plan = self.plan(params)
         refuse_not_finite(params, plan)
         codes = self.codes(params)
-        return {name: with_base_weight(w, codes[name]) if name in codes else w for name, w in params.items()}
+        return {
+            name: with_base_weight(w, codes[name]) if name in codes else w
+            for name, w in params.items()
+        }
 
     def fake(self, trainable: Trainable) -> Trainable:
-        """Trainable tree with its planned weights rounded as they will be stored; everything else passes through."""
+        """Trainable tree with its planned weights rounded as they will be stored; everything else
+        passes through.
+        """
 
         def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
             scheme = self._scheme(name)
@@ -68,11 +84,19 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _scheme(self, name: str) -> Scheme | None:
         if not any(fnmatchcase(name, glob) for glob in self.weights):
             return None
-        return next((scheme for glob, scheme in self.exceptions.items() if fnmatchcase(name, glob)), self.scheme)
+        return next(
+            (scheme for glob, scheme in self.exceptions.items() if fnmatchcase(name, glob)),
+            self.scheme,
+        )
 
 
 def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
     """InputError names the first weight that holds NaN or infinity, for which no scale exists."""
-    bad = next((name for name in names if not bool(base_weight(params[name]).isfinite().all())), None)
+    bad = next(
+        (name for name in names if not bool(base_weight(params[name]).isfinite().all())), None
+    )
     if bad is not None:
-        raise InputError(f"quant: {bad} holds values that are not finite, expected numbers; has the training diverged?")
+        raise InputError(
+            f"quant: {bad} holds values that are not finite, expected numbers; has the training "
+            "diverged?"
+        )

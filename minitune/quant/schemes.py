@@ -14,7 +14,8 @@ from minitune.quant import float8, nf4
 from minitune.quant.tensors import QNF4, PackedInt4, PackedInt8, QFloat8, QInt4, QInt8, QTensor
 from minitune.types import Adapted, Params
 
-PIECE = 2**19  # weights decoded at a time on the CPU: so that intermediate results stay in its cache
+# weights decoded at a time on the CPU: so that intermediate results stay in its cache
+PIECE = 2**19
 
 
 class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -29,17 +30,24 @@ class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         return d_in
 
     def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
-        """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16 before any code is chosen:
-        so bfloat16 files and kernels hold the very same weight, and so does float16 down to 2^-17."""
+        """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16
+        before any code is chosen: so bfloat16 files and kernels hold the very same weight, and so
+        does float16 down to 2^-17.
+        """
         peak = groups.abs().amax(-1, keepdim=True)
         choices = torch.stack([_storable(peak / divisor) for divisor in self.divisors])
         if len(choices) == 1:
             return choices[0]
         unit = choices[0]  # of the errors, whose squares would leave the range of float32
-        errors = [((self.levels(groups, s) * s - groups) / unit).square().sum(-1, keepdim=True) for s in choices]
+        errors = [
+            ((self.levels(groups, s) * s - groups) / unit).square().sum(-1, keepdim=True)
+            for s in choices
+        ]
         return choices.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
-    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+    def levels(
+        self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]
+    ) -> Float[Tensor, "*rows group"]:
         """round(w / scale), ties to even, clamped to the codes that exist."""
         return (groups / scale).round().clamp(self.lowest, self.highest)
 
@@ -57,14 +65,19 @@ class Int8(_Grid, frozen=True, tag="int8"):
 
 
 class Float8(_Grid, frozen=True, tag="float8"):
-    """8-bit floats (e4m3), one scale an output channel, scale = max|w| / 448. A GPU that multiplies such numbers rounds what it
-    multiplies them by as well, each token with its scale."""
+    """8-bit floats (e4m3), one scale an output channel, scale = max|w| / 448. A GPU that multiplies
+    such numbers rounds what it multiplies them by as well, each token with its scale.
+    """
 
     divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
 
-    def levels(self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows group"]:
+    def levels(
+        self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]
+    ) -> Float[Tensor, "*rows group"]:
         """w / scale, rounded to the nearest 8-bit float."""
-        return (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
+        return (
+            (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
+        )
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QFloat8:
         """Leaf that stands for levels * scale."""
@@ -91,14 +104,18 @@ class Int4(_Grid, frozen=True, tag="int4"):
 
 
 class NF4(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="nf4"):
-    """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+    """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv
+    2305.14314, section 3).
+    """
 
 
 Scheme = Int8 | Float8 | Int4 | NF4
 
 
 def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
-    """Leaf whose codes are nearest to w, computed in float32; InputError names a shape that does not fit the scheme."""
+    """Leaf whose codes are nearest to w, computed in float32; InputError names a shape that does
+    not fit the scheme.
+    """
     check_fit("a weight", w, scheme)
     wide = w.detach().float()
     if isinstance(scheme, NF4):
@@ -113,9 +130,11 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     if isinstance(q, PackedInt4 | PackedInt8):
         return dequantize(q.q, dtype)
     codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else nf4.blocks(q)
-    whole = torch.compiler.is_compiling() or codes.device.type != "cpu"  # a compiled loop makes no intermediate results
+    # a compiled loop makes no intermediate results
+    whole = torch.compiler.is_compiling() or codes.device.type != "cpu"
     n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
-    if isinstance(codes, FakeTensor):  # what is most in memory, all pieces and the weight that they make, is the same of few
+    # what is most in memory, all pieces and the weight that they make, is the same of few
+    if isinstance(codes, FakeTensor):
         n_rows = max(n_rows, -(-len(codes) // 4))
     pieces = [
         (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
@@ -125,8 +144,9 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
 
 
 def fake(w: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
-    """dequantize(quantize(w)) in the dtype of w, with the gradient of the identity: the straight-through estimator
-    (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
+    """dequantize(quantize(w)) in the dtype of w, with the gradient of the identity: the
+    straight-through estimator (Bengio et al. 2013, arXiv 1308.3432, section 4).
+    """
     return _StraightThrough.apply(w, scheme)
 
 
@@ -141,9 +161,11 @@ def with_base_weight(leaf: Any, w: Any) -> Any:
 
 
 def packed(params: Params) -> Params:
-    """Parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a kernel takes their shape.
+    """Parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a
+    kernel takes their shape.
 
-    torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply in float32.
+    torch's kernels take rows of bfloat16 and need no such products of the processor: they multiply
+    in float32.
     """
 
     def leaf(w: Any) -> Any:
@@ -154,7 +176,9 @@ def packed(params: Params) -> Params:
         group = w.shape[1] // w.scale.shape[1]
         if w.shape[0] % 16 or group not in (32, 64, 128):
             return w
-        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu((_levels(w, w.codes) + 8).to(torch.int32), 1)
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            (_levels(w, w.codes) + 8).to(torch.int32), 1
+        )
         scale = w.scale.T.to(torch.bfloat16)
         return PackedInt4(w, codes, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
 
@@ -182,22 +206,26 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
-    """Raise InputError if the scheme can not hold a weight of this shape; what: the words that name it."""
+    """Raise InputError if the scheme can not hold a weight of this shape; what: the words that name
+    it.
+    """
     d_in = w.shape[-1]
     if isinstance(scheme, Int4) and d_in % scheme.group:
         raise InputError(
-            f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of the group {scheme.group}; "
+            f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of "
+            f"the group {scheme.group}; "
             "choose another group or scheme for it, or leave it as it is"
         )
     if isinstance(scheme, NF4) and d_in % 2:
         raise InputError(
-            f"quant: {what} has shape {list(w.shape)}, expected an even last size for nf4, which stores pairs; "
+            f"quant: {what} has shape {list(w.shape)}, expected an even last size for nf4, which "
+            "stores pairs; "
             "choose int8 for it, or leave it as it is"
         )
 
 
 def _storable(scale: Tensor) -> Tensor:
-    """Nearest bfloat16 as float32; 1 for a group of zeros, or of numbers too small to have a scale."""
+    """Nearest bfloat16 as float32; 1 for a group of zeros or of numbers too small for a scale."""
     scale = scale.to(torch.bfloat16).float()
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
 
@@ -212,7 +240,8 @@ def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
         return F.embedding(codes.int(), pairs).flatten(1)
     if codes.device.type != "cpu":
         return _levels_at_once(q, codes)
-    if isinstance(q, QInt4):  # the two halves of each byte spread over two bytes, which are neighbours in memory
+    # the two halves of each byte spread over two bytes, which are neighbours in memory
+    if isinstance(q, QInt4):
         wide = codes.to(torch.int16)
         return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
     wide = codes.int()
@@ -220,8 +249,12 @@ def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
 
 
 def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
-    """Levels, each number made from its byte alone: the compiler makes one kernel of this and the scaling."""
-    first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (0 if isinstance(q, QInt4) else 1)
+    """Levels, each number made from its byte alone: the compiler makes one kernel of this and the
+    scaling.
+    """
+    first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (
+        0 if isinstance(q, QInt4) else 1
+    )
     halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
     if isinstance(q, QInt4):
         return halves.to(torch.int8) - 8

@@ -20,7 +20,9 @@ class QInt8(NamedTuple):
 
 
 class QFloat8(NamedTuple):
-    """Weight as codes * scale: codes are 8-bit floats (e4m3) up to 448, one scale an output channel."""
+    """Weight as codes * scale: codes are 8-bit floats (e4m3) up to 448, one scale an output
+    channel.
+    """
 
     codes: Float8e4m3fn[Tensor, "out in"]
     scale: Float[Tensor, "out 1"]
@@ -32,8 +34,9 @@ class QFloat8(NamedTuple):
 
 
 class QInt4(NamedTuple):
-    """Weight as (code - 8) * scale: byte k of a row holds code 2k in its low four bits and 2k + 1 in its high ones;
-    each scale serves in / groups neighbours of its row."""
+    """Weight as (code - 8) * scale: byte k of a row holds code 2k in its low four bits and 2k + 1
+    in its high ones; each scale serves in / groups neighbours of its row.
+    """
 
     codes: UInt8[Tensor, "out half"]
     scale: Float[Tensor, "out groups"]
@@ -45,12 +48,14 @@ class QInt4(NamedTuple):
 
 
 class QNF4(NamedTuple):
-    """Weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the absmax themselves are
-    8-bit codes of a dynamic map, times nested_absmax of their block of 256, plus offset (Dettmers et al. 2023, arXiv 2305.14314,
-    section 3). Byte k of a row holds code 2k in its HIGH four bits: the layout of bitsandbytes.
+    """Weight as nf4.TABLE[code] * absmax of its block of 64, counted over the flattened weight; the
+    absmax themselves are 8-bit codes of a dynamic map, times nested_absmax of their block of 256,
+    plus offset (Dettmers et al. 2023, arXiv 2305.14314, section 3). Byte k of a row holds code 2k
+    in its HIGH four bits: the layout of bitsandbytes.
 
     Folders whose scales are not quantized a second time have them in `absmax` as they are; then
-    nested_absmax is empty and offset 0."""
+    nested_absmax is empty and offset 0.
+    """
 
     codes: UInt8[Tensor, "out half"]
     absmax: UInt8[Tensor, "blocks"] | Float[Tensor, "blocks"]
@@ -64,7 +69,8 @@ class QNF4(NamedTuple):
 
 
 class PackedInt4(NamedTuple):
-    """Int4 weight for decoding: its codes, and the same codes in the order that torch's CPU kernel reads.
+    """Int4 weight for decoding: its codes, and the same codes in the order that torch's CPU kernel
+    reads.
 
     That order depends on the processor, so this leaf is made after loading and never saved.
     """
@@ -80,7 +86,9 @@ class PackedInt4(NamedTuple):
 
 
 class PackedInt8(NamedTuple):
-    """Int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after loading and never saved."""
+    """Int8 weight for decoding in bfloat16, whatever the dtype of the activations; made after
+    loading and never saved.
+    """
 
     q: QInt8
 

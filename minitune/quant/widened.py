@@ -1,7 +1,9 @@
-"""Products of float32 activations with weights that are kept in 16 bits, for devices that multiply no bfloat16 themselves.
+"""Products of float32 activations with weights that are kept in 16 bits, for devices that multiply
+no bfloat16 themselves.
 
-A weight is widened a block of columns at a time, so that the block is multiplied while it lies in a core's cache: no more than
-that block exists in 32 bits, and the backward widens the weight once more in place of keeping a wide copy of it.
+A weight is widened a block of columns at a time, so that the block is multiplied while it lies in a
+core's cache: no more than that block exists in 32 bits, and the backward widens the weight once
+more in place of keeping a wide copy of it.
 """
 
 from typing import Any
@@ -21,12 +23,23 @@ COLUMNS = 128  # but at least so many columns of them, or a matmul of many rows 
 def linear(x: Float[Tensor, "*rows in"], w: Float[Tensor, "out in"]) -> Float[Tensor, "*rows out"]:
     """x W^T in the dtype of x, which is wider than that of w; the gradient of w has the dtype of w.
 
-    Products and sums are those of float32 weights that were rounded to 16 bits: activations are never rounded, so results are at
-    least as precise as bfloat16 in hardware gives them. One float32 row on a CPU that needs no gradient, which is a step of
-    decoding, is rounded to bfloat16 as there: torch's kernel for a bfloat16 matrix and a vector adds up in float32 on any CPU.
+    Products and sums are those of float32 weights that were rounded to 16 bits: activations are
+    never rounded, so results are at least as precise as bfloat16 in hardware gives them. One
+    float32 row on a CPU that needs no gradient, which is a step of decoding, is rounded to bfloat16
+    as there: torch's kernel for a bfloat16 matrix and a vector adds up in float32 on any CPU.
     """
-    vector = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32 and w.is_contiguous()
-    if vector and w.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not under_transform():
+    vector = (
+        x.numel() == x.shape[-1]
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and w.is_contiguous()
+    )
+    if (
+        vector
+        and w.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and not under_transform()
+    ):
         return torch.mv(w, x.flatten().to(w.dtype)).to(x.dtype).view(*x.shape[:-1], w.shape[0])
     rows = x.reshape(-1, x.shape[-1])
     y = _product(rows, w.mT) if torch.compiler.is_compiling() else _Product.apply(rows, w.mT)
@@ -77,7 +90,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 @operator("minitune::widened_product", _gradients, _keep)
 def _product(x: Tensor, m: Tensor) -> Tensor:
-    """x m as an operator that torch.compile calls as it is: a compiler would widen every weight of a block whole."""
+    """x m as an operator that torch.compile calls as it is: a compiler would widen every weight of
+    a block whole.
+    """
     return _times(x, m)
 
 
@@ -98,16 +113,21 @@ def _(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _times(x: Float[Tensor, "n k"], m: Float[Tensor, "k c"]) -> Float[Tensor, "n c"]:
-    """x m, columns of m widened a block at a time; at once where the wide m is no larger than the result, or on a GPU."""
+    """x m, columns of m widened a block at a time; at once where the wide m is no larger than the
+    result, or on a GPU.
+    """
     if x.device.type != "cpu" or len(x) >= m.shape[0]:
         return x @ m.to(x.dtype)
     blocks = [x @ some.to(x.dtype) for some in m.split(_n_columns(m.shape[0]), 1)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
 
-def _gradient(x: Float[Tensor, "n k"], grad: Float[Tensor, "n c"], dtype: torch.dtype) -> Float[Tensor, "k c"]:
-    """x^T grad, summed in the dtype of x and rounded once, a block of columns at a time; its columns are contiguous, as are those
-    of the transposed weight that it is the gradient of."""
+def _gradient(
+    x: Float[Tensor, "n k"], grad: Float[Tensor, "n c"], dtype: torch.dtype
+) -> Float[Tensor, "k c"]:
+    """x^T grad, summed in the dtype of x and rounded once, a block of columns at a time; its
+    columns are contiguous, as are those of the transposed weight that it is the gradient of.
+    """
     blocks = [(some.mT @ x).to(dtype) for some in grad.split(_n_columns(x.shape[1]), 1)]
     return torch.cat(blocks).mT
 

@@ -1,6 +1,8 @@
-"""Download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names, into a plain folder.
+"""Download verb: a model or adapter from the Hugging Face Hub, or from whatever HF_ENDPOINT names,
+into a plain folder.
 
-Everything goes through the huggingface_hub package: tokens, proxies, retries and partly finished files are its business.
+Everything goes through the huggingface_hub package: tokens, proxies, retries and partly finished
+files are its business.
 """
 
 import fnmatch
@@ -21,28 +23,36 @@ from minitune.io.units import format_bytes
 
 API_TIMEOUT_S = 30.0
 N_GUESSES = 100  # names that a message about an unknown one chooses from
-SMALL = ("*.json", "*.model", "*.jinja", "*.txt")  # of the top folder: config, tokenizer, template, license
+# of the top folder: config, tokenizer, template, license
+SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
 ADAPTER = "adapter_model.safetensors"
 REPO = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 # in the one folder that is fetched
 TEMPLATE = re.compile(r"additional_chat_templates/[A-Za-z0-9_][\w.+=-]*\.jinja", re.ASCII)
-FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)  # no separator, no drive, no glob, nothing hidden
+# no separator, no drive, no glob, nothing hidden
+FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)
 
 
-def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, int], str]:
+def fetch(
+    repo: str, revision: str, folder: Path, tell: Callable[[str], None]
+) -> tuple[dict[str, int], str]:
     """Bring the files of a repository that a model needs into a folder: (bytes by name, commit).
 
-    What is there already is not fetched again. InputError for a repository, revision, token, network or disk that won't do.
+    What is there already is not fetched again. InputError for a repository, revision, token,
+    network or disk that won't do.
     """
     if not REPO.fullmatch(repo):
-        raise InputError(f"hub: {repo!r} is no name of a repository, expected OWNER/NAME; correct it")
+        raise InputError(
+            f"hub: {repo!r} is no name of a repository, expected OWNER/NAME; correct it"
+        )
     try:
         import huggingface_hub as hf
         from huggingface_hub.utils import disable_progress_bars
         from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError:
         raise InputError(
-            "hub: the package huggingface_hub is not installed, expected it for downloads; pip install 'minitune[hf]'"
+            "hub: the package huggingface_hub is not installed, expected it for downloads; pip "
+            "install 'minitune[hf]'"
         ) from None
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -59,7 +69,8 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
         def bring(sizes: Mapping[str, int]) -> None:
             _refuse_foreign(folder, repo, sizes)
             for name in _unfinished(folder, sizes):
-                (folder / name).unlink(missing_ok=True)  # huggingface_hub would take it for the whole file
+                # huggingface_hub would take it for the whole file
+                (folder / name).unlink(missing_ok=True)
             with warnings.catch_warnings():
                 # a disk without room ends in a sentence of ours
                 warnings.filterwarnings("ignore", message="Not enough free disk space")
@@ -73,11 +84,15 @@ def fetch(repo: str, revision: str, folder: Path, tell: Callable[[str], None]) -
             _refuse_others(folder, repo, sizes)
             missing = _require_room_for_missing(folder, sizes)
             if missing:
-                tell(f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, {format_bytes(sum(missing.values()))}")
+                tell(
+                    f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, "
+                    f"{format_bytes(sum(missing.values()))}"
+                )
             bring(sizes)
             if cut := next(iter(_unfinished(folder, sizes)), None):
                 raise InputError(
-                    f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that {repo} lists, expected the same; "
+                    f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that "
+                    f"{repo} lists, expected the same; "
                     "run the same command again"
                 )
             new = {name: digest for name, digest in digests.items() if name in missing}
@@ -110,35 +125,47 @@ def _weights(repo: str, folder: Path, listed: Mapping[str, int]) -> dict[str, in
         names = [name for name in (SINGLE, ADAPTER) if name in listed][:1]
     odd = next((name for name in names if not (FILE.fullmatch(name) and name in listed)), None)
     if odd is not None:
-        raise InputError(f"hub: {INDEX} of {repo} points to {odd!r}, expected one of its files; tell the owner of {repo}")
+        raise InputError(
+            f"hub: {INDEX} of {repo} points to {odd!r}, expected one of its files; tell the owner "
+            f"of {repo}"
+        )
     if not names:
         some_files = ", ".join(sorted(listed)[:6]) or "nothing"
         raise InputError(
-            f"hub: {repo} holds {some_files}, expected {SINGLE}, {INDEX} or {ADAPTER}; choose a repository with safetensors"
+            f"hub: {repo} holds {some_files}, expected {SINGLE}, {INDEX} or {ADAPTER}; choose a "
+            "repository with safetensors"
         )
     return {name: listed[name] for name in names}
 
 
 def _refuse_others(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
-    other = next((path for path in sorted(folder.glob("*.safetensors")) if path.name not in sizes), None)
+    other = next(
+        (path for path in sorted(folder.glob("*.safetensors")) if path.name not in sizes), None
+    )
     if other is not None:
         raise InputError(
-            f"hub: {other} is no file of {repo} at this revision, expected none beside them; remove it or choose --to"
+            f"hub: {other} is no file of {repo} at this revision, expected none beside them; "
+            "remove it or choose --to"
         )
 
 
 def _refuse_foreign(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
-    """InputError for a file that a download would replace although none brought it, or a user changed it since."""
+    """InputError for a file that a download would replace although none brought it, or a user
+    changed it since.
+    """
     for name in sizes:
         if os.path.lexists(folder / name) and not _downloaded(folder, name):
             raise InputError(
-                f"hub: {folder / name} was not downloaded, or was changed since, expected nothing of that name or the file "
+                f"hub: {folder / name} was not downloaded, or was changed since, expected nothing "
+                "of that name or the file "
                 f"of {repo}; move it away, or choose another folder with --to"
             )
 
 
 def _downloaded(folder: Path, name: str) -> bool:
-    """True if a file is as huggingface_hub left it: its record of three lines ends with the time of the download [s]."""
+    """True if a file is as huggingface_hub left it: its record of three lines ends with the time of
+    the download [s].
+    """
     record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     try:
         time_s = float(record.read_text(encoding="utf-8").splitlines()[2])
@@ -148,7 +175,9 @@ def _downloaded(folder: Path, name: str) -> bool:
 
 
 def _unfinished(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    there = {name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in sizes}
+    there = {
+        name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in sizes
+    }
     return {name: n for name, n in sizes.items() if there[name] != n}
 
 
@@ -161,7 +190,9 @@ def _require_room_for_missing(folder: Path, sizes: Mapping[str, int]) -> dict[st
 
 @contextmanager
 def folder_lock(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold the folder's lock, which falls when this process ends, however it ends: one fetches, others find it done."""
+    """Hold the folder's lock, which falls when this process ends, however it ends: one fetches,
+    others find it done.
+    """
     (folder / ".cache").mkdir(parents=True, exist_ok=True)
     try:
         lock = locks.acquire(
@@ -169,7 +200,9 @@ def folder_lock(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
             wait=lambda holder: tell(f"hub: waiting for {holder}, which fetches into {folder}"),
         )
     except locks.Unsupported:
-        yield  # a file system without locks: huggingface_hub still keeps two processes from writing one file
+        # a file system without locks: huggingface_hub still keeps two processes from writing one
+        # file
+        yield
         return
     with lock:
         yield
@@ -182,12 +215,21 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except Exception as error:  # what its HTTP library raises is of a package that is no dependency here
-        cause = error.__cause__ if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__ else error
+    # what its HTTP library raises is of a package that is no dependency here
+    except Exception as error:
+        cause = (
+            error.__cause__
+            if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__
+            else error
+        )
         response = getattr(cause, "response", None)
         where = f"{constants.ENDPOINT}/{repo}"
         if isinstance(cause, hf.GatedRepoError):
-            said = f"{repo} is gated, expected access; accept its terms at {where}, then set HF_TOKEN to your token"
+            said = (
+                f"{repo} is gated, expected access; accept its terms at {where}, then set "
+                "HF_TOKEN to "
+                "your token"
+            )
         elif isinstance(cause, hf.RepositoryNotFoundError):
             said = (
                 f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of "
@@ -195,22 +237,47 @@ def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
                 "may read it"
             )
         elif isinstance(cause, hf.RevisionNotFoundError):
-            said = f"{repo} has no revision {revision!r}, expected a branch, a tag or a commit; see {where}/tree/main"
+            said = (
+                f"{repo} has no revision {revision!r}, expected a branch, a tag or a commit; see "
+                f"{where}/tree/main"
+            )
         elif isinstance(cause, hf.OfflineModeIsEnabled):
-            said = f"{repo} can't be fetched with HF_HUB_OFFLINE set, expected a network; unset it, or use a folder that is there"
+            said = (
+                f"{repo} can't be fetched with HF_HUB_OFFLINE set, expected a network; unset it, "
+                "or "
+                "use a folder that is there"
+            )
         elif response is not None:
             status = getattr(response, "status_code", "no status")
             said = f"{where} answered {status}, expected its files; " + (
-                "set HF_TOKEN to a token that may read it" if status in (401, 403) else "try again later"
+                "set HF_TOKEN to a token that may read it"
+                if status in (401, 403)
+                else "try again later"
             )
         elif isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            said = f"the disk of {folder} is full, expected room for {repo}; free some space or choose another with --to"
+            said = (
+                f"the disk of {folder} is full, expected room for {repo}; free some space or "
+                "choose "
+                "another with --to"
+            )
         elif isinstance(cause, OSError) and cause.filename is not None:
-            said = f"{cause.filename} can't be written ({cause.strerror}), expected a folder of yours; choose another with --to"
+            said = (
+                f"{cause.filename} can't be written ({cause.strerror}), expected a folder of "
+                "yours; "
+                "choose another with --to"
+            )
         elif isinstance(cause, hf.HFValidationError):
             said = f"{repo!r} is no name of a repository ({cause}), expected OWNER/NAME; correct it"
-        elif isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
-            said = f"{where} can't be reached ({cause}), expected an answer; check the network, HF_ENDPOINT and the proxy"
+        elif isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in (
+            "httpx",
+            "httpx2",
+            "requests",
+            "urllib3",
+        ):
+            said = (
+                f"{where} can't be reached ({cause}), expected an answer; check the network, "
+                "HF_ENDPOINT and the proxy"
+            )
         else:
             raise
         is_full = isinstance(cause, OSError) and cause.errno in NO_ROOM

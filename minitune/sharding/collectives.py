@@ -10,7 +10,8 @@ from minitune.types import widen
 
 
 def sum_over_ranks(values: Tree) -> Tree:
-    """Sum of every leaf over all ranks of the default process group, by one all-reduce for each dtype and device.
+    """Sum of every leaf over all ranks of the default process group, by one all-reduce for each
+    dtype and device.
 
     Floating-point leaves are summed in float32 or wider, and stay so.
 
@@ -21,7 +22,9 @@ def sum_over_ranks(values: Tree) -> Tree:
     leaves = [widen(x) if x.is_floating_point() else x for x in tree.leaves(values)]
     sums = list(leaves)
     for dtype, device in dict.fromkeys((leaf.dtype, leaf.device) for leaf in leaves):
-        places = [i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == (dtype, device)]
+        places = [
+            i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == (dtype, device)
+        ]
         for i, total in zip(places, _summed([leaves[i] for i in places]), strict=True):
             sums[i] = total
     return tree.rebuild(values, sums)

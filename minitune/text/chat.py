@@ -1,7 +1,8 @@
-"""Conversations as tokens: one function for training, evaluation and generation, and the exact training mask.
+"""Conversations as tokens: one function for training, evaluation and generation, and the exact
+training mask.
 
-Templates come from model folders, so they run in a sandbox with bounded loops. Messages come from data files, so what
-they say is never read as a special token.
+Templates come from model folders, so they run in a sandbox with bounded loops. Messages come from
+data files, so what they say is never read as a special token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ PLAIN = """\
 {%- for message in messages %}
 {%- if message.role == 'system' %}{{ message.content + '\\n\\n' }}
 {%- elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}
-{%- elif message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token + '\\n\\n' }}
+{%- elif message.role == 'assistant' %}\
+{{ '### Response:\\n' + message.content + eos_token + '\\n\\n' }}
 {%- else %}{{ raise_exception('role ' ~ message.role ~ ', expected system, user or assistant') }}
 {%- endif %}
 {%- endfor %}
@@ -49,7 +51,8 @@ class Tokens(NamedTuple):
 
 
 def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
-    """Read a folder's chat template; without one, the built-in ChatML if the tokenizer has its tokens, else a plain one.
+    """Read a folder's chat template; without one, the built-in ChatML if the tokenizer has its
+    tokens, else a plain one.
 
     Of several, `default` is read, and `tool_use` for conversations with tools. InputError for a
     template that can't be read or compiled, and for a tokenizer without a token that ends a turn.
@@ -72,7 +75,8 @@ def _built_in(folder: Path, tokenizer: Tokenizer) -> Template:
         return compile_template(bos + CHATML, tokenizer.special_names, "built-in ChatML template")
     if tokenizer.eos_id is None:
         raise InputError(
-            f"chat: {folder} has no chat template and its tokenizer no eos_token, expected one that ends a turn; "
+            f"chat: {folder} has no chat template and its tokenizer no eos_token, expected one "
+            "that ends a turn; "
             "write a chat_template.jinja or name the eos_token in tokenizer_config.json"
         )
     return compile_template(PLAIN, tokenizer.special_names, "built-in plain template")
@@ -92,16 +96,23 @@ def encode_chat(
     turn of the assistant with its end-of-turn token; "last" only the last of them; "all" every
     token. A turn counts as much as its message says under weight, train, trainable or loss.
 
-    InputError if the template writes an assistant turn differently from what its generation prompt promised, or
-    ends it with no special token, and if it leaves out something that the messages or tools hold.
+    InputError if the template writes an assistant turn differently from what its generation prompt
+    promised, or ends it with no special token, and if it leaves out something that the messages or
+    tools hold.
     """
     return _encode(tokenizer, template, messages, tools, False, train_on)
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
-    """Ids that generation starts from: the conversation and the generation prompt, which begins an assistant turn."""
+    """Ids that generation starts from: the conversation and the generation prompt, which begins an
+    assistant turn.
+    """
     return _encode(tokenizer, template, messages, tools, True, None).ids
 
 
@@ -157,7 +168,9 @@ def _refuse_read_tokens(conversation: Conversation, text: str, add_generation_pr
 
 
 def _is_prompt_appended(conversation: Conversation, last_turn: Turn, text: str) -> bool:
-    """Return True if a generation prompt that nobody asked for follows the assistant's last message."""
+    """Return True if a generation prompt that nobody asked for follows the assistant's last
+    message.
+    """
     n = len(conversation.messages)
     is_last = conversation.messages[-1].get("role") == "assistant"
     if not is_last or text[last_turn.end :].strip() == "":

@@ -1,8 +1,9 @@
 """Messages in which nothing reads as a special token.
 
-The texts of messages come from data files. Whatever in them could read as a special token gets a placeholder, a
-character of Unicode's last private area. The template renders the placeholder, the tokenizer finds special tokens in
-what the template wrote, and only then do the placeholders become the characters of the message again.
+The texts of messages come from data files. Whatever in them could read as a special token gets a
+placeholder, a character of Unicode's last private area. The template renders the placeholder, the
+tokenizer finds special tokens in what the template wrote, and only then do the placeholders become
+the characters of the message again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ FIRST_PLACEHOLDER = 0x100000  # U+100000, where the private area begins
 def escape_special_tokens(
     messages: Sequence[Message], tools: Sequence[Tool], tokenizer: Tokenizer
 ) -> tuple[list[Message], list[Tool], dict[int, str]]:
-    """Messages and tools with placeholders for what could read as a special token, and the table that restores it.
+    """Messages and tools with placeholders for what could read as a special token, and the table
+    that restores it.
 
     The table is one for str.translate; it is empty if nothing had to be replaced.
     """
@@ -29,7 +31,8 @@ def escape_special_tokens(
 
 
 def _escape_strings(value: Any, tokenizer: Tokenizer, placeholders: dict[str, str]) -> Any:
-    """Copy a JSON value with all its strings escaped; placeholders gets the characters that it lacks.
+    """Copy a JSON value with all its strings escaped; placeholders gets the characters that it
+    lacks.
 
     A key stays as it is, because templates read values by it, unless it holds a special token.
     """
@@ -48,12 +51,15 @@ def _escape_strings(value: Any, tokenizer: Tokenizer, placeholders: dict[str, st
 
 
 def _escape_text(text: str, tokenizer: Tokenizer, placeholders: dict[str, str]) -> str:
-    """Copy a text with a placeholder for the first character of everything that could read as a special token."""
+    """Copy a text with a placeholder for the first character of everything that could read as a
+    special token.
+    """
     # Special tokens in any letter case, because a template may change the case.
     places = set(match_starts(tokenizer.special_case_insensitive, text))
 
-    # The beginning of a special token at the end of the text, which the text that comes next might complete. Tokens
-    # that begin with a letter or digit are no markup: every second word would be the beginning of one.
+    # The beginning of a special token at the end of the text, which the text that comes next might
+    # complete. Tokens that begin with a letter or digit are no markup: every second word would be
+    # the beginning of one.
     end = len(text.rstrip())
     for i in range(max(0, end - tokenizer.longest_special), end):
         if text[i:end] in tokenizer.markup_beginnings:

@@ -20,7 +20,8 @@ LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def open_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
-    """Read tokenizer.model if it is sentencepiece's, else tokenizer.json, else Meta's ranks in tokenizer.model.
+    """Read tokenizer.model if it is sentencepiece's, else tokenizer.json, else Meta's ranks in
+    tokenizer.model.
 
     config: tokenizer_config.json. InputError names the file that is missing or damaged.
     """
@@ -42,7 +43,8 @@ def open_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
             spec = spec_of_llama(spec, config)
         return vocabulary_from_spec(fast, spec)
     raise InputError(
-        f"tokenizer: {folder} holds neither file, expected tokenizer.model or tokenizer.json; copy one from the model"
+        f"tokenizer: {folder} holds neither file, expected tokenizer.model or tokenizer.json; "
+        "copy one from the model"
     )
 
 
@@ -56,11 +58,13 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
     is_other = family not in (None, "llama") and config.get("legacy") is not False
     try:
         vocabulary = open_sentencepiece(model, config, prefixes_spaces=is_other)
-    except (RuntimeError, ValueError, IndexError) as error:  # what sentencepiece raises for damaged bytes
+    # what sentencepiece raises for damaged bytes
+    except (RuntimeError, ValueError, IndexError) as error:
         if fast.is_file():
             return None
         raise InputError(
-            f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a sentencepiece model; "
+            f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a "
+            "sentencepiece model; "
             "put the model's tokenizer.json next to it or fetch the file again"
         ) from None
     if not fast.is_file():
@@ -69,7 +73,8 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
     # Servers read tokenizer.json where it says otherwise; for Llama's family the class decides.
     if family != "llama" and prefixes_everywhere(spec) != vocabulary.prefix_everywhere:
         return None
-    # A sentencepiece model does not say whether a text begins with bos: the configuration does, else tokenizer.json.
+    # A sentencepiece model does not say whether a text begins with bos: the configuration does,
+    # else tokenizer.json.
     if "add_bos_token" not in config:
         return vocabulary._replace(bos_text=bos_text_of_spec(spec))
     return vocabulary

@@ -1,7 +1,8 @@
-"""Vocabulary of a file of ranks: a line for each token, as base64 and rank, the format of tiktoken and of Llama 3.
+"""Vocabulary of a file of ranks: a line for each token, as base64 and rank, the format of tiktoken
+and of Llama 3.
 
-Llama 3's own file lists only its ordinary tokens. How text is cut before merging, and which special tokens
-follow, stands in Meta's code and here.
+Llama 3's own file lists only its ordinary tokens. How text is cut before merging, and which special
+tokens follow, stands in Meta's code and here.
 """
 
 import base64
@@ -53,11 +54,26 @@ def ranks_to_spec(path: Path) -> dict[str, Any]:
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": WORD_PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": False,
+                },
             ],
         },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "ignore_merges": True,  # a word that is a token is that token, however it may be merged
@@ -76,11 +92,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise InputError(
-                f"tokenizer: {path}:{number} can't be read ({error}), expected a base64 token and its rank; fetch the file again"
+                f"tokenizer: {path}:{number} can't be read ({error}), expected a base64 token and "
+                "its rank; fetch the file again"
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > N_RANKS:
         raise InputError(
-            f"tokenizer: {path} holds {len(ranks)} ranks up to {max(ranks.values())}, expected Llama 3's {N_RANKS}, each once; "
+            f"tokenizer: {path} holds {len(ranks)} ranks up to {max(ranks.values())}, expected "
+            f"Llama 3's {N_RANKS}, each once; "
             "put the model's tokenizer.json next to it"
         )
     return ranks
@@ -89,8 +107,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _merges(ranks: dict[bytes, int], spelled: dict[bytes, str]) -> list[list[str]]:
     """Pairs of tokens that join to a token, in the order in which they are merged.
 
-    tiktoken merges the pair whose union has the lowest rank. So every cut of a token in two tokens is a merge,
-    sorted by the rank of the token, then by the ranks of its parts.
+    tiktoken merges the pair whose union has the lowest rank. So every cut of a token in two tokens
+    is a merge, sorted by the rank of the token, then by the ranks of its parts.
     """
     merges: list[tuple[int, int, int, list[str]]] = []
     for token, rank in ranks.items():
@@ -104,7 +122,13 @@ def _merges(ranks: dict[bytes, int], spelled: dict[bytes, str]) -> list[list[str
 
 def _special_tokens(first_id: int) -> list[dict[str, Any]]:
     """Llama 3's special tokens, numbered from first_id, as added tokens of a tokenizer.json."""
-    flags = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    flags = {
+        "special": True,
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": False,
+    }
     tokens = []
     n_reserved = 0
     for i in range(N_SPECIAL):
@@ -117,7 +141,9 @@ def _special_tokens(first_id: int) -> list[dict[str, Any]]:
 
 
 def _byte_letters() -> list[str]:
-    """Letter that a byte-level tokenizer.json writes for each byte: itself if it is printable, else one from U+0100 on."""
+    """Letter that a byte-level tokenizer.json writes for each byte: itself if it is printable, else
+    one from U+0100 on.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(0x100)]

@@ -1,7 +1,7 @@
 """Vocabulary of a sentencepiece model.
 
-The package reads a model and tokenizes, but tells neither the types of pieces nor the normalizer's settings, so
-those are read from the model's protobuf message here.
+The package reads a model and tokenizes, but tells neither the types of pieces nor the normalizer's
+settings, so those are read from the model's protobuf message here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,10 +13,12 @@ from sentencepiece import SentencePieceProcessor
 
 from minitune.text.vocabulary import AddedToken, Vocabulary
 
-# Protobuf merges a message field that comes twice: these bytes after a sentencepiece model set, in normalizer_spec
-# (field 3), add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) to false.
+# Protobuf merges a message field that comes twice: these bytes after a sentencepiece model set, in
+# normalizer_spec (field 3), add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) to
+# false.
 NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
-# Numbers of fields in ModelProto and in the messages inside it, and the type of a piece that a user defined.
+# Numbers of fields in ModelProto and in the messages inside it, and the type of a piece that a user
+# defined.
 PIECES, NORMALIZER = 1, 3
 PIECE_TYPE, REMOVE_EXTRA_WHITESPACES = 3, 4
 USER_DEFINED = 4
@@ -44,8 +46,8 @@ def open_sentencepiece(
 
     size = at_start.vocab_size()
     pieces = [at_start.id_to_piece(i) for i in range(size)]
-    # A model that squeezes runs of spaces to one takes away those at the ends of a text as well: then every text
-    # needs the dummy prefix, not only the one that starts a document.
+    # A model that squeezes runs of spaces to one takes away those at the ends of a text as well:
+    # then every text needs the dummy prefix, not only the one that starts a document.
     squeezes = _removes_extra_whitespace(proto)
 
     def ids(text: str, starts_document: bool) -> list[int]:
@@ -93,11 +95,13 @@ def _added_tokens(
 ) -> list[AddedToken]:
     """Control pieces, all of them special, and the pieces that a user defined.
 
-    added_tokens_decoder says which of the latter are special. Without it, those are that are long enough for
-    markup: a single character, such as a digit or a line break, is text.
+    added_tokens_decoder says which of the latter are special. Without it, those are that are long
+    enough for markup: a single character, such as a digit or a line break, is text.
     """
     declared = "added_tokens_decoder" in config
-    control = [AddedToken(pieces[i], i, True) for i in range(len(pieces)) if processor.is_control(i)]
+    control = [
+        AddedToken(pieces[i], i, True) for i in range(len(pieces)) if processor.is_control(i)
+    ]
     user_defined = [
         AddedToken(pieces[i], i, not declared and len(pieces[i].strip()) > 2)
         for i, kind in enumerate(_piece_types(proto))
@@ -107,17 +111,25 @@ def _added_tokens(
 
 
 def _piece_types(proto: bytes) -> list[int]:
-    """Types of a sentencepiece model's pieces, in their order; 1 (normal) where the message leaves it out."""
+    """Types of a sentencepiece model's pieces, in their order; 1 (normal) where the message leaves
+    it out.
+    """
     types = []
     for field, piece in _fields(proto):
         if field == PIECES and isinstance(piece, bytes):
-            values = [value for field, value in _fields(piece) if field == PIECE_TYPE and isinstance(value, int)]
+            values = [
+                value
+                for field, value in _fields(piece)
+                if field == PIECE_TYPE and isinstance(value, int)
+            ]
             types.append(values[-1] if values else 1)
     return types
 
 
 def _removes_extra_whitespace(proto: bytes) -> bool:
-    """True if the model's normalizer removes extra whitespace, which is the default where the message leaves it out."""
+    """True if the model's normalizer removes extra whitespace, which is the default where the
+    message leaves it out.
+    """
     removes = True
     for field, normalizer in _fields(proto):
         if field == NORMALIZER and isinstance(normalizer, bytes):
@@ -130,8 +142,8 @@ def _removes_extra_whitespace(proto: bytes) -> bool:
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protobuf message that sentencepiece could read.
 
-    A key holds the field's number and, in its lowest three bits, the wire type: 0 a varint, 2 bytes after their
-    length, 5 four bytes, 1 eight bytes.
+    A key holds the field's number and, in its lowest three bits, the wire type: 0 a varint, 2 bytes
+    after their length, 5 four bytes, 1 eight bytes.
     """
     at = 0
     while at < len(message):

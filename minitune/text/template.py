@@ -29,26 +29,33 @@ from minitune.text.bounds import (
     written,
 )
 
-Message = Mapping[str, Any]  # role and content, and whatever else the template reads, such as tool_calls
+# role and content, and whatever else the template reads, such as tool_calls
+Message = Mapping[str, Any]
 Tool = Mapping[str, Any]  # a function that may be called, as a JSON schema
 
 # Names in the template's context with a space, so that no template can spell them.
 BUDGET = "loop budget"
 GENERATION_FILTER = "generation border"
-# Characters around what {% generation %} wrote, where `render` is asked for them: Unicode reserves both for internal use.
+# Characters around what {% generation %} wrote, where `render` is asked for them: Unicode reserves
+# both for internal use.
 GENERATION_START = "\ufdd0"
 GENERATION_END = "\ufdd1"
-BUILTIN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")  # given to every template
-UNDEFINED_TESTS = ("defined", "undefined", "default", "d")  # Jinja's tests and filters for names that may be undefined
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # keys of a message that data sets keep its reasoning under
+# given to every template
+BUILTIN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+# Jinja's tests and filters for names that may be undefined
+UNDEFINED_TESTS = ("defined", "undefined", "default", "d")
+# keys of a message that data sets keep its reasoning under
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Template(NamedTuple):
-    """A chat template: Jinja source, special tokens by the names that it reads them under, and where it comes from.
+    """A chat template: Jinja source, special tokens by the names that it reads them under, and
+    where it comes from.
 
     has_generation_blocks: {% generation %} in it says what is trained.
     tool_use: the template to use in its place for a conversation with tools.
-    variables: names of the options that it reads, such as enable_thinking. options: values for some of them.
+    variables: names of the options that it reads, such as enable_thinking. options: values for some
+    of them.
     """
 
     source: str
@@ -71,7 +78,12 @@ def compile_template(source: str, special_names: Mapping[str, str], origin: str)
     filters = {**env.filters, "tojson": _tojson, "concatenated": concatenated}
     env.filters = {name: bounded(name, function, _spend) for name, function in filters.items()}
     env.filters |= {"counted": _counted, GENERATION_FILTER: _generation_border}
-    env.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace, "dict": _dict}
+    env.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": _now,
+        "namespace": _Namespace,
+        "dict": _dict,
+    }
     del env.globals["lipsum"]
     try:
         tree = env.parse(source)
@@ -79,19 +91,24 @@ def compile_template(source: str, special_names: Mapping[str, str], origin: str)
         tree = Concatenations().visit(tree)
         tree.set_environment(env)
         # Both are read before the tree is compiled, because Jinja folds constants in place.
-        has_blocks = any(node.name == GENERATION_FILTER for node in tree.find_all(jinja2.nodes.Filter))
+        has_blocks = any(
+            node.name == GENERATION_FILTER for node in tree.find_all(jinja2.nodes.Filter)
+        )
         variables = _variables_read(tree) - {*BUILTIN_VARIABLES, *special_names, *env.globals}
         compiled = env.from_string(tree)
     except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise InputError(f"chat: {origin}{line} {error}, expected a Jinja chat template; correct it") from None
+        raise InputError(
+            f"chat: {origin}{line} {error}, expected a Jinja chat template; correct it"
+        ) from None
     return Template(source, special_names, origin, compiled, has_blocks, variables=variables)
 
 
 def with_options(template: Template, options: Mapping[str, Any], where: str) -> Template:
     """Template with these options over those that it has.
 
-    InputError for an option that the template does not read: it would have no effect and no message.
+    InputError for an option that the template does not read: it would have no effect and no
+    message.
     """
     variables = template.variables
     if template.tool_use is not None:
@@ -100,7 +117,8 @@ def with_options(template: Template, options: Mapping[str, Any], where: str) -> 
     for name in options:
         if name not in variables:
             raise InputError(
-                f"chat: {where} chat_template_kwargs has {name!r}, expected what {template.origin} asks for: "
+                f"chat: {where} chat_template_kwargs has {name!r}, expected what "
+                f"{template.origin} asks for: "
                 f"{', '.join(known) or 'nothing'}{nearest(name, known)}"
             )
     return template._replace(options={**template.options, **options})
@@ -116,8 +134,8 @@ def render(
 ) -> str:
     """Render a conversation as text.
 
-    mark_generation: put GENERATION_START and GENERATION_END around what was written inside {% generation %}.
-    InputError names the template if it refuses the messages or exceeds its bounds.
+    mark_generation: put GENERATION_START and GENERATION_END around what was written inside {%
+    generation %}. InputError names the template if it refuses the messages or exceeds its bounds.
     """
     options = template.options
     if tools and template.tool_use is not None:
@@ -140,9 +158,11 @@ def render(
             size += len(part)
             if size > MAX_CHARS:
                 raise SecurityError(f"more than {MAX_CHARS} characters")
-    except Exception as error:  # a template raises whatever Python does, and all of it is in what the user pointed at
+    # a template raises whatever Python does, and all of it is in what the user pointed at
+    except Exception as error:
         raise InputError(
-            f"chat: {template.origin} fails with {type(error).__name__}: {error}, expected it to render "
+            f"chat: {template.origin} fails with {type(error).__name__}: {error}, expected it to "
+            "render "
             f"{describe_roles(messages)}; change the template or the messages"
         ) from None
     return "".join(parts)
@@ -155,18 +175,23 @@ def describe_roles(messages: Sequence[Message]) -> str:
 
 
 def _count_loops(tree: jinja2.nodes.Template) -> None:
-    """Make every loop of a parsed template spend the budget of its rendering; a recursive one can't be counted."""
+    """Make every loop of a parsed template spend the budget of its rendering; a recursive one can't
+    be counted.
+    """
     for loop in tree.find_all(jinja2.nodes.For):
         if loop.recursive:
             raise jinja2.TemplateSyntaxError("a recursive loop can't be counted", loop.lineno)
-        loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        loop.iter = jinja2.nodes.Filter(
+            loop.iter, "counted", [], [], None, None, lineno=loop.lineno
+        )
 
 
 def _variables_read(tree: jinja2.nodes.Template) -> frozenset[str]:
     """Names that a template reads before it sets them: its options.
 
-    Jinja counts a variable that is set on some paths only among them. Those are left out, unless the template
-    tests somewhere whether the name is undefined, as it does for an option with a default.
+    Jinja counts a variable that is set on some paths only among them. Those are left out, unless
+    the template tests somewhere whether the name is undefined, as it does for an option with a
+    default.
     """
     assigned = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
     tested = set()
@@ -177,7 +202,9 @@ def _variables_read(tree: jinja2.nodes.Template) -> frozenset[str]:
 
 
 def _with_reasoning(message: Message) -> Message:
-    """Message with its reasoning under every key that templates read it by, as transformers hands it over."""
+    """Message with its reasoning under every key that templates read it by, as transformers hands
+    it over.
+    """
     reasoning = [message[key] for key in REASONING_KEYS if message.get(key) is not None]
     if not reasoning:
         return message
@@ -205,7 +232,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
         return bounded_format
 
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
         _spend(context, n_steps(left, right))
         check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
@@ -226,7 +255,9 @@ class _Namespace(Namespace):
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, which renders its body, between border characters where `render` wants them."""
+    """{% generation %} ... {% endgeneration %}, which renders its body, between border characters
+    where `render` wants them.
+    """
 
     tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
@@ -236,7 +267,9 @@ class _Generation(jinja2.ext.Extension):
 
         def border(char: str) -> jinja2.nodes.Node:
             # A filter decides at each rendering whether the character is written.
-            filtered = jinja2.nodes.Filter(jinja2.nodes.Const(char), GENERATION_FILTER, [], [], None, None)
+            filtered = jinja2.nodes.Filter(
+                jinja2.nodes.Const(char), GENERATION_FILTER, [], [], None, None
+            )
             return jinja2.nodes.Output([filtered]).set_lineno(line)
 
         return [border(GENERATION_START), *body, border(GENERATION_END)]
@@ -277,6 +310,12 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

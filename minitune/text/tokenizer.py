@@ -1,8 +1,9 @@
 """Text to token ids and back, from the tokenizer files of a Hugging Face folder.
 
-A special token's string counts as one only where the caller says so: in what a chat template wrote, never in what a
-user wrote. Sentencepiece models put a space in front of a text (the dummy prefix); here only the text that starts a
-document gets it, so that the pieces of a text that was cut decode to that text.
+A special token's string counts as one only where the caller says so: in what a chat template wrote,
+never in what a user wrote. Sentencepiece models put a space in front of a text (the dummy prefix);
+here only the text that starts a document gets it, so that the pieces of a text that was cut decode
+to that text.
 """
 
 import hashlib
@@ -27,11 +28,12 @@ class Tokenizer(NamedTuple):
     """A vocabulary with its special tokens.
 
     special: id by text of the special tokens. special_names: text by role, such as "eos_token".
-    added: id by text of all tokens that are searched for before the vocabulary runs, special or not.
-    add_bos: plain text begins with bos, as tokenizer.json's post-processor says, else tokenizer_config.json; a chat
-    has what its template writes.
-    The patterns find, in this order: added tokens; special ones; special ones in any letter case; added tokens that
-    are not special; special ones that the vocabulary would recognize in plain text.
+    added: id by text of all tokens that are searched for before the vocabulary runs, special or
+    not. add_bos: plain text begins with bos, as tokenizer.json's post-processor says, else
+    tokenizer_config.json; a chat has what its template writes.
+    The patterns find, in this order: added tokens; special ones; special ones in any letter case;
+    added tokens that are not special; special ones that the vocabulary would recognize in plain
+    text.
     markup_beginnings: beginnings of the special tokens that begin with no letter and no digit.
     longest_special: characters of the longest special token.
     """
@@ -74,15 +76,20 @@ class Tokenizer(NamedTuple):
         return self._replace(n_rows=n_rows, fingerprint=key)
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """Ids of a whole text, without bos or eos; parse_special: the strings of special tokens become their ids."""
+        """Ids of a whole text, without bos or eos; parse_special: the strings of special tokens
+        become their ids.
+        """
         find = self.find_added if parse_special else self.find_ordinary
         return self._encode(text, find, True, {})
 
-    def encode_span(self, text: str, *, starts_document: bool, restore: Mapping[int, str]) -> list[int]:
+    def encode_span(
+        self, text: str, *, starts_document: bool, restore: Mapping[int, str]
+    ) -> list[int]:
         """Ids of a span of a rendered chat, with its special tokens parsed.
 
-        starts_document: the span is the first of its document. restore: a table for str.translate that is applied
-        once the special tokens are found: the placeholders that `escape_special_tokens` wrote become characters again.
+        starts_document: the span is the first of its document. restore: a table for str.translate
+        that is applied once the special tokens are found: the placeholders that
+        `escape_special_tokens` wrote become characters again.
         """
         return self._encode(text, self.find_added, starts_document, restore)
 
@@ -104,11 +111,15 @@ class Tokenizer(NamedTuple):
         kept = [i for i in ids if 0 <= i < self.vocab_size and i not in hidden]
         return self.vocabulary.text(kept, {i: text for text, i in self.added.items()})
 
-    def _encode(self, text: str, find: re.Pattern[str], starts_document: bool, restore: Mapping[int, str]) -> list[int]:
+    def _encode(
+        self, text: str, find: re.Pattern[str], starts_document: bool, restore: Mapping[int, str]
+    ) -> list[int]:
         ids: list[int] = []
         start = 0
         for match in find.finditer(text):
-            ids += self._encode_plain(text[start : match.start()].translate(restore), starts_document)
+            ids += self._encode_plain(
+                text[start : match.start()].translate(restore), starts_document
+            )
             ids.append(self.added[match[match.lastindex or 0]])
             start = match.end()
             starts_document = self.vocabulary.prefix_everywhere
@@ -126,8 +137,8 @@ class Tokenizer(NamedTuple):
             )
 
     def _encode_plain(self, text: str, starts_document: bool) -> list[int]:
-        # The vocabulary would recognize some special tokens by itself: cut after their first character, they are
-        # plain text.
+        # The vocabulary would recognize some special tokens by itself: cut after their first
+        # character, they are plain text.
         cuts = [i + 1 for i in match_starts(self.special_known_to_vocab, text)]
         ids: list[int] = []
         for start, end in pairwise([0, *cuts, len(text)]):
@@ -142,14 +153,17 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     InputError for a file that is missing or damaged, and for a bos or eos that is no token.
     """
     config = read_json_object(folder / "tokenizer_config.json", "tokenizer", optional=True)
-    settings = read_json_object(folder / "special_tokens_map.json", "tokenizer", optional=True) | config
+    settings = (
+        read_json_object(folder / "special_tokens_map.json", "tokenizer", optional=True) | config
+    )
     vocabulary = open_vocabulary(folder, config)
     names = _names(vocabulary, settings)
     added = _added_tokens(folder, vocabulary, names, config, settings)
     for name in ("bos_token", "eos_token"):
         if name in names and names[name] not in added:
             raise InputError(
-                f"tokenizer: {folder} {name} {names[name]!r} is no token of the vocabulary, expected one of its tokens; "
+                f"tokenizer: {folder} {name} {names[name]!r} is no token of the vocabulary, "
+                "expected one of its tokens; "
                 "correct tokenizer_config.json"
             )
     names = {name: text for name, text in names.items() if text in added}
@@ -174,7 +188,8 @@ def _tokenizer(
 ) -> Tokenizer:
     ids = {name: added[text].id for name, text in names.items()}
     special = [token for token in added.values() if token.special]
-    # Without the whitespace that they swallow: for these two patterns, only where a token stands matters.
+    # Without the whitespace that they swallow: for these two patterns, only where a token stands
+    # matters.
     exact = [AddedToken(token.text, token.id, True) for token in special]
     if vocabulary.bos_text is None:
         add_bos = config.get("add_bos_token") is True
@@ -194,7 +209,9 @@ def _tokenizer(
         find_special=_pattern(special),
         special_case_insensitive=_pattern(exact, re.IGNORECASE),
         find_ordinary=_pattern(token for token in added.values() if not token.special),
-        special_known_to_vocab=_pattern(token for token in exact if token.text in vocabulary.recognized),
+        special_known_to_vocab=_pattern(
+            token for token in exact if token.text in vocabulary.recognized
+        ),
         markup_beginnings=frozenset(_beginnings(token.text for token in special)),
         longest_special=max((len(token.text) for token in special), default=0),
         vocabulary=vocabulary,
@@ -210,7 +227,9 @@ def _beginnings(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _names(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of tokens by role: the vocabulary's, then the settings', which can also take a role away with null."""
+    """Texts of tokens by role: the vocabulary's, then the settings', which can also take a role
+    away with null.
+    """
     names = dict(vocabulary.names)
     for name in NAMED_TOKENS:
         if name in settings:
@@ -228,10 +247,13 @@ def _added_tokens(
     config: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> dict[str, AddedToken]:
-    """Added tokens by text, from the vocabulary, the configuration and the roles; the latter are special."""
+    """Added tokens by text, from the vocabulary, the configuration and the roles; the latter are
+    special.
+    """
     added = {token.text: token for token in vocabulary.added}
     for token in _declared(folder, config):
-        # A declaration that gives a token of the vocabulary another id is no use: the embedding has it at the old one.
+        # A declaration that gives a token of the vocabulary another id is no use: the embedding has
+        # it at the old one.
         if token.text in added or vocabulary.id_of(token.text) in (None, token.id):
             added[token.text] = token
     for text in [*names.values(), *_unnamed_special(settings)]:
@@ -245,12 +267,20 @@ def _added_tokens(
 
 
 def _pattern(tokens: Iterable[AddedToken], flags: int = 0) -> re.Pattern[str]:
-    """Pattern that finds the longest token that starts first; the token's own text is the match's last group."""
-    longest_first = sorted((token for token in tokens if token.text), key=lambda token: -len(token.text))
+    """Pattern that finds the longest token that starts first; the token's own text is the match's
+    last group.
+    """
+    longest_first = sorted(
+        (token for token in tokens if token.text), key=lambda token: -len(token.text)
+    )
     parts = []
     # Tokens that swallow the same whitespace share one group.
     for lstrip, rstrip in ((False, False), (False, True), (True, False), (True, True)):
-        texts = [re.escape(token.text) for token in longest_first if (token.lstrip, token.rstrip) == (lstrip, rstrip)]
+        texts = [
+            re.escape(token.text)
+            for token in longest_first
+            if (token.lstrip, token.rstrip) == (lstrip, rstrip)
+        ]
         if texts:
             before = r"\s*" if lstrip else ""
             after = r"\s*" if rstrip else ""
@@ -259,23 +289,32 @@ def _pattern(tokens: Iterable[AddedToken], flags: int = 0) -> re.Pattern[str]:
 
 
 def _token_text(token: Any) -> str:
-    """Text of a token that is written as a string or as an object with content; "" for anything else."""
+    """Text of a token that is written as a string or as an object with content; "" for anything
+    else.
+    """
     if isinstance(token, dict):
         return str(token.get("content", ""))
     return token if isinstance(token, str) else ""
 
 
 def _unnamed_special(settings: Mapping[str, Any]) -> list[str]:
-    """Special tokens without a role: additional_special_tokens, or extra_special_tokens in newer folders."""
+    """Special tokens without a role: additional_special_tokens, or extra_special_tokens in newer
+    folders.
+    """
     texts: list[str] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = settings.get(key) or []
-        texts += [_token_text(token) for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
+        texts += [
+            _token_text(token)
+            for token in (tokens.values() if isinstance(tokens, dict) else tokens)
+        ]
     return texts
 
 
 def _declared(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:
-    """Added tokens of added_tokens.json (old folders: all of them special) and of tokenizer_config.json."""
+    """Added tokens of added_tokens.json (old folders: all of them special) and of
+    tokenizer_config.json.
+    """
     path = folder / "tokenizer_config.json"
     old = read_json_object(folder / "added_tokens.json", "tokenizer", optional=True)
     try:

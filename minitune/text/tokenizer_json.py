@@ -10,16 +10,19 @@ from minitune.text.vocabulary import AddedToken, Vocabulary
 
 # Settings of normalizers and pre-tokenizers that put a space in front of a text, turned off.
 NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
-# Parts that hold no such rule: vocabulary and merges are large, and a decoder without its prefix would keep the space.
+# Parts that hold no such rule: vocabulary and merges are large, and a decoder without its prefix
+# would keep the space.
 UNTOUCHED = ("model", "decoder", "added_tokens")
 
 
 def vocabulary_from_spec(path: Path, spec: Mapping[str, Any]) -> Vocabulary:
     """Build the vocabulary that a tokenizer.json's content describes.
 
-    path is named in messages. InputError if the package tokenizers is missing or refuses the content.
+    path is named in messages. InputError if the package tokenizers is missing or refuses the
+    content.
     """
-    # A text inside a document gets no dummy prefix, so it has a tokenizer of its own where the two differ.
+    # A text inside a document gets no dummy prefix, so it has a tokenizer of its own where the two
+    # differ.
     spec_inside = _without_prefix(spec)
     at_start = _tokenizer(path, spec)
     inside = at_start if spec_inside == spec else _tokenizer(path, spec_inside)
@@ -29,7 +32,9 @@ def vocabulary_from_spec(path: Path, spec: Mapping[str, Any]) -> Vocabulary:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     added = [
-        AddedToken(token["content"], token["id"], token["special"], token["lstrip"], token["rstrip"])
+        AddedToken(
+            token["content"], token["id"], token["special"], token["lstrip"], token["rstrip"]
+        )
         for token in spec.get("added_tokens") or []
     ]
     return Vocabulary(
@@ -77,7 +82,9 @@ def spec_of_llama(spec: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping
 
 
 def bos_text_of_spec(spec: Mapping[str, Any]) -> str:
-    """Special token that the post-processor of a tokenizer.json puts in front of a text, "" for none."""
+    """Special token that the post-processor of a tokenizer.json puts in front of a text, "" for
+    none.
+    """
     processor = spec.get("post_processor") or {}
     for step in processor.get("processors") or [processor]:
         if step.get("type") == "TemplateProcessing":
@@ -88,18 +95,24 @@ def bos_text_of_spec(spec: Mapping[str, Any]) -> str:
 
 
 def _tokenizer(path: Path, spec: Mapping[str, Any]) -> Any:
-    """tokenizers.Tokenizer of this content, without truncation, padding or special tokens of its own."""
+    """tokenizers.Tokenizer of this content, without truncation, padding or special tokens of its
+    own.
+    """
     try:
         import tokenizers
     except ImportError:
         raise InputError(
-            f"tokenizer: {path} needs the package tokenizers, which is not installed; pip install 'minitune[hf]'"
+            f"tokenizer: {path} needs the package tokenizers, which is not installed; pip install "
+            "'minitune[hf]'"
         ) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the package raises nothing more specific
-        raise InputError(f"tokenizer: {path} {error}, expected a tokenizer.json; fetch the file again") from None
-    # The package's name for: the strings of special tokens are encoded as the plain text that they are here.
+        raise InputError(
+            f"tokenizer: {path} {error}, expected a tokenizer.json; fetch the file again"
+        ) from None
+    # The package's name for: the strings of special tokens are encoded as the plain text that they
+    # are here.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,7 +1,9 @@
-"""Turns of the assistant in a rendered conversation: where each begins and ends, and which are trained.
+"""Turns of the assistant in a rendered conversation: where each begins and ends, and which are
+trained.
 
-A template is a program, so where a turn stands is found by rendering: {% generation %} says it, or else the
-conversation is rendered up to the turn, with the turn as its last, and with the turn's words changed.
+A template is a program, so where a turn stands is found by rendering: {% generation %} says it, or
+else the conversation is rendered up to the turn, with the turn as its last, and with the turn's
+words changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +39,9 @@ def assistant_turns(
             if are_required and any(weights.values()):
                 raise
             return []
-    return _turns_by_rendering(tokenizer, conversation, text, add_generation_prompt, weights, are_required)
+    return _turns_by_rendering(
+        tokenizer, conversation, text, add_generation_prompt, weights, are_required
+    )
 
 
 def _turns_by_rendering(
@@ -147,14 +151,18 @@ def appends_prompt(conversation: Conversation, n: int, text: str, with_prompt: s
     """
     if text != with_prompt:
         return False
-    longer = conversation._replace(messages=[*conversation.messages[:n], {"role": "user", "content": "?"}])
+    longer = conversation._replace(
+        messages=[*conversation.messages[:n], {"role": "user", "content": "?"}]
+    )
     try:
         return not longer.text(n + 1, add_generation_prompt=False).startswith(text)
     except InputError:
         return False
 
 
-def _common_special_end(tokenizer: Tokenizer, text: str, others: Sequence[str], start: int) -> int | None:
+def _common_special_end(
+    tokenizer: Tokenizer, text: str, others: Sequence[str], start: int
+) -> int | None:
     """End of the last special token after start up to which text and the others are equal."""
     end = None
     for match in tokenizer.find_special.finditer(text, start):
@@ -165,12 +173,18 @@ def _common_special_end(tokenizer: Tokenizer, text: str, others: Sequence[str], 
 
 
 def turn_end_when_last(
-    tokenizer: Tokenizer, text: str, as_last: str, start: int, common_end: int | None, words_end: int | None
+    tokenizer: Tokenizer,
+    text: str,
+    as_last: str,
+    start: int,
+    common_end: int | None,
+    words_end: int | None,
 ) -> int | None:
     """End in text of a turn, found from how the turn is rendered as the last one.
 
-    as_last: the conversation rendered up to this turn; words_end: where the words of its message end in it, if that
-    is known. common_end: end of the last special token that all renderings share, if there is one.
+    as_last: the conversation rendered up to this turn; words_end: where the words of its message
+    end in it, if that is known. common_end: end of the last special token that all renderings
+    share, if there is one.
     """
     if words_end is None:
         return None
@@ -179,18 +193,26 @@ def turn_end_when_last(
     ending = tokenizer.find_special.search(as_last, max(start, words_end))
     if ending is None:
         return None
-    # The words may hold the same token: the turn ends at the same one of them in text, counted from its start.
-    in_last = [match.group() for match in tokenizer.find_special.finditer(as_last, start, ending.end())]
+    # The words may hold the same token: the turn ends at the same one of them in text, counted from
+    # its start.
+    in_last = [
+        match.group() for match in tokenizer.find_special.finditer(as_last, start, ending.end())
+    ]
     n_same = in_last.count(ending.group())
-    ends = [match.end() for match in tokenizer.find_special.finditer(text, start) if match.group() == ending.group()]
+    ends = [
+        match.end()
+        for match in tokenizer.find_special.finditer(text, start)
+        if match.group() == ending.group()
+    ]
     return ends[n_same - 1] if len(ends) >= n_same else None
 
 
 def content_end(conversation: Conversation, i: int, as_last: str) -> int | None:
     """Place in as_last, the text up to message i, at which the words of that message end.
 
-    What comes after the words stays as it is when the words change; so the message is rendered once more with other
-    words, and the two texts are compared from their ends. None if the template refuses other words.
+    What comes after the words stays as it is when the words change; so the message is rendered once
+    more with other words, and the two texts are compared from their ends. None if the template
+    refuses other words.
     """
     other = _text_with_other_words(conversation, i, at_start=False)
     if other is None:
@@ -222,9 +244,14 @@ def _text_with_other_words(conversation: Conversation, i: int, *, at_start: bool
     """Text up to message i with another character in its words; None if the template refuses other
     words."""
     message = conversation.messages[i]
-    changed = {key: value if key == "role" else _other_words(value, at_start) for key, value in message.items()}
+    changed = {
+        key: value if key == "role" else _other_words(value, at_start)
+        for key, value in message.items()
+    }
     try:
-        return conversation._replace(messages=[*conversation.messages[:i], changed]).text(i + 1, False)
+        return conversation._replace(messages=[*conversation.messages[:i], changed]).text(
+            i + 1, False
+        )
     except InputError:
         return None
 

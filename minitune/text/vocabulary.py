@@ -1,4 +1,4 @@
-"""Vocabularies: how text between special tokens becomes token ids, whatever file it was read from."""
+"""Vocabularies: how text between special tokens becomes token ids, from whatever file."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -32,14 +32,14 @@ class Vocabulary(NamedTuple):
     """Functions that tokenize text between added tokens, and what the vocabulary's file declares.
 
     size: number of ids, one more than the largest.
-    ids(text, starts_document): the token ids of a text; the text that starts a document may get a dummy prefix.
-    text(ids, added): the text of token ids; added: texts of the added tokens by id.
+    ids(text, starts_document): the token ids of a text; the text that starts a document may get a
+    dummy prefix. text(ids, added): the text of token ids; added: texts of the added tokens by id.
     id_of(text): the id of the token with exactly this text, None if there is none.
     added: the added tokens that the file declares.
     names: tokens by role, such as "eos_token", that the file declares.
-    recognized: texts of tokens that `ids` turns into that one token although they stand in plain text.
-    bos_text: the token that tokenizer.json puts in front of a text, "" for none, None without that file's word.
-    prefix_everywhere: text after an added token gets the dummy prefix too.
+    recognized: texts of tokens that `ids` turns into that one token although they stand in plain
+    text. bos_text: the token that tokenizer.json puts in front of a text, "" for none, None without
+    that file's word. prefix_everywhere: text after an added token gets the dummy prefix too.
     """
 
     size: int

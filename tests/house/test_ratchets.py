@@ -3,7 +3,7 @@
 import pytest
 
 from support import ratchets
-from support.ratchets import COLUMNS, FILE_LINES, FUNCTION_LINES, RULES, Rule, Sources
+from support.ratchets import FILE_LINES, FUNCTION_LINES, RULES, Rule, Sources
 
 pytestmark = pytest.mark.fast
 
@@ -11,7 +11,6 @@ PACKAGE = ratchets.package()
 LINES = "    x = 1\n"
 PLANTED: dict[Rule, list[Sources]] = {  # each with packages that break it
     ratchets.file_is_short: [{"a.py": "x = 1\n" * (FILE_LINES + 1)}],
-    ratchets.lines_are_short: [{"a.py": "x" * (COLUMNS + 1)}, {"a.py": f'"""{"x" * COLUMNS}"""'}],
     ratchets.functions_are_short: [
         {"a.py": "def f():\n" + LINES * FUNCTION_LINES},
         {"a.py": "class A:\n  def f(self):\n" + LINES * FUNCTION_LINES},

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from support.paths import PACKAGE, ROOT
 
 TABLE = ROOT / "tests/house/exceptions.toml"
-FILE_LINES, COLUMNS, FUNCTION_LINES = 300, 100, 40
+FILE_LINES, FUNCTION_LINES = 300, 40
 
 Sources = Mapping[str, str]
 Counts = dict[str, int]
@@ -44,12 +44,6 @@ def file_is_short(source: str) -> int:
     """At most 300 lines a file: a longer one holds two ideas. Counts the lines of a file that has more."""
     n = len(source.splitlines())
     return n if n > FILE_LINES else 0
-
-
-@by_file
-def lines_are_short(source: str) -> int:
-    """At most 100 columns a line. Counts longer lines."""
-    return sum(len(line) > COLUMNS for line in source.splitlines())
 
 
 @by_file
@@ -138,7 +132,6 @@ def _inherited(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> set[s
 
 RULES: tuple[Rule, ...] = (
     file_is_short,
-    lines_are_short,
     functions_are_short,
     conditionals_are_not_nested,
     docstrings_say_what_you_get,

@@ -1,4 +1,6 @@
-"""GGUF files, version 3, which llama.cpp reads: one file with the weights, the numbers of the model and its tokenizer."""
+"""GGUF files, version 3, which llama.cpp reads: one file with the weights, the numbers of the model
+and its tokenizer.
+"""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -26,11 +28,14 @@ from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"]
-CHUNK = 2**22  # weights that are encoded at a time, so that a file needs little more memory than its model
+# weights that are encoded at a time, so that a file needs little more memory than its model
+CHUNK = 2**22
 
 
 class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Types of the stored matrices: a default, and by glob of Hugging Face names another; the first glob that matches counts."""
+    """Types of the stored matrices: a default, and by glob of Hugging Face names another; the first
+    glob that matches counts.
+    """
 
     default: Kind  # type of each matrix that no exception matches
     # glob of Hugging Face names -> another type; the first match wins
@@ -38,7 +43,9 @@ class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Part(NamedTuple):
-    """Tensor of the file: w plus shift, its rows in the order in which they are written, None as they are."""
+    """Tensor of the file: w plus shift, its rows in the order in which they are written, None as
+    they are.
+    """
 
     name: str
     w: Tensor | QTensor
@@ -49,7 +56,9 @@ class _Part(NamedTuple):
     def entry(self) -> StoredTensor:
         """Line of the file's table."""
         block = blocks.TYPES[self.kind]
-        return StoredTensor(self.name, self.w.shape, block.id, self.w.shape.numel() // block.block * block.n_bytes)
+        return StoredTensor(
+            self.name, self.w.shape, block.id, self.w.shape.numel() // block.block * block.n_bytes
+        )
 
 
 def check(params: Params, model: Model, types: Types, tokenizer: Tokenizer) -> None:
@@ -69,12 +78,13 @@ def save(
     template: str | None,
     stop_ids: Sequence[int],
 ) -> list[str]:
-    """Write the file and return notes: tensors whose rows do not fit the blocks of the type that was asked for, and what
-    llama.cpp will not do as minitune does.
+    """Write the file and return notes: tensors whose rows do not fit the blocks of the type that
+    was asked for, and what llama.cpp will not do as minitune does.
 
-    Norms and biases stay float32. Quantized leaves are dequantized, but int8 to Q8_0, and int4 in groups of a multiple of 32
-    to Q4_0, keep their codes. InputError for a model that llama.cpp has no counterpart for, a glob that matches nothing, and a
-    weight beyond the range of float16 that is to be stored in it.
+    Norms and biases stay float32. Quantized leaves are dequantized, but int8 to Q8_0, and int4 in
+    groups of a multiple of 32 to Q4_0, keep their codes. InputError for a model that llama.cpp has
+    no counterpart for, a glob that matches nothing, and a weight beyond the range of float16 that
+    is to be stored in it.
     """
     arch, limits = architecture(model)
     parts, notes = _parts(params, model.config, arch, types)
@@ -96,22 +106,33 @@ def save(
     return [*notes, *more, *limits]
 
 
-def _parts(params: Params, config: DecoderConfig, arch: Architecture, types: Types) -> tuple[list[_Part], list[str]]:
-    """Tensors of the file in their order, and notes on those that get another type than the one that was asked for."""
+def _parts(
+    params: Params, config: DecoderConfig, arch: Architecture, types: Types
+) -> tuple[list[_Part], list[str]]:
+    """Tensors of the file in their order, and notes on those that get another type than the one
+    that was asked for.
+    """
     notes = []
     parts = [_Part(name, w, "F32") for name, w in divisors(config).items()]
     if types.exceptions:
         tree.select(params, list(types.exceptions), "gguf: exceptions")
     for name, w in params.items():
-        asked = next((kind for glob, kind in types.exceptions.items() if fnmatchcase(name, glob)), types.default)
+        asked = next(
+            (kind for glob, kind in types.exceptions.items() if fnmatchcase(name, glob)),
+            types.default,
+        )
         asked = kind = "F32" if len(w.shape) == 1 else asked
         while w.shape[-1] % blocks.TYPES[kind].block:
             kind = blocks.TYPES[kind].otherwise
         if kind != asked:
             block = blocks.TYPES[asked].block
-            notes.append(f"{name} is {kind}, not {asked}: its rows of {w.shape[1]} are no multiple of {block}")
+            notes.append(
+                f"{name} is {kind}, not {asked}: its rows of {w.shape[1]} are no multiple of "
+                f"{block}"
+            )
 
-        # llama.cpp rotates neighbours in some families, and multiplies by the weight of a norm as it is stored in all.
+        # llama.cpp rotates neighbours in some families, and multiplies by the weight of a norm as
+        # it is stored in all.
         heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
         order = None if heads is None or not arch.neighbours else _interleaved(w.shape[0], heads)
         shift = 1.0 if config.norm == "one_plus_w" and name.endswith("norm.weight") else 0.0
@@ -120,7 +141,9 @@ def _parts(params: Params, config: DecoderConfig, arch: Architecture, types: Typ
 
 
 def _interleaved(n_rows: int, heads: int) -> Int[Tensor, "out"]:
-    """Rows for a RoPE that rotates neighbours, where the weights of Hugging Face rotate dimension i with i + d_head / 2."""
+    """Rows for a RoPE that rotates neighbours, where the weights of Hugging Face rotate dimension i
+    with i + d_head / 2.
+    """
     return torch.arange(n_rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
@@ -132,7 +155,11 @@ def _encoded(part: _Part) -> Iterator[UInt8[Tensor, "rows row_bytes"]]:
         chunk = tree.map(lambda x, rows=rows: x[rows], w)
         if isinstance(chunk, QInt8) and part.kind == "Q8_0":
             yield blocks.q8_0_of(chunk)
-        elif isinstance(chunk, QInt4) and part.kind == "Q4_0" and chunk.shape[1] // chunk.scale.shape[1] % 32 == 0:
+        elif (
+            isinstance(chunk, QInt4)
+            and part.kind == "Q4_0"
+            and chunk.shape[1] // chunk.scale.shape[1] % 32 == 0
+        ):
             yield blocks.q4_0_of(chunk)
         else:
             dense = chunk if isinstance(chunk, Tensor) else dequantize(chunk, torch.float32)
@@ -145,7 +172,9 @@ def _in_range(x: Float[Tensor, "rows in"], part: _Part) -> Float[Tensor, "rows i
     largest = x.abs().amax()
     if not bool(largest <= limit):
         raise InputError(
-            f"gguf: {part.name} holds {float(largest):.4g}, expected numbers up to {limit:.6g} as {part.kind}; "
-            "give it the type BF16 if it is finite, else take the model from before its training diverged"
+            f"gguf: {part.name} holds {float(largest):.4g}, expected numbers up to {limit:.6g} as "
+            f"{part.kind}; "
+            "give it the type BF16 if it is finite, else take the model from before its training "
+            "diverged"
         )
     return x

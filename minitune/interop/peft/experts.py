@@ -1,7 +1,9 @@
-"""PEFT's view of a model with experts: it adapts parameters (LoraConfig.target_parameters), where other weights are modules.
+"""PEFT's view of a model with experts: it adapts parameters (LoraConfig.target_parameters), where
+other weights are modules.
 
-transformers 5 keeps the experts of a layer in two tensors, whatever the files hold, so that PEFT has one A and one B for all of
-them; and its routers are no linear modules. Letters beside those of types: X experts; I, O the dims of an expert's map.
+transformers 5 keeps the experts of a layer in two tensors, whatever the files hold, so that PEFT
+has one A and one B for all of them; and its routers are no linear modules. Letters beside those of
+types: X experts; I, O the dims of an expert's map.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,11 +16,14 @@ from minitune.models.fused_experts import DOWN, UP, n_joined
 from minitune.types import Delta
 
 STACKED = (UP, DOWN)  # PEFT wraps the second around the first
-INPUTS_FIRST = ".mlp.experts."  # gpt-oss, whose class says is_transposed; Llama 4 has the same layout and does not say so
+# gpt-oss, whose class says is_transposed; Llama 4 has the same layout and does not say so
+INPUTS_FIRST = ".mlp.experts."
 
 
 def inner(path: str, adapted: Collection[str]) -> bool:
-    """True where PEFT puts another wrapper around that of a stacked weight, and `base_layer` into its keys."""
+    """True where PEFT puts another wrapper around that of a stacked weight, and `base_layer` into
+    its keys.
+    """
     return path.endswith(UP) and f"{path.removesuffix(UP)}{DOWN}" in adapted
 
 
@@ -31,10 +36,11 @@ def flattened(path: str, delta: Delta) -> Delta:
 def unflattened(
     path: str, a: Float[Tensor, "XR I"], b: Float[Tensor, "O RX"], rank: int, names: Sequence[str]
 ) -> dict[str, Delta]:
-    """Deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single experts' weights `names`.
+    """Deltas, by name, of what a parameter's A and B adapt: one stacked weight, or the single
+    experts' weights `names`.
 
-    Where gate and up are one tensor for PEFT, both get a copy of its A and their own rows of B. InputError for another number of
-    experts.
+    Where gate and up are one tensor for PEFT, both get a copy of its A and their own rows of B.
+    InputError for another number of experts.
     """
     n = len(a) // rank
     each_a = a.unflatten(0, (n, rank))
@@ -45,7 +51,15 @@ def unflattened(
     n_parts = n_joined(names[0], path)
     if len(names) != n * n_parts:
         raise InputError(
-            f"peft: {path} has deltas of {n} experts, expected {len(names) // n_parts} as in the model; is it of another base?"
+            f"peft: {path} has deltas of {n} experts, expected {len(names) // n_parts} as in the "
+            "model; is it of another base?"
         )
-    pairs = [(one, rows) for one, all_rows in zip(each_a, each_b, strict=True) for rows in all_rows.chunk(n_parts)]
-    return {name: Delta(one.clone(), rows.contiguous()) for name, (one, rows) in zip(names, pairs, strict=True)}
+    pairs = [
+        (one, rows)
+        for one, all_rows in zip(each_a, each_b, strict=True)
+        for rows in all_rows.chunk(n_parts)
+    ]
+    return {
+        name: Delta(one.clone(), rows.contiguous())
+        for name, (one, rows) in zip(names, pairs, strict=True)
+    }

@@ -15,7 +15,9 @@ PARTS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "m": ".lora_magnitude_vec
 
 
 class Base(msgspec.Struct, frozen=True):
-    """Base that deltas were trained on: its path then, fingerprint.folder_fingerprint of it, and its quantization."""
+    """Base that deltas were trained on: its path then, fingerprint.folder_fingerprint of it, and
+    its quantization.
+    """
 
     path: str
     fingerprint: str | None = None

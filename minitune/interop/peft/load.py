@@ -14,8 +14,25 @@ from torch import Tensor
 from minitune.checkpoint.tensors import load_tensors
 from minitune.errors import InputError, cut, quoted
 from minitune.interop.peft import experts
-from minitune.interop.peft.layout import CONFIG, HEAD, ORIGIN, PARTS, PREFIX, WEIGHTS, Base, alpha_of, module_name
-from minitune.interop.peft.whole import MERGE, changed_copies, copied_weight, is_kept, refused, require_tied
+from minitune.interop.peft.layout import (
+    CONFIG,
+    HEAD,
+    ORIGIN,
+    PARTS,
+    PREFIX,
+    WEIGHTS,
+    Base,
+    alpha_of,
+    module_name,
+)
+from minitune.interop.peft.whole import (
+    MERGE,
+    changed_copies,
+    copied_weight,
+    is_kept,
+    refused,
+    require_tied,
+)
 from minitune.io.json_file import read_json
 from minitune.io.tensor_names import is_unmodelled
 from minitune.lora import Lora
@@ -23,7 +40,8 @@ from minitune.models.fused_experts import is_single, parameters, places
 from minitune.models.hf_multimodal import text_name
 from minitune.types import Delta, Fraction, PositiveFloat, PositiveInt, Trainable
 
-BOUNDED = re.compile(r"(?s)(?!.*\)[*+?])([^*+?{]*[*+?]){0,3}[^*+?{]*")  # others can take for ever on a module's name
+# others can take for ever on a module's name
+BOUNDED = re.compile(r"(?s)(?!.*\)[*+?])([^*+?{]*[*+?]){0,3}[^*+?{]*")
 
 
 class _Config(msgspec.Struct):
@@ -40,7 +58,8 @@ class _Config(msgspec.Struct):
     target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     ensure_weight_tying: bool = False
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = True  # other ways change the base weights
+    # other ways change the base weights
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = True
 
 
 class _Origin(msgspec.Struct):
@@ -49,7 +68,8 @@ class _Origin(msgspec.Struct):
     base: Base
 
 
-# ways to begin that PEFT repeats when it loads an adapter, and that take from the base what they give
+# ways to begin that PEFT repeats when it loads an adapter, and that take from the base what they
+# give
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change nothing in an adapter's forward, or that only repeat what the tensors say.
 HARMLESS = frozenset(
@@ -86,7 +106,9 @@ def load_adapter(folder: Path, *, names: Collection[str]) -> tuple[Lora, Trainab
     return rule, {**deltas, **require_tied(whole, deltas, names, where)}, _base(folder)
 
 
-def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+def _tensors(
+    folder: Path, config: _Config
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """(parts a, b and m of each adapted module, tensors trained whole, copies of the base's).
 
     The latter two are by the names of their weights; all are in float32.
@@ -104,7 +126,8 @@ def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]
             raise InputError(f"peft: {where} holds {key} as {tensor.dtype}, {expected}")
         if is_unmodelled(name):
             raise InputError(
-                f"peft: {where} adapts {quoted(name)}, a part that sees images, expected deltas of the text model alone; {MERGE}"
+                f"peft: {where} adapts {quoted(name)}, a part that sees images, expected deltas "
+                f"of the text model alone; {MERGE}"
             )
         copied = copied_weight(name)
         if part is not None:
@@ -119,14 +142,19 @@ def _tensors(folder: Path, config: _Config) -> tuple[dict[str, dict[str, Tensor]
     return parts, whole, copies
 
 
-def _require_all_parts(parts: Mapping[str, Mapping[str, Tensor]], config: _Config, folder: Path) -> None:
-    """InputError unless every adapted module has A and B, and a magnitude exactly if the adapter is a DoRA."""
+def _require_all_parts(
+    parts: Mapping[str, Mapping[str, Tensor]], config: _Config, folder: Path
+) -> None:
+    """InputError unless every adapted module has A and B, and a magnitude exactly if the adapter is
+    a DoRA.
+    """
     wanted = ["a", "b", "m"] if config.use_dora else ["a", "b"]
     for module, present in parts.items():
         if sorted(present) != wanted:
             keys = (f"{PREFIX}{module}{PARTS[part]}" for part in sorted(present))
             raise InputError(
-                f"peft: {folder / WEIGHTS} holds {', '.join(keys)}, expected {', '.join(PARTS[part] for part in wanted)} of "
+                f"peft: {folder / WEIGHTS} holds {', '.join(keys)}, expected "
+                f"{', '.join(PARTS[part] for part in wanted)} of "
                 f"every adapted module with use_dora = {json.dumps(config.use_dora)}"
             )
 
@@ -141,8 +169,8 @@ class _Adapted(NamedTuple):
 class _Place(NamedTuple):
     """Position of an adapted module in the model.
 
-    weight: the name of its weight, without a parameter; parameter: the stacked experts that PEFT adapts as one parameter, or
-    ""; path: its name in PEFT's patterns of ranks and alphas.
+    weight: the name of its weight, without a parameter; parameter: the stacked experts that PEFT
+    adapts as one parameter, or ""; path: its name in PEFT's patterns of ranks and alphas.
     """
 
     weight: str
@@ -151,7 +179,9 @@ class _Place(NamedTuple):
 
 
 class _Names(NamedTuple):
-    """Names of a model's weights; parameters: PEFT's name of each weight of an expert; joined: the weights of each of those."""
+    """Names of a model's weights; parameters: PEFT's name of each weight of an expert; joined: the
+    weights of each of those.
+    """
 
     weights: frozenset[str]
     parameters: Mapping[str, str]
@@ -163,8 +193,13 @@ def _place(config: _Config, module: str, names: _Names) -> _Place:
     outer = inside.removesuffix(".base_layer")
     raw = module.removesuffix(".base_layer")
 
-    # PEFT wraps the second parameter of a module around the first, whose keys then lie under `base_layer`.
-    stacked = [one for one in experts.STACKED if f"{outer}.{one}" in names.joined and _is_target(config, f"{raw}.{one}")]
+    # PEFT wraps the second parameter of a module around the first, whose keys then lie under
+    # `base_layer`.
+    stacked = [
+        one
+        for one in experts.STACKED
+        if f"{outer}.{one}" in names.joined and _is_target(config, f"{raw}.{one}")
+    ]
     if inside != outer and len(stacked) < 2:
         stacked = []
     weight = f"{inside}.weight"
@@ -178,39 +213,53 @@ def _place(config: _Config, module: str, names: _Names) -> _Place:
     candidates = [f"{module}.weight"]
     if not is_single(weight):
         candidates.append(names.parameters.get(weight, ""))
-    return _Place(weight, "", next((path for path in candidates if _is_target(config, path)), module))
+    return _Place(
+        weight, "", next((path for path in candidates if _is_target(config, path)), module)
+    )
 
 
 def _adapted(
     config: _Config, parts: Mapping[str, Mapping[str, Tensor]], names: Collection[str], folder: Path
 ) -> dict[str, _Adapted]:
-    """Deltas by the names of the weights; InputError where their ranks are not what the config says."""
+    """Deltas by the names of the weights; InputError where their ranks are not what the config
+    says.
+    """
     known = _Names(frozenset(names), parameters(names), places(names))
     adapted: dict[str, _Adapted] = {}
     for module, present in parts.items():
         place = _place(config, module, known)
         rank = _of_pattern(config.rank_pattern, place.path, config.r, folder)
         delta = Delta(**present)
-        _require_rank(delta, rank, is_stacked=bool(place.parameter), where=f"{folder / WEIGHTS}: {module}")
+        _require_rank(
+            delta, rank, is_stacked=bool(place.parameter), where=f"{folder / WEIGHTS}: {module}"
+        )
         deltas = {place.weight: delta}
         if place.parameter:
-            deltas = experts.unflattened(place.parameter, delta.a, delta.b, rank, known.joined[place.parameter])
+            deltas = experts.unflattened(
+                place.parameter, delta.a, delta.b, rank, known.joined[place.parameter]
+            )
         alpha = _of_pattern(config.alpha_pattern, place.path, config.lora_alpha, folder)
         adapted |= {name: _Adapted(one, alpha) for name, one in deltas.items()}
     return adapted
 
 
 def _require_rank(delta: Delta, rank: int, *, is_stacked: bool, where: str) -> None:
-    """InputError unless A and B have the rank, times a number of experts if they are stacked, and m a value for each row of B."""
+    """InputError unless A and B have the rank, times a number of experts if they are stacked, and m
+    a value for each row of B.
+    """
     a, b, m = delta
     n = len(a) // rank if is_stacked and a.ndim == 2 else 1
     if a.ndim != 2 or b.ndim != 2 or n == 0 or a.shape[0] != n * rank or b.shape[1] != n * rank:
         raise InputError(
             f"peft: {where} has A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] and "
-            f"[out, {rank}]{', times the number of experts,' * is_stacked} as {CONFIG} says; save the adapter again"
+            f"[out, {rank}]{', times the number of experts,' * is_stacked} as {CONFIG} says; save "
+            "the adapter again"
         )
     if isinstance(m, Tensor) and m.shape != b.shape[:1]:
-        raise InputError(f"peft: {where} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has rows")
+        raise InputError(
+            f"peft: {where} has a magnitude {list(m.shape)}, expected [{b.shape[0]}] as its B has "
+            "rows"
+        )
 
 
 def _is_target(config: _Config, path: str) -> bool:
@@ -231,15 +280,20 @@ def _config(folder: Path) -> _Config:
         ways = raw.get("init_lora_weights")
         if isinstance(ways, str) and ways.startswith(CHANGE_THE_BASE):
             raise InputError(
-                f"peft: {path} has init_lora_weights = {quoted(ways)}, which changes the weights of "
+                f"peft: {path} has init_lora_weights = {quoted(ways)}, which changes the weights "
+                "of "
                 "the base, expected deltas on the base as it is; save it again with PEFT's "
                 "path_initial_model_for_weight_conversion, or merge it with PEFT first"
             )
         return msgspec.convert(raw, _Config)
     except OSError:
-        raise InputError(f"peft: {path} does not exist, expected a folder with {CONFIG} and {WEIGHTS}") from None
+        raise InputError(
+            f"peft: {path} does not exist, expected a folder with {CONFIG} and {WEIGHTS}"
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"peft: {path}: {quoted(error)}; expected a LoRA adapter of PEFT") from None
+        raise InputError(
+            f"peft: {path}: {quoted(error)}; expected a LoRA adapter of PEFT"
+        ) from None
 
 
 def _require_weights(folder: Path) -> None:
@@ -247,7 +301,8 @@ def _require_weights(folder: Path) -> None:
     pickled = folder / "adapter_model.bin"
     if not (folder / WEIGHTS).exists() and pickled.exists():
         raise InputError(
-            f"peft: {folder} holds {pickled.name}, which is pickled and not read, expected {WEIGHTS}; "
+            f"peft: {folder} holds {pickled.name}, which is pickled and not read, expected "
+            f"{WEIGHTS}; "
             "convert it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
         )
 
@@ -255,13 +310,25 @@ def _require_weights(folder: Path) -> None:
 def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[str, Delta]]:
     """Rule that gives every delta the scale that PEFT gives it, and the deltas.
 
-    Where alphas differ so that no rule does, the rest of the scale is folded into b: the forward is the same.
+    Where alphas differ so that no rule does, the rest of the scale is folded into b: the forward is
+    the same.
     """
-    others = {name: one.delta.a.shape[-2] for name, one in adapted.items() if one.delta.a.shape[-2] != config.r}
+    others = {
+        name: one.delta.a.shape[-2]
+        for name, one in adapted.items()
+        if one.delta.a.shape[-2] != config.r
+    }
     rule = Lora(
-        config.r, config.lora_alpha, tuple(adapted), others, config.use_rslora, config.use_dora, config.lora_dropout or 0.0
+        config.r,
+        config.lora_alpha,
+        tuple(adapted),
+        others,
+        config.use_rslora,
+        config.use_dora,
+        config.lora_dropout or 0.0,
     )
-    # what `save` writes of rsLoRA with several ranks: alpha / rank, each alpha in proportion to sqrt(rank)
+    # what `save` writes of rsLoRA with several ranks: alpha / rank, each alpha in proportion to
+    # sqrt(rank)
     rooted = msgspec.structs.replace(rule, alpha=config.lora_alpha / config.r**0.5, rslora=True)
     if not config.use_rslora and all(
         math.isclose(one.alpha, alpha_of(rooted, one.delta.a.shape[-2])) for one in adapted.values()
@@ -269,12 +336,15 @@ def _rule(config: _Config, adapted: Mapping[str, _Adapted]) -> tuple[Lora, dict[
         return rooted if others else rule, {name: one.delta for name, one in adapted.items()}
     rests = {name: one.alpha / config.lora_alpha for name, one in adapted.items()}
     return rule, {
-        name: one.delta if rests[name] == 1 else one.delta._replace(b=rests[name] * one.delta.b) for name, one in adapted.items()
+        name: one.delta if rests[name] == 1 else one.delta._replace(b=rests[name] * one.delta.b)
+        for name, one in adapted.items()
     }
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:
-    """Value under the first key that, as a regular expression, matches the end of a module's path, from a dot on."""
+    """Value under the first key that, as a regular expression, matches the end of a module's path,
+    from a dot on.
+    """
     for key, value in (pattern or {}).items():
         try:
             if BOUNDED.fullmatch(key) is None:
@@ -283,7 +353,8 @@ def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, fo
                 suffix = re.compile(rf"(.*\.)?({key})$")
         except (re.error, OverflowError, RecursionError, FutureWarning) as error:
             raise InputError(
-                f"peft: {folder / CONFIG} has {key[:200]!r} as a pattern, expected a regular expression with at most three "
+                f"peft: {folder / CONFIG} has {key[:200]!r} as a pattern, expected a regular "
+                "expression with at most three "
                 f"repetitions, none of a group ({error}); name the module instead"
             ) from None
         if suffix.match(module):

@@ -24,8 +24,12 @@ FAMILY = Family(
         "gemma",
         "GemmaForCausalLM",
         fields={"attention_bias": "attention_bias"},
-        required={"hidden_act": ("gelu_pytorch_tanh", "gelu")},  # the first configs said gelu and meant its tanh form
-        accepted={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,)},
+        # the first configs said gelu and meant its tanh form
+        required={"hidden_act": ("gelu_pytorch_tanh", "gelu")},
+        accepted={
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "use_bidirectional_attention": (False,),
+        },
         defaults={"max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True},
     ),
 )

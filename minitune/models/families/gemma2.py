@@ -1,4 +1,5 @@
-"""Gemma 2: a Gemma with norms on both sides, capped scores and logits, and a window on every other layer.
+"""Gemma 2: a Gemma with norms on both sides, capped scores and logits, and a window on every other
+layer.
 
 Gemma Team 2024, arXiv 2408.00118, section 2.
 """
@@ -31,7 +32,10 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def write(config: Config) -> dict[str, Any]:
     """config.json fields that only this family has."""
-    return {"query_pre_attn_scalar": query_pre_attn_scalar(config), "layer_types": layer_types_to_hf(config)}
+    return {
+        "query_pre_attn_scalar": query_pre_attn_scalar(config),
+        "layer_types": layer_types_to_hf(config),
+    }
 
 
 def attention_scale(hf: Mapping[str, Any]) -> float | None:

@@ -10,7 +10,13 @@ from minitune.models.config import AttentionType, NormPlacement, QKNorm
 from minitune.models.families import gemma
 from minitune.models.families.gemma2 import attention_scale, query_pre_attn_scalar
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, layered_rope, layered_rope_to_hf
+from minitune.models.hf_config import (
+    HFConfig,
+    layer_pattern,
+    layer_types_to_hf,
+    layered_rope,
+    layered_rope_to_hf,
+)
 from minitune.types import PositiveInt
 
 
@@ -19,7 +25,14 @@ class Config(gemma.Config, frozen=True):
 
     norms: NormPlacement = "both"
     qk_norm: QKNorm = "head"
-    layer_types: tuple[AttentionType, ...] = ("sliding", "sliding", "sliding", "sliding", "sliding", "full")
+    layer_types: tuple[AttentionType, ...] = (
+        "sliding",
+        "sliding",
+        "sliding",
+        "sliding",
+        "sliding",
+        "full",
+    )
     window: PositiveInt | None = 4096
     rope_theta: float = 1e6
     window_rope_theta: float | None = 1e4
@@ -29,7 +42,11 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
     n = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     layer_types = layer_pattern(hf, ("sliding",) * (n - 1) + ("full",), where)
-    return {"attention_scale": attention_scale(hf), "layer_types": layer_types, **layered_rope(hf, where, 1e6, 1e4)}
+    return {
+        "attention_scale": attention_scale(hf),
+        "layer_types": layer_types,
+        **layered_rope(hf, where, 1e6, 1e4),
+    }
 
 
 def write(config: Config) -> dict[str, Any]:
@@ -47,7 +64,11 @@ FAMILY = Family(
     HFConfig(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        fields={"attention_bias": "attention_bias", "final_cap": "final_logit_softcapping", "window": "sliding_window"},
+        fields={
+            "attention_bias": "attention_bias",
+            "final_cap": "final_logit_softcapping",
+            "window": "sliding_window",
+        },
         required={"hidden_activation": ("gelu_pytorch_tanh",)},
         accepted={
             "hidden_act": ("gelu_pytorch_tanh",),

@@ -1,4 +1,5 @@
-"""gpt-oss 20B and 120B: windows on every second layer, a sink in every head, clamped experts with biases.
+"""gpt-oss 20B and 120B: windows on every second layer, a sink in every head, clamped experts with
+biases.
 
 OpenAI 2025, arXiv 2508.10925, section 2.
 """
@@ -40,7 +41,9 @@ YARN = {
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
     named = "rope_parameters" in hf or "rope_scaling" in hf
-    theta, scaling = rope_scaling.from_hf(hf if named else {**hf, "rope_scaling": YARN}, where, 150000.0)
+    theta, scaling = rope_scaling.from_hf(
+        hf if named else {**hf, "rope_scaling": YARN}, where, 150000.0
+    )
     experts = {
         "n_experts": hf.get("num_local_experts", 128),
         "n_active": hf.get("num_experts_per_tok", 4),
@@ -52,7 +55,12 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "slope": hf.get("swiglu_alpha", 1.702),
     }
     layer_types = layer_pattern(hf, ("sliding", "full"), where)
-    return {"rope_theta": theta, "rope_scaling": scaling, "layer_types": layer_types, "experts": experts}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "layer_types": layer_types,
+        "experts": experts,
+    }
 
 
 def write(config: Config) -> dict[str, Any]:

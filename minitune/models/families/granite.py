@@ -1,6 +1,8 @@
-"""Granite 3: a Llama whose embeddings, residual branches, scores and logits are scaled by given numbers.
+"""Granite 3: a Llama whose embeddings, residual branches, scores and logits are scaled by given
+numbers.
 
-IBM 2024, as published with its weights; Yang et al. 2022, arXiv 2203.03466 (muP), is where the multipliers come from.
+IBM 2024, as published with its weights; Yang et al. 2022, arXiv 2203.03466 (muP), is where the
+multipliers come from.
 """
 
 from minitune.models.config import DecoderConfig

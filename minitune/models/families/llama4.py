@@ -1,6 +1,8 @@
-"""Llama 4 Scout and Maverick, the text model: experts beside a shared one, chunks of attention, every fourth layer without RoPE.
+"""Llama 4 Scout and Maverick, the text model: experts beside a shared one, chunks of attention,
+every fourth layer without RoPE.
 
-Meta 2025, as published with the weights; the growth of queries on layers without RoPE: Nakanishi 2025, arXiv 2501.19399.
+Meta 2025, as published with the weights; the growth of queries on layers without RoPE: Nakanishi
+2025, arXiv 2501.19399.
 """
 
 from collections.abc import Mapping
@@ -37,7 +39,11 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     turned = hf_config.rope_layers(hf, where) or [(i + 1) % every != 0 for i in range(n)]
     rope_layers = pattern(turned, (True, True, True, False))
     types = ["chunked" if rope_layers[i % len(rope_layers)] else "full" for i in range(n)]
-    layer_types = pattern(types, LAYERS) if hf.get("layer_types") is None else layer_pattern(hf, LAYERS, where)
+    layer_types = (
+        pattern(types, LAYERS)
+        if hf.get("layer_types") is None
+        else layer_pattern(hf, LAYERS, where)
+    )
     routed = frozenset(hf.get("moe_layers", range(step - 1, n, step)))
     experts = {
         "n_experts": hf.get("num_local_experts", 16),
@@ -55,7 +61,9 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "rope_layers": rope_layers,
         "layer_types": layer_types,
         "qk_norm": "rotated" if hf.get("use_qk_norm", True) else "none",
-        "nope_growth": hf.get("attn_scale", 0.1) if hf.get("attn_temperature_tuning", True) else None,
+        "nope_growth": hf.get("attn_scale", 0.1)
+        if hf.get("attn_temperature_tuning", True)
+        else None,
         "nope_span": hf.get("floor_scale", 8192),
         "experts": experts,
     }
@@ -83,7 +91,11 @@ FAMILY = Family(
     HFConfig(
         "llama4_text",
         "Llama4ForCausalLM",
-        fields={"d_ff": "intermediate_size_mlp", "attention_bias": "attention_bias", "chunk": "attention_chunk_size"},
+        fields={
+            "d_ff": "intermediate_size_mlp",
+            "attention_bias": "attention_bias",
+            "chunk": "attention_chunk_size",
+        },
         required={"hidden_act": ("silu",)},
         accepted={"router_jitter_noise": (0.0,)},
         defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "attention_chunk_size": 8192},

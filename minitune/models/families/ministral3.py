@@ -18,7 +18,13 @@ class Config(DecoderConfig, frozen=True):
 
 
 PUBLISHED = rope_scaling.Yarn(
-    16.0, 16384, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1
+    16.0,
+    16384,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
 )
 
 

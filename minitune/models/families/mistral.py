@@ -21,6 +21,10 @@ FAMILY = Family(
         "MistralForCausalLM",
         fields={"window": "sliding_window"},
         required={"hidden_act": ("silu",)},
-        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
     ),
 )

@@ -47,7 +47,12 @@ FAMILY = Family(
         required={"hidden_act": ("silu",)},
         accepted={"router_jitter_noise": (0.0,)},
         defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
-        ignored=("num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
+        ignored=(
+            "num_local_experts",
+            "num_experts_per_tok",
+            "output_router_logits",
+            "router_aux_loss_coef",
+        ),
     ),
     read,
     write,

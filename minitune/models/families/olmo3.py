@@ -9,7 +9,13 @@ from typing import Any
 from minitune.models.config import AttentionType
 from minitune.models.families import olmo2
 from minitune.models.family import Family
-from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, layered_rope, layered_rope_to_hf
+from minitune.models.hf_config import (
+    HFConfig,
+    layer_pattern,
+    layer_types_to_hf,
+    layered_rope,
+    layered_rope_to_hf,
+)
 from minitune.types import PositiveInt
 
 

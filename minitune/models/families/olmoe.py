@@ -34,7 +34,11 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
 def write(config: Config) -> dict[str, Any]:
     """config.json fields that only this family has."""
     experts = config.experts
-    return {"num_experts": experts.n_experts, "num_experts_per_tok": experts.n_active, "norm_topk_prob": experts.renormalised}
+    return {
+        "num_experts": experts.n_experts,
+        "num_experts_per_tok": experts.n_active,
+        "norm_topk_prob": experts.renormalised,
+    }
 
 
 FAMILY = Family(
@@ -46,7 +50,13 @@ FAMILY = Family(
         required={"hidden_act": ("silu",)},
         accepted={"clip_qkv": (None,)},
         defaults={"rms_norm_eps": 1e-5},
-        ignored=("num_experts", "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef"),
+        ignored=(
+            "num_experts",
+            "num_experts_per_tok",
+            "norm_topk_prob",
+            "output_router_logits",
+            "router_aux_loss_coef",
+        ),
     ),
     read,
     write,

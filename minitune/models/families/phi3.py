@@ -1,4 +1,5 @@
-"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: a Llama with fused weights; longrope, and RoPE on part of each head.
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: a Llama with fused weights; longrope, and RoPE on part of
+each head.
 
 Abdin et al. 2024, arXiv 2404.14219; Abouelenin et al. 2025, arXiv 2503.01743, section 2.
 """
@@ -33,7 +34,8 @@ def write(config: Config) -> dict[str, Any]:
     written = rope_scaling.to_hf(config.rope_theta, config.rope_scaling)
     written["rope_parameters"]["partial_rotary_factor"] = config.rotary_factor
     if isinstance(config.rope_scaling, rope_scaling.LongRope):
-        original = written["rope_scaling"].pop("original_max_position_embeddings")  # transformers 4.x wants it outside
+        # transformers 4.x wants it outside
+        original = written["rope_scaling"].pop("original_max_position_embeddings")
         kind = written["rope_scaling"].pop("rope_type")
         written = {
             **written,
@@ -50,8 +52,16 @@ FAMILY = Family(
         "Phi3ForCausalLM",
         fields={"window": "sliding_window", "rotary_factor": "partial_rotary_factor"},
         required={"hidden_act": ("silu",), "resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
-        accepted={**dict.fromkeys(NO_BIAS, (False,)), "full_attn_mod": (1,), "interpolate_factor": (1,)},
-        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        accepted={
+            **dict.fromkeys(NO_BIAS, (False,)),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
     ),
     read,
     write,

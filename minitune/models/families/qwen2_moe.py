@@ -1,4 +1,5 @@
-"""Qwen1.5-MoE and Qwen2-57B-A14B: a Qwen2 with many small experts and a large shared one behind a gate of its own.
+"""Qwen1.5-MoE and Qwen2-57B-A14B: a Qwen2 with many small experts and a large shared one behind a
+gate of its own.
 
 Yang et al. 2024, arXiv 2407.10671, section 2.2.2.
 """
@@ -40,9 +41,14 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "shared_gate": True,
     }
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    n_windows = min(hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28))  # of which every second one has one
+    # of which every second one has one
+    n_windows = min(hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28))
     default = pattern(
-        ["sliding" if i < n_windows and i % 2 == 0 else "full" for i in range(hf.get("num_hidden_layers", 0))], ("full",)
+        [
+            "sliding" if i < n_windows and i % 2 == 0 else "full"
+            for i in range(hf.get("num_hidden_layers", 0))
+        ],
+        ("full",),
     )
     layer_types = layer_pattern(hf, default, where) if window else ("full",)
     return {"experts": experts, "window": window, "layer_types": layer_types}
@@ -60,7 +66,9 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> dict[str, Any]:
-    """The fields of Experts in a config.json of Qwen's; n_experts, n_active and d_ff are what missing fields mean."""
+    """The fields of Experts in a config.json of Qwen's; n_experts, n_active and d_ff are what
+    missing fields mean.
+    """
     n_layers, step, plain = (
         hf.get("num_hidden_layers", 0),
         hf.get("decoder_sparse_step", 1),

@@ -1,4 +1,5 @@
-"""Qwen3-30B-A3B, Qwen3-235B-A22B and Qwen3-Coder: a Qwen3 with 128 experts, eight a token, and none that all share.
+"""Qwen3-30B-A3B, Qwen3-235B-A22B and Qwen3-Coder: a Qwen3 with 128 experts, eight a token, and none
+that all share.
 
 Yang et al. 2025, arXiv 2505.09388, section 2.
 """

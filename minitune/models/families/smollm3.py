@@ -27,7 +27,11 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     turned = hf_config.rope_layers(hf, where)
     rope_layers = default if turned is None else pattern(turned, default)
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    late = ["full" if rope_layers[i % len(rope_layers)] else "sliding" for i in range(n)] if window else []
+    late = (
+        ["full" if rope_layers[i % len(rope_layers)] else "sliding" for i in range(n)]
+        if window
+        else []
+    )
     layer_types = layer_pattern(hf, pattern(late, ("full",)), where) if window else ("full",)
     theta, scaling = rope_scaling.from_hf(hf, where, 2e6)
     return {
@@ -56,7 +60,11 @@ FAMILY = Family(
         "SmolLM3ForCausalLM",
         fields={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         required={"hidden_act": ("silu",)},
-        defaults={"max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4},
+        defaults={
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+        },
         ignored=(
             "no_rope_layers",
             "no_rope_layer_interval",

@@ -1,4 +1,6 @@
-"""Grouped-query attention: several query heads share a key and a value head (Ainslie et al. 2023, arXiv 2305.13245)."""
+"""Grouped-query attention: several query heads share a key and a value head (Ainslie et al. 2023,
+arXiv 2305.13245).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,13 +25,16 @@ from minitune.types import wide_dtype
 class AttentionInputs(NamedTuple):
     """Inputs that the attention layers of one kind share."""
 
-    rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None  # cos and sin; None: this layer has no RoPE
+    # cos and sin; None: this layer has no RoPE
+    rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None
     keys: KeyRange
     query_scale: Float[Tensor, "b T"] | None
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer: a slot for every token of the whole decode, filled from the left."""
+    """Keys and values of one layer: a slot for every token of the whole decode, filled from the
+    left.
+    """
 
     k: Float[Tensor, "B K slots E"]
     v: Float[Tensor, "B K slots E_v"]
@@ -47,7 +52,10 @@ def shapes(config: DecoderConfig) -> Shapes:
         weights |= linear_shapes("self_attn.k_proj", n_kv, d, bias)
         weights |= linear_shapes("self_attn.v_proj", n_kv, d, bias)
     if config.qk_norm == "head":
-        weights |= {"self_attn.q_norm.weight": (config.d_head,), "self_attn.k_norm.weight": (config.d_head,)}
+        weights |= {
+            "self_attn.q_norm.weight": (config.d_head,),
+            "self_attn.k_norm.weight": (config.d_head,),
+        }
     elif config.qk_norm == "projection":
         weights |= {"self_attn.q_norm.weight": (n_q,), "self_attn.k_norm.weight": (n_kv,)}
     weights |= linear_shapes("self_attn.o_proj", d, n_q, config.attention_bias)
@@ -59,7 +67,9 @@ def shapes(config: DecoderConfig) -> Shapes:
 def inputs(
     config: DecoderConfig, kinds: Sequence[LayerKind], where: TokenPositions, dtype: torch.dtype
 ) -> dict[LayerKind, AttentionInputs]:
-    """Attention inputs of every kind of layer, each range of keys and each table of angles made once."""
+    """Attention inputs of every kind of layer, each range of keys and each table of angles made
+    once.
+    """
     keys: dict[AttentionType, KeyRange] = dict.fromkeys(("full", "sliding", "chunked"), where.keys)
     if config.window is not None and any(kind.attention == "sliding" for kind in kinds):
         keys["sliding"] = windowed(where.keys, config.window)
@@ -91,12 +101,15 @@ def apply(
     inputs: AttentionInputs,
     cache: tuple[KVCache, Tensor] | None,
 ) -> Float[Tensor, "B T D"]:
-    """Attention of x over itself, or over the whole cache after the keys and values of x were written to its slots."""
+    """Attention of x over itself, or over the whole cache after the keys and values of x were
+    written to its slots.
+    """
     q, k, v = _queries_keys_values(config, layer, x)
 
     # positions
     if inputs.rope is not None:
-        if config.rope_layout == "interleaved":  # the same order for queries and keys leaves their products as they are
+        # the same order for queries and keys leaves their products as they are
+        if config.rope_layout == "interleaved":
             q, k = (t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for t in (q, k))
         q, k = rotate(q, inputs.rope), rotate(k, inputs.rope)
         if config.qk_norm == "rotated":
@@ -120,7 +133,9 @@ def apply(
 
 
 def empty_cache(config: DecoderConfig, n_rows: int, n_slots: int, like: Tensor) -> KVCache:
-    """Cache of one layer for n_rows rows of n_slots tokens, in the dtype and on the device of `like`."""
+    """Cache of one layer for n_rows rows of n_slots tokens, in the dtype and on the device of
+    `like`.
+    """
     shape = (n_rows, config.n_kv_heads, n_slots, config.d_head)
     return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
@@ -131,14 +146,18 @@ def filled(cache: KVCache, n: int) -> KVCache:
 
 
 def flops(config: DecoderConfig, kind: LayerKind, companions: float | int) -> float:
-    """Floating-point operations of a token's scores and of its sum of values, in a document with `companions` tokens."""
+    """Floating-point operations of a token's scores and of its sum of values, in a document with
+    `companions` tokens.
+    """
     limits = {"full": None, "sliding": config.window, "chunked": config.chunk}
     limit = limits[kind.attention] or companions
     return 4.0 * config.n_heads * config.d_head * min(companions / 2, limit)
 
 
-def _queries_keys_values(config: DecoderConfig, layer: LayerMaps, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads [B heads T E] of queries, keys and values, normed where the family does so before RoPE."""
+def _queries_keys_values(
+    config: DecoderConfig, layer: LayerMaps, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads [B heads T E] of queries, keys and values, normed before RoPE where the family does."""
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, config.d_head)).transpose(1, 2)
@@ -164,12 +183,20 @@ def _rope_rule(config: DecoderConfig, kind: LayerKind) -> tuple[float, rope_scal
 
 
 def _angles(
-    config: DecoderConfig, theta: float, scaling: rope_scaling.Scaling | None, where: TokenPositions, dtype: torch.dtype
+    config: DecoderConfig,
+    theta: float,
+    scaling: rope_scaling.Scaling | None,
+    where: TokenPositions,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(dtype) if config.rope_in_float32 else dtype
-    frequencies = rope_scaling.frequencies(config.d_rotary, theta, scaling, where.lengths, config.max_positions)
+    frequencies = rope_scaling.frequencies(
+        config.d_rotary, theta, scaling, where.lengths, config.max_positions
+    )
     magnitude = rope_scaling.magnitude(scaling, config.max_positions)
-    return rope_table(where.positions, to_device(frequencies, where.positions.device), wide, magnitude)
+    return rope_table(
+        where.positions, to_device(frequencies, where.positions.device), wide, magnitude
+    )
 
 
 GROUPED_QUERY = Mixer(shapes, inputs, apply, empty_cache, filled, flops)

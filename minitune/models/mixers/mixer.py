@@ -1,4 +1,4 @@
-"""Declaration of a mixer: everything that the decoder, generation and planning want to know of it."""
+"""Declaration of a mixer: what the decoder, generation and planning want to know of it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,14 +32,17 @@ class LayerMaps(NamedTuple):
 class Mixer(NamedTuple):
     """Way for tokens to see one another, as six pure functions of a config.
 
-    inputs gives what the layers of each kind share in a call; apply maps [B T D] to [B T D], and with (cache, slots) it writes
-    the state of the tokens to these slots and reads the whole cache; empty_cache makes the state of one layer for n_rows rows
-    of n_slots tokens, and filled gives its first n slots as views; flops counts a token's forward beyond linear maps, in a
-    document with `companions` tokens on average.
+    inputs gives what the layers of each kind share in a call; apply maps [B T D] to [B T D], and
+    with (cache, slots) it writes the state of the tokens to these slots and reads the whole cache;
+    empty_cache makes the state of one layer for n_rows rows of n_slots tokens, and filled gives its
+    first n slots as views; flops counts a token's forward beyond linear maps, in a document with
+    `companions` tokens on average.
     """
 
     shapes: Callable[[DecoderConfig], Shapes]
-    inputs: Callable[[DecoderConfig, Sequence[LayerKind], TokenPositions, Any], dict[LayerKind, Any]]
+    inputs: Callable[
+        [DecoderConfig, Sequence[LayerKind], TokenPositions, Any], dict[LayerKind, Any]
+    ]
     apply: Callable[[DecoderConfig, LayerMaps, Tensor, Any, tuple[Tree, Tensor] | None], Tensor]
     empty_cache: Callable[[DecoderConfig, int, int, Tensor], Tree]
     filled: Callable[[Tree, int], Tree]

@@ -1,4 +1,6 @@
-"""Attention of each query over a run of keys that ends at itself, with fewer key heads than query heads."""
+"""Attention of each query over a run of keys that ends at itself, with fewer key heads than query
+heads.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,8 @@ def attention(
     soft_cap: float | None = None,
     sinks: Float[Tensor, "N"] | None = None,
 ) -> Float[Tensor, "B N T Ev"]:
-    """softmax(scale q k^T) v over the keys that each query sees (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+    """softmax(scale q k^T) v over the keys that each query sees (Vaswani et al. 2017, arXiv
+    1706.03762, eq. 1).
 
     scale None is 1 / sqrt(E). Query head n reads key head n // (N / K) (Ainslie et al. 2023, arXiv
     2305.13245, section 2.2). Values may have another width than queries and keys. soft_cap c turns
@@ -38,17 +41,26 @@ def attention(
     if q.device.type == "cpu" and n_queries == n_keys and not under_transform():
         return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
 
-    # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they loop over examples
+    # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they
+    # loop over examples
     if soft_cap is None and sinks is None and not under_transform():
         is_causal = first is None and n_queries == n_keys
         mask = None if is_causal else key_range.mask(n_keys)
         has_groups = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=factor, enable_gqa=has_groups)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=factor, enable_gqa=has_groups
+        )
     return _with_whole_scores(q, k, v, key_range, factor, soft_cap, sinks)
 
 
 def _with_whole_scores(
-    q: Tensor, k: Tensor, v: Tensor, key_range: KeyRange, scale: float, soft_cap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_range: KeyRange,
+    scale: float,
+    soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention by its definition, which holds the scores of all queries and keys."""
     groups, n_keys = q.shape[1] // k.shape[1], k.shape[2]

@@ -22,7 +22,9 @@ from minitune.autodiff.value_and_grad import in_forward_mode
 from minitune.nn.attention.span_layout import Layout, QueryBlock, layout
 from minitune.types import wide_dtype, widen
 
-BLOCK = 256  # bytes of a block's queries at one number each: so many that their scores, by keys, stay in a core's cache
+# bytes of a block's queries at one number each: so many that their scores, by keys, stay in a
+# core's cache
+BLOCK = 256
 
 
 def attend(
@@ -35,7 +37,8 @@ def attend(
     scale: float,
     soft_cap: float | None,
 ) -> Float[Tensor, "B N T Ev"]:
-    """Attention as `attention.attention` defines it, query t over the keys first[t] .. t (None: 0 .. t).
+    """Attention as `attention.attention` defines it, query t over the keys first[t] .. t (None: 0
+    .. t).
 
     Keys and values are never repeated for the query heads that share them. The backward computes
     the probabilities a second time (Dao et al. 2022, arXiv 2205.14135, section 3.1).
@@ -59,10 +62,20 @@ def _gradients(ctx: Any, d_out: Tensor, d_top: Tensor) -> tuple[Any, ...]:
 
 @operator("minitune::attend_in_blocks", _gradients, _keep)
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, sinks: Tensor | None, scale: float, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(the result, the highest score of each query where they are needed)."""
-    plan, rule, n_kv = _layout(first, q), _Rule(q.shape[1] // k.shape[1], scale, soft_cap), k.shape[1]
+    plan, rule, n_kv = (
+        _layout(first, q),
+        _Rule(q.shape[1] // k.shape[1], scale, soft_cap),
+        k.shape[1],
+    )
     keys, values = plan.keys.gathered(k), plan.keys.gathered(v)
     outs: list[Tensor] = []
     tops: list[Tensor] = []
@@ -92,7 +105,11 @@ def _attend_backward(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks (of no element where there are none)."""
-    plan, rule, n_kv = _layout(first, q), _Rule(q.shape[1] // k.shape[1], scale, soft_cap), k.shape[1]
+    plan, rule, n_kv = (
+        _layout(first, q),
+        _Rule(q.shape[1] // k.shape[1], scale, soft_cap),
+        k.shape[1],
+    )
     keys, values = plan.keys.gathered(k), plan.keys.gathered(v)
     # every block adds to the gradients of the keys and values that it sees
     wide = wide_dtype(q.dtype)
@@ -101,25 +118,45 @@ def _attend_backward(
     d_q: list[Tensor] = []
 
     highest = plan.queries.gathered(tops) if rule.shifts(q.dtype) else [None] * len(plan.blocks)
-    boxes = zip(plan.blocks, plan.queries.gathered(q), plan.queries.gathered(d_out, zeros=True), highest, strict=True)
+    boxes = zip(
+        plan.blocks,
+        plan.queries.gathered(q),
+        plan.queries.gathered(d_out, zeros=True),
+        highest,
+        strict=True,
+    )
     for b, q_box, d_box, top_box in boxes:
         rows, d_rows = rule.folded(q_box, n_kv), rule.folded(d_box, n_kv)
         k_box, v_box = _visible(keys, b), _visible(values, b)
         top = None if top_box is None else rule.folded(top_box, n_kv)
-        weights, d_scores, d_sink_scores = _score_gradients(rule, b, rows, d_rows, k_box, v_box, top, sinks)
+        weights, d_scores, d_sink_scores = _score_gradients(
+            rule, b, rows, d_rows, k_box, v_box, top, sinks
+        )
         if d_sinks is not None and d_sink_scores is not None:
             d_sinks = d_sinks + rule.unfolded(d_sink_scores, n_kv).to(wide).sum((0, 2, 3))
         d_q.append(rule.unfolded(d_scores @ k_box * scale, n_kv))
         place = (slice(b.n_spans), slice(None), slice(b.lowest, b.end))
         new = (d_scores.mT @ rows * scale, weights.mT @ d_rows)
-        tree.donate_sum((d_k[b.group][place], d_v[b.group][place]), tuple(x.unflatten(0, (-1, n_kv)) for x in new))
+        tree.donate_sum(
+            (d_k[b.group][place], d_v[b.group][place]),
+            tuple(x.unflatten(0, (-1, n_kv)) for x in new),
+        )
 
-    d_keys, d_values = (plan.keys.scattered([x.to(k.dtype) for x in boxes], k.shape) for boxes in (d_k, d_v))
-    return plan.queries.scattered(d_q, q.shape), d_keys, d_values, q.new_empty(0) if d_sinks is None else d_sinks.to(q.dtype)
+    d_keys, d_values = (
+        plan.keys.scattered([x.to(k.dtype) for x in boxes], k.shape) for boxes in (d_k, d_v)
+    )
+    return (
+        plan.queries.scattered(d_q, q.shape),
+        d_keys,
+        d_values,
+        q.new_empty(0) if d_sinks is None else d_sinks.to(q.dtype),
+    )
 
 
 @torch.library.register_fake("minitune::attend_in_blocks")
-def _(q: Tensor, k: Tensor, v: Tensor, first: Any, sinks: Any, scale: float, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, first: Any, sinks: Any, scale: float, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
     n_tops = int(_Rule(1, scale, soft_cap).shifts(q.dtype))
     return _by_token(q, v.shape[3]), _by_token(q, n_tops)
 
@@ -156,11 +193,17 @@ class _Rule(NamedTuple):
 
     def unfolded(self, x: Float[Tensor, "sK Gt c"], n_kv_heads: int) -> Float[Tensor, "s N t c"]:
         """Inverse of folded."""
-        return x.view(len(x) // n_kv_heads, n_kv_heads * self.groups, x.shape[1] // self.groups, x.shape[2])
+        return x.view(
+            len(x) // n_kv_heads, n_kv_heads * self.groups, x.shape[1] // self.groups, x.shape[2]
+        )
 
     def bias(self, b: QueryBlock, n_kv_heads: int, dtype: torch.dtype) -> Float[Tensor, "#sK Gt n"]:
-        """-inf where a query of a block does not see a key, else 0; one for all spans where they agree."""
-        bias = torch.full((b.end - b.start, b.end - b.lowest), -torch.inf, dtype=dtype).triu(1 + b.start - b.lowest)
+        """-inf where a query of a block does not see a key, else 0; one for all spans where they
+        agree.
+        """
+        bias = torch.full((b.end - b.start, b.end - b.lowest), -torch.inf, dtype=dtype).triu(
+            1 + b.start - b.lowest
+        )
         if b.first is None:
             return bias.repeat(1, self.groups, 1)
         past = torch.from_numpy(np.arange(b.lowest, b.end) < b.first[..., None])
@@ -175,11 +218,15 @@ class _Rule(NamedTuple):
         top: Float[Tensor, "sK Gt 1"] | None,
         sinks: Float[Tensor, "N"] | None,
     ) -> tuple[Float[Tensor, "sK Gt n"], Float[Tensor, "sK Gt _"], Tensor | None]:
-        """(the weight of every key, the same with the sinks' as it is computed, the derivative of the cap)."""
+        """(the weight of every key, the same with the sinks' as it is computed, the derivative of
+        the cap).
+        """
         slope = None
         if self.soft_cap is None:
             shift = top
-            scores = torch.baddbmm(bias if shift is None else bias - shift, rows, keys.mT, alpha=self.scale)
+            scores = torch.baddbmm(
+                bias if shift is None else bias - shift, rows, keys.mT, alpha=self.scale
+            )
         else:
             shift = None
             capped = torch.tanh((widen(rows) @ widen(keys).mT) * (self.scale / self.soft_cap))
@@ -191,7 +238,9 @@ class _Rule(NamedTuple):
             by_head = sinks.to(scores.dtype).view(1, -1, 1, 1)
             by_query = by_head.expand(n_spans, -1, n_queries, 1).contiguous()
             sink_scores = self.folded(by_query, len(sinks) // self.groups)
-            scores = torch.cat([scores, sink_scores if shift is None else sink_scores - shift], dim=-1)
+            scores = torch.cat(
+                [scores, sink_scores if shift is None else sink_scores - shift], dim=-1
+            )
         whole = torch.softmax(scores, dim=-1)
         return whole[..., : keys.shape[1]].to(rows.dtype), whole, slope
 
@@ -206,9 +255,13 @@ def _score_gradients(
     top: Float[Tensor, "sK Gt 1"] | None,
     sinks: Float[Tensor, "N"] | None,
 ) -> tuple[Float[Tensor, "sK Gt n"], Float[Tensor, "sK Gt n"], Float[Tensor, "sK Gt 1"] | None]:
-    """(weights of the keys, gradients of the scaled products of queries and keys, those of the sinks' scores)."""
+    """(weights of the keys, gradients of the scaled products of queries and keys, those of the
+    sinks' scores).
+    """
     n_kv_heads = len(rows) // b.n_spans
-    weights, whole, slope = rule.weights(rows, keys, rule.bias(b, n_kv_heads, rows.dtype), top, sinks)
+    weights, whole, slope = rule.weights(
+        rows, keys, rule.bias(b, n_kv_heads, rows.dtype), top, sinks
+    )
     d_whole = d_rows @ values.mT
     d_whole = (d_whole if sinks is None else F.pad(d_whole, (0, 1))).to(whole.dtype)
     d_scores = torch._softmax_backward_data(d_whole, whole, -1, whole.dtype)  # pyright: ignore[reportPrivateImportUsage]
@@ -231,5 +284,5 @@ def _visible(boxes: list[Float[Tensor, "_ K _ c"]], b: QueryBlock) -> Float[Tens
 
 
 def _by_token(x: Float[Tensor, "B H T _"], width: int) -> Float[Tensor, "B H T {width}"]:
-    """Memory of x's shape, but for its last size, in the order in which Table.scattered leaves it."""
+    """Memory of x's shape, but for its last size, in the order that Table.scattered leaves."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], width).transpose(1, 2)

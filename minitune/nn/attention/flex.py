@@ -1,4 +1,5 @@
-"""Attention inside a compiled block on CUDA: torch's flex_attention, given the blocks of keys that each block of queries needs.
+"""Attention inside a compiled block on CUDA: torch's flex_attention, given the blocks of keys that
+each block of queries needs.
 
 Every query sees a run of keys that ends at itself. So a block of queries needs the blocks of keys
 from the earliest start of its queries to its own place; those behind the latest start, the
@@ -16,19 +17,29 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from minitune.autodiff.value_and_grad import under_transform
 
-BLOCK = 128  # queries or keys; the default of flex_attention, a multiple of every tile that its kernels take
+# queries or keys; the default of flex_attention, a multiple of every tile that its kernels take
+BLOCK = 128
 D_HEAD = range(16, 257)  # sizes of a head that its kernels take
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def serves(q: Float[Tensor, "B N T E"], k: Float[Tensor, "B K S E"], v: Float[Tensor, "B K S Ev"]) -> bool:
+def serves(
+    q: Float[Tensor, "B N T E"], k: Float[Tensor, "B K S E"], v: Float[Tensor, "B K S Ev"]
+) -> bool:
     """True if flex_attention can run here.
 
-    Under torch.compile (in eager mode it makes all scores), CUDA, as many queries as keys, supported
-    head sizes and dtype, and no functorch transform, for which it has no rule.
+    Under torch.compile (in eager mode it makes all scores), CUDA, as many queries as keys,
+    supported head sizes and dtype, and no functorch transform, for which it has no rule.
     """
-    fits = q.shape[-1] in D_HEAD and v.shape[-1] in D_HEAD and q.dtype in DTYPES and q.shape[2] == k.shape[2]
-    return torch.compiler.is_compiling() and q.device.type == "cuda" and fits and not under_transform()
+    fits = (
+        q.shape[-1] in D_HEAD
+        and v.shape[-1] in D_HEAD
+        and q.dtype in DTYPES
+        and q.shape[2] == k.shape[2]
+    )
+    return (
+        torch.compiler.is_compiling() and q.device.type == "cuda" and fits and not under_transform()
+    )
 
 
 def attend(
@@ -41,7 +52,9 @@ def attend(
     scale: float,
     soft_cap: float | None,
 ) -> Float[Tensor, "B N T Ev"]:
-    """Attention as `attention.attention` defines it, query t over the keys first[t] .. t (None: 0 .. t)."""
+    """Attention as `attention.attention` defines it, query t over the keys first[t] .. t (None: 0
+    .. t).
+    """
 
     def capped(score: Tensor, *place: Tensor) -> Tensor:
         return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
@@ -57,7 +70,8 @@ def attend(
 def with_sinks(
     out: Float[Tensor, "B N T Ev"], lse: Float[Tensor, "B N T"], sinks: Float[Tensor, "N"]
 ) -> Float[Tensor, "B N T Ev"]:
-    """Attention when each head has one more score s, whose weight goes nowhere: out sigmoid(lse - s).
+    """Attention when each head has one more score s, whose weight goes nowhere: out sigmoid(lse -
+    s).
 
     lse is the log of the sum of the exponentials of all other scores (gpt-oss, arXiv 2508.10925,
     section 2.2): e^lse / (e^lse + e^s) is the weight that is left for them.
@@ -67,7 +81,8 @@ def with_sinks(
 
 
 def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.device) -> BlockMask:
-    """Blocks of keys that each block of queries sees, in part or whole, and the blocks of queries that see each block of keys.
+    """Blocks of keys that each block of queries sees, in part or whole, and the blocks of queries
+    that see each block of keys.
 
     Query t sees the keys first[t] .. t, or 0 .. t where first is None; first never falls along a
     row. Shapes depend on B and T alone.
@@ -78,21 +93,28 @@ def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.de
     index = torch.arange(n_blocks, device=device)
     diagonal = index.expand_as(lowest)
 
-    # of a block of queries: lowest .. whole - 1 and the diagonal are seen in part, whole .. diagonal - 1 are seen whole
+    # of a block of queries: lowest .. whole - 1 and the diagonal are seen in part, whole ..
+    # diagonal - 1 are seen whole
     n_before = whole - lowest
-    keys_in_part = torch.where(index < n_before[..., None], lowest[..., None] + index, diagonal[..., None])
+    keys_in_part = torch.where(
+        index < n_before[..., None], lowest[..., None] + index, diagonal[..., None]
+    )
     keys_whole = whole[..., None] + index
 
-    # of a block of keys: the first block of queries behind it that does not see it whole, and the first that does not need it
+    # of a block of keys: the first block of queries behind it that does not see it whole, and the
+    # first that does not need it
     whole_end = (whole[:, :, None] <= index).sum(1)
     end = (lowest[:, :, None] <= index).sum(1)
     queries_in_part = torch.where(index < 1, diagonal[..., None], whole_end[..., None] + index - 1)
     queries_whole = diagonal[..., None] + 1 + index
 
     def listed(count: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        # one list for all heads; the kernels load what lies behind its end too, which therefore has to exist
+        # one list for all heads; the kernels load what lies behind its end too, which therefore has
+        # to exist
         which = which.clamp(max=n_blocks - 1)
-        return count.to(torch.int32)[:, None].contiguous(), which.to(torch.int32)[:, None].contiguous()
+        return count.to(torch.int32)[:, None].contiguous(), which.to(torch.int32)[
+            :, None
+        ].contiguous()
 
     return BlockMask(
         (n_tokens, n_tokens),
@@ -105,8 +127,11 @@ def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.de
     )
 
 
-def first_blocks(first: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B blocks"], Int[Tensor, "B blocks"]]:
-    """(first block of keys that each block of queries needs, first that all of its queries see whole).
+def first_blocks(
+    first: Int[Tensor, "B T"],
+) -> tuple[Int[Tensor, "B blocks"], Int[Tensor, "B blocks"]]:
+    """(first block of keys that each block of queries needs, first that all of its queries see
+    whole).
 
     The latter is the diagonal block if there is none. Like torch's own, a last block of fewer
     queries sees none whole.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class KeyRange(NamedTuple):
-    """Keys that each query attends to: positions first .. last without a gap, neither of which falls along a row.
+    """Keys that each query attends to: positions first .. last without a gap, neither of which
+    falls along a row.
 
     Causal rows, packed documents, windows, chunks and padding are all of this kind.
     """
@@ -32,19 +33,29 @@ def causal(n_tokens: int, device: torch.device) -> KeyRange:
 
 
 def documents(segment_ids: Int[Tensor, "B T"]) -> KeyRange:
-    """Every token sees itself and what comes before it in its own document; padding (0) sees padding only."""
+    """Every token sees itself and what comes before it in its own document; padding (0) sees
+    padding only.
+    """
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     return KeyRange(_starts(segment_ids, index), index[None])
 
 
 def windowed(key_range: KeyRange, window: int) -> KeyRange:
-    """Last `window` keys of what each query sees, itself included (Beltagy et al. 2020, arXiv 2004.05150, figure 2b)."""
-    return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - (window - 1)))
+    """Last `window` keys of what each query sees, itself included (Beltagy et al. 2020, arXiv
+    2004.05150, figure 2b).
+    """
+    return key_range._replace(
+        first=torch.maximum(key_range.starts(), key_range.last - (window - 1))
+    )
 
 
 def chunked(key_range: KeyRange, positions: Int[Tensor, "b T"], chunk: int) -> KeyRange:
-    """Keys of what each query sees that lie in the chunk of the query: those whose position p has the same p // chunk."""
-    return key_range._replace(first=torch.maximum(key_range.starts(), key_range.last - positions % chunk))
+    """Keys of what each query sees that lie in the chunk of the query: those whose position p has
+    the same p // chunk.
+    """
+    return key_range._replace(
+        first=torch.maximum(key_range.starts(), key_range.last - positions % chunk)
+    )
 
 
 def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -56,10 +67,16 @@ def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 def document_lengths(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Number of tokens in the document of each token."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    back = _starts(segment_ids.flip(1), index).flip(1)  # of the row read backwards: each document's last token
+    # of the row read backwards: each document's last token
+    back = _starts(segment_ids.flip(1), index).flip(1)
     return segment_ids.shape[1] - back - _starts(segment_ids, index)
 
 
 def _starts(segment_ids: Tensor, index: Tensor) -> Tensor:
-    changed = torch.cat([torch.ones_like(segment_ids[:, :1]), segment_ids[:, 1:] - segment_ids[:, :-1]], dim=1) != 0
+    changed = (
+        torch.cat(
+            [torch.ones_like(segment_ids[:, :1]), segment_ids[:, 1:] - segment_ids[:, :-1]], dim=1
+        )
+        != 0
+    )
     return torch.where(changed, index, 0).cummax(dim=1).values

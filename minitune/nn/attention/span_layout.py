@@ -1,6 +1,8 @@
-"""Layout of packed rows for attention in blocks: spans of tokens that see one another, and blocks of queries in them.
+"""Layout of packed rows for attention in blocks: spans of tokens that see one another, and blocks
+of queries in them.
 
-A span begins where a query sees itself alone, because no later query of its row sees past it; a packed document is a span.
+A span begins where a query sees itself alone, because no later query of its row sees past it; a
+packed document is a span.
 """
 
 from typing import NamedTuple
@@ -16,13 +18,16 @@ PADDED = 1.5  # slots for each token that spans of one group may take together
 class Table(NamedTuple):
     """Tokens, counted over all rows of a batch, in the slots of some boxes of [spans, places].
 
-    A slot past the end of its span repeats the span's last token, so that no product meets memory that was never written.
+    A slot past the end of its span repeats the span's last token, so that no product meets memory
+    that was never written.
     """
 
     tokens: list[Int[np.ndarray, "_ _"]]
     filled: list[Bool[np.ndarray, "_ _"]]  # False past the end of a span
 
-    def gathered(self, x: Float[Tensor, "B H T c"], *, zeros: bool = False) -> list[Float[Tensor, "_ H _ c"]]:
+    def gathered(
+        self, x: Float[Tensor, "B H T c"], *, zeros: bool = False
+    ) -> list[Float[Tensor, "_ H _ c"]]:
         """Rows of x in each box; with `zeros` the slots past the end of a span hold zeros."""
         n_heads, width = x.shape[1], x.shape[3]
         heads = np.arange(n_heads)[:, None]
@@ -31,13 +36,20 @@ class Table(NamedTuple):
         rows = x.transpose(1, 2).reshape(-1, width).index_select(0, torch.from_numpy(index))
 
         if zeros and not all(box.all() for box in self.filled):
-            empty = np.concatenate([np.repeat(~box[:, None], n_heads, 1).ravel() for box in self.filled])
+            empty = np.concatenate(
+                [np.repeat(~box[:, None], n_heads, 1).ravel() for box in self.filled]
+            )
             rows = rows.masked_fill(torch.from_numpy(empty)[:, None], 0.0)
 
         parts = rows.split([box.size * n_heads for box in self.tokens])
-        return [part.view(len(box), n_heads, -1, width) for part, box in zip(parts, self.tokens, strict=True)]
+        return [
+            part.view(len(box), n_heads, -1, width)
+            for part, box in zip(parts, self.tokens, strict=True)
+        ]
 
-    def scattered(self, parts: list[Float[Tensor, "_ H _ c"]], shape: torch.Size) -> Float[Tensor, "B H T c"]:
+    def scattered(
+        self, parts: list[Float[Tensor, "_ H _ c"]], shape: torch.Size
+    ) -> Float[Tensor, "B H T c"]:
         """Inverse of gathered, for an x whose first three sizes are those of `shape`.
 
         The heads of a token lie side by side, as the next linear map wants them.
@@ -46,7 +58,11 @@ class Table(NamedTuple):
         index = np.empty((n_rows * n_tokens, n_heads), dtype=np.int64)
         base = 0
         for part, box, filled in zip(parts, self.tokens, self.filled, strict=True):
-            slots = np.arange(base, base + box.size * n_heads).reshape(part.shape[:3]).transpose(0, 2, 1)
+            slots = (
+                np.arange(base, base + box.size * n_heads)
+                .reshape(part.shape[:3])
+                .transpose(0, 2, 1)
+            )
             index[box[filled]] = slots[filled]
             base += box.size * n_heads
         rows = torch.cat([part.reshape(-1, part.shape[3]) for part in parts])
@@ -55,18 +71,23 @@ class Table(NamedTuple):
 
 
 class QueryBlock(NamedTuple):
-    """Queries start .. end of the n_spans longest spans of a group, counted from the beginning of each span."""
+    """Queries start .. end of the n_spans longest spans of a group, counted from the beginning of
+    each span.
+    """
 
     group: int
     n_spans: int
     start: int
     end: int
     lowest: int  # the first key that any of them sees
-    first: Int[np.ndarray, "#s t"] | None  # the first key of each; None: all see their span from its beginning
+    # the first key of each; None: all see their span from its beginning
+    first: Int[np.ndarray, "#s t"] | None
 
 
 class Layout(NamedTuple):
-    """Blocks of a batch; a box of `queries` for each of them, and a box of `keys` for each group of spans."""
+    """Blocks of a batch; a box of `queries` for each of them, and a box of `keys` for each group of
+    spans.
+    """
 
     blocks: list[QueryBlock]
     queries: Table
@@ -108,7 +129,9 @@ def layout(first: Int[np.ndarray, "B T"], size: int) -> Layout:
                 lows = np.where(is_filled, reach[box], reach[box[:1]])
                 lows = lows[:1] if (lows == lows[:1]).all() else lows
             lowest = 0 if lows is None else int(lows[:, 0].min())
-            blocks.append(QueryBlock(len(keys.tokens) - 1, n_spans, start, start + box.shape[1], lowest, lows))
+            blocks.append(
+                QueryBlock(len(keys.tokens) - 1, n_spans, start, start + box.shape[1], lowest, lows)
+            )
             queries.tokens.append(box)
             queries.filled.append(is_filled)
         taken = members.stop
@@ -116,7 +139,9 @@ def layout(first: Int[np.ndarray, "B T"], size: int) -> Layout:
 
 
 def _group_size(lengths: Int[np.ndarray, "n"]) -> int:
-    """Number of spans, of those sorted by falling length, that fit in a box of the first one's length without much padding."""
+    """Number of spans, of those sorted by falling length, that fit in a box of the first one's
+    length without much padding.
+    """
     slots = np.arange(1, len(lengths) + 1) * lengths[0]
     too_many = slots > PADDED * lengths.cumsum()
     return int(np.argmax(too_many)) if too_many.any() else len(lengths)

@@ -16,18 +16,22 @@ from minitune.types import Fraction, PositiveFloat, PositiveInt
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
-    """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is the deltas."""
+    """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is
+    the deltas.
+    """
 
     rank: PositiveInt  # r, rows of a and columns of b: more can learn more, and take more memory
     # the change of a weight is (alpha / rank) b a (Hu et al. 2021, arXiv 2106.09685, section 4.1)
     alpha: PositiveFloat
     targets: tuple[str, ...]  # globs of the weights that get deltas: ["*_proj.weight"]
-    ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)  # glob -> another rank for the targets that it matches
+    # glob -> another rank for the targets that it matches
+    ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # train the length of every row apart from its direction
     # share of a delta's inputs that a training step sets to zero (Hu et al. 2021, table 11)
     dropout: Fraction = 0.0
-    train: tuple[str, ...] = ()  # globs of weights to train whole with the deltas: norms, embeddings
+    # globs of weights to train whole with the deltas: norms, embeddings
+    train: tuple[str, ...] = ()
 
     @property
     def rule(self) -> Lora:
@@ -36,13 +40,20 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         return Lora(self.rank, self.alpha, self.targets, *how)
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless the targets match linear weights, `train` matches others, and there are no deltas yet."""
+        """InputError unless the targets match linear weights, `train` matches others, and there are
+        no deltas yet.
+        """
         adapted = frozenset(self.rule.names(abstract.params))
-        whole = frozenset(tree.select(abstract.params, self.train, "lora: train")) if self.train else frozenset()
+        whole = (
+            frozenset(tree.select(abstract.params, self.train, "lora: train"))
+            if self.train
+            else frozenset()
+        )
         self._refuse_wide(abstract, adapted)
         if abstract.adapted:
             raise InputError(
-                f"stages: {self.label} finds deltas on the model already, expected none; drop the stage or model.deltas"
+                f"stages: {self.label} finds deltas on the model already, expected none; drop the "
+                "stage or model.deltas"
             )
         self._refuse_both(adapted, whole)
         return abstract._replace(adapted=adapted, lora=self.rule, whole=abstract.whole | whole)
@@ -60,7 +71,8 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         both = sorted(adapted & whole)
         if both:
             raise InputError(
-                f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected one; narrow targets or train"
+                f"stages: {self.label} adapts {both[0]} and trains it whole as well, expected "
+                "one; narrow targets or train"
             )
 
     def run(self, state: PipelineState) -> PipelineState:
@@ -72,7 +84,10 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         deltas = rule.init(state.loaded.params, state.seed)
         n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
         n_all = sum(w.shape.numel() for w in params.values())
-        state.log.say(f"{self.label}: rank {self.rank} on {len(deltas)} weights, {n_trained:,} of {n_all:,} parameters train")
+        state.log.say(
+            f"{self.label}: rank {self.rank} on {len(deltas)} weights, {n_trained:,} of {n_all:,} "
+            "parameters train"
+        )
         return state.with_model(params=params, lora=rule, trainable={**trainable, **deltas})
 
 
@@ -80,7 +95,8 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     """Train the weights that the globs match whole, in place of the loaded ones."""
 
     weights: tuple[str, ...] = ("*",)  # globs of the weights to train
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of what trains; bfloat16 is rounded at random, so that small steps add up
+    # of what trains; bfloat16 is rounded at random, so that small steps add up
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the globs match dense weights."""
@@ -88,21 +104,31 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
         odd = sorted(names & (abstract.quantized | abstract.adapted))
         if odd:
             kind = "quantized" if odd[0] in abstract.quantized else "adapted by a delta"
-            raise InputError(f"stages: {self.label} is to train {odd[0]}, which is {kind}, expected a plain weight")
+            raise InputError(
+                f"stages: {self.label} is to train {odd[0]}, which is {kind}, expected a plain "
+                "weight"
+            )
         return abstract._replace(whole=abstract.whole | names)
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with trainable weights."""
         loaded, dtype = state.loaded, getattr(torch, self.dtype)
         params, whole = split_trainable(loaded.params, self.weights, loaded.stored, dtype)
-        n_trained, n_all = sum(w.numel() for w in tree.leaves(whole)), sum(w.shape.numel() for w in params.values())
-        state.log.say(f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train")
+        n_trained, n_all = (
+            sum(w.numel() for w in tree.leaves(whole)),
+            sum(w.shape.numel() for w in params.values()),
+        )
+        state.log.say(
+            f"{self.label}: {len(whole)} weights, {n_trained:,} of {n_all:,} parameters train"
+        )
         say_widening(state.log, self.label, whole)
         return state.with_model(params=params, trainable={**state.loaded.trainable, **whole})
 
 
 class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
-    """Go on with another model; path = "run/NAME" is what a save stage of this program called NAME has written."""
+    """Go on with another model; path = "run/NAME" is what a save stage of this program called NAME
+    has written.
+    """
 
     model: ModelSource  # the model to go on with
 

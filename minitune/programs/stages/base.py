@@ -12,7 +12,9 @@ from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
 
-class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
+class BaseStage(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"
+):
     """One table [[stage]] of a program."""
 
     observes: ClassVar[bool] = False  # True: it leaves the model as it is
@@ -32,7 +34,9 @@ class BaseStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return None
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """Abstract state after this stage; InputError for what would stop it later. Nothing is loaded and nothing runs."""
+        """Abstract state after this stage; InputError for what would stop it later. Nothing is
+        loaded and nothing runs.
+        """
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
@@ -48,7 +52,7 @@ def peak_mem_bytes(device: torch.device) -> int:
 
 
 def adapted_params(state: PipelineState) -> Params:
-    """Parameters for a forward, with weights that train under quantization rounded as in training."""
+    """Parameters for a forward, with weights rounded as in quantization-aware training."""
     loaded = state.loaded
     trainable = state.fake.fake(loaded.trainable) if state.fake else loaded.trainable
     return apply_trainable(loaded.params, trainable, loaded.lora)

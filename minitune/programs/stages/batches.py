@@ -27,7 +27,8 @@ from minitune.types import Mean
 class BatchLoader(NamedTuple):
     """Batches of one [data] table.
 
-    take(cursor, n) -> (batch of n rows, next cursor); batches(n): one pass in the order of the file.
+    take(cursor, n) -> (batch of n rows, next cursor); batches(n): one pass in the order of the
+    file.
     """
 
     description: str  # of the data, for the log
@@ -45,10 +46,11 @@ def load_batches(
     teacher: Teacher | None = None,
     top_k: int | None = None,
 ) -> BatchLoader:
-    """Loader of the [data] table `name` in the form that the loss needs: rows, pairs, or unpaired answers.
+    """Loader of the [data] table `name` in the form that the loss needs: rows, pairs, or unpaired
+    answers.
 
-    cached: pairs carry the log-probs of a reference, computed once and kept on disk; top_k: rows carry that
-    many of the teacher's likeliest tokens, kept on disk as well.
+    cached: pairs carry the log-probs of a reference, computed once and kept on disk; top_k: rows
+    carry that many of the teacher's likeliest tokens, kept on disk as well.
     """
     if loss.compares_answers:
         return _load_answers(state, name, cached and loss.needs_reference)
@@ -84,8 +86,11 @@ def _load_answers(state: PipelineState, name: str, cached: bool) -> BatchLoader:
     )
 
 
-def _with_teacher_rows(state: PipelineState, source: Source, dataset: Dataset, description: str, tops: TopK) -> BatchLoader:
-    # A batch of these says where in the data set each token stands, which is where the teacher's tokens lie.
+def _with_teacher_rows(
+    state: PipelineState, source: Source, dataset: Dataset, description: str, tops: TopK
+) -> BatchLoader:
+    # A batch of these says where in the data set each token stands, which is where the teacher's
+    # tokens lie.
     positions = dataset._replace(tokens=np.arange(len(dataset.tokens)))
 
     def take(cursor: Cursor, n: int) -> tuple[Tree, Cursor]:
@@ -157,4 +162,7 @@ def describe(report: Report, table: str, source: Source) -> str:
     for key, n in report.unwritten.items():
         left_out[f"without their {key}, which the template does not write"] = n
     counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
-    return f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of them targets{counts}"
+    return (
+        f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of "
+        f"them targets{counts}"
+    )

@@ -1,4 +1,6 @@
-"""Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to prompts."""
+"""Stages that measure or show: held-out loss and exact match, the EleutherAI harness, answers to
+prompts.
+"""
 
 import math
 from typing import Any, ClassVar
@@ -22,7 +24,9 @@ from minitune.types import NonNegativeInt, PositiveInt
 
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
-    """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by greedy decoding."""
+    """Held-out loss, perplexity and token accuracy and, where the data has answers, exact match by
+    greedy decoding.
+    """
 
     observes: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
@@ -69,8 +73,10 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         return lines
 
     def run(self, state: PipelineState) -> PipelineState:
-        """State with a record of loss_nats (per target token), perplexity, token_accuracy (target tokens that were the most
-        likely ones), bytes of the model, and exact_match (fraction of answers equal to the reference)."""
+        """State with a record of loss_nats (per target token), perplexity, token_accuracy (target
+        tokens that were the most likely ones), bytes of the model, and exact_match (fraction of
+        answers equal to the reference).
+        """
         if self.label in state.records:  # a resumed run: this was measured before the run died
             return state
         source, loaded = state.data[self.data], state.loaded
@@ -102,7 +108,8 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             record |= self._answer(state)
             exact_match = f", exact match {record['exact_match']:.1%} of {record['n_prompts']}"
         state.log.say(
-            f"{self.label}: loss {metrics.loss_nats:.4f} nats a token, perplexity {metrics.perplexity:.3f}, "
+            f"{self.label}: loss {metrics.loss_nats:.4f} nats a token, perplexity "
+            f"{metrics.perplexity:.3f}, "
             f"token accuracy {metrics.accuracy:.1%}{exact_match}"
         )
         return state.record(self.label, record)
@@ -180,6 +187,8 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             repetition_penalty=penalty,
         )
         for task, result in results["tasks"].items():
-            values = "  ".join(f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items())
+            values = "  ".join(
+                f"{name} {metric['value']:.4f}" for name, metric in result["metrics"].items()
+            )
             state.log.say(f"{self.label}: {task} ({result['n_samples']} samples)  {values}")
         return state.record(self.label, results)

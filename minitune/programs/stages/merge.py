@@ -18,7 +18,9 @@ ROUNDING_TO_MENTION = 0.01  # share of a change, from which on its cure is named
 
 
 class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
-    """Fold what was trained into the weights: computed in float32, rounded once to the dtype that the weights are stored in."""
+    """Fold what was trained into the weights: computed in float32, rounded once to the dtype that
+    the weights are stored in.
+    """
 
     # trained: the weights that the deltas trained on, rounded as they were; stored: the dense
     # ones of the model's folder
@@ -28,12 +30,17 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless there is something to merge, and what to merge it onto."""
         if not abstract.adapted and not abstract.whole:
-            raise InputError(f"stages: {self.label} finds nothing trained to merge, expected a lora or full stage before it")
+            raise InputError(
+                f"stages: {self.label} finds nothing trained to merge, expected a lora or full "
+                "stage before it"
+            )
         check_onto(abstract, self.label, self.onto)
         left = abstract.quantized - abstract.adapted - abstract.whole
         codes = {name: w for name, w in abstract.codes.items() if name in left}
         abstract = abstract._replace(codes=codes)
-        return abstract._replace(adapted=frozenset(), whole=frozenset(), quantized=left, trained_over=None, merged=True)
+        return abstract._replace(
+            adapted=frozenset(), whole=frozenset(), quantized=left, trained_over=None, merged=True
+        )
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with new weights and nothing to train; the record holds what rounding lost."""
@@ -41,20 +48,29 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
         old, device = state.loaded.params, device_of(state.loaded.params, state.loaded.trainable)
         compute = next(w.dtype for w in old.values() if isinstance(w, Tensor))
         new = {name: stored[name].to(device, compute) for name in state.loaded.trainable}
-        return state.with_model(params={**old, **new}, stored=stored, lora=None, trainable={}).record(self.label, record)
+        return state.with_model(
+            params={**old, **new}, stored=stored, lora=None, trainable={}
+        ).record(self.label, record)
 
 
 def check_onto(abstract: AbstractState, label: str, onto: Onto) -> None:
-    """InputError where deltas from a folder are to be merged onto the quantized weights that they trained on elsewhere."""
+    """InputError where deltas from a folder are to be merged onto the quantized weights that they
+    trained on elsewhere.
+    """
     if abstract.trained_over is not None and onto == "trained":
         raise InputError(
-            f"stages: {label} is to merge deltas onto what they trained on, but that was quantized by "
-            f"{dict(abstract.trained_over)} and is dense here, expected onto = 'stored'; or merge in the program that trains"
+            f"stages: {label} is to merge deltas onto what they trained on, but that was "
+            "quantized by "
+            f"{dict(abstract.trained_over)} and is dense here, expected onto = 'stored'; or merge "
+            "in the program that trains"
         )
 
 
-def merged(state: PipelineState, label: str, onto: Onto, dtype: Dtype | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(all weights with what was trained folded in, a record of merge_error: the largest share of a weight's change lost).
+def merged(
+    state: PipelineState, label: str, onto: Onto, dtype: Dtype | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(all weights with what was trained folded in, a record of merge_error: the largest share of a
+    weight's change lost).
 
     Over quantized weights the record and the log have the errors of both bases.
     """
@@ -77,8 +93,10 @@ def merged(state: PipelineState, label: str, onto: Onto, dtype: Dtype | None) ->
             "merge_error_onto_stored": errors["stored"],
         }
         state.log.say(
-            f"{label}: merged onto the {'dequantized' if onto == 'trained' else 'dense'} weights; the share of a weight's change "
-            f"that is lost: {errors['trained']:.2%} onto the dequantized ones, {errors['stored']:.2%} onto the dense ones on disk"
+            f"{label}: merged onto the {'dequantized' if onto == 'trained' else 'dense'} weights; "
+            "the share of a weight's change "
+            f"that is lost: {errors['trained']:.2%} onto the dequantized ones, "
+            f"{errors['stored']:.2%} onto the dense ones on disk"
         )
     elif deltas:
         # A change that is small beside its weight falls between two numbers of 16 bits.

@@ -29,11 +29,14 @@ LAYOUTS: dict[type, Any] = {Int8: QInt8, Float8: QFloat8, Int4: QInt4, NF4: QNF4
 
 
 class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
-    """Keep the weights that the globs match as codes of 8 or 4 bits, rounded to nearest or calibrated on data."""
+    """Keep the weights that the globs match as codes of 8 or 4 bits, rounded to nearest or
+    calibrated on data.
+    """
 
     scheme: Scheme  # codes of a weight and their scales: { kind = "int4", group = 32 }
     weights: tuple[str, ...] = ("*_proj.weight",)  # globs of the weights to quantize
-    exceptions: dict[str, Scheme] = msgspec.field(default_factory=dict)  # glob -> another scheme, the first match wins
+    # glob -> another scheme, the first match wins
+    exceptions: dict[str, Scheme] = msgspec.field(default_factory=dict)
     keep: tuple[str, ...] = ()  # globs of weights to leave as they are
     # how a weight is rounded: to nearest, or calibrated on data (gptq)
     method: gptq.Method = gptq.Rtn()
@@ -41,24 +44,36 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
     @property
     def rule(self) -> Quantization:
         """Rule that gives each weight its scheme."""
-        return Quantization(self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions})
+        return Quantization(
+            self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions}
+        )
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless the globs match plain weights that fit the schemes, and the calibration data is there."""
+        """InputError unless the globs match plain weights that fit the schemes, and the calibration
+        data is there.
+        """
         _check_kept(self, abstract)
         names = frozenset(self.rule.plan(abstract.params))
         odd = sorted(names & (abstract.adapted | abstract.whole | abstract.quantized))
         if odd:
             raise InputError(
-                f"stages: {self.label} is to quantize {odd[0]}, which trains or is quantized already, expected a plain weight; "
+                f"stages: {self.label} is to quantize {odd[0]}, which trains or is quantized "
+                "already, expected a plain weight; "
                 "put a merge stage before it"
             )
         if isinstance(self.method, gptq.Gptq):
             require_data(abstract, self.method.data, self.label, "instruct", "chat", "text")
-            odd = [s for s in self.rule.plan(abstract.params).values() if not isinstance(s, Int8 | Int4)]
+            odd = [
+                s
+                for s in self.rule.plan(abstract.params).values()
+                if not isinstance(s, Int8 | Int4)
+            ]
             if odd:
                 kind = "nf4" if isinstance(odd[0], NF4) else "float8"
-                raise InputError(f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or int8, or method rtn")
+                raise InputError(
+                    f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or "
+                    "int8, or method rtn"
+                )
         codes = {**abstract.codes, **self.rule.codes(abstract.params)}
         return abstract._replace(quantized=abstract.quantized | names, codes=codes)
 
@@ -77,7 +92,10 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         if file.is_file() and damaged_file(folder) is None:
             tensors = load_tensors(file)
             kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
-            codes = {name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields)) for name, kind in kinds.items()}
+            codes = {
+                name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields))
+                for name, kind in kinds.items()
+            }
         else:
             codes = self._codes(state)
             with atomic_folder(folder) as aside:
@@ -87,9 +105,16 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         moved = {name: tree.map(lambda x: x.to(device), w) for name, w in codes.items()}
         params = {**loaded.params, **moved}
         before, after = tree.n_bytes(loaded.stored), tree.n_bytes({**loaded.stored, **codes})
-        state.log.say(f"{self.label}: {len(codes)} weights, {before / 2**20:.2f} MiB -> {after / 2**20:.2f} MiB")
+        state.log.say(
+            f"{self.label}: {len(codes)} weights, {before / 2**20:.2f} MiB -> {after / 2**20:.2f} "
+            "MiB"
+        )
         record = {"bytes_before": before, "bytes_after": after, "n_weights": len(codes)}
-        return state.with_model(params=params)._replace(quantization=self.rule).record(self.label, record)
+        return (
+            state.with_model(params=params)
+            ._replace(quantization=self.rule)
+            .record(self.label, record)
+        )
 
     def _codes(self, state: PipelineState) -> Params:
         loaded = state.loaded
@@ -105,10 +130,17 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             rounded = {name: quantize(w, names[name]) for name, w in plain.items()}
             quantized = {**rounded, **codes}
         else:
-            source, device = state.data[self.method.data], device_of(loaded.params, loaded.trainable)
+            source, device = (
+                state.data[self.method.data],
+                device_of(loaded.params, loaded.trainable),
+            )
             dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-            rows = islice(batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS))
-            state.log.say(f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}")
+            rows = islice(
+                batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS)
+            )
+            state.log.say(
+                f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}"
+            )
             some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
             with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
                 quantized = gptq.gptq(
@@ -123,7 +155,9 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 
 
 class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
-    """Round the weights that train to their quantized values in every forward: quantizing them afterwards loses nothing."""
+    """Round the weights that train to their quantized values in every forward: quantizing them
+    afterwards loses nothing.
+    """
 
     scheme: Scheme  # as in the quantize stage that will follow
     weights: tuple[str, ...] = ("*_proj.weight",)  # globs of the weights that are rounded
@@ -139,7 +173,10 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
         _check_kept(self, abstract)
         odd = sorted(set(self.rule.plan(abstract.params)) - abstract.whole)
         if odd:
-            raise InputError(f"stages: {self.label} is to round {odd[0]}, which does not train whole; put a full stage before it")
+            raise InputError(
+                f"stages: {self.label} is to round {odd[0]}, which does not train whole; put a "
+                "full stage before it"
+            )
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:

@@ -1,4 +1,6 @@
-"""Stages that write the result: adapters and model folders, and quantized folders and files for inference."""
+"""Stages that write the result: adapters and model folders, and quantized folders and files for
+inference.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +27,9 @@ from minitune.text.served import stop_ids
 
 
 class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
-    """Write the result: deltas as a PEFT adapter, or a whole Hugging Face folder (`merged` deltas, or `params`)."""
+    """Write the result: deltas as a PEFT adapter, or a whole Hugging Face folder (`merged` deltas,
+    or `params`).
+    """
 
     observes: ClassVar[bool] = True
 
@@ -38,19 +42,24 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     dtype: Dtype | None = None  # of the weights; as they were stored if absent
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless the model will hold what is to be saved, and PEFT can hold the deltas."""
+        """InputError unless the model will hold what is saved, and PEFT can hold the deltas."""
         present = "deltas" if abstract.adapted else "no deltas"
         if bool(abstract.adapted) != (self.what != "params"):
             raise InputError(
-                f"stages: {self.label} is to save {self.what!r}, but the model holds {present}; expected 'params' without them"
+                f"stages: {self.label} is to save {self.what!r}, but the model holds {present}; "
+                "expected 'params' without them"
             )
         if self.what == "params" and abstract.quantized:
-            raise InputError(f"stages: {self.label} is to save quantized weights, expected dense ones; use an export stage")
+            raise InputError(
+                f"stages: {self.label} is to save quantized weights, expected dense ones; use an "
+                "export stage"
+            )
         if self.what == "merged":
             check_onto(abstract, self.label, self.onto)
         if self.what == "deltas" and abstract.merged:
             raise InputError(
-                f"stages: {self.label} is to save deltas of weights that a merge stage made, which no folder holds, expected "
+                f"stages: {self.label} is to save deltas of weights that a merge stage made, "
+                "which no folder holds, expected "
                 "those of a folder; save params after the merge and load them before the lora stage"
             )
         if self.what == "deltas" and abstract.lora is not None:
@@ -94,25 +103,35 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
 
 
 class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
-    """Write a quantized model for inference elsewhere: transformers and vLLM (compressed-tensors), llama.cpp (gguf), or
-    bitsandbytes (nf4)."""
+    """Write a quantized model for inference elsewhere: transformers and vLLM (compressed-tensors),
+    llama.cpp (gguf), or bitsandbytes (nf4).
+    """
 
     observes: ClassVar[bool] = True
 
     # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4
     format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
-    path: str | None = None  # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if absent
-    activations: Literal["none", "int8"] = "none"  # compressed-tensors: int8 rounds each token's activations as well (W8A8)
+    # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if
+    # absent
+    path: str | None = None
+    # compressed-tensors: int8 rounds each token's activations as well (W8A8)
+    activations: Literal["none", "int8"] = "none"
     types: export.Types = export.Types("Q4_K")  # types of the stored matrices, for gguf
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError if something is left to merge, or unless the weights are of the kind that the format holds."""
+        """InputError if something is left to merge, or unless the weights are of the kind that the
+        format holds.
+        """
         training = sorted(abstract.adapted | abstract.whole)
         if training:
-            raise InputError(f"stages: {self.label} finds {training[0]} still training, expected none; put a merge stage before")
+            raise InputError(
+                f"stages: {self.label} finds {training[0]} still training, expected none; put a "
+                "merge stage before"
+            )
         if self.format != "gguf" and not abstract.quantized:
             raise InputError(
-                f"stages: {self.label} finds no quantized weight to write as {self.format}; put a quantize stage before it"
+                f"stages: {self.label} finds no quantized weight to write as {self.format}; put a "
+                "quantize stage before it"
             )
         params = {**abstract.params, **abstract.codes}
         if self.format == "gguf" and abstract.tokenizer is not None:
@@ -153,7 +172,9 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         elif self.format == "bitsandbytes":
             bitsandbytes.save(target, params, loaded.model, extras)
         else:
-            compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
+            compressed_tensors.save(
+                target, params, loaded.model, extras, activations=self.activations
+            )
             for line in compressed_tensors.notes(params):
                 state.log.say(f"{self.label}: {line}")
         _say_notes(state, self.label, text_alone=True)

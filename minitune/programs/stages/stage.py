@@ -1,4 +1,5 @@
-"""Stage: one frozen struct for each thing that a program can do, with `check(abstract) -> abstract` and `run(state) -> state`.
+"""Stage: one frozen struct for each thing that a program can do, with `check(abstract) -> abstract`
+and `run(state) -> state`.
 
 The union is the registry: TOML, `schema` and the contract tests pick a stage up from it.
 """
@@ -11,4 +12,17 @@ from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.save import Export, Save
 from minitune.programs.stages.train import Train
 
-Stage = Load | LoraStage | Full | Quantize | Qat | Train | Merge | Eval | Harness | Generate | Save | Export
+Stage = (
+    Load
+    | LoraStage
+    | Full
+    | Quantize
+    | Qat
+    | Train
+    | Merge
+    | Eval
+    | Harness
+    | Generate
+    | Save
+    | Export
+)

@@ -52,7 +52,8 @@ def run(
     state: PipelineState,
     model: Model,
 ) -> PipelineState:
-    """State with the best adapter of the sweep; continues from the newest saved state in the run folder.
+    """State with the best adapter of the sweep; continues from the newest saved state in the run
+    folder.
 
     model: with its blocks wrapped as the stage wants them.
     """
@@ -65,18 +66,32 @@ def run(
     each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
     opt_states = [member.optimizer.init(start) for member, start in each]
     opt_state = with_scale(opt_states, loss_scale_for(stage, state.loaded.params), deltas)
-    train_state = {"trainable": deltas, "opt_state": opt_state, "best": tree.map(torch.clone, deltas)}
+    train_state = {
+        "trainable": deltas,
+        "opt_state": opt_state,
+        "best": tree.map(torch.clone, deltas),
+    }
     begin = loop_state.begin(len(members), n_orders=len(_seeds(members)))
-    train_state, loop = training_loop.train(stage, state, train_state, begin, lambda: _task(stage, state, model, members))
+    train_state, loop = training_loop.train(
+        stage, state, train_state, begin, lambda: _task(stage, state, model, members)
+    )
 
     state.log.show(_table(stage.label, members, loop))
     keeps_best = evaluation.keep == "best"
-    nats = [math.inf if loss is None else loss for loss in (loop.best_nats if keeps_best else loop.nats)]
+    nats = [
+        math.inf if loss is None else loss for loss in (loop.best_nats if keeps_best else loop.nats)
+    ]
     best = min(range(len(members)), key=lambda i: nats[i])
     if nats[best] == math.inf:
-        raise InputError(f"stages: {stage.label} has no adapter with a finite held-out loss; lower the learning rates")
+        raise InputError(
+            f"stages: {stage.label} has no adapter with a finite held-out loss; lower the "
+            "learning rates"
+        )
     point, rule = members[best].point, members[best].rule
-    state.log.say(f"{stage.label}: adapter {best} goes on ({point.describe()}), held-out loss {nats[best]:.4f}")
+    state.log.say(
+        f"{stage.label}: adapter {best} goes on ({point.describe()}), held-out loss "
+        f"{nats[best]:.4f}"
+    )
     chosen = sweep.adapter(train_state["best" if keeps_best else "trainable"], best, rule)
     of_loop = {**loop.training_record(best), **loop.end_record(stage)}
     record = {**_record(members, loop, best), **of_loop}
@@ -102,26 +117,34 @@ def _member(
     rule = point.rule(state.loaded.lora)
     seed = state.seed if point.seed is None else point.seed
     start = {name: leaf for name, leaf in state.loaded.trainable.items() if isinstance(leaf, Delta)}
-    # A point with a rank, a scale or a seed of its own begins with fresh deltas, the others with the stage's.
+    # A point with a rank, a scale or a seed of its own begins with fresh deltas, the others with
+    # the stage's.
     if point.lora or point.seed is not None:
         if any(bool(delta.b.any()) for delta in start.values()):
             raise InputError(
-                f"stages: {stage.label} sweeps lora or seed, but its deltas are trained already, expected fresh ones; "
+                f"stages: {stage.label} sweeps lora or seed, but its deltas are trained already, "
+                "expected fresh ones; "
                 "sweep other keys, or put it right after the lora stage"
             )
         start = rule.init(state.loaded.params, seed)
     return Member(point, rule, adapter_optimizer(point.stage, start), seed, start)
 
 
-def _task(stage: TrainingStage, state: PipelineState, model: Model, members: Sequence[Member]) -> training_loop.TrainingTask:
+def _task(
+    stage: TrainingStage, state: PipelineState, model: Model, members: Sequence[Member]
+) -> training_loop.TrainingTask:
     params, rules, seeds = state.loaded.params, [member.rule for member in members], _seeds(members)
     token_loss = cast(TokenLoss, stage.loss)  # sweep_points.check refuses any other
     loaders = [load_batches(state._replace(seed=seed), stage.data, stage.loss) for seed in seeds]
-    state.log.say(f"{stage.label}: {len(members)} adapters at once; {stage.data} has {loaders[0].description}")
+    state.log.say(
+        f"{stage.label}: {len(members)} adapters at once; {stage.data} has {loaders[0].description}"
+    )
     micro_batch = stage.micro_batch_size or stage.batch_size
     optimizers = [member.optimizer for member in members]
     how: dict[str, Any] = {"loss_scale": loss_scale_for(stage, params), "donate": True}
-    all_step = sweep.sweep_step(model, token_loss, rules, optimizers, micro_batch=micro_batch, **how)
+    all_step = sweep.sweep_step(
+        model, token_loss, rules, optimizers, micro_batch=micro_batch, **how
+    )
 
     watch = _watch(stage, model, members, params, micro_batch)
 
@@ -181,7 +204,7 @@ def _take(
     done: int,
     cursors: Sequence[Cursor],
 ) -> tuple[Any, list[Cursor]]:
-    """(batch of every member's rows, where the next one begins); loaders and cursors: of each seed."""
+    """(batch of every member's rows, where the next begins); loaders, cursors: of each seed."""
     pairs = zip(loaders, cursors, strict=True)
     orders = [loader.take(cursor, stage.batch_size) for loader, cursor in pairs]
     batch_of = {seed: rows for seed, (rows, _) in zip(_seeds(members), orders, strict=True)}
@@ -216,7 +239,9 @@ def _table(label: str, members: Sequence[Member], loop: loop_state.LoopState) ->
         table.add_column(column, justify="right")
     for i, member in enumerate(members):
         values = [str(member.point.table.get(key, "")) for key in keys]
-        losses = ["none" if loss is None else f"{loss:.4f}" for loss in (loop.nats[i], loop.best_nats[i])]
+        losses = [
+            "none" if loss is None else f"{loss:.4f}" for loss in (loop.nats[i], loop.best_nats[i])
+        ]
         table.add_row(str(i), *values, *losses, str(loop.best_step[i]), str(loop.n_skipped[i]))
     return table
 

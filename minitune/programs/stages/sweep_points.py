@@ -1,4 +1,6 @@
-"""Points of a sweep: what a training stage writes for each of its adapters, and what follows from it."""
+"""Points of a sweep: what a training stage writes for each of its adapters, and what follows from
+it.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -11,13 +13,18 @@ from minitune.lora import Lora
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import AbstractState
 
-KEYS = "optimizer.*, schedule.*, clip_norm, lr_factors, decay_factors, seed, lora.rank, lora.alpha, lora.rslora or lora.dropout"
+KEYS = (
+    "optimizer.*, schedule.*, clip_norm, lr_factors, decay_factors, seed, lora.rank, lora.alpha, "
+    "lora.rslora or lora.dropout"
+)
 OF_STAGE = ("optimizer", "schedule", "clip_norm", "lr_factors", "decay_factors", "seed")
 ALLOWED = (*OF_STAGE, "lora.rank", "lora.alpha", "lora.rslora", "lora.dropout")
 
 
 class Point(NamedTuple):
-    """One adapter of a sweep: its table in the program, and the stage, the Lora fields and the seed it asks for."""
+    """One adapter of a sweep: its table in the program, and the stage, the Lora fields and the seed
+    it asks for.
+    """
 
     table: Mapping[str, Any]
     stage: TrainingStage  # the training stage as it would be written for this adapter alone
@@ -38,35 +45,56 @@ class Point(NamedTuple):
 
 
 def points(stage: TrainingStage) -> list[Point]:
-    """Every adapter that the stage's sweep asks for; InputError for a key or a value that does not fit."""
+    """Every adapter that the stage's sweep asks for; InputError for a key or a value that does not
+    fit.
+    """
     tables = stage.sweep
     if isinstance(tables, Mapping):
         tables = [dict(zip(tables, values, strict=True)) for values in product(*tables.values())]
     if not tables or not all(tables):
-        raise InputError(f"stages: {stage.label} has an empty sweep, expected at least one value of {KEYS}")
+        raise InputError(
+            f"stages: {stage.label} has an empty sweep, expected at least one value of {KEYS}"
+        )
     return [_point(stage, table) for table in tables]
 
 
 def check(stage: TrainingStage, abstract: AbstractState) -> None:
-    """InputError unless the stage trains deltas by a loss of tokens and says on which data the best one is found."""
+    """InputError unless the stage trains deltas by a loss of tokens and says on which data the best
+    one is found.
+    """
     all_points = points(stage)
     if stage.loss.objective != "supervised":
         kind = stage.loss.__struct_config__.tag
-        raise InputError(f"stages: {stage.label} has a sweep and loss {kind!r}, expected cross_entropy")
+        raise InputError(
+            f"stages: {stage.label} has a sweep and loss {kind!r}, expected cross_entropy"
+        )
     if stage.evaluate is None:
-        raise InputError(f"stages: {stage.label} has a sweep without evaluate, expected one: it finds the adapter that goes on")
+        raise InputError(
+            f"stages: {stage.label} has a sweep without evaluate, expected one: it finds the "
+            "adapter that goes on"
+        )
     if abstract.whole:
-        raise InputError(f"stages: {stage.label} has a sweep, but {min(abstract.whole)} trains whole, expected deltas only")
+        raise InputError(
+            f"stages: {stage.label} has a sweep, but {min(abstract.whole)} trains whole, expected "
+            "deltas only"
+        )
     for point in all_points:
         if point.lora and abstract.lora is not None:
             point.rule(abstract.lora).names(abstract.params)
-    plain = [point for point in all_points if all(isinstance(x, int | float | str) for x in point.table.values())]
+    plain = [
+        point
+        for point in all_points
+        if all(isinstance(x, int | float | str) for x in point.table.values())
+    ]
     if len({tuple(point.table.items()) for point in plain}) < len(all_points):
-        raise InputError(f"stages: {stage.label} has a sweep with the same point twice, expected each once")
+        raise InputError(
+            f"stages: {stage.label} has a sweep with the same point twice, expected each once"
+        )
 
 
 def _point(stage: TrainingStage, table: Mapping[str, Any]) -> Point:
-    # Each key is written into the stage's own table (without its sweep), which is then decoded as a program's would be.
+    # Each key is written into the stage's own table (without its sweep), which is then decoded as a
+    # program's would be.
     fields: dict[str, Any] = msgspec.to_builtins(stage)
     fields["sweep"] = None
     lora: dict[str, Any] = {}
@@ -83,7 +111,9 @@ def _point(stage: TrainingStage, table: Mapping[str, Any]) -> Point:
         msgspec.convert({"rank": 1, "alpha": 1.0, "targets": ["*"], **lora}, Lora)
         return Point(table, msgspec.convert(fields, type(stage)), lora, seed)
     except msgspec.ValidationError as error:
-        raise InputError(f"stages: {stage.label} has a sweep with {dict(table)}: {error}; correct the value") from None
+        raise InputError(
+            f"stages: {stage.label} has a sweep with {dict(table)}: {error}; correct the value"
+        ) from None
 
 
 def _with_value(fields: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves, evaluations and logs."""
+"""Stage that takes optimizer steps. The step is the only clock: it drives data, schedule, saves,
+evaluations and logs.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -75,11 +77,12 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     batch_size: PositiveInt  # rows (or pairs) per optimizer step
     micro_batch_size: PositiveInt | None = None  # rows per forward; the whole batch if absent
     loss: Loss = CrossEntropy()  # what training makes small; its kind names it
-    # Reference of a preference loss: the model as this stage found it ("start"), the same with its log-probs computed
-    # once ("cached"), or the parameters without deltas ("base").
+    # Reference of a preference loss: the model as this stage found it ("start"), the same with its
+    # log-probs computed once ("cached"), or the parameters without deltas ("base").
     reference: Literal["start", "base", "cached"] = "start"
     teacher: ModelSource | None = None  # model that a distillation loss learns from
-    cached_top_k: PositiveInt | None = None  # ask the teacher once, and keep its k likeliest tokens on disk
+    # ask the teacher once, and keep its k likeliest tokens on disk
+    cached_top_k: PositiveInt | None = None
     optimizer: Optimizer = AdamW(lr=1e-4)  # its kind, its rate lr and its other numbers
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
     lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
@@ -92,7 +95,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     loss_scale: LossScale | None = None
     clip_norm: NonNegativeFloat = 1.0  # largest norm of the whole gradient; 0 leaves it as it is
     # noise on the embedded tokens of a training step, uniform on +-neftune_alpha / sqrt(L d_model),
-    # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1); 5 to 15 are usual
+    # L the tokens of the document (Jain et al. 2023, arXiv 2310.05914, algorithm 1); 5 to 15 are
+    # usual
     neftune_alpha: NonNegativeFloat = 0.0
     # coefficient of a mixture's load-balancing loss, in nats a token (Fedus et al. 2021, arXiv
     # 2101.03961, eq. 4-6): router_aux_loss_coef of transformers, where 0.001 to 0.02 are usual
@@ -101,30 +105,39 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     evaluate: Evaluation | None = None  # loss on held-out data on the way; the best state goes on
     save_every: PositiveInt = 100  # steps between two saved states
     keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
-    # Compute blocks again in the backward: less memory, a third more work. All of them (true), only so many that the others
-    # fit with their inputs in memory such as "8 GiB", or all with their inputs kept in the host's memory ("host").
+    # Compute blocks again in the backward: less memory, a third more work. All of them (true), only
+    # so many that the others fit with their inputs in memory such as "8 GiB", or all with their
+    # inputs kept in the host's memory ("host").
     remat: bool | str = False
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
-    sweep: Sweep | None = None  # train an adapter for every point of a grid at once; the best goes on
+    # train an adapter for every point of a grid at once; the best goes on
+    sweep: Sweep | None = None
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless something trains, the data has the loss's format, and a teacher shares the vocabulary."""
+        """InputError unless something trains, the data has the loss's format, and a teacher shares
+        the vocabulary.
+        """
         if (self.steps == 0) == (self.epochs is None):
             has = "both steps and epochs" if self.steps else "neither steps nor epochs"
             raise InputError(f"stages: {self.label} has {has}, expected one; write or remove one")
         if not abstract.adapted and not abstract.whole:
-            raise InputError(f"stages: {self.label} finds nothing to train, expected a lora or full stage before it")
+            raise InputError(
+                f"stages: {self.label} finds nothing to train, expected a lora or full stage "
+                "before it"
+            )
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
             require_data(abstract, name, self.label, *self.loss.formats)
         teachers.check_teacher(self.label, self.loss, self.teacher, abstract, self.cached_top_k)
         if self.reference == "base" and self.loss.compares_answers and abstract.whole:
             raise InputError(
-                f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains whole; "
+                f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains "
+                "whole; "
                 "expected 'start' or 'cached'"
             )
         if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
             raise InputError(
-                f"stages: {self.label} has a batch of one answer, expected two: kto compares the answers of a micro-batch"
+                f"stages: {self.label} has a batch of one answer, expected two: kto compares the "
+                "answers of a micro-batch"
             )
         training_model.check_remat(self.label, self.remat)
         training_optimizer.check_factors(self)
@@ -231,12 +244,16 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
 
     def draws(self, *rules: Lora | None) -> bool:
-        """True if a step under one of these rules drops or adds noise, so that its rows need seeds."""
+        """True if a step of these rules drops or adds noise, so that its rows need seeds."""
         return self.neftune_alpha > 0 or any(rule is not None and rule.dropout for rule in rules)
 
-    def _load_batches(self, state: PipelineState, name: str, teacher: Teacher | None) -> BatchLoader:
+    def _load_batches(
+        self, state: PipelineState, name: str, teacher: Teacher | None
+    ) -> BatchLoader:
         cached = self.reference == "cached"
-        return load_batches(state, name, self.loss, cached=cached, teacher=teacher, top_k=self.cached_top_k)
+        return load_batches(
+            state, name, self.loss, cached=cached, teacher=teacher, top_k=self.cached_top_k
+        )
 
     def optimizer_for(self, trainable: Trainable, seed: int) -> Chain:
         """Optimizer between its clip and its schedule."""
@@ -264,7 +281,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     @property
     def n_rows(self) -> int:
-        """Rows that go through the model together in a micro-batch: both answers of a pair, every adapter's of a sweep."""
+        """Rows that go through the model together in a micro-batch: both answers of a pair, every
+        adapter's of a sweep.
+        """
         rows_per_sample = self.loss.rows_per_sample
         if self.sweep is not None:
             rows_per_sample = len(sweep_points.points(self))
@@ -278,11 +297,17 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return self.evaluate.batch_size or default
 
     def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
-        """Number of blocks to compute again in the backward of rows of n_tokens; InputError for too small a budget."""
+        """Number of blocks to compute again in the backward of rows of n_tokens; InputError for too
+        small a budget.
+        """
         return training_model.n_remat(self.remat, model, params, self.n_rows, n_tokens)
 
     def _record(self, loop: loop_state.LoopState) -> dict[str, Any]:
-        best = {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]} if self.evaluate else {}
+        best = (
+            {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]}
+            if self.evaluate
+            else {}
+        )
         return {
             "top": loop.throughput(),
             "time_s": loop.time_s,

@@ -1,7 +1,8 @@
-"""Training loop of every training stage: data, steps, rows of the log, evaluations, saves, and when to stop.
+"""Training loop of every training stage: data, steps, rows of the log, evaluations, saves, and when
+to stop.
 
-A stage trains one model, or many adapters at once; what is counted for each of them is a tuple with an
-entry for each. docs/stages.md walks through one step.
+A stage trains one model, or many adapters at once; what is counted for each of them is a tuple with
+an entry for each. docs/stages.md walks through one step.
 """
 
 import json
@@ -72,7 +73,9 @@ class Due(NamedTuple):
 
 
 def reading(metrics: Metrics) -> Callable[[], MetricValues]:
-    """Begin to copy a step's metrics to the host, all at once; the function that is returned waits for them."""
+    """Begin to copy a step's metrics to the host, all at once; the function that is returned waits
+    for them.
+    """
     names, values = list(metrics), metrics.values()
     wide = reduce(torch.promote_types, (x.dtype for x in values), torch.float32)
     read = hardware.reading(torch.stack([x.reshape(-1).to(wide) for x in values]))
@@ -94,10 +97,11 @@ def train(
     loop: LoopState,
     prepare: Callable[[], TrainingTask],
 ) -> tuple[Tree, LoopState]:
-    """(train_state, loop) when the stage is finished; it goes on from the newest state in the run folder.
+    """(train_state, loop) when the stage is finished; it goes on from the newest state in the run
+    folder.
 
-    prepare() is skipped if the run had already finished the stage. Raises Stopped after a signal, when the
-    state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
+    prepare() is skipped if the run had already finished the stage. Raises Stopped after a signal,
+    when the state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
     """
     folder = state_folder(stage, state)
     train_state, loop = continued(stage, state, folder, train_state, loop)
@@ -129,7 +133,8 @@ def _take_steps(
     progress: Progress,
 ) -> tuple[Tree, LoopState]:
     device = device_of(state.loaded.params, train_state["trainable"])
-    # An accelerator gets its next step before the metrics of the last one are read, so that it never waits.
+    # An accelerator gets its next step before the metrics of the last one are read, so that it
+    # never waits.
     n_ahead = 1 if hardware.is_accelerator(device) else 0
     queue: deque[QueuedStep] = deque()
     last_read, owes_save = 0.0, False
@@ -140,17 +145,24 @@ def _take_steps(
         queue.append(queued)
         due = _due(stage, state, loop)
 
-        # Nothing is evaluated or saved before every step is read: a saved state counts all that was measured.
+        # Nothing is evaluated or saved before every step is read: a saved state counts all that was
+        # measured.
         while len(queue) > (0 if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED else n_ahead):
             queued = queue.popleft()
             rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
-            loop = loop.after_reading(now - last_read, queued.n_tokens, rows, peak_mem_bytes(device))
-            rates = {"tokens_per_second": queued.n_tokens / (now - last_read), "mem_bytes": loop.peak_mem_bytes}
+            loop = loop.after_reading(
+                now - last_read, queued.n_tokens, rows, peak_mem_bytes(device)
+            )
+            rates = {
+                "tokens_per_second": queued.n_tokens / (now - last_read),
+                "mem_bytes": loop.peak_mem_bytes,
+            }
             last_read = now
             show_step(progress, queued.step, rows, rates, loop)
 
-            # The last row that is read waits for the evaluation, because it carries the held-out loss.
+            # The last row that is read waits for the evaluation, because it carries the held-out
+            # loss.
             rows = [{**values, **rates} for values in rows]
             if due.evaluation and not queue:
                 train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
@@ -187,7 +199,9 @@ def _read(
     return rows, loop
 
 
-def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple[Tree, LoopState, QueuedStep]:
+def _queue_step(
+    task: TrainingTask, train_state: Tree, loop: LoopState
+) -> tuple[Tree, LoopState, QueuedStep]:
     batch, cursors = task.next_batch(loop.step, [Cursor(*cursor) for cursor in loop.cursors])
     train_state, metrics = task.step(train_state, batch)
     loop = loop.after_queueing(cursors)
@@ -197,7 +211,9 @@ def _queue_step(task: TrainingTask, train_state: Tree, loop: LoopState) -> tuple
 def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
     is_last = loop.step == stage.steps
     evaluates = stage.evaluate is not None and stage.evaluate.is_due(loop.step, stage.steps)
-    return Due(evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last)
+    return Due(
+        evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last
+    )
 
 
 def _evaluate(
