@@ -75,11 +75,11 @@ def show(words: Sequence[str]) -> int:
 def check(words: Sequence[str]) -> int:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
-    from minitune.programs import program, save_paths, wandb_tracker
+    from minitune.programs import program, save_paths
     from minitune.programs.check import check as findings
 
     loaded = program.load(file, with_model(words[1:], "check"))
-    wandb_tracker.check(loaded.log.wandb)
+    loaded.log.check()
     lines = findings(loaded.model, loaded.data, loaded.stage)
     save_paths.check(loaded)
     for line in lines:

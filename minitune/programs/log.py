@@ -1,5 +1,5 @@
 """Output of a run: lines and a progress bar on the terminal, the same lines in log.txt, rows in
-metrics.jsonl, and wandb where the program asks for it."""
+metrics.jsonl, and the trackers that the program asks for."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import time
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import msgspec
 from rich.console import Console, RenderableType
@@ -20,24 +20,59 @@ from rich.progress import Progress as RichProgress
 from minitune import __version__
 from minitune.io.atomic import write_atomic
 from minitune.io.results import iso_time
+from minitune.programs.artifacts import written
 from minitune.programs.progress import Bar, Lines, Number, Progress, columns
 from minitune.programs.records import read_rows
-from minitune.programs.wandb_tracker import WandbConfig, WandbRun
+from minitune.trackers.background import Trackers
+from minitune.trackers.mlflow import MlflowConfig
+from minitune.trackers.tensorboard import TensorboardConfig
+from minitune.trackers.tracker import Histogram, TrackerConfig, numbers
+from minitune.trackers.trackio import TrackioConfig
+from minitune.trackers.wandb import WandbConfig
 from minitune.types import PositiveInt
 
 LINES = "log.txt"
 FILE_CHARACTERS = 120  # of a line of what is no terminal
 
 
+class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Histograms of what trains, for the trackers that draw them, under the names of wandb.watch.
+
+    Gradients are computed once more for a histogram, since a step keeps none.
+    """
+
+    every: PositiveInt = 100  # steps between two histograms of every tensor
+    log: Literal["gradients", "parameters", "all"] = "gradients"  # what histograms are made of
+
+
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of what is logged beyond the terminal."""
 
     wandb: WandbConfig | None = None  # log to Weights & Biases too, as keywords of wandb.init say
+    mlflow: MlflowConfig | None = None  # log to MLflow too, which is what Azure ML shows
+    tensorboard: TensorboardConfig | None = None  # write event files of TensorBoard too
+    trackio: TrackioConfig | None = None  # log to Trackio too
+    watch: Watch | None = None  # histograms of gradients and parameters for these trackers
     every: PositiveInt = 1  # steps between two rows of metrics
+
+    def trackers(self) -> dict[str, TrackerConfig]:
+        """Settings of the trackers that are asked for, by their names."""
+        named: dict[str, TrackerConfig | None] = {
+            "wandb": self.wandb,
+            "mlflow": self.mlflow,
+            "tensorboard": self.tensorboard,
+            "trackio": self.trackio,
+        }
+        return {name: config for name, config in named.items() if config is not None}
+
+    def check(self) -> None:
+        """InputError for what would stop a tracker at the beginning of a run."""
+        for config in self.trackers().values():
+            config.check()
 
 
 class Log:
-    """Terminal, metrics.jsonl and wandb of one run: a context manager, so that all are closed
+    """Terminal, metrics.jsonl and trackers of one run: a context manager, so that all are closed
     however the run ends.
     """
 
@@ -48,19 +83,20 @@ class Log:
         program: Mapping[str, Any],
         console: Console | None = None,
     ) -> None:
-        """folder: of the run; program: the resolved one, which becomes wandb's config."""
+        """folder: of the run; program: the resolved one, which trackers keep."""
         self._path = folder / "metrics.jsonl"
         self._config = config
         self._program = program
         self._console = console or _console()
-        self._wandb: WandbRun | None = None
+        self._trackers: Trackers | None = None
+        self._figures: dict[str, float] = {}  # of the stages that have ended in this process
         self._stage, self._n_before = "", 0
         self._bars: RichProgress | None = None  # that are on the terminal now
         self._text: IO[str] | None = None
 
     def __enter__(self) -> "Log":
-        if self._config.wandb is not None:
-            self._wandb = WandbRun(self._path.parent, self._config.wandb, self._program)
+        configs, folder = self._config.trackers(), self._path.parent
+        self._trackers = Trackers(configs, folder, self._program, self.say)
         self._file = self._reopened(keep=lambda stage, step: True)
         self._text = (self._path.parent / LINES).open("a", encoding="utf-8", errors="replace")
         self._write(f"--- {iso_time(time())}, minitune {__version__} ---")
@@ -75,10 +111,8 @@ class Log:
         self._file.close()
         if error is not None:
             self._write(str(error) or type(error).__name__)
-        if self._wandb is not None:
-            fault = self._wandb.finish(exit_code=0 if error is None else 1)
-            if fault is not None:
-                self.say(f"wandb did not finish ({fault}); metrics.jsonl has every row")
+        if self._trackers is not None:
+            self._trackers.finish(failed=error is not None)
         if self._text is not None:
             self._text.close()
             self._text = None
@@ -108,16 +142,16 @@ class Log:
             self._text.flush()
 
     def begin(self, stage: str) -> None:
-        """Name the stage whose steps are counted from now on; wandb's global_step goes on where the
-        stages before it ended.
+        """Name the stage whose steps are counted from now on; the global_step of trackers goes on
+        where the stages before it ended.
         """
         last = {name: step for name, step, _ in read_rows(self._path)}
         earlier = list(last)[: list(last).index(stage)] if stage in last else list(last)
         self._stage, self._n_before = stage, sum(last[name] for name in earlier)
 
     def metrics(self, step: int, values: Mapping[str, Number]) -> None:
-        """Append a row to metrics.jsonl and wandb, on a stage's first step and on every `every`-th;
-        NaN, inf become strings.
+        """Append a row to metrics.jsonl and the trackers, on a stage's first step and on every
+        `every`-th; NaN, inf become strings.
         """
         if step > 1 and step % self._config.every:
             return
@@ -127,30 +161,37 @@ class Log:
         }
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        if self._wandb is not None:
-            global_step = self._n_before + step
-            # of a sweep: wandb draws each group apart
+        if self._trackers is not None:
+            # of a sweep: trackers draw each group apart
             group = f"adapter-{values['adapter']}/" if "adapter" in values else ""
             named = {f"{group}{name}": value for name, value in values.items()}
-            self._drop_broken(self._wandb.log(global_step, {"global_step": global_step, **named}))
+            self._trackers.log(self._n_before + step, named)
 
     def record(self, label: str, record: Mapping[str, Any]) -> None:
-        """Give the figures and samples of the stage that has ended to wandb."""
-        if self._wandb is not None:
-            step = self._n_before + int(record.get("steps") or 0)
-            self._drop_broken(self._wandb.record(step, label, record))
+        """Give the figures and samples of the stage that has ended to the trackers, and what it
+        wrote to those that keep it."""
+        self._figures |= numbers(record, f"{label}/")
+        if self._trackers is None:
+            return
+        self._trackers.record(self._n_before + int(record.get("steps") or 0), label, record)
+        folder = self._path.parent
+        for kept, artifact in written(folder, self._program, self._figures, label, record).items():
+            self._trackers.artifact(kept, artifact)
+
+    @property
+    def watch(self) -> Watch | None:
+        """When histograms are due, None if never."""
+        return self._config.watch
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Give histograms of a step of this stage to the trackers."""
+        if self._trackers is not None:
+            self._trackers.histograms(self._n_before + step, histograms)
 
     def summarize(self, content: Mapping[str, Any]) -> None:
-        """Give the content of summary.json to wandb."""
-        if self._wandb is not None:
-            self._drop_broken(self._wandb.summarize(content))
-
-    def _drop_broken(self, fault: str | None) -> None:
-        """Go on without wandb after a fault."""
-        if fault is not None:
-            reason = f"wandb takes no more rows ({fault})"
-            self.say(f"{reason}; training goes on, metrics.jsonl has them")
-            self._wandb = None
+        """Give the content of summary.json to the trackers."""
+        if self._trackers is not None:
+            self._trackers.summarize(content)
 
     def sync(self) -> None:
         """Flush the rows to the disk, before a state that says that they are there."""

@@ -6,7 +6,7 @@ from time import perf_counter
 import msgspec
 
 from minitune.io.results import Record
-from minitune.programs import log, save_paths, wandb_tracker
+from minitune.programs import log, save_paths
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.check import check, data_notes
 from minitune.programs.ended import Chosen
@@ -35,7 +35,7 @@ def run_program(
     keep_freed()
     bound_kernel_cache()
     # before a folder is made or a weight is read
-    wandb_tracker.check(program.log.wandb)
+    program.log.check()
     check(program.model, program.data, program.stage)
     save_paths.check(program)
     run = open_run(program, program_text=resolved(program), end=end)

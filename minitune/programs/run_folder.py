@@ -29,8 +29,9 @@ from minitune.programs.manifest import (
 from minitune.programs.program import Program
 from minitune.programs.records import read_rows, read_summary, write_record
 from minitune.programs.stages.training_stage import TrainingStage
+from minitune.trackers.tracker import TRACKER_FILES
 
-ROWS, TRACKER = "metrics.jsonl", "wandb-id"
+ROWS = "metrics.jsonl"
 
 
 class Run(NamedTuple):
@@ -180,7 +181,7 @@ def _take_over(earlier: EarlierRun, new: Path) -> None:
     write_atomic(new / ROWS, b"".join(rows))
     if early := earlier.held(earlier.ended):
         write_record(new / ended.FILE, msgspec.to_builtins(early))
-    for name in (LINES, TRACKER):
+    for name in (LINES, *TRACKER_FILES):
         if (earlier.folder / name).is_file():
             shutil.copyfile(earlier.folder / name, new / name)
 

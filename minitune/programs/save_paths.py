@@ -12,6 +12,7 @@ from minitune.io.results import Result, require_replaceable
 from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
 from minitune.programs.state_deltas import deltas_folder
+from minitune.trackers.tracker import TRACKER_FILES
 
 MODEL_PATHS = ("path", "config", "tokenizer", "deltas")
 RUN_PARTS = (
@@ -23,8 +24,9 @@ RUN_PARTS = (
     "program.toml",
     "records.json",
     "summary.json",
+    "tensorboard",
     "wandb",
-    "wandb-id",
+    *TRACKER_FILES,
 )
 
 

@@ -21,6 +21,8 @@ EXTRAS = {  # imported in functions of these modules
     "tokenizers": "text/open_vocabulary text/tokenizer_json text/vocabulary text/sentencepiece text/ranks",
     "pyarrow": "data/files data/tables",
     "huggingface_hub": "registry/hub",
+    "mlflow": "trackers/mlflow",
+    "trackio": "trackers/trackio",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks"),
 }
 

@@ -5,9 +5,7 @@ import io
 import json
 import math
 import re
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
 
@@ -20,7 +18,8 @@ from minitune.errors import InputError
 from minitune.programs import progress as shown_progress
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.signals import Stopped
-from minitune.programs.wandb_tracker import WandbConfig
+from minitune.trackers.wandb import WandbConfig
+from support.wandb_files import history, wandb_records
 
 
 def piped() -> Console:
@@ -165,30 +164,6 @@ def test_readings(values: dict[str, float], text: str) -> None:
     assert shown_progress.readings(values) == text
 
 
-def wandb_records(folder: Path) -> Iterator:
-    """The protobuf records of an offline run's file: a header of 7 bytes, then LevelDB log records in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data = file.read_bytes()
-    assert data[:7] == b":W&B" + struct.pack("<HB", 0xBEE1, 0)
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        if (room := 32768 - at % 32768) < 7:
-            at += room
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, at)
-        if at + 7 + size > len(data):  # still being written
-            return
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
 def offline_run(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: range, n_adapters: int = 0) -> list:
     (folder / "wandb-files").mkdir(exist_ok=True)
     monkeypatch.setenv("WANDB_DIR", str(folder / "wandb-files"))
@@ -229,14 +204,6 @@ def test_wandb_gets_evaluations_samples_and_the_summary(tmp_path: Path, monkeypa
             items = record.summary.update
             summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
     assert (summary["after/loss_nats"], summary["after/tasks/t/acc"], summary["steps"]) == (0.25, 0.5, 3)
-
-
-def history(records: list) -> list[dict]:
-    return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

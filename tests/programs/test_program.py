@@ -19,7 +19,7 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.program import Program
 from minitune.programs.stages.adapt import LoraStage
-from minitune.programs.wandb_tracker import WandbConfig
+from minitune.trackers.wandb import WandbConfig
 from support.paths import ROOT
 
 pytestmark = pytest.mark.fast

@@ -12,6 +12,7 @@ from minitune.data.cursor import Cursor
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages import loop_state, training_loop
+from minitune.programs.stages.histograms import nothing_watched
 from minitune.programs.stages.loop_state import LoopState
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_loop import TrainingTask
@@ -30,7 +31,7 @@ class Numbers:
         self.evaluations: list[float] = []
 
     def task(self) -> TrainingTask:
-        return TrainingTask(self.next_batch, lambda batch: 5, self.step, self.rows, self.evaluate, self.keep)
+        return TrainingTask(self.next_batch, lambda batch: 5, self.step, self.rows, self.evaluate, self.keep, nothing_watched)
 
     def next_batch(self, done: int, cursors: Any) -> Any:
         (cursor,) = cursors

@@ -29,6 +29,7 @@ from minitune.programs.stages.first_steps import (
     rate_function,
     watched_adapters,
 )
+from minitune.programs.stages.histograms import nothing_watched
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
@@ -175,7 +176,9 @@ def _task(
             return heldout_losses(lambda batch: mean_of(trainable, params, batch), each)
 
     take = partial(_take, stage, members, loaders)
-    return training_loop.TrainingTask(take, n_tokens, step, rows, evaluate, _keep_best)
+    return training_loop.TrainingTask(
+        take, n_tokens, step, rows, evaluate, _keep_best, nothing_watched
+    )
 
 
 def _watch(

@@ -51,6 +51,7 @@ from minitune.programs.stages.batches import (
 from minitune.programs.stages.best_state import load_best, save_best
 from minitune.programs.stages.continued import evaluation
 from minitune.programs.stages.first_steps import watched_step
+from minitune.programs.stages.histograms import watcher
 from minitune.programs.stages.private_training import PrivateTraining
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import FREE_KEYS, Evaluation, Sweep
@@ -81,8 +82,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # log-probs computed once ("cached"), or the parameters without deltas ("base").
     reference: Literal["start", "base", "cached"] = "start"
     teacher: ModelSource | None = None  # model that a distillation loss learns from
-    # ask the teacher once, and keep its k likeliest tokens on disk
-    cached_top_k: PositiveInt | None = None
+    cached_top_k: PositiveInt | None = None  # ask it once, and keep its k likeliest tokens on disk
     optimizer: Optimizer = AdamW(lr=1e-4)  # its kind, its rate lr and its other numbers
     # glob over trained leaves -> factor of the learning rate; {"*.b" = 16.0} is LoRA+
     lr_factors: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
@@ -110,8 +110,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     # inputs kept in the host's memory ("host").
     remat: bool | str = False
     compiled: bool | None = None  # compile the block, once for all layers; on a GPU if absent
-    # train an adapter for every point of a grid at once; the best goes on
-    sweep: Sweep | None = None
+    sweep: Sweep | None = None  # train an adapter a point of a grid at once; the best goes on
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless something trains, the data has the loss's format, and a teacher shares
@@ -131,8 +130,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         if self.reference == "base" and self.loss.compares_answers and abstract.whole:
             raise InputError(
                 f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains "
-                "whole; "
-                "expected 'start' or 'cached'"
+                "whole; expected 'start' or 'cached'"
             )
         if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
             raise InputError(
@@ -225,7 +223,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 save_best(self, state, train_state["trainable"], loop)
             return train_state
 
-        return training_loop.TrainingTask(next_batch, n_tokens, step, rows, evaluate, keep_best)
+        watch = watcher(self, state, trained)
+        functions = next_batch, n_tokens, step, rows, evaluate, keep_best, watch
+        return training_loop.TrainingTask(*functions)
 
     def _heldout(
         self,

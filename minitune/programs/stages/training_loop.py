@@ -53,12 +53,15 @@ class TrainingTask(NamedTuple):
     evaluate: Callable[[Tree], list[float]]
     # (train_state, state of the loop, which losses are new bests) -> train_state
     keep_best: Callable[[Tree, LoopState, list[bool]], Tree]
+    # (step, what is trained, its batch), before the step is taken
+    watch: Callable[[int, Tree, Tree], None]
 
 
 class QueuedStep(NamedTuple):
     """Step that is queued on the device, and the function that waits for its metrics."""
 
     step: int
+    epoch: int  # that its first row is of, from 0 on
     n_tokens: int
     read: Callable[[], MetricValues]
 
@@ -157,6 +160,7 @@ def _take_steps(
             rates = {
                 "tokens_per_second": queued.n_tokens / (now - last_read),
                 "mem_bytes": loop.peak_mem_bytes,
+                "current_epoch": queued.epoch,
             }
             last_read = now
             show_step(progress, queued.step, rows, rates, loop)
@@ -202,10 +206,12 @@ def _read(
 def _queue_step(
     task: TrainingTask, train_state: Tree, loop: LoopState
 ) -> tuple[Tree, LoopState, QueuedStep]:
+    epoch = loop.cursors[0][0]
     batch, cursors = task.next_batch(loop.step, [Cursor(*cursor) for cursor in loop.cursors])
+    task.watch(loop.step + 1, train_state["trainable"], batch)
     train_state, metrics = task.step(train_state, batch)
     loop = loop.after_queueing(cursors)
-    return train_state, loop, QueuedStep(loop.step, task.n_tokens(batch), reading(metrics))
+    return train_state, loop, QueuedStep(loop.step, epoch, task.n_tokens(batch), reading(metrics))
 
 
 def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:

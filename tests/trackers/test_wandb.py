@@ -1,6 +1,7 @@
 """Weights & Biases before a run: every wrong setting is one sentence, and no folder is made."""
 
 import inspect
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from minitune.__main__ import main
 from minitune.errors import InputError
-from minitune.programs import wandb_tracker
-from minitune.programs.wandb_tracker import WandbConfig, check
+from minitune.trackers import reach
+from minitune.trackers import wandb as wandb_tracker
+from minitune.trackers.wandb import WandbConfig
 from support.programs import small_program
 
 PROGRAM = small_program() + '[log]\nwandb = { project = "p" }\n'
@@ -75,9 +77,9 @@ def test_a_wrong_key_of_the_file_names_its_line(capsys: pytest.CaptureFixture[st
 def test_a_key_that_wandb_refuses_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
     monkeypatch.delenv("WANDB_MODE")  # which the tests set to offline
-    monkeypatch.setattr(wandb_tracker, "_unreachable", lambda host, port: None)
+    monkeypatch.setattr(wandb_tracker, "unreachable", lambda address: None)
     with pytest.raises(InputError, match=r"log: wandb says: .*API key must have 40\+ characters, has 5; correct \[log\] wandb"):
-        check(WandbConfig(mode="online"))
+        WandbConfig(mode="online").check()
 
 
 def test_a_server_out_of_reach_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +90,12 @@ def test_a_server_out_of_reach_is_found_at_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(socket, "create_connection", refused)
     with pytest.raises(InputError, match=r"the server of wandb, can't be reached \(no such host\), expected a network; mend"):
-        check(WandbConfig(mode="online"))
+        WandbConfig(mode="online").check()
 
 
 def test_a_proxy_is_left_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    assert wandb_tracker._unreachable("nowhere.invalid", 443) is None
+    assert reach.unreachable("https://nowhere.invalid") is None
 
 
 def test_a_key_in_the_file_of_passwords_is_found(nobody: Path) -> None:
@@ -106,34 +108,21 @@ def test_a_key_in_the_file_of_passwords_is_found(nobody: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_without_a_server_no_key_is_needed(mode: wandb_tracker.Mode) -> None:
-    check(WandbConfig(project="p", mode=mode))
-    check(None)
+    WandbConfig(project="p", mode=mode).check()
 
 
 def test_every_key_is_a_keyword_of_wandb() -> None:
     import wandb
 
-    assert set(WandbConfig.__struct_fields__) <= set(inspect.signature(wandb.init).parameters)
+    assert set(WandbConfig.__struct_fields__) - {"artifacts"} <= set(inspect.signature(wandb.init).parameters)
     assert WandbConfig(project="p", tags=["a"]).keywords() == {"project": "p", "tags": ["a"]}
     assert msgspec.convert({}, WandbConfig).keywords() == {}
-
-
-def test_a_tracker_that_breaks_ends_no_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = wandb_tracker.WandbRun(tmp_path, WandbConfig(mode="disabled"), {"name": "t"})
-
-    def broken(*args: object, **keywords: object) -> None:
-        raise BrokenPipeError("the service is gone.")
-
-    monkeypatch.setattr(run._run, "log", broken)
-    monkeypatch.setattr(run._run, "finish", broken)
-    assert run.log(1, {"loss": 1.0}) == "the service is gone"
-    assert run.finish(0) == "the service is gone"
 
 
 def test_a_run_that_can_not_upload_ends_in_time_and_says_how_to_send_it_later(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run = wandb_tracker.WandbRun(tmp_path, WandbConfig(mode="offline"), {"name": "t"})
+    run = WandbConfig(mode="offline").start(tmp_path, {"name": "t"})
     assert (run._run.settings.finish_timeout, run._run.settings.finish_timeout_raises) == (30.0, True)
     finish, folder = run._run.finish, Path(run._run.dir).parent
 
@@ -143,10 +132,10 @@ def test_a_run_that_can_not_upload_ends_in_time_and_says_how_to_send_it_later(
 
     monkeypatch.setattr(run._run, "finish", late)
     said = f"what is left was not uploaded in time and lies in {folder}; `wandb sync {folder}` sends it"
-    assert run.finish(0) == said
+    with pytest.raises(TimeoutError, match=re.escape(said)):
+        run.finish(failed=False)
     assert list(folder.glob("*.wandb"))
 
-    own = WandbConfig(mode="offline", settings={"finish_timeout": 5.0})
-    other = wandb_tracker.WandbRun(tmp_path, own, {"name": "t"})
+    other = WandbConfig(mode="offline", settings={"finish_timeout": 5.0}).start(tmp_path, {"name": "t"})
     assert other._run.settings.finish_timeout == 5.0
-    assert other.finish(0) is None
+    other.finish(failed=False)

@@ -3,25 +3,33 @@
 import inspect
 import io
 import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import msgspec
 
 from minitune.errors import InputError
 from minitune.io.atomic import write_atomic
+from minitune.trackers.background import reason
+from minitune.trackers.reach import unreachable
+from minitune.trackers.tracker import (
+    PROGRAM_FILE,
+    WANDB_ID,
+    Artifact,
+    Histogram,
+    Kept,
+    StepValues,
+    flat,
+)
 
 Mode = Literal["online", "offline", "disabled", "shared"]
-REACH_S = 10.0  # a server that takes no connection in this time is taken for absent
 FINISH_S = 30.0  # that the end of a run may upload
+OWN_KEYS = ("artifacts",)  # which wandb.init does not know
 KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-REASON_CHARACTERS = 300
 OFFLINE = 'or set log.wandb.mode = "offline" (WANDB_MODE=offline), then upload by `wandb sync`'
 
 
@@ -51,86 +59,116 @@ class WandbConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     save_code: bool | None = None  # upload the script, as in wandb.init
     # fields of wandb.Settings; finish_timeout is how long the end may upload [s]
     settings: dict[str, Any] | None = None
+    # what is kept as model artifacts once it is written: deltas, merged, params, checkpoints
+    artifacts: tuple[Kept, ...] = ()
 
     def keywords(self) -> dict[str, Any]:
-        """Keywords that are given."""
+        """Keywords of wandb.init that are given."""
         fields = msgspec.to_builtins(self)
-        return {name: value for name, value in fields.items() if value is not None}
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None and name not in OWN_KEYS
+        }
 
+    def check(self) -> None:
+        """InputError for what would stop wandb at the beginning of a run: names, mode, key,
+        network."""
+        wandb = _imported()
+        given = self.keywords()
+        names = {"project": "project", "entity": "entity", "id": "run_id", "mode": "mode"}
+        with _explained():
+            wandb.Settings(**{field: given[key] for key, field in names.items() if key in given})
+            settings = wandb.setup().settings
+        if (self.mode or settings.mode) not in ("online", "run", "shared"):
+            return
+        host = urlsplit(settings.base_url)
+        if not _has_key(str(host.hostname)):
+            found = f"wandb has no API key for {host.hostname}, expected one"
+            raise InputError(f"log: {found}; run `wandb login`, set WANDB_API_KEY, {OFFLINE}")
+        fault = unreachable(settings.base_url)
+        if fault is not None:
+            found = f"{host.hostname}, the server of wandb, can't be reached ({fault})"
+            raise InputError(f"log: {found}, expected a network; mend it, {OFFLINE}")
+        if "prompt" in inspect.signature(wandb.login).parameters:  # of wandb 0.23 and later
+            with _explained(), redirect_stderr(io.StringIO()):
+                wandb.login(prompt=False)
 
-class WandbRun:
-    """Run of wandb with the program as its config; a run that is continued keeps its id."""
-
-    def __init__(self, folder: Path, config: WandbConfig, program: Mapping[str, Any]) -> None:
-        """folder: of the run. InputError with what wandb says if it does not begin."""
-        id_file = folder / "wandb-id"
-        given = config.keywords()
+    def start(self, folder: Path, program: Mapping[str, Any]) -> "WandbRun":
+        """Run of wandb, which keeps the program as its config and as a file."""
+        id_file = folder / WANDB_ID
+        given = self.keywords()
         ours: dict[str, Any] = {
             "name": program.get("name"),
             "dir": os.environ.get("WANDB_DIR", str(folder)),
-            "id": id_file.read_text("utf-8") if id_file.exists() else None,
+            "id": id_file.read_text("utf-8")
+            if id_file.exists()
+            else os.environ.get("WANDB_RUN_ID"),
             "resume": "allow",
         }
         settings = {**_finish_settings(), **given.get("settings", {})}
         config_of_run = {**program, **given.get("config", {})}
         keywords = {**ours, **given, "config": config_of_run, "settings": settings}
         with _explained():
-            self._run = _imported().init(**keywords)
-        write_atomic(id_file, self._run.id.encode())
+            run = _imported().init(**keywords)
+            if (folder / PROGRAM_FILE).is_file():
+                run.save(str(folder / PROGRAM_FILE), base_path=str(folder), policy="now")
+        write_atomic(id_file, run.id.encode())
+        return WandbRun(run)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> str | None:
-        """Log a row; returns why wandb did not take it, else None: no tracker ends a training."""
-        return _fault(lambda: self._run.log(values, step=step))
 
-    def record(self, step: int, label: str, record: Mapping[str, Any]) -> str | None:
-        """Log the figures of a finished stage as LABEL/NAME, and its samples as a table; returns as
-        log does."""
+class WandbRun:
+    """Run of wandb with the program as its config; a run that is continued keeps its id."""
+
+    def __init__(self, run: Any) -> None:
+        """run: as wandb.init gives it."""
+        self._run = run
+
+    def log(self, rows: Sequence[StepValues]) -> None:
+        """Log rows; wandb itself drops the steps that it already has."""
+        for step, values in rows:
+            self._run.log({"global_step": step, **values}, step=step)
+
+    def record(self, step: int, label: str, record: Mapping[str, Any]) -> None:
+        """Log the figures of a finished stage as LABEL/NAME, and its samples as a table."""
         values: dict[str, Any] = {"global_step": step, **flat(record, f"{label}/")}
         samples = record.get("samples")
         if samples:
             columns = list(samples[0])
             rows = [[str(sample.get(column, "")) for column in columns] for sample in samples]
             values[f"{label}/samples"] = _imported().Table(columns=columns, data=rows)
-        return self.log(step, values)
+        self._run.log(values, step=step)
 
-    def summarize(self, content: Mapping[str, Any]) -> str | None:
-        """Write the figures of summary.json into the run's summary; returns as log does."""
-        return _fault(lambda: self._run.summary.update(flat(content)))
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Log histograms under the names that wandb.watch gives them."""
+        histogram = _imported().Histogram
+        values = {name: histogram(np_histogram=tuple(h)) for name, h in histograms.items()}
+        self._run.log(values, step=step)
 
-    def finish(self, exit_code: int) -> str | None:
-        """End the run, which uploads what is left; returns why that failed, None if it did not.
+    def artifact(self, artifact: Artifact) -> None:
+        """Log a folder or file as a model artifact, whose newest version is `latest`."""
+        logged = _imported().Artifact(artifact.name, type="model", metadata=dict(artifact.metadata))
+        if artifact.path.is_dir():
+            logged.add_dir(str(artifact.path))
+        else:
+            logged.add_file(str(artifact.path))
+        self._run.log_artifact(logged, aliases=["latest", *["best"] * artifact.is_best])
+
+    def summarize(self, content: Mapping[str, Any]) -> None:
+        """Write the figures of summary.json into the run's summary."""
+        self._run.summary.update(flat(content))
+
+    def finish(self, *, failed: bool) -> None:
+        """End the run, which uploads what is left.
 
         Without a network that waits no longer than FINISH_S, and the rest stays on the disk.
         """
         folder = Path(self._run.dir).parent
         try:
-            self._run.finish(exit_code=exit_code)
+            self._run.finish(exit_code=int(failed))
         except TimeoutError:
             left = f"what is left was not uploaded in time and lies in {folder}"
-            return f"{left}; `wandb sync {folder}` sends it"
-        except Exception as error:
-            return _reason(error)
-        return None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | str]:
-    """Numbers and texts of a nested record by their path, "after/loss_nats"; lists are left out."""
-    values: dict[str, float | int | str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}{key}/")
-        elif isinstance(value, float | int | str):
-            values[f"{prefix}{key}"] = value
-    return values
-
-
-def _fault(call: Callable[[], object]) -> str | None:
-    """Why a call of wandb failed, None if it did not."""
-    try:
-        call()
-    except Exception as error:
-        return _reason(error)
-    return None
+            raise TimeoutError(f"{left}; `wandb sync {folder}` sends it") from None
 
 
 def _finish_settings() -> dict[str, Any]:
@@ -139,31 +177,6 @@ def _finish_settings() -> dict[str, Any]:
     known = _imported().Settings.model_fields
     given = {name for name in bounds if f"WANDB_{name.upper()}" in os.environ}
     return {name: value for name, value in bounds.items() if name in known and name not in given}
-
-
-def check(config: WandbConfig | None) -> None:
-    """InputError for what would stop wandb at the beginning of a run: names, mode, key, network."""
-    if config is None:
-        return
-    wandb = _imported()
-    given = config.keywords()
-    names = {"project": "project", "entity": "entity", "id": "run_id", "mode": "mode"}
-    with _explained():
-        wandb.Settings(**{field: given[key] for key, field in names.items() if key in given})
-        settings = wandb.setup().settings
-    if (config.mode or settings.mode) not in ("online", "run", "shared"):
-        return
-    host = urlsplit(settings.base_url)
-    if not _has_key(str(host.hostname)):
-        found = f"wandb has no API key for {host.hostname}, expected one"
-        raise InputError(f"log: {found}; run `wandb login`, set WANDB_API_KEY, {OFFLINE}")
-    fault = _unreachable(str(host.hostname), host.port or (80 if host.scheme == "http" else 443))
-    if fault is not None:
-        found = f"{host.hostname}, the server of wandb, can't be reached ({fault})"
-        raise InputError(f"log: {found}, expected a network; mend it, {OFFLINE}")
-    if "prompt" in inspect.signature(wandb.login).parameters:  # of wandb 0.23 and later
-        with _explained(), redirect_stderr(io.StringIO()):
-            wandb.login(prompt=False)
 
 
 def _imported() -> Any:
@@ -188,29 +201,11 @@ def _has_key(host: str) -> bool:
     return False
 
 
-def _unreachable(host: str, port: int) -> str | None:
-    """Why no connection to a server can be made, None if one can, or if a proxy makes it."""
-    if {"http", "https", "all"} & set(getproxies()):
-        return None
-    try:
-        socket.create_connection((host, port), timeout=REACH_S).close()
-    except OSError as error:
-        return str(error)
-    return None
-
-
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn whatever wandb raises into an InputError with its own words."""
     try:
         yield
     except Exception as error:
-        said = f"wandb says: {_reason(error)}"
+        said = f"wandb says: {reason(error)}"
         raise InputError(f"log: {said}; correct [log] wandb, {OFFLINE}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Words of an error on one line, without the address of a manual."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith("For further information")]
-    return " ".join(kept)[:REASON_CHARACTERS].rstrip(".") or type(error).__name__
