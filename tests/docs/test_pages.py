@@ -22,6 +22,10 @@ FAULTS = [
     ("```bash\ncargo build\n```", r"page.md:2: cargo is no command of minitune"),
     ("Text.\n```toml\n[[stage]]\nop = 'lora'\nrang = 4\n```", r"page.md:3: .*unknown field `rang`"),
     ("```toml\na = = 2\n```", r"page.md:2: .*line 1"),
+    (
+        "```bash\npython -m minitune show-sample lora -n 1\n```\n```text\nmask  9 x 0\n```",
+        r"page.md:5: show-sample",
+    ),
     ("```jsonl rows.jsonl\n{}\n{'a': 1}\n```", r"page.md:3: Expecting property name"),
 ]
 

@@ -1,7 +1,8 @@
 """Pages of the documentation, done as they say: a reader writes their files and runs their commands, at toy size.
 
 A fence ```toml mine.toml is a file that the reader writes. Lines of a ```bash fence that run minitune are run in this process,
-```python is executed, in one namespace a page, ```toml decodes, and each line of ```jsonl is JSON.
+```python is executed, in one namespace a page, ```toml decodes, and each line of ```jsonl is JSON. After a fence with show-sample
+alone, ```text are lines that it prints.
 """
 
 import contextlib
@@ -96,6 +97,7 @@ class Reader:
     def read(self, page: Path) -> dict:
         """Do all that a page says; returns the names that its Python defines. AssertionError with page and line for a fault."""
         names: dict = {}
+        shown = ""
         for block in blocks_of(page):
             if block.file:
                 (self.folder / block.file).parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +109,12 @@ class Reader:
             elif block.language == "python":
                 execute(block, names)
             elif block.language == "bash":
-                for line, command in commands_of(block):
-                    self.run(command, block.place(line))
+                outputs = [self.run(command, block.place(line)) for line, command in commands_of(block)]
+                shown = outputs[0] if "show-sample" in block.text and len(outputs) == 1 else ""
+            elif block.language == "text" and shown:
+                for number, line in enumerate(block.text.splitlines()):
+                    assert line in shown.splitlines(), f"{block.place(number)}: show-sample does not print this line"
+                shown = ""
         return names
 
     def run(self, command: str, place: str) -> str:
