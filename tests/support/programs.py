@@ -50,6 +50,12 @@ def toy(name: str, tiny: Path, out: Path, steps: int = 3) -> list[str]:
     words += [f"model.path={tiny / 'model'}"] if loaded.model.path else [f"model.config={tiny / 'shape.toml'}"]
     for key, source in loaded.data.items():
         words.append(f"data.{key}.path={tiny / ('text' if source.format == 'text' else Path(source.path).stem)}.jsonl")
+    return words + small_stages(loaded, tiny, steps)
+
+
+def small_stages(loaded: program.Program, tiny: Path, steps: int = 3) -> list[str]:
+    """Overrides that make the stages of a program small."""
+    words = []
     for stage in loaded.stage:
         label, fields = stage.label, stage.__struct_fields__
         if "steps" in fields:

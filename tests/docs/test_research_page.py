@@ -1,27 +1,22 @@
-"""The pages in docs/ are true: their snippets run, stay short, and compute what they say."""
-
-import re
+"""The snippets of docs/research.md stay short, and compute what they say."""
 
 import pytest
 import torch
 
 from minitune import tree
 from minitune.autodiff.value_and_grad import value_and_grad
-from minitune.models.mixers.mixer import Mixer
+from support.pages import blocks_of, executed
 from support.paths import ROOT
 
-PAGE = (ROOT / "docs/research.md").read_text("utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+PAGE = ROOT / "docs/research.md"
+SNIPPETS = [block.text for block in blocks_of(PAGE, "python")]
 
 
 @pytest.fixture(scope="module")
 def names() -> dict:
     """Names that the page's snippets define, run in order."""
     torch.manual_seed(0)
-    names: dict = {}
-    for snippet in SNIPPETS:
-        exec(compile(snippet, "docs/research.md", "exec"), names)
-    return names
+    return executed(PAGE)
 
 
 def test_every_example_is_short() -> None:
@@ -95,10 +90,3 @@ def test_the_hessian_vector_product_is_the_slope_of_the_gradient(names: dict) ->
     scale = max(float(s.abs().max()) for s in slopes)
     for product, slope in zip(tree.leaves(names["hessian_vector"]), slopes, strict=True):
         torch.testing.assert_close(product.double(), slope, rtol=0, atol=2e-3 * scale)
-
-
-def test_the_page_on_mixers_lists_what_a_mixer_declares() -> None:
-    page = (ROOT / "docs/mixers.md").read_text("utf-8")
-    assert re.findall(r"^\| `(\w+)\(", page, re.M) == list(Mixer._fields)
-    for path in re.findall(r"`((?:models|tests)/[\w/]+(?:\.py|/))`", page):
-        assert (ROOT / path).exists() or (ROOT / "minitune" / path).exists(), path

@@ -1,48 +1,31 @@
-"""README: its commands work, its snippets run and compute what they say, its pictures are those of the package."""
+"""README: its snippets compute what they say, its pictures are those of the package. test_pages.py runs its commands."""
 
-import io
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 from minitune import steps, tree
-from minitune.__main__ import main
 from minitune.algorithms.supervised import sft
-from minitune.cli.verbs import VERBS
 from minitune.io import paths
 from minitune.losses.registry import Loss
+from support.pages import blocks_of, commands_of, executed
 from support.paths import ROOT
-from support.programs import toy
 
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+PAGE = ROOT / "README.md"
+README = PAGE.read_text("utf-8")
 INSTALLS = ("pip install -e . && python -m minitune programs/lora.toml", "pip install -e '.[test]' && pytest")
-
-
-def blocks(kind: str) -> list[str]:
-    return [text for name, text in BLOCKS if name == kind]
-
-
-def commands() -> list[str]:
-    lines = (line.partition("  #")[0].strip() for text in blocks("bash") for line in text.splitlines())
-    return [line for line in lines if line]
 
 
 @pytest.fixture(scope="module")
 def names() -> dict:
-    """Names that the Python snippets define, run in order in one namespace."""
+    """Names that the Python snippets define."""
     torch.manual_seed(0)
-    names: dict = {}
-    for snippet in blocks("python"):
-        exec(compile(snippet, "README.md", "exec"), names)
-    return names
+    return executed(PAGE)
 
 
 def test_the_snippets_are_short() -> None:
-    opened, named = blocks("python")
+    opened, named = (block.text for block in blocks_of(PAGE, "python"))
     assert len(opened.strip().splitlines()) <= 20
     assert len(named.strip().splitlines()) <= 5
 
@@ -83,30 +66,10 @@ def test_every_step_that_the_readme_names_is_there() -> None:
     assert {f"{kind}_step" for kind in kinds - {"cross_entropy"}} <= named
 
 
-def test_every_command_is_known_and_those_of_minitune_run(
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for command in commands():
-        if command.startswith("pip install"):  # test_tools.py compares the second with .ci/run, test_main_job.py runs the program
-            assert command in INSTALLS
-            continue
-        words = shlex.split(command)
-        assert words[:3] == ["python", "-m", "minitune"], command
-        words = [word for word in words[3:] if not word.startswith(("model.path=", "data."))]
-        if words[0] == "chat":
-            monkeypatch.setattr("sys.stdin", io.StringIO("Two lamps to Oslo.\n"))
-            words += ["--max-new-tokens", "4"]
-        if words[0] == "finish":  # tests/programs/test_continued.py finishes a run that was stopped
-            assert words[0] in VERBS
-            continue
-        if words[0] in ("lora", "sft"):
-            words += toy(words[0], tiny, tmp_path)
-        assert main(words) == 0, capsys.readouterr().err
-    assert (tmp_path / "mine.toml").is_file()
+def test_the_two_commands_are_those_that_other_tests_run() -> None:
+    """test_tools.py compares the second with .ci/run, test_main_job.py runs the program of the first."""
+    commands = [command for block in blocks_of(PAGE, "bash") for _, command in commands_of(block)]
+    assert tuple(command for command in commands if command.startswith("pip")) == INSTALLS
 
 
 def test_the_table_of_programs_is_complete() -> None:
