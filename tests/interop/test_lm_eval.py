@@ -472,6 +472,46 @@ def test_what_a_user_gets_wrong_is_said(subject: Subject, tasks: Path, tmp_path:
         subject._replace(tokenizer=subject.tokenizer._replace(eos_id=None)).ours()
 
 
+def test_data_beside_a_task_file_are_found_from_any_folder(
+    subject: Subject, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = subject.evaluate(tasks, "multiple_choice")["tasks"]["multiple_choice"]["metrics"]
+    folder, elsewhere = tmp_path / "tasks", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    rows = tasks / "multiple_choice.jsonl"
+    shutil.copy(rows, tmp_path / "outside.jsonl")
+    for name, files in {
+        "one": {"test": "one.jsonl", "train": str(rows)},
+        "up": {"test": ["../outside.jsonl"], "train": "*.jsonl"},
+    }.items():
+        write_task(folder, "multiple_choice", DOCS[:1], task=name, dataset_kwargs={"data_files": files})
+        shutil.copy(rows, folder / f"{name}.jsonl")
+        lm_eval_tasks.check(folder, [name])
+        assert subject.evaluate(folder, name)["tasks"][name]["metrics"] == wanted
+    group = {"group": "all", "task": ["one", "up"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    assert subject.evaluate(folder, "all")["tasks"]["all"]["metrics"]["acc"]["value"] == wanted["acc"]["value"]
+
+    # a mistake is still said with the task's file
+    write_task(
+        folder,
+        "multiple_choice",
+        DOCS[:1],
+        task="one",
+        dataset_kwargs={"data_files": {"test": "one.jsonl"}},
+        fewshot_split=None,
+        doc_to_text="{{q",
+    )
+    with pytest.raises(InputError, match=r"lm_eval: .*/tasks/one\.yaml: .*TemplateSyntaxError"):
+        lm_eval_tasks.check(folder, ["one"])
+    # and a file that is nowhere is none
+    write_task(folder, "multiple_choice", DOCS[:1], task="gone", dataset_kwargs={"data_files": {"test": "nowhere.jsonl"}})
+    with pytest.raises(InputError, match="lm_eval: the data of gone can't be read"):
+        lm_eval_tasks.check(folder, ["gone"])
+
+
 MISTAKES = {  # in a task file -> what lm_eval, datasets or jinja say
     "column": ({"doc_to_text": "{{question}}", "doc_to_target": "nowhere"}, ""),
     "metric": ({"metric_list": [{"metric": "accuracyy"}]}, "accuracyy"),

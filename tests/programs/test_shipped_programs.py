@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +26,8 @@ from minitune.programs.stages.quantize import Quantize
 from support.models import random_params
 from support.programs import COMMAND, SHIPPED, TINY, rows_without_time, spawn, toy, wait_for_step, weights
 
+HARNESS_METRICS = {"orders_choice": ["acc"], "orders_json": ["exact_match"]}
+
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -37,7 +40,8 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
     output = capsys.readouterr().out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trains = [stage for stage in loaded.stage if isinstance(stage, train.Train)]
-    assert [(row["stage"], row["step"]) for row in rows] == [(stage.label, n) for stage in trains for n in (1, 2, 3)]
+    steps = dict.fromkeys((row["stage"], row["step"]) for row in rows)  # an adapter of a sweep has rows of its own
+    assert list(steps) == [(stage.label, n) for stage in trains for n in (1, 2, 3)]
     if trains:
         assert summary["steps"] == 3
         assert summary["tokens_per_s"] > 0
@@ -52,6 +56,14 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
             assert record["model_bytes"] > 2**10
             assert len(record["samples"]) == 3
             assert f"{record['loss_nats']:.4f}" in output
+        if isinstance(stage, evaluate.Harness):
+            assert all(task["n_samples"] == 5 for task in record["tasks"].values())
+            assert {name: list(task["metrics"]) for name, task in record["tasks"].items()} == HARNESS_METRICS
+        if isinstance(stage, train.Train) and stage.sweep:
+            losses = [adapter["best_heldout_nats"] for adapter in record["adapters"]]
+            best = losses.index(min(losses))
+            assert record["best_adapter"] == best
+            assert f"adapter {best} goes on (optimizer.lr = {stage.sweep['optimizer.lr'][best]})" in output.replace("\n", "")
         if isinstance(stage, Quantize):
             assert 2**10 < record["bytes_after"] < record["bytes_before"]
         if isinstance(stage, (save.Save, save.Export, generate.Generate)):
@@ -59,6 +71,12 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
             assert f"{record['what']} in {record['path']}" in output.replace("\n", "")
         if isinstance(stage, save.Save):
             assert list(Path(record["path"]).glob("*.safetensors"))
+
+
+def test_without_lm_eval_check_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["check", "harness"]) == 2
+    assert "lm_eval is not installed, this needs the extra eval: pip install 'minitune[eval]'" in capsys.readouterr().err
 
 
 def test_what_a_lora_run_saves_are_the_same_weights_three_times(tiny: Path, tmp_path: Path) -> None:

@@ -61,8 +61,10 @@ def small_stages(loaded: program.Program, tiny: Path, steps: int = 3) -> list[st
         if "steps" in fields:
             words += [f"{label}.steps={steps}", f"{label}.batch_size=4", f"{label}.save_every=2"]
             words += [f"{label}.evaluate.every=2", f"{label}.evaluate.batch_size=16"] if stage.evaluate else []
+        if "limit" in fields:
+            words.append(f"{label}.limit=5")
         if "max_new_tokens" in fields:
-            words += [f"{label}.limit=5", f"{label}.max_new_tokens=4"]
+            words.append(f"{label}.max_new_tokens=4")
         if "model" in fields and not stage.model.path.startswith("run/"):
             words.append(f"{label}.model.path={tiny / 'model'}")
         if "method" in fields and hasattr(stage.method, "rows"):
