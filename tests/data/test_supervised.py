@@ -393,7 +393,7 @@ def test_other_keys_of_a_message_stay() -> None:
         (INSTRUCT, b'{"instruction": "i"', "JSON|truncated"),
         (INSTRUCT, b"[1]", "holds a list, expected one JSON object a line; correct the line"),
         (INSTRUCT, b"[" * 100_000, "expected one JSON object a line; correct the line"),
-        (INSTRUCT, b'{"instruction": "\xff"}', "expected one JSON object a line; correct the line"),
+        (INSTRUCT, b'{"instruction": "\xff"}', "holds the byte 0xff .*, expected one JSON object a line; save the file as UTF-8"),
         (
             INSTRUCT,
             b'{"output": "o"}',
