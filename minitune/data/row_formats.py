@@ -72,7 +72,7 @@ def described(formats: Sequence[str]) -> str:
 
 
 def advice(row: Mapping[str, Any], name: str, format: str, columns: Mapping[str, str]) -> str:
-    """What to do about a row without the column `name` of its format."""
+    """Return what to do about a row without the column `name` of its format."""
     key = columns.get(name, name)
     inside = next((field for field, rows in row.items() if _holds_rows_with(rows, key)), None)
     if inside is not None:
