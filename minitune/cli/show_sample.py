@@ -15,6 +15,7 @@ from rich.text import Text
 from minitune.cli.options import OptionParser
 from minitune.data import preference
 from minitune.data.encoded_rows import Refused
+from minitune.data.readers import require_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
@@ -65,6 +66,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
         if options.data in (None, name):
             here = source.with_paths(locate)
             for part in here.parts():
+                require_rows(part)
                 _show_file(screen, name, part, text, template, options.n)
     return 0
 

@@ -9,21 +9,44 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from minitune.data.encodings import UTF8_BOM, as_utf8, marked_encoding, refuse_binary
 from minitune.errors import InputError
 
-FileKind = Literal["lines", "list", "csv", "tsv", "parquet", "arrow"]
+FileKind = Literal["lines", "list", "objects", "text", "csv", "tsv", "parquet", "arrow"]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSED = (".gz", ".zst")
 EXPECTED = "a jsonl, json, csv, tsv, parquet or arrow file"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-UTF8_BOM = b"\xef\xbb\xbf"
-# First bytes of what is no data file, and what to do with it.
+# First bytes of what is no data file, what it is, and what to do with it.
 OTHERS = {
-    b"\xff\xfe": ("is text in UTF-16", "save it as UTF-8"),
-    b"\xfe\xff": ("is text in UTF-16", "save it as UTF-8"),
-    b"PK\x03\x04": ("is a zip archive or a spreadsheet", "unpack it, or save the sheet as csv"),
-    b"version https://git-lfs": ("is a git-lfs pointer, not the file itself", "run git lfs pull"),
-    b"\x80\x04": ("is a pickle, which can run code", "write it as jsonl"),
+    rb"PK\x03\x04": (
+        "is a zip archive or a document of an office program (xlsx, docx, ods)",
+        "unpack it, save a sheet as csv, and a text as txt",
+    ),
+    rb"\xd0\xcf\x11\xe0": (
+        "is a document of an old office program (xls, doc)",
+        "save a sheet as csv, and a text as txt",
+    ),
+    rb"%PDF-": ("is a PDF", "take its text out, and save that as txt or jsonl"),
+    rb"\{\\rtf": ("is a document (rtf)", "save its text as txt"),
+    rb"(?i:\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b)": (
+        "is a web page (HTML)",
+        "fetch the file itself, which the page may link to, or save the page's text as txt",
+    ),
+    rb"\s*<\?xml\b": ("is XML", "write its rows as jsonl"),
+    rb"version https://git-lfs": (
+        "is a git-lfs pointer, not the file itself",
+        "run git lfs pull",
+    ),
+    rb"\x80[\x02-\x05]": ("is a pickle, which can run code", "write it as jsonl"),
+    rb"\x93NUMPY": ("is a NumPy array", "write it as jsonl"),
+    rb"SQLite format 3\x00": ("is a SQLite database", "save a table of it as csv"),
+    rb".{257}ustar": ("is a tar archive", "unpack it"),
+    rb"BZh[1-9]|\xfd7zXZ|7z\xbc\xaf|Rar!": (
+        "is an archive or compressed (bzip2, xz, 7z, rar)",
+        "unpack it, or compress it as gz or zst",
+    ),
 }
 # A data set of the Hub as other tools name it: OWNER/NAME alone or after hub: or hf://datasets/.
 HUB_NAME = re.compile(r"(?:hub:|hf:/+(?:datasets/)?)?([\w-][\w.-]*/[\w-][\w.-]*)$")
@@ -93,7 +116,7 @@ def kind_of(path: Path) -> FileKind:
     with opened(path) as file:
         start = file.read(4096)
     for magic, (found, advice) in OTHERS.items():
-        if start.startswith(magic):
+        if re.match(magic, start.removeprefix(UTF8_BOM), re.DOTALL):
             raise InputError(f"data: {path} {found}, expected {EXPECTED}; {advice}")
     if start.startswith(b"PAR1"):
         return "parquet"
@@ -101,27 +124,36 @@ def kind_of(path: Path) -> FileKind:
         return "arrow"
     if suffix == ".parquet":
         return "parquet"
-    if start.count(0) > len(start) // 4:
-        raise InputError(f"data: {path} is text in UTF-16, expected {EXPECTED}; save it as UTF-8")
+    refuse_binary(start, path, EXPECTED)
     if suffix == ".csv":
         return "csv"
     if suffix == ".tsv":
         return "tsv"
-    return _kind_of_json(start.removeprefix(UTF8_BOM), suffix)
+    return _kind_of_text(start.removeprefix(UTF8_BOM), suffix, path)
 
 
-def _kind_of_json(start: bytes, suffix: str) -> FileKind:
-    """Kind of a file of JSON: a list of objects whatever it is called, or an object a line."""
-    if not start.lstrip().startswith(b"["):
-        return "lines"
-    # A list begins with an object; lines that hold lists are refused one by one.
+def _kind_of_text(start: bytes, suffix: str, path: Path) -> FileKind:
+    """Kind of a file of JSON, whatever it is called, or of plain text.
+
+    JSON is a list of objects, an object a line, or objects that go over lines.
+    """
+    if re.match(rb"\s*\{[ \t]*\r?\n", start):
+        return "objects"
     begins_list = re.match(rb"\s*\[\s*(\{|\]|$)", start)
-    return "list" if suffix == ".json" or begins_list else "lines"
+    if begins_list or (suffix == ".json" and start.lstrip().startswith(b"[")):
+        return "list"
+    # Lines that hold lists are refused one by one.
+    if start.lstrip().startswith(b"{") or suffix in ("", ".jsonl", ".json"):
+        return "lines"
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    found = f"data: {path} begins with no JSON, and is of no kind that ends in {suffix}"
+    raise InputError(f"{found}, expected {EXPECTED}; write its rows as jsonl")
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a data file as bytes, without its compression and the byte order mark of UTF-8.
+    """Open a data file as bytes, without its compression; text in UTF-16 comes as UTF-8.
 
     InputError if there is no such file, and for a damaged archive.
     """
@@ -132,7 +164,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             start = raw.read(4)
             raw.seek(0)
             with _decompressed(raw, start, path) as file:
-                yield file
+                start = file.read(4)
+                file.seek(0)
+                encoding = marked_encoding(start)
+                yield file if encoding is None else BytesIO(as_utf8(file.read(), encoding, path))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         found = f"data: {path} {error}"
         raise InputError(f"{found}, expected a gzip file; fetch the file again") from None

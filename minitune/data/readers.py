@@ -1,5 +1,6 @@
 """Rows of data files, each with the location that an error message names."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +10,14 @@ from typing import Any
 
 import msgspec
 
-from minitune.data.files import UTF8_BOM, FileKind, data_files, kind_of, opened
+from minitune.data.encodings import UTF8_BOM, decoded, not_utf8
+from minitune.data.files import FileKind, data_files, kind_of, opened
 from minitune.data.source import Source
 from minitune.data.tables import arrow_rows, csv_rows, parquet_rows
-from minitune.errors import InputError
+from minitune.errors import InputError, nearest
 
 NO_JSON_NUMBER = re.compile(rb"[:,\[\s](-?Infinity|NaN)\b")  # as Python's json writes them
+BLANKS = re.compile(r"\s*")
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
@@ -45,11 +48,35 @@ def first_row(path: Path) -> dict[str, Any]:
 
 
 def require_rows(source: Source) -> None:
-    """InputError unless every file of a source begins with a row, or with one that it skips."""
+    """InputError unless every file of a source begins with a row, or with one that it skips, and
+    each column that the source names is in a row of them.
+    """
     for file in source.files():
         _, row = next(_rows_of_file(file))
         if source.invalid == "refuse":
             _required(row)
+    _require_columns(source)
+
+
+def _require_columns(source: Source) -> None:
+    """InputError for a name in `columns` that is no column of any row; most rows have all."""
+    missing = {name for name in source.columns.values() if name}
+    found: dict[str, None] = {}
+    for file in source.files():
+        for _, row in _whole_rows(file):
+            if not missing:
+                return
+            if not isinstance(row, InputError):
+                found |= dict.fromkeys(row)
+                missing -= row.keys()
+    for name, column in source.columns.items():
+        if column in missing:
+            has = f"data: {source.path_names} has no column {column!r} in any row"
+            near = nearest(column, [*found]) or "; correct the name, or leave it out"
+            raise InputError(
+                f"{has} (only {', '.join(found) or 'nothing'}), expected the column that columns = "
+                f'{{ {name} = "{column}" }} names{near}'
+            )
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[int, RowOrError]]:
@@ -57,16 +84,23 @@ def _rows_of_file(path: Path) -> Iterator[tuple[int, RowOrError]]:
 
     In place of a row that can't be read, where the next ones can, stands its InputError.
     """
+    for number, row in _whole_rows(path):
+        yield number, row if isinstance(row, InputError) else present(row)
+
+
+def _whole_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
+    """Yield (number, row) of one file, with the values that are null."""
     readers: dict[FileKind, Callable[[Path], Iterator[tuple[int, RowOrError]]]] = {
         "lines": _line_rows,
         "list": _list_rows,
+        "objects": _object_rows,
+        "text": _text_row,
         "csv": csv_rows,
         "tsv": partial(csv_rows, delimiter="\t"),
         "parquet": parquet_rows,
         "arrow": arrow_rows,
     }
-    for number, row in readers[kind_of(path)](path):
-        yield number, row if isinstance(row, InputError) else present(row)
+    yield from readers[kind_of(path)](path)
 
 
 def _required(row: RowOrError) -> dict[str, Any]:
@@ -129,6 +163,7 @@ def _list_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
     try:
         rows = msgspec.json.decode(content, type=list[msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        decoded(content, path)  # which names the line of an encoding that is none
         stop = re.search(r"\(byte (\d+)\)", str(error))
         number = 1 + content.count(b"\n", 0, int(stop[1]) if stop else len(content))
         raise InputError(
@@ -147,6 +182,44 @@ def _list_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
         yield number, _object(row, path, number, expected)
         number += row.count(b"\n")
         end = start + len(row)
+
+
+def _object_rows(path: Path) -> Iterator[tuple[int, RowOrError]]:
+    """Rows of a file of objects that go over several lines each, as indent = 4 writes them."""
+    with opened(path) as file:
+        content = file.read().removeprefix(UTF8_BOM)
+    text = decoded(content, path)
+    decoder = json.JSONDecoder()
+    end = _after_blanks(text, 0)
+    number, counted = 1, 0
+    while end < len(text):
+        start = end
+        number, counted = number + text.count("\n", counted, start), start
+        try:
+            _, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            found = f"data: {path}:{error.lineno} {error.msg}"
+            expected = f"one JSON object after the other (this one begins in line {number})"
+            raise InputError(f"{found}, expected {expected}; correct the line") from None
+        except RecursionError:
+            raise InputError(f"data: {path}:{number} is nested too deeply, expected rows") from None
+        yield number, _object(text[start:end].encode(), path, number, "JSON objects")
+        end = _after_blanks(text, end)
+
+
+def _after_blanks(text: str, start: int) -> int:
+    """Place of the first character from start on that is no blank."""
+    blanks = BLANKS.match(text, start)
+    return blanks.end() if blanks else start
+
+
+def _text_row(path: Path) -> Iterator[tuple[int, RowOrError]]:
+    """Row of a file of plain text, which is one text."""
+    with opened(path) as file:
+        text = decoded(file.read().removeprefix(UTF8_BOM), path)
+    if not text.strip():
+        raise InputError(f"data: {path} holds no text, expected some; correct the path")
+    yield 1, {"text": text}
 
 
 def present(value: Any) -> Any:
@@ -176,6 +249,9 @@ def _object(text: bytes, path: Path, number: int, expected: str) -> RowOrError:
 
 def _explain(text: bytes, error: Exception) -> tuple[str, str]:
     """(what was found, what to do) for a text that is no JSON."""
+    encoding = not_utf8(text)
+    if encoding is not None:
+        return encoding
     number = NO_JSON_NUMBER.search(text)
     if number is not None:
         return f"holds {number[1].decode()}, which is no JSON", "write null or leave the key out"

@@ -8,28 +8,13 @@ from typing import Any, Literal
 import msgspec
 
 from minitune.data.files import data_files
+from minitune.data.row_formats import COLUMNS, advice
 from minitune.errors import InputError, nearest
 from minitune.text.conversation import TrainOn
 from minitune.types import OpenUnitInterval, PositiveInt
 
 # Formats whose rows are preferences: two answers to a prompt, or single answers that are labelled.
 PREFERENCE_FORMATS = ("pairs", "unpaired")
-COLUMNS = {
-    "instruct": ("instruction", "input", "output", "system", "history", "tools", "weight"),
-    "chat": ("messages", "tools", "system", "history", "weight"),
-    "text": ("text", "weight"),
-    "pairs": ("prompt", "chosen", "rejected", "tools", "system", "history"),
-    "unpaired": (
-        "prompt",
-        "completion",
-        "label",
-        "chosen",
-        "rejected",
-        "tools",
-        "system",
-        "history",
-    ),
-}
 EXPECTED = {
     str: "a string",
     list: "a list of messages",
@@ -226,13 +211,15 @@ def column(
     if key not in row:
         raise InputError(
             f'data: {where} has no "{key}" (only {", ".join(row) or "nothing"}), expected '
-            f"{expected}; "
-            f'name the column with columns = {{ {name} = "..." }}'
+            f"{expected}; {advice(row, name, source.format, source.columns)}"
         )
     if not isinstance(row[key], kinds):
+        # pandas writes a table column by column, each an object of its rows' numbers
+        is_whole_column = isinstance(row[key], dict) and "0" in row[key]
+        remedy = 'write rows: to_json(FILE, orient="records", lines=True)'
         raise InputError(
-            f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; correct '
-            "the line"
+            f'data: {where} "{key}" is a {type(row[key]).__name__}, expected {expected}; '
+            f"{remedy if is_whole_column else 'correct the line'}"
         )
     return row[key]
 

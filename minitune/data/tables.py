@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from minitune.data.encodings import decoded
 from minitune.data.files import opened
 from minitune.errors import InputError
 
@@ -44,8 +45,10 @@ def csv_rows(
                     yield number, _csv_row(names, fields, f"{path}:{number}")
                 number = rows.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
+        with opened(path) as file:
+            decoded(file.read(), path)  # which names the line of an encoding that is none
         found = f"data: {path}:{number} {error}"
-        raise InputError(f"{found}, expected csv in UTF-8; correct it or write jsonl") from None
+        raise InputError(f"{found}, expected csv; correct it or write jsonl") from None
     if is_empty:
         found = f"data: {path} holds no row"
         raise InputError(f"{found}, expected names of columns and rows; correct the path")

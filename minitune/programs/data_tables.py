@@ -1,44 +1,17 @@
 """Data tables of a program, completed: formats found from the columns, and held-out rows."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from minitune.data.readers import first_row
-from minitune.errors import InputError
+from minitune.data.row_formats import ROW_FORMATS, described, example, format_of
+from minitune.data.source import Source
+from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
+from minitune.programs.state import AbstractState
 
 AUTO = "auto"
 HELDOUT = "heldout"  # table of the rows that `holdout` keeps apart
-
-
-class RowFormat(NamedTuple):
-    """Format of a data table, and the names that its columns have in the file."""
-
-    format: str
-    columns: Mapping[str, str] = MappingProxyType({})
-
-
-# Columns by which a format is recognised; the first that a row has all of says which it is.
-ROW_FORMATS: dict[tuple[str, ...], RowFormat] = {
-    ("messages",): RowFormat("chat"),
-    ("conversations",): RowFormat("chat"),
-    ("prompt", "chosen", "rejected"): RowFormat("pairs"),
-    ("chosen", "rejected"): RowFormat("pairs"),
-    ("prompt", "completion", "label"): RowFormat("unpaired"),
-    ("instruction", "output"): RowFormat("instruct"),
-    ("prompt", "completion"): RowFormat("chat"),
-    ("instruction", "response"): RowFormat("instruct", {"output": "response"}),
-    ("prompt", "response"): RowFormat("instruct", {"instruction": "prompt", "output": "response"}),
-    ("question", "answer"): RowFormat("instruct", {"instruction": "question", "output": "answer"}),
-    ("query", "response"): RowFormat("instruct", {"instruction": "query", "output": "response"}),
-    ("problem", "solution"): RowFormat(
-        "instruct",
-        {"instruction": "problem", "output": "solution"},
-    ),
-    ("input", "output"): RowFormat("instruct", {"instruction": "input"}),
-    ("text",): RowFormat("text"),
-}
 
 
 def completed(
@@ -101,14 +74,34 @@ def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any
     if not isinstance(path, str):
         return {**table, "format": "text"}  # decoding says what is wrong with the path
     place = locate(path)
-    names = set(first_row(place))
-    for needed, shown in ROW_FORMATS.items():
-        if names.issuperset(needed):
-            columns = {**shown.columns, **table.get("columns", {})}
-            return {**table, "format": shown.format, **({"columns": columns} if columns else {})}
+    names = first_row(place).keys()
+    shown = format_of(names)
+    if shown is not None:
+        columns = {**shown.columns, **table.get("columns", {})}
+        return {**table, "format": shown.format, **({"columns": columns} if columns else {})}
     known = "; ".join(" and ".join(needed) for needed in ROW_FORMATS)
     raise InputError(
         f"{where(name, 'format')}: data.{name}.format is 'auto', but the first row of {place} has "
         f"the columns {', '.join(sorted(names))}, expected {known}; "
         f"write data.{name}.format, and its data.{name}.columns"
     )
+
+
+def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
+    """Data table that a stage asks for by name; InputError if there is none, or one of another
+    format.
+    """
+    if name not in abstract.data:
+        known = ", ".join(abstract.data) or "the program has none"
+        raise InputError(
+            f"loading: stage {label} asks for data {name!r}, expected a [data] table: "
+            f"{known}{nearest(name, [*abstract.data])}"
+        )
+    source = abstract.data[name]
+    if source.format not in formats:
+        raise InputError(
+            f"loading: stage {label} asks for data {name!r}, which has format {source.format!r}, "
+            f"expected {described(formats)}; for such rows under other names write "
+            f'data.{name}.format = "{formats[0]}" and its {example(formats[0])}'
+        )
+    return source

@@ -145,25 +145,6 @@ def _check_device(source: ModelSource) -> None:
     )
 
 
-def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
-    """Data table that a stage asks for by name; InputError if there is none, or one of another
-    format.
-    """
-    if name not in abstract.data:
-        known = ", ".join(abstract.data) or "the program has none"
-        raise InputError(
-            f"loading: stage {label} asks for data {name!r}, expected a [data] table: "
-            f"{known}{nearest(name, [*abstract.data])}"
-        )
-    source = abstract.data[name]
-    if source.format not in formats:
-        raise InputError(
-            f"loading: stage {label} asks for data {name!r}, which has format {source.format!r}, "
-            f"expected {' or '.join(formats)}"
-        )
-    return source
-
-
 def open_pipeline(
     source: ModelSource,
     sources: Mapping[str, Source],

@@ -8,7 +8,7 @@ as a list of named ones, and folders of old processors in chat_template.json.
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minitune.errors import InputError, quoted
 from minitune.io.json_file import read_json_object
@@ -59,12 +59,19 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the names and contents of all files that say how texts become tokens."""
-    digests = []
+    """SHA-256 of all that says how texts become tokens: names and contents of its files, and the
+    family that config.json names.
+    """
+    digests: list[Any] = [model_type(folder)]
     for file in text_files(folder):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         digests.append((file.relative_to(folder).as_posix(), digest))
     return hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+def model_type(folder: Path) -> Any:
+    """Family that config.json names, which some tokenizers are read by; None without one."""
+    return read_json_object(folder / "config.json", "tokenizer", optional=True).get("model_type")
 
 
 def _additional(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
+from minitune.text.folder_files import model_type
 from minitune.text.ranks import ROLES, holds_ranks, ranks_to_spec
 from minitune.text.sentencepiece import open_sentencepiece
 from minitune.text.tokenizer_json import (
@@ -53,7 +54,7 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
 
     It does if the model is damaged, and if the two disagree about the prefix of text after a token.
     """
-    family = _family(model.parent)
+    family = model_type(model.parent)
     # As in transformers: without a word on it, only Llama's tokenizer leaves the prefix away.
     is_other = family not in (None, "llama") and config.get("legacy") is not False
     try:
@@ -80,11 +81,6 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
     return vocabulary
 
 
-def _family(folder: Path) -> Any:
-    """model_type of a folder's config.json, None without one."""
-    return read_json_object(folder / "config.json", "tokenizer", optional=True).get("model_type")
-
-
 def _is_llama(folder: Path, config: Mapping[str, Any]) -> bool:
     """Return True if AutoTokenizer takes the class of Llama's tokenizer for a folder."""
-    return _family(folder) in (None, "llama") and config.get("tokenizer_class") in LLAMA_CLASSES
+    return model_type(folder) in (None, "llama") and config.get("tokenizer_class") in LLAMA_CLASSES

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from minitune.data.files import data_files
-from minitune.data.readers import read_rows, rows_with_location
-from minitune.data.source import MixtureComponent, Source
+from minitune.data.readers import first_row, read_rows, require_rows, rows_with_location
+from minitune.data.source import MixtureComponent, Source, column
 from minitune.errors import InputError
 
 ROWS = [{"text": 'two, "apples"\nand é'}, {"text": "pears"}, {"text": ""}]
@@ -47,6 +48,13 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "bom.json": lambda path: path.write_text(json.dumps(ROWS), "utf-8-sig"),
     "list.jsonl": lambda path: path.write_text(json.dumps(ROWS, indent=2), "utf-8"),
     "one_line.jsonl": lambda path: path.write_text(json.dumps(ROWS), "utf-8"),
+    "indented.jsonl": lambda path: path.write_text("\n\n".join(json.dumps(row, indent=4) for row in ROWS), "utf-8"),
+    "list_in.txt": lambda path: path.write_text(json.dumps(ROWS), "utf-8"),
+    "utf16.jsonl": lambda path: path.write_text(LINES, "utf-16"),
+    "utf16_be.json": lambda path: path.write_bytes(b"\xfe\xff" + json.dumps(ROWS).encode("utf-16-be")),
+    "utf32.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode("utf-32"))),
+    "utf16.csv": lambda path: write_csv(path, encoding="utf-16"),
+    "utf16.tsv": lambda path: write_csv(path, "\t", encoding="utf-16"),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
     "a.json.GZ": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "a.jsonl.zst": write_zstd,
@@ -122,15 +130,55 @@ def test_a_list_of_paths_is_refused_where_it_can_mean_nothing(tmp_path: Path) ->
 
 
 REFUSED: list[tuple[str, bytes, str]] = [
-    ("a.jsonl", LINES.encode("utf-16"), "is text in UTF-16, expected a jsonl, .* save it as UTF-8"),
-    ("a.csv", LINES.encode("utf-16-be"), "is text in UTF-16, expected a jsonl, .* save it as UTF-8"),
-    ("a.jsonl", b"PK\x03\x04rest", "is a zip archive or a spreadsheet"),
+    ("a.csv", LINES.encode("utf-16-be"), "is text in UTF-16 without its byte order mark, expected a jsonl, .* save it as UTF-8"),
+    ("a.jsonl", LINES.encode("utf-16")[:-1], "begins as UTF-16 and is none at byte 1.., expected UTF-16 to its end; save it"),
+    ("a.csv", bytes(range(32, 200)) + b"\0\1\0\2", r"holds the byte 0 \(at byte 168\), as no text does, expected"),
+    (
+        "a.csv",
+        b"text,n\na,1\n" + "caf\xe9,2\n".encode("latin-1"),
+        r":3 holds the byte 0xe9 \(byte 4 of the line\), which is no UTF-8 but 'é' in Windows-1252 .*, expected UTF-8; "
+        "save the file as UTF-8, as iconv -f WINDOWS-1252",
+    ),
+    (
+        "a.jsonl",
+        '{"text": "b"}\n{"text": "\u201cb\u201d"}'.encode("cp1252"),
+        r":2 holds the byte 0x93 \(byte 11 of .* but '“'",
+    ),
+    (
+        "a.json",
+        '[{"text": "b"},\n {"text": "\xfc"}]'.encode("cp1252"),
+        r":2 holds the byte 0xfc \(byte 11 of ",
+    ),
+    ("a.txt", b"pears\nand \x81", r":2 holds the byte 0x81 \(byte 5 of the line\), which is no UTF-8, expected UTF-8; save the"),
+    (
+        "a.jsonl",
+        b"PK\x03\x04rest",
+        r"is a zip archive or a document of an office program \(xlsx.*; unpack it, save a sheet",
+    ),
+    (
+        "a.xls",
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        r"is a document of an old office program \(xls, doc\), .*; save a sheet",
+    ),
+    ("a.pdf", b"%PDF-1.7\n%\xe2\xe3", "is a PDF, expected .*; take its text out"),
+    ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", r"is a web page \(HTML\), .*; fetch the file itself"),
+    ("a.html", b"<html lang=en>", r"is a web page \(HTML\)"),
+    ("a.xml", b'\xef\xbb\xbf<?xml version="1.0"?>', "is XML, .*; write its rows as jsonl"),
+    ("a.tar", bytes(257) + b"ustar", "is a tar archive, .*; unpack it"),
+    ("a.yaml", b"- text: a\n", r"begins with no JSON, and is of no kind that ends in \.yaml, .*; write its rows as jsonl"),
+    ("a.txt", b" \n", "holds no text, expected some"),
+    (
+        "a.jsonl",
+        b'{\n  "text": "a"\n}\n{\n  "text" "b"\n}',
+        r":5 Expecting ':' delimiter, .* \(this one begins in line 4\)",
+    ),
+    ("a.jsonl", b'{\n  "text": NaN\n}', ":1 holds NaN, which is no JSON"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer, not the file itself"),
     ("a.jsonl", b'{"text": "a", "score": NaN}\n', ":1 holds NaN, which is no JSON, .* write null or leave the key out"),
     ("a.jsonl", b'{"text": "a", "score": -Infinity}\n', ":1 holds -Infinity, which is no JSON"),
     ("a.jsonl", b'{"text": "\\ud83d"}\n', ":1 holds half of a surrogate pair, which is no character"),
     ("a.csv", b"text,n\na,1\nb\n", ":3 has 1 fields, expected the 2 of the first line"),
-    ("a.csv", b"text\n\xff\xfeb\n", "expected csv in UTF-8"),
+    ("a.csv", b"text\n\xff\xfeb\n", ":2 holds the byte 0xff"),
     ("a.csv", b"text,n,text\na,1,b\n", ":1 names the column 'text' twice, expected each once"),
     ("a.csv", b"text\n", "holds no row, expected names of columns and rows"),
     ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "expected a gzip file; fetch the file again"),
@@ -145,6 +193,68 @@ def test_what_is_no_data_is_named(name: str, content: bytes, message: str, tmp_p
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"^data: .*{name}.*({message})"):
         list(read_rows(tmp_path / name))
+
+
+def test_a_file_of_plain_text_is_one_text_whatever_is_in_it(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "Two\n\n[apples] <b>\n"), ("b.md", "[1] pears\n\n# é")):
+        (tmp_path / name).write_text(text, "utf-8")
+        assert list(read_rows(tmp_path / name)) == [(1, {"text": text})]
+        with pytest.raises(InputError, match=rf'{name}:1 has no "messages" \(only text\), .* or write format = "text"$'):
+            column(dict(first_row(tmp_path / name)), "messages", (list,), Source("a", "chat", 8), f"{name}:1")
+
+
+def test_rows_of_indented_objects_are_named_by_the_line_that_they_begin_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, indent=1) + "\n \n" for row in ROWS), "utf-8")
+    assert [number for number, _ in read_rows(tmp_path / "a.jsonl")] == [1, 5, 9]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("key", ["output", "system", "weight", "history", "tools"])
+def test_a_column_that_no_row_has_is_refused_with_near_names(name: str, key: str, tmp_path: Path) -> None:
+    rows = [{"instruction": "two", "output": "pears", "sys_prompt": None}, {"instruction": "two", "late": "b"}]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(
+            pa.Table.from_pylist([{**dict.fromkeys(["instruction", "output", "sys_prompt", "late"]), **row} for row in rows]),
+            path,
+        )
+    elif name.endswith("csv"):
+        path.write_text("instruction,output,sys_prompt,late\ntwo,pears,,\n,,,b\n", "utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    for column_name in ("sys_prompt", "late", "" if key == "weight" else "late"):
+        require_rows(Source(str(path), "instruct", 8, columns={key: column_name}))  # some row has it
+    wrong = Source(str(path), "instruct", 8, columns={"instruction": "instruction", key: "sys_promt"})
+    found = r"no column 'sys_promt' in any row \(only instruction, output, sys_prompt, late\)"
+    with pytest.raises(InputError, match=rf"^data: .*{name} has {found}, expected .* {key} = \"sys_promt\" .*; did you mean"):
+        require_rows(wrong)
+    far = msgspec.structs.replace(wrong, columns={key: "xyz"})
+    with pytest.raises(InputError, match=r"names; correct the name, or leave it out$"):
+        require_rows(far)
+
+
+QA = {"question": "a", "answer": "b"}
+NAMED = 'columns = { instruction = "question", output = "answer" }'
+ADVICE: list[tuple[Any, str, dict[str, Any], str]] = [
+    ("instruct", "instruction", QA, f"; write {NAMED}"),
+    ("chat", "messages", QA, f'; name its columns with columns = {{ messages = "..." }}, or write format = "instruct", {NAMED}'),
+    (
+        "pairs",
+        "chosen",
+        QA,
+        '; name its columns with columns = { prompt = "...", chosen = "...", rejected = "..." }, or write',
+    ),
+    ("instruct", "output", {"messages": []}, 'or write format = "chat"'),
+    ("instruct", "output", {"instruction": "a", "text": "b"}, '; name the column with columns = { output = "..." }'),
+    ("text", "text", {"v": 1, "data": [{"text": "a"}]}, '; its rows are the list "data": write that list alone into the file'),
+    ("instruct", "output", {"output": {"0": "a"}}, 'a string; write rows: to_json(FILE, orient="records", lines=True)'),
+]
+
+
+@pytest.mark.parametrize(("format", "name", "row", "advice"), ADVICE)
+def test_a_row_of_other_columns_is_told_what_to_type(format: Any, name: str, row: dict[str, Any], advice: str) -> None:
+    with pytest.raises(InputError, match=re.escape(advice)):
+        column(row, name, (str,), Source("a", format, 8), "a:1")
 
 
 def test_parquet_with_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from minitune.data.packing import epoch_rows, filled_rows
 from minitune.data.prompts import prompts, questions
 from minitune.data.readers import read_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
-from minitune.data.supervised import Dataset, batches, prepare, take
+from minitune.data.supervised import Dataset, batches, cache_key, prepare, take
 from minitune.data.token_store import Report
 from minitune.errors import InputError
 from minitune.io import paths
@@ -33,7 +33,7 @@ from minitune.text.chat import CHATML, encode_chat, encode_prompt, open_template
 from minitune.text.template import Template, compile_template
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import Batch
-from support.tokenizers import WORDS, llama
+from support.tokenizers import WORDS, llama, llama_config, sentencepiece_model, write_folder
 
 TOKENIZER, TEMPLATE = llama()[0], compile_template(CHATML, {"eos_token": "</s>"}, "chatml")
 
@@ -393,7 +393,7 @@ def test_other_keys_of_a_message_stay() -> None:
         (INSTRUCT, b'{"instruction": "i"', "JSON|truncated"),
         (INSTRUCT, b"[1]", "holds a list, expected one JSON object a line; correct the line"),
         (INSTRUCT, b"[" * 100_000, "expected one JSON object a line; correct the line"),
-        (INSTRUCT, b'{"instruction": "\xff"}', "expected one JSON object a line; correct the line"),
+        (INSTRUCT, b'{"instruction": "\xff"}', "holds the byte 0xff .*, expected one JSON object a line; save the file as UTF-8"),
         (
             INSTRUCT,
             b'{"output": "o"}',
@@ -499,3 +499,22 @@ def test_prompts_of_other_formats_are_refused(tmp_path: Path) -> None:
     path.write_text('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', encoding="utf-8")
     with pytest.raises(InputError, match=r"^data: .*f.jsonl:1 chat: chatml fails with"):
         prompts(Source(str(path), "chat", 8), TOKENIZER, TEMPLATE)
+
+
+def test_folders_that_differ_in_their_family_alone_share_no_tokens(tmp_path: Path) -> None:
+    """Llama's tokenizer writes no space after a special token where those of other families do."""
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "pears"}]
+    path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    config = llama_config()
+    del config["legacy"]
+    found = {}
+    for family in ("llama", "mistral"):
+        folder = write_folder(sentencepiece_model(True), config)
+        (folder / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
+        dataset = prepare(Source(str(path), "chat", 64), open_tokenizer(folder), TEMPLATE, tmp_path / "cache")
+        found[family] = dataset.tokens.tolist()
+        before = dataset.key
+        (folder / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 7}), encoding="utf-8")
+        assert cache_key(Source(str(path), "chat", 64), open_tokenizer(folder), TEMPLATE) == before  # as it changes no id
+    assert found["llama"] != found["mistral"]

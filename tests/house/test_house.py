@@ -23,7 +23,7 @@ EXTRAS = {  # imported in functions of these modules
     "huggingface_hub": "registry/hub",
     "mlflow": "trackers/mlflow",
     "trackio": "trackers/trackio",
-    **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks"),
+    **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks interop/lm_eval_data interop/lm_eval_index"),
 }
 
 MUTABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "bytearray"}

@@ -140,3 +140,21 @@ def test_a_program_for_ones_own_model_needs_a_folder_and_a_file_alone() -> None:
         text = (ROOT / f"programs/{name}.toml").read_text(encoding="utf-8")
         first = text.splitlines()[0]
         assert first.endswith(f"python -m minitune {name} model.path=FOLDER data.train.path=FILE")
+
+
+def test_preferences_on_questions_and_answers_name_the_columns_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = written(tmp_path, [{"question": f"{i}?", "answer": f"{i}."} for i in range(60)])
+    assert main(["check", str(SHIPPED["preference"]), f"data.train.path={path}"]) == 2
+    expected = "which has format 'instruct', expected pairs (prompt, chosen and rejected); for such rows under other names write "
+    named = 'data.train.format = "pairs" and its columns = { prompt = "...", chosen = "...", rejected = "..." }'
+    assert expected + named in capsys.readouterr().err
+    kto = ["train.loss.kind=kto", f"data.train.path={path}"]
+    assert main(["check", str(SHIPPED["preference"]), *kto]) == 2
+    assert "expected unpaired (prompt, completion and label)" in capsys.readouterr().err
+
+
+def test_a_column_that_no_row_has_is_refused_by_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = written(tmp_path, [{"question": f"{i}?", "answer": f"{i}.", "persona": "a"} for i in range(60)])
+    for verb in ("check", "show-sample"):
+        assert main([verb, str(SHIPPED["sft"]), f"data.train.path={path}", "data.train.columns.system=persone"]) == 2
+        assert "has no column 'persone' in any row (only question, answer, persona), " in capsys.readouterr().err

@@ -14,7 +14,7 @@ from minitune.inference.sampling import Sampling
 from minitune.inference.score import token_metrics
 from minitune.interop import lm_eval, lm_eval_tasks
 from minitune.io import paths
-from minitune.programs.loading import require_data
+from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
 from minitune.programs.stages.generate import answered, conversation_text

@@ -14,7 +14,7 @@ from minitune.io import paths
 from minitune.io.atomic import write_atomic
 from minitune.io.results import Result
 from minitune.models.compile import wrap
-from minitune.programs.loading import require_data
+from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.chat import encode_prompt

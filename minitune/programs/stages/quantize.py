@@ -14,7 +14,7 @@ from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.atomic import atomic_folder
 from minitune.io.checksums import damaged_file, write_checksums
-from minitune.programs.loading import require_data
+from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import tokenized
 from minitune.programs.state import AbstractState, PipelineState

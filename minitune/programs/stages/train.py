@@ -29,7 +29,8 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Constant, Schedule
 from minitune.optim.transforms import Chain
-from minitune.programs.loading import ModelSource, require_data
+from minitune.programs.data_tables import require_data
+from minitune.programs.loading import ModelSource
 from minitune.programs.stages import (
     loop_state,
     private_training,
@@ -121,8 +122,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             raise InputError(f"stages: {self.label} has {has}, expected one; write or remove one")
         if not abstract.adapted and not abstract.whole:
             raise InputError(
-                f"stages: {self.label} finds nothing to train, expected a lora or full stage "
-                "before it"
+                f"stages: {self.label} finds nothing to train, expected lora or full before it"
             )
         for name in (self.data, *([self.evaluate.data] if self.evaluate else [])):
             require_data(abstract, name, self.label, *self.loss.formats)
