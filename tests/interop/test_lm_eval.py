@@ -27,6 +27,7 @@ from minitune.errors import InputError
 from minitune.inference import generate
 from minitune.inference.score import continuations
 from minitune.interop import lm_eval, lm_eval_tasks
+from minitune.interop.lm_eval_model import HarnessModel
 from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models import Model
@@ -90,8 +91,12 @@ class Subject(NamedTuple):
 
     def ours(self, **changes: Any) -> Any:
         """It as lm_eval sees it."""
-        knobs = {"batch_size": 3, "max_length": None, "stop_ids": [self.end], **changes}
-        return lm_eval.language_model(self.model, self.params, self.tokenizer, self.template, **knobs)
+        return lm_eval.language_model(self.asked(**changes))
+
+    def asked(self, **changes: Any) -> HarnessModel:
+        """It with the usual knobs."""
+        knobs = {"batch_size": 3, "stop_ids": [self.end], **changes}
+        return HarnessModel(self.model, self.params, self.tokenizer, self.template, **knobs)
 
     def theirs(self, **changes: Any) -> HFLM:
         """The harness's own backend on the same folder."""
@@ -99,9 +104,8 @@ class Subject(NamedTuple):
 
     def evaluate(self, tasks: Path, *names: str, **changes: Any) -> dict[str, Any]:
         """lm_eval.evaluate with the usual knobs."""
-        knobs = {"n_shots": None, "chat_template": False, "system": None, "batch_size": 3, "limit": None, "max_length": None}
-        rest = {"tasks": names, "include": tasks, "stop_ids": [self.end], **knobs, **changes}
-        return lm_eval.evaluate(self.model, self.params, self.tokenizer, self.template, **rest)
+        knobs = {"n_shots": None, "chat_template": False, "system": None, "limit": None}
+        return lm_eval.evaluate(self.asked(), tasks=names, include=tasks, **{**knobs, **changes})
 
 
 def on_disk(folder: Path, tokenizer_folder: Path, end: int) -> Subject:
@@ -253,7 +257,7 @@ def test_results_are_plain_numbers_and_nothing_else_is_said(
     assert capfd.readouterr() == ("", "")
     assert os.environ["LOCAL_RANK"] == "1"
     assert "DISABLE_MULTIPROC" not in os.environ
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     settings = {**SETTINGS["plain"], "num_fewshot": 2, "limit": 5, "bootstrap_iters": lm_eval.BOOTSTRAP}
     wanted = run(subject.theirs(), tasks, "loglikelihood", "multiple_choice", **settings)["results"]

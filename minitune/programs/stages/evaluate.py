@@ -13,6 +13,7 @@ from minitune.errors import InputError
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import token_metrics
 from minitune.interop import lm_eval, lm_eval_tasks
+from minitune.interop.lm_eval_model import HarnessModel
 from minitune.io import paths
 from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
@@ -170,21 +171,24 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
             if others:
                 names = ", ".join(others)
                 state.log.say(f"{self.label}: {names} of generation_config.json is not applied")
-        results = lm_eval.evaluate(
+        asked = HarnessModel(
             loaded.model,
             adapted_params(state),
             loaded.tokenizer,
             loaded.template,
+            self.batch_size,
+            loaded.stop_ids,
+            self.max_length,
+            penalty,
+        )
+        results = lm_eval.evaluate(
+            asked,
             tasks=self.tasks,
             include=paths.locate(self.include) if self.include else None,
             n_shots=self.n_shots,
             chat_template=self.chat_template,
             system=self.system,
-            batch_size=self.batch_size,
             limit=self.limit,
-            max_length=self.max_length,
-            stop_ids=loaded.stop_ids,
-            repetition_penalty=penalty,
         )
         for task, result in results["tasks"].items():
             values = "  ".join(
