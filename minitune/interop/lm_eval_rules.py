@@ -12,7 +12,7 @@ from minitune.inference.sampling import Sampling
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 DEFAULT_NEW_TOKENS = 256  # the harness's own
 DRAWN = ("top_k", "top_p", "min_p")  # 0 is none of them
-KNOWN = {*NEW_TOKENS, *DRAWN, "until", "do_sample", "temperature", "repetition_penalty"}
+KNOWN = frozenset({*NEW_TOKENS, *DRAWN, "until", "do_sample", "temperature", "repetition_penalty"})
 
 
 class AnswerRules(NamedTuple):

@@ -15,6 +15,7 @@ from minitune.algorithms.supervised import sft
 from minitune.algorithms.unpaired import unpaired_preference
 from minitune.autodiff.value_and_grad import per_example, value_and_grad
 from minitune.errors import InputError
+from minitune.interop.peft.layout import Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
 from minitune.lora import Lora
@@ -93,7 +94,7 @@ def test_dropout_in_a_step_equals_peft_given_the_same_masks(tmp_path: Path) -> N
     params, batch = random_params(SMALL), random_batch(SMALL, 3, 13, packed=False)
     batch = batch._replace(segment_ids=torch.ones_like(batch.segment_ids))  # transformers sees no padding here
     trainable, rows = trained(RULE, params, torch.float32), seeded(batch, 2, 9)
-    save_adapter(tmp_path, trainable, RULE, base="base", fingerprint=None, quantization=None, names=params)
+    save_adapter(tmp_path, trainable, RULE, base=Base("base"), names=params)
     loss, grads = value_and_grad(sft(MODEL, RULE), has_aux=True)(trainable, params, rows)
 
     model = PeftModel.from_pretrained(reference(SMALL, params), tmp_path, is_trainable=True)

@@ -17,6 +17,7 @@ from minitune.__main__ import main
 from minitune.cli import chat
 from minitune.inference import generate
 from minitune.inference.generate import greedy
+from minitune.interop.peft.layout import Base
 from minitune.interop.peft.save import save_adapter
 from minitune.io import paths
 from minitune.lora import Lora
@@ -119,7 +120,7 @@ def test_an_adapter_is_applied_without_merging(talked: Any, loaded: LoadedModel,
     generator = torch.Generator().manual_seed(0)
     deltas = {name: Delta(torch.randn(4, in_, generator=generator), 0.1 * torch.randn(out, 4, generator=generator))}
     rule = Lora(rank=4, alpha=8.0, targets=(name,))
-    save_adapter(tmp_path / "deltas", deltas, rule, base="demo", fingerprint=None, quantization=None, names=loaded.params)
+    save_adapter(tmp_path / "deltas", deltas, rule, base=Base("demo"), names=loaded.params)
     merged = said(loaded, rule.merge(loaded.params, deltas), TURNS[0])
     assert merged != said(loaded, loaded.params, TURNS[0])
     assert talked(TURNS[0], options=("--deltas", str(tmp_path / "deltas")))[0] == f"{merged[0]}\n"

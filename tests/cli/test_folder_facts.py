@@ -27,6 +27,7 @@ from minitune.data import readers
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.errors import InputError
+from minitune.interop.peft.layout import Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
 from minitune.io import array_cache, paths
@@ -323,7 +324,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save_folder(folder, params, MODEL, checkpoint.FolderExtras(folder.parent, [3]), shard_bytes=8000)
     rule = Lora(3, 5.0, ("*.q_proj.weight", "*.up_proj.weight"), {"*.up_proj.weight": 2}, dora=True)
     deltas = rule.init(params, 0)
-    save_adapter(folder / "adapter", deltas, rule, base="a/b", fingerprint="f00d", quantization=None, names=params)
+    save_adapter(folder / "adapter", deltas, rule, base=Base("a/b", "f00d"), names=params)
     checkpoint.save_state(folder, 1, STATE, {"marks": {"step": 1}})
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", "weight": 1}]
     (folder / "rows.jsonl").write_text(2 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")

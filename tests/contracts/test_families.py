@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitune import checkpoint, models, tree
 from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.interop.peft.layout import Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
 from minitune.lora import Lora
@@ -162,7 +163,7 @@ def test_peft_reads_an_adapter_on_every_linear_map_and_we_read_it_back(name: str
     params, tokens, model = random_params(config, 3), random_batch(config, 2, 19).tokens, model_of(config)
     rule = Lora(2, 3.0, tuple(linear_maps(params)), {"*.layers.1.*": 3} if name not in WITH_EXPERTS else {}, rslora=True)
     deltas = random_deltas(params, rule)
-    save_adapter(tmp_path, deltas, rule, base="x", fingerprint=None, quantization=None, names=params)
+    save_adapter(tmp_path, deltas, rule, base=Base("x"), names=params)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(reference(config, params), tmp_path).eval()(tokens).logits
     assert distance(model.forward(rule.apply(params, deltas), tokens), theirs) <= ATOL

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from minitune import tree
 from minitune.errors import InputError
-from minitune.interop.peft.layout import CONFIG
+from minitune.interop.peft.layout import CONFIG, Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
 from minitune.lora import Lora, check_deltas
@@ -49,7 +49,7 @@ def moved(rule: Lora, params: dict[str, torch.Tensor]) -> Deltas:
 
 
 def save(folder: Path, deltas: Deltas, rule: Lora, names: Any) -> None:
-    save_adapter(folder, deltas, rule, base="x", fingerprint=None, quantization=None, names=names)
+    save_adapter(folder, deltas, rule, base=Base("x"), names=names)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

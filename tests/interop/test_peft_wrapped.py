@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from minitune import checkpoint, models, tree
 from minitune.algorithms.objective import apply_trainable
 from minitune.errors import InputError
+from minitune.interop.peft.layout import Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
 from minitune.lora import Lora, check_deltas
@@ -58,7 +59,7 @@ def test_an_adapter_of_the_text_within_goes_both_ways(whole: tuple[str, Any], tm
     generator = torch.Generator().manual_seed(0)
     deltas = tree.map(lambda x: x + 0.2 * torch.randn(x.shape, generator=generator), rule.init(params, 0))
     trainable = {**deltas, "model.norm.weight": params["model.norm.weight"] + 0.5}
-    save = {"base": "x", "fingerprint": None, "quantization": None, "names": params}
+    save = {"base": Base("x"), "names": params}
     save_adapter(tmp_path / "ours", trainable, rule, **save, wrapper=name)
     logits = model.forward(apply_trainable(params, trainable, rule), tokens)
     with torch.no_grad():

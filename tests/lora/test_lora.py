@@ -67,7 +67,7 @@ def logits(c: llama.Config, params: Params, tokens: torch.Tensor, trainable: Tra
 
 
 def save(folder: Path, trainable: Trainable, rule: Lora, names: Collection[str] = SMALL_NAMES) -> None:
-    save_adapter(folder, trainable, rule, base="base", fingerprint=None, quantization=None, names=names)
+    save_adapter(folder, trainable, rule, base=Base("base"), names=names)
 
 
 # the rule
@@ -402,9 +402,7 @@ def test_gradients_of_a_step_equal_those_of_peft(name: str, tmp_path: Path) -> N
 def test_what_deltas_were_trained_on_is_kept_beside_them(tmp_path: Path) -> None:
     rule, params = RULES["plain"], random_params(SMALL)
     quantization = {"scheme": {"kind": "nf4"}, "weights": ["*_proj.weight"], "exceptions": {"a*": None}}
-    save_adapter(
-        tmp_path, rule.init(params, 0), rule, base="some/base", fingerprint="f00d", quantization=quantization, names=params
-    )
+    save_adapter(tmp_path, rule.init(params, 0), rule, base=Base("some/base", "f00d", quantization), names=params)
     assert load_adapter(tmp_path, names=SMALL_NAMES)[2] == Base("some/base", "f00d", quantization)
     PeftModel.from_pretrained(reference(SMALL, params), tmp_path)  # which does not mind the file
     (tmp_path / ORIGIN).write_text('{"base": 3}', encoding="utf-8")

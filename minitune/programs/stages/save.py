@@ -15,7 +15,9 @@ from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
 from minitune.interop import bitsandbytes, compressed_tensors
 from minitune.interop.gguf import export
-from minitune.interop.peft.save import check_adapter, save_adapter
+from minitune.interop.peft.check import check_adapter
+from minitune.interop.peft.layout import Base
+from minitune.interop.peft.save import save_adapter
 from minitune.io.paths import locate
 from minitune.io.results import Result, saved_hashes
 from minitune.lora import Onto
@@ -81,13 +83,16 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         if self.what == "deltas" and loaded.lora is not None:
             require_finite(loaded.trainable, f"stages: {self.label}")
             rule = state.quantization
+            base = Base(
+                path=str(loaded.source or loaded.tokenizer_folder),
+                fingerprint=folder_fingerprint(loaded.source) if loaded.source else None,
+                quantization=msgspec.to_builtins(rule) if rule else None,
+            )
             save_adapter(
                 folder,
                 loaded.trainable,
                 loaded.lora,
-                base=str(loaded.source or loaded.tokenizer_folder),
-                fingerprint=folder_fingerprint(loaded.source) if loaded.source else None,
-                quantization=msgspec.to_builtins(rule) if rule else None,
+                base=base,
                 names=loaded.params,
                 wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
                 extras=_folder_extras(state),
