@@ -13,16 +13,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from minitune.errors import DiskFullError, InputError, nearest
+from minitune.errors import InputError
 from minitune.io import locks
-from minitune.io.atomic import NO_ROOM, require_room
+from minitune.io.atomic import require_room
 from minitune.io.checksums import checksum
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.io.units import format_bytes
+from minitune.registry.hub_errors import explained
 
 API_TIMEOUT_S = 30.0
-N_GUESSES = 100  # names that a message about an unknown one chooses from
 # of the top folder: config, tokenizer, template, license
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
 ADAPTER = "adapter_model.safetensors"
@@ -31,6 +32,15 @@ REPO = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.AS
 TEMPLATE = re.compile(r"additional_chat_templates/[A-Za-z0-9_][\w.+=-]*\.jinja", re.ASCII)
 # no separator, no drive, no glob, nothing hidden
 FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)
+
+
+class _Listing(NamedTuple):
+    """Files of a repository at one commit: bytes of each, and the SHA-256 of those that have it."""
+
+    repo: str
+    commit: str
+    sizes: dict[str, int]
+    digests: dict[str, str]
 
 
 def fetch(
@@ -45,59 +55,81 @@ def fetch(
         raise InputError(
             f"hub: {repo!r} is no name of a repository, expected OWNER/NAME; correct it"
         )
+    _require_package()
+    with explained(repo, revision, folder):
+        listing = _listing(repo, revision)
+        with folder_lock(folder, tell):
+            # the index of the weights is a small file, so these come first
+            small = {name: n for name, n in listing.sizes.items() if _is_small(name)}
+            _require_room_for_missing(folder, small)
+            _bring(folder, listing, small)
+
+            sizes = {**small, **_weights(repo, folder, listing.sizes)}
+            _refuse_others(folder, repo, sizes)
+            missing = _require_room_for_missing(folder, sizes)
+            if missing:
+                of_all = f"{len(missing)} of {len(sizes)} files to fetch"
+                tell(f"hub: {repo}: {of_all}, {format_bytes(sum(missing.values()))}")
+            _bring(folder, listing, sizes)
+            _refuse_cut(folder, repo, sizes)
+            new = {name: text for name, text in listing.digests.items() if name in missing}
+            _remove_damaged(folder, repo, new)
+    return sizes, listing.commit
+
+
+def _require_package() -> None:
+    """InputError without huggingface_hub, which is then told to be quiet."""
     try:
-        import huggingface_hub as hf
-        from huggingface_hub.utils import disable_progress_bars
-        from huggingface_hub.utils.logging import set_verbosity_error
+        from huggingface_hub import utils
     except ImportError:
         raise InputError(
             "hub: the package huggingface_hub is not installed, expected it for downloads; pip "
             "install 'minitune[hf]'"
         ) from None
     if not sys.stderr.isatty():
-        disable_progress_bars()
-    set_verbosity_error()  # what it says of its retries would stand beside the one sentence
-    with _explained(repo, revision, folder):
-        how = {"files_metadata": True, "timeout": API_TIMEOUT_S}
-        info = hf.HfApi().model_info(repo, revision=revision, **how)
-        files = info.siblings or []
-        listed = {file.rfilename: file.size or 0 for file in files}
-        digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
-        small = {name: n for name, n in listed.items() if _is_small(name)}
-        commit = str(info.sha)
+        utils.disable_progress_bars()
+    # what it says of its retries would stand beside the one sentence
+    utils.logging.set_verbosity_error()
 
-        def bring(sizes: Mapping[str, int]) -> None:
-            _refuse_foreign(folder, repo, sizes)
-            for name in _unfinished(folder, sizes):
-                # huggingface_hub would take it for the whole file
-                (folder / name).unlink(missing_ok=True)
-            with warnings.catch_warnings():
-                # a disk without room ends in a sentence of ours
-                warnings.filterwarnings("ignore", message="Not enough free disk space")
-                names = list(sizes)
-                hf.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=names)
 
-        with folder_lock(folder, tell):
-            _require_room_for_missing(folder, small)
-            bring(small)
-            sizes = {**small, **_weights(repo, folder, listed)}
-            _refuse_others(folder, repo, sizes)
-            missing = _require_room_for_missing(folder, sizes)
-            if missing:
-                tell(
-                    f"hub: {repo}: {len(missing)} of {len(sizes)} files to fetch, "
-                    f"{format_bytes(sum(missing.values()))}"
-                )
-            bring(sizes)
-            if cut := next(iter(_unfinished(folder, sizes)), None):
-                raise InputError(
-                    f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that "
-                    f"{repo} lists, expected the same; "
-                    "run the same command again"
-                )
-            new = {name: digest for name, digest in digests.items() if name in missing}
-            _remove_damaged(folder, repo, new)
-    return sizes, commit
+def _listing(repo: str, revision: str) -> _Listing:
+    """Files that a repository lists."""
+    import huggingface_hub as hf
+
+    info = hf.HfApi().model_info(
+        repo, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S
+    )
+    files = info.siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
+    return _Listing(repo, str(info.sha), sizes, digests)
+
+
+def _bring(folder: Path, listing: _Listing, sizes: Mapping[str, int]) -> None:
+    """Fetch those of the files that are not in the folder yet."""
+    import huggingface_hub as hf
+
+    _refuse_foreign(folder, listing.repo, sizes)
+    for name in _unfinished(folder, sizes):
+        # huggingface_hub would take it for the whole file
+        (folder / name).unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        # a disk without room ends in a sentence of ours
+        warnings.filterwarnings("ignore", message="Not enough free disk space")
+        names = list(sizes)
+        hf.snapshot_download(
+            listing.repo, revision=listing.commit, local_dir=folder, allow_patterns=names
+        )
+
+
+def _refuse_cut(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
+    """InputError for a file that did not arrive whole."""
+    cut = next(iter(_unfinished(folder, sizes)), None)
+    if cut is not None:
+        raise InputError(
+            f"hub: {folder / cut} has another size than the {sizes[cut]} bytes that {repo} lists, "
+            "expected the same; run the same command again"
+        )
 
 
 def _remove_damaged(folder: Path, repo: str, digests: Mapping[str, str]) -> None:
@@ -157,8 +189,8 @@ def _refuse_foreign(folder: Path, repo: str, sizes: Mapping[str, int]) -> None:
         if os.path.lexists(folder / name) and not _downloaded(folder, name):
             raise InputError(
                 f"hub: {folder / name} was not downloaded, or was changed since, expected nothing "
-                "of that name or the file "
-                f"of {repo}; move it away, or choose another folder with --to"
+                f"of that name or the file of {repo}; move it away, or choose another folder with "
+                "--to"
             )
 
 
@@ -175,10 +207,13 @@ def _downloaded(folder: Path, name: str) -> bool:
 
 
 def _unfinished(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    there = {
-        name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in sizes
-    }
-    return {name: n for name, n in sizes.items() if there[name] != n}
+    """Files that are not there, or not in the size that they have to have."""
+
+    def is_whole(name: str) -> bool:
+        file = folder / name
+        return file.is_file() and file.stat().st_size == sizes[name]
+
+    return {name: n for name, n in sizes.items() if not is_whole(name)}
 
 
 def _require_room_for_missing(folder: Path, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -206,94 +241,3 @@ def folder_lock(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         return
     with lock:
         yield
-
-
-@contextmanager
-def _explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
-    import huggingface_hub.errors as hf
-    from huggingface_hub import constants
-
-    try:
-        yield
-    # what its HTTP library raises is of a package that is no dependency here
-    except Exception as error:
-        cause = (
-            error.__cause__
-            if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__
-            else error
-        )
-        response = getattr(cause, "response", None)
-        where = f"{constants.ENDPOINT}/{repo}"
-        if isinstance(cause, hf.GatedRepoError):
-            said = (
-                f"{repo} is gated, expected access; accept its terms at {where}, then set "
-                "HF_TOKEN to "
-                "your token"
-            )
-        elif isinstance(cause, hf.RepositoryNotFoundError):
-            said = (
-                f"{repo} is not at {constants.ENDPOINT} or not open to you, expected OWNER/NAME of "
-                f"a model{_near_names(repo)}; correct the name, or set HF_TOKEN to a token that "
-                "may read it"
-            )
-        elif isinstance(cause, hf.RevisionNotFoundError):
-            said = (
-                f"{repo} has no revision {revision!r}, expected a branch, a tag or a commit; see "
-                f"{where}/tree/main"
-            )
-        elif isinstance(cause, hf.OfflineModeIsEnabled):
-            said = (
-                f"{repo} can't be fetched with HF_HUB_OFFLINE set, expected a network; unset it, "
-                "or "
-                "use a folder that is there"
-            )
-        elif response is not None:
-            status = getattr(response, "status_code", "no status")
-            said = f"{where} answered {status}, expected its files; " + (
-                "set HF_TOKEN to a token that may read it"
-                if status in (401, 403)
-                else "try again later"
-            )
-        elif isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            said = (
-                f"the disk of {folder} is full, expected room for {repo}; free some space or "
-                "choose "
-                "another with --to"
-            )
-        elif isinstance(cause, OSError) and cause.filename is not None:
-            said = (
-                f"{cause.filename} can't be written ({cause.strerror}), expected a folder of "
-                "yours; "
-                "choose another with --to"
-            )
-        elif isinstance(cause, hf.HFValidationError):
-            said = f"{repo!r} is no name of a repository ({cause}), expected OWNER/NAME; correct it"
-        elif isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in (
-            "httpx",
-            "httpx2",
-            "requests",
-            "urllib3",
-        ):
-            said = (
-                f"{where} can't be reached ({cause}), expected an answer; check the network, "
-                "HF_ENDPOINT and the proxy"
-            )
-        else:
-            raise
-        is_full = isinstance(cause, OSError) and cause.errno in NO_ROOM
-        kind = DiskFullError if is_full else InputError
-        raise kind(f"hub: {' '.join(said.split())}") from None
-
-
-def _near_names(repo: str) -> str:
-    """End of a message about an unknown name: one that is near, of the same owner or of others."""
-    import huggingface_hub as hf
-
-    owner, _, name = repo.rpartition("/")
-    hub = hf.HfApi()
-    try:
-        models = list(hub.list_models(author=owner, limit=N_GUESSES)) if owner else []
-        models += hub.list_models(search=name, limit=N_GUESSES)
-    except Exception:  # a guess that fails is none, whatever its HTTP library raises
-        return ""
-    return nearest(repo, [model.id for model in models])

@@ -91,20 +91,22 @@ def _targets(
     """
     within = partial(wrapped_name, wrapper=wrapper)
     parameter_of = parameters(names)
-    targets = _Targets([], [], {}, {})
+    modules: list[str] = []
+    adapted: list[str] = []
+    place_ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for name, rank in ranks.items():
+        alpha = alpha_of(lora, rank)
         if name not in parameter_of or is_single(name):
             module = within(module_name(name))
-            targets.modules.append(module)
-            targets.ranks[module] = rank
-            targets.alphas[module] = alpha_of(lora, rank)
+            modules.append(module)
+            place_ranks[module], alphas[module] = rank, alpha
         if name in parameter_of:
             parameter = within(parameter_of[name])
             n = n_joined(within(name), parameter)
-            targets.parameters.append(parameter)
-            targets.ranks[parameter] = n * rank
-            targets.alphas[parameter] = n * alpha_of(lora, rank)
-    return targets
+            adapted.append(parameter)
+            place_ranks[parameter], alphas[parameter] = n * rank, n * alpha
+    return _Targets(modules, list(dict.fromkeys(adapted)), place_ranks, alphas)
 
 
 def _config(
@@ -126,7 +128,7 @@ def _config(
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "target_modules": targets.modules,
-        "target_parameters": list(dict.fromkeys(targets.parameters)) or None,
+        "target_parameters": targets.parameters or None,
         "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
