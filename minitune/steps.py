@@ -5,12 +5,14 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from minitune import tree
 from minitune.algorithms.distillation import Teacher, distillation
+from minitune.algorithms.division import divided
 from minitune.algorithms.loss_scale import (
     LossScale,
     factor_of,
@@ -34,7 +36,6 @@ from minitune.models.model import Model
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import sum_over_ranks
-from minitune.tree import Tree
 from minitune.types import (
     Batch,
     Mean,
@@ -76,30 +77,18 @@ def train_step(
         first, *others = _micro_batches(batch, micro_batch)
         factor = factor_of(state.opt_state, tree.leaves(first)[0].shape.numel())
         evaluated = value_and_grad(scaled(objective, factor), has_aux=True)
+        evaluate = partial(evaluated, state.trainable, params)
 
         # sums over the batch: of losses, of what the objective reports, and of gradients
-        def evaluate(rows: Any) -> tuple[Any, Tree]:
-            return evaluated(state.trainable, params, rows)
-
         (loss, reports), grads = sum_over_ranks(accumulate(evaluate, (first, *others)))
-        if factor is not None:
-            loss = Mean(loss.total / factor, loss.weight)
-
-        # the one division, for all ranks and micro-batches
-        divisor = torch.where(loss.weight > 0, loss.weight, 1.0)
-        of_grads = divisor if factor is None else divisor * factor
         leaf_norms = tree.norms(grads)
-        norm = torch.linalg.vector_norm(leaf_norms) / of_grads
-        is_finite = torch.isfinite(loss.total) & torch.isfinite(norm) & (loss.weight > 0)
-        how: dict[str, Any] = {"divisor": of_grads, "norm": norm, "is_finite": is_finite}
-        inner, trainable = inner_state(state.opt_state), state.trainable
-        step = apply_gradients(optimizer, grads, inner, trainable, **how, donate=donate)
+        sums = divided(loss, torch.linalg.vector_norm(leaf_norms), factor)
+        trees = grads, inner_state(state.opt_state), state.trainable
+        after = apply_gradients(optimizer, *trees, **sums.of_gradients(), donate=donate)
 
         metrics = {name: mean.value() for name, mean in reports.items()}
-        metrics |= {"loss_nats": loss.value(), "grad_norm": norm}
-        metrics |= {batch.counts: loss.weight, "skipped": (~is_finite).float()}
-        metrics |= {"not_finite": tree.first_not_finite(leaf_norms)}
-        return next_scale(loss_scale, state.opt_state, TrainState(*step), norm, metrics)
+        metrics |= sums.metrics(batch.counts, leaf_norms)
+        return next_scale(loss_scale, state.opt_state, TrainState(*after), sums.norm, metrics)
 
     return Step(init, update)
 

@@ -6,7 +6,8 @@ zero in the pad of b, so neither gets a gradient and the pad stays exactly zero:
 the steps that it would take alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune import tree
+from minitune.algorithms.division import divided
 from minitune.algorithms.loss_scale import (
     LossScale,
     factor_of,
@@ -178,9 +180,8 @@ def sweep_step(
     """Step of n adapters at once, each under its own Lora rule and optimizer.
 
     Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T],
-    of which `micro_batch` rows of every adapter go through one forward; on the CPU of as many
-    adapters as its cache holds the hidden states of. Metrics are [n]. Each adapter is clipped, and
-    skipped where its gradient is not finite, by itself.
+    of which `micro_batch` rows of every adapter are a micro-batch. Metrics are [n]. Each adapter is
+    clipped, and skipped where its gradient is not finite, by itself.
     """
 
     def init(trainable: Deltas) -> TrainState:
@@ -188,44 +189,30 @@ def sweep_step(
         opt_states = [optimizer.init(deltas) for optimizer, deltas in members]
         return TrainState(trainable, with_scale(opt_states, loss_scale, trainable))
 
-    def update(
-        params: Params, state: TrainState, batch: Batch | SeededBatch
-    ) -> tuple[TrainState, Metrics]:
-        tokens = tree.leaves(batch)[0]
-        factor = factor_of(state.opt_state, micro_batch * tokens.shape[2])
-
-        def evaluate(rows: Any) -> tuple[Mean, Tree]:
-            return _gradients(model, loss, rules, factor, state.trainable, params, rows)
-
-        starts = range(0, tokens.shape[1], micro_batch)
-        micro_batches = (tree.map(lambda x, i=i: x[:, i : i + micro_batch], batch) for i in starts)
-        mean, grads = sum_over_ranks(accumulate(evaluate, micro_batches))
-        if factor is not None:
-            mean = Mean(mean.total / factor, mean.weight)
-        divisors = torch.where(mean.weight > 0, mean.weight, 1.0)
-        of_grads = divisors if factor is None else divisors * factor
+    def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        n_tokens = micro_batch * tree.leaves(batch)[0].shape[2]
+        factor = factor_of(state.opt_state, n_tokens)
+        evaluate = partial(_gradients, model, loss, rules, factor, state.trainable, params)
+        parts = _micro_batches(batch, micro_batch)
+        mean, grads = sum_over_ranks(accumulate(evaluate, parts))
         leaf_norms = _norms(grads)
-        norms = torch.linalg.vector_norm(leaf_norms, dim=0) / of_grads
-        is_finite = torch.isfinite(mean.total) & torch.isfinite(norms) & (mean.weight > 0)
+        sums = divided(mean, torch.linalg.vector_norm(leaf_norms, dim=0), factor)
 
-        owned = state if donate else tree.map(torch.clone, state)
         # written into what is ours here
-        states = inner_state(owned.opt_state)
-        how: dict[str, Any] = {"divisors": of_grads, "norms": norms, "is_finite": is_finite}
-        apply_gradients_each(optimizers, grads, states, owned.trainable, **how)
-        metrics = {
-            "loss_nats": mean.total / divisors,
-            "grad_norm": norms,
-            batch.counts: mean.weight,
-        }
-        metrics |= {
-            "skipped": (~is_finite).float(),
-            "not_finite": tree.first_not_finite(leaf_norms),
-        }
-        after = TrainState(owned.trainable, states)
-        return next_scale(loss_scale, state.opt_state, after, norms, metrics)
+        owned = state if donate else tree.map(torch.clone, state)
+        states, trainable = inner_state(owned.opt_state), owned.trainable
+        apply_gradients_each(optimizers, grads, states, trainable, **sums.of_gradients())
+        after = TrainState(trainable, states)
+        metrics = sums.metrics(batch.counts, leaf_norms)
+        return next_scale(loss_scale, state.opt_state, after, sums.norm, metrics)
 
     return Step(init, update)
+
+
+def _micro_batches(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in parts of `size` rows of every adapter."""
+    for i in range(0, tree.leaves(batch)[0].shape[1], size):
+        yield tree.map(lambda x, i=i: x[:, i : i + size], batch)
 
 
 def _gradients(

@@ -92,8 +92,8 @@ def apply_gradients_each(
     states: Sequence[Tree],
     params: Tree,
     *,
-    divisors: Float[Tensor, "n"],
-    norms: Float[Tensor, "n"],
+    divisor: Float[Tensor, "n"],
+    norm: Float[Tensor, "n"],
     is_finite: Bool[Tensor, "n"],
 ) -> None:
     """Take the step of apply_gradients for each of n members of stacked trees, under its own
@@ -105,29 +105,20 @@ def apply_gradients_each(
     params_by_member = zip(*(leaf.unbind() for leaf in stacked), strict=True)
     # one copy for all members, where one is due
     grads_by_member = zip(*(leaf.contiguous().unbind() for leaf in tree.leaves(grads)), strict=True)
-    selects = hardware.is_asynchronous(divisors.device)
-    members = zip(
-        optimizers,
-        states,
-        params_by_member,
-        grads_by_member,
-        divisors,
-        norms,
-        is_finite,
-        strict=True,
-    )
-    for optimizer, state, member_params, member_grads, divisor, norm, finite in members:
-        if not selects and not finite:
+    selects = hardware.is_asynchronous(divisor.device)
+    members = zip(optimizers, states, params_by_member, grads_by_member, strict=True)
+    for i, (optimizer, state, member_params, member_grads) in enumerate(members):
+        if not selects and not is_finite[i]:
             continue
         clips, pipelines = split_optimizer(optimizer, state, paths, member_params)
         if is_sliceable(pipelines, member_params):
-            gradients = Gradients(member_grads, divisor, norm, finite if selects else None)
+            taken = is_finite[i] if selects else None
+            gradients = Gradients(member_grads, divisor[i], norm[i], taken)
             _donate_step(clips, pipelines, gradients, paths, member_params)
             continue
         trees = tree.rebuild(grads, member_grads), state, tree.rebuild(params, member_params)
-        apply_gradients(
-            optimizer, *trees, divisor=divisor, norm=norm, is_finite=finite, donate=True
-        )
+        own = {"divisor": divisor[i], "norm": norm[i], "is_finite": is_finite[i]}
+        apply_gradients(optimizer, *trees, **own, donate=True)
 
 
 def scratch_bytes(optimizer: GradientTransformation, params: Tree) -> int:

@@ -241,7 +241,7 @@ def test_members_of_stacked_trees_take_the_steps_that_they_take_alone(
     stacked, stacked_grads = (tree.map(lambda *x: torch.stack(x), *trees) for trees in (alone, grads))
     states, own_states = ([optimizer.init(params) for params in alone] for _ in "ab")
     norms, is_finite = torch.stack([tree.norm(g) for g in grads]), torch.tensor([True, False, True])
-    how = {"divisors": torch.ones(3), "norms": norms, "is_finite": is_finite}
+    how = {"divisor": torch.ones(3), "norm": norms, "is_finite": is_finite}
     apply_gradients_each([optimizer] * 3, stacked_grads, states, stacked, **how)
     for i in range(3):
         one = {"divisor": torch.tensor(1.0), "norm": norms[i], "is_finite": is_finite[i], "donate": True}
