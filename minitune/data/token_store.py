@@ -75,57 +75,88 @@ def filter_documents(
     overlong says what to do with one of more than seq_len tokens: drop or truncate. path is named
     in messages. InputError if nothing is left.
     """
-    # Python's arrays take 4 bytes a token each while they grow, where lists take 8 and more.
-    tokens, mask = array("i"), array("f")
-    offsets, kept = array("q", [0]), array("q")
-    unwritten: Counter[str] = Counter()
-    n_read = n_truncated = n_dropped = n_without_target = n_identical = 0
-    for sample in samples:
-        n_read += 1
+    growing = _Growing(array("i"), array("f"), array("q", [0]))
+    kept = array("q")
+    n_truncated = 0
+    n_left_out, unwritten = Counter[str](), Counter[str]()
+    for number, sample in enumerate(samples):
         is_overlong = any(len(one.ids) > seq_len for one in sample)
-        if is_overlong and overlong == "drop":
-            n_dropped += 1
-            continue
-        # The first token is no target, because nothing predicts it.
-        documents = [(one.ids[:seq_len], [False, *one.mask[1:seq_len]]) for one in sample]
-        if not all(any(trained) for _, trained in documents):
-            n_without_target += 1
-            continue
-        if any(ids == documents[0][0] for ids, _ in documents[1:]):
-            n_identical += 1
+        documents = [_cut(one, seq_len) for one in sample]
+        reason = "dropped" if is_overlong and overlong == "drop" else _reason_against(documents)
+        if reason is not None:
+            n_left_out[reason] += 1
             continue
         n_truncated += is_overlong
-        kept.append(n_read - 1)
+        kept.append(number)
         unwritten.update(key for one in sample for key in one.unwritten)
         for ids, trained in documents:
-            tokens.extend(ids)
-            mask.extend(trained)
-            offsets.append(len(tokens))
+            growing.add(ids, trained)
     if not kept:
-        identical = f", {n_identical} with two answers that are the same" if n_identical else ""
-        raise InputError(
-            f"data: {path} leaves nothing to train on ({n_read} samples: {n_dropped} longer than "
-            f"{seq_len} tokens, "
-            f"{n_without_target} without a trained token{identical}), expected an assistant's "
-            "turn that fits; raise seq_len, set "
-            'overlong = "truncate" or check the columns'
-        )
-    weights = np.array(mask, dtype=np.float32)
-    n_targets = int((weights > 0).sum())
+        raise _nothing_left(path, seq_len, n_left_out)
+    arrays = growing.documents()
     report = Report(
-        len(kept),
-        len(tokens),
-        n_targets,
-        n_truncated,
-        n_dropped,
-        n_without_target,
-        n_identical,
+        n_samples=len(kept),
+        n_tokens=len(arrays.tokens),
+        n_target_tokens=int((arrays.mask > 0).sum()),
+        n_truncated=n_truncated,
+        n_dropped=n_left_out["dropped"],
+        n_without_target=n_left_out["without_target"],
+        n_identical=n_left_out["identical"],
         unwritten=dict(unwritten),
     )
-    if not ((weights > 0) & (weights < 1)).any():
-        weights = weights.astype(np.bool_)
-    arrays = Documents(np.array(tokens, dtype=np.int32), weights, np.array(offsets, dtype=np.int64))
     return arrays, np.array(kept, dtype=np.int64), report
+
+
+class _Growing(NamedTuple):
+    """Documents while they are collected.
+
+    Python's arrays take 4 bytes a token each while they grow, where lists take 8 and more.
+    """
+
+    tokens: array
+    mask: array
+    offsets: array
+
+    def add(self, ids: Sequence[int], trained: Sequence[bool | float]) -> None:
+        """Put one more document behind the others."""
+        self.tokens.extend(ids)
+        self.mask.extend(trained)
+        self.offsets.append(len(self.tokens))
+
+    def documents(self) -> Documents:
+        """Arrays of what was collected, whose mask holds numbers only where some are fractions."""
+        weights = np.array(self.mask, dtype=np.float32)
+        if not ((weights > 0) & (weights < 1)).any():
+            weights = weights.astype(np.bool_)
+        offsets = np.array(self.offsets, dtype=np.int64)
+        return Documents(np.array(self.tokens, dtype=np.int32), weights, offsets)
+
+
+def _cut(one: Tokens, seq_len: int) -> tuple[Sequence[int], list[bool | float]]:
+    """(ids, mask) of a document's first seq_len tokens."""
+    # The first token is no target, because nothing predicts it.
+    return one.ids[:seq_len], [False, *one.mask[1:seq_len]]
+
+
+def _reason_against(documents: Sequence[tuple[Sequence[int], list[bool | float]]]) -> str | None:
+    """Word for why a sample's documents, as _cut gives them, can't be trained; None if they can."""
+    if not all(any(trained) for _, trained in documents):
+        return "without_target"
+    if any(ids == documents[0][0] for ids, _ in documents[1:]):
+        return "identical"
+    return None
+
+
+def _nothing_left(path: str, seq_len: int, n_left_out: Mapping[str, int]) -> InputError:
+    """Error for data of which every sample was left out."""
+    n_identical = n_left_out["identical"]
+    identical = f", {n_identical} with two answers that are the same" if n_identical else ""
+    return InputError(
+        f"data: {path} leaves nothing to train on ({sum(n_left_out.values())} samples: "
+        f"{n_left_out['dropped']} longer than {seq_len} tokens, {n_left_out['without_target']} "
+        f"without a trained token{identical}), expected an assistant's turn that fits; raise "
+        'seq_len, set overlong = "truncate" or check the columns'
+    )
 
 
 def save(folder: Path, documents: Documents, report: Report, **more: np.ndarray) -> None:

@@ -7,7 +7,7 @@ settings, so those are read from the model's protobuf message here.
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
@@ -43,34 +43,9 @@ def open_sentencepiece(
     at_start = SentencePieceProcessor(model_proto=proto)
     if config.get("add_prefix_space") is False:
         at_start = inside
-
-    size = at_start.vocab_size()
-    pieces = [at_start.id_to_piece(i) for i in range(size)]
-    # A model that squeezes runs of spaces to one takes away those at the ends of a text as well:
-    # then every text needs the dummy prefix, not only the one that starts a document.
+    pieces = [at_start.id_to_piece(i) for i in range(at_start.vocab_size())]
     squeezes = _removes_extra_whitespace(proto)
-
-    def ids(text: str, starts_document: bool) -> list[int]:
-        # As in transformers: a text that starts with a space is not given another one by Llama's
-        # tokenizer, and is by what the other families have.
-        begins = prefixes_spaces or not text.startswith(SPACES)
-        prefixed = squeezes or (starts_document and begins)
-        return (at_start if prefixed else inside).encode(text)
-
-    def text(ids: list[int], added: Mapping[int, str]) -> str:
-        parts: list[str] = []
-        for is_added, run in groupby(ids, lambda i: i in added):
-            if is_added:
-                parts += [added[i] for i in run]
-            else:
-                processor = inside if parts else at_start
-                parts.append(processor.decode([i for i in run if i < size]))
-        return "".join(parts)
-
-    def id_of(piece: str) -> int | None:
-        i = at_start.piece_to_id(piece)
-        return i if pieces[i] == piece else None
-
+    model = _Model(at_start, inside, pieces, squeezes, prefixes_spaces)
     roles = {
         "bos_token": at_start.bos_id(),
         "eos_token": at_start.eos_id(),
@@ -78,16 +53,54 @@ def open_sentencepiece(
         "pad_token": at_start.pad_id(),
     }
     return Vocabulary(
-        size=size,
-        ids=ids,
-        text=text,
-        id_of=id_of,
+        size=len(pieces),
+        ids=model.ids,
+        text=model.text,
+        id_of=model.id_of,
         added=_added_tokens(at_start, pieces, proto, config),
         names={name: pieces[i] for name, i in roles.items() if i >= 0},
         recognized=frozenset(piece for i, piece in enumerate(pieces) if not at_start.is_control(i)),
         bos_text=None,
         prefix_everywhere=squeezes or config.get("legacy") is True,
     )
+
+
+class _Model(NamedTuple):
+    """Sentencepiece model, once with the dummy prefix and once without it.
+
+    squeezes: it squeezes runs of spaces to one, and takes away those at the ends of a text as well:
+    then every text needs the dummy prefix, not only the one that starts a document.
+    """
+
+    at_start: SentencePieceProcessor
+    inside: SentencePieceProcessor
+    pieces: list[str]
+    squeezes: bool
+    prefixes_spaces: bool
+
+    def ids(self, text: str, starts_document: bool) -> list[int]:
+        """Ids of a text."""
+        # As in transformers: a text that starts with a space is not given another one by Llama's
+        # tokenizer, and is by what the other families have.
+        begins = self.prefixes_spaces or not text.startswith(SPACES)
+        prefixed = self.squeezes or (starts_document and begins)
+        return (self.at_start if prefixed else self.inside).encode(text)
+
+    def text(self, ids: list[int], added: Mapping[int, str]) -> str:
+        """Text of ids, of which the added ones have a text of their own."""
+        parts: list[str] = []
+        for is_added, run in groupby(ids, lambda i: i in added):
+            if is_added:
+                parts += [added[i] for i in run]
+            else:
+                processor = self.inside if parts else self.at_start
+                parts.append(processor.decode([i for i in run if i < len(self.pieces)]))
+        return "".join(parts)
+
+    def id_of(self, piece: str) -> int | None:
+        """Id of a piece; None if there is none."""
+        i = self.at_start.piece_to_id(piece)
+        return i if self.pieces[i] == piece else None
 
 
 def _added_tokens(

@@ -71,23 +71,20 @@ def _attend(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(the result, the highest score of each query where they are needed)."""
-    plan, rule, n_kv = (
-        _layout(first, q),
-        _Rule(q.shape[1] // k.shape[1], scale, soft_cap),
-        k.shape[1],
-    )
+    plan = _layout(first, q)
+    rule = _Rule(k.shape[1], q.shape[1] // k.shape[1], scale, soft_cap)
     keys, values = plan.keys.gathered(k), plan.keys.gathered(v)
     outs: list[Tensor] = []
     tops: list[Tensor] = []
     for b, q_box in zip(plan.blocks, plan.queries.gathered(q), strict=True):
-        rows, k_box = rule.folded(q_box, n_kv), _visible(keys, b)
-        bias = rule.bias(b, n_kv, q.dtype)
+        rows, k_box = rule.folded(q_box), _visible(keys, b)
+        bias = rule.bias(b, q.dtype)
         top = None
         if rule.shifts(q.dtype):
             top = torch.baddbmm(bias, rows, k_box.mT, alpha=scale).amax(-1, keepdim=True)
-            tops.append(rule.unfolded(top, n_kv))
+            tops.append(rule.unfolded(top))
         weights, _, _ = rule.weights(rows, k_box, bias, top, sinks)
-        outs.append(rule.unfolded(weights @ _visible(values, b), n_kv))
+        outs.append(rule.unfolded(weights @ _visible(values, b)))
     highest = plan.queries.scattered(tops, q.shape) if tops else _by_token(q, 0)
     return plan.queries.scattered(outs, q.shape), highest
 
@@ -105,11 +102,8 @@ def _attend_backward(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks (of no element where there are none)."""
-    plan, rule, n_kv = (
-        _layout(first, q),
-        _Rule(q.shape[1] // k.shape[1], scale, soft_cap),
-        k.shape[1],
-    )
+    plan = _layout(first, q)
+    rule = _Rule(k.shape[1], q.shape[1] // k.shape[1], scale, soft_cap)
     keys, values = plan.keys.gathered(k), plan.keys.gathered(v)
     # every block adds to the gradients of the keys and values that it sees
     wide = wide_dtype(q.dtype)
@@ -117,47 +111,31 @@ def _attend_backward(
     d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
     d_q: list[Tensor] = []
 
+    q_boxes, d_boxes = plan.queries.gathered(q), plan.queries.gathered(d_out, zeros=True)
     highest = plan.queries.gathered(tops) if rule.shifts(q.dtype) else [None] * len(plan.blocks)
-    boxes = zip(
-        plan.blocks,
-        plan.queries.gathered(q),
-        plan.queries.gathered(d_out, zeros=True),
-        highest,
-        strict=True,
-    )
-    for b, q_box, d_box, top_box in boxes:
-        rows, d_rows = rule.folded(q_box, n_kv), rule.folded(d_box, n_kv)
+    for b, q_box, d_box, top_box in zip(plan.blocks, q_boxes, d_boxes, highest, strict=True):
+        rows, d_rows = rule.folded(q_box), rule.folded(d_box)
         k_box, v_box = _visible(keys, b), _visible(values, b)
-        top = None if top_box is None else rule.folded(top_box, n_kv)
-        weights, d_scores, d_sink_scores = _score_gradients(
-            rule, b, rows, d_rows, k_box, v_box, top, sinks
-        )
+        top = None if top_box is None else rule.folded(top_box)
+        arguments = rows, d_rows, k_box, v_box, top, sinks
+        weights, d_scores, d_sink_scores = _score_gradients(rule, b, *arguments)
+        d_q.append(rule.unfolded(d_scores @ k_box * scale))
         if d_sinks is not None and d_sink_scores is not None:
-            d_sinks = d_sinks + rule.unfolded(d_sink_scores, n_kv).to(wide).sum((0, 2, 3))
-        d_q.append(rule.unfolded(d_scores @ k_box * scale, n_kv))
-        place = (slice(b.n_spans), slice(None), slice(b.lowest, b.end))
-        new = (d_scores.mT @ rows * scale, weights.mT @ d_rows)
-        tree.donate_sum(
-            (d_k[b.group][place], d_v[b.group][place]),
-            tuple(x.unflatten(0, (-1, n_kv)) for x in new),
-        )
+            d_sinks = d_sinks + rule.unfolded(d_sink_scores).to(wide).sum((0, 2, 3))
+        new = d_scores.mT @ rows * scale, weights.mT @ d_rows
+        tree.donate_sum((_visible(d_k, b), _visible(d_v, b)), new)
 
-    d_keys, d_values = (
-        plan.keys.scattered([x.to(k.dtype) for x in boxes], k.shape) for boxes in (d_k, d_v)
-    )
-    return (
-        plan.queries.scattered(d_q, q.shape),
-        d_keys,
-        d_values,
-        q.new_empty(0) if d_sinks is None else d_sinks.to(q.dtype),
-    )
+    d_keys = plan.keys.scattered([box.to(k.dtype) for box in d_k], k.shape)
+    d_values = plan.keys.scattered([box.to(k.dtype) for box in d_v], v.shape)
+    d_sinks = q.new_empty(0) if d_sinks is None else d_sinks.to(q.dtype)
+    return plan.queries.scattered(d_q, q.shape), d_keys, d_values, d_sinks
 
 
 @torch.library.register_fake("minitune::attend_in_blocks")
 def _(
     q: Tensor, k: Tensor, v: Tensor, first: Any, sinks: Any, scale: float, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    n_tops = int(_Rule(1, scale, soft_cap).shifts(q.dtype))
+    n_tops = int(_Rule(1, 1, scale, soft_cap).shifts(q.dtype))
     return _by_token(q, v.shape[3]), _by_token(q, n_tops)
 
 
@@ -175,7 +153,8 @@ class _Rule(NamedTuple):
     Inside a block the queries of heads that share keys lie side by side: [s*K G*t ...].
     """
 
-    groups: int
+    n_kv_heads: int
+    groups: int  # heads that share keys
     scale: float
     soft_cap: float | None
 
@@ -187,17 +166,16 @@ class _Rule(NamedTuple):
         """
         return self.soft_cap is None and dtype in (torch.bfloat16, torch.float16)
 
-    def folded(self, x: Float[Tensor, "s N t c"], n_kv_heads: int) -> Float[Tensor, "sK Gt c"]:
+    def folded(self, x: Float[Tensor, "s N t c"]) -> Float[Tensor, "sK Gt c"]:
         """Heads that share keys side by side."""
-        return x.view(len(x) * n_kv_heads, self.groups * x.shape[2], x.shape[3])
+        return x.view(len(x) * self.n_kv_heads, self.groups * x.shape[2], x.shape[3])
 
-    def unfolded(self, x: Float[Tensor, "sK Gt c"], n_kv_heads: int) -> Float[Tensor, "s N t c"]:
+    def unfolded(self, x: Float[Tensor, "sK Gt c"]) -> Float[Tensor, "s N t c"]:
         """Inverse of folded."""
-        return x.view(
-            len(x) // n_kv_heads, n_kv_heads * self.groups, x.shape[1] // self.groups, x.shape[2]
-        )
+        n_spans, n_queries = len(x) // self.n_kv_heads, x.shape[1] // self.groups
+        return x.view(n_spans, self.n_kv_heads * self.groups, n_queries, x.shape[2])
 
-    def bias(self, b: QueryBlock, n_kv_heads: int, dtype: torch.dtype) -> Float[Tensor, "#sK Gt n"]:
+    def bias(self, b: QueryBlock, dtype: torch.dtype) -> Float[Tensor, "#sK Gt n"]:
         """-inf where a query of a block does not see a key, else 0; one for all spans where they
         agree.
         """
@@ -208,7 +186,7 @@ class _Rule(NamedTuple):
             return bias.repeat(1, self.groups, 1)
         past = torch.from_numpy(np.arange(b.lowest, b.end) < b.first[..., None])
         bias = bias.masked_fill(past, -torch.inf).repeat(1, self.groups, 1)
-        return bias if len(bias) == 1 else bias.repeat_interleave(n_kv_heads, 0)
+        return bias if len(bias) == 1 else bias.repeat_interleave(self.n_kv_heads, 0)
 
     def weights(
         self,
@@ -234,13 +212,13 @@ class _Rule(NamedTuple):
 
         # a sink is one more score of every query of its head
         if sinks is not None:
-            n_spans, n_queries = len(rows) * self.groups // len(sinks), rows.shape[1] // self.groups
+            n_spans, n_queries = len(rows) // self.n_kv_heads, rows.shape[1] // self.groups
             by_head = sinks.to(scores.dtype).view(1, -1, 1, 1)
             by_query = by_head.expand(n_spans, -1, n_queries, 1).contiguous()
-            sink_scores = self.folded(by_query, len(sinks) // self.groups)
-            scores = torch.cat(
-                [scores, sink_scores if shift is None else sink_scores - shift], dim=-1
-            )
+            sink_scores = self.folded(by_query)
+            if shift is not None:
+                sink_scores = sink_scores - shift
+            scores = torch.cat([scores, sink_scores], dim=-1)
         whole = torch.softmax(scores, dim=-1)
         return whole[..., : keys.shape[1]].to(rows.dtype), whole, slope
 
@@ -258,10 +236,8 @@ def _score_gradients(
     """(weights of the keys, gradients of the scaled products of queries and keys, those of the
     sinks' scores).
     """
-    n_kv_heads = len(rows) // b.n_spans
-    weights, whole, slope = rule.weights(
-        rows, keys, rule.bias(b, n_kv_heads, rows.dtype), top, sinks
-    )
+    bias = rule.bias(b, rows.dtype)
+    weights, whole, slope = rule.weights(rows, keys, bias, top, sinks)
     d_whole = d_rows @ values.mT
     d_whole = (d_whole if sinks is None else F.pad(d_whole, (0, 1))).to(whole.dtype)
     d_scores = torch._softmax_backward_data(d_whole, whole, -1, whole.dtype)  # pyright: ignore[reportPrivateImportUsage]
