@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minitune.cli.options import OptionParser
-from minitune.data import preference
+from minitune.data import preference_rows
 from minitune.data.encoded_rows import Refused
 from minitune.data.readers import require_rows
 from minitune.data.source import PREFERENCE_FORMATS, Source
@@ -127,7 +127,7 @@ def _samples(
             yield where, [("", tokens)]
         return
     words = ("chosen", "rejected") if source.format == "pairs" else ("desirable", "undesirable")
-    for where, answers in preference.tokenized(source, text, template, refused):
+    for where, answers in preference_rows.tokenized(source, text, template, refused):
         yield where, [(words[not better], tokens) for tokens, better in answers]
 
 

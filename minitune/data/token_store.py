@@ -84,7 +84,7 @@ def filter_documents(
         documents = [_cut(one, seq_len) for one in sample]
         reason = "dropped" if is_overlong and overlong == "drop" else _reason_against(documents)
         if reason is not None:
-            n_left_out[reason] += 1
+            n_left_out.update([reason])
             continue
         n_truncated += is_overlong
         kept.append(number)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from minitune.data import preference
+from minitune.data import preference_rows
 from minitune.data.conversations import messages
 from minitune.data.source import Source
 from minitune.errors import InputError
@@ -37,11 +37,11 @@ def test_a_system_prompt_is_the_first_message(source: Source, row: dict[str, Any
 def test_pairs_have_system_prompts_and_history_too() -> None:
     row = {"system": "s", "question": "q", "chosen": "a", "rejected": {"from": "gpt", "value": "b"}, "history": [["1", "2"]]}
     source = Source("f.jsonl", "pairs", 8, columns={"prompt": "question"})
-    chosen, rejected = preference.conversations(row, source, "f:1")
+    chosen, rejected = preference_rows.conversations(row, source, "f:1")
     assert chosen == ([S, *EARLIER, Q, A], True)
     assert rejected == ([S, *EARLIER, Q, {"role": "assistant", "content": "b"}], False)
     unpaired = {"system": "s", "prompt": "q", "completion": "a", "label": 1}
-    assert preference.conversations(unpaired, Source("f.jsonl", "unpaired", 8), "f:1") == [([S, Q, A], True)]
+    assert preference_rows.conversations(unpaired, Source("f.jsonl", "unpaired", 8), "f:1") == [([S, Q, A], True)]
 
 
 def test_a_system_message_goes_where_the_source_wants_it() -> None:

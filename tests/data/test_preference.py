@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from minitune.data import preference
 from minitune.data.cursor import Cursor
-from minitune.data.preference import PairSet, batches, conversations, select, take
+from minitune.data.preference import PairSet, batches, select, take
+from minitune.data.preference_rows import conversations
 from minitune.data.prompts import prompts
 from minitune.data.source import Source
 from minitune.data.supervised import prepare
