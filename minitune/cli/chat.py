@@ -14,8 +14,9 @@ from minitune.algorithms.objective import apply_trainable
 from minitune.cli.model_folders import open_model_folder
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
-from minitune.inference.generate import pieces, stream
+from minitune.inference.generate import stream
 from minitune.inference.sampling import Sampling
+from minitune.inference.stop_strings import pieces
 from minitune.programs.loading import ModelSource, load
 from minitune.programs.state import LoadedModel
 from minitune.text.chat import encode_prompt

@@ -11,6 +11,7 @@ from torch import Tensor
 from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.inference.sampling import Sampling, next_tokens
+from minitune.inference.stop_strings import check_stops, first_stop, stop_string_test
 from minitune.models import decoder, rope_scaling
 from minitune.models.model import Model, untransformed
 from minitune.nn.attention.key_range import KeyRange, document_positions, documents
@@ -39,27 +40,23 @@ def stream(
     model.block_transform, such as torch.compile, is applied to the block of the later steps.
     InputError for an empty prompt.
     """
-    if any(not prompt for prompt in prompts):
-        raise InputError("generate: a prompt is empty, expected at least one token")
     params = _packed(params)
-    width = max(len(prompt) for prompt in prompts)
     like = params["model.embed_tokens.weight"]
+    written, first_slot = _left_padded(prompts, like.device)
+    width = written.shape[1]
     slots = torch.arange(_rounded(width + max_new_tokens), device=like.device)[None]
     caches = decoder.empty_caches(model.config, len(prompts), slots.shape[1], like)
     later_block_of = model._replace(n_remat=0).block_of()
 
     # the first step reads the whole prompts
-    written, first_slot = _left_padded(prompts, width, like.device)
     call = _first_call(model, written, slots[:, :width] >= first_slot)
     for step in range(max_new_tokens):
         with torch.no_grad():
-            _refill(
-                model, params, caches, written, first_slot, _crossing_rows(model, prompts, step)
-            )
+            rows = _crossing_rows(model, prompts, step)
+            _refill(model, params, caches, written, first_slot, rows)
             hidden = _decode(model, params, caches, call)
-            new = next_tokens(
-                model.logits(params, hidden[:, -1]), written, sampling, row_seeds, step
-            )
+            logits = model.logits(params, hidden[:, -1])
+            new = next_tokens(logits, written, sampling, row_seeds, step)
         yield new
         written = torch.cat([written, new[:, None]], dim=1)
 
@@ -121,13 +118,16 @@ def _first_call(model: Model, prompts: Int[Tensor, "B T"], is_token: Bool[Tensor
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], width: int, device: torch.device
-) -> tuple[Int[Tensor, "B {width}"], Int[Tensor, "B 1"]]:
-    """(prompts padded on the left, the first slot of each).
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B 1"]]:
+    """(prompts padded on the left, the first slot of each); InputError for an empty prompt.
 
     A padded place repeats the first token of its prompt: attention never sees it, and the
     repetition penalty, which asks if a token was there, counts nothing more.
     """
+    if any(not prompt for prompt in prompts):
+        raise InputError("generate: a prompt is empty, expected at least one token")
+    width = max(len(prompt) for prompt in prompts)
     n_pad = [width - len(prompt) for prompt in prompts]
     rows = [[prompt[0]] * n + list(prompt) for prompt, n in zip(prompts, n_pad, strict=True)]
     return torch.tensor(rows, device=device), torch.tensor(n_pad, device=device)[:, None]
@@ -197,21 +197,15 @@ def answers(
     on_progress: Callable[[int], None],
     on_cut: Callable[[int], None] = lambda i: None,
 ) -> list[str]:
-    """Texts that the model writes after each prompt, in their order, ended by a stop token or
-    before a stop string.
+    """Texts that the model writes after each prompt, up to a stop token or a stop string.
 
     Prompts run in batches of about one length, the longest first, and on_progress(how many are
     answered) follows each. on_cut(i): answer i has max_new_tokens and no end. A stop string that is
     a special token stops as that token does. InputError for an empty stop string.
     """
-    stop_tokens = [
-        *stop_ids,
-        *(tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special),
-    ]
-    strings = [stop for stop in stop_strings if stop not in tokenizer.special]
-    _check_stops(strings)
+    special, strings = _split_stops(stop_strings, tokenizer)
     decode = partial(tokenizer.decode, skip_special=True)
-    has_ended = _stop_string_test(decode, strings)
+    has_ended = stop_string_test(decode, strings)
     # packed once, not for every batch
     run = partial(stream, model, _packed(params), sampling=sampling, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -220,55 +214,22 @@ def answers(
         batch = order[start : start + batch_size]
         row_seeds = [seeds.derive(seed, "prompt", i) for i in batch]
         steps = run([prompts[i] for i in batch], row_seeds=row_seeds)
-        for i, row in zip(batch, _rows(steps, len(batch), stop_tokens, has_ended), strict=True):
-            texts[i] = (text := decode(row))[: _stop(text, strings)]
+        rows = _rows(steps, len(batch), [*stop_ids, *special], has_ended)
+        for i, row in zip(batch, rows, strict=True):
+            text = decode(row)
+            texts[i] = text[: first_stop(text, strings)]
             if len(row) == max_new_tokens and not has_ended(row):
                 on_cut(i)
         on_progress(len(texts))
     return [texts[i] for i in range(len(prompts))]
 
 
-def _stop_string_test(
-    decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]
-) -> Callable[[Sequence[int]], bool]:
-    """Function that says if a text of tokens, the last one new, holds a stop string."""
-    # a token has a byte at least, and a character four at most, so the end of a text that holds a
-    # new stop string is this long
-    n_tail = 4 * max(map(len, stop_strings), default=0) + 8
-
-    def has_ended(tokens: Sequence[int]) -> bool:
-        if not stop_strings or _stop(decode(tokens[-n_tail:]), stop_strings) is None:
-            return False
-        return _stop(decode(tokens), stop_strings) is not None
-
-    return has_ended
-
-
-def pieces(
-    tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str]
-) -> Iterator[str]:
-    """Text of tokens that come one by one, in pieces as soon as each is certain; it ends before the
-    first stop string.
-
-    Held back: the bytes of a character that is not complete, and what may be the beginning of a
-    stop string. The pieces together are decode(all tokens), cut there. InputError for an empty stop
-    string.
-    """
-    _check_stops(stop_strings)
-    ids: list[int] = []
-    text, shown = "", 0
-    for token in tokens:
-        ids.append(token)
-        text = decode(ids)
-        stop = _stop(text, stop_strings)
-        end = _certain(text, stop_strings) if stop is None else stop
-        if end > shown:
-            yield text[shown:end]
-            shown = end
-        if stop is not None:
-            return
-    if len(text) > shown:
-        yield text[shown:]
+def _split_stops(stop_strings: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
+    """(ids of stop strings that are special tokens, the others)."""
+    ids = [tokenizer.special[stop] for stop in stop_strings if stop in tokenizer.special]
+    strings = [stop for stop in stop_strings if stop not in tokenizer.special]
+    check_stops(strings)
+    return ids, strings
 
 
 def _rows(
@@ -304,27 +265,3 @@ def _packed(params: Params) -> Params:
 
 def _rounded(n: int) -> int:
     return -(-n // STRIDE) * STRIDE
-
-
-def _check_stops(stop_strings: Sequence[str]) -> None:
-    if "" in stop_strings:
-        raise InputError(
-            "generate: a stop string is empty, expected at least one character; remove it"
-        )
-
-
-def _stop(text: str, stop_strings: Sequence[str]) -> int | None:
-    """Index at which the first stop string in a text begins."""
-    return min((text.find(stop) for stop in stop_strings if stop in text), default=None)
-
-
-def _certain(text: str, stop_strings: Sequence[str]) -> int:
-    """Number of characters of a text that stay as they are, whatever follows."""
-    whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    heads = (
-        len(whole) - n
-        for stop in stop_strings
-        for n in range(1, len(stop))
-        if whole.endswith(stop[:n])
-    )
-    return min(heads, default=len(whole))

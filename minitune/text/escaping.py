@@ -9,7 +9,8 @@ the characters of the message again.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minitune.text.template import GENERATION_END, GENERATION_START, Message, Tool
+from minitune.text.sandbox import GENERATION_END, GENERATION_START
+from minitune.text.template import Message, Tool
 from minitune.text.tokenizer import Tokenizer, match_starts
 
 FIRST_PLACEHOLDER = 0x100000  # U+100000, where the private area begins

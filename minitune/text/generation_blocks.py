@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from minitune.errors import InputError
 from minitune.text.conversation import Conversation, Turn
-from minitune.text.template import GENERATION_END, GENERATION_START
+from minitune.text.sandbox import GENERATION_END, GENERATION_START
 from minitune.text.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from minitune.errors import InputError
 from minitune.text.conversation import Conversation, Turn
 from minitune.text.generation_blocks import turns_by_blocks
-from minitune.text.template import GENERATION_END
+from minitune.text.sandbox import GENERATION_END
 from minitune.text.tokenizer import Tokenizer
 
 

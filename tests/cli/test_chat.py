@@ -15,7 +15,7 @@ import torch
 from minitune import models
 from minitune.__main__ import main
 from minitune.cli import chat
-from minitune.inference import generate
+from minitune.inference import stop_strings
 from minitune.inference.generate import greedy
 from minitune.interop.peft.layout import Base
 from minitune.interop.peft.save import save_adapter
@@ -129,7 +129,7 @@ def test_an_adapter_is_applied_without_merging(talked: Any, loaded: LoadedModel,
 def test_an_interrupt_stops_the_answer_and_not_the_chat(
     talked: Any, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces, turns = generate.pieces, iter([0, None])
+    pieces, turns = stop_strings.pieces, iter([0, None])
 
     def interrupted(*args: Any) -> Iterator[str]:
         after = next(turns)

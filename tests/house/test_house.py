@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 
 CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
 WITH_TORCH = {
-    "jinja2": "text/template text/bounds",
+    "jinja2": "text/template text/sandbox text/bounds",
     "filelock": "io/locks",
 }  # torch depends on them; only these modules import them
 EXTRAS = {  # imported in functions of these modules

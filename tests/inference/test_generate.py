@@ -18,8 +18,9 @@ from minitune import models
 from minitune.autodiff.remat import remat
 from minitune.inference import generate as inference_generate
 from minitune.inference import sampling
-from minitune.inference.generate import answers, generate, greedy, pieces, stream
+from minitune.inference.generate import answers, generate, greedy, stream
 from minitune.inference.sampling import Sampling, filtered, next_tokens
+from minitune.inference.stop_strings import pieces
 from minitune.io import paths
 from minitune.lora import Lora
 from minitune.models import Model, decoder

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from minitune.errors import InputError
 from minitune.text.chat import encode_chat, encode_prompt, open_template
-from minitune.text.template import GENERATION_END, GENERATION_START, Message, Template, compile_template, render
+from minitune.text.sandbox import GENERATION_END, GENERATION_START
+from minitune.text.template import Message, Template, compile_template, render
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import texts, wild, with_special_tokens, write_folder
 
