@@ -13,7 +13,13 @@ from minitune.inference import generate
 from minitune.inference.sampling import Sampling
 from minitune.inference.score import Score, continuations
 from minitune.interop.lm_eval_results import plain_results
-from minitune.interop.lm_eval_tasks import check, index_of, quiet, refusals
+from minitune.interop.lm_eval_tasks import (
+    check,
+    index_of,
+    quiet,
+    refusals,
+    without_surroundings,
+)
 from minitune.models.model import Model
 from minitune.text.template import Message, Template, render
 from minitune.text.tokenizer import Tokenizer
@@ -82,7 +88,7 @@ def evaluate(
         # The harness drops a system message that the template refuses; here that is an error.
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
         render(template, messages, add_generation_prompt=True)
-    with quiet() as errors:
+    with quiet() as errors, without_surroundings():
         index = index_of(tasks, include)
         with refusals(tasks, index, errors):
             results = simple_evaluate(
