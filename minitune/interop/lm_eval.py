@@ -8,7 +8,7 @@ from typing import Any
 
 from minitune.interop.lm_eval_model import HarnessModel, rendered
 from minitune.interop.lm_eval_results import plain_results
-from minitune.interop.lm_eval_tasks import check, index_of, quiet, refusals
+from minitune.interop.lm_eval_tasks import check, index_of, quiet, refusals, without_surroundings
 from minitune.text.template import render
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that has no formula for it
@@ -39,7 +39,7 @@ def evaluate(
     from lm_eval import __version__
     from lm_eval.evaluator import simple_evaluate
 
-    with quiet() as errors:
+    with quiet() as errors, without_surroundings():
         index = index_of(tasks, include)
         with refusals(tasks, index, errors):
             results = simple_evaluate(

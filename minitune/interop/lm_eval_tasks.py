@@ -19,6 +19,7 @@ ENVIRONMENT = {
     # lm_eval returns nothing on other ranks, and here every rank has all results
     "LOCAL_RANK": "0",
 }
+SURROUNDINGS = ("get_git_commit_hash", "add_env_info")  # functions of lm_eval.evaluator
 
 
 def check(include: Path | None, tasks: Sequence[str] | None = None) -> None:
@@ -118,3 +119,21 @@ def quiet() -> Iterator[BufferingHandler]:
                 os.environ.pop(name)
             else:
                 os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def without_surroundings() -> Iterator[None]:
+    """Context in which lm_eval adds nothing of the machine and of git to its results.
+
+    It asks git, which complains outside of a repository, and other programs, for seconds.
+    """
+    from lm_eval import evaluator
+
+    asked = {name: getattr(evaluator, name) for name in SURROUNDINGS}
+    for name in asked:
+        setattr(evaluator, name, lambda *results: None)
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(evaluator, name, function)

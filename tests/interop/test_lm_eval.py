@@ -248,8 +248,10 @@ def test_a_trained_model_equals_the_transformers_backend(tmp_path: Path) -> None
 
 
 def test_results_are_plain_numbers_and_nothing_else_is_said(
-    subject: Subject, tasks: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    subject: Subject, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
+    theirs = subject.theirs()  # which would look for other ranks below
+    monkeypatch.chdir(tmp_path)  # where git finds no repository
     monkeypatch.setenv("LOCAL_RANK", "1")  # on which simple_evaluate returns nothing
     monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
     capfd.readouterr()
@@ -260,7 +262,7 @@ def test_results_are_plain_numbers_and_nothing_else_is_said(
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     settings = {**SETTINGS["plain"], "num_fewshot": 2, "limit": 5, "bootstrap_iters": lm_eval.BOOTSTRAP}
-    wanted = run(subject.theirs(), tasks, "loglikelihood", "multiple_choice", **settings)["results"]
+    wanted = run(theirs, tasks, "loglikelihood", "multiple_choice", **settings)["results"]
     assert json.loads(json.dumps(results)) == results
     assert set(results) == {"lm_eval", "tasks"}
     for name, row in results["tasks"].items():

@@ -265,5 +265,7 @@ def _record(members: Sequence[Member], loop: loop_state.LoopState, best: int) ->
         "time_s": loop.time_s,
         "steps": loop.step,
         "best_adapter": best,
+        "best_step": loop.best_step[best],
+        "best_heldout_nats": loop.best_nats[best],
         "adapters": adapters,
     }
