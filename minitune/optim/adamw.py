@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import torch
@@ -102,12 +102,8 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         """True if torch's kernel takes these tensors: contiguous, on one device, moments as wide as
         weights or float32.
         """
-        return all(
-            _is_fusable(*leaves)
-            for leaves in zip(
-                params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True
-            )
-        )
+        moments = tree.leaves(state.mu), tree.leaves(state.nu)
+        return all(map(_is_fusable, params, grads, *moments))
 
     def fused_update(
         self,
@@ -128,36 +124,20 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         The learning rate is lr * lr_scale * the leaf's own factor. Nothing is written if is_finite
         is false; None says that the caller has looked at it.
         """
-        leaves = zip(params, grads, tree.leaves(state.mu), tree.leaves(state.nu), strict=True)
-        groups: dict[
-            tuple[float, torch.dtype, torch.device], list[tuple[str, tuple[Tensor, ...]]]
-        ] = {}
-        for path, factor, four in zip(paths, path_factors, leaves, strict=True):
-            groups.setdefault((factor, four[0].dtype, four[0].device), []).append((path, four))
+        moments = tree.leaves(state.mu), tree.leaves(state.nu)
+        groups: dict[Any, list[tuple[str, tuple[Tensor, ...]]]] = {}
+        for path, factor, *leaves in zip(paths, path_factors, params, grads, *moments, strict=True):
+            group = factor, leaves[0].dtype, leaves[0].device
+            groups.setdefault(group, []).append((path, tuple(leaves)))
 
-        for (factor, dtype, device), members in groups.items():
+        for (factor, _, device), members in groups.items():
             # float64 moments, which only a CPU gives to the kernel, take them in float64
             wide_number = members[0][1][2].dtype
             lr = (self.lr * factor * lr_scale).to(device, wide_number)
             step = (state.step + 1).to(device, wide_number)
             found_inf = None if is_finite is None else (~is_finite).to(device, torch.float32)
             for chunk in _chunks(members, FUSED_ELEMENTS[device.type]):
-                p, g, m, v = zip(*((one.p, one.g, one.m, one.v) for one in chunk), strict=True)
-                # weights of 16 bits beside wider moments are updated as float32 copies
-                wide = [x.to(y.dtype) for x, y in zip(p, m, strict=True)]
-                g = [x.to(y.dtype) for x, y in zip(g, m, strict=True)]
-                g = torch._foreach_mul(g, grad_scale.to(device, m[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
-                donate_adamw(self, lr, step, wide, g, m, v, found_inf)
-                if dtype == m[0].dtype:
-                    continue
-                new = (
-                    wide
-                    if rounded is None
-                    else [
-                        rounded(x, one.path, one.start) for x, one in zip(wide, chunk, strict=True)
-                    ]
-                )
-                tree.donate(p, new)
+                _donate_chunk(self, chunk, lr, step, grad_scale, found_inf, rounded)
 
 
 def bias_correction(beta: float, step: Int[Tensor, ""]) -> Float[Tensor, ""]:
@@ -185,14 +165,35 @@ def donate_adamw(
     and like it only for memory that the caller gave away.
     """
     b1, b2 = rule.betas
-    steps, rates = (
-        [step] * len(params),
-        {"beta1": b1, "beta2": b2, "weight_decay": rule.weight_decay, "eps": rule.eps},
-    )
-    lists = [list(params), list(grads), list(mu), list(nu), [], steps]
+    rates = {"beta1": b1, "beta2": b2, "weight_decay": rule.weight_decay, "eps": rule.eps}
+    lists = [list(params), list(grads), list(mu), list(nu), [], [step] * len(params)]
     flags = {"amsgrad": False, "maximize": False, "found_inf": found_inf}
     with torch.no_grad():
         torch._fused_adamw_(*lists, lr=lr, **rates, **flags)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
+
+
+def _donate_chunk(
+    rule: AdamW,
+    chunk: Sequence[FusedSlice],
+    lr: Float[Tensor, ""],
+    step: Float[Tensor, ""],
+    grad_scale: Float[Tensor, ""],
+    found_inf: Float[Tensor, ""] | None,
+    rounded: Rounding | None,
+) -> None:
+    """Take the step of the slices of one call of the kernel, all of one dtype."""
+    p, g, m, v = zip(*((one.p, one.g, one.m, one.v) for one in chunk), strict=True)
+    # weights of 16 bits beside wider moments are updated as float32 copies
+    wide = [x.to(y.dtype) for x, y in zip(p, m, strict=True)]
+    g = [x.to(y.dtype) for x, y in zip(g, m, strict=True)]
+    g = torch._foreach_mul(g, grad_scale.to(m[0].device, m[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+    donate_adamw(rule, lr, step, wide, g, m, v, found_inf)
+    if p[0].dtype == m[0].dtype:
+        return
+    new = wide
+    if rounded is not None:
+        new = [rounded(x, one.path, one.start) for x, one in zip(wide, chunk, strict=True)]
+    tree.donate(p, new)
 
 
 def _chunks(

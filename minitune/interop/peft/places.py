@@ -12,7 +12,7 @@ from minitune.models.fused_experts import is_single, parameters, places
 from minitune.models.hf_multimodal import text_name
 
 
-class Place(NamedTuple):
+class ModulePlace(NamedTuple):
     """Position of an adapted module in the model.
 
     weight: the name of its weight, without a parameter; parameter: the stacked experts that PEFT
@@ -39,7 +39,7 @@ def weight_names(names: Collection[str]) -> WeightNames:
     return WeightNames(frozenset(names), parameters(names), places(names))
 
 
-def place_of(config: AdapterConfig, module: str, names: WeightNames) -> Place:
+def place_of(config: AdapterConfig, module: str, names: WeightNames) -> ModulePlace:
     """Position of a module, by its name in the adapter's keys."""
     inside = (text_name(f"{module}.") or f"{module}.").removesuffix(".")
     outer = inside.removesuffix(".base_layer")
@@ -56,13 +56,13 @@ def place_of(config: AdapterConfig, module: str, names: WeightNames) -> Place:
         if f"{outer}.{one}" in names.joined and config.is_target(f"{raw}.{one}")
     ]
     if inside == outer and stacked:
-        return Place(weight, f"{outer}.{stacked[-1]}", f"{raw}.{stacked[-1]}")
+        return ModulePlace(weight, f"{outer}.{stacked[-1]}", f"{raw}.{stacked[-1]}")
     if inside != outer and len(stacked) == 2:
-        return Place(weight, f"{outer}.{stacked[0]}", f"{raw}.{stacked[0]}")
+        return ModulePlace(weight, f"{outer}.{stacked[0]}", f"{raw}.{stacked[0]}")
 
     # A router is a parameter to PEFT though its delta is that of one weight.
     candidates = [f"{module}.weight"]
     if not is_single(weight):
         candidates.append(names.parameters.get(weight, ""))
     path = next((path for path in candidates if config.is_target(path)), module)
-    return Place(weight, "", path)
+    return ModulePlace(weight, "", path)
