@@ -4,13 +4,13 @@ import contextlib
 import io
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
 from minitune.errors import InputError, nearest
+from minitune.interop.lm_eval_index import index_with, own_index
 from minitune.interop.lm_eval_results import is_ours
 
 ENVIRONMENT = {
@@ -18,8 +18,6 @@ ENVIRONMENT = {
     # lm_eval returns nothing on other ranks, and here every rank has all results
     "LOCAL_RANK": "0",
 }
-# What a task file calls its task, group or tags.
-DECLARED = re.compile(rb"""^\s*(?:task|group|tag|-)\s*:?[ \t]+['"]?([\w.+-]+)['"]?[ \t]*$""", re.M)
 # dataset_path of a task on one's own files
 LOCAL_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 
@@ -38,14 +36,9 @@ def check(include: Path | None, tasks: Sequence[str] | None = None) -> None:
         raise InputError(f"{found}, expected a folder with *.yaml files; see docs/eval.md")
     if tasks is None:
         return
-    from lm_eval.tasks import TaskManager
-
     with quiet() as errors:
-        own = TaskManager(include_path=include, include_defaults=False)
-        rest = [name for name in tasks if name not in own.all_tasks]
-        # To list the harness's own tasks takes seconds: most names are found in its files.
-        if not tasks or not set(rest) <= _declared_names():
-            index_of(tasks, include)
+        index_of(tasks, include)
+        own = own_index(include)
         for name in tasks:
             entry = own.task_index.get(name)
             if entry is None or not _is_local(entry.cfg or {}):
@@ -58,11 +51,8 @@ def check(include: Path | None, tasks: Sequence[str] | None = None) -> None:
 def index_of(tasks: Sequence[str], include: Path | None) -> Any:
     """TaskManager of lm_eval that knows the tasks; InputError for a task that there is not."""
     from lm_eval import __version__
-    from lm_eval.tasks import TaskManager
 
-    index = TaskManager(include_path=include, include_defaults=False)
-    if not set(tasks) <= set(index.all_tasks):  # it takes seconds to list the harness's own
-        index = TaskManager(include_path=include)
+    index = index_with(tasks, include)
     unknown = [name for name in tasks if name not in index.all_tasks]
     if unknown or not tasks:
         where = f"names of tasks under {include} or of lm_eval {__version__}"
@@ -129,16 +119,6 @@ def quiet() -> Iterator[BufferingHandler]:
                 os.environ.pop(name)
             else:
                 os.environ.update({name: value})
-
-
-def _declared_names() -> set[str]:
-    """Names that the harness's own task files declare, and a few words more."""
-    import lm_eval.tasks
-
-    names: set[str] = set()
-    for file in Path(str(lm_eval.tasks.__file__)).parent.rglob("*.yaml"):
-        names.update(name.decode() for name in DECLARED.findall(file.read_bytes()))
-    return names
 
 
 def _is_local(task: dict[str, Any]) -> bool:

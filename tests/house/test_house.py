@@ -21,7 +21,7 @@ EXTRAS = {  # imported in functions of these modules
     "tokenizers": "text/open_vocabulary text/tokenizer_json text/vocabulary text/sentencepiece text/ranks",
     "pyarrow": "data/files data/tables",
     "huggingface_hub": "registry/hub",
-    **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks"),
+    **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_index interop/lm_eval_tasks"),
 }
 
 MUTABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "bytearray"}
