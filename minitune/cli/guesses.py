@@ -1,4 +1,7 @@
-"""Words that people type first because other tools have them, and what does the same here."""
+"""Words and files that people bring from other tools, and what does the same here."""
+
+import re
+from pathlib import Path
 
 NAMES = {
     "run": "a program is run by its name alone: {me} lora, or {me} PROGRAM.toml",
@@ -53,3 +56,21 @@ def hint(word: str, me: str) -> str | None:
     """Sentence on what does here what a word does elsewhere; `me` starts this program."""
     sentence = HINTS.get(word.casefold())
     return sentence.format(me=me) if sentence is not None else None
+
+
+YAML_SUFFIXES = (".yaml", ".yml")
+# (a key that such files have, what they are, the page for those who come from that tool)
+YAML_TOOLS = (
+    ("_component_", "a torchtune config", "docs/from-torchtune.md"),
+    ("base_model", "an Axolotl config", "docs/from-trl.md"),
+    ("model_name_or_path", "a config of TRL or LLaMA-Factory", "docs/from-trl.md"),
+)
+
+
+def yaml_hint(file: Path, me: str) -> str:
+    """End of a message about a YAML file given as a program: whose it is, and what to do."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    for key, what, page in YAML_TOOLS:
+        if re.search(rf"^[ \t-]*{key}[ \t]*:", text, re.MULTILINE):
+            return f"is {what}, expected a program in TOML; {page} says what its keys are here"
+    return f"is a YAML file, expected a program in TOML; begin with `{me} cp lora mine.toml`"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Never
 
-from minitune.cli.guesses import hint
+from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import typed_name
 from minitune.errors import InputError, cut, nearest
@@ -243,6 +243,8 @@ def announced(file: Path) -> Path:
 def program_file(name: str) -> Path:
     """File of a program by path or shipped name; InputError with what another word may mean."""
     path = paths.program_file(name)
+    if path.is_file() and path.suffix.casefold() in YAML_SUFFIXES:
+        refuse(f"{path} {yaml_hint(path, typed_name())}")
     if path.is_file():
         return path
     what = f"{cut(name)} is no file, no verb and no shipped program"

@@ -12,7 +12,8 @@ COLUMNS = 'columns = { output = "answer" } says which column is what'
 # (key here, what a reader must know of it, the names elsewhere)
 KEYS = (
     ("train.optimizer.lr", "", "learning_rate lr max_lr peak_lr base_lr"),
-    ("train.steps", "", "max_steps num_steps total_steps max_iters iters train_steps"),
+    ("train.steps", "",
+        "max_steps num_steps total_steps max_iters iters train_steps max_steps_per_epoch"),
     ("train.epochs", "in place of steps", "num_train_epochs num_epochs n_epochs max_epochs"),
     ("train.batch_size", ROWS, "per_device_train_batch_size train_batch_size global_batch_size"),
     ("train.micro_batch_size", ROWS,
@@ -68,7 +69,7 @@ KEYS = (
     ("data.train.packed", "", "packing sample_packing pack"),
     ("data.train.train_on", "",
         "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
-        "train_on_prompt roles_to_train"),
+        "train_on_prompt roles_to_train masking_strategy"),
     ("data.train.columns", COLUMNS,
         "dataset_text_field column_map prompt_field prompt_column field_instruction "
         "field_output"),
@@ -77,8 +78,12 @@ KEYS = (
         "train_data"),
     ("data.heldout.path", "",
         "eval_dataset validation_file val_file eval_file test_datasets validation_data"),
-    ("data.heldout.split", "", "val_set_size val_size validation_split test_size"),
+    ("data.train.holdout", "share of the rows", "val_set_size val_size validation_split test_size"),
+    ("data.train.format", '"chat" reads messages and ShareGPT\'s conversations',
+        "conversation_style chat_format dataset_format"),
+    ("data.train.split", "part of a file", "dataset_split"),
     ("model.path", "",
+        "checkpoint_dir checkpoint_files checkpointer "
         "model_name_or_path base_model model_id model_name pretrained_model base_model_name"),
     ("model.deltas", "", "adapter adapter_path adapter_name_or_path lora_model_dir peft_model_id"),
     ("model.tokenizer", "", "tokenizer_path tokenizer_name tokenizer_name_or_path"),
@@ -95,7 +100,8 @@ KEYS = (
     ("log.trackio", "trackio = {}", "use_trackio trackio_project"),
     ("train.evaluate.every", 'evaluate = { data = "heldout", every = 100 }',
         "eval_steps eval_interval eval_strategy evaluation_strategy val_check_interval "
-        "eval_every"),
+        "eval_every run_val_every_n_steps"),
+    ("train.evaluate.batch_size", "", "batch_size_val"),
     ("train.evaluate.patience", "",
         "early_stopping_patience load_best_model_at_end early_stopping"),
     ("train.evaluate.min_delta", "nats",
@@ -105,6 +111,7 @@ KEYS = (
     ("train.keep", "saved states on the disk", "save_total_limit keep_last_n_checkpoints"),
     ("train.loss.beta", "", "beta dpo_beta kl_beta rl_beta"),
     ("train.loss.label_smoothing", "", "label_smoothing_factor label_smoothing"),
+    ("train.loss.ratio", "share of the divergence, the rest is cross-entropy", "kd_ratio lmbda"),
     ("train.loss", 'loss = { kind = "dpo" }', "loss_type pref_loss rl loss_fn"),
     ("train.teacher.path", "", "teacher_model_name_or_path teacher_model teacher_model_path"),
     ("generate.sampling", "sampling = { temperature = 0.7, top_p = 0.9 }",
@@ -116,6 +123,12 @@ NO_KEYS = (
         "attn_implementation flash_attention use_flash_attn sdp_attention"),
     ("no code of a model folder is ever run", "trust_remote_code"),
     ("tokenized data is mapped from disk, without workers", "dataloader_num_workers num_workers"),
+    ("rows are always shuffled, by seed and epoch", "shuffle shuffle_seed"),
+    ("memory is logged with every step", "log_peak_memory_stats"),
+    ("a gradient is kept until its step is taken", "optimizer_in_bwd"),
+    ("a system message is the column system of a row, or the first message",
+        "new_system_prompt system_prompt default_system"),
+    ("torchtune's components are tables here: docs/from-torchtune.md", "_component_"),
     ("beams are not there: answers are the likeliest tokens, or drawn", "num_beams"),
 )
 # fmt: on

@@ -166,7 +166,28 @@ def test_what_people_type_first_is_answered_in_one_sentence(capsys: pytest.Captu
     assert len(err) < 300
 
 
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        (
+            "model:\n  _component_: torchtune.models.x\n",
+            "is a torchtune config, .*; docs/from-torchtune.md says what",
+        ),
+        ("adapter: lora\nbase_model: x/y\n", "is an Axolotl config, .*; docs/from-trl.md says"),
+        ("model_name_or_path: x/y\n", "is a config of TRL or LLaMA-Factory, .*; docs/from-trl.md says"),
+        ("a: [base_model, \xff]\n", "is a YAML file, expected a program in TOML; begin with `.* cp lora mine.toml`"),
+    ],
+)
+def test_a_yaml_file_as_program_is_named_by_its_tool(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, end: str
+) -> None:
+    (tmp_path / "c.YAML").write_text(text, encoding="latin-1")
+    for verb in ([], ["check"], ["run"]):
+        assert re.match(rf"minitune: .*c\.YAML {end}", refused(capsys, *verb, str(tmp_path / "c.YAML")))
+
+
 def test_hints_name_verbs_and_programs_that_exist() -> None:
+    assert all((ROOT / page).is_file() for _, _, page in guesses.YAML_TOOLS)
     known = {*VERBS, *paths.shipped(), "PROGRAM.toml", "--version"}
     for sentence in guesses.NAMES.values():
         named = re.findall(r"\{me\} ([\w.-]+)", sentence)

@@ -1,36 +1,21 @@
 """Names of other tools: every key that a message offers exists, and can be typed."""
 
-import msgspec
 import pytest
 
-from minitune.io.toml_messages import types_at
 from minitune.programs.field_names import KEYS, NO_KEYS, SENTENCES, suggest
-from minitune.programs.program import Program
-from minitune.programs.stages.stage import Stage
+from support.programs import fields_beside
 
 pytestmark = pytest.mark.fast
-OPS = {stage.__struct_config__.tag for stage in Stage.__args__}
-
-
-def fields(key: str) -> list[str]:
-    """Names of the keys that stand beside a key of the table, in whatever struct can hold it."""
-    head, *rest = key.split(".")
-    path: tuple[str | int, ...] = (head, *rest)
-    raw: dict = {}
-    if head in OPS:
-        path, raw = ("stage", 0, *rest), {"stage": [{"op": head}]}
-    kinds = types_at(Program, raw, path[:-1])
-    return [field.encode_name for kind in kinds if isinstance(kind, msgspec.inspect.StructType) for field in kind.fields]
 
 
 @pytest.mark.parametrize("key", sorted({key for key, _, _ in KEYS}))
 def test_a_key_that_is_offered_exists(key: str) -> None:
-    assert key.rpartition(".")[2] in fields(key)
+    assert key.rpartition(".")[2] in fields_beside(key)
 
 
 def test_a_key_that_does_not_exist_is_found() -> None:
-    assert "rnk" not in fields("lora.rnk")
-    assert "rank" in fields("lora.rank")
+    assert "rnk" not in fields_beside("lora.rnk")
+    assert "rank" in fields_beside("lora.rank")
 
 
 def test_each_name_of_other_tools_has_one_meaning() -> None:

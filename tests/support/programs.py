@@ -6,22 +6,26 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from minitune import checkpoint
 from minitune.__main__ import main
 from minitune.io import paths
+from minitune.io.toml_messages import types_at
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.programs import program
 from minitune.programs.stages import training_loop
 from minitune.programs.stages.loop_state import LoopState
+from minitune.programs.stages.stage import Stage
 from support.models import random_params
 from support.numbers import Power
 
 TINY = llama.Config(n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, d_ff=64, vocab_size=1024, tie_embeddings=True)
 SHIPPED = paths.shipped()
+OPS = {stage.__struct_config__.tag for stage in Stage.__args__}
 
 
 def write_tiny(folder: Path) -> None:
@@ -70,6 +74,17 @@ def small_stages(loaded: program.Program, tiny: Path, steps: int = 3) -> list[st
         if "method" in fields and hasattr(stage.method, "rows"):
             words.append(f"{label}.method.rows=4")
     return words
+
+
+def fields_beside(key: str) -> list[str]:
+    """Names of the keys that stand beside a key of the table, such as train.optimizer.lr, in whatever struct can hold it."""
+    head, *rest = key.split(".")
+    path: tuple[str | int, ...] = (head, *rest)
+    raw: dict = {}
+    if head in OPS:
+        path, raw = ("stage", 0, *rest), {"stage": [{"op": head}]}
+    kinds = types_at(program.Program, raw, path[:-1])
+    return [field.encode_name for kind in kinds if isinstance(kind, msgspec.inspect.StructType) for field in kind.fields]
 
 
 COMMAND = [sys.executable, "-m", "minitune"]
