@@ -44,6 +44,7 @@ ROW_FORMATS: dict[tuple[str, ...], RowFormat] = {
     ("conversations",): RowFormat("chat"),
     ("prompt", "chosen", "rejected"): RowFormat("pairs"),
     ("chosen", "rejected"): RowFormat("pairs"),
+    ("chosen_conversations", "rejected_conversations"): RowFormat("pairs"),
     ("prompt", "completion", "label"): RowFormat("unpaired"),
     ("instruction", "output"): RowFormat("instruct"),
     ("prompt", "completion"): RowFormat("chat"),

@@ -31,6 +31,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"text": f"{ASKED} {ANSWER}", "meta": {}}, "text"),
     "pairs": ({"prompt": ASKED, "chosen": ANSWER, "rejected": "Five."}, "pairs"),
     "pairs of conversations": ({"chosen": TURNS, "rejected": TURNS[:1] + TURNS[1:]}, "pairs"),
+    "pairs of a tutorial": ({"chosen_conversations": TURNS, "rejected_conversations": TURNS}, "pairs"),
     "label": ({"prompt": ASKED, "completion": ANSWER, "label": True}, "unpaired"),
 }
 
