@@ -55,7 +55,7 @@ def value_and_grad(
     says what fn returned if that is no Mean; RuntimeError inside torch.inference_mode.
     """
 
-    # inside a function, torch.compile can't follow an annotation with a subscript, such as tuple[...]
+    # of a function within a function, torch.compile can't follow an annotation like tuple[...]
     def evaluate(params: Tree, *rest: Any) -> Tree:
         for path, leaf in tree.items(params):
             if not leaf.is_floating_point():
