@@ -4,14 +4,14 @@
 `train_step` makes one of any objective and any optimizer; every loss has its named step.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 
 from minitune import tree
-from minitune.algorithms.distillation import Teacher, distillation
+from minitune.algorithms.distillation import Teacher, TeacherLoss, distillation
 from minitune.algorithms.division import divided
 from minitune.algorithms.loss_scale import (
     LossScale,
@@ -23,13 +23,12 @@ from minitune.algorithms.loss_scale import (
 )
 from minitune.algorithms.objective import Objective
 from minitune.algorithms.preference import PreferenceLoss, preference
-from minitune.algorithms.supervised import sft
+from minitune.algorithms.supervised import SupervisedLoss, sft
 from minitune.algorithms.unpaired import unpaired_preference
 from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL
 from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
-from minitune.losses.registry import DistillationLoss
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 from minitune.models.model import Model
@@ -37,8 +36,8 @@ from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import sum_over_ranks
 from minitune.types import (
+    AnyBatch,
     Batch,
-    Mean,
     Metrics,
     Pairs,
     Params,
@@ -49,6 +48,16 @@ from minitune.types import (
     TrainState,
     UnpairedBatch,
 )
+
+BATCHES = Batch, Pairs, UnpairedBatch, TeacherBatch, SeededBatch
+
+
+class StepOptions(TypedDict, total=False):
+    """Keywords of train_step, which every named step takes too."""
+
+    micro_batch: int | None  # rows of a forward and backward; None: all
+    donate: bool  # whether the state that is passed in is written over
+    loss_scale: LossScale | None  # for parameters in float16
 
 
 def train_step(
@@ -67,12 +76,16 @@ def train_step(
     are overwritten by the new ones. metrics["not_finite"] is the number of the first leaf whose
     gradient is not finite, or -1. loss_scale is for parameters in float16, and its scale is part of
     the state.
+
+    TypeError for an objective that can't be called, an optimizer without `init` and `update`, and a
+    batch that is no AnyBatch.
     """
+    require_parts(objective, optimizer)
 
     def init(trainable: Trainable) -> TrainState:
         return TrainState(trainable, with_scale(optimizer.init(trainable), loss_scale, trainable))
 
-    def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def update(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         require_batch(batch)
         first, *others = _micro_batches(batch, micro_batch)
         factor = factor_of(state.opt_state, tree.leaves(first)[0].shape.numel())
@@ -93,16 +106,41 @@ def train_step(
     return Step(init, update)
 
 
-def require_batch(batch: Any) -> None:
-    """TypeError for what is no batch of rows, or whose tensors have different numbers of them."""
-    if not isinstance(getattr(batch, "counts", None), str):
-        kinds = Batch, Pairs, UnpairedBatch, TeacherBatch, SeededBatch
-        names = ", ".join(kind.__name__ for kind in kinds)
+def require_parts(objective: object, optimizer: object) -> None:
+    """TypeError for what is no objective or no optimizer."""
+    if not callable(objective):
         raise TypeError(
-            f"steps: the batch is a {type(batch).__name__}, expected one of {names} or a tree of "
-            "tensors with a property `counts`, the name of what its rows count in metrics"
+            f"steps: the objective is a {type(objective).__name__}, expected a function "
+            "(trainable, params, batch) -> (Mean, reports), such as sft(model, lora)"
         )
-    n_rows = {path: len(leaf) if leaf.ndim else 0 for path, leaf in tree.items(batch)}
+    is_class = isinstance(optimizer, type)
+    found = f"the class {optimizer.__name__}" if is_class else f"a {type(optimizer).__name__}"
+    missing = [name for name in ("init", "update") if not hasattr(optimizer, name)]
+    if is_class or missing:
+        without = f" without {' and '.join(missing)}" if missing else ""
+        raise TypeError(
+            f"steps: the optimizer is {found}{without}, expected an instance with init(params) -> "
+            "state and update(grads, state, params) -> (updates, state), such as optim.AdamW(lr)"
+        )
+
+
+def require_batch(batch: object) -> None:
+    """TypeError for what is no batch of rows, or whose tensors have different numbers of them."""
+    kind = type(batch).__name__
+    if not isinstance(getattr(batch, "counts", None), str):
+        state = "without" if not hasattr(batch, "counts") else "whose `counts` is no string, not"
+        raise TypeError(
+            f"steps: the batch is a {kind} {state} the property `counts`, expected one of "
+            f"{', '.join(one.__name__ for one in BATCHES)} or a NamedTuple of tensors with it: the "
+            'name in metrics of what its rows are counted in, such as "target_tokens"'
+        )
+    try:
+        n_rows = {path: len(leaf) if leaf.ndim else 0 for path, leaf in tree.items(batch)}
+    except TypeError as error:
+        raise TypeError(
+            f"steps: the batch is a {kind} that is no tree of tensors, expected a NamedTuple of "
+            f"tensors or of such NamedTuples ({error})"
+        ) from None
     if not n_rows or len(set(n_rows.values())) > 1 or not max(n_rows.values()):
         found = ", ".join(f"{path} {n}" for path, n in n_rows.items()) or "no tensor"
         raise TypeError(
@@ -111,18 +149,20 @@ def require_batch(batch: Any) -> None:
         )
 
 
-def eval_step(
-    objective: Objective,
-) -> Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]:
+def eval_step(objective: Objective) -> Objective:
     """Function that gives the objective's value without its gradient."""
     return torch.no_grad()(objective)
 
 
 def sft_step(
-    model: Model, lora: Lora | None, optimizer: GradientTransformation, **how: Any
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    loss: SupervisedLoss = CrossEntropy(),  # noqa: B008 - a frozen struct
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of supervised fine-tuning on a Batch; `how` is what train_step takes."""
-    return train_step(sft(model, lora, CrossEntropy()), optimizer, **how)
+    return train_step(sft(model, lora, loss), optimizer, **how)
 
 
 def preference_step(
@@ -131,7 +171,7 @@ def preference_step(
     optimizer: GradientTransformation,
     loss: PreferenceLoss,
     reference: Trainable | None,
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of any loss over Pairs; reference as preference.preference takes it, `how` as train_step
     does.
@@ -145,7 +185,7 @@ def dpo_step(
     optimizer: GradientTransformation,
     reference: Trainable | None,
     loss: Dpo = Dpo(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of direct preference optimization on Pairs."""
     return preference_step(model, lora, optimizer, loss, reference, **how)
@@ -157,7 +197,7 @@ def ipo_step(
     optimizer: GradientTransformation,
     reference: Trainable | None,
     loss: Ipo = Ipo(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of identity preference optimization on Pairs."""
     return preference_step(model, lora, optimizer, loss, reference, **how)
@@ -169,7 +209,7 @@ def hinge_step(
     optimizer: GradientTransformation,
     reference: Trainable | None,
     loss: Hinge = Hinge(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of the hinge loss of RSO and SLiC on Pairs."""
     return preference_step(model, lora, optimizer, loss, reference, **how)
@@ -180,7 +220,7 @@ def simpo_step(
     lora: Lora | None,
     optimizer: GradientTransformation,
     loss: SimPO = SimPO(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of simple preference optimization on Pairs: no reference."""
     return preference_step(model, lora, optimizer, loss, None, **how)
@@ -191,7 +231,7 @@ def orpo_step(
     lora: Lora | None,
     optimizer: GradientTransformation,
     loss: Orpo = Orpo(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of odds-ratio preference optimization on Pairs: no reference."""
     return preference_step(model, lora, optimizer, loss, None, **how)
@@ -202,7 +242,7 @@ def cpo_step(
     lora: Lora | None,
     optimizer: GradientTransformation,
     loss: Cpo = Cpo(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of contrastive preference optimization on Pairs: no reference."""
     return preference_step(model, lora, optimizer, loss, None, **how)
@@ -214,7 +254,7 @@ def kto_step(
     optimizer: GradientTransformation,
     reference: Trainable | None,
     loss: Kto = Kto(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of Kahneman-Tversky optimization on an UnpairedBatch."""
     return train_step(unpaired_preference(model, lora, loss, reference), optimizer, **how)
@@ -225,14 +265,14 @@ def kd_step(
     lora: Lora | None,
     optimizer: GradientTransformation,
     teacher: Teacher | None,
-    loss: DistillationLoss = ForwardKL(),  # noqa: B008 - a frozen struct
-    **how: Any,
+    loss: TeacherLoss = ForwardKL(),  # noqa: B008 - a frozen struct
+    **how: Unpack[StepOptions],
 ) -> Step:
     """Step of distillation on a Batch, or on a TeacherBatch without the teacher itself."""
     return train_step(distillation(model, lora, loss, teacher), optimizer, **how)
 
 
-def _micro_batches(batch: Any, n_rows: int | None) -> Any:
+def _micro_batches(batch: AnyBatch, n_rows: int | None) -> Iterator[AnyBatch]:
     """The batch in parts of n_rows rows."""
     total = len(tree.leaves(batch)[0])
     size = n_rows or total

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from minitune.errors import InputError, closest
 from minitune.types import Params, Trainable, wide_dtype
 
 SUM_ELEMENTS = 2**18  # that are added up at a time
 # Tensor | None | Mapping[str, Tree] | tuple[Tree, ...] | list[Tree] | NamedTuple of Tree
-Tree = Any
+Tree = TypeAliasType("Tree", Any)
 
 
 def items(tree: Tree, path: str = "") -> Iterator[tuple[str, Tensor]]:

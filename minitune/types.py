@@ -10,13 +10,14 @@ Params are flat and keep Hugging Face names and [out, in] layout:
 "model.layers.0.self_attn.q_proj.weight".
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple, Union
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from msgspec import Meta
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from minitune.hardware import to_device
 
@@ -76,12 +77,30 @@ class Adapted(NamedTuple):
         return self.w.shape
 
 
+# These aliases keep their names where help() and inspect.signature print them.
 # a leaf says how it multiplies: a Tensor, a QTensor (quantized) or an Adapted one
-Params = Mapping[str, Any]
-Deltas = Mapping[str, Delta]
+Params = TypeAliasType("Params", Mapping[str, Any])
+Deltas = TypeAliasType("Deltas", Mapping[str, Delta])
 # a tensor replaces the weight of its name, a Delta adapts it
-Trainable = Mapping[str, Union[Tensor, Delta]]
-Metrics = dict[str, Tensor]
+Trainable = TypeAliasType("Trainable", Mapping[str, Tensor | Delta])
+Metrics = TypeAliasType("Metrics", dict[str, Tensor])
+
+
+@runtime_checkable
+class AnyBatch(Protocol):
+    """Tree of tensors [B, ...] that a step takes as its batch: a Batch, Pairs, or a NamedTuple of
+    your own with the property `counts`.
+
+    A step cuts every tensor along its first dimension into micro-batches, and hands them to its
+    objective, which knows what the batch holds.
+    """
+
+    @property
+    def counts(self) -> str:
+        """Name in metrics of the objective's weight, which is what the rows are counted in:
+        "target_tokens", "pairs".
+        """
+        ...
 
 
 class Batch(NamedTuple):
@@ -168,7 +187,7 @@ class SeededBatch(NamedTuple):
     Without seeds nothing is dropped and no noise is added. dropout.seeded makes these.
     """
 
-    rows: Any  # Batch, Pairs, UnpairedBatch or TeacherBatch
+    rows: Any  # an AnyBatch
     seeds: Int[Tensor, "B"]
 
     @property
@@ -217,16 +236,32 @@ class Mean(NamedTuple):
 class TrainState(NamedTuple):
     """What a step changes: the trees that train, and the optimizer's state."""
 
-    trainable: Any  # Trainable; of a sweep, stacked Deltas
+    trainable: Trainable  # of a sweep, stacked Deltas
     opt_state: Any  # a tree of tensors
+
+
+class StepInit(Protocol):
+    """First function of a step."""
+
+    def __call__(self, trainable: Trainable) -> TrainState:
+        """State before the first step: the tree that trains, and what the optimizer begins with."""
+        ...
+
+
+class StepUpdate(Protocol):
+    """Second function of a step."""
+
+    # a batch of any kind would be more than an objective promises: each takes its own
+    def __call__(self, params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """(state, metrics) after one step on an AnyBatch, of the kind that the objective takes."""
+        ...
 
 
 class Step(NamedTuple):
     """A training step as two pure functions; steps.py makes them."""
 
-    init: Callable[[Any], TrainState]  # trainable -> state
-    # (params, state, batch) -> (state, metrics)
-    update: Callable[[Params, TrainState, Any], tuple[TrainState, Metrics]]
+    init: StepInit
+    update: StepUpdate
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,16 +1,29 @@
 """Distillation from a teacher."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from minitune.algorithms.objective import Objective, apply_trainable, required, with_draws
 from minitune.lora import Lora
-from minitune.losses.registry import DistillationLoss
+from minitune.losses.base import Logits, Nats
 from minitune.models.model import Model
 from minitune.nn.head import by_rows
 from minitune.types import Batch, Mean, Params, SeededBatch, TeacherBatch, Trainable
+
+
+@runtime_checkable
+class TeacherLoss(Protocol):
+    """Loss of tokens beside a teacher: a struct of losses.DistillationLoss, or one of yours."""
+
+    def __call__(self, logits: Logits, targets: Tensor, teacher_logits: Logits, /) -> Nats:
+        """One value a row, in nats, given all logits of the teacher."""
+        ...
+
+    def on_top(self, logits: Logits, targets: Tensor, top_ids: Tensor, top_logps: Tensor) -> Nats:
+        """One value a row, in nats, given the teacher's log-probs [rows k] of k tokens."""
+        ...
 
 
 class Teacher(NamedTuple):
@@ -21,7 +34,7 @@ class Teacher(NamedTuple):
 
 
 def distillation(
-    model: Model, lora: Lora | None, loss: DistillationLoss, teacher: Teacher | None
+    model: Model, lora: Lora | None, loss: TeacherLoss, teacher: Teacher | None
 ) -> Objective:
     """Learning from a teacher's distribution over every labelled token: live, or what each batch
     carries of it (TeacherBatch).
@@ -37,7 +50,7 @@ def distillation(
     def objective(
         trainable: Trainable, params: Params, batch: Batch | TeacherBatch | SeededBatch
     ) -> tuple[Mean, dict[str, Mean]]:
-        drawing, rows = with_draws(model, lora, batch)
+        drawing, rows = with_draws(model, lora, batch, Batch, TeacherBatch)
         adapted = apply_trainable(params, trainable, lora)
         if isinstance(rows, TeacherBatch):
             tops = (rows.top_ids, rows.top_logps)

@@ -1,9 +1,8 @@
-"""Objective: a function (trainable, params, batch) -> (Mean, extras), and what several of them
+"""Objective: a function (trainable, params, batch) -> (Mean, reports), and what several of them
 share.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,9 +14,25 @@ from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Draws, Model, with_dropout
-from minitune.types import Batch, Delta, Mean, Params, SeededBatch, Trainable
+from minitune.types import AnyBatch, Batch, Delta, Mean, Params, SeededBatch, Trainable
 
-Objective = Callable[[Trainable, Params, Any], tuple[Mean, dict[str, Mean]]]
+
+@runtime_checkable
+class Objective(Protocol):
+    """Function that a step minimizes: pure, of the trees that train, the frozen parameters and a
+    batch.
+
+    Its trainable tree comes first, by which `value_and_grad` differentiates.
+    """
+
+    # a batch of any kind would be more than an objective promises: each takes its own
+    def __call__(
+        self, trainable: Trainable, params: Params, batch: Any, /
+    ) -> tuple[Mean, dict[str, Mean]]:
+        """(sum of the losses of these rows and how much they weigh, what else to report by its name
+        in metrics): the step adds up micro-batches and processes, and divides once.
+        """
+        ...
 
 
 def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:
@@ -65,17 +80,33 @@ def forward_params(
     return with_dropout(adapted, seeds, n_rows, (lora.dropout,))
 
 
-def with_draws(model: Model, lora: Lora | None, batch: Any) -> tuple[Model, Any]:
+def with_draws(model: Model, lora: Lora | None, batch: AnyBatch, *kinds: type) -> tuple[Model, Any]:
     """(model, rows) of a training step: the model draws from the seeds of a SeededBatch.
 
     Rows without seeds are those of an evaluation. TypeError for such rows where a gradient is to be
     taken through a model or a rule that draws: a training without its dropout would not be seen.
+    TypeError for rows that are of none of these kinds and lack what the first of them has.
     """
     rate = lora.dropout if lora is not None else 0.0
     if isinstance(batch, SeededBatch):
-        return model._replace(draws=Draws(batch.seeds, (rate,))), batch.rows
-    require_no_draws(model, rate)
+        model, batch = model._replace(draws=Draws(batch.seeds, (rate,))), batch.rows
+    else:
+        require_no_draws(model, rate)
+    if not isinstance(batch, kinds):
+        require_fields(batch, kinds[0])
     return model, batch
+
+
+def require_fields(rows: object, kind: type) -> None:
+    """TypeError for rows without a field or a method that a batch of this kind has."""
+    names = [name for name in dir(kind) if not name.startswith("_") and not hasattr(tuple, name)]
+    missing = [name for name in names if not hasattr(rows, name)]
+    if missing:
+        raise TypeError(
+            f"objective: the batch is a {type(rows).__name__} without {', '.join(missing)}, "
+            f"expected a {kind.__name__} or what has all that one has; give it these, or write an "
+            "objective of your own for it"
+        )
 
 
 def require_no_draws(model: Model, rate: float) -> None:

@@ -51,7 +51,7 @@ def preference(
     def objective(
         trainable: Trainable, params: Params, batch: Pairs | SeededBatch
     ) -> tuple[Mean, dict[str, Mean]]:
-        drawing, pairs = with_draws(model, lora, batch)
+        drawing, pairs = with_draws(model, lora, batch, Pairs)
         frozen = None
         if loss.needs_reference and not isinstance(pairs.reference, Tensor):
             with torch.no_grad():  # first: what the policy keeps for its backward is not there yet

@@ -45,6 +45,7 @@ from minitune.types import (
     Params,
     SeededBatch,
     Step,
+    Trainable,
     TrainState,
     wide_dtype,
 )
@@ -184,7 +185,7 @@ def sweep_step(
     clipped, and skipped where its gradient is not finite, by itself.
     """
 
-    def init(trainable: Deltas) -> TrainState:
+    def init(trainable: Trainable) -> TrainState:
         members = zip(optimizers, unstack(trainable, len(optimizers)), strict=True)
         opt_states = [optimizer.init(deltas) for optimizer, deltas in members]
         return TrainState(trainable, with_scale(opt_states, loss_scale, trainable))
@@ -220,7 +221,7 @@ def _gradients(
     loss: TokenLoss,
     rules: Sequence[Lora],
     factor: Tensor | None,
-    trainable: Deltas,
+    trainable: Trainable,
     params: Params,
     rows: Batch | SeededBatch,
 ) -> tuple[Mean, Tree]:

@@ -34,7 +34,7 @@ def unpaired_preference(
         params: Params,
         batch: UnpairedBatch | SeededBatch,
     ) -> tuple[Mean, dict[str, Mean]]:
-        drawing, unpaired = with_draws(model, lora, batch)
+        drawing, unpaired = with_draws(model, lora, batch, UnpairedBatch)
         rows = unpaired.answers, unpaired.mismatched
         adapted = apply_trainable(params, trainable, lora)
         with torch.no_grad():  # first: what the policy keeps for its backward is not there yet

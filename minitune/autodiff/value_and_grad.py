@@ -36,7 +36,9 @@ def in_forward_mode() -> bool:
 
 
 def takes_gradients() -> bool:
-    """True inside torch.func.grad, vjp or one of their kin."""
+    """True inside torch.func.grad, vjp or one of their kin; of any transform that is compiled."""
+    if torch.compiler.is_compiling():  # which can't look at the stack
+        return FUNCTORCH.get_dynamic_layer_stack_depth() > 0
     stack = FUNCTORCH.get_interpreter_stack() or ()
     return any(level.key() == FUNCTORCH.TransformType.Grad for level in stack)
 
@@ -49,17 +51,19 @@ def value_and_grad(
 
     With has_aux, fn returns (Mean, aux). This is the contract of torch.func.grad_and_value, value
     first: no argument is written, no `.grad` is set, and a leaf that fn does not use gets a zero
-    gradient. The result carries no graph. TypeError names a leaf that is not floating point;
-    RuntimeError inside torch.inference_mode.
+    gradient. The result carries no graph. TypeError names a leaf that is not floating point, and
+    says what fn returned if that is no Mean; RuntimeError inside torch.inference_mode.
     """
 
-    def evaluate(params: Tree, *rest: Any) -> tuple[Any, Tree]:
+    # of a function within a function, torch.compile can't follow an annotation like tuple[...]
+    def evaluate(params: Tree, *rest: Any) -> Tree:
         for path, leaf in tree.items(params):
             if not leaf.is_floating_point():
                 raise TypeError(
                     f"grad: {path or 'root'} is {leaf.dtype}, expected a floating-point tensor"
                 )
-        if under_transform():
+        # torch.compile can follow torch.func, but not detached leaves
+        if under_transform() or torch.compiler.is_compiling():
             return _transformed(fn, has_aux, params, rest)
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -69,7 +73,7 @@ def value_and_grad(
         leaves = detached_leaves(params)
         with torch.enable_grad():
             value = fn(leaves, *rest)
-        total = (value[0] if has_aux else value).total
+        total = _total(value, has_aux)
         grads = autograd_grads([total], tree.leaves(leaves), [torch.ones_like(total)])
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
 
@@ -98,9 +102,9 @@ def per_example(
     names a leaf that is not floating point.
     """
 
-    def evaluate(params: Tree, examples: Tree) -> tuple[Any, Tree]:
-        def some(rows: Tree) -> tuple[Any, Tree]:
-            def summed(copies: Tree) -> tuple[Any, Any]:
+    def evaluate(params: Tree, examples: Tree) -> Tree:
+        def some(rows: Tree) -> Tree:
+            def summed(copies: Tree) -> Tree:
                 means = torch.func.vmap(fn)(copies, rows)
                 return type(means)(*(x.sum() for x in means)), means
 
@@ -224,12 +228,27 @@ def autograd_grads(
     )
 
 
+def _total(value: Any, has_aux: bool) -> Tensor:
+    """Total of a function's result, which is differentiated; TypeError for another result."""
+    is_pair = type(value) is tuple and len(value) == 2  # a Mean alone is a tuple of its own kind
+    total = getattr(value[0] if has_aux and is_pair else value, "total", None)
+    if isinstance(total, Tensor) and is_pair == has_aux:
+        return total
+    found = type(value).__name__
+    if is_pair:
+        found = f"({type(value[0]).__name__}, {type(value[1]).__name__})"
+    expected = "(Mean, aux), as has_aux says" if has_aux else "a Mean, or has_aux=True beside it"
+    raise TypeError(
+        f"grad: the function returned {found}, expected {expected}; Mean.of(values, mask) makes one"
+    )
+
+
 def _transformed(
     fn: Callable[..., Any], has_aux: bool, params: Tree, rest: Sequence[Any]
 ) -> tuple[Any, Tree]:
-    def total(fresh: Tree) -> tuple[Tensor, Any]:
+    def total(fresh: Tree) -> Any:
         value = fn(fresh, *rest)
-        return (value[0] if has_aux else value).total, value
+        return _total(value, has_aux), value
 
     grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(params)
     return value, grads

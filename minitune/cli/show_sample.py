@@ -21,8 +21,7 @@ from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
 from minitune.programs import program
-from minitune.text import tokenizer
-from minitune.text.chat import Tokens, open_template
+from minitune.text.chat import Tokens, open_text
 from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 
@@ -54,10 +53,8 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
             f"show-sample: {file} has [model] config but no tokenizer, expected the folder that "
             "holds the tokenizer's files"
         )
-    text = tokenizer.open_tokenizer(locate(folder))
-    template = with_options(
-        open_template(locate(folder), text), asked.model.chat_template_kwargs, "[model]"
-    )
+    text, template = open_text(locate(folder))
+    template = with_options(template, asked.model.chat_template_kwargs, "[model]")
     screen = console or Console()
     screen.print(
         Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True

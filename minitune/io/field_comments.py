@@ -9,8 +9,9 @@ import tokenize
 import msgspec
 
 
-def comments_of(kind: type[msgspec.Struct]) -> dict[str, str]:
-    """{field: comment} of every field of a struct, on one line each; "" for a field without one.
+def comments_of(kind: type) -> dict[str, str]:
+    """{field: comment} of every field of a struct or a NamedTuple, on one line each; "" for a field
+    without one.
 
     A comment is the lines of comment right above a field, then what stands at the end of its own
     lines. A field that a struct inherits has that of the struct which defines it. Where the source
@@ -18,10 +19,11 @@ def comments_of(kind: type[msgspec.Struct]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if issubclass(base, msgspec.Struct) and base is not msgspec.Struct:
+        if base not in (msgspec.Struct, tuple, object):
             written = {name: text for name, text in _written(base).items() if text}
             found = {**found, **written}
-    return {name: found.get(name, "") for name in kind.__struct_fields__}
+    names = kind.__struct_fields__ if issubclass(kind, msgspec.Struct) else kind._fields
+    return {name: found.get(name, "") for name in names}
 
 
 def first_sentence(kind: type) -> str:

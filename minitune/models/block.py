@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from minitune.models.config import DecoderConfig, MixerName
 from minitune.models.experts import is_routed, routed_feed_forward
@@ -21,8 +22,10 @@ from minitune.tree import Tree
 from minitune.types import Params
 
 ACTIVATIONS = {"silu": swiglu, "gelu_tanh": geglu}
-Tap = Callable[[str, Tensor, Tensor], None]  # (name of a weight, its input, its output)
-BlockFunction = Callable[..., Tensor]  # called as `block` below is
+# (name of a weight, its input, its output)
+Tap = TypeAliasType("Tap", Callable[[str, Tensor, Tensor], None])
+# called as `block` below is
+BlockFunction = TypeAliasType("BlockFunction", Callable[..., Tensor])
 
 
 def block(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from minitune import seeds, tree
 from minitune.autodiff.remat import remat
@@ -24,7 +25,7 @@ from minitune.nn.linear import linear
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Dropout, Params
 
-BlockTransform = Callable[[BlockFunction], BlockFunction]
+BlockTransform = TypeAliasType("BlockTransform", Callable[[BlockFunction], BlockFunction])
 
 
 class Probe(NamedTuple):
@@ -153,12 +154,12 @@ class Model(NamedTuple):
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
             return loss(decoder.scaled_logits(self.config, logits), *rows)
 
-        def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+        def chunk_losses(logits: Tensor, rows: Tree) -> Tensor:
             return (
                 by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
             )
 
-        def weighted_losses(logits: Tensor, rows: tuple[tuple[Tensor, Tree], Tensor]) -> Tensor:
+        def weighted_losses(logits: Tensor, rows: Tree) -> Tensor:
             losses = chunk_losses(logits, rows[0])
             return losses * rows[1].view(-1, *(1 for _ in losses.shape[1:]))
 

@@ -10,6 +10,7 @@ computed and not selected.
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from minitune.optim.pipeline import (
     is_sliceable,
     split_optimizer,
 )
-from minitune.optim.transforms import GradientTransformation
+from minitune.optim.transforms import GradientTransformation, checked_update
 from minitune.tree import Tree
 from minitune.types import widen
 
@@ -46,13 +47,15 @@ def apply_gradients(
         # a decision for each element of a batch, which no `if` can take
         new = _by_definition(optimizer, grads, state, params, divisor)
         return select(is_finite, new, (params, state))
-    selects = hardware.is_asynchronous(divisor.device)
+    # a graph of torch.compile has neither decisions nor kernels that write over their arguments
+    is_traced = torch.compiler.is_compiling()
+    selects = is_traced or hardware.is_asynchronous(divisor.device)
     if not selects and not is_finite:
         return tree.map(Tensor.detach, params), state
 
     paths, leaves = zip(*tree.items(params), strict=True)
     clips, pipelines = split_optimizer(optimizer, state, paths, leaves)
-    if is_sliceable(pipelines, leaves):
+    if not is_traced and is_sliceable(pipelines, leaves):
         if not donate:
             params, state = tree.map(lambda x: x.detach().clone(), (params, state))
             leaves = tree.leaves(params)
@@ -123,7 +126,7 @@ def _by_definition(
 ) -> tuple[Tree, Tree]:
     """(params, state) after the step, as new trees."""
     divided = tree.map(lambda g: scaled_gradient(g, divisor, ()), grads)
-    updates, after = optimizer.update(divided, state, params)
+    updates, after = checked_update(optimizer, divided, state, params)
     return tree.map(updated, params, updates), after
 
 

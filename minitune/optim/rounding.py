@@ -13,13 +13,14 @@ import msgspec
 import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from minitune import hardware, seeds, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
 from minitune.tree import Tree
 
 # (float32 values of a slice, path of its leaf, its start) -> bfloat16
-Rounding = Callable[[Tensor, str, int], Tensor]
+Rounding = TypeAliasType("Rounding", Callable[[Tensor, str, int], Tensor])
 
 
 class StepKeys(NamedTuple):

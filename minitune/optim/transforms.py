@@ -20,7 +20,7 @@ asks for these declarations and never for a type:
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import torch
@@ -49,6 +49,19 @@ class GradientTransformation(Protocol):
         a chain.
         """
         ...
+
+
+def checked_update(
+    optimizer: GradientTransformation, grads: Tree, state: Tree, params: Tree
+) -> tuple[Tree, Tree]:
+    """(updates, next state) of an optimizer; TypeError for what is no such pair."""
+    result = optimizer.update(grads, state, params)
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    raise TypeError(
+        f"optim: update of {type(optimizer).__name__} returned a {type(result).__name__}, "
+        "expected (updates, state)"
+    )
 
 
 class Slice(NamedTuple):
@@ -151,7 +164,7 @@ class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Chain(NamedTuple):
     """Transforms applied one after the other."""
 
-    parts: tuple[Any, ...]
+    parts: tuple[GradientTransformation, ...]
 
     def init(self, params: Tree) -> tuple[Tree, ...]:
         """Each part's state."""

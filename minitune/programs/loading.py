@@ -27,9 +27,8 @@ from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.programs.state_deltas import deltas_folder, open_deltas
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
-from minitune.text import tokenizer
-from minitune.text.chat import open_template
-from minitune.text.template import Template, with_options
+from minitune.text.chat import open_text
+from minitune.text.template import with_options
 from minitune.tree import Tree
 from minitune.types import Delta, Params, Trainable
 
@@ -73,8 +72,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         model, text, template = _checked_model(source), None, None
     if text is None or template is None or source.tokenizer is not None:
         folder = _tokenizer_folder(source)
-        text = _open_tokenizer(folder, model)
-        template = open_template(folder, text)
+        text, template = open_text(folder, model.config.vocab_size)
     template = with_options(template._replace(options={}), source.chat_template_kwargs, "[model]")
     _check_device(source)
 
@@ -119,13 +117,8 @@ def _checked_model(source: ModelSource) -> Model:
     model = _model(source)
     if source.path is not None:
         end_ids(locate(source.path))
-    _open_tokenizer(_tokenizer_folder(source), model)
+    open_text(_tokenizer_folder(source), model.config.vocab_size)
     return model
-
-
-def _open_tokenizer(folder: Path, model: Model) -> tokenizer.Tokenizer:
-    """Tokenizer of a folder for a model; InputError if they are of two models."""
-    return tokenizer.open_tokenizer(folder).with_rows(model.config.vocab_size, str(folder))
 
 
 def _check_device(source: ModelSource) -> None:
@@ -200,7 +193,7 @@ def load(
     model = _model(source, run)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
-    text = _open_tokenizer(folder, model)
+    text, template = open_text(folder, model.config.vocab_size)
     if path is not None:
         require_unharmed(path)
     shapes = model.shapes()
@@ -212,7 +205,7 @@ def load(
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)
-    template = _template(source, folder, text)
+    template = with_options(template, source.chat_template_kwargs, "[model]")
     ends = () if path is None else end_ids(path)
     return LoadedModel(model, params, stored, path, folder, text, template, rule, trainable, ends)
 
@@ -281,10 +274,6 @@ def _model(source: ModelSource, run: Path | None = None) -> Model:
         if source.path is not None
         else open_config(locate(str(source.config)))
     )
-
-
-def _template(source: ModelSource, folder: Path, text: tokenizer.Tokenizer) -> Template:
-    return with_options(open_template(folder, text), source.chat_template_kwargs, "[model]")
 
 
 def _tokenizer_folder(source: ModelSource, run: Path | None = None) -> Path:

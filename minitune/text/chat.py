@@ -16,7 +16,7 @@ from minitune.text.escaping import escape_special_tokens
 from minitune.text.folder_files import DEFAULT, TOOL_USE, template_texts
 from minitune.text.forms import write
 from minitune.text.template import Message, Template, Tool, compile_template, describe_roles
-from minitune.text.tokenizer import Tokenizer
+from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from minitune.text.turns import appends_prompt, assistant_turns
 
 CHATML = """\
@@ -48,6 +48,18 @@ class Tokens(NamedTuple):
     ids: list[int]
     mask: Sequence[bool | float]
     unwritten: Sequence[str] = ()
+
+
+def open_text(folder: Path, n_rows: int | None = None) -> tuple[Tokenizer, Template]:
+    """(tokenizer, chat template) of a Hugging Face folder, for a model of n_rows embeddings.
+
+    InputError for files that are missing or damaged, and for a tokenizer of another model: one that
+    has more tokens than rows, other than added ones.
+    """
+    tokenizer = open_tokenizer(folder)
+    if n_rows is not None:
+        tokenizer = tokenizer.with_rows(n_rows, str(folder))
+    return tokenizer, open_template(folder, tokenizer)
 
 
 def open_template(folder: Path, tokenizer: Tokenizer) -> Template:

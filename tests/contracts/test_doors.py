@@ -1,29 +1,84 @@
 """What a step says at its door and when it can't go on: wrong batches, updates and gradients that are not finite."""
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 import torch
 
 from minitune import tree
+from minitune.algorithms.objective import mean_of, require_fields
 from minitune.algorithms.supervised import sft
+from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.errors import InputError
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim.adamw import AdamW
-from minitune.steps import train_step
+from minitune.steps import require_batch, train_step
+from minitune.types import Batch
 from support.models import SMALL, random_batch, random_params
 from support.numbers import STAGE, Numbers, train
 
 ROWS = random_batch(SMALL, 3, 7)
+
+
+class Weighted(NamedTuple):
+    """Batch of somebody's own that says nothing about itself."""
+
+    rows: Batch
+    weights: torch.Tensor
+
+
+class Counted(NamedTuple):
+    """Batch of somebody's own whose `counts` lacks @property."""
+
+    rows: Batch
+
+    def counts(self) -> str:
+        return "rows"
+
+
+class Whole(Weighted):
+    """Batch of somebody's own that a step takes."""
+
+    @property
+    def counts(self) -> str:
+        return "target_tokens"
+
+
+@dataclass
+class Record:
+    """Batch of somebody's own that is no tree."""
+
+    tokens: torch.Tensor
+    counts: str = "rows"
+
+
+WEIGHTED = Whole(ROWS, torch.rand(3))
+NO_COUNTS = r"without the property `counts`, expected one of Batch, Pairs, .* or a NamedTuple of tensors with it: the name"
 WRONG = {
-    "a dict": (ROWS._asdict(), r"steps: the batch is a dict, expected one of Batch, Pairs, .* `counts`"),
-    "a tensor": (ROWS.tokens, r"steps: the batch is a Tensor, expected one of"),
-    "a list": ([ROWS], r"steps: the batch is a list, expected one of"),
+    "a dict": (ROWS._asdict(), rf"steps: the batch is a dict {NO_COUNTS}"),
+    "a tensor": (ROWS.tokens, rf"steps: the batch is a Tensor {NO_COUNTS}"),
+    "a list": ([ROWS], rf"steps: the batch is a list {NO_COUNTS}"),
+    "no counts": (Weighted(ROWS, torch.rand(3)), rf"steps: the batch is a Weighted {NO_COUNTS}"),
+    "a method": (Counted(ROWS), r"the batch is a Counted whose `counts` is no string, not the property `counts`, expected"),
+    "no tree": (
+        Record(ROWS.tokens),
+        r"is a Record that is no tree of tensors, expected a NamedTuple .* \(tree: root is",
+    ),
+    "no tensor": (
+        WEIGHTED._replace(weights=[0.5] * 3),
+        r"is a Whole that is no tree of tensors, .* \(tree: weights\.0 is",
+    ),
     "other rows": (ROWS._replace(tokens=ROWS.tokens[:2]), r"has rows: tokens 2, segment_ids 3, loss_mask 3; expected the same"),
     "no rows": (tree.map(lambda x: x[:0], ROWS), r"has rows: tokens 0, segment_ids 0, loss_mask 0; expected the same"),
+    "another kind": (
+        WEIGHTED,
+        r"a Whole without loss_mask, segment_ids, target_mask, tokens, expected a Batch",
+    ),
 }
 
 
@@ -35,6 +90,78 @@ def test_what_is_no_batch_is_told_at_the_door(name: str) -> None:
     state = step.init({"model.norm.weight": params["model.norm.weight"]})
     with pytest.raises(TypeError, match=message):
         step.update(params, state, batch)
+
+
+def test_a_batch_of_ones_own_with_all_that_a_batch_has_is_one() -> None:
+    class Mine(NamedTuple):
+        tokens: torch.Tensor
+        segment_ids: torch.Tensor
+        loss_mask: torch.Tensor
+        note: torch.Tensor
+
+        counts = Batch.counts
+        target_mask = Batch.target_mask
+
+    mine = Mine(*ROWS, torch.rand(3))
+    require_batch(mine)
+    require_fields(mine, Batch)
+
+
+OBJECTIVE = sft(Model(llama.FAMILY, SMALL), None)
+NO_STEP = {
+    "no function": ((3.0, AdamW(lr=1e-3)), r"steps: the objective is a float, expected a function \(trainable, params, batch\)"),
+    "torch's": (
+        (OBJECTIVE, torch.optim.SGD([torch.zeros(1)])),
+        r"the optimizer is a SGD without init and update, expected",
+    ),
+    "a class": (
+        (OBJECTIVE, AdamW),
+        r"steps: the optimizer is the class AdamW, expected an instance with init",
+    ),
+    "a name": ((OBJECTIVE, "adamw"), r"steps: the optimizer is a str without init and update, expected an instance"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STEP)
+def test_what_is_no_objective_and_no_optimizer_is_told_before_the_first_step(name: str) -> None:
+    arguments, message = NO_STEP[name]
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(train_step)(*arguments)
+
+
+WRONG_RESULTS = {
+    "a number": (
+        False,
+        lambda x: x.sum(),
+        r"grad: the function returned Tensor, expected a Mean, or has_aux=True beside",
+    ),
+    "a pair": (False, lambda x: (mean_of(x), {}), r"returned \(Mean, dict\), expected a Mean, or has_aux=True"),
+    "no reports": (True, lambda x: mean_of(x), r"grad: the function returned Mean, expected \(Mean, aux\), as has_aux says"),
+    "a wrong pair": (True, lambda x: (x.sum(), {}), r"returned \(Tensor, dict\), expected \(Mean, aux\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RESULTS)
+def test_a_function_without_a_mean_is_told_what_it_returned(name: str) -> None:
+    has_aux, function, message = WRONG_RESULTS[name]
+    with pytest.raises(TypeError, match=message):
+        value_and_grad(function, has_aux)(torch.rand(3))
+    with pytest.raises(TypeError, match=message):
+        torch.func.vmap(value_and_grad(function, has_aux))(torch.rand(2, 3))
+
+
+def test_an_optimizer_without_a_next_state_is_named() -> None:
+    class Sign(NamedTuple):
+        def init(self, params: Any) -> Any:
+            return ()
+
+        def update(self, grads: Any, state: Any, params: Any) -> Any:
+            return tree.map(torch.sign, grads)
+
+    params = random_params(SMALL)
+    step = train_step(OBJECTIVE, Sign())
+    with pytest.raises(TypeError, match=r"optim: update of Sign returned a dict, expected \(updates, state\)"):
+        step.update(params, step.init({"model.norm.weight": params["model.norm.weight"]}), ROWS)
 
 
 class Broken(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from support.paths import PACKAGE, ROOT, TESTS
 
 pytestmark = pytest.mark.fast
 
-CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich"}
+CORE = {"torch", "safetensors", "sentencepiece", "msgspec", "numpy", "wandb", "jaxtyping", "rich", "typing_extensions"}
 WITH_TORCH = {
     "jinja2": "text/template text/sandbox text/bounds",
     "filelock": "io/locks",
