@@ -33,23 +33,10 @@ FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE
 ASSIGNMENT = re.compile(r"[\w.-]+=")
 
 # Commands of other tools, which no test runs.
-OTHER_TOOLS = set(
-    [
-        "pip",
-        "hf",
-        "wandb",
-        "mlflow",
-        "tensorboard",
-        "trackio",
-        "mkdocs",
-        "vllm",
-        "torchrun",
-        "llama-cli",
-        "llama-server",
-        "ollama",
-    ]
-)
-OTHER_TOOLS.add("python bench/demo/make.py")
+OTHER_TOOLS = {
+    *("pip", "hf", "wandb", "mlflow", "tensorboard", "trackio", "mkdocs"),
+    *("vllm", "torchrun", "llama-cli", "llama-server", "ollama", "python bench/demo/make.py"),
+}
 # Paths that stand for the reader's own, and what the tests have in their place.
 READERS_OWN = {
     "/path/to/folder": "model",
