@@ -231,28 +231,32 @@ def merge_trainable(
     # Quantized weights without a delta become what they stand for: the deltas were trained beside
     # those.
     if onto == "trained":
-        codes = {
-            name: w
-            for name, w in params.items()
-            if not isinstance(w, Tensor) and name not in deltas
-        }
-        merged |= {name: dequantize(w, dtypes[name]) for name, w in codes.items()}
+        for name, w in params.items():
+            if not isinstance(w, Tensor) and name not in deltas:
+                merged[name] = dequantize(w, dtypes[name])
 
     errors: dict[Onto, float] = {"trained": 0.0, "stored": 0.0}
     for name, delta in deltas.items():
         if lora is None:
             raise TypeError(f"lora: {name} is a Delta, expected the Lora rule that it was made by")
-        w, dense = params[name], stored[name].to(delta.a.device, torch.float32)
-        if isinstance(w, Tensor):
-            on_trained = on_stored = lora.merge_weight(dense, delta, dtypes[name])
-        else:
-            trained_on = dequantize(w, torch.float32)
-            on_trained = lora.merge_weight(trained_on, delta, dtypes[name])
-            on_stored = lora.merge_weight(trained_on, delta, dtypes[name], onto=dense)
+        on_trained, on_stored = _merge_one(lora, params[name], delta, stored[name], dtypes[name])
         merged[name] = on_trained.weight if onto == "trained" else on_stored.weight
         errors["trained"] = max(errors["trained"], float(on_trained.error))
         errors["stored"] = max(errors["stored"], float(on_stored.error))
     return Merged(merged, errors)
+
+
+def _merge_one(
+    lora: Lora, w: Any, delta: Delta, stored: Tensor, dtype: torch.dtype
+) -> tuple[MergedWeight, MergedWeight]:
+    """(delta merged onto the weight that it was trained on, onto the stored one)."""
+    dense = stored.to(delta.a.device, torch.float32)
+    if isinstance(w, Tensor):
+        merged = lora.merge_weight(dense, delta, dtype)
+        return merged, merged
+    trained_on = dequantize(w, torch.float32)
+    on_trained = lora.merge_weight(trained_on, delta, dtype)
+    return on_trained, lora.merge_weight(trained_on, delta, dtype, onto=dense)
 
 
 def merge_error(

@@ -92,6 +92,21 @@ def _parser() -> OptionParser:
         metavar="JSON",
         help="such as '{\"enable_thinking\": false}'",
     )
+    _add_sampling(parser)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longest answer (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the draws (default %(default)s)"
+    )
+    return parser
+
+
+def _add_sampling(parser: OptionParser) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
@@ -115,17 +130,6 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less"
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="longest answer (default %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the draws (default %(default)s)"
-    )
-    return parser
 
 
 def _template_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:

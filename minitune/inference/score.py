@@ -85,17 +85,7 @@ def continuations(
     answers A, B, C, D to a question cost one forward of a row. InputError for an empty context and
     for a continuation that is empty or longer than max_length.
     """
-    # the tokens of a row -> the pairs that it serves
-    sharers: dict[tuple[int, ...], list[int]] = {}
-    for n, (context, continuation) in enumerate(pairs):
-        if not context or not 0 < len(continuation) <= max_length:
-            raise InputError(
-                f"score: a context of {len(context)} and a continuation of {len(continuation)} "
-                "tokens, expected a context "
-                f"of 1 or more and a continuation of 1 to {max_length}"
-            )
-        row = (*context, *continuation)[-max_length - 1 : -1]
-        sharers.setdefault(row, []).append(n)
+    sharers = _pairs_by_row(pairs, max_length)
     rows = sorted(sharers, key=len, reverse=True)
     scores: dict[int, Score] = {}
     for start in range(0, len(rows), batch_size):
@@ -112,6 +102,23 @@ def continuations(
         for (_, n), logp, hits in zip(served, logps.split(sizes), greedy.split(sizes), strict=True):
             scores[n] = Score(float(logp.sum()), bool(hits.all()))
     return [scores[n] for n in range(len(pairs))]
+
+
+def _pairs_by_row(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
+) -> dict[tuple[int, ...], list[int]]:
+    """Numbers of the pairs that each row serves, by the row's tokens: all but the last, cut."""
+    sharers: dict[tuple[int, ...], list[int]] = {}
+    for n, (context, continuation) in enumerate(pairs):
+        if not context or not 0 < len(continuation) <= max_length:
+            raise InputError(
+                f"score: a context of {len(context)} and a continuation of {len(continuation)} "
+                "tokens, expected a context of 1 or more and a continuation of 1 to "
+                f"{max_length}"
+            )
+        row = (*context, *continuation)[-max_length - 1 : -1]
+        sharers.setdefault(row, []).append(n)
+    return sharers
 
 
 def _read(

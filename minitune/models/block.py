@@ -47,6 +47,26 @@ def block(
     to them.
     """
 
+    maps = layer_maps(config, w, tap)
+    attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
+
+    # every token sees those before it
+    h = maps.norm(attention_in, x)  # [B T D]
+    y = MIXERS[mixer].apply(config, maps, h, inputs, cache)  # [B T D]
+    x = _residual(config, x, maps.norm(attention_out, y))  # [B T D]
+
+    # every token by itself
+    h = maps.norm(mlp_in, x)  # [B T D]
+    if config.experts is not None and is_routed(config.experts, w):
+        y = routed_feed_forward(config.experts, w, maps.linear, h, tap)  # [B T D]
+    else:
+        y = _feed_forward(config, maps.linear, h)  # [B T D]
+    return _residual(config, x, maps.norm(mlp_out, y))  # [B T D]
+
+
+def layer_maps(config: DecoderConfig, w: Params, tap: Tap | None) -> LayerMaps:
+    """Linear maps and norms of a layer, by the names of their weights."""
+
     def proj(name: str, x: Tensor) -> Tensor:
         y = linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
         if tap is not None:
@@ -56,25 +76,14 @@ def block(
     def norm(name: str | None, x: Tensor) -> Tensor:
         return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm)
 
-    def residual(x: Tensor, change: Tensor) -> Tensor:
-        return x + (
-            change if config.residual_multiplier == 1 else change * config.residual_multiplier
-        )
+    return LayerMaps(w, proj, norm)
 
-    attention_in, attention_out, mlp_in, mlp_out = NORMS[config.norms]
 
-    # every token sees those before it
-    h = norm(attention_in, x)  # [B T D]
-    y = MIXERS[mixer].apply(config, LayerMaps(w, proj, norm), h, inputs, cache)  # [B T D]
-    x = residual(x, norm(attention_out, y))  # [B T D]
-
-    # every token by itself
-    h = norm(mlp_in, x)  # [B T D]
-    if config.experts is not None and is_routed(config.experts, w):
-        y = routed_feed_forward(config.experts, w, proj, h, tap)  # [B T D]
-    else:
-        y = _feed_forward(config, proj, h)  # [B T D]
-    return residual(x, norm(mlp_out, y))  # [B T D]
+def _residual(config: DecoderConfig, x: Tensor, change: Tensor) -> Tensor:
+    """x + change, scaled as the family does."""
+    if config.residual_multiplier != 1:
+        change = change * config.residual_multiplier
+    return x + change
 
 
 def _feed_forward(

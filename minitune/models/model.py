@@ -148,30 +148,22 @@ class Model(NamedTuple):
         """
         # target_mask() is False at 0, so nothing wraps round
         mask = batch.target_mask().roll(-1, 1)
-        weights = mask if mask.is_floating_point() else None
-        targets = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
+        labels = tree.map(lambda x: x.roll(-1, 1), (batch.tokens, extra))
 
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
             return loss(decoder.scaled_logits(self.config, logits), *rows)
 
-        def chunk_losses(logits: Tensor, rows: Tree) -> Tensor:
-            return (
-                by_rows(row_losses)(logits, rows[0]) if extra is None else row_losses(logits, *rows)
-            )
+        def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+            if extra is None:
+                return by_rows(row_losses)(logits, rows[0])
+            return row_losses(logits, *rows)
 
-        def weighted_losses(logits: Tensor, rows: Tree) -> Tensor:
-            losses = chunk_losses(logits, rows[0])
-            return losses * rows[1].view(-1, *(1 for _ in losses.shape[1:]))
-
+        of_chunk: Callable[..., Tensor] = chunk_losses
+        if mask.is_floating_point():
+            of_chunk, labels, mask = _weighted(chunk_losses), (labels, mask), mask > 0
         hidden = self.hidden(params, batch)
         head = self.head(params)
-        if weights is None:
-            nats = nn_head.token_losses(chunk_losses, hidden, targets, mask, head, summed=summed)
-        else:
-            labels = (targets, weights)
-            nats = nn_head.token_losses(
-                weighted_losses, hidden, labels, mask > 0, head, summed=summed
-            )
+        nats = nn_head.token_losses(of_chunk, hidden, labels, mask, head, summed=summed)
         return nats.roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -196,6 +188,16 @@ class Model(NamedTuple):
             return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
 
         return {name: weight(name, shape) for name, shape in self.shapes().items()}
+
+
+def _weighted(losses: Callable[[Tensor, Tree], Tensor]) -> Callable[[Tensor, Tree], Tensor]:
+    """losses(logits, labels), times a weight of each row: a function of (logits, (labels, w))."""
+
+    def weighted(logits: Tensor, rows: tuple[Tree, Tensor]) -> Tensor:
+        values = losses(logits, rows[0])
+        return values * rows[1].view(-1, *(1 for _ in values.shape[1:]))
+
+    return weighted
 
 
 def untransformed(model: Model) -> Model:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitune.autodiff.remat import remat, with_derivative
 from minitune.autodiff.value_and_grad import under_transform
-from minitune.types import widen
+from minitune.types import wide_dtype, widen
 
 Norm = Literal["w_after_cast", "w_before_cast", "one_plus_w"]
 
@@ -25,13 +25,15 @@ def rms_norm(
     it as 1 + w.
     """
 
+    def multiplier(w: Tensor, x: Tensor) -> Tensor:
+        w = w.to(x.dtype if kind == "w_after_cast" else wide_dtype(x.dtype))
+        return 1.0 + w if kind == "one_plus_w" else w
+
     def normed(x: Tensor, w: Tensor) -> Tensor:
         wide = widen(x)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        if kind == "w_after_cast":
-            return w.to(x.dtype) * scaled.to(x.dtype)
-        w = w.to(wide.dtype)
-        return (scaled * (1.0 + w if kind == "one_plus_w" else w)).to(x.dtype)
+        factor = multiplier(w, x)
+        return (factor * scaled.to(factor.dtype)).to(x.dtype)
 
     def derivative(
         d_y: Tensor, needed: Sequence[bool], x: Tensor, w: Tensor
@@ -40,19 +42,16 @@ def rms_norm(
         # d_s = sum of d_y x r
         wide = widen(x)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        factor = multiplier(w, x)
+        d_y = d_y.to(factor.dtype)
         d_x = d_w = None
         if needed[0]:
-            after = kind == "w_after_cast"
-            factor = w.to(x.dtype) if after else w.to(wide.dtype)
-            d_scaled = (
-                (d_y if after else d_y.to(wide.dtype))
-                * (1.0 + factor if kind == "one_plus_w" else factor)
-            ).to(wide.dtype)
+            d_scaled = (d_y * factor).to(wide.dtype)
             along = (wide * d_scaled).mean(-1, keepdim=True) * r.square()
             d_x = (torch.addcmul(d_scaled, wide, along, value=-1.0) * r).to(x.dtype)
         if needed[1]:
-            scaled = (wide * r).to(x.dtype if kind == "w_after_cast" else wide.dtype)
-            d_w = (d_y.to(scaled.dtype) * scaled).reshape(-1, x.shape[-1]).sum(0).to(w.dtype)
+            scaled = (wide * r).to(factor.dtype)
+            d_w = (d_y * scaled).reshape(-1, x.shape[-1]).sum(0).to(w.dtype)
         return d_x, d_w
 
     return _recomputed(normed, derivative)(x, w)

@@ -52,8 +52,7 @@ def token_losses(
     def chunk_losses(rows: Tensor, labels: Tree, w: Tensor | QTensor | Adapted) -> Tensor:
         return loss(linear(rows, w), labels)
 
-    trains = any(leaf.requires_grad for leaf in tree.leaves(head))
-    chunk = head_chunk(head, trains)
+    chunk = head_chunk(head, any(leaf.requires_grad for leaf in tree.leaves(head)))
     flat, labels = hidden.flatten(0, 1), tree.map(lambda x: x.flatten(0, 1), targets)
 
     # no vmap can follow how many rows are labelled, which depends on the data: all rows are taken
@@ -67,11 +66,8 @@ def token_losses(
     labels = tree.map(lambda x: to_device(x[to_device(index, x.device)], hidden.device), labels)
     index = to_device(index, hidden.device)
     nats = _losses_of_rows(chunk_losses, flat[index], labels, head, chunk, summed)
-    return (
-        nats.new_zeros(mask.numel(), *nats.shape[1:])
-        .index_put((index,), nats)
-        .unflatten(0, mask.shape)
-    )
+    whole = nats.new_zeros(mask.numel(), *nats.shape[1:]).index_put((index,), nats)
+    return whole.unflatten(0, mask.shape)
 
 
 def _losses_of_rows(

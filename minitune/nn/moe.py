@@ -105,27 +105,23 @@ def mixture(
     tokens.
     """
     n, n_experts = len(x), len(down.weights)
+    maps = up, activation, down, scale_input
     if under_transform():
         chosen = _one_hot(routes.experts, n_experts).to(routes.weights.dtype)
         weights = (routes.weights[..., None] * chosen).sum(1).T.flatten()
-        y = _experts(
-            x.repeat(n_experts, 1), weights, [n] * n_experts, up, activation, down, scale_input
-        )
+        y = _experts(x.repeat(n_experts, 1), weights, [n] * n_experts, *maps)
         return y.unflatten(0, (n_experts, n)).sum(0).to(x.dtype)
     flat = routes.experts.flatten()
     order = flat.argsort(stable=True)
-    ends = torch.searchsorted(
-        flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True
-    )
-    at_once = all(_in_one_kernel(maps.stack, x) for maps in (*up, down))
+    numbers = torch.arange(n_experts, device=flat.device)
+    ends = torch.searchsorted(flat[order], numbers, right=True, out_int32=True)
+    at_once = all(_in_one_kernel(one.stack, x) for one in (*up, down))
     groups = ends if at_once else _n_rows(ends, len(flat))
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend
     # on its scheduling
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
     weights = routes.weights.flatten().index_select(0, order)
-    y = _experts(rows, weights, groups, up, activation, down, scale_input).index_select(
-        0, order.argsort()
-    )
+    y = _experts(rows, weights, groups, *maps).index_select(0, order.argsort())
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
 
 

@@ -108,23 +108,25 @@ def block_mask(first: Int[Tensor, "B T"] | None, n_tokens: int, device: torch.de
     queries_in_part = torch.where(index < 1, diagonal[..., None], whole_end[..., None] + index - 1)
     queries_whole = diagonal[..., None] + 1 + index
 
-    def listed(count: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        # one list for all heads; the kernels load what lies behind its end too, which therefore has
-        # to exist
-        which = which.clamp(max=n_blocks - 1)
-        return count.to(torch.int32)[:, None].contiguous(), which.to(torch.int32)[
-            :, None
-        ].contiguous()
-
     return BlockMask(
         (n_tokens, n_tokens),
-        *listed(n_before + 1, keys_in_part),
-        *listed(diagonal - whole, keys_whole),
-        *listed(end - whole_end + 1, queries_in_part),
-        *listed(whole_end - diagonal - 1, queries_whole),
+        *_listed(n_before + 1, keys_in_part),
+        *_listed(diagonal - whole, keys_whole),
+        *_listed(end - whole_end + 1, queries_in_part),
+        *_listed(whole_end - diagonal - 1, queries_whole),
         (BLOCK, BLOCK),
         _mask_mod(first),
     )
+
+
+def _listed(
+    count: Int[Tensor, "B blocks"], which: Int[Tensor, "B blocks blocks"]
+) -> tuple[Tensor, Tensor]:
+    """(how many, which) blocks, as BlockMask takes them: one list for all heads."""
+    # the kernels load what lies behind a list's end too, which therefore has to exist
+    which = which.clamp(max=count.shape[1] - 1)
+    count, which = (x.to(torch.int32)[:, None].contiguous() for x in (count, which))
+    return count, which
 
 
 def first_blocks(

@@ -123,19 +123,25 @@ def layout(first: Int[np.ndarray, "B T"], size: int) -> Layout:
             n_spans = int((ends > start).sum())
             box = tokens[:n_spans, start : start + size]
             is_filled = filled[:n_spans, start : start + size]
-            lows = None
-            if has_windows:
-                # an empty slot is given the first key of the longest span, which fills every slot
-                lows = np.where(is_filled, reach[box], reach[box[:1]])
-                lows = lows[:1] if (lows == lows[:1]).all() else lows
+            lows = _lowest_keys(reach, box, is_filled) if has_windows else None
             lowest = 0 if lows is None else int(lows[:, 0].min())
-            blocks.append(
-                QueryBlock(len(keys.tokens) - 1, n_spans, start, start + box.shape[1], lowest, lows)
-            )
+            group, end = len(keys.tokens) - 1, start + box.shape[1]
+            blocks.append(QueryBlock(group, n_spans, start, end, lowest, lows))
             queries.tokens.append(box)
             queries.filled.append(is_filled)
         taken = members.stop
     return Layout(blocks, queries, keys)
+
+
+def _lowest_keys(
+    reach: Int[np.ndarray, "tokens"],
+    box: Int[np.ndarray, "spans slots"],
+    is_filled: Bool[np.ndarray, "spans slots"],
+) -> Int[np.ndarray, "#spans slots"]:
+    """First key that each query of a box sees; one row for all spans where they agree."""
+    # an empty slot is given the first key of the longest span, which fills every slot
+    lows = np.where(is_filled, reach[box], reach[box[:1]])
+    return lows[:1] if (lows == lows[:1]).all() else lows
 
 
 def _group_size(lengths: Int[np.ndarray, "n"]) -> int:
