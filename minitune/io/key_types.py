@@ -10,7 +10,7 @@ from minitune.io.field_comments import comments_of
 from minitune.io.toml_writing import inline_text
 
 # Bounds that only say what a number is stored in; a user meets them nowhere else.
-_STORAGE_BOUNDS = (2**31 - 1, 2**63 - 1, 1e30, -1e30)
+_STORAGE_BOUNDS = (2**31 - 1, 2**31, 2**63 - 1, 1e30, -1e30)
 
 
 class Key(NamedTuple):
@@ -84,7 +84,7 @@ def in_words(info: inspect.Type) -> str:
 def _many(info: inspect.Type) -> str:
     """Plural of a type in words: strings, integers >= 1, tables."""
     words = in_words(info)
-    if words.startswith("one of") or words == "any value":
+    if words.startswith("one of") or words in ("any value", "true or false"):
         return words
     noun, space, rest = words.partition(" ")
     return f"{noun}s{space}{rest}"

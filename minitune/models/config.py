@@ -32,48 +32,61 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     over depth.
     """
 
-    n_layers: Annotated[int, Meta(gt=0, le=10_000)]
-    n_heads: PositiveInt
-    n_kv_heads: PositiveInt
-    d_model: PositiveInt
-    d_head: PositiveInt
-    d_ff: PositiveInt
-    vocab_size: PositiveInt
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    n_layers: Annotated[int, Meta(gt=0, le=10_000)]  # decoder blocks
+    n_heads: PositiveInt  # heads of the queries
+    n_kv_heads: PositiveInt  # heads of keys and values; n_heads is a multiple of it
+    d_model: PositiveInt  # numbers that stand for a token between the blocks
+    d_head: PositiveInt  # numbers of a head
+    d_ff: PositiveInt  # numbers between the two linear maps of the feed-forward
+    vocab_size: PositiveInt  # rows of the embedding: at least as many as the tokenizer has tokens
+    norm_eps: float = 1e-5  # added to the mean square in every RMS norm
+    rope_theta: float = 10000.0  # base of RoPE's frequencies: more tells more positions apart
+    # how the frequencies are stretched to a longer context; not at all if absent
     rope_scaling: models_rope_scaling.Scaling | None = None
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # the head is the embedding, and no weight of its own
+    # tokens of a text that the model is made for; more are said, and not refused
     max_positions: PositiveInt = 2048
-    attention_bias: bool = False  # on q, k, v and o
-    mlp_bias: bool = False
+    attention_bias: bool = False  # biases on q, k, v and o
+    mlp_bias: bool = False  # biases on gate, up and down
 
-    qkv_bias: bool = False  # on q, k, v alone
+    qkv_bias: bool = False  # biases on q, k, v alone
     fused: bool = False  # q, k, v in one weight, and gate, up in another
+    # where the weight of a norm comes in: after the cast back to the dtype of the input, before
+    # it, or before it as 1 + w
     norm: Norm = "w_after_cast"
-    norms: NormPlacement = "before"
+    norms: NormPlacement = "before"  # place of the norms: before attention and mlp, after, or both
+    # RMS norm of queries and keys: none, of each head, of all heads together ("projection"), or of
+    # each head after RoPE and without a weight ("rotated")
     qk_norm: QKNorm = "none"
-    activation: Activation = "silu"
+    activation: Activation = "silu"  # of the gate in the feed-forward
+    # factor of the embedded tokens: a number, or the root of d_model
     embedding_multiplier: EmbeddingMultiplier = 1.0
-    residual_multiplier: float = 1.0
-    attention_scale: float | None = None  # of the scores; None: d_head^-0.5
-    attention_cap: float | None = None
-    logit_divisor: float = 1.0
-    final_cap: float | None = None
+    residual_multiplier: float = 1.0  # factor of what attention and mlp add
+    attention_scale: float | None = None  # factor of the scores; d_head^-0.5 if absent
+    attention_cap: float | None = None  # c: scores become c tanh(score / c); as they are if absent
+    logit_divisor: float = 1.0  # what the logits are divided by
+    final_cap: float | None = None  # c: logits become c tanh(logit / c); as they are if absent
+    # pattern over depth: what mixes tokens in each layer
     mixers: tuple[MixerName, ...] = ("grouped_query",)
+    # pattern over depth: a layer attends to all earlier tokens, to the last `window` of them, or to
+    # those of its chunk
     layer_types: tuple[AttentionType, ...] = ("full",)
-    window: PositiveInt | None = None  # tokens; None: sliding layers are full
-    chunk: PositiveInt | None = None  # tokens
-    rope_layers: tuple[bool, ...] = (True,)
+    window: PositiveInt | None = None  # tokens of a sliding layer; all if absent
+    chunk: PositiveInt | None = None  # tokens of a chunk
+    rope_layers: tuple[bool, ...] = (True,)  # pattern over depth: which layers rotate positions
     # the part of each head's dimensions, from the first, that RoPE rotates
     rotary_factor: float = 1.0
-    # of sliding layers, which are then unscaled; None: RoPE as on the others
+    # rope_theta of sliding layers, which are then unscaled; RoPE as on the others if absent
     window_rope_theta: float | None = None
-    rope_in_float32: bool = False
+    rope_in_float32: bool = False  # angles are applied in float32, and then cast back
+    # dimensions that RoPE rotates together: i and i + half, or neighbours (2i and 2i + 1)
     rope_layout: RopeLayout = "half"
-    # queries without RoPE grow by 1 + nope_growth ln(1 + floor((p + 1) / nope_span))
+    # g: queries of layers without RoPE grow by 1 + g ln(1 + floor((p + 1) / nope_span)) at position
+    # p; not at all if absent
     nope_growth: float | None = None
-    nope_span: PositiveInt = 8192  # tokens
-    experts: Experts | None = None  # in place of the mlp, on the layers that it says
+    nope_span: PositiveInt = 8192  # tokens, of nope_growth
+    # mixture of experts in place of the feed-forward, on the layers that it says
+    experts: Experts | None = None
     sinks: bool = False  # one more score a head, learned, whose weight goes nowhere
 
     def __post_init__(self) -> None:

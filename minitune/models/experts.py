@@ -61,18 +61,21 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     over depth.
     """
 
-    n_experts: PositiveInt
-    n_active: PositiveInt  # experts a token
-    d_ff: PositiveInt  # of one expert
-    names: Literal["mixtral", "qwen", "gpt_oss", "llama4"]
+    n_experts: PositiveInt  # experts of a layer
+    n_active: PositiveInt  # experts that each token goes through
+    d_ff: PositiveInt  # numbers between the two linear maps of one expert
+    names: Literal["mixtral", "qwen", "gpt_oss", "llama4"]  # whose names the weights have
+    # how a router's logits become weights of the chosen experts: softmax over all, then the largest
+    # n_active; the largest, then softmax over these; or sigmoid of each
     router: Literal["softmax_then_top", "top_then_softmax", "top_then_sigmoid"] = "softmax_then_top"
     renormalised: bool = True  # the weights of softmax_then_top are divided by their sum
-    d_shared: PositiveInt | None = None  # d_ff of one more expert, which every token goes through
-    shared_gate: bool = False  # the shared expert is weighed by a sigmoid
-    bias: bool = False  # on the router and the experts
-    limit: float = 7.0  # of gpt-oss's clamped swiglu
-    slope: float = 1.702  # of the same
-    layers: tuple[bool, ...] = (True,)  # False: a plain mlp
+    # d_ff of one more expert, which every token goes through; none if absent
+    d_shared: PositiveInt | None = None
+    shared_gate: bool = False  # the shared expert is weighed by a sigmoid of the token
+    bias: bool = False  # biases on the router and the experts
+    limit: float = 7.0  # bound that gpt-oss's swiglu clamps its inputs to
+    slope: float = 1.702  # factor within the sigmoid of gpt-oss's swiglu
+    layers: tuple[bool, ...] = (True,)  # pattern over depth: true has experts, false a plain mlp
 
     def __post_init__(self) -> None:
         if self.n_active > self.n_experts:

@@ -23,7 +23,7 @@ class LinearScaling(
 ):
     """Every frequency divided by factor (Chen et al. 2023, arXiv 2306.15595, eq. 4)."""
 
-    factor: Factor
+    factor: Factor  # how many times as long the context becomes
 
 
 class Dynamic(
@@ -33,7 +33,7 @@ class Dynamic(
     2309.00071, section 3.3).
     """
 
-    factor: Annotated[float, Meta(ge=1.0, le=1e6)]
+    factor: Annotated[float, Meta(ge=1.0, le=1e6)]  # by which the base grows with the length
 
 
 class Llama3(
@@ -43,10 +43,11 @@ class Llama3(
     with its weights).
     """
 
-    factor: Factor
+    factor: Factor  # divisor of the low frequencies
+    # full turns within the original context: below this many a frequency is low
     low_freq_factor: Factor
-    high_freq_factor: Factor
-    original_max_position_embeddings: Context
+    high_freq_factor: Factor  # and above this many it is high
+    original_max_position_embeddings: Context  # tokens that the model was first trained on
 
 
 class Yarn(
@@ -62,15 +63,18 @@ class Yarn(
     beta ln(1 + floor(position / original)) (Ministral 3).
     """
 
-    factor: Factor
-    original_max_position_embeddings: Context
+    factor: Factor  # divisor of the low frequencies
+    original_max_position_embeddings: Context  # tokens that the model was first trained on
+    # factor of cos and sin; 0.1 ln(factor) + 1 if absent, or what mscale says
     attention_factor: Factor | None = None
-    beta_fast: Factor | None = None
-    beta_slow: Factor | None = None
+    beta_fast: Factor | None = None  # full turns from which on a frequency is kept; 32 if absent
+    beta_slow: Factor | None = None  # full turns below which it is divided; 1 if absent
+    # with mscale_all_dim: cos and sin are longer by (0.1 mscale ln(factor) + 1) over the same of
+    # mscale_all_dim
     mscale: Share | None = None
-    mscale_all_dim: Share | None = None
-    truncate: bool = True
-    llama_4_scaling_beta: Share | None = None
+    mscale_all_dim: Share | None = None  # see mscale
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
+    llama_4_scaling_beta: Share | None = None  # beta of the growth of queries; none if absent
 
 
 class LongRope(
@@ -85,10 +89,11 @@ class LongRope(
     al. 2024, arXiv 2402.13753).
     """
 
-    short_factor: tuple[Factor, ...]
-    long_factor: tuple[Factor, ...]
-    original_max_position_embeddings: Context
-    factor: Factor | None = None
+    short_factor: tuple[Factor, ...]  # divisors of texts up to the original context
+    long_factor: tuple[Factor, ...]  # divisors of longer texts
+    original_max_position_embeddings: Context  # tokens that the model was first trained on
+    factor: Factor | None = None  # max_positions over the original context if absent
+    # factor of cos and sin; sqrt(1 + ln(factor) / ln(original context)) if absent
     attention_factor: Factor | None = None
 
 

@@ -1,4 +1,4 @@
-"""Page docs/reference.md, written from the structs that a program is decoded into.
+"""Page docs/reference.md, written from the structs that a program or a model shape is decoded into.
 
     PYTHONPATH=tests python -m support.reference_page      writes the page anew
 
@@ -13,6 +13,8 @@ from msgspec.inspect import StructType
 from minitune.io.field_comments import first_sentence
 from minitune.io.json_schema import tables_of
 from minitune.io.key_types import Key, keys_of, structs_in
+from minitune.models.config import DecoderConfig
+from minitune.models.open import FAMILIES
 from minitune.programs.program import Program
 from support.paths import ROOT
 
@@ -27,7 +29,22 @@ holds stands below. A key whose default is "required" must be given, and one who
 
 `minitune PROGRAM --help` lists the keys of one program with its values. `minitune schema` describes all of them for an editor.
 
+The keys of a shape file, in which a model without weights is described, stand [at the end](#a-model-shape).
+
 This page is written by `{COMMAND}` from the comments beside the fields in `minitune/`.
+"""
+SHAPES = """\
+## A model shape
+A shape file, such as `configs/models/llama-125m.toml`, says what a model without weights is made of; `[model] config` of a
+program names it. Its first key is `family`, one of [these](#families), and the others are those below. A pattern over depth,
+such as `layer_types`, is a list that repeats from the first layer to the last.
+"""
+FAMILY_DEFAULTS = """\
+## Families
+What a family has as its own default of a key, or must be given.
+
+| family | its own defaults |
+|---|---|
 """
 
 Groups = Mapping[str, Sequence[StructType]]  # heading -> the tables that may stand there
@@ -35,16 +52,36 @@ Groups = Mapping[str, Sequence[StructType]]  # heading -> the tables that may st
 
 def page() -> str:
     """Whole text of the page."""
-    groups = _groups()
+    of_programs = _part(INTRODUCTION, Program, "The program")
+    of_shapes = _part(SHAPES, DecoderConfig, "The shape")
+    return f"{of_programs}\n{of_shapes}\n{FAMILY_DEFAULTS}{''.join(map(_family_row, FAMILIES))}"
+
+
+def _part(introduction: str, kind: type, title: str) -> str:
+    """Part of the page on one kind of file: its contents, and a section for each of its tables."""
+    groups = _groups(kind, title)
     headings = {info.cls: heading for heading, infos in groups.items() for info in infos}
     contents = [_contents_line(heading, infos) for heading, infos in groups.items()]
     sections = [_group_section(heading, infos, headings) for heading, infos in groups.items()]
-    return "\n".join([INTRODUCTION, *contents, "", "\n\n".join(sections), ""])
+    return "\n".join([introduction, *contents, "", "\n\n".join(sections), ""])
 
 
-def _groups() -> Groups:
-    """Tables by the keys that they are values of."""
-    tables = tables_of(Program)
+def _family_row(name: str) -> str:
+    """Row of a family: the keys whose default is not that of every decoder."""
+    config = FAMILIES[name].config
+    usual = {key.name: key.default for key in keys_of(tables_of(DecoderConfig)[0])}
+    own = [key for key in keys_of(tables_of(config)[0]) if key.default != usual[key.name]]
+    return f'| `family = "{name}"` | {", ".join(map(_own_default, own)) or "those above"} |\n'
+
+
+def _own_default(key: Key) -> str:
+    """Default of a family's key as it would be written, or that it has none."""
+    return f"`{key.name}` is required" if key.default is None else f"`{key.name} = {key.default}`"
+
+
+def _groups(kind: type, title: str) -> Groups:
+    """Tables of a kind of file by the keys that they are values of."""
+    tables = tables_of(kind)
     keys: dict[type, dict[str, None]] = {info.cls: {} for info in tables}
     for info in tables:
         for field in info.fields:
@@ -52,7 +89,7 @@ def _groups() -> Groups:
                 keys[below.cls][f"`{field.encode_name}`"] = None
     groups: dict[str, list[StructType]] = {}
     for info in tables:
-        groups.setdefault(", ".join(keys[info.cls]) or "The program", []).append(info)
+        groups.setdefault(", ".join(keys[info.cls]) or title, []).append(info)
     return groups
 
 
