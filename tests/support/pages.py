@@ -33,8 +33,19 @@ FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE
 ASSIGNMENT = re.compile(r"[\w.-]+=")
 
 # Commands of other tools, which no test runs.
-OTHER_TOOLS = set("pip hf wandb mlflow tensorboard trackio mkdocs vllm torchrun llama-cli llama-server ollama".split())
-OTHER_TOOLS.add("python bench/demo/make.py")
+SERVING = {"vllm", "llama-cli", "llama-server", "ollama"}
+OTHER_TOOLS = {
+    "pip",
+    "hf",
+    "wandb",
+    "mlflow",
+    "tensorboard",
+    "trackio",
+    "mkdocs",
+    "torchrun",
+    "python bench/demo/make.py",
+    *SERVING,
+}
 # Paths that stand for the reader's own, and what the tests have in their place.
 READERS_OWN = {
     "/path/to/folder": "model",
