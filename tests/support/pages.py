@@ -33,9 +33,18 @@ FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE
 ASSIGNMENT = re.compile(r"[\w.-]+=")
 
 # Commands of other tools, which no test runs.
+SERVING = {"vllm", "llama-cli", "llama-server", "ollama"}
 OTHER_TOOLS = {
-    *("pip", "hf", "wandb", "mlflow", "tensorboard", "trackio", "mkdocs"),
-    *("vllm", "torchrun", "llama-cli", "llama-server", "ollama", "python bench/demo/make.py"),
+    "pip",
+    "hf",
+    "wandb",
+    "mlflow",
+    "tensorboard",
+    "trackio",
+    "mkdocs",
+    "torchrun",
+    "python bench/demo/make.py",
+    *SERVING,
 }
 # Paths that stand for the reader's own, and what the tests have in their place.
 READERS_OWN = {
