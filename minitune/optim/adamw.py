@@ -62,19 +62,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
 
     def update(self, grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         """-lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr * weight_decay * p."""
-        b1, b2 = self.betas
-        t = state.step + 1
-        grads = tree.map(lambda m, g: g.to(m.dtype), state.mu, grads)
-        mu = tree.map(lambda m, g: torch.lerp(m, g, 1 - b1), state.mu, grads)
-        nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        rate = self.lr / bias_correction(b1, t)
-        root = bias_correction(b2, t).sqrt()
-
-        def leaf(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-            change = -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.eps)
-            return change - (self.lr * self.weight_decay) * p.to(m.dtype)
-
-        return tree.map(leaf, mu, nu, params), AdamState(t, mu, nu)
+        return adamw_update(self.lr, self.betas, self.eps, self.weight_decay, grads, state, params)
 
     def slice_state(self, state: AdamState, slices: Sequence[Slice]) -> AdamState:
         """Moments of these slices, where they lie, and a copy of the step count."""
@@ -138,6 +126,33 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
             found_inf = None if is_finite is None else (~is_finite).to(device, torch.float32)
             for chunk in _chunks(members, FUSED_ELEMENTS[device.type]):
                 _donate_chunk(self, chunk, lr, step, grad_scale, found_inf, rounded)
+
+
+def adamw_update(
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grads: Tree,
+    state: AdamState,
+    params: Tree,
+) -> tuple[Tree, AdamState]:
+    """(updates, next state) of AdamW: a function of numbers, because torch.compile can't make a
+    struct while it traces.
+    """
+    b1, b2 = betas
+    t = state.step + 1
+    grads = tree.map(lambda m, g: g.to(m.dtype), state.mu, grads)
+    mu = tree.map(lambda m, g: torch.lerp(m, g, 1 - b1), state.mu, grads)
+    nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+    rate = lr / bias_correction(b1, t)
+    root = bias_correction(b2, t).sqrt()
+
+    def leaf(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        change = -rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + eps)
+        return change - (lr * weight_decay) * p.to(m.dtype)
+
+    return tree.map(leaf, mu, nu, params), AdamState(t, mu, nu)
 
 
 def bias_correction(beta: float, step: Int[Tensor, ""]) -> Float[Tensor, ""]:

@@ -1,6 +1,7 @@
 """AdamW whose moments are kept in 8 bits by block-wise dynamic quantization."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from minitune import hardware, tree
-from minitune.optim.adamw import AdamState, AdamW
+from minitune.optim.adamw import AdamState, adamw_update
 from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, take_slice, zero_count
 from minitune.tree import Tree
 from minitune.types import Epsilon, Fraction, NonNegativeFloat
@@ -60,7 +61,7 @@ class AdamW8bit(
         """AdamW's update of the moments' values, leaf by leaf, so that one leaf at a time is held
         in float32.
         """
-        rule = AdamW(self.lr, self.betas, self.eps, self.weight_decay)
+        rule = partial(adamw_update, self.lr, self.betas, self.eps, self.weight_decay)
         updates, mus, nus, step = [], [], [], state.step
         for g, p, mu, nu in zip(
             tree.leaves(grads), tree.leaves(params), state.mu, state.nu, strict=True
@@ -69,7 +70,7 @@ class AdamW8bit(
                 dequantize(x, signed, p) if isinstance(x, Moment8) else x
                 for x, signed in ((mu, True), (nu, False))
             )
-            u, (step, m, v) = rule.update(g.float(), AdamState(state.step, m, v), p.float())
+            u, (step, m, v) = rule(g.float(), AdamState(state.step, m, v), p.float())
             updates.append(u)
             mus.append(quantize(m, True) if isinstance(mu, Moment8) else m)
             nus.append(quantize(v, False) if isinstance(nu, Moment8) else v)
