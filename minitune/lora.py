@@ -4,7 +4,7 @@ adapts.
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -71,9 +71,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weight that is no linear map.
         """
         for glob in self.targets:
-            if fnmatchcase("lm_head.weight", glob) and not any(
-                fnmatchcase(name, glob) for name in params
-            ):
+            is_matched = any(fnmatchcase(name, glob) for name in params)
+            if fnmatchcase("lm_head.weight", glob) and not is_matched:
                 raise InputError(
                     f"lora: target {glob!r} is the head, which this model ties to its embedding, "
                     "expected a weight of its own; "
@@ -90,8 +89,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if len(shape) == 3 and self.dora:
                 raise InputError(
                     f"lora: {name} {shape} holds all experts of a layer, expected dora = false "
-                    "for it; narrow the targets or "
-                    "drop dora"
+                    "for it; narrow the targets or drop dora"
                 )
         self.check_dropout(names)
         if self.ranks:
@@ -109,9 +107,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
     def rank_of(self, name: str) -> int:
-        """The rank of a weight's delta: of the first glob in ranks that matches its name, else
-        rank.
-        """
+        """The rank of a weight's delta: of the first glob in ranks that matches, else rank."""
         return next(
             (rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)), self.rank
         )
@@ -127,19 +123,26 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         and b of every expert, in its own layout.
         """
 
-        def delta(name: str, w: Any) -> Delta:
-            (*experts, out, in_), rank, device = (
-                w.shape,
-                self.rank_of(name),
-                tree.leaves(w)[0].device,
-            )
-            draws = seeds.generator(seed, "lora", name)
-            unit = torch.rand(*experts, rank, in_, generator=draws, dtype=torch.float32)
-            b = torch.zeros(*experts, out, rank, dtype=torch.float32, device=device)
-            fresh = Delta(((2 * unit - 1) / in_**0.5).to(device), b)
+        def delta(name: str, like: Delta) -> Delta:
+            w, draws = params[name], seeds.generator(seed, "lora", name)
+            device = tree.leaves(w)[0].device
+            unit = torch.rand(like.a.shape, generator=draws, dtype=torch.float32)
+            a = ((2 * unit - 1) / like.a.shape[-1] ** 0.5).to(device)
+            fresh = Delta(a, torch.zeros(like.b.shape, dtype=torch.float32, device=device))
             return fresh._replace(m=row_norms(Adapted(w, *fresh))) if self.dora else fresh
 
-        return {name: delta(name, params[name]) for name in self.names(params)}
+        return {name: delta(name, like) for name, like in self.like(params).items()}
+
+    def like(self, params: Params) -> Deltas:
+        """Deltas as `init` makes them, on the meta device: shapes without numbers."""
+
+        def delta(name: str) -> Delta:
+            *experts, out, in_ = params[name].shape
+            shapes = ((self.rank_of(name), in_), (out, self.rank_of(name)), (out,))
+            a, b, m = (torch.empty(*experts, *n, device="meta").float() for n in shapes)
+            return Delta(a, b, m if self.dora else ())
+
+        return {name: delta(name) for name in self.names(params)}
 
     def apply(self, params: Params, deltas: Deltas) -> Params:
         """Parameters for a forward: each adapted weight becomes one leaf that multiplies as W + s b
@@ -171,10 +174,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "tensor to merge onto; "
                 "merge_trainable dequantizes it, or takes the weight that it was made from"
             )
-        merged = {
-            name: self.merge_weight(params[name], d, params[name].dtype).weight
-            for name, d in deltas.items()
-        }
+        weights = {name: params[name] for name in deltas}
+        merged = {n: self.merge_weight(w, deltas[n], w.dtype).weight for n, w in weights.items()}
         return {**params, **merged}
 
     def merge_weight(
@@ -228,8 +229,7 @@ def merge_trainable(
     whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
     merged = {name: w.to(dtypes[name]) for name, w in {**stored, **whole}.items()}
 
-    # Quantized weights without a delta become what they stand for: the deltas were trained beside
-    # those.
+    # Quantized weights without a delta become what they stand for, as deltas trained beside that.
     if onto == "trained":
         for name, w in params.items():
             if not isinstance(w, Tensor) and name not in deltas:

@@ -197,4 +197,5 @@ def zero_count(params: Tree) -> Int[Tensor, ""]:
 
 def wide_zeros(x: Tensor) -> Tensor:
     """Zeros in the shape of x, in float32 or wider."""
-    return torch.zeros_like(x, dtype=wide_dtype(x.dtype))
+    # on the meta device, where a check runs this, zeros_like would import sympy
+    return x.new_zeros(x.shape, dtype=wide_dtype(x.dtype))

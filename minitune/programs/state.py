@@ -9,9 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minitune import tree
 from minitune.data.source import Source
 from minitune.lora import Lora
 from minitune.models.model import Model
@@ -133,10 +131,7 @@ def trainable_like(abstract: AbstractState, narrow: Set[str] = frozenset()) -> T
         whole[name] = abstract.params[name].to(torch.bfloat16 if name in narrow else torch.float32)
     if abstract.lora is None:
         return whole
-    with FakeTensorMode(allow_non_fake_inputs=True):  # draws nothing, and takes no memory
-        deltas = abstract.lora.init(abstract.params, 0)
-    like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), deltas)
-    return {**like, **whole}
+    return {**abstract.lora.like(abstract.params), **whole}
 
 
 @runtime_checkable

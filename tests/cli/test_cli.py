@@ -397,7 +397,7 @@ def test_check_speaks_before_torch_is_there_and_compiles_nothing() -> None:
     code, text, with_torch, imported, n_graphs = json.loads(run_script("cli_imports", "check", "programs/lora.toml"))
     assert (code, text, with_torch) == (0, "program: programs/lora.toml\n", False)
     assert "torch" in imported
-    assert not HEAVY & set(imported)
+    assert not (HEAVY | {"sympy", "torch._dynamo"}) & set(imported)
     assert n_graphs == 0
 
 
@@ -408,5 +408,6 @@ def test_a_run_imports_and_compiles_little_before_its_first_step(tmp_path: Path)
     printed = run_script("cli_imports", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
     code, text, with_torch, imported, n_graphs = json.loads(printed)
     assert (code, text, with_torch) == (0, f"program: {paths.program_file('lora')}\n", False)
-    assert not HEAVY & set(imported)
+    # torch.autograd.grad imports sympy by itself
+    assert not (HEAVY | {"torch._dynamo"}) & set(imported)
     assert n_graphs == 0  # on a CPU blocks run as they are: compiling them takes longer than a short run

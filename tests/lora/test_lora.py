@@ -79,6 +79,8 @@ def test_fresh_deltas_change_nothing_and_merged_equals_adapted(name: str, seed: 
     params, tokens, rule = random_params(SMALL, seed, torch.float64), random_batch(SMALL, 2, 9, seed).tokens, RULES[name]
     fresh = rule.init(params, seed)
     assert all(leaf.dtype == torch.float32 for leaf in tree.leaves(fresh))
+    like = [(path, leaf.shape, leaf.dtype, leaf.device.type) for path, leaf in tree.items(rule.like(params))]
+    assert like == [(path, leaf.shape, leaf.dtype, "meta") for path, leaf in tree.items(fresh)]
     assert all(float(d.a.abs().max()) <= params[name].shape[1] ** -0.5 for name, d in fresh.items())
     base = logits(SMALL, params, tokens, {}, None)
     assert distance(logits(SMALL, params, tokens, fresh, rule), base) <= (1e-6 if rule.dora else 0.0)  # m is float32
