@@ -71,13 +71,12 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weight that is no linear map.
         """
         for glob in self.targets:
-            if fnmatchcase("lm_head.weight", glob) and not any(
-                fnmatchcase(name, glob) for name in params
-            ):
+            matches = any(fnmatchcase(name, glob) for name in params)
+            if not matches and fnmatchcase("lm_head.weight", glob):
                 raise InputError(
                     f"lora: target {glob!r} is the head, which this model ties to its embedding, "
-                    "expected a weight of its own; "
-                    "drop the target, or train model.embed_tokens.weight whole"
+                    "expected a weight of its own; drop the target, or train "
+                    "model.embed_tokens.weight whole"
                 )
         names = tree.select(params, self.targets, "lora: target")
         for name in names:
@@ -89,9 +88,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
             if len(shape) == 3 and self.dora:
                 raise InputError(
-                    f"lora: {name} {shape} holds all experts of a layer, expected dora = false "
-                    "for it; narrow the targets or "
-                    "drop dora"
+                    f"lora: {name} {shape} holds all experts of a layer, expected dora = false for "
+                    "it; narrow the targets or drop dora"
                 )
         self.check_dropout(names)
         if self.ranks:
@@ -112,9 +110,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The rank of a weight's delta: of the first glob in ranks that matches its name, else
         rank.
         """
-        return next(
-            (rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)), self.rank
-        )
+        ranks = (rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob))
+        return next(ranks, self.rank)
 
     def scale(self, delta: Delta) -> float:
         """s = alpha / r with r the delta's own rank, or alpha / sqrt(r) with rslora."""
@@ -128,11 +125,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
 
         def delta(name: str, w: Any) -> Delta:
-            (*experts, out, in_), rank, device = (
-                w.shape,
-                self.rank_of(name),
-                tree.leaves(w)[0].device,
-            )
+            *experts, out, in_ = w.shape
+            rank, device = self.rank_of(name), tree.leaves(w)[0].device
             draws = seeds.generator(seed, "lora", name)
             unit = torch.rand(*experts, rank, in_, generator=draws, dtype=torch.float32)
             b = torch.zeros(*experts, out, rank, dtype=torch.float32, device=device)
@@ -168,8 +162,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if quantized is not None:
             raise TypeError(
                 f"lora: {quantized} is a {type(params[quantized]).__name__}, expected a dense "
-                "tensor to merge onto; "
-                "merge_trainable dequantizes it, or takes the weight that it was made from"
+                "tensor to merge onto; merge_trainable dequantizes it, or takes the weight that it "
+                "was made from"
             )
         merged = {
             name: self.merge_weight(params[name], d, params[name].dtype).weight
@@ -270,10 +264,8 @@ def merge_error(
     where `merged` was merged onto W as well, and W's own error where it was merged onto another
     base, such as the dense weight that a quantized W stands for.
     """
-    change = torch.linalg.vector_norm(exact - w)
-    return torch.linalg.vector_norm(merged - exact) / change.clamp(
-        min=torch.finfo(exact.dtype).tiny
-    )
+    lost, change = torch.linalg.vector_norm(merged - exact), torch.linalg.vector_norm(exact - w)
+    return lost / change.clamp(min=torch.finfo(exact.dtype).tiny)
 
 
 def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
@@ -296,9 +288,8 @@ def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
         elif len(shape) < 2 or [*leaf.b.shape[:-1], leaf.a.shape[-1]] != shape:
             shapes = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
             *experts, out, in_ = [f"{n}" for n in shape] if len(shape) > 1 else ["out", "in"]
-            wanted = " and ".join(
-                f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r"))
-            )
+            a, b = (", ".join([*experts, *pair]) for pair in (("r", in_), (out, "r")))
             raise InputError(
-                f"lora: {where} has {shapes} for {name}, expected {wanted}; is it of another base?"
+                f"lora: {where} has {shapes} for {name}, expected [{a}] and [{b}]; is it of "
+                "another base?"
             )
