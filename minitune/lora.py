@@ -75,8 +75,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if fnmatchcase("lm_head.weight", glob) and not is_matched:
                 raise InputError(
                     f"lora: target {glob!r} is the head, which this model ties to its embedding, "
-                    "expected a weight of its own; "
-                    "drop the target, or train model.embed_tokens.weight whole"
+                    "expected a weight of its own; drop the target, or train "
+                    "model.embed_tokens.weight whole"
                 )
         names = tree.select(params, self.targets, "lora: target")
         for name in names:
@@ -171,8 +171,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if quantized is not None:
             raise TypeError(
                 f"lora: {quantized} is a {type(params[quantized]).__name__}, expected a dense "
-                "tensor to merge onto; "
-                "merge_trainable dequantizes it, or takes the weight that it was made from"
+                "tensor to merge onto; merge_trainable dequantizes it, or takes the weight that it "
+                "was made from"
             )
         weights = {name: params[name] for name in deltas}
         merged = {n: self.merge_weight(w, deltas[n], w.dtype).weight for n, w in weights.items()}
@@ -270,10 +270,8 @@ def merge_error(
     where `merged` was merged onto W as well, and W's own error where it was merged onto another
     base, such as the dense weight that a quantized W stands for.
     """
-    change = torch.linalg.vector_norm(exact - w)
-    return torch.linalg.vector_norm(merged - exact) / change.clamp(
-        min=torch.finfo(exact.dtype).tiny
-    )
+    lost, change = torch.linalg.vector_norm(merged - exact), torch.linalg.vector_norm(exact - w)
+    return lost / change.clamp(min=torch.finfo(exact.dtype).tiny)
 
 
 def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
@@ -296,9 +294,8 @@ def check_deltas(params: Params, trainable: Trainable, where: str) -> None:
         elif len(shape) < 2 or [*leaf.b.shape[:-1], leaf.a.shape[-1]] != shape:
             shapes = f"a {list(leaf.a.shape)} and b {list(leaf.b.shape)}"
             *experts, out, in_ = [f"{n}" for n in shape] if len(shape) > 1 else ["out", "in"]
-            wanted = " and ".join(
-                f"[{', '.join([*experts, *pair])}]" for pair in (("r", in_), (out, "r"))
-            )
+            a, b = (", ".join([*experts, *pair]) for pair in (("r", in_), (out, "r")))
             raise InputError(
-                f"lora: {where} has {shapes} for {name}, expected {wanted}; is it of another base?"
+                f"lora: {where} has {shapes} for {name}, expected [{a}] and [{b}]; is it of "
+                "another base?"
             )

@@ -105,21 +105,7 @@ def private_step(
     def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         trainable, opt_state = state
 
-        def mean(leaves: Trainable, row: Any) -> Mean:
-            value, _ = objective(leaves, params, tree.map(lambda x: x[None], row))
-            return Mean(value.value(), value.weight)
-
-        place = tree.leaves(trainable)[0].device
-        # under vmap no token is counted, so none is kept on the host
-        batch = tree.map(lambda x: to_device(x, place), batch)
-
-        # a chunk's gradients are summed before the next one's are there
-        def of_chunk(rows: Any) -> tuple[Mean, Tensor, Tree]:
-            losses, each = per_example(mean, chunk=privacy.chunk)(trainable, rows)
-            total, norms = clipped_sum(each, privacy.max_norm)
-            return losses, norms, total
-
-        losses, norms, total = _in_chunks(of_chunk, batch, privacy.chunk)
+        losses, norms, total = _clipped(objective, privacy, trainable, params, batch)
         taken = int(opt_state.step)
         grads = noised(total, privacy.noise * privacy.max_norm, privacy.seed, taken)
         n = norms.new_full((), len(norms))
@@ -136,6 +122,26 @@ def private_step(
         return TrainState(new, PrivateState(opt_state.step + 1, inner)), metrics
 
     return Step(init, update)
+
+
+def _clipped(
+    objective: Objective, privacy: Privacy, trainable: Trainable, params: Params, batch: Any
+) -> tuple[Mean, Tensor, Tree]:
+    """(losses, norms of the gradients, sum of the clipped gradients) of a batch's rows."""
+
+    def mean(leaves: Trainable, row: Any) -> Mean:
+        value, _ = objective(leaves, params, tree.map(lambda x: x[None], row))
+        return Mean(value.value(), value.weight)
+
+    # a chunk's gradients are summed before the next one's are there
+    def of_chunk(rows: Any) -> tuple[Mean, Tensor, Tree]:
+        losses, each = per_example(mean, chunk=privacy.chunk)(trainable, rows)
+        total, norms = clipped_sum(each, privacy.max_norm)
+        return losses, norms, total
+
+    # under vmap no token is counted, so none is kept on the host
+    place = tree.leaves(trainable)[0].device
+    return _in_chunks(of_chunk, tree.map(lambda x: to_device(x, place), batch), privacy.chunk)
 
 
 def _in_chunks(

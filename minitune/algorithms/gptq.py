@@ -70,13 +70,7 @@ def gptq(
     scheme, for no batches, and for a weight that is not finite or that no linear map of the model
     uses.
     """
-    grids = _integer_grids(params, quantization)
-    if not batches:
-        raise InputError(
-            "gptq: no row of data to calibrate on, expected at least one; look at the data table "
-            "of gptq"
-        )
-    refuse_not_finite(params, grids)
+    grids = _checked_grids(params, batches, quantization)
     head = head_name(model.config)
     dense = params
 
@@ -93,13 +87,29 @@ def gptq(
             inputs = [after_block(model, params, i, one) for one in inputs]
             on_block(i + 1)
         if head in grids:
-            gram = _summed(
-                {head: _gram(model.hidden(params, batch)[batch.segment_ids > 0])}
-                for batch in batches
-            )[head]
-            params = {**params, head: calibrated(head, gram)}
+            params = {**params, head: calibrated(head, _head_gram(model, params, batches))}
     _refuse_unused(params, grids)
     return params
+
+
+def _checked_grids(
+    params: Params, batches: Sequence[Batch], quantization: Quantization
+) -> dict[str, Int8 | Int4]:
+    """Grid of each weight that is to be quantized; InputError as gptq says."""
+    grids = _integer_grids(params, quantization)
+    if not batches:
+        raise InputError(
+            "gptq: no row of data to calibrate on, expected at least one; look at the data table "
+            "of gptq"
+        )
+    refuse_not_finite(params, grids)
+    return grids
+
+
+def _head_gram(model: Model, params: Params, batches: Sequence[Batch]) -> Tensor:
+    """Gram matrix of the hidden states that the head is given."""
+    states = (model.hidden(params, batch)[batch.segment_ids > 0] for batch in batches)
+    return _summed({"head": _gram(x)} for x in states)["head"]
 
 
 def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8 | Int4]:

@@ -122,8 +122,7 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     if unmatched:
         raise InputError(
             f"checkpoint: {path} and this program differ in {unmatched[0]} (and "
-            f"{len(unmatched) - 1} more); "
-            "it is of another program"
+            f"{len(unmatched) - 1} more); it is of another program"
         )
     for name, leaf in wanted.items():
         saved = tensors[name]

@@ -45,8 +45,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.temperature == 0 and idle:
             raise ValueError(
                 f"{idle[0]} is {getattr(self, idle[0])} at temperature 0, which takes the "
-                "likeliest token whatever the filters; "
-                "expected a temperature above 0, such as 1.0"
+                "likeliest token whatever the filters; expected a temperature above 0, such as 1.0"
             )
 
 

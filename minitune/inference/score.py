@@ -113,8 +113,7 @@ def _pairs_by_row(
         if not context or not 0 < len(continuation) <= max_length:
             raise InputError(
                 f"score: a context of {len(context)} and a continuation of {len(continuation)} "
-                "tokens, expected a context of 1 or more and a continuation of 1 to "
-                f"{max_length}"
+                f"tokens, expected a context of 1 or more and a continuation of 1 to {max_length}"
             )
         row = (*context, *continuation)[-max_length - 1 : -1]
         sharers.setdefault(row, []).append(n)

@@ -65,14 +65,15 @@ def _require_system_turn(model: HarnessModel, system: str) -> None:
 def language_model(model: HarnessModel) -> Any:
     """Model as an lm_eval TemplateLM; InputError for a tokenizer that has no eos."""
     check(None)
+    eos_id = model.eos_id
     from lm_eval.api.model import TemplateLM
 
     class Adapter(TemplateLM):
         """Interface of the harness, answered by pure functions."""
 
-        eot_token_id = model.eos_id
-        prefix_token_id = model.prefix_id
-        tokenizer_name = model.tokenizer.fingerprint
+        eot_token_id = property(lambda self: eos_id)
+        prefix_token_id = property(lambda self: model.prefix_id)
+        tokenizer_name = property(lambda self: model.tokenizer.fingerprint)
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

@@ -145,8 +145,7 @@ def require_room(path: Path, n_bytes: int, what: str) -> None:
     if n_bytes > free:
         raise DiskFullError(
             f"io: {path} needs {n_bytes:,} bytes for {what}, its disk has {free:,} free, expected "
-            "at least as many; free "
-            "some space, or choose another folder"
+            "at least as many; free some space, or choose another folder"
         )
 
 
@@ -160,8 +159,8 @@ def disk_full_is_input_error(path: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"io: {path} does not fit on its disk, where {free_bytes(path):,} bytes are free, "
-            "expected more; what was "
-            "there before is as it was. Free some space and run the same command again"
+            "expected more; what was there before is as it was. Free some space and run the same "
+            "command again"
         ) from None
 
 

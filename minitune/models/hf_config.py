@@ -157,8 +157,7 @@ def layer_pattern(
     if odd is not None or len(types) != hf.get("num_hidden_layers"):
         raise InputError(
             f"models: {where} has {len(types)} layer_types, one {quoted(odd)}; expected "
-            f"{hf.get('num_hidden_layers')} "
-            f"of {', '.join(ATTENTION_TYPES)}"
+            f"{hf.get('num_hidden_layers')} of {', '.join(ATTENTION_TYPES)}"
         )
     return pattern([ATTENTION_TYPES[one] for one in types], default)
 
@@ -215,8 +214,8 @@ def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) 
     if "type" in scaling and own.get("rope_type", scaling["type"]) != scaling["type"]:
         raise InputError(
             f"models: {where} has rope_scaling of type {quoted(scaling['type'])} beside "
-            "rope_parameters of rope_type "
-            f"{quoted(own['rope_type'])}, which then counts; write rope_type for type"
+            f"rope_parameters of rope_type {quoted(own['rope_type'])}, which then counts; write "
+            "rope_type for type"
         )
     full = {"rope_theta": hf.get("rope_theta", theta), **own}
     near = {

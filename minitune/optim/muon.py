@@ -67,8 +67,8 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
         if all(self._choose(path, leaf) for path, leaf in tree.items(params)):
             raise InputError(
                 f"optim: muon finds no matrix to update among {len(paths)} trained leaves "
-                f"({', '.join(paths[:3])}, ...), "
-                "expected a 2-D weight of a hidden layer; use kind = 'adamw'"
+                f"({', '.join(paths[:3])}, ...), expected a 2-D weight of a hidden layer; use kind "
+                "= 'adamw'"
             )
         return self.partitioned().init(params)
 

@@ -43,9 +43,8 @@ def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: i
     if fewest is None:
         raise InputError(
             f"memory: {n} blocks keep {n * rows / 2**20:,.1f} MiB for the backward of {n_rows} x "
-            f"{n_tokens} tokens when all are "
-            f"computed again, expected at most {n_bytes / 2**20:,.3g}; take fewer rows at a time "
-            "(micro_batch_size) or allow more"
+            f"{n_tokens} tokens when all are computed again, expected at most "
+            f"{n_bytes / 2**20:,.3g}; take fewer rows at a time (micro_batch_size) or allow more"
         )
     return fewest
 

@@ -5,7 +5,7 @@ through it takes, is measured on tensors without values; how much of it is there
 a step is arithmetic. A step that needs more wastes memory.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,25 @@ class StepForward(NamedTuple):
     blocks: list[BlockMemory]  # in the order of the forward, and the last norm
 
 
+class Backward(NamedTuple):
+    """Bytes in memory while the backward goes through the blocks."""
+
+    always: Parts
+    copies: Sequence[int]  # that the forward of each block computes with
+    activations: Sequence[int]  # of each block
+    earlier: int  # of gradients, summed over the micro-batches before this one
+
+    def parts(self, n_blocks_left: int, gradients: int, transient: int) -> Parts:
+        """Parts while the first blocks are yet to come; gradients: of this micro-batch so far."""
+        return {
+            **self.always,
+            "copies": sum(self.copies[:n_blocks_left]),
+            "gradients": gradients + self.earlier,
+            "transient": transient,
+            "activations": sum(self.activations[:n_blocks_left]),
+        }
+
+
 def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     """Parts in memory at every moment of a step that may be its fullest."""
     forward = step_forward(step)
@@ -106,21 +125,10 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     gradients = [_bytes_of({**whole, **forward.deltas}, prefix) for prefix in prefixes]
     block_copies = [_bytes_of(copies, prefix) for prefix in prefixes]
     earlier = _sum_bytes(step) if step.n_micro_batches > 1 else 0
-
-    def memory_during_backward(n_blocks_left: int, gradients: int, transient: int) -> Parts:
-        """While the backward has yet to go through the first blocks; gradients: of this micro-batch
-        so far.
-        """
-        return {
-            **always,
-            "copies": sum(block_copies[:n_blocks_left]),
-            "gradients": gradients + earlier,
-            "transient": transient,
-            "activations": sum(block.kept for block in blocks[:n_blocks_left]),
-        }
+    backward = Backward(always, block_copies, [block.kept for block in blocks], earlier)
 
     # at the head
-    at_head = memory_during_backward(len(blocks), *head_bytes(step, forward))
+    at_head = backward.parts(len(blocks), *head_bytes(step, forward))
     wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
     yield {
         **at_head,
@@ -130,16 +138,16 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     # back through the blocks
     done = _bytes_with_gradient(step.model.head(forward.params))
     for i in reversed(range(len(blocks))):
-        yield memory_during_backward(i + 1, done, blocks[i].transient)
+        yield backward.parts(i + 1, done, blocks[i].transient)
         done = done + gradients[i]
 
     # at the embedding, where a tied head has two gradients until they are added
     done = done + _bytes_of(whole, "model.embed_tokens.")
-    yield memory_during_backward(0, done, tree.n_bytes(forward.x))
+    yield backward.parts(0, done, tree.n_bytes(forward.x))
     # the sum over micro-batches, then the optimizer, which has that sum alone
     n_bytes, scratch = tree.n_bytes(step.trainable), scratch_bytes(step.optimizer, step.trainable)
-    yield memory_during_backward(0, n_bytes, 0)
-    yield memory_during_backward(0, 0 if earlier else n_bytes, scratch)
+    yield backward.parts(0, n_bytes, 0)
+    yield backward.parts(0, 0 if earlier else n_bytes, scratch)
 
 
 def _sum_bytes(step: StepSpec) -> int:

@@ -65,8 +65,8 @@ def unpacked(
         if blocks is None or scales is None or actual != wanted or in_ % 32:
             raise InputError(
                 f"checkpoint: {folder} holds {name} {list(shapes[name])} as MXFP4 blocks "
-                f"{actual[0]} and scales {actual[1]}, "
-                f"expected {wanted[0]} and {wanted[1]}; download it again"
+                f"{actual[0]} and scales {actual[1]}, expected {wanted[0]} and {wanted[1]}; "
+                "download it again"
             )
         return dequantize(blocks, scales, dtype)
 

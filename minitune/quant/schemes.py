@@ -213,14 +213,12 @@ def check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
     if isinstance(scheme, Int4) and d_in % scheme.group:
         raise InputError(
             f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of "
-            f"the group {scheme.group}; "
-            "choose another group or scheme for it, or leave it as it is"
+            f"the group {scheme.group}; choose another group or scheme for it, or leave it as it is"
         )
     if isinstance(scheme, NF4) and d_in % 2:
         raise InputError(
             f"quant: {what} has shape {list(w.shape)}, expected an even last size for nf4, which "
-            "stores pairs; "
-            "choose int8 for it, or leave it as it is"
+            "stores pairs; choose int8 for it, or leave it as it is"
         )
 
 

@@ -88,8 +88,8 @@ def _built_in(folder: Path, tokenizer: Tokenizer) -> Template:
     if tokenizer.eos_id is None:
         raise InputError(
             f"chat: {folder} has no chat template and its tokenizer no eos_token, expected one "
-            "that ends a turn; "
-            "write a chat_template.jinja or name the eos_token in tokenizer_config.json"
+            "that ends a turn; write a chat_template.jinja or name the eos_token in "
+            "tokenizer_config.json"
         )
     return compile_template(PLAIN, tokenizer.special_names, "built-in plain template")
 

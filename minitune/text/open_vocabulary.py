@@ -65,8 +65,7 @@ def _sentencepiece(model: Path, fast: Path, config: Mapping[str, Any]) -> Vocabu
             return None
         raise InputError(
             f"tokenizer: {model} can't be read by sentencepiece ({error}), expected a "
-            "sentencepiece model; "
-            "put the model's tokenizer.json next to it or fetch the file again"
+            "sentencepiece model; put the model's tokenizer.json next to it or fetch the file again"
         ) from None
     if not fast.is_file():
         return vocabulary._replace(prefix_everywhere=vocabulary.prefix_everywhere or is_other)

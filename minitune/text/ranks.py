@@ -98,8 +98,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > N_RANKS:
         raise InputError(
             f"tokenizer: {path} holds {len(ranks)} ranks up to {max(ranks.values())}, expected "
-            f"Llama 3's {N_RANKS}, each once; "
-            "put the model's tokenizer.json next to it"
+            f"Llama 3's {N_RANKS}, each once; put the model's tokenizer.json next to it"
         )
     return ranks
 

@@ -162,8 +162,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         if name in names and names[name] not in added:
             raise InputError(
                 f"tokenizer: {folder} {name} {names[name]!r} is no token of the vocabulary, "
-                "expected one of its tokens; "
-                "correct tokenizer_config.json"
+                "expected one of its tokens; correct tokenizer_config.json"
             )
     names = {name: text for name, text in names.items() if text in added}
     return _tokenizer(vocabulary, names, added, config, fingerprint(folder))

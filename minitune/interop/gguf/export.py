@@ -173,8 +173,7 @@ def _in_range(x: Float[Tensor, "rows in"], part: _Part) -> Float[Tensor, "rows i
     if not bool(largest <= limit):
         raise InputError(
             f"gguf: {part.name} holds {float(largest):.4g}, expected numbers up to {limit:.6g} as "
-            f"{part.kind}; "
-            "give it the type BF16 if it is finite, else take the model from before its training "
-            "diverged"
+            f"{part.kind}; give it the type BF16 if it is finite, else take the model from before "
+            "its training diverged"
         )
     return x

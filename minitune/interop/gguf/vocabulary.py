@@ -163,8 +163,7 @@ def _byte_level(spec: Mapping[str, Any]) -> _Model | str:
     if model["type"] != "BPE" or not names:
         return (
             f"tokenizer.json is {model['type']} cut by {steps}, expected byte-level BPE as in "
-            "Llama 3, Qwen 2, SmolLM, GPT-2, "
-            "tekken or gpt-4o"
+            "Llama 3, Qwen 2, SmolLM, GPT-2, tekken or gpt-4o"
         )
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (

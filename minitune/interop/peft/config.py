@@ -102,8 +102,8 @@ def _require_weights(folder: Path) -> None:
     if not (folder / WEIGHTS).exists() and pickled.exists():
         raise InputError(
             f"peft: {folder} holds {pickled.name}, which is pickled and not read, expected "
-            f"{WEIGHTS}; convert it: "
-            "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+            f"{WEIGHTS}; convert it: PeftModel.from_pretrained(base, "
+            "folder).save_pretrained(new_folder)"
         )
 
 
@@ -120,8 +120,8 @@ def of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any, fol
         except (re.error, OverflowError, RecursionError, FutureWarning) as error:
             raise InputError(
                 f"peft: {folder / CONFIG} has {key[:200]!r} as a pattern, expected a regular "
-                "expression with at most three "
-                f"repetitions, none of a group ({error}); name the module instead"
+                f"expression with at most three repetitions, none of a group ({error}); name the "
+                "module instead"
             ) from None
         if suffix.match(module):
             return value

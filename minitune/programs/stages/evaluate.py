@@ -3,6 +3,7 @@ prompts.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from minitune.checkpoint.generation_config import other_rules, repetition_penalty
@@ -11,7 +12,7 @@ from minitune.data.prompts import Prompt, prompts
 from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
 from minitune.inference.sampling import Sampling
-from minitune.inference.score import token_metrics
+from minitune.inference.score import TokenMetrics, token_metrics
 from minitune.interop import lm_eval, lm_eval_tasks
 from minitune.interop.lm_eval_model import HarnessModel
 from minitune.io import paths
@@ -21,7 +22,7 @@ from minitune.programs.stages.batches import describe
 from minitune.programs.stages.generate import answered, conversation_text
 from minitune.programs.stages.shown_batches import shown_batches
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.types import NonNegativeInt, PositiveInt
+from minitune.types import Batch, NonNegativeInt, PositiveInt
 
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
@@ -86,15 +87,7 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         state.log.say(f"{self.label}: {self.data} has {description}")
         n_rows = self.batch_size or state.rows_at_once(source.seq_len)
         all_rows = batches(dataset, source, n_rows)
-        total = dataset.report.n_tokens
-        with shown_batches(state.log, f"{self.label} loss", all_rows, total) as shown:
-            metrics = token_metrics(loaded.model, adapted_params(state), shown)
-        if not math.isfinite(metrics.loss_nats):
-            require_finite(adapted_params(state), f"stages: {self.label}")
-            raise InputError(
-                f"stages: {self.label} has a loss of {metrics.loss_nats} nats a token, expected a "
-                "number; has the training diverged?"
-            )
+        metrics = self._measure(state, all_rows, dataset.report.n_tokens)
         record: dict[str, Any] = {
             "loss_nats": metrics.loss_nats,
             "perplexity": metrics.perplexity,
@@ -114,6 +107,19 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             f"token accuracy {metrics.accuracy:.1%}{exact_match}"
         )
         return state.record(self.label, record)
+
+    def _measure(self, state: PipelineState, rows: Iterator[Batch], n_tokens: int) -> TokenMetrics:
+        """Metrics on all rows; InputError for a loss that is not finite."""
+        params = adapted_params(state)
+        with shown_batches(state.log, f"{self.label} loss", rows, n_tokens) as shown:
+            metrics = token_metrics(state.loaded.model, params, shown)
+        if not math.isfinite(metrics.loss_nats):
+            require_finite(params, f"stages: {self.label}")
+            raise InputError(
+                f"stages: {self.label} has a loss of {metrics.loss_nats} nats a token, expected a "
+                "number; has the training diverged?"
+            )
+        return metrics
 
     def _answer(self, state: PipelineState) -> dict[str, Any]:
         loaded = state.loaded

@@ -35,7 +35,7 @@ from minitune.programs.stages.sweep_points import Point, points
 from minitune.programs.stages.training_optimizer import adapter_optimizer, loss_scale_for
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
-from minitune.types import Batch, Delta, Deltas, Metrics, Params, SeededBatch, TrainState
+from minitune.types import Batch, Delta, Deltas, Mean, Metrics, Params, SeededBatch, TrainState
 
 
 class Member(NamedTuple):
@@ -61,17 +61,7 @@ def run(
     members = [_member(stage, state, point) for point in points(stage)]
     evaluation = _evaluation(stage)
 
-    # The adapters are stacked: one tree of deltas that has a leading dimension, and an optimizer
-    # state for each.
-    deltas = sweep.stack([member.start for member in members])
-    each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
-    opt_states = [member.optimizer.init(start) for member, start in each]
-    opt_state = with_scale(opt_states, loss_scale_for(stage, state.loaded.params), deltas)
-    train_state = {
-        "trainable": deltas,
-        "opt_state": opt_state,
-        "best": tree.map(torch.clone, deltas),
-    }
+    train_state = _begin(stage, members, state.loaded.params)
     begin = loop_state.begin(len(members), n_orders=len(_seeds(members)))
     train_state, loop = training_loop.train(
         stage, state, train_state, begin, lambda: _task(stage, state, model, members)
@@ -79,9 +69,8 @@ def run(
 
     state.log.show(_table(stage.label, members, loop))
     keeps_best = evaluation.keep == "best"
-    nats = [
-        math.inf if loss is None else loss for loss in (loop.best_nats if keeps_best else loop.nats)
-    ]
+    losses = loop.best_nats if keeps_best else loop.nats
+    nats = [math.inf if loss is None else loss for loss in losses]
     best = min(range(len(members)), key=lambda i: nats[i])
     if nats[best] == math.inf:
         raise InputError(
@@ -97,6 +86,17 @@ def run(
     of_loop = {**loop.training_record(best), **loop.end_record(stage)}
     record = {**_record(members, loop, best), **of_loop}
     return state.with_model(trainable=chosen, lora=rule).record(stage.label, record)
+
+
+def _begin(stage: TrainingStage, members: Sequence[Member], params: Params) -> dict[str, Any]:
+    """State before the first step: one tree of stacked deltas, and an optimizer state for each
+    adapter.
+    """
+    deltas = sweep.stack([member.start for member in members])
+    each = zip(members, sweep.unstack(deltas, len(members)), strict=True)
+    opt_states = [member.optimizer.init(start) for member, start in each]
+    opt_state = with_scale(opt_states, loss_scale_for(stage, params), deltas)
+    return {"trainable": deltas, "opt_state": opt_state, "best": tree.map(torch.clone, deltas)}
 
 
 def _evaluation(stage: TrainingStage) -> Evaluation:
@@ -154,31 +154,45 @@ def _task(
         after, metrics = watch(before, batch, lambda: all_step.update(params, before, batch))
         return {**train_state, **after._asdict()}, metrics
 
-    def rows(done: int, metrics: loop_state.MetricValues) -> list[loop_state.Row]:
-        rows = []
-        for i, member in enumerate(members):
-            values = {name: column[i] for name, column in metrics.items()}
-            row = training_loop.row(member.point.stage, done, values)
-            rows.append({"adapter": i, **member.point.numbers(), **row})
-        return rows
-
-    def evaluate(train_state: Any) -> list[float]:
-        evaluation = _evaluation(stage)
-        mean_of = sweep.adapters_objective(model, token_loss, rules)
-        n_rows = micro_batch
-        if evaluation.batch_size is not None:
-            n_rows = max(1, evaluation.batch_size // len(rules))
-        loader = load_batches(state, evaluation.data, stage.loss)
-        title, total = f"{stage.label} held-out", loader.total_tokens
-        with shown_batches(state.log, title, loader.batches(n_rows), total) as batches:
-            each = (tree.map(lambda x: x.expand(len(rules), *x.shape), batch) for batch in batches)
-            trainable = train_state["trainable"]
-            return heldout_losses(lambda batch: mean_of(trainable, params, batch), each)
-
-    take = partial(_take, stage, members, loaders)
+    mean_of = sweep.adapters_objective(model, token_loss, rules)
+    evaluate = partial(_heldout, stage, state, mean_of, len(rules), micro_batch)
+    take, rows = partial(_take, stage, members, loaders), partial(_rows, members)
     return training_loop.TrainingTask(
         take, n_tokens, step, rows, evaluate, _keep_best, nothing_watched
     )
+
+
+def _rows(
+    members: Sequence[Member], done: int, metrics: loop_state.MetricValues
+) -> list[loop_state.Row]:
+    """Row of the log for every member."""
+    rows = []
+    for i, member in enumerate(members):
+        values = {name: column[i] for name, column in metrics.items()}
+        row = training_loop.row(member.point.stage, done, values)
+        rows.append({"adapter": i, **member.point.numbers(), **row})
+    return rows
+
+
+def _heldout(
+    stage: TrainingStage,
+    state: PipelineState,
+    mean_of: Callable[[Deltas, Params, Any], Mean],
+    n_members: int,
+    micro_batch: int,
+    train_state: Any,
+) -> list[float]:
+    """Held-out loss of every member, in nats."""
+    evaluation = _evaluation(stage)
+    n_rows = micro_batch
+    if evaluation.batch_size is not None:
+        n_rows = max(1, evaluation.batch_size // n_members)
+    loader = load_batches(state, evaluation.data, stage.loss)
+    title, total = f"{stage.label} held-out", loader.total_tokens
+    trainable, params = train_state["trainable"], state.loaded.params
+    with shown_batches(state.log, title, loader.batches(n_rows), total) as batches:
+        each = (tree.map(lambda x: x.expand(n_members, *x.shape), batch) for batch in batches)
+        return heldout_losses(lambda batch: mean_of(trainable, params, batch), each)
 
 
 def _watch(
