@@ -71,9 +71,9 @@ def language_model(model: HarnessModel) -> Any:
     class Adapter(TemplateLM):
         """Interface of the harness, answered by pure functions."""
 
-        eot_token_id = property(lambda self: eos_id)
-        prefix_token_id = property(lambda self: model.prefix_id)
-        tokenizer_name = property(lambda self: model.tokenizer.fingerprint)
+        eot_token_id = property(lambda self: eos_id)  # pyright: ignore[reportIncompatibleMethodOverride]
+        prefix_token_id = property(lambda self: model.prefix_id)  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokenizer_name = property(lambda self: model.tokenizer.fingerprint)  # pyright: ignore[reportIncompatibleMethodOverride]
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
