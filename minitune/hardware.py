@@ -19,7 +19,7 @@ MPS_BFLOAT16_MACOS = (14, 0)  # the first macOS whose Metal has bfloat16
 
 
 class Capabilities(NamedTuple):
-    """What torch can do on a type of device."""
+    """Abilities of torch on a type of device."""
 
     float64: bool
     streams: bool  # copies to and from pinned memory on a side stream, which events put in order

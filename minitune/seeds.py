@@ -1,4 +1,4 @@
-"""A seed is a value: every random draw is a function of (seed, name, step), never of a global
+"""Seeds as values: every random draw is a function of (seed, name, step), never of a global
 generator.
 """
 
@@ -17,7 +17,7 @@ MIX_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 63-bit seed that depends on every part, so that a resumed run and a recomputed block draw
+    """63-bit seed that depends on every part, so that a resumed run and a recomputed block draw
     the same numbers.
     """
     text = "\x1f".join(str(part) for part in (seed, *names))
@@ -25,7 +25,7 @@ def derive(seed: int, *names: str | int) -> int:
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A fresh CPU generator for this (seed, names); the same arguments always give the same draws,
+    """Fresh CPU generator for this (seed, names); the same arguments always give the same draws,
     on any device.
     """
     return torch.Generator().manual_seed(derive(seed, *names))

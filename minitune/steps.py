@@ -273,7 +273,7 @@ def kd_step(
 
 
 def _micro_batches(batch: AnyBatch, n_rows: int | None) -> Iterator[AnyBatch]:
-    """The batch in parts of n_rows rows."""
+    """Batch in parts of n_rows rows."""
     total = len(tree.leaves(batch)[0])
     size = n_rows or total
     return (tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, total, size))

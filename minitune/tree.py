@@ -34,7 +34,7 @@ def items(tree: Tree, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """The tensors of a tree, in storage order."""
+    """Tensors of a tree, in storage order."""
     # not through `items`: writing paths takes longer than a step on small tensors
     if isinstance(tree, dict | tuple | list):
         children = tree.values() if isinstance(tree, dict) else tree
@@ -88,8 +88,8 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, path: str = "") -> Tree:
 
 
 def rebuild(tree: Tree, new_leaves: Iterable[Tensor]) -> Tree:
-    """The same structure with other leaves, given in storage order; TypeError if there are too few
-    or too many.
+    """Tree of the same structure with other leaves, given in storage order; TypeError if there are
+    too few or too many.
     """
     pending = iter(new_leaves)
 
@@ -139,7 +139,7 @@ def n_bytes(tree: Tree) -> int:
 
 
 def select(names: Iterable[str], globs: Sequence[str], what: str) -> list[str]:
-    """The names that match any glob, in their own order; InputError for no glob, and for one that
+    """Names that match any glob, in their own order; InputError for no glob, and for one that
     matches nothing.
 
     `*` also crosses dots, so `*.mlp.*_proj.weight` reaches every layer. `what` names the asking
@@ -248,7 +248,7 @@ def _like(tree: Tree, children: list[Tree]) -> Tree:
 
 
 def device_of(params: Params, trainable: Trainable) -> torch.device:
-    """Where a model lives; weights that train whole are on the meta device in params."""
+    """Device that a model lives on; weights that train whole are on the meta device in params."""
     return next(
         (leaf.device for leaf in leaves((params, trainable)) if not leaf.is_meta),
         torch.device("cpu"),

@@ -1,4 +1,4 @@
-"""The nouns that every floor shares, and the one glossary of shape letters.
+"""Nouns that every floor shares, and the one glossary of shape letters.
 
     B  batch (rows)        T  tokens in a row       V  vocabulary
     D  d_model             F  d_ff                  R  LoRA rank
@@ -37,7 +37,7 @@ Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
 class Delta(NamedTuple):
-    """A low-rank change of one weight W [out, in]: W + b @ a (the rule that owns it holds the
+    """Low-rank change of one weight W [out, in]: W + b @ a (the rule that owns it holds the
     scale).
 
     With a magnitude m (DoRA) every row of the sum is rescaled to that length.
@@ -57,7 +57,7 @@ class Dropout(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b
+    """Weight and its low-rank change: it multiplies as W + b a, or with a magnitude as m * (W + b
     a) / |W + b a| by rows.
 
     The scale of the rule that trains the change is inside b: `lora.apply` makes such leaves, and
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on such rows counts, in metrics."""
+        """Word for what the weight of an objective on such rows counts, in metrics."""
         return "target_tokens"
 
     def target_mask(self) -> Bool[Tensor, "B T"] | Float[Tensor, "B T"]:
@@ -145,7 +145,7 @@ class Pairs(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on pairs counts, in metrics."""
+        """Word for what the weight of an objective on pairs counts, in metrics."""
         return "pairs"
 
 
@@ -162,7 +162,7 @@ class UnpairedBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on unpaired answers counts, in metrics."""
+        """Word for what the weight of an objective on unpaired answers counts, in metrics."""
         return "answers"
 
 
@@ -177,7 +177,7 @@ class TeacherBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """What the weight of an objective on such rows counts, in metrics."""
+        """Word for what the weight of an objective on such rows counts, in metrics."""
         return "target_tokens"
 
 
@@ -206,7 +206,7 @@ class LogProbs(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A mean that is not divided yet: so that ranks and micro-batches can be summed and divided
+    """Mean that is not divided yet: so that ranks and micro-batches can be summed and divided
     once.
 
     A scalar of each; a sweep has one for every adapter.
@@ -234,7 +234,7 @@ class Mean(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step changes: the trees that train, and the optimizer's state."""
+    """Values that a step changes: the trees that train, and the optimizer's state."""
 
     trainable: Trainable  # of a sweep, stacked Deltas
     opt_state: Any  # a tree of tensors
@@ -258,7 +258,7 @@ class StepUpdate(Protocol):
 
 
 class Step(NamedTuple):
-    """A training step as two pure functions; steps.py makes them."""
+    """Training step as two pure functions; steps.py makes them."""
 
     init: StepInit
     update: StepUpdate

@@ -1,4 +1,4 @@
-"""The one division of a step's sums, for all its micro-batches and processes."""
+"""Division of a step's sums, for all its micro-batches and processes."""
 
 from typing import NamedTuple
 

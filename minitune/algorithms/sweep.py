@@ -211,7 +211,7 @@ def sweep_step(
 
 
 def _micro_batches(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of `size` rows of every adapter."""
+    """Batch in parts of `size` rows of every adapter."""
     for i in range(0, tree.leaves(batch)[0].shape[1], size):
         yield tree.map(lambda x, i=i: x[:, i : i + size], batch)
 

@@ -84,7 +84,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _extras(path: Path) -> list[str]:
-    """The names in a state's folder that are no part of a state: a user put them there, so they are
+    """Names in a state's folder that are no part of a state: a user put them there, so they are
     not removed.
     """
     return (
@@ -95,7 +95,7 @@ def _extras(path: Path) -> list[str]:
 
 
 def list_states(folder: Path) -> list[Path]:
-    """The training states in a folder, oldest first; one that a crash left half replaced takes its
+    """Training states in a folder, oldest first; one that a crash left half replaced takes its
     place again.
     """
     for old in folder.glob(f".step-*{OLD}"):

@@ -44,7 +44,7 @@ class Report(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A tokenized text; mask: True for the tokens that are trained, or what each counts."""
+    """Tokenized text; mask: True for the tokens that are trained, or what each counts."""
 
     tokens: np.ndarray
     mask: np.ndarray

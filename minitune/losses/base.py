@@ -1,4 +1,4 @@
-"""What losses have in common: their types, what each kind declares, and a logarithm that stays
+"""Base of all losses: their types, what each kind declares, and a logarithm that stays
 finite.
 """
 
@@ -16,7 +16,7 @@ ObjectiveName = Literal["supervised", "preference", "unpaired_preference", "dist
 
 
 class BaseLoss(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every kind of loss declares, so that whoever trains with it need not know which one it
+    """Declarations of every kind of loss, so that whoever trains with it need not know which one it
     is.
     """
 

@@ -28,7 +28,7 @@ class Distillation(BaseLoss, frozen=True):
     def divergence(
         self, student_logits: Logits, teacher_logits: Logits, temperature: float
     ) -> Nats:
-        """The divergence at a temperature, times the temperature squared."""
+        """Divergence at a temperature, times the temperature squared."""
         raise NotImplementedError
 
     def __call__(
@@ -37,7 +37,7 @@ class Distillation(BaseLoss, frozen=True):
         targets: Int[Tensor, "*rows"],
         teacher_logits: Float[Tensor, "*rows teacher_V"],
     ) -> Nats:
-        """The mixture, given all of the teacher's logits.
+        """Mixture, given all of the teacher's logits.
 
         One tokenizer may be padded to different sizes: the logits that only one of the models has
         belong to no token, and are left out.
@@ -53,7 +53,7 @@ class Distillation(BaseLoss, frozen=True):
         top_ids: Int[Tensor, "*rows k"],
         top_logps: Float[Tensor, "*rows k"],
     ) -> Nats:
-        """The mixture, given the teacher's log-probs of k tokens at this temperature: all other
+        """Mixture, given the teacher's log-probs of k tokens at this temperature: all other
         tokens count as one class.
 
         Merging classes never raises a divergence (log sum inequality, Cover & Thomas 2006, section
@@ -128,7 +128,7 @@ def symmetric_kl(student_logits: Logits, teacher_logits: Logits, *, temperature:
 
 
 class SymmetricKL(Distillation, frozen=True, tag="symmetric_kl"):
-    """The mean of both directions."""
+    """Mean of both directions."""
 
     def divergence(
         self, student_logits: Logits, teacher_logits: Logits, temperature: float
@@ -153,7 +153,7 @@ def jensen_shannon(
 
 
 class JensenShannon(Distillation, frozen=True, tag="jensen_shannon"):
-    """The mean divergence of teacher and student from their mixture, at most log 2 a token at
+    """Mean divergence of teacher and student from their mixture, at most log 2 a token at
     temperature 1 and weight 0.5.
     """
 

@@ -12,8 +12,8 @@ from minitune.types import LogProbs, NonNegativeFloat, PositiveFloat, UnitInterv
 
 
 class BasePreferenceLoss(BaseLoss, frozen=True):
-    """A call takes the log-probs of answer pairs under the policy and, where needs_reference, under
-    a frozen model.
+    """Preference loss: a call takes the log-probs of answer pairs under the policy and, where
+    needs_reference, under a frozen model.
     """
 
     objective: ClassVar[ObjectiveName] = "preference"
@@ -99,7 +99,7 @@ def hinge(
 
 
 class Hinge(BasePreferenceLoss, frozen=True, tag="hinge"):
-    """A support vector machine's loss: a pair whose margin has reached 1 / beta is left alone."""
+    """Loss of a support vector machine: a pair whose margin has reached 1 / beta is left alone."""
 
     # more is content with a smaller margin, so holds the policy nearer to the reference
     beta: PositiveFloat = 0.1

@@ -36,7 +36,7 @@ class CrossEntropy(BaseLoss, frozen=True, tag="cross_entropy"):
     z_loss: NonNegativeFloat = 0.0
 
     def __call__(self, logits: Logits, targets: Int[Tensor, "*rows"]) -> Nats:
-        """The loss in nats, one value a row."""
+        """Loss in nats, one value a row."""
         if self.label_smoothing == 0.0 and self.z_loss == 0.0:
             return cross_entropy(logits, targets)
         wide = widen(logits)

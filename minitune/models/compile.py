@@ -38,7 +38,7 @@ def wrap(say: Callable[[str], None]) -> Callable[[BlockFunction], BlockFunction]
 
 
 def _guarded(block: BlockFunction, say: Callable[[str], None]) -> BlockFunction:
-    """The compiled block, or the block itself once it could not be compiled."""
+    """Compiled block, or the block itself once it could not be compiled."""
     # it takes a second, which nobody else should wait
     from torch._dynamo.exc import TorchDynamoException
 

@@ -1,4 +1,4 @@
-"""The one decoder behind every family: tokens to hidden states to logits, block after block, with
+"""Decoder behind every family: tokens to hidden states to logits, block after block, with
 or without a cache.
 """
 
@@ -141,7 +141,7 @@ def empty_caches(config: DecoderConfig, n_rows: int, n_slots: int, like: Tensor)
 
 
 def filled_caches(config: DecoderConfig, caches: Sequence[Tree], n_slots: int) -> list[Tree]:
-    """The first n_slots slots of every cache, as views."""
+    """First n_slots slots of every cache, as views."""
     mixers = [MIXERS[layer_kind(config, i).mixer] for i in range(config.n_layers)]
     return [mixer.filled(cache, n_slots) for mixer, cache in zip(mixers, caches, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A block's feed-forward as a mixture of experts: its numbers, the names of its weights, and how
+"""Feed-forward of a block as a mixture of experts: its numbers, the names of its weights, and how
 they are used.
 """
 
@@ -57,7 +57,7 @@ NAMES = {
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The numbers of a mixture of experts, and what its router does. The pattern `layers` repeats
+    """Numbers of a mixture of experts, and what its router does. The pattern `layers` repeats
     over depth.
     """
 
@@ -94,7 +94,7 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def expert_shapes(experts: Experts, d_model: int) -> dict[str, tuple[int, ...]]:
-    """The weights of one layer's feed-forward by their names within the layer."""
+    """Weights of one layer's feed-forward by their names within the layer."""
     names, n, f = NAMES[experts.names], experts.n_experts, experts.d_ff
     weights: dict[str, tuple[int, ...]] = {f"{names.router}.weight": (n, d_model)}
     if experts.bias:
@@ -134,7 +134,7 @@ def routed_feed_forward(
     x: Float[Tensor, "B T D"],
     tap: Callable[[str, Tensor, Tensor], None] | None,
 ) -> Float[Tensor, "B T D"]:
-    """The mixture's output, and that of the shared expert if there is one.
+    """Mixture's output, and that of the shared expert if there is one.
 
     w holds the layer's leaves; proj(name, x) is the linear map of one of them; tap is what block
     says.

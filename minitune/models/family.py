@@ -1,4 +1,4 @@
-"""A model family as a value: the config that sets it apart, and how its config.json is read and
+"""Model family as a value: the config that sets it apart, and how its config.json is read and
 written.
 """
 

@@ -43,7 +43,7 @@ MAX_NAMED = 5  # unknown fields that a message names
 
 
 class HFConfig(NamedTuple):
-    """How a family spells its config.json, and what it must say there because the decoder does
+    """Spelling of a family's config.json, and what it must say there because the decoder does
     nothing else.
 
     fields: Config field -> config.json field, besides NAMES. required: config.json field -> the
@@ -120,8 +120,8 @@ class HFConfig(NamedTuple):
             ) from None
 
     def write(self, config: DecoderConfig, **written: Any) -> dict[str, Any]:
-        """A config.json that transformers 4.x and 5.x read alike, with the fields that the family
-        writes by itself.
+        """Content of a config.json that transformers 4.x and 5.x read alike, with the fields that
+        the family writes by itself.
         """
         names = {**NAMES, **self.fields}
         return {
@@ -149,7 +149,7 @@ def rotary_factor(hf: Mapping[str, Any]) -> float:
 def layer_pattern(
     hf: Mapping[str, Any], default: tuple[AttentionType, ...], where: str
 ) -> tuple[AttentionType, ...]:
-    """The pattern of layer_types, and `default` where there are none or where they repeat it."""
+    """Pattern of layer_types, and `default` where there are none or where they repeat it."""
     types = hf.get("layer_types")
     if types is None:
         return default
@@ -175,7 +175,7 @@ def rope_layers(hf: Mapping[str, Any], where: str) -> list[bool] | None:
 
 
 def pattern(values: Sequence[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The shortest beginning that repeats over the values, and `default` if that does."""
+    """Shortest beginning that repeats over the values, and `default` if that does."""
     if all(x == default[i % len(default)] for i, x in enumerate(values)):
         return default
 
@@ -191,7 +191,7 @@ def pattern(values: Sequence[Any], default: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def layer_types_to_hf(config: DecoderConfig) -> list[str]:
-    """What `layer_pattern` reads."""
+    """Fields that `layer_pattern` reads."""
     names = {attention_type: name for name, attention_type in ATTENTION_TYPES.items()}
     return [names[layer_kind(config, i).attention] for i in range(config.n_layers)]
 
@@ -233,7 +233,7 @@ def layered_rope(hf: Mapping[str, Any], where: str, theta: float, local: float) 
 
 
 def layered_rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """What `layered_rope` reads, in both spellings."""
+    """Fields that `layered_rope` reads, in both spellings."""
     flat = rope_scaling.to_hf(config.rope_theta, config.rope_scaling)
     near = rope_scaling.to_hf(config.window_rope_theta or config.rope_theta, None)[
         "rope_parameters"
@@ -258,7 +258,7 @@ def sliding_after(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def sliding_after_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """What `sliding_after` reads."""
+    """Fields that `sliding_after` reads."""
     types = layer_types_to_hf(config)
     first = next((i for i, one in enumerate(types) if one != "full_attention"), config.n_layers)
     used = config.window is not None

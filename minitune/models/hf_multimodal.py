@@ -24,7 +24,7 @@ SHARED = (*TOKEN_IDS, "dtype", "torch_dtype", "transformers_version", *OUTER)
 
 
 def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the text model alone; of a folder without images, what it is."""
+    """Content of config.json for the text model alone; of a folder without images, what it is."""
     inner, kind = hf.get("text_config"), hf.get("model_type")
     if not isinstance(kind, str) or kind not in WRAPPERS or not isinstance(inner, Mapping):
         return dict(hf)
@@ -47,7 +47,7 @@ def text_name(name: str) -> str | None:
 
 
 def wrapped_name(name: str, wrapper: str | None) -> str:
-    """What transformers calls a weight or module of the text model within a wrapper, by the
+    """Name that transformers gives a weight or module of the text model within a wrapper, by the
     wrapper's model_type; of other models, its name.
     """
     if wrapper == "llama4":

@@ -230,7 +230,7 @@ def probed_block(
     x: Float[Tensor, "B T D"],
     *rest: Any,
 ) -> Float[Tensor, "B T D_and_outputs"]:
-    """The block's result followed by the outputs of the linear maps of `weights`, in one tensor, as
+    """Result of a block, followed by the outputs of the linear maps of `weights`, in one tensor, as
     remat wants it.
     """
     outputs: dict[str, Tensor] = {}
@@ -246,7 +246,7 @@ def probed_block(
 def _report(
     run: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any
 ) -> Tensor:
-    """The result of a probed block, whose outputs the probe has received."""
+    """Result of a probed block, whose outputs the probe has received."""
     names = [name for name in probe.weights if name in w]
     sizes = [x.shape[-1], *(w[name].shape[0] for name in names)]
     result, *outputs = run(w, x, *rest).split(sizes, dim=-1)

@@ -58,14 +58,14 @@ FAMILIES = {  # by the model_type of config.json
 
 
 def open(folder: Path) -> Model:
-    """The model that a Hugging Face folder's config.json describes; InputError for an unknown
+    """Model that a Hugging Face folder's config.json describes; InputError for an unknown
     family or field.
     """
     return from_hf(config_json(folder), str(folder / "config.json"))
 
 
 def config_json(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder; InputError if there is none, or no JSON object."""
+    """Parsed config.json of a model folder; InputError if there is none, or no JSON object."""
     path = folder / "config.json"
     if not is_present(path):
         raise InputError(f"models: {folder_problem(folder)}")
@@ -102,7 +102,7 @@ def _no_folder(folder: Path, expected: str) -> str:
 
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Model:
-    """The model that a config.json's content describes, without the part that sees images if there
+    """Model that a config.json's content describes, without the part that sees images if there
     is one.
     """
     hf = text_config(hf)

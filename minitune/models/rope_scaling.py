@@ -29,7 +29,7 @@ class LinearScaling(
 class Dynamic(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dynamic", tag_field="rope_type"
 ):
-    """A base that grows once the length exceeds the trained one (Peng et al. 2023, arXiv
+    """Base that grows once the length exceeds the trained one (Peng et al. 2023, arXiv
     2309.00071, section 3.3).
     """
 
@@ -85,7 +85,7 @@ class LongRope(
     tag="longrope",
     tag_field="rope_type",
 ):
-    """A divisor for every frequency, one list up to the original context and one beyond (Ding et
+    """Divisor for every frequency, one list up to the original context and one beyond (Ding et
     al. 2024, arXiv 2402.13753).
     """
 
@@ -249,7 +249,7 @@ def to_hf(theta: float, scaling: Scaling | None) -> dict[str, Any]:
 
 def _yarn(f: Tensor, d_rotary: int, theta: float, scaling: Yarn) -> Tensor:
     def dim(turns: float) -> float:
-        """The dimension that makes so many full turns within the original context."""
+        """Dimension that makes so many full turns within the original context."""
         wavelength = scaling.original_max_position_embeddings / (2 * math.pi * turns)
         return d_rotary * math.log(wavelength) / (2 * math.log(theta))
 

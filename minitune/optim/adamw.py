@@ -30,7 +30,7 @@ class AdamState(NamedTuple):
 
 
 class FusedSlice(NamedTuple):
-    """A part of a leaf that one call of the kernel updates, and where it begins in the flattened
+    """Part of a leaf that one call of the kernel updates, and where it begins in the flattened
     leaf.
     """
 
@@ -70,7 +70,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
         return AdamState(state.step.clone(), mu, nu)
 
     def counts(self, state: AdamState) -> Int[Tensor, ""]:
-        """The step count."""
+        """Step count."""
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
@@ -214,7 +214,7 @@ def _donate_chunk(
 def _chunks(
     members: Sequence[tuple[str, tuple[Tensor, ...]]], limit: int
 ) -> Iterator[list[FusedSlice]]:
-    """The leaves (p, g, m, v) of each path in their order, in lists of slices that have at most
+    """Leaves (p, g, m, v) of each path in their order, in lists of slices that have at most
     `limit` elements together.
     """
     chunk: list[FusedSlice] = []

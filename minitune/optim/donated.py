@@ -33,7 +33,7 @@ class Gradients(NamedTuple):
 
 
 def select(is_finite: Tensor, new: Tree, old: Tree) -> Tree:
-    """The new leaves if is_finite, else the old ones, without asking which on the host."""
+    """New leaves if is_finite, else the old ones, without asking which on the host."""
     return tree.map(lambda x, y: torch.where(is_finite.to(x.device), x, y), new, old)
 
 
@@ -129,7 +129,7 @@ def _grad_scale(clips: Sequence[Link], gradients: Gradients) -> Float[Tensor, ""
 
 
 def _clip_factors(clips: Sequence[Link], gradients: Gradients) -> list[Tensor]:
-    """The factor of each clip, to the last bit as its `update` has it."""
+    """Factor of each clip, to the last bit as its `update` has it."""
     factors: list[Tensor] = []
     for clip in clips:
         norms = torch.stack(

@@ -21,7 +21,7 @@ SMALLEST = 4096  # elements; smaller leaves keep their moments in float32
 
 
 class Moment8(NamedTuple):
-    """A moment as table[codes] * absmax, one absmax for every BLOCK elements counted over the
+    """Moment as table[codes] * absmax, one absmax for every BLOCK elements counted over the
     flattened leaf.
     """
 
@@ -92,7 +92,7 @@ class AdamW8bit(
         return AdamState(state.step.clone(), mu, nu)
 
     def counts(self, state: AdamState) -> Int[Tensor, ""]:
-        """The step count."""
+        """Step count."""
         return state.step
 
     def scratch_bytes(self, leaves: Sequence[Tensor], *, rounds: bool) -> int:
@@ -101,7 +101,7 @@ class AdamW8bit(
 
 
 def quantize(x: Float[Tensor, "*shape"], signed: bool) -> Moment8:
-    """The nearest codes of x over the largest absolute value of its block.
+    """Nearest codes of x over the largest absolute value of its block.
 
     An unsigned x is never rounded to 0 (nor does bitsandbytes): it is what Adam divides by, and a
     step would grow by 1 / eps.
@@ -123,7 +123,7 @@ def dequantize(q: Moment8, signed: bool, like: Float[Tensor, "*shape"]) -> Float
 
 
 def dynamic_table(signed: bool, device: torch.device | None = None) -> Float[Tensor, "codes"]:
-    """The 256 values of the dynamic map in [-1, 1] or [0, 1]: seven decades, each with twice the
+    """256 values of the dynamic map in [-1, 1] or [0, 1]: seven decades, each with twice the
     fractions of the one below (Dettmers et al. 2021, section 1.3), with 0 and 1. It is computed
     where it is used: a copy would make a device wait.
     """

@@ -58,7 +58,7 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
     eps: Epsilon = 1e-8  # of AdamW: added to the root of the mean square
 
     def init(self, params: Tree) -> tuple[Tree, ...]:
-        """The state of the matrices, then that of AdamW; InputError for no matrix, and for a glob
+        """State of the matrices, then that of AdamW; InputError for no matrix, and for a glob
         that matches no leaf.
         """
         paths = [path for path, _ in tree.items(params)]
@@ -81,7 +81,7 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
     def branches(
         self, state: Sequence[Tree], paths: Sequence[str], leaves: Sequence[Tensor]
     ) -> list[Branch]:
-        """The matrices, and the rest."""
+        """Matrices, and the rest."""
         return self.partitioned().branches(state, paths, leaves)
 
     def partitioned(self) -> Partition:
@@ -104,7 +104,7 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
 
 
 class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The rule of Muon for a tree of matrices; its state is their momentum, in float32 or wider."""
+    """Muon's rule for a tree of matrices; its state is their momentum, in float32 or wider."""
 
     scope: ClassVar[Scope] = "leaf"
     lr: NonNegativeFloat

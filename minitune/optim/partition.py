@@ -56,7 +56,7 @@ class Partition(NamedTuple):
     def branches(
         self, state: Sequence[Tree], paths: Sequence[str], leaves: Sequence[Tensor]
     ) -> list[Branch]:
-        """The rules that have leaves, with these."""
+        """Rules that have leaves, with these."""
         chosen = [self.choose(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         numbers = [
             [i for i, choice in enumerate(chosen) if choice == rule]
@@ -67,7 +67,7 @@ class Partition(NamedTuple):
         ]
 
     def _split(self, values: Tree, params: Tree) -> list[dict[str, Tensor]]:
-        """The leaves of `values` that each rule updates, by path."""
+        """Leaves of `values` that each rule updates, by path."""
         own: list[dict[str, Tensor]] = [{} for _ in self.rules]
         for (path, p), value in zip(tree.items(params), tree.leaves(values), strict=True):
             own[self.choose(path, p)][path] = value

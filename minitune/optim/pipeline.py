@@ -1,4 +1,4 @@
-"""An optimizer taken apart: the clips that it begins with, and the transforms that each leaf then
+"""Optimizer taken apart: the clips that it begins with, and the transforms that each leaf then
 goes through.
 """
 
@@ -14,7 +14,7 @@ from minitune.tree import Tree
 
 
 class Link(NamedTuple):
-    """A transform of a chain with its state."""
+    """Transform of a chain with its state."""
 
     transform: Any
     state: Tree

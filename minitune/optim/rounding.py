@@ -31,7 +31,7 @@ class StepKeys(NamedTuple):
 
 
 class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The last transform before bfloat16 parameters: an update u becomes the one that takes p to p
+    """Last transform before bfloat16 parameters: an update u becomes the one that takes p to p
     + u rounded up or down at random, with the odds that make its mean p + u; steps too small for
     bfloat16 then add up in place of being lost.
     """
@@ -89,11 +89,11 @@ class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         return drawn
 
     def slice_state(self, state: Int[Tensor, ""], slices: Sequence[Slice]) -> Int[Tensor, ""]:
-        """The step count, for every slice the old one."""
+        """Step count, for every slice the old one."""
         return state.clone()
 
     def counts(self, state: Int[Tensor, ""]) -> Int[Tensor, ""]:
-        """The step count."""
+        """Step count."""
         return state
 
 

@@ -47,7 +47,7 @@ class _ByProgress(_Schedule, frozen=True):
         return self.decay(((t - self.warmup_steps) / n_steps).clamp(0.0, 1.0))
 
     def decay(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The factor after the warm-up, progress in [0, 1]."""
+        """Factor after the warm-up, progress in [0, 1]."""
         raise NotImplementedError
 
 
@@ -134,13 +134,13 @@ class ScaleBySchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tree.map(lambda g: g * factor.to(g.dtype), grads), state + 1
 
     def step_factor(self, state: Int[Tensor, ""]) -> Float[Tensor, ""]:
-        """The schedule's factor after so many steps."""
+        """Schedule's factor after so many steps."""
         return self.schedule.factor(state, self.total_steps)
 
     def slice_state(self, state: Int[Tensor, ""], slices: Sequence[Slice]) -> Int[Tensor, ""]:
-        """The step count, for every slice the old one."""
+        """Step count, for every slice the old one."""
         return state.clone()
 
     def counts(self, state: Int[Tensor, ""]) -> Int[Tensor, ""]:
-        """The step count."""
+        """Step count."""
         return state

@@ -1,4 +1,4 @@
-"""The interface of gradient transforms, what they may declare about themselves, and those that only
+"""Interface of gradient transforms, what they may declare about themselves, and those that only
 rescale gradients.
 
 A transform needs `init` and `update`, and is then applied as they define it: the updates of the
@@ -38,10 +38,10 @@ SLICE_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}
 
 @runtime_checkable
 class GradientTransformation(Protocol):
-    """An optimizer, or a part of one: a pure function of gradients with a state of its own."""
+    """Optimizer, or a part of one: a pure function of gradients with a state of its own."""
 
     def init(self, params: Tree) -> Tree:
-        """The state before the first step."""
+        """State before the first step."""
         ...
 
     def update(self, grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -79,12 +79,12 @@ def take_slice(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def slice_tree(leaves: Sequence[Tensor], slices: Sequence[Slice]) -> dict[str, Tensor]:
-    """The slices of these leaves, by the path of each leaf."""
+    """Slices of these leaves, by the path of each leaf."""
     return {part.path: take_slice(leaves[part.number], part.start, part.end) for part in slices}
 
 
 def slice_limit(device: torch.device) -> int:
-    """How many elements are updated at a time on this device."""
+    """Number of elements that are updated at a time on this device."""
     return SLICE_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
 
 

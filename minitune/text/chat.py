@@ -81,7 +81,7 @@ def open_template(folder: Path, tokenizer: Tokenizer) -> Template:
 
 
 def _built_in(folder: Path, tokenizer: Tokenizer) -> Template:
-    """A built-in template for a folder without one."""
+    """Built-in template for a folder without one."""
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special.keys():
         bos = "{{ bos_token }}" if tokenizer.add_bos and tokenizer.bos_id is not None else ""
         return compile_template(bos + CHATML, tokenizer.special_names, "built-in ChatML template")

@@ -26,7 +26,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Template(NamedTuple):
-    """A chat template: Jinja source, special tokens by the names that it reads them under, and
+    """Chat template: Jinja source, special tokens by the names that it reads them under, and
     where it comes from.
 
     has_generation_blocks: {% generation %} in it says what is trained.

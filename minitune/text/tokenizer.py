@@ -24,7 +24,7 @@ MATCHES_NOTHING = re.compile(r"(?!)")
 
 
 class Tokenizer(NamedTuple):
-    """A vocabulary with its special tokens.
+    """Vocabulary with its special tokens.
 
     special: id by text of the special tokens. special_names: text by role, such as "eos_token".
     added: id by text of all tokens that are searched for before the vocabulary runs, special or

@@ -45,7 +45,7 @@ def attention_scale(hf: Mapping[str, Any]) -> float | None:
 
 
 def query_pre_attn_scalar(config: DecoderConfig) -> int:
-    """What `attention_scale` reads."""
+    """Field that `attention_scale` reads."""
     return config.d_head if config.attention_scale is None else round(config.attention_scale**-2)
 
 

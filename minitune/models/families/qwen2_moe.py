@@ -66,7 +66,7 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> dict[str, Any]:
-    """The fields of Experts in a config.json of Qwen's; n_experts, n_active and d_ff are what
+    """Fields of Experts in a config.json of Qwen's; n_experts, n_active and d_ff are what
     missing fields mean.
     """
     n_layers, step, plain = (
@@ -86,7 +86,7 @@ def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> 
 
 
 def mixture_to_hf(n_layers: int, experts: Experts) -> dict[str, Any]:
-    """What `mixture` reads, the number of experts under both of its names."""
+    """Fields that `mixture` reads, the number of experts under both of its names."""
     return {
         "num_experts": experts.n_experts,
         "num_local_experts": experts.n_experts,

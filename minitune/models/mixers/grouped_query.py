@@ -141,7 +141,7 @@ def empty_cache(config: DecoderConfig, n_rows: int, n_slots: int, like: Tensor) 
 
 
 def filled(cache: KVCache, n: int) -> KVCache:
-    """The first n slots of the cache, as views of it."""
+    """First n slots of the cache, as views of it."""
     return KVCache(cache.k[:, :, :n], cache.v[:, :, :n])
 
 
