@@ -4,7 +4,7 @@ adapts.
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -67,8 +67,8 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dropout: Fraction = 0.0
 
     def names(self, params: Params) -> list[str]:
-        """The weights that the targets match; InputError for a glob without a match and for a
-        weight that is no linear map.
+        """Names of the weights that the targets match; InputError for a glob without a match and
+        for a weight that is no linear map.
         """
         for glob in self.targets:
             is_matched = any(fnmatchcase(name, glob) for name in params)
@@ -107,10 +107,9 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
     def rank_of(self, name: str) -> int:
-        """The rank of a weight's delta: of the first glob in ranks that matches, else rank."""
-        return next(
-            (rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)), self.rank
-        )
+        """Rank of a weight's delta: of the first glob in ranks that matches, else rank."""
+        ranks = (rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob))
+        return next(ranks, self.rank)
 
     def scale(self, delta: Delta) -> float:
         """s = alpha / r with r the delta's own rank, or alpha / sqrt(r) with rslora."""
