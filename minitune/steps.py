@@ -72,13 +72,9 @@ def train_step(
     whose sums are divided once.
 
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing
-    and says so in metrics["skipped"]. With donate=True the tensors of the state that is passed in
-    are overwritten by the new ones. metrics["not_finite"] is the number of the first leaf whose
-    gradient is not finite, or -1. loss_scale is for parameters in float16, and its scale is part of
-    the state.
-
-    TypeError for an objective that can't be called, an optimizer without `init` and `update`, and a
-    batch that is no AnyBatch.
+    and says so in metrics["skipped"]; metrics["not_finite"] is the number of the first leaf without
+    a finite gradient, or -1. With donate=True the tensors of the given state are overwritten.
+    loss_scale is for parameters in float16. TypeError for no objective, optimizer or AnyBatch.
     """
     require_parts(objective, optimizer)
 
@@ -150,7 +146,7 @@ def require_batch(batch: object) -> None:
 
 
 def eval_step(objective: Objective) -> Objective:
-    """Function that gives the objective's value without its gradient."""
+    """Objective without its gradient, for evaluations."""
     return torch.no_grad()(objective)
 
 
@@ -161,7 +157,9 @@ def sft_step(
     loss: SupervisedLoss = CrossEntropy(),  # noqa: B008 - a frozen struct
     **how: Unpack[StepOptions],
 ) -> Step:
-    """Step of supervised fine-tuning on a Batch; `how` is what train_step takes."""
+    """Step of supervised fine-tuning on a Batch: next-token cross-entropy, or a loss of yours;
+    `how` is what train_step takes.
+    """
     return train_step(sft(model, lora, loss), optimizer, **how)
 
 
@@ -173,8 +171,8 @@ def preference_step(
     reference: Trainable | None,
     **how: Unpack[StepOptions],
 ) -> Step:
-    """Step of any loss over Pairs; reference as preference.preference takes it, `how` as train_step
-    does.
+    """Step of any loss over Pairs; reference as algorithms.preference takes it: the frozen
+    trainable tree, {} for the base alone, None for losses without one.
     """
     return train_step(preference(model, lora, loss, reference), optimizer, **how)
 

@@ -45,7 +45,7 @@ class Delta(NamedTuple):
 
     a: Float[Tensor, "R in"]
     b: Float[Tensor, "out R"]
-    # not None, which torch.func counts as a leaf that is no tensor
+    # length of each row of the sum (DoRA); () without, for torch.func counts None as a leaf
     m: Float[Tensor, "out"] | tuple[()] = ()
 
 
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """Word for what the weight of an objective on such rows counts, in metrics."""
+        """Name in metrics of the weight of an objective on them: "target_tokens"."""
         return "target_tokens"
 
     def target_mask(self) -> Bool[Tensor, "B T"] | Float[Tensor, "B T"]:
@@ -145,7 +145,7 @@ class Pairs(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """Word for what the weight of an objective on pairs counts, in metrics."""
+        """Name in metrics of the weight of an objective on them: "pairs"."""
         return "pairs"
 
 
@@ -162,7 +162,7 @@ class UnpairedBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """Word for what the weight of an objective on unpaired answers counts, in metrics."""
+        """Name in metrics of the weight of an objective on them: "answers"."""
         return "answers"
 
 
@@ -177,7 +177,7 @@ class TeacherBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """Word for what the weight of an objective on such rows counts, in metrics."""
+        """Name in metrics of the weight of an objective on them: "target_tokens"."""
         return "target_tokens"
 
 
@@ -192,7 +192,7 @@ class SeededBatch(NamedTuple):
 
     @property
     def counts(self) -> str:
-        """Name in metrics of what the weight of an objective on the rows counts."""
+        """Name in metrics of the weight of an objective on the rows."""
         return self.rows.counts
 
 

@@ -36,8 +36,9 @@ class Teacher(NamedTuple):
 def distillation(
     model: Model, lora: Lora | None, loss: TeacherLoss, teacher: Teacher | None
 ) -> Objective:
-    """Learning from a teacher's distribution over every labelled token: live, or what each batch
-    carries of it (TeacherBatch).
+    """Objective of learning from a teacher's distribution over every labelled token, live or as
+    each batch carries it (TeacherBatch): the sum of the losses of these tokens, in nats, and how
+    many there are.
 
     Neither model's whole logits ever exist: the teacher's hidden states pass its head in chunks,
     as the student's do. Where the two heads differ in rows, both are cut to the smaller: the rows

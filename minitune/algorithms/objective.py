@@ -12,7 +12,7 @@ from minitune import hardware, tree
 from minitune.autodiff.value_and_grad import detached_leaves
 from minitune.errors import InputError
 from minitune.lora import Lora
-from minitune.losses.token import CrossEntropy
+from minitune.losses.token import cross_entropy
 from minitune.models.model import Draws, Model, with_dropout
 from minitune.types import AnyBatch, Batch, Delta, Mean, Params, SeededBatch, Trainable
 
@@ -121,7 +121,7 @@ def require_no_draws(model: Model, rate: float) -> None:
 
 def answer_logps(model: Model, params: Params, rows: Batch) -> Float[Tensor, "B"]:
     """log p of each row's labelled tokens given those before them, summed, in nats."""
-    return -model.token_losses(params, rows, CrossEntropy()).sum(1)
+    return -model.token_losses(params, rows, cross_entropy).sum(1)
 
 
 def split_trainable(

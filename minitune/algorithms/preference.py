@@ -41,8 +41,9 @@ class PreferenceLoss(Protocol):
 def preference(
     model: Model, lora: Lora | None, loss: PreferenceLoss, reference: Trainable | None
 ) -> Objective:
-    """Learning from pairs of answers: one forward for chosen and rejected, and one without gradient
-    for the reference.
+    """Objective of a loss over Pairs: the sum of the losses of all pairs, in nats, and how many
+    there are, with rewards and log-probs as reports; one forward for chosen and rejected, and one
+    without gradient for the reference.
 
     reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None
     for a loss that compares with nothing, or when every batch carries the reference's log-probs.

@@ -22,8 +22,8 @@ from minitune.types import Mean, Params, SeededBatch, Trainable, UnpairedBatch
 def unpaired_preference(
     model: Model, lora: Lora | None, loss: UnpairedLoss, reference: Trainable | None
 ) -> Objective:
-    """Learning from single answers, each found desirable or not (KTO); the reference is given as
-    for `preference`.
+    """Objective of learning from single answers, each found desirable or not (KTO): the sum of
+    their losses, in nats, and how many there are; the reference is given as for `preference`.
 
     The mismatched answers of a micro-batch estimate how far the policy, without its dropout, has
     drifted from the reference.

@@ -167,9 +167,7 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """New tokens as of `generate`, the most likely one at every step: argmax of the full forward,
-    token by token.
-    """
+    """New tokens as of `generate`, the likeliest one at every step."""
     rule = Sampling()
     return generate(
         model,

@@ -10,8 +10,8 @@ import msgspec
 
 
 def comments_of(kind: type) -> dict[str, str]:
-    """{field: comment} of every field of a struct or a NamedTuple, on one line each; "" for a field
-    without one.
+    """{field: comment} of every field of a struct, a NamedTuple or a TypedDict, on one line each;
+    "" for a field without one.
 
     A comment is the lines of comment right above a field, then what stands at the end of its own
     lines. A field that a struct inherits has that of the struct which defines it. Where the source
@@ -22,7 +22,7 @@ def comments_of(kind: type) -> dict[str, str]:
         if base not in (msgspec.Struct, tuple, object):
             written = {name: text for name, text in _written(base).items() if text}
             found = {**found, **written}
-    names = kind.__struct_fields__ if issubclass(kind, msgspec.Struct) else kind._fields
+    names = kind.__struct_fields__ if issubclass(kind, msgspec.Struct) else kind.__annotations__
     return {name: found.get(name, "") for name in names}
 
 

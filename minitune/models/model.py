@@ -76,7 +76,9 @@ class Model(NamedTuple):
         *,
         segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits of every token."""
+        """Logits [B T V] that every token gives of the next; segment_ids keep packed documents
+        apart (None: every row is one document).
+        """
         block_of = self.block_of()
         x = decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=block_of)
         return self.logits(params, x)
@@ -153,7 +155,8 @@ class Model(NamedTuple):
         def row_losses(logits: Tensor, *rows: Tree) -> Tensor:
             return loss(decoder.scaled_logits(self.config, logits), *rows)
 
-        def chunk_losses(logits: Tensor, rows: tuple[Tensor, Tree]) -> Tensor:
+        # rows: (targets, extra); torch.compile can't follow a subscript in a function's annotation
+        def chunk_losses(logits: Tensor, rows: Tree) -> Tensor:
             if extra is None:
                 return by_rows(row_losses)(logits, rows[0])
             return row_losses(logits, *rows)
@@ -193,7 +196,7 @@ class Model(NamedTuple):
 def _weighted(losses: Callable[[Tensor, Tree], Tensor]) -> Callable[[Tensor, Tree], Tensor]:
     """losses(logits, labels), times a weight of each row: a function of (logits, (labels, w))."""
 
-    def weighted(logits: Tensor, rows: tuple[Tree, Tensor]) -> Tensor:
+    def weighted(logits: Tensor, rows: Tree) -> Tensor:
         values = losses(logits, rows[0])
         return values * rows[1].view(-1, *(1 for _ in values.shape[1:]))
 

@@ -37,14 +37,12 @@ def apply_gradients(
     is_finite: Bool[Tensor, ""],
     donate: bool,
 ) -> tuple[Tree, Tree]:
-    """(params, state) after one step on grads / divisor, whose norm is `norm`; as they were if not
-    is_finite.
+    """(params, state) after a step on grads / divisor, of norm `norm`; as before if not is_finite.
 
     With donate=True the new values are written over the old ones, slice by slice: optimizers of
     minitune then allocate nothing as large as the parameters.
     """
-    if under_transform():
-        # a decision for each element of a batch, which no `if` can take
+    if under_transform():  # a decision for each element of a batch, which no `if` can take
         new = _by_definition(optimizer, grads, state, params, divisor)
         return select(is_finite, new, (params, state))
     # a graph of torch.compile has neither decisions nor kernels that write over their arguments

@@ -63,16 +63,27 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "CrossEntropy",
             "cross_entropy",
             "Dpo",
+            "dpo",
             "Ipo",
+            "ipo",
             "Hinge",
+            "hinge",
             "SimPO",
+            "simpo",
             "Orpo",
+            "orpo",
             "Cpo",
+            "cpo",
             "Kto",
+            "kto",
             "ForwardKL",
+            "forward_kl",
             "ReverseKL",
+            "reverse_kl",
             "SymmetricKL",
+            "symmetric_kl",
             "JensenShannon",
+            "jensen_shannon",
         ),
         "minitune.types": ("LogProbs",),
     },
@@ -117,7 +128,7 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "minitune.tree": ("items", "leaves", "map", "rebuild", "add", "norm", "norms", "n_bytes", "select", "donate"),
     },
     "Generation": {
-        "minitune.inference.generate": ("greedy", "stream"),
+        "minitune.inference.generate": ("generate", "greedy", "stream"),
         "minitune.inference.sampling": ("Sampling",),
         "minitune.inference.score": ("token_metrics", "TokenMetrics", "continuations", "Score"),
     },
@@ -133,6 +144,12 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "load_params",
         ),
     },
+}
+# methods by which the rooms of minitune ask one another, which nobody has to call or to write
+INTERNAL = {
+    *("block_of", "check_dropout", "merge_weight", "with_paths", "path_names", "files", "paths_by_key", "parts", "partitioned"),
+    *("divergence", "on_top", "decay", "scratch_bytes", "slice_state", "counts", "is_fusable", "fused_update", "branches"),
+    *("gradient_factor", "path_factor", "step_factor", "rounding_after"),
 }
 ALIASES = {
     "Params": "weights by their Hugging Face names, `[out, in]`: each a tensor, a quantized weight or an `Adapted` one",
@@ -162,9 +179,12 @@ def things() -> Iterator[tuple[str, Any]]:
 def methods(kind: type) -> list[tuple[str, Any]]:
     """(name, function) of the public methods and properties that a class defines itself."""
     found = []
+    is_protocol = getattr(kind, "_is_protocol", False)
     for name, thing in vars(kind).items():
+        if name in INTERNAL and inspect.isfunction(thing) and not is_protocol:
+            continue
         function = inspect.unwrap(getattr(thing, "fget", None) or getattr(thing, "__func__", thing))
-        is_called = name == "__call__" and getattr(kind, "_is_protocol", False)
+        is_called = name == "__call__" and is_protocol
         if (not name.startswith("_") or is_called) and inspect.isfunction(function):
             found.append((name, function))
     return found
@@ -189,13 +209,16 @@ def _entry(module: str, name: str, thing: Any) -> str:
         parts.append(_code(f"{name}(\n{fields}\n)"))
     parts.append(_text(thing.__doc__))
     for method, function in methods(thing):
-        parts.append(f"\n{_code(_signature(method, function))}\n{_text(function.__doc__)}")
+        shown = _signature(method, function)
+        if isinstance(vars(thing)[method], property):
+            shown = shown.replace("() -> ", ": ")
+        parts.append(f"\n{_code(shown)}\n{_text(function.__doc__)}")
     return "\n".join(parts)
 
 
 def _fields(kind: type) -> str:
-    """Fields of a struct or a NamedTuple, each under its comment; those of a Protocol are no arguments."""
-    if not hasattr(kind, "__struct_fields__") and not hasattr(kind, "_fields"):
+    """Fields of a struct, a NamedTuple or a TypedDict, each under its comment; those of a Protocol are no arguments."""
+    if getattr(kind, "_is_protocol", False):
         return ""
     lines = []
     comments = comments_of(kind)
