@@ -31,7 +31,7 @@ ALIASES = {
     "run": ("start", "launch", "exec", "tune", "accelerate", "torchrun"),
     "train": ("finetune", "fine-tune", "fine_tune", "fit", "qlora-train", "pretrain"),
     "fuse": ("merge-lora", "merge_lora", "merge-adapter"),
-    "evaluate": ("test", "benchmark", "bench", "score", "harness", "lm_eval", "lm-eval"),
+    "evaluate": ("test", "benchmark", "bench", "score", "lm_eval", "lm-eval"),
     "generate-text": ("infer", "inference", "predict", "complete", "prompt", "ask"),
     "serve": ("server", "api", "deploy"),
     "export": ("convert", "gguf", "awq", "gptq", "convert-to-gguf"),
