@@ -125,7 +125,7 @@ def _by_definition(
     """(params, state) after the step, as new trees."""
     divided = tree.map(lambda g: scaled_gradient(g, divisor, ()), grads)
     updates, after = checked_update(optimizer, divided, state, params)
-    # inside a transform, which may differentiate the step itself, the parameters keep their tangents
+    # inside a transform, which may differentiate a step, the parameters keep their tangents
     held = params if under_transform() else tree.map(Tensor.detach, params)
     return tree.map(lambda p, u: (p + u).to(p.dtype), held, updates), after
 
