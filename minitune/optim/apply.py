@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.autodiff.value_and_grad import under_transform
-from minitune.optim.donated import Gradients, donate_step, scaled_gradient, select, updated
+from minitune.optim.donated import Gradients, donate_step, scaled_gradient, select
 from minitune.optim.pipeline import (
     is_sliceable,
     split_optimizer,
@@ -125,7 +125,9 @@ def _by_definition(
     """(params, state) after the step, as new trees."""
     divided = tree.map(lambda g: scaled_gradient(g, divisor, ()), grads)
     updates, after = checked_update(optimizer, divided, state, params)
-    return tree.map(updated, params, updates), after
+    # inside a transform, which may differentiate a step, the parameters keep their tangents
+    held = params if under_transform() else tree.map(Tensor.detach, params)
+    return tree.map(lambda p, u: (p + u).to(p.dtype), held, updates), after
 
 
 def _has_finite_updates(new: Tree, old: Tree, *, names_leaf: bool) -> Bool[Tensor, ""]:

@@ -16,8 +16,10 @@ from minitune.lora import Lora
 from minitune.models import Model
 from minitune.models.compile import wrap
 from minitune.nn.attention import blockwise
+from minitune.optim import SGD, ClipByGlobalNorm, chain
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Int8, Scheme
+from minitune.steps import train_step
 from support.closeness import assert_trees_close
 from support.families import config_of, sized
 from support.models import model_of, random_batch, random_deltas, random_params
@@ -117,6 +119,25 @@ def test_a_hessian_times_a_vector_is_the_same_forward_over_reverse_and_reverse_o
     with forward_ad.dual_level():
         grads = gradient(tree.map(forward_ad.make_dual, deltas, along))
         assert_trees_close(tree.map(lambda g: forward_ad.unpack_dual(g).tangent, grads), wanted, 1e-9)
+
+
+def test_a_step_is_differentiated_like_any_function() -> None:
+    config = sized("llama", n_layers=1)
+    params, batch, rule = random_params(config, 3, torch.float64), random_batch(config, 2, 7), Lora(2, 4.0, ("*.q_proj.weight",))
+    step = train_step(sft(model_of(config), rule), chain(ClipByGlobalNorm(0.5), SGD(lr=0.1)))
+    begun = step.init(tree.map(torch.Tensor.double, random_deltas(params, rule)))
+    weights, along = tree.map(torch.sin, begun.trainable), directions(begun.trainable)
+
+    def after(leaves: tree.Tree) -> torch.Tensor:
+        trained = step.update(params, begun._replace(trainable=leaves), batch)[0].trainable
+        return sum((x * w).sum() for x, w in zip(tree.leaves(trained), tree.leaves(weights), strict=True))
+
+    ends = [after(tree.map(lambda x, v, sign=sign: x + sign * 1e-6 * v, begun.trainable, along)) for sign in (1, -1)]
+    wanted = float(ends[0] - ends[1]) / 2e-6
+    assert float(jvp(after, begun.trainable, along)) == pytest.approx(wanted, rel=1e-6)
+    grads = torch.func.grad(after)(begun.trainable)
+    found = sum(float((g * v).sum()) for g, v in zip(tree.leaves(grads), tree.leaves(along), strict=True))
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_compiled_block_is_not_asked_in_forward_mode() -> None:
