@@ -78,6 +78,15 @@ def _read(
     return {name: params[name] for name in shapes}
 
 
+def once_quantized(folder: Path) -> frozenset[str]:
+    """Weights of a folder in NF4 whose scales are not quantized a second time; none is read."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        with opened_tensors(path) as file:
+            names |= set(_text_tensors(file.keys()).values())
+    return quantized_base.once_quantized(names)
+
+
 def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """InputError for what `load_params` refuses and the files' headers show; no weight is read."""
     found: set[str] = set()

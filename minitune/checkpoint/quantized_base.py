@@ -4,7 +4,7 @@ DeepSeek-AI 2024, arXiv 2412.19437, section 3.3; Dettmers et al. 2023, arXiv 230
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -45,6 +45,14 @@ def owner(name: str) -> str:
     parts = (*SCALES, *UNUSED, *NF4_PARTS)
     part = next((part for part in parts if name.endswith(part)), None)
     return name if part is None else f"{name.removesuffix(part)}.weight"
+
+
+def once_quantized(names: Collection[str]) -> frozenset[str]:
+    """Weights that stored tensors hold as NF4 with scales that are not quantized a second time."""
+    stems = [name.removesuffix(NF4_STATE) for name in names if name.endswith(NF4_STATE)]
+    return frozenset(
+        f"{stem}.weight" for stem in stems if f"{stem}.weight.nested_absmax" not in names
+    )
 
 
 def dequantized(

@@ -1,16 +1,20 @@
-"""Download verb: a model or adapter of the Hub in a plain folder."""
+"""Download verb: a model, an adapter or a data set of the Hub in a plain folder."""
 
+import json
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from minitune.cli.options import OptionParser
 from minitune.io.paths import user_path
 from minitune.io.units import format_bytes
 from minitune.registry.hub import ADAPTER, fetch
+from minitune.registry.hub_data import fetch_data
+from minitune.registry.hub_splits import parsed
 
 
 def download(words: Sequence[str]) -> int:
@@ -20,20 +24,7 @@ def download(words: Sequence[str]) -> int:
     On a node where many ranks run this, one fetches and the others wait for it; LOCAL_RANK 0 does
     the talking.
     """
-    description = "Fetch a model folder: only the files that are needed, unfinished ones again."
-    parser = OptionParser("download", description=description)
-    parser.add_argument(
-        "repo", metavar="REPO", help="OWNER/NAME on the Hub; HF_TOKEN opens gated and private ones"
-    )
-    parser.add_argument("--to", metavar="DIR", help="the folder; models/OWNER/NAME if absent")
-    parser.add_argument(
-        "--revision",
-        metavar="R",
-        default="main",
-        help="a branch, a tag or a commit; main if absent",
-    )
-    options = parser.parse_args(words)
-    folder = user_path(options.to or f"models/{options.repo}")
+    options = _parser().parse_args(words)
     # On a node where many ranks run this, they all wait for one download, and one of them reports
     # it.
     talks = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -42,17 +33,65 @@ def download(words: Sequence[str]) -> int:
         if talks:
             sys.stderr.write(f"{text}\n")
 
+    bring = _data_set if options.dataset else _model
     with _ended_by_ctrl_c():
-        sizes, commit = fetch(options.repo, options.revision, folder, tell)
+        text = bring(options.repo, options.revision, options.to, tell)
     if talks:
-        key = "model.deltas" if ADAPTER in sizes else "model.path"
-        sys.stdout.write(
-            f"{folder}: {options.repo} at {commit[:12]}, {len(sizes)} files, "
-            f"{format_bytes(sum(sizes.values()))}\n"
-            f"look at it: python -m minitune inspect {folder}\n"
-            f"train it:   python -m minitune PROGRAM.toml {key}={folder}\n"
-        )
+        sys.stdout.write(text)
     return 0
+
+
+def _parser() -> OptionParser:
+    description = "Fetch a model folder or a data set: only what is needed, unfinished files again."
+    parser = OptionParser("download", description=description)
+    parser.add_argument(
+        "repo", metavar="REPO", help="OWNER/NAME on the Hub; HF_TOKEN opens gated and private ones"
+    )
+    parser.add_argument("--to", metavar="DIR", help="the folder; models/ or data/OWNER/NAME else")
+    parser.add_argument(
+        "--revision",
+        metavar="R",
+        default="main",
+        help="a branch, a tag or a commit; main if absent",
+    )
+    parser.add_argument(
+        "--dataset",
+        action="store_true",
+        help="REPO is a data set: OWNER/NAME, with /CONFIG and :SPLIT where it has several",
+    )
+    return parser
+
+
+def _model(repo: str, revision: str, to: str | None, tell: Callable[[str], None]) -> str:
+    """Fetch a model or an adapter, and return how to use it."""
+    folder = user_path(to or f"models/{repo}")
+    sizes, commit = fetch(repo, revision, folder, tell)
+    key = "model.deltas" if ADAPTER in sizes else "model.path"
+    return (
+        f"{folder}: {repo} at {commit[:12]}, {len(sizes)} files, "
+        f"{format_bytes(sum(sizes.values()))}\n"
+        f"look at it: python -m minitune inspect {folder}\n"
+        f"train it:   python -m minitune PROGRAM.toml {key}={folder}\n"
+    )
+
+
+def _data_set(repo: str, revision: str, to: str | None, tell: Callable[[str], None]) -> str:
+    """Fetch a split of a data set, and return how to train on it."""
+    # which imports torch, as a download of a model does not
+    from minitune.data.files import is_data_file
+
+    name = parsed(f"hf:{repo.removeprefix('hf:')}")
+    if revision != "main":
+        name = name._replace(revision=revision)
+    folder = user_path(to or f"data/{name.repo}")
+    found = fetch_data(name, lambda commit: folder, is_data_file, tell, "--to")
+    n_files, n_bytes = len(found.files), format_bytes(found.n_bytes)
+    paths = [str(file) for file in found.files]
+    value = paths[0] if n_files == 1 else json.dumps(paths, ensure_ascii=False)
+    return (
+        f"{folder}: {name.repo} at {found.commit[:12]}, {n_files} files of rows, {n_bytes}\n"
+        f"train on it: python -m minitune PROGRAM.toml data.train.path={shlex.quote(value)}\n"
+    )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
 from minitune.programs import program
+from minitune.programs.data_paths import located
 from minitune.text.chat import Tokens, open_text
 from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     )
     for name, source in asked.data.items():
         if options.data in (None, name):
-            here = source.with_paths(locate)
+            here = located(source)
             for part in here.parts():
                 require_rows(part)
                 _show_file(screen, name, part, text, template, options.n)

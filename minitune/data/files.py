@@ -48,8 +48,10 @@ OTHERS = {
         "unpack it, or compress it as gz or zst",
     ),
 }
-# A data set of the Hub as other tools name it: OWNER/NAME alone or after hub: or hf://datasets/.
-HUB_NAME = re.compile(r"(?:hub:|hf:/+(?:datasets/)?)?([\w-][\w.-]*/[\w-][\w.-]*)$")
+# A data set of the Hub as other tools name it: OWNER/NAME alone, or behind the start of an address.
+HUB_NAME = re.compile(
+    r"(?:hub:|hf:/+(?:datasets/)?|https?:/+huggingface\.co/datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)$"
+)
 # Files that describe a data set and lie beside its rows.
 DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Words in the names of files that belong to different parts of a data set.
@@ -65,11 +67,14 @@ def data_files(path: Path) -> list[Path]:
         return _files_of_folder(path)
     on_hub = HUB_NAME.match(str(path))
     if on_hub and not path.exists() and _suffix(path) not in SUFFIXES:
-        download = f"hf download {on_hub[1]} --repo-type dataset --local-dir FOLDER"
         raise InputError(
             f"data: {path} is no file here, expected {EXPECTED}; "
-            f"for a data set of the Hugging Face Hub run {download}, and name the FOLDER"
+            f'a data set of the Hugging Face Hub is "hf:{on_hub[1]}"'
         )
+    if str(path).startswith("hf:"):
+        fetch = f"python -m minitune download --dataset {str(path)[3:]} --to FOLDER"
+        found = f"data: {path} is a data set of the Hugging Face Hub, which a program fetches"
+        raise InputError(f"{found}, expected {EXPECTED}; run {fetch}, and name its files")
     if path.exists() or not re.search(r"[*?\[]", str(path)):
         return [path]
     root = Path(path.anchor or ".")
@@ -84,7 +89,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     """Data files in a folder and the folders below it, such as the shards of a data set."""
     files: list[Path] = []
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and _suffix(file) in SUFFIXES and file.name not in DESCRIPTIONS:
+        if file.is_file() and is_data_file(file.name):
             files.append(file)
     if not files:
         found_nothing = f"data: {folder} holds no file with rows"
@@ -97,6 +102,12 @@ def _files_of_folder(folder: Path) -> list[Path]:
             f'expected one of them; name its files, as in path = "{folder}/**/{parts[-1]}*"'
         )
     return files
+
+
+def is_data_file(name: str) -> bool:
+    """Return True if a file holds rows, as far as its name says."""
+    path = Path(name)
+    return _suffix(path) in SUFFIXES and path.name not in DESCRIPTIONS
 
 
 def _suffix(path: Path) -> str:

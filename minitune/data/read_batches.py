@@ -32,7 +32,7 @@ def read_batches(
     `preference.take` give the same batches from a Cursor, a value to save and to resume from.
     """
     text = open_text(paths.locate(model), vocab_size)
-    located = source.with_paths(paths.locate)
+    located = source.with_paths(lambda path: [paths.locate(path)])
     if located.format in PREFERENCE_FORMATS:
         answers = preference.prepare(located, *text, paths.cache())
         if seed is None:

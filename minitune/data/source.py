@@ -1,7 +1,7 @@
 """Sources: which files hold the rows, in which format and under which columns."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from minitune.types import OpenUnitInterval, PositiveInt
 
 # Formats whose rows are preferences: two answers to a prompt, or single answers that are labelled.
 PREFERENCE_FORMATS = ("pairs", "unpaired")
+MAX_NAMED = 4  # paths that a message names
 EXPECTED = {
     str: "a string",
     list: "a list of messages",
@@ -46,7 +47,7 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MixtureComponent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another file, whose documents are mixed with those of a table's own file."""
 
-    path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
+    path: str | tuple[str, ...]  # as the table's own
     share: OpenUnitInterval  # of the documents of an epoch; the table's own file has the rest
     format: Single | None = None  # the table's own if absent
     columns: dict[str, str] = {}  # name of a column in the format -> its name in this file
@@ -62,7 +63,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epochs all of them come equally often.
     """
 
-    path: str | tuple[str, ...]  # a file, a glob or a folder, or a list of them
+    # a file, a glob, a folder, a split of a data set of the Hub (hf:OWNER/NAME/CONFIG:SPLIT, of
+    # which config and split may be left out where there is one), or a list of these
+    path: str | tuple[str, ...]
     # what a row holds, as docs/data.md shows; auto: by the columns of the first row
     format: Literal["instruct", "chat", "text", "pairs", "unpaired", "auto"]
     seq_len: PositiveInt  # tokens of a row at most
@@ -135,12 +138,15 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "own file has the rest"
             )
 
-    def with_paths(self, resolve: Callable[[str], Path]) -> "Source":
-        """Source with the paths of its own file and of those that are mixed in resolved."""
+    def with_paths(self, resolve: Callable[[str], Sequence[Path]]) -> "Source":
+        """Source with the paths of its own file and of those that are mixed in resolved.
+
+        resolve: places that a path means, one but for a data set that lies in several files.
+        """
 
         def resolved(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
-            paths = tuple(str(resolve(one)) for one in _list_of(path))
-            return paths[0] if isinstance(path, str) else paths
+            places = tuple(str(place) for one in _list_of(path) for place in resolve(one))
+            return places[0] if isinstance(path, str) and len(places) == 1 else places
 
         mix = tuple(msgspec.structs.replace(other, path=resolved(other.path)) for other in self.mix)
         return msgspec.structs.replace(self, path=resolved(self.path), mix=mix)
@@ -148,7 +154,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def path_names(self) -> str:
         """Own paths, as messages name them."""
-        return ", ".join(_list_of(self.path))
+        first, *others = _list_of(self.path)
+        is_short = len(others) < MAX_NAMED
+        return ", ".join((first, *others)) if is_short else f"{first} and {len(others)} more"
 
     def files(self) -> list[Path]:
         """Files of the table's own paths, in the order in which they are read.

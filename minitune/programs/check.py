@@ -11,6 +11,7 @@ from minitune.io.paths import locate
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.models.open import open as open_model
+from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
@@ -27,8 +28,11 @@ def check(
     The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
     the headers are read.
     """
-    located = {name: data.with_paths(locate) for name, data in sources.items()}
-    abstract = abstract_state(source, AbstractState(located, Model(FAMILIES["llama"], None), {}))
+    fetched = refreshed(
+        path for data in sources.values() for path in data.paths_by_key("").values()
+    )
+    placed = {name: located(data) for name, data in sources.items()}
+    abstract = abstract_state(source, AbstractState(placed, Model(FAMILIES["llama"], None), {}))
     _, template = abstract.text()
     n_params = sum(w.numel() for w in abstract.params.values())
     vocabulary = abstract.model.config.vocab_size
@@ -39,7 +43,8 @@ def check(
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
-    for name, data in located.items():
+    lines += fetched
+    for name, data in placed.items():
         for part in data.parts():
             require_rows(part)
             with_options(template, part.chat_template_kwargs, part.path_names)

@@ -7,7 +7,7 @@ from minitune.data.readers import first_row
 from minitune.data.row_formats import ROW_FORMATS, described, example, format_of
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
-from minitune.io.paths import locate
+from minitune.programs.data_paths import data_places
 from minitune.programs.state import AbstractState
 
 AUTO = "auto"
@@ -73,7 +73,7 @@ def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any
         path = path[0]
     if not isinstance(path, str):
         return {**table, "format": "text"}  # decoding says what is wrong with the path
-    place = locate(path)
+    place = data_places(path)[0]
     names = first_row(place).keys()
     shown = format_of(names)
     if shown is not None:

@@ -20,6 +20,7 @@ from minitune.lora import Lora, check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
+from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
@@ -160,7 +161,7 @@ def open_pipeline(
     the one setting of torch that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    located = {name: data.with_paths(locate) for name, data in sources.items()}
+    placed = {name: located(data) for name, data in sources.items()}
     loaded = load(source, folder, seed, first_rules.get(""))
     say_widening(log, "model", loaded.params)
     return PipelineState(
@@ -168,7 +169,7 @@ def open_pipeline(
         folder,
         log,
         stopping,
-        located,
+        placed,
         records,
         loaded,
         tokens_at_once=tokens_at_once,

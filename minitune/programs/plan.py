@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import forward_params
+from minitune.checkpoint.hf_weights import once_quantized
+from minitune.io.paths import locate
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
@@ -30,6 +32,7 @@ from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_model import HOST
 from minitune.programs.state import AbstractState, trainable_like
 from minitune.quant.schemes import Scheme, quantize
+from minitune.quant.tensors import QNF4
 from minitune.types import Params, Trainable
 
 
@@ -212,7 +215,22 @@ def _weights(plan: PlanState) -> Params:
         name: scheme for name, scheme in plan.schemes.items() if name in plan.abstract.quantized
     }
     dense = {name: w.to(dtype) for name, w in params.items()}
-    return {**dense, **quantized_params(params, schemes)}
+    codes = quantized_params(params, schemes)
+    return {**dense, **codes, **_kept_codes(codes, plan.source)}
+
+
+def _kept_codes(codes: Params, source: ModelSource) -> Params:
+    """Codes in NF4 that stay as the folder has them: with the scale of each block in 32 bits."""
+    in_nf4 = {name: w for name, w in codes.items() if isinstance(w, QNF4)}
+    is_written = source.path is not None and not source.path.startswith("run/")
+    if not in_nf4 or not is_written:
+        return {}
+    kept = once_quantized(locate(str(source.path)))
+    return {
+        name: w._replace(absmax=w.absmax.float(), nested_absmax=w.nested_absmax[:0])
+        for name, w in in_nf4.items()
+        if name in kept
+    }
 
 
 def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:

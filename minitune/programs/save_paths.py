@@ -9,6 +9,7 @@ from minitune.errors import InputError
 from minitune.io.locks import holder_file
 from minitune.io.paths import locate, user_path
 from minitune.io.results import Result, require_replaceable
+from minitune.programs.data_paths import HUB, data_places, name_in_data_set
 from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
 from minitune.programs.state_deltas import deltas_folder
@@ -73,6 +74,10 @@ def input_files(program: Program) -> Iterator[tuple[str, Path, bool]]:
     """
     data, tasks = data_inputs(program), task_inputs(program)
     for key, written in (model_inputs(program) | data | tasks).items():
+        if key in data and written.startswith(HUB):
+            for file in data_places(written):
+                yield f"{written}/{name_in_data_set(file)}", file, True
+            continue
         path = locate(written)
         if key.endswith(".deltas"):
             path = deltas_folder(path)  # a run's other files change while it goes on
@@ -107,6 +112,8 @@ def check(program: Program) -> None:
     inputs = {**model_inputs(program), **task_inputs(program)}
     read = {key: locate(path) for key, path in inputs.items()}
     for key, path in data_inputs(program).items():
+        if path.startswith(HUB):
+            continue  # in the cache, which no stage writes
         place = locate(path)
         # A pattern is no place: the files that it matches are.
         files = [place] if place.is_dir() else data_files(place)

@@ -21,7 +21,7 @@ from minitune.io.atomic import require_room
 from minitune.io.checksums import checksum
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 from minitune.io.units import format_bytes
-from minitune.registry.hub_errors import explained
+from minitune.registry.hub_errors import Asked, RepoKind, explained
 
 API_TIMEOUT_S = 30.0
 # of the top folder: config, tokenizer, template, license
@@ -34,10 +34,11 @@ TEMPLATE = re.compile(r"additional_chat_templates/[A-Za-z0-9_][\w.+=-]*\.jinja",
 FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)
 
 
-class _Listing(NamedTuple):
+class Listing(NamedTuple):
     """Files of a repository at one commit: bytes of each, and the SHA-256 of those that have it."""
 
     repo: str
+    kind: RepoKind
     commit: str
     sizes: dict[str, int]
     digests: dict[str, str]
@@ -55,29 +56,36 @@ def fetch(
         raise InputError(
             f"hub: {repo!r} is no name of a repository, expected OWNER/NAME; correct it"
         )
-    _require_package()
-    with explained(repo, revision, folder):
-        listing = _listing(repo, revision)
+    require_package()
+    with explained(Asked(repo, revision, folder)):
+        listing = list_files(repo, revision, "model")
         with folder_lock(folder, tell):
             # the index of the weights is a small file, so these come first
             small = {name: n for name, n in listing.sizes.items() if _is_small(name)}
             _require_room_for_missing(folder, small)
-            _bring(folder, listing, small)
+            bring(folder, listing, small)
 
             sizes = {**small, **_weights(repo, folder, listing.sizes)}
             _refuse_others(folder, repo, sizes)
-            missing = _require_room_for_missing(folder, sizes)
-            if missing:
-                of_all = f"{len(missing)} of {len(sizes)} files to fetch"
-                tell(f"hub: {repo}: {of_all}, {format_bytes(sum(missing.values()))}")
-            _bring(folder, listing, sizes)
-            _refuse_cut(folder, repo, sizes)
-            new = {name: text for name, text in listing.digests.items() if name in missing}
-            _remove_damaged(folder, repo, new)
+            deliver(folder, listing, sizes, tell)
     return sizes, listing.commit
 
 
-def _require_package() -> None:
+def deliver(
+    folder: Path, listing: Listing, sizes: Mapping[str, int], tell: Callable[[str], None]
+) -> None:
+    """Bring files into a folder that has room for them, and compare them with what is listed."""
+    missing = _require_room_for_missing(folder, sizes)
+    if missing:
+        of_all = f"{len(missing)} of {len(sizes)} files to fetch"
+        tell(f"hub: {listing.repo}: {of_all}, {format_bytes(sum(missing.values()))}")
+    bring(folder, listing, sizes)
+    _refuse_cut(folder, listing.repo, sizes)
+    new = {name: text for name, text in listing.digests.items() if name in missing}
+    _remove_damaged(folder, listing.repo, new)
+
+
+def require_package() -> None:
     """InputError without huggingface_hub, which is then told to be quiet."""
     try:
         from huggingface_hub import utils
@@ -92,20 +100,19 @@ def _require_package() -> None:
     utils.logging.set_verbosity_error()
 
 
-def _listing(repo: str, revision: str) -> _Listing:
+def list_files(repo: str, revision: str, kind: RepoKind) -> Listing:
     """Files that a repository lists."""
     import huggingface_hub as hf
 
-    info = hf.HfApi().model_info(
-        repo, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S
-    )
+    info_of = hf.HfApi().model_info if kind == "model" else hf.HfApi().dataset_info
+    info = info_of(repo, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
     files = info.siblings or []
     sizes = {file.rfilename: file.size or 0 for file in files}
     digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
-    return _Listing(repo, str(info.sha), sizes, digests)
+    return Listing(repo, kind, str(info.sha), sizes, digests)
 
 
-def _bring(folder: Path, listing: _Listing, sizes: Mapping[str, int]) -> None:
+def bring(folder: Path, listing: Listing, sizes: Mapping[str, int]) -> None:
     """Fetch those of the files that are not in the folder yet."""
     import huggingface_hub as hf
 
@@ -116,9 +123,12 @@ def _bring(folder: Path, listing: _Listing, sizes: Mapping[str, int]) -> None:
     with warnings.catch_warnings():
         # a disk without room ends in a sentence of ours
         warnings.filterwarnings("ignore", message="Not enough free disk space")
-        names = list(sizes)
         hf.snapshot_download(
-            listing.repo, revision=listing.commit, local_dir=folder, allow_patterns=names
+            listing.repo,
+            repo_type=listing.kind,
+            revision=listing.commit,
+            local_dir=folder,
+            allow_patterns=list(sizes),
         )
 
 

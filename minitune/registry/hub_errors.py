@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from minitune.errors import DiskFullError, InputError, nearest
 from minitune.io.atomic import NO_ROOM
@@ -17,7 +18,7 @@ REFUSALS = (
     ),
     (
         "RepositoryNotFoundError",
-        "{repo} is not at {endpoint} or not open to you, expected OWNER/NAME of a model{near}; "
+        "{repo} is not at {endpoint} or not open to you, expected OWNER/NAME of a {kind}{near}; "
         "correct the name, or set HF_TOKEN to a token that may read it",
     ),
     (
@@ -35,11 +36,29 @@ REFUSALS = (
         "{repo!r} is no name of a repository ({cause}), expected OWNER/NAME; correct it",
     ),
 )
+RepoKind = Literal["model", "dataset"]
 HTTP_LIBRARIES = ("httpx", "httpx2", "requests", "urllib3")
 
 
+class Asked(NamedTuple):
+    """Repository that a command asks for, and the folder that its files go to."""
+
+    repo: str
+    revision: str
+    folder: Path
+    kind: RepoKind = "model"
+    elsewhere: str = "--to"  # what names another folder
+
+    @property
+    def address(self) -> str:
+        """Address of the repository, on the server that HF_ENDPOINT names."""
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
+
+
 @contextmanager
-def explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
+def explained(asked: Asked) -> Iterator[None]:
     """Turn what goes wrong with a repository, the network or the disk into an InputError."""
     import huggingface_hub.errors as hf
 
@@ -50,10 +69,10 @@ def explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
         is_wrapped = isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__
         cause = (error.__cause__ if is_wrapped else None) or error
         said = (
-            _refusal(cause, repo, revision)
-            or _answer(cause, repo)
-            or _disk(cause, repo, folder)
-            or _network(cause, repo)
+            _refusal(cause, asked)
+            or _answer(cause, asked)
+            or _disk(cause, asked)
+            or _network(cause, asked)
         )
         if said is None:
             raise
@@ -62,7 +81,7 @@ def explained(repo: str, revision: str, folder: Path) -> Iterator[None]:
         raise kind(f"hub: {' '.join(said.split())}") from None
 
 
-def _refusal(cause: BaseException, repo: str, revision: str) -> str | None:
+def _refusal(cause: BaseException, asked: Asked) -> str | None:
     """Sentence for what huggingface_hub has an exception of its own for."""
     import huggingface_hub.errors as hf
     from huggingface_hub import constants
@@ -72,16 +91,17 @@ def _refusal(cause: BaseException, repo: str, revision: str) -> str | None:
     if words is None:
         return None
     return words.format(
-        repo=repo,
-        where=_address(repo),
+        repo=asked.repo,
+        kind="data set" if asked.kind == "dataset" else "model",
+        where=asked.address,
         endpoint=constants.ENDPOINT,
-        revision=revision,
+        revision=asked.revision,
         cause=cause,
-        near=_near_names(repo) if "{near}" in words else "",
+        near=_near_names(asked) if "{near}" in words else "",
     )
 
 
-def _answer(cause: BaseException, repo: str) -> str | None:
+def _answer(cause: BaseException, asked: Asked) -> str | None:
     """Sentence for any other answer of the server."""
     response = getattr(cause, "response", None)
     if response is None:
@@ -90,53 +110,47 @@ def _answer(cause: BaseException, repo: str) -> str | None:
     remedy = "try again later"
     if status in (401, 403):
         remedy = "set HF_TOKEN to a token that may read it"
-    return f"{_address(repo)} answered {status}, expected its files; {remedy}"
+    return f"{asked.address} answered {status}, expected its files; {remedy}"
 
 
-def _disk(cause: BaseException, repo: str, folder: Path) -> str | None:
+def _disk(cause: BaseException, asked: Asked) -> str | None:
     """Sentence for a disk that is full, and for a file that can't be written."""
     if not isinstance(cause, OSError):
         return None
     if cause.errno in NO_ROOM:
         return (
-            f"the disk of {folder} is full, expected room for {repo}; free some space or choose "
-            "another with --to"
+            f"the disk of {asked.folder} is full, expected room for {asked.repo}; free some space "
+            f"or choose another with {asked.elsewhere}"
         )
     if cause.filename is not None:
         return (
             f"{cause.filename} can't be written ({cause.strerror}), expected a folder of yours; "
-            "choose another with --to"
+            f"choose another with {asked.elsewhere}"
         )
     return None
 
 
-def _network(cause: BaseException, repo: str) -> str | None:
+def _network(cause: BaseException, asked: Asked) -> str | None:
     """Sentence for a server that does not answer."""
     library = type(cause).__module__.partition(".")[0]
     if not isinstance(cause, OSError) and library not in HTTP_LIBRARIES:
         return None
     return (
-        f"{_address(repo)} can't be reached ({cause}), expected an answer; check the network, "
+        f"{asked.address} can't be reached ({cause}), expected an answer; check the network, "
         "HF_ENDPOINT and the proxy"
     )
 
 
-def _address(repo: str) -> str:
-    """Address of a repository, on the server that HF_ENDPOINT names."""
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo}"
-
-
-def _near_names(repo: str) -> str:
+def _near_names(asked: Asked) -> str:
     """End of a message about an unknown name: one that is near, of the same owner or of others."""
     import huggingface_hub as hf
 
-    owner, _, name = repo.rpartition("/")
+    owner, _, name = asked.repo.rpartition("/")
     hub = hf.HfApi()
+    listed = hub.list_models if asked.kind == "model" else hub.list_datasets
     try:
-        models = list(hub.list_models(author=owner, limit=N_GUESSES)) if owner else []
-        models += hub.list_models(search=name, limit=N_GUESSES)
+        near = list(listed(author=owner, limit=N_GUESSES)) if owner else []
+        near += listed(search=name, limit=N_GUESSES)
     except Exception:  # a guess that fails is none, whatever its HTTP library raises
         return ""
-    return nearest(repo, [model.id for model in models])
+    return nearest(asked.repo, [one.id for one in near])

@@ -112,7 +112,7 @@ seq_len = 8
     located = list(rows_with_location(source))
     assert [row["text"] for _, row in located] == [row["text"] for row in ROWS]
     assert [where.rpartition(":")[0] for where, _ in located] == [str(place) for place in places]
-    assert source.with_paths(lambda path: Path("/root") / path).path == source.path
+    assert source.with_paths(lambda path: [Path("/root") / path]).path == source.path
     keys = ["data.train.path[0]", "data.train.path[1]"]
     assert source.paths_by_key("train") == dict(zip(keys, source.path, strict=True))
 
@@ -265,9 +265,11 @@ def test_parquet_with_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "a.parquet"))
 
 
-@pytest.mark.parametrize("written", ["a/b-2.5", "hub:a/b-2.5", "hf://datasets/a/b-2.5"])
+@pytest.mark.parametrize(
+    "written", ["a/b-2.5", "hub:a/b-2.5", "hf://datasets/a/b-2.5", "https://huggingface.co/datasets/a/b-2.5"]
+)
 def test_a_name_of_the_hub_is_told_how_to_get_it(written: str) -> None:
-    message = r"is no file here, .*run hf download a/b-2.5 --repo-type dataset --local-dir FOLDER, and name the FOLDER"
+    message = r'is no file here, .*; a data set of the Hugging Face Hub is "hf:a/b-2.5"$'
     with pytest.raises(InputError, match=message):
         Source(written, "text", 8).files()
 

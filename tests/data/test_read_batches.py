@@ -25,7 +25,7 @@ def assert_equal(found: tree.Tree, wanted: tree.Tree) -> None:
 
 
 def test_one_pass_has_every_row_once_in_its_order(tmp_path: Path) -> None:
-    located = ORDERS.with_paths(lambda path: FILES / Path(path).name)
+    located = ORDERS.with_paths(lambda path: [FILES / Path(path).name])
     dataset = supervised.prepare(located, *TEXT, tmp_path)
     wanted, found = list(supervised.batches(dataset, located, 50)), list(read_batches(ORDERS, "demo", n_rows=50))
     assert len(found[-1].tokens) < 50
@@ -33,7 +33,7 @@ def test_one_pass_has_every_row_once_in_its_order(tmp_path: Path) -> None:
 
 
 def test_a_seed_gives_endless_shuffled_epochs(tmp_path: Path) -> None:
-    located = ORDERS.with_paths(lambda path: FILES / Path(path).name)
+    located = ORDERS.with_paths(lambda path: [FILES / Path(path).name])
     dataset = supervised.prepare(located, *TEXT, tmp_path)
     n_rows = len(dataset.order(3, 0))
     found = list(islice(read_batches(ORDERS, "demo", n_rows=n_rows, seed=3), 2))

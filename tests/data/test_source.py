@@ -344,7 +344,7 @@ def test_the_files_of_a_table_are_tables_of_its_kind() -> None:
         MixtureComponent("d", 0.1, "instruct", {}, Split(0.5, "train")),
     )
     source = Source("a", "chat", 8, False, "truncate", {"messages": "m"}, "last", Split(0.1, "heldout"), mix)
-    resolved = source.with_paths(paths.locate)
+    resolved = source.with_paths(lambda path: [paths.locate(path)])
     assert resolved.path == "a"
     assert Path(resolved.mix[0].path).is_absolute()  # demo/... is embedded for a file that is mixed in too
     assert [one.path for one in resolved.parts()] == [resolved.path, *(one.path for one in resolved.mix)]

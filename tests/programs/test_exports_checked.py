@@ -1,11 +1,14 @@
 """An export that its format refuses is refused by `check`, and numbers that are not finite are not written."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from minitune.__main__ import main
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
 from minitune.interop.gguf.export import Types
@@ -91,3 +94,16 @@ def test_what_is_not_finite_is_named(value: float, word: str, dtype: torch.dtype
         require_finite({"a": good, "b": bad}, "stages: save")
     with pytest.raises(InputError, match=f"stages: save: b holds {word}"):
         require_finite({"a": good, "b": QInt8(torch.ones(3, 5, dtype=torch.int8), bad[1:2, 2:])}, "stages: save")
+
+
+def test_the_summary_has_the_sha256_of_a_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kinds = ("Q8_0", "F16")
+    export = '[[stage]]\nop = "export"\nformat = "gguf"\nname = "{0}"\npath = "run/{0}.gguf"\ntypes = {{ default = "{0}" }}\n'
+    stages = "".join(export.format(kind) for kind in kinds)
+    Path("g.toml").write_text(f'name = "g"\n[model]\npath = "demo"\n{stages}', encoding="utf-8")
+    assert main(["g.toml"]) == 0
+    summary = json.loads(Path("runs/g/summary.json").read_text(encoding="utf-8"))
+    for kind in kinds:
+        file = Path(f"runs/g/{kind}.gguf")
+        assert summary[kind]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}

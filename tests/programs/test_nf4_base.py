@@ -3,19 +3,23 @@
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from minitune import tree
 from minitune.interop.peft.load import load_adapter
+from minitune.programs import program
 from minitune.programs.loading import ModelSource, load
+from minitune.programs.plan import planned
 from minitune.quant import nf4
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4, Int8, dequantize
 from minitune.quant.tensors import QNF4
-from support.programs import LORA, TRAIN, run
+from support.programs import LORA, TRAIN, run, start
 from support.programs import NF4 as QUANTIZE
 
 SAVE = '[[stage]]\nop = "save"\nwhat = "deltas"\n[[stage]]\nop = "save"\nname = "whole"\nwhat = "merged"\ndtype = "float32"\n'
@@ -82,3 +86,13 @@ def test_a_program_trains_over_the_codes_and_merges_onto_what_they_stand_for(bas
     for name, delta in deltas.items():
         expected = rule.merged_weight(dequantize(loaded.stored[name], torch.float32), delta)
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6)
+
+
+def test_plan_counts_the_codes_and_scales_that_the_folder_has(base: Path, tiny: Path, tmp_path: Path) -> None:
+    assert start(tmp_path, tiny, QUANTIZE + LORA + TRAIN, f"model.path={base}", verb=("check",)) == 0
+    written = program.load(tmp_path / "p.toml")
+    stored = load(ModelSource(str(base)), base, 0, Quantization(NF4())).stored
+    of_codes = sum(tree.n_bytes(w) for w in stored.values() if isinstance(w, QNF4))
+    of_dense = sum(4 * w.numel() for w in stored.values() if isinstance(w, torch.Tensor))  # in float32
+    (step,) = planned(msgspec.structs.replace(written, model=ModelSource(str(base), dtype="float32")))
+    assert step.parts["weights"] == of_codes + of_dense

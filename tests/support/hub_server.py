@@ -1,4 +1,4 @@
-"""A server of one repository that speaks the Hub's protocol, and can fail in the ways that the Hub fails."""
+"""A server of one model and of data sets that speaks the Hub's protocol, and can fail in the ways that the Hub fails."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 from minitune.registry import hub
 
@@ -53,6 +54,8 @@ class Hub:
         self.hold: tuple[str, threading.Event] | None = None  # a file whose answer waits for the event
         self.asked = threading.Event()  # set when that file is asked for
         self.resumed: list[int] = []  # where answers began that were no beginning
+        self.data_sets: dict[str, dict[str, bytes]] = {}  # files of each data set
+        self.commit = COMMIT  # of the data sets
         self.api_status = 0  # of every answer of the API, where it is an error
         server = self
 
@@ -82,6 +85,8 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path, _, query = request.path.partition("?")
+        if path.startswith(("/api/datasets", "/datasets")):
+            return self.answer_data(request, path, query)
         if path == "/api/models":  # a search
             asked = re.search(r"(?:search|author)=([^&]*)", query)
             found = [{"id": REPO}] if asked and asked[1] in REPO else []
@@ -99,6 +104,34 @@ class Hub:
                 return handler(request, **{key: value for key, value in match.groupdict().items() if key != "repo"})
         return refuse(request, 404, "EntryNotFound")
 
+    def answer_data(self, request: BaseHTTPRequestHandler, path: str, query: str) -> None:
+        """Answer about a data set: a search, what it holds, or a file of it."""
+        if path == "/api/datasets":
+            asked = re.search(r"(?:search|author)=([^&]*)", query)
+            return send(request, json.dumps([{"id": n} for n in self.data_sets if asked and asked[1] in n]).encode())
+        if self.api_status and path.startswith("/api/"):
+            return refuse(request, self.api_status, "")
+        match = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(?:revision|tree)/([^/]+)", path)
+        match = match or re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if match is None:
+            return refuse(request, 404, "EntryNotFound")
+        if match[1] not in self.data_sets:
+            return refuse(request, 401, "RepoNotFound")
+        if unquote(match[2]) not in ("main", self.commit, "refs/convert/parquet"):
+            return refuse(request, 404, "RevisionNotFound")
+        files = self.data_sets[match[1]]
+        if "/tree/" in path:
+            entries = [{"type": "file", "oid": str(i), "size": len(files[n]), "path": n} for i, n in enumerate(files)]
+            return send(request, json.dumps(entries).encode())
+        if "/resolve/" in path:
+            return self.file(request, match[2], unquote(match[3]), files)
+        siblings = [{"rfilename": name, "size": len(data), "blobId": str(i)} for i, (name, data) in enumerate(files.items())]
+        for sibling in siblings:
+            if sibling["rfilename"].endswith(".parquet"):
+                digest = hashlib.sha256(files[sibling["rfilename"]]).hexdigest()
+                sibling["lfs"] = {"sha256": digest, "size": sibling["size"], "pointerSize": 130}
+        return send(request, json.dumps({"id": match[1], "sha": self.commit, "siblings": siblings, "private": False}).encode())
+
     def info(self, request: BaseHTTPRequestHandler, rev: str) -> None:
         if rev not in ("main", COMMIT, "v1"):
             return refuse(request, 404, "RevisionNotFound")
@@ -113,7 +146,8 @@ class Hub:
         entries = [{"type": "file", "oid": str(i), "size": len(self.files[n]), "path": n} for i, n in enumerate(self.files)]
         send(request, json.dumps(entries).encode())
 
-    def file(self, request: BaseHTTPRequestHandler, rev: str, name: str) -> None:
+    def file(self, request: BaseHTTPRequestHandler, rev: str, name: str, files: dict[str, bytes] | None = None) -> None:
+        files = self.files if files is None else files
         if self.refusal is not None:
             return refuse(request, *self.refusal)
         if request.command == "GET":
@@ -122,11 +156,11 @@ class Hub:
                 self.asked.set()
                 self.hold[1].wait()
         headers = {
-            "ETag": f'"{len(self.files[name])}-{name.replace("/", "-")}"',
-            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{len(files[name])}-{name.replace("/", "-")}"',
+            "X-Repo-Commit": rev,
             "Accept-Ranges": "bytes",
         }
-        data, status = self.files[name], 200
+        data, status = files[name], 200
         if name in self.damaged:
             data = bytes(byte ^ 1 for byte in data)
         if wanted := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or ""):
