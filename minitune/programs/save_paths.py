@@ -11,6 +11,7 @@ from minitune.io.paths import locate, user_path
 from minitune.io.results import Result, require_replaceable
 from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
+from minitune.programs.state import WritingStage
 from minitune.programs.state_deltas import deltas_folder
 from minitune.trackers.tracker import TRACKER_FILES
 
@@ -113,7 +114,7 @@ def check(program: Program) -> None:
         read |= {key if len(files) == 1 else f"{key} ({file})": file for file in files}
     written: dict[str, tuple[Result, Path]] = {}
     for stage in program.stage:
-        if stage.result is None:
+        if not isinstance(stage, WritingStage):
             continue
         key, path = f"{stage.label} path {stage.result.path!r}", locate(stage.result.path, run)
         _check_apart(key, path, {**read, **{other: place for other, (_, place) in written.items()}})
