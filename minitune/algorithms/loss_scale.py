@@ -24,7 +24,7 @@ class ScaleState(NamedTuple):
     n_good: Int[Tensor, "*adapters"]
 
 
-class ScaledState(NamedTuple):
+class StateWithScale(NamedTuple):
     """State of an optimizer with that of the scale."""
 
     scaling: ScaleState
@@ -72,7 +72,7 @@ def with_scale(optimizer_state: Tree, rule: LossScale | None, trainable: Tree) -
             )
     n_adapters = (len(optimizer_state),) if isinstance(optimizer_state, list) else ()
     device = tree.leaves(trainable)[0].device
-    return ScaledState(rule.begin(n_adapters, device), optimizer_state)
+    return StateWithScale(rule.begin(n_adapters, device), optimizer_state)
 
 
 def inner_state(opt_state: Tree) -> Tree:
@@ -82,7 +82,7 @@ def inner_state(opt_state: Tree) -> Tree:
 
 def factor_of(opt_state: Tree, n_tokens: int) -> Float[Tensor, "*adapters"] | None:
     """Factor of a loss's sum: scale / n_tokens, those of a micro-batch; None without a scale."""
-    if not isinstance(opt_state, ScaledState):
+    if not isinstance(opt_state, StateWithScale):
         return None
     return opt_state.scaling.scale / n_tokens
 
@@ -101,7 +101,7 @@ def next_scale(
     if rule is None:
         return state, metrics
     scaling = before.scaling
-    after = ScaledState(rule.after(scaling, torch.isfinite(norms)), state.opt_state)
+    after = StateWithScale(rule.after(scaling, torch.isfinite(norms)), state.opt_state)
     return state._replace(opt_state=after), {**metrics, "loss_scale": scaling.scale}
 
 

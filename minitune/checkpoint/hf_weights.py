@@ -53,7 +53,7 @@ def _read(
     """Weights by name; those of `kept` that are stored as NF4 codes are left as codes."""
     params: dict[str, Any] = {}
     parts: dict[str, Tensor] = {}  # of weights that are stored as codes, and a tied head
-    fused = fused_experts.places(shapes)
+    fused = fused_experts.weights_by_parameter(shapes)
     for path, promised in weight_files(folder).items():
         with opened_tensors(path) as file:
             absent = sorted(promised - frozenset(file.keys()))
@@ -90,7 +90,7 @@ def once_quantized(folder: Path) -> frozenset[str]:
 def check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """InputError for what `load_params` refuses and the files' headers show; no weight is read."""
     found: set[str] = set()
-    fused = fused_experts.places(shapes)
+    fused = fused_experts.weights_by_parameter(shapes)
     for path in weight_files(folder):
         with opened_tensors(path) as file:
             for stored, name in _text_tensors(file.keys()).items():

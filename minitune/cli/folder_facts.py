@@ -119,7 +119,7 @@ def _sentencepiece(path: Path) -> tuple[int, dict[str, int], dict[str, str]]:
         ) from None
 
 
-def weight_names(folder: Path) -> tuple[list[str], list[str]]:
+def weight_files(folder: Path) -> tuple[list[str], list[str]]:
     """(names of the files that hold a folder's weights, what is wrong with them)."""
     if not (folder / INDEX).is_file():
         faults = (

@@ -26,14 +26,14 @@ def tied_head(tied: Any, head: Any) -> str:
     return "yes" if tied else "no"
 
 
-def unmodelled(entries: Mapping[str, Entry]) -> str:
+def not_trained(entries: Mapping[str, Entry]) -> str:
     """Words for tensors that no decoder of text has, which saves of the text model carry."""
     beside = {name: entry for name, entry in entries.items() if is_unmodelled(name)}
     n_bytes = sum(entry.end - entry.start for entry in beside.values())
     return f"{described(beside)}, {format_bytes(n_bytes)}" if beside else ""
 
 
-def quantized(quantization: Any) -> str:
+def quantization_words(quantization: Any) -> str:
     """Method, format and bits of a quantization_config."""
     if not isinstance(quantization, dict) or not quantization:
         return "no"
@@ -91,7 +91,7 @@ def stops(folder: Path, config: Mapping[str, Any], tokens: TokenizerFiles) -> st
     return ", ".join(f"{texts.get(i, '')} {i}".strip() for i in stop_ids if isinstance(i, int))
 
 
-def template(folder: Path, tokens: TokenizerFiles) -> str:
+def template_files(folder: Path, tokens: TokenizerFiles) -> str:
     """File that the chat template stands in, and which others there are."""
     try:
         named = {name: Path(text.origin) for name, text in template_texts(folder).items()}

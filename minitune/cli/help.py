@@ -43,11 +43,11 @@ def verb_help(name: str) -> str:
 
 def program_help(name: str, file: Path) -> str:
     """Help of a program, by the name that was typed: its comment, how it is changed, its keys."""
-    from minitune.cli.program_keys import key_lines  # torch comes with it
+    from minitune.cli.program_keys import described_keys  # torch comes with it
 
     me = typed_name()
     lines = [f"usage: {me} {name} [KEY=VALUE ...]", "", *comments(file), "", CHANGES]
     lines += [f"`{me} show {name}` writes it with every default;"]
     lines += [f"`{me} check {name}` reads it and runs nothing."]
-    lines += key_lines(toml.read(file, "program")[1])
+    lines += described_keys(toml.read(file, "program")[1])
     return "\n".join(lines) + "\n"

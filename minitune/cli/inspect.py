@@ -14,21 +14,21 @@ from minitune.cli.folder_facts import (
     TokenizerFiles,
     n_parameters,
     tensor_entries,
-    weight_names,
+    weight_files,
 )
 from minitune.cli.folder_words import (
     context,
     count,
     dtypes,
     listed,
+    not_trained,
     number,
-    quantized,
+    quantization_words,
     sequence,
     shape,
     stops,
-    template,
+    template_files,
     tied_head,
-    unmodelled,
 )
 from minitune.cli.model_folders import result_of
 from minitune.errors import InputError, printable
@@ -62,7 +62,7 @@ def inspect(word: str) -> int:
 
     found = result_of(word, "inspect")
     if isinstance(found, TrainedState):
-        rows, faults = training_state(found)
+        rows, faults = summarize_state(found)
     else:
         rows, faults = summarize(locate(found))
         if found != word:
@@ -107,7 +107,7 @@ def summarize(folder: Path) -> FolderSummary:
     return FolderSummary({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)
 
 
-def training_state(state: TrainedState) -> FolderSummary:
+def summarize_state(state: TrainedState) -> FolderSummary:
     """Content of a saved state of training: what it trains, how far it is, and on what."""
     prefix = "trainable."
     all_entries, faults = tensor_entries([state.folder / "state.safetensors"])
@@ -138,7 +138,7 @@ def _model(folder: Path) -> FolderSummary:
     # of a multimodal model, what reads and writes text
     text = {**config, **inner} if isinstance(inner, dict) else config
     nested = [config] if text is config else [inner, config]
-    names, faults = weight_names(folder)
+    names, faults = weight_files(folder)
     entries, damage = tensor_entries(folder / name for name in names)
     quantization = text.get("quantization_config") or text.get("compression_config")
     quantization = quantization if isinstance(quantization, dict) else {}
@@ -159,13 +159,13 @@ def _model(folder: Path) -> FolderSummary:
             "tokenizer"
         ),
         "tied head": tied_head(tied, head),
-        "quantized": quantized(quantization),
-        "not trained": unmodelled(entries),
+        "quantized": quantization_words(quantization),
+        "not trained": not_trained(entries),
         "left out of saves": "auto_map" if config.get("auto_map") else "",
         "tokenizer": tokens.kind,
         "special tokens": tokens.named(),
         "stops at": stops(folder, text, tokens),
-        "template": template(folder, tokens),
+        "template": template_files(folder, tokens),
     }
     return FolderSummary({name: value for name, value in rows.items() if value}, [*faults, *damage])
 
@@ -191,9 +191,9 @@ def _adapter(folder: Path) -> FolderSummary:
         "dtypes": dtypes(entries),
         "base": str(config.get("base_model_name_or_path")),
         "base fingerprint": str(origin.get("fingerprint") or ""),
-        "base quantized": quantized(origin.get("quantization") or {}) if origin else "",
+        "base quantized": quantization_words(origin.get("quantization") or {}) if origin else "",
         "tokenizer": tokens.kind if has_text else "",
-        "template": template(folder, tokens) if has_text else "",
+        "template": template_files(folder, tokens) if has_text else "",
     }
     return FolderSummary({name: value for name, value in rows.items() if value}, damage)
 

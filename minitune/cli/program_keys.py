@@ -15,7 +15,7 @@ from minitune.programs.program import Program, speller
 WIDTH = 80  # columns
 
 
-def key_lines(raw: Mapping[str, Any]) -> list[str]:
+def described_keys(raw: Mapping[str, Any]) -> list[str]:
     """Lines on every table that a parsed program holds, with the keys that it leaves out.
 
     Each kind of table is explained once; of a second one the keys that are written are listed. The

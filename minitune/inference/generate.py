@@ -14,7 +14,7 @@ from minitune.inference.sampling import Sampling, next_tokens
 from minitune.inference.stop_strings import check_stops, first_stop, stop_string_test
 from minitune.models import decoder, rope_scaling
 from minitune.models.model import Model, untransformed
-from minitune.nn.attention.key_range import KeyRange, document_positions, documents
+from minitune.nn.attention.key_range import KeyRange, document_keys, document_positions
 from minitune.quant.schemes import packed
 from minitune.text.tokenizer import Tokenizer
 from minitune.tree import Tree
@@ -113,7 +113,7 @@ def _refill(
 
 def _first_call(model: Model, prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"]) -> _Call:
     segments = is_token.to(torch.int32)
-    keys, block_of = documents(segments), untransformed(model).block_of()
+    keys, block_of = document_keys(segments), untransformed(model).block_of()
     return _Call(prompts, document_positions(segments), keys, prompts.shape[1], block_of)
 
 

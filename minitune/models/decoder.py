@@ -17,9 +17,9 @@ from minitune.models.weights import layer_of
 from minitune.nn.attention.key_range import (
     KeyRange,
     causal,
+    document_keys,
     document_lengths,
     document_positions,
-    documents,
 )
 from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
@@ -95,7 +95,7 @@ def token_positions(
     lengths: int | Tensor = n_tokens
     if isinstance(config.rope_scaling, rope_scaling.BY_LENGTH):
         lengths = document_lengths(segment_ids)
-    return TokenPositions(document_positions(segment_ids), lengths, documents(segment_ids))
+    return TokenPositions(document_positions(segment_ids), lengths, document_keys(segment_ids))
 
 
 def mixer_inputs(

@@ -15,7 +15,7 @@ PARTS = {"w1": UP, "w3": UP, "gate_proj": UP, "up_proj": UP, "w2": DOWN, "down_p
 SINGLE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
-def parameters(names: Collection[str]) -> dict[str, str]:
+def parameter_by_weight(names: Collection[str]) -> dict[str, str]:
     """Parameter that holds each feed-forward weight of a model with experts; empty for others."""
     if not any(".experts." in name for name in names):
         return {}
@@ -26,10 +26,10 @@ def parameters(names: Collection[str]) -> dict[str, str]:
     return {n: path for n, path in paths.items() if re.search(r"\.(mlp|feed_forward)\.", path)}
 
 
-def places(names: Collection[str]) -> dict[str, list[str]]:
+def weights_by_parameter(names: Collection[str]) -> dict[str, list[str]]:
     """Weights that each parameter holds, in the order of its rows, by the parameter's name."""
     names_of: dict[str, list[str]] = {}
-    for name, path in parameters(names).items():
+    for name, path in parameter_by_weight(names).items():
         names_of.setdefault(path, []).append(name)
     return {path: sorted(names, key=_place) for path, names in names_of.items()}
 

@@ -142,7 +142,7 @@ def _named(names: Sequence[str], hf: Mapping[str, Any]) -> str:
 
 def rotary_factor(hf: Mapping[str, Any]) -> float:
     """Part of each head that RoPE rotates."""
-    inner = rope_scaling.rope_table(hf).get("partial_rotary_factor")
+    inner = rope_scaling.rope_parameters(hf).get("partial_rotary_factor")
     return float(hf.get("partial_rotary_factor", 1.0) if inner is None else inner)
 
 

@@ -183,7 +183,7 @@ def query_scale(
     )
 
 
-def rope_table(hf: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Table of RoPE that counts: rope_scaling, else rope_parameters, as in transformers 5."""
     return dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
 
@@ -197,7 +197,7 @@ def from_hf(
     is what a missing rope_theta means. InputError where rope_scaling hides a base or a rotated part
     that rope_parameters alone says: transformers would lose it without a word.
     """
-    rope = rope_table(hf)
+    rope = rope_parameters(hf)
     for name, default in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
         hidden = (hf.get("rope_parameters") or {}).get(name)
         if hidden not in (None, default) and name not in rope and name not in hf:

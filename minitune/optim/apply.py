@@ -16,7 +16,12 @@ from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.autodiff.value_and_grad import under_transform
-from minitune.optim.donated import Gradients, donate_step, scaled_gradient, select
+from minitune.optim.donated import (
+    Gradients,
+    donate_step,
+    scaled_gradient,
+    where_finite,
+)
 from minitune.optim.pipeline import (
     is_sliceable,
     split_optimizer,
@@ -44,7 +49,7 @@ def apply_gradients(
     """
     if under_transform():  # a decision for each element of a batch, which no `if` can take
         new = _by_definition(optimizer, grads, state, params, divisor)
-        return select(is_finite, new, (params, state))
+        return where_finite(is_finite, new, (params, state))
     # a graph of torch.compile has neither decisions nor kernels that write over their arguments
     is_traced = torch.compiler.is_compiling()
     selects = is_traced or hardware.is_asynchronous(divisor.device)
@@ -64,7 +69,7 @@ def apply_gradients(
 
     new = _by_definition(optimizer, grads, state, params, divisor)
     is_finite = is_finite & _has_finite_updates(new[0], params, names_leaf=not selects)
-    new = select(is_finite, new, (params, state)) if selects else new
+    new = where_finite(is_finite, new, (params, state)) if selects else new
     return tree.donate((params, state), new) if donate else new
 
 

@@ -32,7 +32,7 @@ class Gradients(NamedTuple):
     is_finite: Bool[Tensor, ""] | None
 
 
-def select(is_finite: Tensor, new: Tree, old: Tree) -> Tree:
+def where_finite(is_finite: Tensor, new: Tree, old: Tree) -> Tree:
     """New leaves if is_finite, else the old ones, without asking which on the host."""
     return tree.map(lambda x, y: torch.where(is_finite.to(x.device), x, y), new, old)
 
@@ -195,7 +195,7 @@ def _donate_places(
     )
     new = tree.map(updated, params, updates), after
     if gradients.is_finite is not None:
-        new = select(gradients.is_finite, new, (params, state))
+        new = where_finite(gradients.is_finite, new, (params, state))
     tree.donate((params, state), new)
 
 

@@ -22,7 +22,7 @@ from minitune.models import decoder
 from minitune.models.mixers.mixer import TokenPositions
 from minitune.models.model import Model
 from minitune.models.weights import head_name
-from minitune.nn.attention.key_range import documents
+from minitune.nn.attention.key_range import document_keys
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.head import head_chunk, rows_at_once
 from minitune.optim.apply import scratch_bytes
@@ -173,7 +173,7 @@ def step_forward(step: StepSpec) -> StepForward:
     x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=dtype, device=device)
     x = detached_leaves(x) if embedding.requires_grad else x
     segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=device)
-    where = TokenPositions(segment_ids.long(), step.n_tokens, documents(segment_ids))
+    where = TokenPositions(segment_ids.long(), step.n_tokens, document_keys(segment_ids))
     inputs = decoder.mixer_inputs(config, where, x.dtype)
 
     blocks = measure_blocks(step.model, params, x, inputs)

@@ -13,6 +13,7 @@ from minitune.programs.manifest import input_records, read_manifest
 from minitune.programs.program import Program, load, resolved
 from minitune.programs.program_changes import Changes, compare
 from minitune.programs.records import REMEDY, read_records
+from minitune.programs.state import WritingStage
 
 T = TypeVar("T")
 
@@ -85,7 +86,8 @@ def _program_of_run(path: Path) -> dict[str, Any]:
 
 def gone_result(program: Program, folder: Path) -> Path | None:
     """First result of a finished run that is not there any more."""
-    results = [paths.locate(stage.result.path, folder) for stage in program.stage if stage.result]
+    writing = [stage for stage in program.stage if isinstance(stage, WritingStage)]
+    results = [paths.locate(stage.result.path, folder) for stage in writing]
     return next((path for path in results if not path.exists()), None)
 
 

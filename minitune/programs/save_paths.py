@@ -12,6 +12,7 @@ from minitune.io.results import Result, require_replaceable
 from minitune.programs.data_paths import HUB, data_places, name_in_data_set
 from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
+from minitune.programs.state import WritingStage
 from minitune.programs.state_deltas import deltas_folder
 from minitune.trackers.tracker import TRACKER_FILES
 
@@ -120,7 +121,7 @@ def check(program: Program) -> None:
         read |= {key if len(files) == 1 else f"{key} ({file})": file for file in files}
     written: dict[str, tuple[Result, Path]] = {}
     for stage in program.stage:
-        if stage.result is None:
+        if not isinstance(stage, WritingStage):
             continue
         key, path = f"{stage.label} path {stage.result.path!r}", locate(stage.result.path, run)
         _check_apart(key, path, {**read, **{other: place for other, (_, place) in written.items()}})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minitune.data.source import Source
+from minitune.io.results import Result
 from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.ended import Ended
@@ -161,4 +162,14 @@ class DataStage(Protocol):
 
         InputError for a row that would stop the stage. Tokens stay in the cache for it.
         """
+        ...
+
+
+@runtime_checkable
+class WritingStage(Protocol):
+    """Stage that writes something for after the run."""
+
+    @property
+    def result(self) -> Result:
+        """Path of what is written."""
         ...

@@ -21,13 +21,15 @@ PIECE = 2**19
 class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
     """Codes times a scale, symmetric about 0, with one scale a group of neighbours in a row."""
 
-    lowest: ClassVar[int]
-    highest: ClassVar[int]
     divisors: ClassVar[tuple[float, ...]]
 
     def group_size(self, d_in: int) -> int:
-        """Number of neighbours that share a scale: the row, where a scheme says no other."""
-        return d_in
+        """Number of neighbours that share a scale."""
+        raise NotImplementedError
+
+    def nearest(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Level nearest to each number, of those that have a code."""
+        raise NotImplementedError
 
     def scale(self, groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows 1"]:
         """Per group max|w| / d for the divisor d with the least squared error, rounded to bfloat16
@@ -48,16 +50,22 @@ class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     def levels(
         self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]
     ) -> Float[Tensor, "*rows group"]:
-        """round(w / scale), ties to even, clamped to the codes that exist."""
-        return (groups / scale).round().clamp(self.lowest, self.highest)
+        """Levels nearest to w / scale."""
+        return self.nearest(groups / scale)
 
 
 class Int8(_Grid, frozen=True, tag="int8"):
     """8 bits a weight, one scale an output channel: codes in [-127, 127], scale = max|w| / 127."""
 
-    lowest: ClassVar[int] = -127
-    highest: ClassVar[int] = 127
     divisors: ClassVar[tuple[float, ...]] = (127.0,)
+
+    def group_size(self, d_in: int) -> int:
+        """Number of neighbours that share a scale: the whole row."""
+        return d_in
+
+    def nearest(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Nearest integer in [-127, 127], ties to even."""
+        return x.round().clamp(-127, 127)
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt8:
         """Leaf that stands for levels * scale."""
@@ -71,13 +79,13 @@ class Float8(_Grid, frozen=True, tag="float8"):
 
     divisors: ClassVar[tuple[float, ...]] = (float8.LARGEST,)
 
-    def levels(
-        self, groups: Float[Tensor, "*rows group"], scale: Float[Tensor, "*rows 1"]
-    ) -> Float[Tensor, "*rows group"]:
-        """w / scale, rounded to the nearest 8-bit float."""
-        return (
-            (groups / scale).clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(groups.dtype)
-        )
+    def group_size(self, d_in: int) -> int:
+        """Number of neighbours that share a scale: the whole row."""
+        return d_in
+
+    def nearest(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Nearest 8-bit float."""
+        return x.clamp(-float8.LARGEST, float8.LARGEST).to(float8.E4M3).to(x.dtype)
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QFloat8:
         """Leaf that stands for levels * scale."""
@@ -87,8 +95,6 @@ class Float8(_Grid, frozen=True, tag="float8"):
 class Int4(_Grid, frozen=True, tag="int4"):
     """4 bits a weight, one scale for every `group` neighbours of a row: codes in [-8, 7]."""
 
-    lowest: ClassVar[int] = -8
-    highest: ClassVar[int] = 7
     divisors: ClassVar[tuple[float, ...]] = (7.0, 7.5, 8.0, 8.5, 9.0)
     # neighbours that share a scale: fewer are more exact, and take more memory
     group: Literal[32, 64, 128] = 32
@@ -96,6 +102,10 @@ class Int4(_Grid, frozen=True, tag="int4"):
     def group_size(self, d_in: int) -> int:
         """Number of neighbours that share a scale."""
         return self.group
+
+    def nearest(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Nearest integer in [-8, 7], ties to even."""
+        return x.round().clamp(-8, 7)
 
     def pack(self, levels: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> QInt4:
         """Leaf that stands for levels * scale."""

@@ -58,7 +58,7 @@ def text_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()] + _additional(folder)
 
 
-def fingerprint(folder: Path) -> str:
+def tokenizer_fingerprint(folder: Path) -> str:
     """SHA-256 of all that says how texts become tokens: names and contents of its files, and the
     family that config.json names.
     """

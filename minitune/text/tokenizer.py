@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from minitune.errors import InputError, quoted
 from minitune.io.json_file import read_json_object
 from minitune.text.added_tokens import added_tokens, token_names
-from minitune.text.folder_files import fingerprint
+from minitune.text.folder_files import tokenizer_fingerprint
 from minitune.text.open_vocabulary import open_vocabulary
 from minitune.text.vocabulary import AddedToken, Vocabulary
 
@@ -165,7 +165,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
                 "expected one of its tokens; correct tokenizer_config.json"
             )
     names = {name: text for name, text in names.items() if text in added}
-    return _tokenizer(vocabulary, names, added, config, fingerprint(folder))
+    return _tokenizer(vocabulary, names, added, config, tokenizer_fingerprint(folder))
 
 
 def match_starts(find: re.Pattern[str], text: str) -> Iterator[int]:

@@ -22,7 +22,7 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.nn import head as nn_head
 from minitune.nn.attention.attention import attention
-from minitune.nn.attention.key_range import KeyRange, causal, document_positions, documents
+from minitune.nn.attention.key_range import KeyRange, causal, document_keys, document_positions
 from minitune.nn.head import token_losses
 from minitune.optim.adamw import AdamState, AdamW
 from minitune.optim.schedules import Constant, Cosine, ScaleBySchedule
@@ -244,7 +244,7 @@ def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
 def test_attention_equals_plain_sums_with_its_gradients(b: int, k: int, g: int, t: int, e: int, seed: int) -> None:
     qkv = [randn(b, h, t, e, seed=seed + i).requires_grad_() for i, h in enumerate((k * g, k, k))]
     ids = 1 + (torch.rand(b, t, generator=torch.Generator().manual_seed(seed)) < 0.3).cumsum(1)
-    for keys in (causal(t, ids.device), documents(ids)):
+    for keys in (causal(t, ids.device), document_keys(ids)):
         wanted = naive_attention(*qkv, keys.mask(t).expand(b, -1, -1, -1))
         actual = attention(*qkv, keys)
         torch.testing.assert_close(actual, wanted)
@@ -259,7 +259,7 @@ def test_attention_equals_plain_sums_with_its_gradients(b: int, k: int, g: int, 
 def test_documents_and_positions_by_hand() -> None:
     ids = torch.tensor([[1, 1, 2, 2, 2, 0]])
     assert document_positions(ids).tolist() == [[0, 1, 0, 1, 2, 0]]
-    assert documents(ids).mask(6)[0, 0].int().tolist() == [
+    assert document_keys(ids).mask(6)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [0, 0, 1, 0, 0, 0],

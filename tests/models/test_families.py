@@ -26,7 +26,15 @@ from minitune.models.families import gemma3, llama, mistral
 from minitune.models.mixers import grouped_query
 from minitune.models.weights import NORMS, head_name
 from minitune.nn.attention.attention import attention
-from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_lengths, document_positions, documents, windowed
+from minitune.nn.attention.key_range import (
+    KeyRange,
+    causal,
+    chunked,
+    document_keys,
+    document_lengths,
+    document_positions,
+    windowed,
+)
 from support.closeness import distance
 from support.families import IMAGES, LONG, MECHANISMS, VISION, YARN, check_decoding, check_packing, config_of, sized
 from support.models import (
@@ -394,7 +402,7 @@ def test_attention_equals_its_definition(seed: int, cap: float | None, sunk: boo
 
 def test_windows_chunks_and_lengths_by_hand() -> None:
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
-    key_range = documents(segments)
+    key_range = document_keys(segments)
     assert document_lengths(segments).tolist() == [[4, 4, 4, 4, 2, 2, 1]]
 
     def rows(key_range: KeyRange) -> list[list[int]]:

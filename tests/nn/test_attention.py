@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from minitune import tree
 from minitune.nn.attention import blockwise
 from minitune.nn.attention.attention import attention
-from minitune.nn.attention.key_range import KeyRange, documents
+from minitune.nn.attention.key_range import KeyRange, document_keys
 from support.attention import plain
 
 pytestmark = pytest.mark.fast
@@ -49,7 +49,7 @@ def test_the_last_queries_over_a_cache_equal_plain_sums(data: st.DataObject, see
 def test_under_vmap_it_equals_itself_example_by_example(cap: float | None, e: int, e_v: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(4, 1, n, 7, width, generator=generator) for n, width in ((6, e), (2, e), (2, e_v)))
-    key_range = documents(torch.tensor([[1, 1, 1, 2, 2, 3, 0]]))
+    key_range = document_keys(torch.tensor([[1, 1, 1, 2, 2, 3, 0]]))
     ours = torch.func.vmap(lambda q, k, v: attention(q, k, v, key_range, soft_cap=cap))(q, k, v)
     each = [attention(q[i], k[i], v[i], key_range, soft_cap=cap) for i in range(4)]
     torch.testing.assert_close(ours, torch.stack(each))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minitune.nn.attention import blockwise, span_layout
 from minitune.nn.attention.attention import attention
-from minitune.nn.attention.key_range import causal, documents, windowed
+from minitune.nn.attention.key_range import causal, document_keys, windowed
 from support.attention import plain
 
 pytestmark = pytest.mark.fast
@@ -24,8 +24,8 @@ def test_blocks_equal_plain_sums_with_their_gradients(data: st.DataObject, seed:
     key_range = data.draw(
         st.sampled_from(
             [
-                windowed(documents(torch.where(torch.arange(length) < real, segments, 0)), window),
-                documents(segments),
+                windowed(document_keys(torch.where(torch.arange(length) < real, segments, 0)), window),
+                document_keys(segments),
                 causal(length, torch.device("cpu")),
             ]
         )
@@ -60,7 +60,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, 
     ]
     given = [x.detach().bfloat16().requires_grad_() for x in exact]
     cotangent = torch.randn(2, 4, 300, 16, generator=generator, dtype=torch.float64)
-    key_range = documents((torch.arange(300) * n_documents // 300 + 1).expand(2, -1))
+    key_range = document_keys((torch.arange(300) * n_documents // 300 + 1).expand(2, -1))
     wanted = plain(*exact, key_range, 0.25, None, None)
     ours = attention(*given, key_range, scale=0.25)
     fused = torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=key_range.mask(300), scale=0.25, enable_gqa=True)
@@ -74,13 +74,15 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel(n_documents: int, 
 
 def test_no_query_meets_a_key_of_another_document() -> None:
     segments = (torch.arange(300) * 7 // 300 + 1)[None]
-    first = documents(segments).starts()
+    first = document_keys(segments).starts()
     plan = span_layout.layout(first.numpy(), 64)
     assert sum(b.n_spans * (b.end - b.start) * (b.end - b.lowest) for b in plan.blocks) <= 7 * 43 * 43
     q, k, v = (torch.randn(1, 2, 300, 4) for _ in range(3))
     start = int(first[0, 128])  # where the document of token 128 begins
     assert start > 42
-    out, poisoned = (attention(q, keys, v, documents(segments)) for keys in (k, k.index_fill(2, torch.arange(start), torch.nan)))
+    out, poisoned = (
+        attention(q, keys, v, document_keys(segments)) for keys in (k, k.index_fill(2, torch.arange(start), torch.nan))
+    )
     assert torch.equal(out[:, :, start:], poisoned[:, :, start:])
 
 
@@ -106,7 +108,7 @@ def test_every_token_has_one_slot_and_padding_is_bounded(lengths: list[int], siz
 
 
 def test_a_gradient_of_its_gradient_is_refused_rather_than_wrong() -> None:
-    key_range = documents((torch.arange(300) * 7 // 300 + 1)[None])
+    key_range = document_keys((torch.arange(300) * 7 // 300 + 1)[None])
     q, k, v = (torch.randn(1, 2, 300, 4, requires_grad=True) for _ in range(3))
     (grad,) = torch.autograd.grad(attention(q, k, v, key_range).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):

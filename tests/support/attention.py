@@ -2,7 +2,7 @@
 
 import torch
 
-from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_positions, documents, windowed
+from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_keys, document_positions, windowed
 
 
 def plain(
@@ -24,7 +24,7 @@ def runs(kind: str, rows: int, length: int, reach: int, share: float, generator:
     if kind == "padding":
         real = torch.randint(0, length + 1, (rows, 1), generator=generator)
         segments = torch.where(torch.arange(length) < real, segments, 0)
-    keys = causal(length, torch.device("cpu")) if kind == "causal" else documents(segments)
+    keys = causal(length, torch.device("cpu")) if kind == "causal" else document_keys(segments)
     if kind == "windows":
         return windowed(keys, reach)
     return chunked(keys, document_positions(segments), reach) if kind == "chunks" else keys

@@ -10,7 +10,7 @@ from minitune import models
 from minitune.models import decoder, rope_scaling
 from minitune.models.config import DecoderConfig
 from minitune.models.mixers.grouped_query import KVCache
-from minitune.nn.attention.key_range import KeyRange, document_positions, documents
+from minitune.nn.attention.key_range import KeyRange, document_keys, document_positions
 from support.experts import WITH_EXPERTS, small_experts
 from support.models import SCALINGS, YARNS, model_of, random_batch, random_params
 
@@ -70,7 +70,7 @@ def check_decoding(config: DecoderConfig, seed: int) -> None:
     shape = (2, config.n_kv_heads, max(lengths) + n_new, config.d_head)
     caches = [KVCache(torch.zeros(shape).double(), torch.zeros(shape).double()) for _ in range(config.n_layers)]
     block_of = model_of(config).block_of()
-    at, positions, keys = 0, document_positions(segments), documents(segments)
+    at, positions, keys = 0, document_positions(segments), document_keys(segments)
     logits = []
     for width in (max(lengths), *[1] * n_new):
         new = tokens[:, at : at + width]

@@ -19,7 +19,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from minitune.errors import InputError
 from minitune.io import paths
-from minitune.text.folder_files import TOKENIZER_FILES, fingerprint
+from minitune.text.folder_files import TOKENIZER_FILES, tokenizer_fingerprint
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from support.tokenizers import CHAT_TOKENS, byte_level, llama, llama_config, sentencepiece_model, texts, wild, write_folder
 
@@ -172,11 +172,11 @@ def test_the_fingerprint_changes_with_every_file(file: str) -> None:
 @pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"])
 def test_the_fingerprint_changes_with_every_template(file: str) -> None:
     folder = write_folder(sentencepiece_model(True), llama_config())
-    seen = {fingerprint(folder)}
+    seen = {tokenizer_fingerprint(folder)}
     (folder / file).parent.mkdir(exist_ok=True)
     for content in ("{}", "{ }"):
         (folder / file).write_text(content, encoding="utf-8")
-        seen.add(fingerprint(folder))
+        seen.add(tokenizer_fingerprint(folder))
     assert len(seen) == 3
 
 

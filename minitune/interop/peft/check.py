@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from minitune.errors import InputError
 from minitune.interop.peft.layout import module_name
-from minitune.models.fused_experts import parameters, places
+from minitune.models.fused_experts import parameter_by_weight, weights_by_parameter
 
 
 def check_adapter(
@@ -15,7 +15,7 @@ def check_adapter(
     that differ; ranks: of the deltas, by weight.
     """
     _require_whole_modules(ranks, whole, names)
-    parameter_of = parameters(names)
+    parameter_of = parameter_by_weight(names)
     other = next((name for name in whole if parameter_of.get(name, name) != name), None)
     if other is not None:
         raise InputError(
@@ -53,7 +53,7 @@ def _require_whole_modules(
 
 def _require_equal_ranks(ranks: Mapping[str, int], names: Collection[str]) -> None:
     """InputError unless all weights that PEFT joins to one parameter have the same rank."""
-    for path, joined in places(names).items():
+    for path, joined in weights_by_parameter(names).items():
         first = joined[0]
         other = next((name for name in joined if ranks.get(name) != ranks.get(first)), None)
         if other is not None:

@@ -30,8 +30,8 @@ from minitune.interop.peft.whole import (
     changed_copies,
     copied_weight,
     is_kept,
-    refused,
     require_tied,
+    unknown_tensor,
 )
 from minitune.io.json_file import read_json
 from minitune.io.tensor_names import is_unmodelled
@@ -93,7 +93,7 @@ def _tensors(
         elif copied is not None:
             copies[copied] = tensor.float()
         else:
-            raise refused(key, where)
+            raise unknown_tensor(key, where)
     return parts, whole, copies
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from minitune.interop.peft import experts
 from minitune.interop.peft.config import AdapterConfig
-from minitune.models.fused_experts import is_single, parameters, places
+from minitune.models.fused_experts import is_single, parameter_by_weight, weights_by_parameter
 from minitune.models.hf_multimodal import text_name
 
 
@@ -36,7 +36,7 @@ class WeightNames(NamedTuple):
 
 def weight_names(names: Collection[str]) -> WeightNames:
     """Names of a model's weights as a module is looked up in them."""
-    return WeightNames(frozenset(names), parameters(names), places(names))
+    return WeightNames(frozenset(names), parameter_by_weight(names), weights_by_parameter(names))
 
 
 def place_of(config: AdapterConfig, module: str, names: WeightNames) -> ModulePlace:

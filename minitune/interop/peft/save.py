@@ -29,7 +29,7 @@ from minitune.interop.peft.layout import (
 from minitune.io.atomic import write_json
 from minitune.io.results import result_folder
 from minitune.lora import Lora
-from minitune.models.fused_experts import is_single, n_joined, parameters
+from minitune.models.fused_experts import is_single, n_joined, parameter_by_weight
 from minitune.models.hf_multimodal import wrapped_name
 from minitune.types import Delta, Trainable
 
@@ -90,7 +90,7 @@ def _targets(
     it will join them to as well.
     """
     within = partial(wrapped_name, wrapper=wrapper)
-    parameter_of = parameters(names)
+    parameter_of = parameter_by_weight(names)
     modules: list[str] = []
     adapted: list[str] = []
     place_ranks: dict[str, int] = {}

@@ -89,7 +89,7 @@ def require_tied(
     return {name: tensor for name, tensor in whole.items() if name != HEAD}
 
 
-def refused(key: str, where: str) -> InputError:
+def unknown_tensor(key: str, where: str) -> InputError:
     """Error for a tensor that is neither a part of a delta nor trained whole."""
     if ".lora_embedding_" in key:
         found = f"holds {key}, a delta on the embedding, expected it trained whole or not at all"

@@ -12,7 +12,7 @@ from minitune.models.experts import Experts
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig, layer_pattern, layer_types_to_hf, pattern
 
-MIXTURE = (  # fields of config.json that `mixture` reads, or that say nothing
+MIXTURE = (  # fields of config.json that `mixture_from_hf` reads, or that say nothing
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
@@ -36,7 +36,7 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
     experts = {
-        **mixture(hf, n_experts=60, n_active=4, d_ff=1408),
+        **mixture_from_hf(hf, n_experts=60, n_active=4, d_ff=1408),
         "d_shared": hf.get("shared_expert_intermediate_size", 5632),
         "shared_gate": True,
     }
@@ -65,7 +65,9 @@ def write(config: Config) -> dict[str, Any]:
     }
 
 
-def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> dict[str, Any]:
+def mixture_from_hf(
+    hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int
+) -> dict[str, Any]:
     """Fields of Experts in a config.json of Qwen's; n_experts, n_active and d_ff are what
     missing fields mean.
     """
@@ -86,7 +88,7 @@ def mixture(hf: Mapping[str, Any], n_experts: int, n_active: int, d_ff: int) -> 
 
 
 def mixture_to_hf(n_layers: int, experts: Experts) -> dict[str, Any]:
-    """Fields that `mixture` reads, the number of experts under both of its names."""
+    """Fields that `mixture_from_hf` reads, the number of experts under both of its names."""
     return {
         "num_experts": experts.n_experts,
         "num_local_experts": experts.n_experts,

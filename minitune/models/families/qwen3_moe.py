@@ -9,7 +9,7 @@ from typing import Any
 
 from minitune.models.config import AttentionType, DecoderConfig, QKNorm
 from minitune.models.experts import Experts
-from minitune.models.families.qwen2_moe import MIXTURE, mixture, mixture_to_hf
+from minitune.models.families.qwen2_moe import MIXTURE, mixture_from_hf, mixture_to_hf
 from minitune.models.family import Family
 from minitune.models.hf_config import HFConfig
 
@@ -25,7 +25,7 @@ class Config(DecoderConfig, frozen=True, kw_only=True):
 def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Config fields that a config.json says in this family's own way."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    return {"experts": mixture(hf, n_experts=128, n_active=8, d_ff=768), "window": window}
+    return {"experts": mixture_from_hf(hf, n_experts=128, n_active=8, d_ff=768), "window": window}
 
 
 def write(config: Config) -> dict[str, Any]:

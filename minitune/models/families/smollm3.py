@@ -27,12 +27,10 @@ def read(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     turned = hf_config.rope_layers(hf, where)
     rope_layers = default if turned is None else pattern(turned, default)
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    late = (
-        ["full" if rope_layers[i % len(rope_layers)] else "sliding" for i in range(n)]
-        if window
-        else []
-    )
-    layer_types = layer_pattern(hf, pattern(late, ("full",)), where) if window else ("full",)
+    layer_types: tuple[str, ...] = ("full",)
+    if window:
+        late = ["full" if rope_layers[i % len(rope_layers)] else "sliding" for i in range(n)]
+        layer_types = layer_pattern(hf, pattern(late, ("full",)), where)
     theta, scaling = rope_scaling.from_hf(hf, where, 2e6)
     return {
         "rope_layers": rope_layers,

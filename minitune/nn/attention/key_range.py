@@ -32,7 +32,7 @@ def causal(n_tokens: int, device: torch.device) -> KeyRange:
     return KeyRange((), torch.arange(n_tokens, device=device)[None])
 
 
-def documents(segment_ids: Int[Tensor, "B T"]) -> KeyRange:
+def document_keys(segment_ids: Int[Tensor, "B T"]) -> KeyRange:
     """Every token sees itself and what comes before it in its own document; padding (0) sees
     padding only.
     """

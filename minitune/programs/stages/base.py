@@ -7,7 +7,6 @@ import torch
 
 from minitune import hardware, host
 from minitune.algorithms.objective import apply_trainable
-from minitune.io.results import Result
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
@@ -28,16 +27,11 @@ class BaseStage(
         """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
 
-    @property
-    def result(self) -> Result | None:
-        """Path of what the stage writes for after the run; None if it writes nothing."""
-        return None
-
     def check(self, abstract: AbstractState) -> AbstractState:
         """Abstract state after this stage; InputError for what would stop it later. Nothing is
         loaded and nothing runs.
         """
-        return abstract
+        raise NotImplementedError
 
     def run(self, state: PipelineState) -> PipelineState:
         """State after this stage."""
