@@ -159,6 +159,20 @@ def cache(words: Sequence[str]) -> int:
     return cache(words)
 
 
+def report(words: Sequence[str]) -> int:
+    """Write the page of runs."""
+    from minitune.cli.report import report
+
+    return report(words)
+
+
+def watch(words: Sequence[str]) -> int:
+    """Serve the page of a run on this machine."""
+    from minitune.cli.report import watch
+
+    return watch(words)
+
+
 CHANGES = "KEY=VALUE changes the program for this command: train.optimizer.lr=1e-4, seed=1."
 VERBS = {
     "ls": Verb("ls", "the shipped programs", ls),
@@ -226,6 +240,18 @@ VERBS = {
         "chat FOLDER [--OPTION VALUE]",
         "talk with a model, an adapter, a run or demo",
         chat,
+        parses_help=True,
+    ),
+    "report": Verb(
+        "report RUN [RUN ...] [--to FILE]",
+        "a page with curves, figures, samples and advice of a run, or of several beside each other",
+        report,
+        parses_help=True,
+    ),
+    "watch": Verb(
+        "watch RUN [--port 8000]",
+        "the page of a run in a browser on this machine, while it trains",
+        watch,
         parses_help=True,
     ),
     "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),

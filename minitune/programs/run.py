@@ -5,12 +5,15 @@ from time import perf_counter
 
 import msgspec
 
+from minitune.errors import InputError
 from minitune.io.results import Record
 from minitune.programs import log, save_paths
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.check import check, data_notes
 from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
+from minitune.programs.page.page import write_page
+from minitune.programs.page.run_files import read_run
 from minitune.programs.program import Program, resolved
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
@@ -83,9 +86,20 @@ def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> 
     write_record(run.folder / "summary.json", result)
     out.summarize(result)
     out.show(report(program.name, result, out.width))
+    _write_page(run, out)
     files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
     out.say(f"{run.folder} holds this run: {files}")
     return result
+
+
+def _write_page(run: Run, out: log.Log) -> None:
+    """Write report.html, where its library is installed; a page that fails ends no run."""
+    try:
+        out.say(f"curves, samples and advice: {write_page(read_run(run.folder))}")
+    except InputError as error:
+        out.say(f"no report.html: {error}")
+    except Exception as error:
+        out.say(f"no report.html: {type(error).__name__}: {error}")
 
 
 def _steps_taken(records: Mapping[str, Record]) -> int:

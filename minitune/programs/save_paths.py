@@ -25,6 +25,7 @@ RUN_PARTS = (
     "metrics.jsonl",
     "program.toml",
     "records.json",
+    "report.html",
     "summary.json",
     "tensorboard",
     "wandb",

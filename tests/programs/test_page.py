@@ -1,0 +1,212 @@
+"""The page of a run: its figures are those of the run's files, and a browser draws it without a network."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import threading
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from minitune.__main__ import main
+from minitune.cli.report import server_of
+from minitune.errors import InputError
+from minitune.programs.page.advice import advice
+from minitune.programs.page.page import page, write_page
+from minitune.programs.page.run_files import read_run
+from support.programs import LORA, TRAIN, evaluation, run
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+EVIL = "</script><script>document.title = 'taken'</script>"
+
+
+def write_run(folder: Path, rows: list[dict], records: dict, program: str = 'name = "r"\n') -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "program.toml").write_text(program, encoding="utf-8")
+    (folder / "manifest.json").write_text('{"starts": [{"time": "t", "versions": {"torch": "2"}}], "inputs": {}}')
+    lines = [json.dumps({"stage": "train", **row}) + "\n" for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+def figures(text: str) -> dict[str, dict]:
+    """Figures of a page by their title."""
+    found = [json.loads(html.unescape(content)) for content in re.findall(r'data-figure="([^"]*)"', text)]
+    return {figure["layout"]["title"]["text"]: figure for figure in found}
+
+
+class Balanced(HTMLParser):
+    """Checks that every element that was opened is closed, in order."""
+
+    VOID = ("meta", "br", "link", "img", "!doctype")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_curves_are_the_rows_of_the_run(tmp_path: Path, tiny: Path) -> None:
+    train = TRAIN + 'evaluate = { data = "heldout", every = 2 }\n'
+    run(tmp_path, tiny, evaluation("before") + LORA + train + evaluation("after"))
+    text = (tmp_path / "p/report.html").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    drawn = figures(text)
+    assert set(drawn) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Memory"}
+    loss, heldout = drawn["Loss"]["traces"]
+    assert (loss["x"], loss["y"]) == ([1, 2, 3, 4], [row["loss"] for row in rows])
+    measured = [row for row in rows if "heldout_loss" in row]
+    assert (heldout["x"], heldout["y"]) == ([2, 4], [row["heldout_loss"] for row in measured])
+    assert drawn["Memory"]["traces"][0]["y"] == [row["mem_bytes"] / 2**30 for row in rows]
+    summary = json.loads((tmp_path / "p/summary.json").read_text())
+    assert f"<td>{summary['after']['loss_nats']:.4f}</td>" in text
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open
+    assert "train: train has 40 samples" in text
+
+
+def test_answers_are_marked_where_they_differ_and_nothing_of_the_run_is_code(tmp_path: Path) -> None:
+    sample = {"prompt": EVIL, "reference": "two pears & <b>", "answer": "two apples & <b>"}
+    same = {**sample, "answer": sample["reference"]}
+    records = {"before": {"loss_nats": 1.0, "samples": [sample]}, "after": {"loss_nats": 0.5, "samples": [same]}}
+    text = page({EVIL: read_run(write_run(tmp_path / "r", [{"step": 1, "loss": "nan"}], records))}, script="x.js")
+    assert "two <mark>apples</mark> &amp; &lt;b&gt;" in text
+    assert '<span class="same">two pears &amp; &lt;b&gt;</span>' in text
+    assert "<script>document.title" not in text
+    assert figures(text)["Loss"]["traces"][0]["y"] == [None]  # a gap, because JSON has no NaN
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open
+
+
+ROWS = [{"step": i + 1, "loss": 2.0 - 0.05 * i, "grad_norm": 1.0} for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "records", "said"),
+    [
+        (ROWS, {}, None),
+        ([{**row, "loss": 2.0} for row in ROWS], {}, "train: the loss went from 2 to 2, so hardly anything was learned"),
+        ([*ROWS, {**ROWS[-1], "step": 31, "grad_norm": 20.0}], {}, "train: the gradient's norm was 20 at step 31"),
+        ([{**row, "skipped": float(row["step"] > 28)} for row in ROWS], {}, "train: 2 of 30 steps changed nothing"),
+        ([{**row, "heldout_loss": 1.0 + 0.1 * row["step"]} for row in ROWS], {}, "train: the held-out loss rose from 1.1 to 4"),
+        (ROWS, {"after": {"samples": [{"answer": "no end (cut)"}]}}, "after: 1 of the 1 answers shown were cut"),
+        (ROWS, {"after": {"n_dropped": 7}}, "after: 7 rows were left out of the evaluation"),
+    ],
+)
+def test_advice_says_what_is_odd_and_nothing_else(tmp_path: Path, rows: list[dict], records: dict, said: str | None) -> None:
+    records = {name: {"loss_nats": 1.0, **record} for name, record in records.items()}
+    for record in records.values():
+        record["samples"] = [{"prompt": "p", "reference": "r", **sample} for sample in record.get("samples", ())]
+    found = advice(read_run(write_run(tmp_path / "r", rows, records)))
+    assert len(found) == (said is not None)
+    assert said is None or found[0].startswith(said)
+
+
+PROGRAM = 'name = "{name}"\nseed = 0\n[[stage]]\nop = "train"\noptimizer = {{ kind = "adamw", lr = {lr} }}\nbatch_size = {size}\n'
+
+
+def test_runs_beside_each_other_show_what_differs_and_a_map_of_two_keys(tmp_path: Path) -> None:
+    folders = []
+    for lr in (1e-4, 1e-3):
+        for size in (4, 8):
+            rows = [{"step": 1, "loss": 1.0, "heldout_loss": lr * 1000 + size}]
+            name = f"r{len(folders)}"
+            text = PROGRAM.format(name=name, lr=lr, size=size)
+            folders.append(write_run(tmp_path / name, rows, {}, text))
+    assert main(["report", *map(str, folders), "--to", str(tmp_path / "all.html")]) == 0
+    text = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "<th>train.optimizer.lr</th><th>train.batch_size</th>" in text
+    assert text.index("<td>r0</td>") < text.index("<td>r2</td>") < text.index("<td>r1</td>") < text.index("<td>r3</td>")
+    heat = figures(text)["Best loss"]["traces"][0]
+    assert (heat["x"], heat["y"]) == (["0.0001", "0.001"], ["4", "8"])
+    assert heat["z"] == [[4.1, 5.0], [8.1, 9.0]]
+    assert [trace["name"] for trace in figures(text)["Loss"]["traces"]][:2] == ["r0 loss", "r1 loss"]
+
+
+def test_the_adapters_of_a_sweep_have_a_table_and_a_map(tmp_path: Path) -> None:
+    adapters = [
+        {"point": {"lora.rank": rank, "optimizer.lr": lr}, "best_heldout_nats": rank * lr, "best_step": 3}
+        for rank in (4, 8)
+        for lr in (0.1, 0.2)
+    ]
+    rows = [{"step": 1, "adapter": i, "loss": float(i)} for i in range(4)]
+    run_files = read_run(write_run(tmp_path / "r", rows, {"train": {"steps": 1, "adapters": adapters}}))
+    text = page({"r": run_files}, script="x.js")
+    assert "train: adapters of the sweep" in text
+    assert figures(text)["Best loss"]["traces"][0]["z"] == [[0.4, 0.8], [0.8, 1.6]]
+    assert [trace["name"] for trace in figures(text)["Loss"]["traces"]] == [f"adapter {i}" for i in range(4)]
+
+
+def test_a_folder_that_is_no_run_and_a_place_that_is_taken_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"report: {tmp_path} holds no program.toml, expected the folder of a run" in capsys.readouterr().err
+    one, two = (write_run(tmp_path / name, ROWS, {}, f'name = "{name}"\n') for name in "ab")
+    monkeypatch.chdir(tmp_path)
+    Path("report.html").write_text("mine", encoding="utf-8")
+    assert main(["report", str(one), str(two)]) == 2
+    assert "report: report.html exists, expected a new file; name one with --to" in capsys.readouterr().err
+    assert Path("report.html").read_text(encoding="utf-8") == "mine"
+
+
+def test_without_plotly_a_run_ends_well_and_says_what_is_missing(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> str:
+        raise InputError("report: the package plotly is not installed, expected it; pip install 'minitune[report]'")
+
+    monkeypatch.setattr("minitune.programs.page.page.library", missing)
+    run(tmp_path, tiny, LORA + TRAIN)
+    assert "no report.html: report: the package plotly is not installed" in capsys.readouterr().out
+
+
+def test_watch_serves_the_page_as_the_run_goes_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", ROWS[:2], {})
+    (folder / "summary.json").unlink()
+    server = server_of(folder, 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        text = urllib.request.urlopen(address).read().decode()
+        assert figures(text)["Loss"]["traces"][0]["x"] == [1, 2]
+        assert '<meta http-equiv="refresh" content="10">' in text
+        write_run(folder, ROWS, {})
+        text = urllib.request.urlopen(address).read().decode()
+        assert len(figures(text)["Loss"]["traces"][0]["x"]) == 30
+        assert "http-equiv" not in text
+        assert urllib.request.urlopen(f"{address}/plotly.js").read().startswith(b"/**\n* plotly.js")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/../etc/passwd")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+@pytest.mark.parametrize("width", [1280, 600])
+def test_a_browser_draws_every_figure_within_its_box(tmp_path: Path, width: int) -> None:
+    rows = [{**row, "lr": 1e-3, "mem_bytes": 2**30, "tokens_per_second": 5.0} for row in ROWS]
+    path = write_page(read_run(write_run(tmp_path / "r", rows, {})))
+    words = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += [f"--window-size={width},900", "--virtual-time-budget=10000", "--dump-dom", path.as_uri()]
+    dom = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
+    drawn = re.findall(r'<svg class="main-svg"[^>]*width="([\d.]+)"', dom)
+    assert dom.count('class="plot js-plotly-plot"') == 5
+    assert len(drawn) >= 5
+    assert all(0 < float(size) <= width for size in drawn)
