@@ -92,9 +92,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.format == "auto" or self.holdout is not None:
             raise InputError(
                 "data: format = 'auto' and holdout are keys of a program, which are decided when "
-                "it "
-                "is loaded, expected a format and a split; write them"
+                "it is loaded, expected a format and a split; write them"
             )
+        self._check_files()
+        self._check_trained_tokens()
+        self._check_mix()
+
+    def _check_files(self) -> None:
+        """InputError for columns that the format does not have, and for a path without a name."""
         _check_columns(self.format, self.columns)
         for path in (self.path, *(other.path for other in self.mix)):
             if not path or not all(_list_of(path)):
@@ -102,12 +107,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InputError(f"data: path names no file, {expected}; write one")
         for other in self.mix:
             _check_columns(other.format or self.format, other.columns)
+
+    def _check_trained_tokens(self) -> None:
+        """InputError for keys of conversations with another format, and for keys that disagree."""
         if self.format not in ("instruct", "chat") and self.train_on != "assistant":
             trained = "every token" if self.format == "text" else "the answer"
             raise InputError(
                 f"data: train_on = {self.train_on!r} with format = {self.format!r}, expected it "
-                "with instruct or chat only; "
-                f"remove it: {trained} is trained"
+                f"with instruct or chat only; remove it: {trained} is trained"
             )
         if self.format not in ("instruct", "chat") and self.turns != "whole":
             found = f"data: turns = {self.turns!r} with format = {self.format!r}"
@@ -126,6 +133,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "data: chat_template_kwargs with format = 'text', expected it with conversations "
                 "only; remove it"
             )
+
+    def _check_mix(self) -> None:
+        """InputError for a mixture of preference data, and for shares that leave nothing."""
         if self.mix and self.format in PREFERENCE_FORMATS:
             raise InputError(
                 f"data: mix with format = {self.format!r}, expected instruct, chat or text; "

@@ -147,6 +147,21 @@ class LoopState(msgspec.Struct, frozen=True):
             return {}
         return {"ended_at_step": self.step, "planned_steps": stage.steps}
 
+    def stage_record(self, stage: TrainingStage) -> dict[str, Any]:
+        """Record of a stage that trained one model."""
+        best = {}
+        if stage.evaluate is not None:
+            best = {"best_step": self.best_step[0], "best_heldout_nats": self.best_nats[0]}
+        return {
+            "top": self.throughput(),
+            "time_s": self.time_s,
+            "n_skipped": self.n_skipped[0],
+            "steps": self.step,
+            **best,
+            **self.training_record(),
+            **self.end_record(stage),
+        }
+
     def throughput(self) -> dict[str, float]:
         """First entries of a stage's record, which summary.json has at its top level."""
         return {

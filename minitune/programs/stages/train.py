@@ -8,15 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
-from torch import Tensor
 
 from minitune import tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.load_balancing import balanced
 from minitune.algorithms.loss_scale import LossScale
 from minitune.algorithms.objective import Objective
-from minitune.algorithms.quantization_aware import quantization_aware
-from minitune.algorithms.registry import Frozen, objective_of
 from minitune.checkpoint.tensors import require_finite
 from minitune.data.cursor import Cursor
 from minitune.errors import InputError
@@ -56,7 +53,12 @@ from minitune.programs.stages.histograms import watcher
 from minitune.programs.stages.private_training import PrivateTraining
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import FREE_KEYS, Evaluation, Sweep
-from minitune.programs.stages.training_step import check_load_balance, initial_state, step_for
+from minitune.programs.stages.training_step import (
+    check_load_balance,
+    initial_state,
+    objective_for,
+    step_for,
+)
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import (
     NonNegativeFloat,
@@ -184,7 +186,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         if self.evaluate is not None and self.evaluate.keep == "best":
             trainable = load_best(self, state, trainable, loop)
         require_finite(trainable, f"stages: {self.label}")
-        record = self._record(loop) | private_training.spent(self, n_rows, loop.step)
+        record = loop.stage_record(self) | private_training.spent(self, n_rows, loop.step)
         private_training.say_spent(self, state, record)
         return state.with_model(trainable=trainable).record(self.label, record)
 
@@ -259,20 +261,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         """Optimizer between its clip and its schedule."""
         return training_optimizer.optimizer_for(self, trainable, seed)
 
-    def _objective(
-        self,
-        model: Model,
-        state: PipelineState,
-        teacher: Teacher | None,
-    ) -> Objective:
-        loaded = state.loaded
-        # A reference without deltas is the base alone, which costs no memory of its own.
-        from_base = self.reference == "base" or not _changes_model(loaded.trainable)
-        frozen = Frozen({} if from_base else loaded.trainable, teacher)
-        objective = objective_of(model, loaded.lora, self.loss, frozen)
-        if state.fake is not None:
-            objective = quantization_aware(objective, state.fake.fake)
-        return objective
+    def _objective(self, model: Model, state: PipelineState, teacher: Teacher | None) -> Objective:
+        from_base = self.reference == "base"
+        return objective_for(model, state, self.loss, teacher, from_base=from_base)
 
     def _model(self, state: PipelineState) -> Model:
         """Model whose blocks and embedding are what the stage asks for."""
@@ -301,24 +292,3 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         small a budget.
         """
         return training_model.n_remat(self.remat, model, params, self.n_rows, n_tokens)
-
-    def _record(self, loop: loop_state.LoopState) -> dict[str, Any]:
-        best = (
-            {"best_step": loop.best_step[0], "best_heldout_nats": loop.best_nats[0]}
-            if self.evaluate
-            else {}
-        )
-        return {
-            "top": loop.throughput(),
-            "time_s": loop.time_s,
-            "n_skipped": loop.n_skipped[0],
-            "steps": loop.step,
-            **best,
-            **loop.training_record(),
-            **loop.end_record(self),
-        }
-
-
-def _changes_model(trainable: Trainable) -> bool:
-    """True if the tree changes the model at all, which fresh deltas do not."""
-    return any(isinstance(leaf, Tensor) or bool(leaf.b.any()) for leaf in trainable.values())

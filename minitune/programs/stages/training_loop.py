@@ -9,13 +9,12 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import msgspec
 import torch
 
-from minitune import hardware, tree
+from minitune import tree
 from minitune.data.cursor import Cursor
 from minitune.programs.log import Log
 from minitune.programs.progress import Progress
@@ -23,12 +22,8 @@ from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
 from minitune.programs.stages.loop_saves import save, save_or_stop, state_folder
-from minitune.programs.stages.loop_state import (
-    MAX_SKIPPED,
-    LoopState,
-    MetricValues,
-    Row,
-)
+from minitune.programs.stages.loop_state import MAX_SKIPPED, LoopState, MetricValues, Row
+from minitune.programs.stages.queued_step import QueuedStep, n_ahead, reading
 from minitune.programs.stages.step_lines import say_heldout, show_step
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
@@ -57,15 +52,6 @@ class TrainingTask(NamedTuple):
     watch: Callable[[int, Tree, Tree], None]
 
 
-class QueuedStep(NamedTuple):
-    """Step that is queued on the device, and the function that waits for its metrics."""
-
-    step: int
-    epoch: int  # that its first row is of, from 0 on
-    n_tokens: int
-    read: Callable[[], MetricValues]
-
-
 class Due(NamedTuple):
     """Work that is due after a step, besides the next one."""
 
@@ -73,16 +59,6 @@ class Due(NamedTuple):
     save: bool
     stop: bool  # a signal has come
     end: bool  # no step follows
-
-
-def reading(metrics: Metrics) -> Callable[[], MetricValues]:
-    """Begin to copy a step's metrics to the host, all at once; the function that is returned waits
-    for them.
-    """
-    names, values = list(metrics), metrics.values()
-    wide = reduce(torch.promote_types, (x.dtype for x in values), torch.float32)
-    read = hardware.reading(torch.stack([x.reshape(-1).to(wide) for x in values]))
-    return lambda: dict(zip(names, read().tolist(), strict=True))
 
 
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
@@ -136,9 +112,6 @@ def _take_steps(
     progress: Progress,
 ) -> tuple[Tree, LoopState]:
     device = device_of(state.loaded.params, train_state["trainable"])
-    # An accelerator gets its next step before the metrics of the last one are read, so that it
-    # never waits.
-    n_ahead = 1 if hardware.is_accelerator(device) else 0
     queue: deque[QueuedStep] = deque()
     last_read, owes_save = 0.0, False
     while not loop.is_finished(stage):
@@ -148,26 +121,16 @@ def _take_steps(
         queue.append(queued)
         due = _due(stage, state, loop)
 
-        # Nothing is evaluated or saved before every step is read: a saved state counts all that was
-        # measured.
-        while len(queue) > (0 if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED else n_ahead):
+        while len(queue) > _n_waiting(due, loop, device):
             queued = queue.popleft()
             rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
-            loop = loop.after_reading(
-                now - last_read, queued.n_tokens, rows, peak_mem_bytes(device)
-            )
-            rates = {
-                "tokens_per_second": queued.n_tokens / (now - last_read),
-                "mem_bytes": loop.peak_mem_bytes,
-                "current_epoch": queued.epoch,
-            }
-            last_read = now
-            show_step(progress, queued.step, rows, rates, loop)
+            time_s, last_read = now - last_read, now
+            mem_bytes = peak_mem_bytes(device)
+            rows, loop = _timed(progress, queued, rows, loop, time_s, mem_bytes)
 
             # The last row that is read waits for the evaluation, because it carries the held-out
             # loss.
-            rows = [{**values, **rates} for values in rows]
             if due.evaluation and not queue:
                 train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
             _log(state.log, queued.step, rows)
@@ -176,6 +139,36 @@ def _take_steps(
         is_save_due = due.save or owes_save
         owes_save = save_or_stop(stage, state, train_state, loop, is_save_due, is_stopping)
     return train_state, loop
+
+
+def _n_waiting(due: Due, loop: LoopState, device: torch.device) -> int:
+    """Number of queued steps that need not be read yet.
+
+    Nothing is evaluated or saved before every step is read: a saved state counts all that was
+    measured.
+    """
+    if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED:
+        return 0
+    return n_ahead(device)
+
+
+def _timed(
+    progress: Progress,
+    queued: QueuedStep,
+    rows: Sequence[Row],
+    loop: LoopState,
+    time_s: float,
+    mem_bytes: int,
+) -> tuple[list[Row], LoopState]:
+    """(rows with the speed of a step that took time_s, loop after it); both are shown."""
+    loop = loop.after_reading(time_s, queued.n_tokens, rows, mem_bytes)
+    rates = {
+        "tokens_per_second": queued.n_tokens / time_s,
+        "mem_bytes": loop.peak_mem_bytes,
+        "current_epoch": queued.epoch,
+    }
+    show_step(progress, queued.step, rows, rates, loop)
+    return [{**values, **rates} for values in rows], loop
 
 
 def _read(

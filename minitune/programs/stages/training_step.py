@@ -1,11 +1,18 @@
-"""Step of a training stage and its first state: plain, with a loss scale, or private."""
+"""Objective, step and first state of a training stage: plain, with a loss scale, or private."""
 
 from typing import Any
 
+from torch import Tensor
+
+from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.dp_sgd import private_state, private_step
 from minitune.algorithms.loss_scale import with_scale
 from minitune.algorithms.objective import Objective
+from minitune.algorithms.quantization_aware import quantization_aware
+from minitune.algorithms.registry import Frozen, objective_of
 from minitune.errors import InputError
+from minitune.losses.registry import Loss
+from minitune.models.model import Model
 from minitune.optim.transforms import Chain
 from minitune.programs.stages import private_training
 from minitune.programs.stages.training_optimizer import loss_scale_for
@@ -32,6 +39,31 @@ def initial_state(
             "bfloat16: rows whose gradient overflows would be left out; set model.dtype"
         )
     return {"trainable": trainable, "opt_state": private_state(optimizer, trainable)}
+
+
+def objective_for(
+    model: Model,
+    state: PipelineState,
+    loss: Loss,
+    teacher: Teacher | None,
+    *,
+    from_base: bool,
+) -> Objective:
+    """Objective of a stage; from_base: the reference is the base without the deltas."""
+    loaded = state.loaded
+    # A reference without deltas is the base alone, which costs no memory of its own.
+    if not _changes_model(loaded.trainable):
+        from_base = True
+    frozen = Frozen({} if from_base else loaded.trainable, teacher)
+    objective = objective_of(model, loaded.lora, loss, frozen)
+    if state.fake is not None:
+        objective = quantization_aware(objective, state.fake.fake)
+    return objective
+
+
+def _changes_model(trainable: Trainable) -> bool:
+    """True if the tree changes the model at all, which fresh deltas do not."""
+    return any(isinstance(leaf, Tensor) or bool(leaf.b.any()) for leaf in trainable.values())
 
 
 def step_for(
