@@ -64,8 +64,7 @@ def opening(
     if system and first and first[0].get("content") != system:
         raise InputError(
             f"data: {where} has a system prompt in a column of its own and another in its "
-            "messages, "
-            "expected one; correct the line"
+            "messages, expected one; correct the line"
         )
     rest = turns[len(first) :]
     if system and not first:

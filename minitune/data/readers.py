@@ -125,8 +125,7 @@ def rows_with_location(source: Source) -> Iterator[tuple[str, RowOrError]]:
     if n_taken == 0 and source.split is not None:
         raise InputError(
             f"data: {source.path_names} has no row of {n_read} in the part {source.split.part!r} "
-            "of split, "
-            "expected one; change its fraction"
+            "of split, expected one; change its fraction"
         )
 
 

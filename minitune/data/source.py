@@ -253,6 +253,6 @@ def _check_columns(format: str, columns: Mapping[str, str]) -> None:
         if name not in COLUMNS[format]:
             raise InputError(
                 f"data: columns names {name!r}, expected {' or '.join(COLUMNS[format])} with "
-                "format = "
-                f"{format!r}{nearest(name, COLUMNS[format])} (the name here = the name in the file)"
+                f"format = {format!r}{nearest(name, COLUMNS[format])} (the name here = the name in "
+                "the file)"
             )

@@ -71,11 +71,9 @@ KEYS = (
         "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
         "train_on_prompt roles_to_train masking_strategy"),
     ("data.train.columns", COLUMNS,
-        "dataset_text_field column_map prompt_field prompt_column field_instruction "
-        "field_output"),
+        "dataset_text_field column_map prompt_field prompt_column field_instruction field_output"),
     ("data.train.path", "",
-        "train_file dataset dataset_path dataset_name datasets data_path data_files "
-        "train_data"),
+        "train_file dataset dataset_path dataset_name datasets data_path data_files train_data"),
     ("data.heldout.path", "",
         "eval_dataset validation_file val_file eval_file test_datasets validation_data"),
     ("data.train.holdout", "share of the rows", "val_set_size val_size validation_split test_size"),
@@ -83,8 +81,8 @@ KEYS = (
         "conversation_style chat_format dataset_format"),
     ("data.train.split", "part of a file", "dataset_split"),
     ("model.path", "",
-        "checkpoint_dir checkpoint_files checkpointer "
-        "model_name_or_path base_model model_id model_name pretrained_model base_model_name"),
+        "checkpoint_dir checkpoint_files checkpointer model_name_or_path base_model model_id "
+        "model_name pretrained_model base_model_name"),
     ("model.deltas", "", "adapter adapter_path adapter_name_or_path lora_model_dir peft_model_id"),
     ("model.tokenizer", "", "tokenizer_path tokenizer_name tokenizer_name_or_path"),
     ("model.device", "", "device_map device use_cpu"),

@@ -230,8 +230,7 @@ def say_widening(log: Log, label: str, leaves: Tree) -> None:
     if device is not None:
         log.say(
             f"{label}: this {device.type} multiplies no bfloat16, so weights stay in 16 bits and "
-            "are widened a block at a time "
-            "for float32 products; activations are float32"
+            "are widened a block at a time for float32 products; activations are float32"
         )
 
 
@@ -257,9 +256,8 @@ def _deltas(
         if fingerprint != base.fingerprint:
             raise InputError(
                 f"loading: the deltas in {source.deltas} were trained on {base.path} "
-                f"({base.fingerprint[:12]}), whose "
-                f"weights are not those of {path} ({fingerprint[:12]}), expected the same base; "
-                "point [model] path to it"
+                f"({base.fingerprint[:12]}), whose weights are not those of {path} "
+                f"({fingerprint[:12]}), expected the same base; point [model] path to it"
             )
     return rule, tree.map(lambda x: x.to(device), trainable)
 

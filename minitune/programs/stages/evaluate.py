@@ -103,8 +103,7 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             exact_match = f", exact match {record['exact_match']:.1%} of {record['n_prompts']}"
         state.log.say(
             f"{self.label}: loss {metrics.loss_nats:.4f} nats a token, perplexity "
-            f"{metrics.perplexity:.3f}, "
-            f"token accuracy {metrics.accuracy:.1%}{exact_match}"
+            f"{metrics.perplexity:.3f}, token accuracy {metrics.accuracy:.1%}{exact_match}"
         )
         return state.record(self.label, record)
 

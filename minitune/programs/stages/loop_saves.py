@@ -67,7 +67,6 @@ def _require_progress(
     kept = f"; {states[-1]} is the newest state that was saved" if states else ""
     raise InputError(
         f"stages: {stage.label} had {n_in_a_row} steps in a row without a finite gradient or a "
-        "target token, "
-        f"up to step {loop.step}, and {n_skipped} in all{leaf}; they changed nothing{kept}. "
-        "Lower the learning rate, or look at the data"
+        f"target token, up to step {loop.step}, and {n_skipped} in all{leaf}; they changed "
+        f"nothing{kept}. Lower the learning rate, or look at the data"
     )

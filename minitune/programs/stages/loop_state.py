@@ -206,7 +206,6 @@ def decode(meta: Mapping[str, Any], begin: LoopState, path: Path) -> LoopState:
 
 def _unfit(path: Path, found: str) -> InputError:
     return InputError(
-        f"checkpoint: {path / 'state.json'} is of another program ({found}), expected the "
-        "counters of "
-        f"this stage; remove {path} to continue from the step before"
+        f"checkpoint: {path / 'state.json'} is of another program ({found}), expected the counters "
+        f"of this stage; remove {path} to continue from the step before"
     )

@@ -59,10 +59,9 @@ def check_onto(abstract: AbstractState, label: str, onto: Onto) -> None:
     """
     if abstract.trained_over is not None and onto == "trained":
         raise InputError(
-            f"stages: {label} is to merge deltas onto what they trained on, but that was "
-            "quantized by "
-            f"{dict(abstract.trained_over)} and is dense here, expected onto = 'stored'; or merge "
-            "in the program that trains"
+            f"stages: {label} is to merge deltas onto what they trained on, but that was quantized "
+            f"by {dict(abstract.trained_over)} and is dense here, expected onto = 'stored'; or "
+            "merge in the program that trains"
         )
 
 
@@ -94,9 +93,8 @@ def merged(
         }
         state.log.say(
             f"{label}: merged onto the {'dequantized' if onto == 'trained' else 'dense'} weights; "
-            "the share of a weight's change "
-            f"that is lost: {errors['trained']:.2%} onto the dequantized ones, "
-            f"{errors['stored']:.2%} onto the dense ones on disk"
+            f"the share of a weight's change that is lost: {errors['trained']:.2%} onto the "
+            f"dequantized ones, {errors['stored']:.2%} onto the dense ones on disk"
         )
     elif deltas:
         # A change that is small beside its weight falls between two numbers of 16 bits.

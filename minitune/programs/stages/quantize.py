@@ -58,8 +58,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         if odd:
             raise InputError(
                 f"stages: {self.label} is to quantize {odd[0]}, which trains or is quantized "
-                "already, expected a plain weight; "
-                "put a merge stage before it"
+                "already, expected a plain weight; put a merge stage before it"
             )
         if isinstance(self.method, gptq.Gptq):
             require_data(abstract, self.method.data, self.label, "instruct", "chat", "text")

@@ -60,9 +60,9 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             check_onto(abstract, self.label, self.onto)
         if self.what == "deltas" and abstract.merged:
             raise InputError(
-                f"stages: {self.label} is to save deltas of weights that a merge stage made, "
-                "which no folder holds, expected "
-                "those of a folder; save params after the merge and load them before the lora stage"
+                f"stages: {self.label} is to save deltas of weights that a merge stage made, which "
+                "no folder holds, expected those of a folder; save params after the merge and load "
+                "them before the lora stage"
             )
         if self.what == "deltas" and abstract.lora is not None:
             ranks = {name: abstract.lora.rank_of(name) for name in abstract.adapted}

@@ -124,8 +124,7 @@ def _member(
         if any(bool(delta.b.any()) for delta in start.values()):
             raise InputError(
                 f"stages: {stage.label} sweeps lora or seed, but its deltas are trained already, "
-                "expected fresh ones; "
-                "sweep other keys, or put it right after the lora stage"
+                "expected fresh ones; sweep other keys, or put it right after the lora stage"
             )
         start = rule.init(state.loaded.params, seed)
     return Member(point, rule, adapter_optimizer(point.stage, start), seed, start)
