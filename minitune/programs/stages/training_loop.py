@@ -22,6 +22,7 @@ from minitune.programs.progress import Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
+from minitune.programs.stages.expected_time import expected_time
 from minitune.programs.stages.loop_saves import save, save_or_stop, state_folder
 from minitune.programs.stages.loop_state import (
     MAX_SKIPPED,
@@ -141,6 +142,7 @@ def _take_steps(
     n_ahead = 1 if hardware.is_accelerator(device) else 0
     queue: deque[QueuedStep] = deque()
     last_read, owes_save = 0.0, False
+    expected = expected_time(stage, state, len(loop.nats))
     while not loop.is_finished(stage):
         if not queue:
             last_read = time.perf_counter()
@@ -162,6 +164,9 @@ def _take_steps(
                 "mem_bytes": loop.peak_mem_bytes,
                 "current_epoch": queued.epoch,
             }
+            line = expected.after_step(queued.step, now - last_read, queued.n_tokens)
+            if line is not None:
+                state.log.say(line)
             last_read = now
             show_step(progress, queued.step, rows, rates, loop)
 
