@@ -69,6 +69,14 @@ def open_model_folder(word: str, adapter: str | None, verb: str) -> ModelFolder:
     return ModelFolder(base, result, f"{result} on {base}")
 
 
+def require_folder(word: str, verb: str, expected: str) -> None:
+    """InputError if a word is no folder that is here; expected: what the verb works on."""
+    place = locate(word)
+    if not place.is_dir():
+        found = "is a file" if place.exists() else "does not exist"
+        raise InputError(f"{verb}: {word} {found}, expected {expected}; correct the path")
+
+
 def base_of(config: Path, verb: str) -> str | None:
     """Base that an adapter_config.json names."""
     base = read_json_object(config, verb).get("base_model_name_or_path")

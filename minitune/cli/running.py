@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from minitune.cli.model_folders import open_model_folder, with_model
+from minitune.cli.model_folders import open_model_folder, require_folder, with_model
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.io.paths import user_path
@@ -31,6 +31,7 @@ def finish(words: Sequence[str]) -> int:
     InputError for what is no run folder, for a finished run, and without a state to finish with.
     """
     options = _finish_parser().parse_args(words)
+    require_folder(options.run, "finish", "the folder of a run, such as runs/lora")
     folder = user_path(options.run)
     if not is_run(folder):
         wanted = "expected the folder of a run, such as runs/lora"
@@ -59,6 +60,7 @@ def merge(words: Sequence[str]) -> int:
     InputError for a folder without deltas, and for a base that is not here.
     """
     options = _merge_parser().parse_args(words)
+    require_folder(options.adapter, "merge", "an adapter, a run or a training state")
     folder = open_model_folder(options.adapter, None, "merge")
     base, deltas = options.base or folder.model, folder.adapter
     if deltas is None:

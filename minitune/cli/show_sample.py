@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from minitune.cli.options import OptionParser
 from minitune.data import preference_rows
 from minitune.data.encoded_rows import Refused
 from minitune.data.readers import require_rows
+from minitune.data.row_lengths import MOST_TOKENS
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import tokenized
 from minitune.errors import InputError, nearest
@@ -62,7 +64,9 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     )
     for name, source in asked.data.items():
         if options.data in (None, name):
-            here = located(source)
+            # How long rows are to be is decided when all are read; here the first ones are.
+            most = MOST_TOKENS if source.seq_len == "auto" else source.seq_len
+            here = msgspec.structs.replace(located(source), seq_len=most)
             for part in here.parts():
                 require_rows(part)
                 _show_file(screen, name, part, text, template, options.n)
@@ -140,9 +144,9 @@ def _unwritten(tokens: Tokens) -> list[Text]:
 
 def _fate(tokens: Tokens, source: Source) -> str:
     """Words on a sample that is not trained on as it is, or nothing."""
-    if len(tokens.ids) > source.seq_len:
+    if len(tokens.ids) > source.max_seq_len:
         return (
-            f" (longer than seq_len = {source.seq_len}: "
+            f" (longer than seq_len = {source.max_seq_len}: "
             f"{'dropped' if source.overlong == 'drop' else 'cut there'})"
         )
     return "" if any(tokens.mask) else " (left out: nothing in it is trained)"

@@ -75,14 +75,14 @@ def show(words: Sequence[str]) -> int:
 def check(words: Sequence[str]) -> int:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
-    from minitune.programs import program, save_paths
+    from minitune.programs import log, program, save_paths
     from minitune.programs.check import check as findings
 
     loaded = program.load(file, with_model(words[1:], "check"))
     loaded.log.check()
-    lines = findings(loaded.model, loaded.data, loaded.stage)
+    checked = findings(loaded.model, loaded.data, loaded.stage, log.say_early)
     save_paths.check(loaded)
-    for line in lines:
+    for line in checked.lines:
         sys.stdout.write(f"{line}\n")
     return 0
 
@@ -148,7 +148,9 @@ def inspect(words: Sequence[str]) -> int:
         found = f"{len(words)} folders" if words else "without a folder"
         refuse(f"inspect {found}, expected inspect FOLDER")
     from minitune.cli.inspect import inspect
+    from minitune.cli.model_folders import require_folder
 
+    require_folder(words[0], "inspect", "a model, an adapter or a run folder")
     return inspect(words[0])
 
 
@@ -279,6 +281,8 @@ def program_file(name: str) -> Path:
         refuse(f"{what}; {known_elsewhere}")
     if path.is_dir():
         place = cut(name)
+        if (path / "program.toml").is_file():
+            refuse(f"{place} is a run, expected a program; its own is {place}/program.toml")
         refuse(f"{place} is a folder, expected a program; write PROGRAM model.path={place}")
     known = [*VERBS, *paths.shipped()]
     near = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)

@@ -13,16 +13,18 @@ import torch
 from minitune import tree
 from minitune.data.cursor import Cursor, next_rows
 from minitune.data.encoded_rows import Refused, with_refused
+from minitune.data.mismatched import mismatched_answers, swap_answer
 from minitune.data.packing import permutation
 from minitune.data.preference_rows import tokenized
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import cache_key
 from minitune.data.token_store import (
-    Document,
     Documents,
+    OnSample,
     Report,
     filter_documents,
     load,
+    no_one,
     padded,
     save,
 )
@@ -53,9 +55,15 @@ class PairSet(NamedTuple):
     key: str
 
 
-def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> PairSet:
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    cache: Path,
+    on_sample: OnSample = no_one,
+) -> PairSet:
     """Tokenize the source's answers once, into a folder of `cache` whose name is a hash of all that
-    they depend on.
+    they depend on; on_sample: as for supervised data.
 
     Overlong pairs are dropped or cut as a whole; pairs whose answers are equal are left out and
     counted. InputError for a malformed line, for data that leaves nothing, and for unpaired answers
@@ -68,11 +76,11 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     desirable = mismatched = None
     if source.format == "pairs":
         if not array_cache.is_whole(cache / key):
-            _write_pairs(cache / key, source, tokenizer, template)
+            _write_pairs(cache / key, source, tokenizer, template, on_sample)
         answers, _, report = load(cache / key, 2)
     else:
         if not array_cache.is_whole(cache / key):
-            _write_unpaired(cache / key, source, tokenizer, template)
+            _write_unpaired(cache / key, source, tokenizer, template, on_sample)
         answers, (desirable, mismatched), report = load(cache / key, 1, "desirable", "mismatched")
     # A cache of this PairSet's own: the order is a pure function, but a step can't afford to
     # compute it.
@@ -122,7 +130,7 @@ def select(
     else:
         firsts = [answers.at(i) for i in rows]
         seconds = [
-            _swap_answer(answers.at(i), answers.at(int(mismatched[i])), source.seq_len)
+            swap_answer(answers.at(i), answers.at(int(mismatched[i])), source.max_seq_len)
             for i in rows
         ]
     batch = padded([[document] for document in [*firsts, *seconds]])
@@ -138,18 +146,27 @@ def select(
     return UnpairedBatch(first, second, desirable, logps)
 
 
-def _write_pairs(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
+def _write_pairs(
+    folder: Path, source: Source, tokenizer: Tokenizer, template: Template, on_sample: OnSample
+) -> None:
     """Tokenize a file of pairs into a token cache, two answers a sample."""
     refused: list[Refused] = []
     rows = tokenized(source, tokenizer, template, refused)
-    samples = ([tokens for tokens, _ in answers] for _, answers in rows)
+
+    def samples() -> Iterator[list[Tokens]]:
+        for n, (_, answers) in enumerate(rows, 1):
+            yield [tokens for tokens, _ in answers]
+            on_sample(n)
+
     answers, _, report = filter_documents(
-        samples, source.path_names, source.seq_len, source.overlong
+        samples(), source.path_names, source.max_seq_len, source.overlong
     )
     save(folder, answers, with_refused(report, refused))
 
 
-def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
+def _write_unpaired(
+    folder: Path, source: Source, tokenizer: Tokenizer, template: Template, on_sample: OnSample
+) -> None:
     """Tokenize a file of unpaired answers into a token cache, with their labels and their
     mismatched answers.
     """
@@ -161,58 +178,11 @@ def _write_unpaired(folder: Path, source: Source, tokenizer: Tokenizer, template
             for tokens, desirable in answers:
                 labels.append(desirable)
                 yield [tokens]
+                on_sample(len(labels))
 
     answers, kept, report = filter_documents(
-        samples(), source.path_names, source.seq_len, source.overlong
+        samples(), source.path_names, source.max_seq_len, source.overlong
     )
-    mismatched = _mismatched(answers, source.path_names)
+    mismatched = mismatched_answers(answers, source.path_names)
     report = with_refused(report, refused)
     save(folder, answers, report, desirable=np.array(labels)[kept], mismatched=mismatched)
-
-
-def _mismatched(answers: Documents, path: str) -> np.ndarray:
-    """For each answer, the number of one to another prompt.
-
-    That is the answer half the data away or, if that has the same prompt, the next one after it
-    that has not. InputError if all answers are to one prompt.
-    """
-    numbers: dict[bytes, int] = {}  # of the prompts
-    prompts = []  # the number of each answer's prompt
-    for i in range(len(answers.offsets) - 1):
-        answer = answers.at(i)
-        prompt = answer.tokens[: _answer_start(answer)].tobytes()
-        prompts.append(numbers.setdefault(prompt, len(numbers)))
-    if len(numbers) < 2:
-        raise InputError(
-            f"data: {path} has answers to one prompt only, expected two or more: each is compared "
-            "with an answer to another one"
-        )
-    n = len(prompts)
-    # next_other[i]: the next answer after i, in a circle, to another prompt. Built from the last
-    # answer to the first, and twice round, because a run of answers to one prompt may span the end.
-    next_other = [0] * n
-    for i in [*range(n - 1, -1, -1)] * 2:
-        after = (i + 1) % n
-        next_other[i] = after if prompts[after] != prompts[i] else next_other[after]
-    mismatched = []
-    for i in range(n):
-        opposite = (i + n // 2) % n
-        mismatched.append(opposite if prompts[opposite] != prompts[i] else next_other[opposite])
-    return np.array(mismatched, dtype=np.int64)
-
-
-def _answer_start(document: Document) -> int:
-    """Place of the first trained token, where the answer begins."""
-    return int(document.mask.argmax())
-
-
-def _swap_answer(asked: Document, other: Document, seq_len: int) -> Document:
-    """Prompt of one document with the answer of the other, cut to seq_len tokens.
-
-    Some of the answer always fits, because the prompt left room for an answer of its own.
-    """
-    i = _answer_start(asked)
-    j = _answer_start(other)
-    tokens = np.concatenate([asked.tokens[:i], other.tokens[j:]])
-    mask = np.concatenate([asked.mask[:i], other.mask[j:]])
-    return Document(tokens[:seq_len], mask[:seq_len])

@@ -68,7 +68,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str | tuple[str, ...]
     # what a row holds, as docs/data.md shows; auto: by the columns of the first row
     format: Literal["instruct", "chat", "text", "pairs", "unpaired", "auto"]
-    seq_len: PositiveInt  # tokens of a row at most
+    # tokens of a row at most; auto: as many as the longest row has, rounded up, and at most 4,096
+    seq_len: PositiveInt | Literal["auto"] = "auto"
     # short documents share a row, in which none sees another; false: a row for each
     packed: bool = True
     # more tokens than seq_len: cut, left out, or (split) a text becomes several samples
@@ -160,6 +161,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         mix = tuple(msgspec.structs.replace(other, path=resolved(other.path)) for other in self.mix)
         return msgspec.structs.replace(self, path=resolved(self.path), mix=mix)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of a row at most; InputError where seq_len is "auto", which a program decides."""
+        if self.seq_len == "auto":
+            found = f'data: {self.path_names} has seq_len = "auto"'
+            raise InputError(f"{found}, expected a number outside of a program; write one")
+        return self.seq_len
 
     @property
     def path_names(self) -> str:

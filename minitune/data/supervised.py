@@ -19,7 +19,16 @@ from minitune.data.packing import epoch_rows
 from minitune.data.readers import error_location
 from minitune.data.row_weights import row_weight, weighted
 from minitune.data.source import PREFERENCE_FORMATS, Source, column
-from minitune.data.token_store import Documents, Report, filter_documents, load, padded, save
+from minitune.data.token_store import (
+    Documents,
+    OnSample,
+    Report,
+    filter_documents,
+    load,
+    no_one,
+    padded,
+    save,
+)
 from minitune.errors import InputError
 from minitune.io import array_cache
 from minitune.text.chat import Tokens, encode_chat
@@ -28,7 +37,7 @@ from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 5  # version of the token cache; another number makes every cache anew
+LAYOUT = 6  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):
@@ -48,14 +57,21 @@ class Dataset(NamedTuple):
 
     def fill(self, source: Source, seed: int) -> float:
         """Share of tokens in the first epoch's rows that are no padding, for packed rows."""
-        return packing.fill(self.order(seed, 0), np.diff(self.offsets).tolist(), source.seq_len)
+        return packing.fill(self.order(seed, 0), np.diff(self.offsets).tolist(), source.max_seq_len)
 
 
-def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Path) -> Dataset:
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    cache: Path,
+    on_sample: OnSample = no_one,
+) -> Dataset:
     """Tokenize the source's documents once, into a folder of `cache` whose name is a hash of all
     that they depend on.
 
-    InputError for a malformed line, and for data without a single trained token.
+    on_sample: called after each sample with how many there are. InputError for a malformed line,
+    and for data without a single trained token.
     """
     if source.format in PREFERENCE_FORMATS:
         found = f"data: {source.path_names} has format {source.format!r}"
@@ -63,7 +79,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
         raise InputError(f"{found}, {expected}")
     key = cache_key(source, tokenizer, template)
     if not array_cache.is_whole(cache / key):
-        _write(cache / key, source, tokenizer, template)
+        _write(cache / key, source, tokenizer, template, on_sample)
     documents, (file,), report = load(cache / key, 1, "file")
     sizes = np.bincount(file, minlength=1 + len(source.mix)).tolist()
     for size, part in zip(sizes, source.parts(), strict=True):
@@ -78,7 +94,7 @@ def prepare(source: Source, tokenizer: Tokenizer, template: Template, cache: Pat
     # compute it.
     order = lru_cache(maxsize=2)(
         lambda seed, epoch: epoch_rows(
-            lengths, source.seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares
+            lengths, source.max_seq_len, source.packed, seed, epoch, sizes=sizes, shares=shares
         )
     )
     return Dataset(*documents, report, order, key)
@@ -127,7 +143,7 @@ def batches(dataset: Dataset, source: Source, n_rows: int) -> Iterator[Batch]:
             rows[-1].append(i)
         else:
             rows.append([i])
-            room = source.seq_len
+            room = source.max_seq_len
         room = room - length
     for start in range(0, len(rows), n_rows):
         yield _batch(dataset, rows[start : start + n_rows], source)
@@ -151,7 +167,13 @@ def cache_key(source: Source, tokenizer: Tokenizer, template: Template) -> str:
     return array_cache.key(LAYOUT, tokenizer.fingerprint, sources, names, options, files)
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Template) -> None:
+def _write(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    template: Template,
+    on_sample: OnSample,
+) -> None:
     """Tokenize all files of a source into a token cache, with the number of the file of each
     document.
     """
@@ -165,9 +187,10 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, template: Templat
                 file_numbers.append(number)
                 rows[where] += source.overlong == "split"
                 yield [tokens]
+                on_sample(len(file_numbers))
 
     documents, kept, report = filter_documents(
-        samples(), source.path_names, source.seq_len, source.overlong
+        samples(), source.path_names, source.max_seq_len, source.overlong
     )
     n_split = sum(n > 1 for n in rows.values())
     report = with_refused(report._replace(n_split=n_split), refused)
@@ -220,8 +243,8 @@ def _texts(
     if source.overlong != "split":
         return [tokens]
     # Two parts share a token, which the second one has as context: each token is a target once.
-    starts = range(0, max(1, len(tokens.ids) - 1), max(1, source.seq_len - 1))
-    ends = [start + source.seq_len for start in starts]
+    starts = range(0, max(1, len(tokens.ids) - 1), max(1, source.max_seq_len - 1))
+    ends = [start + source.max_seq_len for start in starts]
     return [Tokens(tokens.ids[i:j], tokens.mask[i:j]) for i, j in zip(starts, ends, strict=True)]
 
 
@@ -242,5 +265,5 @@ def _batch(dataset: Dataset, rows: Sequence[Sequence[int]], source: Source) -> B
     the longest row.
     """
     documents = Documents(dataset.tokens, dataset.mask, dataset.offsets)
-    n_tokens = source.seq_len if source.packed else None
+    n_tokens = source.max_seq_len if source.packed else None
     return padded([[documents.at(i) for i in row] for row in rows], n_tokens)

@@ -4,7 +4,7 @@ make a Batch.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,6 +18,12 @@ from minitune.io import array_cache
 from minitune.text.chat import Tokens
 from minitune.types import Batch
 
+OnSample = Callable[[int], None]  # called after each sample with how many are tokenized
+
+
+def no_one(_: int) -> None:
+    """Listen to nothing: the OnSample of who shows no progress."""
+
 
 class Report(NamedTuple):
     """Counts of what became of a file's samples; a pair of answers is one sample.
@@ -27,7 +33,8 @@ class Report(NamedTuple):
     n_identical pairs whose answers are equal. n_split of the texts were split into several samples.
     n_malformed rows are none, such as lines that are no JSON, and n_refused others can't be
     encoded; both were left out, as asked for. unwritten: how often a message
-    holds something under a key that the template does not write, by key.
+    holds something under a key that the template does not write, by key. longest: tokens of the
+    longest document, before it was cut or left out for its length.
     """
 
     n_samples: int
@@ -41,6 +48,7 @@ class Report(NamedTuple):
     n_refused: int = 0
     n_malformed: int = 0
     unwritten: Mapping[str, int] = MappingProxyType({})
+    longest: int = 0
 
 
 class Document(NamedTuple):
@@ -77,12 +85,14 @@ def filter_documents(
     """
     growing = _Growing(array("i"), array("f"), array("q", [0]))
     kept = array("q")
-    n_truncated = 0
+    n_truncated = longest = 0
     n_left_out, unwritten = Counter[str](), Counter[str]()
     for number, sample in enumerate(samples):
-        is_overlong = any(len(one.ids) > seq_len for one in sample)
+        n_longest = max(len(one.ids) for one in sample)
+        is_overlong = n_longest > seq_len
         documents = [_cut(one, seq_len) for one in sample]
         reason = "dropped" if is_overlong and overlong == "drop" else _reason_against(documents)
+        longest = longest if reason == "without_target" else max(longest, n_longest)
         if reason is not None:
             n_left_out.update([reason])
             continue
@@ -103,6 +113,7 @@ def filter_documents(
         n_without_target=n_left_out["without_target"],
         n_identical=n_left_out["identical"],
         unwritten=dict(unwritten),
+        longest=longest,
     )
     return arrays, np.array(kept, dtype=np.int64), report
 

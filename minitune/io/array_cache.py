@@ -20,9 +20,9 @@ import msgspec
 import numpy as np
 
 from minitune.errors import DiskFullError, InputError
-from minitune.io.atomic import NO_ROOM, create_folder, free_bytes, remove_folder, sync_tree
+from minitune.io.atomic import NO_ROOM, create_folder, free_bytes, link, remove_folder, sync_tree
 from minitune.io.cache_size import keep_below
-from minitune.io.checksums import damaged_file, write_checksums
+from minitune.io.checksums import CHECKSUMS, damaged_file, write_checksums
 
 UNFINISHED = ".tmp-"  # begins the names of folders that are being filled: .tmp-HOST-PID-RANDOM
 ABANDONED_S = 7 * 24 * 3600.0  # after which a folder that another machine was filling is given up
@@ -82,6 +82,17 @@ def filling(folder: Path, n_bytes: int = 0) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def share(folder: Path, other: Path) -> None:
+    """Make `other` a cache of the same files as `folder`, which take no second room; nothing if it
+    is there."""
+    if is_whole(other):
+        return
+    with filling(other) as unfinished:
+        for file in folder.iterdir():
+            if file.name != CHECKSUMS:
+                link(file, unfinished / file.name)
 
 
 def remove_unfinished(cache: Path) -> None:

@@ -46,7 +46,8 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw"
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, 1711.05101, algorithm 2)."""
 
     scope: ClassVar[Scope] = "element"
-    lr: NonNegativeFloat  # learning rate at the schedule's peak
+    # learning rate at the schedule's peak; in a program also "auto", by the size of the model
+    lr: NonNegativeFloat
     # what the means of the gradient and of its square keep at a step: more averages longer
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     # added to the root of the mean square: more shortens steps where gradients are tiny

@@ -1,9 +1,13 @@
 """Checks of a program before anything expensive: folders, stages, and the data as they use it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 
 from minitune.checkpoint.hf_weights import check_weights
+from minitune.data import row_lengths
 from minitune.data.readers import require_rows
 from minitune.data.source import Source
 from minitune.io import paths
@@ -13,17 +17,30 @@ from minitune.models.open import FAMILIES
 from minitune.models.open import open as open_model
 from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
+from minitune.programs.progress import Count
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
 from minitune.text.template import with_options
+
+
+class Checked(NamedTuple):
+    """Findings on a program."""
+
+    lines: list[str]  # what it would work on
+    data: dict[str, Source]  # its tables, the lengths of their rows decided
+    lengths: list[str]  # lines on lengths that were "auto"
+    first: AbstractState  # before the first stage
 
 
 def check(
     source: ModelSource,
     sources: Mapping[str, Source],
     stages: Sequence[PipelineStage],
-) -> list[str]:
-    """Lines that say what a program would work on; InputError for whatever would stop it later.
+    say: Callable[[str], None] = lambda _: None,
+) -> Checked:
+    """Findings on a program; InputError for whatever would stop it later.
+
+    say: writes a line, now and then while a large table is tokenized.
 
     The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
     the headers are read.
@@ -33,13 +50,9 @@ def check(
     )
     placed = {name: located(data) for name, data in sources.items()}
     abstract = abstract_state(source, AbstractState(placed, Model(FAMILIES["llama"], None), {}))
+    abstract = abstract._replace(on_sample=lambda name: Count(say, f"tokenizing {name}"))
     _, template = abstract.text()
-    n_params = sum(w.numel() for w in abstract.params.values())
-    vocabulary = abstract.model.config.vocab_size
-    sizes = f"{n_params:,} parameters, vocabulary {vocabulary:,}"
-    lines = [f"model: {sizes}, template: {template.origin}"]
-    if template.tool_use is not None:
-        lines.append(f"template: {template.tool_use.origin} for conversations with tools")
+    lines = _model_lines(abstract)
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
@@ -53,11 +66,43 @@ def check(
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
+    decided, lengths = with_lengths(placed, abstract)
+    lines += lengths
     for stage, found in zip(stages, before, strict=True):
         lines.append(f"stage: {stage.label}")
         if isinstance(stage, DataStage):
-            lines += [f"  {note}" for note in stage.prepare(found)]
+            lines += [f"  {note}" for note in stage.prepare(found._replace(data=decided))]
+    data = {
+        name: msgspec.structs.replace(data, seq_len=decided[name].seq_len)
+        for name, data in sources.items()
+    }
+    return Checked(lines, data, lengths, abstract._replace(data=decided))
+
+
+def _model_lines(abstract: AbstractState) -> list[str]:
+    """Lines on the size of a model and on its chat template."""
+    _, template = abstract.text()
+    n_params = sum(w.numel() for w in abstract.params.values())
+    vocabulary = abstract.model.config.vocab_size
+    sizes = f"{n_params:,} parameters, vocabulary {vocabulary:,}"
+    lines = [f"model: {sizes}, template: {template.origin}"]
+    if template.tool_use is not None:
+        lines.append(f"template: {template.tool_use.origin} for conversations with tools")
     return lines
+
+
+def with_lengths(
+    placed: Mapping[str, Source], abstract: AbstractState
+) -> tuple[dict[str, Source], list[str]]:
+    """(data tables whose rows have a length in numbers, lines on those that had none)."""
+    decided, lines = dict(placed), []
+    max_positions = abstract.model.config.max_positions
+    for name, source in placed.items():
+        if source.seq_len == "auto":
+            how = (*abstract.text(), paths.cache(), max_positions, abstract.on_sample(name))
+            decided[name], report = row_lengths.with_length(source, *how)
+            lines.append(row_lengths.length_line(name, decided[name], report))
+    return decided, lines
 
 
 def _read_as(part: Source) -> str:

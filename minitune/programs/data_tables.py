@@ -7,11 +7,19 @@ from minitune.data.readers import first_row
 from minitune.data.row_formats import ROW_FORMATS, described, example, format_of
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
+from minitune.io.toml_messages import KeyPath
 from minitune.programs.data_paths import data_places
 from minitune.programs.state import AbstractState
 
 AUTO = "auto"
 HELDOUT = "heldout"  # table of the rows that `holdout` keeps apart
+
+
+def complete(raw: dict[str, Any], where: Callable[[KeyPath], str]) -> None:
+    """Complete the data tables of a parsed program; where(path) begins a message about a value."""
+    tables = raw.get("data")
+    if isinstance(tables, dict):
+        raw["data"] = completed(tables, lambda table, key: where(("data", table, key)))
 
 
 def completed(

@@ -243,6 +243,11 @@ class Log:
         return self._path.open("ab")
 
 
+def say_early(text: str) -> None:
+    """One plain line on the terminal, before a run has a folder."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _console() -> Console:
     """Console on standard output; a file or a pipe has room for a whole table."""
     console = Console(file=cast("IO[str]", _Terminal()))

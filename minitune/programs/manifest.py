@@ -33,11 +33,18 @@ class Start(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct, frozen=True):
     """Inputs and origin of a run; inputs: by path, "sha256" and "bytes", or "bytes" and "time" for
-    large weights."""
+    large weights; seq_len: of each data table, in numbers."""
 
     seed: int
     inputs: dict[str, Record]
     starts: Annotated[tuple[Start, ...], msgspec.Meta(min_length=1)]
+    seq_len: dict[str, int] = {}
+
+
+def manifest_of(program: Program, *starts: Start) -> Manifest:
+    """Manifest of a program as its files are now, begun and continued at `starts`."""
+    lengths = {name: source.max_seq_len for name, source in program.data.items()}
+    return Manifest(program.seed, input_records(program), starts, lengths)
 
 
 def input_records(program: Program) -> dict[str, Record]:

@@ -103,7 +103,7 @@ def _meant(text: str) -> str:
         return f"; for a model write model.path={text}"
     if path.is_file():
         return f"; for data write data.NAME.path={text}"
-    return ""
+    return f"; no folder {text} is here" if "=" not in text else ""
 
 
 def _toml_value(text: str, text_only: bool) -> Any:

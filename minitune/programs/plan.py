@@ -21,6 +21,8 @@ from minitune.planning.flops import flops_per_token
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import Parts, StepSpec, peak_memory
 from minitune.programs import program
+from minitune.programs.check import with_lengths
+from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
@@ -78,14 +80,14 @@ class PlanState(NamedTuple):
         return plan
 
 
-def planned(source: program.Program) -> Iterator[Planned]:
+def planned(source: program.Program, first: AbstractState | None = None) -> Iterator[Planned]:
     """Stages of a program that train, in order, with their costs, and the evaluations and
     generations with a batch_size of their own.
 
     Those without one take as many tokens as a step. InputError for what would stop the program.
+    first: the state before the first stage, where a check has found it.
     """
-    nothing = AbstractState(source.data, Model(FAMILIES["llama"], None), {})
-    plan = PlanState(abstract_state(source.model, nothing), source.model)
+    plan = PlanState(first or _first_state(source), source.model)
     for stage in source.stage:
         plan = plan.after(stage)
         if isinstance(stage, Train):
@@ -93,6 +95,14 @@ def planned(source: program.Program) -> Iterator[Planned]:
             yield Planned(stage, step, _memory(stage, step, plan), _flops_per_token(stage, step))
         elif isinstance(stage, Eval | Generate) and None not in (stage.batch_size, stage.data):
             yield _planned_forward(stage, plan)
+
+
+def _first_state(source: program.Program) -> AbstractState:
+    nothing = AbstractState({}, Model(FAMILIES["llama"], None), {})
+    abstract = abstract_state(source.model, nothing)
+    placed = {name: located(data) for name, data in source.data.items()}
+    data, _ = with_lengths(placed, abstract)
+    return abstract._replace(data=data)
 
 
 def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
@@ -108,7 +118,7 @@ def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
         CrossEntropy(),
         device,
         n_rows,
-        source.seq_len,
+        source.max_seq_len,
     )
     memory = partial(_forward_memory, stage, source.format != "text")
     flops = flops_per_token(step.model, {}, step.n_tokens)
@@ -135,7 +145,7 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         n = len(sweep_points.points(stage))
         trainable = kept = tree.map(lambda x: x.new_empty(n, *x.shape), trainable)
 
-    n_tokens = abstract.data[stage.data].seq_len
+    n_tokens = abstract.data[stage.data].max_seq_len
     n_micro = -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     return StepSpec(
         abstract.model._replace(n_remat=_n_remat(stage, abstract, params, trainable, device)),
@@ -165,8 +175,10 @@ def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
     if stage.evaluate is None:
         return parts
     data = plan.abstract.data
-    n_tokens = data[stage.evaluate.data].seq_len
-    n_rows = stage.evaluation_rows(n_tokens, data[stage.data].seq_len) * stage.loss.rows_per_sample
+    n_tokens = data[stage.evaluate.data].max_seq_len
+    n_rows = (
+        stage.evaluation_rows(n_tokens, data[stage.data].max_seq_len) * stage.loss.rows_per_sample
+    )
     if n_rows * n_tokens <= step.n_rows * step.n_tokens:
         return parts  # the same tokens without gradients
     return max(parts, evaluation_memory(step, n_rows, n_tokens), key=lambda one: sum(one.values()))
@@ -192,7 +204,7 @@ def _n_remat(
             lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable)
         )
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        return stage.n_remat(abstract.model, adapted, abstract.data[stage.data].seq_len)
+        return stage.n_remat(abstract.model, adapted, abstract.data[stage.data].max_seq_len)
 
 
 def _flops_per_token(stage: Train, step: StepSpec) -> float:

@@ -14,7 +14,7 @@ from minitune.errors import InputError
 from minitune.io import json_schema, toml, toml_messages
 from minitune.io.toml_messages import shown
 from minitune.io.toml_writing import dumps
-from minitune.programs import data_tables
+from minitune.programs import data_tables, learning_rates
 from minitune.programs.field_names import suggest
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
@@ -102,11 +102,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
         given[key_path] = override
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = expanded(raw, (), places.where)
-    if isinstance(raw.get("data"), dict):
-        raw["data"] = data_tables.completed(
-            raw["data"],
-            lambda table, key: places.where(("data", table, key)),
-        )
+    data_tables.complete(raw, places.where)
+    learning_rates.complete(raw, places.where)
     program = toml.decode(raw, Program, places.where, spelled=places.spelled, suggest=suggest)
     _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)
@@ -123,7 +120,7 @@ def resolved(program: Program, *, absent: bool = False) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a program, for editors and for checks outside of minitune."""
-    return json_schema.described(Program)
+    return learning_rates.with_auto(json_schema.described(Program))
 
 
 def speller(raw: Mapping[str, Any]) -> Callable[[toml_messages.KeyPath], str]:

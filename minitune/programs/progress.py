@@ -81,6 +81,21 @@ class Lines(Progress):
         self._say("  ".join(part for part in parts if part))
 
 
+class Count:
+    """Plain lines on a count whose end nobody knows, each after a while."""
+
+    def __init__(self, say: Callable[[str], None], title: str) -> None:
+        """say: writes a line; title: of it, such as "tokenizing train"."""
+        self._say, self._title, self._shown_s = say, title, monotonic()
+
+    def __call__(self, n: int) -> None:
+        """Write a line if the last one is long enough ago."""
+        now = monotonic()
+        if now - self._shown_s >= LINE_EVERY_S:
+            self._shown_s = now
+            self._say(f"{self._title}: {n:,} samples")
+
+
 class Bar(Progress):
     """Bar of a terminal."""
 

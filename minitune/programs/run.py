@@ -14,12 +14,14 @@ from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
+from minitune.programs.plan_fit import memory_lines
 from minitune.programs.program import Program, resolved
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
+from minitune.programs.state import AbstractState, PipelineState
 
 
 def run_program(
@@ -39,7 +41,8 @@ def run_program(
     bound_kernel_cache()
     # before a folder is made or a weight is read
     program.log.check()
-    check(program.model, program.data, program.stage)
+    checked = check(program.model, program.data, program.stage, log.say_early)
+    program = msgspec.structs.replace(program, data=checked.data)
     save_paths.check(program)
     run = open_run(program, program_text=resolved(program), end=end)
     as_dict = msgspec.to_builtins(program)
@@ -49,28 +52,17 @@ def run_program(
             _show_finished(program, run.summary, out, run.notes)
         return run.summary
     with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
-        for note in (*run.notes, *data_notes(program.model, program.data)):
+        data_lines = data_notes(program.model, program.data)
+        for note in (*run.notes, *data_lines, *checked.lengths):
             out.say(note)
-        return _run_stages(program, run, stop, out)
+        return _run_stages(program, run, stop, out, checked.first)
 
 
-def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> Record:
-    """Content of summary.json after all stages."""
-    # Whatever takes no steps is done again after a stop, so that a signal may end it anywhere.
-    with stop.at_once(_steps_taken(run.records), run.folder):
-        state = open_pipeline(
-            program.model,
-            program.data,
-            program.seed,
-            run.folder,
-            out,
-            stop,
-            run.records,
-            program.tf32,
-            tokens_at_once=tokens_at_once(program.stage, program.data),
-            first_rules=first_rules(program.stage),
-            ended=run.ended,
-        )
+def _run_stages(
+    program: Program, run: Run, stop: StopSignals, out: log.Log, first: AbstractState
+) -> Record:
+    """Content of summary.json after all stages; first: the state before them, without weights."""
+    state = _opened(program, run, stop, out, first)
     for stage in program.stage:
         out.begin(stage.label)
         started = perf_counter()
@@ -90,6 +82,29 @@ def _run_stages(program: Program, run: Run, stop: StopSignals, out: log.Log) -> 
     files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
     out.say(f"{run.folder} holds this run: {files}")
     return result
+
+
+def _opened(
+    program: Program, run: Run, stop: StopSignals, out: log.Log, first: AbstractState
+) -> PipelineState:
+    """State before the first stage, with its weights."""
+    # Whatever takes no steps is done again after a stop, so that a signal may end it anywhere.
+    with stop.at_once(_steps_taken(run.records), run.folder):
+        state = open_pipeline(
+            program.model,
+            program.data,
+            program.seed,
+            run.folder,
+            out,
+            stop,
+            run.records,
+            program.tf32,
+            tokens_at_once=tokens_at_once(program.stage, program.data),
+            first_rules=first_rules(program.stage),
+            ended=run.ended,
+        )
+        stages = {stage.label: stage for stage in program.stage}
+        return state._replace(memory_lines=memory_lines(program, first), stages=stages)
 
 
 def _write_page(run: Run, out: log.Log) -> None:

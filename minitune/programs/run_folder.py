@@ -12,16 +12,15 @@ import msgspec
 
 from minitune.errors import DiskFullError, InputError
 from minitune.io import locks, paths
-from minitune.io.atomic import NO_ROOM, create_folder, sync, write_atomic
+from minitune.io.atomic import NO_ROOM, create_folder, link, sync, write_atomic
 from minitune.io.results import Record
 from minitune.programs import ended
 from minitune.programs.earlier_run import EarlierRun, changed_input, earlier_run, gone_result
 from minitune.programs.ended import Chosen, Ended
 from minitune.programs.log import LINES
 from minitune.programs.manifest import (
-    Manifest,
     Start,
-    input_records,
+    manifest_of,
     read_manifest,
     this_start,
     version_changes,
@@ -166,8 +165,7 @@ def _prepared(
     write_atomic(new / "program.toml", program_text.encode())
     write_record(new / "records.json", records)
     # The manifest comes last: it says that the folder is whole.
-    manifest = Manifest(program.seed, input_records(program), (*starts, this_start()))
-    write_record(new / "manifest.json", manifest)
+    write_record(new / "manifest.json", manifest_of(program, *starts, this_start()))
     return new
 
 
@@ -176,7 +174,7 @@ def _take_over(earlier: EarlierRun, new: Path) -> None:
     for label in earlier.taken:
         if label in earlier.changes.states:
             source, target = earlier.folder / "checkpoints" / label, new / "checkpoints" / label
-            shutil.copytree(source, target, copy_function=_link)
+            shutil.copytree(source, target, copy_function=link)
     rows = [line for stage, _, line in read_rows(earlier.folder / ROWS) if stage in earlier.kept]
     write_atomic(new / ROWS, b"".join(rows))
     if early := earlier.held(earlier.ended):
@@ -184,14 +182,6 @@ def _take_over(earlier: EarlierRun, new: Path) -> None:
     for name in (LINES, *TRACKER_FILES):
         if (earlier.folder / name).is_file():
             shutil.copyfile(earlier.folder / name, new / name)
-
-
-def _link(source: str, target: str) -> None:
-    """Second name of a file, which nothing writes to again; a copy where the disk has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _new_folder(folder: Path) -> Path:
@@ -220,9 +210,7 @@ def _continued(
     write_record(folder / "records.json", records)
     if early != earlier.ended:
         write_record(folder / ended.FILE, msgspec.to_builtins(early))
-    inputs = input_records(program)
-    starts = (*manifest.starts, start)
-    write_record(folder / "manifest.json", Manifest(program.seed, inputs, starts))
+    write_record(folder / "manifest.json", manifest_of(program, *manifest.starts, start))
     write_atomic(folder / "program.toml", program_text.encode())
     return Run(folder, True, records, notes, lock, ended=early)
 

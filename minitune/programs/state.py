@@ -2,7 +2,7 @@
 loaded.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minitune.data.source import Source
+from minitune.data.token_store import OnSample, no_one
 from minitune.io.results import Result
 from minitune.lora import Lora
 from minitune.models.model import Model
@@ -74,6 +75,10 @@ class PipelineState(NamedTuple):
     # by the stage that loads a model, "" for the program's: how its weights are quantized at once
     first_rules: Mapping[str, Quantization] = MappingProxyType({})
     ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that the user has ended
+    # by training stage: lines on the memory of its steps
+    memory_lines: Mapping[str, Sequence[str]] = MappingProxyType({})
+    # stages of the program by label, in order
+    stages: Mapping[str, Any] = MappingProxyType({})
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of n_tokens for a forward that fits where the training steps fit."""
@@ -117,6 +122,8 @@ class AbstractState(NamedTuple):
     saved: Mapping[str, SavedModel] = MappingProxyType({})
     tokenizer: Tokenizer | None = None  # of the model; None before there is one
     template: Template | None = None
+    # by the name of a table: what is called with the number of its samples while it is tokenized
+    on_sample: Callable[[str], OnSample] = lambda _: no_one
 
     def text(self) -> tuple[Tokenizer, Template]:
         """Tokenizer and chat template of the model."""

@@ -20,6 +20,8 @@ from minitune.cli.verbs import VERBS
 from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.io import paths, toml
+from minitune.models.model import Model
+from minitune.models.open import FAMILIES
 from minitune.optim.sgd import SGD
 from minitune.programs import check as check_module
 from minitune.programs import program, run
@@ -27,6 +29,7 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.program import Program
 from minitune.programs.signals import Stopped, StopSignals
 from minitune.programs.stages.train import Train
+from minitune.programs.state import AbstractState
 from support.paths import ROOT
 from support.scripts import run_script
 
@@ -265,10 +268,11 @@ def test_show_prints_the_resolved_program(shipped: Path, capsys: pytest.CaptureF
 def test_check_prints_findings_or_the_error(
     shipped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(source: Any, sources: Any, stages: Any) -> list[str]:
+    def check(source: Any, sources: Any, stages: Any) -> check_module.Checked:
         if stages[0].rank == 1:
             raise InputError("lora: target 'x' matches no weight")
-        return [f"model: {source.path}", f"data: {len(sources)}"]
+        lines = [f"model: {source.path}", f"data: {len(sources)}"]
+        return check_module.Checked(lines, {}, [], AbstractState({}, Model(FAMILIES["llama"], None), {}))
 
     monkeypatch.setattr(check_module, "check", check)
     assert main(["check", "lora"]) == 0

@@ -154,6 +154,29 @@ def test_words_that_run_a_program_stand_before_it(tmp_path: Path, tiny: Path, mo
     assert main(["train", "lora.rank=3"]) == 2
 
 
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["merge", "runs/y"], "merge: runs/y does not exist, expected an adapter, a run or a training state; correct the path"),
+        (["inspect", "runs/y"], "inspect: runs/y does not exist, expected a model, an adapter or a run folder; correct the path"),
+        (
+            ["finish", "runs/y"],
+            "finish: runs/y does not exist, expected the folder of a run, such as runs/lora; correct",
+        ),
+        (["finish", "runs/x/program.toml"], "finish: runs/x/program.toml is a file, expected the folder of a run"),
+        (["show", "runs/x"], "minitune: runs/x is a run, expected a program; its own is runs/x/program.toml"),
+        (["runs/x"], "minitune: runs/x is a run, expected a program; its own is runs/x/program.toml"),
+        (["eval", "runs/y"], "expected KEY=VALUE such as seed=1 or train.steps=100; no folder runs/y is here"),
+    ],
+)
+def test_a_typo_or_a_folder_of_another_kind_is_one_sentence(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_holds_no_deltas_is_not_merged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "base"]) == 2
     assert "merge: base holds no deltas, expected an adapter, a run or a training state" in capsys.readouterr().err

@@ -17,7 +17,6 @@ from minitune.__main__ import main
 from minitune.algorithms.objective import apply_trainable
 from minitune.algorithms.supervised import sft
 from minitune.autodiff.value_and_grad import value_and_grad
-from minitune.cli import plan
 from minitune.errors import InputError
 from minitune.inference.generate import greedy
 from minitune.lora import Lora
@@ -34,7 +33,7 @@ from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
 from minitune.planning.inference import answer_memory, evaluation_memory
 from minitune.planning.memory import StepSpec, peak_memory
-from minitune.programs import program
+from minitune.programs import plan_fit, program
 from minitune.programs.plan import planned
 from minitune.programs.stages.quantize import Quantize
 from minitune.programs.stages.train import Train
@@ -210,11 +209,11 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     assert preferred.parts["second model"] == tree.n_bytes(preferred.step.trainable)
     assert preferred.flops_per_token > sft.flops_per_token
 
-    monkeypatch.setattr(plan, "_memory_bytes", lambda device: sft.n_bytes // 2)
+    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: sft.n_bytes // 2)
     printed = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
     assert "does not fit\n  with train.micro_batch_size=1: " in printed
     assert printed.endswith(", fits\n")
-    monkeypatch.setattr(plan, "_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: 1000)
     printed = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
     assert "and train.optimizer.kind=adamw8bit" in printed
     assert printed.endswith("  or a smaller model, or a lora stage in place of a full one\n")
@@ -227,7 +226,7 @@ def test_what_a_plan_advises_is_what_check_accepts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kto = TRAIN.replace('data = "train"', 'data = "unpaired"\nloss = { kind = "kto" }')
-    monkeypatch.setattr(plan, "_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: 1000)
     text = plan_of(capsys, tmp_path, tiny, LORA + kto)
     (word,) = re.findall(r"with (train.micro_batch_size=\d+)", text)
     assert word == "train.micro_batch_size=2"
@@ -282,7 +281,7 @@ def test_evaluations_and_generations_with_rows_of_their_own_are_planned(
     assert after.parts["trained"] == generated.parts["trained"] == train.parts["trained"]
     assert min(after.n_bytes, generated.n_bytes) > train.n_bytes
 
-    monkeypatch.setattr(plan, "_memory_bytes", lambda device: generated.n_bytes // 2)
+    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: generated.n_bytes // 2)
     text = plan_of(capsys, tmp_path, tiny, generate + "batch_size = 64\n")
     assert "does not fit\n  with generate.batch_size=1: " in text
     assert text.endswith(", fits\n")

@@ -264,10 +264,11 @@ def test_overlong_samples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None
     whole = [encode_chat(TOKENIZER, TEMPLATE, chat["messages"]) for chat in chats]
     seq_len = 40
     dropped = prepared(tmp_path, Source(str(path), "chat", seq_len))
-    assert dropped.report == Report(1, len(whole[0].ids), sum(whole[0].mask), 0, 2, 1)
+    longest = max(len(tokens.ids) for tokens in whole)
+    assert dropped.report == Report(1, len(whole[0].ids), sum(whole[0].mask), 0, 2, 1, longest=longest)
     cut = prepared(tmp_path, Source(str(path), "chat", seq_len, overlong="truncate"))
     n_targets = sum(whole[0].mask) + sum(whole[1].mask[:seq_len])
-    assert cut.report == Report(2, len(whole[0].ids) + seq_len, n_targets, 1, 0, 2)
+    assert cut.report == Report(2, len(whole[0].ids) + seq_len, n_targets, 1, 0, 2, longest=len(whole[1].ids))
     assert cut.tokens[cut.offsets[1] :].tolist() == whole[1].ids[:seq_len]
     assert (cut.tokens.dtype, cut.mask.dtype, cut.offsets.dtype) == (np.int32, np.bool_, np.int64)
 

@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
@@ -25,7 +25,10 @@ from minitune.data.source import MixtureComponent, Source
 from minitune.errors import DiskFullError, InputError
 from minitune.io import locks, results
 from minitune.io.atomic import write_atomic
+from minitune.models.model import Model
+from minitune.models.open import FAMILIES
 from minitune.programs import program, records, run, run_folder
+from minitune.programs.check import Checked
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.program import Program
@@ -33,17 +36,7 @@ from minitune.programs.records import summary
 from minitune.programs.run import run_program
 from minitune.programs.run_folder import Run, open_run
 from minitune.programs.signals import Stopped, StopSignals
-
-
-class FakeState(NamedTuple):
-    seed: int
-    folder: Path
-    log: Log
-    stopping: Any
-    records: Mapping[str, dict]
-
-    def record(self, label: str, values: dict[str, Any]) -> "FakeState":
-        return self._replace(records={**self.records, label: values})
+from minitune.programs.state import AbstractState, PipelineState
 
 
 class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
@@ -62,7 +55,7 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     def result(self) -> None:
         return None
 
-    def run(self, state: FakeState) -> FakeState:
+    def run(self, state: PipelineState) -> PipelineState:
         if self.name in state.records:
             return state
         with state.stopping.after_step():
@@ -82,11 +75,12 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
 def fake_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """States without a model: what a run does with its stages does not depend on what they do."""
 
-    def open_pipeline(model, sources, seed, folder, log, stopping, records, tf32, **ahead) -> FakeState:
-        return FakeState(seed, folder, log, stopping, records)
+    def open_pipeline(model, sources, seed, folder, log, stopping, records, tf32, **ahead) -> PipelineState:
+        return PipelineState(seed, folder, log, stopping, {}, records, loaded=None)
 
     monkeypatch.setattr(run, "open_pipeline", open_pipeline)
-    monkeypatch.setattr(run, "check", lambda model, sources, stages: [])
+    nothing = AbstractState({}, Model(FAMILIES["llama"], None), {})
+    monkeypatch.setattr(run, "check", lambda model, sources, stages: Checked([], sources, [], nothing))
 
 
 @pytest.fixture
@@ -134,7 +128,7 @@ def test_a_run_leaves_its_program_manifest_records_metrics_and_summary(tiny: Pro
 
 def test_numbers_that_json_lacks_become_null(tiny: Program) -> None:
     class Diverged(Count, frozen=True, tag="diverged"):
-        def run(self, state: FakeState) -> FakeState:
+        def run(self, state: PipelineState) -> PipelineState:
             return state._replace(records={"one": {"loss_nats": math.nan, "worst": math.inf}})
 
     run_program(changed(tiny, stage=(Diverged(3, "one"),)))
@@ -227,7 +221,7 @@ class Crash(Exception):  # noqa: N818 - no error of a program
     """Something went wrong after the last record was written."""
 
 
-def never(state: FakeState) -> FakeState:
+def never(state: PipelineState) -> PipelineState:
     raise AssertionError("a stage ran in a finished run")
 
 
@@ -272,7 +266,7 @@ def test_a_finished_run_whose_result_is_gone_begins_afresh(tiny: Program, tmp_pa
         def result(self) -> results.Result:  # pyright: ignore[reportIncompatibleVariableOverride]
             return results.Result(str(tmp_path / "result"), "file")
 
-        def run(self, state: FakeState) -> FakeState:
+        def run(self, state: PipelineState) -> PipelineState:
             (tmp_path / "result").write_text("weights", encoding="utf-8")
             return super().run(state)
 
@@ -510,7 +504,7 @@ def test_sigterm_stops_between_steps_and_the_same_program_finishes_later(tiny: P
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_in_a_stage_that_takes_no_steps_ends_it_at_once(tiny: Program, number: int) -> None:
     class Long(Count, frozen=True, tag="long"):
-        def run(self, state: FakeState) -> FakeState:
+        def run(self, state: PipelineState) -> PipelineState:
             os.kill(os.getpid(), number)
             raise AssertionError("the stage went on")
 
@@ -525,7 +519,7 @@ def test_a_signal_in_a_stage_that_takes_no_steps_ends_it_at_once(tiny: Program, 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_while_the_model_is_loaded_ends_the_run_at_once(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*args: Any, **ahead: Any) -> FakeState:
+    def load(*args: Any, **ahead: Any) -> PipelineState:
         os.kill(os.getpid(), signal.SIGHUP)
         raise AssertionError("loading went on")
 
@@ -583,7 +577,7 @@ def test_a_third_sigint_ends_the_process_without_a_traceback() -> None:
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_in_the_last_stage_lets_the_run_finish(tiny: Program) -> None:
     class Late(Count, frozen=True, tag="late"):
-        def run(self, state: FakeState) -> FakeState:
+        def run(self, state: PipelineState) -> PipelineState:
             state = super().run(state)
             with state.stopping.after_step():
                 os.kill(os.getpid(), signal.SIGTERM)

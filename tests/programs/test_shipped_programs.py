@@ -286,7 +286,7 @@ def test_a_program_is_checked_before_a_weight_is_read(tiny: Path, monkeypatch: p
 
     monkeypatch.setattr("minitune.programs.loading.load_base", read)
     loaded = program.load(SHIPPED["lora"], toy("lora", tiny, tiny / "unused"))
-    lines = check(ModelSource(path=str(tiny / "model")), loaded.data, loaded.stage)
+    lines = check(ModelSource(path=str(tiny / "model")), loaded.data, loaded.stage).lines
     n_params = sum(w.numel() for w in random_params(TINY).values())
     assert lines[0].startswith(f"model: {n_params:,} parameters, vocabulary 1,024")
     assert summary({"train": {"top": {"steps": 3}, "x": 1}, "after": {"y": 2}}) == {

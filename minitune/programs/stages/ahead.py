@@ -17,7 +17,7 @@ def tokens_at_once(stages: Sequence[Any], data: Mapping[str, Source]) -> int | N
     Evaluations and generations take as many by default, so that they fit where the steps fit.
     """
     training = [stage for stage in stages if isinstance(stage, Train)]
-    return min((stage.n_rows * data[stage.data].seq_len for stage in training), default=None)
+    return min((stage.n_rows * data[stage.data].max_seq_len for stage in training), default=None)
 
 
 def first_rules(stages: Sequence[Any]) -> dict[str, Quantization]:

@@ -14,7 +14,7 @@ from minitune.data import preference, supervised
 from minitune.data.cursor import Cursor
 from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.data.supervised import Dataset
-from minitune.data.token_store import Report
+from minitune.data.token_store import OnSample, Report, no_one
 from minitune.io import paths
 from minitune.losses.registry import DistillationLoss, Loss
 from minitune.programs.state import AbstractState, PipelineState
@@ -115,11 +115,13 @@ class TokenizedTable(NamedTuple):
     description: str
     n_rows: int  # (or pairs) of the first epoch
     longest: int  # tokens of the longest document
+    n_tokens: int
 
 
 def tokenized(abstract: AbstractState, name: str, seed: int = 0) -> TokenizedTable:
     """Tokenize a [data] table into the cache; InputError for a row that can't be."""
-    return tokenized_table(name, abstract.data[name], *abstract.text(), seed)
+    text = abstract.text()
+    return tokenized_table(name, abstract.data[name], *text, seed, abstract.on_sample(name))
 
 
 def tokenized_table(
@@ -128,16 +130,18 @@ def tokenized_table(
     tokenizer: Tokenizer,
     template: Template,
     seed: int,
+    on_sample: OnSample = no_one,
 ) -> TokenizedTable:
     """Tokenize a [data] table as a model reads it; InputError for a row that can't be."""
     if source.format in PREFERENCE_FORMATS:
-        answers = preference.prepare(source, tokenizer, template, paths.cache())
+        answers = preference.prepare(source, tokenizer, template, paths.cache(), on_sample)
         report, order, offsets = answers.report, answers.order, answers.answers.offsets
     else:
-        dataset = supervised.prepare(source, tokenizer, template, paths.cache())
+        dataset = supervised.prepare(source, tokenizer, template, paths.cache(), on_sample)
         report, order, offsets = dataset.report, dataset.order, dataset.offsets
     description = f"{name} has {describe(report, name, source)}"
-    return TokenizedTable(description, len(order(seed, 0)), int(np.diff(offsets).max()))
+    longest = int(np.diff(offsets).max())
+    return TokenizedTable(description, len(order(seed, 0)), longest, report.n_tokens)
 
 
 def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -> list[float]:
@@ -149,7 +153,7 @@ def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -
 
 def describe(report: Report, table: str, source: Source) -> str:
     """Report of a data table in words, with the keys that decide on what was left out."""
-    longer = f"longer than data.{table}.seq_len = {source.seq_len}"
+    longer = f"longer than data.{table}.seq_len = {source.max_seq_len}"
     left_out = {
         f"truncated ({longer})": report.n_truncated,
         f'dropped ({longer}; overlong = "truncate" keeps their beginning)': report.n_dropped,

@@ -48,7 +48,8 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the rows that are measured; InputError for a row that can't be."""
         source, (tokenizer, template) = abstract.data[self.data], abstract.text()
-        dataset = prepare(source, tokenizer, template, paths.cache())
+        cache, on_sample = paths.cache(), abstract.on_sample(self.data)
+        dataset = prepare(source, tokenizer, template, cache, on_sample)
         lines = [f"{self.data} has {describe(dataset.report, self.data, source)}"]
         if source.format != "text":
             lines += self._answer_notes(prompts(source, tokenizer, template, self.limit))
@@ -85,7 +86,7 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
         description = describe(dataset.report, self.data, source)
         state.log.say(f"{self.label}: {self.data} has {description}")
-        n_rows = self.batch_size or state.rows_at_once(source.seq_len)
+        n_rows = self.batch_size or state.rows_at_once(source.max_seq_len)
         all_rows = batches(dataset, source, n_rows)
         metrics = self._measure(state, all_rows, dataset.report.n_tokens)
         record: dict[str, Any] = {

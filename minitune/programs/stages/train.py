@@ -159,8 +159,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         text = (loaded.tokenizer, loaded.template)
         table = tokenized_table(self.data, source, *text, state.seed)
         steps = training_notes.n_steps(self, self.epochs, table.n_rows)
-        for line in training_notes.notes(self, steps, table, loaded.model.config, source.seq_len):
-            state.log.say(f"{self.label}: {line}")
+        training_notes.say(self, state, steps, table)
         stage = msgspec.structs.replace(self, steps=steps, evaluate=evaluation(self, state))
         return stage._train(state, table.n_rows)
 
@@ -239,7 +238,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         assert self.evaluate is not None, "there is nothing to evaluate on"
         params, name = state.loaded.params, self.evaluate.data
         loader = self._load_batches(state, name, teacher)
-        lengths = state.data[name].seq_len, state.data[self.data].seq_len
+        lengths = state.data[name].max_seq_len, state.data[self.data].max_seq_len
         batches = loader.batches(self.evaluation_rows(*lengths))
         title, total = f"{self.label} held-out", loader.total_tokens
         with shown_batches(state.log, title, batches, total) as shown:

@@ -21,6 +21,7 @@ from minitune.programs.progress import Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
+from minitune.programs.stages.expected_time import expected_time
 from minitune.programs.stages.loop_saves import save, save_or_stop, state_folder
 from minitune.programs.stages.loop_state import MAX_SKIPPED, LoopState, MetricValues, Row
 from minitune.programs.stages.queued_step import QueuedStep, n_ahead, reading
@@ -114,6 +115,7 @@ def _take_steps(
     device = device_of(state.loaded.params, train_state["trainable"])
     queue: deque[QueuedStep] = deque()
     last_read, owes_save = 0.0, False
+    expected = expected_time(stage, state, len(loop.nats))
     while not loop.is_finished(stage):
         if not queue:
             last_read = time.perf_counter()
@@ -126,6 +128,9 @@ def _take_steps(
             rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
             time_s, last_read = now - last_read, now
+            line = expected.after_step(queued.step, time_s, queued.n_tokens)
+            if line is not None:
+                state.log.say(line)
             mem_bytes = peak_mem_bytes(device)
             rows, loop = _timed(progress, queued, rows, loop, time_s, mem_bytes)
 

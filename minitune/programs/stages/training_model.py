@@ -42,7 +42,7 @@ def transformed(
     if compiled or (compiled is None and hardware.capabilities(device).compiles):
         model = model._replace(block_transform=wrap(state.log.say))
     adapted = forward_params(loaded.params, loaded.trainable, loaded.lora, n_rows)
-    n_again = n_remat(remat, model, adapted, n_rows, state.data[stage.data].seq_len)
+    n_again = n_remat(remat, model, adapted, n_rows, state.data[stage.data].max_seq_len)
     if remat == HOST and hardware.capabilities(device).streams:
         model = model._replace(remat=offload.remat(offload.side_stream(device)))
     elif remat == HOST:
