@@ -33,18 +33,11 @@ def ls(words: Sequence[str]) -> int:
     programs = paths.shipped()
     width = max(map(len, programs), default=0)
     for name, path in programs.items():
-        sys.stdout.write(f"{name:{width}}  {next(iter(comments(path)), '')}".rstrip() + "\n")
+        sys.stdout.write(
+            f"{name:{width}}  {next(iter(toml.opening_comment(path, 'program')), '')}".rstrip()
+            + "\n"
+        )
     return 0
-
-
-def comments(path: Path) -> list[str]:
-    """Lines of the comment that a program begins with."""
-    lines = []
-    for line in toml.read(path, "program")[0].splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return lines
 
 
 def cp(words: Sequence[str]) -> int:

@@ -33,6 +33,16 @@ def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
     return text, parse(text, f"{what}: {path}")
 
 
+def opening_comment(path: Path, what: str) -> list[str]:
+    """Lines of the comment that a TOML file begins with; what: the word that messages begin with."""
+    lines = []
+    for line in read(path, what)[0].splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
 def _text(data: bytes) -> str:
     """Text of a file in UTF-8, or in UTF-16 with a byte order mark; with any line ends."""
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -20,7 +20,7 @@ from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.progress import Count
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
-from minitune.text.template import with_options
+from minitune.text.template import Template, with_options
 
 
 class Checked(NamedTuple):
@@ -56,13 +56,7 @@ def check(
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
-    lines += fetched
-    for name, data in placed.items():
-        for part in data.parts():
-            require_rows(part)
-            with_options(template, part.chat_template_kwargs, part.path_names)
-        lines.append(f"data: {name} is {', '.join(map(_read_as, data.parts()))}")
-    lines += data_notes(source, sources)
+    lines += [*fetched, *_data_lines(placed, template), *data_notes(source, sources)]
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
@@ -89,6 +83,16 @@ def _model_lines(abstract: AbstractState) -> list[str]:
     if template.tool_use is not None:
         lines.append(f"template: {template.tool_use.origin} for conversations with tools")
     return lines
+
+
+def _data_lines(placed: Mapping[str, Source], template: Template) -> Iterator[str]:
+    """Yield a line on each table; InputError for files without rows, and for options that the
+    template does not know."""
+    for name, data in placed.items():
+        for part in data.parts():
+            require_rows(part)
+            with_options(template, part.chat_template_kwargs, part.path_names)
+        yield f"data: {name} is {', '.join(map(_read_as, data.parts()))}"
 
 
 def with_lengths(
