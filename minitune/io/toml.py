@@ -34,7 +34,7 @@ def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def opening_comment(path: Path, what: str) -> list[str]:
-    """Lines of the comment that a TOML file begins with; what: the word that messages begin with."""
+    """Lines of the comment that a TOML file begins with; what: as `read` takes it."""
     lines = []
     for line in read(path, what)[0].splitlines():
         if not line.startswith("#"):
