@@ -30,7 +30,7 @@ from minitune.cli.folder_words import (
     template_files,
     tied_head,
 )
-from minitune.cli.model_folders import result_of
+from minitune.cli.model_folders import require_folder, result_of
 from minitune.errors import InputError, printable
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
@@ -60,6 +60,7 @@ def inspect(word: str) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    require_folder(word, "inspect", "a model, an adapter or a run folder")
     found = result_of(word, "inspect")
     if isinstance(found, TrainedState):
         rows, faults = summarize_state(found)

@@ -141,9 +141,7 @@ def inspect(words: Sequence[str]) -> int:
         found = f"{len(words)} folders" if words else "without a folder"
         refuse(f"inspect {found}, expected inspect FOLDER")
     from minitune.cli.inspect import inspect
-    from minitune.cli.model_folders import require_folder
 
-    require_folder(words[0], "inspect", "a model, an adapter or a run folder")
     return inspect(words[0])
 
 
@@ -274,9 +272,9 @@ def program_file(name: str) -> Path:
         refuse(f"{what}; {known_elsewhere}")
     if path.is_dir():
         place = cut(name)
-        if (path / "program.toml").is_file():
-            refuse(f"{place} is a run, expected a program; its own is {place}/program.toml")
-        refuse(f"{place} is a folder, expected a program; write PROGRAM model.path={place}")
+        is_run = (path / "program.toml").is_file()
+        remedy = f"{place}/program.toml" if is_run else f"PROGRAM model.path={place}"
+        refuse(f"{place} is a {'run' if is_run else 'folder'}, expected a program; write {remedy}")
     known = [*VERBS, *paths.shipped()]
     near = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)
     separator = " " if near else "; "

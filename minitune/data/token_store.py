@@ -76,27 +76,24 @@ class Documents(NamedTuple):
 def filter_documents(
     samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str
 ) -> tuple[Documents, np.ndarray, Report]:
-    """Collect the documents of all samples that can be trained: (documents, numbers of the kept
-    samples, report).
+    """Collect what can be trained: (documents, numbers of the kept samples, report).
 
     A sample is one text, or the answers to one prompt; its documents are kept or left out together.
     overlong says what to do with one of more than seq_len tokens: drop or truncate. path is named
     in messages. InputError if nothing is left.
     """
-    growing = _Growing(array("i"), array("f"), array("q", [0]))
-    kept = array("q")
-    n_truncated = longest = 0
-    n_left_out, unwritten = Counter[str](), Counter[str]()
+    growing, kept = _Growing(array("i"), array("f"), array("q", [0])), array("q")
+    n_truncated, longest, n_left_out, unwritten = 0, 0, Counter[str](), Counter[str]()
     for number, sample in enumerate(samples):
         n_longest = max(len(one.ids) for one in sample)
-        is_overlong = n_longest > seq_len
         documents = [_cut(one, seq_len) for one in sample]
-        reason = "dropped" if is_overlong and overlong == "drop" else _reason_against(documents)
-        longest = longest if reason == "without_target" else max(longest, n_longest)
+        is_left_out = n_longest > seq_len and overlong == "drop"
+        reason = "dropped" if is_left_out else _reason_against(documents)
+        longest = max(longest, n_longest * (reason != "without_target"))
         if reason is not None:
             n_left_out.update([reason])
             continue
-        n_truncated += is_overlong
+        n_truncated += n_longest > seq_len
         kept.append(number)
         unwritten.update(key for one in sample for key in one.unwritten)
         for ids, trained in documents:

@@ -40,10 +40,8 @@ def check(
 ) -> Checked:
     """Findings on a program; InputError for whatever would stop it later.
 
-    say: writes a line, now and then while a large table is tokenized.
-
     The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
-    the headers are read.
+    the headers are read. say: writes a line, now and then while a large table is tokenized.
     """
     fetched = refreshed(
         path for data in sources.values() for path in data.paths_by_key("").values()
@@ -61,16 +59,22 @@ def check(
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
     decided, lengths = with_lengths(placed, abstract)
-    lines += lengths
-    for stage, found in zip(stages, before, strict=True):
-        lines.append(f"stage: {stage.label}")
-        if isinstance(stage, DataStage):
-            lines += [f"  {note}" for note in stage.prepare(found._replace(data=decided))]
-    data = {
-        name: msgspec.structs.replace(data, seq_len=decided[name].seq_len)
-        for name, data in sources.items()
-    }
+    lines += [*lengths, *_stage_lines(stages, before, decided)]
+    seq_lens = {name: data.max_seq_len for name, data in decided.items()}
+    data = {n: msgspec.structs.replace(one, seq_len=seq_lens[n]) for n, one in sources.items()}
     return Checked(lines, data, lengths, abstract._replace(data=decided))
+
+
+def _stage_lines(
+    stages: Sequence[PipelineStage],
+    before: Sequence[AbstractState],
+    data: Mapping[str, Source],
+) -> Iterator[str]:
+    """Yield lines on each stage and on the rows that it reads, which are tokenized for it."""
+    for stage, found in zip(stages, before, strict=True):
+        yield f"stage: {stage.label}"
+        if isinstance(stage, DataStage):
+            yield from (f"  {note}" for note in stage.prepare(found._replace(data=data)))
 
 
 def _model_lines(abstract: AbstractState) -> list[str]:
