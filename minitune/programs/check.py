@@ -73,19 +73,6 @@ def check(
     return Checked(lines, data, lengths, abstract._replace(data=decided))
 
 
-def _data_lines(placed: Mapping[str, Source], template: Template) -> list[str]:
-    """Line on the files of each data table; InputError for one without rows, and for an option that
-    the template does not read.
-    """
-    lines = []
-    for name, data in placed.items():
-        for part in data.parts():
-            require_rows(part)
-            with_options(template, part.chat_template_kwargs, part.path_names)
-        lines.append(f"data: {name} is {', '.join(map(_read_as, data.parts()))}")
-    return lines
-
-
 def _model_lines(abstract: AbstractState) -> list[str]:
     """Lines on the size of a model and on its chat template."""
     _, template = abstract.text()
