@@ -9,7 +9,7 @@ from typing import NamedTuple, Never
 
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
-from minitune.cli.options import typed_name
+from minitune.cli.options import announced, typed_name
 from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
@@ -249,14 +249,6 @@ VERBS = {
     ),
     "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),
 }
-
-
-def announced(file: Path) -> Path:
-    """Same file, named on the terminal if it is TOML: the first line does not wait for torch."""
-    toml.read(file, "program")
-    sys.stdout.write(f"program: {file}\n")
-    sys.stdout.flush()
-    return file
 
 
 def program_file(name: str) -> Path:

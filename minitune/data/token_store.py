@@ -76,28 +76,26 @@ class Documents(NamedTuple):
 def filter_documents(
     samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str
 ) -> tuple[Documents, np.ndarray, Report]:
-    """Collect what can be trained: (documents, numbers of the kept samples, report).
+    """(documents that can be trained, numbers of the samples that are kept, report).
 
     A sample is one text, or the answers to one prompt; its documents are kept or left out together.
-    overlong says what to do with one of more than seq_len tokens: drop or truncate. path is named
-    in messages. InputError if nothing is left.
+    overlong: drop or truncate one of more than seq_len tokens. InputError if nothing is left.
     """
     growing, kept = _Growing(array("i"), array("f"), array("q", [0])), array("q")
     n_truncated, longest, n_left_out, unwritten = 0, 0, Counter[str](), Counter[str]()
     for number, sample in enumerate(samples):
         n_longest = max(len(one.ids) for one in sample)
+        drops = n_longest > seq_len and overlong == "drop"
         documents = [_cut(one, seq_len) for one in sample]
-        is_left_out = n_longest > seq_len and overlong == "drop"
-        reason = "dropped" if is_left_out else _reason_against(documents)
-        longest = max(longest, n_longest * (reason != "without_target"))
+        reason = "dropped" if drops else _reason_against(documents)
+        longest = longest if reason == "without_target" else max(longest, n_longest)
         if reason is not None:
             n_left_out.update([reason])
             continue
         n_truncated += n_longest > seq_len
         kept.append(number)
         unwritten.update(key for one in sample for key in one.unwritten)
-        for ids, trained in documents:
-            growing.add(ids, trained)
+        growing.add(documents)
     if not kept:
         raise _nothing_left(path, seq_len, n_left_out)
     arrays = growing.documents()
@@ -125,11 +123,12 @@ class _Growing(NamedTuple):
     mask: array
     offsets: array
 
-    def add(self, ids: Sequence[int], trained: Sequence[bool | float]) -> None:
-        """Put one more document behind the others."""
-        self.tokens.extend(ids)
-        self.mask.extend(trained)
-        self.offsets.append(len(self.tokens))
+    def add(self, documents: Sequence[tuple[Sequence[int], list[bool | float]]]) -> None:
+        """Put more documents, as _cut gives them, behind the others."""
+        for ids, trained in documents:
+            self.tokens.extend(ids)
+            self.mask.extend(trained)
+            self.offsets.append(len(self.tokens))
 
     def documents(self) -> Documents:
         """Arrays of what was collected, whose mask holds numbers only where some are fractions."""

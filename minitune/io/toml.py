@@ -34,7 +34,7 @@ def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def opening_comment(path: Path, what: str) -> list[str]:
-    """Lines of the comment that a TOML file begins with; what: as `read` takes it."""
+    """Lines of the comment at the top of a TOML file; what: the word that messages start with."""
     lines = []
     for line in read(path, what)[0].splitlines():
         if not line.startswith("#"):
