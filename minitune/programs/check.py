@@ -16,7 +16,7 @@ from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.one_process import require_one_process
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
-from minitune.text.template import with_options
+from minitune.text.template import Template, with_options
 
 
 def check(
@@ -36,12 +36,7 @@ def check(
     placed = {name: located(data) for name, data in sources.items()}
     abstract = abstract_state(source, AbstractState(placed, Model(FAMILIES["llama"], None), {}))
     _, template = abstract.text()
-    n_params = sum(w.numel() for w in abstract.params.values())
-    vocabulary = abstract.model.config.vocab_size
-    sizes = f"{n_params:,} parameters, vocabulary {vocabulary:,}"
-    lines = [f"model: {sizes}, template: {template.origin}"]
-    if template.tool_use is not None:
-        lines.append(f"template: {template.tool_use.origin} for conversations with tools")
+    lines = _model_lines(abstract, template)
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
@@ -59,6 +54,17 @@ def check(
         lines.append(f"stage: {stage.label}")
         if isinstance(stage, DataStage):
             lines += [f"  {note}" for note in stage.prepare(found)]
+    return lines
+
+
+def _model_lines(abstract: AbstractState, template: Template) -> list[str]:
+    """Lines on the model's size and on its chat template."""
+    n_params = sum(w.numel() for w in abstract.params.values())
+    vocabulary = abstract.model.config.vocab_size
+    sizes = f"{n_params:,} parameters, vocabulary {vocabulary:,}"
+    lines = [f"model: {sizes}, template: {template.origin}"]
+    if template.tool_use is not None:
+        lines.append(f"template: {template.tool_use.origin} for conversations with tools")
     return lines
 
 

@@ -55,8 +55,18 @@ ABSENT = (
 # fmt: on
 RATES = {"adamw": "1e-4", "adamw8bit": "1e-4", "muon": "0.02", "sgd": "0.1"}  # lr of an example
 
-_KNOWN = {name: (kind, note) for kind, note, names in KINDS for name in names.split()}
-_ABSENT = {name: (note, beside) for note, names, beside in ABSENT for name in names.split()}
+
+def _elsewhere() -> dict[str, tuple[str, str]]:
+    """Kind elsewhere -> (kind here, what a reader must know of it)."""
+    return {name: (kind, note) for kind, note, names in KINDS for name in names.split()}
+
+
+def _absent() -> dict[str, tuple[str, str]]:
+    """Kind that is not there -> (what is said of it, a kind that stands in the same place)."""
+    return {name: (note, beside) for note, names, beside in ABSENT for name in names.split()}
+
+
+ELSEWHERE, NOT_THERE = _elsewhere(), _absent()
 
 
 def suggest_kind(value: str, known: Sequence[str]) -> str:
@@ -66,7 +76,7 @@ def suggest_kind(value: str, known: Sequence[str]) -> str:
     kind, note = _here(value, known)
     if kind is not None:
         return f"; {value} is {inline_text(kind)} here{f', {note}' if note else ''}"
-    said, beside = _ABSENT.get(_plain(value), ("", ""))
+    said, beside = NOT_THERE.get(_plain(value), ("", ""))
     if beside in known:
         return f"; {value} is not there{f': {said}' if said else ''}"
     return nearest(value, known)
@@ -89,7 +99,7 @@ def _here(value: str, known: Sequence[str]) -> tuple[str | None, str]:
     plain = _plain(value)
     if plain in known:
         return plain, ""
-    kind, note = _KNOWN.get(plain, (None, ""))
+    kind, note = ELSEWHERE.get(plain, (None, ""))
     return (kind, note) if kind in known else (None, "")
 
 

@@ -87,7 +87,8 @@ def test_a_word_that_shares_letters_but_no_meaning_is_no_guess(name: str, known:
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("rl", "lr"), ("rnk", "rank"), ("loar", "lora"), ("thinking", "enable_thinking"), ("batchsize", "batch_size")]
+    ("name", "known"),
+    [("rl", "lr"), ("rnk", "rank"), ("loar", "lora"), ("thinking", "enable_thinking")],
 )
 def test_a_misspelled_word_is_one(name: str, known: str) -> None:
     assert nearest(name, ["other", known]) == f"; did you mean {known!r}?"
