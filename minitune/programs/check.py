@@ -17,6 +17,7 @@ from minitune.models.open import FAMILIES
 from minitune.models.open import open as open_model
 from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
+from minitune.programs.one_process import require_one_process
 from minitune.programs.progress import Count
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
@@ -43,6 +44,7 @@ def check(
     The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
     the headers are read. say: writes a line, now and then while a large table is tokenized.
     """
+    require_one_process()
     fetched = refreshed(
         path for data in sources.values() for path in data.paths_by_key("").values()
     )
