@@ -1,5 +1,6 @@
 """Folders that people point at where a model is asked for: a run folder, an adapter, a model."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +8,12 @@ from typing import NamedTuple
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
-from minitune.programs.trained_state import TrainedState, is_run, trained_state
+from minitune.io.toml_writing import inline_text
+from minitune.programs.trained_state import TrainedState, heldout_table, is_run, trained_state
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Shipped programs that ask a model about rows, and the table that these are.
+EVALUATING = {"eval": "heldout", "generate": "prompts"}
 
 
 class ModelFolder(NamedTuple):
@@ -85,11 +89,31 @@ def base_of(config: Path, verb: str) -> str | None:
 
 def with_model(words: Sequence[str], program: str) -> list[str]:
     """Words after a program: a folder that stands first among them is its model, so that
-    `eval FOLDER` evaluates what lies there."""
+    `eval FOLDER` evaluates what lies there.
+
+    program: its name. Of a run, eval and generate take the held-out rows too, and say so.
+    """
     first = next(iter(words), "")
     if "=" in first or first.startswith("-") or not (first and locate(first).is_dir()):
         return list(words)
     folder = open_model_folder(first, None, program)
     given = [f"model.path={folder.model}"]
     given += [f"model.deltas={folder.adapter}"] if folder.adapter is not None else []
-    return [*given, *words[1:]]
+    return [*given, *_heldout_rows(first, program, words[1:]), *words[1:]]
+
+
+def _heldout_rows(word: str, program: str, words: Sequence[str]) -> list[str]:
+    """Words that give a program of EVALUATING the held-out table of a run; none for another, and
+    where the words name rows themselves."""
+    table = EVALUATING.get(program)
+    place = locate(word)
+    run = next((folder for folder in (place, place.absolute().parent) if is_run(folder)), None)
+    named = tuple(f"data.{table}{end}" for end in ("=", ".path=", ".split"))
+    named = (*named, "generate.prompt=")
+    if table is None or run is None or any(word.startswith(named) for word in words):
+        return []
+    name, rows = heldout_table(run)
+    if rows is None:
+        return []
+    sys.stderr.write(f"data.{table} is data.{name} of {run / 'program.toml'}\n")
+    return [f"data.{table}={inline_text(rows)}"]

@@ -60,7 +60,7 @@ def show(words: Sequence[str]) -> int:
     from minitune.programs import program
 
     file = _program_of("show", words)
-    loaded = program.load(file, with_model(words[1:], "show"))
+    loaded = program.load(file, with_model(words[1:], file.stem))
     sys.stdout.write(program.resolved(loaded, absent=True))
     return 0
 
@@ -71,7 +71,7 @@ def check(words: Sequence[str]) -> int:
     from minitune.programs import log, program, save_paths
     from minitune.programs.check import check as findings
 
-    loaded = program.load(file, with_model(words[1:], "check"))
+    loaded = program.load(file, with_model(words[1:], file.stem))
     loaded.log.check()
     checked = findings(loaded.model, loaded.data, loaded.stage, log.say_early)
     save_paths.check(loaded)
@@ -85,7 +85,7 @@ def plan(words: Sequence[str]) -> int:
     file = announced(_program_of("plan", words))
     from minitune.cli.plan import show
 
-    return show(file, with_model(words[1:], "plan"))
+    return show(file, with_model(words[1:], file.stem))
 
 
 def schema(words: Sequence[str]) -> int:

@@ -54,7 +54,7 @@ def length_line(table: str, source: Source, report: Report) -> str:
     """Line on the length that was decided for a data table, and on what is longer."""
     decided = f"data.{table}.seq_len = {source.max_seq_len:,}"
     longest = f"the longest row has {report.longest:,} tokens"
-    n_cut = report.n_truncated + report.n_dropped + report.n_split
+    n_cut = report.n_truncated + report.n_dropped + report.n_cut_off + report.n_split
     if not n_cut:
         return f'{decided} ("auto"): {longest}'
     what = {"truncate": "cut", "drop": "left out", "split": "split"}[source.overlong]

@@ -37,7 +37,7 @@ from minitune.text.template import Template, with_options
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Batch
 
-LAYOUT = 6  # version of the token cache; another number makes every cache anew
+LAYOUT = 7  # version of the token cache; another number makes every cache anew
 
 
 class Dataset(NamedTuple):

@@ -29,12 +29,12 @@ class Report(NamedTuple):
     """Counts of what became of a file's samples; a pair of answers is one sample.
 
     n_samples, n_tokens and n_target_tokens count what was kept; n_truncated of the samples were
-    cut. Left out were n_dropped that are too long, n_without_target with nothing to train, and
-    n_identical pairs whose answers are equal. n_split of the texts were split into several samples.
-    n_malformed rows are none, such as lines that are no JSON, and n_refused others can't be
-    encoded; both were left out, as asked for. unwritten: how often a message
-    holds something under a key that the template does not write, by key. longest: tokens of the
-    longest document, before it was cut or left out for its length.
+    cut. Left out were n_dropped that are too long, n_cut_off that were cut before their first
+    trained token, n_without_target with nothing to train, and n_identical pairs whose answers are
+    equal. n_split of the texts were split into several samples. n_malformed rows are none, such as
+    lines that are no JSON, and n_refused others can't be encoded; both were left out, as asked for.
+    unwritten: how often a message holds something under a key that the template does not write, by
+    key. longest: tokens of the longest document, before it was cut or left out for its length.
     """
 
     n_samples: int
@@ -49,6 +49,7 @@ class Report(NamedTuple):
     n_malformed: int = 0
     unwritten: Mapping[str, int] = MappingProxyType({})
     longest: int = 0
+    n_cut_off: int = 0
 
 
 class Document(NamedTuple):
@@ -87,10 +88,10 @@ def filter_documents(
         n_longest = max(len(one.ids) for one in sample)
         drops = n_longest > seq_len and overlong == "drop"
         documents = [_cut(one, seq_len) for one in sample]
-        reason = "dropped" if drops else _reason_against(documents)
+        reason = "dropped" if drops else _reason_against(sample, documents)
         longest = longest if reason == "without_target" else max(longest, n_longest)
         if reason is not None:
-            n_left_out.update([reason])
+            n_left_out.update([f"n_{reason}"])
             continue
         n_truncated += n_longest > seq_len
         kept.append(number)
@@ -104,11 +105,12 @@ def filter_documents(
         n_tokens=len(arrays.tokens),
         n_target_tokens=int((arrays.mask > 0).sum()),
         n_truncated=n_truncated,
-        n_dropped=n_left_out["dropped"],
-        n_without_target=n_left_out["without_target"],
-        n_identical=n_left_out["identical"],
+        n_dropped=n_left_out["n_dropped"],
+        n_without_target=n_left_out["n_without_target"],
+        n_identical=n_left_out["n_identical"],
         unwritten=dict(unwritten),
         longest=longest,
+        n_cut_off=n_left_out["n_cut_off"],
     )
     return arrays, np.array(kept, dtype=np.int64), report
 
@@ -145,10 +147,12 @@ def _cut(one: Tokens, seq_len: int) -> tuple[Sequence[int], list[bool | float]]:
     return one.ids[:seq_len], [False, *one.mask[1:seq_len]]
 
 
-def _reason_against(documents: Sequence[tuple[Sequence[int], list[bool | float]]]) -> str | None:
+def _reason_against(
+    sample: Sequence[Tokens], documents: Sequence[tuple[Sequence[int], list[bool | float]]]
+) -> str | None:
     """Word for why a sample's documents, as _cut gives them, can't be trained; None if they can."""
     if not all(any(trained) for _, trained in documents):
-        return "without_target"
+        return "cut_off" if all(any(one.mask[1:]) for one in sample) else "without_target"
     if any(ids == documents[0][0] for ids, _ in documents[1:]):
         return "identical"
     return None
@@ -156,13 +160,25 @@ def _reason_against(documents: Sequence[tuple[Sequence[int], list[bool | float]]
 
 def _nothing_left(path: str, seq_len: int, n_left_out: Mapping[str, int]) -> InputError:
     """Error for data of which every sample was left out."""
-    n_identical = n_left_out["identical"]
-    identical = f", {n_identical} with two answers that are the same" if n_identical else ""
+    remedies = {
+        "n_dropped": 'raise seq_len, or set overlong = "truncate"',
+        "n_cut_off": "raise seq_len",
+        "n_without_target": "check the columns and train_on",
+        "n_identical": "check the columns",
+    }
+    reasons = {
+        "n_dropped": f"longer than {seq_len} tokens",
+        "n_cut_off": f"cut at seq_len = {seq_len} before the first answer",
+        "n_without_target": "without a trained token",
+        "n_identical": "with two answers that are the same",
+    }
+    found = {key: n for key, n in n_left_out.items() if n}
+    counts = ", ".join(f"{n:,} {reasons[key]}" for key, n in found.items())
+    most = max(found, key=lambda key: found[key], default="n_without_target")
     return InputError(
-        f"data: {path} leaves nothing to train on ({sum(n_left_out.values())} samples: "
-        f"{n_left_out['dropped']} longer than {seq_len} tokens, {n_left_out['without_target']} "
-        f"without a trained token{identical}), expected an assistant's turn that fits; raise "
-        'seq_len, set overlong = "truncate" or check the columns'
+        f"data: {path} leaves nothing to train on ({sum(found.values()):,} samples"
+        f"{': ' if counts else ''}{counts}), expected an assistant's turn that fits; "
+        f"{remedies[most]}"
     )
 
 

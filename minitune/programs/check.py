@@ -1,6 +1,7 @@
 """Checks of a program before anything expensive: folders, stages, and the data as they use it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from minitune.checkpoint.hf_weights import check_weights
 from minitune.data import row_lengths
 from minitune.data.readers import require_rows
 from minitune.data.source import Source
+from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.paths import locate
 from minitune.models.model import Model
@@ -19,6 +21,7 @@ from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.one_process import require_one_process
 from minitune.programs.progress import Count
+from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
 from minitune.text.template import Template, with_options
@@ -60,6 +63,7 @@ def check(
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
+    _refuse_shared_rows(stages, placed)
     decided, lengths = with_lengths(placed, abstract)
     lines += [*lengths, *_stage_lines(stages, before, decided)]
     seq_lens = {name: data.max_seq_len for name, data in decided.items()}
@@ -137,6 +141,36 @@ def _states_before(stages: Sequence[PipelineStage], abstract: AbstractState) -> 
             trainable = trainable_like(abstract)
             stage.optimizer_for(trainable, seed=0).init(trainable)
     return before
+
+
+def _refuse_shared_rows(stages: Sequence[PipelineStage], placed: Mapping[str, Source]) -> None:
+    """InputError where a stage measures on another table that holds rows of a training stage's."""
+    training = [stage for stage in stages if isinstance(stage, Train)]
+    measured = [stage.evaluate.data for stage in training if stage.evaluate is not None]
+    measured += [stage.data for stage in stages if isinstance(stage, Eval)]
+    for trained, name in product({stage.data for stage in training}, dict.fromkeys(measured)):
+        shared = _shared_file(placed[trained], placed[name]) if name != trained else None
+        if shared is not None:
+            raise InputError(
+                f"check: data.{trained} and data.{name} both read {shared}, so that what is "
+                f"measured was trained on, expected other rows; write data.{trained}.holdout=0.05 "
+                f"in place of data.{name}.path, or measure the training rows by their own name, "
+                f'data = "{trained}"'
+            )
+
+
+def _shared_file(train: Source, heldout: Source) -> Path | None:
+    """File of which two tables read the same rows, or None."""
+    for one in train.parts():
+        for other in heldout.parts():
+            split, across = one.split, other.split
+            if split and across and split.fraction == across.fraction and split != across:
+                continue
+            files = {file.resolve() for file in one.files()}
+            shared = next((file for file in other.files() if file.resolve() in files), None)
+            if shared is not None:
+                return shared
+    return None
 
 
 def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:

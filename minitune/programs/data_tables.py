@@ -1,6 +1,6 @@
 """Data tables of a program, completed: formats found from the columns, and held-out rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from minitune.data.readers import first_row
@@ -15,34 +15,49 @@ AUTO = "auto"
 HELDOUT = "heldout"  # table of the rows that `holdout` keeps apart
 
 
-def complete(raw: dict[str, Any], where: Callable[[KeyPath], str]) -> None:
-    """Complete the data tables of a parsed program; where(path) begins a message about a value."""
+def complete(
+    raw: dict[str, Any],
+    where: Callable[[KeyPath], str],
+    given: Collection[KeyPath],
+) -> None:
+    """Complete the data tables of a parsed program; where(path) begins a message about a value.
+
+    given: paths of the keys that the command line writes.
+    """
     tables = raw.get("data")
     if isinstance(tables, dict):
-        raw["data"] = completed(tables, lambda table, key: where(("data", table, key)))
+
+        def is_given(table: str, key: str) -> bool:
+            path = ("data", table, key)
+            return any(path[:n] in given for n in (1, 2, 3))
+
+        raw["data"] = completed(tables, lambda table, key: where(("data", table, key)), is_given)
 
 
 def completed(
     tables: Mapping[str, Any],
     where: Callable[[str, str], str],
+    is_given: Callable[[str, str], bool],
 ) -> dict[str, Any]:
     """Tables [data.NAME] as decoding takes them: without holdout, and without format = "auto".
 
-    where(table, key) begins a message about a key. InputError for columns that show no format, and
-    for two tables with a holdout.
+    where(table, key) begins a message about a key, which is_given if the command line writes it.
+    InputError for columns that show no format, and for two tables with a holdout.
     """
-    whole = _with_heldout_table(tables, where)
+    whole = _with_heldout_table(tables, where, is_given)
     return {name: _with_format(name, table, where) for name, table in whole.items()}
 
 
 def _with_heldout_table(
     tables: Mapping[str, Any],
     where: Callable[[str, str], str],
+    is_given: Callable[[str, str], bool],
 ) -> dict[str, Any]:
     """Tables in which that of the held-out rows stands by itself.
 
-    What [data.heldout] does not say is as in the table that has the holdout; with a path of its own
-    it takes all rows of that, and nothing is kept apart.
+    What [data.heldout] does not say is as in the table that has the holdout. Where both the holdout
+    and data.heldout.path are written, the one of the command line holds: with a path of its own the
+    table takes all rows of that, and with the holdout what the file says of the table is dropped.
     """
     dicts = {name: table for name, table in tables.items() if isinstance(table, dict)}
     asking = [name for name, table in dicts.items() if "holdout" in table]
@@ -59,7 +74,13 @@ def _with_heldout_table(
         raise InputError(f"{found}, expected a number between 0 and 1; correct it")
     if not isinstance(heldout, dict):
         return {**tables, name: table}  # decoding says what is wrong with it
-    if "path" in heldout:
+    is_wanted = is_given(name, "holdout")
+    if "path" in heldout and is_wanted == is_given(HELDOUT, "path"):
+        found = f"{where(name, 'holdout')}: data.{name}.holdout beside data.{HELDOUT}.path"
+        raise InputError(f"{found}, expected one of them; drop the one that is not meant")
+    if "path" in heldout and is_wanted:
+        heldout = {key: value for key, value in heldout.items() if is_given(HELDOUT, key)}
+    elif "path" in heldout:
         return {**tables, name: table, HELDOUT: {**table, **heldout}}
     if "split" in table:
         found = f"{where(name, 'holdout')}: data.{name} has both holdout and split"

@@ -105,7 +105,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
         given[key_path] = override
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = expanded(raw, (), places.where)
-    data_tables.complete(raw, places.where)
+    data_tables.complete(raw, places.where, given)
     learning_rates.complete(raw, places.where)
     program = toml.decode(raw, Program, places.where, spelled=places.spelled, hints=HINTS)
     _refuse_reserved(program.name, ("name",), places)

@@ -12,6 +12,9 @@ from minitune.io.atomic import write_atomic
 from minitune.io.json_file import read_json
 from minitune.io.results import Record
 
+MUCH_LOST = (
+    0.2  # share of a weight's change that rounding may take before a run ends with a warning
+)
 REMEDY = "set resume = false to begin afresh"
 
 
@@ -49,6 +52,8 @@ class StageRecord(msgspec.Struct, frozen=True):
     model_bytes: int | None = None
     what: str | None = None
     path: str | None = None
+    merge_error: float | None = None  # largest share of a weight's change that was lost
+    onto: str | None = None  # what was merged onto, where the deltas trained over quantized weights
 
 
 class RowKey(msgspec.Struct, frozen=True):
@@ -56,6 +61,17 @@ class RowKey(msgspec.Struct, frozen=True):
 
     stage: str
     step: int
+
+
+def rounding_warning(name: str, merge_error: float | None, onto: str | None) -> str | None:
+    """Sentence on a merge whose rounding lost much of what was trained, or None.
+
+    Onto the stored weights, what is lost is a distance between two bases and no rounding.
+    """
+    if merge_error is None or merge_error <= MUCH_LOST or onto == "stored":
+        return None
+    lost = f"rounding lost up to {merge_error:.0%} of a weight's change"
+    return f"{name}: {lost}; {name}.dtype=float32 keeps all of it, as does serving the adapter"
 
 
 def summary(records: Mapping[str, Record]) -> Record:

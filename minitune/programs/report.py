@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minitune.programs.progress import readings
-from minitune.programs.records import Sample, StageRecord, stage_records
+from minitune.programs.records import Sample, StageRecord, rounding_warning, stage_records
 
 LOSS = "loss [nats a token]"
 COLUMNS = (
@@ -41,7 +41,10 @@ def report(title: str, summary: Mapping[str, Any], width: int = 100) -> Renderab
     names = ("steps", "tokens_per_s", "peak_mem_bytes")
     figures = {name: summary[name] for name in names if isinstance(summary.get(name), int | float)}
     parts += [Text(readings(figures))] if figures else []
-    parts += [Text(f"{record.what} in {record.path}") for record in records.values() if record.path]
+    for name, record in records.items():
+        parts += [Text(f"{record.what} in {record.path}")] if record.path else []
+        warning = rounding_warning(name, record.merge_error, record.onto)
+        parts += [Text(warning)] if warning is not None else []
     return Group(*parts)
 
 

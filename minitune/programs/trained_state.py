@@ -72,6 +72,18 @@ def is_run(folder: Path) -> bool:
     return all((folder / name).is_file() for name in RUN_FILES)
 
 
+def heldout_table(run: Path) -> tuple[str, Mapping[str, Any] | None]:
+    """(name, table) of the rows that a run measures on: those of its evaluations while it trains,
+    else of its last eval stage; (name, None) where it has none."""
+    program = _program(run)
+    stages, tables = program["stage"], program.get("data", {})
+    evaluated = [stage["evaluate"] for stage in stages if isinstance(stage.get("evaluate"), dict)]
+    measured = [*evaluated, *(stage for stage in reversed(stages) if stage["op"] == "eval")]
+    names = [str(table.get("data")) for table in measured]
+    name = next((name for name in names if name in tables), "heldout")
+    return name, tables.get(name)
+
+
 def trained_state(folder: Path) -> TrainedState | None:
     """Newest state of a run folder, or the state that a folder step-N is; None for another folder.
 

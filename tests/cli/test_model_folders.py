@@ -14,12 +14,14 @@ import torch
 from minitune import checkpoint, models, tree
 from minitune.__main__ import main
 from minitune.algorithms.objective import apply_trainable as lora_apply
-from minitune.cli.model_folders import ModelFolder, open_model_folder, result_of
+from minitune.cli.model_folders import ModelFolder, open_model_folder, result_of, with_model
+from minitune.data.source import Split
 from minitune.errors import InputError
 from minitune.interop.peft.layout import Base
+from minitune.programs import program
 from minitune.programs.state_deltas import open_deltas
 from minitune.programs.trained_state import TrainedState
-from support.programs import LORA, TRAIN, evaluation, start
+from support.programs import LORA, SHIPPED, TRAIN, evaluation, start
 
 
 @pytest.fixture
@@ -145,6 +147,29 @@ def test_a_training_state_opens_as_deltas_everywhere(
     assert merged.isfinite().all()
     loss = json.loads(Path("runs/e3/summary.json").read_text("utf-8"))["eval"]["loss_nats"]
     assert loss == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_eval_and_generate_of_a_run_take_its_held_out_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = '{ path = "tickets.csv", format = "chat", split = { fraction = 0.25, part = "heldout" } }'
+    stages = '[[stage]]\nop = "train"\nevaluate = { data = "apart" }\n[[stage]]\nop = "eval"\ndata = "train"\n'
+    text = f'{stages}[model]\npath = "base"\n[data]\ntrain = {{ path = "tickets.csv" }}\napart = {rows}\n'
+    (run / "program.toml").write_text(text, encoding="utf-8")
+    add(run / "merged", "config.json")
+    for word in ("runs/x", "runs/x/merged"):
+        for name, table in (("eval", "heldout"), ("generate", "prompts")):
+            words = ["model.path=runs/x/merged", f"data.{table}={rows}"]
+            assert with_model([word, "seed=3"], name) == [*words, "seed=3"]
+            said = capsys.readouterr().err
+            assert said.startswith(f"data.{table} is data.apart of ")
+            assert said.endswith("runs/x/program.toml\n")
+            source = program.load(SHIPPED[name], words).data[table]
+            assert (source.path, source.split) == ("tickets.csv", Split(0.25, "heldout"))
+            own = f"data.{table}.path=others.csv"
+            assert with_model([word, own], name) == ["model.path=runs/x/merged", own]
+    asked = "generate.prompt=How?"
+    assert with_model(["runs/x", asked], "generate") == ["model.path=runs/x/merged", asked]
+    assert with_model(["runs/x"], "quantize") == ["model.path=runs/x/merged"]
+    assert with_model(["base"], "eval") == ["model.path=base"]
 
 
 def test_words_that_run_a_program_stand_before_it(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

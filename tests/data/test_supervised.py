@@ -28,6 +28,7 @@ from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.checksums import CHECKSUMS, write_checksums
 from minitune.programs.program import load
+from minitune.programs.stages.batches import describe
 from minitune.programs.stages.train import Train
 from minitune.text.chat import CHATML, encode_chat, encode_prompt, open_template
 from minitune.text.template import Template, compile_template
@@ -268,18 +269,35 @@ def test_overlong_samples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None
     assert dropped.report == Report(1, len(whole[0].ids), sum(whole[0].mask), 0, 2, 1, longest=longest)
     cut = prepared(tmp_path, Source(str(path), "chat", seq_len, overlong="truncate"))
     n_targets = sum(whole[0].mask) + sum(whole[1].mask[:seq_len])
-    assert cut.report == Report(2, len(whole[0].ids) + seq_len, n_targets, 1, 0, 2, longest=len(whole[1].ids))
+    assert cut.report == Report(2, len(whole[0].ids) + seq_len, n_targets, 1, 0, 1, longest=longest, n_cut_off=1)
     assert cut.tokens[cut.offsets[1] :].tolist() == whole[1].ids[:seq_len]
     assert (cut.tokens.dtype, cut.mask.dtype, cut.offsets.dtype) == (np.int32, np.bool_, np.int64)
+
+
+def test_rows_that_are_cut_before_their_first_answer_are_counted_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    turns = [("x", "y"), ("x " * 99, "y"), ("x " * 80, "y")]
+    rows = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
+    rows.append({"messages": [{"role": "user", "content": "x"}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = Source(str(path), "chat", 20, overlong="truncate")
+    report = prepared(tmp_path, source).report
+    assert (report.n_samples, report.n_cut_off, report.n_without_target, report.n_truncated) == (1, 2, 1, 0)
+    said = "2 left out: cut at seq_len = 20 before the first answer; raise data.train.seq_len, 1 without a target"
+    assert said in describe(report, "train", source)
+    path.write_text(json.dumps(rows[1]), encoding="utf-8")
+    expected = r"\(1 samples: 1 cut at seq_len = 20 before the first answer\), expected .* that fits; raise seq_len$"
+    with pytest.raises(InputError, match=f"leaves nothing to train on {expected}"):
+        prepared(tmp_path, source)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"messages": [{"role": "user", "content": "x"}]}', r"\(1 samples: 0 longer than 20 tokens, 1 without a trained"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', r"\(1 samples: 1 without a trained token\), .*; check the columns"),
         (
             json.dumps({"messages": [{"role": "user", "content": "x " * 99}, {"role": "assistant", "content": "x"}]}),
-            r"\(1 samples: 1 longer than 20 tokens, 0 without a trained token\), expected an assistant's turn that fits; raise",
+            r"\(1 samples: 1 longer than 20 tokens\), expected an assistant's turn that fits; raise seq_len, or set overlong",
         ),
     ],
 )

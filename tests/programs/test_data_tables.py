@@ -8,7 +8,7 @@ import pytest
 
 from minitune.__main__ import main
 from minitune.data.readers import read_rows
-from minitune.data.source import Source
+from minitune.data.source import Source, Split
 from minitune.errors import InputError
 from minitune.programs import program
 from support.paths import ROOT
@@ -103,6 +103,45 @@ def test_a_file_of_ones_own_takes_the_place_of_held_out_rows(tmp_path: Path) -> 
     data = program.load(SHIPPED["sft"], words).data
     assert (data["train"].format, data["train"].split) == ("instruct", None)
     assert (data["heldout"].format, data["heldout"].split, data["heldout"].seq_len) == ("text", None, 77)
+
+
+@pytest.mark.parametrize("name", ["sft", "sweep", "lora"])
+def test_of_a_holdout_and_a_held_out_path_the_one_of_the_command_line_holds(name: str, tmp_path: Path) -> None:
+    """sft.toml has a holdout, the others a [data.heldout] with the demo's path."""
+    path = written(tmp_path, [{"question": ASKED, "answer": ANSWER}])
+    words = [f"data.train.path={path}", "data.train.format=auto"]
+    data = program.load(SHIPPED[name], [*words, "data.train.holdout=0.3", "data.heldout.packed=false"]).data
+    train, heldout = data["train"], data["heldout"]
+    assert (train.split, heldout.split) == (Split(0.3, "train"), Split(0.3, "heldout"))
+    assert (heldout.path, heldout.format, heldout.columns) == (str(path), "instruct", train.columns)
+    assert (heldout.seq_len, heldout.packed) == (train.seq_len, False)
+    both = [*words, "data.train.holdout=0.3", f"data.heldout.path={path}"]
+    with pytest.raises(InputError, match=r"line: data.train.holdout beside data.heldout.path, expected one of them"):
+        program.load(SHIPPED[name], both)
+
+
+def test_a_file_with_both_a_holdout_and_a_held_out_path_is_refused(tmp_path: Path) -> None:
+    text = SHIPPED["sweep"].read_text(encoding="utf-8").replace("packed  = true", "holdout = 0.1")
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine\.toml:\d+: data.train.holdout beside data.heldout.path, expected one of them"):
+        program.load(tmp_path / "mine.toml")
+
+
+def test_rows_that_are_trained_and_measured_are_refused_by_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"question": f"{i}?", "answer": f"{i}."} for i in range(60)]
+    path, copy = written(tmp_path, rows), written(tmp_path, rows, "copy.jsonl")
+    words = ["check", str(SHIPPED["sft"]), f"data.train.path={path}"]
+    for heldout in (f'"{path}"', f'["{copy}", "{path}"]'):
+        assert main([*words, f"data.heldout.path={heldout}"]) == 2
+        shown = capsys.readouterr().err
+        assert f"check: data.train and data.heldout both read {path}, so that what is measured was trained on" in shown
+        assert "write data.train.holdout=0.05 in place of data.heldout.path" in shown
+    mix = f'data.heldout.mix=[{{path = "{path}", share = 0.5}}]'
+    assert main([*words, f"data.heldout.path={copy}", mix]) == 2
+    assert main([*words, f"data.heldout.path={copy}"]) == 0
+    assert main([*words, "data.train.holdout=0.2"]) == 0
+    # measuring the training rows under their own name is what a program says it does
+    assert main([*words, "before.data=train", "after.data=train"]) == 0
 
 
 @pytest.mark.parametrize(

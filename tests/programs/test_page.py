@@ -106,6 +106,13 @@ ROWS = [{"step": i + 1, "loss": 2.0 - 0.05 * i, "grad_norm": 1.0} for i in range
         ([{**row, "heldout_loss": 1.0 + 0.1 * row["step"]} for row in ROWS], {}, "train: the held-out loss rose from 1.1 to 4"),
         (ROWS, {"after": {"samples": [{"answer": "no end (cut)"}]}}, "after: 1 of the 1 answers shown were cut"),
         (ROWS, {"after": {"n_dropped": 7}}, "after: 7 rows were left out of the evaluation"),
+        (
+            ROWS,
+            {"saved": {"merge_error": 0.34}},
+            "saved: rounding lost up to 34% of a weight's change; saved.dtype=float32",
+        ),
+        (ROWS, {"saved": {"merge_error": 0.19}}, None),
+        (ROWS, {"saved": {"merge_error": 0.34, "onto": "stored"}}, None),
     ],
 )
 def test_advice_says_what_is_odd_and_nothing_else(tmp_path: Path, rows: list[dict], records: dict, said: str | None) -> None:

@@ -6,6 +6,7 @@ from statistics import fmean, median
 from typing import Any
 
 from minitune.programs.page.run_files import RunFiles
+from minitune.programs.records import rounding_warning
 
 ENOUGH_ROWS = 20  # rows of a stage below which its course says nothing
 SMALL_GAIN = 0.01  # share of the first losses by which training lowered them, at least
@@ -26,6 +27,8 @@ def advice(run: RunFiles) -> list[str]:
             found += [f"{label}: {text}" for text in texts]
     for stage, record in run.records.items():
         found += [f"{stage}: {text}" for text in _of_answers(record)]
+        warning = rounding_warning(stage, record.get("merge_error"), record.get("onto"))
+        found += [warning] if warning is not None else []
     return found
 
 

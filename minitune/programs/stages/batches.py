@@ -154,9 +154,12 @@ def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -
 def describe(report: Report, table: str, source: Source) -> str:
     """Report of a data table in words, with the keys that decide on what was left out."""
     longer = f"longer than data.{table}.seq_len = {source.max_seq_len}"
+    before = f"cut at seq_len = {source.max_seq_len} before the first answer"
+    cut_off = f"{before}; raise data.{table}.seq_len"
     left_out = {
         f"truncated ({longer})": report.n_truncated,
         f'dropped ({longer}; overlong = "truncate" keeps their beginning)': report.n_dropped,
+        f"left out: {cut_off}": report.n_cut_off,
         "without a target": report.n_without_target,
         "with equal answers": report.n_identical,
         "texts split": report.n_split,

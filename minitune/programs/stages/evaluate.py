@@ -95,7 +95,9 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
             "token_accuracy": metrics.accuracy,
             "target_tokens": metrics.n_targets,
             "n_rows": dataset.report.n_samples,
-            "n_dropped": dataset.report.n_dropped + dataset.report.n_without_target,
+            "n_dropped": dataset.report.n_dropped
+            + dataset.report.n_cut_off
+            + dataset.report.n_without_target,
             "model_bytes": model_bytes(loaded.params, loaded.trainable, loaded.stored),
         }
         exact_match = ""
