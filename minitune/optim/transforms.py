@@ -54,14 +54,22 @@ class GradientTransformation(Protocol):
 def checked_update(
     optimizer: GradientTransformation, grads: Tree, state: Tree, params: Tree
 ) -> tuple[Tree, Tree]:
-    """(updates, next state) of an optimizer; TypeError for what is no such pair."""
+    """(updates, next state) of an optimizer; TypeError for what is no such pair, and for an update
+    of another shape than its parameter, which would broadcast.
+    """
     result = optimizer.update(grads, state, params)
-    if isinstance(result, tuple) and len(result) == 2:
-        return result
-    raise TypeError(
-        f"optim: update of {type(optimizer).__name__} returned a {type(result).__name__}, "
-        "expected (updates, state)"
-    )
+    found = f"optim: update of {type(optimizer).__name__} returned"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{found} a {type(result).__name__}, expected (updates, state)")
+    updates, _ = result
+    tree.map(lambda p, u: None, params, updates)  # the same names, or an error that says which
+    for (path, p), u in zip(tree.items(params), tree.leaves(updates), strict=True):
+        if u.shape != p.shape:
+            raise TypeError(
+                f"{found} {list(u.shape)} for {path or 'the root'}, expected the shape of the "
+                f"parameter, {list(p.shape)}"
+            )
+    return result
 
 
 class Slice(NamedTuple):
