@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-import msgspec
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import tree
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import NonNegativeFloat, PositiveFloat, wide_dtype
 
@@ -109,7 +109,7 @@ def slice_scratch_bytes(leaves: Sequence[Tensor], bytes_per_element: int, *, rou
     return bytes_per_element * max(min(x.numel(), limit + x.numel() % limit) for x in leaves)
 
 
-class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ClipByGlobalNorm(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv
     1211.5063, algorithm 1).
     """
@@ -130,7 +130,7 @@ class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ScaleByGlob(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Multiply updates by a factor of their own: learning-rate groups, as globs over the paths of
     leaves. The first match wins.
 
