@@ -1,7 +1,10 @@
 """Checks of a program before anything expensive: folders, stages, and the data as they use it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from minitune.checkpoint.hf_weights import check_weights
 from minitune.data.readers import require_rows
@@ -46,7 +49,7 @@ def check(
             require_rows(part)
             with_options(template, part.chat_template_kwargs, part.path_names)
         lines.append(f"data: {name} is {', '.join(map(_read_as, data.parts()))}")
-    lines += data_notes(source, sources)
+    lines += data_notes(source, sources, stages)
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
@@ -92,13 +95,17 @@ def _states_before(stages: Sequence[PipelineStage], abstract: AbstractState) -> 
     return before
 
 
-def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
-    """Lines on tables that are still the demo's beside a user's model or data.
+def data_notes(
+    source: ModelSource, sources: Mapping[str, Source], stages: Sequence[PipelineStage]
+) -> list[str]:
+    """Lines on tables that a stage uses and that are still the demo's beside a user's model or
+    data.
 
     Another line says that a folder ./demo of the user's is not what demo/... means, another that
     tokenized data is not kept where it usually is.
     """
-    parts = [pair for name, data in sources.items() for pair in data.paths_by_key(name).items()]
+    used = {name: data for name, data in sources.items() if name in _data_names(stages)}
+    parts = [pair for name, data in used.items() for pair in data.paths_by_key(name).items()]
     models = [("model", path) for path in (source.path, source.config) if path is not None]
     embedded = paths.PACKAGE / "demo"
     is_demo = {path: locate(path).is_relative_to(embedded) for _, path in [*models, *parts]}
@@ -112,6 +119,17 @@ def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
     if cache_note is not None:
         lines.append(f"note: {cache_note}")
     return lines
+
+
+def _data_names(stages: Iterable[Any]) -> set[str]:
+    """Names of data that stages ask for, and the tables inside them: an evaluation, a method."""
+    names: set[str] = set()
+    for stage in stages:
+        data = getattr(stage, "data", None)
+        names |= {data} if isinstance(data, str) else set()
+        inner = [getattr(stage, name) for name in getattr(stage, "__struct_fields__", ())]
+        names |= _data_names(value for value in inner if isinstance(value, msgspec.Struct))
+    return names
 
 
 def _models(source: ModelSource, stages: Sequence[PipelineStage]) -> Iterator[ModelSource]:

@@ -49,7 +49,7 @@ def run_program(
             _show_finished(program, run.summary, out, run.notes)
         return run.summary
     with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
-        for note in (*run.notes, *data_notes(program.model, program.data)):
+        for note in (*run.notes, *data_notes(program.model, program.data, program.stage)):
             out.say(note)
         return _run_stages(program, run, stop, out)
 
