@@ -32,6 +32,7 @@ from minitune.cli.folder_words import (
 )
 from minitune.cli.model_folders import require_folder, result_of
 from minitune.errors import InputError, printable
+from minitune.io.foreign_weights import foreign_weights
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import Entry
@@ -100,9 +101,11 @@ def summarize(folder: Path) -> FolderSummary:
     elif (folder / "config.json").is_file():
         rows, faults = _model(folder)
     else:
+        foreign = foreign_weights(folder)
+        what = f"; {foreign[0]}: {foreign[1]}" if foreign is not None else ""
         raise InputError(
             f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model "
-            "or adapter folder"
+            f"or adapter folder{what}"
         )
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     return FolderSummary({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)

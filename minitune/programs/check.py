@@ -1,9 +1,9 @@
 """Checks of a program before anything expensive: folders, stages, and the data as they use it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -59,7 +59,7 @@ def check(
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
-    lines += [*fetched, *_data_lines(placed, template), *data_notes(source, sources)]
+    lines += [*fetched, *_data_lines(placed, template), *data_notes(source, sources, stages)]
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
@@ -173,13 +173,17 @@ def _shared_file(train: Source, heldout: Source) -> Path | None:
     return None
 
 
-def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
-    """Lines on tables that are still the demo's beside a user's model or data.
+def data_notes(
+    source: ModelSource, sources: Mapping[str, Source], stages: Sequence[PipelineStage]
+) -> list[str]:
+    """Lines on tables that a stage uses and that are still the demo's beside a user's model or
+    data.
 
     Another line says that a folder ./demo of the user's is not what demo/... means, another that
     tokenized data is not kept where it usually is.
     """
-    parts = [pair for name, data in sources.items() for pair in data.paths_by_key(name).items()]
+    used = {name: data for name, data in sources.items() if name in _data_names(stages)}
+    parts = [pair for name, data in used.items() for pair in data.paths_by_key(name).items()]
     models = [("model", path) for path in (source.path, source.config) if path is not None]
     embedded = paths.PACKAGE / "demo"
     is_demo = {path: locate(path).is_relative_to(embedded) for _, path in [*models, *parts]}
@@ -193,6 +197,17 @@ def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
     if cache_note is not None:
         lines.append(f"note: {cache_note}")
     return lines
+
+
+def _data_names(stages: Iterable[Any]) -> set[str]:
+    """Names of data that stages ask for, and the tables inside them: an evaluation, a method."""
+    names: set[str] = set()
+    for stage in stages:
+        data = getattr(stage, "data", None)
+        names |= {data} if isinstance(data, str) else set()
+        inner = [getattr(stage, name) for name in getattr(stage, "__struct_fields__", ())]
+        names |= _data_names(value for value in inner if isinstance(value, msgspec.Struct))
+    return names
 
 
 def _models(source: ModelSource, stages: Sequence[PipelineStage]) -> Iterator[ModelSource]:

@@ -14,6 +14,8 @@ from minitune.programs.field_names import suggest
 # Two keys of which a stage has one: an override of one takes the place of the other.
 EITHER = {"steps": "epochs", "epochs": "steps", "prompt": "data"}
 
+YAML_OPTIONS = ("config", "nproc_per_node", "nproc-per-node", "nnodes")  # of `tune run`
+
 
 def write_override(
     raw: dict[str, Any], names: Sequence[str | None], text: str, kind: type[msgspec.Struct]
@@ -97,6 +99,8 @@ def _meant(text: str) -> str:
     """End of a message about a word that is no KEY=VALUE: what may be meant, or nothing."""
     if text.startswith("--") and len(text) > 2:
         name, _, value = text.removeprefix("--").partition("=")
+        if name in YAML_OPTIONS:
+            return "; a program is the first word, and has no YAML: docs/from-torchtune.md"
         return f"; options have no dashes: {name}={value or 'VALUE'}"
     path = Path(text)
     if path.is_dir():
