@@ -43,6 +43,9 @@ OTHER_TOOLS = {
     "trackio",
     "mkdocs",
     "torchrun",
+    "docker",
+    "az",
+    "python launch/azureml/submit.py",
     "python bench/demo/make.py",
     *SERVING,
 }
