@@ -77,8 +77,7 @@ def train_step(
     a finite gradient, or -1. With donate=True the tensors of the given state are overwritten.
     loss_scale is for parameters in float16. TypeError for no objective, optimizer or AnyBatch.
     """
-    require_parts(objective, optimizer)
-    require_micro_batch(micro_batch)
+    require_parts(objective, optimizer, micro_batch)
 
     def init(trainable: Trainable) -> TrainState:
         return TrainState(trainable, with_scale(optimizer.init(trainable), loss_scale, trainable))
@@ -87,9 +86,8 @@ def train_step(
         require_batch(batch)
         first, *others = _micro_batches(batch, micro_batch)
         factor = factor_of(state.opt_state, tree.leaves(first)[0].shape.numel())
-        checked = checked_objective(objective, batch.counts)
-        evaluated = value_and_grad(scaled(checked, factor), has_aux=True)
-        evaluate = partial(evaluated, state.trainable, params)
+        checked = scaled(checked_objective(objective, batch.counts), factor)
+        evaluate = partial(value_and_grad(checked, has_aux=True), state.trainable, params)
 
         # sums over the batch: of losses, of what the objective reports, and of gradients
         (loss, reports), grads = sum_over_ranks(accumulate(evaluate, (first, *others)))
@@ -105,8 +103,9 @@ def train_step(
     return Step(init, update)
 
 
-def require_parts(objective: object, optimizer: object) -> None:
-    """TypeError for what is no objective or no optimizer."""
+def require_parts(objective: object, optimizer: object, micro_batch: object) -> None:
+    """TypeError for what is no objective, no optimizer, or no number of rows."""
+    require_micro_batch(micro_batch)
     if not callable(objective):
         raise TypeError(
             f"steps: the objective is a {type(objective).__name__}, expected a function "

@@ -67,9 +67,8 @@ def distillation(
             return Mean.of(nats, rows.rows.target_mask()), {}
         frozen = required(teacher, "distillation")
         with torch.no_grad():
-            teacher_hidden = frozen.model.hidden(frozen.params, rows)
             # hidden[t] predicts token t + 1: aligned with the targets
-            teacher_hidden = teacher_hidden.roll(1, 1)
+            teacher_hidden = frozen.model.hidden(frozen.params, rows).roll(1, 1)
 
         def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
             teacher_logits = frozen.model.logits(frozen.params, hidden)

@@ -22,6 +22,8 @@ from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.types import LogProbs, Mean, Pairs, Params, SeededBatch, Trainable
 
+MEMBERS = "needs_reference", "rewards"  # of a PreferenceLoss, beside its call
+
 
 @runtime_checkable
 class PreferenceLoss(Protocol):
@@ -51,8 +53,7 @@ def preference(
     for a loss that compares with nothing, or when every batch carries the reference's log-probs.
     TypeError for a loss without needs_reference or rewards.
     """
-    names = "needs_reference", "rewards"
-    require_loss(loss, names, "an instance of a PreferenceLoss, such as losses.Dpo()")
+    require_loss(loss, MEMBERS, "an instance of a PreferenceLoss, such as losses.Dpo()")
 
     def objective(
         trainable: Trainable, params: Params, batch: Pairs | SeededBatch

@@ -1,4 +1,4 @@
-"""What somebody's own loss returns and weighs its rows with, looked at where it is used."""
+"""Checks of what somebody's own loss returns and of the weights of its rows, where they are used."""
 
 from typing import Any
 

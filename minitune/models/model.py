@@ -149,8 +149,8 @@ class Model(NamedTuple):
         n_values [n, n_values]; TypeError for another shape. summed: True if all that is done with
         the losses is to add them up, which spares an accelerator a second forward through a head
         that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in
-        head.token_losses. Where loss_mask holds weights, each loss is multiplied with its own;
-        TypeError for a negative weight and for one that is not finite.
+        head.token_losses. Where loss_mask holds weights, all finite and none negative, each loss is
+        multiplied with its own.
         """
         # target_mask() is False at 0, so nothing wraps round
         mask = batch.target_mask().roll(-1, 1)
@@ -167,12 +167,9 @@ class Model(NamedTuple):
 
         of_chunk: Callable[..., Tensor] = chunk_losses
         if mask.is_floating_point():
-            mask = checked_weights(mask)
-            of_chunk, labels, mask = _weighted(chunk_losses), (labels, mask), mask != 0
-        hidden = self.hidden(params, batch)
-        head = self.head(params)
-        nats = nn_head.token_losses(of_chunk, hidden, labels, mask, head, summed=summed)
-        return nats.roll(1, 1)
+            labels, mask, of_chunk = (labels, checked_weights(mask)), mask != 0, _weighted(of_chunk)
+        rows = self.hidden(params, batch), labels, mask, self.head(params)
+        return nn_head.token_losses(of_chunk, *rows, summed=summed).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""
