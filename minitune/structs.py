@@ -1,7 +1,6 @@
 """Struct of numbers in certain ranges, which are looked at where one is made in Python too."""
 
 from collections.abc import Mapping
-from functools import cache
 from numbers import Integral, Real
 from typing import Any, get_type_hints
 
@@ -33,7 +32,6 @@ class CheckedStruct(msgspec.Struct, frozen=True):
                 ) from None
 
 
-@cache
 def _field_types(kind: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:
     """(name, annotation) of every field."""
     hints = get_type_hints(kind, include_extras=True)

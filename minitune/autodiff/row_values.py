@@ -1,4 +1,4 @@
-"""Checks of what somebody's own loss returns and of the weights of its rows, where they are used."""
+"""Checks of what a loss of one's own returns, and of the weights of its rows."""
 
 from typing import Any
 

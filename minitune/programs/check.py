@@ -174,7 +174,7 @@ def _shared_file(train: Source, heldout: Source) -> Path | None:
 
 
 def data_notes(
-    source: ModelSource, sources: Mapping[str, Source], stages: Sequence[PipelineStage]
+    source: ModelSource, sources: Mapping[str, Source], stages: Sequence[Any]
 ) -> list[str]:
     """Lines on tables that a stage uses and that are still the demo's beside a user's model or
     data.
