@@ -209,12 +209,16 @@ def _grams(
     def add(name: str, x: Tensor, y: Tensor) -> None:
         whole_name = f"model.layers.{i}.{name}"
         if whole_name in names:
-            # an expert's rows have left their places, and padding with them
-            rows = x[inputs.is_token] if x.shape[:-1] == inputs.is_token.shape else x
-            grams.update(_summed([grams, {whole_name: _gram(rows)}]))
+            grams.update(_summed([grams, {whole_name: _gram(token_rows(x, inputs))}]))
 
     after_block(model, params, i, inputs, add)
     return grams
+
+
+def token_rows(x: Float[Tensor, "*rows in"], inputs: BlockInputs) -> Float[Tensor, "n in"]:
+    """Rows of a linear map's input without those of padding."""
+    # an expert's rows have left their places, and padding with them
+    return x[inputs.is_token] if x.shape[:-1] == inputs.is_token.shape else x
 
 
 def _gram(x: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:

@@ -1,6 +1,5 @@
 """Stages that quantize weights, or train them to be quantized."""
 
-from itertools import islice
 from typing import Any
 
 import msgspec
@@ -9,14 +8,12 @@ from torch import Tensor
 from minitune import tree
 from minitune.algorithms import gptq
 from minitune.checkpoint.tensors import load_tensors, save_tensors
-from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
-from minitune.io import paths
 from minitune.io.atomic import atomic_folder
 from minitune.io.checksums import damaged_file, write_checksums
 from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.stages.batches import tokenized
+from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization, refuse_not_finite
 from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme, quantize
@@ -24,7 +21,6 @@ from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
 from minitune.tree import device_of
 from minitune.types import Params
 
-CALIBRATION_ROWS = 8  # a forward
 LAYOUTS: dict[type, Any] = {Int8: QInt8, Float8: QFloat8, Int4: QInt4, NF4: QNF4}
 
 
@@ -129,18 +125,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             rounded = {name: quantize(w, names[name]) for name, w in plain.items()}
             quantized = {**rounded, **codes}
         else:
-            source, device = (
-                state.data[self.method.data],
-                device_of(loaded.params, loaded.trainable),
-            )
-            dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-            rows = islice(
-                batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS)
-            )
-            state.log.say(
-                f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}"
-            )
-            some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
+            some = calibration_batches(state, self.label, self.method.data, self.method.rows)
             with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
                 quantized = gptq.gptq(
                     loaded.model,
