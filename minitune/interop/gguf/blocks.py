@@ -14,7 +14,7 @@ from torch import Tensor
 from minitune.interop.gguf import k_quants
 from minitune.quant.tensors import QInt4, QInt8
 
-# weights that a thread encodes at a time: so that intermediate results stay in the processor's cache
+# weights that a thread encodes at a time: so that intermediate results stay in its cache
 PIECE = 2**17
 
 

@@ -101,8 +101,10 @@ def save(
     """Write the file and return notes: tensors whose rows do not fit the blocks of the type that
     was asked for, and what llama.cpp will not do as minitune does.
 
-    importance: of the columns of a matrix, which its K type weighs errors by; of those without one
-    errors weigh as llama.cpp has it. Norms and biases stay float32. Quantized leaves are dequantized, but int8 to Q8_0, and int4 in
+    importance: of the columns of a matrix, by which its K type weighs errors; where there is none,
+    they weigh as llama.cpp has it.
+
+    Norms and biases stay float32. Quantized leaves are dequantized, but int8 to Q8_0, and int4 in
     groups of a multiple of 32 to Q4_0, keep their codes. InputError for a model that llama.cpp has
     no counterpart for, a glob that matches nothing, and a weight beyond the range of float16 that
     is to be stored in it.

@@ -159,7 +159,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         return abstract
 
     def _check_importance(self, abstract: AbstractState, importance: Importance) -> None:
-        """InputError unless something is written that errors are weighed in, and the data is there."""
+        """InputError unless a K type is written, and the data is there."""
         if self.format != "gguf":
             raise InputError(
                 f"stages: {self.label} has importance and format {self.format!r}, expected it with "
@@ -221,7 +221,6 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         record = {"what": self.format, "path": str(target), "bytes": n_bytes}
         return state.record(self.label, {**record, "sha256": saved_hashes(target)})
-
 
     def _importance(self, state: PipelineState) -> Mapping[str, Tensor]:
         """Importance of the columns of every linear map; of none without data for it."""
