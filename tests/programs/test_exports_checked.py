@@ -45,7 +45,7 @@ def abstract(tmp_path: Path, family: str = "llama", **fields: object) -> Abstrac
 @pytest.mark.parametrize(
     ("scheme", "export", "message"),
     [
-        (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4 or float8"),
+        (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4, float8, mxfp4 or nvfp4"),
         (Int8(), Export(format="bitsandbytes"), "is int8, expected NF4"),
         (Int4(32), Export(format="compressed-tensors", activations="int8"), "but no weight is int8"),
         (None, Export(format="gguf", types=Types("Q8_0", {"*.nope.*": "F16"})), r"'\*.nope.\*' matches no weight"),

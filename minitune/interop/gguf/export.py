@@ -25,7 +25,7 @@ from minitune.io.results import result_file
 from minitune.models.config import DecoderConfig
 from minitune.models.model import Model
 from minitune.quant.schemes import dequantize
-from minitune.quant.tensors import QNF4, QInt4, QInt8, QTensor
+from minitune.quant.tensors import QNF4, QNVFP4, QInt4, QInt8, QTensor
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params
 
@@ -177,7 +177,7 @@ def _interleaved(n_rows: int, heads: int) -> Int[Tensor, "out"]:
 
 
 def _encoded(part: _Part) -> Iterator[UInt8[Tensor, "rows row_bytes"]]:
-    w = dequantize(part.w, torch.float32) if isinstance(part.w, QNF4) else part.w
+    w = dequantize(part.w, torch.float32) if isinstance(part.w, QNF4 | QNVFP4) else part.w
     w = w[:, None] if isinstance(w, Tensor) and w.ndim == 1 else w
     order = torch.arange(w.shape[0]) if part.order is None else part.order
     for some in order.split(max(1, CHUNK // w.shape[1])):

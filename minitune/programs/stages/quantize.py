@@ -16,12 +16,19 @@ from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization, refuse_not_finite
-from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme, quantize
-from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
+from minitune.quant.schemes import MXFP4, NF4, NVFP4, Float8, Int4, Int8, Scheme, quantize
+from minitune.quant.tensors import QMXFP4, QNF4, QNVFP4, QFloat8, QInt4, QInt8
 from minitune.tree import device_of
 from minitune.types import Params
 
-LAYOUTS: dict[type, Any] = {Int8: QInt8, Float8: QFloat8, Int4: QInt4, NF4: QNF4}
+LAYOUTS: dict[type, Any] = {
+    Int8: QInt8,
+    Float8: QFloat8,
+    Int4: QInt4,
+    NF4: QNF4,
+    MXFP4: QMXFP4,
+    NVFP4: QNVFP4,
+}
 
 
 class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
@@ -64,7 +71,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 if not isinstance(s, Int8 | Int4)
             ]
             if odd:
-                kind = "nf4" if isinstance(odd[0], NF4) else "float8"
+                kind = odd[0].__struct_config__.tag
                 raise InputError(
                     f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or "
                     "int8, or method rtn"
