@@ -16,6 +16,7 @@ from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.errors import InputError
 from minitune.models.model import Model
 from minitune.models.weights import head_name
+from minitune.quant import float4
 from minitune.quant.tensors import QMXFP4, QNF4, QNVFP4, QFloat8, QInt4, QInt8
 from minitune.types import Params
 
@@ -134,9 +135,12 @@ def _scheme(name: str, w: Any, activations: Activations) -> _Scheme:
         return _Scheme("int8", None, activations)
     if isinstance(w, QFloat8):
         return _Scheme("float8", None, "float8")
-    if isinstance(w, QInt4 | QMXFP4 | QNVFP4):
-        kind = {QInt4: "int4", QMXFP4: "mxfp4", QNVFP4: "nvfp4"}[type(w)]
-        return _Scheme(kind, w.shape[1] // w.scale.shape[1])
+    if isinstance(w, QInt4):
+        return _Scheme("int4", w.shape[1] // w.scale.shape[1])
+    if isinstance(w, QMXFP4):
+        return _Scheme("mxfp4", float4.MX_GROUP)
+    if isinstance(w, QNVFP4):
+        return _Scheme("nvfp4", float4.NV_GROUP)
     kind = "NF4" if isinstance(w, QNF4) else type(w).__name__
     raise InputError(
         f"compressed_tensors: {name} is {kind}, expected {KINDS}; "

@@ -52,9 +52,14 @@ def _is_read(config: Mapping[str, Any]) -> bool:
         return False
     if config.get("transform_config") or config.get("sparsity_config"):
         return False
-    groups = config.get("config_groups")
-    rules = [group.get("weights") for group in groups.values()] if groups else []
-    return all(
-        isinstance(rule, Mapping) and rule.get("symmetric", True) and rule.get("num_bits") in (4, 8)
-        for rule in rules
+    groups = config.get("config_groups") or {}
+    rules = (
+        [_weight_rule(group) for group in groups.values()] if isinstance(groups, Mapping) else []
     )
+    return all(rule.get("symmetric", True) and rule.get("num_bits") in (4, 8) for rule in rules)
+
+
+def _weight_rule(group: Any) -> Mapping[str, Any]:
+    """Rule that a group of compressed-tensors has for its weights; nothing where it has none."""
+    rule = group.get("weights") if isinstance(group, Mapping) else None
+    return rule if isinstance(rule, Mapping) else {}

@@ -123,7 +123,7 @@ def test_codes_that_are_not_symmetric_are_refused(tmp_path: Path) -> None:
         rules = {"weights": {**config["quantization_config"]["config_groups"]["group_0"]["weights"], **change}}
         odd = {**config["quantization_config"], "config_groups": {"group_0": rules}}
         with pytest.raises(
-            InputError, match="quantized as 'compressed-tensors pack-quantized', expected plain weights, FP8 .* take"
+            InputError, match=r"quantized as 'compressed-tensors pack-quantized', expected plain weights, FP8 .* take"
         ):
             models.from_hf({**config, "quantization_config": odd})
 

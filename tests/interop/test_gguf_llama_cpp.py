@@ -1,6 +1,7 @@
 """GGUF files in llama.cpp itself, by the package llama_cpp where it is installed: pytest -m soak tests/interop."""
 
 import ctypes
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -8,7 +9,10 @@ import gguf
 import pytest
 import torch
 
+from minitune.checkpoint.hf_folder import load
+from minitune.inference.generate import greedy
 from minitune.interop.gguf import blocks, export, k_quants
+from minitune.io.paths import locate
 from minitune.models import rope_scaling
 from minitune.text.tokenizer import open_tokenizer
 from support.families import sized
@@ -215,3 +219,26 @@ def test_mixtures_are_those_that_llama_cpp_quantizes_to(family: str, mixture: st
     assert kinds[0] == kinds[1]
     numbers = [file.fields["general.file_type"].contents() for file in (ours, theirs)]
     assert numbers[0] == numbers[1]
+
+
+SAME_TEXTS: dict[str, int] = {}  # of four, where fewer bits change an answer
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
+def test_the_demo_answers_as_it_does_here(kind: str, tmp_path: Path) -> None:
+    """Greedy text, from the text of a prompt: the tokenizer, the file and the weights together."""
+    folder = locate("demo")
+    (model, params), tokenizer = load("demo"), open_tokenizer(folder)
+    export.save(tmp_path / "x.gguf", params, model, export.Types(kind), tokenizer=folder, template=None, stop_ids=[])
+    engine = llama_cpp.Llama(str(tmp_path / "x.gguf"), verbose=False, n_ctx=512, n_threads=1, **CACHE)
+    lines = locate("demo/orders-heldout.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    n_same = 0
+    for row in map(json.loads, lines):
+        text = f"{row['instruction']}\n{row['input']}"
+        ids = engine.tokenize(text.encode(), add_bos=True, special=True)
+        encoded = tokenizer.encode(text, parse_special=True)
+        assert ids[-len(encoded) :] == encoded
+        theirs = engine.create_completion(ids, max_tokens=24, temperature=0.0, repeat_penalty=1.0)
+        (ours,) = greedy(model, params, [ids], max_new_tokens=24, stop_ids=[tokenizer.eos_id])
+        n_same += theirs["choices"][0]["text"] == tokenizer.decode(ours, skip_special=True)
+    assert n_same == SAME_TEXTS.get(kind, len(lines))

@@ -28,8 +28,8 @@ VALUES = ("v_proj", "qkv_proj")
 LAYERS_OF_70B = 80
 
 
-def mixture_kind(mixture: Mixture, name: str, config: DecoderConfig, arch: Architecture) -> Kind:
-    """Type of a matrix, given its Hugging Face name."""
+def mixture_kind(mixture: str, name: str, config: DecoderConfig, arch: Architecture) -> Kind:
+    """Type of a matrix in a mixture of RECIPES, given its Hugging Face name."""
     recipe = RECIPES[mixture]
     if name == head_name(config):
         return recipe.head
@@ -43,7 +43,7 @@ def mixture_kind(mixture: Mixture, name: str, config: DecoderConfig, arch: Archi
     return kind
 
 
-def _sensitive_kind(mixture: Mixture, is_values: bool, layer: int, n_layers: int) -> Kind:
+def _sensitive_kind(mixture: str, is_values: bool, layer: int, n_layers: int) -> Kind:
     """Type of the values of attention, or of the matrix that ends the feed-forward."""
     recipe = RECIPES[mixture]
     if mixture.endswith("_M"):
