@@ -65,12 +65,12 @@ def test_the_package_decompresses_every_weight_to_the_same_numbers(kind: str, tm
 
 @pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "mixed"])
 def test_transformers_computes_the_same_logits(kind: str, tmp_path: Path) -> None:
-    params = leaves(kind, torch.float32)
+    # the package decodes 4-bit floats to bfloat16, whatever the dtype of the others
+    params = leaves(kind)
     folder = save_compressed(tmp_path, params)
-    # the package decodes 4-bit floats to bfloat16
     wanted = Model(llama.FAMILY, CONFIG).forward({n: dense(w, torch.bfloat16).float() for n, w in params.items()}, TOKENS)
     logits = logits_of_transformers(folder, TOKENS).float()
-    torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=0.04 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,6 +130,7 @@ def test_codes_that_are_not_symmetric_are_refused(tmp_path: Path) -> None:
 
 def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for kind in ("int4", "int8", "mxfp4", "nvfp4"):
+        (tmp_path / kind).mkdir()
         folder = save_compressed(tmp_path / kind, leaves(kind))
         tensors = load_file(folder / "model.safetensors")
         scale = "model.layers.1.self_attn.k_proj.weight_scale"
@@ -153,6 +154,7 @@ def test_int_leaves_are_the_same_codes_again(tmp_path: Path) -> None:
     """Codes and scales of a folder, quantized anew, are those that it holds."""
     for kind, leaf in (("int4", QInt4), ("int8", QInt8)):
         params = leaves(kind, torch.float32)
+        (tmp_path / kind).mkdir()
         folder = save_compressed(tmp_path / kind, params)
         read = checkpoint.load_params(folder, models.open(folder).shapes(), torch.float32)
         for name, w in params.items():
