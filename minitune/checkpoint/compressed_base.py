@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from minitune.quant.schemes import dequantize
-from minitune.quant.tensors import QMXFP4, QNVFP4, QInt4, QInt8, QTensor
+from minitune.quant.tensors import QMXFP4, QNVFP4, QInt4, QInt8
 
+Leaf = QInt8 | QInt4 | QMXFP4 | QNVFP4
 WEIGHT, PACKED, SCALE = ".weight", ".weight_packed", ".weight_scale"
 DIVISOR = ".weight_global_scale"  # of NVFP4's scales
 UNUSED = (".weight_shape", ".input_global_scale")  # the second is of activations, which stay
@@ -35,9 +36,7 @@ def dequantized(
     return dequantize(leaf, dtype)
 
 
-def _leaf(
-    parts: Mapping[str, Tensor], scale: Tensor, shape: tuple[int, ...]
-) -> QInt8 | QInt4 | QMXFP4 | QNVFP4 | None:
+def _leaf(parts: Mapping[str, Tensor], scale: Tensor, shape: tuple[int, ...]) -> Leaf | None:
     """Codes and scales of a weight; None for another kind of codes."""
     packed, divisor = parts.get(PACKED), parts.get(DIVISOR)
     if packed is None:
@@ -62,7 +61,7 @@ def _by_row(scale: Tensor) -> Tensor:
     return scale.float() if scale.ndim == 2 else scale.float().reshape(-1, 1)
 
 
-def _fits(leaf: QTensor, shape: tuple[int, ...]) -> bool:
+def _fits(leaf: Leaf, shape: tuple[int, ...]) -> bool:
     """True if every row has scales, and they divide it."""
     scale = leaf.scale
     if scale.ndim != 2 or scale.shape[0] != shape[0] or scale.shape[1] == 0:

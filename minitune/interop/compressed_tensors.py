@@ -21,7 +21,7 @@ from minitune.quant.tensors import QMXFP4, QNF4, QNVFP4, QFloat8, QInt4, QInt8
 from minitune.types import Params
 
 Activations = Literal["none", "int8"]
-Codes = QInt8 | QFloat8 | QInt4 | QMXFP4 | QNVFP4
+CompressedWeight = QInt8 | QFloat8 | QInt4 | QMXFP4 | QNVFP4
 KINDS = "int8, int4, float8, mxfp4 or nvfp4"
 SCALE_DTYPES = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 # linear maps of the same input, which vLLM makes one layer of
@@ -172,8 +172,8 @@ def _divided_by(w: QNVFP4, divisor: Tensor) -> QNVFP4:
     return QNVFP4(w.codes, scale.to(w.scale.dtype), divisor)
 
 
-def stored(module: str, w: Codes, activations: str) -> dict[str, Tensor]:
-    """Codes of one linear layer under the format's names: as they are, or integers packed into
+def stored(module: str, w: CompressedWeight, activations: str) -> dict[str, Tensor]:
+    """CompressedWeight of one linear layer under the format's names: as they are, or integers packed into
     int32 as value + 2^(bits - 1), the first in the lowest bits.
     """
     if activations != "none":
@@ -185,7 +185,7 @@ def stored(module: str, w: Codes, activations: str) -> dict[str, Tensor]:
     return {f"{module}.weight_packed": _words(rows), f"{module}.weight_shape": tensor(w.shape)}
 
 
-def _stored_scales(module: str, w: Codes, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored_scales(module: str, w: CompressedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """Scales of one linear layer under the format's names."""
     name = f"{module}.weight_scale"
     if isinstance(w, QNVFP4):

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from minitune.checkpoint.hf_folder import load
-from minitune.inference.generate import greedy
 from minitune.interop.gguf import blocks, export, k_quants
 from minitune.io.paths import locate
 from minitune.models import rope_scaling
+from minitune.models.config import DecoderConfig
 from minitune.text.tokenizer import open_tokenizer
 from support.families import sized
 from support.gguf_tokenizers import CUTS, TEXTS, byte_level_folder, sentencepiece_folder, sentencepiece_json_folder
 from support.models import DENSE, SCALINGS, YARNS, model_of, random_params
+from support.served import largest_gap
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.soak
@@ -221,24 +223,32 @@ def test_mixtures_are_those_that_llama_cpp_quantizes_to(family: str, mixture: st
     assert numbers[0] == numbers[1]
 
 
-SAME_TEXTS: dict[str, int] = {}  # of four, where fewer bits change an answer
+def in_halves(weights: dict[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
+    """Weights of a Llama whose q and k have their rows as Hugging Face has them, and not as llama.cpp."""
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+
+    def rows(name: str, w: torch.Tensor) -> torch.Tensor:
+        n = heads.get(name.split(".")[-2])
+        return w if n is None else w.view(n, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+    return {name: rows(name, w) for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
-def test_the_demo_answers_as_it_does_here(kind: str, tmp_path: Path) -> None:
-    """Greedy text, from the text of a prompt: the tokenizer, the file and the weights together."""
+@pytest.mark.parametrize(
+    ("kind", "gap"), [("F32", 0.0), ("F16", 0.0), ("Q8_0", 0.2), ("Q6_K", 0.2), ("Q5_K_M", 0.2), ("Q4_K_M", 0.2)]
+)
+def test_the_demo_answers_as_it_does_here(kind: str, gap: float, tmp_path: Path) -> None:
+    """Greedy, from the text of a prompt: tokenizer, file and weights together; here with the weights that the file holds."""
     folder = locate("demo")
     (model, params), tokenizer = load("demo"), open_tokenizer(folder)
     export.save(tmp_path / "x.gguf", params, model, export.Types(kind), tokenizer=folder, template=None, stop_ids=[])
+    params = {**params, **in_halves(read_back(tmp_path / "x.gguf", params), model.config)}
     engine = llama_cpp.Llama(str(tmp_path / "x.gguf"), verbose=False, n_ctx=512, n_threads=1, **CACHE)
-    lines = locate("demo/orders-heldout.jsonl").read_text(encoding="utf-8").splitlines()[:4]
-    n_same = 0
-    for row in map(json.loads, lines):
+    for row in map(json.loads, locate("demo/orders-heldout.jsonl").read_text(encoding="utf-8").splitlines()[:8]):
         text = f"{row['instruction']}\n{row['input']}"
-        ids = engine.tokenize(text.encode(), add_bos=True, special=True)
+        prompt = engine.tokenize(text.encode(), add_bos=True, special=True)
         encoded = tokenizer.encode(text, parse_special=True)
-        assert ids[-len(encoded) :] == encoded
-        theirs = engine.create_completion(ids, max_tokens=24, temperature=0.0, repeat_penalty=1.0)
-        (ours,) = greedy(model, params, [ids], max_new_tokens=24, stop_ids=[tokenizer.eos_id])
-        n_same += theirs["choices"][0]["text"] == tokenizer.decode(ours, skip_special=True)
-    assert n_same == SAME_TEXTS.get(kind, len(lines))
+        assert prompt[-len(encoded) :] == encoded
+        answer = [*islice(engine.generate(prompt, temp=0.0, repeat_penalty=1.0), 24)]
+        # llama.cpp rounds activations to 8 bits where weights have 8 bits or fewer
+        assert largest_gap(model, params, prompt, answer) <= gap

@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, lora
+from minitune import checkpoint
 from minitune.checkpoint import FolderExtras
-from minitune.inference.generate import greedy
 from minitune.interop import compressed_tensors
 from minitune.interop.peft.layout import Base
 from minitune.interop.peft.save import save_adapter
+from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.quant.schemes import MXFP4, NVFP4, Float8, Int4, Int8, Scheme, dequantize, quantize
 from support.families import sized
 from support.models import DENSE, model_of, random_deltas, random_params
 from support.paths import ROOT
+from support.served import largest_gap
 
 PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [
@@ -46,9 +47,11 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp4": MXFP4(),
     "nvfp4": NVFP4(),
 }
+# where vLLM rounds what it multiplies: to 8 bits, or to bfloat16
+GAPS = {"compressed int8, activations int8": 0.1, "compressed float8": 0.1}
 ADAPTERS = {
-    "lora": lora.Lora(rank=4, alpha=8.0, targets=("*_proj.weight",)),
-    "rslora": lora.Lora(rank=8, alpha=8.0, targets=("*.self_attn.*_proj.weight",), rslora=True),
+    "lora": Lora(rank=4, alpha=8.0, targets=("*_proj.weight",)),
+    "rslora": Lora(rank=8, alpha=8.0, targets=("*.self_attn.*_proj.weight",), rslora=True),
 }
 
 
@@ -94,7 +97,7 @@ def cases(folder: Path) -> dict[str, Case]:
             adapter = folder / f"{kind}-{name}"
             save_adapter(adapter, deltas, rule, base=Base(str(path)), names=params)
             asked = {"folder": str(path), "adapter": str(adapter)}
-            made[f"{kind} {name}"] = Case(asked, model, lora.apply(params, deltas))
+            made[f"{kind} {name}"] = Case(asked, model, rule.apply(params, deltas))
     for kind, scheme in SCHEMES.items():
         model, path = small("llama"), folder / f"compressed-{kind.replace(' ', '-')}"
         codes = {n: quantize(w, scheme) if is_linear(n) else w for n, w in peaked(model.config).items()}
@@ -141,5 +144,6 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, 
 def test_greedy_answers_are_those_of_vllm(label: str, answered: dict[str, tuple[Case, dict[str, Any]]]) -> None:
     case, result = answered[label]
     assert "error" not in result, result
-    ours = greedy(case.model, case.params, prompts(), max_new_tokens=N_NEW, stop_ids=[])
-    assert result["ids"] == ours
+    for prompt, answer in zip(prompts(), result["ids"], strict=True):
+        assert len(answer) == N_NEW
+        assert largest_gap(case.model, case.params, prompt, answer) <= GAPS.get(label, 0.0)
