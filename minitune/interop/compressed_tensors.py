@@ -173,7 +173,7 @@ def _divided_by(w: QNVFP4, divisor: Tensor) -> QNVFP4:
 
 
 def stored(module: str, w: CompressedWeight, activations: str) -> dict[str, Tensor]:
-    """CompressedWeight of one linear layer under the format's names: as they are, or integers packed into
+    """Codes of one linear layer under the format's names: as they are, or integers packed into
     int32 as value + 2^(bits - 1), the first in the lowest bits.
     """
     if activations != "none":
