@@ -92,11 +92,8 @@ def filter_documents(
         n_longest = max(len(one.ids) for one in sample)
         is_overlong = n_longest > seq_len
         documents = [_cut(one, seq_len) for one in sample]
-        reason = _reason_against(documents)
-        if reason == "without_target" and all(any(one.mask[1:]) for one in sample):
-            reason = "cut_off"
-        if is_overlong and overlong == "drop":
-            reason = "dropped"
+        drops = is_overlong and overlong == "drop"
+        reason = "dropped" if drops else _reason_against(documents, sample)
         longest = longest if reason == "without_target" else max(longest, n_longest)
         if reason is not None:
             n_left_out.update([f"n_{reason}"])
@@ -115,11 +112,9 @@ def filter_documents(
         n_target_tokens=int((arrays.mask > 0).sum()),
         n_truncated=n_truncated,
         n_dropped=n_left_out["n_dropped"],
-        n_without_target=n_left_out["n_without_target"],
-        n_identical=n_left_out["n_identical"],
         unwritten=dict(unwritten),
         longest=longest,
-        n_cut_off=n_left_out["n_cut_off"],
+        **{name: n_left_out[name] for name in ("n_without_target", "n_identical", "n_cut_off")},
     )
     return arrays, np.array(kept, dtype=np.int64), report
 
@@ -155,10 +150,13 @@ def _cut(one: Tokens, seq_len: int) -> tuple[Sequence[int], list[bool | float]]:
     return one.ids[:seq_len], [False, *one.mask[1:seq_len]]
 
 
-def _reason_against(documents: Sequence[tuple[Sequence[int], list[bool | float]]]) -> str | None:
+def _reason_against(
+    documents: Sequence[tuple[Sequence[int], list[bool | float]]], sample: Sequence[Tokens]
+) -> str | None:
     """Word for why a sample's documents, as _cut gives them, can't be trained; None if they can."""
     if not all(any(trained) for _, trained in documents):
-        return "without_target"
+        had_targets = all(any(one.mask[1:]) for one in sample)
+        return "cut_off" if had_targets else "without_target"
     if any(ids == documents[0][0] for ids, _ in documents[1:]):
         return "identical"
     return None
