@@ -13,6 +13,7 @@ from minitune import __version__
 from minitune.cli import help as help_text
 from minitune.cli import verbs
 from minitune.cli.failures import DONE, INTERRUPTED, OUTPUT_CLOSED, failure
+from minitune.cli.options import announced
 from minitune.cli.verbs import HELP_WORDS, VERBS
 
 DEBUG = "--debug"
@@ -106,7 +107,7 @@ def _run_words(words: list[str]) -> int:
     if wants_help:
         sys.stdout.write(help_text.program_help(words[0], file))
         return DONE
-    verbs.announced(file)
+    announced(file)
     from minitune.cli.running import run_file  # torch comes with it
 
     return run_file(file, words[1:])

@@ -2,6 +2,7 @@
 unknown one offers.
 """
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from reprlib import Repr
@@ -32,8 +33,35 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """End of a message about an unknown name: "; did you mean 'rank'?", or nothing when no known
     name is near.
     """
-    near = closest(name, known, 1, cutoff=0.5)
+    near = [one for one in closest(name, known, 8, cutoff=0.5) if _is_misspelled(name, one)]
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _is_misspelled(name: str, known: str) -> bool:
+    """True where a name can be meant by another one: all words of the shorter are words of the
+    longer, or few letters differ. A common ending alone (rpo_alpha, neftune_alpha) says nothing.
+    """
+    words, others = (set(re.split(r"[\W_]+", one.casefold())) for one in (name, known))
+    if words <= others or others <= words:
+        return True
+    return _n_edits(name.casefold(), known.casefold()) <= max(1, len(name) // 3)
+
+
+def _n_edits(a: str, b: str) -> int:
+    """Letters to write, to drop, to exchange, or to swap with the next, that make one text of the
+    other (optimal string alignment).
+    """
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, char in enumerate(a, 1):
+        above, row = row, [i]
+        for j, other in enumerate(b, 1):
+            edits = min(above[j] + 1, row[-1] + 1, above[j - 1] + (char != other))
+            if i > 1 and j > 1 and (char, other) == (b[j - 2], a[i - 2]):
+                edits = min(edits, before[j - 2] + 1)
+            row.append(edits)
+        before = above
+    return row[-1]
 
 
 def closest(name: str, known: Sequence[str], n: int, *, cutoff: float) -> list[str]:

@@ -15,6 +15,7 @@ from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
 from minitune.quant.schemes import dequantize
+from minitune.structs import CheckedStruct
 from minitune.types import (
     Adapted,
     Delta,
@@ -47,7 +48,7 @@ class Merged(NamedTuple):
     errors: Mapping[Onto, float]
 
 
-class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Lora(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """W' = W + s b a on every weight that a target glob matches (Hu et al. 2021, arXiv 2106.09685,
     eq. 3), or, with dora, m * (W + s b a) / |W + s b a| by rows (Liu et al. 2024, arXiv 2402.09353,
     eq. 5).
@@ -57,7 +58,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alpha: PositiveFloat
     targets: tuple[str, ...]
     # glob -> another rank for the targets that it matches; the first match wins
-    ranks: dict[str, PositiveInt] = {}
+    ranks: dict[str, PositiveInt] = msgspec.field(default_factory=dict)
     # s = alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4)
     rslora: bool = False
     dora: bool = False  # train the length m of every row apart from its direction

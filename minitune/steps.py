@@ -21,11 +21,12 @@ from minitune.algorithms.loss_scale import (
     scaled,
     with_scale,
 )
-from minitune.algorithms.objective import Objective
+from minitune.algorithms.objective import Objective, checked_objective
 from minitune.algorithms.preference import PreferenceLoss, preference
 from minitune.algorithms.supervised import SupervisedLoss, sft
 from minitune.algorithms.unpaired import unpaired_preference
 from minitune.autodiff.value_and_grad import accumulate, value_and_grad
+from minitune.errors import quoted
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL
 from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
@@ -76,7 +77,7 @@ def train_step(
     a finite gradient, or -1. With donate=True the tensors of the given state are overwritten.
     loss_scale is for parameters in float16. TypeError for no objective, optimizer or AnyBatch.
     """
-    require_parts(objective, optimizer)
+    require_parts(objective, optimizer, micro_batch)
 
     def init(trainable: Trainable) -> TrainState:
         return TrainState(trainable, with_scale(optimizer.init(trainable), loss_scale, trainable))
@@ -85,8 +86,8 @@ def train_step(
         require_batch(batch)
         first, *others = _micro_batches(batch, micro_batch)
         factor = factor_of(state.opt_state, tree.leaves(first)[0].shape.numel())
-        evaluated = value_and_grad(scaled(objective, factor), has_aux=True)
-        evaluate = partial(evaluated, state.trainable, params)
+        checked = scaled(checked_objective(objective, batch.counts), factor)
+        evaluate = partial(value_and_grad(checked, has_aux=True), state.trainable, params)
 
         # sums over the batch: of losses, of what the objective reports, and of gradients
         (loss, reports), grads = sum_over_ranks(accumulate(evaluate, (first, *others)))
@@ -102,8 +103,9 @@ def train_step(
     return Step(init, update)
 
 
-def require_parts(objective: object, optimizer: object) -> None:
-    """TypeError for what is no objective or no optimizer."""
+def require_parts(objective: object, optimizer: object, micro_batch: object) -> None:
+    """TypeError for what is no objective, no optimizer, or no number of rows."""
+    require_micro_batch(micro_batch)
     if not callable(objective):
         raise TypeError(
             f"steps: the objective is a {type(objective).__name__}, expected a function "
@@ -118,6 +120,16 @@ def require_parts(objective: object, optimizer: object) -> None:
             f"steps: the optimizer is {found}{without}, expected an instance with init(params) -> "
             "state and update(grads, state, params) -> (updates, state), such as optim.AdamW(lr)"
         )
+
+
+def require_micro_batch(n_rows: object) -> None:
+    """TypeError for what is no number of rows."""
+    if n_rows is None or (isinstance(n_rows, int) and n_rows > 0 and n_rows is not True):
+        return
+    raise TypeError(
+        f"steps: micro_batch is {quoted(n_rows)}, expected an integer of at least 1, or None for "
+        "all rows of the batch"
+    )
 
 
 def require_batch(batch: object) -> None:

@@ -5,7 +5,13 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from minitune.algorithms.objective import Objective, apply_trainable, required, with_draws
+from minitune.algorithms.objective import (
+    Objective,
+    apply_trainable,
+    require_loss,
+    required,
+    with_draws,
+)
 from minitune.lora import Lora
 from minitune.losses.base import Logits, Nats
 from minitune.models.model import Model
@@ -44,6 +50,7 @@ def distillation(
     as the student's do. Where the two heads differ in rows, both are cut to the smaller: the rows
     beyond the tokenizer that they share stand for no token.
     """
+    require_loss(loss, ("on_top",), "an instance of a TeacherLoss, such as losses.ForwardKL()")
     n_tokens = model.config.vocab_size
     if teacher is not None:
         n_tokens = min(n_tokens, teacher.model.config.vocab_size)
@@ -60,9 +67,8 @@ def distillation(
             return Mean.of(nats, rows.rows.target_mask()), {}
         frozen = required(teacher, "distillation")
         with torch.no_grad():
-            teacher_hidden = frozen.model.hidden(frozen.params, rows)
             # hidden[t] predicts token t + 1: aligned with the targets
-            teacher_hidden = teacher_hidden.roll(1, 1)
+            teacher_hidden = frozen.model.hidden(frozen.params, rows).roll(1, 1)
 
         def divergence(logits: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
             teacher_logits = frozen.model.logits(frozen.params, hidden)

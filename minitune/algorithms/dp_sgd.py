@@ -5,7 +5,6 @@ did (DP-SGD).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +15,7 @@ from minitune.autodiff.value_and_grad import per_example
 from minitune.hardware import to_device
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import (
     Mean,
@@ -31,7 +31,7 @@ from minitune.types import (
 )
 
 
-class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Privacy(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """DP-SGD's knobs (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): a clipping norm C, and the
     noise's deviation over C.
     """

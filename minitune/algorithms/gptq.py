@@ -5,7 +5,6 @@ its entries, change least.
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,6 +18,7 @@ from minitune.models.weights import head_name, layer_of
 from minitune.quant.rules import Quantization, refuse_not_finite
 from minitune.quant.schemes import NF4, Int4, Int8, base_weight, with_base_weight
 from minitune.quant.tensors import QInt4, QInt8
+from minitune.structs import CheckedStruct
 from minitune.types import Batch, Params, PositiveFloat, PositiveInt
 
 # columns whose errors are spread together, a multiple of every group: it changes the time, not the
@@ -26,11 +26,11 @@ from minitune.types import Batch, Params, PositiveFloat, PositiveInt
 BLOCK = 128
 
 
-class Rtn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rtn"):
+class Rtn(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="rtn"):
     """Round every weight to the nearest code; no data is needed."""
 
 
-class Gptq(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="gptq"):
+class Gptq(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="gptq"):
     """Round column by column, each error undone as far as the later columns can (Frantar et al.
     2022, arXiv 2210.17323).
     """

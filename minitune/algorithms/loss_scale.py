@@ -7,12 +7,12 @@ step with an overflow changes nothing and halves the scale; growth_interval good
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitune import tree
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import Mean, Metrics, OpenUnitInterval, PositiveFloat, PositiveInt, TrainState
 
@@ -31,7 +31,7 @@ class StateWithScale(NamedTuple):
     inner: Tree
 
 
-class LossScale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LossScale(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Rule of the scale; the defaults are those of torch.amp.GradScaler.
 
     The scale is that of the mean loss of a micro-batch: its sum is multiplied by scale / tokens.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import hardware, tree
-from minitune.autodiff.value_and_grad import detached_leaves
+from minitune.autodiff.value_and_grad import detached_leaves, require_scalars, total_of
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.token import cross_entropy
@@ -33,6 +33,53 @@ class Objective(Protocol):
         in metrics): the step adds up micro-batches and processes, and divides once.
         """
         ...
+
+
+# what a step itself reports, beside the weight under the name that the batch counts in
+METRICS = ("loss_nats", "grad_norm", "skipped", "not_finite", "loss_scale")
+
+
+def checked_objective(objective: Objective, counts: str) -> Objective:
+    """Objective whose result is looked at: TypeError for what is no (Mean, reports) of scalars, and
+    for a report under a name that the step uses itself; counts: the batch's own.
+    """
+
+    def checked(trainable: Trainable, params: Params, batch: Any) -> tuple[Mean, dict[str, Mean]]:
+        result = objective(trainable, params, batch)
+        total = total_of(result, has_aux=True)
+        mean, reports = result
+        require_scalars(mean, total)
+        if not isinstance(reports, dict):
+            raise TypeError(
+                f"objective: the reports are a {type(reports).__name__}, expected a dict of Means "
+                "by their names in metrics; {} reports nothing"
+            )
+        for name, report in reports.items():
+            if name in (*METRICS, counts):
+                raise TypeError(
+                    f"objective: a report is named {name!r}, which is a metric of every step, "
+                    "expected a name of its own"
+                )
+            if not isinstance(report, Mean):
+                raise TypeError(
+                    f"objective: the report {name!r} is a {type(report).__name__}, expected a "
+                    "Mean; Mean.of(values, mask) makes one"
+                )
+            require_scalars(report, report.total)
+        return result
+
+    return checked
+
+
+def require_loss(loss: object, names: tuple[str, ...], expected: str) -> None:
+    """TypeError for a loss that can't be called or lacks one of these names."""
+    is_class = isinstance(loss, type)
+    missing = [name for name in names if not hasattr(loss, name)]
+    if callable(loss) and not is_class and not missing:
+        return
+    found = f"the class {loss.__name__}" if is_class else f"a {type(loss).__name__}"
+    without = f" without {' and '.join(missing)}" if missing else ""
+    raise TypeError(f"objective: the loss is {found}{without}, expected {expected}")
 
 
 def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> Params:

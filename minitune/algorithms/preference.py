@@ -12,19 +12,23 @@ from minitune.algorithms.objective import (
     answer_logps,
     apply_trainable,
     mean_of,
+    require_loss,
     required,
     with_draws,
 )
+from minitune.autodiff.row_values import checked_losses, checked_rows
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.types import LogProbs, Mean, Pairs, Params, SeededBatch, Trainable
 
+MEMBERS = "needs_reference", "rewards"  # of a PreferenceLoss, beside its call
+
 
 @runtime_checkable
 class PreferenceLoss(Protocol):
-    """Methods of a loss over pairs of answers: every struct of losses.PairLoss has them, and so may
-    a class of yours.
+    """Loss over pairs of answers, a struct of losses.PairLoss or a class of yours: a call,
+    `rewards`, and `needs_reference`, True if it compares the policy with a frozen model.
     """
 
     needs_reference: ClassVar[bool]
@@ -47,7 +51,9 @@ def preference(
 
     reference: the frozen trainable tree to compare with, {} for the parameters without deltas; None
     for a loss that compares with nothing, or when every batch carries the reference's log-probs.
+    TypeError for a loss without needs_reference or rewards.
     """
+    require_loss(loss, MEMBERS, "an instance of a PreferenceLoss, such as losses.Dpo()")
 
     def objective(
         trainable: Trainable, params: Params, batch: Pairs | SeededBatch
@@ -63,7 +69,7 @@ def preference(
         if loss.needs_reference and isinstance(pairs.reference, Tensor):
             cached = to_device(pairs.reference, policy.chosen.device)
             frozen = policy._replace(chosen=cached[:, 0], rejected=cached[:, 1])
-        chosen, rejected = loss.rewards(policy, frozen)
+        chosen, rejected = rewards_of(loss, policy, frozen)
         readings = {
             "reward_chosen": chosen,
             "reward_rejected": rejected,
@@ -72,9 +78,25 @@ def preference(
             "logp_chosen_nats": policy.chosen,
             "logp_rejected_nats": policy.rejected,
         }
-        return mean_of(loss(policy, frozen)), {name: mean_of(x) for name, x in readings.items()}
+        losses = checked_losses(loss(policy, frozen), policy.chosen)
+        return mean_of(losses), {name: mean_of(x) for name, x in readings.items()}
 
     return objective
+
+
+def rewards_of(
+    loss: PreferenceLoss, policy: LogProbs, reference: LogProbs | None
+) -> tuple[Tensor, Tensor]:
+    """Rewards of chosen and rejected; TypeError for what is no pair of tensors [B]."""
+    rewards = loss.rewards(policy, reference)
+    of_loss = f"rewards of {type(loss).__name__}"
+    if not isinstance(rewards, tuple | list) or len(rewards) != 2:
+        raise TypeError(
+            f"loss: {of_loss} returned a {type(rewards).__name__}, expected (those of chosen, "
+            "those of rejected), one value a row each"
+        )
+    chosen, rejected = (checked_rows(x, len(policy.chosen), of_loss) for x in rewards)
+    return chosen, rejected
 
 
 def pair_logps(model: Model, params: Params, pairs: Pairs) -> LogProbs:

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor
 
-from minitune.algorithms.objective import Objective, apply_trainable, with_draws
+from minitune.algorithms.objective import Objective, apply_trainable, require_loss, with_draws
 from minitune.lora import Lora
 from minitune.losses.base import Logits, Nats
 from minitune.losses.token import CrossEntropy
@@ -28,8 +28,10 @@ def sft(
     loss: SupervisedLoss = CrossEntropy(),  # noqa: B008 - a frozen struct
 ) -> Objective:
     """Objective of supervised fine-tuning on a Batch: the sum of the loss of every target token
-    given those before it, in nats, and how many there are.
+    given those before it, in nats, and how many there are. TypeError for a loss that can't be
+    called.
     """
+    require_loss(loss, (), "a function (logits [n V], targets [n]) -> one value a row")
 
     def objective(
         trainable: Trainable, params: Params, batch: Batch | SeededBatch

@@ -9,9 +9,11 @@ from minitune.algorithms.objective import (
     answer_logps,
     apply_trainable,
     mean_of,
+    require_loss,
     required,
     with_draws,
 )
+from minitune.autodiff.row_values import checked_losses, checked_rows
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.registry import UnpairedLoss
@@ -28,6 +30,7 @@ def unpaired_preference(
     The mismatched answers of a micro-batch estimate how far the policy, without its dropout, has
     drifted from the reference.
     """
+    require_loss(loss, ("rewards",), "an instance such as losses.Kto()")
 
     def objective(
         trainable: Trainable,
@@ -46,13 +49,15 @@ def unpaired_preference(
                 frozen, mismatched = (answer_logps(model, base, answers) for answers in rows)
             kl = (drifted - mismatched).mean().clamp(min=0.0)
         policy = answer_logps(drawing, adapted, rows[0])
-        rewards = loss.rewards(policy, frozen)
+        of_loss = f"rewards of {type(loss).__name__}"
+        rewards = checked_rows(loss.rewards(policy, frozen), len(policy), of_loss)
         desirable = to_device(unpaired.desirable, policy.device)
         readings = {
             "reward_desirable": Mean.of(rewards, desirable),
             "reward_undesirable": Mean.of(rewards, ~desirable),
             "kl_nats": mean_of(kl.expand_as(policy)),
         }
-        return mean_of(loss(policy, frozen, desirable, kl)), tree.map(Tensor.detach, readings)
+        losses = checked_losses(loss(policy, frozen, desirable, kl), policy)
+        return mean_of(losses), tree.map(Tensor.detach, readings)
 
     return objective

@@ -73,7 +73,7 @@ def value_and_grad(
         leaves = detached_leaves(params)
         with torch.enable_grad():
             value = fn(leaves, *rest)
-        total = _total(value, has_aux)
+        total = total_of(value, has_aux)
         grads = autograd_grads([total], tree.leaves(leaves), [torch.ones_like(total)])
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
 
@@ -99,13 +99,18 @@ def per_example(
     An example is what the leaves of `examples` hold at one place of their first dimension. Each of
     the `chunk` that a vmap takes has a view of the tree for its leaves, which keeps their gradients
     apart; memory grows by the activations of `chunk` examples and by what is returned. TypeError
-    names a leaf that is not floating point.
+    names a leaf that is not floating point, and says what fn returned if that is no Mean.
     """
+
+    def of_one(params: Tree, example: Tree) -> Any:
+        value = fn(params, example)
+        require_scalars(value, total_of(value, has_aux=False))
+        return value
 
     def evaluate(params: Tree, examples: Tree) -> Tree:
         def some(rows: Tree) -> Tree:
             def summed(copies: Tree) -> Tree:
-                means = torch.func.vmap(fn)(copies, rows)
+                means = torch.func.vmap(of_one)(copies, rows)
                 return type(means)(*(x.sum() for x in means)), means
 
             n = len(tree.leaves(rows)[0])
@@ -228,7 +233,7 @@ def autograd_grads(
     )
 
 
-def _total(value: Any, has_aux: bool) -> Tensor:
+def total_of(value: Any, has_aux: bool) -> Tensor:
     """Total of a function's result, which is differentiated; TypeError for another result."""
     is_pair = type(value) is tuple and len(value) == 2  # a Mean alone is a tuple of its own kind
     total = getattr(value[0] if has_aux and is_pair else value, "total", None)
@@ -243,12 +248,24 @@ def _total(value: Any, has_aux: bool) -> Tensor:
     )
 
 
+def require_scalars(mean: Any, total: Tensor) -> None:
+    """TypeError for a Mean whose total or weight is no tensor without dimensions."""
+    for name, x in (("total", total), ("weight", mean.weight)):
+        if isinstance(x, Tensor) and x.ndim == 0:
+            continue
+        found = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(
+            f"grad: the function returned a Mean whose {name} is {found}, expected a tensor []; "
+            "Mean.of(values, mask) makes one"
+        )
+
+
 def _transformed(
     fn: Callable[..., Any], has_aux: bool, params: Tree, rest: Sequence[Any]
 ) -> tuple[Any, Tree]:
     def total(fresh: Tree) -> Any:
         value = fn(fresh, *rest)
-        return _total(value, has_aux), value
+        return total_of(value, has_aux), value
 
     grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(params)
     return value, grads

@@ -5,6 +5,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from minitune.errors import InputError, quoted
+from minitune.io.foreign_weights import foreign_weights
 from minitune.io.safetensors_header import INDEX, SINGLE, read_weight_map
 
 
@@ -43,7 +44,10 @@ def _no_weights(folder: Path) -> str:
     missing = f"holds neither {SINGLE} nor {INDEX}, expected one of them"
     pickled = sorted(path.name for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if pickled:
+    foreign = foreign_weights(folder)
+    if foreign is not None:
+        remedy = f"{foreign[0]}: {foreign[1]}"
+    elif pickled:
         convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         remedy = f"those of {pickled[0]} are pickled, which is not read: use {convert}"
     elif others:

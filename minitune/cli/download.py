@@ -10,11 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from minitune.cli.options import OptionParser
+from minitune.errors import InputError
 from minitune.io.paths import user_path
 from minitune.io.units import format_bytes
 from minitune.registry.hub import ADAPTER, fetch
 from minitune.registry.hub_data import fetch_data
 from minitune.registry.hub_splits import parsed
+
+# what does the same here -> options of other tools
+ELSEWHERE = {
+    "write --to DIR": ("--output-dir", "--output_dir", "--local-dir", "--local_dir"),
+    "set the variable HF_TOKEN": ("--hf-token", "--hf_token", "--token"),
+    "what is needed is chosen by itself": ("--ignore-patterns", "--include", "--exclude"),
+}
 
 
 def download(words: Sequence[str]) -> int:
@@ -24,6 +32,8 @@ def download(words: Sequence[str]) -> int:
     On a node where many ranks run this, one fetches and the others wait for it; LOCAL_RANK 0 does
     the talking.
     """
+    for word in words:
+        _refuse_elsewhere(word.partition("=")[0])
     options = _parser().parse_args(words)
     # On a node where many ranks run this, they all wait for one download, and one of them reports
     # it.
@@ -39,6 +49,13 @@ def download(words: Sequence[str]) -> int:
     if talks:
         sys.stdout.write(text)
     return 0
+
+
+def _refuse_elsewhere(option: str) -> None:
+    """InputError for an option that `tune download` or `hf download` has."""
+    for remedy, names in ELSEWHERE.items():
+        if option in names:
+            raise InputError(f"download: {option} is unknown, expected options here; {remedy}")
 
 
 def _parser() -> OptionParser:

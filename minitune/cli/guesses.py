@@ -51,8 +51,17 @@ ALIASES = {
 HINTS = NAMES | {alias: NAMES[name] for name, aliases in ALIASES.items() for alias in aliases}
 
 
+TORCHTUNE = "that is torchtune's; docs/from-torchtune.md has the program and the keys here"
+# recipes of torchtune, and options of its `tune run`
+TORCHTUNE_WORDS = re.compile(
+    r"\w+_(single_device|distributed|full_finetune)|eleuther_eval|--(config|nproc[-_]per[-_]node|nnodes)"
+)
+
+
 def hint(word: str, me: str) -> str | None:
     """Sentence on what does here what a word does elsewhere; `me` starts this program."""
+    if TORCHTUNE_WORDS.fullmatch(word.casefold().partition("=")[0]):
+        return TORCHTUNE
     sentence = HINTS.get(word.casefold())
     return sentence.format(me=me) if sentence is not None else None
 

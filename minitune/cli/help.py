@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minitune.cli.options import typed_name
-from minitune.cli.verbs import CHANGES, VERBS, comments
+from minitune.cli.verbs import CHANGES, VERBS
 from minitune.io import toml
 
 
@@ -46,7 +46,13 @@ def program_help(name: str, file: Path) -> str:
     from minitune.cli.program_keys import described_keys  # torch comes with it
 
     me = typed_name()
-    lines = [f"usage: {me} {name} [KEY=VALUE ...]", "", *comments(file), "", CHANGES]
+    lines = [
+        f"usage: {me} {name} [KEY=VALUE ...]",
+        "",
+        *toml.opening_comment(file, "program"),
+        "",
+        CHANGES,
+    ]
     lines += [f"`{me} show {name}` writes it with every default;"]
     lines += [f"`{me} check {name}` reads it and runs nothing."]
     lines += described_keys(toml.read(file, "program")[1])

@@ -30,8 +30,9 @@ from minitune.cli.folder_words import (
     template_files,
     tied_head,
 )
-from minitune.cli.model_folders import result_of
+from minitune.cli.model_folders import require_folder, result_of
 from minitune.errors import InputError, printable
+from minitune.io.foreign_weights import foreign_weights
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import Entry
@@ -60,6 +61,7 @@ def inspect(word: str) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    require_folder(word, "inspect", "a model, an adapter or a run folder")
     found = result_of(word, "inspect")
     if isinstance(found, TrainedState):
         rows, faults = summarize_state(found)
@@ -99,9 +101,11 @@ def summarize(folder: Path) -> FolderSummary:
     elif (folder / "config.json").is_file():
         rows, faults = _model(folder)
     else:
+        foreign = foreign_weights(folder)
+        what = f"; {foreign[0]}: {foreign[1]}" if foreign is not None else ""
         raise InputError(
             f"inspect: {folder} holds neither config.json nor {ADAPTER_CONFIG}, expected a model "
-            "or adapter folder"
+            f"or adapter folder{what}"
         )
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     return FolderSummary({**rows, "files": f"{len(sizes)}, {format_bytes(sum(sizes))}"}, faults)

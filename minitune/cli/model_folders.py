@@ -40,6 +40,9 @@ def result_of(word: str, verb: str) -> str | TrainedState:
     for name in ("config.json", ADAPTER_CONFIG):
         found = sorted(path.parent for path in place.glob(f"*/{name}"))
         if len(found) > 1:
+            # an export beside the dense folder is for inference elsewhere
+            found = [folder for folder in found if not _is_quantized(folder / name)] or found
+        if len(found) > 1:
             names = ", ".join(str(path) for path in found)
             raise InputError(f"{verb}: {word} is a run that saved {names}, expected one; name it")
         if found:
@@ -48,6 +51,11 @@ def result_of(word: str, verb: str) -> str | TrainedState:
         return state
     found = f"{word} is a run that has saved no model yet"
     raise InputError(f"{verb}: {found}, expected a training state or a save stage; let it go on")
+
+
+def _is_quantized(config: Path) -> bool:
+    """True for the config.json of a folder of quantized weights."""
+    return "quantization_config" in read_json_object(config, "models")
 
 
 def open_model_folder(word: str, adapter: str | None, verb: str) -> ModelFolder:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Never
 
 from minitune.errors import InputError
+from minitune.io import toml
 
 
 def typed_name() -> str:
@@ -31,3 +32,11 @@ class OptionParser(argparse.ArgumentParser):
             f"{self.verb}: {message}, expected options as in `{typed_name()} {self.verb} --help`; "
             "correct the command"
         )
+
+
+def announced(file: Path) -> Path:
+    """Same file, named on the terminal if it is TOML: the first line does not wait for torch."""
+    toml.read(file, "program")
+    sys.stdout.write(f"program: {file}\n")
+    sys.stdout.flush()
+    return file

@@ -9,7 +9,7 @@ from typing import NamedTuple, Never
 
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
-from minitune.cli.options import typed_name
+from minitune.cli.options import announced, typed_name
 from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
@@ -33,18 +33,11 @@ def ls(words: Sequence[str]) -> int:
     programs = paths.shipped()
     width = max(map(len, programs), default=0)
     for name, path in programs.items():
-        sys.stdout.write(f"{name:{width}}  {next(iter(comments(path)), '')}".rstrip() + "\n")
+        sys.stdout.write(
+            f"{name:{width}}  {next(iter(toml.opening_comment(path, 'program')), '')}".rstrip()
+            + "\n"
+        )
     return 0
-
-
-def comments(path: Path) -> list[str]:
-    """Lines of the comment that a program begins with."""
-    lines = []
-    for line in toml.read(path, "program")[0].splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return lines
 
 
 def cp(words: Sequence[str]) -> int:
@@ -148,9 +141,7 @@ def inspect(words: Sequence[str]) -> int:
         found = f"{len(words)} folders" if words else "without a folder"
         refuse(f"inspect {found}, expected inspect FOLDER")
     from minitune.cli.inspect import inspect
-    from minitune.cli.model_folders import require_folder
 
-    require_folder(words[0], "inspect", "a model, an adapter or a run folder")
     return inspect(words[0])
 
 
@@ -260,14 +251,6 @@ VERBS = {
 }
 
 
-def announced(file: Path) -> Path:
-    """Same file, named on the terminal if it is TOML: the first line does not wait for torch."""
-    toml.read(file, "program")
-    sys.stdout.write(f"program: {file}\n")
-    sys.stdout.flush()
-    return file
-
-
 def program_file(name: str) -> Path:
     """File of a program by path or shipped name; InputError with what another word may mean."""
     path = paths.program_file(name)
@@ -281,9 +264,9 @@ def program_file(name: str) -> Path:
         refuse(f"{what}; {known_elsewhere}")
     if path.is_dir():
         place = cut(name)
-        if (path / "program.toml").is_file():
-            refuse(f"{place} is a run, expected a program; its own is {place}/program.toml")
-        refuse(f"{place} is a folder, expected a program; write PROGRAM model.path={place}")
+        is_run = (path / "program.toml").is_file()
+        remedy = f"{place}/program.toml" if is_run else f"PROGRAM model.path={place}"
+        refuse(f"{place} is a {'run' if is_run else 'folder'}, expected a program; write {remedy}")
     known = [*VERBS, *paths.shipped()]
     near = nearest(name.removeprefix("programs/").removesuffix(".toml"), known)
     separator = " " if near else "; "

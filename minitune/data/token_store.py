@@ -77,32 +77,26 @@ class Documents(NamedTuple):
 def filter_documents(
     samples: Iterable[Sequence[Tokens]], path: str, seq_len: int, overlong: str
 ) -> tuple[Documents, np.ndarray, Report]:
-    """Collect the documents of all samples that can be trained: (documents, numbers of the kept
-    samples, report).
+    """(documents that can be trained, numbers of the samples that are kept, report).
 
     A sample is one text, or the answers to one prompt; its documents are kept or left out together.
-    overlong says what to do with one of more than seq_len tokens: drop or truncate. path is named
-    in messages. InputError if nothing is left.
+    overlong: drop or truncate one of more than seq_len tokens. InputError if nothing is left.
     """
-    growing = _Growing(array("i"), array("f"), array("q", [0]))
-    kept = array("q")
-    n_truncated = longest = 0
-    n_left_out, unwritten = Counter[str](), Counter[str]()
+    growing, kept = _Growing(array("i"), array("f"), array("q", [0])), array("q")
+    n_truncated, longest, n_left_out, unwritten = 0, 0, Counter[str](), Counter[str]()
     for number, sample in enumerate(samples):
         n_longest = max(len(one.ids) for one in sample)
-        is_overlong = n_longest > seq_len
+        drops = n_longest > seq_len and overlong == "drop"
         documents = [_cut(one, seq_len) for one in sample]
-        drops = is_overlong and overlong == "drop"
-        reason = "dropped" if drops else _reason_against(documents, sample)
+        reason = "dropped" if drops else _reason_against(sample, documents)
         longest = longest if reason == "without_target" else max(longest, n_longest)
         if reason is not None:
             n_left_out.update([f"n_{reason}"])
             continue
-        n_truncated += is_overlong
+        n_truncated += n_longest > seq_len
         kept.append(number)
         unwritten.update(key for one in sample for key in one.unwritten)
-        for ids, trained in documents:
-            growing.add(ids, trained)
+        growing.add(documents)
     if not kept:
         raise _nothing_left(path, seq_len, n_left_out)
     arrays = growing.documents()
@@ -129,11 +123,12 @@ class _Growing(NamedTuple):
     mask: array
     offsets: array
 
-    def add(self, ids: Sequence[int], trained: Sequence[bool | float]) -> None:
-        """Put one more document behind the others."""
-        self.tokens.extend(ids)
-        self.mask.extend(trained)
-        self.offsets.append(len(self.tokens))
+    def add(self, documents: Sequence[tuple[Sequence[int], list[bool | float]]]) -> None:
+        """Put more documents, as _cut gives them, behind the others."""
+        for ids, trained in documents:
+            self.tokens.extend(ids)
+            self.mask.extend(trained)
+            self.offsets.append(len(self.tokens))
 
     def documents(self) -> Documents:
         """Arrays of what was collected, whose mask holds numbers only where some are fractions."""
@@ -151,12 +146,11 @@ def _cut(one: Tokens, seq_len: int) -> tuple[Sequence[int], list[bool | float]]:
 
 
 def _reason_against(
-    documents: Sequence[tuple[Sequence[int], list[bool | float]]], sample: Sequence[Tokens]
+    sample: Sequence[Tokens], documents: Sequence[tuple[Sequence[int], list[bool | float]]]
 ) -> str | None:
     """Word for why a sample's documents, as _cut gives them, can't be trained; None if they can."""
     if not all(any(trained) for _, trained in documents):
-        had_targets = all(any(one.mask[1:]) for one in sample)
-        return "cut_off" if had_targets else "without_target"
+        return "cut_off" if all(any(one.mask[1:]) for one in sample) else "without_target"
     if any(ids == documents[0][0] for ids, _ in documents[1:]):
         return "identical"
     return None

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-import msgspec
 import torch
 from jaxtyping import Float, Int
 from msgspec import Meta
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from minitune import seeds
 from minitune.hardware import to_device, widest_float
+from minitune.structs import CheckedStruct
 from minitune.types import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval, widen
 
 RowLogits = Float[Tensor, "B V"]  # of the next token of each row
 MIN_TEMPERATURE = 1e-4  # below it logits divided by it leave the range of float32
 
 
-class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Sampling(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Likeliest token at temperature 0, else a draw from softmax(logits / temperature) after the
     filters.
     """
@@ -35,6 +35,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repetition_penalty: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.__struct_fields__:
             if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")

@@ -64,7 +64,7 @@ def _token_sums(model: Model, params: Params, batch: Batch) -> Float[Tensor, "3"
         )
 
     with torch.no_grad():
-        nats_and_right = model.token_losses(params, batch, values)
+        nats_and_right = model.token_losses(params, batch, values, n_values=2)
         sums = nats_and_right.to(widest_float(nats_and_right.device)).sum((0, 1))
     n_targets = to_device(batch.target_mask().sum(), sums.device).to(sums.dtype)
     return torch.cat([sums, n_targets[None]])

@@ -2,6 +2,7 @@
 read.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,14 @@ class _Scheme(NamedTuple):
         return {"none": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}[
             self.activations
         ]
+
+    @property
+    def described(self) -> str:
+        """Words for the storage of weights, and for what becomes of activations."""
+        kind = "float8" if self.activations == "float8" else f"int{self.bits}"
+        kept = "activations stay as they are"
+        rounded = f"each token's activations are rounded to {self.activations}"
+        return f"{kind}: {kept if self.activations == 'none' else rounded}"
 
 
 def save(
@@ -89,6 +98,14 @@ def check(params: Params, activations: Activations) -> None:
 def is_expert(name: str) -> bool:
     """True for a weight of one of the experts of a mixture, or of all of them."""
     return ".experts." in name
+
+
+def described(params: Params, activations: Activations) -> list[str]:
+    """Lines on each group of weights: how it is stored, and what becomes of its activations."""
+    schemes = Counter(
+        _scheme(name, w, activations) for name, w in params.items() if not isinstance(w, Tensor)
+    )
+    return [f"{n} weights of {scheme.described}" for scheme, n in schemes.items()]
 
 
 def notes(params: Params) -> list[str]:

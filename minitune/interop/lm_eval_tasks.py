@@ -79,7 +79,8 @@ def refusals(tasks: Sequence[str], index: Any, errors: BufferingHandler) -> Iter
     except OSError as error:
         raise InputError(
             f"lm_eval: the data of {', '.join(tasks)} can't be read ({error}), expected local "
-            "files or data sets in the cache; run once with the network, or correct data_files"
+            f"files or data sets in the cache{_tried(tasks, index)}; run once with the network, "
+            "or correct data_files"
         ) from None
     except Exception as error:
         if is_ours(error):
@@ -93,6 +94,15 @@ def refusals(tasks: Sequence[str], index: Any, errors: BufferingHandler) -> Iter
             f"lm_eval: {where}: {said}; expected a task that lm_eval {__version__} can run on "
             "its data; correct the task's file or its data"
         ) from None
+
+
+def _tried(tasks: Sequence[str], index: Any) -> str:
+    """Folders in which the local files of tasks were looked for, or nothing without such tasks."""
+    entries = [index.task_index[name] for name in tasks]
+    files = [task_file(entry) for entry in entries if is_local(entry.cfg or {})]
+    folders = sorted({str(Path(file).parent) for file in files if file})
+    places = f"beside the task in {', '.join(folders)}, then in {Path.cwd()}"
+    return f" (local files: {places})" if folders else ""
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 import codecs
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from minitune.errors import InputError, nearest
-from minitune.io.toml_messages import KeyPath, explain, shown, types_at
+from minitune.errors import InputError
+from minitune.io.toml_messages import PLAIN, Hints, KeyPath, explain, shown, types_at
 from minitune.io.toml_writing import dumps
 
 T = TypeVar("T")
@@ -31,6 +31,16 @@ def read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
         found = f"{path} can't be read ({error})"
         raise InputError(f"{what}: {found}, expected a TOML file in UTF-8") from None
     return text, parse(text, f"{what}: {path}")
+
+
+def opening_comment(path: Path, what: str) -> list[str]:
+    """Lines of the comment at the top of a TOML file; what: the word that messages start with."""
+    lines = []
+    for line in read(path, what)[0].splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
 
 
 def _text(data: bytes) -> str:
@@ -93,17 +103,17 @@ def decode(
     where: Callable[[KeyPath], str],
     *,
     spelled: Callable[[KeyPath], str] = shown,
-    suggest: Callable[[str, Sequence[str]], str] = nearest,
+    hints: Hints = PLAIN,
 ) -> T:
     """Struct of a parsed tree; InputError, begun by where(path) ("program: FILE:LINE"), for the
     first misfit.
 
-    spelled: a key path in messages; suggest: end of a message about an unknown key and the known.
+    spelled: a key path in messages; hints: ends of messages about what is unknown.
     """
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise InputError(explain(str(error), raw, kind, where, spelled, suggest)) from None
+        raise InputError(explain(str(error), raw, kind, where, spelled, hints)) from None
 
 
 def default_at(kind: Any, raw: Any, path: KeyPath) -> dict[str, Any]:

@@ -4,7 +4,7 @@ expected.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -12,6 +12,24 @@ from minitune.errors import nearest
 from minitune.io.toml_writing import inline_text
 
 KeyPath = tuple[str | int, ...]  # ("stage", 1, "optimizer", "lr"), shown as stage[1].optimizer.lr
+
+
+def _table_of(field: str, value: str, known: Sequence[str]) -> str | None:
+    return f"{{ {field} = {inline_text(value)} }}" if value in known else None
+
+
+class Hints(NamedTuple):
+    """Ends of messages about what is unknown, each from the word that was found and those known.
+
+    table(field, word, known) is the table that a word alone means, { kind = "adamw" }, or None.
+    """
+
+    key: Callable[[str, Sequence[str]], str] = nearest
+    value: Callable[[str, Sequence[str]], str] = nearest
+    table: Callable[[str, str, Sequence[str]], str | None] = _table_of
+
+
+PLAIN = Hints()
 
 
 def shown(path: KeyPath) -> str:
@@ -34,7 +52,7 @@ def explain(
     kind: Any,
     where: Callable[[KeyPath], str],
     spelled: Callable[[KeyPath], str],
-    suggest: Callable[[str, Sequence[str]], str],
+    hints: Hints,
 ) -> str:
     """Message for a user from msgspec's message about a tree that does not fit its struct; see
     toml.decode.
@@ -47,7 +65,7 @@ def explain(
         path = (*path, name)
         return (
             f"{where(path)}: {spelled(path)} is unknown, expected one of "
-            f"{', '.join(known)}{suggest(name, known)}"
+            f"{', '.join(known)}{hints.key(name, known)}"
         )
     if missing := re.fullmatch(r"Object missing required field `(.*)`", text):
         name = missing.group(1)
@@ -61,15 +79,18 @@ def explain(
         known = _known(types_at(kind, raw, path[:-1]), str(path[-1])) or _known(
             types_at(kind, raw, path), ""
         )
-        wanted = f"one of {', '.join(known)}{nearest(str(value), known)}"
+        wanted = f"one of {', '.join(known)}{hints.value(str(value), known)}"
         return f"{where(path)}: {spelled(path)} is {_short(value)}, expected {wanted}"
     if text.startswith("Expected "):
-        wanted = _wanted(text.removeprefix("Expected "), value, path, types_at(kind, raw, path))
+        types = types_at(kind, raw, path)
+        wanted = _wanted(text.removeprefix("Expected "), value, path, types, hints)
         return f"{where(path)}: {spelled(path)} is {_short(value)}, expected {wanted}"
     return f"{where(path)}: {spelled(path) + ': ' if path else ''}{text}"  # a struct's own check
 
 
-def _wanted(text: str, value: Any, path: KeyPath, types: Sequence[msgspec.inspect.Type]) -> str:
+def _wanted(
+    text: str, value: Any, path: KeyPath, types: Sequence[msgspec.inspect.Type], hints: Hints
+) -> str:
     """Words for what msgspec expected, and how it is written where the mistake is a common one."""
     wanted = (
         text.split(", got `")[0]
@@ -84,10 +105,18 @@ def _wanted(text: str, value: Any, path: KeyPath, types: Sequence[msgspec.inspec
     if wanted.startswith("array") and isinstance(value, str):
         return f"{wanted}; write [{inline_text(value)}]"
     if wanted == "table" and isinstance(value, str):
-        fields = {info.tag_field for info in types if isinstance(info, msgspec.inspect.StructType)}
-        field = next((field for field in fields if field and value in _known(types, field)), None)
-        return f"{wanted}; write {{ {field} = {inline_text(value)} }}" if field else wanted
+        return f"{wanted}{_table_hint(value, types, hints)}"
     return wanted
+
+
+def _table_hint(value: str, types: Sequence[msgspec.inspect.Type], hints: Hints) -> str:
+    """End of a message about a word where a table is expected: the table that it means."""
+    structs = [info for info in types if isinstance(info, msgspec.inspect.StructType)]
+    for field in sorted({info.tag_field for info in structs if info.tag_field}):
+        known = _known(types, field)
+        table = hints.table(field, value, known)
+        return f"; write {table}" if table is not None else hints.value(value, known)
+    return ""
 
 
 def _key_path(at: str, error: str, raw: Mapping[str, Any], kind: Any) -> KeyPath:

@@ -5,17 +5,18 @@ finite.
 import math
 from typing import ClassVar, Literal
 
-import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from minitune.structs import CheckedStruct
 
 Nats = Float[Tensor, "*rows"]  # log-probabilities or losses
 Logits = Float[Tensor, "*rows V"]
 ObjectiveName = Literal["supervised", "preference", "unpaired_preference", "distillation"]
 
 
-class BaseLoss(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+class BaseLoss(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
     """Declarations of every kind of loss, so that whoever trains with it need not know which one it
     is.
     """

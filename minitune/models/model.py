@@ -11,6 +11,7 @@ from typing_extensions import TypeAliasType
 
 from minitune import seeds, tree
 from minitune.autodiff.remat import remat
+from minitune.autodiff.row_values import checked_losses, checked_weights
 from minitune.hardware import to_device
 from minitune.models import decoder, weights
 from minitune.models.block import BlockFunction
@@ -136,6 +137,7 @@ class Model(NamedTuple):
         loss: Callable[..., Tensor],
         extra: Tree = None,
         *,
+        n_values: int = 1,
         summed: bool = False,
     ) -> Float[Tensor, "B T *values"]:
         """Loss of predicting each labelled token from those before it, in nats, 0 elsewhere; whole
@@ -143,10 +145,12 @@ class Model(NamedTuple):
 
         loss(logits [n V], targets [n]), by head.by_rows; or, with `extra`, a tree of tensors [B, T,
         ...] that belong to the prediction of each token as loss_mask does, loss(logits, targets,
-        rows of extra), by as many rows as the head is. summed: True if all that is done with the
-        losses is to add them up, which spares an accelerator a second forward through a head that
-        trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in
-        head.token_losses. Where loss_mask holds weights, each loss is multiplied with its own.
+        rows of extra), by as many rows as the head is. It gives one value a row [n], or
+        n_values [n, n_values]; TypeError for another shape. summed: True if all that is done with
+        the losses is to add them up, which spares an accelerator a second forward through a head
+        that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in
+        head.token_losses. Where loss_mask holds weights, all finite and none negative, each loss is
+        multiplied with its own.
         """
         # target_mask() is False at 0, so nothing wraps round
         mask = batch.target_mask().roll(-1, 1)
@@ -158,16 +162,14 @@ class Model(NamedTuple):
         # rows: (targets, extra); torch.compile can't follow a subscript in a function's annotation
         def chunk_losses(logits: Tensor, rows: Tree) -> Tensor:
             if extra is None:
-                return by_rows(row_losses)(logits, rows[0])
-            return row_losses(logits, *rows)
+                return by_rows(row_losses, n_values)(logits, rows[0])
+            return checked_losses(row_losses(logits, *rows), logits, n_values)
 
         of_chunk: Callable[..., Tensor] = chunk_losses
         if mask.is_floating_point():
-            of_chunk, labels, mask = _weighted(chunk_losses), (labels, mask), mask > 0
-        hidden = self.hidden(params, batch)
-        head = self.head(params)
-        nats = nn_head.token_losses(of_chunk, hidden, labels, mask, head, summed=summed)
-        return nats.roll(1, 1)
+            labels, mask, of_chunk = (labels, checked_weights(mask)), mask != 0, _weighted(of_chunk)
+        rows = self.hidden(params, batch), labels, mask, self.head(params)
+        return nn_head.token_losses(of_chunk, *rows, summed=summed).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""

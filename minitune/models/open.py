@@ -6,6 +6,7 @@ from typing import Any
 
 from minitune.errors import InputError, nearest, quoted
 from minitune.io import toml
+from minitune.io.foreign_weights import foreign_weights
 from minitune.io.json_file import read_json
 from minitune.io.paths import is_present
 from minitune.io.toml_messages import KeyPath
@@ -83,6 +84,9 @@ def folder_problem(folder: Path) -> str:
         return _no_folder(folder, expected)
     if (folder / "adapter_config.json").is_file():
         return f"{folder} holds an adapter, {expected}; name its base as path, and this as deltas"
+    foreign = foreign_weights(folder)
+    if foreign is not None:
+        return f"{folder} holds no config.json, and {foreign[0]}, {expected}; {foreign[1]}"
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         return (

@@ -10,6 +10,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.autodiff.chunked import chunked_with_gradients, with_row_gradients
 from minitune.autodiff.remat import remat
+from minitune.autodiff.row_values import checked_losses
 from minitune.autodiff.value_and_grad import ClosedOverError, under_transform
 from minitune.hardware import to_device
 from minitune.nn.linear import linear
@@ -93,20 +94,24 @@ def _losses_of_rows(
 
 def by_rows(
     loss: Callable[..., Float[Tensor, "n *values"]],
+    n_values: int = 1,
 ) -> Callable[..., Float[Tensor, "n *values"]]:
     """loss(logits [n V], *trees of n rows), taken of a few rows at a time, and its gradient by
     logits with it.
 
     Nothing but that gradient is kept. For a loss whose values of a row depend on that row alone.
-    Differentiable once, but under a transform any number of times.
+    Differentiable once, but under a transform any number of times. TypeError for a loss that does
+    not return n_values a row.
     """
+
+    def checked(logits: Tensor, *targets: Tree) -> Tensor:
+        return checked_losses(loss(logits, *targets), logits, n_values)
 
     def slices(logits: Tensor, *targets: Tree) -> Tensor:
         if under_transform():
-            return loss(logits, *targets)
-        losses = (
-            with_row_gradients(loss) if torch.is_grad_enabled() and logits.requires_grad else loss
-        )
+            return checked(logits, *targets)
+        has_grad = torch.is_grad_enabled() and logits.requires_grad
+        losses = with_row_gradients(checked) if has_grad else checked
         n = rows_at_once(logits)
         # split and not slices, whose gradients would each be as large as the logits
         rows = enumerate(logits.split(n))

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import msgspec
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from minitune import hardware, tree
 from minitune.optim.rounding import Rounding
 from minitune.optim.transforms import Scope, Slice, slice_tree, wide_zeros, zero_count
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
@@ -42,7 +42,7 @@ class FusedSlice(NamedTuple):
     v: Tensor
 
 
-class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw", tag_field="kind"):
+class AdamW(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag="adamw", tag_field="kind"):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, 1711.05101, algorithm 2)."""
 
     scope: ClassVar[Scope] = "element"

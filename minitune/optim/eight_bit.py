@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -13,6 +12,7 @@ from torch import Tensor
 from minitune import hardware, tree
 from minitune.optim.adamw import AdamState, adamw_update
 from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, take_slice, zero_count
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
@@ -30,7 +30,7 @@ class Moment8(NamedTuple):
 
 
 class AdamW8bit(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adamw8bit", tag_field="kind"
+    CheckedStruct, frozen=True, forbid_unknown_fields=True, tag="adamw8bit", tag_field="kind"
 ):
     """AdamW whose moments are kept in 8 bits by block-wise dynamic quantization (Dettmers et al.
     2021, arXiv 2110.02861, sections 2.1 and 2.2); a step is taken with the float32 moments, before

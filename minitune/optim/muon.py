@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
-import msgspec
 import torch
 from jaxtyping import Float
 from msgspec import Meta
@@ -16,6 +15,7 @@ from minitune.errors import InputError
 from minitune.optim.adamw import AdamW
 from minitune.optim.partition import Branch, Partition
 from minitune.optim.transforms import Scope, Slice, slice_limit, slice_tree, wide_zeros
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
@@ -27,7 +27,7 @@ TABLES = ("*embed_tokens*", "*lm_head*")
 AdjustLr = Literal["match_rms_adamw", "original"]
 
 
-class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", tag_field="kind"):
+class Muon(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag="muon", tag_field="kind"):
     """Momentum, orthogonalized, for the 2-D weights of hidden layers (Jordan et al. 2024, "Muon: an
     optimizer for hidden layers in neural networks"); AdamW for the rest: norms, biases, embeddings,
     the head, weights of any other rank.
@@ -103,7 +103,7 @@ class Muon(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="muon", 
         return int(leaf.ndim != 2 or any(fnmatchcase(path, glob) for glob in globs))
 
 
-class OrthogonalizedMomentum(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class OrthogonalizedMomentum(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Muon's rule for a tree of matrices; its state is their momentum, in float32 or wider."""
 
     scope: ClassVar[Scope] = "leaf"

@@ -9,7 +9,6 @@ count, and the queue would wait until it is read.
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
-import msgspec
 import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
@@ -17,6 +16,7 @@ from typing_extensions import TypeAliasType
 
 from minitune import hardware, seeds, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 
 # (float32 values of a slice, path of its leaf, its start) -> bfloat16
@@ -30,7 +30,7 @@ class StepKeys(NamedTuple):
     second: Int[Tensor, ""]
 
 
-class RoundStochastically(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RoundStochastically(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Last transform before bfloat16 parameters: an update u becomes the one that takes p to p
     + u rounded up or down at random, with the odds that make its mean p + u; steps too small for
     bfloat16 then add up in place of being lost.

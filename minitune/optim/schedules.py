@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import msgspec
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import hardware, tree
 from minitune.optim.transforms import Scope, Slice, zero_count
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 
-class _Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+class _Schedule(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
     """Factor of the peak rate: a linear rise over warmup_steps, then a fall.
 
     The last step of the warm-up and the one after it have the peak. `end` is the factor that a step
@@ -111,7 +111,7 @@ class InverseSqrt(_Schedule, frozen=True, tag="inverse_sqrt"):
 Schedule = Constant | Linear | Cosine | Wsd | InverseSqrt
 
 
-class ScaleBySchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ScaleBySchedule(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Multiply updates by a schedule's factor; its state is the number of steps taken.
 
     It stands at the end of a chain, because every optimizer here is proportional to its learning

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-import msgspec
 from torch import Tensor
 
 from minitune import tree
 from minitune.optim.transforms import Scope, Slice, slice_scratch_bytes, slice_tree, wide_zeros
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import Fraction, NonNegativeFloat
 
 
-class SGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
+class SGD(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag="sgd", tag_field="kind"):
     """Gradient descent with momentum, and weight decay in the gradient (Sutskever et al. 2013, eq.
     1-4, as torch.optim.SGD).
     """

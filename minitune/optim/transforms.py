@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-import msgspec
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitune import tree
+from minitune.structs import CheckedStruct
 from minitune.tree import Tree
 from minitune.types import NonNegativeFloat, PositiveFloat, wide_dtype
 
@@ -54,14 +54,22 @@ class GradientTransformation(Protocol):
 def checked_update(
     optimizer: GradientTransformation, grads: Tree, state: Tree, params: Tree
 ) -> tuple[Tree, Tree]:
-    """(updates, next state) of an optimizer; TypeError for what is no such pair."""
+    """(updates, next state) of an optimizer; TypeError for what is no such pair, and for an update
+    of another shape than its parameter, which would broadcast.
+    """
     result = optimizer.update(grads, state, params)
-    if isinstance(result, tuple) and len(result) == 2:
-        return result
-    raise TypeError(
-        f"optim: update of {type(optimizer).__name__} returned a {type(result).__name__}, "
-        "expected (updates, state)"
-    )
+    found = f"optim: update of {type(optimizer).__name__} returned"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{found} a {type(result).__name__}, expected (updates, state)")
+    updates, _ = result
+    tree.map(lambda p, u: None, params, updates)  # the same names, or an error that says which
+    for (path, p), u in zip(tree.items(params), tree.leaves(updates), strict=True):
+        if u.shape != p.shape:
+            raise TypeError(
+                f"{found} {list(u.shape)} for {path or 'the root'}, expected the shape of the "
+                f"parameter, {list(p.shape)}"
+            )
+    return result
 
 
 class Slice(NamedTuple):
@@ -101,7 +109,7 @@ def slice_scratch_bytes(leaves: Sequence[Tensor], bytes_per_element: int, *, rou
     return bytes_per_element * max(min(x.numel(), limit + x.numel() % limit) for x in leaves)
 
 
-class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ClipByGlobalNorm(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Scale the whole gradient so that its norm is at most max_norm (Pascanu et al. 2013, arXiv
     1211.5063, algorithm 1).
     """
@@ -122,7 +130,7 @@ class ClipByGlobalNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-class ScaleByGlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ScaleByGlob(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Multiply updates by a factor of their own: learning-rate groups, as globs over the paths of
     leaves. The first match wins.
 

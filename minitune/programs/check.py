@@ -1,9 +1,9 @@
 """Checks of a program before anything expensive: folders, stages, and the data as they use it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,11 +19,12 @@ from minitune.models.open import FAMILIES
 from minitune.models.open import open as open_model
 from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
+from minitune.programs.one_process import require_one_process
 from minitune.programs.progress import Count
 from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState, DataStage, PipelineStage, trainable_like
-from minitune.text.template import with_options
+from minitune.text.template import Template, with_options
 
 
 class Checked(NamedTuple):
@@ -43,11 +44,10 @@ def check(
 ) -> Checked:
     """Findings on a program; InputError for whatever would stop it later.
 
-    say: writes a line, now and then while a large table is tokenized.
-
     The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
-    the headers are read.
+    the headers are read. say: writes a line, now and then while a large table is tokenized.
     """
+    require_one_process()
     fetched = refreshed(
         path for data in sources.values() for path in data.paths_by_key("").values()
     )
@@ -59,27 +59,27 @@ def check(
     for model in _models(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
-    lines += fetched
-    for name, data in placed.items():
-        for part in data.parts():
-            require_rows(part)
-            with_options(template, part.chat_template_kwargs, part.path_names)
-        lines.append(f"data: {name} is {', '.join(map(_read_as, data.parts()))}")
-    lines += data_notes(source, sources)
+    lines += [*fetched, *_data_lines(placed, template), *data_notes(source, sources, stages)]
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
     decided, lengths = with_lengths(placed, abstract)
-    lines += lengths
-    for stage, found in zip(stages, before, strict=True):
-        lines.append(f"stage: {stage.label}")
-        if isinstance(stage, DataStage):
-            lines += [f"  {note}" for note in stage.prepare(found._replace(data=decided))]
-    data = {
-        name: msgspec.structs.replace(data, seq_len=decided[name].seq_len)
-        for name, data in sources.items()
-    }
+    lines += [*lengths, *_stage_lines(stages, before, decided)]
+    seq_lens = {name: data.max_seq_len for name, data in decided.items()}
+    data = {n: msgspec.structs.replace(one, seq_len=seq_lens[n]) for n, one in sources.items()}
     return Checked(lines, data, lengths, abstract._replace(data=decided))
+
+
+def _stage_lines(
+    stages: Sequence[PipelineStage],
+    before: Sequence[AbstractState],
+    data: Mapping[str, Source],
+) -> Iterator[str]:
+    """Yield lines on each stage and on the rows that it reads, which are tokenized for it."""
+    for stage, found in zip(stages, before, strict=True):
+        yield f"stage: {stage.label}"
+        if isinstance(stage, DataStage):
+            yield from (f"  {note}" for note in stage.prepare(found._replace(data=data)))
 
 
 def _model_lines(abstract: AbstractState) -> list[str]:
@@ -92,6 +92,16 @@ def _model_lines(abstract: AbstractState) -> list[str]:
     if template.tool_use is not None:
         lines.append(f"template: {template.tool_use.origin} for conversations with tools")
     return lines
+
+
+def _data_lines(placed: Mapping[str, Source], template: Template) -> Iterator[str]:
+    """Yield a line on each table; InputError for files without rows, and for options that the
+    template does not know."""
+    for name, data in placed.items():
+        for part in data.parts():
+            require_rows(part)
+            with_options(template, part.chat_template_kwargs, part.path_names)
+        yield f"data: {name} is {', '.join(map(_read_as, data.parts()))}"
 
 
 def with_lengths(
@@ -163,13 +173,17 @@ def _shared_file(train: Source, heldout: Source) -> Path | None:
     return None
 
 
-def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
-    """Lines on tables that are still the demo's beside a user's model or data.
+def data_notes(
+    source: ModelSource, sources: Mapping[str, Source], stages: Sequence[Any]
+) -> list[str]:
+    """Lines on tables that a stage uses and that are still the demo's beside a user's model or
+    data.
 
     Another line says that a folder ./demo of the user's is not what demo/... means, another that
     tokenized data is not kept where it usually is.
     """
-    parts = [pair for name, data in sources.items() for pair in data.paths_by_key(name).items()]
+    used = {name: data for name, data in sources.items() if name in _data_names(stages)}
+    parts = [pair for name, data in used.items() for pair in data.paths_by_key(name).items()]
     models = [("model", path) for path in (source.path, source.config) if path is not None]
     embedded = paths.PACKAGE / "demo"
     is_demo = {path: locate(path).is_relative_to(embedded) for _, path in [*models, *parts]}
@@ -183,6 +197,17 @@ def data_notes(source: ModelSource, sources: Mapping[str, Source]) -> list[str]:
     if cache_note is not None:
         lines.append(f"note: {cache_note}")
     return lines
+
+
+def _data_names(stages: Iterable[Any]) -> set[str]:
+    """Names of data that stages ask for, and the tables inside them: an evaluation, a method."""
+    names: set[str] = set()
+    for stage in stages:
+        data = getattr(stage, "data", None)
+        names |= {data} if isinstance(data, str) else set()
+        inner = [getattr(stage, name) for name in getattr(stage, "__struct_fields__", ())]
+        names |= _data_names(value for value in inner if isinstance(value, msgspec.Struct))
+    return names
 
 
 def _models(source: ModelSource, stages: Sequence[PipelineStage]) -> Iterator[ModelSource]:

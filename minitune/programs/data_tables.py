@@ -69,6 +69,8 @@ def _with_heldout_table(
         raise InputError(f"{found} is one too many, expected it in one table; remove it")
     table = {key: value for key, value in tables[name].items() if key != "holdout"}
     fraction, heldout = tables[name]["holdout"], tables.get(HELDOUT, {})
+    if fraction == 0 and not isinstance(fraction, bool):
+        return {**tables, name: table}  # nothing is kept apart
     _require_share(fraction, f"{where(name, 'holdout')}: data.{name}.holdout")
     if not isinstance(heldout, dict):
         return {**tables, name: table}  # decoding says what is wrong with it
@@ -90,7 +92,7 @@ def _with_heldout_table(
 def _require_share(value: Any, found: str) -> None:
     """InputError unless a value is a share; found: the words before it."""
     if not isinstance(value, float) or not 0 < value < 1:
-        expected = "expected a number between 0 and 1; correct it"
+        expected = "expected a share between 0 and 1; 0 keeps no rows apart"
         raise InputError(f"{found} is {value!r}, {expected}")
 
 
@@ -143,6 +145,14 @@ def _filled_in(table: str, names: Sequence[str]) -> str:
     return f"{words}, for preferences {typed('pairs')}" if len(names) > 2 else words
 
 
+def _missing(name: str, abstract: AbstractState) -> str:
+    """End of a message about a table that there is not."""
+    if name == HELDOUT and "train" in abstract.data:
+        keep = "data.train.holdout = 0.05 keeps rows apart as that"
+        return f"; {keep}, or give data.heldout.path, or drop what asks for it"
+    return nearest(name, [*abstract.data])
+
+
 def require_data(abstract: AbstractState, name: str, label: str, *formats: str) -> Source:
     """Data table that a stage asks for by name; InputError if there is none, or one of another
     format.
@@ -151,7 +161,7 @@ def require_data(abstract: AbstractState, name: str, label: str, *formats: str) 
         known = ", ".join(abstract.data) or "the program has none"
         raise InputError(
             f"loading: stage {label} asks for data {name!r}, expected a [data] table: "
-            f"{known}{nearest(name, [*abstract.data])}"
+            f"{known}{_missing(name, abstract)}"
         )
     source = abstract.data[name]
     if source.format not in formats:

@@ -1,6 +1,7 @@
 """Names that TRL, PEFT, torchtune, Axolotl and LLaMA-Factory give to keys, and the keys here."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from minitune.errors import nearest
 
@@ -13,9 +14,11 @@ COLUMNS = 'columns = { output = "answer" } says which column is what'
 KEYS = (
     ("train.optimizer.lr", "", "learning_rate lr max_lr peak_lr base_lr"),
     ("train.steps", "",
-        "max_steps num_steps total_steps max_iters iters train_steps max_steps_per_epoch"),
-    ("train.epochs", "in place of steps", "num_train_epochs num_epochs n_epochs max_epochs"),
-    ("train.batch_size", ROWS, "per_device_train_batch_size train_batch_size global_batch_size"),
+        "max_steps num_steps total_steps max_iters iters train_steps"),
+    ("train.steps", "theirs are those of one epoch; steps = epochs x that", "max_steps_per_epoch"),
+    ("train.epochs", "in place of steps", "num_train_epochs num_epochs n_epochs max_epochs epochs"),
+    ("train.batch_size", ROWS,
+        "per_device_train_batch_size train_batch_size global_batch_size batch_size"),
     ("train.micro_batch_size", ROWS,
         "gradient_accumulation_steps grad_accum accumulate_grad_batches gradient_accumulation "
         "grad_accumulation_steps micro_batch device_batch_size"),
@@ -43,6 +46,9 @@ KEYS = (
     ("lora.dora", "", "use_dora peft_use_dora"),
     ("lora.rslora", "", "use_rslora peft_use_rslora"),
     ("lora.train", "globs of weights that train whole", "modules_to_save lora_modules_to_save"),
+    ("lora.train", 'bias = "all" is train = ["*.bias"]', "bias lora_bias"),
+    ("lora.targets", 'the globs "*.mlp.*_proj.weight" and "lm_head.weight"',
+        "apply_lora_to_mlp apply_lora_to_output"),
     ("lora.ranks", "glob -> rank", "rank_pattern"),
     ("train.load_balance", "", "router_aux_loss_coef moe_aux_loss_coeff aux_loss_alpha"),
     ("train.privacy.epsilon", "", "target_epsilon"),
@@ -55,7 +61,7 @@ KEYS = (
     ("quantize.scheme", NF4,
         "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_bit quantize_base "
         "use_qlora qlora"),
-    ("model.dtype", "", "bf16 fp16 torch_dtype precision mixed_precision float16 bfloat16"),
+    ("model.dtype", "", "dtype bf16 fp16 torch_dtype precision mixed_precision float16 bfloat16"),
     ("train.loss_scale.initial", "of float16 compute", "initial_scale_power loss_scale init_scale"),
     ("train.remat", "true recomputes blocks in the backward pass",
         "gradient_checkpointing activation_checkpointing enable_activation_checkpointing "
@@ -66,24 +72,33 @@ KEYS = (
     ("data.train.seq_len", "tokens; of each [data] table",
         "max_seq_length max_seq_len max_length sequence_len cutoff_len block_size "
         "model_max_length context_length seq_length"),
+    ("harness.max_length", "tokens", "max_seq_length max_seq_len max_model_len"),
+    ("harness.n_shots", "", "num_fewshot n_shot fewshot"),
+    ("harness.chat_template", "", "apply_chat_template"),
     ("data.train.packed", "", "packing sample_packing pack"),
+    ("data.train.packed", "documents share a row without padding", "padding_free"),
     ("data.train.train_on", "",
         "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
         "train_on_prompt roles_to_train masking_strategy"),
     ("data.train.columns", COLUMNS,
-        "dataset_text_field column_map prompt_field prompt_column field_instruction field_output"),
+        "dataset_text_field column_map prompt_field prompt_column field_instruction field_output "
+        "conversation_column"),
     ("data.train.path", "",
         "train_file dataset dataset_path dataset_name datasets data_path data_files train_data"),
     ("data.heldout.path", "",
         "eval_dataset validation_file val_file eval_file test_datasets validation_data"),
-    ("data.train.holdout", "share of the rows", "val_set_size val_size validation_split test_size"),
+    ("data.train.holdout", "share of the rows; 0 keeps none apart",
+        "val_set_size val_size validation_split test_size holdout"),
     ("data.train.format", '"chat" reads messages and ShareGPT\'s conversations',
         "conversation_style chat_format dataset_format"),
     ("data.train.split", "part of a file", "dataset_split"),
     ("model.path", "",
         "checkpoint_dir checkpoint_files checkpointer model_name_or_path base_model model_id "
         "model_name pretrained_model base_model_name"),
-    ("model.deltas", "", "adapter adapter_path adapter_name_or_path lora_model_dir peft_model_id"),
+    ("model.deltas", 'of a folder; "lora" is a stage, [[stage]] op = "lora"', "adapter"),
+    ("model.deltas", "", "adapter_path adapter_name_or_path lora_model_dir peft_model_id"),
+    ("model.tokenizer", "a folder, if not the model's; its max_seq_len is data.train.seq_len",
+        "tokenizer"),
     ("model.tokenizer", "", "tokenizer_path tokenizer_name tokenizer_name_or_path"),
     ("model.device", "", "device_map device use_cpu"),
     ("model.chat_template_kwargs", "", "enable_thinking"),
@@ -100,8 +115,8 @@ KEYS = (
         "eval_steps eval_interval eval_strategy evaluation_strategy val_check_interval "
         "eval_every run_val_every_n_steps"),
     ("train.evaluate.batch_size", "", "batch_size_val"),
-    ("train.evaluate.patience", "",
-        "early_stopping_patience load_best_model_at_end early_stopping"),
+    ("train.evaluate.patience", "", "early_stopping_patience early_stopping"),
+    ("train.evaluate.keep", '"best", as it is if absent', "load_best_model_at_end"),
     ("train.evaluate.min_delta", "nats",
         "early_stopping_threshold early_stopping_min_delta min_delta"),
     ("train.evaluate.at_start", "", "eval_on_start evaluate_at_start val_before_train"),
@@ -109,7 +124,12 @@ KEYS = (
     ("train.keep", "saved states on the disk", "save_total_limit keep_last_n_checkpoints"),
     ("train.loss.beta", "", "beta dpo_beta kl_beta rl_beta"),
     ("train.loss.label_smoothing", "", "label_smoothing_factor label_smoothing"),
-    ("train.loss.ratio", "share of the divergence, the rest is cross-entropy", "kd_ratio lmbda"),
+    ("train.loss.ratio", "share of the divergence, the rest is cross-entropy", "kd_ratio"),
+    ("train.loss.nll_weight", "of cpo", "cpo_alpha"),
+    ("train.loss.gamma", "of simpo, in nats: that ratio times beta", "gamma_beta_ratio"),
+    ("train.loss.gamma", "of simpo, in nats", "simpo_gamma"),
+    ("train.reference", 'reference = "cached"',
+        "precompute_ref_log_probs precompute_reference_log_probs"),
     ("train.loss", 'loss = { kind = "dpo" }', "loss_type pref_loss rl loss_fn"),
     ("train.teacher.path", "", "teacher_model_name_or_path teacher_model teacher_model_path"),
     ("generate.sampling", "sampling = { temperature = 0.7, top_p = 0.9 }",
@@ -128,22 +148,56 @@ NO_KEYS = (
         "new_system_prompt system_prompt default_system"),
     ("torchtune's components are tables here: docs/from-torchtune.md", "_component_"),
     ("beams are not there: answers are the likeliest tokens, or drawn", "num_beams"),
+    ("the share of answers that a student writes is not there: teachers read the data's", "lmbda"),
+    ("fine-tuning beside the preference is not there for dpo; orpo and cpo have it", "rpo_alpha"),
+    ("texts are written by the model's chat template: docs/templates.md", "prompt_template"),
+    ("half a wave is the only cosine: cycles are not there", "num_cycles"),
+    ("the optimizer is fused wherever torch has it", "fused foreach"),
+    ("seq_len holds prompt and answer together; overlong says what becomes of a longer row",
+        "max_prompt_length max_completion_length"),
+    ("rows come in a random order, and packed = true saves the padding",
+        "group_by_length length_column_name"),
+    ("nothing here uploads: `hf upload OWNER/NAME FOLDER` does",
+        "push_to_hub hub_model_id hub_strategy"),
+    ("a run is one process, started without a launcher",
+        "deepspeed fsdp fsdp_config ddp_timeout tensor_parallel_size local_rank "
+        "tensor_parallel_dim data_parallel_shard_dim"),
+    ("deltas begin as in LoRA: a is drawn, b is zero; PiSSA, OLoRA and LoftQ are not there",
+        "init_lora_weights peft_init_lora_weights loftq_config"),
+    ("a profiler is not there: time and memory are logged with every step", "profiler profile"),
+    ("weights are always written as safetensors",
+        "safetensors save_safetensors safe_serialization"),
 )
 # fmt: on
 
 
-def _sentences() -> dict[str, str]:
-    found = {}
+class _Here(NamedTuple):
+    """Sentence on a name, and the last word of the key that it offers ("" where it offers none)."""
+
+    key: str
+    sentence: str
+
+
+def _sentences() -> dict[str, list[_Here]]:
+    found: dict[str, list[_Here]] = {}
     for key, note, names in KEYS:
         for name in names.split():
-            found[name] = f"{name} is {key} here{f': {note}' if note else ''}"
-    return found | {name: note for note, names in NO_KEYS for name in names.split()}
+            sentence = f"{name} is {key} here{f': {note}' if note else ''}"
+            found.setdefault(name, []).append(_Here(key.rpartition(".")[2], sentence))
+    for note, names in NO_KEYS:
+        found |= {name: [_Here("", note)] for name in names.split()}
+    return found
 
 
 SENTENCES = _sentences()
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """End of a message about an unknown key: what it is here, else the nearest known key."""
-    sentence = SENTENCES.get(name.strip("-").replace("-", "_").casefold())
-    return f"; {sentence}" if sentence is not None else nearest(name, known)
+    """End of a message about an unknown key: what it is here, else the nearest known key.
+
+    Of several keys that a name may mean it is the one that stands among those known.
+    """
+    meant = SENTENCES.get(name.strip("-").replace("-", "_").casefold())
+    if meant is None:
+        return nearest(name, known)
+    return f"; {next((one for one in meant if one.key in known), meant[0]).sentence}"

@@ -11,9 +11,11 @@ from minitune.io import toml, toml_messages
 from minitune.io.toml_messages import types_at
 from minitune.programs.field_names import suggest
 
+# Tables that are given a path as if they were one key, and the key that is meant.
+TABLES = {"model": "model.path", "data": "data.train.path"}
 # Two keys of which a stage has one: an override of one takes the place of the other.
-TABLES = {"model": "model.path", "data": "data.train.path"}  # and the key that is meant by them
 EITHER = {"steps": "epochs", "epochs": "steps", "prompt": "data"}
+YAML_OPTIONS = ("config", "nproc_per_node", "nproc-per-node", "nnodes")  # of `tune run`
 
 
 def write_override(
@@ -114,6 +116,8 @@ def _meant(text: str) -> str:
     """End of a message about a word that is no KEY=VALUE: what may be meant, or nothing."""
     if text.startswith("--") and len(text) > 2:
         name, _, value = text.removeprefix("--").partition("=")
+        if name in YAML_OPTIONS:
+            return "; a program is the first word, and has no YAML: docs/from-torchtune.md"
         return f"; options have no dashes: {TABLES.get(name, name)}={value or 'VALUE'}"
     path = Path(text)
     if path.is_dir():

@@ -16,10 +16,10 @@ from minitune.programs.state import AbstractState
 from minitune.quant.schemes import NF4
 
 MIB = 2**20
-# Below so many parameters any machine holds a step, and above so many weights (a mixture whose
-# experts stand one by one) a plan takes half a minute and more: a run says nothing then, and the
-# verb plan does.
-LEAST_PARAMETERS, MOST_WEIGHTS = 1_000_000, 2000
+# Below so many parameters most machines hold a step, and a plan would take longer than the first
+# steps; above so many weights (a mixture whose experts stand one by one) it takes half a minute and
+# more. A run says nothing then, and the verb plan does.
+LEAST_PARAMETERS, MOST_WEIGHTS = 50_000_000, 2000
 
 
 def memory_lines(source: Program, first: AbstractState) -> dict[str, list[str]]:

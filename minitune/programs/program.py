@@ -16,6 +16,7 @@ from minitune.io.toml_messages import shown
 from minitune.io.toml_writing import dumps
 from minitune.programs import data_tables, learning_rates
 from minitune.programs.field_names import suggest
+from minitune.programs.kind_names import example_table, suggest_kind
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.overrides import rival, write_override
@@ -26,6 +27,8 @@ from minitune.programs.variables import escaped, expanded
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 # devices of Windows, whatever the ending
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+HINTS = toml_messages.Hints(suggest, suggest_kind, example_table)
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,7 +107,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     raw = expanded(raw, (), places.where)
     data_tables.complete(raw, places.where, given)
     learning_rates.complete(raw, places.where)
-    program = toml.decode(raw, Program, places.where, spelled=places.spelled, suggest=suggest)
+    program = toml.decode(raw, Program, places.where, spelled=places.spelled, hints=HINTS)
     _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)
     return program

@@ -26,6 +26,18 @@ class Sample(msgspec.Struct, frozen=True):
     answer: str
 
 
+class Metric(msgspec.Struct, frozen=True):
+    """Value of one metric of a task."""
+
+    value: float | None = None
+
+
+class TaskRecord(msgspec.Struct, frozen=True):
+    """Metrics of a task of the harness, by name."""
+
+    metrics: dict[str, Metric] = {}
+
+
 class StageRecord(msgspec.Struct, frozen=True):
     """Figures of a stage's record that a report shows or a later start reads; a record may hold
     others."""
@@ -50,6 +62,7 @@ class StageRecord(msgspec.Struct, frozen=True):
     bytes: int | None = None
     bytes_after: int | None = None
     model_bytes: int | None = None
+    tasks: dict[str, TaskRecord] = {}  # of the harness, by name
     what: str | None = None
     path: str | None = None
     merge_error: float | None = None  # largest share of a weight's change that was lost

@@ -16,12 +16,14 @@ from minitune.programs.records import Sample, StageRecord, rounding_warning, sta
 MAX_LINES, MAX_CHARACTERS = 6, 600  # of a sample on the screen
 LOSS = "loss [nats a token]"
 PAIR_LOSS = "loss [nats a pair]"  # of stages that compare two answers
+TASKS = "tasks"
 COLUMNS = (
     LOSS,
     PAIR_LOSS,
     "best held-out",
     "exact match",
     "reward accuracy",
+    TASKS,
     "size [MiB]",
     "time [s]",
     "skipped steps",
@@ -54,7 +56,7 @@ def report(title: str, summary: Mapping[str, Any], width: int = 100) -> Renderab
 
 def _has_figures(record: StageRecord) -> bool:
     figures = (record.loss_nats, record.steps, record.bytes, record.bytes_after)
-    return any(figure is not None for figure in figures)
+    return bool(record.tasks) or any(figure is not None for figure in figures)
 
 
 def _stages(title: str, records: Mapping[str, StageRecord], width: int) -> list[RenderableType]:
@@ -68,7 +70,10 @@ def _stages(title: str, records: Mapping[str, StageRecord], width: int) -> list[
     for name, cells in rows.items():
         table.add_row(name, *(cells[column] for column in used))
     columns = {"stage": list(rows), **{name: [row[name] for row in rows.values()] for name in used}}
-    widths = [max(map(len, (name, *texts))) for name, texts in columns.items()]
+    widths = [
+        max(len(line) for text in (name, *texts) for line in text.splitlines() or [""])
+        for name, texts in columns.items()
+    ]
     if sum(widths) + 3 * len(widths) + 1 <= width:
         return [table]
     lines: list[RenderableType] = [Text(title)]
@@ -90,6 +95,12 @@ def _cells(record: StageRecord) -> dict[str, str]:
         cells["best held-out"] = f"{record.best_heldout_nats:.4f}"
     if record.reward_accuracy is not None:
         cells["reward accuracy"] = f"{record.reward_accuracy:.1%}"
+    cells[TASKS] = "\n".join(
+        f"{task} {name} {metric.value:.4f}"
+        for task, result in record.tasks.items()
+        for name, metric in result.metrics.items()
+        if metric.value is not None
+    )
     sizes = (record.model_bytes, record.bytes, record.bytes_after)
     n_bytes = next((size for size in sizes if size is not None), None)
     if n_bytes is not None:

@@ -52,7 +52,7 @@ def run_program(
             _show_finished(program, run.summary, out, run.notes)
         return run.summary
     with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
-        data_lines = data_notes(program.model, program.data)
+        data_lines = data_notes(program.model, program.data, program.stage)
         for note in (*run.notes, *data_lines, *checked.lengths):
             out.say(note)
         return _run_stages(program, run, stop, out, checked.first)

@@ -11,10 +11,11 @@ from minitune.errors import InputError
 from minitune.quant import schemes
 from minitune.quant.schemes import Scheme, base_weight, check_fit, with_base_weight
 from minitune.quant.tensors import QTensor
+from minitune.structs import CheckedStruct
 from minitune.types import Delta, Params, Trainable
 
 
-class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Quantization(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     """Choice of a scheme for each weight: those that a glob matches get `scheme`, or what the first
     matching exception says.
     """
@@ -22,7 +23,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheme: Scheme
     weights: tuple[str, ...] = ("*_proj.weight",)
     # glob -> another scheme, or None to leave the weight as it is
-    exceptions: dict[str, Scheme | None] = {}
+    exceptions: dict[str, Scheme | None] = msgspec.field(default_factory=dict)
 
     def plan(self, params: Params) -> dict[str, Scheme]:
         """Scheme of every weight that is to be quantized. InputError for a glob without a match,

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar, Literal
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -12,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from minitune.errors import InputError
 from minitune.quant import float8, nf4
 from minitune.quant.tensors import QNF4, PackedInt4, PackedInt8, QFloat8, QInt4, QInt8, QTensor
+from minitune.structs import CheckedStruct
 from minitune.types import Adapted, Params
 
 # weights decoded at a time on the CPU: so that intermediate results stay in its cache
 PIECE = 2**19
 
 
-class _Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+class _Grid(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
     """Codes times a scale, symmetric about 0, with one scale a group of neighbours in a row."""
 
     divisors: ClassVar[tuple[float, ...]]
@@ -113,7 +113,7 @@ class Int4(_Grid, frozen=True, tag="int4"):
         return QInt4(codes[:, ::2] | codes[:, 1::2] << 4, scale)
 
 
-class NF4(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="nf4"):
+class NF4(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="nf4"):
     """4-bit NormalFloat in blocks of 64 with 8-bit block maxima (Dettmers et al. 2023, arXiv
     2305.14314, section 3).
     """

@@ -268,7 +268,7 @@ def test_show_prints_the_resolved_program(shipped: Path, capsys: pytest.CaptureF
 def test_check_prints_findings_or_the_error(
     shipped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(source: Any, sources: Any, stages: Any) -> check_module.Checked:
+    def check(source: Any, sources: Any, stages: Any, say: Any) -> check_module.Checked:
         if stages[0].rank == 1:
             raise InputError("lora: target 'x' matches no weight")
         lines = [f"model: {source.path}", f"data: {len(sources)}"]

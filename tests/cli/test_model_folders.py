@@ -190,8 +190,8 @@ def test_words_that_run_a_program_stand_before_it(tmp_path: Path, tiny: Path, mo
             "finish: runs/y does not exist, expected the folder of a run, such as runs/lora; correct",
         ),
         (["finish", "runs/x/program.toml"], "finish: runs/x/program.toml is a file, expected the folder of a run"),
-        (["show", "runs/x"], "minitune: runs/x is a run, expected a program; its own is runs/x/program.toml"),
-        (["runs/x"], "minitune: runs/x is a run, expected a program; its own is runs/x/program.toml"),
+        (["show", "runs/x"], "minitune: runs/x is a run, expected a program; write runs/x/program.toml"),
+        (["runs/x"], "minitune: runs/x is a run, expected a program; write runs/x/program.toml"),
         (["eval", "runs/y"], "expected KEY=VALUE such as seed=1 or train.steps=100; no folder runs/y is here"),
     ],
 )

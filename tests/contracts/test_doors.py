@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from minitune import tree
+from minitune.algorithms.distillation import distillation
 from minitune.algorithms.objective import mean_of, require_fields
+from minitune.algorithms.preference import preference
 from minitune.algorithms.supervised import sft
-from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.algorithms.unpaired import unpaired_preference
+from minitune.autodiff.value_and_grad import per_example, value_and_grad
 from minitune.errors import InputError
+from minitune.losses import Dpo, cross_entropy
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim.adamw import AdamW
 from minitune.steps import require_batch, train_step
-from minitune.types import Batch
+from minitune.types import Batch, Mean
 from support.models import SMALL, random_batch, random_params
 from support.numbers import STAGE, Numbers, train
 
@@ -162,6 +166,102 @@ def test_an_optimizer_without_a_next_state_is_named() -> None:
     step = train_step(OBJECTIVE, Sign())
     with pytest.raises(TypeError, match=r"optim: update of Sign returned a dict, expected \(updates, state\)"):
         step.update(params, step.init({"model.norm.weight": params["model.norm.weight"]}), ROWS)
+
+
+class Narrow(NamedTuple):
+    """Optimizer of somebody's own, whose update of one leaf would broadcast."""
+
+    def init(self, params: Any) -> Any:
+        return ()
+
+    def update(self, grads: Any, state: Any, params: Any) -> Any:
+        return {name: g.sum() if "layers.1" in name else g for name, g in grads.items()}, state
+
+
+def test_an_update_of_another_shape_is_named() -> None:
+    params = random_params(SMALL)
+    step = train_step(OBJECTIVE, Narrow())
+    trainable = {name: params[name] for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight")}
+    with pytest.raises(
+        TypeError,
+        match=rf"update of Narrow returned \[\] for model\.layers\.1\.input_layernorm\.weight, expected .* \[{SMALL.d_model}\]",
+    ):
+        step.update(params, step.init(trainable), ROWS)
+
+
+@pytest.mark.parametrize("n_rows", [0, -1, 2.0, True, "2"])
+def test_a_micro_batch_has_rows(n_rows: Any) -> None:
+    with pytest.raises(TypeError, match=rf"steps: micro_batch is {n_rows!r}, expected an integer of at least 1, or None"):
+        inspect.unwrap(train_step)(OBJECTIVE, AdamW(lr=1e-3), micro_batch=n_rows)
+
+
+ONE = torch.ones(())
+OBJECTIVE_RESULTS = {
+    "a tensor": (ONE, r"grad: the function returned Tensor, expected \(Mean, aux\), as has_aux says"),
+    "a Mean": (Mean(ONE, ONE), r"grad: the function returned Mean, expected \(Mean, aux\), as has_aux says"),
+    "an int": ((Mean(ONE, 3), {}), r"returned a Mean whose weight is a int, expected a tensor \[\]; Mean\.of"),
+    "rows": ((Mean(torch.ones(3), ONE), {}), r"returned a Mean whose total is \[3\], expected a tensor \[\]; Mean\.of"),
+    "a list": ((Mean(ONE, ONE), []), r"objective: the reports are a list, expected a dict of Means"),
+    "a plain report": ((Mean(ONE, ONE), {"kl": ONE}), r"objective: the report 'kl' is a Tensor, expected a Mean; Mean\.of"),
+    "a report of rows": ((Mean(ONE, ONE), {"kl": Mean(torch.ones(2), ONE)}), r"a Mean whose total is \[2\], expected"),
+    "a taken name": ((Mean(ONE, ONE), {"grad_norm": Mean(ONE, ONE)}), r"a report is named 'grad_norm', which is a metric of"),
+    "the weight": ((Mean(ONE, ONE), {"target_tokens": Mean(ONE, ONE)}), r"a report is named 'target_tokens', which is a"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_RESULTS)
+def test_an_objective_of_ones_own_is_told_what_it_returned(name: str) -> None:
+    result, message = OBJECTIVE_RESULTS[name]
+    step = train_step(lambda trainable, params, batch: result, AdamW(lr=1e-3))
+    with pytest.raises(TypeError, match=message):
+        step.update({}, step.init({"w": torch.rand(3)}), ROWS)
+
+
+@pytest.mark.parametrize("name", ["a tensor", "an int", "rows"])
+def test_a_function_of_one_example_is_told_what_it_returned(name: str) -> None:
+    result, message = OBJECTIVE_RESULTS[name]
+    value = result[0] if isinstance(result, tuple) else result
+    message = message.replace(r"\(Mean, aux\), as has_aux says", "a Mean, or")
+    with pytest.raises(TypeError, match=message):
+        per_example(lambda w, x: value, chunk=2)({"w": torch.rand(3)}, torch.rand(4))
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss", "message"),
+    [
+        (preference, cross_entropy, r"the loss is a function without needs_reference and rewards, expected an instance of a"),
+        (preference, Dpo, r"the loss is the class Dpo, expected an instance of a PreferenceLoss, such as losses\.Dpo\(\)"),
+        (unpaired_preference, cross_entropy, r"the loss is a function without rewards, expected an instance such as"),
+        (distillation, cross_entropy, r"the loss is a function without on_top, expected an instance of a TeacherLoss"),
+        (sft, "cross_entropy", r"the loss is a str, expected a function \(logits \[n V\], targets \[n\]\)"),
+    ],
+)
+def test_what_is_no_loss_is_told_what_it_lacks(objective: Any, loss: Any, message: str) -> None:
+    rest = () if objective is sft else (None,)
+    with pytest.raises(TypeError, match=f"objective: {message}"):
+        inspect.unwrap(objective)(Model(llama.FAMILY, SMALL), None, loss, *rest)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (-0.5, r"loss: the least weight of the loss_mask is -0\.5, expected numbers from 0 to 1"),
+        (torch.nan, r"loss: weights of the loss_mask are not finite, expected numbers from 0 to 1"),
+        (torch.inf, r"loss: weights of the loss_mask are not finite, expected numbers from 0 to 1"),
+    ],
+)
+def test_weights_are_finite_and_not_negative(weight: float, message: str) -> None:
+    params = random_params(SMALL)
+    weights = torch.ones(ROWS.tokens.shape)
+    weights[ROWS.target_mask().nonzero(as_tuple=True)[0][-1], ROWS.target_mask().nonzero(as_tuple=True)[1][-1]] = weight
+    batch, trainable = ROWS._replace(loss_mask=weights), {"model.norm.weight": params["model.norm.weight"]}
+    with pytest.raises(TypeError, match=message):
+        value_and_grad(OBJECTIVE, has_aux=True)(trainable, params, batch)
+    # where the host can't look, the loss says so
+    (loss, _), _ = torch.func.vmap(lambda b: value_and_grad(OBJECTIVE, has_aux=True)(trainable, params, b))(
+        tree.map(lambda x: x[None], batch)
+    )
+    assert loss.total.isnan().all()
 
 
 class Broken(msgspec.Struct, frozen=True):

@@ -13,11 +13,12 @@ from support.paths import ROOT
 
 PACKAGE = ROOT / "minitune"
 
-GROUND = "errors host seeds hardware types tree"  # the nouns that every room may import
+GROUND = "errors structs host seeds hardware types tree"  # the nouns that every room may import
 BELOW_ALGORITHMS = f"{GROUND} io losses autodiff sharding quant nn optim lora text data models checkpoint"
 BELOW_PROGRAMS = f"{BELOW_ALGORITHMS} inference algorithms steps planning interop registry trackers"
 ROOMS = {  # room -> the rooms that it may import
     "errors": "",
+    "structs": "errors",
     "host": "errors",
     "seeds": "errors host",
     "hardware": "errors host seeds",
@@ -25,7 +26,7 @@ ROOMS = {  # room -> the rooms that it may import
     "tree": "errors host seeds hardware types",
     "io": "errors",
     "trackers": "errors io",
-    "losses": "errors types",
+    "losses": "errors structs types",
     "autodiff": GROUND,
     "sharding": GROUND,
     "quant": f"{GROUND} autodiff",

@@ -115,8 +115,8 @@ def test_a_token_of_probability_zero_is_never_drawn_at_the_borders(monkeypatch: 
     ("knobs", "message"),
     [
         ({"top_k": 3}, "top_k is 3 at temperature 0, .* expected a temperature above 0"),
-        ({"temperature": float("nan")}, "temperature is nan, expected a finite number"),
-        ({"temperature": 1.0, "min_p": float("inf")}, "min_p is inf, expected a finite number"),
+        ({"temperature": float("nan")}, "temperature is nan, expected"),
+        ({"temperature": 1.0, "min_p": float("inf")}, "min_p is inf, expected"),
     ],
 )
 def test_sampling_refuses(knobs: dict[str, float], message: str) -> None:

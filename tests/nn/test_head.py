@@ -37,7 +37,7 @@ def test_a_head_by_chunks_equals_whole_logits(data: st.DataObject, seed: int) ->
         return nats if n_values == 1 else torch.stack([nats, logits.square().sum(-1), logits[:, 0]], -1)
 
     if data.draw(st.booleans()):
-        loss = by_rows(loss)
+        loss = by_rows(loss, n_values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn_head, "LOSS_SLICE_LOGITS", data.draw(st.integers(1, 3)) * (v + 1))
         patch.setattr(nn_head, "HEAD_CHUNK", chunk * (v + 1))

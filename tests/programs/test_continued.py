@@ -285,7 +285,7 @@ def test_finish_says_what_it_lacks(
         assert main(["finish", *words]) == 2
         return capsys.readouterr().err
 
-    assert "finish: nothing holds no manifest.json and program.toml, expected the folder of a run" in refused("nothing")
+    assert "finish: nothing does not exist, expected the folder of a run, such as runs/lora" in refused("nothing")
     assert "the following arguments are required: RUN" in refused()
     stop_at(2)
     assert start(tmp_path, tiny, STAGES) == STOPPED

@@ -194,8 +194,7 @@ def test_rows_that_are_trained_and_measured_are_refused_by_check(tmp_path: Path,
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["data.train.holdout=3"], "data.train.holdout is 3, expected a number between 0 and 1"),
-        (["data.train.holdout=0.0"], "data.train.holdout is 0.0, expected a number between 0 and 1"),
+        (["data.train.holdout=3"], "data.train.holdout is 3, expected a share between 0 and 1; 0 keeps no rows apart"),
         (["data.heldout=3"], "data.heldout is 3, expected table"),
         (["data.heldout.holdout=0.1"], "data.heldout.holdout is one too many, expected it in one table"),
         (['data.train.split={fraction=0.1,part="train"}'], "data.train has both holdout and split, expected one of them"),

@@ -106,10 +106,10 @@ def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pyt
     monkeypatch.setattr(plan_fit, "fit_lines", lambda one: iter([f"{one.stage.label} fits"]))
     asked = program.load(SHIPPED["lora"])
     for shapes, lines in (
-        ([(999, 1000)], {}),
-        ([(1000, 1000)], {"train": ["train fits"]}),
-        ([(999, 1000), (1000,)], {"train": ["train fits"]}),
-        ([(1000, 1000)] * 2001, {}),
+        ([(49_999, 1000)], {}),
+        ([(50_000, 1000)], {"train": ["train fits"]}),
+        ([(49_999, 1000), (1000,)], {"train": ["train fits"]}),
+        ([(50_000, 1000)] * 2001, {}),
     ):
         params = {str(n): torch.empty(shape, device="meta") for n, shape in enumerate(shapes)}
         first = AbstractState({}, Model(llama.FAMILY, None), params)

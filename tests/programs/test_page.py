@@ -27,7 +27,9 @@ EVIL = "</script><script>document.title = 'taken'</script>"
 def write_run(folder: Path, rows: list[dict], records: dict, program: str = 'name = "r"\n') -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "program.toml").write_text(program, encoding="utf-8")
-    (folder / "manifest.json").write_text('{"starts": [{"time": "t", "versions": {"torch": "2"}}], "inputs": {}}')
+    (folder / "manifest.json").write_text(
+        '{"starts": [{"time": "t", "versions": {"torch": "2"}}], "inputs": {}}', encoding="utf-8"
+    )
     lines = [json.dumps({"stage": "train", **row}) + "\n" for row in rows]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(records), encoding="utf-8")
@@ -61,7 +63,7 @@ def test_curves_are_the_rows_of_the_run(tmp_path: Path, tiny: Path) -> None:
     train = TRAIN + 'evaluate = { data = "heldout", every = 2 }\n'
     run(tmp_path, tiny, evaluation("before") + LORA + train + evaluation("after"))
     text = (tmp_path / "p/report.html").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     drawn = figures(text)
     assert set(drawn) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Memory"}
     loss, heldout = drawn["Loss"]["traces"]
@@ -69,7 +71,7 @@ def test_curves_are_the_rows_of_the_run(tmp_path: Path, tiny: Path) -> None:
     measured = [row for row in rows if "heldout_loss" in row]
     assert (heldout["x"], heldout["y"]) == ([2, 4], [row["heldout_loss"] for row in measured])
     assert drawn["Memory"]["traces"][0]["y"] == [row["mem_bytes"] / 2**30 for row in rows]
-    summary = json.loads((tmp_path / "p/summary.json").read_text())
+    summary = json.loads((tmp_path / "p/summary.json").read_text(encoding="utf-8"))
     assert f"<td>{summary['after']['loss_nats']:.4f}</td>" in text
     parser = Balanced()
     parser.feed(text)

@@ -55,7 +55,8 @@ def finished(folder: Path) -> tuple[float, list[str], list[dict[str, Any]]]:
     x = float(train(folder, Numbers(skipped=(2,)), SHORT)[0])
     names = sorted(path.name for path in (folder / "checkpoints/train").iterdir())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timed = ("tokens_per_second", "mem_bytes")
+    # current_epoch: rows of the first release have none
+    timed = ("tokens_per_second", "mem_bytes", "current_epoch")
     return x, names, [{key: row[key] for key in row if key not in timed} for row in rows]
 
 

@@ -51,10 +51,6 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     def label(self) -> str:
         return self.name
 
-    @property
-    def result(self) -> None:
-        return None
-
     def run(self, state: PipelineState) -> PipelineState:
         if self.name in state.records:
             return state
@@ -80,7 +76,7 @@ def fake_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "open_pipeline", open_pipeline)
     nothing = AbstractState({}, Model(FAMILIES["llama"], None), {})
-    monkeypatch.setattr(run, "check", lambda model, sources, stages: Checked([], sources, [], nothing))
+    monkeypatch.setattr(run, "check", lambda model, sources, stages, say: Checked([], sources, [], nothing))
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def test_stages_that_do_not_fit_together_are_refused(tiny: Path, tmp_path: Path,
     (tmp_path / "params.toml").write_text(text.replace('what = "merged"', 'what = "params"'), encoding="utf-8")
     words = toy("lora", tiny, tmp_path)
     for name, message in (
-        ("nothing", "finds nothing to train, expected a lora or full stage before it"),
+        ("nothing", "finds nothing to train, expected lora or full before it"),
         ("twice", "finds deltas on the model already"),
         ("params", "is to save 'params', but the model holds deltas"),
     ):

@@ -70,7 +70,7 @@ def train(
     """(the number, the counters) after the stage, in a run folder that may hold states already."""
     folder.mkdir(exist_ok=True)
     trained = {"trainable": {"x": torch.tensor(0.0) if start is None else start}}
-    loaded = LoadedModel._make([None] * len(LoadedModel._fields))._replace(params=trained["trainable"])
+    loaded = LoadedModel._make([None] * len(LoadedModel._fields))._replace(params=trained["trainable"], trainable={})
     with StopSignals() as stopping, Log(folder, LogConfig(), {}) as log:
         log.begin(stage.label)
         state = PipelineState(0, folder, log, stopping, {}, {}, loaded)

@@ -43,6 +43,9 @@ OTHER_TOOLS = {
     "trackio",
     "mkdocs",
     "torchrun",
+    "docker",
+    "az",
+    "python launch/azureml/submit.py",
     "python bench/demo/make.py",
     *SERVING,
 }
@@ -173,8 +176,11 @@ class Reader:
         loaded = program.load(program_file(name), with_model([w for w in changes if not w.startswith("-")], name))
         small = [] if loaded.model.path != "demo" else [f"model.path={self.tiny / 'model'}"]
         for key, source in loaded.data.items():
-            if isinstance(source.path, str) and source.path.startswith("demo/"):
-                small.append(f"data.{key}.path={self.tiny / Path(source.path).name}")
+            is_demo = isinstance(source.path, str) and source.path.startswith("demo/")
+            if is_demo and source.split is not None and source.split.part == "heldout":
+                small.append("data.train.holdout=0.3")
+            elif is_demo:
+                small.append(f"data.{key}.path={self.tiny / Path(str(source.path)).name}")
         small += [*small_stages(loaded, self.tiny), *added]
         keys = {word.partition("=")[0] for word in small}
         # a key is given as steps or as epochs

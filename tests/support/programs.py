@@ -53,6 +53,9 @@ def toy(name: str, tiny: Path, out: Path, steps: int = 3) -> list[str]:
     words = [f"out={out}"]
     words += [f"model.path={tiny / 'model'}"] if loaded.model.path else [f"model.config={tiny / 'shape.toml'}"]
     for key, source in loaded.data.items():
+        if source.split is not None and source.split.part == "heldout":
+            words.append("data.train.holdout=0.3")
+            continue
         words.append(f"data.{key}.path={tiny / ('text' if source.format == 'text' else Path(source.path).stem)}.jsonl")
     return words + small_stages(loaded, tiny, steps)
 
@@ -110,7 +113,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rows_without_time(folder: Path) -> list[dict]:
-    timed = ("tokens_per_second", "mem_bytes")
+    # current_epoch: rows of the first release have none
+    timed = ("tokens_per_second", "mem_bytes", "current_epoch")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 

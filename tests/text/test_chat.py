@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune.errors import InputError
-from minitune.text import template as sandbox
 from minitune.text.chat import CHATML, PLAIN, encode_chat, encode_prompt, open_template
 from minitune.text.template import Message, Template, compile_template, render
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
@@ -288,8 +287,9 @@ PAYLOADS = [
 @pytest.fixture
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reached in no time, under checked signatures too."""
-    monkeypatch.setattr(sandbox, "MAX_ITERATIONS", 2000)
-    monkeypatch.setattr(sandbox, "MAX_CHARS", 5000)
+    for module in ("sandbox", "template"):
+        monkeypatch.setattr(f"minitune.text.{module}.MAX_ITERATIONS", 2000)
+    monkeypatch.setattr("minitune.text.template.MAX_CHARS", 5000)
 
 
 @pytest.mark.usefixtures("small_bounds")

@@ -23,7 +23,8 @@ def advice(run: RunFiles) -> list[str]:
         for number in sorted({row["adapter"] for row in rows}, key=str):
             own = [row for row in rows if row["adapter"] == number]
             label = stage if number is None else f"{stage}, adapter {number}"
-            found += [f"{label}: {text}" for text in _of_training(own)]
+            texts = (*_of_losses(own), *_of_steps(own), *_of_heldout(own), *_of_targets(own))
+            found += [f"{label}: {text}" for text in texts]
     for stage, record in run.records.items():
         found += [f"{stage}: {text}" for text in _of_answers(record)]
         warning = rounding_warning(stage, record.get("merge_error"), record.get("onto"))
@@ -31,7 +32,8 @@ def advice(run: RunFiles) -> list[str]:
     return found
 
 
-def _of_training(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _of_losses(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Advice where training hardly lowered the loss."""
     losses = _finite(rows, "loss")
     if len(losses) >= ENOUGH_ROWS:
         part = max(1, len(losses) // 10)
@@ -42,6 +44,10 @@ def _of_training(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 "Try a higher rate (optimizer.lr), more steps, and `show-sample` to see what is "
                 "trained"
             )
+
+
+def _of_steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Advice on a gradient that was far larger than the others, and on skipped steps."""
     norms = _finite(rows, "grad_norm")
     if len(norms) >= ENOUGH_ROWS and max(norms) > SPIKE * median(norms) > 0:
         step = max(rows, key=lambda row: _value(row, "grad_norm", 0.0))["step"]
@@ -56,12 +62,20 @@ def _of_training(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"{n_skipped} of {len(rows)} steps changed nothing, because a loss or gradient was "
             "not finite. Lower optimizer.lr, or set model.dtype to float32"
         )
+
+
+def _of_heldout(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Advice where the held-out loss rose again."""
     heldout = _finite(rows, "heldout_loss")
     if len(heldout) >= 3 and heldout[-1] > (1 + OVERFITTED) * min(heldout):
         yield (
             f"the held-out loss rose from {min(heldout):.4g} to {heldout[-1]:.4g}, while training "
             "went on. Train fewer epochs, or keep the best state with evaluate.keep"
         )
+
+
+def _of_targets(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Advice where few of the tokens are trained."""
     trained = [
         _value(row, "target_tokens", 0.0) / row["tokens"]
         for row in rows

@@ -32,7 +32,7 @@ def keys_of(program: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(runs: Mapping[str, RunFiles]) -> list[Outcome]:
-    """What each run has under the keys in which they differ, and its best held-out loss."""
+    """Values of each run under the keys in which they differ, and its best held-out loss."""
     keys = {label: keys_of(run.program) for label, run in runs.items()}
     names = dict.fromkeys(itertools.chain.from_iterable(keys.values()))
     changed = [name for name in names if len({str(own.get(name)) for own in keys.values()}) > 1]

@@ -46,10 +46,13 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the model will hold what is saved, and PEFT can hold the deltas."""
         present = "deltas" if abstract.adapted else "no deltas"
+        wanted = "'params', or a lora stage before it"
+        if abstract.adapted:
+            wanted = "'merged', 'deltas', or a merge stage before it"
         if bool(abstract.adapted) != (self.what != "params"):
             raise InputError(
-                f"stages: {self.label} is to save {self.what!r}, but the model holds {present}; "
-                "expected 'params' without them"
+                f"stages: {self.label} is to save {self.what!r}, but the model holds {present}, "
+                f"expected {wanted}"
             )
         if self.what == "params" and abstract.quantized:
             raise InputError(
@@ -180,7 +183,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             compressed_tensors.save(
                 target, params, loaded.model, extras, activations=self.activations
             )
-            for line in compressed_tensors.notes(params):
+            groups = compressed_tensors.described(params, self.activations)
+            for line in [*groups, *compressed_tensors.notes(params)]:
                 state.log.say(f"{self.label}: {line}")
         _say_notes(state, self.label, text_alone=True)
         n_bytes = _n_bytes(target)
