@@ -2,11 +2,17 @@
 
 import ast
 import functools
+import random
 from collections.abc import Callable
 from typing import Any
 
 from beartype import BeartypeConf, beartype
+from beartype._check.code import codemain
 from jaxtyping import TypeCheckError, _import_hook, install_import_hook, jaxtyped
+
+# beartype looks at one random item of a container. With Python's global generator it would change the state that a test
+# or hypothesis relies on, in whatever thread the checked function runs.
+codemain.getrandbits = random.Random(0).getrandbits
 
 WITH_TYPE_ERRORS = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, as a caller would expect of Python
 
