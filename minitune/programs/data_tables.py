@@ -133,7 +133,7 @@ def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any
 
 
 def _filled_in(table: str, names: Sequence[str]) -> str:
-    """Override to type for columns under unknown names: the first ones, in the order of the file."""
+    """Override to type for columns under unknown names, in the order of the file."""
 
     def typed(format: str) -> str:
         columns = renaming(dict(zip(REQUIRED[format], names, strict=False)))
