@@ -83,10 +83,8 @@ class Lora(CheckedStruct, frozen=True, forbid_unknown_fields=True):
         for name in names:
             shape = list(params[name].shape)
             if len(shape) not in (2, 3) or name.endswith(("embed_tokens.weight", "_bias")):
-                raise InputError(
-                    f"lora: {name} {shape} is not a linear weight, expected [out, in]; narrow the "
-                    "targets"
-                )
+                found = f"lora: {name} {shape} is not a linear weight"
+                raise InputError(f"{found}, expected [out, in]; narrow the targets")
             if len(shape) == 3 and self.dora:
                 raise InputError(
                     f"lora: {name} {shape} holds all experts of a layer, expected dora = false "

@@ -30,6 +30,10 @@ class CheckedStruct(msgspec.Struct, frozen=True):
                     f"{type(self).__name__}: {name} is {quoted(value)}, "
                     f"{expected[:1].lower()}{expected[1:]}"
                 ) from None
+        self.check_together()
+
+    def check_together(self) -> None:
+        """ValueError for fields that each are in range, and can't stand together."""
 
 
 def _field_types(kind: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:

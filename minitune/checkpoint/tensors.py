@@ -1,6 +1,6 @@
 """Safetensors files of named tensors, checked as they are read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,22 @@ WORDS = {  # safetensors' own for each dtype
 # fmt: on
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors under their names; storage that two names share is written for each."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    on_tensor: Callable[[], None] | None = None,
+) -> None:
+    """Write tensors under their names; storage that two names share is written for each.
+
+    on_tensor is called when one is written.
+    """
     with path.open("wb") as file:
-        for piece in serialized(tensors):
+        pieces = serialized(tensors)
+        file.write(next(pieces))
+        for piece in pieces:
             file.write(piece)
+            if on_tensor is not None:
+                on_tensor()
 
 
 def require_finite(leaves: Mapping[str, Any], where: str) -> None:
@@ -59,8 +70,8 @@ def model_bytes(params: Params, trainable: Trainable, stored: Params) -> int:
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Bytes of a safetensors file, piece by piece: at most two tensors are copied at a time, the
-    piece in hand and the next.
+    """Bytes of a safetensors file, the header and then each tensor: at most two tensors are copied
+    at a time, the piece in hand and the next.
     """
     order = sorted(tensors, key=lambda name: (ORDER.index(WORDS[tensors[name].dtype]), name))
     yield header_bytes(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 NAMES = {
     "run": "a program is run by its name alone: {me} lora, or {me} PROGRAM.toml",
-    "train": "training is a program: {me} lora model.path=FOLDER data.train.path=FILE",
+    "train": "training is a program: {me} sft model.path=FOLDER data.train.path=FILE",
     "fuse": "an adapter is merged by {me} merge ADAPTER",
     "evaluate": "evaluation is a program: {me} eval FOLDER",
     "generate-text": "answers come from {me} generate FOLDER or {me} chat FOLDER",

@@ -62,9 +62,21 @@ ROW_FORMATS: dict[tuple[str, ...], RowFormat] = {
 
 
 def format_of(names: Collection[str]) -> RowFormat | None:
-    """Format that the columns of a row show, or None."""
-    names = set(names)
-    return next((shown for needed, shown in ROW_FORMATS.items() if names.issuperset(needed)), None)
+    """Format that the columns of a row show, whatever their case, or None."""
+    in_file = {name.casefold(): name for name in names} | {name: name for name in names}
+    for needed, shown in ROW_FORMATS.items():
+        if not all(name in in_file for name in needed):
+            continue
+        known = COLUMNS[shown.format]
+        roles = {column: role for role, column in shown.columns.items()}
+        named = {roles.get(name, name): in_file[name] for name in needed}
+        others = [name for name in known if name in in_file and name not in (*named, *needed)]
+        named |= {name: in_file[name] for name in others}
+        renamed = {role: column for role, column in named.items() if role != column}
+        # A name that is no column of the format, such as conversations, can't be renamed.
+        if all(role in known for role in renamed):
+            return RowFormat(shown.format, renamed)
+    return None
 
 
 def described(formats: Sequence[str]) -> str:

@@ -34,8 +34,10 @@ class Sampling(CheckedStruct, frozen=True, forbid_unknown_fields=True):
     # over prompt and answer; above 1 makes what was said less likely
     repetition_penalty: PositiveFloat = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
+        """ValueError for a number that is not finite, a temperature that divides by almost zero,
+        and filters at temperature 0.
+        """
         for name in self.__struct_fields__:
             if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")

@@ -63,7 +63,6 @@ def check(
 
     # All that costs nothing comes first: rows are read once every stage has found its place.
     before = _states_before(stages, abstract)
-    _refuse_shared_rows(stages, placed)
     decided, lengths = with_lengths(placed, abstract)
     lines += [*lengths, *_stage_lines(stages, before, decided)]
     seq_lens = {name: data.max_seq_len for name, data in decided.items()}
@@ -140,6 +139,7 @@ def _states_before(stages: Sequence[PipelineStage], abstract: AbstractState) -> 
             # an optimizer that chooses leaves by globs finds out what they match when it begins
             trainable = trainable_like(abstract)
             stage.optimizer_for(trainable, seed=0).init(trainable)
+    _refuse_shared_rows(stages, abstract.data)
     return before
 
 

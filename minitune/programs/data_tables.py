@@ -1,11 +1,11 @@
 """Data tables of a program, completed: formats found from the columns, and held-out rows."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from minitune.data.readers import first_row
-from minitune.data.row_formats import ROW_FORMATS, described, example, format_of
-from minitune.data.source import Source
+from minitune.data.row_formats import REQUIRED, described, example, format_of, renaming
+from minitune.data.source import PREFERENCE_FORMATS, Source
 from minitune.errors import InputError, nearest
 from minitune.io.toml_messages import KeyPath
 from minitune.programs.data_paths import data_places
@@ -71,19 +71,13 @@ def _with_heldout_table(
     fraction, heldout = tables[name]["holdout"], tables.get(HELDOUT, {})
     if fraction == 0 and not isinstance(fraction, bool):
         return {**tables, name: table}  # nothing is kept apart
-    if not isinstance(fraction, float) or not 0 < fraction < 1:
-        found = f"{where(name, 'holdout')}: data.{name}.holdout is {fraction!r}"
-        raise InputError(f"{found}, expected a share between 0 and 1; 0 keeps no rows apart")
+    _require_share(fraction, f"{where(name, 'holdout')}: data.{name}.holdout")
     if not isinstance(heldout, dict):
         return {**tables, name: table}  # decoding says what is wrong with it
-    is_wanted = is_given(name, "holdout")
-    if "path" in heldout and is_wanted == is_given(HELDOUT, "path"):
-        found = f"{where(name, 'holdout')}: data.{name}.holdout beside data.{HELDOUT}.path"
-        raise InputError(f"{found}, expected one of them; drop the one that is not meant")
-    if "path" in heldout and is_wanted:
+    if "path" in heldout:
+        if not _holdout_wins(name, where, is_given):
+            return {**tables, name: table, HELDOUT: {**table, **heldout}}
         heldout = {key: value for key, value in heldout.items() if is_given(HELDOUT, key)}
-    elif "path" in heldout:
-        return {**tables, name: table, HELDOUT: {**table, **heldout}}
     if "split" in table:
         found = f"{where(name, 'holdout')}: data.{name} has both holdout and split"
         raise InputError(f"{found}, expected one of them; remove one")
@@ -93,6 +87,27 @@ def _with_heldout_table(
         name: {**table, "split": parts["train"]},
         HELDOUT: {**table, "split": parts[HELDOUT], **heldout},
     }
+
+
+def _require_share(value: Any, found: str) -> None:
+    """InputError unless a value is a share; found: the words before it."""
+    if not isinstance(value, float) or not 0 < value < 1:
+        expected = "expected a share between 0 and 1; 0 keeps no rows apart"
+        raise InputError(f"{found} is {value!r}, {expected}")
+
+
+def _holdout_wins(
+    name: str,
+    where: Callable[[str, str], str],
+    is_given: Callable[[str, str], bool],
+) -> bool:
+    """True where the command line writes the holdout of a table, and the file data.heldout.path;
+    InputError where both stand in one of the two."""
+    is_wanted = is_given(name, "holdout")
+    if is_wanted == is_given(HELDOUT, "path"):
+        found = f"{where(name, 'holdout')}: data.{name}.holdout beside data.{HELDOUT}.path"
+        raise InputError(f"{found}, expected one of them; drop the one that is not meant")
+    return is_wanted
 
 
 def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any:
@@ -110,12 +125,24 @@ def _with_format(name: str, table: Any, where: Callable[[str, str], str]) -> Any
     if shown is not None:
         columns = {**shown.columns, **table.get("columns", {})}
         return {**table, "format": shown.format, **({"columns": columns} if columns else {})}
-    known = "; ".join(" and ".join(needed) for needed in ROW_FORMATS)
     raise InputError(
         f"{where(name, 'format')}: data.{name}.format is 'auto', but the first row of {place} has "
-        f"the columns {', '.join(sorted(names))}, expected {known}; "
-        f"write data.{name}.format, and its data.{name}.columns"
+        f"the columns {', '.join(names)}, expected names that are known (docs/data.md); "
+        f"{_filled_in(name, list(names))}"
     )
+
+
+def _filled_in(table: str, names: Sequence[str]) -> str:
+    """Override to type for columns under unknown names, in the order of the file."""
+
+    def typed(format: str) -> str:
+        columns = renaming(dict(zip(REQUIRED[format], names, strict=False)))
+        return f"data.{table}.format={format} 'data.{table}.{columns.replace(' = ', '=', 1)}'"
+
+    if len(names) < 2:
+        return f"for texts write {typed('text')}"
+    words = f"for questions and answers write {typed('instruct')}"
+    return f"{words}, for preferences {typed('pairs')}" if len(names) > 2 else words
 
 
 def _missing(name: str, abstract: AbstractState) -> str:
@@ -138,9 +165,26 @@ def require_data(abstract: AbstractState, name: str, label: str, *formats: str) 
         )
     source = abstract.data[name]
     if source.format not in formats:
+        table = _table_of(abstract, name)
+        remedy = (
+            f'for such rows under other names write data.{table}.format = "{formats[0]}" and its '
+            f"{example(formats[0])}"
+        )
+        if source.format in PREFERENCE_FORMATS:
+            remedy = f"the program preference trains on preferences; {remedy}"
         raise InputError(
-            f"loading: stage {label} asks for data {name!r}, which has format {source.format!r}, "
-            f"expected {described(formats)}; for such rows under other names write "
-            f'data.{name}.format = "{formats[0]}" and its {example(formats[0])}'
+            f"loading: stage {label} asks for data {table!r}, which has format {source.format!r}, "
+            f"expected {described(formats)}; {remedy}"
         )
     return source
+
+
+def _table_of(abstract: AbstractState, name: str) -> str:
+    """Name of the table that a program writes rows in: for those of a holdout, the one that has
+    it."""
+    split = abstract.data[name].split
+    if split is None or split.part == "train":
+        return name
+    path = abstract.data[name].path
+    whole = (other for other, one in abstract.data.items() if one.split and one.path == path)
+    return next((other for other in whole if other != name), name)

@@ -11,9 +11,10 @@ from minitune.io import toml, toml_messages
 from minitune.io.toml_messages import types_at
 from minitune.programs.field_names import suggest
 
+# Tables that are given a path as if they were one key, and the key that is meant.
+TABLES = {"model": "model.path", "data": "data.train.path"}
 # Two keys of which a stage has one: an override of one takes the place of the other.
 EITHER = {"steps": "epochs", "epochs": "steps", "prompt": "data"}
-
 YAML_OPTIONS = ("config", "nproc_per_node", "nproc-per-node", "nnodes")  # of `tune run`
 
 
@@ -32,6 +33,7 @@ def write_override(
             f"{what}, expected KEY=VALUE such as seed=1 or train.steps=100{_meant(text)}"
         )
     _require_known(head, rest, names, kind, what)
+    _require_form([head, *rest], value.strip(), what)
 
     # Walk to the table that holds the key; what is not written on the way begins as its default.
     top: toml_messages.KeyPath = ()
@@ -81,6 +83,21 @@ def _require_known(
         )
 
 
+def _require_form(keys: Sequence[str], value: str, what: str) -> None:
+    """InputError for a table that is given a path, and for globs that are given one word."""
+    if len(keys) == 1 and keys[0] in TABLES and not value.startswith("{"):
+        key = TABLES[keys[0]]
+        raise InputError(f"{what}: {keys[0]} is a table, expected a key of it; write {key}={value}")
+    if len(keys) > 1 and keys[-1] == "targets" and not value.startswith("["):
+        words = [word.strip() for word in value.split(",")]
+        globs = ["*_proj.weight" if word == "all-linear" else f"*.{word}.weight" for word in words]
+        quoted = ", ".join(f'"{glob}"' for glob in (words if "*" in value else globs))
+        raise InputError(
+            f"{what}: {value!r} is one text, expected a list of globs of weights; "
+            f"write '{'.'.join(keys)}=[{quoted}]'"
+        )
+
+
 def _is_text(kind: type[msgspec.Struct], raw: Any, path: toml_messages.KeyPath) -> bool:
     """True where only a string can stand: a number is text there, as in name=2026."""
     types = types_at(kind, raw, path)
@@ -101,7 +118,7 @@ def _meant(text: str) -> str:
         name, _, value = text.removeprefix("--").partition("=")
         if name in YAML_OPTIONS:
             return "; a program is the first word, and has no YAML: docs/from-torchtune.md"
-        return f"; options have no dashes: {name}={value or 'VALUE'}"
+        return f"; options have no dashes: {TABLES.get(name, name)}={value or 'VALUE'}"
     path = Path(text)
     if path.is_dir():
         return f"; for a model write model.path={text}"

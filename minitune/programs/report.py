@@ -9,13 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from minitune.errors import cut
 from minitune.programs.progress import readings
 from minitune.programs.records import Sample, StageRecord, rounding_warning, stage_records
 
+MAX_LINES, MAX_CHARACTERS = 6, 600  # of a sample on the screen
 LOSS = "loss [nats a token]"
+PAIR_LOSS = "loss [nats a pair]"  # of stages that compare two answers
 TASKS = "tasks"
 COLUMNS = (
     LOSS,
+    PAIR_LOSS,
     "best held-out",
     "exact match",
     "reward accuracy",
@@ -84,7 +88,7 @@ def _cells(record: StageRecord) -> dict[str, str]:
     cells: dict[str, str] = dict.fromkeys(COLUMNS, "")
     loss = record.mean_loss if record.loss_nats is None else record.loss_nats
     if loss is not None:
-        cells[LOSS] = f"{loss:.4f}"
+        cells[LOSS if record.reward_accuracy is None else PAIR_LOSS] = f"{loss:.4f}"
     if record.exact_match is not None:
         cells["exact match"] = f"{record.exact_match:.1%} of {record.n_prompts}"
     if record.best_heldout_nats is not None:
@@ -119,14 +123,21 @@ def _training(name: str, record: StageRecord) -> Iterator[str]:
         yield f"{name}: ended at step {record.ended_at_step} of {record.planned_steps}"
 
 
+def clipped(text: str) -> str:
+    """Text of a sample for the screen: without empty lines, and at most MAX_LINES of the others."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    more = [f"... {len(lines) - MAX_LINES:,} more lines"] if len(lines) > MAX_LINES else []
+    return cut("\n".join([*lines[:MAX_LINES], *more]), MAX_CHARACTERS)
+
+
 def _samples(evals: Mapping[str, StageRecord]) -> Iterator[RenderableType]:
     kept: dict[str, tuple[Sample, ...]] = {name: record.samples for name, record in evals.items()}
     width = max(map(len, ("reference", *kept)))
     first = next(iter(kept.values()))
     for i, sample in enumerate(first):
-        yield Text(f"{'prompt':{width}}  {sample.prompt}", style="bold")
-        yield Text(f"{'reference':{width}}  {sample.reference}", style="green")
+        yield Text(f"{'prompt':{width}}  {clipped(str(sample.prompt))}", style="bold")
+        yield Text(f"{'reference':{width}}  {clipped(sample.reference)}", style="green")
         for name, samples in kept.items():
             if i < len(samples) and samples[i].prompt == sample.prompt:
-                yield Text(f"{name:{width}}  {samples[i].answer}")
+                yield Text(f"{name:{width}}  {clipped(samples[i].answer)}")
         yield Text()

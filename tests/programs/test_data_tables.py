@@ -1,6 +1,7 @@
 """What a data table leaves open is found when its program is loaded: the format from the columns, and the held-out rows."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,51 @@ def test_a_format_is_found_from_the_columns_and_reads_the_same_text(
         assert ANSWER in shown
 
 
+def test_the_case_of_column_names_is_ignored(tmp_path: Path) -> None:
+    rows = {
+        "alpaca": (
+            {"Instruction": ASKED, "Input": "", "output": ANSWER},
+            "instruct",
+            {"instruction": "Instruction", "input": "Input"},
+        ),
+        "questions": ({"Question": ASKED, "answer": ANSWER}, "instruct", {"instruction": "Question", "output": "answer"}),
+        "pairs": ({"Prompt": "", "chosen": "", "Rejected": ""}, "pairs", {"prompt": "Prompt", "rejected": "Rejected"}),
+        "texts": ({"TEXT": ASKED}, "text", {"text": "TEXT"}),
+        "both": ({"TEXT": "", "text": ASKED}, "text", {}),
+    }
+    for name, (row, format, columns) in rows.items():
+        path = written(tmp_path, [row], f"{name}.jsonl")
+        source = program.load(SHIPPED["sft"], [f"data.train.path={path}"]).data["train"]
+        assert (source.format, source.columns) == (format, columns)
+
+
+@pytest.mark.parametrize(
+    ("word", "form"),
+    [
+        ("model=qwen", "model is a table, expected a key of it; write model.path=qwen"),
+        ("data=a.csv", "data is a table, expected a key of it; write data.train.path=a.csv"),
+        ("--model=qwen", "options have no dashes: model.path=qwen"),
+        ("--data", "options have no dashes: data.train.path=VALUE"),
+        ("lora.targets=all-linear", """write 'lora.targets=["*_proj.weight"]'"""),
+        ("lora.targets=q_proj,v_proj", """write 'lora.targets=["*.q_proj.weight", "*.v_proj.weight"]'"""),
+        ("lora.targets=*_proj.weight", """write 'lora.targets=["*_proj.weight"]'"""),
+    ],
+)
+def test_words_of_other_tools_are_answered_with_what_to_type(word: str, form: str) -> None:
+    with pytest.raises(InputError, match=re.escape(form)):
+        program.load(SHIPPED["sft"], [word])
+
+
+def test_pairs_given_to_sft_name_the_program_for_them_and_the_table_that_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = written(tmp_path, [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(60)])
+    assert main(["check", str(SHIPPED["sft"]), f"data.train.path={path}"]) == 2
+    shown = capsys.readouterr().err
+    assert "stage before asks for data 'train', which has format 'pairs'" in shown
+    assert "the program preference trains on preferences; for such rows under other names write data.train.format" in shown
+
+
 def test_columns_that_are_named_come_first(tmp_path: Path) -> None:
     path = written(tmp_path, [{"question": ASKED, "answer": "no", "gold": ANSWER}])
     words = [f"data.train.path={path}", "data.train.columns.output=gold"]
@@ -67,8 +113,9 @@ def test_columns_that_are_named_come_first(tmp_path: Path) -> None:
 
 def test_columns_without_a_format_are_named_with_what_was_expected(tmp_path: Path) -> None:
     path = written(tmp_path, [{"q": ASKED, "a": ANSWER}])
-    found = r"data.train.format is 'auto', but the first row of .*own\.jsonl has the columns a, q"
-    match = rf"{found}, expected messages; .*write data\.train\.format"
+    found = r"data.train.format is 'auto', but the first row of .*own\.jsonl has the columns q, a"
+    write = r"""write data.train.format=instruct 'data.train.columns=\{ instruction = "q", output = "a" \}'$"""
+    match = rf"{found}, expected names that are known .* {write}"
     with pytest.raises(InputError, match=match):
         program.load(SHIPPED["sft"], [f"data.train.path={path}"])
     path.write_text("", encoding="utf-8")

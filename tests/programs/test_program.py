@@ -185,7 +185,7 @@ def test_an_override_is_one_value_and_never_more_toml(load) -> None:
         (__file__, r"expected KEY=VALUE such as seed=1 or train.steps=100; for data write data.NAME.path=.*test_program.py"),
         ("lora.lora_alpha=3", r"lora.lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
         ("lora_alpha=3", r"lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
-        ("lora.targets=all-linear", r"lora.targets is \"all-linear\", expected array; write \[\"all-linear\"\]"),
+        ("lora.targets=all-linear", r"'all-linear' is one text, .* write 'lora.targets=\[\"\*_proj.weight\"\]'"),
         ("lora..rank=3", r"expected KEY=VALUE such as seed=1 or train.steps=100"),
         ("data.held.format=text", r"data.held.path is missing, expected str or array; add it"),
         ("second.name=lora", r"stage\[1\] is called 'lora' as stage\[0\] is, expected one stage of each name"),

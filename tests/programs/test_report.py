@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from minitune.programs.report import report
+from minitune.programs.report import clipped, report
 
 pytestmark = pytest.mark.fast
 
@@ -51,9 +51,9 @@ def shown(summary: dict, width: int = 120) -> list[str]:
 
 
 def test_the_report_sets_stages_side_by_side() -> None:
-    lines = shown(SUMMARY)
+    lines = shown(SUMMARY, 140)
     assert "before 3.2500 0.0% of 240 3.00 2.0" in lines
-    assert "stage loss [nats a token] best held-out exact match reward accuracy size [MiB] time [s]" in [
+    assert "stage loss [nats a token] loss [nats a pair] best held-out exact match reward accuracy size [MiB] time [s]" in [
         line.replace("┃ ", "").replace(" ┃", "") for line in lines
     ]
     assert "train 0.0625 0.5000 87.5% 61.0" in lines
@@ -79,10 +79,25 @@ def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
     lines = shown(SUMMARY, width)
     at = lines.index("train")
     assert lines[at + 1 : at + 5] == [
-        "loss [nats a token]: 0.0625",
+        "loss [nats a pair]: 0.0625",
         "best held-out: 0.5000",
         "reward accuracy: 87.5%",
         "time [s]: 61.0",
     ]
     assert "exact match: 92.5% of 240" in lines
     assert not any("…" in line for line in lines)
+
+
+def test_a_sample_on_the_screen_is_a_few_lines() -> None:
+    assert clipped("one\n\n \n\r\ntwo") == "one\ntwo"
+    assert clipped("\n".join("abcdefgh")) == "a\nb\nc\nd\ne\nf\n... 2 more lines"
+    assert len(clipped("x" * 5000)) <= 600
+    summary = {"after": {"loss_nats": 1.0, "samples": [{"prompt": "p", "reference": "r", "answer": "a" + "\n" * 90 + "b"}]}}
+    assert shown(summary).count("") < 4
+
+
+def test_losses_of_preferences_stand_under_a_heading_of_their_own() -> None:
+    record = {"mean_loss": 0.6, "last_loss": 0.6, "n_mean_steps": 1, "steps": 1}
+    assert any("loss [nats a pair]" in line for line in shown({"train": {**record, "reward_accuracy": 0.5}}))
+    assert not any("nats a token" in line for line in shown({"train": {**record, "reward_accuracy": 0.5}}))
+    assert any("loss [nats a token]" in line for line in shown({"train": record}))

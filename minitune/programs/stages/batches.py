@@ -27,6 +27,8 @@ from minitune.types import Batch, Mean
 
 CALIBRATION_ROWS = 8  # a forward
 
+FEW = 10  # held-out samples, below which their mean loss says little
+
 
 class BatchLoader(NamedTuple):
     """Batches of one [data] table.
@@ -184,7 +186,10 @@ def describe(report: Report, table: str, source: Source) -> str:
     for key, n in report.unwritten.items():
         left_out[f"without their {key}, which the template does not write"] = n
     counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
+    notes = f"; the first row skipped is {report.first_refused}" if report.first_refused else ""
+    if source.split is not None and source.split.part == "heldout" and report.n_samples < FEW:
+        notes += f"; a loss over fewer than {FEW} samples says little: raise holdout"
     return (
         f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of "
-        f"them targets{counts}"
+        f"them targets{counts}{notes}"
     )

@@ -15,6 +15,7 @@ from minitune.io.atomic import write_atomic
 from minitune.io.results import Result
 from minitune.models.compile import wrap
 from minitune.programs.data_tables import require_data
+from minitune.programs.report import clipped
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.chat import encode_prompt
@@ -94,7 +95,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         write_atomic(file, ("\n".join(lines) + "\n").encode())
         for prompt, reply in pairs[: self.samples]:
             asking = conversation_text(prompt.messages)
-            state.log.say(f"prompt  {asking}\nanswer  {reply.shown}")
+            state.log.say(f"prompt  {clipped(asking)}\nanswer  {clipped(reply.shown)}")
         record = {"what": f"{len(replies)} answers", "path": str(file)}
         return state.record(self.label, record)
 

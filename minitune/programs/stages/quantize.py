@@ -129,7 +129,11 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 state.log.say(f"{self.label}: {said}")
             plain = {name: w for name, w in held.items() if name not in codes}
             refuse_not_finite(plain, plain)
-            rounded = {name: quantize(w, names[name]) for name, w in plain.items()}
+            rounded = {}
+            with state.log.counter(self.label, len(plain)) as count:
+                for name, w in plain.items():
+                    rounded[name] = quantize(w, names[name])
+                    count()
             quantized = {**rounded, **codes}
         else:
             some = calibration_batches(state, self.label, self.method.data, self.method.rows)

@@ -107,7 +107,9 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
             require_finite(final, f"stages: {self.label}")
-            save_folder(folder, final, loaded.model, _folder_extras(state))
+            with state.log.counter(f"{self.label}: writing", len(final)) as count:
+                extras = _folder_extras(state)._replace(on_tensor=count)
+                save_folder(folder, final, loaded.model, extras)
             record |= errors
             _say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
