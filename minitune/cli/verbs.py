@@ -121,6 +121,13 @@ def download(words: Sequence[str]) -> int:
     return download(words)
 
 
+def upload(words: Sequence[str]) -> int:
+    """Put a folder on the Hub."""
+    from minitune.cli.upload import upload
+
+    return upload(words)
+
+
 def finish(words: Sequence[str]) -> int:
     """End the training of a stopped run, and run the stages after it."""
     from minitune.cli.running import finish
@@ -209,6 +216,12 @@ VERBS = {
         "download REPO [--to DIR] [--revision R]",
         "fetch a model folder or an adapter from the Hugging Face Hub",
         download,
+        parses_help=True,
+    ),
+    "upload": Verb(
+        "upload FOLDER OWNER/NAME [--private] [--revision R]",
+        "put a model, an adapter or a .gguf file on the Hugging Face Hub, with a model card",
+        upload,
         parses_help=True,
     ),
     "finish": Verb(
