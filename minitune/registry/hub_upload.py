@@ -5,7 +5,7 @@ A file that arrived before a broken upload is not sent again: the Hub knows it b
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,12 +75,17 @@ def require_target(target: Target) -> Listing | None:
 
 
 def upload(
-    target: Target, files: Mapping[str, Content], message: str, tell: Callable[[str], None]
+    target: Target,
+    files: Mapping[str, Content],
+    message: str,
+    tell: Callable[[str], None],
+    *,
+    minor: Sequence[str] = (),
 ) -> Uploaded:
     """Put files into a repository, which is made if there is none, by one commit.
 
     files: by their names there. Weights of an earlier upload that are none of them go. Nothing is
-    committed where all is as it was. InputError as require_target raises it.
+    committed where all is as it was, up to those of the names `minor`. InputError as require_target raises it.
     """
     listing = require_target(target)
     import huggingface_hub as hf
@@ -92,7 +97,7 @@ def upload(
             listing = list_files(target.repo, target.revision, "model")
         changed = {name: one for name, one in files.items() if not _is_there(listing, name, one)}
         stale = _stale(listing, files)
-        if not changed and not stale:
+        if not set(changed) - set(minor) and not stale:
             tell(f"hub: {target.repo} has these files already")
             return Uploaded(target.asked.address, listing.commit, 0)
         n_bytes = format_bytes(sum(map(_size, changed.values())))

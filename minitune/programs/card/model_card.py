@@ -13,6 +13,7 @@ from minitune.programs.page.run_files import RunFiles
 from minitune.programs.records import Sample
 
 FILE = "README.md"
+GIVEN_AWAY = ("upload", "version")  # records of stages that make nothing
 N_CURVE_ROWS = 10
 LIBRARIES: dict[Kind, str] = {"adapter": "peft", "gguf": "gguf"}  # of the Hub; transformers else
 RELATIONS: dict[Kind, str] = {"adapter": "adapter", "model": "finetune"}  # quantized else
@@ -121,7 +122,8 @@ def _opening(kind: Kind, base: str | None, run: RunFiles | None) -> str:
 
 
 def _figures(run: RunFiles) -> Iterator[str]:
-    head, rows = stage_table(run.typed)
+    made = {name: one for name, one in run.typed.items() if one.what not in GIVEN_AWAY}
+    head, rows = stage_table(made)
     if rows:
         yield "## Before and after"
         yield _table(head, rows)

@@ -1,7 +1,7 @@
 """Files of a result as they go to the Hub: those of its folder, and its model card."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minitune.errors import InputError
@@ -35,13 +35,18 @@ def _is_hidden(name: Path) -> bool:
 
 
 def publish(
-    subject: Subject, target: Target, card: str | None, tell: Callable[[str], None]
+    subject: Subject,
+    target: Target,
+    card: str | None,
+    tell: Callable[[str], None],
+    *,
+    minor: Sequence[str] = (),
 ) -> Uploaded:
     """Upload a result with its card to the Hub.
 
     card: text of it; README.md of the folder if absent, else one that is made from the run. One
-    that somebody edited at the Hub stays in place of one that is made. InputError as
-    hub_upload.require_target raises it.
+    that somebody edited at the Hub stays in place of one that is made. minor: names of files
+    whose change alone is no reason for a commit. InputError as hub_upload.require_target raises it.
     """
     listing = require_target(target)
     files: dict[str, Content] = {**files_of(subject.place)}
@@ -55,7 +60,7 @@ def publish(
             tell(f"card: {FILE} of {target.repo} was edited there and stays as it is")
     if ADAPTER in files:
         files[ADAPTER] = _with_base(subject, tell)
-    return upload(target, files, "Upload by minitune", tell)
+    return upload(target, files, "Upload by minitune", tell, minor=minor)
 
 
 def _with_base(subject: Subject, tell: Callable[[str], None]) -> bytes:

@@ -9,6 +9,7 @@ from minitune.programs.stages.evaluate import Eval, Harness
 from minitune.programs.stages.generate import Generate
 from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Qat, Quantize
+from minitune.programs.stages.register import Register
 from minitune.programs.stages.save import Export, Save
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.upload import Upload
@@ -27,4 +28,5 @@ Stage = (
     | Save
     | Export
     | Upload
+    | Register
 )

@@ -1,4 +1,4 @@
-"""Upload verb: what a run has saved, with a model card, to the Hugging Face Hub."""
+"""Verbs upload and register: what a run has saved, on the Hugging Face Hub or in a registry."""
 
 import sys
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from minitune.io.paths import locate, user_path
 from minitune.programs.card.model_card import Subject, model_card
 from minitune.programs.card.publication import card_text, publish, run_of
 from minitune.programs.page.run_files import RunFiles, read_run
+from minitune.programs.registering import check_name, move
+from minitune.programs.registering import register as registered
 from minitune.programs.trained_state import TrainedState
 from minitune.registry.hub_upload import Target
 
@@ -31,6 +33,30 @@ def upload(words: Sequence[str]) -> int:
     card = card_text(user_path(options.card)) if options.card is not None else None
     done = publish(subject, target, card, tell)
     sys.stdout.write(f"{done.address} at {done.commit[:12]}, {done.n_sent} files sent\n")
+    return 0
+
+
+def register(words: Sequence[str]) -> int:
+    """Register a folder or a file, or move aliases to a version, and return the exit code 0.
+
+    InputError for what is no model, and for a registry, name or version that won't do.
+    """
+    options = _register_parser().parse_args(words)
+    aliases = options.alias or []
+    if options.name is None:
+        if not aliases:
+            wanted = "expected register FOLDER NAME, or register NAME:VERSION --alias ALIAS"
+            raise InputError(f"register: {options.folder} alone, {wanted}; correct the command")
+        done = move(options.folder, aliases)
+    else:
+        name = check_name(options.name)
+        place = saved_place(options.folder, "register")
+        subject = Subject(place, name.name, run_at(place, options.run), options.base)
+        done = registered(name, subject, aliases, tell, update=options.update)
+    named = f", {', '.join(aliases)}" if aliases else ""
+    is_old = options.name is not None and not done.is_new
+    note = " (these files were registered already)" if is_old else ""
+    sys.stdout.write(f"{done.name}{named}{note}\n")
     return 0
 
 
@@ -80,4 +106,21 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--print-card", action="store_true", help="print the card, and send nothing"
     )
+    return parser
+
+
+def _register_parser() -> OptionParser:
+    description = "Make what a run has saved a version of a registered model, or move aliases."
+    epilog = "register NAME:VERSION --alias ALIAS has an alias name an earlier version again."
+    parser = OptionParser("register", description=description, epilog=epilog)
+    folder = "what a run has saved, or the run itself; with --alias alone, NAME:VERSION"
+    parser.add_argument("folder", metavar="FOLDER", help=folder)
+    name = "mlflow:NAME, wandb:ENTITY/PROJECT/NAME, azureml:NAME or hf:OWNER/NAME"
+    parser.add_argument("name", metavar="NAME", nargs="?", help=name)
+    alias = "that names the version from now on, such as best; may be repeated"
+    parser.add_argument("--alias", metavar="ALIAS", action="append", help=alias)
+    update = "make a new version of a content that has one"
+    parser.add_argument("--update", action="store_true", help=update)
+    parser.add_argument("--base", metavar="OWNER/NAME", help="name of the base model at the Hub")
+    parser.add_argument("--run", metavar="RUN", help="run that saved it, if it lies elsewhere")
     return parser
