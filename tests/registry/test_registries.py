@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from minitune.__main__ import main
 from minitune.errors import InputError
 from minitune.io.paths import cache, locate
+from minitune.registry import mlflow_models
+from minitune.registry.mlflow_models import MlflowModels
 from minitune.registry.names import parsed
 from minitune.registry.opened import bring
 from support.hub_repositories import TOKEN
@@ -23,10 +27,20 @@ REGISTER = '[[stage]]\nop = "register"\nmodel = "{}"\naliases = ["best"]\n'
 MERGED = LORA + SAVE.format("merged")
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty database of MLflow, which takes seconds to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_registered_models()
+    return path
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Working folder of the test, with a cache and a database of its own."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(database, tmp_path / "runs/mlflow.db")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
@@ -48,8 +62,6 @@ def write_folder(folder: Path, text: str) -> Path:
 
 
 def test_a_program_registers_and_another_one_opens_it(folder: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mlflow.tracking import MlflowClient
-
     stages = evaluation("before") + LORA + TRAIN + SAVE.format("merged") + REGISTER.format("mlflow:orders")
     summary = run(folder, tiny, stages)
     assert summary["register"]["path"] == "mlflow:orders:1"
@@ -100,8 +112,6 @@ def test_versions_aliases_and_going_back(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_a_version_elsewhere_is_fetched_once_and_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitune.registry import mlflow_models
-
     write_folder(folder / "one", "one")
     assert main(["register", "one", "orders"]) == 0
     monkeypatch.setattr(mlflow_models, "_local", lambda uri: None)  # as of a server's artifacts
@@ -122,8 +132,6 @@ def test_a_version_elsewhere_is_fetched_once_and_compared(folder: Path, monkeypa
 
 
 def test_without_its_registry_what_was_fetched_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitune.registry.mlflow_models import MlflowModels
-
     write_folder(folder / "one", "one")
     assert main(["register", "one", "orders"]) == 0
     place = bring("mlflow:orders", shown).folder
