@@ -23,7 +23,7 @@ from support.programs import LORA, TRAIN, evaluation, run, start
 # of mlflow and of what it uses
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 SAVE = '[[stage]]\nop = "save"\nwhat = "{}"\n'
-REGISTER = '[[stage]]\nop = "register"\nmodel = "{}"\naliases = ["best"]\n'
+REGISTER = '[[stage]]\nop = "register"\nto = "{}"\naliases = ["best"]\n'
 MERGED = LORA + SAVE.format("merged")
 
 

@@ -117,7 +117,7 @@ def test_wandb_offline_keeps_a_version_to_upload(
     folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_DIR", str(folder))
-    register = '[[stage]]\nop = "register"\nmodel = "wandb:shop/orders"\n'
+    register = '[[stage]]\nop = "register"\nto = "wandb:shop/orders"\n'
     summary = run(folder, tiny, LORA + SAVE + register)
     assert summary["register"]["path"] == "wandb:shop/orders:offline"
     records = list(wandb_records(folder))
