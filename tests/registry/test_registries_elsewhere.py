@@ -98,7 +98,9 @@ class Wandb:
         return next(one for one in self.shop if name.partition(":")[2] in one.aliases)
 
 
-def test_wandb_has_versions_and_aliases(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_has_versions_and_aliases(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "wandb:team/shop/orders"
     monkeypatch.setitem(sys.modules, "wandb", Wandb(folder / "server"))  # pyright: ignore[reportArgumentType]
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -197,4 +199,6 @@ def test_what_azure_and_wandb_refuse_is_one_sentence(
     monkeypatch.setitem(sys.modules, "wandb", stand_in)  # pyright: ignore[reportArgumentType]
     monkeypatch.setenv("WANDB_MODE", "online")
     assert main(["register", "one", "wandb:shop/orders"]) == 2
-    assert re.match(r"registry: wandb says: .*, expected it to answer; correct the name, run `wandb login`", capsys.readouterr().err)
+    assert re.match(
+        r"registry: wandb says: .*, expected it to answer; correct the name, run `wandb login`", capsys.readouterr().err
+    )
