@@ -2,12 +2,14 @@
 inference.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import msgspec
 from torch import Tensor
 
+from minitune.algorithms.importance import Importance, column_importance
 from minitune.checkpoint.carried import notes
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import FolderExtras, save_folder
@@ -22,7 +24,9 @@ from minitune.io.paths import locate
 from minitune.io.results import Result, saved_hashes
 from minitune.lora import Onto
 from minitune.models.open import config_json
+from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage
+from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.stages.merge import Dtype, check_onto, merged
 from minitune.programs.state import AbstractState, PipelineState, SavedModel
 from minitune.text.served import stop_ids
@@ -104,7 +108,9 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
             require_finite(final, f"stages: {self.label}")
-            save_folder(folder, final, loaded.model, _folder_extras(state))
+            with state.log.counter(f"{self.label}: writing", len(final)) as count:
+                extras = _folder_extras(state)._replace(on_tensor=count)
+                save_folder(folder, final, loaded.model, extras)
             record |= errors
             _say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
@@ -125,7 +131,9 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     path: str | None = None
     # compressed-tensors: int8 rounds each token's activations as well (W8A8)
     activations: Literal["none", "int8"] = "none"
-    types: export.Types = export.Types("Q4_K")  # types of the stored matrices, for gguf
+    types: export.Types = export.Types("Q4_K_M")  # types of the stored matrices, for gguf
+    # gguf: data by which the K types weigh errors; without it llama.cpp's own weights
+    importance: Importance | None = None
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError if something is left to merge, or unless the weights are of the kind that the
@@ -143,6 +151,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
                 "quantize stage before it"
             )
         params = {**abstract.params, **abstract.codes}
+        if self.importance is not None:
+            self._check_importance(abstract, self.importance)
         if self.format == "gguf" and abstract.tokenizer is not None:
             export.check(params, abstract.model, self.types, abstract.tokenizer)
         elif self.format == "bitsandbytes":
@@ -150,6 +160,27 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         elif self.format == "compressed-tensors":
             compressed_tensors.check(params, self.activations)
         return abstract._replace(written=(*abstract.written, self.result.path))
+
+    def _check_importance(self, abstract: AbstractState, importance: Importance) -> None:
+        """InputError unless a K type is written, and the data is there."""
+        if self.format != "gguf":
+            raise InputError(
+                f"stages: {self.label} has importance and format {self.format!r}, expected it with "
+                'format = "gguf", whose K types use it; remove importance'
+            )
+        kinds = [self.types.default, *self.types.exceptions.values()]
+        if not any("_K" in kind for kind in kinds):
+            raise InputError(
+                f"stages: {self.label} has importance and the types {', '.join(kinds)}, expected a "
+                "K type among them, which alone use it; choose Q4_K_M, or remove importance"
+            )
+        require_data(abstract, importance.data, self.label, "instruct", "chat", "text")
+
+    def prepare(self, abstract: AbstractState) -> list[str]:
+        """Notes on the data of importance; InputError for a row that can't be tokenized."""
+        if self.importance is None:
+            return []
+        return [tokenized(abstract, self.importance.data).description]
 
     @property
     def result(self) -> Result:
@@ -175,6 +206,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
                 tokenizer=extras.tokenizer,
                 template=loaded.template.source,
                 stop_ids=extras.stop_ids,
+                importance=self._importance(state),
             )
             for line in lines:
                 state.log.say(f"{self.label}: {line}")
@@ -192,6 +224,20 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
         record = {"what": self.format, "path": str(target), "bytes": n_bytes}
         return state.record(self.label, {**record, "sha256": saved_hashes(target)})
+
+    def _importance(self, state: PipelineState) -> Mapping[str, Tensor]:
+        """Importance of the columns of every linear map; of none without data for it."""
+        if self.importance is None:
+            return {}
+        loaded, data, rows = state.loaded, self.importance.data, self.importance.rows
+        batches = calibration_batches(state, self.label, data, rows)
+        with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
+            return column_importance(
+                loaded.model,
+                loaded.params,
+                batches,
+                on_block=lambda n_done: progress.update(n_done, {}),
+            )
 
 
 def _say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
