@@ -85,7 +85,8 @@ def upload(
     """Put files into a repository, which is made if there is none, by one commit.
 
     files: by their names there. Weights of an earlier upload that are none of them go. Nothing is
-    committed where all is as it was, up to those of the names `minor`. InputError as require_target raises it.
+    committed where all is as it was, up to those of the names `minor`. InputError as
+    require_target raises it.
     """
     listing = require_target(target)
     import huggingface_hub as hf

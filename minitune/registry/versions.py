@@ -24,14 +24,14 @@ class Version(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of a model that is registered."""
+    """Knowledge of a model that is registered."""
 
     text: str  # a sentence or a card on it
     table: Mapping[str, Any]  # program, seed, base, hashes, evaluation
 
     @property
     def tags(self) -> dict[str, str]:
-        """What of the table fits into short texts."""
+        """Entries of the table that fit into short texts."""
         short = {name: self.table[name] for name in ("seed", "base") if name in self.table}
         figures = self.table.get("evaluation", {})
         return {name: str(value) for name, value in {**short, **figures}.items()}

@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from minitune.__main__ import main
 from minitune.errors import InputError
 from minitune.io.paths import cache, locate
+from minitune.registry import mlflow_models
+from minitune.registry.mlflow_models import MlflowModels
 from minitune.registry.names import parsed
 from minitune.registry.opened import bring
 from support.hub_repositories import TOKEN
@@ -19,14 +23,24 @@ from support.programs import LORA, TRAIN, evaluation, run, start
 # of mlflow and of what it uses
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 SAVE = '[[stage]]\nop = "save"\nwhat = "{}"\n'
-REGISTER = '[[stage]]\nop = "register"\nmodel = "{}"\naliases = ["best"]\n'
+REGISTER = '[[stage]]\nop = "register"\nto = "{}"\naliases = ["best"]\n'
 MERGED = LORA + SAVE.format("merged")
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty database of MLflow, which takes seconds to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_registered_models()
+    return path
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Working folder of the test, with a cache and a database of its own."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(database, tmp_path / "runs/mlflow.db")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
@@ -48,8 +62,6 @@ def write_folder(folder: Path, text: str) -> Path:
 
 
 def test_a_program_registers_and_another_one_opens_it(folder: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mlflow.tracking import MlflowClient
-
     stages = evaluation("before") + LORA + TRAIN + SAVE.format("merged") + REGISTER.format("mlflow:orders")
     summary = run(folder, tiny, stages)
     assert summary["register"]["path"] == "mlflow:orders:1"
@@ -67,7 +79,7 @@ def test_a_program_registers_and_another_one_opens_it(folder: Path, tiny: Path, 
     opened = bring("mlflow:orders", shown).folder
     assert (opened / "model.safetensors").samefile(saved)
     assert model_files(opened) == model_files(folder / "p/merged")
-    assert not [path for path in (cache() / "registered").rglob("*.safetensors")]
+    assert not list((cache() / "registered").rglob("*.safetensors"))
 
     words = [f"model.path=mlflow:{name}" for name in ("orders", "orders:1", "orders:latest", "orders:best")]
     for word in words:
@@ -100,8 +112,6 @@ def test_versions_aliases_and_going_back(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_a_version_elsewhere_is_fetched_once_and_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitune.registry import mlflow_models
-
     write_folder(folder / "one", "one")
     assert main(["register", "one", "orders"]) == 0
     monkeypatch.setattr(mlflow_models, "_local", lambda uri: None)  # as of a server's artifacts
@@ -122,8 +132,6 @@ def test_a_version_elsewhere_is_fetched_once_and_compared(folder: Path, monkeypa
 
 
 def test_without_its_registry_what_was_fetched_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitune.registry.mlflow_models import MlflowModels
-
     write_folder(folder / "one", "one")
     assert main(["register", "one", "orders"]) == 0
     place = bring("mlflow:orders", shown).folder
@@ -142,15 +150,30 @@ def test_without_its_registry_what_was_fetched_is_used(folder: Path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["register", "one", "mlflow:a/b"], "registry: 'mlflow:a/b' is no name of a model, expected mlflow:NAME, or mlflow:NAME:"),
-        (["register", "one", "wandb:orders"], "registry: 'wandb:orders' is no name of a model, expected wandb:ENTITY/PROJECT/NAME"),
+        (
+            ["register", "one", "mlflow:a/b"],
+            "registry: 'mlflow:a/b' is no name of a model, expected mlflow:NAME, or",
+        ),
+        (
+            ["register", "one", "wandb:orders"],
+            "registry: 'wandb:orders' is no name of a model, expected wandb:ENTITY/",
+        ),
         (["register", "one", "orders:3"], "registry: orders:3 names a version, expected mlflow:orders: the registry gives"),
         (["register", "one"], "register: one alone, expected register FOLDER NAME, or register NAME:VERSION --alias ALIAS"),
         (["register", "absent", "orders"], "card: absent does not exist, expected a model folder"),
-        (["register", "mlflow:orders:7", "--alias", "best"], "registry: mlflow:orders has no version '7', expected one of 1; correct"),
-        (["register", "mlflow:other", "--alias", "best"], "registry: mlflow:other has no version, expected one; `minitune register"),
+        (
+            ["register", "mlflow:orders:7", "--alias", "best"],
+            "registry: mlflow:orders has no version '7', expected one of 1",
+        ),
+        (
+            ["register", "mlflow:other", "--alias", "best"],
+            "registry: mlflow:other has no version, expected one",
+        ),
         (["register", "one", "orders", "--alias", "latest"], "registry: mlflow says: .*'latest' alias name .* is reserved"),
-        (["inspect", "mlflow:orders:bset"], "registry: mlflow:orders has no version 'bset', expected one of best, 1; did you mean 'best'"),
+        (
+            ["inspect", "mlflow:orders:bset"],
+            "registry: mlflow:orders has no version 'bset', expected one of best, 1; did",
+        ),
         (["chat", "mlflow:nothing"], "registry: mlflow:nothing has no version"),
         (["lora", "model.path=mlflow:nothing"], "registry: mlflow:nothing has no version"),
         (["register", "one", "azureml:orders"], "registry: azure-ai-ml or azure-identity is not installed, expected both"),
@@ -161,7 +184,9 @@ def test_what_does_not_fit_is_one_sentence(
 ) -> None:
     write_folder(folder / "one", "one")
     if "orders" in words[1] and "has no" in message:
-        assert main(["register", "one", "orders", "--alias", "best"] if "bset" in words[1] else ["register", "one", "orders"]) == 0
+        assert (
+            main(["register", "one", "orders", "--alias", "best"] if "bset" in words[1] else ["register", "one", "orders"]) == 0
+        )
     capsys.readouterr()
     assert main(words) == 2
     err = capsys.readouterr().err

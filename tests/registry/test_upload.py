@@ -30,6 +30,11 @@ def card_of(hub: Hub, repo: str = MINE) -> str:
     return hub.repositories.by_name[repo].files()["README.md"].decode()
 
 
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Files of a folder, without hidden ones, which have the time of the save."""
+    return {name: data for name, data in contents(folder).items() if not name.startswith(".")}
+
+
 def head_of(card: str) -> dict:
     return yaml.safe_load(card.split("---\n")[1])
 
@@ -37,7 +42,7 @@ def head_of(card: str) -> dict:
 def test_a_program_uploads_its_adapter_with_a_card(hub: Hub, tmp_path: Path, tiny: Path) -> None:
     summary = run(tmp_path, tiny, TRAINED + UPLOAD)
     files = hub.repositories.by_name[MINE].files()
-    here = {name: data for name, data in contents(tmp_path / "p/deltas").items() if not name.startswith(".")}
+    here = model_files(tmp_path / "p/deltas")
     assert {*files} == {".gitattributes", "README.md", *here}
     changed = {name for name, data in here.items() if files[name] != data}
     assert changed == {"adapter_config.json"}
@@ -143,10 +148,10 @@ def test_an_upload_that_fails_loses_nothing_of_the_run(
     hub.repositories.broken_after = 0
     assert start(tmp_path, tiny, LORA + SAVE + UPLOAD) == 2
     assert re.search(r"^hub: .* answered 403, expected it to take files", capsys.readouterr().err, re.MULTILINE)
-    before = contents(tmp_path / "p/deltas")
+    before = model_files(tmp_path / "p/deltas")
     hub.repositories.broken_after = None
     run(tmp_path, tiny, LORA + SAVE + UPLOAD)
-    assert contents(tmp_path / "p/deltas") == before
+    assert model_files(tmp_path / "p/deltas") == before
     assert "adapter_model.safetensors" in hub.repositories.by_name[MINE].files()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.programs.card.opened_with import Kind, kind_of, opened_with
+from minitune.programs.card.opened_with import ResultKind, kind_of, opened_with
 from minitune.programs.page.page import data_lines, stage_table
 from minitune.programs.page.run_files import RunFiles
 from minitune.programs.records import Sample
@@ -15,8 +15,11 @@ from minitune.programs.records import Sample
 FILE = "README.md"
 GIVEN_AWAY = ("upload", "version")  # records of stages that make nothing
 N_CURVE_ROWS = 10
-LIBRARIES: dict[Kind, str] = {"adapter": "peft", "gguf": "gguf"}  # of the Hub; transformers else
-RELATIONS: dict[Kind, str] = {"adapter": "adapter", "model": "finetune"}  # quantized else
+LIBRARIES: dict[ResultKind, str] = {
+    "adapter": "peft",
+    "gguf": "gguf",
+}  # of the Hub; transformers else
+RELATIONS: dict[ResultKind, str] = {"adapter": "adapter", "model": "finetune"}  # quantized else
 SEAL = re.compile(r"\n<!-- written by minitune ([0-9a-f]{16}) -->\n\Z")
 HUB_NAME = re.compile(r"(?:hf:)?(\w[\w.-]*/\w[\w.-]*)", re.ASCII)
 
@@ -67,7 +70,7 @@ def base_name(run: RunFiles) -> str | None:
     return name if is_fetched and HUB_NAME.fullmatch(name) else None
 
 
-def _head(kind: Kind, base: str | None, run: RunFiles | None) -> str:
+def _head(kind: ResultKind, base: str | None, run: RunFiles | None) -> str:
     """Lines of YAML that the Hub reads; a JSON string is one of YAML."""
     lines = [
         f"library_name: {LIBRARIES.get(kind, 'transformers')}",
@@ -95,7 +98,7 @@ def _tag(loss: str) -> str:
     return "sft" if loss == "cross_entropy" else loss
 
 
-def _quantized(kind: Kind) -> list[str]:
+def _quantized(kind: ResultKind) -> list[str]:
     return [kind] if kind not in ("adapter", "model") else []
 
 
@@ -109,7 +112,7 @@ def _data_sets(table: Mapping[str, Any]) -> Iterator[str]:
         yield from _data_sets(part)
 
 
-def _opening(kind: Kind, base: str | None, run: RunFiles | None) -> str:
+def _opening(kind: ResultKind, base: str | None, run: RunFiles | None) -> str:
     what = {"adapter": "A PEFT adapter", "model": "A model", "gguf": "A GGUF file"}
     words = [what.get(kind, f"A model in the format {kind}")]
     source = base or ((run.program.get("model") or {}).get("path") if run is not None else None)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
 
-Kind = Literal["adapter", "model", "compressed-tensors", "bitsandbytes", "torchao", "gguf"]
-QUANTIZED: dict[str, Kind] = {
+ResultKind = Literal["adapter", "model", "compressed-tensors", "bitsandbytes", "torchao", "gguf"]
+QUANTIZED: dict[str, ResultKind] = {
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
@@ -17,8 +17,8 @@ MODEL, ADAPTER = "config.json", "adapter_config.json"
 VLLM_RANK = 16  # of an adapter, that vLLM takes without being asked
 
 
-def kind_of(place: Path) -> Kind:
-    """Kind of what lies at a place; InputError for what no stage saves."""
+def kind_of(place: Path) -> ResultKind:
+    """ResultKind of what lies at a place; InputError for what no stage saves."""
     if place.suffix == ".gguf" and place.is_file():
         return "gguf"
     if (place / ADAPTER).is_file():
@@ -33,7 +33,7 @@ def kind_of(place: Path) -> Kind:
     return QUANTIZED.get(str(method), "model")
 
 
-def opened_with(kind: Kind, place: Path, repo: str, base: str | None) -> Iterator[str]:
+def opened_with(kind: ResultKind, place: Path, repo: str, base: str | None) -> Iterator[str]:
     """Yield Markdown that says how to load a repository with what lies at a place.
 
     base: name of the base at the Hub, None where it has none that is known.
@@ -46,7 +46,7 @@ def opened_with(kind: Kind, place: Path, repo: str, base: str | None) -> Iterato
         yield from _model(kind, repo)
 
 
-def _model(kind: Kind, repo: str) -> Iterator[str]:
+def _model(kind: ResultKind, repo: str) -> Iterator[str]:
     packages = "" if kind == "model" else f" and `{kind}`"
     yield from _block(
         f"transformers{packages}",

@@ -20,7 +20,7 @@ class Register(BaseStage, frozen=True, kw_only=True, tag="register"):
     observes: ClassVar[bool] = True
 
     # mlflow:NAME, wandb:ENTITY/PROJECT/NAME, azureml:NAME, hf:OWNER/NAME; NAME alone is of MLflow
-    model: str
+    to: str
     # what is registered: run/NAME, a folder, or a file; the newest result of the stages before it
     # if absent
     path: str | None = None
@@ -31,14 +31,14 @@ class Register(BaseStage, frozen=True, kw_only=True, tag="register"):
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless a stage before writes what is registered, and the registry answers."""
         require_result(self.label, self.path, abstract)
-        check_name(self.model)
+        check_name(self.to)
         return abstract
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with a record of the version."""
         if self.label in state.records:
             return state
-        name = check_name(self.model)
+        name = check_name(self.to)
         place = result_place(self.label, self.path, state)
         subject = Subject(place, name.name, read_run(state.folder), self.base)
         done = register(
