@@ -73,12 +73,23 @@ def save_folder(
     params = {**named, **others.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        write_json(aside / "config.json", config)
-        write_json(aside / "generation_config.json", generation_config_json(extras))
         _write_weights(aside, params, shard_bytes)
-        write_text_files(aside, extras.tokenizer, extras.template)
+        _write_configs(aside, config, extras)
         for file in others.files:
             shutil.copyfile(file, aside / file.name)
+
+
+def write_beside_weights(folder: Path, params: Params, model: Model, extras: FolderExtras) -> None:
+    """Write all of a Hugging Face folder of the text model but its weights, whose dtype params
+    have.
+    """
+    _write_configs(folder, _config_json(extras, model, params, Carried()), extras)
+
+
+def _write_configs(folder: Path, config: Mapping[str, Any], extras: FolderExtras) -> None:
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config_json(extras))
+    write_text_files(folder, extras.tokenizer, extras.template)
 
 
 def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:

@@ -44,6 +44,7 @@ def abstract(tmp_path: Path, family: str = "llama", **fields: object) -> Abstrac
         (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4 or float8"),
         (Int8(), Export(format="bitsandbytes"), "is int8, expected NF4"),
         (Int4(32), Export(format="compressed-tensors", activations="int8"), "but no weight is int8"),
+        (Int8(), Export(format="onnx"), "is quantized, expected dense weights; drop the quantize stage"),
         (None, Export(format="gguf", types=Types("Q8_0", {"*.nope.*": "F16"})), r"'\*.nope.\*' matches no weight"),
     ],
 )

@@ -13,7 +13,7 @@ from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
-from minitune.interop import bitsandbytes, compressed_tensors
+from minitune.interop import bitsandbytes, compressed_tensors, onnx
 from minitune.interop.gguf import export
 from minitune.interop.peft.check import check_adapter
 from minitune.interop.peft.layout import Base
@@ -24,8 +24,11 @@ from minitune.lora import Onto
 from minitune.models.open import config_json
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.merge import Dtype, check_onto, merged
-from minitune.programs.state import AbstractState, PipelineState, SavedModel
+from minitune.programs.state import AbstractState, LoadedModel, PipelineState, SavedModel
 from minitune.text.served import stop_ids
+from minitune.types import Params
+
+DENSE_FORMATS = ("gguf", "onnx")  # of weights that need not be quantized
 
 
 class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
@@ -111,20 +114,25 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
 
 
 class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
-    """Write a quantized model for inference elsewhere: transformers and vLLM (compressed-tensors),
-    llama.cpp (gguf), or bitsandbytes (nf4).
+    """Write a model for inference elsewhere: quantized for transformers and vLLM
+    (compressed-tensors), llama.cpp (gguf) or bitsandbytes (nf4), dense for onnxruntime (onnx).
     """
 
     observes: ClassVar[bool] = True
 
-    # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4
-    format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
+    # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4, onnx
+    # for onnxruntime
+    format: Literal["compressed-tensors", "gguf", "bitsandbytes", "onnx"]
     # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if
     # absent
     path: str | None = None
     # compressed-tensors: int8 rounds each token's activations as well (W8A8)
     activations: Literal["none", "int8"] = "none"
     types: export.Types = export.Types("Q4_K")  # types of the stored matrices, for gguf
+    dtype: onnx.Dtype = "float32"  # of the weights and of all that is computed, for onnx
+    # onnx: the keys and values of earlier tokens are inputs and outputs of the graph, so that a new
+    # token costs no more than itself
+    cache: bool = True
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError if something is left to merge, or unless the weights are of the kind that the
@@ -136,7 +144,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
                 f"stages: {self.label} finds {training[0]} still training, expected none; put a "
                 "merge stage before"
             )
-        if self.format != "gguf" and not abstract.quantized:
+        if self.format not in DENSE_FORMATS and not abstract.quantized:
             raise InputError(
                 f"stages: {self.label} finds no quantized weight to write as {self.format}; put a "
                 "quantize stage before it"
@@ -148,6 +156,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             bitsandbytes.check(params)
         elif self.format == "compressed-tensors":
             compressed_tensors.check(params, self.activations)
+        elif self.format == "onnx":
+            onnx.check(params, abstract.model)
         return abstract
 
     @property
@@ -165,8 +175,20 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         params, extras = {**loaded.stored, **codes}, _folder_extras(state)
         state.log.say(f"{self.label}: writing {self.format}")
         require_finite(params, f"stages: {self.label}")
+        for line in self._write(target, params, loaded, extras):
+            state.log.say(f"{self.label}: {line}")
+        _say_notes(state, self.label, text_alone=True)
+        n_bytes = _n_bytes(target)
+        state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
+        record = {"what": self.format, "path": str(target), "bytes": n_bytes}
+        return state.record(self.label, {**record, "sha256": saved_hashes(target)})
+
+    def _write(
+        self, target: Path, params: Params, loaded: LoadedModel, extras: FolderExtras
+    ) -> list[str]:
+        """Write the result and return lines on it for the log."""
         if self.format == "gguf":
-            lines = export.save(
+            return export.save(
                 target,
                 params,
                 loaded.model,
@@ -175,22 +197,15 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
                 template=loaded.template.source,
                 stop_ids=extras.stop_ids,
             )
-            for line in lines:
-                state.log.say(f"{self.label}: {line}")
-        elif self.format == "bitsandbytes":
+        if self.format == "bitsandbytes":
             bitsandbytes.save(target, params, loaded.model, extras)
-        else:
-            compressed_tensors.save(
-                target, params, loaded.model, extras, activations=self.activations
-            )
-            groups = compressed_tensors.described(params, self.activations)
-            for line in [*groups, *compressed_tensors.notes(params)]:
-                state.log.say(f"{self.label}: {line}")
-        _say_notes(state, self.label, text_alone=True)
-        n_bytes = _n_bytes(target)
-        state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
-        record = {"what": self.format, "path": str(target), "bytes": n_bytes}
-        return state.record(self.label, {**record, "sha256": saved_hashes(target)})
+            return []
+        if self.format == "onnx":
+            how: dict[str, Any] = {"dtype": self.dtype, "cache": self.cache}
+            return onnx.save(target, params, loaded.model, extras, **how)
+        compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
+        groups = compressed_tensors.described(params, self.activations)
+        return [*groups, *compressed_tensors.notes(params)]
 
 
 def _say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
