@@ -169,7 +169,9 @@ def _appended(x: Any, dim: int, index: Any, source: Any) -> Any:
     """ONNX operators for index_copy: x with its last places replaced by source. Every write to a
     cache goes to its end here, and a concatenation is the cheapest form of that.
     """
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20
 
     def size(one: Any) -> Any:
         return op.Shape(one, start=dim, end=dim + 1)

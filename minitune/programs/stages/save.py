@@ -74,7 +74,10 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             ranks = {name: abstract.lora.rank_of(name) for name in abstract.adapted}
             check_adapter(ranks, abstract.whole, names=abstract.params, dora=abstract.lora.dora)
         saved = SavedModel(abstract.model, abstract.tokenizer, abstract.template)
-        return abstract._replace(saved={**abstract.saved, self.result.path: saved})
+        return abstract._replace(
+            saved={**abstract.saved, self.result.path: saved},
+            written={**abstract.written, self.result.path: self.what},
+        )
 
     @property
     def result(self) -> Result:
@@ -158,7 +161,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             compressed_tensors.check(params, self.activations)
         elif self.format == "onnx":
             onnx.check(params, abstract.model)
-        return abstract
+        return abstract._replace(written={**abstract.written, self.result.path: self.format})
 
     @property
     def result(self) -> Result:

@@ -11,6 +11,7 @@ from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Qat, Quantize
 from minitune.programs.stages.save import Export, Save
 from minitune.programs.stages.train import Train
+from minitune.programs.stages.verify import Verify
 
 Stage = (
     Load
@@ -25,4 +26,5 @@ Stage = (
     | Generate
     | Save
     | Export
+    | Verify
 )
