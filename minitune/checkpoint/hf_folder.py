@@ -1,7 +1,7 @@
 """Hugging Face folders: weights read and written, with config.json and the tokenizer's files."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ class FolderExtras(NamedTuple):
     template: str | None = None  # written where the tokenizer's folder ships none
     # whose config.json and generation_config.json pass through; made anew without
     source: Path | None = None
+    on_tensor: Callable[[], None] | None = None  # called when a tensor is written
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str, Tensor]]:
@@ -73,7 +74,7 @@ def save_folder(
     params = {**named, **others.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        _write_weights(aside, params, shard_bytes)
+        _write_weights(aside, params, shard_bytes, extras.on_tensor)
         _write_configs(aside, config, extras)
         for file in others.files:
             shutil.copyfile(file, aside / file.name)
@@ -92,19 +93,24 @@ def _write_configs(folder: Path, config: Mapping[str, Any], extras: FolderExtras
     write_text_files(folder, extras.tokenizer, extras.template)
 
 
-def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path,
+    params: Params,
+    shard_bytes: int,
+    on_tensor: Callable[[], None] | None,
+) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     for name, w in params.items():
         if shards[-1] and tree.n_bytes(shards[-1]) + tree.n_bytes(w) > shard_bytes:
             shards.append({})
         shards[-1][name] = w
     if len(shards) == 1:
-        save_tensors(folder / SINGLE, shards[0])
+        save_tensors(folder / SINGLE, shards[0], on_tensor)
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / file, shard)
+        save_tensors(folder / file, shard, on_tensor)
         weight_map |= dict.fromkeys(shard, file)
     total = {
         "total_size": tree.n_bytes(params),

@@ -1,4 +1,4 @@
-"""Cache verb: what the cache of tokenized data holds, and how it is emptied."""
+"""Cache verb: what the cache of tokenized and fetched data holds, and how it is emptied."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.array_cache import remove_unfinished
-from minitune.io.cache_size import LIMIT_BYTES, entries, remove
+from minitune.io.cache_size import DOWNLOADS, LIMIT_BYTES, CachedFolder, downloads, entries, remove
 from minitune.io.units import format_bytes
 
 
@@ -16,17 +16,27 @@ def cache(words: Sequence[str]) -> int:
     if list(words) not in ([], ["clear"]):
         raise InputError(f"cache: {' '.join(words)!r} is unknown, expected cache or cache clear")
     folder = paths.cache()
-    there = entries(folder)
+    there, fetched = entries(folder), downloads(folder)
     if words:
         remove_unfinished(folder)
-        gone = remove(there)
-        n_bytes = format_bytes(sum(entry.n_bytes for entry in gone))
-        sys.stdout.write(f"{folder}: {len(gone)} of {len(there)} folders removed, {n_bytes}\n")
+        unwanted = [*there, *fetched]
+        gone = remove(unwanted)
+        sys.stdout.write(
+            f"{folder}: {len(gone)} of {len(unwanted)} folders removed, {_size(gone)}\n"
+        )
         return 0
-    n_bytes = format_bytes(sum(entry.n_bytes for entry in there))
     limit = format_bytes(LIMIT_BYTES)
-    sys.stdout.write(f"{folder}: {len(there)} folders, {n_bytes}; beyond {limit} the oldest go\n")
+    sys.stdout.write(
+        f"{folder}: {len(there)} folders, {_size(there)}; beyond {limit} the oldest go\n"
+    )
+    if fetched:
+        what = f"data sets of the Hub: {len(fetched)}, {_size(fetched)}"
+        sys.stdout.write(f"{folder / DOWNLOADS}: {what}; they stay until `cache clear`\n")
     if there:
         day = time.strftime("%Y-%m-%d", time.localtime(there[0].used_s))
         sys.stdout.write(f"the oldest was last used on {day}; `cache clear` removes all\n")
     return 0
+
+
+def _size(folders: Sequence[CachedFolder]) -> str:
+    return format_bytes(sum(entry.n_bytes for entry in folders))

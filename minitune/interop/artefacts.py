@@ -30,7 +30,7 @@ class Format(NamedTuple):
 FORMATS: dict[FormatName, Format] = {
     "adapter": Format(("transformers", "peft"), "verify", True),
     "folder": Format(("transformers",), "verify", True),
-    "compressed-tensors": Format(("transformers", "compressed_tensors"), "verify", False),
+    "compressed-tensors": Format(("transformers", "compressed_tensors"), "verify", True),
     "bitsandbytes": Format(("transformers", "bitsandbytes"), "verify", True),
     "gguf": Format(("transformers", "gguf"), "verify", False),
     "onnx": Format(("onnxruntime",), "onnx", False),

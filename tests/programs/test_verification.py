@@ -15,7 +15,7 @@ from minitune.interop.artefacts import bound, format_of, require_reader
 from minitune.interop.readers.reader import Reader
 from minitune.interop.verify import Subject, agreement, our_answers
 from minitune.io.results import write_beside
-from minitune.programs.stages.save import Export
+from minitune.programs.stages.export import Export
 from minitune.programs.stages.verify import Verify
 from minitune.programs.state import AbstractState
 from support.families import sized
