@@ -12,7 +12,9 @@ from minitune.interop.readers import hugging_face, onnxruntime
 from minitune.interop.readers.reader import Reader
 from minitune.io.json_file import read_json_object
 
-FormatName = Literal["adapter", "folder", "compressed-tensors", "bitsandbytes", "gguf", "onnx"]
+FormatName = Literal[
+    "adapter", "folder", "compressed-tensors", "bitsandbytes", "torchao", "gguf", "onnx"
+]
 ADAPTER_CONFIG, CONFIG, ONNX = "adapter_config.json", "config.json", "model.onnx"
 # Largest errors of logits, as shares of the largest logit: of float32 sums in another order, of
 # numbers in 16 bits, of numbers or activations in 8, of weights in fewer.
@@ -32,6 +34,7 @@ FORMATS: dict[FormatName, Format] = {
     "folder": Format(("transformers",), "verify", True),
     "compressed-tensors": Format(("transformers", "compressed_tensors"), "verify", True),
     "bitsandbytes": Format(("transformers", "bitsandbytes"), "verify", True),
+    "torchao": Format(("transformers", "torchao"), "torchao", True),
     "gguf": Format(("transformers", "gguf"), "verify", False),
     "onnx": Format(("onnxruntime",), "onnx", False),
 }
@@ -99,12 +102,17 @@ def bound(path: Path, name: FormatName, *, same_weights: bool) -> float:
     if name == "adapter":
         return SUMS
     rules = list(_rules(_quantization(path)))
-    rounds_activations = any(rule.get("input_activations") for rule in rules)
+    torchao = str(_quantization(path).get("quant_type", ""))
+    rounds_activations = "DynamicActivation" in torchao or any(
+        rule.get("input_activations") for rule in rules
+    )
     if same_weights:
         return IN_8_BITS if rounds_activations else SUMS
     config = read_json_object(path / CONFIG, "verify")
     if name == "folder":
         return SUMS if config.get("dtype", config.get("torch_dtype")) == "float32" else IN_16_BITS
+    if name == "torchao":
+        return _bound_of_bits(4 if "Intx" in torchao else 8)
     bits = [int(rule["weights"]["num_bits"]) for rule in rules if rule.get("weights")]
     return _bound_of_bits(min(bits, default=4))
 

@@ -10,7 +10,7 @@ from minitune.algorithms.importance import Importance, column_importance
 from minitune.checkpoint.hf_folder import FolderExtras
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
-from minitune.interop import bitsandbytes, compressed_tensors, onnx
+from minitune.interop import bitsandbytes, compressed_tensors, onnx, torchao
 from minitune.interop.gguf import export
 from minitune.io.paths import locate
 from minitune.io.results import Result, saved_hashes
@@ -31,13 +31,13 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
 
     observes: ClassVar[bool] = True
 
-    # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4, onnx
-    # for onnxruntime
-    format: Literal["compressed-tensors", "gguf", "bitsandbytes", "onnx"]
+    # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4,
+    # torchao for transformers with that package, onnx for onnxruntime
+    format: Literal["compressed-tensors", "gguf", "bitsandbytes", "torchao", "onnx"]
     # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if
     # absent
     path: str | None = None
-    # compressed-tensors: int8 rounds each token's activations as well (W8A8)
+    # compressed-tensors and torchao: int8 rounds each token's activations as well
     activations: Literal["none", "int8"] = "none"
     types: export.Types = export.Types("Q4_K_M")  # types of the stored matrices, for gguf
     # gguf: data by which the K types weigh errors; without it llama.cpp's own weights
@@ -69,6 +69,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             export.check(params, abstract.model, self.types, abstract.tokenizer)
         elif self.format == "bitsandbytes":
             bitsandbytes.check(params)
+        elif self.format == "torchao":
+            torchao.check(params)
         elif self.format == "compressed-tensors":
             compressed_tensors.check(params, self.activations)
         elif self.format == "onnx":
@@ -137,6 +139,9 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             )
         if self.format == "bitsandbytes":
             bitsandbytes.save(target, params, loaded.model, extras)
+            return []
+        if self.format == "torchao":
+            torchao.save(target, params, loaded.model, extras, activations=self.activations)
             return []
         if self.format == "onnx":
             how: dict[str, Any] = {"dtype": self.dtype, "cache": self.cache}
