@@ -66,8 +66,8 @@ def save_folder(
 
     In a config.json that passes through, nothing is touched but the dtype and config_keys, which a
     quantized format has for the tensors that it passes as params: such a folder holds the text
-    model alone; metadata is what it has in the headers of the weights' files. Any other holds what the source has beside it, untouched. InputError, before
-    anything is written, if the disk is too small.
+    model alone. Any other holds what the source has beside it, untouched. metadata: texts in the
+    headers of the weights' files. InputError, before anything is written, if the disk is too small.
     """
     others = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, others), **config_keys}

@@ -12,9 +12,8 @@ from minitune.interop.readers import hugging_face, onnxruntime
 from minitune.interop.readers.reader import Reader
 from minitune.io.json_file import read_json_object
 
-FormatName = Literal[
-    "adapter", "folder", "compressed-tensors", "bitsandbytes", "torchao", "gguf", "onnx"
-]
+Quantized = Literal["compressed-tensors", "bitsandbytes", "torchao"]  # folders
+FormatName = Literal["adapter", "folder", "gguf", "onnx"] | Quantized
 ADAPTER_CONFIG, CONFIG, ONNX = "adapter_config.json", "config.json", "model.onnx"
 # Largest errors of logits, as shares of the largest logit: of float32 sums in another order, of
 # numbers in 16 bits, of numbers or activations in 8, of weights in fewer.

@@ -1,4 +1,4 @@
-"""Folders in the format of torchao: read back bit for bit here, and opened by transformers with torchao where that is installed."""
+"""Folders in the format of torchao: read back bit for bit here, and opened by transformers where torchao is installed."""
 
 import importlib.util
 import json
