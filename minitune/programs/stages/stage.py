@@ -10,8 +10,10 @@ from minitune.programs.stages.export import Export
 from minitune.programs.stages.generate import Generate
 from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Qat, Quantize
+from minitune.programs.stages.register import Register
 from minitune.programs.stages.save import Save
 from minitune.programs.stages.train import Train
+from minitune.programs.stages.upload import Upload
 from minitune.programs.stages.verify import Verify
 
 Stage = (
@@ -28,4 +30,6 @@ Stage = (
     | Save
     | Export
     | Verify
+    | Upload
+    | Register
 )
