@@ -12,8 +12,8 @@ from minitune.io.paths import PACKAGE, locate
 from minitune.programs.trained_state import TrainedState
 from minitune.programs.verification import (
     PROMPTS,
-    Asked,
     Held,
+    Questions,
     base_of_adapter,
     opened,
     require_agreement,
@@ -37,7 +37,7 @@ def verify(words: Sequence[str]) -> int:
     name = format_of(path)
     require_reader(name)
     held, base = _held(path, name, options.against)
-    asked = Asked(options.prompt or PROMPTS, options.max_new_tokens)
+    asked = Questions(options.prompt or PROMPTS, options.max_new_tokens)
     figures = figures_of(path, name, held, asked, base)
     lines = figures.lines()
     if not path.is_relative_to(PACKAGE):  # the demo is no result of the user's

@@ -3,13 +3,12 @@ its logits may be from ours.
 """
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from minitune.errors import InputError
 from minitune.interop.readers import hugging_face, onnxruntime
-from minitune.interop.readers.reader import Reader
+from minitune.interop.readers.reader import Reader, is_installed
 from minitune.io.json_file import read_json_object
 
 Quantized = Literal["compressed-tensors", "bitsandbytes", "torchao"]  # folders
@@ -69,7 +68,7 @@ def format_of(path: Path) -> FormatName:
 def require_reader(name: FormatName) -> None:
     """InputError if a package that opens a format is not installed."""
     for package in FORMATS[name].packages:
-        if find_spec(package) is None:
+        if not is_installed(package):
             raise InputError(
                 f"verify: the package {package} is not installed, expected it to open {name}; "
                 f"pip install 'minitune[{FORMATS[name].extra}]'"
@@ -77,7 +76,7 @@ def require_reader(name: FormatName) -> None:
 
 
 def open_reader(path: Path, name: FormatName, base: Path | None) -> Reader:
-    """What was written, as another program runs it; base: the folder below an adapter."""
+    """Model that was written, as another program runs it; base: the folder below an adapter."""
     if name == "gguf":
         return hugging_face.open_gguf(path)
     if name == "onnx":
@@ -105,8 +104,11 @@ def bound(path: Path, name: FormatName, *, same_weights: bool) -> float:
     rounds_activations = "DynamicActivation" in torchao or any(
         rule.get("input_activations") for rule in rules
     )
+    if same_weights and not rounds_activations:
+        # minitune reads codes as the bfloat16 that they stand for
+        return IN_16_BITS if _quantization(path) else SUMS
     if same_weights:
-        return IN_8_BITS if rounds_activations else SUMS
+        return IN_8_BITS
     config = read_json_object(path / CONFIG, "verify")
     if name == "folder":
         return SUMS if config.get("dtype", config.get("torch_dtype")) == "float32" else IN_16_BITS

@@ -4,19 +4,19 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitune.errors import InputError
+from minitune.interop.readers.reader import is_installed
 
 
 def require_packages(packages: Mapping[str, str], extra: str) -> None:
     """InputError if a package is not installed; packages: what each is needed for, by its name."""
     for package, purpose in packages.items():
-        if find_spec(package) is None:
+        if not is_installed(package):
             raise InputError(
                 f"{extra}: the package {package} is not installed, expected it {purpose}; "
                 f"pip install 'minitune[{extra}]'"

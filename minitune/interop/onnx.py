@@ -25,7 +25,7 @@ from minitune.models.model import Model, untransformed
 from minitune.nn.attention.key_range import KeyRange
 from minitune.types import Params
 
-Dtype = Literal["float32", "float16"]
+GraphDtype = Literal["float32", "float16"]
 FILE = "model.onnx"
 PACKAGES = {"onnx": "to write ONNX files", "onnxscript": "to write ONNX files"}
 SINGLE_FILE_BYTES = 15 * 10**8  # protobuf holds 2 GiB: larger weights lie in a file of their own
@@ -51,7 +51,7 @@ def save(
     model: Model,
     extras: FolderExtras,
     *,
-    dtype: Dtype,
+    dtype: GraphDtype,
     cache: bool,
 ) -> list[str]:
     """Write the folder and return notes on where the file differs from minitune.

@@ -16,7 +16,7 @@ from minitune.models.model import Model
 from minitune.types import Params
 
 
-class Subject(NamedTuple):
+class OurModel(NamedTuple):
     """Model that an artefact is held against, with float32 weights on the CPU."""
 
     model: Model
@@ -83,7 +83,7 @@ class _OnPrompt(NamedTuple):
 
 
 def our_answers(
-    subject: Subject, prompts: Sequence[Sequence[int]], n_new: int
+    subject: OurModel, prompts: Sequence[Sequence[int]], n_new: int
 ) -> tuple[list[list[int]], list[Float[Tensor, "T V"]]]:
     """(greedy answers of n_new tokens, logits of every prompt with its answer)."""
     model, params = subject.model, subject.params

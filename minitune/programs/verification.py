@@ -15,7 +15,7 @@ from minitune.algorithms.objective import apply_trainable
 from minitune.errors import InputError
 from minitune.interop import artefacts
 from minitune.interop.artefacts import ADAPTER_CONFIG, CONFIG, FORMATS, FormatName
-from minitune.interop.verify import Figures, Subject, agreement, our_answers
+from minitune.interop.verify import Figures, OurModel, agreement, our_answers
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.results import write_beside
@@ -31,7 +31,7 @@ FILE = "verify.json"
 PROMPTS = ("Who are you?", "Write one sentence about the sea.")
 
 
-class Asked(NamedTuple):
+class Questions(NamedTuple):
     """Texts that both are asked."""
 
     prompts: Sequence[str]
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 class Held(NamedTuple):
     """Model that an artefact is held against, and what turns texts into its tokens."""
 
-    subject: Subject
+    subject: OurModel
     tokenizer: Tokenizer
     template: Template
     same_weights: bool  # as the artefact stores, and not what they were rounded from
@@ -76,12 +76,12 @@ def base_of_adapter(folder: Path) -> Path:
 
 
 def _held(loaded: LoadedModel, params: Params, name: str, *, same_weights: bool) -> Held:
-    subject = Subject(loaded.model, params, name)
+    subject = OurModel(loaded.model, params, name)
     return Held(subject, loaded.tokenizer, loaded.template, same_weights)
 
 
 def verify(
-    path: Path, name: FormatName, held: Held, asked: Asked, base: Path | None = None
+    path: Path, name: FormatName, held: Held, asked: Questions, base: Path | None = None
 ) -> Figures:
     """Figures of an artefact, which disagrees if `agrees` is False; base: the folder below an
     adapter.

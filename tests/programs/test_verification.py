@@ -13,7 +13,7 @@ from minitune.errors import InputError
 from minitune.inference.generate import greedy
 from minitune.interop.artefacts import bound, format_of, require_reader
 from minitune.interop.readers.reader import Reader
-from minitune.interop.verify import Subject, agreement, our_answers
+from minitune.interop.verify import OurModel, agreement, our_answers
 from minitune.io.results import write_beside
 from minitune.programs.stages.export import Export
 from minitune.programs.stages.verify import Verify
@@ -50,7 +50,8 @@ def test_stages_open_what_was_written_and_record_the_figures(
         record = summary[f"verify-{name}"]
         text = (tmp_path / "p" / (f"{place}verify.json" if name == "file" else f"{place}/verify.json")).read_text("utf-8")
         assert json.loads(text) == {key: value for key, value in record.items() if key != "time_s"}
-        assert record["logits_error"] <= record["bound"] == (0.1 if name == "file" else 1e-4)
+        assert record["bound"] == {"file": 0.1, "packed": 2e-2}.get(name, 1e-4)
+        assert record["logits_error"] <= (0.1 if name == "file" else 1e-4)
         assert record["agrees"]
         assert record["greedy_equal"] == record["greedy_tokens"] == (10 if name == "packed" else 64) or name == "file"
     capsys.readouterr()
@@ -85,7 +86,7 @@ def test_answers_may_differ_where_two_tokens_are_as_near_as_the_bound() -> None:
     config = sized("llama")
     model, params = model_of(config), random_params(config)
     prompts = [[3, 5], [7]]
-    answers, logits = our_answers(Subject(model, params, "x"), prompts, 6)
+    answers, logits = our_answers(OurModel(model, params, "x"), prompts, 6)
     assert answers == greedy(model, params, prompts, max_new_tokens=6, stop_ids=[])
 
     def ours(ids: Sequence[int]) -> torch.Tensor:
@@ -115,7 +116,7 @@ def test_a_missing_reader_and_a_missing_result_are_found_by_check(monkeypatch: p
     with pytest.raises(InputError, match="verify has no prompts, expected one at least"):
         Verify(prompts=()).check(written)
     assert Verify().check(written) == written
-    monkeypatch.setattr("minitune.interop.artefacts.find_spec", lambda name: None)
+    monkeypatch.setattr("minitune.interop.artefacts.is_installed", lambda name: False)
     with pytest.raises(InputError, match=r"the package onnxruntime is not installed, .*pip install 'minitune\[onnx\]'"):
         Verify().check(written)
     with pytest.raises(InputError, match=r"the package transformers .*pip install 'minitune\[verify\]'"):
@@ -133,8 +134,8 @@ def test_bounds_follow_the_rounding(tmp_path: Path) -> None:
         return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
 
     cases = [({"dtype": "float32"}, 1e-4, 1e-4), ({"dtype": "bfloat16"}, 1e-4, 2e-2)]
-    cases += [(quantized(8, None), 1e-4, 0.1), (quantized(8, {}), 1e-4, 0.1), (quantized(8, {"num_bits": 8}), 0.1, 0.1)]
-    cases += [(quantized(4, None), 1e-4, 0.5)]
+    cases += [(quantized(8, None), 2e-2, 0.1), (quantized(8, {}), 2e-2, 0.1), (quantized(8, {"num_bits": 8}), 0.1, 0.1)]
+    cases += [(quantized(4, None), 2e-2, 0.5)]
     for config, same, other in cases:
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
         name = format_of(tmp_path)

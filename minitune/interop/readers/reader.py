@@ -1,7 +1,7 @@
 """Interface of an independent reader: a program of others that opens what minitune wrote."""
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -21,3 +21,12 @@ class Reader(NamedTuple):
     def described(self) -> str:
         """Packages with their versions."""
         return ", ".join(f"{name} {version(name)}" for name in self.packages)
+
+
+def is_installed(package: str) -> bool:
+    """True if a package is there, which is not imported for that."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

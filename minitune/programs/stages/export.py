@@ -42,7 +42,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     types: export.Types = export.Types("Q4_K_M")  # types of the stored matrices, for gguf
     # gguf: data by which the K types weigh errors; without it llama.cpp's own weights
     importance: Importance | None = None
-    dtype: onnx.Dtype = "float32"  # of the weights and of all that is computed, for onnx
+    dtype: onnx.GraphDtype = "float32"  # of the weights and of all that is computed, for onnx
     # onnx: the keys and values of earlier tokens are inputs and outputs of the graph, so that a new
     # token costs no more than itself
     cache: bool = True

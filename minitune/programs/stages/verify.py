@@ -10,8 +10,8 @@ from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.programs.verification import (
     PROMPTS,
-    Asked,
     Held,
+    Questions,
     as_record,
     as_stored,
     base_of_adapter,
@@ -67,7 +67,7 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
         name = format_written(records[path])
         held, base = self._held(state, path, name)
         state.log.say(f"{self.label}: opening {path} with {', '.join(FORMATS[name].packages)}")
-        figures = verify(Path(path), name, held, Asked(self.prompts, self.max_new_tokens), base)
+        figures = verify(Path(path), name, held, Questions(self.prompts, self.max_new_tokens), base)
         written = write_figures(Path(path), figures)
         for line in figures.lines():
             state.log.say(f"{self.label}: {line}")
@@ -80,6 +80,6 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
         if name == "adapter":
             base = base_of_adapter(Path(path))
             return opened(str(base), path, same_weights=True), base
-        if FORMATS[name].is_read:
+        if name == "folder":
             return opened(path, None, same_weights=True), None
         return as_stored(state.loaded, f"the model of {self.label}"), None
