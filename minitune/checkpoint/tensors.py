@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
-from minitune.io.safetensors_header import ORDER, header_bytes, read_header
+from minitune.io.safetensors_header import NO_METADATA, ORDER, header_bytes, read_header
 from minitune.types import Params, Trainable
 
 # fmt: off
@@ -32,13 +32,14 @@ def save_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     on_tensor: Callable[[], None] | None = None,
+    metadata: Mapping[str, str] = NO_METADATA,
 ) -> None:
     """Write tensors under their names; storage that two names share is written for each.
 
-    on_tensor is called when one is written.
+    on_tensor is called when one is written. metadata: texts of the file's header.
     """
     with path.open("wb") as file:
-        pieces = serialized(tensors)
+        pieces = serialized(tensors, metadata)
         file.write(next(pieces))
         for piece in pieces:
             file.write(piece)
@@ -69,13 +70,15 @@ def model_bytes(params: Params, trainable: Trainable, stored: Params) -> int:
     return tree.n_bytes(({**stored, **codes}, deltas))
 
 
-def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def serialized(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = NO_METADATA
+) -> Iterator[bytes | memoryview]:
     """Bytes of a safetensors file, the header and then each tensor: at most two tensors are copied
     at a time, the piece in hand and the next.
     """
     order = sorted(tensors, key=lambda name: (ORDER.index(WORDS[tensors[name].dtype]), name))
     yield header_bytes(
-        {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
+        {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, metadata
     )
     for name in order:
         x = tensors[name].detach().cpu().contiguous()

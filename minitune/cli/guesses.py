@@ -41,7 +41,7 @@ ALIASES = {
     "list": ("programs", "recipes", "configs"),
     "new": ("init", "copy", "create"),
     "config": ("cat", "print", "explain"),
-    "validate": ("lint", "verify", "dry-run", "dryrun"),
+    "validate": ("lint", "dry-run", "dryrun"),
     "estimate": ("memory", "profile", "vram"),
     "preview": ("tokenize", "preprocess", "sample", "samples", "data", "dataset"),
     "pull": ("get", "fetch", "install", "clone"),

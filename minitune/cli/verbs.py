@@ -150,6 +150,13 @@ def report(words: Sequence[str]) -> int:
     return report(words)
 
 
+def verify(words: Sequence[str]) -> int:
+    """Open what was written with another program, and compare."""
+    from minitune.cli.verify import verify
+
+    return verify(words)
+
+
 def watch(words: Sequence[str]) -> int:
     """Serve the page of a run on this machine."""
     from minitune.cli.report import watch
@@ -236,6 +243,12 @@ VERBS = {
         "watch RUN [--port 8000]",
         "the page of a run in a browser on this machine, while it trains",
         watch,
+        parses_help=True,
+    ),
+    "verify": Verb(
+        "verify PATH [--against FOLDER]",
+        "open a model, an adapter or an export with another program, and compare it with minitune",
+        verify,
         parses_help=True,
     ),
     **PUBLISHING,

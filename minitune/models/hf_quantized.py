@@ -16,6 +16,14 @@ COMPRESSED = (
     *("mxfp4-pack-quantized", "nvfp4-pack-quantized", "mixed-precision"),
 )
 
+# configs of torchao whose codes are integers, one a byte
+TORCHAO = (
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "IntxWeightOnlyConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+)
+
 
 def check(hf: Mapping[str, Any], model_type: str, where: str) -> None:
     """InputError for a config.json of weights that are codes which are not read."""
@@ -34,14 +42,27 @@ def check(hf: Mapping[str, Any], model_type: str, where: str) -> None:
         if _is_read(config):
             return
         method = f"compressed-tensors {config.get('format')}" if config.get("format") else method
+    if method == "torchao" and isinstance(config, Mapping):
+        kind = _torchao_type(config)
+        if kind in TORCHAO:
+            return
+        method = f"torchao {kind}" if kind else method
     if method == "fp8" or (method == "mxfp4" and model_type == "gpt_oss"):
         return
     mxfp4 = "MXFP4, " if model_type == "gpt_oss" else ""
     raise InputError(
         f"models: {where} is quantized as {quoted(method)}, expected plain weights, {mxfp4}"
-        "FP8 with scales, bitsandbytes' NF4 or compressed-tensors of symmetric codes in 4 or 8 "
-        f"bits; {REMEDY}"
+        "FP8 with scales, bitsandbytes' NF4, compressed-tensors of symmetric codes in 4 or 8 "
+        f"bits, or torchao's {', '.join(TORCHAO)}; {REMEDY}"
     )
+
+
+def _torchao_type(config: Mapping[str, Any]) -> str | None:
+    """Name of the config that torchao quantized by."""
+    rule = config.get("quant_type")
+    rule = rule.get("default") if isinstance(rule, Mapping) else None
+    name = rule.get("_type") if isinstance(rule, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _is_read(config: Mapping[str, Any]) -> bool:

@@ -24,6 +24,11 @@ EXTRAS = {  # imported in functions of these modules
     "mlflow": "trackers/mlflow registry/mlflow_models",
     "azure": "registry/azure_models",
     "trackio": "trackers/trackio",
+    "onnx": "interop/artefacts",
+    "onnxscript": "interop/onnx",
+    "onnxruntime": "interop/readers/onnxruntime",
+    **dict.fromkeys(["transformers", "peft"], "interop/readers/hugging_face"),
+    "gguf": "interop/artefacts",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks interop/lm_eval_data interop/lm_eval_index"),
 }
 

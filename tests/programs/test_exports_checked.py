@@ -17,9 +17,9 @@ from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
 from minitune.interop.gguf.export import Types
 from minitune.models import FAMILIES, Model
+from minitune.programs.stages.export import Export
 from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Quantize
-from minitune.programs.stages.save import Export
 from minitune.programs.state import AbstractState
 from minitune.quant.schemes import NF4, Int4, Int8
 from minitune.quant.tensors import QInt8
@@ -48,6 +48,7 @@ def abstract(tmp_path: Path, family: str = "llama", **fields: object) -> Abstrac
         (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4, float8, mxfp4 or nvfp4"),
         (Int8(), Export(format="bitsandbytes"), "is int8, expected NF4"),
         (Int4(32), Export(format="compressed-tensors", activations="int8"), "but no weight is int8"),
+        (Int8(), Export(format="onnx"), "is quantized, expected dense weights; drop the quantize stage"),
         (None, Export(format="gguf", types=Types("Q8_0", {"*.nope.*": "F16"})), r"'\*.nope.\*' matches no weight"),
     ],
 )
@@ -100,7 +101,8 @@ def test_what_the_formats_hold_passes_check(tmp_path: Path):
     state = abstract(tmp_path)
     for scheme, form in ((Int8(), "compressed-tensors"), (Int4(32), "gguf"), (NF4(), "bitsandbytes")):
         quantized = Quantize(scheme=scheme, weights=PROJECTIONS).check(state)
-        assert Export(format=form).check(quantized) == quantized
+        written = {f"run/{form}" if form != "gguf" else "run/model.gguf": form}
+        assert Export(format=form).check(quantized) == quantized._replace(written=written)
 
 
 def test_a_merge_leaves_no_codes_of_what_it_merged(tmp_path: Path):
