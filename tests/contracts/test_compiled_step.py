@@ -4,7 +4,7 @@ from support.scripts import run_script
 
 
 def test_a_compiled_step_is_one_graph_with_the_same_numbers() -> None:
-    """Adapters under clipping, AdamW and a schedule: three steps, of which the second has no target and changes nothing."""
+    """Adapters with dropout, clipping, AdamW and a schedule: the second of three steps has no target and changes nothing."""
     n_graphs, skipped, worst = eval(run_script("compiled_step"))
     assert n_graphs == 1
     assert skipped == [0, 1, 0]

@@ -186,10 +186,12 @@ def describe(report: Report, table: str, source: Source) -> str:
     for key, n in report.unwritten.items():
         left_out[f"without their {key}, which the template does not write"] = n
     counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
-    notes = f"; the first row skipped is {report.first_refused}" if report.first_refused else ""
+    notes = [counts]
+    if report.first_refused:
+        notes.append(f"; the first row skipped is {report.first_refused}")
     if source.split is not None and source.split.part == "heldout" and report.n_samples < FEW:
-        notes += f"; a loss over fewer than {FEW} samples says little: raise holdout"
+        notes.append(f"; a loss over fewer than {FEW} samples says little: raise holdout")
     return (
         f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of "
-        f"them targets{counts}{notes}"
+        f"them targets{''.join(notes)}"
     )
