@@ -12,7 +12,7 @@ NAMES = {
     "serve": "nothing here serves a model: vLLM, transformers and llama.cpp open what a run saved; "
     "{me} chat FOLDER talks with it in a terminal",
     "export": 'exporting is a stage: [[stage]] op = "export", as in programs/quantize.toml',
-    "upload": "nothing here uploads: `hf upload OWNER/NAME FOLDER` of huggingface_hub does",
+    "push": "a folder goes to the Hub by {me} upload FOLDER OWNER/NAME",
     "look": "curves, figures and samples of a run are on the page of {me} report RUN",
     "compare": "runs stand beside each other on the page of {me} report RUN RUN",
     "resume": "a run that was stopped goes on with the command that started it",
@@ -34,7 +34,7 @@ ALIASES = {
     "generate-text": ("infer", "inference", "predict", "complete", "prompt", "ask"),
     "serve": ("server", "api", "deploy"),
     "export": ("convert", "gguf", "awq", "gptq", "convert-to-gguf"),
-    "upload": ("push", "push-to-hub", "push_to_hub", "publish", "share"),
+    "push": ("push-to-hub", "push_to_hub", "publish", "share"),
     "look": ("summary", "summarize", "logs", "log", "metrics", "plot", "results", "status"),
     "compare": ("diff",),
     "resume": ("continue", "restart"),

@@ -3,27 +3,18 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Never
+from typing import Never
 
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import announced, typed_name
+from minitune.cli.verb import PUBLISHING, Verb
 from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
 HELP_WORDS = ("--help", "-h")
-
-
-class Verb(NamedTuple):
-    """Word that runs no program; `run` takes the words after it and returns the exit code."""
-
-    usage: str
-    summary: str
-    run: Callable[[Sequence[str]], int]
-    details: str = ""
-    parses_help: bool = False  # its own parser knows --help, with every option
 
 
 def ls(words: Sequence[str]) -> int:
@@ -247,6 +238,7 @@ VERBS = {
         watch,
         parses_help=True,
     ),
+    **PUBLISHING,
     "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),
 }
 

@@ -95,6 +95,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         whole=frozenset(trainable) - adapted,
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
+        written=abstract.written,
         tokenizer=text,
         template=template,
     )

@@ -120,6 +120,7 @@ class AbstractState(NamedTuple):
     merged: bool = False
     # by run/... path: the models that stages before will have written
     saved: Mapping[str, SavedModel] = MappingProxyType({})
+    written: Sequence[str] = ()  # paths that stages before will have written, in order
     tokenizer: Tokenizer | None = None  # of the model; None before there is one
     template: Template | None = None
     # by the name of a table: what is called with the number of its samples while it is tokenized

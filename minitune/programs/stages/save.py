@@ -75,7 +75,8 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             ranks = {name: abstract.lora.rank_of(name) for name in abstract.adapted}
             check_adapter(ranks, abstract.whole, names=abstract.params, dora=abstract.lora.dora)
         saved = SavedModel(abstract.model, abstract.tokenizer, abstract.template)
-        return abstract._replace(saved={**abstract.saved, self.result.path: saved})
+        written = (*abstract.written, self.result.path)
+        return abstract._replace(saved={**abstract.saved, self.result.path: saved}, written=written)
 
     @property
     def result(self) -> Result:
@@ -158,7 +159,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             bitsandbytes.check(params)
         elif self.format == "compressed-tensors":
             compressed_tensors.check(params, self.activations)
-        return abstract
+        return abstract._replace(written=(*abstract.written, self.result.path))
 
     def _check_importance(self, abstract: AbstractState, importance: Importance) -> None:
         """InputError unless a K type is written, and the data is there."""

@@ -9,8 +9,10 @@ from minitune.programs.stages.evaluate import Eval, Harness
 from minitune.programs.stages.generate import Generate
 from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Qat, Quantize
+from minitune.programs.stages.register import Register
 from minitune.programs.stages.save import Export, Save
 from minitune.programs.stages.train import Train
+from minitune.programs.stages.upload import Upload
 
 Stage = (
     Load
@@ -25,4 +27,6 @@ Stage = (
     | Generate
     | Save
     | Export
+    | Upload
+    | Register
 )
