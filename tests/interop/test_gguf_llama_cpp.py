@@ -120,10 +120,14 @@ def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     ours = open_tokenizer(folder)
     model = model_of(sized("llama", **{**SQUARE, "n_layers": 1, "vocab_size": ours.vocab_size}))
     path = tmp_path / "x.gguf"
-    export.save(path, model.init(0), model, export.Types("F32"), tokenizer=folder, template=None, stop_ids=[])
+    notes = export.save(path, model.init(0), model, export.Types("F32"), tokenizer=folder, template=None, stop_ids=[])
     engine = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     # Behind a prefix, transformers 5 writes no second space where llama.cpp does.
-    for text in TEXTS if name in CUTS else [text.lstrip() for text in TEXTS]:
+    texts = TEXTS if name in CUTS else [text.lstrip() for text in TEXTS]
+    if any("in front of text behind a special token" in note for note in notes):
+        texts = [text for text in texts if "<|" not in text]
+    assert len(texts) >= len(TEXTS) - 1
+    for text in texts:
         assert engine.tokenize(text.encode(), add_bos=False, special=True) == ours.encode(text, parse_special=True), text
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from minitune.interop.gguf import k_quants
 from minitune.quant.tensors import QInt4, QInt8
 
-# weights that a thread encodes at a time: so that intermediate results stay in its cache
+# weights that are encoded at a time: intermediate results stay in a core's cache, and the bytes
+# are the same whatever the number of threads
 PIECE = 2**17
 
 
@@ -120,7 +121,7 @@ def encode(
     importance: of the columns, which K types weigh errors by.
     """
     block = TYPES[kind]
-    rows = max(1, PIECE * torch.get_num_threads() // w.shape[1])
+    rows = max(1, PIECE // w.shape[1])
     return torch.cat([_encoded_rows(some, block, importance) for some in w.split(rows)])
 
 

@@ -19,7 +19,7 @@ from minitune.interop.gguf import blocks
 from minitune.interop.gguf import vocabulary as gguf_vocabulary
 from minitune.interop.gguf.architectures import Architecture, architecture, tensor_name
 from minitune.interop.gguf.metadata import StoredTensor, pad, write_header
-from minitune.interop.gguf.mixtures import RECIPES, Kind, Mixture, mixture_kind
+from minitune.interop.gguf.mixtures import RECIPES, GGUFType, Mixture, mixture_kind
 from minitune.interop.gguf.numbers import divisors, numbers
 from minitune.io.results import result_file
 from minitune.models.config import DecoderConfig
@@ -40,9 +40,9 @@ class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     # type of each matrix that no exception matches; Q4_K_M and its kin are llama.cpp's mixtures
-    default: Kind | Mixture
+    default: GGUFType | Mixture
     # glob of Hugging Face names -> another type; the first match wins
-    exceptions: dict[str, Kind] = {}
+    exceptions: dict[str, GGUFType] = {}
 
     @property
     def file_type(self) -> int:

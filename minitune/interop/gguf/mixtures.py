@@ -6,7 +6,7 @@ from minitune.interop.gguf.architectures import Architecture
 from minitune.models.config import DecoderConfig
 from minitune.models.weights import head_name
 
-Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+GGUFType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
 Mixture = Literal["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 
 
@@ -14,8 +14,8 @@ class Recipe(NamedTuple):
     """Mixture: the number of the file's type, the type of most matrices, and that of the head."""
 
     file_type: int
-    default: Kind
-    head: Kind = "Q6_K"
+    default: GGUFType
+    head: GGUFType = "Q6_K"
 
 
 RECIPES: dict[str, Recipe] = {
@@ -28,7 +28,7 @@ VALUES = ("v_proj", "qkv_proj")
 LAYERS_OF_70B = 80
 
 
-def mixture_kind(mixture: str, name: str, config: DecoderConfig, arch: Architecture) -> Kind:
+def mixture_kind(mixture: str, name: str, config: DecoderConfig, arch: Architecture) -> GGUFType:
     """Type of a matrix in a mixture of RECIPES, given its Hugging Face name."""
     recipe = RECIPES[mixture]
     if name == head_name(config):
@@ -43,7 +43,7 @@ def mixture_kind(mixture: str, name: str, config: DecoderConfig, arch: Architect
     return kind
 
 
-def _sensitive_kind(mixture: str, is_values: bool, layer: int, n_layers: int) -> Kind:
+def _sensitive_kind(mixture: str, is_values: bool, layer: int, n_layers: int) -> GGUFType:
     """Type of the values of attention, or of the matrix that ends the feed-forward."""
     recipe = RECIPES[mixture]
     if mixture.endswith("_M"):

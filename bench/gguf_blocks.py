@@ -1,6 +1,6 @@
 """K types of GGUF files: seconds to encode 100 million weights, and the weighted error, beside llama.cpp's own quantizer.
 
-    python bench/gguf.py
+    python bench/gguf_blocks.py
 
 The second half needs llama-cpp-python. One thread; both take turns; seconds are minimum / median of REPEATS.
 """
