@@ -88,8 +88,8 @@ def written(key: str, value: str) -> Callable[[], None]:
 
 RUN, CHECK = ("t.toml",), ("check", "t.toml")
 SITUATIONS: list[tuple[Callable[[], None], tuple[str, ...], str]] = [
-    (file("runs"), RUN, "runs: out 'runs' can't be made (File exists), expected a folder"),
-    (file("a"), (*RUN, "out=a/b"), "runs: out 'a/b' can't be made (Not a directory), expected a folder"),
+    (file("runs"), RUN, "places: out 'runs' lies in runs, which is no folder, expected a folder of yours"),
+    (file("a"), (*RUN, "out=a/b"), "places: out 'a/b' lies in a, which is no folder, expected a folder of yours"),
     (nothing, (*RUN, "out=/proc/x"), "runs: out '/proc/x' can't be made (No such file or directory)"),
     (nothing, (*RUN, f"out={LONG}"), "yyy' has a name of more than 255 bytes, expected a path"),
     (nothing, (*RUN, "out=~nouser/x"), "~nouser, whose folder is unknown"),

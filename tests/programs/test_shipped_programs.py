@@ -21,7 +21,7 @@ from minitune.programs import program
 from minitune.programs.check import check
 from minitune.programs.loading import ModelSource
 from minitune.programs.run import summary
-from minitune.programs.stages import evaluate, generate, save, train
+from minitune.programs.stages import evaluate, export, generate, save, train
 from minitune.programs.stages.quantize import Quantize
 from support.models import random_params
 from support.programs import COMMAND, SHIPPED, TINY, rows_without_time, spawn, toy, wait_for_step, weights
@@ -66,7 +66,7 @@ def test_every_shipped_program_runs_at_toy_size(name: str, tiny: Path, tmp_path:
             assert f"adapter {best} goes on (optimizer.lr = {stage.sweep['optimizer.lr'][best]})" in output.replace("\n", "")
         if isinstance(stage, Quantize):
             assert 2**10 < record["bytes_after"] < record["bytes_before"]
-        if isinstance(stage, (save.Save, save.Export, generate.Generate)):
+        if isinstance(stage, (save.Save, export.Export, generate.Generate)):
             assert Path(record["path"]).exists()
             assert f"{record['what']} in {record['path']}" in output.replace("\n", "")
         if isinstance(stage, save.Save):

@@ -118,6 +118,7 @@ def test_wandb_has_versions_and_aliases(
 def test_wandb_offline_keeps_a_version_to_upload(
     folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    wandb.teardown()  # it keeps what it read of the environment
     monkeypatch.setenv("WANDB_DIR", str(folder))
     register = '[[stage]]\nop = "register"\nto = "wandb:shop/orders"\n'
     summary = run(folder, tiny, LORA + SAVE + register)
