@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Never
 
+from minitune.cli.answers import Answer
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import announced, typed_name
@@ -17,30 +18,33 @@ HELP_WORDS = ("--help", "-h")
 
 
 class Verb(NamedTuple):
-    """Word that runs no program; `run` takes the words after it and returns the exit code."""
+    """Word that runs no program; `run` takes the words after it and returns what it found, or its
+    exit code alone.
+    """
 
     usage: str
     summary: str
-    run: Callable[[Sequence[str]], int]
+    run: Callable[[Sequence[str]], Answer | int]
     details: str = ""
     parses_help: bool = False  # its own parser knows --help, with every option
 
 
-def ls(words: Sequence[str]) -> int:
+def ls(words: Sequence[str]) -> Answer:
     """Print the shipped programs, each with its first comment."""
     if words:
         refuse(f"ls {' '.join(words)}, expected ls alone")
     programs = paths.shipped()
     width = max(map(len, programs), default=0)
-    for name, path in programs.items():
-        sys.stdout.write(
-            f"{name:{width}}  {next(iter(toml.opening_comment(path, 'program')), '')}".rstrip()
-            + "\n"
-        )
-    return 0
+    opening = {
+        name: next(iter(toml.opening_comment(path, "program")), "")
+        for name, path in programs.items()
+    }
+    for name, comment in opening.items():
+        sys.stdout.write(f"{name:{width}}  {comment}".rstrip() + "\n")
+    return Answer({"programs": opening})
 
 
-def cp(words: Sequence[str]) -> int:
+def cp(words: Sequence[str]) -> Answer:
     """Copy a shipped program; InputError for a place that is taken or lies in no folder."""
     if len(words) != 2:
         refuse(f"cp {' '.join(words)}, expected cp NAME DEST")
@@ -52,20 +56,22 @@ def cp(words: Sequence[str]) -> int:
         refuse(f"{target.parent} is no folder, expected one that exists")
     shutil.copyfile(source, target)
     sys.stdout.write(f"{target}\n")
-    return 0
+    return Answer({"path": str(target)})
 
 
-def show(words: Sequence[str]) -> int:
+def show(words: Sequence[str]) -> Answer:
     """Print a program with its overrides and every default."""
+    import msgspec
+
     from minitune.programs import program
 
     file = _program_of("show", words)
     loaded = program.load(file, with_model(words[1:], file.stem))
     sys.stdout.write(program.resolved(loaded, absent=True))
-    return 0
+    return Answer({"program": msgspec.to_builtins(loaded)})
 
 
-def check(words: Sequence[str]) -> int:
+def check(words: Sequence[str]) -> Answer:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
     from minitune.programs import log, program, save_paths
@@ -77,10 +83,10 @@ def check(words: Sequence[str]) -> int:
     save_paths.check(loaded)
     for line in checked.lines:
         sys.stdout.write(f"{line}\n")
-    return 0
+    return Answer({"lines": checked.lines})
 
 
-def plan(words: Sequence[str]) -> int:
+def plan(words: Sequence[str]) -> Answer:
     """Print memory and operations of each training stage."""
     file = announced(_program_of("plan", words))
     from minitune.cli.plan import show
@@ -88,17 +94,37 @@ def plan(words: Sequence[str]) -> int:
     return show(file, with_model(words[1:], file.stem))
 
 
-def schema(words: Sequence[str]) -> int:
+def data(words: Sequence[str]) -> Answer:
+    """Print what the data of a program holds."""
+    file = announced(_program_of("data", words))
+    from minitune.cli.data import show
+
+    return show(file, with_model(words[1:], file.stem))
+
+
+def skill(words: Sequence[str]) -> Answer:
+    """Print a page that tells a coding agent how to use minitune."""
+    if words:
+        refuse(f"skill {' '.join(words)}, expected skill alone")
+    from minitune.cli.skill import page
+
+    text = page()
+    sys.stdout.write(text)
+    return Answer({"text": text})
+
+
+def schema(words: Sequence[str]) -> Answer:
     """Print the JSON Schema of programs."""
     if words:
         refuse(f"schema {' '.join(words)}, expected schema alone")
     from minitune.programs import program
 
-    sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
-    return 0
+    content = program.schema()
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    return Answer(content)
 
 
-def show_sample(words: Sequence[str]) -> int:
+def show_sample(words: Sequence[str]) -> Answer:
     """Print text, ids and mask of the first samples of a program's data."""
     wants_help = any(word in HELP_WORDS for word in words)
     file = Path() if wants_help else _program_of("show-sample", words)
@@ -107,35 +133,35 @@ def show_sample(words: Sequence[str]) -> int:
     return show(file, HELP_WORDS[:1] if wants_help else words[1:])
 
 
-def chat(words: Sequence[str]) -> int:
+def chat(words: Sequence[str]) -> Answer:
     """Talk with a model folder."""
     from minitune.cli.chat import chat
 
     return chat(words)
 
 
-def download(words: Sequence[str]) -> int:
+def download(words: Sequence[str]) -> Answer:
     """Fetch a folder from the Hub."""
     from minitune.cli.download import download
 
     return download(words)
 
 
-def finish(words: Sequence[str]) -> int:
+def finish(words: Sequence[str]) -> Answer:
     """End the training of a stopped run, and run the stages after it."""
     from minitune.cli.running import finish
 
     return finish(words)
 
 
-def merge(words: Sequence[str]) -> int:
+def merge(words: Sequence[str]) -> Answer:
     """Merge an adapter into its base."""
     from minitune.cli.running import merge
 
     return merge(words)
 
 
-def inspect(words: Sequence[str]) -> int:
+def inspect(words: Sequence[str]) -> Answer:
     """Print what a folder holds."""
     if len(words) != 1:
         found = f"{len(words)} folders" if words else "without a folder"
@@ -145,21 +171,21 @@ def inspect(words: Sequence[str]) -> int:
     return inspect(words[0])
 
 
-def cache(words: Sequence[str]) -> int:
+def cache(words: Sequence[str]) -> Answer:
     """Print or empty the cache of tokenized data."""
     from minitune.cli.cache import cache
 
     return cache(words)
 
 
-def report(words: Sequence[str]) -> int:
+def report(words: Sequence[str]) -> Answer:
     """Write the page of runs."""
     from minitune.cli.report import report
 
     return report(words)
 
 
-def watch(words: Sequence[str]) -> int:
+def watch(words: Sequence[str]) -> Answer:
     """Serve the page of a run on this machine."""
     from minitune.cli.report import watch
 
@@ -192,6 +218,12 @@ VERBS = {
         "memory and operations of each training stage, and whether it fits; reads no weight",
         plan,
         CHANGES,
+    ),
+    "data": Verb(
+        "data PROGRAM [KEY=VALUE ...]",
+        "lengths, targets, repeated and held-out samples, template and estimates of its data",
+        data,
+        f"Reads no weight and trains nothing.\n{CHANGES}",
     ),
     "schema": Verb(
         "schema",
@@ -248,6 +280,7 @@ VERBS = {
         parses_help=True,
     ),
     "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),
+    "skill": Verb("skill", "a page that tells a coding agent how to use all of this", skill),
 }
 
 
