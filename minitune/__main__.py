@@ -13,7 +13,7 @@ from typing import Never
 from minitune import __version__
 from minitune.cli import help as help_text
 from minitune.cli import verbs
-from minitune.cli.answers import Answer, write_answer, write_failure
+from minitune.cli.command_result import CommandResult, write_failure, write_result
 from minitune.cli.failures import DONE, INTERRUPTED, OUTPUT_CLOSED, failure
 from minitune.cli.options import announced
 from minitune.cli.verbs import HELP_WORDS, VERBS
@@ -69,7 +69,7 @@ def _answer_as_json(words: list[str]) -> int:
     """Run a command whose lines go to stderr, and write what it found as JSON on stdout."""
     with redirect_stdout(sys.stderr or sys.stdout):
         answer = _run_words(words)
-    write_answer(answer)
+    write_result(answer)
     return answer.code
 
 
@@ -96,20 +96,20 @@ def _drop_closed_stdout() -> bool:
     return False
 
 
-def _run_words(words: list[str]) -> Answer:
+def _run_words(words: list[str]) -> CommandResult:
     answer = _outcome(words)
     sys.stdout.flush()
-    return answer if isinstance(answer, Answer) else Answer(code=answer)
+    return answer if isinstance(answer, CommandResult) else CommandResult(code=answer)
 
 
-def _outcome(words: list[str]) -> Answer | int:
+def _outcome(words: list[str]) -> CommandResult | int:
     if words[:1] == ["help"] and len(words) > 1:
         words = [*words[1:], HELP_WORDS[0]]
     if not words or words[0] in (*HELP_WORDS, "help"):
         return _told(help_text.overview())
     if words == ["--version"]:
         sys.stdout.write(f"minitune {__version__}\n")
-        return Answer({"version": __version__})
+        return CommandResult({"version": __version__})
     wants_help = any(word in HELP_WORDS for word in words[1:])
     if words[0] in RUN_WORDS and len(words) > 1 and "=" not in words[1]:
         words = words[1:]
@@ -127,10 +127,10 @@ def _outcome(words: list[str]) -> Answer | int:
     return run_file(file, words[1:])
 
 
-def _told(text: str) -> Answer:
+def _told(text: str) -> CommandResult:
     """Text on stdout, and as an answer."""
     sys.stdout.write(text)
-    return Answer({"text": text})
+    return CommandResult({"text": text})
 
 
 if __name__ == "__main__":

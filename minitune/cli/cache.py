@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.array_cache import remove_unfinished
@@ -12,7 +12,7 @@ from minitune.io.cache_size import LIMIT_BYTES, entries, remove
 from minitune.io.units import format_bytes
 
 
-def cache(words: Sequence[str]) -> Answer:
+def cache(words: Sequence[str]) -> CommandResult:
     """Print where the cache is and how large, or empty it; returns the same figures."""
     if list(words) not in ([], ["clear"]):
         raise InputError(f"cache: {' '.join(words)!r} is unknown, expected cache or cache clear")
@@ -24,11 +24,11 @@ def cache(words: Sequence[str]) -> Answer:
         n_bytes = sum(entry.n_bytes for entry in gone)
         size = format_bytes(n_bytes)
         sys.stdout.write(f"{folder}: {len(gone)} of {len(there)} folders removed, {size}\n")
-        return Answer({"path": str(folder), "folders_removed": len(gone), "bytes": n_bytes})
+        return CommandResult({"path": str(folder), "folders_removed": len(gone), "bytes": n_bytes})
     n_bytes = sum(entry.n_bytes for entry in there)
     size, limit = format_bytes(n_bytes), format_bytes(LIMIT_BYTES)
     sys.stdout.write(f"{folder}: {len(there)} folders, {size}; beyond {limit} the oldest go\n")
     if there:
         day = time.strftime("%Y-%m-%d", time.localtime(there[0].used_s))
         sys.stdout.write(f"the oldest was last used on {day}; `cache clear` removes all\n")
-    return Answer({"path": str(folder), "folders": len(there), "bytes": n_bytes})
+    return CommandResult({"path": str(folder), "folders": len(there), "bytes": n_bytes})

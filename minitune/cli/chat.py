@@ -11,7 +11,7 @@ import msgspec
 
 from minitune import seeds
 from minitune.algorithms.objective import apply_trainable
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import open_model_folder
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
@@ -29,7 +29,7 @@ COMMANDS = (
 )
 
 
-def chat(words: Sequence[str]) -> Answer:
+def chat(words: Sequence[str]) -> CommandResult:
     """Talk with a model: turns from stdin, answers to stdout as they are written, all else to
     stderr; returns the turns.
 
@@ -68,7 +68,7 @@ def chat(words: Sequence[str]) -> Answer:
             turns.append({"prompt": line, "answer": answer})
             if answer:
                 messages = [*asked, {"role": "assistant", "content": answer}]
-    return Answer({"turns": turns})
+    return CommandResult({"turns": turns})
 
 
 def _source(options: Mapping[str, Any]) -> ModelSource:
@@ -186,7 +186,7 @@ def _answer(
     seed: int,
     max_new_tokens: int,
 ) -> str:
-    """Answer of the model, written to stdout while it comes; Ctrl-C cuts it short."""
+    """CommandResult of the model, written to stdout while it comes; Ctrl-C cuts it short."""
     ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
     room = loaded.model.config.max_positions - len(ids)
     if room < 1:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.errors import InputError
 from minitune.programs import log, program
 from minitune.programs.check import check
@@ -19,7 +19,7 @@ from minitune.programs.stages.expected_time import duration
 BAR_CHARACTERS = 40  # of the longest bar of a histogram
 
 
-def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> Answer:
+def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> CommandResult:
     """Print lengths, left out samples, targets, repeats, overlap and estimates of a program's data;
     returns the same figures.
 
@@ -45,7 +45,7 @@ def show(file: Path, overrides: Sequence[str], console: Console | None = None) -
     for note in facts.notes():
         screen.print(Text(f"note: {note}"), soft_wrap=True)
     found = {**msgspec.to_builtins(facts), "stages": msgspec.to_builtins(estimates)}
-    return Answer({**found, "notes": facts.notes()})
+    return CommandResult({**found, "notes": facts.notes()})
 
 
 def _figures(facts: TableFacts) -> Table:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.io.paths import user_path
@@ -35,7 +35,7 @@ class Fetched(NamedTuple):
     lines: list[str]
 
 
-def download(words: Sequence[str]) -> Answer:
+def download(words: Sequence[str]) -> CommandResult:
     """Fetch what the words name, say on stdout where it lies and how to use it, and return the
     same; InputError else.
 
@@ -58,7 +58,7 @@ def download(words: Sequence[str]) -> Answer:
         fetched = bring(options.repo, options.revision, options.to, tell)
     if talks:
         sys.stdout.write("".join(f"{line}\n" for line in fetched.lines))
-    return Answer(fetched._asdict())
+    return CommandResult(fetched._asdict())
 
 
 def _refuse_elsewhere(option: str) -> None:

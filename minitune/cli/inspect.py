@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.failures import DONE, REFUSED
 from minitune.cli.folder_facts import (
     ADAPTER,
@@ -53,7 +53,7 @@ class FolderSummary(NamedTuple):
     faults: list[str]
 
 
-def inspect(word: str) -> Answer:
+def inspect(word: str) -> CommandResult:
     """Print what a folder (or demo) holds, as a table, and return it; exit code 2 if a file is
     missing or damaged, told on stderr.
 
@@ -87,11 +87,11 @@ def inspect(word: str) -> Answer:
     return _told(rows, faults)
 
 
-def _told(rows: Mapping[str, str], faults: Sequence[str]) -> Answer:
+def _told(rows: Mapping[str, str], faults: Sequence[str]) -> CommandResult:
     """Rows and faults with the exit code, after each fault is told on stderr."""
     for fault in faults:
         sys.stderr.write(f"inspect: {printable(fault)}\n")
-    return Answer({"rows": rows, "faults": faults}, REFUSED if faults else DONE)
+    return CommandResult({"rows": rows, "faults": faults}, REFUSED if faults else DONE)
 
 
 def summarize(folder: Path) -> FolderSummary:

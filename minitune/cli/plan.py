@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.errors import InputError
 from minitune.programs import program
 from minitune.programs.plan import Planned, planned
 from minitune.programs.plan_fit import MIB, fit_lines
 
 
-def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> Answer:
+def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> CommandResult:
     """Print what each stage of `planned` needs and whether it fits; returns the same figures. No
     weight is read.
 
@@ -34,7 +34,7 @@ def show(file: Path, overrides: Sequence[str], console: Console | None = None) -
     for one in stages:
         for line in fit_lines(one):
             screen.print(Text(line), soft_wrap=True)
-    return Answer({"stages": {one.stage.label: _figures(one) for one in stages}})
+    return CommandResult({"stages": {one.stage.label: _figures(one) for one in stages}})
 
 
 def _figures(one: Planned) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.options import typed_name
 from minitune.errors import InputError
 from minitune.programs.page.curves import library
@@ -18,7 +18,7 @@ from minitune.programs.page.run_files import RunFiles, read_run
 REFRESH_S = 10  # after which a page that is watched is loaded again
 
 
-def report(words: Sequence[str]) -> Answer:
+def report(words: Sequence[str]) -> CommandResult:
     """Write the page of a run into its folder, or that of several runs beside each other."""
     parser = argparse.ArgumentParser(
         prog=f"{typed_name()} report",
@@ -37,7 +37,7 @@ def report(words: Sequence[str]) -> Answer:
             raise InputError(f"report: {path} exists, expected a new file; name one with --to")
         path.write_text(page(labelled(runs)), encoding="utf-8")
     sys.stdout.write(f"{path}\n")
-    return Answer({"path": str(path)})
+    return CommandResult({"path": str(path)})
 
 
 def labelled(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
@@ -48,7 +48,7 @@ def labelled(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
     return {str(run.folder): run for run in runs}
 
 
-def watch(words: Sequence[str]) -> Answer:
+def watch(words: Sequence[str]) -> CommandResult:
     """Serve the page of a run on this machine until Ctrl-C; returns where it was."""
     parser = argparse.ArgumentParser(
         prog=f"{typed_name()} watch",
@@ -70,7 +70,7 @@ def watch(words: Sequence[str]) -> Answer:
     sys.stdout.flush()
     with server, suppress(KeyboardInterrupt):
         server.serve_forever()
-    return Answer({"address": address})
+    return CommandResult({"address": address})
 
 
 def server_of(folder: Path, port: int) -> ThreadingHTTPServer:
@@ -86,7 +86,7 @@ class _Page(BaseHTTPRequestHandler):
         super().__init__(*args)  # pyright: ignore[reportArgumentType]
 
     def do_GET(self) -> None:
-        """Answer / with the page as it is now, and /plotly.js with the library."""
+        """CommandResult / with the page as it is now, and /plotly.js with the library."""
         if self.path == "/plotly.js":
             self._answer(library(), "text/javascript", seconds=3600)
         elif self.path == "/":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import open_model_folder, require_folder, with_model
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
@@ -21,12 +21,12 @@ from minitune.programs.stages.save import Save
 from minitune.programs.trained_state import is_run
 
 
-def run_file(file: Path, overrides: Sequence[str]) -> Answer:
+def run_file(file: Path, overrides: Sequence[str]) -> CommandResult:
     """Run or continue a program file; returns its folder and its summary."""
     return _run(program.load(file, with_model(overrides, file.stem)), end=None)
 
 
-def finish(words: Sequence[str]) -> Answer:
+def finish(words: Sequence[str]) -> CommandResult:
     """End the training of a run and run what comes after it; returns its folder and summary.
 
     InputError for what is no run folder, for a finished run, and without a state to finish with.
@@ -55,7 +55,7 @@ def _finish_parser() -> OptionParser:
     return parser
 
 
-def merge(words: Sequence[str]) -> Answer:
+def merge(words: Sequence[str]) -> CommandResult:
     """Merge an adapter into its base and write a model folder, as a run; returns its summary.
 
     InputError for a folder without deltas, and for a base that is not here.
@@ -91,7 +91,7 @@ def _merge_parser() -> OptionParser:
     return parser
 
 
-def _run(chosen: Program, end: Chosen | None) -> Answer:
+def _run(chosen: Program, end: Chosen | None) -> CommandResult:
     """Folder and summary of a run; of one that a signal stopped, the step that is saved."""
     stop = StopSignals()
     folder = str(Path(chosen.out) / chosen.name)
@@ -100,5 +100,7 @@ def _run(chosen: Program, end: Chosen | None) -> Answer:
     except Stopped as stopped:
         place = f"stopped at step {stopped.step}, saved in {stopped.folder}"
         sys.stderr.write(f"{place}; run the same command to continue\n")
-        return Answer({"folder": folder, "stopped_at_step": stopped.step}, 128 + (stop.number or 0))
-    return Answer({"folder": folder, "summary": summary})
+        return CommandResult(
+            {"folder": folder, "stopped_at_step": stopped.step}, 128 + (stop.number or 0)
+        )
+    return CommandResult({"folder": folder, "summary": summary})

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.options import OptionParser
 from minitune.data import preference_rows
 from minitune.data.encoded_rows import Refused
@@ -35,7 +35,7 @@ TARGET, OTHER = "bold green", "dim"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
-def show(file: Path, words: Sequence[str], console: Console | None = None) -> Answer:
+def show(file: Path, words: Sequence[str], console: Console | None = None) -> CommandResult:
     """Print the first samples of a program's data: text, ids and mask, the targets marked; returns
     the same samples.
 
@@ -73,7 +73,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> An
             for part in here.parts():
                 require_rows(part)
                 shown += _show_file(screen, name, part, text, template, options.n)
-    return Answer({"template": template.origin, "samples": shown})
+    return CommandResult({"template": template.origin, "samples": shown})
 
 
 def _parser() -> OptionParser:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Never
 
-from minitune.cli.answers import Answer
+from minitune.cli.command_result import CommandResult
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import announced, typed_name
@@ -24,27 +24,25 @@ class Verb(NamedTuple):
 
     usage: str
     summary: str
-    run: Callable[[Sequence[str]], Answer | int]
+    run: Callable[[Sequence[str]], CommandResult | int]
     details: str = ""
     parses_help: bool = False  # its own parser knows --help, with every option
 
 
-def ls(words: Sequence[str]) -> Answer:
+def ls(words: Sequence[str]) -> CommandResult:
     """Print the shipped programs, each with its first comment."""
     if words:
         refuse(f"ls {' '.join(words)}, expected ls alone")
     programs = paths.shipped()
     width = max(map(len, programs), default=0)
-    opening = {
-        name: next(iter(toml.opening_comment(path, "program")), "")
-        for name, path in programs.items()
-    }
+    names = programs.items()
+    opening = {n: next(iter(toml.opening_comment(p, "program")), "") for n, p in names}
     for name, comment in opening.items():
         sys.stdout.write(f"{name:{width}}  {comment}".rstrip() + "\n")
-    return Answer({"programs": opening})
+    return CommandResult({"programs": opening})
 
 
-def cp(words: Sequence[str]) -> Answer:
+def cp(words: Sequence[str]) -> CommandResult:
     """Copy a shipped program; InputError for a place that is taken or lies in no folder."""
     if len(words) != 2:
         refuse(f"cp {' '.join(words)}, expected cp NAME DEST")
@@ -56,10 +54,10 @@ def cp(words: Sequence[str]) -> Answer:
         refuse(f"{target.parent} is no folder, expected one that exists")
     shutil.copyfile(source, target)
     sys.stdout.write(f"{target}\n")
-    return Answer({"path": str(target)})
+    return CommandResult({"path": str(target)})
 
 
-def show(words: Sequence[str]) -> Answer:
+def show(words: Sequence[str]) -> CommandResult:
     """Print a program with its overrides and every default."""
     import msgspec
 
@@ -68,10 +66,10 @@ def show(words: Sequence[str]) -> Answer:
     file = _program_of("show", words)
     loaded = program.load(file, with_model(words[1:], file.stem))
     sys.stdout.write(program.resolved(loaded, absent=True))
-    return Answer({"program": msgspec.to_builtins(loaded)})
+    return CommandResult({"program": msgspec.to_builtins(loaded)})
 
 
-def check(words: Sequence[str]) -> Answer:
+def check(words: Sequence[str]) -> CommandResult:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
     from minitune.programs import log, program, save_paths
@@ -83,10 +81,10 @@ def check(words: Sequence[str]) -> Answer:
     save_paths.check(loaded)
     for line in checked.lines:
         sys.stdout.write(f"{line}\n")
-    return Answer({"lines": checked.lines})
+    return CommandResult({"lines": checked.lines})
 
 
-def plan(words: Sequence[str]) -> Answer:
+def plan(words: Sequence[str]) -> CommandResult:
     """Print memory and operations of each training stage."""
     file = announced(_program_of("plan", words))
     from minitune.cli.plan import show
@@ -94,7 +92,7 @@ def plan(words: Sequence[str]) -> Answer:
     return show(file, with_model(words[1:], file.stem))
 
 
-def data(words: Sequence[str]) -> Answer:
+def data(words: Sequence[str]) -> CommandResult:
     """Print what the data of a program holds."""
     file = announced(_program_of("data", words))
     from minitune.cli.data import show
@@ -102,7 +100,7 @@ def data(words: Sequence[str]) -> Answer:
     return show(file, with_model(words[1:], file.stem))
 
 
-def skill(words: Sequence[str]) -> Answer:
+def skill(words: Sequence[str]) -> CommandResult:
     """Print a page that tells a coding agent how to use minitune."""
     if words:
         refuse(f"skill {' '.join(words)}, expected skill alone")
@@ -110,10 +108,10 @@ def skill(words: Sequence[str]) -> Answer:
 
     text = page()
     sys.stdout.write(text)
-    return Answer({"text": text})
+    return CommandResult({"text": text})
 
 
-def schema(words: Sequence[str]) -> Answer:
+def schema(words: Sequence[str]) -> CommandResult:
     """Print the JSON Schema of programs."""
     if words:
         refuse(f"schema {' '.join(words)}, expected schema alone")
@@ -121,10 +119,10 @@ def schema(words: Sequence[str]) -> Answer:
 
     content = program.schema()
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
-    return Answer(content)
+    return CommandResult(content)
 
 
-def show_sample(words: Sequence[str]) -> Answer:
+def show_sample(words: Sequence[str]) -> CommandResult:
     """Print text, ids and mask of the first samples of a program's data."""
     wants_help = any(word in HELP_WORDS for word in words)
     file = Path() if wants_help else _program_of("show-sample", words)
@@ -133,35 +131,7 @@ def show_sample(words: Sequence[str]) -> Answer:
     return show(file, HELP_WORDS[:1] if wants_help else words[1:])
 
 
-def chat(words: Sequence[str]) -> Answer:
-    """Talk with a model folder."""
-    from minitune.cli.chat import chat
-
-    return chat(words)
-
-
-def download(words: Sequence[str]) -> Answer:
-    """Fetch a folder from the Hub."""
-    from minitune.cli.download import download
-
-    return download(words)
-
-
-def finish(words: Sequence[str]) -> Answer:
-    """End the training of a stopped run, and run the stages after it."""
-    from minitune.cli.running import finish
-
-    return finish(words)
-
-
-def merge(words: Sequence[str]) -> Answer:
-    """Merge an adapter into its base."""
-    from minitune.cli.running import merge
-
-    return merge(words)
-
-
-def inspect(words: Sequence[str]) -> Answer:
+def inspect(words: Sequence[str]) -> CommandResult:
     """Print what a folder holds."""
     if len(words) != 1:
         found = f"{len(words)} folders" if words else "without a folder"
@@ -171,22 +141,43 @@ def inspect(words: Sequence[str]) -> Answer:
     return inspect(words[0])
 
 
-def cache(words: Sequence[str]) -> Answer:
-    """Print or empty the cache of tokenized data."""
+def _chat(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.chat import chat
+
+    return chat(words)
+
+
+def _download(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.download import download
+
+    return download(words)
+
+
+def _finish(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.running import finish
+
+    return finish(words)
+
+
+def _merge(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.running import merge
+
+    return merge(words)
+
+
+def _cache(words: Sequence[str]) -> CommandResult:
     from minitune.cli.cache import cache
 
     return cache(words)
 
 
-def report(words: Sequence[str]) -> Answer:
-    """Write the page of runs."""
+def _report(words: Sequence[str]) -> CommandResult:
     from minitune.cli.report import report
 
     return report(words)
 
 
-def watch(words: Sequence[str]) -> Answer:
-    """Serve the page of a run on this machine."""
+def _watch(words: Sequence[str]) -> CommandResult:
     from minitune.cli.report import watch
 
     return watch(words)
@@ -240,19 +231,19 @@ VERBS = {
     "download": Verb(
         "download REPO [--to DIR] [--revision R]",
         "fetch a model folder or an adapter from the Hugging Face Hub",
-        download,
+        _download,
         parses_help=True,
     ),
     "finish": Verb(
         "finish RUN [--best]",
         "end the training of a stopped run with its saved state, and run the stages after it",
-        finish,
+        _finish,
         parses_help=True,
     ),
     "merge": Verb(
         "merge ADAPTER [--to FOLDER]",
         "fold an adapter, or what a run has trained, into its base: a model folder",
-        merge,
+        _merge,
         parses_help=True,
     ),
     "inspect": Verb(
@@ -264,22 +255,22 @@ VERBS = {
     "chat": Verb(
         "chat FOLDER [--OPTION VALUE]",
         "talk with a model, an adapter, a run or demo",
-        chat,
+        _chat,
         parses_help=True,
     ),
     "report": Verb(
         "report RUN [RUN ...] [--to FILE]",
         "a page with curves, figures, samples and advice of a run, or of several beside each other",
-        report,
+        _report,
         parses_help=True,
     ),
     "watch": Verb(
         "watch RUN [--port 8000]",
         "the page of a run in a browser on this machine, while it trains",
-        watch,
+        _watch,
         parses_help=True,
     ),
-    "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),
+    "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", _cache),
     "skill": Verb("skill", "a page that tells a coding agent how to use all of this", skill),
 }
 

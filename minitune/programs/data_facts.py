@@ -119,7 +119,7 @@ def _facts(name: str, abstract: AbstractState, seed: int) -> tuple[TableFacts, S
 
 
 def _template_facts(source: Source, template: Template) -> TemplateCheck | None:
-    """What a template does with the conversations of a table; None for other rows."""
+    """Check of the template on the conversations of a table; None for other rows."""
     if source.format not in ("instruct", "chat"):
         return None
     template = with_options(template, source.chat_template_kwargs, source.path_names)

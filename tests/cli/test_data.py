@@ -10,11 +10,11 @@ import pytest
 from minitune.__main__ import main
 from minitune.programs import loading
 
-TURNS = [("two", "7"), ("Ten planks.", "{}"), ("and then", "8")]
-HISTORY = (  # a template that writes only the last answer in full
+TURNS = [("two", "<think>\na\n</think>\n\n7"), ("Ten planks.", "<think>\nb\n</think>\n\n{}"), ("and then", "8")]
+HISTORY = (  # a template that writes the reasoning of the last answer alone
     "{%- for m in messages %}{%- if m.role == 'user' %}<|user|>{{ m.content }}<|end|>"
     "{%- elif loop.last %}<|assistant|>{{ m.content }}<|end|>"
-    "{%- else %}<|assistant|>-<|end|>{%- endif %}{%- endfor %}"
+    "{%- else %}<|assistant|>{{ (m.content.split('</think>') | last).strip() }}<|end|>{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PROMPTED = (
@@ -46,8 +46,8 @@ def write(folder: Path, rows: list[dict], heldout: list[dict], template: str = "
     path = folder / "p.toml"
     path.write_text(
         f'name = "p"\nout = "{folder}/runs"\n[model]\npath = "{folder}/model"\n'
-        f'[data.train]\npath = "{folder}/train.jsonl"\nformat = "auto"\nseq_len = 24\n{more}'
-        f'[data.heldout]\npath = "{folder}/heldout.jsonl"\nformat = "auto"\nseq_len = 24\n{more}'
+        f'[data.train]\npath = "{folder}/train.jsonl"\nformat = "auto"\nseq_len = 64\n{more}'
+        f'[data.heldout]\npath = "{folder}/heldout.jsonl"\nformat = "auto"\nseq_len = 64\n{more}'
         '[[stage]]\nop = "lora"\nrank = 1\nalpha = 1.0\ntargets = ["*.mlp.*_proj.weight"]\n'
         '[[stage]]\nop = "train"\ndata = "train"\nsteps = 3\nbatch_size = 2\n'
         'evaluate = { data = "heldout", every = 2 }\n',
@@ -65,13 +65,13 @@ def facts(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict, str]:
 def test_rows_are_counted(tiny_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("a weight was read"))
     short = [{"instruction": f"{n}", "output": "7"} for n in range(5)]
-    long = {"instruction": "Ten planks to Oslo. " * 9, "output": "7"}
+    long = {"instruction": "Ten planks to Oslo. " * 40, "output": "7"}
     heldout = [short[0], {"instruction": "1", "output": "8"}, {"instruction": "9", "output": "7"}]
     found, said = facts(write(tiny_copy, [*short, short[2], long], heldout), capsys)
     train = found["tables"]["train"]
     assert (train["n_samples"], train["n_repeated"], sum(train["lengths"]["counts"])) == (6, 1, 6)
     assert list(train["left_out"].values()) == [1]
-    assert "longer than data.train.seq_len = 24" in next(iter(train["left_out"]))
+    assert "longer than data.train.seq_len = 64" in next(iter(train["left_out"]))
     assert found["overlaps"] == [{"trained": "train", "measured": "heldout", "n_samples": 3, "n_equal": 1, "n_equal_prompts": 2}]
     (stage,) = found["stages"]
     assert (stage["stage"], stage["steps"], stage["epoch_steps"]) == ("train", 3, train["n_rows"] / 2)
@@ -97,7 +97,7 @@ def test_templates_are_checked(
 ) -> None:
     found, _ = facts(write(tiny_copy, [chat(1), chat(2), chat(3)], [chat(1)], template, more), capsys)
     assert tuple(found["tables"]["train"]["template"].values()) == counts
-    of_template = [one for one in found["notes"] if "template" in one and "of train" in one]
+    of_template = [one for one in found["notes"] if re.search("the template .* of train with", one)]
     assert len(of_template) == bool(note)
     if note:
         assert re.search(note, of_template[0])

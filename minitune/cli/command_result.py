@@ -8,14 +8,14 @@ import msgspec
 from minitune.cli.failures import DONE, Failure
 
 
-class Answer(NamedTuple):
+class CommandResult(NamedTuple):
     """End of a command: what it found, as JSON takes it, and its exit code."""
 
     value: Any = None
     code: int = DONE
 
 
-def write_answer(answer: Answer) -> None:
+def write_result(answer: CommandResult) -> None:
     """Write {"exit_code": ..., "result": ...} on stdout, in one line."""
     _write({"exit_code": answer.code, "result": answer.value})
 
