@@ -1,6 +1,7 @@
-"""Answers of verbs: what a command found, as the option --json writes it."""
+"""Verbs and their results: what a command found, as the option --json writes it."""
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,6 +14,18 @@ class CommandResult(NamedTuple):
 
     value: Any = None
     code: int = DONE
+
+
+class Verb(NamedTuple):
+    """Word that runs no program; `run` takes the words after it and returns what it found, or its
+    exit code alone.
+    """
+
+    usage: str
+    summary: str
+    run: Callable[[Sequence[str]], CommandResult | int]
+    details: str = ""
+    parses_help: bool = False  # its own parser knows --help, with every option
 
 
 def write_result(answer: CommandResult) -> None:

@@ -3,11 +3,11 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Never
+from typing import Never
 
-from minitune.cli.command_result import CommandResult
+from minitune.cli.command_result import CommandResult, Verb
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import announced, typed_name
@@ -15,18 +15,6 @@ from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
 HELP_WORDS = ("--help", "-h")
-
-
-class Verb(NamedTuple):
-    """Word that runs no program; `run` takes the words after it and returns what it found, or its
-    exit code alone.
-    """
-
-    usage: str
-    summary: str
-    run: Callable[[Sequence[str]], CommandResult | int]
-    details: str = ""
-    parses_help: bool = False  # its own parser knows --help, with every option
 
 
 def ls(words: Sequence[str]) -> CommandResult:
