@@ -16,7 +16,7 @@ from minitune.models.config import LayerKind, layer_kind
 from minitune.models.model import Model
 from minitune.models.weights import head_name, layer_of
 from minitune.quant.rules import Quantization, refuse_not_finite
-from minitune.quant.schemes import NF4, Int4, Int8, base_weight, with_base_weight
+from minitune.quant.schemes import Int4, Int8, base_weight, with_base_weight
 from minitune.quant.tensors import QInt4, QInt8
 from minitune.structs import CheckedStruct
 from minitune.types import Batch, Params, PositiveFloat, PositiveInt
@@ -66,9 +66,9 @@ def gptq(
     the quantized blocks before it. Of an adapted leaf the weight is quantized, and its change stays
     as it is.
 
-    on_block: called after each block with how many are done. InputError for an nf4 or float8
-    scheme, for no batches, and for a weight that is not finite or that no linear map of the model
-    uses.
+    on_block: called after each block with how many are done. InputError for another scheme than
+    int8 and int4, for no batches, and for a weight that is not finite or that no linear map of the
+    model uses.
     """
     grids = _checked_grids(params, batches, quantization)
     head = head_name(model.config)
@@ -121,7 +121,7 @@ def _integer_grids(params: Params, quantization: Quantization) -> dict[str, Int8
             grids[name] = scheme
     if len(grids) < len(plan):
         odd = next(name for name in plan if name not in grids)
-        kind = "nf4" if isinstance(plan[odd], NF4) else "float8"
+        kind = plan[odd].__struct_config__.tag
         raise InputError(
             f"gptq: {odd} is to be {kind}, expected int8 or int4 for gptq; choose the method rtn "
             f"for {kind}"
@@ -209,12 +209,16 @@ def _grams(
     def add(name: str, x: Tensor, y: Tensor) -> None:
         whole_name = f"model.layers.{i}.{name}"
         if whole_name in names:
-            # an expert's rows have left their places, and padding with them
-            rows = x[inputs.is_token] if x.shape[:-1] == inputs.is_token.shape else x
-            grams.update(_summed([grams, {whole_name: _gram(rows)}]))
+            grams.update(_summed([grams, {whole_name: _gram(token_rows(x, inputs))}]))
 
     after_block(model, params, i, inputs, add)
     return grams
+
+
+def token_rows(x: Float[Tensor, "*rows in"], inputs: BlockInputs) -> Float[Tensor, "n in"]:
+    """Rows of a linear map's input without those of padding."""
+    # an expert's rows have left their places, and padding with them
+    return x[inputs.is_token] if x.shape[:-1] == inputs.is_token.shape else x
 
 
 def _gram(x: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:

@@ -16,7 +16,7 @@ from minitune.models.hf_multimodal import text_name
 from minitune.models.open import config_json
 from minitune.text.folder_files import SINGLE, text_files
 
-CODED = ("U8", "F8_E4M3", "F8_E5M2")  # dtypes of codes, in safetensors' words
+CODED = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2")  # dtypes of codes, in safetensors' words
 PROCESSORS = (  # of images, beside the tokenizer's files
     "preprocessor_config.json",
     "processor_config.json",

@@ -1,7 +1,7 @@
 """Hugging Face folders: weights read and written, with config.json and the tokenizer's files."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from minitune.checkpoint.tensors import save_tensors
 from minitune.io.atomic import require_room, write_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
-from minitune.io.safetensors_header import INDEX, SINGLE
+from minitune.io.safetensors_header import INDEX, NO_METADATA, SINGLE
 from minitune.models import hf_quantized
 from minitune.models.hf_multimodal import text_config
 from minitune.models.model import Model
@@ -37,6 +37,7 @@ class FolderExtras(NamedTuple):
     template: str | None = None  # written where the tokenizer's folder ships none
     # whose config.json and generation_config.json pass through; made anew without
     source: Path | None = None
+    on_tensor: Callable[[], None] | None = None  # called when a tensor is written
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str, Tensor]]:
@@ -58,14 +59,15 @@ def save_folder(
     *,
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
+    metadata: Mapping[str, str] = NO_METADATA,
 ) -> None:
     """Write a complete Hugging Face folder: config, weights (with an index when sharded),
     generation config and tokenizer files.
 
     In a config.json that passes through, nothing is touched but the dtype and config_keys, which a
     quantized format has for the tensors that it passes as params: such a folder holds the text
-    model alone. Any other holds what the source has beside it, untouched. InputError, before
-    anything is written, if the disk is too small.
+    model alone. Any other holds what the source has beside it, untouched. metadata: texts in the
+    headers of the weights' files. InputError, before anything is written, if the disk is too small.
     """
     others = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, others), **config_keys}
@@ -73,27 +75,44 @@ def save_folder(
     params = {**named, **others.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        write_json(aside / "config.json", config)
-        write_json(aside / "generation_config.json", generation_config_json(extras))
-        _write_weights(aside, params, shard_bytes)
-        write_text_files(aside, extras.tokenizer, extras.template)
+        _write_weights(aside, params, shard_bytes, extras.on_tensor, metadata)
+        _write_configs(aside, config, extras)
         for file in others.files:
             shutil.copyfile(file, aside / file.name)
 
 
-def _write_weights(folder: Path, params: Params, shard_bytes: int) -> None:
+def write_beside_weights(folder: Path, params: Params, model: Model, extras: FolderExtras) -> None:
+    """Write all of a Hugging Face folder of the text model but its weights, whose dtype params
+    have.
+    """
+    _write_configs(folder, _config_json(extras, model, params, Carried()), extras)
+
+
+def _write_configs(folder: Path, config: Mapping[str, Any], extras: FolderExtras) -> None:
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config_json(extras))
+    write_text_files(folder, extras.tokenizer, extras.template)
+
+
+def _write_weights(
+    folder: Path,
+    params: Params,
+    shard_bytes: int,
+    on_tensor: Callable[[], None] | None,
+    metadata: Mapping[str, str],
+) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     for name, w in params.items():
         if shards[-1] and tree.n_bytes(shards[-1]) + tree.n_bytes(w) > shard_bytes:
             shards.append({})
         shards[-1][name] = w
     if len(shards) == 1:
-        save_tensors(folder / SINGLE, shards[0])
+        save_tensors(folder / SINGLE, shards[0], on_tensor, metadata)
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / file, shard)
+        save_tensors(folder / file, shard, on_tensor, metadata)
         weight_map |= dict.fromkeys(shard, file)
     total = {
         "total_size": tree.n_bytes(params),

@@ -1,4 +1,5 @@
-"""Weights that a folder holds as codes, dequantized: FP8 with scales, and bitsandbytes' NF4.
+"""Weights that a folder holds as codes, dequantized: FP8 with scales, and bitsandbytes' NF4; those
+of compressed-tensors and of torchao by compressed_base.py and torchao_base.py.
 
 DeepSeek-AI 2024, arXiv 2412.19437, section 3.3; Dettmers et al. 2023, arXiv 2305.14314.
 """
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from minitune.checkpoint import compressed_base, torchao_base
 from minitune.errors import InputError, quoted
 from minitune.quant import nf4
 from minitune.quant.tensors import QNF4
@@ -42,7 +44,7 @@ class _NF4State(msgspec.Struct):
 
 def owner(name: str) -> str:
     """Weight that a stored tensor is a part of, or else the name itself."""
-    parts = (*SCALES, *UNUSED, *NF4_PARTS)
+    parts = (*SCALES, *UNUSED, *NF4_PARTS, *compressed_base.PARTS, *torchao_base.PARTS)
     part = next((part for part in parts if name.endswith(part)), None)
     return name if part is None else f"{name.removesuffix(part)}.weight"
 
@@ -65,7 +67,12 @@ def dequantized(
     """Weight of a shape from its stored parts by name; InputError for parts that do not fit it."""
     stem = name.removesuffix(".weight")
     w = parts.get(name)
-    if w is not None and w.dtype in FP8:
+    by_ending = {part.removeprefix(stem): x for part, x in parts.items()}
+    if torchao_base.is_torchao(by_ending):
+        whole = torchao_base.dequantized(by_ending, shape, dtype)
+    elif compressed_base.is_compressed(by_ending):
+        whole = compressed_base.dequantized(by_ending, shape, dtype)
+    elif w is not None and w.dtype in FP8:
         scale = next((parts[f"{stem}{end}"] for end in SCALES if f"{stem}{end}" in parts), None)
         whole = None if tuple(w.shape) != shape else _from_fp8(w, scale)
     elif w is not None and w.dtype == torch.uint8 and f"{stem}{NF4_STATE}" in parts:
@@ -77,7 +84,8 @@ def dequantized(
         found = {part: [str(x.dtype).removeprefix("torch."), *x.shape] for part, x in parts.items()}
         raise InputError(
             f"checkpoint: {folder} holds {name} {list(shape)} as {quoted(found)}, expected "
-            "floating point, FP8 with its scales or bitsandbytes' NF4; take the unquantized folder"
+            "floating point, FP8 with its scales, bitsandbytes' NF4, symmetric codes of "
+            "compressed-tensors or unpacked ones of torchao; take the unquantized folder"
         )
     return whole.to(dtype)
 

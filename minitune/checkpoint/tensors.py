@@ -1,6 +1,6 @@
 """Safetensors files of named tensors, checked as they are read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
-from minitune.io.safetensors_header import ORDER, header_bytes, read_header
+from minitune.io.safetensors_header import NO_METADATA, ORDER, header_bytes, read_header
 from minitune.types import Params, Trainable
 
 # fmt: off
@@ -23,15 +23,28 @@ WORDS = {  # safetensors' own for each dtype
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 # fmt: on
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors under their names; storage that two names share is written for each."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    on_tensor: Callable[[], None] | None = None,
+    metadata: Mapping[str, str] = NO_METADATA,
+) -> None:
+    """Write tensors under their names; storage that two names share is written for each.
+
+    on_tensor is called when one is written. metadata: texts of the file's header.
+    """
     with path.open("wb") as file:
-        for piece in serialized(tensors):
+        pieces = serialized(tensors, metadata)
+        file.write(next(pieces))
+        for piece in pieces:
             file.write(piece)
+            if on_tensor is not None:
+                on_tensor()
 
 
 def require_finite(leaves: Mapping[str, Any], where: str) -> None:
@@ -57,13 +70,15 @@ def model_bytes(params: Params, trainable: Trainable, stored: Params) -> int:
     return tree.n_bytes(({**stored, **codes}, deltas))
 
 
-def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Bytes of a safetensors file, piece by piece: at most two tensors are copied at a time, the
-    piece in hand and the next.
+def serialized(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = NO_METADATA
+) -> Iterator[bytes | memoryview]:
+    """Bytes of a safetensors file, the header and then each tensor: at most two tensors are copied
+    at a time, the piece in hand and the next.
     """
     order = sorted(tensors, key=lambda name: (ORDER.index(WORDS[tensors[name].dtype]), name))
     yield header_bytes(
-        {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
+        {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, metadata
     )
     for name in order:
         x = tensors[name].detach().cpu().contiguous()

@@ -12,7 +12,7 @@ import msgspec
 from minitune import seeds
 from minitune.algorithms.objective import apply_trainable
 from minitune.cli.command_result import CommandResult
-from minitune.cli.model_folders import open_model_folder
+from minitune.cli.model_folders import bring_registered, open_model_folder
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.inference.generate import stream
@@ -72,6 +72,8 @@ def chat(words: Sequence[str]) -> CommandResult:
 
 
 def _source(options: Mapping[str, Any]) -> ModelSource:
+    for word in (options["folder"], options["deltas"] or ""):
+        bring_registered(word)
     folder = open_model_folder(options["folder"], options["deltas"], "chat")
     if folder.note is not None:
         _tell(f"opening {folder.note}")

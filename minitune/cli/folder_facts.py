@@ -21,7 +21,7 @@ ADAPTER_CONFIG, ADAPTER, ORIGIN = (
 REMEDY = "fetch the file again"
 # what quantized formats keep beside the codes of a weight: no parameters of the model
 QUANT_METADATA = re.compile(
-    r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv)|(input|output)_scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
+    r".*(\.(weight_(scale|shape|zero_point|g_idx|scale_inv|global_scale)|(input|output)_(global_)?scale|(nested_)?(absmax|quant_map)|scales|qzeros|g_idx)"
     r"|\.quant_state\..*|_scales|rotary_emb\.inv_freq)"
 )
 PACKED_WORDS = re.compile(r".*\.(weight_packed|qweight)")
@@ -156,7 +156,8 @@ def n_parameters(name: str, entry: Entry, quantization: Mapping[str, Any]) -> in
     if PACKED_WORDS.fullmatch(name) and entry.dtype == "I32":
         return entry.numel * (32 // bits_of(quantization))
     nibbles = entry.dtype == "U8" and (
-        name.endswith("_blocks") or quantization.get("quant_method") == "bitsandbytes"
+        name.endswith(("_blocks", ".weight_packed"))
+        or quantization.get("quant_method") == "bitsandbytes"
     )
     return entry.numel * (2 if nibbles else 1)
 

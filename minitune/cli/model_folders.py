@@ -10,10 +10,25 @@ from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.toml_writing import inline_text
 from minitune.programs.trained_state import TrainedState, heldout_table, is_run, trained_state
+from minitune.registry.names import is_name
+from minitune.registry.opened import bring
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Shipped programs that ask a model about rows, and the table that these are.
 EVALUATING = {"eval": "heldout", "generate": "prompts"}
+
+
+def bring_registered(word: str) -> None:
+    """Fetch what a word names, where it is the name of a registered model; InputError as
+    registry.opened.bring raises it."""
+    if not is_name(word):
+        return
+
+    def tell(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+
+    opened = bring(word, tell)
+    tell(f"{opened.words} is in {opened.folder}")
 
 
 class ModelFolder(NamedTuple):
@@ -30,6 +45,8 @@ def result_of(word: str, verb: str) -> str | TrainedState:
 
     InputError for a run that has saved nothing yet, or several of the same kind.
     """
+    if not locate(word).is_dir():
+        bring_registered(word)
     place = locate(word)
     if not is_run(place):
         return trained_state(place) or word
@@ -83,6 +100,7 @@ def open_model_folder(word: str, adapter: str | None, verb: str) -> ModelFolder:
 
 def require_folder(word: str, verb: str, expected: str) -> None:
     """InputError if a word is no folder that is here; expected: what the verb works on."""
+    bring_registered(word)
     place = locate(word)
     if not place.is_dir():
         found = "is a file" if place.exists() else "does not exist"
@@ -102,6 +120,8 @@ def with_model(words: Sequence[str], program: str) -> list[str]:
     program: its name. Of a run, eval and generate take the held-out rows too, and say so.
     """
     first = next(iter(words), "")
+    if "=" not in first:
+        bring_registered(first)
     if "=" in first or first.startswith("-") or not (first and locate(first).is_dir()):
         return list(words)
     folder = open_model_folder(first, None, program)

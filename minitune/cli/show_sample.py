@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minitune.cli.command_result import CommandResult
+from minitune.cli.model_folders import bring_registered
 from minitune.cli.options import OptionParser
 from minitune.data import preference_rows
 from minitune.data.encoded_rows import Refused
@@ -58,6 +59,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
             f"show-sample: {file} has [model] config but no tokenizer, expected the folder that "
             "holds the tokenizer's files"
         )
+    bring_registered(folder)
     text, template = open_text(locate(folder))
     template = with_options(template, asked.model.chat_template_kwargs, "[model]")
     screen = console or Console()

@@ -11,6 +11,7 @@ from minitune.cli.command_result import CommandResult, Verb
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import announced, typed_name
+from minitune.cli.result_verbs import RESULT_VERBS
 from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
@@ -159,18 +160,6 @@ def _cache(words: Sequence[str]) -> CommandResult:
     return cache(words)
 
 
-def _report(words: Sequence[str]) -> CommandResult:
-    from minitune.cli.report import report
-
-    return report(words)
-
-
-def _watch(words: Sequence[str]) -> CommandResult:
-    from minitune.cli.report import watch
-
-    return watch(words)
-
-
 CHANGES = "KEY=VALUE changes the program for this command: train.optimizer.lr=1e-4, seed=1."
 VERBS = {
     "ls": Verb("ls", "the shipped programs", ls),
@@ -246,18 +235,7 @@ VERBS = {
         _chat,
         parses_help=True,
     ),
-    "report": Verb(
-        "report RUN [RUN ...] [--to FILE]",
-        "a page with curves, figures, samples and advice of a run, or of several beside each other",
-        _report,
-        parses_help=True,
-    ),
-    "watch": Verb(
-        "watch RUN [--port 8000]",
-        "the page of a run in a browser on this machine, while it trains",
-        _watch,
-        parses_help=True,
-    ),
+    **RESULT_VERBS,
     "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", _cache),
     "skill": Verb("skill", "a page that tells a coding agent how to use all of this", skill),
 }

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, TypeVar
 from minitune.data.readers import rows_with_location
 from minitune.data.source import Source
 from minitune.data.token_store import Report
-from minitune.errors import InputError
+from minitune.errors import InputError, cut
 
 Encoded = TypeVar("Encoded")
 
+MAX_REASON = 200  # characters of a refusal that a report quotes
 MAX_NAMED = 5  # rows that one refusal names
 LOOK_AHEAD = 1000  # rows that are read after the first that is refused, for others of its kind
 
@@ -64,9 +65,12 @@ def encoded_rows(
 
 
 def with_refused(report: Report, refused: Sequence[Refused]) -> Report:
-    """Report with the counts of rows that were left out."""
+    """Report with the counts of rows that were left out, and the first of them."""
     n_malformed = sum(one.is_malformed for one in refused)
-    return report._replace(n_refused=len(refused) - n_malformed, n_malformed=n_malformed)
+    first = cut(f"{refused[0].where}: {refused[0].reason}", MAX_REASON) if refused else ""
+    return report._replace(
+        n_refused=len(refused) - n_malformed, n_malformed=n_malformed, first_refused=first
+    )
 
 
 def _with_others(first: InputError, refused: Sequence[Refused]) -> InputError:

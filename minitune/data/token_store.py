@@ -32,7 +32,8 @@ class Report(NamedTuple):
     cut. Left out were n_dropped that are too long, n_cut_off that were cut before their first
     trained token, n_without_target with nothing to train, and n_identical pairs whose answers are
     equal. n_split of the texts were split into several samples. n_malformed rows are none, such as
-    lines that are no JSON, and n_refused others can't be encoded; both were left out, as asked for.
+    lines that are no JSON, and n_refused others can't be encoded; both were left out, as asked for,
+    and first_refused says where the first of them stands, and why it was.
     unwritten: how often a message holds something under a key that the template does not write, by
     key. longest: tokens of the longest document, before it was cut or left out for its length.
     """
@@ -50,6 +51,7 @@ class Report(NamedTuple):
     unwritten: Mapping[str, int] = MappingProxyType({})
     longest: int = 0
     n_cut_off: int = 0
+    first_refused: str = ""
 
 
 class Document(NamedTuple):
@@ -108,7 +110,9 @@ def filter_documents(
         n_dropped=n_left_out["n_dropped"],
         unwritten=dict(unwritten),
         longest=longest,
-        **{name: n_left_out[name] for name in ("n_without_target", "n_identical", "n_cut_off")},
+        n_without_target=n_left_out["n_without_target"],
+        n_identical=n_left_out["n_identical"],
+        n_cut_off=n_left_out["n_cut_off"],
     )
     return arrays, np.array(kept, dtype=np.int64), report
 

@@ -11,7 +11,10 @@ from minitune.io.atomic import remove_folder
 
 LIMIT_BYTES = 50 * 2**30  # beyond which the folders that were used longest ago go
 IN_USE_S = 24 * 3600.0  # a folder that was used so lately may be in use, and stays
-KEY = re.compile(r"[0-9a-f]{64}")  # name of a cache folder: nothing else is ever removed
+DOWNLOADS = "hub"  # folder of a cache for what was fetched; its size has no limit
+KEY = re.compile(
+    r"[0-9a-f]{64}"
+)  # name of any other folder of a cache: nothing else is ever removed
 
 
 class CachedFolder(NamedTuple):
@@ -32,6 +35,18 @@ def entries(cache: Path) -> list[CachedFolder]:
                 n_bytes = sum(file.stat().st_size for file in folder.iterdir())
                 found.append(CachedFolder(folder, n_bytes, folder.stat().st_mtime))
     return sorted(found, key=lambda entry: entry.used_s)
+
+
+def downloads(cache: Path) -> list[CachedFolder]:
+    """Folders of what was fetched from elsewhere, one for each data set."""
+    found = []
+    for folder in (cache / DOWNLOADS).iterdir() if (cache / DOWNLOADS).is_dir() else ():
+        with suppress(OSError):
+            if folder.is_dir() and not folder.is_symlink():
+                files = [file for file in folder.rglob("*") if file.is_file()]
+                n_bytes = sum(file.stat().st_size for file in files)
+                found.append(CachedFolder(folder, n_bytes, folder.stat().st_mtime))
+    return found
 
 
 def remove(unwanted: Iterable[CachedFolder]) -> list[CachedFolder]:

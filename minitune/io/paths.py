@@ -2,12 +2,25 @@
 own paths mean.
 """
 
+import hashlib
+import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from minitune.errors import InputError
 
+# names of models that a registry has, REGISTRY:NAME:VERSION
+REGISTERED = re.compile(r"(mlflow|wandb|azureml|hf):.+")
+# what decides which registry a name is of
+REGISTRY_VARIABLES = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "WANDB_BASE_URL",
+    "HF_ENDPOINT",
+    "AZUREML_ARM_WORKSPACE_NAME",
+)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -37,9 +50,11 @@ def locate(path: str, run: Path | None = None) -> Path:
     """Place that a program's path means.
 
     demo and demo/... are embedded, configs/... may be shipped, run/... lies in the folder of the
-    run that asks, the rest is the user's.
+    run that asks, REGISTRY:NAME where it was fetched to, the rest is the user's.
     """
     require_possible(path)
+    if REGISTERED.match(path):
+        return _fetched(path) or Path(path)
     head, _, rest = path.partition("/")
     if head == "demo":
         embedded = PACKAGE / "demo" / (rest or "model")
@@ -50,6 +65,22 @@ def locate(path: str, run: Path | None = None) -> Path:
     if head == "configs" and not user_path(path).exists():
         return _root("configs") / rest
     return user_path(path)
+
+
+def registered_note(name: str) -> Path:
+    """File of the cache that says where a registered model was fetched to last."""
+    where = [name, os.getcwd(), *(os.environ.get(key) for key in REGISTRY_VARIABLES)]
+    digest = hashlib.sha256(json.dumps(where).encode()).hexdigest()
+    return cache() / "registered" / f"{digest[:32]}.json"
+
+
+def _fetched(name: str) -> Path | None:
+    """Folder of a registered model that was fetched; None for one that was not, or is gone."""
+    try:
+        folder = Path(json.loads(registered_note(name).read_bytes())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return folder if folder.is_dir() else None
 
 
 def user_path(text: str) -> Path:

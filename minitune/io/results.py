@@ -95,6 +95,28 @@ def result_file(path: Path) -> Iterator[Path]:
         _write(_marker_of(path), _Marker({path.name: (*before, _saved_record(aside))}))
 
 
+def write_beside(result: Path, name: str, content: bytes) -> Path:
+    """Write a file about a result: NAME in a folder, which counts as part of it from then on, or
+    RESULT.NAME beside a single file. Returns where it lies.
+
+    InputError where another file of that name lies, which no save wrote.
+    """
+    if not result.is_dir():
+        path = result.with_name(f"{result.name}.{name}")
+        with result_file(path) as aside:
+            aside.write_bytes(content)
+        return path
+    path, marker = result / name, _read(result / MARKER)
+    known = marker.files.get(name, ())
+    if os.path.lexists(path) and not (path.is_file() and _is_recorded(path, known)):
+        raise _refused(path, "was not written by minitune, or was changed after it")
+    # both contents are recorded before the replacement, as in result_file
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    _write(result / MARKER, _Marker({**marker.files, name: (*known[-1:], record)}))
+    write_atomic(path, content)
+    return path
+
+
 def require_unharmed(folder: Path) -> None:
     """InputError if weights in a folder are not, bit for bit, what a save stage wrote there.
 

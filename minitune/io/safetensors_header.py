@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -28,6 +29,7 @@ BITS = {  # of one element, in the order in which the safetensors library lays t
 ORDER = tuple(BITS)
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
 METADATA = "__metadata__"
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -107,11 +109,14 @@ def _entry(name: str, raw: _Raw, begin: int) -> Entry:
     )
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str] = NO_METADATA,
+) -> bytes:
     """Start of a file for tensors (dtype, shape), which must follow in this order: the library
-    orders them by (ORDER.index(dtype), name) and so should the caller.
+    orders them by (ORDER.index(dtype), name) and so should the caller. metadata: texts by name.
     """
-    header: dict[str, dict[str, Any]] = {METADATA: {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {METADATA: {"format": "pt", **metadata}}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + BITS[dtype] * prod(shape) // 8

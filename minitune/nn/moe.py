@@ -101,11 +101,13 @@ def mixture(
     all of them in one kernel where torch has one for the stack that they lie in, else one by one,
     so that a quantized or adapted weight, or a tap of its inputs, is what it is in any linear map.
     One by one, the host waits for the device to learn how many rows each expert has. Under a
-    functorch transform, which can't follow how many tokens an expert has, every expert is given all
-    tokens.
+    functorch transform or in a graph for other programs, which can't follow how many tokens an
+    expert has, every expert is given all tokens.
     """
-    n, n_experts = len(x), len(down.weights)
     maps = up, activation, down, scale_input
+    if torch.compiler.is_exporting():
+        return _every_expert(x, routes, *maps)
+    n, n_experts = len(x), len(down.weights)
     if under_transform():
         chosen = _one_hot(routes.experts, n_experts).to(routes.weights.dtype)
         weights = (routes.weights[..., None] * chosen).sum(1).T.flatten()
@@ -123,6 +125,29 @@ def mixture(
     weights = routes.weights.flatten().index_select(0, order)
     y = _experts(rows, weights, groups, *maps).index_select(0, order.argsort())
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
+
+
+def _every_expert(
+    x: Float[Tensor, "n D"],
+    routes: Routes,
+    up: Sequence[ExpertLinear],
+    activation: Callable[..., Tensor],
+    down: ExpertLinear,
+    scale_input: bool,
+) -> Float[Tensor, "n D"]:
+    """Result of `mixture`: each expert gets all tokens, with the weight 0 where not chosen."""
+
+    def linear_map(maps: ExpertLinear, e: int, rows: Tensor) -> Tensor:
+        return linear(rows, maps.weights[e], maps.biases[e])
+
+    parts = []
+    for e in range(len(down.weights)):
+        chosen = (routes.experts == e).to(routes.weights.dtype)
+        weight = (routes.weights * chosen).sum(-1, keepdim=True)
+        rows = x * weight.to(x.dtype) if scale_input else x
+        y = linear_map(down, e, activation(*(linear_map(maps, e, rows) for maps in up)))
+        parts.append(y if scale_input else y * weight)
+    return sum(parts[1:], parts[0]).to(x.dtype)
 
 
 def clamped_swiglu(

@@ -19,6 +19,7 @@ from minitune.models.open import FAMILIES
 from minitune.models.open import open as open_model
 from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
+from minitune.programs.model_paths import fetched_models, models_of
 from minitune.programs.one_process import require_one_process
 from minitune.programs.progress import Count
 from minitune.programs.stages.evaluate import Eval
@@ -51,12 +52,13 @@ def check(
     fetched = refreshed(
         path for data in sources.values() for path in data.paths_by_key("").values()
     )
+    fetched += fetched_models(models_of(source, stages), say)
     placed = {name: located(data) for name, data in sources.items()}
     abstract = abstract_state(source, AbstractState(placed, Model(FAMILIES["llama"], None), {}))
     abstract = abstract._replace(on_sample=lambda name: Count(say, f"tokenizing {name}"))
     _, template = abstract.text()
     lines = _model_lines(abstract)
-    for model in _models(source, stages):
+    for model in models_of(source, stages):
         if model.path is not None and not model.path.startswith("run/"):
             check_weights(locate(model.path), open_model(locate(model.path)).shapes())
     lines += [*fetched, *_data_lines(placed, template), *data_notes(source, sources, stages)]
@@ -224,13 +226,3 @@ def _data_names(stages: Iterable[Any]) -> set[str]:
         inner = [getattr(stage, name) for name in getattr(stage, "__struct_fields__", ())]
         names |= _data_names(value for value in inner if isinstance(value, msgspec.Struct))
     return names
-
-
-def _models(source: ModelSource, stages: Sequence[PipelineStage]) -> Iterator[ModelSource]:
-    """Every model that a program loads: its own, those of load stages, and teachers."""
-    yield source
-    for stage in stages:
-        for name in getattr(stage, "__struct_fields__", ()):
-            value = getattr(stage, name)
-            if isinstance(value, ModelSource):
-                yield value

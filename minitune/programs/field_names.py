@@ -157,7 +157,7 @@ NO_KEYS = (
         "max_prompt_length max_completion_length"),
     ("rows come in a random order, and packed = true saves the padding",
         "group_by_length length_column_name"),
-    ("nothing here uploads: `hf upload OWNER/NAME FOLDER` does",
+    ('[[stage]] op = "upload" with repo = "OWNER/NAME" uploads a result',
         "push_to_hub hub_model_id hub_strategy"),
     ("a run is one process, started without a launcher",
         "deepspeed fsdp fsdp_config ddp_timeout tensor_parallel_size local_rank "

@@ -37,6 +37,8 @@ KINDS = (
     ("int4", "which rounds weights alone", "int4_weight_only int4_wo w4a16"),
     ("int8", "which rounds weights alone", "int8_weight_only int8_wo w8a16"),
     ("nf4", "", "bnb_4bit bitsandbytes 4bit"),
+    ("nvfp4", "which rounds weights alone", "nvfp4a16"),
+    ("mxfp4", "which rounds weights alone", "mxfp4a16"),
 )
 # (what is said of kinds that are not there, their names, a kind that stands in the same place)
 ABSENT = (
@@ -50,7 +52,7 @@ ABSENT = (
         "8da4w int8dynactint4weightquantizer w4a8", "int4"),
     ("int4 with method = { kind = \"gptq\" } is calibrated on data too",
         "awq hqq aqlm autoround", "int4"),
-    ("", "fp4 mxfp4 nvfp4 int2 int3", "int4"),
+    ("", "fp4 int2 int3", "int4"),
 )
 # fmt: on
 RATES = {"adamw": "1e-4", "adamw8bit": "1e-4", "muon": "0.02", "sgd": "0.1"}  # lr of an example

@@ -1,6 +1,7 @@
 """Loading of a program's model: its state without weights, then the weights."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -94,6 +95,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         whole=frozenset(trainable) - adapted,
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
+        written=abstract.written,
         tokenizer=text,
         template=template,
     )
@@ -162,7 +164,7 @@ def open_pipeline(
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     placed = {name: located(data) for name, data in sources.items()}
-    loaded = load(source, folder, seed, first_rules.get(""))
+    loaded = load(source, folder, seed, first_rules.get(""), log)
     say_widening(log, "model", loaded.params)
     return PipelineState(
         seed,
@@ -183,8 +185,9 @@ def load(
     run: Path,
     seed: int,
     first_rule: Quantization | None = None,
+    log: Log | None = None,
 ) -> LoadedModel:
-    """Read (or draw) the weights of a model, its tokenizer and its deltas.
+    """Read (or draw) the weights of a model, its tokenizer and its deltas; log shows how far it is.
 
     A path run/... lies in the run folder. Weights that first_rule matches are about to be
     quantized: they stay on the disk, as `stored`, and stand in `params` on the meta device. Where
@@ -202,7 +205,11 @@ def load(
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
     stored = load_base(path, shapes, kept) if path is not None else model.init(seed)
-    params = {n: absent[n] if n in waiting else w.to(device, dtype) for n, w in stored.items()}
+    with nullcontext(lambda: None) if log is None else log.counter("loading", len(stored)) as count:
+        params = {}
+        for name, w in stored.items():
+            params[name] = absent[name] if name in waiting else w.to(device, dtype)
+            count()
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)

@@ -2,6 +2,7 @@
 metrics.jsonl, and the trackers that the program asks for."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -232,6 +233,15 @@ class Log:
                 self._bars = outer
                 if outer is not None:
                     outer.remove_task(task)
+
+    @contextmanager
+    def counter(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        """Function that counts one of `total` things as done each time it is called, for loops
+        that take seconds with a small model and minutes with a large one.
+        """
+        with self.progress(title, total, brief=True) as progress:
+            done = itertools.count(1)
+            yield lambda: progress.update(next(done), {})
 
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill,

@@ -24,6 +24,8 @@ from minitune.programs import program
 from minitune.programs.check import with_lengths
 from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
+from minitune.programs.log import say_early
+from minitune.programs.model_paths import fetched_models, models_of
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval
@@ -99,6 +101,7 @@ def planned(source: program.Program, first: AbstractState | None = None) -> Iter
 
 def _first_state(source: program.Program) -> AbstractState:
     nothing = AbstractState({}, Model(FAMILIES["llama"], None), {})
+    fetched_models(models_of(source.model, source.stage), say_early)
     abstract = abstract_state(source.model, nothing)
     placed = {name: located(data) for name, data in source.data.items()}
     data, _ = with_lengths(placed, abstract)

@@ -109,8 +109,10 @@ def _name_of(file: Path, path: Path, written: str) -> str:
 
 def check(program: Program) -> None:
     """InputError if a stage would write over, into or around what the program reads, its own run
-    folder, the working folder, what another stage writes, or anything else that no save wrote.
+    folder, the working folder, what another stage writes, or anything else that no save wrote; or
+    write where nothing can be written.
     """
+    _require_writable(f"out {program.out!r}", user_path(program.out))
     run = user_path(program.out) / program.name
     inputs = {**model_inputs(program), **task_inputs(program)}
     read = {key: locate(path) for key, path in inputs.items()}
@@ -128,6 +130,7 @@ def check(program: Program) -> None:
         key, path = f"{stage.label} path {stage.result.path!r}", locate(stage.result.path, run)
         _check_apart(key, path, {**read, **{other: place for other, (_, place) in written.items()}})
         _check_run(key, path, run)
+        _require_writable(key, path.parent)
         written[key] = (stage.result, path)
     for result, path in written.values():
         # What lies in the run folder now is moved aside before this run begins, or is this run's
@@ -158,6 +161,18 @@ def _check_run(key: str, path: Path, run: Path) -> None:
     part = next(_below(path, run), None)
     if part is not None and part.casefold() in RUN_PARTS:
         raise _refused(key, f"is or lies in {part} of the run folder")
+
+
+def _require_writable(key: str, folder: Path) -> None:
+    """InputError unless a folder is there that can be written, or can be made."""
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        fault = f"lies in {nearest}, which is no folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        fault = f"lies in {nearest}, which can't be written"
+    else:
+        return
+    raise InputError(f"places: {key} {fault}, expected a folder of yours; change the path")
 
 
 def _refused(key: str, fault: str) -> InputError:

@@ -120,6 +120,8 @@ class AbstractState(NamedTuple):
     merged: bool = False
     # by run/... path: the models that stages before will have written
     saved: Mapping[str, SavedModel] = MappingProxyType({})
+    # by path in the program: what save and export stages before will have written, by their word
+    written: Mapping[str, str] = MappingProxyType({})
     tokenizer: Tokenizer | None = None  # of the model; None before there is one
     template: Template | None = None
     # by the name of a table: what is called with the number of its samples while it is tokenized

@@ -11,11 +11,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitune.errors import InputError
+from minitune.quant.float4 import LEVELS, exponents_to_scales
 
 PARTS = ("_blocks", "_scales")  # what follows a weight's name on disk
-# of the codes 0-7; codes 8-15 are their negatives
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-BIAS = 127  # of the scales' exponent
 
 
 def dequantize(
@@ -29,14 +27,13 @@ def dequantize(
     Each byte holds two codes, the first in its low four bits. Every product is exact in bfloat16.
     One expert is unpacked at a time, so that little more than the result is ever in memory.
     """
-    values = torch.tensor([*VALUES, *(-value for value in VALUES)], device=blocks.device)
+    values = LEVELS.to(blocks.device)
     # of every byte: low half first
     pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)
 
     def one(codes: Tensor, scale: Tensor) -> Tensor:
-        weight = (
-            F.embedding(codes.int(), pairs).flatten(2) * torch.exp2(scale.float() - BIAS)[..., None]
-        )
+        levels = F.embedding(codes.int(), pairs).flatten(2)
+        weight = levels * exponents_to_scales(scale)[..., None]
         return weight.flatten(1).T.to(dtype)
 
     return torch.stack([one(codes, scale) for codes, scale in zip(blocks, scales, strict=True)])

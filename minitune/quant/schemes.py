@@ -1,16 +1,17 @@
 """Schemes that turn a weight into codes and back."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune.errors import InputError
-from minitune.quant import float8, nf4
-from minitune.quant.tensors import QNF4, PackedInt4, PackedInt8, QFloat8, QInt4, QInt8, QTensor
+from minitune.quant import float4, float8, nf4
+from minitune.quant.levels import codes_and_scales, levels_of
+from minitune.quant.tensors import PackedInt4, PackedInt8, QFloat8, QInt4, QInt8, QTensor
 from minitune.structs import CheckedStruct
 from minitune.types import Adapted, Params
 
@@ -119,7 +120,26 @@ class NF4(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kin
     """
 
 
-Scheme = Int8 | Float8 | Int4 | NF4
+class MXFP4(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="mxfp4"):
+    """4-bit floats with a power of two for every 32 neighbours of a row (OCP Microscaling Formats
+    1.0, section 5.3).
+    """
+
+
+class NVFP4(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="nvfp4"):
+    """4-bit floats with an 8-bit float for every 16 neighbours of a row, and one scale for all of
+    these (NVIDIA 2025, arXiv 2509.25149, section 3).
+    """
+
+
+Scheme = Int8 | Float8 | Int4 | NF4 | MXFP4 | NVFP4
+# neighbours of a row that a scheme can't divide
+UNITS: dict[type, int] = {NF4: 2, MXFP4: float4.MX_GROUP, NVFP4: float4.NV_GROUP}
+FOUR_BITS: dict[type, Callable[[Tensor], QTensor]] = {
+    NF4: nf4.quantized,
+    MXFP4: float4.mxfp4,
+    NVFP4: float4.nvfp4,
+}
 
 
 def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
@@ -128,8 +148,8 @@ def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
     """
     check_fit("a weight", w, scheme)
     wide = w.detach().float()
-    if isinstance(scheme, NF4):
-        return nf4.quantized(wide)
+    if isinstance(scheme, NF4 | MXFP4 | NVFP4):
+        return FOUR_BITS[type(scheme)](wide)
     groups = wide.unflatten(1, (-1, scheme.group_size(w.shape[1])))
     scale = scheme.scale(groups)
     return scheme.pack(scheme.levels(groups, scale).flatten(1), scale.squeeze(-1))
@@ -139,17 +159,19 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """Weight that the codes stand for, computed in float32 and rounded once to dtype."""
     if isinstance(q, PackedInt4 | PackedInt8):
         return dequantize(q.q, dtype)
-    codes, scales = (q.codes, q.scale.float()) if not isinstance(q, QNF4) else nf4.blocks(q)
+    codes, scales = codes_and_scales(q)
     # a compiled loop makes no intermediate results
     whole = torch.compiler.is_compiling() or codes.device.type != "cpu"
     n_rows = len(codes) if whole else max(1, PIECE // max(1, codes.shape[1]))
     # what is most in memory, all pieces and the weight that they make, is the same of few
     if isinstance(codes, FakeTensor):
         n_rows = max(n_rows, -(-len(codes) // 4))
-    pieces = [
-        (_levels(q, some).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).to(dtype).flatten()
-        for some, scale in zip(codes.split(n_rows), scales.split(n_rows), strict=True)
-    ]
+
+    def piece(some: Tensor, scale: Tensor) -> Tensor:
+        groups = levels_of(q, some).unflatten(1, (scale.shape[1], -1))
+        return (groups * scale[..., None]).to(dtype).flatten()
+
+    pieces = list(map(piece, codes.split(n_rows), scales.split(n_rows)))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: q.shape.numel()].view(q.shape)
 
 
@@ -187,7 +209,7 @@ def packed(params: Params) -> Params:
         if w.shape[0] % 16 or group not in (32, 64, 128):
             return w
         codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-            (_levels(w, w.codes) + 8).to(torch.int32), 1
+            (levels_of(w, w.codes) + 8).to(torch.int32), 1
         )
         scale = w.scale.T.to(torch.bfloat16)
         return PackedInt4(w, codes, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())
@@ -225,10 +247,13 @@ def check_fit(what: str, w: Tensor, scheme: Scheme) -> None:
             f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of "
             f"the group {scheme.group}; choose another group or scheme for it, or leave it as it is"
         )
-    if isinstance(scheme, NF4) and d_in % 2:
+    unit = UNITS.get(type(scheme), 1)
+    if d_in % unit:
+        kind = scheme.__struct_config__.tag
+        reason = "stores pairs" if unit == 2 else "has a scale for so many neighbours"
         raise InputError(
-            f"quant: {what} has shape {list(w.shape)}, expected an even last size for nf4, which "
-            "stores pairs; choose int8 for it, or leave it as it is"
+            f"quant: {what} has shape {list(w.shape)}, expected its last size to be a multiple of "
+            f"{unit} for {kind}, which {reason}; choose int8 for it, or leave it as it is"
         )
 
 
@@ -236,34 +261,3 @@ def _storable(scale: Tensor) -> Tensor:
     """Nearest bfloat16 as float32; 1 for a group of zeros or of numbers too small for a scale."""
     scale = scale.to(torch.bfloat16).float()
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
-
-
-def _levels(q: QInt8 | QFloat8 | QInt4 | QNF4, codes: Tensor) -> Tensor:
-    """Numbers that rows of codes stand for, before scaling."""
-    if isinstance(q, QInt8 | QFloat8):
-        return codes.to(torch.float32) if isinstance(q, QFloat8) else codes
-    if isinstance(q, QNF4) and not torch.compiler.is_compiling():
-        table = nf4.LEVELS.to(codes.device, non_blocking=True)
-        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
-        return F.embedding(codes.int(), pairs).flatten(1)
-    if codes.device.type != "cpu":
-        return _levels_at_once(q, codes)
-    # the two halves of each byte spread over two bytes, which are neighbours in memory
-    if isinstance(q, QInt4):
-        wide = codes.to(torch.int16)
-        return (wide & 15 | (wide & 240) << 4).view(torch.int8) - 8
-    wide = codes.int()
-    return torch.stack([nf4.LEVELS[wide >> 4], nf4.LEVELS[wide & 15]], -1).flatten(1)
-
-
-def _levels_at_once(q: QInt4 | QNF4, codes: UInt8[Tensor, "rows half"]) -> Tensor:
-    """Levels, each number made from its byte alone: the compiler makes one kernel of this and the
-    scaling.
-    """
-    first = torch.arange(2, dtype=torch.uint8, device=codes.device) == (
-        0 if isinstance(q, QInt4) else 1
-    )
-    halves = torch.where(first, codes[..., None] & 15, codes[..., None] >> 4).flatten(1)
-    if isinstance(q, QInt4):
-        return halves.to(torch.int8) - 8
-    return nf4.LEVELS.to(codes.device, non_blocking=True)[halves.int()]

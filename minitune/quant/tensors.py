@@ -68,6 +68,35 @@ class QNF4(NamedTuple):
         return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
 
 
+class QMXFP4(NamedTuple):
+    """Weight as float4.LEVELS[code] * 2^(scale - 127): byte k of a row holds code 2k in its low
+    four bits and 2k + 1 in its high ones; each scale serves 32 neighbours of its row.
+    """
+
+    codes: UInt8[Tensor, "out half"]
+    scale: UInt8[Tensor, "out groups"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
+
+
+class QNVFP4(NamedTuple):
+    """Weight as float4.LEVELS[code] * scale / divisor, with the codes as in QMXFP4; each scale
+    serves 16 neighbours of its row, the divisor all of them.
+    """
+
+    codes: UInt8[Tensor, "out half"]
+    scale: Float8e4m3fn[Tensor, "out groups"]
+    divisor: Float[Tensor, ""]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in] of the weight."""
+        return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
+
+
 class PackedInt4(NamedTuple):
     """Int4 weight for decoding: its codes, and the same codes in the order that torch's CPU kernel
     reads.
@@ -98,4 +127,4 @@ class PackedInt8(NamedTuple):
         return self.q.shape
 
 
-QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | PackedInt4 | PackedInt8
+QTensor = QInt8 | QFloat8 | QInt4 | QNF4 | QMXFP4 | QNVFP4 | PackedInt4 | PackedInt8

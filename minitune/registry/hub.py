@@ -35,13 +35,17 @@ FILE = re.compile(r"[A-Za-z0-9_][\w.+=-]*", re.ASCII)
 
 
 class Listing(NamedTuple):
-    """Files of a repository at one commit: bytes of each, and the SHA-256 of those that have it."""
+    """Files of a repository at one commit: bytes of each, the SHA-256 of those that have it, and
+    what git calls the content of the others.
+    """
 
     repo: str
     kind: RepoKind
     commit: str
     sizes: dict[str, int]
     digests: dict[str, str]
+    blobs: dict[str, str]
+    private: bool = False
 
 
 def fetch(
@@ -91,7 +95,7 @@ def require_package() -> None:
         from huggingface_hub import utils
     except ImportError:
         raise InputError(
-            "hub: the package huggingface_hub is not installed, expected it for downloads; pip "
+            "hub: the package huggingface_hub is not installed, expected it for the Hub; pip "
             "install 'minitune[hf]'"
         ) from None
     if not sys.stderr.isatty():
@@ -109,7 +113,8 @@ def list_files(repo: str, revision: str, kind: RepoKind) -> Listing:
     files = info.siblings or []
     sizes = {file.rfilename: file.size or 0 for file in files}
     digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
-    return Listing(repo, kind, str(info.sha), sizes, digests)
+    blobs = {file.rfilename: file.blob_id or "" for file in files if file.lfs is None}
+    return Listing(repo, kind, str(info.sha), sizes, digests, blobs, bool(info.private))
 
 
 def bring(folder: Path, listing: Listing, sizes: Mapping[str, int]) -> None:

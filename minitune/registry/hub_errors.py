@@ -28,7 +28,7 @@ REFUSALS = (
     ),
     (
         "OfflineModeIsEnabled",
-        "{repo} can't be fetched with HF_HUB_OFFLINE set, expected a network; unset it, or use a "
+        "{repo} can't be {does} with HF_HUB_OFFLINE set, expected a network; unset it, or use a "
         "folder that is there",
     ),
     (
@@ -48,6 +48,7 @@ class Asked(NamedTuple):
     folder: Path
     kind: RepoKind = "model"
     elsewhere: str = "--to"  # what names another folder
+    does: Literal["fetched", "written"] = "fetched"  # what becomes of the repository
 
     @property
     def address(self) -> str:
@@ -66,7 +67,8 @@ def explained(asked: Asked) -> Iterator[None]:
         yield
     # what its HTTP library raises is of a package that is no dependency here
     except Exception as error:
-        is_wrapped = isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__
+        # of uploads RuntimeError names the file, and its cause says why
+        is_wrapped = isinstance(error, hf.LocalEntryNotFoundError | RuntimeError)
         cause = (error.__cause__ if is_wrapped else None) or error
         said = (
             _refusal(cause, asked)
@@ -96,6 +98,7 @@ def _refusal(cause: BaseException, asked: Asked) -> str | None:
         where=asked.address,
         endpoint=constants.ENDPOINT,
         revision=asked.revision,
+        does=asked.does,
         cause=cause,
         near=_near_names(asked) if "{near}" in words else "",
     )
@@ -109,7 +112,10 @@ def _answer(cause: BaseException, asked: Asked) -> str | None:
     status = getattr(response, "status_code", "no status")
     remedy = "try again later"
     if status in (401, 403):
-        remedy = "set HF_TOKEN to a token that may read it"
+        may = "read" if asked.does == "fetched" else "write"
+        remedy = f"set HF_TOKEN to a token that may {may} it"
+    if asked.does == "written":
+        return f"{asked.address} answered {status}, expected it to take files; {remedy}"
     return f"{asked.address} answered {status}, expected its files; {remedy}"
 
 

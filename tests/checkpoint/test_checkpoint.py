@@ -262,7 +262,7 @@ BROKEN = {
         r"holds score\.weight, which this model does not have",
     ),
     "wrong shape": (rewrite(lambda t: {**t, NORM: torch.zeros(7)}), r"holds model\.norm\.weight of shape \[7\], expected \[12\]"),
-    "integers": (rewrite(lambda t: {**t, NORM: torch.zeros(12, dtype=torch.int8)}), r"as torch\.int8, expected floating point"),
+    "integers": (rewrite(lambda t: {**t, NORM: torch.zeros(12, dtype=torch.int8)}), r"as .*int8.*, expected floating point"),
     "index to nowhere": (sharded({"weight_map": {NORM: "a.safetensors"}}), r"a\.safetensors does not exist, but .* points to it"),
     "index outside": (
         sharded({"weight_map": {NORM: "../a.safetensors"}}),
@@ -629,7 +629,7 @@ def test_nf4_weights_are_dequantized_as_by_bitsandbytes(nested: bool, tmp_path: 
     assert torch.allclose(loaded[name], expected, atol=1e-6)
     assert not torch.equal(loaded[name], params[name])
     add_tensors(tmp_path / "nf4", {}, drop=[f"{name}.quant_state.bitsandbytes__nf4"])
-    with pytest.raises(InputError, match="expected floating point, FP8 with its scales or bitsandbytes' NF4; take"):
+    with pytest.raises(InputError, match=r"expected floating point, FP8 with its scales, bitsandbytes' NF4, .*; take"):
         checkpoint.load_params(tmp_path / "nf4", model.shapes())
 
 

@@ -56,6 +56,18 @@ def test_the_verb_shows_and_empties_and_removes_nothing_else(cache: Path, capsys
     assert capsys.readouterr().err == "cache: 'clera' is unknown, expected cache or cache clear\n"
 
 
+def test_data_sets_that_were_fetched_are_counted_and_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = cache / "hub/owner--set/0123abc/data"
+    rows.mkdir(parents=True)
+    (rows / "train.jsonl").write_bytes(b"x" * 3 * 2**20)
+    assert main(["cache"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{cache}/hub: data sets of the Hub: 1, 3.0 MiB; they stay until `cache clear`"
+    assert main(["cache", "clear"]) == 0
+    assert ": 4 of 4 folders removed, 3.0 MiB" in capsys.readouterr().out
+    assert not any((cache / "hub").iterdir())
+
+
 def test_the_folder_that_was_used_longest_ago_goes_first(cache: Path) -> None:
     one = sum(file.stat().st_size for file in (cache / KEYS[0]).iterdir())
     assert cache_size.keep_below(cache, 3 * one) == []

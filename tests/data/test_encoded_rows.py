@@ -90,7 +90,8 @@ def test_a_malformed_row_is_left_out_and_counted(name: str, tmp_path: Path) -> N
     require_rows(source)
     report = supervised.prepare(source, TOKENIZER, TEMPLATE, tmp_path).report
     assert (report.n_samples, report.n_malformed, report.n_refused) == (2, 2, 0)
-    assert "2 malformed rows skipped" in describe(report, "train", source)
+    described = describe(report, "train", source)
+    assert re.search(rf"2 malformed rows skipped; the first row skipped is {re.escape(str(path))}:\d: \w+", described)
     refused: list[Refused] = []
     answers = [one.reference for one in prompts(source, TOKENIZER, TEMPLATE, refused=refused)]
     assert (answers, [one.is_malformed for one in refused]) == (["pears", "pears"], [True, True])

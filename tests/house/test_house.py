@@ -20,9 +20,15 @@ WITH_TORCH = {
 EXTRAS = {  # imported in functions of these modules
     "tokenizers": "text/open_vocabulary text/tokenizer_json text/vocabulary text/sentencepiece text/ranks",
     "pyarrow": "data/files data/tables",
-    "huggingface_hub": "registry/hub registry/hub_data registry/hub_errors",
-    "mlflow": "trackers/mlflow",
+    "huggingface_hub": "registry/hub registry/hub_data registry/hub_errors registry/hub_models registry/hub_upload",
+    "mlflow": "trackers/mlflow registry/mlflow_models",
+    "azure": "registry/azure_models",
     "trackio": "trackers/trackio",
+    "onnx": "interop/artefacts",
+    "onnxscript": "interop/onnx",
+    "onnxruntime": "interop/readers/onnxruntime",
+    **dict.fromkeys(["transformers", "peft"], "interop/readers/hugging_face"),
+    "gguf": "interop/artefacts",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks interop/lm_eval_data interop/lm_eval_index"),
 }
 

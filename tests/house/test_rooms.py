@@ -42,7 +42,7 @@ ROOMS = {  # room -> the rooms that it may import
     "steps": f"{BELOW_ALGORITHMS} algorithms",
     "planning": f"{BELOW_ALGORITHMS} algorithms inference",
     "interop": f"{BELOW_ALGORITHMS} inference",
-    "registry": "errors io checkpoint",
+    "registry": "errors io checkpoint trackers",
     "programs": BELOW_PROGRAMS,
     "cli": f"{BELOW_PROGRAMS} programs",
 }

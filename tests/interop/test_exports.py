@@ -107,8 +107,12 @@ NF4 = QNF4(torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.uin
 @pytest.mark.parametrize(
     ("leaf", "activations", "message"),
     [
-        (NF4, "none", r"q_proj.weight is NF4, expected int8, int4 or float8; write NF4 in the format 'bitsandbytes'"),
-        (torch.ones(64, 64), "none", "no weight is quantized, expected int8, int4 or float8 leaves"),
+        (
+            NF4,
+            "none",
+            r"q_proj.weight is NF4, expected int8, int4, float8, mxfp4 or nvfp4; write NF4 in the format 'bitsandbytes'",
+        ),
+        (torch.ones(64, 64), "none", "no weight is quantized, expected int8, int4, float8, mxfp4 or nvfp4 leaves"),
         (int4(torch.ones(64, 64), 32), "int8", "activations = 'int8' but no weight is int8"),
     ],
 )

@@ -196,6 +196,19 @@ def test_under_vmap_remat_and_func_grad_values_and_gradients_are_the_same(name: 
     torch.testing.assert_close(rows.flatten(0, 1), ours(leaves, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_expert_given_all_tokens_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a graph for other programs, which can't choose the rows of an expert."""
+    _, leaves = random_block(CASES[name], 5)
+    x = random_input(13, 5)
+    with torch.no_grad():
+        wanted = CASES[name].ours(leaves, x)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        monkeypatch.setattr(moe, "_grouped", None)
+        actual = CASES[name].ours(leaves, x)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=ATOL * float(wanted.abs().max()))
+
+
 def test_an_expert_without_tokens_is_never_read() -> None:
     _, leaves = random_block(CASES["mixtral"], 4)
     x = random_input(1, 4)

@@ -5,17 +5,21 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 
 from minitune.__main__ import main
+from minitune.algorithms.importance import Importance
+from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
 from minitune.interop.gguf.export import Types
 from minitune.models import FAMILIES, Model
+from minitune.programs.stages.export import Export
 from minitune.programs.stages.merge import Merge
 from minitune.programs.stages.quantize import Quantize
-from minitune.programs.stages.save import Export
 from minitune.programs.state import AbstractState
 from minitune.quant.schemes import NF4, Int4, Int8
 from minitune.quant.tensors import QInt8
@@ -23,7 +27,7 @@ from minitune.text.tokenizer import open_tokenizer
 from support.experts import small_experts
 from support.families import sized
 from support.gguf_tokenizers import sentencepiece_folder
-from support.models import YARNS
+from support.models import YARNS, random_params
 
 SIZES = {"d_model": 64, "d_head": 16, "d_ff": 64, "vocab_size": 400}
 PROJECTIONS = ("*_proj.weight",)
@@ -41,9 +45,10 @@ def abstract(tmp_path: Path, family: str = "llama", **fields: object) -> Abstrac
 @pytest.mark.parametrize(
     ("scheme", "export", "message"),
     [
-        (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4 or float8"),
+        (NF4(), Export(format="compressed-tensors"), "is NF4, expected int8, int4, float8, mxfp4 or nvfp4"),
         (Int8(), Export(format="bitsandbytes"), "is int8, expected NF4"),
         (Int4(32), Export(format="compressed-tensors", activations="int8"), "but no weight is int8"),
+        (Int8(), Export(format="onnx"), "is quantized, expected dense weights; drop the quantize stage"),
         (None, Export(format="gguf", types=Types("Q8_0", {"*.nope.*": "F16"})), r"'\*.nope.\*' matches no weight"),
     ],
 )
@@ -69,11 +74,35 @@ def test_a_gguf_that_llama_cpp_would_not_read_is_refused_by_check(family, fields
         Export(format="gguf").check(abstract(tmp_path, family, **fields))
 
 
+CALIBRATION = Importance("calibration", 3)
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [
+        (Export(format="gguf", importance=CALIBRATION), r"stage export asks for data 'calibration', expected a \[data\] table"),
+        (
+            Export(format="compressed-tensors", importance=CALIBRATION),
+            "importance and format 'compressed-tensors', expected it with",
+        ),
+        (
+            Export(format="gguf", types=Types("Q8_0", {"*.v_proj.weight": "F16"}), importance=CALIBRATION),
+            "importance and the types Q8_0, F16, expected a K type among them",
+        ),
+    ],
+)
+def test_importance_that_nothing_can_use_is_refused_by_check(export, message, tmp_path: Path):
+    state = Quantize(scheme=Int8(), weights=PROJECTIONS).check(abstract(tmp_path))
+    with pytest.raises(InputError, match=message):
+        export.check(state)
+
+
 def test_what_the_formats_hold_passes_check(tmp_path: Path):
     state = abstract(tmp_path)
     for scheme, form in ((Int8(), "compressed-tensors"), (Int4(32), "gguf"), (NF4(), "bitsandbytes")):
         quantized = Quantize(scheme=scheme, weights=PROJECTIONS).check(state)
-        assert Export(format=form).check(quantized) == quantized
+        written = {f"run/{form}" if form != "gguf" else "run/model.gguf": form}
+        assert Export(format=form).check(quantized) == quantized._replace(written=written)
 
 
 def test_a_merge_leaves_no_codes_of_what_it_merged(tmp_path: Path):
@@ -107,3 +136,26 @@ def test_the_summary_has_the_sha256_of_a_gguf(tmp_path: Path, monkeypatch: pytes
     for kind in kinds:
         file = Path(f"runs/g/{kind}.gguf")
         assert summary[kind]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def test_importance_is_that_of_the_rows_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A file with it differs in the codes of the K types, whose bytes are those of the same weights and importance."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(f'{{"text": "order {i} of 3 lamps for Ms Lee"}}\n' for i in range(9)), encoding="utf-8")
+    head = 'name = "g"\n[model]\npath = "wide"\n[data.some]\npath = "rows.jsonl"\nformat = "text"\nseq_len = 32\n'
+    export = '[[stage]]\nop = "export"\nformat = "gguf"\nname = "{0}"\npath = "run/{0}.gguf"\ntypes = {{ default = "Q5_K" }}\n'
+    importance = 'importance = { data = "some", rows = 9 }\n'
+    stages = export.format("plain") + export.format("weighed") + importance
+    Path("g.toml").write_text(head + stages, encoding="utf-8")
+    config = sized("llama", **{**SIZES, "d_model": 256, "vocab_size": 400, "n_layers": 1})
+    model, params = Model(FAMILIES["llama"], config), random_params(config)
+    tokenizer = sentencepiece_folder(tmp_path)
+    save_folder(Path("wide"), params, model, FolderExtras(tokenizer, [2]))
+    assert main(["g.toml"]) == 0
+    assert "weighed: calibrating on 9 rows of some" in " ".join(capsys.readouterr().out.split())
+    files = {name: GGUFReader(f"runs/g/{name}.gguf") for name in ("plain", "weighed")}
+    found = {name: {t.name: t.data for t in file.tensors} for name, file in files.items()}
+    differs = {name for name, data in found["plain"].items() if not np.array_equal(data, found["weighed"][name])}
+    assert differs == {f"blk.0.{part}.weight" for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")} | {
+        "output.weight"
+    }

@@ -65,7 +65,7 @@ def test_each_name_of_other_tools_has_one_meaning_in_a_table() -> None:
         ("max_prompt_length", "; seq_len holds prompt and answer together"),
         ("padding_free", "; padding_free is data.train.packed here"),
         ("group_by_length", "; rows come in a random order"),
-        ("push_to_hub", "; nothing here uploads"),
+        ("push_to_hub", '; [[stage]] op = "upload" with repo'),
         ("deepspeed", "; a run is one process"),
         ("init_lora_weights", "; deltas begin as in LoRA"),
         ("rpo_alpha", "; fine-tuning beside the preference is not there for dpo"),

@@ -46,6 +46,16 @@ def test_files_of_a_pattern_and_of_a_list_are_read_and_never_written_over(tiny: 
         save_paths.check(listed)
 
 
+def test_a_place_that_cannot_be_written_is_found_before_the_run(tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_paths.check(msgspec.structs.replace(tiny, out="new/runs", stage=saving("also/new/x")))
+    with pytest.raises(InputError, match=r"out 'train.jsonl/runs' lies in train.jsonl, which is no folder, expected a folder"):
+        save_paths.check(msgspec.structs.replace(tiny, out="train.jsonl/runs"))
+    # The superuser may write everywhere, so that modes show nothing to it.
+    monkeypatch.setattr(save_paths.os, "access", lambda place, mode: place.name != "models")
+    with pytest.raises(InputError, match=r"stage0 path 'models/new/x' lies in models, which can't be written"):
+        save_paths.check(msgspec.structs.replace(tiny, stage=saving("models/new/x")))
+
+
 REFUSED = {
     "the model folder": ("models/m", r"stage0 path 'models/m' is also model\.path \(models/m\), expected a place of its own"),
     "the model folder by a longer way": ("models/../models/m/", r"is also model\.path"),

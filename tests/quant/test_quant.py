@@ -29,7 +29,7 @@ from minitune.quant import nf4
 from minitune.quant import schemes as quant_schemes
 from minitune.quant.linear import DECODE_ROWS, quantized_linear
 from minitune.quant.rules import Quantization
-from minitune.quant.schemes import NF4, PIECE, Float8, Int4, Int8, Scheme, dequantize, fake, packed, quantize
+from minitune.quant.schemes import MXFP4, NF4, NVFP4, PIECE, Float8, Int4, Int8, Scheme, dequantize, fake, packed, quantize
 from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
 from minitune.types import Adapted, Delta, Mean
 from support.models import SMALL, random_batch, random_params
@@ -41,6 +41,8 @@ SCHEMES: dict[str, Scheme] = {
     "int4 of 64": Int4(64),
     "int4 of 128": Int4(128),
     "nf4": NF4(),
+    "mxfp4": MXFP4(),
+    "nvfp4": NVFP4(),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 schemes = st.sampled_from(list(SCHEMES.values()))
@@ -54,7 +56,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = 
 def weights(draw: st.DrawFn, scheme: Scheme) -> Tensor:
     """Any weight that fits the scheme: odd sizes, outliers, rows of zeros, sizes from 1e-30 to 1e30."""
     d_out = draw(st.integers(1, 9))
-    unit = {Int8: 1, Float8: 1, NF4: 2}.get(type(scheme)) or scheme.group
+    unit = {Int8: 1, Float8: 1, NF4: 2, MXFP4: 32, NVFP4: 16}.get(type(scheme)) or scheme.group
     w = normal(d_out, unit * draw(st.integers(1, 3 if unit > 2 else 71)), seed=draw(st.integers(0, 99)))
     w = w * draw(st.sampled_from([1.0, 0.02, 1e-30, 1e30])) * normal(*w.shape, seed=7).abs() ** draw(st.sampled_from([0, 1, 5]))
     return w * (normal(d_out, 1, seed=draw(st.integers(0, 3))) < draw(st.sampled_from([9.0, 0.0])))
@@ -386,7 +388,7 @@ def test_a_weight_is_quantized_once():
 def test_shapes_that_do_not_fit():
     with pytest.raises(InputError, match=r"quant: a weight has shape \[3, 48\], expected .* the group 32; choose another group"):
         quantize(normal(3, 48), Int4())
-    with pytest.raises(InputError, match=r"quant: a weight has shape \[4, 7\], expected an even last size for nf4, .*int8"):
+    with pytest.raises(InputError, match=r"quant: a weight has shape \[4, 7\], expected .* a multiple of 2 for nf4, .*int8"):
         quantize(normal(4, 7), NF4())
 
 

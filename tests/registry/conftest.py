@@ -17,6 +17,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # which no server of ours speaks
     monkeypatch.delenv("HF_TOKEN", raising=False)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()

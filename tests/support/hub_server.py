@@ -1,5 +1,6 @@
 """A server of one model and of data sets that speaks the Hub's protocol, and can fail in the ways that the Hub fails."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from minitune.registry import hub
+from support.hub_repositories import Repositories
 
 REPO, COMMIT = "somebody/tiny-model", "c0ffee" + 34 * "0"
 INDEX = "model.safetensors.index.json"
@@ -57,6 +59,7 @@ class Hub:
         self.data_sets: dict[str, dict[str, bytes]] = {}  # files of each data set
         self.commit = COMMIT  # of the data sets
         self.api_status = 0  # of every answer of the API, where it is an error
+        self.repositories = Repositories()  # those that take uploads
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,6 +71,15 @@ class Hub:
                 server.answer(self)
 
             def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_POST(self) -> None:
+                self.do_GET()
+
+            def do_PUT(self) -> None:
+                self.do_GET()
+
+            def do_DELETE(self) -> None:
                 self.do_GET()
 
             def log_message(self, format: str, *args: object) -> None:
@@ -84,6 +96,7 @@ class Hub:
         self.server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = body_of(request)
         path, _, query = request.path.partition("?")
         if path.startswith(("/api/datasets", "/datasets")):
             return self.answer_data(request, path, query)
@@ -93,6 +106,9 @@ class Hub:
             return send(request, json.dumps(found).encode())
         if self.api_status and path.startswith("/api/"):
             return refuse(request, self.api_status, "")
+        answer = self.repositories.answer(request.command, unquote(path), body, request.headers)
+        if answer is not None:
+            return send(request, *answer)
         for pattern, handler in (
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", self.info),
             (rf"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>{COMMIT})", self.tree),
@@ -180,6 +196,18 @@ class Hub:
         return sorted(re.split("/resolve/[^/]+/", line)[1] for line in self.log if line.startswith("GET") and "/resolve/" in line)
 
 
+def body_of(request: BaseHTTPRequestHandler) -> bytes:
+    """Body of a request, in one piece or in chunks."""
+    if request.headers.get("Transfer-Encoding") != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    body = b""
+    while size := int(request.rfile.readline(), 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    request.rfile.readline()
+    return body
+
+
 def send(
     request: BaseHTTPRequestHandler,
     body: bytes,
@@ -191,9 +219,11 @@ def send(
     request.send_response(status)
     for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
         request.send_header(key, value)
-    request.end_headers()
-    if request.command == "GET":
-        request.wfile.write(body[:n])
+    # a client that was killed or broke off takes no answer
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(body[:n])
 
 
 def refuse(request: BaseHTTPRequestHandler, status: int, code: str) -> None:

@@ -3,6 +3,7 @@
 import ast
 import functools
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,30 @@ WITH_TYPE_ERRORS = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, a
 
 def check(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
     """Return the function with its arguments and its result checked, where a size has one value in all of them."""
-    if any("{" in str(hint) for hint in function.__annotations__.values()):  # a size that is an argument's value
-        return jaxtyped(function, typechecker=beartype(conf=WITH_TYPE_ERRORS))
-    checked = beartype(function, conf=WITH_TYPE_ERRORS)
+    has_argument_as_size = any("{" in str(hint) for hint in function.__annotations__.values())
+    if has_argument_as_size:
+        checked = jaxtyped(function, typechecker=beartype(conf=WITH_TYPE_ERRORS))
+    else:
+        checked = beartype(function, conf=WITH_TYPE_ERRORS)
 
     @functools.wraps(function)
     def with_sizes(*args: object, **kwargs: object) -> object:
         __tracebackhide__ = True
+        if is_exporting():
+            return function(*args, **kwargs)
+        if has_argument_as_size:
+            return checked(*args, **kwargs)
         with jaxtyped("context"):
             return checked(*args, **kwargs)
 
     return with_sizes
+
+
+def is_exporting() -> bool:
+    """True while torch.export traces, which has symbols where a signature has sizes."""
+    torch = sys.modules.get("torch")
+    compiler = getattr(torch, "compiler", None)  # absent while torch itself is imported
+    return compiler is not None and compiler.is_exporting()
 
 
 class OuterFunctions(_import_hook.JaxtypingTransformer):

@@ -2,10 +2,11 @@
 and its tokenizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -18,18 +19,19 @@ from minitune.interop.gguf import blocks
 from minitune.interop.gguf import vocabulary as gguf_vocabulary
 from minitune.interop.gguf.architectures import Architecture, architecture, tensor_name
 from minitune.interop.gguf.metadata import StoredTensor, pad, write_header
+from minitune.interop.gguf.mixtures import RECIPES, GGUFType, Mixture, mixture_kind
 from minitune.interop.gguf.numbers import divisors, numbers
 from minitune.io.results import result_file
 from minitune.models.config import DecoderConfig
 from minitune.models.model import Model
 from minitune.quant.schemes import dequantize
-from minitune.quant.tensors import QNF4, QInt4, QInt8, QTensor
+from minitune.quant.tensors import QNF4, QNVFP4, QInt4, QInt8, QTensor
 from minitune.text.tokenizer import Tokenizer
 from minitune.types import Params
 
-Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"]
 # weights that are encoded at a time, so that a file needs little more memory than its model
 CHUNK = 2**22
+NO_IMPORTANCE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,9 +39,25 @@ class Types(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     glob that matches counts.
     """
 
-    default: Kind  # type of each matrix that no exception matches
+    # type of each matrix that no exception matches; Q4_K_M and its kin are llama.cpp's mixtures
+    default: GGUFType | Mixture
     # glob of Hugging Face names -> another type; the first match wins
-    exceptions: dict[str, Kind] = {}
+    exceptions: dict[str, GGUFType] = {}
+
+    @property
+    def file_type(self) -> int:
+        """Number of the file's type, which is that of most of its matrices."""
+        recipe = RECIPES.get(self.default)
+        return blocks.TYPES[self.default].file_type if recipe is None else recipe.file_type
+
+    def kind(self, name: str, config: DecoderConfig, arch: Architecture) -> str:
+        """Type that is asked for a matrix, given its Hugging Face name."""
+        for glob, kind in self.exceptions.items():
+            if fnmatchcase(name, glob):
+                return kind
+        if self.default in RECIPES:
+            return mixture_kind(self.default, name, config, arch)
+        return self.default
 
 
 class _Part(NamedTuple):
@@ -52,12 +70,13 @@ class _Part(NamedTuple):
     kind: str
     order: Int[Tensor, "out"] | None = None
     shift: float = 0.0
+    importance: Float[Tensor, "in"] | None = None  # of the columns
 
     def entry(self) -> StoredTensor:
         """Line of the file's table."""
         block = blocks.TYPES[self.kind]
         return StoredTensor(
-            self.name, self.w.shape, block.id, self.w.shape.numel() // block.block * block.n_bytes
+            self.name, self.w.shape, block.id, self.w.shape.numel() // block.size * block.n_bytes
         )
 
 
@@ -77,9 +96,13 @@ def save(
     tokenizer: Path,
     template: str | None,
     stop_ids: Sequence[int],
+    importance: Mapping[str, Tensor] = NO_IMPORTANCE,
 ) -> list[str]:
     """Write the file and return notes: tensors whose rows do not fit the blocks of the type that
     was asked for, and what llama.cpp will not do as minitune does.
+
+    importance: of the columns of a matrix, by which its K type weighs errors; where there is none,
+    they weigh as llama.cpp has it.
 
     Norms and biases stay float32. Quantized leaves are dequantized, but int8 to Q8_0, and int4 in
     groups of a multiple of 32 to Q4_0, keep their codes. InputError for a model that llama.cpp has
@@ -87,11 +110,11 @@ def save(
     is to be stored in it.
     """
     arch, limits = architecture(model)
-    parts, notes = _parts(params, model.config, arch, types)
+    parts, notes = _parts(params, model.config, arch, types, importance)
     vocabulary, more = gguf_vocabulary.metadata(tokenizer, model.config.vocab_size, stop_ids)
     keys = {
         **numbers(arch, model.config),
-        "general.file_type": blocks.TYPES[types.default].file_type,
+        "general.file_type": types.file_type,
         **vocabulary,
     }
     if template is not None:
@@ -107,7 +130,11 @@ def save(
 
 
 def _parts(
-    params: Params, config: DecoderConfig, arch: Architecture, types: Types
+    params: Params,
+    config: DecoderConfig,
+    arch: Architecture,
+    types: Types,
+    importance: Mapping[str, Tensor] = NO_IMPORTANCE,
 ) -> tuple[list[_Part], list[str]]:
     """Tensors of the file in their order, and notes on those that get another type than the one
     that was asked for.
@@ -117,18 +144,12 @@ def _parts(
     if types.exceptions:
         tree.select(params, list(types.exceptions), "gguf: exceptions")
     for name, w in params.items():
-        asked = next(
-            (kind for glob, kind in types.exceptions.items() if fnmatchcase(name, glob)),
-            types.default,
-        )
-        asked = kind = "F32" if len(w.shape) == 1 else asked
-        while w.shape[-1] % blocks.TYPES[kind].block:
-            kind = blocks.TYPES[kind].otherwise
+        asked = "F32" if len(w.shape) == 1 else types.kind(name, config, arch)
+        kind = _fitting(asked, w.shape[-1])
         if kind != asked:
-            block = blocks.TYPES[asked].block
+            size = blocks.TYPES[asked].size
             notes.append(
-                f"{name} is {kind}, not {asked}: its rows of {w.shape[1]} are no multiple of "
-                f"{block}"
+                f"{name} is {kind}, not {asked}: its rows of {w.shape[1]} are no multiple of {size}"
             )
 
         # llama.cpp rotates neighbours in some families, and multiplies by the weight of a norm as
@@ -136,8 +157,16 @@ def _parts(
         heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
         order = None if heads is None or not arch.neighbours else _interleaved(w.shape[0], heads)
         shift = 1.0 if config.norm == "one_plus_w" and name.endswith("norm.weight") else 0.0
-        parts.append(_Part(tensor_name(config, name), w, kind, order, shift))
+        stored = tensor_name(config, name)
+        parts.append(_Part(stored, w, kind, order, shift, importance.get(name)))
     return parts, notes
+
+
+def _fitting(kind: str, d_in: int) -> str:
+    """Type whose blocks divide a row of d_in, the type itself if its own do."""
+    while d_in % blocks.TYPES[kind].size:
+        kind = blocks.TYPES[kind].otherwise
+    return kind
 
 
 def _interleaved(n_rows: int, heads: int) -> Int[Tensor, "out"]:
@@ -148,11 +177,11 @@ def _interleaved(n_rows: int, heads: int) -> Int[Tensor, "out"]:
 
 
 def _encoded(part: _Part) -> Iterator[UInt8[Tensor, "rows row_bytes"]]:
-    w = dequantize(part.w, torch.float32) if isinstance(part.w, QNF4) else part.w
+    w = dequantize(part.w, torch.float32) if isinstance(part.w, QNF4 | QNVFP4) else part.w
     w = w[:, None] if isinstance(w, Tensor) and w.ndim == 1 else w
     order = torch.arange(w.shape[0]) if part.order is None else part.order
-    for rows in order.split(max(1, CHUNK // w.shape[1])):
-        chunk = tree.map(lambda x, rows=rows: x[rows], w)
+    for some in order.split(max(1, CHUNK // w.shape[1])):
+        chunk = tree.map(lambda x, some=some: x[some], w)
         if isinstance(chunk, QInt8) and part.kind == "Q8_0":
             yield blocks.q8_0_of(chunk)
         elif (
@@ -163,7 +192,8 @@ def _encoded(part: _Part) -> Iterator[UInt8[Tensor, "rows row_bytes"]]:
             yield blocks.q4_0_of(chunk)
         else:
             dense = chunk if isinstance(chunk, Tensor) else dequantize(chunk, torch.float32)
-            yield blocks.encode(_in_range(dense.float() + part.shift, part), part.kind)
+            rows = _in_range(dense.float() + part.shift, part)
+            yield blocks.encode(rows, part.kind, part.importance)
 
 
 def _in_range(x: Float[Tensor, "rows in"], part: _Part) -> Float[Tensor, "rows in"]:

@@ -32,6 +32,8 @@ def attention(
     score a head, whose weight goes nowhere (gpt-oss, arXiv 2508.10925, section 2.2).
     """
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_exporting():  # for programs that know none of the operators below
+        return _with_whole_scores(q, k, v, key_range, factor, soft_cap, sinks)
     n_queries, n_keys = q.shape[2], k.shape[2]
 
     # without a cache a query's place is its own, which these two count on

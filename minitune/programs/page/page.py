@@ -127,18 +127,24 @@ def _advice(run: RunFiles) -> list[str]:
 
 def _stages(records: Mapping[str, StageRecord]) -> list[str]:
     """Table of the stages with the figures that at least one of them has."""
+    head, rows = stage_table(records)
+    if not rows:
+        return []
+    written = [f"{one.what} in {one.path}" for one in records.values() if one.path]
+    notes = [f'<p class="dim">{escape(text)}</p>' for text in written]
+    return ["<h2>Stages</h2>", table(head, rows), *notes]
+
+
+def stage_table(records: Mapping[str, StageRecord]) -> tuple[list[str], list[list[str]]]:
+    """(titles, rows) of the stages with figures, without the columns that none of them has."""
     texts = {
         name: [_cell(value(record), how) for _, value, how in FIGURES]
         for name, record in records.items()
     }
     shown = [i for i in range(len(FIGURES)) if any(cells[i] for cells in texts.values())]
-    if not shown:
-        return []
     head = ["stage", *(FIGURES[i][0] for i in shown)]
-    rows = [[name, *(cells[i] for i in shown)] for name, cells in texts.items() if any(cells)]
-    written = [f"{one.what} in {one.path}" for one in records.values() if one.path]
-    notes = [f'<p class="dim">{escape(text)}</p>' for text in written]
-    return ["<h2>Stages</h2>", table(head, rows), *notes]
+    named = {name: [cells[i] for i in shown] for name, cells in texts.items()}
+    return head, [[name, *cells] for name, cells in named.items() if any(cells)]
 
 
 def _cell(value: float | int | None, how: str) -> str:
@@ -211,12 +217,8 @@ def _words(text: str) -> list[str]:
 
 
 def _data(run: RunFiles) -> list[str]:
-    """Lines of the log on the data: rows, tokens, targets, what was dropped or cut."""
-    lines = [
-        line
-        for line in dict.fromkeys(run.lines)
-        if DATA_LINE.search(line) and not PROGRESS_LINE.match(line) and not line.startswith("---")
-    ]
+    """Lines of the log on the data, and the files that were read."""
+    lines = data_lines(run)
     inputs = run.manifest.get("inputs") or {}
     files = [
         f"{name}: {format_bytes(entry['bytes'])}, sha256 {str(entry.get('sha256', 'none'))[:16]}"
@@ -232,6 +234,15 @@ def _data(run: RunFiles) -> list[str]:
             f"<details><summary>files that were read</summary><pre>{listed}</pre></details>"
         )
     return parts if len(parts) > 1 else []
+
+
+def data_lines(run: RunFiles) -> list[str]:
+    """Lines of the log on the data: rows, tokens, targets, what was dropped or cut."""
+    return [
+        line
+        for line in dict.fromkeys(run.lines)
+        if DATA_LINE.search(line) and not PROGRESS_LINE.match(line) and not line.startswith("---")
+    ]
 
 
 def _program(run: RunFiles) -> list[str]:

@@ -140,6 +140,6 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
         """State with the other model and nothing to train yet."""
         state.log.say(f"{self.label}: {self.model.path or self.model.config}")
         first_rule = state.first_rules.get(self.label)
-        loaded = load(self.model, state.folder, state.seed, first_rule)
+        loaded = load(self.model, state.folder, state.seed, first_rule, state.log)
         say_widening(state.log, self.label, loaded.params)
         return state._replace(loaded=loaded, quantization=None, fake=None)

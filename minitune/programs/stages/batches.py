@@ -1,11 +1,13 @@
 """Batches of a training stage: of whatever kind its loss needs, taken from a cursor."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
+from minitune import tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import apply_trainable
 from minitune.algorithms.precompute import TopK, reference_logps, teacher_tops, with_teacher
@@ -20,8 +22,12 @@ from minitune.losses.registry import DistillationLoss, Loss
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
-from minitune.tree import Tree
-from minitune.types import Mean
+from minitune.tree import Tree, device_of
+from minitune.types import Batch, Mean
+
+CALIBRATION_ROWS = 8  # a forward
+
+FEW = 10  # held-out samples, below which their mean loss says little
 
 
 class BatchLoader(NamedTuple):
@@ -109,6 +115,17 @@ def _with_teacher_rows(
     return BatchLoader(description, take, batches, dataset.report.n_tokens)
 
 
+def calibration_batches(state: PipelineState, label: str, name: str, n_rows: int) -> list[Batch]:
+    """First rows of a [data] table, on the device of the model, in the order of the file."""
+    source, loaded = state.data[name], state.loaded
+    dataset = supervised.prepare(source, loaded.tokenizer, loaded.template, paths.cache())
+    state.log.say(f"{label}: calibrating on {n_rows} rows of {name}")
+    rows = supervised.batches(dataset, source, CALIBRATION_ROWS)
+    device = device_of(loaded.params, loaded.trainable)
+    some = islice(rows, -(-n_rows // CALIBRATION_ROWS))
+    return [tree.map(lambda x: x.to(device), batch) for batch in some]
+
+
 class TokenizedTable(NamedTuple):
     """Tokenized [data] table, as far as a stage asks before it loads anything."""
 
@@ -174,8 +191,12 @@ def left_out(report: Report, table: str, source: Source) -> dict[str, int]:
 
 def describe(report: Report, table: str, source: Source) -> str:
     """Report of a data table in words, with the keys that decide on what was left out."""
-    counts = (f", {n:,} {reason}" for reason, n in left_out(report, table, source).items())
+    notes = [f", {n:,} {reason}" for reason, n in left_out(report, table, source).items()]
+    if report.first_refused:
+        notes.append(f"; the first row skipped is {report.first_refused}")
+    if source.split is not None and source.split.part == "heldout" and report.n_samples < FEW:
+        notes.append(f"; a loss over fewer than {FEW} samples says little: raise holdout")
     return (
         f"{report.n_samples:,} samples, {report.n_tokens:,} tokens, {report.n_target_tokens:,} of "
-        f"them targets{''.join(counts)}"
+        f"them targets{''.join(notes)}"
     )

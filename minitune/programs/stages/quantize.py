@@ -1,6 +1,5 @@
 """Stages that quantize weights, or train them to be quantized."""
 
-from itertools import islice
 from typing import Any
 
 import msgspec
@@ -9,23 +8,27 @@ from torch import Tensor
 from minitune import tree
 from minitune.algorithms import gptq
 from minitune.checkpoint.tensors import load_tensors, save_tensors
-from minitune.data.supervised import batches, prepare
 from minitune.errors import InputError
-from minitune.io import paths
 from minitune.io.atomic import atomic_folder
 from minitune.io.checksums import damaged_file, write_checksums
 from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.stages.batches import tokenized
+from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization, refuse_not_finite
-from minitune.quant.schemes import NF4, Float8, Int4, Int8, Scheme, quantize
-from minitune.quant.tensors import QNF4, QFloat8, QInt4, QInt8
+from minitune.quant.schemes import MXFP4, NF4, NVFP4, Float8, Int4, Int8, Scheme, quantize
+from minitune.quant.tensors import QMXFP4, QNF4, QNVFP4, QFloat8, QInt4, QInt8
 from minitune.tree import device_of
 from minitune.types import Params
 
-CALIBRATION_ROWS = 8  # a forward
-LAYOUTS: dict[type, Any] = {Int8: QInt8, Float8: QFloat8, Int4: QInt4, NF4: QNF4}
+LAYOUTS: dict[type, Any] = {
+    Int8: QInt8,
+    Float8: QFloat8,
+    Int4: QInt4,
+    NF4: QNF4,
+    MXFP4: QMXFP4,
+    NVFP4: QNVFP4,
+}
 
 
 class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
@@ -68,7 +71,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 if not isinstance(s, Int8 | Int4)
             ]
             if odd:
-                kind = "nf4" if isinstance(odd[0], NF4) else "float8"
+                kind = odd[0].__struct_config__.tag
                 raise InputError(
                     f"stages: {self.label} has method gptq and scheme {kind}, expected int4 or "
                     "int8, or method rtn"
@@ -126,21 +129,14 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                 state.log.say(f"{self.label}: {said}")
             plain = {name: w for name, w in held.items() if name not in codes}
             refuse_not_finite(plain, plain)
-            rounded = {name: quantize(w, names[name]) for name, w in plain.items()}
+            rounded = {}
+            with state.log.counter(self.label, len(plain)) as count:
+                for name, w in plain.items():
+                    rounded[name] = quantize(w, names[name])
+                    count()
             quantized = {**rounded, **codes}
         else:
-            source, device = (
-                state.data[self.method.data],
-                device_of(loaded.params, loaded.trainable),
-            )
-            dataset = prepare(source, loaded.tokenizer, loaded.template, paths.cache())
-            rows = islice(
-                batches(dataset, source, CALIBRATION_ROWS), -(-self.method.rows // CALIBRATION_ROWS)
-            )
-            state.log.say(
-                f"{self.label}: calibrating on {self.method.rows} rows of {self.method.data}"
-            )
-            some = [tree.map(lambda x: x.to(device), batch) for batch in rows]
+            some = calibration_batches(state, self.label, self.method.data, self.method.rows)
             with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
                 quantized = gptq.gptq(
                     loaded.model,

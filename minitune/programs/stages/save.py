@@ -1,20 +1,14 @@
-"""Stages that write the result: adapters and model folders, and quantized folders and files for
-inference.
-"""
+"""Stage that writes the result: an adapter or a model folder."""
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import msgspec
-from torch import Tensor
 
 from minitune.checkpoint.carried import notes
 from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.hf_folder import FolderExtras, save_folder
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
-from minitune.interop import bitsandbytes, compressed_tensors
-from minitune.interop.gguf import export
 from minitune.interop.peft.check import check_adapter
 from minitune.interop.peft.layout import Base
 from minitune.interop.peft.save import save_adapter
@@ -71,7 +65,10 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             ranks = {name: abstract.lora.rank_of(name) for name in abstract.adapted}
             check_adapter(ranks, abstract.whole, names=abstract.params, dora=abstract.lora.dora)
         saved = SavedModel(abstract.model, abstract.tokenizer, abstract.template)
-        return abstract._replace(saved={**abstract.saved, self.result.path: saved})
+        return abstract._replace(
+            saved={**abstract.saved, self.result.path: saved},
+            written={**abstract.written, self.result.path: self.what},
+        )
 
     @property
     def result(self) -> Result:
@@ -98,115 +95,29 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 base=base,
                 names=loaded.params,
                 wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
-                extras=_folder_extras(state),
+                extras=folder_extras(state),
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
             require_finite(final, f"stages: {self.label}")
-            save_folder(folder, final, loaded.model, _folder_extras(state))
+            with state.log.counter(f"{self.label}: writing", len(final)) as count:
+                extras = folder_extras(state)._replace(on_tensor=count)
+                save_folder(folder, final, loaded.model, extras)
             record |= errors
-            _say_notes(state, self.label, text_alone=False)
+            say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
         return state.record(self.label, {**record, "sha256": saved_hashes(folder)})
 
 
-class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
-    """Write a quantized model for inference elsewhere: transformers and vLLM (compressed-tensors),
-    llama.cpp (gguf), or bitsandbytes (nf4).
-    """
-
-    observes: ClassVar[bool] = True
-
-    # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4
-    format: Literal["compressed-tensors", "gguf", "bitsandbytes"]
-    # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if
-    # absent
-    path: str | None = None
-    # compressed-tensors: int8 rounds each token's activations as well (W8A8)
-    activations: Literal["none", "int8"] = "none"
-    types: export.Types = export.Types("Q4_K")  # types of the stored matrices, for gguf
-
-    def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError if something is left to merge, or unless the weights are of the kind that the
-        format holds.
-        """
-        training = sorted(abstract.adapted | abstract.whole)
-        if training:
-            raise InputError(
-                f"stages: {self.label} finds {training[0]} still training, expected none; put a "
-                "merge stage before"
-            )
-        if self.format != "gguf" and not abstract.quantized:
-            raise InputError(
-                f"stages: {self.label} finds no quantized weight to write as {self.format}; put a "
-                "quantize stage before it"
-            )
-        params = {**abstract.params, **abstract.codes}
-        if self.format == "gguf" and abstract.tokenizer is not None:
-            export.check(params, abstract.model, self.types, abstract.tokenizer)
-        elif self.format == "bitsandbytes":
-            bitsandbytes.check(params)
-        elif self.format == "compressed-tensors":
-            compressed_tensors.check(params, self.activations)
-        return abstract
-
-    @property
-    def result(self) -> Result:
-        """Folder that is written, or the file."""
-        if self.format == "gguf":
-            return Result(self.path or "run/model.gguf", "file")
-        return Result(self.path or f"run/{self.format}", "folder")
-
-    def run(self, state: PipelineState) -> PipelineState:
-        """State with a record of where the result lies and of its bytes."""
-        loaded = state.loaded
-        target = locate(self.result.path, state.folder)
-        codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params, extras = {**loaded.stored, **codes}, _folder_extras(state)
-        state.log.say(f"{self.label}: writing {self.format}")
-        require_finite(params, f"stages: {self.label}")
-        if self.format == "gguf":
-            lines = export.save(
-                target,
-                params,
-                loaded.model,
-                self.types,
-                tokenizer=extras.tokenizer,
-                template=loaded.template.source,
-                stop_ids=extras.stop_ids,
-            )
-            for line in lines:
-                state.log.say(f"{self.label}: {line}")
-        elif self.format == "bitsandbytes":
-            bitsandbytes.save(target, params, loaded.model, extras)
-        else:
-            compressed_tensors.save(
-                target, params, loaded.model, extras, activations=self.activations
-            )
-            groups = compressed_tensors.described(params, self.activations)
-            for line in [*groups, *compressed_tensors.notes(params)]:
-                state.log.say(f"{self.label}: {line}")
-        _say_notes(state, self.label, text_alone=True)
-        n_bytes = _n_bytes(target)
-        state.log.say(f"{self.label}: {self.format} in {target}, {n_bytes / 2**20:.2f} MiB")
-        record = {"what": self.format, "path": str(target), "bytes": n_bytes}
-        return state.record(self.label, {**record, "sha256": saved_hashes(target)})
-
-
-def _say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
+def say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
     """Say in the log what becomes of what the model's folder holds beside its text model."""
     source = state.loaded.source
     for line in notes(source, text_alone=text_alone) if source is not None else []:
         state.log.say(f"{label}: {line}")
 
 
-def _n_bytes(target: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    files = [path for path in target.rglob("*") if path.is_file()] if target.is_dir() else [target]
-    return sum(file.stat().st_size for file in files)
-
-
-def _folder_extras(state: PipelineState) -> FolderExtras:
+def folder_extras(state: PipelineState) -> FolderExtras:
+    """Files and settings of the model's folder that a result has too."""
     loaded = state.loaded
     template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
     ends = stop_ids(loaded.tokenizer, loaded.template)

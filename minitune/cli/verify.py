@@ -1,0 +1,95 @@
+"""Verb verify: what was written, opened by another program and compared with minitune."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitune.cli.model_folders import result_of
+from minitune.cli.options import OptionParser
+from minitune.errors import InputError
+from minitune.interop.artefacts import FORMATS, FormatName, format_of, require_reader
+from minitune.io.paths import PACKAGE, locate
+from minitune.programs.trained_state import TrainedState
+from minitune.programs.verification import (
+    PROMPTS,
+    Held,
+    Questions,
+    base_of_adapter,
+    opened,
+    require_agreement,
+    write_figures,
+)
+from minitune.programs.verification import verify as figures_of
+
+
+def verify(words: Sequence[str]) -> int:
+    """Compare what the words name with minitune, say the figures, write them beside it, and return
+    the exit code 0.
+
+    InputError where they differ by more than the format allows, for a reader that is not installed,
+    and for what is no artefact.
+    """
+    options = _parser().parse_args(words)
+    if options.max_new_tokens < 1:
+        found = f"--max-new-tokens is {options.max_new_tokens}"
+        raise InputError(f"verify: {found}, expected at least 1; correct it")
+    path = _place(options.path)
+    name = format_of(path)
+    require_reader(name)
+    held, base = _held(path, name, options.against)
+    asked = Questions(options.prompt or PROMPTS, options.max_new_tokens)
+    figures = figures_of(path, name, held, asked, base)
+    lines = figures.lines()
+    if not path.is_relative_to(PACKAGE):  # the demo is no result of the user's
+        lines.append(f"figures in {write_figures(path, figures)}")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+    require_agreement(figures)
+    return 0
+
+
+def _parser() -> OptionParser:
+    description = (
+        "Open a model folder, an adapter, a GGUF or an ONNX file with the program that it is for, "
+        "and hold its logits and its greedy text against minitune's."
+    )
+    epilog = "The figures are written to verify.json in the folder, or PATH.verify.json."
+    parser = OptionParser("verify", description=description, epilog=epilog)
+    what = "a folder or a file that a save or export stage wrote, or a run"
+    parser.add_argument("path", metavar="PATH", help=what)
+    against = "model folder that it was made of (default: PATH itself, as minitune reads it)"
+    parser.add_argument("--against", metavar="FOLDER", help=against)
+    prompt = "a text that both are asked; may be given several times"
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help=prompt)
+    n_tokens = "tokens of each greedy answer (default %(default)s)"
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help=n_tokens)
+    return parser
+
+
+def _place(word: str) -> Path:
+    """Folder or file that a word means: of a run, what it saved."""
+    place = locate(word)
+    if not place.exists():
+        raise InputError(f"verify: {word} does not exist, expected a folder or file; correct it")
+    if place.is_file():
+        return place
+    result = result_of(word, "verify")
+    if isinstance(result, TrainedState):
+        found = f"verify: {word} is a training state, which other programs do not open"
+        raise InputError(f"{found}, expected what a save stage wrote; run `minitune merge {word}`")
+    return locate(result)
+
+
+def _held(path: Path, name: FormatName, against: str | None) -> tuple[Held, Path | None]:
+    """(model that an artefact is held against, folder below an adapter)."""
+    base = base_of_adapter(path) if name == "adapter" else None
+    if against is not None:
+        return opened(against, None, same_weights=False), base
+    if base is not None:
+        return opened(str(base), str(path), same_weights=True), base
+    if FORMATS[name].is_read:
+        return opened(str(path), None, same_weights=True), None
+    raise InputError(
+        f"verify: {path} is {name}, which minitune does not read, expected the model folder that "
+        "it was made of; give it with --against FOLDER"
+    )

@@ -1,0 +1,166 @@
+"""Registry of MLflow: a server, Azure ML's, or the file runs/mlflow.db where none is named."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from minitune.errors import InputError
+from minitune.io.atomic import create_folder, link
+from minitune.registry.versions import CONTENT, FACTS, LATEST, Facts, Version, absent, files_at
+from minitune.trackers.mlflow import MlflowConfig
+from minitune.trackers.reach import unreachable
+
+EXPERIMENT = "minitune"
+FILES = "model"  # folder of a run's artifacts
+OUT = Path("runs")
+
+
+class MlflowModels:
+    """Models of MLflow; a version is the artifacts of a run."""
+
+    def __init__(self) -> None:
+        try:
+            from mlflow.tracking import MlflowClient  # slow to import
+        except ImportError:
+            found = "the package mlflow is not installed, expected it for MLflow's registry"
+            raise InputError(f"registry: {found}; pip install 'minitune[mlflow]'") from None
+        logging.getLogger("mlflow.store").setLevel(logging.WARNING)
+        self._uri = MlflowConfig().uri(OUT)
+        registry = os.environ.get("MLFLOW_REGISTRY_URI")
+        for uri in (self._uri, registry or ""):
+            fault = unreachable(uri) if uri.startswith(("http:", "https:")) else None
+            if fault is not None:
+                found = f"the MLflow server {uri} can't be reached ({fault})"
+                remedy = "mend it, or correct MLFLOW_TRACKING_URI"
+                raise InputError(f"registry: {found}, expected a network; {remedy}")
+        if self._uri.startswith("sqlite:"):
+            create_folder(OUT)
+        with _explained():
+            self._client: Any = MlflowClient(self._uri, registry)
+
+    def check(self, name: str) -> None:
+        """InputError for a name that MLflow does not take, and for a server that refuses."""
+        self.versions(name)
+
+    def add(self, name: str, place: Path, content: str, facts: Facts) -> Version:
+        """New version: a run with the files as artifacts, and the facts beside them."""
+        from mlflow.exceptions import MlflowException
+
+        with _explained():
+            run = self._client.create_run(self._experiment(), run_name=name)
+            run_id, root = run.info.run_id, run.info.artifact_uri
+            self._client.log_dict(run_id, dict(facts.table), FACTS)
+            self._put(run_id, root, place)
+            self._client.set_terminated(run_id)
+            if not self._is_registered(name):
+                try:
+                    self._client.create_registered_model(name)
+                except MlflowException:
+                    if not self._is_registered(name):  # by another process, just now
+                        raise
+            tags = {CONTENT: content, **facts.tags}
+            made = self._client.create_model_version(
+                name, f"{root}/{FILES}", run_id, tags=tags, description=facts.text
+            )
+        return Version(str(made.version), content, f"{root}/{FILES}")
+
+    def versions(self, name: str) -> Sequence[Version]:
+        """Versions by their numbers."""
+        with _explained():
+            if not self._is_registered(name):
+                return []
+            quoted = name.replace("'", "''")
+            found = list(self._client.search_model_versions(f"name = '{quoted}'"))
+        return [_version(one) for one in sorted(found, key=lambda one: int(one.version))]
+
+    def find(self, name: str, wanted: str) -> Version:
+        """Version of a number, of an alias, or the newest."""
+        known = self.versions(name)
+        aliases: dict[str, str] = {}
+        if known:
+            with _explained():
+                aliases = dict(self._client.get_registered_model(name).aliases)
+        number = known[-1].number if known and wanted == LATEST else aliases.get(wanted, wanted)
+        found = next((one for one in known if one.number == str(number)), None)
+        if found is None:
+            raise absent(f"mlflow:{name}", wanted, [*aliases, *(one.number for one in known)])
+        return found
+
+    def set_alias(self, name: str, alias: str, version: Version) -> None:
+        """Have an alias name a version."""
+        with _explained():
+            self._client.set_registered_model_alias(name, alias, version.number)
+
+    def fetch(self, name: str, version: Version, folder: Path, tell: Callable[[str], None]) -> Path:
+        """Folder of a version: where its files lie on this machine, else the given one, filled."""
+        here = _local(version.place)
+        if here is not None and here.is_dir():
+            return here
+        from mlflow.artifacts import download_artifacts
+
+        tell(f"registry: fetching mlflow:{name}:{version.number}")
+        with _explained():
+            download_artifacts(version.place, dst_path=str(folder), tracking_uri=self._uri)
+        inside = folder / FILES
+        return inside if inside.is_dir() else folder
+
+    def _is_registered(self, name: str) -> bool:
+        quoted = name.replace("'", "''")
+        return bool(self._client.search_registered_models(f"name = '{quoted}'", max_results=1))
+
+    def _experiment(self) -> str:
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return str(found.experiment_id)
+        # A database has no place for files; they lie beside it.
+        beside = (OUT / "mlflow-artifacts").absolute().as_uri()
+        place = beside if self._uri.startswith("sqlite:") else None
+        return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
+
+    def _put(self, run_id: str, root: str, place: Path) -> None:
+        """Keep files as artifacts: on this disk as second names, which take no room."""
+        here = _local(root)
+        if here is None:
+            with TemporaryDirectory() as folder:
+                _link_files(place, Path(folder))
+                self._client.log_artifacts(run_id, folder, FILES)
+        else:
+            _link_files(place, here / FILES)
+
+
+def _link_files(place: Path, folder: Path) -> None:
+    for name, file in files_at(place).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        link(file, folder / name)
+
+
+def _local(uri: str) -> Path | None:
+    """Path on this machine that an address of artifacts means; None for one elsewhere."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    return Path(uri) if parts.scheme == "" else None
+
+
+def _version(found: Any) -> Version:
+    return Version(str(found.version), dict(found.tags).get(CONTENT), str(found.source))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what MLflow raises into an InputError with its own words."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        said = " ".join(str(error).split())[:300]
+        remedy = "correct the name or MLFLOW_TRACKING_URI"
+        raise InputError(
+            f"registry: mlflow says: {said}, expected it to answer; {remedy}"
+        ) from None
