@@ -11,6 +11,7 @@ import msgspec
 
 from minitune import seeds
 from minitune.algorithms.objective import apply_trainable
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import bring_registered, open_model_folder
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
@@ -28,9 +29,9 @@ COMMANDS = (
 )
 
 
-def chat(words: Sequence[str]) -> int:
+def chat(words: Sequence[str]) -> CommandResult:
     """Talk with a model: turns from stdin, answers to stdout as they are written, all else to
-    stderr; returns the exit code.
+    stderr; returns the turns.
 
     InputError for options, folders and templates that do not fit.
     """
@@ -49,7 +50,7 @@ def chat(words: Sequence[str]) -> int:
     encode_prompt(loaded.tokenizer, loaded.template, [*opening, {"role": "user", "content": "?"}])
 
     messages = opening
-    n_turns = 0
+    turns: list[dict[str, str]] = []
     if sys.stdin.isatty():
         _tell(COMMANDS)
     for line in _lines():
@@ -62,12 +63,12 @@ def chat(words: Sequence[str]) -> int:
             _tell(COMMANDS if line == "/help" else f"{line} is no command: {COMMANDS}")
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
-            seed = seeds.derive(options["seed"], "turn", n_turns)
+            seed = seeds.derive(options["seed"], "turn", len(turns))
             answer = _answer(loaded, asked, sampling, seed, options["max_new_tokens"])
-            n_turns += 1
+            turns.append({"prompt": line, "answer": answer})
             if answer:
                 messages = [*asked, {"role": "assistant", "content": answer}]
-    return 0
+    return CommandResult({"turns": turns})
 
 
 def _source(options: Mapping[str, Any]) -> ModelSource:
@@ -187,7 +188,7 @@ def _answer(
     seed: int,
     max_new_tokens: int,
 ) -> str:
-    """Answer of the model, written to stdout while it comes; Ctrl-C cuts it short."""
+    """CommandResult of the model, written to stdout while it comes; Ctrl-C cuts it short."""
     ids = encode_prompt(loaded.tokenizer, loaded.template, asked)
     room = loaded.model.config.max_positions - len(ids)
     if room < 1:

@@ -8,7 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
+from minitune.cli.command_result import CommandResult
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.io.paths import user_path
@@ -25,9 +27,17 @@ ELSEWHERE = {
 }
 
 
-def download(words: Sequence[str]) -> int:
-    """Fetch what the words name, say on stdout where it lies and how to use it, and return the exit
-    code 0; InputError else.
+class Fetched(NamedTuple):
+    """Folder that was fetched, the commit it is of, and lines on how to use it."""
+
+    path: str
+    commit: str
+    lines: list[str]
+
+
+def download(words: Sequence[str]) -> CommandResult:
+    """Fetch what the words name, say on stdout where it lies and how to use it, and return the
+    same; InputError else.
 
     On a node where many ranks run this, one fetches and the others wait for it; LOCAL_RANK 0 does
     the talking.
@@ -45,10 +55,10 @@ def download(words: Sequence[str]) -> int:
 
     bring = _data_set if options.dataset else _model
     with _ended_by_ctrl_c():
-        text = bring(options.repo, options.revision, options.to, tell)
+        fetched = bring(options.repo, options.revision, options.to, tell)
     if talks:
-        sys.stdout.write(text)
-    return 0
+        sys.stdout.write("".join(f"{line}\n" for line in fetched.lines))
+    return CommandResult(fetched._asdict())
 
 
 def _refuse_elsewhere(option: str) -> None:
@@ -79,21 +89,22 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _model(repo: str, revision: str, to: str | None, tell: Callable[[str], None]) -> str:
-    """Fetch a model or an adapter, and return how to use it."""
+def _model(repo: str, revision: str, to: str | None, tell: Callable[[str], None]) -> Fetched:
+    """Fetch a model or an adapter, and return where it lies and how to use it."""
     folder = user_path(to or f"models/{repo}")
     sizes, commit = fetch(repo, revision, folder, tell)
     key = "model.deltas" if ADAPTER in sizes else "model.path"
-    return (
-        f"{folder}: {repo} at {commit[:12]}, {len(sizes)} files, "
-        f"{format_bytes(sum(sizes.values()))}\n"
-        f"look at it: python -m minitune inspect {folder}\n"
-        f"train it:   python -m minitune PROGRAM.toml {key}={folder}\n"
-    )
+    n_bytes = format_bytes(sum(sizes.values()))
+    lines = [
+        f"{folder}: {repo} at {commit[:12]}, {len(sizes)} files, {n_bytes}",
+        f"look at it: python -m minitune inspect {folder}",
+        f"train it:   python -m minitune PROGRAM.toml {key}={folder}",
+    ]
+    return Fetched(str(folder), commit, lines)
 
 
-def _data_set(repo: str, revision: str, to: str | None, tell: Callable[[str], None]) -> str:
-    """Fetch a split of a data set, and return how to train on it."""
+def _data_set(repo: str, revision: str, to: str | None, tell: Callable[[str], None]) -> Fetched:
+    """Fetch a split of a data set, and return where it lies and how to train on it."""
     # which imports torch, as a download of a model does not
     from minitune.data.files import is_data_file
 
@@ -105,10 +116,11 @@ def _data_set(repo: str, revision: str, to: str | None, tell: Callable[[str], No
     n_files, n_bytes = len(found.files), format_bytes(found.n_bytes)
     paths = [str(file) for file in found.files]
     value = paths[0] if n_files == 1 else json.dumps(paths, ensure_ascii=False)
-    return (
-        f"{folder}: {name.repo} at {found.commit[:12]}, {n_files} files of rows, {n_bytes}\n"
-        f"train on it: python -m minitune PROGRAM.toml data.train.path={shlex.quote(value)}\n"
-    )
+    lines = [
+        f"{folder}: {name.repo} at {found.commit[:12]}, {n_files} files of rows, {n_bytes}",
+        f"train on it: python -m minitune PROGRAM.toml data.train.path={shlex.quote(value)}",
+    ]
+    return Fetched(str(folder), found.commit, lines)
 
 
 @contextmanager

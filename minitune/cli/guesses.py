@@ -43,7 +43,7 @@ ALIASES = {
     "config": ("cat", "print", "explain"),
     "validate": ("lint", "dry-run", "dryrun"),
     "estimate": ("memory", "profile", "vram"),
-    "preview": ("tokenize", "preprocess", "sample", "samples", "data", "dataset"),
+    "preview": ("tokenize", "preprocess", "sample", "samples", "dataset"),
     "pull": ("get", "fetch", "install", "clone"),
     "info": ("describe", "model", "view"),
     "version": ("-v", "-V", "--verbose-version"),

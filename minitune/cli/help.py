@@ -6,6 +6,14 @@ from minitune.cli.options import typed_name
 from minitune.cli.verbs import CHANGES, VERBS
 from minitune.io import toml
 
+EXIT_CODES = {
+    "0": "done",
+    "1": "a fault of minitune: report it; --debug shows its traceback",
+    "2": "something to change: the sentence on stderr says what",
+    "3": "a disk is full: free some space and run the same command again",
+    "128 + signal": "stopped by a signal, 130 by Ctrl-C; the same command continues the run",
+}
+
 
 def overview() -> str:
     """Help of the whole command: how a program is run, every verb, the exit codes."""
@@ -26,8 +34,9 @@ def overview() -> str:
             "",
             f"{me} VERB --help says more of a verb, {me} PROGRAM --help of a program.",
             "--version, --help; --debug shows the traceback of whatever ends a command early.",
-            "Exit codes: 0 done, 2 something to change, 3 a disk is full, 1 a fault of minitune,",
-            "128 + signal when stopped by one.",
+            "--json writes what a command found as one line on stdout, and all else on stderr.",
+            "Exit codes:",
+            *(f"  {code:12}  {meaning}" for code, meaning in EXIT_CODES.items()),
             "",
         ]
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minitune.cli.command_result import CommandResult
+from minitune.cli.failures import DONE, REFUSED
 from minitune.cli.folder_facts import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -51,9 +53,9 @@ class FolderSummary(NamedTuple):
     faults: list[str]
 
 
-def inspect(word: str) -> int:
-    """Print what a folder (or demo) holds, as a table, and return 0; 2 if a file is missing or
-    damaged, told on stderr.
+def inspect(word: str) -> CommandResult:
+    """Print what a folder (or demo) holds, as a table, and return it; exit code 2 if a file is
+    missing or damaged, told on stderr.
 
     InputError for what is no model and no adapter folder.
     """
@@ -75,21 +77,21 @@ def inspect(word: str) -> int:
         width = max(map(len, rows))
         lines = [f"{name:{width}}  {printable(value)}\n" for name, value in rows.items()]
         sys.stdout.write("".join(lines))
-        return _tell(faults)
+        return _told(rows, faults)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, Text(printable(value)))
     console.print(table)
-    return _tell(faults)
+    return _told(rows, faults)
 
 
-def _tell(faults: Sequence[str]) -> int:
-    """Exit code, after each fault is told on stderr."""
+def _told(rows: Mapping[str, str], faults: Sequence[str]) -> CommandResult:
+    """Rows and faults with the exit code, after each fault is told on stderr."""
     for fault in faults:
         sys.stderr.write(f"inspect: {printable(fault)}\n")
-    return 2 if faults else 0
+    return CommandResult({"rows": rows, "faults": faults}, REFUSED if faults else DONE)
 
 
 def summarize(folder: Path) -> FolderSummary:

@@ -4,19 +4,21 @@ fit.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minitune.cli.command_result import CommandResult
 from minitune.errors import InputError
 from minitune.programs import program
 from minitune.programs.plan import Planned, planned
 from minitune.programs.plan_fit import MIB, fit_lines
 
 
-def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> int:
-    """Print what each stage of `planned` needs and whether it fits; returns the exit code. No
+def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> CommandResult:
+    """Print what each stage of `planned` needs and whether it fits; returns the same figures. No
     weight is read.
 
     InputError for what is wrong with the program, and for one without such a stage.
@@ -32,7 +34,13 @@ def show(file: Path, overrides: Sequence[str], console: Console | None = None) -
     for one in stages:
         for line in fit_lines(one):
             screen.print(Text(line), soft_wrap=True)
-    return 0
+    return CommandResult({"stages": {one.stage.label: _figures(one) for one in stages}})
+
+
+def _figures(one: Planned) -> dict[str, Any]:
+    """Figures of a stage as JSON takes them."""
+    flops = {"token": one.flops_per_token, "step": one.flops_per_token * _tokens(one)}
+    return {"bytes": one.n_bytes, "parts": one.parts, "flops": flops, "lines": [*fit_lines(one)]}
 
 
 def _table(stages: Sequence[Planned]) -> Table:

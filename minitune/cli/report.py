@@ -3,10 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from minitune.cli.command_result import CommandResult
 from minitune.cli.options import typed_name
 from minitune.errors import InputError
 from minitune.programs.page.curves import library
@@ -16,7 +18,7 @@ from minitune.programs.page.run_files import RunFiles, read_run
 REFRESH_S = 10  # after which a page that is watched is loaded again
 
 
-def report(words: Sequence[str]) -> int:
+def report(words: Sequence[str]) -> CommandResult:
     """Write the page of a run into its folder, or that of several runs beside each other."""
     parser = argparse.ArgumentParser(
         prog=f"{typed_name()} report",
@@ -35,7 +37,7 @@ def report(words: Sequence[str]) -> int:
             raise InputError(f"report: {path} exists, expected a new file; name one with --to")
         path.write_text(page(labelled(runs)), encoding="utf-8")
     sys.stdout.write(f"{path}\n")
-    return 0
+    return CommandResult({"path": str(path)})
 
 
 def labelled(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
@@ -46,8 +48,8 @@ def labelled(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
     return {str(run.folder): run for run in runs}
 
 
-def watch(words: Sequence[str]) -> int:
-    """Serve the page of a run on this machine until Ctrl-C."""
+def watch(words: Sequence[str]) -> CommandResult:
+    """Serve the page of a run on this machine until Ctrl-C; returns where it was."""
     parser = argparse.ArgumentParser(
         prog=f"{typed_name()} watch",
         description="Show the page of a run in a browser on this machine, while it trains.",
@@ -63,14 +65,12 @@ def watch(words: Sequence[str]) -> int:
             f"watch: port {given.port} can't be used ({error}), expected a free one; choose "
             "another with --port"
         ) from None
-    sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}, until Ctrl-C\n")
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    sys.stdout.write(f"{address}, until Ctrl-C\n")
     sys.stdout.flush()
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
-    return 0
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever()
+    return CommandResult({"address": address})
 
 
 def server_of(folder: Path, port: int) -> ThreadingHTTPServer:
@@ -86,7 +86,7 @@ class _Page(BaseHTTPRequestHandler):
         super().__init__(*args)  # pyright: ignore[reportArgumentType]
 
     def do_GET(self) -> None:
-        """Answer / with the page as it is now, and /plotly.js with the library."""
+        """CommandResult / with the page as it is now, and /plotly.js with the library."""
         if self.path == "/plotly.js":
             self._answer(library(), "text/javascript", seconds=3600)
         elif self.path == "/":

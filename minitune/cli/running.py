@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import open_model_folder, require_folder, with_model
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
@@ -20,13 +21,13 @@ from minitune.programs.stages.save import Save
 from minitune.programs.trained_state import is_run
 
 
-def run_file(file: Path, overrides: Sequence[str]) -> int:
-    """Run or continue a program file; returns the exit code."""
+def run_file(file: Path, overrides: Sequence[str]) -> CommandResult:
+    """Run or continue a program file; returns its folder and its summary."""
     return _run(program.load(file, with_model(overrides, file.stem)), end=None)
 
 
-def finish(words: Sequence[str]) -> int:
-    """End the training of a run and run what comes after it; returns the exit code.
+def finish(words: Sequence[str]) -> CommandResult:
+    """End the training of a run and run what comes after it; returns its folder and summary.
 
     InputError for what is no run folder, for a finished run, and without a state to finish with.
     """
@@ -54,8 +55,8 @@ def _finish_parser() -> OptionParser:
     return parser
 
 
-def merge(words: Sequence[str]) -> int:
-    """Merge an adapter into its base and write a model folder, as a run; returns the exit code.
+def merge(words: Sequence[str]) -> CommandResult:
+    """Merge an adapter into its base and write a model folder, as a run; returns its summary.
 
     InputError for a folder without deltas, and for a base that is not here.
     """
@@ -90,12 +91,16 @@ def _merge_parser() -> OptionParser:
     return parser
 
 
-def _run(chosen: Program, end: Chosen | None) -> int:
+def _run(chosen: Program, end: Chosen | None) -> CommandResult:
+    """Folder and summary of a run; of one that a signal stopped, the step that is saved."""
     stop = StopSignals()
+    folder = str(Path(chosen.out) / chosen.name)
     try:
-        run.run_program(chosen, stop, end=end)
+        summary = run.run_program(chosen, stop, end=end)
     except Stopped as stopped:
         place = f"stopped at step {stopped.step}, saved in {stopped.folder}"
         sys.stderr.write(f"{place}; run the same command to continue\n")
-        return 128 + (stop.number or 0)
-    return 0
+        return CommandResult(
+            {"folder": folder, "stopped_at_step": stopped.step}, 128 + (stop.number or 0)
+        )
+    return CommandResult({"folder": folder, "summary": summary})

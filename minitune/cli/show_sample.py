@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import bring_registered
 from minitune.cli.options import OptionParser
 from minitune.data import preference_rows
@@ -34,9 +36,9 @@ TARGET, OTHER = "bold green", "dim"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
-def show(file: Path, words: Sequence[str], console: Console | None = None) -> int:
+def show(file: Path, words: Sequence[str], console: Console | None = None) -> CommandResult:
     """Print the first samples of a program's data: text, ids and mask, the targets marked; returns
-    the exit code.
+    the same samples.
 
     words: overrides of the program, --n (samples a file), --data (a [data] table, all if absent).
     InputError for what the program, its tokenizer or its data have wrong.
@@ -64,6 +66,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
     screen.print(
         Text(f"template: {template.origin}; targets stand in {OPEN}{CLOSE}"), soft_wrap=True
     )
+    shown: list[dict[str, Any]] = []
     for name, source in asked.data.items():
         if options.data in (None, name):
             # How long rows are to be is decided when all are read; here the first ones are.
@@ -71,8 +74,8 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> in
             here = msgspec.structs.replace(located(source), seq_len=most)
             for part in here.parts():
                 require_rows(part)
-                _show_file(screen, name, part, text, template, options.n)
-    return 0
+                shown += _show_file(screen, name, part, text, template, options.n)
+    return CommandResult({"template": template.origin, "samples": shown})
 
 
 def _parser() -> OptionParser:
@@ -100,8 +103,10 @@ def _show_file(
     text: Tokenizer,
     template: Template,
     n: int,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Print the first samples of a file; returns them as JSON takes them."""
     refused: list[Refused] = []
+    shown: list[dict[str, Any]] = []
     for where, samples in islice(_samples(source, text, template, refused), n):
         for kind, whole in samples:
             # Nothing predicts the first token.
@@ -112,11 +117,15 @@ def _show_file(
             screen.print(Text(title, style="bold"), soft_wrap=True)
             for line in (*_unwritten(tokens), _text(tokens, text), _ids(tokens), _mask(tokens)):
                 screen.print(line, soft_wrap=True)
+            words = text.decode(tokens.ids, skip_special=False)
+            named = {"data": name, "where": where, "kind": kind, "text": words}
+            shown.append({**named, "ids": tokens.ids, "mask": list(map(float, tokens.mask))})
     for one in refused:
         kind = "malformed" if one.is_malformed else "refused"
         screen.print(
             _visible(f"\n{name} {one.where} is left out ({kind}): {one.reason}"), soft_wrap=True
         )
+    return shown
 
 
 def _samples(

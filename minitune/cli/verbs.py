@@ -7,31 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Never
 
+from minitune.cli.command_result import CommandResult, Verb
 from minitune.cli.guesses import YAML_SUFFIXES, hint, yaml_hint
 from minitune.cli.model_folders import with_model
 from minitune.cli.options import announced, typed_name
-from minitune.cli.verb import PUBLISHING, Verb
+from minitune.cli.result_verbs import RESULT_VERBS
 from minitune.errors import InputError, cut, nearest
 from minitune.io import paths, toml
 
 HELP_WORDS = ("--help", "-h")
 
 
-def ls(words: Sequence[str]) -> int:
+def ls(words: Sequence[str]) -> CommandResult:
     """Print the shipped programs, each with its first comment."""
     if words:
         refuse(f"ls {' '.join(words)}, expected ls alone")
     programs = paths.shipped()
     width = max(map(len, programs), default=0)
-    for name, path in programs.items():
-        sys.stdout.write(
-            f"{name:{width}}  {next(iter(toml.opening_comment(path, 'program')), '')}".rstrip()
-            + "\n"
-        )
-    return 0
+    names = programs.items()
+    opening = {n: next(iter(toml.opening_comment(p, "program")), "") for n, p in names}
+    for name, comment in opening.items():
+        sys.stdout.write(f"{name:{width}}  {comment}".rstrip() + "\n")
+    return CommandResult({"programs": opening})
 
 
-def cp(words: Sequence[str]) -> int:
+def cp(words: Sequence[str]) -> CommandResult:
     """Copy a shipped program; InputError for a place that is taken or lies in no folder."""
     if len(words) != 2:
         refuse(f"cp {' '.join(words)}, expected cp NAME DEST")
@@ -43,20 +43,22 @@ def cp(words: Sequence[str]) -> int:
         refuse(f"{target.parent} is no folder, expected one that exists")
     shutil.copyfile(source, target)
     sys.stdout.write(f"{target}\n")
-    return 0
+    return CommandResult({"path": str(target)})
 
 
-def show(words: Sequence[str]) -> int:
+def show(words: Sequence[str]) -> CommandResult:
     """Print a program with its overrides and every default."""
+    import msgspec
+
     from minitune.programs import program
 
     file = _program_of("show", words)
     loaded = program.load(file, with_model(words[1:], file.stem))
     sys.stdout.write(program.resolved(loaded, absent=True))
-    return 0
+    return CommandResult({"program": msgspec.to_builtins(loaded)})
 
 
-def check(words: Sequence[str]) -> int:
+def check(words: Sequence[str]) -> CommandResult:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
     from minitune.programs import log, program, save_paths
@@ -68,10 +70,10 @@ def check(words: Sequence[str]) -> int:
     save_paths.check(loaded)
     for line in checked.lines:
         sys.stdout.write(f"{line}\n")
-    return 0
+    return CommandResult({"lines": checked.lines})
 
 
-def plan(words: Sequence[str]) -> int:
+def plan(words: Sequence[str]) -> CommandResult:
     """Print memory and operations of each training stage."""
     file = announced(_program_of("plan", words))
     from minitune.cli.plan import show
@@ -79,17 +81,37 @@ def plan(words: Sequence[str]) -> int:
     return show(file, with_model(words[1:], file.stem))
 
 
-def schema(words: Sequence[str]) -> int:
+def data(words: Sequence[str]) -> CommandResult:
+    """Print what the data of a program holds."""
+    file = announced(_program_of("data", words))
+    from minitune.cli.data import show
+
+    return show(file, with_model(words[1:], file.stem))
+
+
+def skill(words: Sequence[str]) -> CommandResult:
+    """Print a page that tells a coding agent how to use minitune."""
+    if words:
+        refuse(f"skill {' '.join(words)}, expected skill alone")
+    from minitune.cli.skill import page
+
+    text = page()
+    sys.stdout.write(text)
+    return CommandResult({"text": text})
+
+
+def schema(words: Sequence[str]) -> CommandResult:
     """Print the JSON Schema of programs."""
     if words:
         refuse(f"schema {' '.join(words)}, expected schema alone")
     from minitune.programs import program
 
-    sys.stdout.write(json.dumps(program.schema(), indent=2) + "\n")
-    return 0
+    content = program.schema()
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    return CommandResult(content)
 
 
-def show_sample(words: Sequence[str]) -> int:
+def show_sample(words: Sequence[str]) -> CommandResult:
     """Print text, ids and mask of the first samples of a program's data."""
     wants_help = any(word in HELP_WORDS for word in words)
     file = Path() if wants_help else _program_of("show-sample", words)
@@ -98,35 +120,7 @@ def show_sample(words: Sequence[str]) -> int:
     return show(file, HELP_WORDS[:1] if wants_help else words[1:])
 
 
-def chat(words: Sequence[str]) -> int:
-    """Talk with a model folder."""
-    from minitune.cli.chat import chat
-
-    return chat(words)
-
-
-def download(words: Sequence[str]) -> int:
-    """Fetch a folder from the Hub."""
-    from minitune.cli.download import download
-
-    return download(words)
-
-
-def finish(words: Sequence[str]) -> int:
-    """End the training of a stopped run, and run the stages after it."""
-    from minitune.cli.running import finish
-
-    return finish(words)
-
-
-def merge(words: Sequence[str]) -> int:
-    """Merge an adapter into its base."""
-    from minitune.cli.running import merge
-
-    return merge(words)
-
-
-def inspect(words: Sequence[str]) -> int:
+def inspect(words: Sequence[str]) -> CommandResult:
     """Print what a folder holds."""
     if len(words) != 1:
         found = f"{len(words)} folders" if words else "without a folder"
@@ -136,32 +130,34 @@ def inspect(words: Sequence[str]) -> int:
     return inspect(words[0])
 
 
-def cache(words: Sequence[str]) -> int:
-    """Print or empty the cache of tokenized data."""
+def _chat(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.chat import chat
+
+    return chat(words)
+
+
+def _download(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.download import download
+
+    return download(words)
+
+
+def _finish(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.running import finish
+
+    return finish(words)
+
+
+def _merge(words: Sequence[str]) -> CommandResult:
+    from minitune.cli.running import merge
+
+    return merge(words)
+
+
+def _cache(words: Sequence[str]) -> CommandResult:
     from minitune.cli.cache import cache
 
     return cache(words)
-
-
-def report(words: Sequence[str]) -> int:
-    """Write the page of runs."""
-    from minitune.cli.report import report
-
-    return report(words)
-
-
-def verify(words: Sequence[str]) -> int:
-    """Open what was written with another program, and compare."""
-    from minitune.cli.verify import verify
-
-    return verify(words)
-
-
-def watch(words: Sequence[str]) -> int:
-    """Serve the page of a run on this machine."""
-    from minitune.cli.report import watch
-
-    return watch(words)
 
 
 CHANGES = "KEY=VALUE changes the program for this command: train.optimizer.lr=1e-4, seed=1."
@@ -191,6 +187,12 @@ VERBS = {
         plan,
         CHANGES,
     ),
+    "data": Verb(
+        "data PROGRAM [KEY=VALUE ...]",
+        "lengths, targets, repeated and held-out samples, template and estimates of its data",
+        data,
+        f"Reads no weight and trains nothing.\n{CHANGES}",
+    ),
     "schema": Verb(
         "schema",
         "the JSON Schema of programs",
@@ -206,19 +208,19 @@ VERBS = {
     "download": Verb(
         "download REPO [--to DIR] [--revision R]",
         "fetch a model folder or an adapter from the Hugging Face Hub",
-        download,
+        _download,
         parses_help=True,
     ),
     "finish": Verb(
         "finish RUN [--best]",
         "end the training of a stopped run with its saved state, and run the stages after it",
-        finish,
+        _finish,
         parses_help=True,
     ),
     "merge": Verb(
         "merge ADAPTER [--to FOLDER]",
         "fold an adapter, or what a run has trained, into its base: a model folder",
-        merge,
+        _merge,
         parses_help=True,
     ),
     "inspect": Verb(
@@ -230,29 +232,12 @@ VERBS = {
     "chat": Verb(
         "chat FOLDER [--OPTION VALUE]",
         "talk with a model, an adapter, a run or demo",
-        chat,
+        _chat,
         parses_help=True,
     ),
-    "report": Verb(
-        "report RUN [RUN ...] [--to FILE]",
-        "a page with curves, figures, samples and advice of a run, or of several beside each other",
-        report,
-        parses_help=True,
-    ),
-    "watch": Verb(
-        "watch RUN [--port 8000]",
-        "the page of a run in a browser on this machine, while it trains",
-        watch,
-        parses_help=True,
-    ),
-    "verify": Verb(
-        "verify PATH [--against FOLDER]",
-        "open a model, an adapter or an export with another program, and compare it with minitune",
-        verify,
-        parses_help=True,
-    ),
-    **PUBLISHING,
-    "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", cache),
+    **RESULT_VERBS,
+    "cache": Verb("cache [clear]", "where tokenized data is kept; clear removes it", _cache),
+    "skill": Verb("skill", "a page that tells a coding agent how to use all of this", skill),
 }
 
 

@@ -145,13 +145,29 @@ def _states_before(stages: Sequence[PipelineStage], abstract: AbstractState) -> 
     return before
 
 
-def _refuse_shared_rows(stages: Sequence[PipelineStage], placed: Mapping[str, Source]) -> None:
-    """InputError where a stage measures on another table that holds rows of a training stage's."""
+def trained_tables(stages: Sequence[Any]) -> list[str]:
+    """Names of the tables that stages train on, each once."""
+    return list(dict.fromkeys(stage.data for stage in stages if isinstance(stage, Train)))
+
+
+def measured_tables(stages: Sequence[Any]) -> list[str]:
+    """Names of the tables that stages measure a loss on, each once."""
     training = [stage for stage in stages if isinstance(stage, Train)]
     measured = [stage.evaluate.data for stage in training if stage.evaluate is not None]
     measured += [stage.data for stage in stages if isinstance(stage, Eval)]
-    for trained, name in product({stage.data for stage in training}, dict.fromkeys(measured)):
-        shared = _shared_file(placed[trained], placed[name]) if name != trained else None
+    return list(dict.fromkeys(measured))
+
+
+def measured_pairs(stages: Sequence[Any]) -> list[tuple[str, str]]:
+    """(table that a stage trains on, another table that a stage measures on), each pair once."""
+    pairs = product(trained_tables(stages), measured_tables(stages))
+    return [(trained, measured) for trained, measured in pairs if trained != measured]
+
+
+def _refuse_shared_rows(stages: Sequence[PipelineStage], placed: Mapping[str, Source]) -> None:
+    """InputError where a stage measures on another table that holds rows of a training stage's."""
+    for trained, name in measured_pairs(stages):
+        shared = _shared_file(placed[trained], placed[name])
         if shared is not None:
             raise InputError(
                 f"check: data.{trained} and data.{name} both read {shared}, so that what is "

@@ -10,6 +10,8 @@ from minitune.io.results import Record
 from minitune.programs import log, save_paths
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.check import check, data_notes
+from minitune.programs.data_facts import FILE as FACTS
+from minitune.programs.data_facts import data_facts
 from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
@@ -63,6 +65,9 @@ def _run_stages(
 ) -> Record:
     """Content of summary.json after all stages; first: the state before them, without weights."""
     state = _opened(program, run, stop, out, first)
+    facts = data_facts(first, program.stage, program.seed)
+    if facts.tables:
+        write_record(run.folder / FACTS, facts)
     for stage in program.stage:
         out.begin(stage.label)
         started = perf_counter()

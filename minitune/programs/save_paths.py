@@ -19,6 +19,7 @@ from minitune.trackers.tracker import TRACKER_FILES
 MODEL_PATHS = ("path", "config", "tokenizer", "deltas")
 RUN_PARTS = (
     "checkpoints",
+    "data.json",
     "ended.json",
     "log.txt",
     "manifest.json",

@@ -55,7 +55,7 @@ def program(folder: Path, format: str, n: int = 5, **rules: Any) -> Path:
 
 def shown(file: Path, *words: str, colour: bool = False) -> str:
     screen = Console(file=io.StringIO(), force_terminal=colour, color_system="standard" if colour else None, width=40)
-    assert show(file, words, screen) == 0
+    assert show(file, words, screen).code == 0
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 

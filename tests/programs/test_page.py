@@ -65,7 +65,11 @@ def test_curves_are_the_rows_of_the_run(tmp_path: Path, tiny: Path) -> None:
     text = (tmp_path / "p/report.html").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     drawn = figures(text)
-    assert set(drawn) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Memory"}
+    lengths = {"Lengths of train", "Lengths of heldout"}
+    assert set(drawn) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Memory", *lengths}
+    facts = json.loads((tmp_path / "p/data.json").read_text(encoding="utf-8"))
+    assert drawn["Lengths of train"]["traces"][0]["y"] == facts["tables"]["train"]["lengths"]["counts"]
+    assert "of the 40 samples of heldout stand in train" in text
     loss, heldout = drawn["Loss"]["traces"]
     assert (loss["x"], loss["y"]) == ([1, 2, 3, 4], [row["loss"] for row in rows])
     measured = [row for row in rows if "heldout_loss" in row]

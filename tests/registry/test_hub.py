@@ -81,7 +81,7 @@ def test_the_default_folder_is_named_after_the_repository(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     server.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1", "optimizer.pt": b"2"}
-    assert download([REPO]) == 0
+    assert download([REPO]).code == 0
     assert contents(tmp_path / "models" / REPO) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1"}
     assert f"model.deltas=models/{REPO}" in capsys.readouterr().out
 

@@ -151,14 +151,14 @@ def test_download_brings_a_split_by_hand_and_says_how_to_use_it(
     server: Hub, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "rows"
-    assert download(["--dataset", REPO, "--to", str(folder)]) == 0
+    assert download(["--dataset", REPO, "--to", str(folder)]).code == 0
     assert set(contents(folder)) == {"README.md", "plain/part-0.parquet", "plain/part-1.parquet"}
     shown = capsys.readouterr().out
     assert shown.startswith(f"{folder}: {REPO} at {COMMIT[:12]}, 2 files of rows, ")
     word = f'data.train.path=["{folder}/plain/part-0.parquet", "{folder}/plain/part-1.parquet"]'
     assert f"'{word.partition('=')[2]}'" in shown
     assert program.load(SHIPPED["sft"], [word]).data["train"].format == "instruct"
-    assert download([f"{REPO}/hard", "--dataset", "--revision", "main", "--to", str(folder)]) == 0
+    assert download([f"{REPO}/hard", "--dataset", "--revision", "main", "--to", str(folder)]).code == 0
     assert f"data.train.path={folder}/hard.jsonl\n" in capsys.readouterr().out
     server.damaged = {"plain/part-0.parquet"}
     with pytest.raises(InputError, match=rf"part-0\.parquet arrived with another SHA-256 than {REPO} lists"):

@@ -51,6 +51,18 @@ def pictures(runs: Mapping[str, RunFiles]) -> list[Figure]:
     return found
 
 
+def histogram(title: str, width: int, counts: Sequence[int]) -> Figure:
+    """Bars of how many documents have up to so many tokens; width: of a bar."""
+    middles = [(i + 0.5) * width for i in range(len(counts))]
+    spans = [f"{i * width + 1:,} to {(i + 1) * width:,} tokens" for i in range(len(counts))]
+    trace = {"type": "bar", "x": middles, "y": list(counts), "hovertext": spans, "width": width}
+    layout = {
+        "xaxis": {"title": {"text": "tokens"}, "gridcolor": GREY, "zerolinecolor": GREY},
+        "yaxis": {"title": {"text": "documents"}, "gridcolor": GREY, "zerolinecolor": GREY},
+    }
+    return Figure([trace], {**_looks(title), **layout})
+
+
 def heat_map(title: str, axes: tuple[str, str], values: Mapping[tuple[Any, Any], float]) -> Figure:
     """Map of losses over two keys; lower is better."""
     columns = sorted({x for x, _ in values}, key=_order)

@@ -1,9 +1,8 @@
 """Page of a run, or of several: one HTML file that opens without a network."""
 
 import difflib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 from minitune.io.units import format_bytes
 from minitune.programs.page.advice import advice
 from minitune.programs.page.compare import Outcome, adapters, differences, grid
-from minitune.programs.page.curves import Figure, heat_map, library, pictures
+from minitune.programs.page.curves import heat_map, library, pictures
+from minitune.programs.page.data_part import data_parts
+from minitune.programs.page.parts import drawn, table
 from minitune.programs.page.run_files import RunFiles
 from minitune.programs.records import StageRecord
 
@@ -88,8 +89,8 @@ def page(runs: Mapping[str, RunFiles], *, script: str | None = None, refresh_s: 
         parts += [f"<h2>{escape(label)}</h2>"] if len(runs) > 1 else []
         parts += _head(run)
         parts += _advice(run)
-    drawn = "".join(map(_drawn, pictures(runs)))
-    parts += ["<h2>Curves</h2>", f'<div class="curves">{drawn}</div>'] if drawn else []
+    curves = "".join(map(drawn, pictures(runs)))
+    parts += ["<h2>Curves</h2>", f'<div class="curves">{curves}</div>'] if curves else []
     for label, run in runs.items():
         parts += [f"<h2>{escape(label)}</h2>"] if len(runs) > 1 else []
         parts += [*_stages(run.typed), *_sweeps(run), *_samples(run.typed), *_data(run)]
@@ -103,12 +104,6 @@ def page(runs: Mapping[str, RunFiles], *, script: str | None = None, refresh_s: 
         f"<title>{escape(title)}</title><style>{STYLE}</style>{code}</script></head>"
         f"<body>\n{body}\n<script>{DRAW}</script></body></html>\n"
     )
-
-
-def _drawn(figure: Figure) -> str:
-    """Place of a figure, which DRAW fills once the page is there."""
-    content = escape(json.dumps(figure._asdict(), allow_nan=False))
-    return f'<div class="plot" data-figure="{content}"></div>'
 
 
 def _head(run: RunFiles) -> list[str]:
@@ -137,7 +132,7 @@ def _stages(records: Mapping[str, StageRecord]) -> list[str]:
         return []
     written = [f"{one.what} in {one.path}" for one in records.values() if one.path]
     notes = [f'<p class="dim">{escape(text)}</p>' for text in written]
-    return ["<h2>Stages</h2>", _table(head, rows), *notes]
+    return ["<h2>Stages</h2>", table(head, rows), *notes]
 
 
 def stage_table(records: Mapping[str, StageRecord]) -> tuple[list[str], list[list[str]]]:
@@ -169,11 +164,11 @@ def _comparison(outcomes: Sequence[Outcome], title: str) -> list[str]:
         ]
         for one in ranked
     ]
-    parts = [f"<h2>{escape(title)}</h2>", _table(["", *keys, "best loss [nats]", "at step"], rows)]
+    parts = [f"<h2>{escape(title)}</h2>", table(["", *keys, "best loss [nats]", "at step"], rows)]
     mapped = grid(list(outcomes))
     if mapped is not None:
         axes, values = mapped
-        parts.append(_drawn(heat_map("Best loss", axes, values)))
+        parts.append(drawn(heat_map("Best loss", axes, values)))
     return parts
 
 
@@ -230,7 +225,7 @@ def _data(run: RunFiles) -> list[str]:
         for name, entry in inputs.items()
         if isinstance(entry, Mapping) and "bytes" in entry
     ]
-    parts = ["<h2>Data and inputs</h2>"]
+    parts = ["<h2>Data and inputs</h2>", *(data_parts(run.facts) if run.facts else [])]
     if lines:
         parts.append(f"<pre>{escape(chr(10).join(lines))}</pre>")
     if files:
@@ -253,11 +248,3 @@ def data_lines(run: RunFiles) -> list[str]:
 def _program(run: RunFiles) -> list[str]:
     text = escape(run.program_text)
     return [f"<details><summary>program.toml</summary><pre>{text}</pre></details>"]
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><tr>{titles}</tr>{lines}</table></div>'

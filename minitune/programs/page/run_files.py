@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitune.errors import InputError
+from minitune.programs.data_facts import DataFacts, read_facts
 from minitune.programs.log import LINES
 from minitune.programs.records import (
     StageRecord,
@@ -33,6 +34,7 @@ class RunFiles(NamedTuple):
     rows: Mapping[str, Sequence[Mapping[str, Any]]]  # of metrics.jsonl, by stage
     lines: Sequence[str]  # of log.txt
     is_finished: bool
+    facts: DataFacts | None = None  # on the data
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ def read_run(folder: Path) -> RunFiles:
         _rows(folder / ROWS),
         lines,
         is_finished,
+        read_facts(folder),
     )
 
 

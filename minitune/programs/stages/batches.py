@@ -168,12 +168,13 @@ def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -
     return mean.value().reshape(-1).tolist()
 
 
-def describe(report: Report, table: str, source: Source) -> str:
-    """Report of a data table in words, with the keys that decide on what was left out."""
+def left_out(report: Report, table: str, source: Source) -> dict[str, int]:
+    """Counts of the samples that are not as the files have them, by words for the reason, with the
+    keys that decide on it."""
     longer = f"longer than data.{table}.seq_len = {source.max_seq_len}"
     before = f"cut at seq_len = {source.max_seq_len} before the first answer"
     cut_off = f"{before}; raise data.{table}.seq_len"
-    left_out = {
+    counts = {
         f"truncated ({longer})": report.n_truncated,
         f'dropped ({longer}; overlong = "truncate" keeps their beginning)': report.n_dropped,
         f"left out: {cut_off}": report.n_cut_off,
@@ -184,9 +185,13 @@ def describe(report: Report, table: str, source: Source) -> str:
         "rows refused and skipped": report.n_refused,
     }
     for key, n in report.unwritten.items():
-        left_out[f"without their {key}, which the template does not write"] = n
-    counts = "".join(f", {n:,} {reason}" for reason, n in left_out.items() if n)
-    notes = [counts]
+        counts[f"without their {key}, which the template does not write"] = n
+    return {reason: n for reason, n in counts.items() if n}
+
+
+def describe(report: Report, table: str, source: Source) -> str:
+    """Report of a data table in words, with the keys that decide on what was left out."""
+    notes = [f", {n:,} {reason}" for reason, n in left_out(report, table, source).items()]
     if report.first_refused:
         notes.append(f"; the first row skipped is {report.first_refused}")
     if source.split is not None and source.split.part == "heldout" and report.n_samples < FEW:
