@@ -12,9 +12,9 @@ from minitune.__main__ import main
 from minitune.cli.help import EXIT_CODES
 from minitune.cli.verbs import VERBS
 from minitune.errors import DiskFullError, InputError
+from support.paths import ROOT
 from support.programs import LORA, ONE_STEP, start
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("ls", "show lora", "check lora", "plan lora", "schema", "cache", "inspect demo", "skill", "lora --help")
 
 
