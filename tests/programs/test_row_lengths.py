@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitune.cli.verbs import VERBS
+from minitune.__main__ import main
 from minitune.programs import program
 from minitune.programs.plan import planned
 from support.programs import LORA, TRAIN, rows_without_time, run, run_killed, weights
@@ -48,5 +48,5 @@ def test_verbs_read_a_program_whose_length_the_data_decides(
         == tomllib.loads((tmp_path / "p/program.toml").read_text(encoding="utf-8"))["data"]["train"]["seq_len"]
     )
     for verb, found in (("check", '("auto"): the longest row'), ("show", 'seq_len = "auto"'), ("show-sample", "targets")):
-        assert VERBS[verb].run(words) == 0
+        assert main([verb, *words]) == 0
         assert found in capsys.readouterr().out
