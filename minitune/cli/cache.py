@@ -8,7 +8,7 @@ from minitune.cli.command_result import CommandResult
 from minitune.errors import InputError
 from minitune.io import paths
 from minitune.io.array_cache import remove_unfinished
-from minitune.io.cache_size import DOWNLOADS, LIMIT_BYTES, CachedFolder, downloads, entries, remove
+from minitune.io.cache_size import LIMIT_BYTES, CachedFolder, downloads, entries, remove
 from minitune.io.units import format_bytes
 
 
@@ -32,8 +32,8 @@ def cache(words: Sequence[str]) -> CommandResult:
         f"{folder}: {len(there)} folders, {_size(there)}; beyond {limit} the oldest go\n"
     )
     if fetched:
-        what = f"data sets of the Hub: {len(fetched)}, {_size(fetched)}"
-        sys.stdout.write(f"{folder / DOWNLOADS}: {what}; they stay until `cache clear`\n")
+        what = f"data sets and models that were fetched: {len(fetched)}, {_size(fetched)}"
+        sys.stdout.write(f"{what}; they stay until `cache clear`\n")
     if there:
         day = time.strftime("%Y-%m-%d", time.localtime(there[0].used_s))
         sys.stdout.write(f"the oldest was last used on {day}; `cache clear` removes all\n")

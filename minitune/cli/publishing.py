@@ -9,6 +9,7 @@ from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.io.paths import locate, user_path
 from minitune.programs.card.model_card import Subject, model_card
+from minitune.programs.card.opened_with import kind_of
 from minitune.programs.card.publication import card_text, publish, run_of
 from minitune.programs.page.run_files import RunFiles, read_run
 from minitune.programs.registering import check_name, move
@@ -66,8 +67,10 @@ def tell(text: str) -> None:
 
 
 def saved_place(word: str, verb: str) -> Path:
-    """Place of a file, a folder, or what a run has saved; InputError for a run that has not."""
+    """Place of a file, a folder, or what a run has saved; InputError for a run that has not,
+    and for what is no model."""
     if locate(word).is_file():
+        kind_of(locate(word))
         return locate(word)
     found = result_of(word, verb)
     if isinstance(found, TrainedState):
@@ -76,6 +79,7 @@ def saved_place(word: str, verb: str) -> Path:
             f"{verb}: {word} is {found.describe()}, expected a model or an adapter that was saved; "
             f"write {remedy} first"
         )
+    kind_of(locate(found))
     return locate(found)
 
 

@@ -12,8 +12,8 @@ from minitune.io.paths import PACKAGE, locate
 from minitune.programs.trained_state import TrainedState
 from minitune.programs.verification import (
     PROMPTS,
-    Held,
     Questions,
+    Reference,
     base_of_adapter,
     opened,
     require_agreement,
@@ -36,9 +36,9 @@ def verify(words: Sequence[str]) -> int:
     path = _place(options.path)
     name = format_of(path)
     require_reader(name)
-    held, base = _held(path, name, options.against)
+    reference, base = _reference(path, name, options.against)
     asked = Questions(options.prompt or PROMPTS, options.max_new_tokens)
-    figures = figures_of(path, name, held, asked, base)
+    figures = figures_of(path, name, reference, asked, base)
     lines = figures.lines()
     if not path.is_relative_to(PACKAGE):  # the demo is no result of the user's
         lines.append(f"figures in {write_figures(path, figures)}")
@@ -80,7 +80,7 @@ def _place(word: str) -> Path:
     return locate(result)
 
 
-def _held(path: Path, name: FormatName, against: str | None) -> tuple[Held, Path | None]:
+def _reference(path: Path, name: FormatName, against: str | None) -> tuple[Reference, Path | None]:
     """(model that an artefact is held against, folder below an adapter)."""
     base = base_of_adapter(path) if name == "adapter" else None
     if against is not None:

@@ -73,9 +73,8 @@ def save(
     where minitune multiplies them; QMXFP4 and QNVFP4 leaves are 4-bit floats, and activations stay.
 
     Scales of integers and of 8-bit floats are stored in the dtype of the unquantized weights.
-    InputError for NF4 leaves and where
-    there is nothing to quantize. vLLM fuses q, k, v and gate, up: it refuses a folder in which the
-    parts of one such layer have different schemes.
+    InputError for NF4 leaves and where there is nothing to quantize. vLLM fuses q, k, v and gate,
+    up: it refuses a folder in which the parts of one such layer have different schemes.
     """
     check(params, activations)
     dtype = next(w.dtype for w in params.values() if isinstance(w, Tensor))

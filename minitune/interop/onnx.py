@@ -130,8 +130,8 @@ def _exported(params: dict[str, Tensor], model: Model, cache: bool) -> torch.exp
         return _forward(model, leaves, *inputs)
 
     batch, new, old = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
-    seen = Dim("total_sequence_length") if cache else new
-    shapes = ({0: batch, 1: new}, {0: batch, 1: seen}, [{0: batch, 2: old} for _ in past])
+    total = Dim("total_sequence_length") if cache else new
+    shapes = ({0: batch, 1: new}, {0: batch, 1: total}, [{0: batch, 2: old} for _ in past])
     module, inputs = module_of(params, forward), (ids, mask, past)
     with torch.no_grad():
         return torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)

@@ -11,7 +11,8 @@ from minitune.io.atomic import remove_folder
 
 LIMIT_BYTES = 50 * 2**30  # beyond which the folders that were used longest ago go
 IN_USE_S = 24 * 3600.0  # a folder that was used so lately may be in use, and stays
-DOWNLOADS = "hub"  # folder of a cache for what was fetched; its size has no limit
+# folders of a cache for what was fetched, data sets and models; their size has no limit
+HUB, MODELS = "hub", "registered"
 KEY = re.compile(
     r"[0-9a-f]{64}"
 )  # name of any other folder of a cache: nothing else is ever removed
@@ -38,9 +39,10 @@ def entries(cache: Path) -> list[CachedFolder]:
 
 
 def downloads(cache: Path) -> list[CachedFolder]:
-    """Folders of what was fetched from elsewhere, one for each data set."""
+    """Folders of what was fetched from elsewhere, one for each data set and each model."""
     found = []
-    for folder in (cache / DOWNLOADS).iterdir() if (cache / DOWNLOADS).is_dir() else ():
+    homes = [home for home in (cache / HUB, cache / MODELS) if home.is_dir()]
+    for folder in (folder for home in homes for folder in home.iterdir()):
         with suppress(OSError):
             if folder.is_dir() and not folder.is_symlink():
                 files = [file for file in folder.rglob("*") if file.is_file()]

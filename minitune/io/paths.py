@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from minitune.errors import InputError
+from minitune.io.cache_size import MODELS
 
 # names of models that a registry has, REGISTRY:NAME:VERSION
 REGISTERED = re.compile(r"(mlflow|wandb|azureml|hf):.+")
@@ -71,7 +72,7 @@ def registered_note(name: str) -> Path:
     """File of the cache that says where a registered model was fetched to last."""
     where = [name, os.getcwd(), *(os.environ.get(key) for key in REGISTRY_VARIABLES)]
     digest = hashlib.sha256(json.dumps(where).encode()).hexdigest()
-    return cache() / "registered" / f"{digest[:32]}.json"
+    return cache() / MODELS / f"{digest[:32]}.json"
 
 
 def _fetched(name: str) -> Path | None:

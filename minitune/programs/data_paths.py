@@ -17,7 +17,7 @@ from minitune.data.source import Source
 from minitune.errors import InputError
 from minitune.io import array_cache, paths
 from minitune.io.atomic import write_atomic
-from minitune.io.cache_size import DOWNLOADS
+from minitune.io.cache_size import HUB as FOLDER
 from minitune.io.paths import locate
 from minitune.io.units import format_bytes
 from minitune.registry.hub_data import fetch_data
@@ -50,7 +50,7 @@ def data_places(path: str) -> tuple[Path, ...]:
 def name_in_data_set(file: Path) -> str:
     """Name of a fetched file in its data set."""
     # CACHE/hub/OWNER--NAME/COMMIT/...
-    return file.relative_to(paths.cache() / DOWNLOADS).as_posix().split("/", 2)[-1]
+    return file.relative_to(paths.cache() / FOLDER).as_posix().split("/", 2)[-1]
 
 
 def refreshed(names: Iterable[str]) -> list[str]:
@@ -76,7 +76,7 @@ def refreshed(names: Iterable[str]) -> list[str]:
 def _fetched(path: str) -> FetchedSplit:
     """Fetch what of a split is not in the cache, and note what there is."""
     name = parsed(path)
-    home = paths.cache() / DOWNLOADS / name.repo.replace("/", "--")
+    home = paths.cache() / FOLDER / name.repo.replace("/", "--")
 
     def tell(text: str) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -101,4 +101,4 @@ def _cached(path: str) -> FetchedSplit | None:
 def _note(path: str) -> Path:
     """File that says what was fetched for a path, from the server that HF_ENDPOINT names."""
     name = array_cache.key(path, os.environ.get("HF_ENDPOINT", ""))
-    return paths.cache() / DOWNLOADS / f"{name}.json"
+    return paths.cache() / FOLDER / f"{name}.json"

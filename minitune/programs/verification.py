@@ -38,7 +38,7 @@ class Questions(NamedTuple):
     max_new_tokens: int
 
 
-class Held(NamedTuple):
+class Reference(NamedTuple):
     """Model that an artefact is held against, and what turns texts into its tokens."""
 
     subject: OurModel
@@ -47,21 +47,21 @@ class Held(NamedTuple):
     same_weights: bool  # as the artefact stores, and not what they were rounded from
 
 
-def opened(path: str, deltas: str | None, *, same_weights: bool) -> Held:
+def opened(path: str, deltas: str | None, *, same_weights: bool) -> Reference:
     """Model folder as minitune reads it, with an adapter on it."""
     source = ModelSource(path=path, deltas=deltas, dtype="float32", device="cpu")
     loaded = load(source, Path("run"), seed=0)
     params = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
-    return _held(loaded, params, deltas or path, same_weights=same_weights)
+    return _reference(loaded, params, deltas or path, same_weights=same_weights)
 
 
-def as_stored(loaded: LoadedModel, name: str) -> Held:
+def as_stored(loaded: LoadedModel, name: str) -> Reference:
     """Model of a program, its codes decoded; name: what the figures call it."""
     codes = {n: w for n, w in loaded.params.items() if not isinstance(w, Tensor)}
     whole = {n: dequantize(w, torch.float32) for n, w in codes.items()}
     dense = {n: w for n, w in loaded.stored.items() if isinstance(w, Tensor)}
     params = {n: w.detach().to("cpu", torch.float32) for n, w in {**dense, **whole}.items()}
-    return _held(loaded, params, name, same_weights=True)
+    return _reference(loaded, params, name, same_weights=True)
 
 
 def base_of_adapter(folder: Path) -> Path:
@@ -75,29 +75,29 @@ def base_of_adapter(folder: Path) -> Path:
     )
 
 
-def _held(loaded: LoadedModel, params: Params, name: str, *, same_weights: bool) -> Held:
+def _reference(loaded: LoadedModel, params: Params, name: str, *, same_weights: bool) -> Reference:
     subject = OurModel(loaded.model, params, name)
-    return Held(subject, loaded.tokenizer, loaded.template, same_weights)
+    return Reference(subject, loaded.tokenizer, loaded.template, same_weights)
 
 
 def verify(
-    path: Path, name: FormatName, held: Held, asked: Questions, base: Path | None = None
+    path: Path, name: FormatName, reference: Reference, asked: Questions, base: Path | None = None
 ) -> Figures:
     """Figures of an artefact, which disagrees if `agrees` is False; base: the folder below an
     adapter.
 
     InputError for a file that the reader can't open.
     """
-    prompts = [_encoded(text, held) for text in asked.prompts]
-    room = held.subject.model.config.max_positions - max(map(len, prompts))
+    prompts = [_encoded(text, reference) for text in asked.prompts]
+    room = reference.subject.model.config.max_positions - max(map(len, prompts))
     n_new = min(asked.max_new_tokens, room)
     if n_new < 1:
-        limit = held.subject.model.config.max_positions
+        limit = reference.subject.model.config.max_positions
         raise InputError(
             f"verify: the longest prompt leaves no room for an answer in {limit} tokens, expected "
             "shorter ones; give another prompt"
         )
-    answers, logits = our_answers(held.subject, prompts, n_new)
+    answers, logits = our_answers(reference.subject, prompts, n_new)
     try:
         reader = artefacts.open_reader(path, name, base)
     except (ValueError, OSError, RuntimeError) as error:
@@ -111,9 +111,9 @@ def verify(
         artefact=str(path),
         format=name,
         reader=reader.described,
-        against=held.subject.name,
+        against=reference.subject.name,
         minitune=__version__,
-        bound=artefacts.bound(path, name, same_weights=held.same_weights),
+        bound=artefacts.bound(path, name, same_weights=reference.same_weights),
         agreement=agreement(reader, prompts, answers, logits),
     )
 
@@ -146,10 +146,10 @@ def require_agreement(figures: Figures) -> None:
     )
 
 
-def _encoded(text: str, held: Held) -> list[int]:
+def _encoded(text: str, reference: Reference) -> list[int]:
     """Tokens of a prompt: as a message where the template takes one, else as they are."""
     message = {"role": "user", "content": text}
     try:
-        return list(encode_prompt(held.tokenizer, held.template, [message]))
+        return list(encode_prompt(reference.tokenizer, reference.template, [message]))
     except InputError:
-        return held.tokenizer.encode(text, parse_special=False)
+        return reference.tokenizer.encode(text, parse_special=False)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minitune.errors import InputError
-from minitune.registry.versions import CONTENT, LATEST, Facts, Version, absent
+from minitune.registry.versions import CONTENT, LATEST, Facts, Version, absent, only_folder
+from minitune.trackers.background import reason
 
 ALIAS = "alias."  # begin of the tag that is an alias
 TEXT_CHARACTERS = 256  # of a value of a tag or property
@@ -83,13 +84,7 @@ class AzureModels:
         tell(f"registry: fetching azureml:{name}:{version.number}")
         with _explained():
             self._models.download(name, version.number, download_path=str(folder))
-        # NAME/FOLDER/... as it was uploaded
-        while not any(path.is_file() for path in folder.iterdir()):
-            inner = [path for path in folder.iterdir() if path.is_dir()]
-            if len(inner) != 1:
-                break
-            folder = inner[0]
-        return folder
+        return only_folder(folder)  # NAME/FOLDER/... as it was uploaded
 
     def _listed(self, name: str) -> list[Any]:
         from azure.core.exceptions import ResourceNotFoundError  # pyright: ignore[reportMissingImports]
@@ -127,6 +122,7 @@ def _explained() -> Iterator[None]:
     except (InputError, ResourceNotFoundError):
         raise
     except Exception as error:
-        said = " ".join(f"{error}".split())[:300] or type(error).__name__
         remedy = "run `az login`, and name a workspace by a config.json or AZUREML_ARM_..."
-        raise InputError(f"registry: Azure says: {said}, expected an answer; {remedy}") from None
+        raise InputError(
+            f"registry: Azure says: {reason(error)}, expected an answer; {remedy}"
+        ) from None

@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 from minitune.errors import InputError
 from minitune.io.atomic import create_folder, link
 from minitune.registry.versions import CONTENT, FACTS, LATEST, Facts, Version, absent, files_at
-from minitune.trackers.mlflow import MlflowConfig
+from minitune.trackers.background import reason
+from minitune.trackers.mlflow import MlflowConfig, experiment_id
 from minitune.trackers.reach import unreachable
 
 EXPERIMENT = "minitune"
@@ -52,7 +53,8 @@ class MlflowModels:
         from mlflow.exceptions import MlflowException
 
         with _explained():
-            run = self._client.create_run(self._experiment(), run_name=name)
+            experiment = experiment_id(self._client, EXPERIMENT, self._uri, OUT)
+            run = self._client.create_run(experiment, run_name=name)
             run_id, root = run.info.run_id, run.info.artifact_uri
             self._client.log_dict(run_id, dict(facts.table), FACTS)
             self._put(run_id, root, place)
@@ -113,15 +115,6 @@ class MlflowModels:
         quoted = name.replace("'", "''")
         return bool(self._client.search_registered_models(f"name = '{quoted}'", max_results=1))
 
-    def _experiment(self) -> str:
-        found = self._client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return str(found.experiment_id)
-        # A database has no place for files; they lie beside it.
-        beside = (OUT / "mlflow-artifacts").absolute().as_uri()
-        place = beside if self._uri.startswith("sqlite:") else None
-        return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
-
     def _put(self, run_id: str, root: str, place: Path) -> None:
         """Keep files as artifacts: on this disk as second names, which take no room."""
         here = _local(root)
@@ -159,7 +152,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        said = " ".join(str(error).split())[:300]
+        said = reason(error)
         remedy = "correct the name or MLFLOW_TRACKING_URI"
         raise InputError(
             f"registry: mlflow says: {said}, expected it to answer; {remedy}"

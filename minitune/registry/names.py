@@ -19,7 +19,7 @@ REGISTRIES = {
 # what each registry takes for a name
 NAMES = {
     "mlflow": (r"[^/:]+", "NAME"),
-    "wandb": (r"([^/:]+/)?[^/:]+/[^/:]+", "ENTITY/PROJECT/NAME or PROJECT/NAME"),
+    "wandb": (r"([^/:]+/)?[^/:]+/[^/:]+", "[ENTITY/]PROJECT/NAME"),
     "azureml": (r"[\w.-]+", "NAME"),
     "hf": (r"[\w.-]+/[\w.-]+", "OWNER/NAME"),
 }
@@ -55,7 +55,7 @@ def parsed(text: str) -> Name:
     name, _, version = rest.partition(":")
     pattern, wanted = NAMES[registry]
     if not re.fullmatch(pattern, name) or not VERSION.fullmatch(version or LATEST):
-        spelled = f"{registry}:{wanted}, or {registry}:{wanted}:VERSION".replace("NAME or", "NAME,")
+        spelled = f"{registry}:{wanted} or {registry}:{wanted}:VERSION"
         raise InputError(
             f"registry: {text!r} is no name of a model, expected {spelled}; correct it"
         )

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 from minitune.errors import InputError
 from minitune.io.atomic import atomic_folder, write_atomic
+from minitune.io.cache_size import MODELS
 from minitune.io.paths import cache, locate, registered_note
 from minitune.registry.hub_models import HubModels
 from minitune.registry.names import Name, parsed
-from minitune.registry.versions import Version, content_hash
-
-FOLDER = "registered"  # of the cache
+from minitune.registry.versions import Version, content_hash, only_folder
 
 
 class Opened(NamedTuple):
@@ -48,12 +47,12 @@ def bring(text: str, tell: Callable[[str], None]) -> Opened:
 def _folder(name: Name, version: Version, tell: Callable[[str], None]) -> Path:
     registry = name.opened()
     identity = version.content or f"{name.model} {version.place}"
-    home = cache() / FOLDER / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    home = cache() / MODELS / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if isinstance(registry, HubModels):
         return registry.fetch(name.name, version, home, tell)
     if home.is_dir():
-        return _only_folder(home)
-    (cache() / FOLDER).mkdir(parents=True, exist_ok=True)
+        return only_folder(home)
+    (cache() / MODELS).mkdir(parents=True, exist_ok=True)
     with atomic_folder(home) as aside:
         found = registry.fetch(name.name, version, aside, tell)
         if version.content is not None and content_hash(found) != version.content:
@@ -65,13 +64,3 @@ def _folder(name: Name, version: Version, tell: Callable[[str], None]) -> Path:
         home.rmdir()
         return found
     return home / inside
-
-
-def _only_folder(home: Path) -> Path:
-    """Folder with the files, as the registry has laid it in the cache."""
-    while not any(path.is_file() for path in home.iterdir()):
-        inner = [path for path in home.iterdir() if path.is_dir()]
-        if len(inner) != 1:
-            break
-        home = inner[0]
-    return home

@@ -73,8 +73,7 @@ class Store(Registry, Protocol):
 
 
 def files_at(place: Path) -> dict[str, Path]:
-    """Files of a folder by their names in it, without hidden ones and what a registry added; or
-    the one file."""
+    """Files of a folder by their names in it, without hidden ones; or the one file."""
     if place.is_file():
         return {place.name: place}
     files = {path.relative_to(place): path for path in sorted(place.rglob("*")) if path.is_file()}
@@ -83,6 +82,15 @@ def files_at(place: Path) -> dict[str, Path]:
         for name, path in files.items()
         if not any(part.startswith(".") for part in name.parts)
     }
+
+
+def only_folder(folder: Path) -> Path:
+    """Folder with the files, where a registry has laid it into others that hold nothing else."""
+    inner = list(folder.iterdir())
+    while len(inner) == 1 and inner[0].is_dir():
+        folder = inner[0]
+        inner = list(folder.iterdir())
+    return folder
 
 
 def content_hash(place: Path) -> str:

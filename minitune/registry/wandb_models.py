@@ -8,6 +8,7 @@ from typing import Any
 
 from minitune.errors import InputError
 from minitune.registry.versions import CONTENT, LATEST, Facts, Version, absent
+from minitune.trackers.background import reason
 
 OFFLINE = "offline"  # number of a version that W&B will give one when it is uploaded
 TYPE = "model"
@@ -115,6 +116,7 @@ def _explained() -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        said = " ".join(f"{error}".split())[:300] or type(error).__name__
         remedy = "correct the name, run `wandb login`, or set WANDB_MODE=offline"
-        raise InputError(f"registry: wandb says: {said}, expected it to answer; {remedy}") from None
+        raise InputError(
+            f"registry: wandb says: {reason(error)}, expected it to answer; {remedy}"
+        ) from None

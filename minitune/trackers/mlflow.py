@@ -89,15 +89,8 @@ class MlflowConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
 
     def _new(self, client: Any, folder: Path, program: Mapping[str, Any]) -> Any:
-        experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            # A database has no place for files; they lie beside it.
-            beside = (folder.parent / "mlflow-artifacts").absolute().as_uri()
-            is_database = self.uri(folder.parent).startswith("sqlite:")
-            place = beside if is_database else None
-            identity = client.create_experiment(self.experiment, artifact_location=place)
-        else:
-            identity = experiment.experiment_id
+        uri = self.uri(folder.parent)
+        identity = experiment_id(client, self.experiment, uri, folder.parent)
         return client.create_run(identity, run_name=self.name or program.get("name"))
 
 
@@ -144,6 +137,17 @@ class MlflowRun:
     def _send(self, metrics: Sequence[Any]) -> None:
         for i in range(0, len(metrics), N_METRICS):
             self._client.log_batch(self._run_id, metrics=metrics[i : i + N_METRICS])
+
+
+def experiment_id(client: Any, name: str, uri: str, out: Path) -> str:
+    """Experiment of a name, made where there is none; out: folder of the runs."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    # A database has no place for files; they lie beside it.
+    beside = (out / "mlflow-artifacts").absolute().as_uri()
+    place = beside if uri.startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=place))
 
 
 def _metrics(values: Mapping[str, float], step: int) -> list[Any]:

@@ -56,16 +56,19 @@ def test_the_verb_shows_and_empties_and_removes_nothing_else(cache: Path, capsys
     assert capsys.readouterr().err == "cache: 'clera' is unknown, expected cache or cache clear\n"
 
 
-def test_data_sets_that_were_fetched_are_counted_and_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_sets_and_models_that_were_fetched_are_counted_and_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = cache / "hub/owner--set/0123abc/data"
     rows.mkdir(parents=True)
     (rows / "train.jsonl").write_bytes(b"x" * 3 * 2**20)
+    (cache / "registered/0a1b/model").mkdir(parents=True)
+    (cache / "registered/0a1b/model/model.safetensors").write_bytes(b"x" * 2**20)
     assert main(["cache"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{cache}/hub: data sets of the Hub: 1, 3.0 MiB; they stay until `cache clear`"
+    assert lines[1] == "data sets and models that were fetched: 2, 4.0 MiB; they stay until `cache clear`"
     assert main(["cache", "clear"]) == 0
-    assert ": 4 of 4 folders removed, 3.0 MiB" in capsys.readouterr().out
+    assert ": 5 of 5 folders removed, 4.0 MiB" in capsys.readouterr().out
     assert not any((cache / "hub").iterdir())
+    assert not any((cache / "registered").iterdir())
 
 
 def test_the_folder_that_was_used_longest_ago_goes_first(cache: Path) -> None:

@@ -152,15 +152,17 @@ def test_without_its_registry_what_was_fetched_is_used(folder: Path, monkeypatch
     [
         (
             ["register", "one", "mlflow:a/b"],
-            "registry: 'mlflow:a/b' is no name of a model, expected mlflow:NAME, or",
+            "registry: 'mlflow:a/b' is no name of a model, expected mlflow:NAME or",
         ),
         (
             ["register", "one", "wandb:orders"],
-            "registry: 'wandb:orders' is no name of a model, expected wandb:ENTITY/",
+            "registry: 'wandb:orders' is no name of a model, expected wandb:.ENTITY/.PROJECT",
         ),
         (["register", "one", "orders:3"], "registry: orders:3 names a version, expected mlflow:orders: the registry gives"),
         (["register", "one"], "register: one alone, expected register FOLDER NAME, or register NAME:VERSION --alias ALIAS"),
         (["register", "absent", "orders"], "card: absent does not exist, expected a model folder"),
+        # before a token is asked for
+        (["upload", "absent", "me/orders"], "card: absent does not exist, expected a model folder"),
         (
             ["register", "mlflow:orders:7", "--alias", "best"],
             "registry: mlflow:orders has no version '7', expected one of 1",

@@ -11,6 +11,7 @@ from minitune.programs.card.opened_with import ADAPTER, kind_of
 from minitune.programs.page.run_files import RunFiles, read_run
 from minitune.programs.trained_state import is_run
 from minitune.registry.hub_upload import Content, Target, Uploaded, require_target, text_at, upload
+from minitune.registry.versions import files_at
 
 BASE = "base_model_name_or_path"
 
@@ -18,20 +19,6 @@ BASE = "base_model_name_or_path"
 def run_of(place: Path) -> RunFiles | None:
     """Run whose folder holds a result; None for a result elsewhere."""
     return next((read_run(one) for one in place.absolute().parents if is_run(one)), None)
-
-
-def files_of(place: Path) -> dict[str, Path]:
-    """Files of a folder by their names in it, without hidden ones; or the one file."""
-    kind_of(place)
-    if place.is_file():
-        return {place.name: place}
-    files = {path.relative_to(place): path for path in sorted(place.rglob("*")) if path.is_file()}
-    shown = {name: path for name, path in files.items() if not _is_hidden(name)}
-    return {name.as_posix(): path for name, path in shown.items()}
-
-
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
 
 
 def publish(
@@ -48,8 +35,9 @@ def publish(
     that somebody edited at the Hub stays in place of one that is made. minor: names of files
     whose change alone is no reason for a commit. InputError as hub_upload.require_target raises it.
     """
+    kind_of(subject.place)  # what is no model is found before the Hub is asked
     listing = require_target(target)
-    files: dict[str, Content] = {**files_of(subject.place)}
+    files: dict[str, Content] = {**files_at(subject.place)}
     if card is not None:
         files[FILE] = card.encode()
     if FILE not in files:

@@ -10,8 +10,8 @@ from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.programs.verification import (
     PROMPTS,
-    Held,
     Questions,
+    Reference,
     as_record,
     as_stored,
     base_of_adapter,
@@ -65,9 +65,11 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
         records = {r["path"]: r["what"] for r in state.records.values() if "sha256" in r}
         path = str(locate(self.path, state.folder)) if self.path else list(records)[-1]
         name = format_written(records[path])
-        held, base = self._held(state, path, name)
+        reference, base = self._reference(state, path, name)
         state.log.say(f"{self.label}: opening {path} with {', '.join(FORMATS[name].packages)}")
-        figures = verify(Path(path), name, held, Questions(self.prompts, self.max_new_tokens), base)
+        figures = verify(
+            Path(path), name, reference, Questions(self.prompts, self.max_new_tokens), base
+        )
         written = write_figures(Path(path), figures)
         for line in figures.lines():
             state.log.say(f"{self.label}: {line}")
@@ -75,7 +77,9 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
         require_agreement(figures)
         return state.record(self.label, as_record(figures))
 
-    def _held(self, state: PipelineState, path: str, name: FormatName) -> tuple[Held, Path | None]:
+    def _reference(
+        self, state: PipelineState, path: str, name: FormatName
+    ) -> tuple[Reference, Path | None]:
         """(model that it is held against, folder below an adapter)."""
         if name == "adapter":
             base = base_of_adapter(Path(path))
