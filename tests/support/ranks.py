@@ -103,18 +103,17 @@ def run_command(
     and always if a rank has not ended in time.
     """
     store, port = _store(n)
+    path = os.pathsep.join([str(ROOT), str(TESTS)])
     processes = []
     for rank in range(n):
-        own = {
-            **os.environ,
-            **CHILD_VARIABLES,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS))),
-            **_torchrun_variables(rank, n, port),
-            **(variables or {}),
-            **variables_of(rank),
-        }
+        own = _torchrun_variables(rank, n, port) | {"PYTHONPATH": path} | dict(variables or {}) | dict(variables_of(rank))
         with (folder / f"rank-{rank}.log").open("wb") as log:
-            how: dict[str, Any] = {"cwd": folder, "env": own, "stdout": log, "stderr": subprocess.STDOUT}
+            how: dict[str, Any] = {
+                "cwd": folder,
+                "env": os.environ | CHILD_VARIABLES | own,
+                "stdout": log,
+                "stderr": subprocess.STDOUT,
+            }
             processes.append(subprocess.Popen(command, start_new_session=True, **how))
     try:
         first = _first_failure(processes, time.monotonic() + timeout_s)
