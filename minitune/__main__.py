@@ -16,7 +16,9 @@ from minitune.cli import verbs
 from minitune.cli.command_result import CommandResult, write_failure, write_result
 from minitune.cli.failures import DONE, INTERRUPTED, OUTPUT_CLOSED, failure
 from minitune.cli.options import announced
+from minitune.cli.ranks import is_first_rank, is_for_first_rank, ranks_asked
 from minitune.cli.verbs import HELP_WORDS, VERBS
+from minitune.launch.local import run_ranks
 
 DEBUG = "--debug"
 JSON = "--json"
@@ -44,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in given if word not in (DEBUG, JSON)]
     _prepare_output()
     try:
+        n_ranks, words = ranks_asked(words)
+        if n_ranks > 1:
+            flags = [word for word in given if word in (DEBUG, JSON)]
+            return run_ranks(n_ranks, [sys.executable, "-m", "minitune", *words, *flags])
+        if is_for_first_rank(words) and not is_first_rank():
+            return DONE
         return _answer_as_json(words) if as_json else _run_words(words).code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -121,7 +129,8 @@ def _outcome(words: list[str]) -> CommandResult | int:
     file = verbs.program_file(words[0])
     if wants_help:
         return _told(help_text.program_help(words[0], file))
-    announced(file)
+    if is_first_rank():
+        announced(file)
     from minitune.cli.running import run_file  # torch comes with it
 
     return run_file(file, words[1:])

@@ -35,7 +35,7 @@ from minitune.losses.unpaired import Kto
 from minitune.models.model import Model
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
-from minitune.sharding.collectives import sum_over_ranks
+from minitune.sharding.ranks import ALONE, Ranks, counted
 from minitune.types import (
     AnyBatch,
     Batch,
@@ -59,6 +59,7 @@ class StepOptions(TypedDict, total=False):
     micro_batch: int | None  # rows of a forward and backward; None: all
     donate: bool  # whether the state that is passed in is written over
     loss_scale: LossScale | None  # for parameters in float16
+    ranks: Ranks  # that share out the micro-batches of a batch
 
 
 def train_step(
@@ -68,6 +69,7 @@ def train_step(
     micro_batch: int | None = None,
     donate: bool = False,
     loss_scale: LossScale | None = None,
+    ranks: Ranks = ALONE,
 ) -> Step:
     """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows (None: all)
     whose sums are divided once.
@@ -75,7 +77,9 @@ def train_step(
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing
     and says so in metrics["skipped"]; metrics["not_finite"] is the number of the first leaf without
     a finite gradient, or -1. With donate=True the tensors of the given state are overwritten.
-    loss_scale is for parameters in float16. TypeError for no objective, optimizer or AnyBatch.
+    loss_scale is for parameters in float16. With ranks every process gets the same batch and takes
+    its share of the micro-batches; without them each process of a group gets rows of its own. Sums
+    are over all processes either way. TypeError for no objective, optimizer or AnyBatch.
     """
     require_parts(objective, optimizer, micro_batch)
 
@@ -90,7 +94,8 @@ def train_step(
         evaluate = partial(value_and_grad(checked, has_aux=True), state.trainable, params)
 
         # sums over the batch: of losses, of what the objective reports, and of gradients
-        (loss, reports), grads = sum_over_ranks(accumulate(evaluate, (first, *others)))
+        dealt = ranks.deal((first, *others))
+        (loss, reports), grads = ranks.sum(accumulate(counted(evaluate), dealt))
         leaf_norms = tree.norms(grads)
         sums = divided(loss, torch.linalg.vector_norm(leaf_norms), factor)
         trees = grads, inner_state(state.opt_state), state.trainable

@@ -33,7 +33,7 @@ from minitune.models.model import Draws, Model
 from minitune.models.weights import head_name
 from minitune.optim.apply import apply_gradients_each
 from minitune.optim.transforms import GradientTransformation
-from minitune.sharding.collectives import sum_over_ranks
+from minitune.sharding.ranks import ALONE, Ranks, counted
 from minitune.tree import Tree
 from minitune.types import (
     Adapted,
@@ -177,12 +177,13 @@ def sweep_step(
     micro_batch: int,
     donate: bool = False,
     loss_scale: LossScale | None = None,
+    ranks: Ranks = ALONE,
 ) -> Step:
     """Step of n adapters at once, each under its own Lora rule and optimizer.
 
     Its state holds stacked deltas and a list of n optimizer states; a batch has leaves [n, B, T],
     of which `micro_batch` rows of every adapter are a micro-batch. Metrics are [n]. Each adapter is
-    clipped, and skipped where its gradient is not finite, by itself.
+    clipped, and skipped where its gradient is not finite, by itself. ranks: as in train_step.
     """
 
     def init(trainable: Trainable) -> TrainState:
@@ -194,8 +195,8 @@ def sweep_step(
         n_tokens = micro_batch * tree.leaves(batch)[0].shape[2]
         factor = factor_of(state.opt_state, n_tokens)
         evaluate = partial(_gradients, model, loss, rules, factor, state.trainable, params)
-        parts = _micro_batches(batch, micro_batch)
-        mean, grads = sum_over_ranks(accumulate(evaluate, parts))
+        dealt = ranks.deal(_micro_batches(batch, micro_batch))
+        mean, grads = ranks.sum(accumulate(counted(evaluate), dealt))
         leaf_norms = _norms(grads)
         sums = divided(mean, torch.linalg.vector_norm(leaf_norms, dim=0), factor)
 

@@ -26,6 +26,7 @@ class Verb(NamedTuple):
     run: Callable[[Sequence[str]], CommandResult | int]
     details: str = ""
     parses_help: bool = False  # its own parser knows --help, with every option
+    runs_stages: bool = False  # so that every rank of a launcher takes part
 
 
 def write_result(answer: CommandResult) -> None:

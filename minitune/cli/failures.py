@@ -4,7 +4,7 @@ import errno
 import os
 from typing import NamedTuple
 
-from minitune.errors import DiskFullError, InputError, cut, printable
+from minitune.errors import RANK_LOST, DiskFullError, InputError, RankLostError, cut, printable
 from minitune.io.atomic import NO_ROOM
 
 DONE, BUG, REFUSED, DISK_FULL = 0, 1, 2, 3
@@ -46,6 +46,9 @@ def failure(error: Exception) -> Failure:
     text = str(error)
     if isinstance(error, InputError):
         return Failure(DISK_FULL if isinstance(error, DiskFullError) else REFUSED, text)
+    if isinstance(error, RankLostError):
+        remedy = "its own message says why; run the same command again to continue"
+        return Failure(RANK_LOST, f"minitune: another process of this run has ended; {remedy}")
     if isinstance(error, OSError):
         return _system_failure(error)
     if isinstance(error, ValueError) and "embedded null" in text:

@@ -11,6 +11,7 @@ EXIT_CODES = {
     "1": "a fault of minitune: report it; --debug shows its traceback",
     "2": "something to change: the sentence on stderr says what",
     "3": "a disk is full: free some space and run the same command again",
+    "4": "another process of the same run has ended: its own message says why",
     "128 + signal": "stopped by a signal, 130 by Ctrl-C; the same command continues the run",
 }
 
@@ -34,6 +35,7 @@ def overview() -> str:
             "",
             f"{me} VERB --help says more of a verb, {me} PROGRAM --help of a program.",
             "--version, --help; --debug shows the traceback of whatever ends a command early.",
+            "--ranks N runs a program as N processes on this machine, which share out the rows.",
             "--json writes what a command found as one line on stdout, and all else on stderr.",
             "Exit codes:",
             *(f"  {code:12}  {meaning}" for code, meaning in EXIT_CODES.items()),

@@ -216,12 +216,14 @@ VERBS = {
         "end the training of a stopped run with its saved state, and run the stages after it",
         _finish,
         parses_help=True,
+        runs_stages=True,
     ),
     "merge": Verb(
         "merge ADAPTER [--to FOLDER]",
         "fold an adapter, or what a run has trained, into its base: a model folder",
         _merge,
         parses_help=True,
+        runs_stages=True,
     ),
     "inspect": Verb(
         "inspect FOLDER",

@@ -20,7 +20,6 @@ from minitune.models.open import open as open_model
 from minitune.programs.data_paths import located, refreshed
 from minitune.programs.loading import ModelSource, abstract_state
 from minitune.programs.model_paths import fetched_models, models_of
-from minitune.programs.one_process import require_one_process
 from minitune.programs.progress import Count
 from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.train import Train
@@ -48,7 +47,6 @@ def check(
     The data is tokenized for the stages that will use it, and stays in the cache. Of weights only
     the headers are read. say: writes a line, now and then while a large table is tokenized.
     """
-    require_one_process()
     fetched = refreshed(
         path for data in sources.values() for path in data.paths_by_key("").values()
     )

@@ -1,6 +1,6 @@
 """Runs: a program from its first stage, or from where it stopped, to its summary."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from time import perf_counter
 
 import msgspec
@@ -21,9 +21,11 @@ from minitune.programs.program import Program, resolved
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
+from minitune.programs.run_ranks import log_for, ranks_of_launch, run_for_all
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
-from minitune.programs.state import AbstractState, PipelineState
+from minitune.programs.state import AbstractState, PipelineStage, PipelineState
+from minitune.sharding.ranks import Ranks
 
 
 def run_program(
@@ -41,52 +43,77 @@ def run_program(
     """
     keep_freed()
     bound_kernel_cache()
+    with ranks_of_launch() as ranks:
+        return _run(program, stop, end, ranks)
+
+
+def _run(program: Program, stop: StopSignals | None, end: Chosen | None, ranks: Ranks) -> Record:
     # before a folder is made or a weight is read
-    program.log.check()
-    checked = check(program.model, program.data, program.stage, log.say_early)
+    stages = tuple(stage.on_ranks(ranks.size) for stage in program.stage)
+    say = log.say_early if ranks.is_first else _say_nothing
+    with ranks.first_on_node():
+        program.log.check()
+        checked = check(program.model, program.data, program.stage, say)
     program = msgspec.structs.replace(program, data=checked.data)
-    save_paths.check(program)
-    run = open_run(program, program_text=resolved(program), end=end)
-    as_dict = msgspec.to_builtins(program)
+    opened = None
+    if ranks.is_first:
+        save_paths.check(program)
+        opened = open_run(program, program_text=resolved(program), end=end)
+    run = run_for_all(ranks, opened)
     if run.summary is not None:
-        out = log.Log(run.folder, program.log, as_dict)
         with run.lock:
-            _show_finished(program, run.summary, out, run.notes)
+            _show_finished(program, run.summary, run, ranks)
         return run.summary
-    with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
+    logged = log_for(ranks, run, program.log, msgspec.to_builtins(program))
+    with run.lock, stop or StopSignals() as stop, logged as out:
         data_lines = data_notes(program.model, program.data, program.stage)
         for note in (*run.notes, *data_lines, *checked.lengths):
             out.say(note)
-        return _run_stages(program, run, stop, out, checked.first)
+        if ranks.size > 1:
+            out.say(f"{ranks.size} processes share out the rows of each step")
+        program = msgspec.structs.replace(program, stage=stages)
+        state = _opened(program, run, stop, out, checked.first)._replace(ranks=ranks)
+        return _run_stages(program, run, state, checked.first)
 
 
-def _run_stages(
-    program: Program, run: Run, stop: StopSignals, out: log.Log, first: AbstractState
-) -> Record:
+def _run_stages(program: Program, run: Run, state: PipelineState, first: AbstractState) -> Record:
     """Content of summary.json after all stages; first: the state before them, without weights."""
-    state = _opened(program, run, stop, out, first)
+    ranks, out = state.ranks, state.log
     facts = data_facts(first, program.stage, program.seed)
-    if facts.tables:
+    if facts.tables and ranks.is_first:
         write_record(run.folder / FACTS, facts)
     for stage in program.stage:
-        out.begin(stage.label)
-        started = perf_counter()
-        with stop.at_once(_steps_taken(state.records), run.folder):
-            state = stage.run(state)
-        if stage.label in state.records:
-            time_s = perf_counter() - started
-            state = state.record(stage.label, {"time_s": time_s, **state.records[stage.label]})
-            if stage.label not in run.records:
-                out.record(stage.label, state.records[stage.label])
-        write_record(run.folder / "records.json", state.records)
+        state = _run_stage(stage, state, run)
     result = summary(state.records)
-    write_record(run.folder / "summary.json", result)
-    out.summarize(result)
-    out.show(report(program.name, result, out.width))
-    _write_page(run, out)
-    files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
-    out.say(f"{run.folder} holds this run: {files}")
-    return result
+    if ranks.is_first:
+        write_record(run.folder / "summary.json", result)
+        out.summarize(result)
+        out.show(report(program.name, result, out.width))
+        _write_page(run, out)
+        files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
+        out.say(f"{run.folder} holds this run: {files}")
+    text = ranks.text_from_first(msgspec.json.encode(result).decode())
+    return result if ranks.is_first else msgspec.json.decode(text)
+
+
+def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> PipelineState:
+    """State after a stage; one that leaves the model as it is runs on the first rank alone."""
+    ranks, out = state.ranks, state.log
+    out.begin(stage.label)
+    started = perf_counter()
+    with state.stopping.at_once(_steps_taken(state.records), run.folder):
+        if ranks.is_first or not stage.observes:
+            state = stage.run(state)
+        if stage.observes:
+            ranks.barrier()
+    if stage.label in state.records:
+        time_s = perf_counter() - started
+        state = state.record(stage.label, {"time_s": time_s, **state.records[stage.label]})
+        if stage.label not in run.records:
+            out.record(stage.label, state.records[stage.label])
+    if ranks.is_first:
+        write_record(run.folder / "records.json", state.records)
+    return state
 
 
 def _opened(
@@ -127,8 +154,15 @@ def _steps_taken(records: Mapping[str, Record]) -> int:
     return int(summary(records).get("steps") or 0)
 
 
-def _show_finished(program: Program, content: Record, out: log.Log, notes: Sequence[str]) -> None:
+def _show_finished(program: Program, content: Record, run: Run, ranks: Ranks) -> None:
     """Show the table of a run that an earlier command finished; no tracker is opened for it."""
-    for note in notes:
+    if not ranks.is_first:
+        return
+    out = log.Log(run.folder, program.log, msgspec.to_builtins(program))
+    for note in run.notes:
         out.say(note)
     out.show(report(program.name, content, out.width))
+
+
+def _say_nothing(text: str) -> None:
+    """Say nothing: the first rank says it."""

@@ -3,9 +3,10 @@ loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from minitune.programs.log import Log
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
+from minitune.sharding.ranks import ALONE, Ranks
 from minitune.text.served import stop_ids
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
@@ -79,6 +81,17 @@ class PipelineState(NamedTuple):
     memory_lines: Mapping[str, Sequence[str]] = MappingProxyType({})
     # stages of the program by label, in order
     stages: Mapping[str, Any] = MappingProxyType({})
+    ranks: Ranks = ALONE  # processes that share out the rows; the first one logs and writes
+
+    def is_stopping(self) -> bool:
+        """True if a signal has asked any rank for the end; every rank asks at the same place."""
+        return self.ranks.any(self.stopping())
+
+    def stoppable(self, step: int, folder: Path) -> AbstractContextManager[None]:
+        """Context that a signal ends at once with Stopped; in one of several ranks, what is done in
+        it asks is_stopping instead, so that all end at the same place.
+        """
+        return self.stopping.at_once(step, folder) if self.ranks.size == 1 else nullcontext()
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of n_tokens for a forward that fits where the training steps fit."""
@@ -147,6 +160,12 @@ def trainable_like(abstract: AbstractState, narrow: Set[str] = frozenset()) -> T
 @runtime_checkable
 class PipelineStage(Protocol):
     """Interface of a stage, as programs run it."""
+
+    observes: ClassVar[bool]  # it leaves the model as it is
+
+    def on_ranks(self, n_ranks: int) -> "PipelineStage":
+        """Stage as n_ranks processes run it together; InputError for one that they can't."""
+        ...
 
     @property
     def label(self) -> str:

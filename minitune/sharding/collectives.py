@@ -1,10 +1,14 @@
 """Sums over all processes of a run; in a single process they are what they were."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
+from minitune.errors import RankLostError
 from minitune.tree import Tree
 from minitune.types import widen
 
@@ -33,6 +37,16 @@ def sum_over_ranks(values: Tree) -> Tree:
 def _summed(leaves: list[Tensor]) -> list[Tensor]:
     """Sums of leaves that share a dtype and a device: views of the one buffer that was reduced."""
     buffer = torch.cat([leaf.detach().flatten() for leaf in leaves])
-    dist.all_reduce(buffer)
+    with lost_in_words():
+        dist.all_reduce(buffer)
     parts = buffer.split([leaf.numel() for leaf in leaves])
     return [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+@contextmanager
+def lost_in_words() -> Iterator[None]:
+    """Turn the error of a collective whose other end has gone into a RankLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(str(error)) from error

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "minitune"
 
 GROUND = "errors structs host seeds hardware types tree"  # the nouns that every room may import
 BELOW_ALGORITHMS = f"{GROUND} io losses autodiff sharding quant nn optim lora text data models checkpoint"
-BELOW_PROGRAMS = f"{BELOW_ALGORITHMS} inference algorithms steps planning interop registry trackers"
+BELOW_PROGRAMS = f"{BELOW_ALGORITHMS} inference algorithms steps planning interop launch registry trackers"
 ROOMS = {  # room -> the rooms that it may import
     "errors": "",
     "structs": "errors",
@@ -25,6 +25,7 @@ ROOMS = {  # room -> the rooms that it may import
     "types": "errors host seeds hardware",
     "tree": "errors host seeds hardware types",
     "io": "errors",
+    "launch": "errors",
     "trackers": "errors io",
     "losses": "errors structs types",
     "autodiff": GROUND,

@@ -1,6 +1,6 @@
 """Base of every stage, and functions that several of them need."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import msgspec
 import torch
@@ -26,6 +26,10 @@ class BaseStage(
     def label(self) -> str:
         """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
+
+    def on_ranks(self, n_ranks: int) -> Self:
+        """Stage as n_ranks processes run it together; InputError for one that they can't."""
+        return self
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """Abstract state after this stage; InputError for what would stop it later. Nothing is

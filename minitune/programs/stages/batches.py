@@ -19,7 +19,9 @@ from minitune.data.supervised import Dataset
 from minitune.data.token_store import OnSample, Report, no_one
 from minitune.io import paths
 from minitune.losses.registry import DistillationLoss, Loss
+from minitune.programs.signals import Stopped
 from minitune.programs.state import AbstractState, PipelineState
+from minitune.sharding.ranks import counted
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
 from minitune.tree import Tree, device_of
@@ -66,7 +68,9 @@ def load_batches(
     description = describe(dataset.report, name, source) + fill
     if teacher is not None and top_k is not None:
         temperature = cast(DistillationLoss, loss).temperature  # no other loss has a teacher
-        tops = teacher_tops(teacher, dataset, top_k, temperature, paths.cache(), state.log.progress)
+        progress = state.log.progress
+        with state.ranks.first_on_node():
+            tops = teacher_tops(teacher, dataset, top_k, temperature, paths.cache(), progress)
         return _with_teacher_rows(state, source, dataset, description, tops)
     return BatchLoader(
         description,
@@ -83,7 +87,8 @@ def _load_answers(state: PipelineState, name: str, cached: bool) -> BatchLoader:
     if cached:
         adapted = apply_trainable(loaded.params, loaded.trainable, loaded.lora)
         progress = state.log.progress
-        logps = reference_logps(loaded.model, adapted, answers, source, paths.cache(), progress)
+        with state.ranks.first_on_node():
+            logps = reference_logps(loaded.model, adapted, answers, source, paths.cache(), progress)
     return BatchLoader(
         describe(answers.report, name, source),
         lambda cursor, n: preference.take(answers, cursor, n, source, state.seed, logps),
@@ -161,11 +166,28 @@ def tokenized_table(
     return TokenizedTable(description, len(order(seed, 0)), longest, report.n_tokens)
 
 
-def heldout_losses(mean_loss: Callable[[Tree], Mean], batches: Iterable[Tree]) -> list[float]:
-    """Mean losses over all batches, one for each model that mean_loss(batch) has a mean of."""
+def heldout_losses(
+    mean_loss: Callable[[Tree], Mean],
+    batches: Iterable[Tree],
+    state: PipelineState,
+) -> list[float]:
+    """Mean losses over all batches, one for each model that mean_loss(batch) has a mean of; the
+    ranks share out the batches.
+
+    Stopped after a signal to any of several ranks, at the same batch on each.
+    """
     with torch.no_grad():
-        mean = accumulate(mean_loss, batches)
+        dealt = state.ranks.deal(_until_stopped(batches, state))
+        mean = state.ranks.sum(accumulate(counted(mean_loss), dealt))
     return mean.value().reshape(-1).tolist()
+
+
+def _until_stopped(batches: Iterable[Tree], state: PipelineState) -> Iterator[Tree]:
+    """Batches, before each of which several ranks agree to go on."""
+    for batch in batches:
+        if state.ranks.size > 1 and state.is_stopping():
+            raise Stopped(0, state.folder)  # the training loop knows the step
+        yield batch
 
 
 def left_out(report: Report, table: str, source: Source) -> dict[str, int]:

@@ -16,7 +16,9 @@ def save_best(
     trainable: Trainable,
     loop: LoopState,
 ) -> None:
-    """Save a tree as the best so far."""
+    """Save a tree as the best so far; the first rank does."""
+    if not state.ranks.is_first:
+        return
     tensors = {"trainable": trainable}
     save_state(_folder(stage, state), loop.step, tensors, {"loss_nats": loop.nats[0]})
 
@@ -27,7 +29,7 @@ def load_best(
     trainable: Trainable,
     loop: LoopState,
 ) -> Trainable:
-    """Best tree that was saved, or the given one if no loss was measured.
+    """Best tree that was saved, or the given one if no loss was measured; the first rank reads it.
 
     InputError if none was finite.
     """
@@ -39,10 +41,12 @@ def load_best(
     if nats is None:
         found = f"{stage.label} had no finite held-out loss in {loop.step} steps"
         raise InputError(f"stages: {found}; lower the learning rate")
-    path = _folder(stage, state) / f"step-{step:08d}"
-    saved, _ = load_state(path, {"trainable": trainable})
+    if state.ranks.is_first:
+        path = _folder(stage, state) / f"step-{step:08d}"
+        saved, _ = load_state(path, {"trainable": trainable})
+        trainable = saved["trainable"]
     state.log.say(f"{stage.label}: step {step} was the best, held-out loss {nats:.4f}")
-    return saved["trainable"]
+    return state.ranks.from_first(trainable)
 
 
 def _folder(stage: TrainingStage, state: PipelineState) -> Path:

@@ -21,10 +21,25 @@ def continued(
     train_state: Tree,
     loop: LoopState,
 ) -> tuple[Tree, LoopState]:
-    """(train_state, loop) of the newest state in a folder, or as they are given if it has none.
+    """(train_state, loop) of the newest state in a folder, or as they are given if it has none; the
+    first rank reads it for all.
 
     InputError if the stage is to take fewer steps than that state has behind it.
     """
+    if state.ranks.is_first:
+        train_state, loop = _newest(stage, state, folder, train_state, loop)
+    train_state = state.ranks.from_first(train_state)
+    position = state.ranks.text_from_first(msgspec.json.encode(loop).decode())
+    return train_state, msgspec.json.decode(position, type=LoopState)
+
+
+def _newest(
+    stage: TrainingStage,
+    state: PipelineState,
+    folder: Path,
+    train_state: Tree,
+    loop: LoopState,
+) -> tuple[Tree, LoopState]:
     saved = list_states(folder)
     if not saved and stage.label in state.ended:
         found = f"{folder} holds no state, though {stage.label} was ended with one"

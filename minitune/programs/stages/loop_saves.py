@@ -37,12 +37,18 @@ def save_or_stop(
     if is_stopping or is_finished or (is_save_due and not is_skipping):
         save(stage, state, train_state, loop)
     if is_stopping and not is_finished:
+        state.ranks.barrier()  # a launcher may end the first rank as soon as another one has ended
         raise Stopped(loop.step, state_folder(stage, state))
     return is_save_due and is_skipping
 
 
 def save(stage: TrainingStage, state: PipelineState, train_state: Tree, loop: LoopState) -> None:
-    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped."""
+    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped.
+
+    The first rank writes it, since all have the same.
+    """
+    if not state.ranks.is_first:
+        return
     # A state that is counted from skipped steps must not push out the last one that still learned.
     keep = None if loop.n_skipped_in_a_row else stage.keep
     meta = {"loop": msgspec.to_builtins(loop)}

@@ -141,7 +141,8 @@ def _task(
     )
     micro_batch = stage.micro_batch_size or stage.batch_size
     optimizers = [member.optimizer for member in members]
-    how: dict[str, Any] = {"loss_scale": loss_scale_for(stage, params), "donate": True}
+    loss_scale = loss_scale_for(stage, params)
+    how: dict[str, Any] = {"loss_scale": loss_scale, "donate": True, "ranks": state.ranks}
     all_step = sweep.sweep_step(
         model, token_loss, rules, optimizers, micro_batch=micro_batch, **how
     )
@@ -191,7 +192,7 @@ def _heldout(
     trainable, params = train_state["trainable"], state.loaded.params
     with shown_batches(state.log, title, loader.batches(n_rows), total) as batches:
         each = (tree.map(lambda x: x.expand(n_members, *x.shape), batch) for batch in batches)
-        return heldout_losses(lambda batch: mean_of(trainable, params, batch), each)
+        return heldout_losses(lambda batch: mean_of(trainable, params, batch), each, state)
 
 
 def _watch(

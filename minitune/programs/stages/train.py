@@ -57,6 +57,7 @@ from minitune.programs.stages.training_step import (
     check_load_balance,
     initial_state,
     objective_for,
+    rows_of_rank,
     step_for,
 )
 from minitune.programs.state import AbstractState, PipelineState
@@ -148,6 +149,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         if self.sweep is not None:
             sweep_points.check(self, abstract)
         return abstract
+
+    def on_ranks(self, n_ranks: int) -> "Train":
+        """Stage with a micro-batch for each rank; InputError with privacy."""
+        return msgspec.structs.replace(self, micro_batch_size=rows_of_rank(self, n_ranks))
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the data and on the steps that it makes; InputError for a malformed row."""
@@ -242,7 +247,9 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         batches = loader.batches(self.evaluation_rows(*lengths))
         title, total = f"{self.label} held-out", loader.total_tokens
         with shown_batches(state.log, title, batches, total) as shown:
-            return heldout_losses(lambda batch: objective(trainable, params, batch)[0], shown)
+            return heldout_losses(
+                lambda batch: objective(trainable, params, batch)[0], shown, state
+            )
 
     def draws(self, *rules: Lora | None) -> bool:
         """True if a step of these rules drops or adds noise, so that its rows need seeds."""

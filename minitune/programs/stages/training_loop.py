@@ -140,7 +140,7 @@ def _take_steps(
                 train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
             _log(state.log, queued.step, rows)
 
-        is_stopping = due.stop or (not queue and state.stopping())
+        is_stopping = due.stop or (not queue and state.is_stopping())
         is_save_due = due.save or owes_save
         owes_save = save_or_stop(stage, state, train_state, loop, is_save_due, is_stopping)
     return train_state, loop
@@ -216,7 +216,7 @@ def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
     is_last = loop.step == stage.steps
     evaluates = stage.evaluate is not None and stage.evaluate.is_due(loop.step, stage.steps)
     return Due(
-        evaluates, save=loop.step % stage.save_every == 0, stop=state.stopping(), end=is_last
+        evaluates, save=loop.step % stage.save_every == 0, stop=state.is_stopping(), end=is_last
     )
 
 
@@ -232,7 +232,7 @@ def _evaluate(
     is saved."""
     folder = state_folder(stage, state)
     try:
-        with state.stopping.at_once(loop.step, folder):
+        with state.stoppable(loop.step, folder):
             nats = task.evaluate(train_state)
     except Stopped:
         # The rows are saved with the state, so that a resumed run measures the loss first and then
@@ -281,7 +281,7 @@ def _finish_evaluation(
     loop = msgspec.structs.replace(loop, unlogged_rows="")
     train_state, loop, rows = _evaluate(stage, state, task, train_state, loop, rows)
     _log(state.log, loop.step, rows)
-    save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.stopping())
+    save_or_stop(stage, state, train_state, loop, is_save_due=True, is_stopping=state.is_stopping())
     return train_state, loop
 
 

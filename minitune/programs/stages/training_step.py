@@ -84,7 +84,20 @@ def step_for(
     loss_scale = loss_scale_for(stage, state.loaded.params)
     micro_batch = stage.micro_batch_size or stage.batch_size
     how: dict[str, Any] = {"micro_batch": micro_batch, "loss_scale": loss_scale, "donate": True}
-    return train_step(objective, optimizer, **how)
+    return train_step(objective, optimizer, ranks=state.ranks, **how)
+
+
+def rows_of_rank(stage: TrainingStage, n_ranks: int) -> int:
+    """Rows of a micro-batch, so few that each rank has one; InputError with privacy, whose noise is
+    drawn for one process.
+    """
+    if stage.privacy is not None and n_ranks > 1:
+        raise InputError(
+            f"stages: {stage.label} has privacy and the run {n_ranks} processes, expected one: "
+            "gradients are clipped and noise is added in a single process; start it alone"
+        )
+    share = max(stage.loss.min_samples, -(-stage.batch_size // n_ranks))
+    return min(stage.micro_batch_size or stage.batch_size, share)
 
 
 def check_load_balance(stage: TrainingStage, abstract: AbstractState) -> None:

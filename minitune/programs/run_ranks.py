@@ -1,0 +1,112 @@
+"""Ranks of a run: how its processes find one another, and what the others learn of the first."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from minitune import hardware
+from minitune.errors import InputError
+from minitune.io import locks
+from minitune.io.results import Record
+from minitune.launch.ranks import Launched, launched
+from minitune.programs.ended import Ended
+from minitune.programs.log import Log, LogConfig
+from minitune.programs.run_folder import Run
+from minitune.sharding.ranks import ALONE, Ranks
+
+# Ranks wait so long for the first one, which evaluates, generates and writes alone. One that has
+# died is noticed at once: its connections close.
+TIMEOUT = timedelta(days=1)
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # flags of the run travel over gloo
+
+
+class _Opened(msgspec.Struct, frozen=True):
+    """What the first rank tells the others of the run folder that it has opened."""
+
+    folder: str
+    resumed: bool
+    records: dict[str, Record]
+    summary: Record | None
+    ended: dict[str, Ended]
+
+
+@contextmanager
+def ranks_of_launch() -> Iterator[Ranks]:
+    """Ranks of this run, by the process group that exists or by what a launcher has set.
+
+    A group that is made here is destroyed at the end, also after an error. InputError for variables
+    of a launcher that say too little, and for a node with fewer GPUs than ranks.
+    """
+    if dist.is_available() and dist.is_initialized():
+        local_rank = launched({"RANK": "0", "WORLD_SIZE": "1", **os.environ}).local_rank
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank)
+        return
+    place = launched(os.environ)
+    if place.size == 1:
+        yield ALONE
+        return
+    accelerator = hardware.accelerator() or "cpu"
+    _take_device(place, accelerator)
+    os.environ.update(place.variables())
+    dist.init_process_group(BACKENDS[accelerator], timeout=TIMEOUT)
+    try:
+        yield Ranks(place.rank, place.size, place.local_rank)
+    finally:
+        # after an error the other ends may be gone
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _take_device(place: Launched, accelerator: str) -> None:
+    """Make the GPU of this rank the one that "cuda" means."""
+    if accelerator not in BACKENDS:
+        raise InputError(
+            f"launch: {place.size} processes on a device of type {accelerator}, expected cpu or "
+            "cuda, for which torch can exchange tensors; start one process"
+        )
+    if accelerator != "cuda":
+        return
+    n_devices = torch.cuda.device_count()
+    if place.local_rank >= n_devices:
+        raise InputError(
+            f"launch: local rank {place.local_rank} on a node with {n_devices} GPUs, expected one "
+            "for each process; start as many processes a node as it has GPUs"
+        )
+    torch.cuda.set_device(place.local_rank)
+
+
+def run_for_all(ranks: Ranks, run: Run | None) -> Run:
+    """Run folder that the first rank has opened, for every rank; the lock stays with the first."""
+    text = ""
+    if run is not None:
+        own = run.folder, run.resumed, run.records, run.summary, dict(run.ended)
+        text = msgspec.json.encode(_Opened(str(own[0]), *own[1:])).decode()
+    text = ranks.text_from_first(text)
+    if run is not None:
+        return run
+    told = msgspec.json.decode(text, type=_Opened)
+    folder = Path(told.folder)
+    nobody = locks.Lock(None, locks.holder_file(folder))
+    return Run(folder, told.resumed, told.records, (), nobody, told.summary, told.ended)
+
+
+@contextmanager
+def log_for(ranks: Ranks, run: Run, config: LogConfig, program: dict[str, Any]) -> Iterator[Log]:
+    """Log of a run; of another rank than the first one that nobody sees, in a folder of its own."""
+    if ranks.is_first:
+        with Log(run.folder, config, program) as log:
+            yield log
+        return
+    with TemporaryDirectory(prefix="minitune-rank-") as aside, open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, force_terminal=False)
+        with Log(Path(aside), LogConfig(every=config.every), program, console) as log:
+            yield log
