@@ -159,9 +159,10 @@ NO_KEYS = (
         "group_by_length length_column_name"),
     ('[[stage]] op = "upload" with repo = "OWNER/NAME" uploads a result',
         "push_to_hub hub_model_id hub_strategy"),
-    ("a run is one process, started without a launcher",
-        "deepspeed fsdp fsdp_config ddp_timeout tensor_parallel_size local_rank "
-        "tensor_parallel_dim data_parallel_shard_dim"),
+    ("a launcher says the ranks, which share out the rows: docs/launching.md",
+        "deepspeed ddp_timeout local_rank"),
+    ("every rank holds the whole model: docs/launching.md",
+        "fsdp fsdp_config tensor_parallel_size tensor_parallel_dim data_parallel_shard_dim"),
     ("deltas begin as in LoRA: a is drawn, b is zero; PiSSA, OLoRA and LoftQ are not there",
         "init_lora_weights peft_init_lora_weights loftq_config"),
     ("a profiler is not there: time and memory are logged with every step", "profiler profile"),

@@ -1,6 +1,6 @@
 """Base of every stage, and functions that several of them need."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import msgspec
 import torch
@@ -27,7 +27,7 @@ class BaseStage(
         """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
 
-    def on_ranks(self, n_ranks: int) -> Self:
+    def on_ranks(self, n_ranks: int) -> "BaseStage":
         """Stage as n_ranks processes run it together; InputError for one that they can't."""
         return self
 

@@ -1,0 +1,258 @@
+"""Programs on several processes equal those on one, end together, and go on from each other's states."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitune.__main__ import main
+from minitune.checkpoint import list_states, load_tensors
+from minitune.checkpoint.state import state_step
+from support.paths import ROOT, TESTS
+from support.programs import COMMAND, STAGES_HEAD, rows_without_time, spawn, wait_for_step
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
+
+# every way of training whose rows are dealt: batches that do not divide, more ranks than rows, dropout, a held-out loss
+METHODS = """
+[[stage]]
+op = "lora"
+rank = 2
+alpha = 4.0
+dropout = 0.25
+targets = ["*_proj.weight"]
+[[stage]]
+op = "train"
+name = "sft"
+data = "train"
+steps = 4
+batch_size = 5
+micro_batch_size = 2
+save_every = 3
+optimizer = { kind = "adamw", lr = 0.02 }
+evaluate = { data = "heldout", every = 2, batch_size = 3, at_start = true }
+[[stage]]
+op = "train"
+name = "one-row"
+data = "train"
+steps = 2
+batch_size = 1
+optimizer = { kind = "sgd", lr = 0.01 }
+[[stage]]
+op = "train"
+name = "dpo"
+data = "pairs"
+steps = 2
+batch_size = 3
+loss = { kind = "dpo", beta = 0.1 }
+reference = "cached"
+optimizer = { kind = "adamw", lr = 0.01 }
+[[stage]]
+op = "train"
+name = "kto"
+data = "unpaired"
+steps = 2
+batch_size = 6
+micro_batch_size = 2
+loss = { kind = "kto" }
+optimizer = { kind = "adamw", lr = 0.01 }
+[[stage]]
+op = "train"
+name = "many"
+data = "train"
+steps = 2
+batch_size = 3
+micro_batch_size = 1
+optimizer = { kind = "adamw", lr = 0.01 }
+evaluate = { data = "heldout", every = 2, batch_size = 40 }
+sweep = { "optimizer.lr" = [0.01, 0.02] }
+[[stage]]
+op = "save"
+what = "deltas"
+[[stage]]
+op = "eval"
+data = "heldout"
+limit = 2
+max_new_tokens = 2
+[[stage]]
+op = "merge"
+[[stage]]
+op = "full"
+weights = ["*.mlp.*"]
+[[stage]]
+op = "train"
+name = "kd"
+data = "train"
+steps = 2
+batch_size = 4
+loss = { kind = "forward_kl", temperature = 2.0 }
+teacher = { path = "TINY/model", dtype = "float32" }
+optimizer = { kind = "adamw8bit", lr = 0.01 }
+clip_norm = 0.1
+"""
+PLAIN = """
+[[stage]]
+op = "lora"
+rank = 2
+alpha = 4.0
+targets = ["*_proj.weight"]
+[[stage]]
+op = "train"
+data = "train"
+steps = STEPS
+batch_size = 4
+save_every = SAVES
+optimizer = { kind = "adamw", lr = 0.01 }
+[[stage]]
+op = "save"
+what = "deltas"
+"""
+
+
+def plain(steps: int, save_every: int = 1000) -> str:
+    return PLAIN.replace("STEPS", str(steps)).replace("SAVES", str(save_every))
+
+
+def written(folder: Path, tiny: Path, name: str, stages: str) -> str:
+    """Path of a program file made of these stages."""
+    text = STAGES_HEAD.format(name=name, tiny=tiny) + stages.replace("TINY", str(tiny))
+    (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    return str(folder / f"{name}.toml")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / "adapter_model.safetensors")
+
+
+def files_of(folder: Path) -> set[str]:
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {re.sub(r"step-\d+", "step", name) for name in names}
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """Rows of two runs differ by the rounding of sums alone, and both left the same files."""
+    rows, others = rows_without_time(one), rows_without_time(other)
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    for row, different in zip(rows, others, strict=True):
+        assert row.pop("stage") == different.pop("stage")
+        assert row == pytest.approx(different, rel=2e-4, abs=1e-6)
+        # before the rounding of a step has moved the weights
+        first = {name: value for name, value in row.items() if name in ("loss", "heldout_loss") and row["step"] <= 1}
+        assert first == pytest.approx({name: different[name] for name in first}, rel=1e-6, abs=1e-7)
+    assert files_of(one) == files_of(other)
+
+
+def test_every_method_on_three_processes_equals_one(tmp_path: Path, tiny: Path):
+    assert main([written(tmp_path, tiny, "one", METHODS), f"out={tmp_path}"]) == 0
+    command = [*COMMAND, written(tmp_path, tiny, "three", METHODS), f"out={tmp_path}", "--ranks", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 processes share out the rows of each step" in done.stderr
+    assert_same_runs(tmp_path / "one", tmp_path / "three")
+
+    deltas, others = tensors_of(tmp_path / "one/deltas"), tensors_of(tmp_path / "three/deltas")
+    assert deltas.keys() == others.keys()
+    for name, leaf in deltas.items():
+        # Adam divides by the size of a gradient, which makes the rounding of one near zero large
+        torch.testing.assert_close(leaf, others[name], rtol=1e-3, atol=1e-4)
+    result = json.loads(done.stdout)["result"]
+    summary = json.loads((tmp_path / "three/summary.json").read_text("utf-8"))
+    assert result["summary"].keys() == summary.keys()
+    assert summary["eval"]["n_prompts"] == 2
+
+
+def test_a_signal_ends_all_processes_with_a_saved_state_that_one_process_continues(tmp_path: Path, tiny: Path):
+    stages = plain(40)
+    assert main([written(tmp_path, tiny, "straight", stages), f"out={tmp_path}"]) == 0
+    program = written(tmp_path, tiny, "stopped", stages)
+    process = spawn([program, f"out={tmp_path}", "--ranks", "2"], env=ENVIRONMENT)
+    wait_for_step(tmp_path / "stopped", 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert err.count("stopped at step") == 1
+    assert main([program, f"out={tmp_path}"]) == 0
+    assert "continuing from step" in (tmp_path / "stopped/log.txt").read_text("utf-8")
+    assert_same_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_process_that_is_killed_takes_the_others_down_and_is_named(tmp_path: Path, tiny: Path):
+    program = written(tmp_path, tiny, "killed", plain(1000, save_every=2))
+    process = spawn([program, f"out={tmp_path}", "--ranks", "2"], env=ENVIRONMENT)
+    wait_for_step(tmp_path / "killed", 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    began = time.monotonic()
+    _, err = process.communicate()
+    assert time.monotonic() - began < 30  # not the day that a collective may wait
+    assert process.returncode == 128 + signal.SIGKILL, err
+    assert err.count("minitune: rank 1 of 2 was killed by SIGKILL") == 1
+    assert "Traceback" not in err
+    assert "fault of minitune" not in err
+    saved = state_step(list_states(tmp_path / "killed/checkpoints/train")[-1])
+    assert main([program, f"out={tmp_path}", f"train.steps={saved + 1}"]) == 0
+    assert f"continuing from step {saved} of {saved + 1}" in (tmp_path / "killed/log.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("mistake", ["folder", "privacy"])
+def test_a_mistake_is_one_sentence_of_the_first_process(mistake: str, tmp_path: Path, tiny: Path):
+    stages = plain(4)
+    if mistake == "privacy":
+        private = "privacy = { max_norm = 1.0, noise = 1.0, delta = 1e-5 }\n"
+        stages = stages.replace("batch_size = 4\n", f"batch_size = 4\n{private}")
+    else:
+        (tmp_path / "p").mkdir()
+        (tmp_path / "p/mine.txt").write_text("not a run", encoding="utf-8")
+    command = [*COMMAND, written(tmp_path, tiny, "p", stages), f"out={tmp_path}", "--ranks", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    expected = {
+        "folder": "holds no manifest.json, expected a run folder",
+        "privacy": "has privacy and the run 2 processes, expected one",
+    }
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(expected[mistake]) == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_torchrun_starts_a_run_unchanged(tmp_path: Path, tiny: Path):
+    program = written(tmp_path, tiny, "p", plain(3))
+    how = ["--standalone", "--nproc-per-node", "2", "-m", "minitune", program, f"out={tmp_path}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("holds this run") == 1
+    assert main([written(tmp_path, tiny, "one", plain(3)), f"out={tmp_path}"]) == 0
+    assert_same_runs(tmp_path / "one", tmp_path / "p")
+
+
+def test_processes_find_one_another_as_each_launcher_says(tmp_path: Path):
+    # of the five ports in a row none may be taken: those above the range that systems hand out
+    port = 61000 + os.getpid() % 4000
+    script = TESTS / "support/scripts/rank_launchers.py"
+    both = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(port)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    for rank, output in enumerate(outputs):
+        results = json.loads(output)
+        for name in ("torchrun", "azureml-mpi", "slurm", "existing"):
+            assert results.pop(name) == {
+                "ranks": [rank, 2, rank],
+                "sum": [1.0, 2.0],
+                "n": 6,
+                "any": [False, True, True],
+                "first": [[[7.0] * 3] * 2, False, []],
+                "text": "from the first: \u00e9",
+                "dealt": [[2 * i + rank, True] for i in range(2)] + [[4, rank == 0]],
+                "none": [],
+            }, name
+        assert all(results.values()), results
