@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from support.paths import ROOT, TESTS
 
 TIMEOUT_S = 120  # of a call or a command; a collective that waits for a missing rank gives up after it as well
+TICK_S = 0.02  # between two looks at the processes of a command
 CHILD_VARIABLES = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
@@ -46,7 +47,7 @@ class Ranks:
         for rank in range(n):
             self._workers[rank][1].send_bytes(pickle.dumps((rank, n, port, f, args)))
         try:
-            return self._results(n, time.monotonic() + timeout_s)
+            return self._results(n, timeout_s)
         except RankError:
             self.close()
             raise
@@ -61,18 +62,18 @@ class Ranks:
             connection.close()
         self._workers = []
 
-    def _results(self, n: int, deadline: float) -> list[Any]:
+    def _results(self, n: int, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
         while len(results) < n:
             pending = {self._workers[rank][1]: rank for rank in range(n) if rank not in results}
-            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            ready = wait(list(pending), timeout_s)
             if not ready:
                 raise RankError(f"ranks {sorted(pending.values())} of {n} gave no result in time")
             for connection in ready:
                 rank = pending[connection]  # pyright: ignore[reportArgumentType]
                 try:
                     failure, result = pickle.loads(self._workers[rank][1].recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     raise RankError(f"rank {rank} of {n} died") from None
                 if failure:
                     raise RankError(f"rank {rank} of {n} failed:\n{failure}")
@@ -116,7 +117,7 @@ def run_command(
             }
             processes.append(subprocess.Popen(command, start_new_session=True, **how))
     try:
-        first = _first_failure(processes, time.monotonic() + timeout_s)
+        first = _first_failure(processes, timeout_s)
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
@@ -134,16 +135,15 @@ def run_command(
     return finished
 
 
-def _first_failure(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> int | str | None:
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> int | str | None:
     """Rank that ended first with a code other than 0; None if all ended well, "late" if one does not end."""
-    while True:
+    for _ in range(int(timeout_s / TICK_S)):
         codes = [process.poll() for process in processes]
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None or all(code == 0 for code in codes):
             return failed
-        if time.monotonic() > deadline:
-            return "late"
-        time.sleep(0.02)
+        time.sleep(TICK_S)
+    return "late"
 
 
 def _store(n: int) -> tuple[Any, int]:
