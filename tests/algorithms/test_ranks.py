@@ -1,66 +1,77 @@
 """Several processes take the step that one process takes on all their rows."""
 
-import os
-import socket
-from pathlib import Path
-
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minitune import tree
-from minitune.algorithms.supervised import sft
-from minitune.lora import Lora
-from minitune.models import Model
-from minitune.models.families import llama
-from minitune.optim.sgd import SGD
-from minitune.sharding.collectives import sum_over_ranks
-from minitune.steps import train_step
-from minitune.types import Batch, Mean, TrainState
-from support.models import SMALL, random_batch, random_params
+from minitune.sharding.ranks import ALONE, Ranks, counted
+from minitune.types import Batch
+from support.models import SMALL, random_batch
+from support.ranks import Ranks as Processes
+from support.scripts import rank_steps
+from support.scripts.rank_steps import Case
 
-RULE = Lora(rank=2, alpha=4.0, targets=("*.self_attn.*_proj.weight",))
-OPTIMIZER = SGD(lr=0.5)
-
-
-def one_step(batch: Batch) -> tree.Tree:
-    params = random_params(SMALL)
-    deltas = RULE.init(params, 0)
-    step = train_step(sft(Model(llama.FAMILY, SMALL), RULE), OPTIMIZER, micro_batch=1)
-    return step.update(params, TrainState(deltas, OPTIMIZER.init(deltas)), batch)
-
-
-def rows_of_rank(batch: Batch, rank: int, world_size: int) -> Batch:
-    """Uneven on purpose: rank 0 has one row, and on the last rank every token is masked."""
-    cuts = [0, 1, *range(3, 3 + world_size - 2), batch.tokens.shape[0]]
-    rows = tree.map(lambda x: x[cuts[rank] : cuts[rank + 1]], batch)
-    return rows._replace(loss_mask=torch.zeros_like(rows.loss_mask)) if rank == world_size - 1 else rows
+CASES = [
+    Case("sft", 6, 1, ()),
+    Case("sft", 5, 2, (0, 1)),  # the first rank's first micro-batch has no target
+    Case("sft", 1, 1, ()),  # the others have no row
+    Case("sft", 3, 3, (2,)),
+    Case("sft", 4, 1, (0, 1, 2, 3)),  # nothing to train on: the step is skipped on every rank
+    Case("pairs", 5, 2, ()),
+    Case("pairs", 1, 1, ()),
+    Case("sweep", 5, 2, (4,)),
+    Case("sweep", 1, 1, ()),
+]
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    (new, _), metrics = one_step(rows_of_rank(random_batch(SMALL, 6, 11), rank, world_size))
-    mean = sum_over_ranks(Mean(torch.tensor(float(rank)), torch.tensor(1.0)))
-    torch.save({**dict(tree.items((new, metrics))), "mean": mean.value()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def assert_equal_steps(on_rank: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert on_rank.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(on_rank[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_step_on_uneven_ranks_equals_one_process(world_size: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(world_size, port, tmp_path), nprocs=world_size)
+def test_a_batch_that_ranks_share_out_is_the_step_of_one_process(ranks: Processes) -> None:
+    wanted = rank_steps.steps(CASES)
+    for n in (2, 3):
+        for on_rank in ranks.run(n, rank_steps.steps_of_ranks, CASES):
+            for found, expected in zip(on_rank, wanted, strict=True):
+                assert_equal_steps(found, expected)
+
+
+def test_rows_of_each_ranks_own_are_the_step_of_one_process(ranks: Processes) -> None:
+    # uneven on purpose: the first rank has one row, and on the last one every token is masked
     batch = random_batch(SMALL, 6, 11)
-    masks = [rows_of_rank(batch, rank, world_size).loss_mask for rank in range(world_size)]
-    (new, _), metrics = one_step(batch._replace(loss_mask=torch.cat(masks)))
-    wanted = dict(tree.items((new, metrics)))
-    for rank in range(world_size):
-        on_rank = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert float(on_rank.pop("mean")) == pytest.approx((world_size - 1) / 2)
-        assert on_rank.keys() == wanted.keys()
-        for name in wanted:
-            torch.testing.assert_close(on_rank[name], wanted[name], rtol=1e-5, atol=1e-6)
+    batch = batch._replace(loss_mask=batch.loss_mask & (torch.arange(6) < 4)[:, None])
+    parts = [tree.map(lambda x, i=i, j=j: x[i:j], batch) for i, j in ((0, 1), (1, 4), (4, 6))]
+    wanted = rank_steps._step(Case("sft", 6, 1, ()), batch, ALONE)
+    for on_rank in ranks.run(3, rank_steps.step_on_own_rows, parts):
+        assert_equal_steps(on_rank, wanted)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 7))
+def test_each_part_counts_once_and_every_rank_gets_as_many(parts: list[int], size: int) -> None:
+    dealt = [list(Ranks(rank, size).deal(iter(parts))) for rank in range(size)]
+    assert len({len(own) for own in dealt}) == 1
+    rounds = [part for round_of_parts in zip(*dealt, strict=True) for part in round_of_parts]
+    assert [one.part for one in rounds if one.counts] == parts
+    assert all(one.part in parts for one in rounds)
+
+
+def test_what_does_not_count_is_zero_and_not_nan() -> None:
+    nan = {"x": torch.tensor([torch.nan, 1.0]), "n": torch.tensor(3)}
+    evaluate = counted(lambda part: nan)
+    own, others = Ranks(0, 2).deal([1]), Ranks(1, 2).deal([1])
+    assert tree.leaves(evaluate(next(own)))[0].isnan().any()
+    assert not any(bool(leaf.any()) for leaf in tree.leaves(evaluate(next(others))))
+
+
+def test_a_single_process_is_the_identity() -> None:
+    batch: Batch = random_batch(SMALL, 2, 5)
+    assert ALONE.sum(batch) is batch
+    assert ALONE.from_first(batch) is batch
+    assert (ALONE.any(True), ALONE.any(False), ALONE.text_from_first("é")) == (True, False, "é")
+    with ALONE.first_on_node():
+        ALONE.barrier()
+    assert [dealt.part for dealt in ALONE.deal("abc")] == ["a", "b", "c"]
