@@ -17,13 +17,14 @@ from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
 from minitune.programs.plan_fit import memory_lines
-from minitune.programs.program import Program, resolved
+from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import AbstractState, PipelineState
+from minitune.programs.variables import NO_VARIABLES, WrittenStrings, as_written
 
 
 def run_program(
@@ -31,11 +32,13 @@ def run_program(
     stop: StopSignals | None = None,
     *,
     end: Chosen | None = None,
+    written: WrittenStrings = NO_VARIABLES,
 ) -> Record:
     """Run or continue a program and return what its summary.json holds.
 
     end: of the training that is unfinished, with its newest or its best state; what comes after it
-    is run.
+    is run. written: strings of the program with variables, which the run folder, trackers and cards
+    have as they were written.
     Raises InputError for what the user must change, and signals.Stopped after a signal, when the
     state has been saved.
     """
@@ -46,8 +49,8 @@ def run_program(
     checked = check(program.model, program.data, program.stage, log.say_early)
     program = msgspec.structs.replace(program, data=checked.data)
     save_paths.check(program)
-    run = open_run(program, program_text=resolved(program), end=end)
-    as_dict = msgspec.to_builtins(program)
+    run = open_run(WrittenProgram(program, written), end=end)
+    as_dict = as_written(msgspec.to_builtins(program), written)
     if run.summary is not None:
         out = log.Log(run.folder, program.log, as_dict)
         with run.lock:
