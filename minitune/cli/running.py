@@ -1,5 +1,6 @@
 """Runs that the command line starts: a program, or the rest of one whose training is ended."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from minitune.io.paths import user_path
 from minitune.programs import program, run
 from minitune.programs.ended import Chosen
 from minitune.programs.loading import ModelSource
-from minitune.programs.program import Program
+from minitune.programs.manifest import read_manifest
+from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.signals import Stopped, StopSignals
 from minitune.programs.stages.save import Save
 from minitune.programs.trained_state import is_run
@@ -23,7 +25,7 @@ from minitune.programs.trained_state import is_run
 
 def run_file(file: Path, overrides: Sequence[str]) -> CommandResult:
     """Run or continue a program file; returns its folder and its summary."""
-    return _run(program.load(file, with_model(overrides, file.stem)), end=None)
+    return _run(program.read(file, with_model(overrides, file.stem)), end=None)
 
 
 def finish(words: Sequence[str]) -> CommandResult:
@@ -40,8 +42,11 @@ def finish(words: Sequence[str]) -> CommandResult:
     # The folder may have been moved since its program was written.
     named = folder if folder.name not in ("", "..") else folder.resolve()
     place = {"name": named.name, "out": str(named.parent), "resume": None}
-    began = msgspec.structs.replace(program.load(folder / "program.toml"), **place)
-    return _run(began, end="best" if options.best else "newest")
+    # Those of now come first: a token may be a new one.
+    variables = {**read_manifest(folder).variables, **os.environ}
+    began = program.read(folder / "program.toml", variables=variables)
+    moved = began._replace(program=msgspec.structs.replace(began.program, **place))
+    return _run(moved, end="best" if options.best else "newest")
 
 
 def _finish_parser() -> OptionParser:
@@ -72,7 +77,8 @@ def merge(words: Sequence[str]) -> CommandResult:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", user_path(options.adapter).absolute().name)
     stage = Save(what="merged", path=options.to, onto=options.onto, dtype=options.dtype)
     source = ModelSource(path=base, deltas=deltas)
-    return _run(Program(name=f"merge-{name}", model=source, stage=(stage,)), end=None)
+    made = Program(name=f"merge-{name}", model=source, stage=(stage,))
+    return _run(WrittenProgram(made), end=None)
 
 
 def _merge_parser() -> OptionParser:
@@ -91,12 +97,13 @@ def _merge_parser() -> OptionParser:
     return parser
 
 
-def _run(chosen: Program, end: Chosen | None) -> CommandResult:
+def _run(asked: WrittenProgram, end: Chosen | None) -> CommandResult:
     """Folder and summary of a run; of one that a signal stopped, the step that is saved."""
     stop = StopSignals()
+    chosen = asked.program
     folder = str(Path(chosen.out) / chosen.name)
     try:
-        summary = run.run_program(chosen, stop, end=end)
+        summary = run.run_program(chosen, stop, end=end, written=asked.written)
     except Stopped as stopped:
         place = f"stopped at step {stopped.step}, saved in {stopped.folder}"
         sys.stderr.write(f"{place}; run the same command to continue\n")

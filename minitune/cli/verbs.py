@@ -51,11 +51,12 @@ def show(words: Sequence[str]) -> CommandResult:
     import msgspec
 
     from minitune.programs import program
+    from minitune.programs.variables import as_written
 
     file = _program_of("show", words)
-    loaded = program.load(file, with_model(words[1:], file.stem))
-    sys.stdout.write(program.resolved(loaded, absent=True))
-    return CommandResult({"program": msgspec.to_builtins(loaded)})
+    loaded, written = program.read(file, with_model(words[1:], file.stem))
+    sys.stdout.write(program.resolved(loaded, absent=True, written=written))
+    return CommandResult({"program": as_written(msgspec.to_builtins(loaded), written)})
 
 
 def check(words: Sequence[str]) -> CommandResult:

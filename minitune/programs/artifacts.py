@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from minitune.checkpoint.state import list_states
+from minitune.programs.variables import hidden
 from minitune.trackers.tracker import Artifact, Kept
 
 
@@ -18,8 +19,9 @@ def written(
 ) -> dict[Kept, Artifact]:
     """Artifacts of a stage that has ended, by what they are; none of a stage that writes nothing.
 
-    folder: of the run; figures: of the stages so far, by "STAGE/NAME". The metadata hold the seed,
-    the base model, the hashes of all inputs and of what was written, and the figures.
+    folder: of the run; program: as it was written; figures: of the stages so far, by "STAGE/NAME".
+    The metadata hold the seed, the base model, the hashes of all inputs and of what was written,
+    and the figures.
     """
     paths: dict[Kept, Path] = {}
     if record.get("what") in get_args(Kept):
@@ -31,10 +33,12 @@ def written(
     if not paths:
         return {}
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    # paths of files, without the values of variables in them
+    names = hidden(manifest["inputs"], program, manifest.get("variables", {}))
     metadata = {
         "seed": program.get("seed"),
         "base": (program.get("model") or {}).get("path"),
-        "inputs": manifest["inputs"],
+        "inputs": dict(zip(names, manifest["inputs"].values(), strict=True)),
         "sha256": record.get("sha256", {}),
         **figures,
     }

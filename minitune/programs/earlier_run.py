@@ -1,5 +1,6 @@
 """Run that lies in the folder of a program, and how much of its work still holds."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -10,7 +11,7 @@ from minitune.io import paths, toml
 from minitune.io.results import Record
 from minitune.programs.ended import Ended, read_ended
 from minitune.programs.manifest import input_records, read_manifest
-from minitune.programs.program import Program, load, resolved
+from minitune.programs.program import Program, read, resolved
 from minitune.programs.program_changes import Changes, compare
 from minitune.programs.records import REMEDY, read_records
 from minitune.programs.state import WritingStage
@@ -50,10 +51,10 @@ class EarlierRun(NamedTuple):
         return bool(self.kept) and not is_lost and not replaces_results
 
 
-def earlier_run(program: Program, program_text: str, folder: Path) -> EarlierRun:
+def earlier_run(program: Program, folder: Path) -> EarlierRun:
     """Run in a folder, compared with a program; InputError for files that no run wrote."""
     path = folder / "program.toml"
-    before = _program_of_run(path)
+    before = _program_of_run(path, read_manifest(folder).variables)
     records = read_records(folder / "records.json")
     early = read_ended(folder)
     taken = {}
@@ -63,7 +64,8 @@ def earlier_run(program: Program, program_text: str, folder: Path) -> EarlierRun
             taken[place.name] = max(steps, default=0)
     again = frozenset(early) if program.resume else frozenset()
     try:
-        changes = compare(before, toml.parse(program_text, "runs: the program"), taken, again)
+        now = toml.parse(resolved(program), "runs: the program")
+        changes = compare(before, now, taken, again)
     except (AttributeError, KeyError, TypeError) as error:
         found = f"is no program that a run wrote ({error!r})"
         raise InputError(f"runs: {path} {found}, expected TOML of one; {REMEDY}") from None
@@ -71,15 +73,18 @@ def earlier_run(program: Program, program_text: str, folder: Path) -> EarlierRun
     return EarlierRun(folder, records, taken, early, is_finished, changes)
 
 
-def _program_of_run(path: Path) -> dict[str, Any]:
+def _program_of_run(path: Path, variables: Mapping[str, str]) -> dict[str, Any]:
     """Resolved program of a run, with the keys that minitune has got since then at their defaults.
+
+    variables: that it was run with; those of [log] are what they are now.
 
     As it stands where this version decodes it no more.
     """
     text = _read(path).decode("utf-8", "replace")
     written = toml.parse(text, f"runs: {path}")
     try:
-        return toml.parse(resolved(load(path)), f"runs: {path}")
+        began = read(path, variables={**os.environ, **variables}).program
+        return toml.parse(resolved(began), f"runs: {path}")
     except InputError:
         return written
 

@@ -15,8 +15,9 @@ from minitune import __version__
 from minitune.io.json_file import read_json
 from minitune.io.results import Record, file_record, hashed_record, iso_time
 from minitune.programs import save_paths
-from minitune.programs.program import Program
+from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import REMEDY
+from minitune.programs.variables import to_store
 
 FILE = "manifest.json"
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "msgspec", "wandb")
@@ -33,18 +34,22 @@ class Start(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct, frozen=True):
     """Inputs and origin of a run; inputs: by path, "sha256" and "bytes", or "bytes" and "time" for
-    large weights; seq_len: of each data table, in numbers."""
+    large weights; seq_len: of each data table, in numbers; variables: of the environment, those
+    that the program's strings hold outside of [log], which is where tokens are."""
 
     seed: int
     inputs: dict[str, Record]
     starts: Annotated[tuple[Start, ...], msgspec.Meta(min_length=1)]
     seq_len: dict[str, int] = {}
+    variables: dict[str, str] = {}
 
 
-def manifest_of(program: Program, *starts: Start) -> Manifest:
+def manifest_of(asked: WrittenProgram, *starts: Start) -> Manifest:
     """Manifest of a program as its files are now, begun and continued at `starts`."""
+    program = asked.program
     lengths = {name: source.max_seq_len for name, source in program.data.items()}
-    return Manifest(program.seed, input_records(program), starts, lengths)
+    variables = to_store(asked.written)
+    return Manifest(program.seed, input_records(program), starts, lengths, variables)
 
 
 def input_records(program: Program) -> dict[str, Record]:

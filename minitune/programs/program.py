@@ -21,7 +21,14 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.overrides import rival, write_override
 from minitune.programs.stages.stage import Stage
-from minitune.programs.variables import escaped, expanded
+from minitune.programs.variables import (
+    NO_VARIABLES,
+    WrittenStrings,
+    as_written,
+    plain,
+    traced,
+    written_strings,
+)
 
 # a folder's name on any system, and never one that hides or leaves its folder
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -53,6 +60,18 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less
     # exact
     tf32: bool = False
+
+
+class WrittenProgram(NamedTuple):
+    """Program, and its strings with variables as they were written."""
+
+    program: Program
+    written: WrittenStrings = NO_VARIABLES
+
+    @property
+    def text(self) -> str:
+        """TOML of the program as it was written, with every default."""
+        return resolved(self.program, written=self.written)
 
 
 class _Places(NamedTuple):
@@ -94,6 +113,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
     TOML, or else a plain string. Strings may hold ${NAME} for an environment variable; $${ stands
     for ${.
     """
+    return read(path, overrides).program
+
+
+def read(
+    path: Path, overrides: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> WrittenProgram:
+    """Program file decoded as `load` does it, which keeps what its strings were written as.
+
+    variables: by name, in place of those of the environment.
+    """
     text, raw = toml.read(path, "program")
     names, given = _stage_names(raw), {}
     for override in overrides:
@@ -104,21 +133,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Program:
             raise InputError(f"program: {both} on the command line, expected one of them; drop one")
         given[key_path] = override
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
-    raw = expanded(raw, (), places.where)
+    raw = traced(raw, (), places.where, variables)
     data_tables.complete(raw, places.where, given)
     learning_rates.complete(raw, places.where)
-    program = toml.decode(raw, Program, places.where, spelled=places.spelled, hints=HINTS)
+    program = toml.decode(plain(raw), Program, places.where, spelled=places.spelled, hints=HINTS)
     _refuse_reserved(program.name, ("name",), places)
     _refuse_bad_names(_stage_names(raw), places)
-    return program
+    return WrittenProgram(program, written_strings(raw))
 
 
-def resolved(program: Program, *, absent: bool = False) -> str:
+def resolved(
+    program: Program, *, absent: bool = False, written: WrittenStrings = NO_VARIABLES
+) -> str:
     """Program as TOML with every default written out; loading it gives an equal program.
 
     absent: a key without a value is a comment `# key =`, so that a reader finds it.
+    written: its strings with variables, which stay as they were written.
     """
-    return dumps(escaped(msgspec.to_builtins(program)), absent=absent)
+    return dumps(as_written(msgspec.to_builtins(program), written), absent=absent)
 
 
 def schema() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
 from minitune.programs.plan_fit import memory_lines
-from minitune.programs.program import Program, resolved
+from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
@@ -25,6 +25,7 @@ from minitune.programs.run_ranks import log_for, ranks_of_launch, run_for_all
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import AbstractState, PipelineStage, PipelineState
+from minitune.programs.variables import NO_VARIABLES, WrittenStrings, as_written
 from minitune.sharding.ranks import Ranks
 
 
@@ -33,21 +34,29 @@ def run_program(
     stop: StopSignals | None = None,
     *,
     end: Chosen | None = None,
+    written: WrittenStrings = NO_VARIABLES,
 ) -> Record:
     """Run or continue a program and return what its summary.json holds.
 
     end: of the training that is unfinished, with its newest or its best state; what comes after it
-    is run.
+    is run. written: strings of the program with variables, which the run folder, trackers and cards
+    have as they were written.
     Raises InputError for what the user must change, and signals.Stopped after a signal, when the
     state has been saved.
     """
     keep_freed()
     bound_kernel_cache()
     with ranks_of_launch() as ranks:
-        return _run(program, stop, end, ranks)
+        return _run(WrittenProgram(program, written), stop, end, ranks)
 
 
-def _run(program: Program, stop: StopSignals | None, end: Chosen | None, ranks: Ranks) -> Record:
+def _run(
+    asked: WrittenProgram,
+    stop: StopSignals | None,
+    end: Chosen | None,
+    ranks: Ranks,
+) -> Record:
+    program, written = asked
     # before a folder is made or a weight is read
     stages = tuple(stage.on_ranks(ranks.size) for stage in program.stage)
     say = log.say_early if ranks.is_first else _say_nothing
@@ -58,13 +67,14 @@ def _run(program: Program, stop: StopSignals | None, end: Chosen | None, ranks: 
     opened = None
     if ranks.is_first:
         save_paths.check(program)
-        opened = open_run(program, program_text=resolved(program), end=end)
+        opened = open_run(WrittenProgram(program, written), end=end)
     run = run_for_all(ranks, opened)
     if run.summary is not None:
         with run.lock:
             _show_finished(program, run.summary, run, ranks)
         return run.summary
-    logged = log_for(ranks, run, program.log, msgspec.to_builtins(program))
+    as_dict = as_written(msgspec.to_builtins(program), written)
+    logged = log_for(ranks, run, program.log, as_dict)
     with run.lock, stop or StopSignals() as stop, logged as out:
         data_lines = data_notes(program.model, program.data, program.stage)
         for note in (*run.notes, *data_lines, *checked.lengths):

@@ -25,7 +25,7 @@ from minitune.programs.manifest import (
     this_start,
     version_changes,
 )
-from minitune.programs.program import Program
+from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import read_rows, read_summary, write_record
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.trackers.tracker import TRACKER_FILES
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that were ended early
 
 
-def open_run(program: Program, *, program_text: str, end: Chosen | None = None) -> Run:
+def open_run(asked: WrittenProgram, *, end: Chosen | None = None) -> Run:
     """Lock out/name and make it this program's folder: continue what is there as far as it is the
     program's, or move it aside and begin afresh.
 
@@ -55,12 +55,13 @@ def open_run(program: Program, *, program_text: str, end: Chosen | None = None) 
     trainer holds the folder, when it is no run folder, when its inputs changed since it began, and
     when resume = true finds nothing to continue.
     """
+    program = asked.program
     out = _out_folder(program.out)
     folder = out / program.name
     # not inside the folder, which may be moved aside
     lock, lock_notes = _lock(out / f".{program.name}.lock", folder)
     try:
-        run = _open_locked(program, program_text, folder, lock)
+        run = _open_locked(asked, folder, lock)
         if end is not None:
             run = _with_training_ended(run, program, end)
     except BaseException:
@@ -69,18 +70,19 @@ def open_run(program: Program, *, program_text: str, end: Chosen | None = None) 
     return run._replace(notes=(*lock_notes, *run.notes))
 
 
-def _open_locked(program: Program, program_text: str, folder: Path, lock: locks.Lock) -> Run:
+def _open_locked(asked: WrittenProgram, folder: Path, lock: locks.Lock) -> Run:
+    program = asked.program
     _recover(folder)
     exists = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
     if exists and not (folder / "manifest.json").is_file():
         remedy = "change name or out, or move it away"
         raise InputError(f"runs: {folder} holds no manifest.json, expected a run folder; {remedy}")
     if not exists:
-        return _begun(program, program_text, folder, lock, "does not exist")
+        return _begun(asked, folder, lock, "does not exist")
     if program.resume is False:
         obstacle = "is not to be continued (resume = false)"
-        return _begun(program, program_text, folder, lock, obstacle)
-    earlier = earlier_run(program, program_text, folder)
+        return _begun(asked, folder, lock, obstacle)
+    earlier = earlier_run(program, folder)
     changed = changed_input(program, earlier)
     if changed is not None and not earlier.is_finished:
         found = f"{changed} is not what it was when {folder} began"
@@ -88,19 +90,18 @@ def _open_locked(program: Program, program_text: str, folder: Path, lock: locks.
         raise InputError(f"runs: {found}, expected the same file; {remedy}")
     if changed is not None:
         obstacle = f"is finished, and {changed} is not what it was when it began"
-        return _begun(program, program_text, folder, lock, obstacle)
+        return _begun(asked, folder, lock, obstacle)
     gone = gone_result(program, folder) if earlier.is_finished else None
     if earlier.is_finished and earlier.changes.first is None and gone is None:
         return _finished(earlier, lock)
     if earlier.continues_here:
-        return _continued(program, program_text, earlier, lock, gone)
+        return _continued(asked, earlier, lock, gone)
     obstacle = f"holds another program ({earlier.changes.first})"
-    return _begun(program, program_text, folder, lock, obstacle, earlier)
+    return _begun(asked, folder, lock, obstacle, earlier)
 
 
 def _begun(
-    program: Program,
-    program_text: str,
+    asked: WrittenProgram,
     folder: Path,
     lock: locks.Lock,
     obstacle: str,
@@ -111,10 +112,10 @@ def _begun(
     InputError if resume = true and nothing is kept.
     """
     kept = earlier.kept if earlier is not None else []
-    if program.resume and not kept:
+    if asked.program.resume and not kept:
         wanted = "expected an unfinished run to resume; drop resume = true"
         raise InputError(f"runs: {folder} {obstacle}, {wanted}")
-    new = _prepared(program, program_text, folder, earlier)
+    new = _prepared(asked, folder, earlier)
     notes = ()
     if folder.is_dir() and any(folder.iterdir()):
         numbered = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
@@ -150,9 +151,7 @@ def _out_folder(path: str) -> Path:
     return out
 
 
-def _prepared(
-    program: Program, program_text: str, folder: Path, earlier: EarlierRun | None
-) -> Path:
+def _prepared(asked: WrittenProgram, folder: Path, earlier: EarlierRun | None) -> Path:
     """Run folder under another name, so that under its own it exists whole or not at all."""
     new = _new_folder(folder)
     shutil.rmtree(new, ignore_errors=True)  # one left by a kill: the lock is ours
@@ -162,10 +161,10 @@ def _prepared(
     if earlier is not None and earlier.kept:
         records, starts = earlier.held(earlier.records), read_manifest(folder).starts
         _take_over(earlier, new)
-    write_atomic(new / "program.toml", program_text.encode())
+    write_atomic(new / "program.toml", asked.text.encode())
     write_record(new / "records.json", records)
     # The manifest comes last: it says that the folder is whole.
-    write_record(new / "manifest.json", manifest_of(program, *starts, this_start()))
+    write_record(new / "manifest.json", manifest_of(asked, *starts, this_start()))
     return new
 
 
@@ -189,8 +188,7 @@ def _new_folder(folder: Path) -> Path:
 
 
 def _continued(
-    program: Program,
-    program_text: str,
+    asked: WrittenProgram,
     earlier: EarlierRun,
     lock: locks.Lock,
     gone: Path | None,
@@ -210,8 +208,8 @@ def _continued(
     write_record(folder / "records.json", records)
     if early != earlier.ended:
         write_record(folder / ended.FILE, msgspec.to_builtins(early))
-    write_record(folder / "manifest.json", manifest_of(program, *manifest.starts, start))
-    write_atomic(folder / "program.toml", program_text.encode())
+    write_record(folder / "manifest.json", manifest_of(asked, *manifest.starts, start))
+    write_atomic(folder / "program.toml", asked.text.encode())
     return Run(folder, True, records, notes, lock, ended=early)
 
 

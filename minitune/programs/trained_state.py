@@ -3,6 +3,7 @@
 It imports no torch, so that `inspect` stays fast.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 from minitune.errors import InputError
 from minitune.io import toml
+from minitune.io.json_file import read_json_object
+from minitune.programs.variables import NOT_STORED, expanded
 
 RUN_FILES = ("manifest.json", "program.toml")
 STEP = re.compile(r"step-(\d{8,})")
@@ -125,9 +128,15 @@ def _label(table: Mapping[str, Any]) -> str:
 
 
 def _program(run: Path) -> dict[str, Any]:
-    """Program of a run as plain values; InputError for a file that no run wrote."""
+    """Program of a run as plain values, with the variables that it was run with; InputError for a
+    file that no run wrote."""
     path = run / "program.toml"
-    program = toml.read(path, "runs")[1]
+    written = toml.read(path, "runs")[1]
+    manifest = read_json_object(run / "manifest.json", "runs", optional=True)
+    variables = {**os.environ, **manifest.get("variables", {})}
+    # What trackers were told may name variables that are not set here.
+    parts = {key: value for key, value in written.items() if key != NOT_STORED}
+    program = expanded(parts, (), lambda _: f"runs: {path}", variables)
     stages = program.get("stage")
     tables = [table for table in stages or [] if isinstance(table, dict) and "op" in table]
     if tables != stages or not isinstance(program.get("model"), dict):

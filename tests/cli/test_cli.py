@@ -316,7 +316,7 @@ def test_what_the_user_must_change_is_one_line_and_exit_code_2(
 @pytest.mark.usefixtures("shipped")
 def test_a_run_gets_the_loaded_program(monkeypatch: pytest.MonkeyPatch, shipped: Path) -> None:
     ran: list[program.Program] = []
-    monkeypatch.setattr(run, "run_program", lambda loaded, stop, end: ran.append(loaded))
+    monkeypatch.setattr(run, "run_program", lambda loaded, stop, end, written: ran.append(loaded))
     assert main(["programs/lora.toml", "lora.rank=5"]) == 0
     assert ran == [program.load(shipped / "lora.toml", ["lora.rank=5"])]
 
@@ -326,7 +326,7 @@ def test_a_run_gets_the_loaded_program(monkeypatch: pytest.MonkeyPatch, shipped:
 def test_a_stopped_run_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    def run_program(loaded: program.Program, stop: StopSignals, end: None) -> Never:
+    def run_program(loaded: program.Program, stop: StopSignals, end: None, written: dict) -> Never:
         stop.number = number
         raise Stopped(7, Path("runs/tiny"))
 
@@ -337,7 +337,7 @@ def test_a_stopped_run_says_how_to_go_on(
 
 @pytest.mark.usefixtures("shipped")
 def test_an_interrupted_run_ends_in_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_program(loaded: program.Program, stop: StopSignals, end: None) -> Never:
+    def run_program(loaded: program.Program, stop: StopSignals, end: None, written: dict) -> Never:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run_program", run_program)

@@ -99,7 +99,7 @@ def changed(p: Program, **fields: Any) -> Program:
 
 
 def opened(p: Program) -> Run:
-    run = open_run(p, program_text=program.resolved(p))
+    run = open_run(program.WrittenProgram(p))
     run.lock.close()
     return run
 
@@ -440,7 +440,7 @@ def test_a_run_folder_exists_whole_or_not_at_all(tiny: Program, monkeypatch: pyt
 
 
 def test_a_second_trainer_is_refused_with_the_first_ones_pid_and_host(tiny: Program) -> None:
-    run = open_run(tiny, program_text=program.resolved(tiny))
+    run = open_run(program.WrittenProgram(tiny))
     message = rf"runs: \S+tiny is in use by pid {os.getpid()} on {socket.gethostname()}, expected one trainer a folder; wait"
     for resume in (None, True, False):
         with pytest.raises(InputError, match=message):
@@ -463,7 +463,7 @@ def test_a_killed_trainer_leaves_no_lock(tiny: Program, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"tiny is in use by pid 7 on far, expected one trainer a folder"):
             opened(tiny)
         other.kill()
-    with open_run(tiny, program_text=program.resolved(tiny)).lock:
+    with open_run(program.WrittenProgram(tiny)).lock:
         assert locks.holder_file(lock).read_text(encoding="utf-8") == f"pid {os.getpid()} on {socket.gethostname()}\n"
 
 
@@ -550,7 +550,7 @@ import os, signal
 from minitune.__main__ import main
 from minitune.programs import run
 from minitune.programs.signals import StopSignals
-def interrupted(program, stop, end):
+def interrupted(program, stop, end, written):
     with stop, stop.after_step():
         os.kill(os.getpid(), signal.SIGINT)
         try:

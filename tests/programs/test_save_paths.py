@@ -152,8 +152,8 @@ def test_check_and_run_refuse_before_a_folder_is_made(
 
 def test_a_changed_mixed_file_is_told_when_a_run_goes_on(tiny: Program, tmp_path: Path) -> None:
     (tmp_path / "models/m/model.safetensors").write_bytes(b"weights")
-    opened = open_run(tiny, program_text=program.resolved(tiny))
+    opened = open_run(program.WrittenProgram(tiny))
     opened.lock.close()
     (tmp_path / "mixed.jsonl").write_text('{"text": "y"}\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"runs: mixed\.jsonl is not what it was"):
-        open_run(tiny, program_text=program.resolved(tiny))
+        open_run(program.WrittenProgram(tiny))

@@ -11,6 +11,7 @@ from minitune.programs.card.opened_with import ResultKind, kind_of, opened_with
 from minitune.programs.page.page import data_lines, stage_table
 from minitune.programs.page.run_files import RunFiles
 from minitune.programs.records import Sample
+from minitune.programs.variables import value_of
 
 FILE = "README.md"
 GIVEN_AWAY = ("upload", "version")  # records of stages that make nothing
@@ -60,6 +61,7 @@ def base_name(run: RunFiles) -> str | None:
     path = (run.program.get("model") or {}).get("path")
     if not isinstance(path, str):
         return None
+    path = value_of(path, run.manifest.get("variables", {}))
     if path.startswith("hf:"):
         named = HUB_NAME.match(path)
         return named[1] if named else None

@@ -17,6 +17,7 @@ from minitune.programs.records import (
     read_summary,
     stage_records,
 )
+from minitune.programs.variables import hidden
 
 PROGRAM, MANIFEST, ROWS = "program.toml", "manifest.json", "metrics.jsonl"
 SUMMARY, RECORDS = "summary.json", "records.json"
@@ -28,7 +29,7 @@ class RunFiles(NamedTuple):
 
     folder: Path
     program_text: str
-    program: Mapping[str, Any]  # decoded
+    program: Mapping[str, Any]  # decoded, its variables as they were written
     manifest: Mapping[str, Any]
     records: Mapping[str, Mapping[str, Any]]  # by stage
     rows: Mapping[str, Sequence[Mapping[str, Any]]]  # of metrics.jsonl, by stage
@@ -63,14 +64,18 @@ def read_run(folder: Path) -> RunFiles:
     stages = {name: record for name, record in records.items() if isinstance(record, Mapping)}
     log = folder / LINES
     lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
+    program, manifest = _decoded(folder / PROGRAM, text), _manifest(folder / MANIFEST)
+    variables, inputs = manifest.get("variables", {}), manifest.get("inputs", {})
+    names = hidden(inputs, program, variables)
+    manifest = {**manifest, "inputs": dict(zip(names, inputs.values(), strict=True))}
     return RunFiles(
         folder,
         text,
-        _decoded(folder / PROGRAM, text),
-        _manifest(folder / MANIFEST),
+        program,
+        manifest,
         stages,
         _rows(folder / ROWS),
-        lines,
+        hidden(lines, program, variables),
         is_finished,
         read_facts(folder),
     )
