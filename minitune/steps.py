@@ -4,8 +4,6 @@
 `train_step` makes one of any objective and any optimizer; every loss has its named step.
 """
 
-from collections.abc import Iterator
-from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
@@ -21,11 +19,12 @@ from minitune.algorithms.loss_scale import (
     scaled,
     with_scale,
 )
+from minitune.algorithms.micro_batches import micro_batches, summed_over_ranks
 from minitune.algorithms.objective import Objective, checked_objective
 from minitune.algorithms.preference import PreferenceLoss, preference
+from minitune.algorithms.shared_state import begin_state
 from minitune.algorithms.supervised import SupervisedLoss, sft
 from minitune.algorithms.unpaired import unpaired_preference
-from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.errors import quoted
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL
@@ -35,7 +34,9 @@ from minitune.losses.unpaired import Kto
 from minitune.models.model import Model
 from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
-from minitune.sharding.ranks import ALONE, Ranks, counted
+from minitune.sharding.collectives import norms_over_ranks
+from minitune.sharding.parts import local_parts, placed_like
+from minitune.sharding.ranks import ALONE, Ranks
 from minitune.types import (
     AnyBatch,
     Batch,
@@ -84,22 +85,26 @@ def train_step(
     require_parts(objective, optimizer, micro_batch)
 
     def init(trainable: Trainable) -> TrainState:
-        return TrainState(trainable, with_scale(optimizer.init(trainable), loss_scale, trainable))
+        return TrainState(
+            trainable, with_scale(begin_state(optimizer, trainable), loss_scale, trainable)
+        )
 
     def update(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         require_batch(batch)
-        first, *others = _micro_batches(batch, micro_batch)
-        factor = factor_of(state.opt_state, tree.leaves(first)[0].shape.numel())
+        parts = micro_batches(batch, micro_batch)
+        factor = factor_of(state.opt_state, tree.leaves(parts[0])[0].shape.numel())
         checked = scaled(checked_objective(objective, batch.counts), factor)
-        evaluate = partial(value_and_grad(checked, has_aux=True), state.trainable, params)
 
         # sums over the batch: of losses, of what the objective reports, and of gradients
-        dealt = ranks.deal((first, *others))
-        (loss, reports), grads = ranks.sum(accumulate(counted(evaluate), dealt))
-        leaf_norms = tree.norms(grads)
+        (loss, reports), grads = summed_over_ranks(checked, state.trainable, params, parts, ranks)
+        leaf_norms = norms_over_ranks(grads)
         sums = divided(loss, torch.linalg.vector_norm(leaf_norms), factor)
+
+        # an optimizer sees the parts that this rank holds
         trees = grads, inner_state(state.opt_state), state.trainable
-        after = apply_gradients(optimizer, *trees, **sums.of_gradients(), donate=donate)
+        own = local_parts(trees)
+        after = apply_gradients(optimizer, *own, **sums.of_gradients(), donate=donate)
+        after = placed_like(after, (trees[2], trees[1]))
 
         metrics = {name: mean.value() for name, mean in reports.items()}
         metrics |= sums.metrics(batch.counts, leaf_norms)
@@ -285,10 +290,3 @@ def kd_step(
 ) -> Step:
     """Step of distillation on a Batch, or on a TeacherBatch without the teacher itself."""
     return train_step(distillation(model, lora, loss, teacher), optimizer, **how)
-
-
-def _micro_batches(batch: AnyBatch, n_rows: int | None) -> Iterator[AnyBatch]:
-    """Batch in parts of n_rows rows."""
-    total = len(tree.leaves(batch)[0])
-    size = n_rows or total
-    return (tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, total, size))

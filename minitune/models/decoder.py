@@ -24,6 +24,7 @@ from minitune.nn.attention.key_range import (
 from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.linear import embed
+from minitune.sharding.gather import gather
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -165,10 +166,11 @@ def _embedded(
     tokens: Tensor,
     noise: Tensor | None = None,
 ) -> Tensor:
-    x = embed(tokens, params["model.embed_tokens.weight"])
+    w = gather(params["model.embed_tokens.weight"])
+    x = embed(tokens, w)
     if noise is not None:
         x = x + noise.to(x.dtype)
     # rounded to the dtype of the weights, as it was in training
     if config.embedding_multiplier == "sqrt_d_model":
-        return x * params["model.embed_tokens.weight"].new_full((), config.d_model**0.5)
+        return x * w.new_full((), config.d_model**0.5)
     return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier

@@ -23,6 +23,7 @@ from minitune.nn import head as nn_head
 from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
+from minitune.sharding.gather import gather, gathered, gathered_again
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Dropout, Params
 
@@ -108,10 +109,12 @@ class Model(NamedTuple):
         probed, as the model says.
         """
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
-        recomputed = {mixer: self.remat(run) for mixer, run in runs.items()}
+        # whole weights are there within a block alone, and a compiled one never sees a part
+        kept = {mixer: gathered_again(run) for mixer, run in runs.items()}
+        recomputed = {mixer: self.remat(gathered(run)) for mixer, run in runs.items()}
 
         def block_of(i: int) -> Callable[..., Tensor]:
-            chosen = recomputed if i < self.n_remat else runs
+            chosen = recomputed if i < self.n_remat else kept
             run = chosen[layer_kind(self.config, i).mixer]
             return run if self.probe is None else partial(_report, run, self.probe, i)
 
@@ -128,7 +131,7 @@ class Model(NamedTuple):
 
     def logits(self, params: Params, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits of hidden states, scaled and capped as the family does."""
-        return decoder.scaled_logits(self.config, linear(states, self.head(params)))
+        return decoder.scaled_logits(self.config, linear(states, gather(self.head(params))))
 
     def token_losses(
         self,
@@ -168,7 +171,7 @@ class Model(NamedTuple):
         of_chunk: Callable[..., Tensor] = chunk_losses
         if mask.is_floating_point():
             labels, mask, of_chunk = (labels, checked_weights(mask)), mask != 0, _weighted(of_chunk)
-        rows = self.hidden(params, batch), labels, mask, self.head(params)
+        rows = self.hidden(params, batch), labels, mask, gather(self.head(params))
         return nn_head.token_losses(of_chunk, *rows, summed=summed).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

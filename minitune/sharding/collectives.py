@@ -1,46 +1,22 @@
-"""Sums over all processes of a run; in a single process they are what they were."""
+"""Sums over all processes of a run, which in a single process are what they were; and tensors that
+are put together from parts, or summed and cut into them.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from minitune import tree
 from minitune.errors import RankLostError
+from minitune.sharding.parts import Cut, cuts_of, is_sharded, local_parts, placed_of, placed_part
 from minitune.tree import Tree
 from minitune.types import widen
-
-
-def sum_over_ranks(values: Tree) -> Tree:
-    """Sum of every leaf over all ranks of the default process group, by one all-reduce for each
-    dtype and device.
-
-    Floating-point leaves are summed in float32 or wider, and stay so.
-
-    The tree itself in a single process. Not differentiable.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    leaves = [widen(x) if x.is_floating_point() else x for x in tree.leaves(values)]
-    sums = list(leaves)
-    for dtype, device in dict.fromkeys((leaf.dtype, leaf.device) for leaf in leaves):
-        places = [
-            i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == (dtype, device)
-        ]
-        for i, total in zip(places, _summed([leaves[i] for i in places]), strict=True):
-            sums[i] = total
-    return tree.rebuild(values, sums)
-
-
-def _summed(leaves: list[Tensor]) -> list[Tensor]:
-    """Sums of leaves that share a dtype and a device: views of the one buffer that was reduced."""
-    buffer = torch.cat([leaf.detach().flatten() for leaf in leaves])
-    with lost_in_words():
-        dist.all_reduce(buffer)
-    parts = buffer.split([leaf.numel() for leaf in leaves])
-    return [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
 
 
 @contextmanager
@@ -50,3 +26,169 @@ def lost_in_words() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLostError(str(error)) from error
+
+
+def sum_over_ranks(values: Tree) -> Tree:
+    """Sum of every leaf over all ranks of the default process group, by one all-reduce for each
+    dtype and device.
+
+    Floating-point leaves are summed in float32 or wider, and stay so. Leaves of which each rank
+    holds a part are gradients, which `gather` has summed over the axes that cut them: here they are
+    summed over the other axes of their mesh, along which ranks hold copies.
+
+    The tree itself in a single process. Not differentiable.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    leaves = tree.leaves(values)
+    group_of = {i: None for i, leaf in enumerate(leaves) if not is_sharded(leaf)}
+    sums = _sums(leaves, group_of)
+    placed = {i: placed_of(leaf) for i, leaf in enumerate(leaves) if is_sharded(leaf)}
+    parts = local_parts(sums)
+    for axis in range(max((one.mesh.ndim for one in placed.values()), default=0)):
+        copies = [i for i, one in placed.items() if not one.placements[axis].is_shard()]
+        if copies and placed[copies[0]].mesh.size(axis) > 1:
+            parts = _sums(parts, dict.fromkeys(copies, placed[copies[0]].mesh.get_group(axis)))
+    summed = [placed_part(x, placed[i]) if i in placed else x for i, x in enumerate(parts)]
+    return tree.rebuild(values, summed)
+
+
+def max_over_ranks(n: int) -> int:
+    """Largest of the ranks' own n. Without a wait for an accelerator, where the default process
+    group serves the host too ("cpu:gloo,cuda:nccl").
+    """
+    on_host = "cpu:" in str(dist.get_backend_config())
+    total = torch.tensor(n, device="cpu" if on_host else torch.accelerator.current_accelerator())
+    with lost_in_words():
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+    return int(total)
+
+
+def norms_over_ranks(values: Tree) -> Float[Tensor, "leaves"]:
+    """Euclidean norm of each leaf, and of the whole of a leaf of which each rank holds a part; by
+    one all-reduce for each axis that cuts any.
+    """
+    leaves = tree.leaves(values)
+    places = [i for i, leaf in enumerate(leaves) if is_sharded(leaf)]
+    norms = tree.norms(local_parts(leaves))
+    if not places:
+        return norms
+    squares = norms.double().square()
+    for group, cuts in cuts_of([placed_of(leaves[i]) for i in places]):
+        index = torch.tensor([places[i] for i in cuts], device=squares.device)
+        total = squares[index]
+        with lost_in_words():
+            dist.all_reduce(total, group=group)
+        squares = squares.index_copy(0, index, total)
+    return squares.sqrt().to(norms.dtype)
+
+
+def _sums(leaves: Sequence[Tensor], group_of: dict[int, Any]) -> list[Tensor]:
+    """Leaves, those with a group summed over it: all have the same."""
+    summed = {i: leaves[i] for i in group_of}
+    wide = {i: widen(x) if x.is_floating_point() else x for i, x in summed.items()}
+    sums = list(leaves)
+    for kind in dict.fromkeys((leaf.dtype, leaf.device) for leaf in wide.values()):
+        places = [i for i, leaf in wide.items() if (leaf.dtype, leaf.device) == kind]
+        group = group_of[places[0]]
+        for i, total in zip(places, _summed([wide[i] for i in places], group), strict=True):
+            sums[i] = total
+    return sums
+
+
+def _summed(leaves: list[Tensor], group: Any) -> list[Tensor]:
+    """Sums of leaves that share a dtype and a device: views of the one buffer that was reduced."""
+    buffer = torch.cat([leaf.detach().flatten() for leaf in leaves])
+    with lost_in_words():
+        dist.all_reduce(buffer, group=group)
+    parts = buffer.split([leaf.numel() for leaf in leaves])
+    return [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+# bytes that the parts of a rank are filled up to, so that each begins where its dtype may
+ALIGNMENT = 16
+
+
+class Gathering(NamedTuple):
+    """Parts on their way to every rank."""
+
+    parts: Sequence[Tensor]
+    cuts: Sequence[Cut]
+    buffer: Tensor  # bytes of all ranks [ranks, bytes]
+    work: Any  # what to wait for
+
+
+def begin_gather(parts: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> Gathering:
+    """All-gather of the parts of many tensors, of any dtypes, as the bytes of one buffer."""
+    n = dist.get_world_size(group)
+    padded = [_padded(part, cut, n) for part, cut in zip(parts, cuts, strict=True)]
+    rows = [part.flatten().view(torch.uint8) for part in padded]
+    own = torch.cat([_filled_up(row) for row in rows])
+    buffer = own.new_empty(n * own.numel())
+    with lost_in_words():
+        work = _all_gather(buffer, own, group=group, async_op=True)
+    return Gathering(padded, cuts, buffer.view(n, -1), work)
+
+
+def end_gather(gathering: Gathering) -> list[Tensor]:
+    """Whole tensors, once all parts are there."""
+    with lost_in_words():
+        gathering.work.wait()
+    start, wholes = 0, []
+    for part, cut in zip(gathering.parts, gathering.cuts, strict=True):
+        n_bytes = part.numel() * part.element_size()
+        columns = gathering.buffer[:, start : start + n_bytes].view(part.dtype)
+        pieces = columns.unflatten(1, part.shape).movedim(0, cut.dim)
+        whole = pieces.flatten(cut.dim, cut.dim + 1)
+        wholes.append(whole.narrow(cut.dim, 0, cut.size).contiguous())
+        start += _aligned(n_bytes)
+    return wholes
+
+
+def reduce_scatter(wholes: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> list[Tensor]:
+    """Part of this rank of the sums of many tensors over the group, in float32 or wider."""
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    rows = []
+    for whole, cut in zip(wholes, cuts, strict=True):
+        longest = -(-cut.size // n)
+        padded = _lengthened(widen(whole), cut.dim, n * longest)
+        rows.append(padded.unflatten(cut.dim, (n, longest)).movedim(cut.dim, 0).reshape(n, -1))
+    buffer = torch.cat(rows, dim=1)
+    own = buffer.new_empty(buffer.shape[1])
+    with lost_in_words():
+        _reduce_scatter(own, buffer.flatten(), group=group)
+
+    parts = []
+    sums = own.split([row.shape[1] for row in rows])
+    for total, whole, cut in zip(sums, wholes, cuts, strict=True):
+        longest = -(-cut.size // n)
+        shape = [longest if i == cut.dim else size for i, size in enumerate(whole.shape)]
+        length = max(0, min(longest, cut.size - rank * longest))
+        parts.append(total.view(shape).narrow(cut.dim, 0, length))
+    return parts
+
+
+def _padded(part: Tensor, cut: Cut, n: int) -> Tensor:
+    """Part as long as the longest."""
+    return _lengthened(part, cut.dim, -(-cut.size // n)).contiguous()
+
+
+def _lengthened(x: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    shape = [missing if i == dim else n for i, n in enumerate(x.shape)]
+    return torch.cat([x, x.new_zeros(shape)], dim)
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _filled_up(row: Tensor) -> Tensor:
+    return F.pad(row, (0, _aligned(row.numel()) - row.numel()))
+
+
+# torch 2.13 has new names for these two
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

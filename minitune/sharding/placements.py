@@ -99,8 +99,8 @@ def shard_leaf(leaf: Tree, placed: Sequence[Placement], mesh: DeviceMesh) -> Tre
     """Part of this rank of a weight, dense or quantized, as DTensors; the leaf as it is if no axis
     cuts it.
     """
-    n_dims = len(leaf.shape)
-    return tree.map(lambda x: _part(x, _placed_within(x, n_dims, placed), mesh), leaf)
+    shape = leaf.shape
+    return tree.map(lambda x: _part(x, _placed_within(x, shape, placed), mesh), leaf)
 
 
 def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
@@ -142,24 +142,22 @@ def _cut_dims(
     return cut
 
 
-def _placed_within(x: Tensor, n_dims: int, placed: "Sequence[Placement]") -> tuple[Placement, ...]:
-    """Placements of one tensor of a leaf: those of the weight where x has its dims; a list of all
-    blocks is cut by itself, and what has no dim to cut is copied.
+def _placed_within(
+    x: Tensor, shape: Sequence[int], placed: Sequence[Placement]
+) -> tuple[Placement, ...]:
+    """Placements of one tensor of a leaf: those of the weight where x has its dims, but for a dim
+    of size 1, such as that of scales; a list of all blocks is cut by itself, by one axis.
     """
-
-    def within(placement: Placement) -> Placement:
+    if x.shape == torch.Size(shape):
+        return tuple(placed)
+    found: list[Placement] = []
+    for placement in placed:
         dim = sharded_dim(placement)
-        if dim is None:
-            return placement
-        dim = dim if x.ndim == n_dims else 0
-        return Shard(dim) if x.ndim and x.shape[dim] > 1 else Replicate()
-
-    found = tuple(within(placement) for placement in placed)
-    if x.ndim == n_dims:
-        return found
-    # a list of blocks is cut by one axis alone
-    first = next((i for i, one in enumerate(found) if sharded_dim(one) is not None), None)
-    return tuple(one if i == first else Replicate() for i, one in enumerate(found))
+        if dim is not None and x.ndim != len(shape):
+            dim = None if any(sharded_dim(one) is not None for one in found) else 0
+        is_cut = dim is not None and x.ndim > 0 and x.shape[dim] > 1
+        found.append(Shard(dim) if is_cut else Replicate())
+    return tuple(found)
 
 
 def _part(x: Tensor, placed: tuple[Placement, ...], mesh: DeviceMesh) -> Tensor | DTensor:

@@ -1,6 +1,7 @@
 """Processes that are the ranks of a process group on this machine: over gloo, on the loopback interface."""
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -68,6 +69,9 @@ class Ranks:
             pending = {self._workers[rank][1]: rank for rank in range(n) if rank not in results}
             ready = wait(list(pending), timeout_s)
             if not ready:
+                for process, _ in self._workers:
+                    os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)
                 raise RankError(f"ranks {sorted(pending.values())} of {n} gave no result in time")
             for connection in ready:
                 rank = pending[connection]  # pyright: ignore[reportArgumentType]
@@ -177,6 +181,7 @@ def _started(number: int) -> tuple[Any, Connection]:
 
 def _serve(connection: Connection) -> None:
     """Answer calls until the other end is closed."""
+    faulthandler.register(signal.SIGUSR1)  # writes to the standard error where a rank that is late stands
     while True:
         try:
             call = connection.recv_bytes()

@@ -1,0 +1,76 @@
+"""Parts of tensors that ranks hold, and what is known of their wholes: what a DTensor is made of.
+
+Nothing here imports torch's DTensor before there is one: that takes half a second.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitune import tree
+from minitune.tree import Tree
+
+
+class Cut(NamedTuple):
+    """Cut of a tensor along one dim into a part for each rank, as torch's Shard makes it: all are
+    ceil(size / ranks) long but the last ones, which have what is left, or nothing.
+    """
+
+    dim: int
+    size: int  # of the dim, before the cut
+
+
+class Placed(NamedTuple):
+    """What a DTensor is but for its part: mesh, placements, and the whole's shape and strides."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def is_sharded(x: Any) -> bool:
+    """True for a DTensor, without the import of its class, which takes long."""
+    return hasattr(x, "placements")
+
+
+def placed_of(x: Any) -> Placed:
+    """All of a DTensor but its part."""
+    return Placed(x.device_mesh, x.placements, x.shape, x.stride())
+
+
+def placed_part(part: Tensor, placed: Placed) -> Tensor:
+    """DTensor of a part."""
+    from torch.distributed.tensor import DTensor
+
+    how: dict[str, Any] = {"run_check": False, "shape": placed.shape, "stride": placed.stride}
+    return DTensor.from_local(part, placed.mesh, placed.placements, **how)
+
+
+def local_parts(values: Tree) -> Tree:
+    """Tree with the part of this rank in place of each DTensor; not differentiable."""
+    if not any(map(is_sharded, tree.leaves(values))):
+        return values
+    with torch.no_grad():
+        return tree.map(lambda x: x.to_local() if is_sharded(x) else x, values)
+
+
+def placed_like(parts: Tree, like: Tree) -> Tree:
+    """Tree of parts as DTensors, wherever the leaf of `like` is one."""
+    if not any(map(is_sharded, tree.leaves(like))):
+        return parts
+    return tree.map(lambda x, y: placed_part(x, placed_of(y)) if is_sharded(y) else x, parts, like)
+
+
+def cuts_of(placed: Sequence[Placed]) -> Iterator[tuple[Any, dict[int, Cut]]]:
+    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis."""
+    for axis in range(placed[0].mesh.ndim):
+        cuts = {
+            i: Cut(one.placements[axis].dim, one.shape[one.placements[axis].dim])
+            for i, one in enumerate(placed)
+            if one.placements[axis].is_shard()
+        }
+        if cuts:
+            yield placed[0].mesh.get_group(axis), cuts

@@ -1,0 +1,204 @@
+"""Training steps of small models on one process, and on ranks that share the model by a plan."""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitune import tree
+from minitune.algorithms.objective import split_trainable
+from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.lora import Lora
+from minitune.losses.preference import Dpo
+from minitune.losses.token import cross_entropy
+from minitune.models.block import block
+from minitune.models.config import DecoderConfig
+from minitune.models.weights import dims
+from minitune.optim.adamw import AdamW
+from minitune.optim.sgd import SGD
+from minitune.quant.schemes import quantize
+from minitune.sharding.gather import gather
+from minitune.sharding.mesh import Mesh, device_mesh
+from minitune.sharding.placements import Plan, shard, shard_leaf
+from minitune.steps import kd_step, preference_step, sft_step
+from minitune.types import Batch, Mean, Pairs, Step, Trainable
+from support.models import SMALL, model_of, random_batch, random_deltas, random_params
+
+RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
+DORA = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",), dora=True)
+
+
+class Case(NamedTuple):
+    """What is trained, on what, and in which micro-batches."""
+
+    config: DecoderConfig
+    loss: str = "sft"  # sft, dpo or kd
+    trains: str = "lora"  # lora, dora or full
+    micro_batch: int | None = 1
+    n_remat: int = 0
+    dtype: torch.dtype = torch.float32  # of the weights that are not trained
+    n_steps: int = 2
+
+
+def rows_of(case: Case, n_rows: int, seed: int, mask: Tensor | None = None) -> Any:
+    """Batch of a case; mask [n_rows] leaves out the targets of a row."""
+
+    def batch(seed: int) -> Batch:
+        rows = random_batch(case.config, n_rows, 11, seed)
+        return rows if mask is None else rows._replace(loss_mask=rows.loss_mask & mask[:, None])
+
+    return Pairs(batch(seed), batch(seed + 1)) if case.loss == "dpo" else batch(seed)
+
+
+def trained(case: Case, batches: list[Any], plan: Plan | None = None, mesh: Mesh | None = None) -> dict[str, Tensor]:
+    """Leaves of the trained tree and of the optimizer's state, whole, and the metrics of the last step."""
+    params: Any = random_params(case.config, dtype=case.dtype)
+    if plan is not None:
+        params = shard(params, dims(case.config), plan, device_mesh(mesh or {}, "cpu"))
+    lora = {"lora": RULE, "dora": DORA}.get(case.trains)
+    if lora is None:
+        params, trainable = split_trainable(params, ("*",))
+    else:
+        trainable = random_deltas(random_params(case.config, dtype=case.dtype), lora)
+    step = step_of(case, lora, params, trainable)
+    state = step.init(trainable)
+    metrics: Any = {}
+    for batch in batches:
+        state, metrics = step.update(params, state, batch)
+    return dict(tree.items({"trainable": gather(state.trainable), "state": gather(state.opt_state), "metrics": metrics}))
+
+
+def step_of(case: Case, lora: Lora | None, params: Any, trainable: Trainable) -> Step:
+    """Step of a case, with the base or a second model as its reference."""
+    model = model_of(case.config)._replace(n_remat=case.n_remat)
+    optimizer = AdamW(lr=0.01, weight_decay=0.1)
+    how: Any = {"micro_batch": case.micro_batch}
+    if case.loss == "dpo":
+        reference = {} if lora is not None else trainable
+        return preference_step(model, lora, optimizer, Dpo(), reference, **how)
+    if case.loss == "kd":
+        from minitune.algorithms.distillation import Teacher
+
+        return kd_step(model, lora, optimizer, Teacher(model, random_params(case.config, 7)), **how)
+    return sft_step(model, lora, optimizer, **how)
+
+
+def on_ranks(case: Case, batches: list[list[Any]], plan: Plan, mesh: Mesh) -> dict[str, Tensor]:
+    """`trained` of this rank's rows: batches[step][rank]."""
+    rank = dist.get_rank()
+    return trained(case, [ranks[rank] for ranks in batches], plan, mesh)
+
+
+def dealt(batch: Any, sizes: list[int]) -> list[Any]:
+    """Parts of a batch of so many rows each."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [tree.map(lambda x, i=i, n=n: x[i : i + n], batch) for i, n in zip(starts, sizes, strict=True)]
+
+
+def gathered_of(w: Any, dim_of: dict[str, int | None], mesh: Mesh, cotangents: Any) -> tuple[Any, Any]:
+    """(whole tensors as `gather` makes them of this rank's parts, this rank's parts of their gradients)."""
+    ranks = device_mesh(mesh, "cpu")
+    parts = {name: placed(x, dim_of[name], ranks) for name, x in w.items()}
+    leaves = tree.map(lambda x: x.detach().requires_grad_(x.is_floating_point()), parts)
+    wholes = gather(leaves)
+    own = cotangents[dist.get_rank()]
+    names = [*own]
+    grads = torch.autograd.grad([wholes[name] for name in names], [leaves[name] for name in names], [own[name] for name in names])
+    return tree.map(torch.Tensor.detach, wholes), {name: gather(grad) for name, grad in zip(names, grads, strict=True)}
+
+
+def placed(x: Any, dim: int | None, ranks: Any) -> Any:
+    """Part of this rank of a tensor or a quantized weight that the last axis of a mesh cuts along a dim."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    copies = [Replicate()] * (ranks.ndim - 1)
+    return x if dim is None else shard_leaf(x, (*copies, Shard(dim)), ranks)
+
+
+def lives_of_whole_weights(case: Case, batch: Any, plan: Plan) -> list[list[int]]:
+    """Layers whose weights exist whole when each block begins, in a step."""
+    alive: dict[int, Any] = {}
+    seen = []
+
+    def watched(config: Any, mixer: Any, w: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
+        down = w["mlp.down_proj.weight"].w  # beneath its delta
+        layer = len(seen) % config.n_layers
+        seen.append(sorted(number for number, one in alive.items() if one() is not None))
+        alive[layer] = weakref.ref(down)
+        return block(config, mixer, w, x, *rest, **kwargs)
+
+    params: Any = shard(random_params(case.config), dims(case.config), plan, device_mesh({"data": dist.get_world_size()}, "cpu"))
+    trainable = random_deltas(random_params(case.config), RULE)
+    model = model_of(case.config)._replace(n_remat=case.n_remat, block=watched)
+    step = sft_step(model, RULE, AdamW(lr=0.01))
+    step.update(params, step.init(trainable), batch)
+    return seen
+
+
+def fsdp2_step(case: Case, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """(weights, norm of the gradient) after a step of SGD by torch's fully_shard on an nn.Module of the same weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = model_of(case.config)
+
+    class Layers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weights = random_params(case.config)
+            self.names = {name.replace(".", "/"): name for name in weights}
+            for key, name in self.names.items():
+                self.register_parameter(key, torch.nn.Parameter(weights[name]))
+
+        def forward(self, rows: Batch) -> Tensor:
+            params = {name: getattr(self, key) for key, name in self.names.items()}
+            return model.token_losses(params, rows, cross_entropy).sum()
+
+    module = fully_shard(Layers(), mesh=device_mesh({"data": dist.get_world_size()}, "cpu"))
+    n_targets = batch.target_mask().sum()
+    dist.all_reduce(n_targets)
+    # fully_shard takes the mean over ranks
+    (module(batch) * dist.get_world_size() / n_targets).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).full_tensor()
+    torch.optim.SGD(module.parameters(), lr=0.5).step()
+    return {module.names[key]: p.full_tensor().detach() for key, p in module.named_parameters()}, norm
+
+
+def own_step(case: Case, batch: Any, plan: Plan, mesh: Mesh) -> tuple[dict[str, Tensor], Tensor]:
+    """(weights, norm of the gradient) after a step of SGD on weights in parts."""
+    params = shard(random_params(case.config), dims(case.config), plan, device_mesh(mesh, "cpu"))
+    frozen, trainable = split_trainable(params, ("*",))
+    step = sft_step(model_of(case.config)._replace(n_remat=case.n_remat), None, SGD(lr=0.5))
+    state, metrics = step.update(frozen, step.init(trainable), batch)
+    return gather(state.trainable), metrics["grad_norm"]
+
+
+def both_steps(case: Case, batches: list[Any], plan: Plan, mesh: Mesh) -> tuple[Any, Any]:
+    """(fsdp2_step, own_step) of this rank's rows."""
+    rows = batches[dist.get_rank()]
+    return fsdp2_step(case, rows), own_step(case, rows, plan, mesh)
+
+
+def quantized_hidden(config: DecoderConfig, scheme: Any, tokens: Tensor, plan: Plan | None, n_remat: int) -> tuple[Tensor, Any]:
+    """(logits of a model with quantized linear maps and deltas, gradients of the deltas); shared by all ranks where there is a plan."""
+    weights = random_params(config)
+    names = [name for name in weights if name.endswith("_proj.weight")]
+    params: Any = weights | {name: quantize(weights[name], scheme) for name in names}
+    if plan is not None:
+        params = shard(params, dims(config), plan, device_mesh({"data": dist.get_world_size()}, "cpu"))
+    deltas = random_deltas(weights, RULE)
+    model = model_of(config)._replace(n_remat=n_remat)
+
+    def objective(deltas: Any) -> tuple[Mean, Tensor]:
+        logits = model.forward(RULE.apply(params, deltas), tokens)
+        return Mean.of(logits.square(), torch.ones_like(logits, dtype=torch.bool)), logits
+
+    (_, logits), grads = value_and_grad(objective, has_aux=True)(deltas)
+    return logits, grads
+
+
+def begun(plan: Plan, optimizer: Any) -> None:
+    """Begin to train all weights of a small model in parts."""
+    params = shard(random_params(SMALL), dims(SMALL), plan, device_mesh({"data": dist.get_world_size()}, "cpu"))
+    sft_step(model_of(SMALL), None, optimizer).init(split_trainable(params, ("*",))[1])
