@@ -109,7 +109,8 @@ def _opened(
             ended=run.ended,
         )
         stages = {stage.label: stage for stage in program.stage}
-        return state._replace(memory_lines=memory_lines(program, first), stages=stages)
+        lines = memory_lines(program, first)
+        return state._replace(memory_lines=lines, stages=stages, profile=program.profile)
 
 
 def _write_page(run: Run, out: log.Log) -> None:

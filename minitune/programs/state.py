@@ -17,6 +17,7 @@ from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
+from minitune.programs.profiling.profile import Profile
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
@@ -77,6 +78,7 @@ class PipelineState(NamedTuple):
     ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that the user has ended
     # by training stage: lines on the memory of its steps
     memory_lines: Mapping[str, Sequence[str]] = MappingProxyType({})
+    profile: Profile | None = None  # steps of each training stage that are recorded
     # stages of the program by label, in order
     stages: Mapping[str, Any] = MappingProxyType({})
 
