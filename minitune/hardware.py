@@ -169,7 +169,7 @@ def profiled(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(f: Callable[P, T]) -> Callable[P, T]:
         @wraps(f)
         def ranged(*args: P.args, **kwargs: P.kwargs) -> T:
-            if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+            if torch.compiler.is_compiling() or not _is_recorded():
                 return f(*args, **kwargs)
             with torch.profiler.record_function(name):
                 return f(*args, **kwargs)
@@ -177,6 +177,11 @@ def profiled(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return ranged
 
     return decorate
+
+
+def _is_recorded() -> bool:
+    """True while a profiler of torch records."""
+    return torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _pinned(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
 from minitune.programs.plan_fit import memory_lines
+from minitune.programs.profiling.check import check_steps
 from minitune.programs.program import Program, resolved
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
@@ -44,6 +45,7 @@ def run_program(
     # before a folder is made or a weight is read
     program.log.check()
     checked = check(program.model, program.data, program.stage, log.say_early)
+    profile_lines = check_steps(program.profile, program.stage, checked.first)
     program = msgspec.structs.replace(program, data=checked.data)
     save_paths.check(program)
     run = open_run(program, program_text=resolved(program), end=end)
@@ -55,7 +57,7 @@ def run_program(
         return run.summary
     with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
         data_lines = data_notes(program.model, program.data, program.stage)
-        for note in (*run.notes, *data_lines, *checked.lengths):
+        for note in (*run.notes, *data_lines, *checked.lengths, *profile_lines):
             out.say(note)
         return _run_stages(program, run, stop, out, checked.first)
 

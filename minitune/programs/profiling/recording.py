@@ -112,7 +112,7 @@ class Recording:
             measured = measure(decode(content))
         found = stage_profile(measured, self._steps, trace, snapshot)
         write_profile(self._folder, self._label, found)
-        self._log.show(drawn_table(self._label, found))
+        self._log.show(drawn_table(self._label, found, self._log.width))
         self._log.say(f"{self._label}: {found.sentence()}")
         self._log.say(f"{self._label}: the trace is {self._folder / trace}; Perfetto opens it")
         if snapshot is None:

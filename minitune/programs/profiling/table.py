@@ -1,10 +1,11 @@
-"""Table of a profile: where time and memory went, by kind of work, as it is kept, shown and told."""
+"""Table of a profile: where time and memory went, by kind of work."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 from minitune.io.json_file import read_json
 from minitune.programs.profiling.trace import Measured
@@ -13,6 +14,7 @@ from minitune.programs.records import write_record
 FILE = "profile.json"
 FOLDER = "profile"  # of traces and snapshots
 TITLES = ("kind of work", "time [s]", "share", "calls", "allocated [MiB]", "at the peak [MiB]")
+N_NARROW = 3  # columns on a terminal that has no room for all
 NAMED = 0.05  # share of the time from which on a kind of work is named in the sentence
 
 
@@ -29,7 +31,8 @@ class KindOfWork(msgspec.Struct, frozen=True):
     @property
     def cells(self) -> tuple[str, ...]:
         """Texts under TITLES."""
-        numbers = f"{self.time_s:,.4f}", f"{self.share:.1%}", f"{self.calls:,}"
+        calls = f"{self.calls:,}" if self.calls else ""
+        numbers = f"{self.time_s:,.4f}", f"{self.share:.1%}", calls
         sizes = (self.allocated_bytes, self.peak_bytes)
         return (self.kind, *numbers, *(f"{size / 2**20:,.1f}" for size in sizes))
 
@@ -46,7 +49,7 @@ class StageProfile(msgspec.Struct, frozen=True):
     snapshot: str | None = None  # file of CUDA's allocator, which pytorch.org/memory_viz opens
 
     def sentence(self) -> str:
-        """What the steps took and where most of it went, in words."""
+        """Words for the time that the steps took, and where most of it went."""
         first, last = self.steps
         n = last - first + 1
         of_all = f"step {first} took" if n == 1 else f"steps {first} to {last} took"
@@ -82,16 +85,19 @@ def stage_profile(
     return StageProfile(steps, total / 1e6, of_device, peak_bytes, shown, trace, snapshot)
 
 
-def drawn_table(label: str, profile: StageProfile) -> Table:
-    """Table for the terminal."""
+def drawn_table(label: str, profile: StageProfile, width: int) -> Table:
+    """Table for a terminal of so many characters; a narrow one has times alone."""
     first, last = profile.steps
     where = "device" if profile.of_device else "processor"
+    rows = [TITLES, *(line.cells for line in profile.kinds)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    n_columns = len(TITLES) if sum(widths) + 3 * len(TITLES) + 1 <= width else N_NARROW
     title = f"{label}: time of the {where} in steps {first} to {last}"
     table = Table(title=title, title_justify="left")
-    for i, name in enumerate(TITLES):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for line in profile.kinds:
-        table.add_row(*line.cells)
+    for i, name in enumerate(TITLES[:n_columns]):
+        table.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0)
+    for cells in rows[1:]:
+        table.add_row(*cells[:n_columns])
     return table
 
 

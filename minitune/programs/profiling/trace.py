@@ -18,7 +18,7 @@ DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 MEMORY = "[memory]"
 LINK = "fwdbwd"  # from an operator to the one that computes its gradient
 
-Place = tuple[int | str, float]  # thread and begin of an operator
+Begin = tuple[int | str, float]  # thread and time at which an operator begins
 
 
 class Arguments(msgspec.Struct, frozen=True):
@@ -126,9 +126,9 @@ class _Walk:
         self.work: defaultdict[str, Work] = defaultdict(Work)
         self._steps, self._is_of_device = steps, is_of_device
         self._open: defaultdict[int | str, list[_Open]] = defaultdict(list)  # by thread
-        self._kind_at: dict[Place, _Open] = {}
+        self._kind_at: dict[Begin, _Open] = {}
         self._kind_of_id: dict[int | str, str] = {}
-        self._forward = _forward_places(trace.events)
+        self._forward = _forward_begins(trace.events)
         self._memory = _Memory(self.work)
         for event in _in_order(trace.events):
             if event.name == MEMORY:
@@ -140,9 +140,9 @@ class _Walk:
     def _enter(self, event: Event) -> None:
         """Find the kind of an operator, and count it where the trained thread is in its steps."""
         outer = self._above(event)
-        opened = _opened(event, outer, self._kind_at.get(self._forward.get(_place(event), ("", 0))))
+        opened = _opened(event, outer, self._kind_at.get(self._forward.get(_begin(event), ("", 0))))
         self._open[event.tid].append(opened)
-        self._kind_at[_place(event)] = opened
+        self._kind_at[_begin(event)] = opened
         if event.args.external_id is not None:
             self._kind_of_id[event.args.external_id] = opened.kind
         is_counted = event.tid == self._steps.tid and self._is_within(event)
@@ -248,12 +248,12 @@ def _in_order(events: Sequence[Event]) -> Iterator[Event]:
     yield from sorted(chosen, key=lambda event: (event.ts, event.name == MEMORY, -event.dur))
 
 
-def _forward_places(events: Sequence[Event]) -> dict[Place, Place]:
-    """Place of the operator that each operator of a backward is the gradient of."""
-    begins = {event.id: _place(event) for event in events if event.cat == LINK and event.ph == "s"}
+def _forward_begins(events: Sequence[Event]) -> dict[Begin, Begin]:
+    """Begin of the operator that each operator of a backward is the gradient of."""
+    begins = {event.id: _begin(event) for event in events if event.cat == LINK and event.ph == "s"}
     ends = (event for event in events if event.cat == LINK and event.ph == "f")
-    return {_place(event): begins[event.id] for event in ends if event.id in begins}
+    return {_begin(event): begins[event.id] for event in ends if event.id in begins}
 
 
-def _place(event: Event) -> Place:
+def _begin(event: Event) -> Begin:
     return event.tid, event.ts

@@ -110,7 +110,6 @@ def _take_steps(
     progress: Progress,
     recording: Recording,
 ) -> tuple[Tree, LoopState]:
-    device = recording.device
     queue: deque[QueuedStep] = deque()
     last_read, owes_save = 0.0, False
     expected = expected_time(stage, state, len(loop.nats))
@@ -122,7 +121,7 @@ def _take_steps(
         queue.append(queued)
         due = due_after(stage, state, loop, recording)
 
-        while len(queue) > n_waiting(due, loop, device):
+        while len(queue) > n_waiting(due, loop, recording.device):
             queued = queue.popleft()
             rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
@@ -130,9 +129,7 @@ def _take_steps(
             line = expected.after_step(queued.step, time_s, queued.n_tokens)
             if line is not None:
                 state.log.say(line)
-            mem_bytes = peak_mem_bytes(device)
-            rows, loop = _timed(progress, queued, rows, loop, time_s, mem_bytes)
-            recording.end(queued.step)
+            rows, loop = _timed(progress, recording, queued, rows, loop, time_s)
 
             # The last row that is read waits for the evaluation, because it carries the held-out
             # loss.
@@ -148,13 +145,17 @@ def _take_steps(
 
 def _timed(
     progress: Progress,
+    recording: Recording,
     queued: QueuedStep,
     rows: Sequence[Row],
     loop: LoopState,
     time_s: float,
-    mem_bytes: int,
 ) -> tuple[list[Row], LoopState]:
-    """(rows with the speed of a step that took time_s, loop after it); both are shown."""
+    """(rows with the speed of a step that took time_s, loop after it); both are shown.
+
+    A profile whose last step this is ends here.
+    """
+    mem_bytes = peak_mem_bytes(recording.device)
     loop = loop.after_reading(time_s, queued.n_tokens, rows, mem_bytes)
     rates = {
         "tokens_per_second": queued.n_tokens / time_s,
@@ -162,6 +163,7 @@ def _timed(
         "current_epoch": queued.epoch,
     }
     show_step(progress, queued.step, rows, rates, loop)
+    recording.end(queued.step)
     return [{**values, **rates} for values in rows], loop
 
 
