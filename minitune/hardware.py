@@ -4,11 +4,15 @@ asked here.
 
 import os
 from collections.abc import Callable, Mapping
+from functools import wraps
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BFLOAT16_EXTENSIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of Arm
 LIMITED_TO_AVX2 = {
@@ -153,6 +157,31 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return _module(device).get_device_properties(device).total_memory
+
+
+def profiled(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator of a function whose calls are a range of that name in a profile of torch.
+
+    While nothing is recorded a call takes a tenth of a microsecond more, and a graph of
+    torch.compile is the same as without it.
+    """
+
+    def decorate(f: Callable[P, T]) -> Callable[P, T]:
+        @wraps(f)
+        def ranged(*args: P.args, **kwargs: P.kwargs) -> T:
+            if torch.compiler.is_compiling() or not _is_recorded():
+                return f(*args, **kwargs)
+            with torch.profiler.record_function(name):
+                return f(*args, **kwargs)
+
+        return ranged
+
+    return decorate
+
+
+def _is_recorded() -> bool:
+    """True while a profiler of torch records."""
+    return torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _pinned(x: Tensor) -> Tensor:

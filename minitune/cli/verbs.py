@@ -64,14 +64,16 @@ def check(words: Sequence[str]) -> CommandResult:
     file = announced(_program_of("check", words))
     from minitune.programs import log, program, save_paths
     from minitune.programs.check import check as findings
+    from minitune.programs.profiling.check import check_steps
 
     loaded = program.load(file, with_model(words[1:], file.stem))
     loaded.log.check()
     checked = findings(loaded.model, loaded.data, loaded.stage, log.say_early)
     save_paths.check(loaded)
-    for line in checked.lines:
+    lines = [*checked.lines, *check_steps(loaded.profile, loaded.stage, checked.first)]
+    for line in lines:
         sys.stdout.write(f"{line}\n")
-    return CommandResult({"lines": checked.lines})
+    return CommandResult({"lines": lines})
 
 
 def plan(words: Sequence[str]) -> CommandResult:

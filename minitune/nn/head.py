@@ -12,7 +12,7 @@ from minitune.autodiff.chunked import chunked_with_gradients, with_row_gradients
 from minitune.autodiff.remat import remat
 from minitune.autodiff.row_values import checked_losses
 from minitune.autodiff.value_and_grad import ClosedOverError, under_transform
-from minitune.hardware import to_device
+from minitune.hardware import profiled, to_device
 from minitune.nn.linear import linear
 from minitune.quant.tensors import QTensor
 from minitune.tree import Tree
@@ -29,6 +29,7 @@ TRAINED_HEAD_FACTOR = 4
 LOSS_SLICE_LOGITS = 2**19
 
 
+@profiled("head and loss")
 def token_losses(
     loss: Callable[[Float[Tensor, "n V"], Tree], Float[Tensor, "n *values"]],
     hidden: Float[Tensor, "B T D"],

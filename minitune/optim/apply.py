@@ -31,6 +31,7 @@ from minitune.tree import Tree
 from minitune.types import widen
 
 
+@hardware.profiled("optimizer")
 def apply_gradients(
     optimizer: GradientTransformation,
     grads: Tree,
@@ -73,6 +74,7 @@ def apply_gradients(
     return tree.donate((params, state), new) if donate else new
 
 
+@hardware.profiled("optimizer")
 def apply_gradients_each(
     optimizers: Sequence[GradientTransformation],
     grads: Tree,

@@ -132,6 +132,7 @@ KEYS = (
         "precompute_ref_log_probs precompute_reference_log_probs"),
     ("train.loss", 'loss = { kind = "dpo" }', "loss_type pref_loss rl loss_fn"),
     ("train.teacher.path", "", "teacher_model_name_or_path teacher_model teacher_model_path"),
+    ("profile.steps", "a table [profile] of the program with steps = [10, 12]", "profiler profile"),
     ("generate.sampling", "sampling = { temperature = 0.7, top_p = 0.9 }",
         "do_sample temperature top_p top_k min_p repetition_penalty generation_config"),
 )
@@ -165,7 +166,6 @@ NO_KEYS = (
         "fsdp fsdp_config tensor_parallel_size tensor_parallel_dim data_parallel_shard_dim"),
     ("deltas begin as in LoRA: a is drawn, b is zero; PiSSA, OLoRA and LoftQ are not there",
         "init_lora_weights peft_init_lora_weights loftq_config"),
-    ("a profiler is not there: time and memory are logged with every step", "profiler profile"),
     ("weights are always written as safetensors",
         "safetensors save_safetensors safe_serialization"),
 )

@@ -20,6 +20,7 @@ from minitune.programs.kind_names import example_table, suggest_kind
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
 from minitune.programs.overrides import rival, write_override
+from minitune.programs.profiling.profile import Profile
 from minitune.programs.stages.stage import Stage
 from minitune.programs.variables import (
     NO_VARIABLES,
@@ -57,6 +58,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     # the stages in their order, each a table [[stage]] with the op that says what it does
     stage: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
     log: LogConfig = LogConfig()  # what is logged beyond the terminal
+    profile: Profile | None = None  # steps whose time and memory are recorded, by kind of work
     # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less
     # exact
     tf32: bool = False

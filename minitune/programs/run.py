@@ -17,6 +17,7 @@ from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
 from minitune.programs.plan_fit import memory_lines
+from minitune.programs.profiling.check import check_steps
 from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
@@ -63,6 +64,7 @@ def _run(
     with ranks.first_on_node():
         program.log.check()
         checked = check(program.model, program.data, program.stage, say)
+    profile_lines = check_steps(program.profile, program.stage, checked.first)
     program = msgspec.structs.replace(program, data=checked.data)
     opened = None
     if ranks.is_first:
@@ -77,12 +79,12 @@ def _run(
     logged = log_for(ranks, run, program.log, as_dict)
     with run.lock, stop or StopSignals() as stop, logged as out:
         data_lines = data_notes(program.model, program.data, program.stage)
-        for note in (*run.notes, *data_lines, *checked.lengths):
+        for note in (*run.notes, *data_lines, *checked.lengths, *profile_lines):
             out.say(note)
         if ranks.size > 1:
             out.say(f"{ranks.size} processes share out the rows of each step")
         program = msgspec.structs.replace(program, stage=stages)
-        state = _opened(program, run, stop, out, checked.first)._replace(ranks=ranks)
+        state = _opened(program, run, stop, out, checked.first, ranks)
         return _run_stages(program, run, state, checked.first)
 
 
@@ -127,7 +129,12 @@ def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> Pipeline
 
 
 def _opened(
-    program: Program, run: Run, stop: StopSignals, out: log.Log, first: AbstractState
+    program: Program,
+    run: Run,
+    stop: StopSignals,
+    out: log.Log,
+    first: AbstractState,
+    ranks: Ranks,
 ) -> PipelineState:
     """State before the first stage, with its weights."""
     # Whatever takes no steps is done again after a stop, so that a signal may end it anywhere.
@@ -146,7 +153,9 @@ def _opened(
             ended=run.ended,
         )
         stages = {stage.label: stage for stage in program.stage}
-        return state._replace(memory_lines=memory_lines(program, first), stages=stages)
+        lines = memory_lines(program, first)
+        profile = program.profile if ranks.is_first else None
+        return state._replace(memory_lines=lines, stages=stages, profile=profile, ranks=ranks)
 
 
 def _write_page(run: Run, out: log.Log) -> None:

@@ -18,6 +18,7 @@ from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
+from minitune.programs.profiling.profile import Profile
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
@@ -79,6 +80,7 @@ class PipelineState(NamedTuple):
     ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that the user has ended
     # by training stage: lines on the memory of its steps
     memory_lines: Mapping[str, Sequence[str]] = MappingProxyType({})
+    profile: Profile | None = None  # steps of each training stage that are recorded
     # stages of the program by label, in order
     stages: Mapping[str, Any] = MappingProxyType({})
     ranks: Ranks = ALONE  # processes that share out the rows; the first one logs and writes

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from minitune.errors import InputError
+from minitune.hardware import profiled
 from minitune.quant import float4, float8, nf4
 from minitune.quant.levels import codes_and_scales, levels_of
 from minitune.quant.tensors import PackedInt4, PackedInt8, QFloat8, QInt4, QInt8, QTensor
@@ -142,6 +143,7 @@ FOUR_BITS: dict[type, Callable[[Tensor], QTensor]] = {
 }
 
 
+@profiled("quantization")
 def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
     """Leaf whose codes are nearest to w, computed in float32; InputError names a shape that does
     not fit the scheme.
@@ -155,6 +157,7 @@ def quantize(w: Float[Tensor, "out in"], scheme: Scheme) -> QTensor:
     return scheme.pack(scheme.levels(groups, scale).flatten(1), scale.squeeze(-1))
 
 
+@profiled("quantization")
 def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """Weight that the codes stand for, computed in float32 and rounded once to dtype."""
     if isinstance(q, PackedInt4 | PackedInt8):
@@ -175,6 +178,7 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: q.shape.numel()].view(q.shape)
 
 
+@profiled("quantization")
 def fake(w: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
     """dequantize(quantize(w)) in the dtype of w, with the gradient of the identity: the
     straight-through estimator (Bengio et al. 2013, arXiv 1308.3432, section 4).

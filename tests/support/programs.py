@@ -63,6 +63,7 @@ def toy(name: str, tiny: Path, out: Path, steps: int = 3) -> list[str]:
 def small_stages(loaded: program.Program, tiny: Path, steps: int = 3) -> list[str]:
     """Overrides that make the stages of a program small."""
     words = []
+    steps = max(steps, loaded.profile.steps[1]) if loaded.profile is not None else steps
     for stage in loaded.stage:
         label, fields = stage.label, stage.__struct_fields__
         if "steps" in fields:

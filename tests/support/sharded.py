@@ -181,7 +181,7 @@ def both_steps(case: Case, batches: list[Any], plan: Plan, mesh: Mesh) -> tuple[
 
 
 def quantized_hidden(config: DecoderConfig, scheme: Any, tokens: Tensor, plan: Plan | None, n_remat: int) -> tuple[Tensor, Any]:
-    """(logits of a model with quantized linear maps and deltas, gradients of the deltas); shared by all ranks where there is a plan."""
+    """(logits of a model with quantized linear maps and deltas, gradients of the deltas); shared by all ranks with a plan."""
     weights = random_params(config)
     names = [name for name in weights if name.endswith("_proj.weight")]
     params: Any = weights | {name: quantize(weights[name], scheme) for name in names}

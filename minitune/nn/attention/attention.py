@@ -8,11 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune.autodiff.value_and_grad import under_transform
+from minitune.hardware import profiled
 from minitune.nn.attention import blockwise, flex
 from minitune.nn.attention.key_range import KeyRange
 from minitune.types import wide_dtype
 
 
+@profiled("attention")
 def attention(
     q: Float[Tensor, "B N T E"],
     k: Float[Tensor, "B K S E"],

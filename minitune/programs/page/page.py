@@ -1,6 +1,5 @@
 """Page of a run, or of several: one HTML file that opens without a network."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -13,7 +12,9 @@ from minitune.programs.page.compare import Outcome, adapters, differences, grid
 from minitune.programs.page.curves import heat_map, library, pictures
 from minitune.programs.page.data_part import data_parts
 from minitune.programs.page.parts import drawn, table
+from minitune.programs.page.profile_part import profile_parts
 from minitune.programs.page.run_files import RunFiles
+from minitune.programs.page.samples_part import samples_parts
 from minitune.programs.records import StageRecord
 
 FILE = "report.html"
@@ -50,6 +51,9 @@ mark { background: var(--warn); color: inherit; }
              padding: .4rem .7rem; }
 pre { padding: .7rem; }
 summary { cursor: pointer; }
+.shares { display: flex; gap: 1px; height: 1.9rem; margin: .3rem 0 .6rem; }
+.shares div { overflow: hidden; padding: .2rem .4rem;
+              text-overflow: ellipsis; white-space: nowrap; }
 .dim { opacity: .7; }
 """
 FIGURES = (  # columns of the table of stages: title, value of a record, how it is written
@@ -93,8 +97,8 @@ def page(runs: Mapping[str, RunFiles], *, script: str | None = None, refresh_s: 
     parts += ["<h2>Curves</h2>", f'<div class="curves">{curves}</div>'] if curves else []
     for label, run in runs.items():
         parts += [f"<h2>{escape(label)}</h2>"] if len(runs) > 1 else []
-        parts += [*_stages(run.typed), *_sweeps(run), *_samples(run.typed), *_data(run)]
-        parts += _program(run)
+        parts += [*_stages(run.typed), *_sweeps(run), *samples_parts(run.typed)]
+        parts += [*profile_parts(run.profiles), *_data(run), *_program(run)]
     body = "\n".join(parts)
     code = f'<script src="{escape(script)}">' if script else f"<script>{library()}"
     again = f'<meta http-equiv="refresh" content="{refresh_s}">' if refresh_s else ""
@@ -181,39 +185,6 @@ def _sweeps(run: RunFiles) -> Iterator[str]:
         outcomes = adapters(record)
         if outcomes:
             yield from _comparison(outcomes, f"{name}: adapters of the sweep")
-
-
-def _samples(records: Mapping[str, StageRecord]) -> list[str]:
-    """Answers of the evaluations beside the reference, with what differs from it marked."""
-    evaluations = {name: record.samples for name, record in records.items() if record.samples}
-    if not evaluations:
-        return []
-    parts = ["<h2>Samples</h2>"]
-    for sample in next(iter(evaluations.values())):
-        rows = [("prompt", escape(str(sample.prompt))), ("reference", escape(sample.reference))]
-        for name, samples in evaluations.items():
-            answers = [other.answer for other in samples if other.prompt == sample.prompt]
-            rows += [(name, _marked(answer, sample.reference)) for answer in answers]
-        cells = "".join(f"<tr><td>{escape(name)}</td><td>{text}</td></tr>" for name, text in rows)
-        parts.append(f'<table class="sample">{cells}</table>')
-    return parts
-
-
-def _marked(answer: str, reference: str) -> str:
-    """Answer as HTML, with the words that differ from the reference marked."""
-    if answer == reference:
-        return f'<span class="same">{escape(answer)}</span>'
-    words, wanted = _words(answer), _words(reference)
-    matcher = difflib.SequenceMatcher(None, wanted, words, autojunk=False)
-    parts = []
-    for kind, _, _, first, end in matcher.get_opcodes():
-        text = escape("".join(words[first:end]))
-        parts.append(text if kind == "equal" else f"<mark>{text}</mark>")
-    return "".join(parts).replace("<mark></mark>", "")
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|\s+|[^\w\s]", text)
 
 
 def _data(run: RunFiles) -> list[str]:

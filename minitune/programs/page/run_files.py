@@ -5,11 +5,13 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minitune.errors import InputError
 from minitune.programs.data_facts import DataFacts, read_facts
 from minitune.programs.log import LINES
+from minitune.programs.profiling.table import StageProfile, read_profiles
 from minitune.programs.records import (
     StageRecord,
     read_records,
@@ -36,6 +38,7 @@ class RunFiles(NamedTuple):
     lines: Sequence[str]  # of log.txt
     is_finished: bool
     facts: DataFacts | None = None  # on the data
+    profiles: Mapping[str, StageProfile] = MappingProxyType({})  # by training stage
 
     @property
     def name(self) -> str:
@@ -78,6 +81,7 @@ def read_run(folder: Path) -> RunFiles:
         hidden(lines, program, variables),
         is_finished,
         read_facts(folder),
+        read_profiles(folder),
     )
 
 

@@ -6,6 +6,8 @@ import msgspec
 
 from minitune.checkpoint.state import list_states, save_state
 from minitune.errors import InputError
+from minitune.hardware import profiled
+from minitune.programs.profiling import kinds
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.loop_state import MAX_SKIPPED, SKIPPED_AT_END, LoopState
 from minitune.programs.stages.training_stage import TrainingStage
@@ -42,6 +44,7 @@ def save_or_stop(
     return is_save_due and is_skipping
 
 
+@profiled(kinds.SAVING)
 def save(stage: TrainingStage, state: PipelineState, train_state: Tree, loop: LoopState) -> None:
     """Commit a state whose rows are on disk; drop older ones unless the last step was skipped.
 

@@ -16,15 +16,19 @@ import torch
 
 from minitune import tree
 from minitune.data.cursor import Cursor
+from minitune.hardware import profiled
 from minitune.programs.log import Log
+from minitune.programs.profiling import kinds
+from minitune.programs.profiling.recording import Recording
 from minitune.programs.progress import Progress
 from minitune.programs.signals import Stopped
 from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
+from minitune.programs.stages.due import due_after, n_waiting
 from minitune.programs.stages.expected_time import expected_time
 from minitune.programs.stages.loop_saves import save, save_or_stop, state_folder
-from minitune.programs.stages.loop_state import MAX_SKIPPED, LoopState, MetricValues, Row
-from minitune.programs.stages.queued_step import QueuedStep, n_ahead, reading
+from minitune.programs.stages.loop_state import LoopState, MetricValues, Row
+from minitune.programs.stages.queued_step import QueuedStep, reading
 from minitune.programs.stages.step_lines import say_heldout, show_step
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
@@ -51,15 +55,6 @@ class TrainingTask(NamedTuple):
     keep_best: Callable[[Tree, LoopState, list[bool]], Tree]
     # (step, what is trained, its batch), before the step is taken
     watch: Callable[[int, Tree, Tree], None]
-
-
-class Due(NamedTuple):
-    """Work that is due after a step, besides the next one."""
-
-    evaluation: bool
-    save: bool
-    stop: bool  # a signal has come
-    end: bool  # no step follows
 
 
 def row(stage: TrainingStage, done: int, metrics: Mapping[str, float]) -> Row:
@@ -93,15 +88,17 @@ def train(
     if starts_measured:
         state.log.rewind(-1)  # the row of an evaluation that was not saved
     with state.stopping.at_once(loop.step, folder):
-        task = prepare()
+        task = _with_ranges(prepare())
     # From here on a signal waits until the state can be saved.
     shown = state.log.progress(stage.label, stage.steps, loop.step)
-    with state.stopping.after_step(), shown as progress:
+    device = device_of(state.loaded.params, train_state["trainable"])
+    recording = Recording(stage, state, device)
+    with state.stopping.after_step(), shown as progress, recording:
         if starts_measured:
             train_state, loop = _evaluate_at_start(stage, state, task, train_state, loop)
         if loop.unlogged_rows:
             train_state, loop = _finish_evaluation(stage, state, task, train_state, loop)
-        return _take_steps(stage, state, task, train_state, loop, progress)
+        return _take_steps(stage, state, task, train_state, loop, progress, recording)
 
 
 def _take_steps(
@@ -111,19 +108,20 @@ def _take_steps(
     train_state: Tree,
     loop: LoopState,
     progress: Progress,
+    recording: Recording,
 ) -> tuple[Tree, LoopState]:
-    device = device_of(state.loaded.params, train_state["trainable"])
     queue: deque[QueuedStep] = deque()
     last_read, owes_save = 0.0, False
     expected = expected_time(stage, state, len(loop.nats))
     while not loop.is_finished(stage):
         if not queue:
+            recording.begin(loop.step + 1)
             last_read = time.perf_counter()
         train_state, loop, queued = _queue_step(task, train_state, loop)
         queue.append(queued)
-        due = _due(stage, state, loop)
+        due = due_after(stage, state, loop, recording)
 
-        while len(queue) > _n_waiting(due, loop, device):
+        while len(queue) > n_waiting(due, loop, recording.device):
             queued = queue.popleft()
             rows, loop = _read(stage, state, task, train_state, queued, loop)
             now = time.perf_counter()
@@ -131,8 +129,7 @@ def _take_steps(
             line = expected.after_step(queued.step, time_s, queued.n_tokens)
             if line is not None:
                 state.log.say(line)
-            mem_bytes = peak_mem_bytes(device)
-            rows, loop = _timed(progress, queued, rows, loop, time_s, mem_bytes)
+            rows, loop = _timed(progress, recording, queued, rows, loop, time_s)
 
             # The last row that is read waits for the evaluation, because it carries the held-out
             # loss.
@@ -146,26 +143,19 @@ def _take_steps(
     return train_state, loop
 
 
-def _n_waiting(due: Due, loop: LoopState, device: torch.device) -> int:
-    """Number of queued steps that need not be read yet.
-
-    Nothing is evaluated or saved before every step is read: a saved state counts all that was
-    measured.
-    """
-    if any(due) or loop.n_skipped_in_a_row >= MAX_SKIPPED:
-        return 0
-    return n_ahead(device)
-
-
 def _timed(
     progress: Progress,
+    recording: Recording,
     queued: QueuedStep,
     rows: Sequence[Row],
     loop: LoopState,
     time_s: float,
-    mem_bytes: int,
 ) -> tuple[list[Row], LoopState]:
-    """(rows with the speed of a step that took time_s, loop after it); both are shown."""
+    """(rows with the speed of a step that took time_s, loop after it); both are shown.
+
+    A profile whose last step this is ends here.
+    """
+    mem_bytes = peak_mem_bytes(recording.device)
     loop = loop.after_reading(time_s, queued.n_tokens, rows, mem_bytes)
     rates = {
         "tokens_per_second": queued.n_tokens / time_s,
@@ -173,6 +163,7 @@ def _timed(
         "current_epoch": queued.epoch,
     }
     show_step(progress, queued.step, rows, rates, loop)
+    recording.end(queued.step)
     return [{**values, **rates} for values in rows], loop
 
 
@@ -212,11 +203,12 @@ def _queue_step(
     return train_state, loop, QueuedStep(loop.step, epoch, task.n_tokens(batch), reading(metrics))
 
 
-def _due(stage: TrainingStage, state: PipelineState, loop: LoopState) -> Due:
-    is_last = loop.step == stage.steps
-    evaluates = stage.evaluate is not None and stage.evaluate.is_due(loop.step, stage.steps)
-    return Due(
-        evaluates, save=loop.step % stage.save_every == 0, stop=state.is_stopping(), end=is_last
+def _with_ranges(task: TrainingTask) -> TrainingTask:
+    """Task whose functions are named ranges of a profile."""
+    return task._replace(
+        next_batch=profiled(kinds.DATA)(task.next_batch),
+        step=profiled(kinds.STEP)(task.step),
+        evaluate=profiled(kinds.EVALUATING)(task.evaluate),
     )
 
 
