@@ -3,6 +3,7 @@ fit.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ def show(file: Path, overrides: Sequence[str], console: Console | None = None) -
         )
     screen = console or Console()
     screen.print(_table(stages))
-    for one in stages:
-        for line in fit_lines(one):
-            screen.print(Text(line), soft_wrap=True)
-    return CommandResult({"stages": {one.stage.label: _figures(one) for one in stages}})
+    lines = {one.stage.label: list(fit_lines(one)) for one in stages}
+    for line in chain.from_iterable(lines.values()):
+        screen.print(Text(line), soft_wrap=True)
+    figures = {one.stage.label: _figures(one, lines[one.stage.label]) for one in stages}
+    return CommandResult({"stages": figures})
 
 
-def _figures(one: Planned) -> dict[str, Any]:
+def _figures(one: Planned, lines: Sequence[str]) -> dict[str, Any]:
     """Figures of a stage as JSON takes them."""
     flops = {"token": one.flops_per_token, "step": one.flops_per_token * _tokens(one)}
-    return {"bytes": one.n_bytes, "parts": one.parts, "flops": flops, "lines": [*fit_lines(one)]}
+    return {"bytes": one.n_bytes, "parts": one.parts, "flops": flops, "lines": lines}
 
 
 def _table(stages: Sequence[Planned]) -> Table:

@@ -28,6 +28,7 @@ from minitune.nn.head import head_chunk, rows_at_once
 from minitune.optim.apply import scratch_bytes
 from minitune.optim.transforms import GradientTransformation
 from minitune.planning.activations import BlockMemory, measure, measure_blocks
+from minitune.planning.alike import first_alike, representatives
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params, Trainable, wide_dtype
 
@@ -69,30 +70,59 @@ def peak_memory(step: StepSpec) -> Parts:
     Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is
     not counted.
     """
-    state = tree.n_bytes(step.optimizer.init(tree.map(lambda x: x.to("meta"), step.trainable)))
-
-    def without_values(leaves: Tree) -> Tree:
-        return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device), leaves)
-
+    state = step.optimizer.init(tree.map(lambda x: x.to("meta"), step.trainable))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        params, trainable, teacher = without_values(
-            (step.params, step.trainable, step.teacher and step.teacher.params)
-        )
-        step = step._replace(params=params, trainable=trainable)
-        if step.teacher is not None:
-            step = step._replace(teacher=Teacher(step.teacher.model, teacher))
-        return max(_moments(step, state), key=lambda parts: sum(parts.values()))
+        scratch = scratch_bytes(step.optimizer, state, without_values(step.trainable, step.device))
+        moments = _moments(step, tree.n_bytes(state), scratch)
+        return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def without_values(leaves: Tree, device: torch.device) -> Tree:
+    """Tensors on a device like these, without values where fake tensors are made; those of one
+    shape and dtype are one tensor."""
+    known: dict[Any, Tensor] = {}
+
+    def like(x: Tensor) -> Tensor:
+        key = (x.shape, x.dtype)
+        if key not in known:
+            known[key] = torch.empty(x.shape, dtype=x.dtype, device=device)
+        return known[key]
+
+    return tree.map(like, leaves)
+
+
+def reduced(step: StepSpec, alike: list[int]) -> StepSpec:
+    """Step with one layer of each kind, on fake tensors of its device."""
+
+    def like(leaves: Mapping[str, Any]) -> dict[str, Any]:
+        kept = representatives(leaves, alike)
+        return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device), kept)
+
+    teacher = step.teacher
+    if teacher is not None:  # its head alone is asked, for the logits that a loss compares
+        teacher = Teacher(teacher.model, like(representatives(teacher.params, [])))
+    rounded = [*representatives(dict.fromkeys(step.rounded), alike)]
+    params, trainable = like(step.params), like(step.trainable)
+    return step._replace(params=params, trainable=trainable, rounded=rounded, teacher=teacher)
 
 
 class StepForward(NamedTuple):
-    """Forward of a step without values, as the moments of the step count it."""
+    """Forward of a step without values, as the moments of the step count it, with the weights of
+    one layer of each kind."""
 
+    step: StepSpec  # with one layer of each kind, on fake tensors
     params: Params  # adapted, with a gradient where a leaf trains
     whole: Params  # of these the weights that train whole
     deltas: Mapping[str, Delta]
     x: Tensor  # input of the first block
     shared_bytes: int  # that the mixers of all blocks share: angles and ranges of keys
     blocks: list[BlockMemory]  # in the order of the forward, and the last norm
+    alike: list[int]  # for each layer the one that stands for it
+
+    def bytes_by_block(self, leaves: Mapping[str, Any]) -> list[int]:
+        """Bytes of the leaves of each block, and of the last norm."""
+        by_layer = {i: _bytes_of(leaves, f"model.layers.{i}.") for i in set(self.alike)}
+        return [*(by_layer[i] for i in self.alike), _bytes_of(leaves, "model.norm.")]
 
 
 class Backward(NamedTuple):
@@ -114,26 +144,26 @@ class Backward(NamedTuple):
         }
 
 
-def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
+def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Parts]:
     """Parts in memory at every moment of a step that may be its fullest."""
-    forward = step_forward(step)
+    alike = first_alike(step.model, step.params, step.trainable)
+    forward = step_forward(reduced(step, alike), alike)
     whole, blocks = forward.whole, forward.blocks
     always = constant_parts(step, forward, optimizer_bytes)
-    copies, rounded = _copies(step, whole)
+    copies, rounded = _copies(forward.step, whole)
     # by block: the gradients of its backward, and the copies that its forward computes with
-    prefixes = [f"model.layers.{i}." for i in range(step.model.config.n_layers)] + ["model.norm."]
-    gradients = [_bytes_of({**whole, **forward.deltas}, prefix) for prefix in prefixes]
-    block_copies = [_bytes_of(copies, prefix) for prefix in prefixes]
+    gradients = forward.bytes_by_block({**whole, **forward.deltas})
+    block_copies = forward.bytes_by_block(copies)
     earlier = _sum_bytes(step) if step.n_micro_batches > 1 else 0
     backward = Backward(always, block_copies, [block.kept for block in blocks], earlier)
 
     # at the head
-    at_head = backward.parts(len(blocks), *head_bytes(step, forward))
-    wide = tree.n_bytes([w for name, w in rounded.items() if w.dtype != whole[name].dtype])
-    yield {
-        **at_head,
-        "copies": at_head["copies"] + _bytes_of(copies, head_name(step.model.config)) + wide,
-    }
+    at_head = backward.parts(len(blocks), *head_bytes(forward))
+    wide = {name: w for name, w in rounded.items() if w.dtype != whole[name].dtype}
+    head_copies = _bytes_of(copies, head_name(step.model.config))
+    outside = tree.n_bytes(representatives(wide, []))
+    wide_bytes = sum(forward.bytes_by_block(wide)) + outside - _bytes_of(wide, "model.norm.")
+    yield {**at_head, "copies": at_head["copies"] + head_copies + wide_bytes}
 
     # back through the blocks
     done = _bytes_with_gradient(step.model.head(forward.params))
@@ -145,7 +175,7 @@ def _moments(step: StepSpec, optimizer_bytes: int) -> Iterator[Parts]:
     done = done + _bytes_of(whole, "model.embed_tokens.")
     yield backward.parts(0, done, tree.n_bytes(forward.x))
     # the sum over micro-batches, then the optimizer, which has that sum alone
-    n_bytes, scratch = tree.n_bytes(step.trainable), scratch_bytes(step.optimizer, step.trainable)
+    n_bytes = tree.n_bytes(step.trainable)
     yield backward.parts(0, n_bytes, 0)
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
 
@@ -156,8 +186,8 @@ def _sum_bytes(step: StepSpec) -> int:
     return sum(leaf.numel() * wide_dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
-def step_forward(step: StepSpec) -> StepForward:
-    """Forward of one micro-batch, its blocks measured."""
+def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
+    """Forward of one micro-batch of a reduced step, a block of each kind measured."""
     config = step.model.config
     forward = forward_params(step.params, step.trainable, step.lora, step.n_rows)
     params = tree.map(_leaf, forward)
@@ -176,7 +206,7 @@ def step_forward(step: StepSpec) -> StepForward:
     where = TokenPositions(segment_ids.long(), step.n_tokens, document_keys(segment_ids))
     inputs = decoder.mixer_inputs(config, where, x.dtype)
 
-    blocks = measure_blocks(step.model, params, x, inputs)
+    blocks = measure_blocks(step.model, params, alike, x, inputs)
     if step.offloaded:
         # an input that waits in the host's memory is not kept, but two of them are on their way
         travelling = 2 * tree.n_bytes(x)
@@ -187,15 +217,17 @@ def step_forward(step: StepSpec) -> StepForward:
     norm = measure(
         lambda x, w: rms_norm(x, w, config.norm_eps, config.norm), last, params["model.norm.weight"]
     )
-    return StepForward(
-        params, whole, deltas, x, tree.n_bytes(list(inputs.values())), [*blocks, norm]
-    )
+    shared_bytes = tree.n_bytes(list(inputs.values()))
+    return StepForward(step, params, whole, deltas, x, shared_bytes, [*blocks, norm], alike)
 
 
 def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -> Parts:
     """Parts that are in memory all through a step."""
-    frozen = [w for name, w in step.params.items() if name not in forward.whole]
-    scaled = [delta.b for delta in forward.deltas.values()]  # b times its scale, as well as b
+    trained = step.trainable
+    whole = {name for name, leaf in trained.items() if isinstance(leaf, Tensor)}
+    frozen = [w for name, w in step.params.items() if not (name in whole and forward.whole)]
+    # b times its scale, as well as b
+    scaled = [leaf.b for leaf in trained.values() if forward.deltas and isinstance(leaf, Delta)]
     return {
         "weights": tree.n_bytes(frozen),
         "second model": tree.n_bytes((step.reference, step.teacher and step.teacher.params)),
@@ -216,7 +248,7 @@ def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:
     }, rounded
 
 
-def head_bytes(step: StepSpec, forward: StepForward) -> tuple[int, int]:
+def head_bytes(forward: StepForward) -> tuple[int, int]:
     """(bytes of the sums of the head's gradient, the most that else is there while its losses are
     taken).
 
@@ -224,7 +256,7 @@ def head_bytes(step: StepSpec, forward: StepForward) -> tuple[int, int]:
     wait for the backward; a chunk of logits with their gradient and what the loss makes of the last
     slice, or with the gradient of the head.
     """
-    params, row_bytes = forward.params, tree.n_bytes(forward.x)
+    step, params, row_bytes = forward.step, forward.params, tree.n_bytes(forward.x)
     head = step.model.head(params)
     trained = _bytes_with_gradient(head)
     # over the chunks a gradient is summed in float32

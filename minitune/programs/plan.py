@@ -17,6 +17,7 @@ from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.optim.sgd import SGD
+from minitune.planning.alike import representatives
 from minitune.planning.flops import flops_per_token
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import Parts, StepSpec, peak_memory
@@ -201,13 +202,18 @@ def _n_remat(
     trainable: Trainable,
     device: torch.device,
 ) -> int:
-    """Number of blocks that the stage will compute again, found on fake tensors of its device."""
+    """Number of blocks that the stage will compute again; a budget is measured on fake tensors of
+    its device."""
+    n_tokens = abstract.data[stage.data].max_seq_len
+    if stage.remat == HOST or not isinstance(stage.remat, str):
+        return stage.n_remat(abstract.model, params, n_tokens)
+    # all that is measured is the last block
+    last = [abstract.model.config.n_layers - 1]
+    kept = representatives(params, last), representatives(trainable, last)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        like = tree.map(
-            lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable)
-        )
+        like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), kept)
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        return stage.n_remat(abstract.model, adapted, abstract.data[stage.data].max_seq_len)
+        return stage.n_remat(abstract.model, adapted, n_tokens)
 
 
 def _flops_per_token(stage: Train, step: StepSpec) -> float:
