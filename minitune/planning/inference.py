@@ -8,17 +8,9 @@ from minitune.algorithms.objective import apply_trainable
 from minitune.inference.generate import STRIDE
 from minitune.models import decoder
 from minitune.planning.alike import first_alike
-from minitune.planning.memory import (
-    BATCH_BYTES_PER_TOKEN,
-    Parts,
-    StepForward,
-    StepSpec,
-    constant_parts,
-    head_bytes,
-    peak_memory,
-    reduced,
-    step_forward,
-)
+from minitune.planning.forward import StepForward, constant_parts, head_bytes, reduced, step_forward
+from minitune.planning.memory import peak_memory
+from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
 
 
 def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:

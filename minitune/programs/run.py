@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,8 @@ from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
-from minitune.programs.plan_fit import memory_lines
+from minitune.programs.plan import Planned
+from minitune.programs.plan_fit import check_memory, fit
 from minitune.programs.program import Program, resolved
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
@@ -46,6 +48,7 @@ def run_program(
     checked = check(program.model, program.data, program.stage, log.say_early)
     program = msgspec.structs.replace(program, data=checked.data)
     save_paths.check(program)
+    plans = check_memory(program, checked.first)
     run = open_run(program, program_text=resolved(program), end=end)
     as_dict = msgspec.to_builtins(program)
     if run.summary is not None:
@@ -54,14 +57,22 @@ def run_program(
             _show_finished(program, run.summary, out, run.notes)
         return run.summary
     with run.lock, stop or StopSignals() as stop, log.Log(run.folder, program.log, as_dict) as out:
+        for one in plans.values():
+            for line in fit(one).lines:
+                out.say(line)
         data_lines = data_notes(program.model, program.data, program.stage)
         for note in (*run.notes, *data_lines, *checked.lengths):
             out.say(note)
-        return _run_stages(program, run, stop, out, checked.first)
+        return _run_stages(program, run, stop, out, checked.first, plans)
 
 
 def _run_stages(
-    program: Program, run: Run, stop: StopSignals, out: log.Log, first: AbstractState
+    program: Program,
+    run: Run,
+    stop: StopSignals,
+    out: log.Log,
+    first: AbstractState,
+    plans: Mapping[str, Planned],
 ) -> Record:
     """Content of summary.json after all stages; first: the state before them, without weights."""
     state = _opened(program, run, stop, out, first)
@@ -83,6 +94,8 @@ def _run_stages(
     write_record(run.folder / "summary.json", result)
     out.summarize(result)
     out.show(report(program.name, result, out.width))
+    for label, one in plans.items():
+        out.say(_beside_plan(label, one, state.records.get(label, {})))
     _write_page(run, out)
     files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
     out.say(f"{run.folder} holds this run: {files}")
@@ -109,7 +122,17 @@ def _opened(
             ended=run.ended,
         )
         stages = {stage.label: stage for stage in program.stage}
-        return state._replace(memory_lines=memory_lines(program, first), stages=stages)
+        return state._replace(stages=stages)
+
+
+def _beside_plan(label: str, one: Planned, record: Mapping[str, Any]) -> str:
+    """Line on the memory of a stage: as planned, and as measured."""
+    n_bytes = one.process_bytes + one.n_bytes
+    planned_words = f"{label}: planned {n_bytes / 2**20:,.0f} MiB"
+    peak = record.get("peak_mem_bytes")
+    if peak is None:
+        return f"{planned_words}, nothing was measured"
+    return f"{planned_words}, measured {peak / 2**20:,.0f} MiB ({peak / n_bytes:.0%})"
 
 
 def _write_page(run: Run, out: log.Log) -> None:
