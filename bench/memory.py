@@ -31,7 +31,8 @@ from minitune.models import Model
 from minitune.nn.dropout import seeded
 from minitune.optim.adamw import AdamW
 from minitune.optim.transforms import ClipByGlobalNorm, chain
-from minitune.planning.memory import StepSpec, peak_memory
+from minitune.planning.memory import peak_memory
+from minitune.planning.step_spec import StepSpec
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
 from minitune.steps import train_step

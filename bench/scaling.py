@@ -24,7 +24,7 @@ from minitune.models.families import llama
 from minitune.optim.adamw import AdamW
 from minitune.planning import memory
 from minitune.planning.flops import flops_per_token
-from minitune.planning.memory import StepSpec
+from minitune.planning.step_spec import StepSpec
 from minitune.programs.allocator import keep_freed
 from minitune.steps import train_step
 from minitune.types import Batch, TrainState

@@ -64,8 +64,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
     On CUDA that is Ampere and later, on MPS macOS 14 and later; on a CPU it is AVX512-BF16, AMX or
     Arm's extension, unless the environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA
-    tell torch to use none of them.
+    tell torch to use none of them. The meta device stands for an accelerator that is not in this
+    machine, for which something is planned: it has them.
     """
+    if device.type == "meta":
+        return True
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "xpu":

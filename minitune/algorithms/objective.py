@@ -95,7 +95,8 @@ def apply_trainable(params: Params, trainable: Trainable, lora: Lora | None) -> 
         (
             name
             for name, w in params.items()
-            if isinstance(w, Tensor) and w.is_meta and name not in trainable
+            # a fake tensor of the meta device stands for a weight that is there
+            if type(w) is Tensor and w.is_meta and name not in trainable
         ),
         None,
     )

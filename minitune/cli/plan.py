@@ -1,57 +1,174 @@
-"""Plan verb: memory and floating-point operations of a program's training stages, and whether they
-fit.
-"""
+"""Plan verb: memory, operations and time of a program's training stages, and whether they fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from minitune.cli.command_result import CommandResult
+from minitune.cli.model_folders import with_model
+from minitune.cli.options import OptionParser
 from minitune.errors import InputError
+from minitune.planning.devices import Device, names, open_device
+from minitune.planning.mesh import mesh_of
 from minitune.programs import program
-from minitune.programs.plan import Planned, planned
-from minitune.programs.plan_fit import MIB, fit_lines
+from minitune.programs.data_facts import data_facts
+from minitune.programs.plan import Planned, Target, first_state, planned
+from minitune.programs.plan_fit import MIB, Fit, fit
+from minitune.programs.plan_time import (
+    PlannedTime,
+    keep_machine,
+    known_machine,
+    measured,
+    measured_machine,
+    planned_time,
+)
+from minitune.programs.stages.train import Train
 
 
-def show(file: Path, overrides: Sequence[str], console: Console | None = None) -> CommandResult:
-    """Print what each stage of `planned` needs and whether it fits; returns the same figures. No
-    weight is read.
+class StagePlan(NamedTuple):
+    """All that is said of a stage."""
 
-    InputError for what is wrong with the program, and for one without such a stage.
+    planned: Planned
+    fit: Fit
+    time: PlannedTime | None  # None where no device is known
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines on it, without those to paste."""
+        return [*self.fit.lines, *self.time_lines]
+
+    @property
+    def time_lines(self) -> list[str]:
+        """Lines on its time."""
+        return [] if self.time is None else [*self.time.lines(self.planned.stage.label)]
+
+
+def show(file: Path, words: Sequence[str], console: Console | None = None) -> CommandResult:
+    """Print what each stage of `planned` needs, whether it fits and what it takes; returns the same
+    figures. No weight is read.
+
+    words: overrides of the program, --device, --n, --mesh, --plan, --measure. InputError for what
+    is wrong with these or the program, and for one without such a stage.
     """
-    stages = list(planned(program.load(file, overrides)))
+    options = _parser().parse_intermixed_args(words)
+    source = program.load(file, with_model(options.overrides, file.stem))
+    target = _target(options)
+    if options.measure and target != Target():
+        raise InputError(
+            "plan: --measure is given with another device or several, expected this machine alone; "
+            "drop --device, --n and --mesh, or --measure"
+        )
+    first = first_state(source)
+    stages = list(planned(source, first, target))
     if not stages:
         raise InputError(
             f"plan: {file} has no train stage, and no eval or generate stage with a batch_size, "
             "expected one; the memory of other stages is that of their weights"
         )
+    devices: Mapping[str, Device] = {}
     screen = console or Console()
-    screen.print(_table(stages))
-    for one in stages:
-        for line in fit_lines(one):
+    if options.measure:
+        devices = _measured(stages, data_facts(first, source.stage, source.seed).tables)
+        kept = keep_machine([*devices.values()][-1])
+        screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
+    plans = [_stage_plan(one, target, devices) for one in stages]
+    screen.print(_table(plans))
+    for one in plans:
+        for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
             screen.print(Text(line), soft_wrap=True)
-    return CommandResult({"stages": {one.stage.label: _figures(one) for one in stages}})
+    return CommandResult({"stages": {one.planned.stage.label: _figures(one) for one in plans}})
 
 
-def _figures(one: Planned) -> dict[str, Any]:
+def _parser() -> OptionParser:
+    description = (
+        "Show what the training stages of a program need, whether they fit, and what they take. No "
+        "weight is read."
+    )
+    parser = OptionParser("plan PROGRAM", description=description)
+    known = ", ".join(names())
+    parser.add_argument("--device", metavar="NAME", help=f"plan for one of {known}, or a TOML file")
+    parser.add_argument("--n", type=int, metavar="N", help="so many devices: --mesh data=N")
+    parser.add_argument("--mesh", metavar="AXES", help="data=8,replica=16: 16 copies of 8 parts")
+    parser.add_argument("--plan", metavar="PLAN", help="dp: all on every rank; fsdp; hsdp")
+    parser.add_argument("--measure", action="store_true", help="time a few layers on this machine")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
+    return parser
+
+
+def _target(options: Any) -> Target:
+    if options.n is not None and options.mesh is not None:
+        raise InputError("plan: --n and --mesh are both given, expected one of them; drop one")
+    written = options.mesh or f"data={options.n if options.n is not None else 1}"
+    mesh = mesh_of(written, options.plan)
+    return Target(None if options.device is None else open_device(options.device), mesh)
+
+
+def _measured(stages: Sequence[Planned], tables: Mapping[str, Any]) -> dict[str, Device]:
+    """This machine by training stage, with what that attains on it."""
+    step = stages[0].step
+    here = measured_machine(step.device, step.params["model.embed_tokens.weight"].dtype)
+    return {
+        one.stage.label: measured(one, tables[one.stage.data], here)
+        for one in stages
+        if isinstance(one.stage, Train)
+    }
+
+
+def _stage_plan(one: Planned, target: Target, devices: Mapping[str, Device]) -> StagePlan:
+    device = target.device or devices.get(one.stage.label)
+    if device is None and target == Target():
+        device = known_machine(one.step.device.type)
+    if device is None or not isinstance(one.stage, Train):
+        return StagePlan(one, fit(one, target), None)
+    return StagePlan(one, fit(one, target), planned_time(one, device))
+
+
+def _figures(plan: StagePlan) -> dict[str, Any]:
     """Figures of a stage as JSON takes them."""
-    flops = {"token": one.flops_per_token, "step": one.flops_per_token * _tokens(one)}
-    return {"bytes": one.n_bytes, "parts": one.parts, "flops": flops, "lines": [*fit_lines(one)]}
+    one, time = plan.planned, plan.time
+    parts = {**one.parts, "process": one.process_bytes}
+    return {
+        "bytes": plan.fit.n_bytes,
+        "fits": plan.fit.fits,
+        "device_bytes": plan.fit.there,
+        "parts": parts,
+        "flops": {"token": one.flops_per_token, "step": one.flops_per_token * _tokens(one)},
+        "time": None if time is None else _times(time),
+        "lines": plan.lines,
+        "toml": plan.fit.toml,
+    }
 
 
-def _table(stages: Sequence[Planned]) -> Table:
+def _times(time: PlannedTime) -> dict[str, Any]:
+    step = time.step
+    return {
+        "step_at_best_s": step.roof_s,
+        "step_expected_s": step.expected_s,
+        "tokens_per_s_at_best": time.tokens_per_s,
+        "end_s": time.end_s,
+        "binds": step.binds,
+        "sent_bytes": step.sent._asdict(),
+        "links_s": {"beside_products": step.overlapped_s, "after_products": step.exposed_s},
+        "hidden": step.hides_overlapped,
+    }
+
+
+def _table(plans: Sequence[StagePlan]) -> Table:
+    stages = [one.planned for one in plans]
     table = Table("at the fullest moment [MiB]")
     for one in stages:
         table.add_column(one.stage.label, justify="right")
     for name in dict.fromkeys(name for one in stages for name in one.parts):
         if any(values := [one.parts.get(name, 0) for one in stages]):
             table.add_row(name, *(f"{value / MIB:,.1f}" for value in values))
+    if any(one.process_bytes for one in stages):
+        table.add_row("process", *(f"{one.process_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
-    table.add_row("sum", *(f"{one.n_bytes / MIB:,.1f}" for one in stages))
+    table.add_row("sum", *(f"{one.fit.n_bytes / MIB:,.1f}" for one in plans))
     table.add_section()
     table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in stages))
     table.add_row(
@@ -61,4 +178,6 @@ def _table(stages: Sequence[Planned]) -> Table:
 
 
 def _tokens(one: Planned) -> int:
-    return one.step.n_rows * one.step.n_tokens * one.step.n_micro_batches
+    """Tokens of a step, on all ranks."""
+    step = one.step
+    return step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_ranks

@@ -77,11 +77,12 @@ def check(words: Sequence[str]) -> CommandResult:
 
 
 def plan(words: Sequence[str]) -> CommandResult:
-    """Print memory and operations of each training stage."""
-    file = announced(_program_of("plan", words))
+    """Print memory, operations and time of each training stage."""
+    wants_help = any(word in HELP_WORDS for word in words)
+    file = Path() if wants_help else announced(_program_of("plan", words))
     from minitune.cli.plan import show
 
-    return show(file, with_model(words[1:], file.stem))
+    return show(file, HELP_WORDS[:1] if wants_help else words[1:])
 
 
 def data(words: Sequence[str]) -> CommandResult:
@@ -185,10 +186,10 @@ VERBS = {
         f"{CHANGES}\nExit code 0: the program can begin; 2 comes with what must change first.",
     ),
     "plan": Verb(
-        "plan PROGRAM [KEY=VALUE ...]",
-        "memory and operations of each training stage, and whether it fits; reads no weight",
+        "plan PROGRAM [--device h100 --n 8] [--measure] [KEY=VALUE ...]",
+        "memory, operations and time of each training stage, and whether it fits; reads no weight",
         plan,
-        CHANGES,
+        parses_help=True,
     ),
     "data": Verb(
         "data PROGRAM [KEY=VALUE ...]",

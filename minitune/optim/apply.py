@@ -110,12 +110,12 @@ def apply_gradients_each(
         apply_gradients(optimizer, *trees, **own, donate=True)
 
 
-def scratch_bytes(optimizer: GradientTransformation, params: Tree) -> int:
+def scratch_bytes(optimizer: GradientTransformation, state: Tree, params: Tree) -> int:
     """About how many bytes a donated step allocates beside what it is given; by definition, three
     trees like params.
     """
     paths, leaves = zip(*tree.items(params), strict=True)
-    _, pipelines = split_optimizer(optimizer, optimizer.init(params), paths, leaves)
+    _, pipelines = split_optimizer(optimizer, state, paths, leaves)
     if not is_sliceable(pipelines, leaves):
         return 3 * tree.n_bytes(params)
     sizes = []

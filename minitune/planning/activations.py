@@ -3,7 +3,7 @@ are recomputed, by a budget.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,26 +79,26 @@ def measure(f: Callable[..., Tensor], x: Tensor, *rest: Tree) -> BlockMemory:
 def measure_blocks(
     model: Model,
     params: Params,
+    alike: Sequence[int],
     x: Tensor,
     inputs: dict[LayerKind, Any],
 ) -> list[BlockMemory]:
     """Memory of every block, given its attention inputs and an x [B T D] that has a gradient if the
     embedding has one.
 
-    Blocks that are alike are measured once.
+    alike: for each layer the one that stands for it, of which params hold the weights. Blocks that
+    are alike are measured once.
     """
     measured: list[BlockMemory] = []
     known: dict[Any, BlockMemory] = {}
-    for i in range(model.config.n_layers):
-        kind, layer = layer_kind(model.config, i), layer_of(params, i)
-        leaves = tuple(
-            (path, leaf.shape, leaf.dtype, leaf.requires_grad) for path, leaf in tree.items(layer)
-        )
-        alike = (kind, i < model.n_remat, x.requires_grad, leaves)
-        if alike not in known:
+    layers = {i: layer_of(params, i) for i in set(alike)}
+    for i, first in enumerate(alike):
+        kind, layer = layer_kind(model.config, i), layers[first]
+        key = (first, i < model.n_remat, x.requires_grad)
+        if key not in known:
             run = _x_first(model, kind)
-            known[alike] = measure(remat(run) if i < model.n_remat else run, x, layer, inputs[kind])
-        measured.append(known[alike])
+            known[key] = measure(remat(run) if i < model.n_remat else run, x, layer, inputs[kind])
+        measured.append(known[key])
         x = detached_leaves(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return measured
 

@@ -1,23 +1,16 @@
 """Bytes in memory where nothing is to train: held-out loss and answers, before a weight is read."""
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import tree
 from minitune.algorithms.objective import apply_trainable
 from minitune.inference.generate import STRIDE
 from minitune.models import decoder
-from minitune.planning.memory import (
-    BATCH_BYTES_PER_TOKEN,
-    Parts,
-    StepForward,
-    StepSpec,
-    constant_parts,
-    head_bytes,
-    peak_memory,
-    step_forward,
-)
+from minitune.planning.alike import first_alike
+from minitune.planning.forward import StepForward, constant_parts, head_bytes, reduced, step_forward
+from minitune.planning.memory import peak_memory
+from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
 
 
 def evaluation_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
@@ -38,7 +31,7 @@ def answer_memory(step: StepSpec, n_new: int) -> Parts:
     """
     config, like = step.model.config, step.params["model.embed_tokens.weight"]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        forward = _without_gradients(step, step.n_rows, step.n_tokens)[1]
+        forward = _without_gradients(step, step.n_rows, step.n_tokens)
         element = torch.empty((), dtype=like.dtype, device=step.device)
         n_slots = -(-(step.n_tokens + n_new) // STRIDE) * STRIDE
         cache = decoder.empty_caches(config, step.n_rows, n_slots, element)
@@ -56,14 +49,14 @@ def answer_memory(step: StepSpec, n_new: int) -> Parts:
 def _constant_parts(step: StepSpec) -> Parts:
     """Parts that are in memory while nothing trains."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return constant_parts(step, _without_gradients(step, 1, 1)[1], 0)
+        return constant_parts(step, _without_gradients(step, 1, 1), 0)
 
 
 def _loss_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step, forward = _without_gradients(step, n_rows, n_tokens)
+        forward = _without_gradients(step, n_rows, n_tokens)
         x_bytes = tree.n_bytes(forward.x)
-        logits_bytes = head_bytes(step, forward)[1]
+        logits_bytes = head_bytes(forward)[1]
     return {
         "batch": n_rows * n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
         "copies": 0,
@@ -73,15 +66,13 @@ def _loss_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:
     }
 
 
-def _without_gradients(step: StepSpec, n_rows: int, n_tokens: int) -> tuple[StepSpec, StepForward]:
-    """(step of a forward alone over n_rows rows of n_tokens, its forward), on fake tensors."""
-    like = tree.map(
-        lambda x: torch.empty(x.shape, dtype=x.dtype, device=step.device),
-        (step.params, step.trainable),
-    )
+def _without_gradients(step: StepSpec, n_rows: int, n_tokens: int) -> StepForward:
+    """Forward of a step alone over n_rows rows of n_tokens, on fake tensors."""
+    alike = first_alike(step.model, step.params, step.trainable)
+    step = reduced(step, alike)
     with torch.no_grad():
-        params = tree.map(Tensor.detach, apply_trainable(like[0], like[1], step.lora))
+        params = apply_trainable(step.params, step.trainable, step.lora)
     model = step.model._replace(n_remat=0)
     step = step._replace(params=params, trainable={}, model=model, offloaded=False)
     step = step._replace(n_rows=n_rows, n_tokens=n_tokens, n_micro_batches=1, rounded=())
-    return step, step_forward(step)
+    return step_forward(step, alike)

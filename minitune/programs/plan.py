@@ -5,6 +5,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,18 +13,23 @@ from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import forward_params
 from minitune.checkpoint.hf_weights import once_quantized
+from minitune.errors import InputError
 from minitune.io.paths import locate
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
 from minitune.optim.sgd import SGD
+from minitune.planning.alike import representatives
+from minitune.planning.devices import Device
 from minitune.planning.flops import flops_per_token
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
-from minitune.planning.memory import Parts, StepSpec, peak_memory
+from minitune.planning.memory import peak_memory
+from minitune.planning.mesh import ALONE, Mesh
+from minitune.planning.step_spec import Parts, StepSpec
 from minitune.programs import program
 from minitune.programs.check import with_lengths
 from minitune.programs.data_paths import located
-from minitune.programs.loading import ModelSource, abstract_state, device_and_dtype
+from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
 from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
 from minitune.programs.stages import sweep_points
@@ -38,6 +44,10 @@ from minitune.programs.state import AbstractState, trainable_like
 from minitune.quant.schemes import Scheme, quantize
 from minitune.quant.tensors import QNF4
 from minitune.types import Params, Trainable
+
+# Of Python, torch, the libraries that a first step loads and the kernels that it compiles, on a CPU
+# under Linux: see "Plans beside runs" in bench/RESULTS.md.
+PROCESS_BYTES = 384 * 2**20
 
 
 class Planned(NamedTuple):
@@ -57,21 +67,47 @@ class Planned(NamedTuple):
         """Bytes at the fullest moment of the step."""
         return sum(self.parts.values())
 
+    @property
+    def process_bytes(self) -> int:
+        """Bytes of the process beside its step; on an accelerator they are not in its memory."""
+        return PROCESS_BYTES if self.step.device.type == "cpu" else 0
+
+
+class Target(NamedTuple):
+    """What a plan is made for."""
+
+    device: Device | None = None  # by name; None: the one that the program would take here
+    mesh: Mesh = ALONE
+
+
+HERE = Target()
+
 
 class PlanState(NamedTuple):
     """Model as the stages so far have changed it."""
 
     abstract: AbstractState
     source: ModelSource
+    target: Target = HERE
     schemes: Mapping[str, Scheme] = MappingProxyType({})  # of quantized weights
     narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
     rounded: frozenset[str] = frozenset()  # weights that a qat stage rounds in every forward
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """(device of the model, dtype of its compute)."""
+        if self.target.device is None:
+            return device_and_dtype(self.source)
+        # autograd takes no tensors of a device that torch lacks here: those of meta stand for them
+        kind = self.target.device.kind
+        device = torch.device(kind if kind in ("cpu", hardware.accelerator()) else "meta")
+        is_auto = self.source.dtype == "auto"
+        return device, compute_dtype(device) if is_auto else getattr(torch, self.source.dtype)
 
     def after(self, stage: Stage) -> "PlanState":
         """State after one more stage."""
         abstract = stage.check(self.abstract)
         if isinstance(stage, Load):
-            return PlanState(abstract, stage.model)
+            return PlanState(abstract, stage.model, self.target)
         plan = self._replace(abstract=abstract)
         if isinstance(stage, Quantize):
             return plan._replace(schemes={**self.schemes, **stage.rule.plan(self.abstract.params)})
@@ -82,14 +118,16 @@ class PlanState(NamedTuple):
         return plan
 
 
-def planned(source: program.Program, first: AbstractState | None = None) -> Iterator[Planned]:
-    """Stages of a program that train, in order, with their costs, and the evaluations and
-    generations with a batch_size of their own.
+def planned(
+    source: program.Program, first: AbstractState | None = None, target: Target = HERE
+) -> Iterator[Planned]:
+    """Stages of a program that train, in order, with their costs on one rank, and the evaluations
+    and generations with a batch_size of their own.
 
     Those without one take as many tokens as a step. InputError for what would stop the program.
     first: the state before the first stage, where a check has found it.
     """
-    plan = PlanState(first or _first_state(source), source.model)
+    plan = PlanState(first or first_state(source), source.model, target)
     for stage in source.stage:
         plan = plan.after(stage)
         if isinstance(stage, Train):
@@ -99,7 +137,8 @@ def planned(source: program.Program, first: AbstractState | None = None) -> Iter
             yield _planned_forward(stage, plan)
 
 
-def _first_state(source: program.Program) -> AbstractState:
+def first_state(source: program.Program) -> AbstractState:
+    """State before the first stage, without weights, the lengths of rows decided."""
     nothing = AbstractState({}, Model(FAMILIES["llama"], None), {})
     fetched_models(models_of(source.model, source.stage), say_early)
     abstract = abstract_state(source.model, nothing)
@@ -111,7 +150,7 @@ def _first_state(source: program.Program) -> AbstractState:
 def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
     """Evaluation or generation of its batch_size at a time, its prompts as long as a row."""
     n_rows = stage.batch_size or 1
-    source, (device, _) = plan.abstract.data[str(stage.data)], device_and_dtype(plan.source)
+    source, (device, _) = plan.abstract.data[str(stage.data)], plan.place()
     step = StepSpec(
         plan.abstract.model,
         _weights(plan),
@@ -122,6 +161,7 @@ def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
         device,
         n_rows,
         source.max_seq_len,
+        mesh=plan.target.mesh,
     )
     memory = partial(_forward_memory, stage, source.format != "text")
     flops = flops_per_token(step.model, {}, step.n_tokens)
@@ -137,7 +177,8 @@ def _forward_memory(stage: Eval | Generate, answers: bool, step: StepSpec) -> Pa
 
 
 def _step(stage: Train, plan: PlanState) -> StepSpec:
-    abstract, (device, _) = plan.abstract, device_and_dtype(plan.source)
+    abstract, (device, _) = plan.abstract, plan.place()
+    stage = _of_rank(stage, plan.target.mesh)
     params, trainable = _weights(plan), trainable_like(abstract, plan.narrow)
     optimizer = stage.optimizer_for(trainable, seed=0)
 
@@ -163,9 +204,21 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         n_micro,
         plan.rounded & abstract.whole,
         kept,
-        _teacher(stage, abstract),
+        _teacher(stage, abstract, plan.target),
         stage.remat == HOST and hardware.capabilities(device).streams,
+        plan.target.mesh,
     )
+
+
+def _of_rank(stage: Train, mesh: Mesh) -> Train:
+    """Stage as one rank runs it: with its share of the rows of a batch."""
+    n_ranks, n_rows = mesh.n_ranks, stage.batch_size
+    if n_rows < n_ranks:
+        raise InputError(
+            f"plan: {stage.label} has batch_size = {n_rows} for {n_ranks} ranks, expected a row "
+            f"for each; set {stage.label}.batch_size={n_ranks} or more"
+        )
+    return msgspec.structs.replace(stage, batch_size=-(-n_rows // n_ranks))
 
 
 def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
@@ -187,10 +240,10 @@ def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
     return max(parts, evaluation_memory(step, n_rows, n_tokens), key=lambda one: sum(one.values()))
 
 
-def _teacher(stage: Train, abstract: AbstractState) -> Teacher | None:
+def _teacher(stage: Train, abstract: AbstractState, target: Target) -> Teacher | None:
     if stage.teacher is None:
         return None
-    plan = PlanState(abstract_state(stage.teacher, abstract), stage.teacher)
+    plan = PlanState(abstract_state(stage.teacher, abstract), stage.teacher, target)
     return Teacher(plan.abstract.model, _weights(plan))
 
 
@@ -201,13 +254,18 @@ def _n_remat(
     trainable: Trainable,
     device: torch.device,
 ) -> int:
-    """Number of blocks that the stage will compute again, found on fake tensors of its device."""
+    """Number of blocks that the stage will compute again; a budget is measured on fake tensors of
+    its device."""
+    n_tokens = abstract.data[stage.data].max_seq_len
+    if stage.remat == HOST or not isinstance(stage.remat, str):
+        return stage.n_remat(abstract.model, params, n_tokens)
+    # all that is measured is the last block
+    last = [abstract.model.config.n_layers - 1]
+    kept = representatives(params, last), representatives(trainable, last)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        like = tree.map(
-            lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), (params, trainable)
-        )
+        like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), kept)
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        return stage.n_remat(abstract.model, adapted, abstract.data[stage.data].max_seq_len)
+        return stage.n_remat(abstract.model, adapted, n_tokens)
 
 
 def _flops_per_token(stage: Train, step: StepSpec) -> float:
@@ -225,7 +283,7 @@ def _flops_per_token(stage: Train, step: StepSpec) -> float:
 
 def _weights(plan: PlanState) -> Params:
     """Weights in the dtype of compute or as codes, on the meta device."""
-    params, (_, dtype) = plan.abstract.params, device_and_dtype(plan.source)
+    params, (_, dtype) = plan.abstract.params, plan.place()
     schemes = {
         name: scheme for name, scheme in plan.schemes.items() if name in plan.abstract.quantized
     }

@@ -1,14 +1,18 @@
-"""Lines on whether the stages of a plan fit into this machine, and on what would make them fit."""
+"""Fit of the stages of a plan into a device, and the smallest change that makes one fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minitune import hardware, host
+from minitune.errors import InputError
 from minitune.optim.eight_bit import AdamW8bit
-from minitune.planning.memory import StepSpec
-from minitune.programs.plan import Planned, planned, quantized_params
+from minitune.planning.devices import Device
+from minitune.planning.step_spec import StepSpec
+from minitune.programs.log import say_early
+from minitune.programs.plan import HERE, Planned, Target, planned, quantized_params
 from minitune.programs.program import Program
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_model import HOST
@@ -22,82 +26,169 @@ MIB = 2**20
 LEAST_PARAMETERS, MOST_WEIGHTS = 50_000_000, 2000
 
 
-def memory_lines(source: Program, first: AbstractState) -> dict[str, list[str]]:
-    """Lines on the memory of the steps of each training stage, by its label; nothing for a model
-    that is very small or of very many weights. first: the state before the first stage."""
+class Change(NamedTuple):
+    """Change to a program that needs less memory."""
+
+    words: str
+    toml: Sequence[str]  # of the table of the stage, and stages to add
+    step: StepSpec
+
+
+class Fit(NamedTuple):
+    """Whether a stage fits into the memory of a device, in words, and what makes it fit."""
+
+    n_bytes: int  # that the process and its step need
+    there: int  # of the device
+    lines: list[str]
+    toml: list[str]  # to paste; nothing where it fits, or nothing helps
+
+    @property
+    def fits(self) -> bool:
+        """True if the stage fits as it is."""
+        return self.n_bytes <= self.there
+
+
+def check_memory(source: Program, first: AbstractState) -> dict[str, Planned]:
+    """Plans of the training stages of a program by their labels; InputError for one that does not
+    fit, unless the program says that it need not.
+
+    Nothing for a model that is very small or of very many weights. first: the state before the
+    first stage.
+    """
     weights = first.params.values()
     if len(weights) > MOST_WEIGHTS or sum(w.numel() for w in weights) < LEAST_PARAMETERS:
         return {}
-    found = planned(source, first)
-    return {one.stage.label: list(fit_lines(one)) for one in found if isinstance(one.stage, Train)}
+    found = {}
+    for one in planned(source, first):
+        if not isinstance(one.stage, Train):
+            continue
+        found[one.stage.label] = one
+        if source.must_fit and one.process_bytes + one.n_bytes > memory_bytes(one.step.device):
+            fitted = fit(one)
+            for line in (*fitted.lines, *fitted.toml):
+                say_early(line)
+            raise InputError(
+                f"plan: {one.stage.label} needs {fitted.n_bytes / MIB:,.0f} MiB, expected at most "
+                f"the {fitted.there / MIB:,.0f} MiB that are there; change what the lines before "
+                "say, or set must_fit = false to try it anyway"
+            )
+    return found
 
 
-def fit_lines(one: Planned) -> Iterator[str]:
-    """Lines on whether a stage fits, and on what would make it fit."""
-    step, there, n_bytes = one.step, _memory_bytes(one.step.device), one.n_bytes
+def fit(one: Planned, target: Target = HERE) -> Fit:
+    """Fit of a stage into a device of a target, or of this machine."""
+    step = one.step
+    there = memory_bytes(step.device, target.device)
+    n_bytes = one.process_bytes + one.n_bytes
     needs = (
         f"{one.stage.label}: {step.n_rows} x {step.n_tokens:,} tokens at a time need "
         f"{n_bytes / MIB:,.1f} MiB"
     )
-    has = f"of the {there / MIB:,.0f} MiB of this machine's {step.device.type}"
-    yield f"{needs}, {n_bytes / there:.0%} {has}: {'fits' if n_bytes <= there else 'does not fit'}"
-    for change, less in _smaller(one):
-        if n_bytes <= there:
-            return
-        before, n_bytes = n_bytes, sum(one.memory(less).values())
-        if n_bytes < before:
-            yield f"  {change}: {n_bytes / MIB:,.1f} MiB{', fits' if n_bytes <= there else ''}"
-    if n_bytes > there:
-        trains_whole = isinstance(one.stage, Train) and step.lora is None
-        yield (
-            "  or a smaller model, or a lora stage in place of a full one"
-            if trains_whole
-            else "  or a smaller model"
-        )
+    where = f"this machine's {step.device.type}" if target.device is None else "a device"
+    verdict = "fits" if n_bytes <= there else "does not fit"
+    lines = [f"{needs}, {n_bytes / there:.0%} of the {there / MIB:,.0f} MiB of {where}: {verdict}"]
+    if n_bytes <= there:
+        return Fit(n_bytes, there, lines, [])
+    return _changed(one, Fit(n_bytes, there, lines, []))
 
 
-def _smaller(one: Planned) -> Iterator[tuple[str, StepSpec]]:
-    """Changes to a program that need less memory, the mildest first, each with those before it."""
+def _changed(one: Planned, found: Fit) -> Fit:
+    """The same with the changes that help, up to the first with which the stage fits."""
+    least = found.n_bytes
+    for change in _smaller(one, found):
+        n_bytes = one.process_bytes + sum(one.memory(change.step).values())
+        fits = n_bytes <= found.there
+        if n_bytes < least:
+            ending = ", fits" if fits else ""
+            found.lines.append(f"  {change.words}: {n_bytes / MIB:,.1f} MiB{ending}")
+            least = n_bytes
+        if fits:
+            return found._replace(toml=[f"# in the stage {one.stage.label}", *change.toml])
+    trains_whole = isinstance(one.stage, Train) and one.step.lora is None
+    lora = ", or a lora stage in place of a full one" if trains_whole else ""
+    found.lines.append(f"  or a smaller model{lora}")
+    return found
+
+
+def _smaller(one: Planned, found: Fit) -> Iterator[Change]:
+    """Changes to a program that need less memory, the mildest first."""
     if isinstance(one.stage, Train):
-        yield from _smaller_step(one.stage, one.step)
-    else:
-        yield f"with {one.stage.label}.batch_size=1", one.step._replace(n_rows=1)
+        yield from _smaller_step(one, one.stage, found)
+        return
+    label = one.stage.label
+    yield Change(f"with {label}.batch_size=1", ["batch_size = 1"], one.step._replace(n_rows=1))
 
 
-def _smaller_step(stage: Train, step: StepSpec) -> Iterator[tuple[str, StepSpec]]:
-    lora = step.lora is not None
-    n_micro = min(stage.micro_batch_size or stage.batch_size, stage.batch_size)
-    least = min(n_micro, stage.loss.min_samples)
-    step = step._replace(n_rows=step.n_rows // n_micro * least)
-    step = step._replace(n_micro_batches=-(-stage.batch_size // least))
-    yield f"with {stage.label}.micro_batch_size={least}", step
-    step = step._replace(model=step.model._replace(n_remat=step.model.config.n_layers))
-    yield f"and {stage.label}.remat=true", step
+def _smaller_step(one: Planned, stage: Train, found: Fit) -> Iterator[Change]:
+    """Fewer rows at a time, as many as fit; blocks that are computed again; then both and more."""
+    step, label = one.step, stage.label
+    per_sample = stage.loss.rows_per_sample
+    least = min(step.n_rows // per_sample, stage.loss.min_samples)
+    smallest = _with_rows(step, least * per_sample)
+    some = _largest(one, smallest, found)
+    for fewer in dict.fromkeys((some.n_rows, smallest.n_rows)):
+        n = fewer // per_sample
+        words = f"with {label}.micro_batch_size={n}"
+        yield Change(words, [f"micro_batch_size = {n}"], _with_rows(step, fewer))
+    recomputed = step.model._replace(n_remat=step.model.config.n_layers)
+    again = step._replace(model=recomputed)
+    yield Change(f"with {label}.remat=true", ["remat = true"], again)
+    rows_toml = f"micro_batch_size = {least}"
+    step, toml = smallest._replace(model=recomputed), [rows_toml, "remat = true"]
+    yield Change(f"with {label}.micro_batch_size={least} and {label}.remat=true", toml, step)
     if hardware.capabilities(step.device).streams:
-        step = step._replace(offloaded=True)
-        yield f"and {stage.label}.remat={HOST} in its place", step
-    if lora:
-        dense = [
-            name
-            for name, w in step.params.items()
-            if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name
-        ]
-        codes = quantized_params(
-            step.params, {name: NF4() for name in dense if step.params[name].shape[1] % 2 == 0}
-        )
-        yield (
-            "and a quantize stage with scheme nf4 before the lora stage",
-            step._replace(params={**step.params, **codes}),
-        )
-    else:
-        yield (
-            f"and {stage.label}.optimizer.kind=adamw8bit",
-            step._replace(optimizer=AdamW8bit(lr=0.0)),
-        )
+        step, toml = step._replace(offloaded=True), [rows_toml, f'remat = "{HOST}"']
+        yield Change(f"and {label}.remat={HOST} in its place", toml, step)
+    if step.lora is None:
+        words = f"and {label}.optimizer.kind=adamw8bit"
+        of_optimizer = 'optimizer = { kind = "adamw8bit", lr = 1e-4 }  # and your learning rate'
+        yield Change(words, [*toml, of_optimizer], step._replace(optimizer=AdamW8bit(lr=0.0)))
+        return
+    yield _nf4(step, toml)
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """All of the memory of the accelerator, or of this machine."""
+def _largest(one: Planned, smallest: StepSpec, found: Fit) -> StepSpec:
+    """Step of as many rows as fit, a power of two times the least: what a row needs is known from
+    two numbers of them."""
+    step, least = one.step, smallest.n_rows
+    if step.n_rows == least:
+        return smallest
+    n_bytes = one.process_bytes + sum(one.memory(smallest).values())
+    per_row = (found.n_bytes - n_bytes) / (step.n_rows - least)
+    room = (found.there - n_bytes) / per_row if per_row > 0 else 0
+    n = least
+    while 2 * n < step.n_rows and 2 * n - least <= room:
+        n = 2 * n
+    return _with_rows(step, n)
+
+
+def _with_rows(step: StepSpec, n_rows: int) -> StepSpec:
+    """Step of as many rows in all, n_rows of them at a time."""
+    n_in_all = step.n_rows * step.n_micro_batches
+    return step._replace(n_rows=n_rows, n_micro_batches=-(-n_in_all // n_rows))
+
+
+def _nf4(step: StepSpec, toml: Sequence[str]) -> Change:
+    """The weights that a lora stage adapts as NF4 codes."""
+    dense = [
+        name
+        for name, w in step.params.items()
+        if isinstance(w, Tensor) and w.ndim == 2 and "_proj." in name and w.shape[1] % 2 == 0
+    ]
+    codes = quantized_params(step.params, {name: NF4() for name in dense})
+    stage = ["", "# before the lora stage", "[[stage]]", 'op = "quantize"']
+    stage += ['scheme = { kind = "nf4" }', 'weights = ["*_proj.weight"]']
+    return Change(
+        "and a quantize stage with scheme nf4 before the lora stage",
+        [*toml, *stage],
+        step._replace(params={**step.params, **codes}),
+    )
+
+
+def memory_bytes(device: torch.device, target: Device | None = None) -> int:
+    """All of the memory of a device by name, of the accelerator here, or of this machine."""
+    if target is not None:
+        return target.memory_bytes
     if hardware.is_accelerator(device):
         return hardware.total_bytes(device)
     return host.total_bytes()

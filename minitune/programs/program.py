@@ -62,6 +62,9 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less
     # exact
     tf32: bool = False
+    # a training stage that needs more memory than the device has is refused before anything starts;
+    # false: it is tried
+    must_fit: bool = True
 
 
 class WrittenProgram(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,8 @@ from minitune.programs.ended import Chosen
 from minitune.programs.loading import open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
-from minitune.programs.plan_fit import memory_lines
+from minitune.programs.plan import Planned
+from minitune.programs.plan_fit import check_memory, fit
 from minitune.programs.profiling.check import check_steps
 from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import summary, write_record
@@ -64,11 +66,13 @@ def _run(
     with ranks.first_on_node():
         program.log.check()
         checked = check(program.model, program.data, program.stage, say)
-    profile_lines = check_steps(program.profile, program.stage, checked.first)
     program = msgspec.structs.replace(program, data=checked.data)
-    opened = None
+    of_ranks = msgspec.structs.replace(program, stage=stages)
+    profile_lines = check_steps(program.profile, program.stage, checked.first)
+    opened, plans = None, {}
     if ranks.is_first:
         save_paths.check(program)
+        plans = check_memory(of_ranks, checked.first)
         opened = open_run(WrittenProgram(program, written), end=end)
     run = run_for_all(ranks, opened)
     if run.summary is not None:
@@ -78,34 +82,25 @@ def _run(
     as_dict = as_written(msgspec.to_builtins(program), written)
     logged = log_for(ranks, run, program.log, as_dict)
     with run.lock, stop or StopSignals() as stop, logged as out:
+        plan_lines = [line for one in plans.values() for line in fit(one).lines]
         data_lines = data_notes(program.model, program.data, program.stage)
-        for note in (*run.notes, *data_lines, *checked.lengths, *profile_lines):
+        notes = *plan_lines, *run.notes, *data_lines, *checked.lengths, *profile_lines
+        for note in notes:
             out.say(note)
         if ranks.size > 1:
             out.say(f"{ranks.size} processes share out the rows of each step")
-        program = msgspec.structs.replace(program, stage=stages)
-        state = _opened(program, run, stop, out, checked.first, ranks)
-        return _run_stages(program, run, state, checked.first)
+        state = _opened(of_ranks, run, stop, out, ranks)
+        if ranks.is_first:
+            _write_facts(of_ranks, run, checked.first)
+        for stage in of_ranks.stage:
+            state = _run_stage(stage, state, run)
+        return _finished(program, run, state, plans)
 
 
-def _run_stages(program: Program, run: Run, state: PipelineState, first: AbstractState) -> Record:
-    """Content of summary.json after all stages; first: the state before them, without weights."""
-    ranks, out = state.ranks, state.log
+def _write_facts(program: Program, run: Run, first: AbstractState) -> None:
     facts = data_facts(first, program.stage, program.seed)
-    if facts.tables and ranks.is_first:
+    if facts.tables:
         write_record(run.folder / FACTS, facts)
-    for stage in program.stage:
-        state = _run_stage(stage, state, run)
-    result = summary(state.records)
-    if ranks.is_first:
-        write_record(run.folder / "summary.json", result)
-        out.summarize(result)
-        out.show(report(program.name, result, out.width))
-        _write_page(run, out)
-        files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
-        out.say(f"{run.folder} holds this run: {files}")
-    text = ranks.text_from_first(msgspec.json.encode(result).decode())
-    return result if ranks.is_first else msgspec.json.decode(text)
 
 
 def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> PipelineState:
@@ -128,13 +123,30 @@ def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> Pipeline
     return state
 
 
-def _opened(
+def _finished(
     program: Program,
     run: Run,
-    stop: StopSignals,
-    out: log.Log,
-    first: AbstractState,
-    ranks: Ranks,
+    state: PipelineState,
+    plans: Mapping[str, Planned],
+) -> Record:
+    """Content of summary.json after all stages, which the first rank writes, shows and tells."""
+    ranks, out = state.ranks, state.log
+    result = summary(state.records)
+    if ranks.is_first:
+        write_record(run.folder / "summary.json", result)
+        out.summarize(result)
+        out.show(report(program.name, result, out.width))
+        for label, one in plans.items():
+            out.say(_beside_plan(label, one, state.records.get(label, {})))
+        _write_page(run, out)
+        files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
+        out.say(f"{run.folder} holds this run: {files}")
+    text = ranks.text_from_first(msgspec.json.encode(result).decode())
+    return result if ranks.is_first else msgspec.json.decode(text)
+
+
+def _opened(
+    program: Program, run: Run, stop: StopSignals, out: log.Log, ranks: Ranks
 ) -> PipelineState:
     """State before the first stage, with its weights."""
     # Whatever takes no steps is done again after a stop, so that a signal may end it anywhere.
@@ -153,9 +165,18 @@ def _opened(
             ended=run.ended,
         )
         stages = {stage.label: stage for stage in program.stage}
-        lines = memory_lines(program, first)
         profile = program.profile if ranks.is_first else None
-        return state._replace(memory_lines=lines, stages=stages, profile=profile, ranks=ranks)
+        return state._replace(stages=stages, profile=profile, ranks=ranks)
+
+
+def _beside_plan(label: str, one: Planned, record: Mapping[str, Any]) -> str:
+    """Line on the memory of a stage: as planned, and as measured."""
+    n_bytes = one.process_bytes + one.n_bytes
+    planned_words = f"{label}: planned {n_bytes / 2**20:,.0f} MiB"
+    peak = record.get("peak_mem_bytes")
+    if peak is None:
+        return f"{planned_words}, nothing was measured"
+    return f"{planned_words}, measured {peak / 2**20:,.0f} MiB ({peak / n_bytes:.0%})"
 
 
 def _write_page(run: Run, out: log.Log) -> None:

@@ -78,8 +78,6 @@ class PipelineState(NamedTuple):
     # by the stage that loads a model, "" for the program's: how its weights are quantized at once
     first_rules: Mapping[str, Quantization] = MappingProxyType({})
     ended: Mapping[str, Ended] = MappingProxyType({})  # training stages that the user has ended
-    # by training stage: lines on the memory of its steps
-    memory_lines: Mapping[str, Sequence[str]] = MappingProxyType({})
     profile: Profile | None = None  # steps of each training stage that are recorded
     # stages of the program by label, in order
     stages: Mapping[str, Any] = MappingProxyType({})

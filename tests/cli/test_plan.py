@@ -32,9 +32,10 @@ from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.planning.flops import flops_per_token
 from minitune.planning.inference import answer_memory, evaluation_memory
-from minitune.planning.memory import StepSpec, peak_memory
+from minitune.planning.memory import peak_memory
+from minitune.planning.step_spec import StepSpec
 from minitune.programs import plan_fit, program
-from minitune.programs.plan import planned
+from minitune.programs.plan import PROCESS_BYTES, planned
 from minitune.programs.stages.quantize import Quantize
 from minitune.programs.stages.train import Train
 from minitune.programs.state import PipelineState
@@ -209,11 +210,11 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     assert preferred.parts["second model"] == tree.n_bytes(preferred.step.trainable)
     assert preferred.flops_per_token > sft.flops_per_token
 
-    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: sft.n_bytes // 2)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + sft.n_bytes // 2)
     printed = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
     assert "does not fit\n  with train.micro_batch_size=1: " in printed
-    assert printed.endswith(", fits\n")
-    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: 1000)
+    assert printed.endswith(", fits\n# in the stage train\nmicro_batch_size = 1\n")
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: 1000)
     printed = plan_of(capsys, tmp_path, tiny, '[[stage]]\nop = "full"\n' + TRAIN)
     assert "and train.optimizer.kind=adamw8bit" in printed
     assert printed.endswith("  or a smaller model, or a lora stage in place of a full one\n")
@@ -226,9 +227,9 @@ def test_what_a_plan_advises_is_what_check_accepts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kto = TRAIN.replace('data = "train"', 'data = "unpaired"\nloss = { kind = "kto" }')
-    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: 1000)
     text = plan_of(capsys, tmp_path, tiny, LORA + kto)
-    (word,) = re.findall(r"with (train.micro_batch_size=\d+)", text)
+    (word, _) = re.findall(r"with (train.micro_batch_size=\d+)", text)
     assert word == "train.micro_batch_size=2"
     assert start(tmp_path, tiny, LORA + kto, word, verb=("check",)) == 0
 
@@ -281,10 +282,10 @@ def test_evaluations_and_generations_with_rows_of_their_own_are_planned(
     assert after.parts["trained"] == generated.parts["trained"] == train.parts["trained"]
     assert min(after.n_bytes, generated.n_bytes) > train.n_bytes
 
-    monkeypatch.setattr(plan_fit, "_memory_bytes", lambda device: generated.n_bytes // 2)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + generated.n_bytes // 2)
     text = plan_of(capsys, tmp_path, tiny, generate + "batch_size = 64\n")
     assert "does not fit\n  with generate.batch_size=1: " in text
-    assert text.endswith(", fits\n")
+    assert text.endswith(", fits\n# in the stage generate\nbatch_size = 1\n")
 
 
 def test_a_plan_counts_an_evaluation_that_is_larger_than_the_step(tiny: Path, tmp_path: Path) -> None:
@@ -344,4 +345,6 @@ def test_a_program_that_trains_nothing_is_refused(
     assert start(tmp_path, tiny, NF4, verb=("plan",)) == 2
     assert "p.toml has no train stage, and no eval or generate stage with a batch_size, expected one" in capsys.readouterr().err
     assert main(["plan"]) == 2
-    assert capsys.readouterr().err == "minitune: plan without a program, expected plan PROGRAM [KEY=VALUE ...]\n"
+    assert capsys.readouterr().err == (
+        "minitune: plan without a program, expected plan PROGRAM [--device h100 --n 8] [--measure] [KEY=VALUE ...]\n"
+    )

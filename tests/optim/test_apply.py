@@ -271,7 +271,7 @@ def test_a_transform_that_declares_nothing_is_applied_by_its_definition_and_plan
     new, state = apply_gradients(Halves(), grads, Halves().init(params), params, donate=False, **how)
     torch.testing.assert_close(new, tree.map(lambda p, g: p - 0.5 * g, params, grads))
     torch.testing.assert_close(state, grads)
-    assert scratch_bytes(Halves(), params) == 3 * tree.n_bytes(params)
+    assert scratch_bytes(Halves(), Halves().init(params), params) == 3 * tree.n_bytes(params)
 
 
 def test_slices_of_any_size_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +310,6 @@ def test_a_donated_step_allocates_what_is_planned_for(
     grads, state = tree.map(torch.clone, params), optimizer.init(params)
     with AllocatedBytes() as allocated:
         apply_gradients(optimizer, grads, state, params, divisor=one, norm=one, is_finite=one > 0, donate=True)
-    planned = scratch_bytes(optimizer, params)
+    planned = scratch_bytes(optimizer, optimizer.init(params), params)
     # beside them stand step counts and a table of 256 codes
     assert 0.4 * planned < allocated.peak < planned + 8192

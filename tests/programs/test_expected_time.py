@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,14 +13,15 @@ from minitune.models.model import Model
 from minitune.optim.adamw import AdamW
 from minitune.programs import plan_fit, program
 from minitune.programs import run as program_run
-from minitune.programs.plan_fit import memory_lines
+from minitune.programs.plan import Planned
+from minitune.programs.plan_fit import Fit, check_memory
 from minitune.programs.stages import expected_time
 from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.expected_time import ExpectedTime, duration, evaluations_left, later_stages
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_stage import Evaluation
 from minitune.programs.state import AbstractState
-from support.programs import LORA, SHIPPED, TRAIN, evaluation, run
+from support.programs import LORA, SHIPPED, TRAIN, evaluation, run, start
 
 STAGE = Train(data="train", steps=1000, batch_size=2, optimizer=AdamW(lr=1e-3))
 EVALUATED = "\n[stage.evaluate]\ndata = 'heldout'\nevery = 2\n"
@@ -81,8 +82,8 @@ def test_a_run_says_its_memory_its_time_and_what_follows(
     monkeypatch.setattr(expected_time, "LEAST_MEASURED_S", 0.0)
     monkeypatch.setattr(expected_time, "LEAST_TOLD_S", 0.0)
     needs = "train: 4 x 256 tokens at a time need 7.0 MiB, 700% of 1 MiB: does not fit"
-    lower = "  with train.micro_batch_size=1: 3.0 MiB"
-    monkeypatch.setattr(program_run, "memory_lines", lambda *_: {"train": [needs, lower]})
+    monkeypatch.setattr(plan_fit, "LEAST_PARAMETERS", 0)
+    monkeypatch.setattr(program_run, "fit", lambda one: Fit(7 * 2**20, 2**20, [needs], []))
     stages = evaluation("before") + LORA + TRAIN.replace("steps = 4", "steps = 6") + EVALUATED + evaluation("after")
     run(tmp_path, tiny, stages + '[[stage]]\nop = "save"\nwhat = "deltas"\n')
     said = capsys.readouterr().out
@@ -90,30 +91,45 @@ def test_a_run_says_its_memory_its_time_and_what_follows(
     assert found is not None
     assert found.group(1, 2) == ("2", "1")
     assert re.fullmatch(r"after \(about \d+ s, as before\), save", found[3])
-    assert f"{needs}\n{lower}\n" in said
-    assert said.index("one epoch is") < said.index(needs) < said.index("left for")
-
-
-class Stages(NamedTuple):
-    """A stage of a plan."""
-
-    stage: object
+    assert said.index(needs) < said.index("one epoch is") < said.index("left for")
+    beside = re.search(r"train: planned ([\d,]+) MiB, measured ([\d,]+) MiB \(([\d,]+)%\)", said)
+    assert beside is not None, said
+    n_planned, measured, share = (int(one.replace(",", "")) for one in beside.groups())
+    assert n_planned > 384
+    assert share == pytest.approx(100 * measured / n_planned, abs=1)
 
 
 def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = Eval(data="heldout", batch_size=2)
-    monkeypatch.setattr(plan_fit, "planned", lambda source, first: [Stages(STAGE), Stages(evaluated)])
-    monkeypatch.setattr(plan_fit, "fit_lines", lambda one: iter([f"{one.stage.label} fits"]))
+    step = SimpleNamespace(device=torch.device("cpu"))
+    one, other = (Planned(stage, step, {"weights": 5}, 0.0) for stage in (STAGE, evaluated))
+    monkeypatch.setattr(plan_fit, "planned", lambda source, first: [one, other])
     asked = program.load(SHIPPED["lora"])
-    for shapes, lines in (
+    for shapes, plans in (
         ([(49_999, 1000)], {}),
-        ([(50_000, 1000)], {"train": ["train fits"]}),
-        ([(49_999, 1000), (1000,)], {"train": ["train fits"]}),
+        ([(50_000, 1000)], {"train": one}),
+        ([(49_999, 1000), (1000,)], {"train": one}),
         ([(50_000, 1000)] * 2001, {}),
     ):
         params = {str(n): torch.empty(shape, device="meta") for n, shape in enumerate(shapes)}
         first = AbstractState({}, Model(llama.FAMILY, None), params)
-        assert memory_lines(asked, first) == lines
+        assert check_memory(asked, first) == plans
+
+
+def test_a_run_that_can_not_fit_is_refused_before_it_has_a_folder_unless_told_otherwise(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_fit, "LEAST_PARAMETERS", 0)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: 384 * 2**20 + 5_500_000)
+    asked = LORA + TRAIN.replace("batch_size = 4", "batch_size = 64")
+    assert start(tmp_path, tiny, asked) == 2
+    said, error = capsys.readouterr()
+    assert re.search(r"train: 64 x 256 tokens at a time need [\d.]+ MiB, \d+% of the 389 MiB", said)
+    assert "# in the stage train\nmicro_batch_size = " in said
+    assert re.search(r"plan: train needs \d+ MiB, expected at most the 389 MiB that are there; .* set must_fit = false", error)
+    assert not list(tmp_path.glob("runs/*"))
+    assert start(tmp_path, tiny, asked, "must_fit=false", "train.steps=1") == 0
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_stages_that_follow_without_a_like_have_no_time() -> None:

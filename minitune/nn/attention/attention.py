@@ -42,7 +42,8 @@ def attention(
     first = key_range.first.expand(len(q), -1) if isinstance(key_range.first, Tensor) else None
     if flex.serves(q, k, v):
         return flex.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
-    if q.device.type == "cpu" and n_queries == n_keys and not under_transform():
+    # on meta, where a step for an accelerator is planned, blocks keep what flex keeps
+    if q.device.type in ("cpu", "meta") and n_queries == n_keys and not under_transform():
         return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
 
     # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they

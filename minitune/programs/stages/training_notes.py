@@ -38,15 +38,12 @@ def prepare(stage: TrainingStage, abstract: AbstractState, epochs: float | None)
 
 
 def say(stage: TrainingStage, state: PipelineState, steps: int, table: TokenizedTable) -> None:
-    """Say the notes on a stage that begins, and the memory that its steps need where that was
-    planned."""
+    """Say the notes on a stage that begins."""
     loaded, seq_len = state.loaded, state.data[stage.data].max_seq_len
     trains_whole = any(isinstance(leaf, Tensor) for leaf in loaded.trainable.values())
     of_steps = notes(stage, steps, table, loaded.model, seq_len)
     for line in (*of_steps, *rate_notes(stage, loaded.model, trains_whole)):
         state.log.say(f"{stage.label}: {line}")
-    for line in state.memory_lines.get(stage.label, ()):
-        state.log.say(line)
 
 
 def notes(

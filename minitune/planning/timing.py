@@ -1,0 +1,76 @@
+"""Least time that a step can take on a device, and the time that is expected of it.
+
+The roof of Williams, Waterman & Patterson 2009, doi 10.1145/1498765.1498785: what a step
+multiplies, moves through memory and sends, each at the rate of the device; the slowest binds.
+"""
+
+from typing import Literal, NamedTuple
+
+from minitune import hardware, tree
+from minitune.planning.devices import Device
+from minitune.planning.mesh import local_bytes
+from minitune.planning.step_spec import Parts, StepSpec
+from minitune.planning.traffic import Traffic, replica_link, shard_link, traffic
+
+Resource = Literal["products", "memory", "links"]
+# reads and writes of what trains in an update: the gradient and each moment are read, and what
+# changes is written; of an activation: it is written, read by what follows, and by the backward
+UPDATE_PASSES, ACTIVATION_PASSES = 2, 3
+
+
+class Timing(NamedTuple):
+    """Seconds of an optimizer step on each of the ranks."""
+
+    products_s: float  # at the rate of dense products
+    memory_s: float  # at the rate of the memory
+    overlapped_s: float  # sending weights and gradients beside the products
+    exposed_s: float  # summing gradients between copies, when all products are done
+    expected_s: float
+    sent: Traffic
+
+    @property
+    def roof_s(self) -> float:
+        """Least time of a step."""
+        return max(self.products_s, self.memory_s, self.overlapped_s) + self.exposed_s
+
+    @property
+    def binds(self) -> Resource:
+        """Resource that a step waits for most at its roof."""
+        of_links = self.exposed_s + self.overlapped_s
+        seconds: dict[Resource, float] = {
+            "products": self.products_s,
+            "memory": self.memory_s,
+            "links": of_links,
+        }
+        return max(seconds, key=lambda name: seconds[name])
+
+    @property
+    def hides_overlapped(self) -> bool:
+        """True if what is sent beside the products takes no longer than they are expected to."""
+        return self.overlapped_s < self.expected_s - self.exposed_s
+
+
+def timing(step: StepSpec, flops_per_token: float, parts: Parts, device: Device) -> Timing:
+    """Time of a step on a device. parts: its memory at the fullest moment."""
+    n_tokens = step.n_rows * step.n_tokens * step.n_micro_batches
+    like = step.params["model.embed_tokens.weight"]
+    rate = device.rate(hardware.product_dtype(like.dtype, step.device))
+    products_s = flops_per_token * n_tokens / rate
+    memory_s = _moved_bytes(step, parts) / device.memory_bytes_per_s
+    sent = traffic(step)
+    overlapped_s = (sent.gathered + sent.scattered) / shard_link(step.mesh, device)
+    exposed_s = sent.summed / replica_link(step.mesh, device)
+    # what a training attains of the products has its other operations in it
+    expected_s = max(products_s / device.attained, overlapped_s) + exposed_s
+    return Timing(products_s, memory_s, overlapped_s, exposed_s, expected_s, sent)
+
+
+def _moved_bytes(step: StepSpec, parts: Parts) -> float:
+    """Least bytes through a rank's memory in a step: weights in every forward and backward,
+    activations, and what an update reads and writes."""
+    weights = tree.n_bytes((step.params, step.trainable))
+    passes = 2 + step.model.n_remat / step.model.config.n_layers
+    of_batch = passes * weights + ACTIVATION_PASSES * parts.get("activations", 0)
+    trained = local_bytes(step.trainable, step.mesh.n_shards)
+    update = UPDATE_PASSES * (trained + parts.get("optimizer", 0)) + trained
+    return step.n_micro_batches * of_batch + update

@@ -1,0 +1,129 @@
+"""Time of the stages of a plan: at best and as expected, in words, and the measured machine."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from minitune import hardware
+from minitune.io import atomic, paths
+from minitune.io.toml_writing import dumps
+from minitune.planning.calibration import Clock, Rows, machine, measured_step_s
+from minitune.planning.devices import Device, read_device
+from minitune.planning.timing import Timing, timing
+from minitune.programs.data_facts import TableFacts
+from minitune.programs.plan import Planned
+from minitune.programs.stages.expected_time import duration
+from minitune.programs.stages.train import Train
+
+GIB = 2**30
+BINDS = {"products": "matrix products bind", "memory": "memory binds", "links": "links bind"}
+
+
+class PlannedTime(NamedTuple):
+    """Time of a training stage on a device."""
+
+    step: Timing
+    device: Device
+    tokens: int  # of a step, on all ranks
+    n_steps: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second at best."""
+        return self.tokens / self.step.roof_s
+
+    @property
+    def end_s(self) -> float:
+        """Time of all steps, evaluations left out."""
+        return self.n_steps * self.step.expected_s
+
+    def lines(self, label: str) -> Iterator[str]:
+        """Lines on it: a step, what is sent, the whole stage."""
+        step = self.step
+        yield (
+            f"{label}: at best {step.roof_s:.3g} s a step and {self.tokens_per_s:,.0f} tokens/s, "
+            f"where {BINDS[step.binds]}; expected {step.expected_s:.3g} s and "
+            f"{self.tokens / step.expected_s:,.0f} tokens/s, {self.device.attained:.0%} of the "
+            "rate of products"
+        )
+        if any(step.sent):
+            yield f"  each rank sends {_sent(step)}"
+        yield (
+            f"  {self.n_steps:,} steps take {duration(self.end_s)}, evaluations and what comes "
+            "before the first step left out"
+        )
+
+
+def planned_time(one: Planned, device: Device) -> PlannedTime:
+    """Time of a training stage on a device."""
+    assert isinstance(one.stage, Train), "there is no step to time"
+    step = one.step
+    tokens = step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_ranks
+    found = timing(step, one.flops_per_token, one.parts, device)
+    return PlannedTime(found, device, tokens, one.stage.steps)
+
+
+def measured(
+    one: Planned, facts: TableFacts, device: Device, clock: Clock = perf_counter
+) -> Device:
+    """The machine with what the step of a stage attains on it, measured on a few of its layers."""
+    rows = Rows(
+        facts.n_target_tokens / max(1, facts.n_tokens),
+        max(1, round(facts.n_samples / max(1, facts.n_rows))),
+    )
+    step_s = measured_step_s(one.step, rows, device, clock)
+    at_full_rate = timing(one.step, one.flops_per_token, one.parts, device).products_s
+    return msgspec.structs.replace(device, attained=min(1.0, at_full_rate / step_s))
+
+
+def measured_machine(device: torch.device, dtype: torch.dtype) -> Device:
+    """Figures of this machine, measured now."""
+    return machine(device, hardware.product_dtype(dtype, device))
+
+
+def keep_machine(device: Device) -> Path:
+    """Write the figures of this machine into the cache; returns the file."""
+    file = _machine_file(device.kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "# This machine, as `minitune plan --measure` found it\n"
+    atomic.write_atomic(file, (text + dumps(msgspec.to_builtins(device))).encode())
+    return file
+
+
+def known_machine(kind: str) -> Device | None:
+    """Figures of this machine that an earlier --measure has kept; None before one."""
+    file = _machine_file(kind)
+    return read_device(file) if file.is_file() else None
+
+
+def _machine_file(kind: str) -> Path:
+    """File of this machine, its threads and its torch in the cache."""
+    facts = (platform.node(), platform.machine(), torch.get_num_threads(), torch.__version__)
+    limits = (os.environ.get("ATEN_CPU_CAPABILITY"), os.environ.get("ONEDNN_MAX_CPU_ISA"))
+    digest = hashlib.sha256(repr((facts, limits)).encode()).hexdigest()
+    return paths.cache() / "machines" / f"{kind}-{digest[:16]}.toml"
+
+
+def _sent(step: Timing) -> str:
+    """What a rank sends in a step, and whether that hides behind the products."""
+    sent = step.sent
+    words = []
+    if sent.gathered or sent.scattered:
+        hidden = "behind the products" if step.hides_overlapped else "longer than the products"
+        words.append(
+            f"{sent.gathered / GIB:,.3g} GiB of weights and {sent.scattered / GIB:,.3g} GiB of "
+            f"gradients in {step.overlapped_s:.3g} s, {hidden}"
+        )
+    if sent.summed:
+        words.append(
+            f"{sent.summed / GIB:,.3g} GiB of gradients between copies in {step.exposed_s:.3g} s, "
+            "after the products"
+        )
+    return "; ".join(words)
