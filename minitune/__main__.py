@@ -107,10 +107,10 @@ def _drop_closed_stdout() -> bool:
 def _run_words(words: list[str]) -> CommandResult:
     answer = _outcome(words)
     sys.stdout.flush()
-    return answer if isinstance(answer, CommandResult) else CommandResult(code=answer)
+    return answer
 
 
-def _outcome(words: list[str]) -> CommandResult | int:
+def _outcome(words: list[str]) -> CommandResult:
     if words[:1] == ["help"] and len(words) > 1:
         words = [*words[1:], HELP_WORDS[0]]
     if not words or words[0] in (*HELP_WORDS, "help"):

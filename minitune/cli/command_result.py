@@ -12,18 +12,16 @@ from minitune.cli.failures import DONE, Failure
 class CommandResult(NamedTuple):
     """End of a command: what it found, as JSON takes it, and its exit code."""
 
-    value: Any = None
+    value: Any
     code: int = DONE
 
 
 class Verb(NamedTuple):
-    """Word that runs no program; `run` takes the words after it and returns what it found, or its
-    exit code alone.
-    """
+    """Word that runs no program; `run` takes the words after it and returns what it found."""
 
     usage: str
     summary: str
-    run: Callable[[Sequence[str]], CommandResult | int]
+    run: Callable[[Sequence[str]], CommandResult]
     details: str = ""
     parses_help: bool = False  # its own parser knows --help, with every option
     runs_stages: bool = False  # so that every rank of a launcher takes part

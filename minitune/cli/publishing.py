@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import result_of
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
@@ -18,8 +19,8 @@ from minitune.programs.trained_state import TrainedState
 from minitune.registry.hub_upload import Target
 
 
-def upload(words: Sequence[str]) -> int:
-    """Upload a folder or a .gguf file, or print its card, and return the exit code 0.
+def upload(words: Sequence[str]) -> CommandResult:
+    """Upload a folder or a .gguf file and return where it lies, or print its card and return it.
 
     InputError for what is no model, and for a repository, token or network that won't do.
     """
@@ -28,17 +29,18 @@ def upload(words: Sequence[str]) -> int:
     run = run_at(place, options.run)
     subject = Subject(place, options.repo, run, options.base, options.samples)
     if options.print_card:
-        sys.stdout.write(model_card(subject))
-        return 0
+        text = model_card(subject)
+        sys.stdout.write(text)
+        return CommandResult({"card": text})
     target = Target(options.repo, options.revision, options.private)
     card = card_text(user_path(options.card)) if options.card is not None else None
     done = publish(subject, target, card, tell)
     sys.stdout.write(f"{done.address} at {done.commit[:12]}, {done.n_sent} files sent\n")
-    return 0
+    return CommandResult(done._asdict())
 
 
-def register(words: Sequence[str]) -> int:
-    """Register a folder or a file, or move aliases to a version, and return the exit code 0.
+def register(words: Sequence[str]) -> CommandResult:
+    """Register a folder or a file, or move aliases to a version, and return the version.
 
     InputError for what is no model, and for a registry, name or version that won't do.
     """
@@ -58,7 +60,7 @@ def register(words: Sequence[str]) -> int:
     is_old = options.name is not None and not done.is_new
     note = " (these files were registered already)" if is_old else ""
     sys.stdout.write(f"{done.name}{named}{note}\n")
-    return 0
+    return CommandResult({**done._asdict(), "aliases": aliases})
 
 
 def tell(text: str) -> None:

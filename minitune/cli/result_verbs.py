@@ -19,21 +19,21 @@ def watch(words: Sequence[str]) -> CommandResult:
     return watch(words)
 
 
-def verify(words: Sequence[str]) -> CommandResult | int:
+def verify(words: Sequence[str]) -> CommandResult:
     """Open what was written with another program, and compare."""
     from minitune.cli.verify import verify
 
     return verify(words)
 
 
-def upload(words: Sequence[str]) -> CommandResult | int:
+def upload(words: Sequence[str]) -> CommandResult:
     """Put a folder on the Hub."""
     from minitune.cli.publishing import upload
 
     return upload(words)
 
 
-def register(words: Sequence[str]) -> CommandResult | int:
+def register(words: Sequence[str]) -> CommandResult:
     """Make a folder a version of a registered model."""
     from minitune.cli.publishing import register
 

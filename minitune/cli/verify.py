@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitune.cli.command_result import CommandResult
 from minitune.cli.model_folders import result_of
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
@@ -14,6 +15,7 @@ from minitune.programs.verification import (
     PROMPTS,
     Questions,
     Reference,
+    as_record,
     base_of_adapter,
     opened,
     require_agreement,
@@ -22,9 +24,9 @@ from minitune.programs.verification import (
 from minitune.programs.verification import verify as figures_of
 
 
-def verify(words: Sequence[str]) -> int:
+def verify(words: Sequence[str]) -> CommandResult:
     """Compare what the words name with minitune, say the figures, write them beside it, and return
-    the exit code 0.
+    them.
 
     InputError where they differ by more than the format allows, for a reader that is not installed,
     and for what is no artefact.
@@ -45,7 +47,7 @@ def verify(words: Sequence[str]) -> int:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
     require_agreement(figures)
-    return 0
+    return CommandResult(as_record(figures))
 
 
 def _parser() -> OptionParser:

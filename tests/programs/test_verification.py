@@ -55,8 +55,11 @@ def test_stages_open_what_was_written_and_record_the_figures(
         assert record["agrees"]
         assert record["greedy_equal"] == record["greedy_tokens"] == (10 if name == "packed" else 64) or name == "file"
     capsys.readouterr()
-    assert main(["verify", str(tmp_path / "p/params")]) == 0
-    assert "greedy text: 64 of 64 tokens equal" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "p/params"), "--json"]) == 0
+    found = capsys.readouterr()
+    assert "greedy text: 64 of 64 tokens equal" in found.err
+    answer = json.loads(found.out)
+    assert answer == {"exit_code": 0, "result": json.loads((tmp_path / "p/params/verify.json").read_text("utf-8"))}
     assert main(["verify", str(tmp_path / "p/model.gguf")]) == 2
     assert "which minitune does not read, expected the model folder that it was made of" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "p/nowhere")]) == 2

@@ -103,7 +103,10 @@ def test_versions_aliases_and_going_back(folder: Path, capsys: pytest.CaptureFix
     wanted = {"best": two, "2": two, "latest": one, "1": one, "3": one}
     for version, place in wanted.items():
         assert model_files(bring(f"mlflow:orders:{version}", shown).folder) == model_files(place)
-    assert main(["register", "mlflow:orders:1", "--alias", "best"]) == 0
+    capsys.readouterr()
+    assert main(["register", "mlflow:orders:1", "--alias", "best", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert result == {"name": "mlflow:orders:1", "is_new": False, "aliases": ["best"]}
     assert model_files(bring("mlflow:orders:best", shown).folder) == model_files(one)
     # a run that is removed or made anew changes no version
     (two / "model.safetensors").unlink()

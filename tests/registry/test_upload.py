@@ -95,10 +95,12 @@ def test_a_card_that_was_edited_at_the_hub_stays(
     edited = card.replace("# license: apache-2.0", "license: mit #").encode()
     repository.files()["README.md"] = edited
     capsys.readouterr()
-    assert main(["upload", str(tmp_path / "p"), MINE, "--base", "their/base"]) == 0
+    assert main(["upload", str(tmp_path / "p"), MINE, "--base", "their/base", "--json"]) == 0
     shown = capsys.readouterr()
     assert "card: README.md of somebody/orders was edited there and stays as it is" in shown.err
-    assert shown.out.endswith(", 0 files sent\n")
+    assert shown.err.endswith(", 0 files sent\n")
+    commit = repository.branches["main"]
+    assert json.loads(shown.out)["result"] == {"address": f"{hub.url}/{MINE}", "commit": commit, "n_sent": 0}
     assert card_of(hub).encode() == edited
     # a card of the user's own takes its place, from the folder or from a file
     (tmp_path / "mine.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
@@ -119,8 +121,11 @@ def test_a_single_file_and_quantized_folders_have_lines_of_their_own(
     assert f"llama-cli -hf {MINE} --hf-file model.gguf" in card_of(hub)
     assert head_of(card_of(hub))["library_name"] == "gguf"
     capsys.readouterr()
-    assert main(["upload", str(tmp_path / "p/compressed-tensors"), "somebody/int8", "--print-card", "--samples", "0"]) == 0
+    words = ["upload", str(tmp_path / "p/compressed-tensors"), "somebody/int8", "--print-card", "--samples", "0"]
+    assert main(words) == 0
     card = capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == {"card": card}
     assert head_of(card)["tags"] == ["minitune", "compressed-tensors"]
     assert "### transformers and `compressed-tensors`" in card
     assert "somebody/int8" not in hub.repositories.by_name
