@@ -24,7 +24,7 @@ HEADING = "## The recipes\n"
 INTRODUCTION = f"""\
 This table is written by `{COMMAND}`, from the files and from `plan`.
 
-| recipe | model | GPU of at least | memory of a step [MiB] | tokens a step | TFLOP a step | rate | rank, alpha | epochs | source |
+| recipe | model | GPU of at least | step [MiB] | tokens a step | TFLOP a step | rate | rank, alpha | epochs | source |
 |---|---|---|---|---|---|---|---|---|---|
 """
 RECIPES = {name: file for name, file in paths.shipped().items() if name.startswith("recipes/")}
