@@ -34,6 +34,7 @@ from minitune.text.chat import CHATML, encode_chat, encode_prompt, open_template
 from minitune.text.template import Template, compile_template
 from minitune.text.tokenizer import Tokenizer, open_tokenizer
 from minitune.types import Batch
+from support.programs import SHIPPED
 from support.tokenizers import WORDS, llama, llama_config, sentencepiece_model, write_folder
 
 TOKENIZER, TEMPLATE = llama()[0], compile_template(CHATML, {"eos_token": "</s>"}, "chatml")
@@ -104,7 +105,7 @@ def test_a_row_takes_the_longest_and_closes_with_the_best_one_or_two(given_: tup
 
 def trained_on() -> list[tuple[str, str]]:
     """(program, data table) of whatever a shipped program trains on in packed rows; demo/pretrain's data is not there yet."""
-    loaded = {name: load(file) for name, file in paths.shipped().items() if name != "demo/pretrain"}
+    loaded = {name: load(file) for name, file in SHIPPED.items() if name != "demo/pretrain"}
     tables = {(name, stage.data) for name, one in loaded.items() for stage in one.stage if isinstance(stage, Train)}
     sources = {(name, key): loaded[name].data[key] for name, key in tables}
     return sorted(place for place, one in sources.items() if one.packed and one.format not in PREFERENCE_FORMATS)

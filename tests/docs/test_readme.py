@@ -7,10 +7,10 @@ import torch
 
 from minitune import steps, tree
 from minitune.algorithms.supervised import sft
-from minitune.io import paths
 from minitune.losses.registry import Loss
 from support.pages import blocks_of, commands_of, executed
 from support.paths import ROOT
+from support.programs import SHIPPED
 
 PAGE = ROOT / "README.md"
 README = PAGE.read_text("utf-8")
@@ -73,7 +73,8 @@ def test_the_two_commands_are_those_that_other_tests_run() -> None:
 
 
 def test_the_table_of_programs_is_complete() -> None:
-    assert {f"programs/{name}.toml" for name in paths.shipped()} == set(re.findall(r"`(programs/[\w/]+\.toml)`", README))
+    assert {f"programs/{name}.toml" for name in SHIPPED} == set(re.findall(r"`(programs/[\w/]+\.toml)`", README))
+    assert "`programs/recipes/`" in README  # docs/recipes.md has a table of these
 
 
 def test_every_file_and_room_that_the_readme_names_is_there() -> None:

@@ -1,0 +1,35 @@
+"""Cells of a notebook, run in order as its reader runs them: notebook.py FILE [NAME ...]
+
+The last line that it prints has the variables of these names. What Jupyter adds to Python is done here: a line
+`!python -m minitune ...` is a command, with {NAME} for a variable, and `%pip` is left out.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from minitune.__main__ import main
+
+
+def run_command(line: str, names: dict) -> None:
+    """Run a command of minitune in this process; the names stand for the variables in it."""
+    words = shlex.split(line.removeprefix("!").format_map(names))
+    assert words[:3] == ["python", "-m", "minitune"], f"{line}, expected python -m minitune"
+    assert main(words[3:]) == 0, line
+
+
+def run_cell(source: str, place: str, names: dict) -> None:
+    if source.startswith("!"):
+        for line in source.replace("\\\n", " ").splitlines():
+            run_command(line, names)
+    elif not source.startswith("%pip install"):
+        exec(compile(source, place, "exec"), names)
+
+
+file, *wanted = sys.argv[1:]
+names: dict = {}
+for cell in json.loads(Path(file).read_text(encoding="utf-8"))["cells"]:
+    if cell["cell_type"] == "code":
+        run_cell("".join(cell["source"]), f"{Path(file).name}, cell {cell['id']}", names)
+print(json.dumps({name: names[name] for name in wanted}))
