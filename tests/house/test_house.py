@@ -27,6 +27,8 @@ EXTRAS = {  # imported in functions of these modules
     "onnx": "interop/artefacts",
     "onnxscript": "interop/onnx",
     "onnxruntime": "interop/readers/onnxruntime",
+    "executorch": "interop/executorch interop/readers/executorch",
+    "torchao": "interop/executorch",
     **dict.fromkeys(["transformers", "peft"], "interop/readers/hugging_face"),
     "gguf": "interop/artefacts",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks interop/lm_eval_data interop/lm_eval_index"),
