@@ -29,6 +29,7 @@ EXTRAS = {  # imported in functions of these modules
     "onnxruntime": "interop/readers/onnxruntime",
     "executorch": "interop/executorch interop/readers/executorch",
     "torchao": "interop/executorch",
+    "pytorch_tokenizers": "interop/executorch_tokenizer",
     **dict.fromkeys(["transformers", "peft"], "interop/readers/hugging_face"),
     "gguf": "interop/artefacts",
     **dict.fromkeys(["lm_eval", "datasets"], "interop/lm_eval interop/lm_eval_tasks interop/lm_eval_data interop/lm_eval_index"),

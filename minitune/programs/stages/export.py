@@ -10,7 +10,14 @@ from minitune.algorithms.importance import Importance, column_importance
 from minitune.checkpoint.hf_folder import FolderExtras
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
-from minitune.interop import bitsandbytes, compressed_tensors, executorch, onnx, torchao
+from minitune.interop import (
+    bitsandbytes,
+    compressed_tensors,
+    executorch,
+    executorch_tokenizer,
+    onnx,
+    torchao,
+)
 from minitune.interop.gguf import export
 from minitune.io.paths import locate
 from minitune.io.results import Result, saved_hashes
@@ -163,7 +170,9 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             return onnx.save(target, params, loaded.model, extras, **how)
         if self.format == "executorch":
             how = {**self._of_executorch(), "bos_id": loaded.tokenizer.bos_id}
-            return executorch.save(target, params, loaded.model, extras, **how)
+            lines = executorch.save(target, params, loaded.model, extras, **how)
+            text = loaded.tokenizer, loaded.template
+            return [*lines, *executorch_tokenizer.notes(target, *text)]
         compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
         groups = compressed_tensors.described(params, self.activations)
         return [*groups, *compressed_tensors.notes(params)]
