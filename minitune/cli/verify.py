@@ -52,8 +52,8 @@ def verify(words: Sequence[str]) -> CommandResult:
 
 def _parser() -> OptionParser:
     description = (
-        "Open a model folder, an adapter, a GGUF or an ONNX file with the program that it is for, "
-        "and hold its logits and its greedy text against minitune's."
+        "Open a model folder, an adapter, a GGUF, an ONNX or an ExecuTorch file with the program "
+        "that it is for, and hold its logits and its greedy text against minitune's."
     )
     epilog = "The figures are written to verify.json in the folder, or PATH.verify.json."
     parser = OptionParser("verify", description=description, epilog=epilog)

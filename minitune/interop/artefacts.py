@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from minitune.errors import InputError
-from minitune.interop.readers import hugging_face, onnxruntime
+from minitune.interop.readers import executorch, hugging_face, onnxruntime
 from minitune.interop.readers.reader import Reader, is_installed
 from minitune.io.json_file import read_json_object
 
 Quantized = Literal["compressed-tensors", "bitsandbytes", "torchao"]  # folders
-FormatName = Literal["adapter", "folder", "gguf", "onnx"] | Quantized
-ADAPTER_CONFIG, CONFIG, ONNX = "adapter_config.json", "config.json", "model.onnx"
+FormatName = Literal["adapter", "folder", "gguf", "onnx", "executorch"] | Quantized
+ADAPTER_CONFIG, CONFIG = "adapter_config.json", "config.json"
+ONNX, PTE = "model.onnx", "model.pte"
 # Largest errors of logits, as shares of the largest logit: of float32 sums in another order, of
 # numbers in 16 bits, of numbers or activations in 8, of weights in fewer.
 SUMS, IN_16_BITS, IN_8_BITS, IN_4_BITS = 1e-4, 2e-2, 1e-1, 5e-1
@@ -35,6 +36,7 @@ FORMATS: dict[FormatName, Format] = {
     "torchao": Format(("transformers", "torchao"), "torchao", True),
     "gguf": Format(("transformers", "gguf"), "verify", False),
     "onnx": Format(("onnxruntime",), "onnx", False),
+    "executorch": Format(("executorch",), "executorch", False),
 }
 
 # format by what a save stage wrote
@@ -53,6 +55,8 @@ def format_of(path: Path) -> FormatName:
         return "gguf"
     if path.name == ONNX or (path / ONNX).is_file():
         return "onnx"
+    if (path.suffix == ".pte" and path.is_file()) or (path / PTE).is_file():
+        return "executorch"
     if (path / ADAPTER_CONFIG).is_file():
         return "adapter"
     if (path / CONFIG).is_file():
@@ -60,8 +64,8 @@ def format_of(path: Path) -> FormatName:
         names: list[FormatName] = [name for name in FORMATS if name == method]
         return names[0] if names else "folder"
     raise InputError(
-        f"verify: {path} holds no {CONFIG}, {ADAPTER_CONFIG} or {ONNX}, and is no .gguf file, "
-        "expected what a save or export stage wrote; correct the path"
+        f"verify: {path} holds no {CONFIG}, {ADAPTER_CONFIG}, {ONNX} or {PTE}, and is no .gguf "
+        "or .pte file, expected what a save or export stage wrote; correct the path"
     )
 
 
@@ -80,7 +84,9 @@ def open_reader(path: Path, name: FormatName, base: Path | None) -> Reader:
     if name == "gguf":
         return hugging_face.open_gguf(path)
     if name == "onnx":
-        return onnxruntime.open_onnx(path if path.is_file() else path / ONNX)
+        return onnxruntime.open_onnx(_file_of(path, ONNX))
+    if name == "executorch":
+        return executorch.open_executorch(_file_of(path, PTE))
     if name == "adapter":
         assert base is not None, "an adapter is opened on its base"
         return hugging_face.open_adapter(path, base)
@@ -97,6 +103,10 @@ def bound(path: Path, name: FormatName, *, same_weights: bool) -> float:
         return _bound_of_onnx(path)
     if name == "gguf":
         return _bound_of_bits(_bits_of_gguf(path))
+    if name == "executorch":
+        bits = executorch.weight_bits(_file_of(path, PTE))
+        # activations that meet codes are rounded to 8 bits
+        return _bound_of_bits(max(bits, 8) if same_weights else bits)
     if name == "adapter":
         return SUMS
     rules = list(_rules(_quantization(path)))
@@ -116,6 +126,11 @@ def bound(path: Path, name: FormatName, *, same_weights: bool) -> float:
         return _bound_of_bits(4 if "Intx" in torchao else 8)
     bits = [int(rule["weights"]["num_bits"]) for rule in rules if rule.get("weights")]
     return _bound_of_bits(min(bits, default=4))
+
+
+def _file_of(path: Path, name: str) -> Path:
+    """File of a graph: the path itself, or the file of that name in the folder."""
+    return path if path.is_file() else path / name
 
 
 def _quantization(folder: Path) -> Mapping[str, Any]:
@@ -147,7 +162,6 @@ def _bits_of_gguf(file: Path) -> int:
 def _bound_of_onnx(path: Path) -> float:
     import onnx
 
-    file = path if path.is_file() else path / ONNX
-    graph = onnx.load(str(file), load_external_data=False).graph
+    graph = onnx.load(str(_file_of(path, ONNX)), load_external_data=False).graph
     is_float32 = graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     return SUMS if is_float32 else IN_16_BITS

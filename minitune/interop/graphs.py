@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minitune.errors import InputError
 from minitune.interop.readers.reader import is_installed
+from minitune.models import rope_scaling
+from minitune.models.model import Model
 
 
 def require_packages(packages: Mapping[str, str], extra: str) -> None:
@@ -21,6 +23,21 @@ def require_packages(packages: Mapping[str, str], extra: str) -> None:
                 f"{extra}: the package {package} is not installed, expected it {purpose}; "
                 f"pip install 'minitune[{extra}]'"
             )
+
+
+def notes(model: Model) -> list[str]:
+    """Lines on what the graph computes in another way than minitune."""
+    lines = []
+    if model.config.experts is not None:
+        n = model.config.experts.n_experts
+        lines.append(f"every token runs through all {n} experts: a graph can't choose rows")
+    border = rope_scaling.border(model.config.rope_scaling)
+    if border is not None:
+        lines.append(
+            f"a text that grows beyond {border} tokens keeps the angles of its cached keys, as in "
+            "transformers; minitune computes them again"
+        )
+    return lines
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch.export import Dim
 from minitune import tree
 from minitune.checkpoint.hf_folder import FolderExtras, write_beside_weights
 from minitune.errors import InputError
-from minitune.interop.graphs import module_of, quiet, require_packages
+from minitune.interop.graphs import module_of, notes, quiet, require_packages
 from minitune.io.atomic import require_room
 from minitune.io.results import result_folder
-from minitune.models import decoder, rope_scaling
+from minitune.models import decoder
 from minitune.models.config import DecoderConfig
 from minitune.models.mixers.grouped_query import KVCache
 from minitune.models.model import Model, untransformed
@@ -80,21 +80,6 @@ def save(
         )
         write_beside_weights(aside, kept, model, extras)
     return notes(model)
-
-
-def notes(model: Model) -> list[str]:
-    """Lines on what the graph computes in another way than minitune."""
-    lines = []
-    if model.config.experts is not None:
-        n = model.config.experts.n_experts
-        lines.append(f"every token runs through all {n} experts: a graph can't choose rows")
-    border = rope_scaling.border(model.config.rope_scaling)
-    if border is not None:
-        lines.append(
-            f"a text that grows beyond {border} tokens keeps the angles of its cached keys, as in "
-            "transformers; minitune computes them again"
-        )
-    return lines
 
 
 def _cast(params: Params, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from minitune.checkpoint import FolderExtras
 from minitune.errors import InputError
 from minitune.inference.generate import greedy
-from minitune.interop import onnx
+from minitune.interop import graphs, onnx
 from minitune.models import FAMILIES, Model
 from minitune.models.rope_scaling import LongRope
 from minitune.types import Params
@@ -134,5 +134,5 @@ def test_what_a_graph_can_not_hold_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_a_text_across_the_border_of_longrope_is_said() -> None:
     scaling = LongRope((1.0,) * 4, (2.0,) * 4, original_max_position_embeddings=13)
-    assert "beyond 13 tokens keeps the angles" in onnx.notes(model_of(sized("phi3", rope_scaling=scaling)))[0]
-    assert onnx.notes(model_of(sized("llama"))) == []
+    assert "beyond 13 tokens keeps the angles" in graphs.notes(model_of(sized("phi3", rope_scaling=scaling)))[0]
+    assert graphs.notes(model_of(sized("llama"))) == []

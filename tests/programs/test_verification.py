@@ -127,7 +127,9 @@ def test_a_missing_reader_and_a_missing_result_are_found_by_check(monkeypatch: p
 
 
 def test_what_is_no_artefact_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no config.json, adapter_config.json or model.onnx, and is no .gguf file"):
+    with pytest.raises(
+        InputError, match=r"holds no config.json, adapter_config.json, model.onnx or model.pte, and is no .gguf or .pte file"
+    ):
         format_of(tmp_path)
 
 

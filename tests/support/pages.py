@@ -46,6 +46,7 @@ OTHER_TOOLS = {
     "torchrun",
     "docker",
     "az",
+    "adb",
     "python launch/azureml/submit.py",
     "python bench/demo/make.py",
     *SERVING,

@@ -10,7 +10,14 @@ from minitune.algorithms.importance import Importance, column_importance
 from minitune.checkpoint.hf_folder import FolderExtras
 from minitune.checkpoint.tensors import require_finite
 from minitune.errors import InputError
-from minitune.interop import bitsandbytes, compressed_tensors, onnx, torchao
+from minitune.interop import (
+    bitsandbytes,
+    compressed_tensors,
+    executorch,
+    executorch_tokenizer,
+    onnx,
+    torchao,
+)
 from minitune.interop.gguf import export
 from minitune.io.paths import locate
 from minitune.io.results import Result, saved_hashes
@@ -19,25 +26,27 @@ from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.stages.save import folder_extras, say_notes
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.types import Params
+from minitune.types import Params, PositiveInt
 
-DENSE_FORMATS = ("gguf", "onnx")  # of weights that need not be quantized
+DENSE_FORMATS = ("gguf", "onnx", "executorch")  # of weights that need not be quantized
 
 
 class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     """Write a model for inference elsewhere: quantized for transformers and vLLM
-    (compressed-tensors), llama.cpp (gguf) or bitsandbytes (nf4), dense for onnxruntime (onnx).
+    (compressed-tensors), llama.cpp (gguf) or bitsandbytes (nf4), dense for onnxruntime (onnx),
+    dense or quantized for phones (executorch).
     """
 
     observes: ClassVar[bool] = True
 
     # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4,
-    # torchao for transformers with that package, onnx for onnxruntime
-    format: Literal["compressed-tensors", "gguf", "bitsandbytes", "torchao", "onnx"]
+    # torchao for transformers with that package, onnx for onnxruntime, executorch for phones
+    format: Literal["compressed-tensors", "gguf", "bitsandbytes", "torchao", "onnx", "executorch"]
     # a folder, or a file for gguf, run/NAME in the run folder; run/<format> or run/model.gguf if
     # absent
     path: str | None = None
-    # compressed-tensors and torchao: int8 rounds each token's activations as well
+    # compressed-tensors and torchao: int8 rounds each token's activations as well; executorch does
+    # so wherever weights are quantized, and wants it said
     activations: Literal["none", "int8"] = "none"
     types: export.Types = export.Types("Q4_K_M")  # types of the stored matrices, for gguf
     # gguf: data by which the K types weigh errors; without it llama.cpp's own weights
@@ -46,6 +55,9 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     # onnx: the keys and values of earlier tokens are inputs and outputs of the graph, so that a new
     # token costs no more than itself
     cache: bool = True
+    # executorch: tokens of a prompt with its answer that the program has room for; the positions of
+    # the model, but at most 2048, if absent
+    max_context_len: PositiveInt | None = None
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError if something is left to merge, or unless the weights are of the kind that the
@@ -65,6 +77,11 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         params = {**abstract.params, **abstract.codes}
         if self.importance is not None:
             self._check_importance(abstract, self.importance)
+        self._check_format(abstract, params)
+        return abstract._replace(written={**abstract.written, self.result.path: self.format})
+
+    def _check_format(self, abstract: AbstractState, params: Params) -> None:
+        """InputError for what the format does not hold."""
         if self.format == "gguf" and abstract.tokenizer is not None:
             export.check(params, abstract.model, self.types, abstract.tokenizer)
         elif self.format == "bitsandbytes":
@@ -75,7 +92,12 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
             compressed_tensors.check(params, self.activations)
         elif self.format == "onnx":
             onnx.check(params, abstract.model)
-        return abstract._replace(written={**abstract.written, self.result.path: self.format})
+        elif self.format == "executorch":
+            executorch.check(params, abstract.model, **self._of_executorch())
+
+    def _of_executorch(self) -> dict[str, Any]:
+        """Keys of the stage that ExecuTorch's programs depend on."""
+        return {"activations": self.activations, "max_context_len": self.max_context_len}
 
     def _check_importance(self, abstract: AbstractState, importance: Importance) -> None:
         """InputError unless a K type is written, and the data is there."""
@@ -146,6 +168,11 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         if self.format == "onnx":
             how: dict[str, Any] = {"dtype": self.dtype, "cache": self.cache}
             return onnx.save(target, params, loaded.model, extras, **how)
+        if self.format == "executorch":
+            how = {**self._of_executorch(), "bos_id": loaded.tokenizer.bos_id}
+            lines = executorch.save(target, params, loaded.model, extras, **how)
+            text = loaded.tokenizer, loaded.template
+            return [*lines, *executorch_tokenizer.notes(target, *text)]
         compressed_tensors.save(target, params, loaded.model, extras, activations=self.activations)
         groups = compressed_tensors.described(params, self.activations)
         return [*groups, *compressed_tensors.notes(params)]

@@ -25,8 +25,8 @@ from minitune.types import PositiveInt
 
 class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
     """Open what a stage before has written with an independent reader (transformers, PEFT, gguf,
-    onnxruntime), compare logits and greedy text with minitune's, and end the run where they differ
-    by more than the format allows. The figures are in verify.json beside it.
+    onnxruntime, ExecuTorch), compare logits and greedy text with minitune's, and end the run where
+    they differ by more than the format allows. The figures are in verify.json beside it.
     """
 
     observes: ClassVar[bool] = True
