@@ -13,6 +13,7 @@ from minitune import tree
 from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
 from minitune.io.safetensors_header import NO_METADATA, ORDER, header_bytes, read_header
+from minitune.sharding.parts import local_parts
 from minitune.types import Params, Trainable
 
 # fmt: off
@@ -50,7 +51,7 @@ def save_tensors(
 def require_finite(leaves: Mapping[str, Any], where: str) -> None:
     """InputError that names a leaf with NaN or infinity; where: who asks."""
     for name, leaf in leaves.items():
-        for x in tree.leaves(leaf):
+        for x in tree.leaves(local_parts(leaf)):
             if not x.is_floating_point() or x.numel() == 0 or x.element_size() == 1:
                 continue
             # both are NaN if one element is, and no other tensor of the size of x is made

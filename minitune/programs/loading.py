@@ -24,6 +24,7 @@ from minitune.models.open import open_config
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
+from minitune.programs.sharding import Sharding
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.programs.state_deltas import deltas_folder, open_deltas
@@ -154,17 +155,18 @@ def open_pipeline(
     tokens_at_once: int | None = None,
     first_rules: Mapping[str, Quantization] = NO_RULES,
     ended: Mapping[str, Ended] = NONE_ENDED,
+    sharding: Sharding | None = None,
 ) -> PipelineState:
     """Load (or draw) the model and its tokenizer: the state before the first stage.
 
-    tokens_at_once, first_rules, ended: fields of the state.
+    tokens_at_once, first_rules, ended, sharding: fields of the state.
 
     tf32: a CUDA device may cut the factors of float32 matrix products to 10 bits of mantissa. It is
     the one setting of torch that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     placed = {name: located(data) for name, data in sources.items()}
-    loaded = load(source, folder, seed, first_rules.get(""), log)
+    loaded = load(source, folder, seed, first_rules.get(""), log, sharding)
     say_widening(log, "model", loaded.params)
     return PipelineState(
         seed,
@@ -177,6 +179,7 @@ def open_pipeline(
         tokens_at_once=tokens_at_once,
         first_rules=first_rules,
         ended=ended,
+        sharding=sharding,
     )
 
 
@@ -186,8 +189,10 @@ def load(
     seed: int,
     first_rule: Quantization | None = None,
     log: Log | None = None,
+    sharding: Sharding | None = None,
 ) -> LoadedModel:
     """Read (or draw) the weights of a model, its tokenizer and its deltas; log shows how far it is.
+    With a sharding, each rank reads its part of the weights alone.
 
     A path run/... lies in the run folder. Weights that first_rule matches are about to be
     quantized: they stay on the disk, as `stored`, and stand in `params` on the meta device. Where
@@ -205,10 +210,15 @@ def load(
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
     stored = load_base(path, shapes, kept) if path is not None else model.init(seed)
+    cut = None if sharding is None else sharding.cut(model.config)
     with nullcontext(lambda: None) if log is None else log.counter("loading", len(stored)) as count:
         params = {}
         for name, w in stored.items():
-            params[name] = absent[name] if name in waiting else w.to(device, dtype)
+            if name in waiting:
+                params[name] = absent[name]
+            else:
+                own = w if cut is None else cut(name, w)
+                params[name] = own.to(device, dtype)
             count()
     rule, trainable = None, {}
     if source.deltas is not None:

@@ -30,6 +30,7 @@ from minitune.programs.variables import (
     traced,
     written_strings,
 )
+from minitune.types import PositiveInt
 
 # a folder's name on any system, and never one that hides or leaves its folder
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -62,6 +63,11 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     # float32 matrix products of a CUDA device with factors cut to 10 bits of mantissa: faster, less
     # exact
     tf32: bool = False
+    # ranks along each axis on which they stand, { replica = 2, data = 8 }; all on data if absent
+    mesh: dict[str, PositiveInt] = msgspec.field(default_factory=dict)
+    # how several ranks share the weights: dp (each holds all), fsdp, hsdp, or a table from what a
+    # dim of a weight means to the axis that it is cut along, { d_ff = "data", heads = "data" }
+    plan: str | dict[str, str] = "dp"
     # a training stage that needs more memory than the device has is refused before anything starts;
     # false: it is tried
     must_fit: bool = True

@@ -19,6 +19,8 @@ NOT_THE_RUN = (
     "out",
     "name",
     "must_fit",
+    "mesh",
+    "plan",
 )  # keys of a program that change nothing of a run
 KINDS = MappingProxyType({kind.__struct_config__.tag: kind for kind in get_args(Stage)})
 # Keys under whose change a training stage goes on from its newest state.

@@ -14,7 +14,7 @@ from minitune.programs.check import check, data_notes
 from minitune.programs.data_facts import FILE as FACTS
 from minitune.programs.data_facts import data_facts
 from minitune.programs.ended import Chosen
-from minitune.programs.loading import open_pipeline
+from minitune.programs.loading import device_and_dtype, open_pipeline
 from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
 from minitune.programs.plan import Planned
@@ -25,6 +25,7 @@ from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
 from minitune.programs.run_ranks import log_for, ranks_of_launch, run_for_all
+from minitune.programs.sharding import Sharding, sharding_of
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import AbstractState, PipelineStage, PipelineState
@@ -61,7 +62,8 @@ def _run(
 ) -> Record:
     program, written = asked
     # before a folder is made or a weight is read
-    stages = tuple(stage.on_ranks(ranks.size) for stage in program.stage)
+    shards = ranks.size > 1 and program.plan != "dp"
+    stages = tuple(one.on_ranks(ranks.size, is_sharded=shards) for one in program.stage)
     say = log.say_early if ranks.is_first else _say_nothing
     with ranks.first_on_node():
         program.log.check()
@@ -69,6 +71,9 @@ def _run(
     program = msgspec.structs.replace(program, data=checked.data)
     of_ranks = msgspec.structs.replace(program, stage=stages)
     profile_lines = check_steps(program.profile, program.stage, checked.first)
+    device, _ = device_and_dtype(program.model)
+    how = ranks, checked.first.model.config, device.type
+    sharding = sharding_of(program.plan, program.mesh, *how)
     opened, plans = None, {}
     if ranks.is_first:
         save_paths.check(program)
@@ -89,7 +94,7 @@ def _run(
             out.say(note)
         if ranks.size > 1:
             out.say(f"{ranks.size} processes share out the rows of each step")
-        state = _opened(of_ranks, run, stop, out, ranks)
+        state = _opened(of_ranks, run, stop, out, ranks, sharding)
         if ranks.is_first:
             _write_facts(of_ranks, run, checked.first)
         for stage in of_ranks.stage:
@@ -104,14 +109,19 @@ def _write_facts(program: Program, run: Run, first: AbstractState) -> None:
 
 
 def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> PipelineState:
-    """State after a stage; one that leaves the model as it is runs on the first rank alone."""
+    """State after a stage; one that leaves the model as it is runs on the first rank alone, unless
+    it needs a forward of weights that all share.
+    """
     ranks, out = state.ranks, state.log
     out.begin(stage.label)
     started = perf_counter()
     with state.stopping.at_once(_steps_taken(state.records), run.folder):
-        if ranks.is_first or not stage.observes:
+        if not stage.observes or (stage.forwards and state.sharding is not None):
             state = stage.run(state)
-        if stage.observes:
+        else:
+            whole = state.on_host()
+            if ranks.is_first:
+                state = state._replace(records=stage.run(whole).records)
             ranks.barrier()
     if stage.label in state.records:
         time_s = perf_counter() - started
@@ -146,7 +156,12 @@ def _finished(
 
 
 def _opened(
-    program: Program, run: Run, stop: StopSignals, out: log.Log, ranks: Ranks
+    program: Program,
+    run: Run,
+    stop: StopSignals,
+    out: log.Log,
+    ranks: Ranks,
+    sharding: Sharding | None,
 ) -> PipelineState:
     """State before the first stage, with its weights."""
     # Whatever takes no steps is done again after a stop, so that a signal may end it anywhere.
@@ -163,6 +178,7 @@ def _opened(
             tokens_at_once=tokens_at_once(program.stage, program.data),
             first_rules=first_rules(program.stage),
             ended=run.ended,
+            sharding=sharding,
         )
         stages = {stage.label: stage for stage in program.stage}
         profile = program.profile if ranks.is_first else None

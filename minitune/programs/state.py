@@ -19,6 +19,7 @@ from minitune.models.model import Model
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.profiling.profile import Profile
+from minitune.programs.sharding import Cut, Sharding, whole_on_host
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
@@ -82,6 +83,7 @@ class PipelineState(NamedTuple):
     # stages of the program by label, in order
     stages: Mapping[str, Any] = MappingProxyType({})
     ranks: Ranks = ALONE  # processes that share out the rows; the first one logs and writes
+    sharding: Sharding | None = None  # how they share the weights; None: each holds all
 
     def is_stopping(self) -> bool:
         """True if a signal has asked any rank for the end; every rank asks at the same place."""
@@ -92,6 +94,36 @@ class PipelineState(NamedTuple):
         it asks is_stopping instead, so that all end at the same place.
         """
         return self.stopping.at_once(step, folder) if self.ranks.size == 1 else nullcontext()
+
+    @property
+    def savers(self) -> Ranks | None:
+        """Ranks that save and load states together, or None for a rank that leaves it to the first.
+
+        All do where each holds a part of the weights; otherwise the first one alone, as a run of
+        one process.
+        """
+        if self.sharding is not None:
+            return self.ranks
+        return ALONE if self.ranks.is_first else None
+
+    @property
+    def cut(self) -> Cut:
+        """Function that gives what this rank holds of a weight on the host, by its name."""
+        if self.sharding is None:
+            return lambda name, leaf: leaf
+        return self.sharding.cut(self.loaded.model.config)
+
+    def on_host(self, *, everywhere: bool = False) -> "PipelineState":
+        """State whose trained and quantized weights are whole in the first rank's memory, or in
+        every one's; every rank calls it.
+        """
+        if self.sharding is None:
+            return self
+        params, trainable = self.loaded.params, self.loaded.trainable
+        quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
+        codes = whole_on_host(quantized, self.ranks, everywhere=everywhere)
+        whole = whole_on_host(trainable, self.ranks, everywhere=everywhere)
+        return self.with_model(params={**params, **codes}, trainable=whole)
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of n_tokens for a forward that fits where the training steps fit."""
@@ -162,9 +194,12 @@ class PipelineStage(Protocol):
     """Interface of a stage, as programs run it."""
 
     observes: ClassVar[bool]  # it leaves the model as it is
+    forwards: ClassVar[bool]  # it observes by forwards of the model, which all ranks of a plan make
 
-    def on_ranks(self, n_ranks: int) -> "PipelineStage":
-        """Stage as n_ranks processes run it together; InputError for one that they can't."""
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "PipelineStage":
+        """Stage as n_ranks processes run it together, which share the weights if is_sharded;
+        InputError for one that they can't.
+        """
         ...
 
     @property

@@ -1,6 +1,6 @@
 """Stages that say what trains, or take another model."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 import torch
@@ -10,15 +10,34 @@ from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
+from minitune.programs.sharding import whole_on_host
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.types import Fraction, PositiveFloat, PositiveInt
+from minitune.types import Fraction, Params, PositiveFloat, PositiveInt
+
+
+def _stored(state: PipelineState, globs: tuple[str, ...]) -> Params:
+    """Weights that train whole in the dtype of the disk: of each what this rank holds."""
+    stored, cut = state.loaded.stored, state.cut
+    names = tree.select(state.loaded.params, globs, "full: weights")
+    return {name: cut(name, stored[name]) for name in names}
+
+
+def _with_norms(state: PipelineState, rule: Lora) -> Params:
+    """Weights that a rule is to adapt; whole ones where it needs the lengths of their rows."""
+    params = state.loaded.params
+    if state.sharding is None or not rule.dora:
+        return params
+    adapted = {name: params[name] for name in rule.names(params)}
+    return {**params, **whole_on_host(adapted, state.ranks, everywhere=True)}
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is
     the deltas.
     """
+
+    shards: ClassVar[bool] = True
 
     rank: PositiveInt  # r, rows of a and columns of b: more can learn more, and take more memory
     # the change of a weight is (alpha / rank) b a (Hu et al. 2021, arXiv 2106.09685, section 4.1)
@@ -79,9 +98,11 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         """State with trainable deltas."""
         params, trainable, rule = state.loaded.params, state.loaded.trainable, self.rule
         if self.train:
-            params, whole = split_trainable(params, self.train, state.loaded.stored)
+            params, whole = split_trainable(params, self.train, _stored(state, self.train))
             trainable = {**trainable, **whole}
-        deltas = rule.init(state.loaded.params, state.seed)
+        deltas = rule.init(_with_norms(state, rule), state.seed)
+        device = tree.device_of(params, trainable)
+        deltas = tree.map(lambda x: x.to(device), deltas)
         n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
         n_all = sum(w.shape.numel() for w in params.values())
         state.log.say(
@@ -93,6 +114,8 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
 
 class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     """Train the weights that the globs match whole, in place of the loaded ones."""
+
+    shards: ClassVar[bool] = True
 
     weights: tuple[str, ...] = ("*",)  # globs of the weights to train
     # of what trains; bfloat16 is rounded at random, so that small steps add up
@@ -113,7 +136,8 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     def run(self, state: PipelineState) -> PipelineState:
         """State with trainable weights."""
         loaded, dtype = state.loaded, getattr(torch, self.dtype)
-        params, whole = split_trainable(loaded.params, self.weights, loaded.stored, dtype)
+        stored = _stored(state, self.weights)
+        params, whole = split_trainable(loaded.params, self.weights, stored, dtype)
         n_trained, n_all = (
             sum(w.numel() for w in tree.leaves(whole)),
             sum(w.shape.numel() for w in params.values()),

@@ -7,6 +7,7 @@ import torch
 
 from minitune import hardware, host
 from minitune.algorithms.objective import apply_trainable
+from minitune.errors import InputError
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
@@ -17,6 +18,9 @@ class BaseStage(
     """One table [[stage]] of a program."""
 
     observes: ClassVar[bool] = False  # True: it leaves the model as it is
+    # True: it observes by forwards of the model, which all ranks of a plan make together
+    forwards: ClassVar[bool] = False
+    shards: ClassVar[bool] = False  # True: it works on weights of which each rank holds a part
     # keys that decide how the stage's work is done, and not what comes out of it, rounding aside
     free_keys: ClassVar[tuple[str, ...]] = ()
 
@@ -27,8 +31,15 @@ class BaseStage(
         """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
 
-    def on_ranks(self, n_ranks: int) -> "BaseStage":
-        """Stage as n_ranks processes run it together; InputError for one that they can't."""
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "BaseStage":
+        """Stage as n_ranks processes run it together, which share the weights if is_sharded;
+        InputError for one that they can't.
+        """
+        if is_sharded and not self.shards:
+            raise InputError(
+                f"stages: {self.label} needs whole weights on every rank, and the plan cuts them, "
+                'expected plan = "dp"; or do this in a program of its own, after a save'
+            )
         return self
 
     def check(self, abstract: AbstractState) -> AbstractState:

@@ -16,11 +16,11 @@ def save_best(
     trainable: Trainable,
     loop: LoopState,
 ) -> None:
-    """Save a tree as the best so far; the first rank does."""
-    if not state.ranks.is_first:
+    """Save a tree as the best so far."""
+    if state.savers is None:
         return
-    tensors = {"trainable": trainable}
-    save_state(_folder(stage, state), loop.step, tensors, {"loss_nats": loop.nats[0]})
+    tensors, meta = {"trainable": trainable}, {"loss_nats": loop.nats[0]}
+    save_state(_folder(stage, state), loop.step, tensors, meta, ranks=state.savers)
 
 
 def load_best(
@@ -29,7 +29,7 @@ def load_best(
     trainable: Trainable,
     loop: LoopState,
 ) -> Trainable:
-    """Best tree that was saved, or the given one if no loss was measured; the first rank reads it.
+    """Best tree that was saved, or the given one if no loss was measured.
 
     InputError if none was finite.
     """
@@ -41,12 +41,12 @@ def load_best(
     if nats is None:
         found = f"{stage.label} had no finite held-out loss in {loop.step} steps"
         raise InputError(f"stages: {found}; lower the learning rate")
-    if state.ranks.is_first:
+    if state.savers is not None:
         path = _folder(stage, state) / f"step-{step:08d}"
-        saved, _ = load_state(path, {"trainable": trainable})
+        saved, _ = load_state(path, {"trainable": trainable}, state.savers)
         trainable = saved["trainable"]
     state.log.say(f"{stage.label}: step {step} was the best, held-out loss {nats:.4f}")
-    return state.ranks.from_first(trainable)
+    return trainable if state.sharding is not None else state.ranks.from_first(trainable)
 
 
 def _folder(stage: TrainingStage, state: PipelineState) -> Path:

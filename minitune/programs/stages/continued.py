@@ -11,6 +11,7 @@ from minitune.errors import InputError
 from minitune.programs.stages.loop_state import LoopState, decode
 from minitune.programs.stages.training_stage import Evaluation, TrainingStage
 from minitune.programs.state import PipelineState
+from minitune.sharding.ranks import Ranks
 from minitune.tree import Tree
 
 
@@ -21,14 +22,14 @@ def continued(
     train_state: Tree,
     loop: LoopState,
 ) -> tuple[Tree, LoopState]:
-    """(train_state, loop) of the newest state in a folder, or as they are given if it has none; the
-    first rank reads it for all.
+    """(train_state, loop) of the newest state in a folder, or as they are given if it has none.
 
     InputError if the stage is to take fewer steps than that state has behind it.
     """
-    if state.ranks.is_first:
-        train_state, loop = _newest(stage, state, folder, train_state, loop)
-    train_state = state.ranks.from_first(train_state)
+    if state.savers is not None:
+        train_state, loop = _newest(stage, state, folder, train_state, loop, state.savers)
+    if state.sharding is None:
+        train_state = state.ranks.from_first(train_state)
     position = state.ranks.text_from_first(msgspec.json.encode(loop).decode())
     return train_state, msgspec.json.decode(position, type=LoopState)
 
@@ -39,13 +40,14 @@ def _newest(
     folder: Path,
     train_state: Tree,
     loop: LoopState,
+    savers: Ranks,
 ) -> tuple[Tree, LoopState]:
     saved = list_states(folder)
     if not saved and stage.label in state.ended:
         found = f"{folder} holds no state, though {stage.label} was ended with one"
         raise InputError(f"stages: {found}; put it back, or set resume = false to begin afresh")
     if saved:
-        train_state, meta = load_state(saved[-1], train_state)
+        train_state, meta = load_state(saved[-1], train_state, savers)
         loop = decode(meta, loop, saved[-1])
     loop = loop.measured_on(_heldout_hash(stage, state))
     if saved:
@@ -54,7 +56,7 @@ def _newest(
         state.log.say(f"{stage.label}: {doing} step {loop.step} of {stage.steps}")
         if not is_ended:
             _require_steps(stage, loop)
-        if not loop.n_skipped_in_a_row:
+        if state.ranks.is_first and not loop.n_skipped_in_a_row:
             drop_old_states(folder, stage.keep)  # those that a kill left behind
     state.log.rewind(loop.step)
     return train_state, loop

@@ -31,6 +31,8 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """
 
     observes: ClassVar[bool] = True
+    forwards: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     data: str  # name of the [data] table to evaluate on

@@ -15,6 +15,8 @@ from minitune.optim.schedules import ScaleBySchedule
 from minitune.optim.sgd import SGD
 from minitune.optim.transforms import Chain, ScaleByGlob
 from minitune.programs.stages.training_stage import TrainingStage
+from minitune.sharding.collectives import sum_over_ranks
+from minitune.sharding.parts import local_parts
 from minitune.tree import Tree
 from minitune.types import Metrics, Params, Step, Trainable, TrainState
 
@@ -155,7 +157,10 @@ def require_gradients(
     (a teacher that the student equals) prove nothing.
     """
     (mean, _), grads = value_and_grad(objective, has_aux=True)(trainable, params, batch)
-    has_gradient = {path: bool(g.any()) for path, g in tree.items(grads)}
+    # a part of a weight may have none where others have
+    own = torch.stack([g.any() for g in tree.leaves(local_parts(grads))]).int()
+    found = sum_over_ranks(own).tolist()
+    has_gradient = {path: n > 0 for (path, _), n in zip(tree.items(grads), found, strict=True)}
     if float(mean.weight) == 0 or not bool(torch.isfinite(mean.total)):
         return
     proven = {_group(path) for path, nonzero in has_gradient.items() if nonzero}
@@ -175,9 +180,10 @@ def signatures(trainable: Tree) -> dict[str, list[Tensor]]:
     narrower dtypes, which are rounded at random.
     """
     sums: dict[str, list[Tensor]] = {}
-    for path, leaf in tree.items(trainable):
+    for path, leaf in tree.items(local_parts(trainable)):
         wide = hardware.widest_float(leaf.device)
-        magnitude = leaf.abs()
+        # a rank may hold nothing of a leaf
+        magnitude = leaf.abs() if leaf.numel() else leaf.new_zeros(1)
         least = 2 * EPSILON * magnitude.amax().to(wide)
         if leaf.dtype.itemsize < 4:
             least = torch.full_like(least, torch.inf)
@@ -195,7 +201,9 @@ def require_moved(
 
     Leaves whose rate is too small to show may stay where they are.
     """
-    moved = {_group(path) for path, sums in before.items() if _differ(sums, after[path])}
+    differs = torch.tensor([_differ(sums, after[path]) for path, sums in before.items()])
+    on_any_rank = sum_over_ranks(differs.int()).tolist()
+    moved = {_group(path) for path, n in zip(before, on_any_rank, strict=True) if n}
     unmoved = {path: sums[2] for path, sums in before.items() if _group(path) not in moved}
     still = [path for path, least in unmoved.items() if rate_of(path) > float(least)]
     if still:

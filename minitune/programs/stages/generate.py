@@ -40,6 +40,8 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     NAME.jsonl in the run folder, NAME being the stage's."""
 
     observes: ClassVar[bool] = True
+    forwards: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size", "compiled", "samples")
 
     data: str | None = None  # name of the [data] table whose prompts are answered
@@ -92,7 +94,8 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
         pairs = list(zip(asked, replies, strict=True))
         rows = [{"messages": prompt.messages, "answer": reply.text} for prompt, reply in pairs]
         lines = [json.dumps(row) for row in rows]
-        write_atomic(file, ("\n".join(lines) + "\n").encode())
+        if state.ranks.is_first:
+            write_atomic(file, ("\n".join(lines) + "\n").encode())
         for prompt, reply in pairs[: self.samples]:
             asking = conversation_text(prompt.messages)
             state.log.say(f"prompt  {clipped(asking)}\nanswer  {clipped(reply.shown)}")

@@ -46,17 +46,14 @@ def save_or_stop(
 
 @profiled(kinds.SAVING)
 def save(stage: TrainingStage, state: PipelineState, train_state: Tree, loop: LoopState) -> None:
-    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped.
-
-    The first rank writes it, since all have the same.
-    """
-    if not state.ranks.is_first:
+    """Commit a state whose rows are on disk; drop older ones unless the last step was skipped."""
+    if state.savers is None:
         return
     # A state that is counted from skipped steps must not push out the last one that still learned.
     keep = None if loop.n_skipped_in_a_row else stage.keep
     meta = {"loop": msgspec.to_builtins(loop)}
     state.log.sync()
-    save_state(state_folder(stage, state), loop.step, train_state, meta, keep)
+    save_state(state_folder(stage, state), loop.step, train_state, meta, keep, state.savers)
 
 
 def _require_progress(

@@ -1,6 +1,6 @@
 """Stage that merges deltas to the weights that they change."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
     """Fold what was trained into the weights: computed in float32, rounded once to the dtype that
     the weights are stored in.
     """
+
+    shards: ClassVar[bool] = True
 
     # trained: the weights that the deltas trained on, rounded as they were; stored: the dense
     # ones of the model's folder
@@ -44,10 +46,12 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with new weights and nothing to train; the record holds what rounding lost."""
-        stored, record = merged(state, self.label, self.onto, self.dtype)
+        whole = state.on_host(everywhere=True)
+        stored, record = merged(whole, self.label, self.onto, self.dtype)
         old, device = state.loaded.params, device_of(state.loaded.params, state.loaded.trainable)
         compute = next(w.dtype for w in old.values() if isinstance(w, Tensor))
-        new = {name: stored[name].to(device, compute) for name in state.loaded.trainable}
+        cut = state.cut
+        new = {n: cut(n, stored[n]).to(device, compute) for n in state.loaded.trainable}
         return state.with_model(
             params={**old, **new}, stored=stored, lora=None, trainable={}
         ).record(self.label, record)

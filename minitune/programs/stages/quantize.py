@@ -1,6 +1,6 @@
 """Stages that quantize weights, or train them to be quantized."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from torch import Tensor
@@ -36,6 +36,8 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
     calibrated on data.
     """
 
+    shards: ClassVar[bool] = True
+
     scheme: Scheme  # codes of a weight and their scales: { kind = "int4", group = 32 }
     weights: tuple[str, ...] = ("*_proj.weight",)  # globs of the weights to quantize
     # glob -> another scheme, the first match wins
@@ -50,6 +52,15 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         return Quantization(
             self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions}
         )
+
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> BaseStage:
+        """Same stage; InputError for one that calibrates weights which no rank holds whole."""
+        if is_sharded and isinstance(self.method, gptq.Gptq):
+            raise InputError(
+                f"stages: {self.label} has method gptq, which needs whole weights on every rank, "
+                'and the plan cuts them, expected plan = "dp" or method rtn'
+            )
+        return super().on_ranks(n_ranks, is_sharded=is_sharded)
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the globs match plain weights that fit the schemes, and the calibration
@@ -87,24 +98,11 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with quantized leaves in its params; the record holds bytes before and after."""
-        loaded, folder = state.loaded, state.folder / "checkpoints" / self.label
-        names = self.rule.plan(loaded.params)
-        file = folder / "quantized.safetensors"
-        # Calibration may have taken long; a file that is not what was written is made again.
-        if file.is_file() and damaged_file(folder) is None:
-            tensors = load_tensors(file)
-            kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
-            codes = {
-                name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields))
-                for name, kind in kinds.items()
-            }
-        else:
-            codes = self._codes(state)
-            with atomic_folder(folder) as aside:
-                save_tensors(aside / file.name, dict(tree.items(codes)))
-                write_checksums(aside, [aside / file.name])
-        device = device_of(loaded.params, loaded.trainable)
-        moved = {name: tree.map(lambda x: x.to(device), w) for name, w in codes.items()}
+        loaded = state.loaded
+        with state.ranks.first_on_node():
+            codes = self._read_or_made(state)
+        device, cut = device_of(loaded.params, loaded.trainable), state.cut
+        moved = {n: tree.map(lambda x: x.to(device), cut(n, w)) for n, w in codes.items()}
         params = {**loaded.params, **moved}
         before, after = tree.n_bytes(loaded.stored), tree.n_bytes({**loaded.stored, **codes})
         state.log.say(
@@ -117,6 +115,25 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             ._replace(quantization=self.rule)
             .record(self.label, record)
         )
+
+    def _read_or_made(self, state: PipelineState) -> Params:
+        """Codes of the weights on the host, which the first rank keeps in the run folder."""
+        folder = state.folder / "checkpoints" / self.label
+        file, names = folder / "quantized.safetensors", self.rule.plan(state.loaded.params)
+        # Calibration may have taken long; a file that is not what was written is made again.
+        if file.is_file() and damaged_file(folder) is None:
+            tensors = load_tensors(file)
+            kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
+            return {
+                name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields))
+                for name, kind in kinds.items()
+            }
+        codes = self._codes(state)
+        if state.ranks.is_first:
+            with atomic_folder(folder) as aside:
+                save_tensors(aside / file.name, dict(tree.items(codes)))
+                write_checksums(aside, [aside / file.name])
+        return codes
 
     def _codes(self, state: PipelineState) -> Params:
         loaded = state.loaded

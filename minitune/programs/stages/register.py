@@ -18,6 +18,7 @@ class Register(BaseStage, frozen=True, kw_only=True, tag="register"):
     """
 
     observes: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     # mlflow:NAME, wandb:ENTITY/PROJECT/NAME, azureml:NAME, hf:OWNER/NAME; NAME alone is of MLflow
     to: str

@@ -28,6 +28,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     """
 
     observes: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     # deltas: an adapter; merged: weights with the deltas in them; params: weights as they are
     what: Literal["deltas", "merged", "params"]

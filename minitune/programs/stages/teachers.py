@@ -66,7 +66,7 @@ def different_token(student: Tokenizer, teacher: Tokenizer) -> str | None:
 
 def load_teacher(label: str, source: ModelSource, state: PipelineState) -> Teacher:
     """Teacher with its weights; what its own deltas change is applied."""
-    teacher = load(source, state.folder, state.seed, log=state.log)
+    teacher = load(source, state.folder, state.seed, log=state.log, sharding=state.sharding)
     odd = different_token(state.loaded.tokenizer, teacher.tokenizer)
     if odd is not None:
         raise InputError(

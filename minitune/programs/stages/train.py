@@ -150,9 +150,10 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             sweep_points.check(self, abstract)
         return abstract
 
-    def on_ranks(self, n_ranks: int) -> "Train":
-        """Stage with a micro-batch for each rank; InputError with privacy."""
-        return msgspec.structs.replace(self, micro_batch_size=rows_of_rank(self, n_ranks))
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "Train":
+        """Stage with a micro-batch for each rank; InputError where they can't train it."""
+        n_rows = rows_of_rank(self, n_ranks, is_sharded)
+        return msgspec.structs.replace(self, micro_batch_size=n_rows)
 
     def prepare(self, abstract: AbstractState) -> list[str]:
         """Notes on the data and on the steps that it makes; InputError for a malformed row."""

@@ -10,6 +10,7 @@ from minitune.algorithms.loss_scale import with_scale
 from minitune.algorithms.objective import Objective
 from minitune.algorithms.quantization_aware import quantization_aware
 from minitune.algorithms.registry import Frozen, objective_of
+from minitune.algorithms.shared_state import begin_state
 from minitune.errors import InputError
 from minitune.losses.registry import Loss
 from minitune.models.model import Model
@@ -31,7 +32,7 @@ def initial_state(
     """State of a stage before its first step; InputError for a private one in float16."""
     loss_scale = loss_scale_for(stage, state.loaded.params)
     if stage.privacy is None:
-        opt_state = with_scale(optimizer.init(trainable), loss_scale, trainable)
+        opt_state = with_scale(begin_state(optimizer, trainable), loss_scale, trainable)
         return {"trainable": trainable, "opt_state": opt_state}
     if loss_scale is not None:
         raise InputError(
@@ -87,10 +88,17 @@ def step_for(
     return train_step(objective, optimizer, ranks=state.ranks, **how)
 
 
-def rows_of_rank(stage: TrainingStage, n_ranks: int) -> int:
-    """Rows of a micro-batch, so few that each rank has one; InputError with privacy, whose noise is
-    drawn for one process.
+def rows_of_rank(stage: TrainingStage, n_ranks: int, is_sharded: bool) -> int:
+    """Rows of a micro-batch, so few that each rank has one.
+
+    InputError with privacy, whose noise is drawn for one process, and for a sweep over weights that
+    the ranks share.
     """
+    if stage.sweep is not None and is_sharded:
+        raise InputError(
+            f"stages: {stage.label} has a sweep, which needs whole weights on every rank, and the "
+            'plan cuts them, expected plan = "dp"'
+        )
     if stage.privacy is not None and n_ranks > 1:
         raise InputError(
             f"stages: {stage.label} has privacy and the run {n_ranks} processes, expected one: "

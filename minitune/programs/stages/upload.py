@@ -22,6 +22,7 @@ class Upload(BaseStage, frozen=True, kw_only=True, tag="upload"):
     """
 
     observes: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     repo: str  # OWNER/NAME, which is made where there is none
     # what is uploaded: run/NAME, a folder, or a .gguf file; the newest result of the stages before

@@ -30,6 +30,7 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
     """
 
     observes: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     # run/NAME that a stage before writes; what the last one of them wrote if absent
     path: str | None = None

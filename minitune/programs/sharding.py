@@ -1,0 +1,81 @@
+"""Weights of a run that its ranks share by a plan: which part each holds, and whole ones for what
+the first rank writes.
+
+Without a plan every rank holds the whole model. torch's DTensor takes half a second to import, so
+it is imported where weights are cut.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from minitune import tree
+from minitune.models.config import DecoderConfig
+from minitune.models.weights import dims
+from minitune.sharding.gather import gather
+from minitune.sharding.parts import is_sharded
+from minitune.sharding.ranks import Ranks
+from minitune.tree import Tree
+
+Cut = Callable[[str, Tree], Tree]  # (name, a weight on the host) -> what this rank holds of it
+
+
+class Sharding(NamedTuple):
+    """Plan of a run on the mesh of its ranks."""
+
+    plan: Mapping[str, str]
+    mesh: Any  # torch's DeviceMesh
+
+    def cut(self, config: DecoderConfig) -> Cut:
+        """Function that gives the part of this rank, on its device, of a weight of a model, dense
+        or quantized.
+        """
+        from minitune.sharding.placements import axis_sizes, placements, shard_leaf
+
+        named, sizes = dims(config), axis_sizes(self.mesh)
+
+        def part(name: str, leaf: Tree) -> Tree:
+            placed = placements(name, leaf.shape, named[name], self.plan, sizes)
+            return shard_leaf(leaf, placed, self.mesh)
+
+        return part
+
+
+def sharding_of(
+    plan: str | Mapping[str, str],
+    mesh: Mapping[str, int],
+    ranks: Ranks,
+    config: DecoderConfig,
+    device_type: str,
+) -> Sharding | None:
+    """Plan of a program on the ranks of its run; None where every rank holds the whole model.
+
+    mesh: ranks along each axis; without any, all stand on the axis "data". InputError for a plan
+    that does not fit the model or the mesh, and for a mesh of another number of ranks. Every rank
+    calls it.
+    """
+    if ranks.size == 1 or plan == "dp":
+        return None
+    from minitune.sharding.mesh import device_mesh
+    from minitune.sharding.placements import check_plan
+    from minitune.sharding.plans import named_plan
+
+    sizes = dict(mesh) or {"data": ranks.size}
+    named = named_plan(plan) if isinstance(plan, str) else plan
+    check_plan(named, dims(config), sizes)
+    return Sharding(named, device_mesh(sizes, device_type)) if named else None
+
+
+def whole_on_host(leaves: Mapping[str, Any], ranks: Ranks, *, everywhere: bool) -> dict[str, Any]:
+    """Leaves with whole tensors in the host's memory in place of parts, one gathered at a time.
+
+    Every rank calls it; with everywhere = False the first one alone keeps them, and the others
+    what they had.
+    """
+
+    def whole(leaf: Tree) -> Tree:
+        if not any(map(is_sharded, tree.leaves(leaf))):
+            return leaf
+        found = tree.map(lambda x: x.detach().cpu(), gather(leaf))
+        return found if everywhere or ranks.is_first else leaf
+
+    return {name: whole(leaf) for name, leaf in leaves.items()}
