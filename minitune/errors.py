@@ -10,6 +10,7 @@ from typing import Any
 
 MAX_QUOTED = 100  # characters of an input that a message repeats
 MAX_MESSAGE = 3000  # characters of a message
+RANK_LOST = 4  # exit code of a process that ended because another one of its run did
 
 
 # here and not in types: whatever imports torch takes longer than a message may
@@ -27,6 +28,10 @@ class InputError(ValueError):
 
 class DiskFullError(InputError):
     """Disk or quota without room for what was written; it has an exit code of its own."""
+
+
+class RankLostError(Exception):
+    """Loss of another process of the same run: that one says why it ended."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

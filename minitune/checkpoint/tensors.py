@@ -28,6 +28,11 @@ WORDS = {  # safetensors' own for each dtype
 # fmt: on
 
 
+def dtype_of(word: str) -> torch.dtype | None:
+    """Dtype that a file calls by one of safetensors' words, None where torch has none of it."""
+    return next((dtype for dtype, known in WORDS.items() if known == word), None)
+
+
 def save_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],

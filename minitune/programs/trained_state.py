@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from minitune.errors import InputError
 from minitune.io import toml
+from minitune.io.state_files import tensor_files
 
 RUN_FILES = ("manifest.json", "program.toml")
 STEP = re.compile(r"step-(\d{8,})")
@@ -117,7 +118,7 @@ def _state(folder: Path, run: Path, n: int) -> TrainedState:
 
 
 def _is_state(path: Path) -> bool:
-    return STEP.fullmatch(path.name) is not None and (path / "state.safetensors").is_file()
+    return STEP.fullmatch(path.name) is not None and bool(tensor_files(path))
 
 
 def _label(table: Mapping[str, Any]) -> str:

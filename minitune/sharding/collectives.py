@@ -2,7 +2,8 @@
 are put together from parts, or summed and cut into them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import tree
+from minitune.errors import RankLostError
 from minitune.sharding.parts import Cut, cuts_of, is_sharded, local_parts, placed_of, placed_part
 from minitune.tree import Tree
 from minitune.types import widen
@@ -86,9 +88,19 @@ def _sums(leaves: Sequence[Tensor], group_of: dict[int, Any]) -> list[Tensor]:
 def _summed(leaves: list[Tensor], group: Any) -> list[Tensor]:
     """Sums of leaves that share a dtype and a device: views of the one buffer that was reduced."""
     buffer = torch.cat([leaf.detach().flatten() for leaf in leaves])
-    dist.all_reduce(buffer, group=group)
+    with lost_in_words():
+        dist.all_reduce(buffer, group=group)
     parts = buffer.split([leaf.numel() for leaf in leaves])
     return [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+@contextmanager
+def lost_in_words() -> Iterator[None]:
+    """Turn the error of a collective whose other end has gone into a RankLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(str(error)) from error
 
 
 # bytes that the parts of a rank are filled up to, so that each begins where its dtype may

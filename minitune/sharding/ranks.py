@@ -1,0 +1,125 @@
+"""Ranks: the processes of one run, and the few ways in which they act together.
+
+A single process has ALONE, for which every one of them is the identity.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitune import tree
+from minitune.sharding.collectives import lost_in_words, sum_over_ranks
+from minitune.tree import Tree
+
+Part = TypeVar("Part")
+
+
+class Dealt(NamedTuple, Generic[Part]):
+    """Part of something that all ranks share out; one that does not count stands for none."""
+
+    part: Part
+    counts: bool
+
+
+class Ranks(NamedTuple):
+    """Number of this process among those of a run, which all call the same functions of it in the
+    same order.
+
+    RankLostError where another process has ended.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this node
+
+    @property
+    def is_first(self) -> bool:
+        """True for the rank that logs and writes."""
+        return self.rank == 0
+
+    def deal(self, parts: Iterable[Part]) -> Iterator[Dealt[Part]]:
+        """Parts of this rank: number i goes to rank i modulo size.
+
+        Every rank gets as many, because all make the same calls: where there is none left for it,
+        it gets one of another rank's again, which does not count.
+        """
+        rest = iter(parts)
+        while round_of_parts := list(islice(rest, self.size)):
+            own = min(self.rank, len(round_of_parts) - 1)
+            yield Dealt(round_of_parts[own], counts=own == self.rank)
+
+    def sum(self, values: Tree) -> Tree:
+        """Sum of every leaf over all ranks; the tree itself in a single process."""
+        return sum_over_ranks(values)
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        with lost_in_words():
+            n_set = torch.tensor(int(flag))
+            dist.all_reduce(n_set)
+        return bool(n_set)
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.any(False)
+
+    @contextmanager
+    def first_on_node(self) -> Iterator[None]:
+        """Context in which the first rank of each node goes before the others of it, so that they
+        find what it leaves in a cache.
+        """
+        if self.local_rank:
+            self.barrier()
+        yield
+        if not self.local_rank:
+            self.barrier()
+
+    def from_first(self, values: Tree) -> Tree:
+        """Tree of rank 0, given one with the same structure, shapes and dtypes on every rank."""
+        if self.size == 1:
+            return values
+        with lost_in_words():
+            return tree.map(_broadcast, values)
+
+    def text_from_first(self, text: str) -> str:
+        """Text of rank 0; what the others give is ignored."""
+        if self.size == 1:
+            return text
+        content = text.encode() if self.is_first else b""
+        (n_bytes,) = self.from_first([torch.tensor(len(content))])
+        padded = bytearray(content.ljust(int(n_bytes), b"\0"))
+        if not padded:
+            return ""
+        (received,) = self.from_first([torch.frombuffer(padded, dtype=torch.uint8)])
+        return bytes(received.tolist()).decode()
+
+
+ALONE = Ranks()
+
+
+def counted(evaluate: Callable[[Part], Tree]) -> Callable[[Dealt[Part]], Tree]:
+    """Function of a dealt part that gives evaluate(part), and zeros for one that does not count.
+
+    It is evaluated all the same: there may be calls in it that every rank has to make.
+    """
+
+    def of_dealt(dealt: Dealt[Part]) -> Tree:
+        value = evaluate(dealt.part)
+        return value if dealt.counts else tree.map(torch.zeros_like, value)
+
+    return of_dealt
+
+
+def _broadcast(leaf: Tensor) -> Tensor:
+    """Leaf of rank 0, sent as bytes, because not every backend knows every dtype."""
+    copy = leaf.detach().clone(memory_format=torch.contiguous_format)
+    if copy.numel():
+        dist.broadcast(copy.view(-1).view(torch.uint8), src=0)
+    return copy
