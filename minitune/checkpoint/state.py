@@ -25,6 +25,7 @@ from minitune.io.atomic import (
     write_json,
 )
 from minitune.io.checksums import sealed, unsealed
+from minitune.sharding.parts import cut_part, is_sharded, placed_of
 from minitune.tree import Tree
 
 STATE = re.compile(r"step-\d{8,}")  # and no step-00000003.bak or step-notes beside it
@@ -63,6 +64,14 @@ def save_state(
     if keep is not None:
         drop_old_states(folder, keep)
     return path
+
+
+def join_save(state: Tree) -> None:
+    """Give this rank's parts to the rank that saves the state, which calls save_state at the same
+    time; nothing is written.
+    """
+    for _ in serialized(dict(tree.items(state))):
+        pass
 
 
 def drop_old_states(folder: Path, keep: int) -> None:
@@ -114,7 +123,8 @@ def state_step(state: Path) -> int:
 def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     """(state, meta) of a committed step, in the structure of `like`.
 
-    InputError if a byte, name, shape or dtype differs.
+    Of a leaf of `like` that ranks hold in parts, this rank reads its own: a state does not say how
+    many ranks wrote it. InputError if a byte, name, shape or dtype differs.
     """
     meta, tensors = _unharmed(path)
     wanted = dict(tree.items(like))
@@ -131,11 +141,15 @@ def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
                 f"checkpoint: {path} holds {name} {saved.dtype}{list(saved.shape)}, expected "
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
+
     # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels
     # then round otherwise
-    return tree.rebuild(
-        like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]
-    ), meta
+    def read(name: str, leaf: Tensor) -> Tensor:
+        if is_sharded(leaf):
+            return cut_part(tensors[name].to(leaf.device), placed_of(leaf))
+        return tensors[name].clone().to(leaf.device)
+
+    return tree.rebuild(like, [read(name, leaf) for name, leaf in wanted.items()]), meta
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
