@@ -1,5 +1,6 @@
 """Ranks that share a model take the step that one process takes on all their rows."""
 
+import math
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ from minitune.quant.schemes import NF4, Int4, Int8
 from support.families import config_of
 from support.models import SMALL
 from support.ranks import Ranks
-from support.sharded import Case, both_steps, dealt, on_ranks, quantized_hidden, refusal, rows_of, trained
+from support.sharded import Case, both_steps, dealt, held, on_ranks, quantized_hidden, refusal, rows_of, trained
 
 FSDP = {"vocab": "data", "heads": "data", "d_ff": "data"}
 MESHES: list[dict[str, int]] = [{"data": 2}, {"data": 4}, {"replica": 2, "data": 2}]
@@ -81,7 +82,7 @@ def test_a_quantized_base_in_parts_is_the_same_to_the_bit(ranks: Ranks, scheme: 
     tokens = rows_of(Case(config), 2, 0).tokens
     logits, grads = quantized_hidden(config, scheme, tokens, None, n_remat)
     for n in (2, 3):
-        for found, their_grads in ranks.run(n, quantized_hidden, refusal, config, scheme, tokens, FSDP, n_remat):
+        for found, their_grads in ranks.run(n, quantized_hidden, config, scheme, tokens, FSDP, n_remat):
             assert torch.equal(found, logits)
             assert all(map(torch.equal, tree.leaves(their_grads), tree.leaves(grads)))
 
@@ -90,3 +91,11 @@ def test_a_quantized_base_in_parts_is_the_same_to_the_bit(ranks: Ranks, scheme: 
 def test_an_optimizer_that_needs_whole_leaves_is_refused(ranks: Ranks, optimizer: Any) -> None:
     for said in ranks.run(2, refusal, FSDP, optimizer):
         assert re.match(r"optim: \w+ updates model\.embed_tokens\.weight, of which each rank holds a part, .* use AdamW", said)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_rank_holds_its_share_of_parameters_and_state(ranks: Ranks, mesh: dict[str, int]) -> None:
+    config = msgspec.structs.replace(SMALL, d_model=96, d_ff=192, vocab_size=384)
+    alone = held(config, None, None)
+    for own in ranks.run(math.prod(mesh.values()), held, config, FSDP, mesh):
+        assert own == pytest.approx(alone / mesh["data"], rel=0.05)

@@ -24,6 +24,7 @@ from minitune.optim.sgd import SGD
 from minitune.quant.schemes import quantize
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh
+from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
 from minitune.steps import kd_step, preference_step, sft_step
 from minitune.types import Batch, Mean, Pairs, Step, Trainable
@@ -234,3 +235,14 @@ def read_whole(case: Case, plan: Plan, mesh: Mesh, folder: Path) -> Any:
     frozen, trainable = split_trainable(params, ("*",))
     state, _ = load_state(folder / "step-00000001", step_of(case, None, frozen, trainable).init(trainable))
     return gather(state.trainable)
+
+
+def held(config: DecoderConfig, plan: Plan | None, mesh: Mesh | None) -> int:
+    """Bytes of memory behind the trained weights and the optimizer's state of this process, after a step."""
+    params: Any = random_params(config)
+    if plan is not None:
+        params = shard(params, dims(config), plan, device_mesh(mesh or {}, "cpu"))
+    frozen, trainable = split_trainable(params, ("*",))
+    step = sft_step(model_of(config), None, AdamW(lr=0.01))
+    state, _ = step.update(frozen, step.init(trainable), random_batch(config, 1, 5))
+    return sum(part.untyped_storage().nbytes() for part in tree.leaves(local_parts(state)))
