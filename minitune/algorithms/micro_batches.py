@@ -8,7 +8,7 @@ from minitune import tree
 from minitune.algorithms.objective import Objective
 from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.sharding.collectives import max_over_ranks, sum_over_ranks
-from minitune.sharding.parts import is_sharded
+from minitune.sharding.parts import is_shared
 from minitune.tree import Tree
 from minitune.types import AnyBatch, Mean, Params, Trainable
 
@@ -30,7 +30,7 @@ def summed_over_ranks(
     zero.
     """
     evaluate = partial(value_and_grad(objective, has_aux=True), trainable, params)
-    if not any(map(is_sharded, tree.leaves((params, trainable)))):
+    if not is_shared((params, trainable)):
         return sum_over_ranks(accumulate(evaluate, parts))
     idle = partial(value_and_grad(_weightless(objective), has_aux=True), trainable, params)
     calls = [(evaluate, part) for part in parts]

@@ -16,7 +16,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.checkpoint.tensors import dtype_of
 from minitune.io.state_files import Region, StoredPart
-from minitune.sharding.parts import is_sharded, local_parts, placed_of, placed_part
+from minitune.sharding.parts import is_sharded, local_parts, part_range, placed_of, placed_part
 from minitune.sharding.ranks import Ranks
 from minitune.tree import Tree
 
@@ -69,8 +69,6 @@ def region_of(leaf: Any) -> Region:
     """Region that this rank holds of a leaf: all of a plain tensor, the part of a DTensor."""
     offset, shape = [0] * leaf.ndim, [*leaf.shape]
     if is_sharded(leaf):
-        from minitune.sharding.placements import part_range
-
         mesh = leaf.device_mesh
         for axis, dim in _cut_dims(leaf).items():
             n, i = mesh.size(axis), mesh.get_local_rank(axis)
@@ -124,8 +122,6 @@ def _copies(leaf: Any, n_ranks: int) -> _Copies:
     if not is_sharded(leaf):
         holders = torch.arange(n_ranks)[:, None]
         return _Copies(holders, torch.tensor([leaf.numel() * n_bytes]))
-    from minitune.sharding.placements import part_range
-
     mesh, cut = leaf.device_mesh.mesh.cpu(), _cut_dims(leaf)
     copied = [axis for axis in range(mesh.ndim) if axis not in cut]
     holders = mesh.permute(*copied, *cut).reshape(prod(mesh.shape[axis] for axis in copied), -1)

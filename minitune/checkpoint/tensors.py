@@ -13,6 +13,7 @@ from minitune import tree
 from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
 from minitune.io.safetensors_header import NO_METADATA, ORDER, header_bytes, read_header
+from minitune.sharding.gather import gather
 from minitune.types import Params, Trainable
 
 # fmt: off
@@ -86,7 +87,8 @@ def serialized(
         {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, metadata
     )
     for name in order:
-        x = tensors[name].detach().cpu().contiguous()
+        # whole, where each rank holds a part: all ranks then take the tensors in this order
+        x = gather(tensors[name].detach()).cpu().contiguous()
         # a single element may keep a stride that view would refuse
         flat = x.as_strided((x.numel(),), (1,))
         yield flat.view(torch.uint8).numpy().data
