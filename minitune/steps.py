@@ -85,9 +85,8 @@ def train_step(
     require_parts(objective, optimizer, micro_batch)
 
     def init(trainable: Trainable) -> TrainState:
-        return TrainState(
-            trainable, with_scale(begin_state(optimizer, trainable), loss_scale, trainable)
-        )
+        opt_state = begin_state(optimizer, trainable)
+        return TrainState(trainable, with_scale(opt_state, loss_scale, trainable))
 
     def update(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         require_batch(batch)

@@ -7,7 +7,7 @@ from minitune import tree
 from minitune.algorithms.objective import Objective
 from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.sharding.collectives import max_over_ranks
-from minitune.sharding.parts import is_sharded
+from minitune.sharding.parts import is_shared
 from minitune.sharding.ranks import Dealt, Ranks
 from minitune.tree import Tree
 from minitune.types import AnyBatch, Mean, Params, Trainable
@@ -40,7 +40,7 @@ def summed_over_ranks(
         return (evaluate if dealt.counts else idle)(trainable, params, dealt.part)
 
     dealt = list(ranks.deal(parts))
-    if ranks.size == 1 and any(map(is_sharded, tree.leaves((params, trainable)))):
+    if ranks.size == 1 and is_shared((params, trainable)):
         dealt += [Dealt(parts[-1], counts=False)] * (max_over_ranks(len(parts)) - len(parts))
     return ranks.sum(accumulate(of_dealt, dealt))
 

@@ -15,10 +15,8 @@ def begin_state(optimizer: GradientTransformation, trainable: Trainable) -> Tree
     """
     state = optimizer.init(trainable)
     paths, leaves = zip(*tree.items(trainable), strict=True)
-    shared = next(
-        (path for path, leaf in zip(paths, leaves, strict=True) if is_sharded(leaf)), None
-    )
-    if shared is None:
+    shared = [path for path, leaf in tree.items(trainable) if is_sharded(leaf)]
+    if not shared:
         return state
     _, pipelines = split_optimizer(optimizer, state, paths, leaves)
     for pipeline in pipelines:
@@ -30,8 +28,8 @@ def begin_state(optimizer: GradientTransformation, trainable: Trainable) -> Tree
             has_parts = not moments or any(map(is_sharded, moments))
             if getattr(link.transform, "scope", None) != "element" or not has_parts:
                 raise InputError(
-                    f"optim: {rule} updates {shared}, of which each rank holds a part, expected an "
-                    "optimizer that knows an element's state from that element alone; use AdamW or "
-                    "SGD, or a plan that leaves the trained weights whole, such as dp"
+                    f"optim: {rule} updates {shared[0]}, of which each rank holds a part, expected "
+                    "an optimizer that knows an element's state from that element alone; use AdamW "
+                    "or SGD, or a plan that leaves the trained weights whole, such as dp"
                 )
     return state

@@ -4,31 +4,50 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.checkpoint.tensors import load_tensors, serialized
+from minitune.checkpoint.sharded_state import OwnPart, loaded, parts_to_write, read_region
+from minitune.checkpoint.shared_outcome import SharedOutcome
+from minitune.checkpoint.tensors import dtype_of, serialized
 from minitune.errors import InputError
 from minitune.io.atomic import (
     GONE,
     NEW,
     OLD,
     atomic_folder,
+    disk_full_is_input_error,
     recover_replaced,
     remove_folder,
     require_room,
+    sync,
+    unfinished,
     write_json,
 )
-from minitune.io.checksums import sealed, unsealed
+from minitune.io.checksums import Checksum, checksum, sealed, unsealed
+from minitune.io.safetensors_header import NO_METADATA
+from minitune.io.state_files import (
+    META,
+    SINGLE,
+    Region,
+    StoredPart,
+    is_state_file,
+    parts_metadata,
+    read_parts,
+    tensor_file,
+    tensor_files,
+)
+from minitune.sharding.ranks import ALONE, Ranks
 from minitune.tree import Tree
 
 STATE = re.compile(r"step-\d{8,}")  # and no step-00000003.bak or step-notes beside it
-STATE_FILES = ("state.json", "state.safetensors")
 
 
 def save_state(
@@ -37,32 +56,94 @@ def save_state(
     state: Tree,
     meta: Mapping[str, Any],
     keep: int | None = 2,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Commit a training state as folder/step-N and drop all but the newest `keep`, or none if that
     is None.
 
-    A crash leaves the earlier ones whole, and a state that can't be dropped stays without a word:
-    the new one is committed. InputError, before anything is written, if the disk is too small.
+    All ranks of a run call it, on a folder that they share. Each writes a file of its own: the
+    parts that it holds, of which each is written once. Where one fails, all raise its error.
+    A crash of any leaves the earlier states whole, and a state that can't be dropped stays without
+    a word: the new one is committed. InputError, before anything is written, if the disk is too
+    small.
     """
     path = folder / f"step-{step:08d}"
-    if extras := _extras(path):
-        raise InputError(
-            f"checkpoint: {path} holds {extras[0]}, expected {' and '.join(STATE_FILES)} alone; "
-            "move it away"
-        )
-    _remove_leftovers(folder)
-    require_room(path, tree.n_bytes(state), "the training state")
-    with atomic_folder(path) as aside:
-        digest = hashlib.sha256()
-        with (aside / "state.safetensors").open("wb") as file:
-            for piece in serialized(dict(tree.items(state))):
-                digest.update(piece)
-                file.write(piece)
-        content = {"step": step, "sha256": digest.hexdigest(), **meta}
-        write_json(aside / "state.json", sealed(json.loads(json.dumps(content))))
-    if keep is not None:
+    outcome = SharedOutcome(ranks)
+    with outcome.block():
+        if ranks.is_first:
+            _require_free(path, tree.n_bytes(state))
+    with _shared_folder(path, outcome) as aside:
+        with outcome.block(), disk_full_is_input_error(path):
+            own = _write_parts(aside, parts_to_write(state, ranks), ranks)
+        written = _checksums(own, outcome)
+        if ranks.is_first:
+            content = {"step": step, **written, **meta}
+            write_json(aside / META, sealed(json.loads(json.dumps(content))))
+    if keep is not None and ranks.is_first:
         drop_old_states(folder, keep)
     return path
+
+
+def _require_free(path: Path, n_bytes: int) -> None:
+    """InputError if a state has no room at a path, or would take the place of a user's files."""
+    if extras := _extras(path):
+        raise InputError(
+            f"checkpoint: {path} holds {extras[0]}, expected {META} and {SINGLE} alone; move it "
+            "away"
+        )
+    _remove_leftovers(path.parent)
+    require_room(path, n_bytes, "the training state")
+
+
+@contextmanager
+def _shared_folder(path: Path, outcome: SharedOutcome) -> Iterator[Path]:
+    """Folder that all ranks fill, which takes the place of `path` when the block has ended without
+    an error on all of them.
+    """
+    is_first = outcome.ranks.is_first
+    with (
+        outcome.block(),
+        atomic_folder(path) if is_first else nullcontext(unfinished(path)) as aside,
+    ):
+        with outcome.block():
+            pass  # the first rank has made it
+        with outcome.block():
+            if not aside.is_dir():
+                raise InputError(
+                    f"checkpoint: {aside}, which the first process made, is not there for another "
+                    "one, expected one disk for all; name a folder that every machine mounts"
+                )
+        yield aside
+
+
+def _write_parts(folder: Path, own: Mapping[str, OwnPart], ranks: Ranks) -> Checksum:
+    """Write the file of this rank, and give its checksum, made while it is written."""
+    places = {name: (part.whole, part.offset) for name, part in own.items()}
+    metadata = NO_METADATA if ranks.size == 1 else parts_metadata(places)
+    digest, n_bytes = hashlib.sha256(), 0
+    path = folder / tensor_file(ranks.rank, ranks.size)
+    with path.open("wb") as file:
+        for piece in serialized({name: part.tensor for name, part in own.items()}, metadata):
+            digest.update(piece)
+            file.write(piece)
+            n_bytes += len(piece)
+    if ranks.size > 1:
+        sync(path)
+    return Checksum(n_bytes, digest.hexdigest())
+
+
+def _checksums(own: Checksum, outcome: SharedOutcome) -> dict[str, Any]:
+    """Checksums of the files of all ranks, as state.json has them."""
+    n = outcome.ranks.size
+    if n == 1:
+        return {"sha256": own.sha256}
+    rows = outcome.gather(torch.tensor([own.bytes, *bytes.fromhex(own.sha256)])).tolist()
+    return {
+        "files": {
+            tensor_file(i, n): {"bytes": n_bytes, "sha256": bytes(digest).hex()}
+            for i, (n_bytes, *digest) in enumerate(rows)
+        }
+    }
 
 
 def drop_old_states(folder: Path, keep: int) -> None:
@@ -88,7 +169,7 @@ def _extras(path: Path) -> list[str]:
     not removed.
     """
     return (
-        sorted(file.name for file in path.iterdir() if file.name not in STATE_FILES)
+        sorted(file.name for file in path.iterdir() if not is_state_file(file.name))
         if path.is_dir()
         else []
     )
@@ -111,58 +192,99 @@ def state_step(state: Path) -> int:
     return int(state.name.removeprefix("step-"))
 
 
-def load_state(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
-    """(state, meta) of a committed step, in the structure of `like`.
+def load_state(path: Path, like: Tree, ranks: Ranks = ALONE) -> tuple[Tree, dict[str, Any]]:
+    """(state, meta) of a committed step, in the structure of `like`, by any number of ranks,
+    whatever number saved it.
 
-    InputError if a byte, name, shape or dtype differs.
+    Of a DTensor in `like` the part of this rank is read, of every other leaf all of it. InputError
+    if a byte, name, shape or dtype differs. All ranks of a run call it, and each checks some of the
+    files for all.
     """
-    meta, tensors = _unharmed(path)
-    wanted = dict(tree.items(like))
-    unmatched = sorted(set(tensors) ^ set(wanted))
+    with SharedOutcome(ranks).block():
+        meta, stored = _unharmed(path, ranks)
+        wanted = dict(tree.items(like))
+        _require_same(path, stored, wanted)
+        return tree.rebuild(like, [loaded(stored[name], x) for name, x in wanted.items()]), meta
+
+
+def load_part(path: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one part of a state, such as "trainable", by their paths in it; InputError if a
+    byte differs."""
+    _, stored = _unharmed(path, ALONE)
+    return {
+        key.removeprefix(f"{name}."): read_region(parts, _whole(parts))
+        for key, parts in stored.items()
+        if key.startswith(f"{name}.")
+    }
+
+
+def _whole(parts: Sequence[StoredPart]) -> Region:
+    shape = parts[0].whole
+    return Region((0,) * len(shape), shape)
+
+
+def _require_same(
+    path: Path, stored: Mapping[str, Sequence[StoredPart]], wanted: Mapping[str, Tensor]
+) -> None:
+    """InputError if a saved state has other names, shapes or dtypes than are wanted."""
+    unmatched = sorted(set(stored) ^ set(wanted))
     if unmatched:
         raise InputError(
             f"checkpoint: {path} and this program differ in {unmatched[0]} (and "
             f"{len(unmatched) - 1} more); it is of another program"
         )
     for name, leaf in wanted.items():
-        saved = tensors[name]
-        if saved.shape != leaf.shape or saved.dtype != leaf.dtype:
+        shape, dtype = stored[name][0].whole, dtype_of(stored[name][0].entry.dtype)
+        if shape != tuple(leaf.shape) or dtype != leaf.dtype:
             raise InputError(
-                f"checkpoint: {path} holds {name} {saved.dtype}{list(saved.shape)}, expected "
+                f"checkpoint: {path} holds {name} {dtype}{list(shape)}, expected "
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
-    # clones, because a memory-mapped file aligns tensors otherwise than a fresh one, and kernels
-    # then round otherwise
-    return tree.rebuild(
-        like, [tensors[name].clone().to(leaf.device) for name, leaf in wanted.items()]
-    ), meta
 
 
-def load_part(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors of one part of a state, such as "trainable", by their paths in it; InputError if a
-    byte differs."""
-    _, tensors = _unharmed(path)
-    return {
-        key.removeprefix(f"{name}."): x.clone()
-        for key, x in tensors.items()
-        if key.startswith(f"{name}.")
-    }
+def _unharmed(path: Path, ranks: Ranks) -> tuple[dict[str, Any], dict[str, list[StoredPart]]]:
+    """(meta, parts of each tensor) of a state whose bytes are those that were written.
 
-
-def _unharmed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(meta, tensors by path) of a state whose bytes are those that were written."""
+    Each rank reads the bytes of its share of the files, and the headers of all.
+    """
     try:
-        meta = unsealed(json.loads((path / "state.json").read_bytes()))
-        with (path / "state.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        meta = unsealed(json.loads((path / META).read_bytes()))
+        expected = _expected(meta)
+        found = {
+            name: checksum(path / name)
+            for i, name in enumerate(expected)
+            if i % ranks.size == ranks.rank
+        }
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"checkpoint: {path} can't be read ({error}); remove it to continue from the step "
             "before"
         ) from None
-    if digest != meta.get("sha256"):
+    for name, own in found.items():
+        if own.sha256 != expected[name]:
+            raise InputError(
+                f"checkpoint: {path / name} does not match its sha256; remove {path} to continue "
+                "from the step before"
+            )
+    files = [path / name for name in expected]
+    if extras := sorted(set(tensor_files(path)) - set(files)):
         raise InputError(
-            f"checkpoint: {path / 'state.safetensors'} does not match its sha256; remove {path} "
-            "to continue from the step before"
+            f"checkpoint: {extras[0]} is no file of the state beside it, expected those that "
+            f"{META} names; move it away"
         )
-    return meta, load_tensors(path / "state.safetensors")
+    try:
+        return meta, read_parts(files)
+    except ValueError as error:
+        raise InputError(
+            f"checkpoint: {error}; remove {path} to continue from the step before"
+        ) from None
+
+
+def _expected(meta: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each file of a state, by name; ValueError for what no save wrote."""
+    if "files" not in meta:
+        return {SINGLE: str(meta.get("sha256"))}
+    files = msgspec.convert(meta["files"], dict[str, Checksum])
+    if [*files] != [tensor_file(i, len(files)) for i in range(len(files))]:
+        raise ValueError(f"{META} names {', '.join([*files][:4])}, which are no files of a state")
+    return {name: file.sha256 for name, file in files.items()}

@@ -13,6 +13,7 @@ from minitune import tree
 from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
 from minitune.io.safetensors_header import NO_METADATA, ORDER, header_bytes, read_header
+from minitune.sharding.gather import gather
 from minitune.sharding.parts import local_parts
 from minitune.types import Params, Trainable
 
@@ -27,6 +28,11 @@ WORDS = {  # safetensors' own for each dtype
     torch.float8_e8m0fnu: "F8_E8M0",
 }
 # fmt: on
+
+
+def dtype_of(word: str) -> torch.dtype | None:
+    """Dtype that a file calls by one of safetensors' words, None where torch has none of it."""
+    return next((dtype for dtype, known in WORDS.items() if known == word), None)
 
 
 def save_tensors(
@@ -82,7 +88,8 @@ def serialized(
         {name: (WORDS[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, metadata
     )
     for name in order:
-        x = tensors[name].detach().cpu().contiguous()
+        # whole, where each rank holds a part: all ranks then take the tensors in this order
+        x = gather(tensors[name].detach()).cpu().contiguous()
         # a single element may keep a stride that view would refuse
         flat = x.as_strided((x.numel(),), (1,))
         yield flat.view(torch.uint8).numpy().data

@@ -38,6 +38,7 @@ from minitune.io.foreign_weights import foreign_weights
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import Entry
+from minitune.io.state_files import missing_file, read_parts, tensor_files, whole_entries
 from minitune.io.units import format_bytes
 from minitune.programs.trained_state import TrainedState
 from minitune.text.folder_files import text_files
@@ -116,7 +117,7 @@ def summarize(folder: Path) -> FolderSummary:
 def summarize_state(state: TrainedState) -> FolderSummary:
     """Content of a saved state of training: what it trains, how far it is, and on what."""
     prefix = "trainable."
-    all_entries, faults = tensor_entries([state.folder / "state.safetensors"])
+    all_entries, faults = _state_entries(state.folder)
     entries = {name: entry for name, entry in all_entries.items() if name.startswith(prefix)}
     lora = state.lora
     if lora is None:
@@ -136,6 +137,18 @@ def summarize_state(state: TrainedState) -> FolderSummary:
         "opens": f'chat {state.run}, merge {state.run}, [model] deltas = "{state.run}"',
     }
     return FolderSummary(rows, faults)
+
+
+def _state_entries(folder: Path) -> tuple[dict[str, Entry], list[str]]:
+    """(whole tensors of a saved state by name, what is wrong with its files)."""
+    files, remedy = tensor_files(folder), f"remove {folder} to continue from the step before"
+    missing = missing_file(files)
+    if missing is not None:
+        return {}, [f"{missing} does not exist, expected it beside {files[0].name}; {remedy}"]
+    try:
+        return whole_entries(read_parts(files)), []
+    except ValueError as error:
+        return {}, [f"{error}; {remedy}"]
 
 
 def _model(folder: Path) -> FolderSummary:

@@ -30,7 +30,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """File to write, which takes the place of `path` when the block ends without an error;
     InputError for a full disk.
     """
-    aside = path.with_name(f".{path.name}{NEW}")
+    aside = unfinished(path)
     with disk_full_is_input_error(path):
         try:
             yield aside
@@ -50,7 +50,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Whoever calls this knows that the older one may go; results.result_folder finds it out.
     InputError for a full disk.
     """
-    aside, old = path.with_name(f".{path.name}{NEW}"), path.with_name(f".{path.name}{OLD}")
+    aside, old = unfinished(path), path.with_name(f".{path.name}{OLD}")
     shutil.rmtree(aside, ignore_errors=True)
     recover_replaced(old)
     with disk_full_is_input_error(path):
@@ -74,6 +74,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     recover_replaced(old)
             else:
                 recover_replaced(old)
+
+
+def unfinished(path: Path) -> Path:
+    """Place where a file or folder is written before it takes the place of `path`."""
+    return path.with_name(f".{path.name}{NEW}")
 
 
 def create_folder(path: Path) -> None:

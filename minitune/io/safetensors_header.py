@@ -29,6 +29,7 @@ BITS = {  # of one element, in the order in which the safetensors library lays t
 ORDER = tuple(BITS)
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
 METADATA = "__metadata__"
+NO_TABLE = "its header is no table of tensors"
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,22 +75,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Tensors of a file by name, in the order of the header; ValueError says what is wrong with a
     file that is not whole.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        n_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or n_bytes > min(size - 8, MAX_HEADER):
-            raise ValueError(f"its header should have {n_bytes} bytes, the file has {size}")
-        header = file.read(n_bytes)
+    table, begin, size = _table(path)
     try:
-        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        raw.pop(METADATA, None)
         entries = {
-            name: _entry(name, msgspec.json.decode(value, type=_Raw), 8 + n_bytes)
-            for name, value in raw.items()
+            name: _entry(name, msgspec.json.decode(value, type=_Raw), begin)
+            for name, value in table.items()
+            if name != METADATA
         }
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"its header is no table of tensors: {error}") from None
-    end = 8 + n_bytes
+        raise ValueError(f"{NO_TABLE}: {error}") from None
+    end = begin
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != end:
             raise ValueError(f"{name} begins at byte {entry.start}, expected {end}")
@@ -97,6 +92,29 @@ def read_header(path: Path) -> dict[str, Entry]:
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Texts by name that a file's header holds beside its tensors; ValueError as read_header."""
+    table, _, _ = _table(path)
+    try:
+        return msgspec.json.decode(table.get(METADATA, b"{}"), type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{NO_TABLE}: {error}") from None
+
+
+def _table(path: Path) -> tuple[dict[str, msgspec.Raw], int, int]:
+    """(header, its entries still JSON; the byte where tensors begin; bytes of the file)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or n_bytes > min(size - 8, MAX_HEADER):
+            raise ValueError(f"its header should have {n_bytes} bytes, the file has {size}")
+        header = file.read(n_bytes)
+    try:
+        return msgspec.json.decode(header, type=dict[str, msgspec.Raw]), 8 + n_bytes, size
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{NO_TABLE}: {error}") from None
 
 
 def _entry(name: str, raw: _Raw, begin: int) -> Entry:

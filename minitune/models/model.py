@@ -18,12 +18,13 @@ from minitune.models.block import BlockFunction
 from minitune.models.block import block as decoder_block
 from minitune.models.config import DecoderConfig, MixerName, layer_kind
 from minitune.models.family import Family
-from minitune.models.weights import head_name
+from minitune.models.weights import head_name, layer_of
 from minitune.nn import head as nn_head
 from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
-from minitune.sharding.gather import gather, gathered, gathered_again
+from minitune.sharding.gather import Ahead, gather, gathered, gathered_again, numbered
+from minitune.sharding.parts import is_shared
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Dropout, Params
 
@@ -81,7 +82,7 @@ class Model(NamedTuple):
         """Logits [B T V] that every token gives of the next; segment_ids keep packed documents
         apart (None: every row is one document).
         """
-        block_of = self.block_of()
+        block_of = self.block_of(params)
         x = decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=block_of)
         return self.logits(params, x)
 
@@ -99,26 +100,36 @@ class Model(NamedTuple):
                 noise = decoder.neftune_noise(self.config, own, segment_ids, self.neftune_alpha)
         how: dict[str, Any] = {
             "segment_ids": segment_ids,
-            "block_of": self.block_of(),
+            "block_of": self.block_of(params),
             "noise": noise,
         }
         return decoder.hidden(self.config, params, tokens, **how)
 
-    def block_of(self) -> decoder.BlockOf:
+    def block_of(self, params: Params | None = None) -> decoder.BlockOf:
         """Function that gives the block of layer i: transformed, recomputed in the backward,
         probed, as the model says.
+
+        params: of the one forward that it is for, where ranks share them: so each block's weights
+        are asked for while another computes.
         """
+        ahead = None if params is None else self._ahead(params)
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
         # whole weights are there within a block alone, and a compiled one never sees a part
-        kept = {mixer: gathered_again(run) for mixer, run in runs.items()}
-        recomputed = {mixer: self.remat(gathered(run)) for mixer, run in runs.items()}
+        kept = {mixer: gathered_again(run, ahead) for mixer, run in runs.items()}
+        recomputed = {mixer: self.remat(gathered(run, ahead)) for mixer, run in runs.items()}
 
         def block_of(i: int) -> Callable[..., Tensor]:
             chosen = recomputed if i < self.n_remat else kept
             run = chosen[layer_kind(self.config, i).mixer]
+            run = run if ahead is None else numbered(run, i)
             return run if self.probe is None else partial(_report, run, self.probe, i)
 
         return block_of
+
+    def _ahead(self, params: Params) -> Ahead | None:
+        if not is_shared(params):
+            return None
+        return Ahead([layer_of(params, i) for i in range(self.config.n_layers)])
 
     def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
         if self.probe is None:

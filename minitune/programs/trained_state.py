@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from minitune.errors import InputError
 from minitune.io import toml
 from minitune.io.json_file import read_json_object
+from minitune.io.state_files import tensor_files
 from minitune.programs.variables import NOT_STORED, expanded
 
 RUN_FILES = ("manifest.json", "program.toml")
@@ -120,7 +121,7 @@ def _state(folder: Path, run: Path, n: int) -> TrainedState:
 
 
 def _is_state(path: Path) -> bool:
-    return STEP.fullmatch(path.name) is not None and (path / "state.safetensors").is_file()
+    return STEP.fullmatch(path.name) is not None and bool(tensor_files(path))
 
 
 def _label(table: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
@@ -36,6 +37,13 @@ def is_sharded(x: Any) -> bool:
     return hasattr(x, "placements")
 
 
+def is_shared(values: Tree) -> bool:
+    """True for a tree of which ranks hold parts."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(map(is_sharded, tree.leaves(values)))
+
+
 def placed_of(x: Any) -> Placed:
     """All of a DTensor but its part."""
     return Placed(x.device_mesh, x.placements, x.shape, x.stride())
@@ -49,9 +57,26 @@ def placed_part(part: Tensor, placed: Placed) -> Tensor:
     return DTensor.from_local(part, placed.mesh, placed.placements, **how)
 
 
+def cut_part(whole: Tensor, placed: Placed) -> Tensor:
+    """DTensor of the part of this rank of a whole tensor, in memory of its own."""
+    part = whole
+    for axis, placement in enumerate(placed.placements):
+        if placement.is_shard():
+            n, i = placed.mesh.size(axis), placed.mesh.get_local_rank(axis)
+            part = part.narrow(placement.dim, *part_range(whole.shape[placement.dim], n, i))
+    return placed_part(part.clone(memory_format=torch.contiguous_format), placed)
+
+
+def part_range(size: int, n: int, i: int) -> tuple[int, int]:
+    """(start, length) of part i of n of a dim."""
+    longest = -(-size // n)
+    start = min(i * longest, size)
+    return start, min(longest, size - start)
+
+
 def local_parts(values: Tree) -> Tree:
     """Tree with the part of this rank in place of each DTensor; not differentiable."""
-    if not any(map(is_sharded, tree.leaves(values))):
+    if not is_shared(values):
         return values
     with torch.no_grad():
         return tree.map(lambda x: x.to_local() if is_sharded(x) else x, values)
@@ -59,7 +84,7 @@ def local_parts(values: Tree) -> Tree:
 
 def placed_like(parts: Tree, like: Tree) -> Tree:
     """Tree of parts as DTensors, wherever the leaf of `like` is one."""
-    if not any(map(is_sharded, tree.leaves(like))):
+    if not is_shared(like):
         return parts
     return tree.map(lambda x, y: placed_part(x, placed_of(y)) if is_sharded(y) else x, parts, like)
 

@@ -7,19 +7,20 @@ ceil(size / ranks) rows but the last ones, which have what is left, or nothing.
 Importing this takes more than half a second, for torch's DTensor: runs of one process leave it out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import TypeAliasType
 
 from minitune import tree
 from minitune.errors import InputError, nearest
 from minitune.sharding.mesh import Mesh
+from minitune.sharding.parts import Placed, cut_part
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -81,11 +82,12 @@ def shard(params: Params, dims: DimsByName, plan: Plan, mesh: DeviceMesh) -> dic
     """Parameters of which this rank holds its part: each leaf that the plan cuts becomes a DTensor
     of its part, every other one stays as it is. Nothing is sent: each rank has the whole leaves.
 
-    One leaf is cut at a time, so an iterator over them could be too; the parts share no memory with
-    what they were cut from. Codes and scales of a quantized weight are cut by the same dim.
+    The parts share no memory with what they were cut from, and codes and scales of a quantized
+    weight are cut by the same dim. dims: of the whole model. Where the whole leaves are more than a
+    rank can hold, `placements` and `shard_leaf` cut one at a time.
     """
     sizes = axis_sizes(mesh)
-    check_plan(plan, {name: dims[name] for name in params}, sizes)
+    check_plan(plan, dims, sizes)
 
     def cut(name: str) -> Tree:
         leaf = params[name]
@@ -111,13 +113,6 @@ def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
 def sharded_dim(placement: Placement) -> int | None:
     """Dim that a placement cuts, None for a copy."""
     return getattr(placement, "dim", None)
-
-
-def part_range(size: int, n: int, i: int) -> tuple[int, int]:
-    """(start, length) of part i of n of a dim."""
-    longest = -(-size // n)
-    start = min(i * longest, size)
-    return start, min(longest, size - start)
 
 
 def _cut_dims(
@@ -160,23 +155,8 @@ def _placed_within(
     return tuple(found)
 
 
-def _part(x: Tensor, placed: tuple[Placement, ...], mesh: DeviceMesh) -> Tensor | DTensor:
+def _part(x: Tensor, placed: tuple[Placement, ...], mesh: DeviceMesh) -> Tensor:
     if all(sharded_dim(placement) is None for placement in placed):
         return x
-    part = x
-    for dim, start, length in _ranges(x.shape, placed, mesh):
-        part = part.narrow(dim, start, length)
     stride = torch.empty(x.shape, device="meta").stride()
-    part = part.clone(memory_format=torch.contiguous_format)
-    how: dict[str, Any] = {"run_check": False, "shape": x.shape, "stride": stride}
-    return DTensor.from_local(part, mesh, placed, **how)
-
-
-def _ranges(
-    shape: torch.Size, placed: Sequence[Placement], mesh: "DeviceMesh"
-) -> Iterator[tuple[int, int, int]]:
-    """(dim, start, length) of every cut that gives this rank its part."""
-    for axis, placement in enumerate(placed):
-        dim = sharded_dim(placement)
-        if dim is not None:
-            yield dim, *part_range(shape[dim], mesh.size(axis), mesh.get_local_rank(axis))
+    return cut_part(x, Placed(mesh, placed, x.shape, stride))

@@ -1,7 +1,5 @@
 """Placements of weights on meshes: what each rank holds, without any rank but this process."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -21,21 +18,12 @@ from minitune.quant.schemes import quantize
 from minitune.sharding.mesh import Mesh, device_mesh, n_ranks
 from minitune.sharding.placements import check_plan, part_shape, placements, shard, shard_leaf
 from minitune.sharding.plans import named_plan, read_plan
+from support.fake_ranks import as_rank
 from support.families import config_of
 from support.models import SMALL, model_of, randn, random_params
 from support.paths import ROOT
 
 DIMS = {"w": ("d_ff", "d_model")}
-
-
-@contextmanager
-def as_rank(rank: int, mesh: Mesh) -> Iterator[DeviceMesh]:
-    """Process groups of a mesh in which this process is one rank, and the others are not there."""
-    dist.init_process_group("fake", rank=rank, world_size=n_ranks(mesh), store=FakeStore())
-    try:
-        yield device_mesh(mesh, "cpu")
-    finally:
-        dist.destroy_process_group()
 
 
 @given(

@@ -1,5 +1,7 @@
 """Ranks that share a model take the step that one process takes on all their rows."""
 
+import math
+import re
 from typing import Any
 
 import msgspec
@@ -14,8 +16,8 @@ from minitune.optim.muon import Muon
 from minitune.quant.schemes import NF4, Int4, Int8
 from support.families import config_of
 from support.models import SMALL
-from support.ranks import RankError, Ranks
-from support.sharded import Case, begun, both_steps, dealt, on_ranks, quantized_hidden, rows_of, trained
+from support.ranks import Ranks
+from support.sharded import Case, both_steps, dealt, held, on_ranks, quantized_hidden, refusal, rows_of, trained
 
 FSDP = {"vocab": "data", "heads": "data", "d_ff": "data"}
 MESHES: list[dict[str, int]] = [{"data": 2}, {"data": 4}, {"replica": 2, "data": 2}]
@@ -66,7 +68,7 @@ def test_any_rows_and_any_masks_on_any_rank(ranks: Ranks, data: Any, micro_batch
 def test_the_step_is_that_of_fully_shard(ranks: Ranks) -> None:
     case, rows = Case(SMALL, n_remat=1), dealt(rows_of(Case(SMALL), 5, 3), [3, 2])
     for (theirs, their_norm), (ours, norm) in ranks.run(2, both_steps, case, rows, FSDP, {"data": 2}):
-        torch.testing.assert_close(norm, their_norm / 1.0, rtol=1e-5, atol=0)
+        torch.testing.assert_close(norm, their_norm, rtol=1e-5, atol=0)
         assert theirs.keys() == ours.keys()
         for name, x in theirs.items():
             torch.testing.assert_close(ours[name], x, rtol=1e-5, atol=1e-6)
@@ -87,7 +89,13 @@ def test_a_quantized_base_in_parts_is_the_same_to_the_bit(ranks: Ranks, scheme: 
 
 @pytest.mark.parametrize("optimizer", [Muon(lr=0.1), AdamW8bit(lr=0.1)], ids=lambda rule: type(rule).__name__)
 def test_an_optimizer_that_needs_whole_leaves_is_refused(ranks: Ranks, optimizer: Any) -> None:
-    with pytest.raises(
-        RankError, match=r"InputError: optim: \w+ updates model\.embed_tokens\.weight, of which each rank holds a part"
-    ):
-        ranks.run(2, begun, FSDP, optimizer)
+    for said in ranks.run(2, refusal, FSDP, optimizer):
+        assert re.match(r"optim: \w+ updates model\.embed_tokens\.weight, of which each rank holds a part, .* use AdamW", said)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_rank_holds_its_share_of_parameters_and_state(ranks: Ranks, mesh: dict[str, int]) -> None:
+    config = msgspec.structs.replace(SMALL, d_model=96, d_ff=192, vocab_size=384)
+    alone = held(config, None, None)
+    for own in ranks.run(math.prod(mesh.values()), held, config, FSDP, mesh):
+        assert own == pytest.approx(alone / mesh["data"], rel=0.05)

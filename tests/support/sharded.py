@@ -1,6 +1,7 @@
 """Training steps of small models on one process, and on ranks that share the model by a plan."""
 
 import weakref
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from minitune import tree
 from minitune.algorithms.objective import split_trainable
 from minitune.autodiff.value_and_grad import value_and_grad
+from minitune.checkpoint.state import load_state, save_state
+from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.preference import Dpo
 from minitune.losses.token import cross_entropy
@@ -21,7 +24,9 @@ from minitune.optim.sgd import SGD
 from minitune.quant.schemes import quantize
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh
+from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
+from minitune.sharding.ranks import Ranks
 from minitune.steps import kd_step, preference_step, sft_step
 from minitune.types import Batch, Mean, Pairs, Step, Trainable
 from support.models import SMALL, model_of, random_batch, random_deltas, random_params
@@ -181,7 +186,7 @@ def both_steps(case: Case, batches: list[Any], plan: Plan, mesh: Mesh) -> tuple[
 
 
 def quantized_hidden(config: DecoderConfig, scheme: Any, tokens: Tensor, plan: Plan | None, n_remat: int) -> tuple[Tensor, Any]:
-    """(logits of a model with quantized linear maps and deltas, gradients of the deltas); shared by all ranks with a plan."""
+    """(logits of a model with quantized linear maps and deltas, gradients of the deltas); in parts if there is a plan."""
     weights = random_params(config)
     names = [name for name in weights if name.endswith("_proj.weight")]
     params: Any = weights | {name: quantize(weights[name], scheme) for name in names}
@@ -198,7 +203,44 @@ def quantized_hidden(config: DecoderConfig, scheme: Any, tokens: Tensor, plan: P
     return logits, grads
 
 
-def begun(plan: Plan, optimizer: Any) -> None:
-    """Begin to train all weights of a small model in parts."""
+def refusal(plan: Plan, optimizer: Any) -> str:
+    """What is said to an optimizer that is to train all weights of a small model in parts."""
     params = shard(random_params(SMALL), dims(SMALL), plan, device_mesh({"data": dist.get_world_size()}, "cpu"))
-    sft_step(model_of(SMALL), None, optimizer).init(split_trainable(params, ("*",))[1])
+    try:
+        sft_step(model_of(SMALL), None, optimizer).init(split_trainable(params, ("*",))[1])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def saved_and_continued(case: Case, batches: list[list[Any]], plan: Plan, mesh: Mesh, folder: Path) -> dict[str, Tensor]:
+    """`on_ranks`, but that the ranks save their state after the first batch, and go on with what they read of it."""
+    rank = dist.get_rank()
+    params: Any = shard(random_params(case.config, dtype=case.dtype), dims(case.config), plan, device_mesh(mesh, "cpu"))
+    frozen, trainable = split_trainable(params, ("*",))
+    step = step_of(case, None, frozen, trainable)
+    state, _ = step.update(frozen, step.init(trainable), batches[0][rank])
+    these = Ranks(rank, dist.get_world_size())
+    save_state(folder, 1, state, {}, ranks=these)
+    state, _ = load_state(folder / "step-00000001", step.init(trainable), these)
+    state, metrics = step.update(frozen, state, batches[1][rank])
+    return dict(tree.items({"trainable": gather(state.trainable), "state": gather(state.opt_state), "metrics": metrics}))
+
+
+def read_whole(case: Case, plan: Plan, mesh: Mesh, folder: Path) -> Any:
+    """Trained weights of a saved state that these ranks read in parts, whole."""
+    params: Any = shard(random_params(case.config), dims(case.config), plan, device_mesh(mesh, "cpu"))
+    frozen, trainable = split_trainable(params, ("*",))
+    state, _ = load_state(folder / "step-00000001", step_of(case, None, frozen, trainable).init(trainable))
+    return gather(state.trainable)
+
+
+def held(config: DecoderConfig, plan: Plan | None, mesh: Mesh | None) -> int:
+    """Bytes of memory behind the trained weights and the optimizer's state of this process, after a step."""
+    params: Any = random_params(config)
+    if plan is not None:
+        params = shard(params, dims(config), plan, device_mesh(mesh or {}, "cpu"))
+    frozen, trainable = split_trainable(params, ("*",))
+    step = sft_step(model_of(config), None, AdamW(lr=0.01))
+    state, _ = step.update(frozen, step.init(trainable), random_batch(config, 1, 5))
+    return sum(part.untyped_storage().nbytes() for part in tree.leaves(local_parts(state)))
