@@ -17,7 +17,7 @@ from minitune.quant.schemes import NF4, Int4, Int8
 from support.families import config_of
 from support.models import SMALL
 from support.ranks import Ranks
-from support.sharded import Case, both_steps, dealt, held, on_ranks, quantized_hidden, refusal, rows_of, trained
+from support.sharded import Case, begun_and_merged, both_steps, dealt, held, on_ranks, quantized_hidden, refusal, rows_of, trained
 
 FSDP = {"vocab": "data", "heads": "data", "d_ff": "data"}
 MESHES: list[dict[str, int]] = [{"data": 2}, {"data": 4}, {"replica": 2, "data": 2}]
@@ -99,3 +99,9 @@ def test_a_rank_holds_its_share_of_parameters_and_state(ranks: Ranks, mesh: dict
     alone = held(config, None, None)
     for own in ranks.run(math.prod(mesh.values()), held, config, FSDP, mesh):
         assert own == pytest.approx(alone / mesh["data"], rel=0.05)
+
+
+def test_deltas_begin_and_merge_on_parts_as_on_whole_weights(ranks: Ranks) -> None:
+    wanted = begun_and_merged(SMALL, None)
+    for found in ranks.run(2, begun_and_merged, SMALL, FSDP):
+        assert all(map(torch.equal, tree.leaves(found), tree.leaves(wanted)))
