@@ -55,6 +55,11 @@ def test_ranks_take_the_step_of_one_process(ranks: Ranks, name: str, mesh: dict[
     check(ranks, CASES[name], mesh, sizes, [torch.ones(5, dtype=torch.bool)] * 2)
 
 
+@pytest.mark.parametrize("name", ["sft full", "sft dora"])
+def test_a_mesh_of_one_rank_is_one_process(ranks: Ranks, name: str) -> None:
+    check(ranks, CASES[name], {"data": 1}, [5], [torch.ones(5, dtype=torch.bool)] * 2)
+
+
 @settings(max_examples=12)
 @given(data=st.data(), micro_batch=st.sampled_from([1, 2, None]))
 def test_any_rows_and_any_masks_on_any_rank(ranks: Ranks, data: Any, micro_batch: int | None) -> None:
@@ -81,7 +86,7 @@ def test_a_quantized_base_in_parts_is_the_same_to_the_bit(ranks: Ranks, scheme: 
     config = msgspec.structs.replace(config, n_layers=2, d_model=64, d_ff=128, d_head=16)
     tokens = rows_of(Case(config), 2, 0).tokens
     logits, grads = quantized_hidden(config, scheme, tokens, None, n_remat)
-    for n in (2, 3):
+    for n in (1, 2, 3):
         for found, their_grads in ranks.run(n, quantized_hidden, config, scheme, tokens, FSDP, n_remat):
             assert torch.equal(found, logits)
             assert all(map(torch.equal, tree.leaves(their_grads), tree.leaves(grads)))
