@@ -16,6 +16,7 @@ from minitune.models import decoder, rope_scaling
 from minitune.models.model import Model, untransformed
 from minitune.nn.attention.key_range import KeyRange, document_keys, document_positions
 from minitune.quant.schemes import packed
+from minitune.sharding.parts import local_parts
 from minitune.text.tokenizer import Tokenizer
 from minitune.tree import Tree
 from minitune.types import Params
@@ -41,7 +42,7 @@ def stream(
     InputError for an empty prompt.
     """
     params = _packed(params)
-    like = params["model.embed_tokens.weight"]
+    like = local_parts(params["model.embed_tokens.weight"])
     written, first_slot = _left_padded(prompts, like.device)
     width = written.shape[1]
     slots = torch.arange(_rounded(width + max_new_tokens), device=like.device)[None]

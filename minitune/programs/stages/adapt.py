@@ -10,7 +10,6 @@ from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
-from minitune.programs.sharding import whole_on_host
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Fraction, Params, PositiveFloat, PositiveInt
@@ -21,15 +20,6 @@ def _stored(state: PipelineState, globs: tuple[str, ...]) -> Params:
     stored, cut = state.loaded.stored, state.cut
     names = tree.select(state.loaded.params, globs, "full: weights")
     return {name: cut(name, stored[name]) for name in names}
-
-
-def _with_norms(state: PipelineState, rule: Lora) -> Params:
-    """Weights that a rule is to adapt; whole ones where it needs the lengths of their rows."""
-    params = state.loaded.params
-    if state.sharding is None or not rule.dora:
-        return params
-    adapted = {name: params[name] for name in rule.names(params)}
-    return {**params, **whole_on_host(adapted, state.ranks, everywhere=True)}
 
 
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
@@ -100,9 +90,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         if self.train:
             params, whole = split_trainable(params, self.train, _stored(state, self.train))
             trainable = {**trainable, **whole}
-        deltas = rule.init(_with_norms(state, rule), state.seed)
-        device = tree.device_of(params, trainable)
-        deltas = tree.map(lambda x: x.to(device), deltas)
+        deltas = rule.init(state.loaded.params, state.seed)
         n_trained = sum(leaf.numel() for leaf in tree.leaves({**trainable, **deltas}))
         n_all = sum(w.shape.numel() for w in params.values())
         state.log.say(
