@@ -24,7 +24,13 @@ from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
-from minitune.programs.run_ranks import log_for, ranks_of_launch, run_for_all
+from minitune.programs.run_ranks import (
+    log_for,
+    ranks_of_launch,
+    run_for_all,
+    runs_everywhere,
+    stages_on_ranks,
+)
 from minitune.programs.sharding import Sharding, sharding_of
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
@@ -62,8 +68,7 @@ def _run(
 ) -> Record:
     program, written = asked
     # before a folder is made or a weight is read
-    shards = ranks.size > 1 and program.plan != "dp"
-    stages = tuple(one.on_ranks(ranks.size, is_sharded=shards) for one in program.stage)
+    stages = stages_on_ranks(program, ranks)
     say = log.say_early if ranks.is_first else _say_nothing
     with ranks.first_on_node():
         program.log.check()
@@ -116,7 +121,7 @@ def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> Pipeline
     out.begin(stage.label)
     started = perf_counter()
     with state.stopping.at_once(_steps_taken(state.records), run.folder):
-        if not stage.observes or (stage.forwards and state.sharding is not None):
+        if runs_everywhere(stage, state):
             state = stage.run(state)
         else:
             whole = state.on_host()

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import torch
@@ -20,7 +20,9 @@ from minitune.io.results import Record
 from minitune.launch.ranks import Launched, launched
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log, LogConfig
+from minitune.programs.program import Program
 from minitune.programs.run_folder import Run
+from minitune.programs.state import PipelineStage, PipelineState
 from minitune.sharding.ranks import ALONE, Ranks
 
 # Ranks wait so long for the first one, which evaluates, generates and writes alone. One that has
@@ -106,7 +108,28 @@ def log_for(ranks: Ranks, run: Run, config: LogConfig, program: dict[str, Any]) 
         with Log(run.folder, config, program) as log:
             yield log
         return
-    with TemporaryDirectory(prefix="minitune-rank-") as aside, open(os.devnull, "w") as nowhere:
+    with TemporaryDirectory(prefix="minitune-rank-") as aside, _nowhere() as nowhere:
         console = Console(file=nowhere, force_terminal=False)
         with Log(Path(aside), LogConfig(every=config.every), program, console) as log:
             yield log
+
+
+def stages_on_ranks(program: Program, ranks: Ranks) -> tuple[PipelineStage, ...]:
+    """Stages of a program as its ranks run them together; InputError for one that they can't."""
+    if ranks.size == 1:
+        return program.stage
+    how = {"is_sharded": program.plan != "dp"}
+    return tuple(stage.on_ranks(ranks.size, **how) for stage in program.stage)
+
+
+def runs_everywhere(stage: PipelineStage, state: PipelineState) -> bool:
+    """True for a stage that every rank runs: one that changes the model, or needs a forward of
+    weights that all share. What else observes the model is the first rank's work.
+    """
+    if state.ranks.size == 1 or not stage.observes:
+        return True
+    return stage.forwards and state.sharding is not None
+
+
+def _nowhere() -> IO[str]:
+    return open(os.devnull, "w", encoding="utf-8")

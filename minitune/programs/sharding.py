@@ -16,7 +16,9 @@ from minitune.sharding.parts import is_sharded
 from minitune.sharding.ranks import Ranks
 from minitune.tree import Tree
 
-Cut = Callable[[str, Tree], Tree]  # (name, a weight on the host) -> what this rank holds of it
+CutWeight = Callable[
+    [str, Tree], Tree
+]  # (name, a weight on the host) -> what this rank holds of it
 
 
 class Sharding(NamedTuple):
@@ -25,7 +27,7 @@ class Sharding(NamedTuple):
     plan: Mapping[str, str]
     mesh: Any  # torch's DeviceMesh
 
-    def cut(self, config: DecoderConfig) -> Cut:
+    def cut(self, config: DecoderConfig) -> CutWeight:
         """Function that gives the part of this rank, on its device, of a weight of a model, dense
         or quantized.
         """

@@ -19,7 +19,7 @@ from minitune.models.model import Model
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.profiling.profile import Profile
-from minitune.programs.sharding import Cut, Sharding, whole_on_host
+from minitune.programs.sharding import CutWeight, Sharding, whole_on_host
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
@@ -107,7 +107,7 @@ class PipelineState(NamedTuple):
         return ALONE if self.ranks.is_first else None
 
     @property
-    def cut(self) -> Cut:
+    def cut(self) -> CutWeight:
         """Function that gives what this rank holds of a weight on the host, by its name."""
         if self.sharding is None:
             return lambda name, leaf: leaf
