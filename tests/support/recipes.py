@@ -47,16 +47,6 @@ class Recipe(NamedTuple):
     gpu: int  # GB
 
     @property
-    def lora(self) -> LoraStage:
-        """Its LoRA stage."""
-        return next(stage for stage in self.loaded.stage if isinstance(stage, LoraStage))
-
-    @property
-    def train(self) -> Train:
-        """Its training stage."""
-        return next(stage for stage in self.loaded.stage if isinstance(stage, Train))
-
-    @property
     def n_tokens(self) -> int:
         """Tokens of a step."""
         step = self.plan.step
@@ -75,20 +65,22 @@ class Recipe(NamedTuple):
 
     def row(self) -> str:
         """Row of the table."""
-        lora, train = self.lora, self.train
-        cells = [
-            f"`{self.name}`",
-            HUB.findall(self.text)[0],
-            f"{self.gpu} GB",
-            f"{self.plan.n_bytes / MIB:,.0f}",
-            f"{self.n_tokens:,}",
-            self.tflop,
-            f"{train.optimizer.lr:.0e}".replace("e-0", "e-"),
-            f"{lora.rank}, {lora.alpha:g}",
-            f"{train.epochs:g}",
-            ", ".join(f"[{tool(link)}]({link})" for link in dict.fromkeys(LINK.findall(self.text))),
-        ]
-        return f"| {' | '.join(cells)} |\n"
+        model, *numbers, source = file_cells(self.text, self.loaded)
+        needs = [f"{self.gpu} GB", f"{self.plan.n_bytes / MIB:,.0f}", f"{self.n_tokens:,}", self.tflop]
+        return f"| {' | '.join([f'`{self.name}`', model, *needs, *numbers, source])} |\n"
+
+
+def file_cells(text: str, loaded: program.Program) -> list[str]:
+    """Cells that a recipe's file says without a plan: model, rate, rank and alpha, epochs, sources."""
+    lora = next(stage for stage in loaded.stage if isinstance(stage, LoraStage))
+    train = next(stage for stage in loaded.stage if isinstance(stage, Train))
+    return [
+        HUB.findall(text)[0],
+        f"{train.optimizer.lr:.0e}".replace("e-0", "e-"),
+        f"{lora.rank}, {lora.alpha:g}",
+        f"{train.epochs:g}",
+        ", ".join(f"[{tool(link)}]({link})" for link in dict.fromkeys(LINK.findall(text))),
+    ]
 
 
 def tool(link: str) -> str:
