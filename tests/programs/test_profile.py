@@ -295,8 +295,13 @@ def test_a_profile_is_no_part_of_what_is_run(tmp_path: Path, tiny: Path, capsys:
     assert start(tmp_path, tiny, LORA + TRAIN, "profile.steps=[2, 3]") == 0
     assert start(tmp_path, tiny, LORA + TRAIN) == 0
     assert capsys.readouterr().out.count("is finished: nothing is left to run") == 2
-    run(tmp_path, tiny, LORA + TRAIN, "train.steps=6", "profile.steps=[5, 6]")
-    assert read_profiles(tmp_path / "p")["train"].steps == (5, 6)
+    run(tmp_path, tiny, LORA + TRAIN, "train.steps=5", "profile.steps=[1, 2]")
+    assert "no profile" not in capsys.readouterr().out  # it has one of these steps, which goes along
+    assert (tmp_path / "p" / read_profiles(tmp_path / "p")["train"].trace).is_file()
+    run(tmp_path, tiny, LORA + TRAIN, "train.steps=7", "profile.steps=[2, 3]")
+    assert "train: no profile of steps 2 to 3: training goes on at step 6\n" in capsys.readouterr().out
+    run(tmp_path, tiny, LORA + TRAIN, "train.steps=8", "profile.steps=[8, 8]")
+    assert read_profiles(tmp_path / "p")["train"].steps == (8, 8)
 
 
 SECOND = TRAIN.replace('op = "train"', 'op = "train"\nname = "second"').replace("steps = 4", "epochs = 1")
