@@ -165,7 +165,7 @@ def total_bytes(device: torch.device) -> int:
 def profiled(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a function whose calls are a range of that name in a profile of torch.
 
-    While nothing is recorded a call takes a tenth of a microsecond more, and a graph of
+    While nothing is recorded a call takes less than a microsecond more, and a graph of
     torch.compile is the same as without it.
     """
 

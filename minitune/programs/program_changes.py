@@ -12,16 +12,8 @@ from minitune.programs.stages.stage import Stage
 
 TomlTable = Mapping[str, Any]
 
-NOT_THE_RUN = (
-    "log",
-    "profile",
-    "resume",
-    "out",
-    "name",
-    "must_fit",
-    "mesh",
-    "plan",
-)  # keys of a program that change nothing of a run
+# keys of a program that change nothing of a run
+NOT_THE_RUN = ("log", "profile", "resume", "out", "name", "must_fit", "mesh", "plan")
 KINDS = MappingProxyType({kind.__struct_config__.tag: kind for kind in get_args(Stage)})
 # Keys under whose change a training stage goes on from its newest state.
 LONGER = ("steps", "epochs", "evaluate")

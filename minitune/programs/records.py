@@ -3,7 +3,7 @@ and nowhere else."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,6 +38,14 @@ class TaskRecord(msgspec.Struct, frozen=True):
     metrics: dict[str, Metric] = {}
 
 
+class OtherAnswers(msgspec.Struct, frozen=True):
+    """Answers of the state of training that did not go on to the stages after it."""
+
+    state: Literal["best", "last"]
+    step: int
+    samples: tuple[Sample, ...]
+
+
 class StageRecord(msgspec.Struct, frozen=True):
     """Figures of a stage's record that a report shows or a later start reads; a record may hold
     others."""
@@ -47,6 +55,7 @@ class StageRecord(msgspec.Struct, frozen=True):
     exact_match: float | None = None
     n_prompts: int | None = None
     samples: tuple[Sample, ...] = ()
+    other_answers: OtherAnswers | None = None
     steps: int | None = None
     last_loss: float | None = None  # nats a token, of training
     mean_loss: float | None = None  # of the last n_mean_steps

@@ -25,6 +25,7 @@ from minitune.programs.manifest import (
     this_start,
     version_changes,
 )
+from minitune.programs.profiling.table import take_over
 from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import read_rows, read_summary, write_record
 from minitune.programs.stages.training_stage import TrainingStage
@@ -178,6 +179,7 @@ def _take_over(earlier: EarlierRun, new: Path) -> None:
     write_atomic(new / ROWS, b"".join(rows))
     if early := earlier.held(earlier.ended):
         write_record(new / ended.FILE, msgspec.to_builtins(early))
+    take_over(earlier.folder, new, earlier.kept)
     for name in (LINES, *TRACKER_FILES):
         if (earlier.folder / name).is_file():
             shutil.copyfile(earlier.folder / name, new / name)

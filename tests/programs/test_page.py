@@ -14,10 +14,15 @@ import pytest
 
 from minitune.__main__ import main
 from minitune.cli.report import server_of
+from minitune.data.table_facts import Lengths
 from minitune.errors import InputError
+from minitune.programs.data_facts import DataFacts, TableFacts
 from minitune.programs.page.advice import advice
 from minitune.programs.page.page import page, write_page
 from minitune.programs.page.run_files import read_run
+from minitune.programs.page.samples_part import columns
+from minitune.programs.profiling.table import KindOfWork, StageProfile, write_profile
+from minitune.programs.records import write_record
 from support.programs import LORA, TRAIN, evaluation, run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -95,6 +100,73 @@ def test_answers_are_marked_where_they_differ_and_nothing_of_the_run_is_code(tmp
     parser = Balanced()
     parser.feed(text)
     assert not parser.open
+
+
+def test_missing_words_are_struck_out_and_a_legend_says_so(tmp_path: Path) -> None:
+    sample = {"prompt": "p", "reference": "two red pears", "answer": "two pears"}
+    text = page({"r": read_run(write_run(tmp_path / "r", [], {"after": {"loss_nats": 1.0, "samples": [sample]}}))}, script="x.js")
+    assert "two <del>red </del>pears" in text
+    assert "struck-out ones are missing" in text
+
+
+def samples(answer: str) -> list[dict]:
+    return [{"prompt": "p", "reference": "r", "answer": answer}]
+
+
+def trained(best_step: int, state: str = "", step: int = 0) -> dict:
+    others = {"other_answers": {"state": state, "step": step, "samples": samples("other")}} if state else {}
+    return {"steps": 40, "best_step": best_step, "best_heldout_nats": 0.5, **others}
+
+
+@pytest.mark.parametrize(
+    ("train", "titles", "said"),
+    [
+        (
+            trained(30, "last", 40),
+            ["before", "after (best: step 30)", "last of train: step 40", "exported (best: step 30)"],
+            "train: step 30 has the best held-out loss, 40 is the last step; the best of the two went on",
+        ),
+        (
+            trained(30, "best", 30),
+            ["before", "best of train: step 30", "after (last: step 40)", "exported (last: step 40)"],
+            "train: step 30 has the best held-out loss, 40 is the last step; the last of the two went on",
+        ),
+        (
+            trained(40),
+            ["before", "after", "exported"],
+            "train: the best held-out loss is that of the last step, 40",
+        ),
+        ({"steps": 40}, ["before", "after", "exported"], None),
+    ],
+)
+def test_the_best_state_stands_between_before_and_after(tmp_path: Path, train: dict, titles: list[str], said: str | None) -> None:
+    records: dict = {name: {"loss_nats": 1.0, "samples": samples(name)} for name in ("before", "after", "exported")}
+    ordered = {"before": records["before"], "train": train, "after": records["after"], "exported": records["exported"]}
+    run_files = read_run(write_run(tmp_path / "r", [], ordered))
+    found = columns(run_files.typed)
+    assert [column.title for column in found] == titles
+    answers = ["other" if "of train" in title else title.partition(" ")[0] for title in titles]
+    assert [column.samples[0].answer for column in found] == answers
+    text = page({"r": run_files}, script="x.js")
+    shown = re.findall(r'<div><p class="dim">([^<]*)</p><p>(.*?)</p></div>', text)
+    assert [title for title, _ in shown] == titles
+    assert said is None or said in text
+    assert ("held-out loss" in text.partition("<h2>Samples</h2>")[2]) == (said is not None)
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open
+
+
+def test_two_trainings_have_their_own_states(tmp_path: Path) -> None:
+    record = {"loss_nats": 1.0, "samples": samples("a")}
+    records = {"one": trained(30, "last", 40), "middle": record, "two": trained(20, "best", 20), "after": record}
+    found = columns(read_run(write_run(tmp_path / "r", [], records)).typed)
+    expected = ["middle (best: step 30)", "last of one: step 40", "best of two: step 20", "after (last: step 40)"]
+    assert [column.title for column in found] == expected
+    # nothing is measured between two trainings
+    records.pop("middle")
+    found = columns(read_run(write_run(tmp_path / "r", [], records)).typed)
+    assert [column.title for column in found] == ["last of one: step 40", "best of two: step 20", "after (last: step 40)"]
 
 
 ROWS = [{"step": i + 1, "loss": 2.0 - 0.05 * i, "grad_norm": 1.0} for i in range(30)]
@@ -211,15 +283,47 @@ def test_watch_serves_the_page_as_the_run_goes_on(tmp_path: Path) -> None:
         server.server_close()
 
 
+def write_full_run(folder: Path) -> Path:
+    """Write a run that has everything that a page shows, and figures that are odd."""
+    rows = [{**row, "lr": 1e-3, "mem_bytes": 2**30, "tokens_per_second": 5.0, "loss": 2.0} for row in ROWS]
+    rows[20] |= {"grad_norm": 50.0, "heldout_loss": 1.5}
+    records = {
+        "before": {"loss_nats": 2.0, "samples": samples("long and wrong (cut)")},
+        "train": trained(30, "last", 40),
+        "after": {"loss_nats": 1.0, "exact_match": 0.25, "samples": samples("r")},
+    }
+    write_run(folder, rows, records)
+    lengths = Lengths(20, [3, 4], 12.0, 12.0, 30)
+    few = TableFacts("t.jsonl", "instruct", 64, 7, 1000, 10, 7, {}, lengths, None, None)
+    write_record(folder / "data.json", DataFacts({"train": few}))
+    work = KindOfWork("matrix products", 0.75, 0.75, 12, 2**20, 2**19), KindOfWork("attention", 0.25, 0.25, 3, 0, 0)
+    write_profile(folder, "train", StageProfile((10, 12), 1.0, False, 2**19, work, "profile/train-steps-10-12.json.gz"))
+    return folder
+
+
+SHOWN = (
+    *("Loss", "Learning rate", "Gradient norm", "Speed", "Memory", "Lengths of train"),  # figures
+    *("Stages", "exact match", "25.0%", "at step"),
+    *("Samples", "before", "after (best: step 30)", "last of train: step 40"),
+    *("Where time and memory went", "75% of it is matrix products and 25% attention", "profile/train-steps-10-12.json.gz"),
+    *("torch 2", "program.toml", 'name = "r"'),
+    "the loss went from 2 to 2, so hardly anything was learned",
+    "the gradient's norm was 50 at step 21",
+    "1 of the 1 answers shown were cut at max_new_tokens",
+    "1.0% of the tokens of train are trained; short answers to long prompts learn slowly",
+)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 @pytest.mark.parametrize("width", [1280, 600])
-def test_a_browser_draws_every_figure_within_its_box(tmp_path: Path, width: int) -> None:
-    rows = [{**row, "lr": 1e-3, "mem_bytes": 2**30, "tokens_per_second": 5.0} for row in ROWS]
-    path = write_page(read_run(write_run(tmp_path / "r", rows, {})))
+def test_a_browser_shows_everything_and_draws_every_figure_within_its_box(tmp_path: Path, width: int) -> None:
+    path = write_page(read_run(write_full_run(tmp_path / "r")))
     words = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     words += [f"--window-size={width},900", "--virtual-time-budget=10000", "--dump-dom", path.as_uri()]
     dom = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
     drawn = re.findall(r'<svg class="main-svg"[^>]*width="([\d.]+)"', dom)
-    assert dom.count('class="plot js-plotly-plot"') == 5
-    assert len(drawn) >= 5
+    assert dom.count('class="plot js-plotly-plot"') == 6
+    assert len(drawn) >= 6
     assert all(0 < float(size) <= width for size in drawn)
+    seen = html.unescape(re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", "\n", dom, flags=re.DOTALL))
+    assert [text for text in SHOWN if text not in seen] == []

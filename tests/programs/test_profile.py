@@ -18,6 +18,8 @@ from minitune.programs.page.run_files import read_run
 from minitune.programs.profiling import kinds, recording
 from minitune.programs.profiling.table import TITLES, KindOfWork, StageProfile, drawn_table, read_profiles, stage_profile
 from minitune.programs.profiling.trace import Work, decode, measure
+from minitune.programs.stages import loop_state
+from minitune.programs.stages.due import Due, n_waiting
 from support.programs import LORA, TRAIN, evaluation, rows_without_time, run, run_killed, start, weights
 
 STEPS = {"ph": "X", "cat": "user_annotation", "name": kinds.STEPS, "tid": 1, "ts": 0.0, "dur": 100.0}
@@ -293,8 +295,13 @@ def test_a_profile_is_no_part_of_what_is_run(tmp_path: Path, tiny: Path, capsys:
     assert start(tmp_path, tiny, LORA + TRAIN, "profile.steps=[2, 3]") == 0
     assert start(tmp_path, tiny, LORA + TRAIN) == 0
     assert capsys.readouterr().out.count("is finished: nothing is left to run") == 2
-    run(tmp_path, tiny, LORA + TRAIN, "train.steps=6", "profile.steps=[5, 6]")
-    assert read_profiles(tmp_path / "p")["train"].steps == (5, 6)
+    run(tmp_path, tiny, LORA + TRAIN, "train.steps=5", "profile.steps=[1, 2]")
+    assert "no profile" not in capsys.readouterr().out  # it has one of these steps, which goes along
+    assert (tmp_path / "p" / read_profiles(tmp_path / "p")["train"].trace).is_file()
+    run(tmp_path, tiny, LORA + TRAIN, "train.steps=7", "profile.steps=[2, 3]")
+    assert "train: no profile of steps 2 to 3: training goes on at step 6\n" in capsys.readouterr().out
+    run(tmp_path, tiny, LORA + TRAIN, "train.steps=8", "profile.steps=[8, 8]")
+    assert read_profiles(tmp_path / "p")["train"].steps == (8, 8)
 
 
 SECOND = TRAIN.replace('op = "train"', 'op = "train"\nname = "second"').replace("steps = 4", "epochs = 1")
@@ -327,6 +334,13 @@ def test_a_stage_that_ends_before_the_steps_is_told(tmp_path: Path, tiny: Path, 
     assert "note: train takes 4 steps, so that profile.steps = [5, 5] records none of it" in capsys.readouterr().out
     assert start(tmp_path, tiny, evaluation("before"), "profile.steps=[5, 5]", verb=("check",)) == 2
     assert "program: profile.steps = [5, 5], but no stage trains, expected a train stage" in capsys.readouterr().err
+
+
+def test_on_a_device_all_steps_are_read_where_a_profile_begins_and_ends() -> None:
+    cuda, loop = torch.device("cuda"), loop_state.begin(1)
+    none_due = Due(evaluation=False, save=False, stop=False, end=False, profile=False)
+    assert n_waiting(none_due, loop, cuda) == 1
+    assert n_waiting(none_due._replace(profile=True), loop, cuda) == 0
 
 
 class FakeProfiler(torch.profiler.profile):

@@ -12,7 +12,6 @@ ENOUGH_ROWS = 20  # rows of a stage below which its course says nothing
 SMALL_GAIN = 0.01  # share of the first losses by which training lowered them, at least
 SPIKE = 10.0  # times the median gradient norm
 OVERFITTED = 0.02  # share by which the last held-out loss lies above the best
-FEW_TARGETS = 0.02  # share of tokens that are trained
 CUT = "(cut)"
 
 
@@ -23,7 +22,7 @@ def advice(run: RunFiles) -> list[str]:
         for number in sorted({row["adapter"] for row in rows}, key=str):
             own = [row for row in rows if row["adapter"] == number]
             label = stage if number is None else f"{stage}, adapter {number}"
-            texts = (*_of_losses(own), *_of_steps(own), *_of_heldout(own), *_of_targets(own))
+            texts = (*_of_losses(own), *_of_steps(own), *_of_heldout(own))
             found += [f"{label}: {text}" for text in texts]
     for stage, record in run.records.items():
         found += [f"{stage}: {text}" for text in _of_answers(record)]
@@ -70,21 +69,7 @@ def _of_heldout(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if len(heldout) >= 3 and heldout[-1] > (1 + OVERFITTED) * min(heldout):
         yield (
             f"the held-out loss rose from {min(heldout):.4g} to {heldout[-1]:.4g}, while training "
-            "went on. Train fewer epochs, or keep the best state with evaluate.keep"
-        )
-
-
-def _of_targets(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Advice where few of the tokens are trained."""
-    trained = [
-        _value(row, "target_tokens", 0.0) / row["tokens"]
-        for row in rows
-        if row.get("tokens") and "target_tokens" in row
-    ]
-    if trained and fmean(trained) < FEW_TARGETS:
-        yield (
-            f"only {fmean(trained):.1%} of the tokens are trained. Short answers to long prompts "
-            "learn slowly: `show-sample` shows which tokens are targets"
+            'went on. Train fewer epochs; with evaluate.keep = "best" the best state goes on'
         )
 
 

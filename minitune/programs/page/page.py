@@ -25,7 +25,9 @@ for (const place of document.querySelectorAll(".plot")) {
 }
 """
 PROGRESS_LINE = re.compile(r"\S+ [\d,]+/[\d,]+ ")
-DATA_LINE = re.compile(r"samples|tokens|rows|epoch|dropped|duplicate|truncated|cut", re.IGNORECASE)
+DATA_LINE = re.compile(
+    r"\b(samples|tokens|rows|epoch|dropped|duplicate|truncated|cut)\b", re.IGNORECASE
+)
 STYLE = """
 :root { color-scheme: light dark; --line: rgba(128, 128, 128, .3);
         --good: rgba(40, 167, 69, .25); --warn: rgba(255, 170, 0, .18); }
@@ -41,10 +43,15 @@ table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: right;
          vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-.sample { margin-bottom: .6rem; width: 100%; }
+.sample { margin-bottom: .6rem; }
+.sample table { width: 100%; }
 .sample td { overflow-wrap: anywhere; text-align: left; white-space: pre-wrap; }
 .sample td:first-child { opacity: .7; white-space: nowrap; width: 6rem; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); }
+.answers div { padding: .3rem .7rem; }
+.answers p { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 mark { background: var(--warn); color: inherit; }
+del { opacity: .55; }
 .same { background: var(--good); }
 .advice { padding: 0; }
 .advice li { background: var(--warn); border-radius: 6px; list-style: none; margin: .3rem 0;

@@ -38,6 +38,7 @@ class Recording:
     def __init__(self, stage: TrainingStage, state: PipelineState, device: torch.device) -> None:
         """device: that trains."""
         self._label, self._log, self._folder = stage.label, state.log, state.folder
+        # no step is the zeroth
         self._steps = (0, 0) if state.profile is None else state.profile.steps
         self.device = device
         self._profiler: profile | None = None
@@ -61,12 +62,12 @@ class Recording:
 
     def begin(self, step: int) -> None:
         """Begin to record if the next step is the first one to record."""
-        first, last = self._steps
-        if step == first:
+        if step == self._steps[0]:
             self._start()
-        elif first < step <= last and not self._has_begun:
+        elif step > self._steps[0] > 0 and not self._has_begun:
             self._has_begun = True
-            if self._label not in read_profiles(self._folder):
+            known = read_profiles(self._folder).get(self._label)
+            if known is None or known.steps != self._steps:
                 self._say_none(f"training goes on at step {step}")
 
     def end(self, step: int) -> None:

@@ -1,6 +1,7 @@
 """Table of a profile: where time and memory went, by kind of work."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -107,6 +108,17 @@ def read_profiles(folder: Path) -> dict[str, StageProfile]:
     if not path.is_file():
         return {}
     return read_json(path, dict[str, StageProfile], "profile", "remove it")
+
+
+def take_over(old: Path, new: Path, labels: Collection[str]) -> None:
+    """Copy the profiles of some stages, with their files, from one run folder to another."""
+    for label, profile in read_profiles(old).items():
+        if label in labels:
+            write_profile(new, label, profile)
+            for name in filter(None, (profile.trace, profile.snapshot)):
+                if (old / name).is_file():
+                    (new / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(old / name, new / name)
 
 
 def write_profile(folder: Path, label: str, profile: StageProfile) -> None:

@@ -19,10 +19,12 @@ from minitune.io import paths
 from minitune.programs.data_tables import require_data
 from minitune.programs.stages.base import BaseStage, adapted_params
 from minitune.programs.stages.batches import describe
-from minitune.programs.stages.generate import answered, conversation_text
+from minitune.programs.stages.generate import Answer, answered, conversation_text
 from minitune.programs.stages.shown_batches import shown_batches
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Batch, NonNegativeInt, PositiveInt
+
+ROWS_READ = 8  # for each sample, so that rows without an answer may stand between
 
 
 class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
@@ -130,21 +132,40 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
         rows = prompts(state.data[self.data], loaded.tokenizer, loaded.template, self.limit)
         for line in self._answer_notes(rows):
             state.log.say(f"{self.label}: {line}")
+        pairs = self._answered(state, rows, self.label)
+        n_right = sum(reply.text.strip() == prompt.reference.strip() for prompt, reply in pairs)
+        samples = [_sample(prompt, reply) for prompt, reply in pairs[: self.samples]]
+        return {"exact_match": n_right / len(pairs), "n_prompts": len(pairs), "samples": samples}
+
+    def first_samples(self, state: PipelineState, label: str) -> list[dict[str, str]]:
+        """Answers of a model to the prompts that this stage shows; label: of the stage that asks.
+
+        Of a table whose first rows end without an answer there may be fewer.
+        """
+        loaded, n_read = state.loaded, ROWS_READ * self.samples
+        source, text = state.data[self.data], (loaded.tokenizer, loaded.template)
+        rows = prompts(source, *text, min(n_read, self.limit or n_read))
+        shown = [prompt for prompt in rows if prompt.reference][: self.samples]
+        return [_sample(*pair) for pair in self._answered(state, shown, label)]
+
+    def _answered(
+        self, state: PipelineState, rows: list[Prompt], label: str
+    ) -> list[tuple[Prompt, Answer]]:
+        """Prompts that have a reference, with the model's likeliest answers."""
         asked = [prompt for prompt in rows if prompt.reference]
         ids = [prompt.ids for prompt in asked]
         limits = self.batch_size, self.max_new_tokens
-        replies = answered(state, self.label, ids, Sampling(), *limits, ())
-        pairs = list(zip(asked, replies, strict=True))
-        n_right = sum(reply.text.strip() == prompt.reference.strip() for prompt, reply in pairs)
-        samples = [
-            {
-                "prompt": conversation_text(prompt.messages),
-                "reference": prompt.reference,
-                "answer": reply.shown,
-            }
-            for prompt, reply in pairs[: self.samples]
-        ]
-        return {"exact_match": n_right / len(pairs), "n_prompts": len(pairs), "samples": samples}
+        replies = answered(state, label, ids, Sampling(), *limits, ())
+        return list(zip(asked, replies, strict=True))
+
+
+def _sample(prompt: Prompt, reply: Answer) -> dict[str, str]:
+    """Entry of a record for a prompt and its answer."""
+    return {
+        "prompt": conversation_text(prompt.messages),
+        "reference": prompt.reference,
+        "answer": reply.shown,
+    }
 
 
 class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):

@@ -50,6 +50,7 @@ from minitune.programs.stages.best_state import load_best, save_best
 from minitune.programs.stages.continued import evaluation
 from minitune.programs.stages.first_steps import watched_step
 from minitune.programs.stages.histograms import watcher
+from minitune.programs.stages.other_answers import other_answers
 from minitune.programs.stages.private_training import PrivateTraining
 from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import FREE_KEYS, Evaluation, Sweep
@@ -188,12 +189,13 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         )
 
         trainable = train_state["trainable"]
+        others = other_answers(self, state, trainable, loop)
         if self.evaluate is not None and self.evaluate.keep == "best":
             trainable = load_best(self, state, trainable, loop)
         require_finite(trainable, f"stages: {self.label}")
         record = loop.stage_record(self) | private_training.spent(self, n_rows, loop.step)
         private_training.say_spent(self, state, record)
-        return state.with_model(trainable=trainable).record(self.label, record)
+        return state.with_model(trainable=trainable).record(self.label, record | others)
 
     def _task(
         self,
