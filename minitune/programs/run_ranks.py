@@ -22,7 +22,7 @@ from minitune.programs.ended import Ended
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.program import Program
 from minitune.programs.run_folder import Run
-from minitune.programs.state import PipelineStage, PipelineState
+from minitune.programs.state import PipelineStage, PipelineState, RankedStage
 from minitune.sharding.ranks import ALONE, Ranks
 
 # Ranks wait so long for the first one, which evaluates, generates and writes alone. One that has
@@ -32,7 +32,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # flags of the run tra
 
 
 class _Opened(msgspec.Struct, frozen=True):
-    """What the first rank tells the others of the run folder that it has opened."""
+    """Run folder that the first rank has opened, as it tells the others of it."""
 
     folder: str
     resumed: bool
@@ -118,8 +118,19 @@ def stages_on_ranks(program: Program, ranks: Ranks) -> tuple[PipelineStage, ...]
     """Stages of a program as its ranks run them together; InputError for one that they can't."""
     if ranks.size == 1:
         return program.stage
-    how = {"is_sharded": program.plan != "dp"}
-    return tuple(stage.on_ranks(ranks.size, **how) for stage in program.stage)
+    is_sharded = program.plan != "dp"
+    return tuple(_on_ranks(stage, ranks.size, is_sharded) for stage in program.stage)
+
+
+def _on_ranks(stage: PipelineStage, n_ranks: int, is_sharded: bool) -> PipelineStage:
+    if is_sharded and not stage.shards:
+        raise InputError(
+            f"stages: {stage.label} needs whole weights on every rank, and the plan cuts them, "
+            'expected plan = "dp"; or do this in a program of its own, after a save'
+        )
+    if isinstance(stage, RankedStage):
+        return stage.on_ranks(n_ranks, is_sharded=is_sharded)
+    return stage
 
 
 def runs_everywhere(stage: PipelineStage, state: PipelineState) -> bool:

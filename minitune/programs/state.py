@@ -195,12 +195,7 @@ class PipelineStage(Protocol):
 
     observes: ClassVar[bool]  # it leaves the model as it is
     forwards: ClassVar[bool]  # it observes by forwards of the model, which all ranks of a plan make
-
-    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "PipelineStage":
-        """Stage as n_ranks processes run it together, which share the weights if is_sharded;
-        InputError for one that they can't.
-        """
-        ...
+    shards: ClassVar[bool]  # it works on weights of which each rank holds a part
 
     @property
     def label(self) -> str:
@@ -224,6 +219,17 @@ class DataStage(Protocol):
         """Notes on the data that the stage will use, given the state before it.
 
         InputError for a row that would stop the stage. Tokens stay in the cache for it.
+        """
+        ...
+
+
+@runtime_checkable
+class RankedStage(Protocol):
+    """Stage that is another one where several processes run it."""
+
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> PipelineStage:
+        """Stage as n_ranks processes run it together, which share the weights if is_sharded;
+        InputError for one that they can't.
         """
         ...
 

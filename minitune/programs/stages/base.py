@@ -7,7 +7,6 @@ import torch
 
 from minitune import hardware, host
 from minitune.algorithms.objective import apply_trainable
-from minitune.errors import InputError
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
@@ -30,17 +29,6 @@ class BaseStage(
     def label(self) -> str:
         """Name in overrides, records and messages."""
         return self.name or str(self.__struct_config__.tag)
-
-    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "BaseStage":
-        """Stage as n_ranks processes run it together, which share the weights if is_sharded;
-        InputError for one that they can't.
-        """
-        if is_sharded and not self.shards:
-            raise InputError(
-                f"stages: {self.label} needs whole weights on every rank, and the plan cuts them, "
-                'expected plan = "dp"; or do this in a program of its own, after a save'
-            )
-        return self
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """Abstract state after this stage; InputError for what would stop it later. Nothing is

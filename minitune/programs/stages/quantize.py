@@ -53,14 +53,14 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions}
         )
 
-    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> BaseStage:
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "Quantize":
         """Same stage; InputError for one that calibrates weights which no rank holds whole."""
         if is_sharded and isinstance(self.method, gptq.Gptq):
             raise InputError(
                 f"stages: {self.label} has method gptq, which needs whole weights on every rank, "
                 'and the plan cuts them, expected plan = "dp" or method rtn'
             )
-        return super().on_ranks(n_ranks, is_sharded=is_sharded)
+        return self
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the globs match plain weights that fit the schemes, and the calibration
