@@ -17,6 +17,7 @@ from minitune.checkpoint.hf_folder import FolderExtras, write_beside_weights
 from minitune.errors import InputError
 from minitune.interop.compressed_tensors import Activations
 from minitune.interop.graphs import module_of, notes, quiet, require_packages
+from minitune.interop.readers.executorch import BITS
 from minitune.io.atomic import require_room
 from minitune.io.results import result_folder
 from minitune.models import decoder
@@ -34,9 +35,8 @@ CONTEXT = 2048  # tokens that the caches have room for, unless a program says an
 # and its runner reads a longer prompt in several.
 N_NEW = 128
 GROUP = 32  # XNNPACK multiplies groups of 4-bit codes whose size is a multiple of this
-BITS_METHOD = "get_weight_bits"  # metadata of our own, by which `verify` knows its bound
 FLOAT_BITS = 32
-BITS: Mapping[type, int] = MappingProxyType({QInt4: 4, QInt8: 8})
+CODE_BITS: Mapping[type, int] = MappingProxyType({QInt4: 4, QInt8: 8})
 PARTS = ("codes", "scale", "zero_point")  # tensors of a quantized weight
 
 
@@ -118,7 +118,7 @@ def save(
     with result_folder(folder) as aside, quiet():
         methods = _metadata(model, n_slots, extras.stop_ids, bos_id)
         exported = _exported(leaves, params, model, n_slots)
-        program = _lowered(exported, {**methods, BITS_METHOD: _bits(params)})
+        program = _lowered(exported, {**methods, BITS: _bits(params)})
         with (aside / FILE).open("wb") as file:
             program.write_to_file(file)
         write_beside_weights(aside, leaves, model, extras)
@@ -151,7 +151,7 @@ def _leaves(params: Params) -> dict[str, Tensor]:
 
 def _bits(params: Params) -> int:
     """Bits of a number of the most rounded weight."""
-    return min(BITS.get(type(w), FLOAT_BITS) for w in params.values())
+    return min(CODE_BITS.get(type(w), FLOAT_BITS) for w in params.values())
 
 
 def _metadata(
@@ -218,7 +218,7 @@ def _fake_quantized(name: str, w: Any, held: Params) -> Tensor:
         codes,
         scale,
         zero_point,
-        target_dtype=getattr(torch, f"int{BITS[type(w)]}"),
+        target_dtype=getattr(torch, f"int{CODE_BITS[type(w)]}"),
         block_size=(1, w.shape[1] // scale.shape[1]),
         dtype=torch.float32,
         activation_quantization="int8_asym_per_token",

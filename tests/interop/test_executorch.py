@@ -14,6 +14,7 @@ from minitune.checkpoint import FolderExtras, save_folder
 from minitune.errors import InputError
 from minitune.inference.generate import greedy
 from minitune.interop import executorch
+from minitune.interop.graphs import quiet
 from minitune.interop.readers.executorch import open_executorch
 from minitune.io import paths
 from minitune.models import FAMILIES, Model, block
@@ -45,11 +46,16 @@ def close(logits: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
     torch.testing.assert_close(logits, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
+def program_of(file: Path) -> Any:
+    with quiet():
+        from executorch.runtime import Runtime
+
+        return Runtime.get().load_program(file)
+
+
 def prefilled(file: Path, parts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits after each part of one text, every part read by one call."""
-    from executorch.runtime import Runtime
-
-    forward, start, logits = Runtime.get().load_program(file).load_method("forward"), 0, []
+    forward, start, logits = program_of(file).load_method("forward"), 0, []
     for part in parts:
         logits.append(forward.execute([torch.tensor([part]), torch.tensor([start])])[0].clone())
         start += len(part)
@@ -82,9 +88,7 @@ def text_of_runner(folder: Path, prompt: str, n_new: int) -> tuple[str, int]:
 
 def metadata_of(file: Path) -> dict[str, Any]:
     """Values of the constant methods of a program."""
-    from executorch.runtime import Runtime
-
-    program = Runtime.get().load_program(file)
+    program = program_of(file)
     values = {name: program.load_method(name).execute([]) for name in program.method_names - {"forward"}}
     return {name: value if name == "get_eos_ids" else value[0] for name, value in values.items()}
 
@@ -234,3 +238,16 @@ def test_what_a_program_can_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("minitune.interop.graphs.is_installed", lambda name: name != "torchao")
     with pytest.raises(InputError, match=r"the package torchao is not installed, .*pip install 'minitune\[executorch\]'"):
         executorch.check(params, model, activations="none", max_context_len=None)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "noise.pte").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="it is no program of ExecuTorch"):
+        open_executorch(tmp_path / "noise.pte")
+    with quiet():
+        from executorch.exir import to_edge
+
+        graph = torch.export.export(torch.nn.Linear(3, 2), (torch.ones(1, 3),), strict=False)
+        (tmp_path / "other.pte").write_bytes(to_edge(graph).to_executorch().buffer)
+    with pytest.raises(ValueError, match="it has no method get_max_seq_len, as programs of export stages have"):
+        open_executorch(tmp_path / "other.pte")
