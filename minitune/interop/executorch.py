@@ -65,8 +65,8 @@ def check(
     if quantized and activations == "none":
         raise InputError(
             f"executorch: {next(iter(quantized))} is quantized and activations are 'none', "
-            "expected 'int8': its kernels for such weights round each token's activations to 8 "
-            "bits; write activations = 'int8', or drop the quantize stage"
+            "expected 'int8': XNNPACK's kernels for such weights round each token's activations to "
+            "8 bits; write activations = 'int8', or drop the quantize stage"
         )
     if activations == "int8" and not quantized:
         raise InputError(
@@ -83,11 +83,11 @@ def _check_codes(name: str, w: Any) -> None:
             f"executorch: {name} is {kind}, expected int4 or int8; quantize to int4 or int8, or "
             "drop the quantize stage"
         )
-    n_groups, n_columns = w.scale.shape[1], w.shape[1]
-    if n_groups > 1 and n_columns // n_groups % GROUP:
+    group = w.shape[1] // w.scale.shape[1]
+    if isinstance(w, QInt4) and group % GROUP:
         raise InputError(
-            f"executorch: {name} has groups of {n_columns // n_groups}, expected a multiple of "
-            f"{GROUP}; write group = {GROUP} in the quantize stage"
+            f"executorch: {name} has groups of {group}, expected a multiple of {GROUP}; write "
+            f"group = {GROUP} in the quantize stage, or quantize it to int8"
         )
 
 

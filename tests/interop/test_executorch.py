@@ -224,9 +224,11 @@ def test_what_a_program_can_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch)
     keys: dict[str, Any] = {"activations": "int8", "max_context_len": None}
     with pytest.raises(InputError, match=f"executorch: {name} is nf4, expected int4 or int8"):
         executorch.check({**params, name: quantize(w, NF4())}, model, **keys)
-    with pytest.raises(InputError, match=f"executorch: {name} has groups of 16, expected a multiple of 32; write group = 32"):
-        executorch.check({**params, name: int4(w, 16)}, model, **keys)
+    for wide, group in ((w, 16), (torch.ones(3, 48), 48)):
+        with pytest.raises(InputError, match=f"executorch: {name} has groups of {group}, expected a multiple of 32; write group"):
+            executorch.check({**params, name: int4(wide, group)}, model, **keys)
     executorch.check({**params, name: int4(w, 64)}, model, **keys)
+    executorch.check({**params, name: int8(torch.ones(3, 13))}, model, **keys)
     with pytest.raises(InputError, match="activations = 'int8' but no weight is quantized, expected int4 or int8 weights"):
         executorch.check(params, model, **keys)
     keys["activations"] = "none"
