@@ -59,6 +59,11 @@ def check(
     """InputError for what `save` would refuse, given leaves on any device, meta too."""
     require_packages(PACKAGES, "executorch")
     context_len(model, max_context_len)
+    if model.config.chunk is not None or model.config.nope_growth is not None:
+        raise InputError(
+            "executorch: the model has chunks of attention or queries that grow (Llama 4), which "
+            "ExecuTorch's runtime fails on, expected another family; export another format"
+        )
     quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
     for name, w in quantized.items():
         _check_codes(name, w)
