@@ -17,6 +17,7 @@ from minitune.checkpoint.hf_folder import FolderExtras, write_beside_weights
 from minitune.errors import InputError
 from minitune.interop.compressed_tensors import Activations
 from minitune.interop.graphs import module_of, notes, quiet, require_packages
+from minitune.interop.readers.executorch import BITS
 from minitune.io.atomic import require_room
 from minitune.io.results import result_folder
 from minitune.models import decoder
@@ -34,9 +35,8 @@ CONTEXT = 2048  # tokens that the caches have room for, unless a program says an
 # and its runner reads a longer prompt in several.
 N_NEW = 128
 GROUP = 32  # XNNPACK multiplies groups of 4-bit codes whose size is a multiple of this
-BITS_METHOD = "get_weight_bits"  # metadata of our own, by which `verify` knows its bound
 FLOAT_BITS = 32
-BITS: Mapping[type, int] = MappingProxyType({QInt4: 4, QInt8: 8})
+CODE_BITS: Mapping[type, int] = MappingProxyType({QInt4: 4, QInt8: 8})
 PARTS = ("codes", "scale", "zero_point")  # tensors of a quantized weight
 
 
@@ -59,14 +59,19 @@ def check(
     """InputError for what `save` would refuse, given leaves on any device, meta too."""
     require_packages(PACKAGES, "executorch")
     context_len(model, max_context_len)
+    if model.config.chunk is not None or model.config.nope_growth is not None:
+        raise InputError(
+            "executorch: the model has chunks of attention or queries that grow (Llama 4), which "
+            "ExecuTorch's runtime fails on, expected another family; export another format"
+        )
     quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
     for name, w in quantized.items():
         _check_codes(name, w)
     if quantized and activations == "none":
         raise InputError(
             f"executorch: {next(iter(quantized))} is quantized and activations are 'none', "
-            "expected 'int8': its kernels for such weights round each token's activations to 8 "
-            "bits; write activations = 'int8', or drop the quantize stage"
+            "expected 'int8': XNNPACK's kernels for such weights round each token's activations to "
+            "8 bits; write activations = 'int8', or drop the quantize stage"
         )
     if activations == "int8" and not quantized:
         raise InputError(
@@ -83,11 +88,11 @@ def _check_codes(name: str, w: Any) -> None:
             f"executorch: {name} is {kind}, expected int4 or int8; quantize to int4 or int8, or "
             "drop the quantize stage"
         )
-    n_groups, n_columns = w.scale.shape[1], w.shape[1]
-    if n_groups > 1 and n_columns // n_groups % GROUP:
+    group = w.shape[1] // w.scale.shape[1]
+    if isinstance(w, QInt4) and group % GROUP:
         raise InputError(
-            f"executorch: {name} has groups of {n_columns // n_groups}, expected a multiple of "
-            f"{GROUP}; write group = {GROUP} in the quantize stage"
+            f"executorch: {name} has groups of {group}, expected a multiple of {GROUP}; write "
+            f"group = {GROUP} in the quantize stage, or quantize it to int8"
         )
 
 
@@ -118,7 +123,7 @@ def save(
     with result_folder(folder) as aside, quiet():
         methods = _metadata(model, n_slots, extras.stop_ids, bos_id)
         exported = _exported(leaves, params, model, n_slots)
-        program = _lowered(exported, {**methods, BITS_METHOD: _bits(params)})
+        program = _lowered(exported, {**methods, BITS: _bits(params)})
         with (aside / FILE).open("wb") as file:
             program.write_to_file(file)
         write_beside_weights(aside, leaves, model, extras)
@@ -151,7 +156,7 @@ def _leaves(params: Params) -> dict[str, Tensor]:
 
 def _bits(params: Params) -> int:
     """Bits of a number of the most rounded weight."""
-    return min(BITS.get(type(w), FLOAT_BITS) for w in params.values())
+    return min(CODE_BITS.get(type(w), FLOAT_BITS) for w in params.values())
 
 
 def _metadata(
@@ -218,7 +223,7 @@ def _fake_quantized(name: str, w: Any, held: Params) -> Tensor:
         codes,
         scale,
         zero_point,
-        target_dtype=getattr(torch, f"int{BITS[type(w)]}"),
+        target_dtype=getattr(torch, f"int{CODE_BITS[type(w)]}"),
         block_size=(1, w.shape[1] // scale.shape[1]),
         dtype=torch.float32,
         activation_quantization="int8_asym_per_token",

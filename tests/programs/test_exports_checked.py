@@ -49,6 +49,8 @@ def abstract(tmp_path: Path, family: str = "llama", **fields: object) -> Abstrac
         (Int8(), Export(format="bitsandbytes"), "is int8, expected NF4"),
         (Int4(32), Export(format="compressed-tensors", activations="int8"), "but no weight is int8"),
         (Int8(), Export(format="onnx"), "is quantized, expected dense weights; drop the quantize stage"),
+        (NF4(), Export(format="executorch", activations="int8"), "is nf4, expected int4 or int8"),
+        (None, Export(format="executorch", max_context_len=30), "max_context_len is 30, expected 2 to 29"),
         (None, Export(format="gguf", types=Types("Q8_0", {"*.nope.*": "F16"})), r"'\*.nope.\*' matches no weight"),
     ],
 )
@@ -99,6 +101,9 @@ def test_importance_that_nothing_can_use_is_refused_by_check(export, message, tm
 
 def test_what_the_formats_hold_passes_check(tmp_path: Path):
     state = abstract(tmp_path)
+    quantized = Quantize(scheme=Int4(32), weights=PROJECTIONS).check(state)
+    written = {"run/executorch": "executorch"}
+    assert Export(format="executorch", activations="int8").check(quantized) == quantized._replace(written=written)
     for scheme, form in ((Int8(), "compressed-tensors"), (Int4(32), "gguf"), (NF4(), "bitsandbytes")):
         quantized = Quantize(scheme=scheme, weights=PROJECTIONS).check(state)
         written = {f"run/{form}" if form != "gguf" else "run/model.gguf": form}

@@ -12,6 +12,8 @@ from minitune.errors import InputError
 from minitune.interop.graphs import quiet
 from minitune.interop.readers.reader import Reader
 
+BITS = "get_weight_bits"  # metadata of our own, by which `verify` knows its bound
+
 
 def open_executorch(file: Path) -> Reader:
     """Program in ExecuTorch's runtime, called as its TextLLMRunner calls it: a prompt in parts that
@@ -19,7 +21,8 @@ def open_executorch(file: Path) -> Reader:
     """
     program = _program(file)
     forward = program.load_method("forward")
-    n_new, n_slots = (metadata(program, f"get_max_{what}_len") for what in ("seq", "context"))
+    names = ("get_max_seq_len", "get_max_context_len", BITS)
+    n_new, n_slots, _ = (_metadata(program, name) for name in names)
 
     def run(ids: Sequence[int], start: int) -> Float[Tensor, "V"]:
         """Logits after ids, the first of which is token `start` of the text."""
@@ -51,18 +54,23 @@ def open_executorch(file: Path) -> Reader:
 
 def weight_bits(file: Path) -> int:
     """Bits of a number of the most rounded weight of a program."""
-    return metadata(_program(file), "get_weight_bits")
-
-
-def metadata(program: Any, name: str) -> int:
-    """Value of a constant method of a program; ValueError for one that it does not have."""
-    if name not in program.method_names:
-        raise ValueError(f"it has no method {name}")
-    return int(program.load_method(name).execute([])[0])
+    return _metadata(_program(file), BITS)
 
 
 def _program(file: Path) -> Any:
+    """Program in a file; ValueError for a file of another kind, which the runtime may end on."""
+    with file.open("rb") as opened:
+        identifier = opened.read(8)[4:]
+    if not identifier.startswith(b"ET"):
+        raise ValueError("it is no program of ExecuTorch")
     with quiet():
         from executorch.runtime import Runtime
 
         return Runtime.get().load_program(file)
+
+
+def _metadata(program: Any, name: str) -> int:
+    """Value of a constant method of a program; ValueError for one that it does not have."""
+    if name not in program.method_names:
+        raise ValueError(f"it has no method {name}, as programs of export stages have")
+    return int(program.load_method(name).execute([])[0])
