@@ -15,6 +15,7 @@ from minitune.errors import InputError
 from minitune.planning.devices import Device, names, open_device
 from minitune.planning.mesh import mesh_of
 from minitune.programs import program
+from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import data_facts
 from minitune.programs.plan import Planned, Target, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
@@ -72,6 +73,8 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     devices: Mapping[str, Device] = {}
     screen = console or Console()
     if options.measure:
+        keep_freed()  # as a run does
+        bound_kernel_cache()
         devices = _measured(stages, data_facts(first, source.stage, source.seed).tables)
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)

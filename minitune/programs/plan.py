@@ -161,7 +161,7 @@ def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
         device,
         n_rows,
         source.max_seq_len,
-        mesh=plan.target.mesh,
+        mesh=plan.target.mesh.for_model(plan.abstract.model.config),
     )
     memory = partial(_forward_memory, stage, source.format != "text")
     flops = flops_per_token(step.model, {}, step.n_tokens)
@@ -206,7 +206,7 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         kept,
         _teacher(stage, abstract, plan.target),
         stage.remat == HOST and hardware.capabilities(device).streams,
-        plan.target.mesh,
+        plan.target.mesh.for_model(abstract.model.config),
     )
 
 
