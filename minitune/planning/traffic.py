@@ -41,7 +41,7 @@ def traffic(step: StepSpec) -> Traffic:
     return Traffic(
         weights * in_micro_batches,
         gradients * in_micro_batches,
-        _summed(gradients / mesh.n_shards, mesh.n_replicas) + _summed(on_all, mesh.n_ranks),
+        _summed(gradients / mesh.n_shards, mesh.n_replicas) + _summed(float(on_all), mesh.n_ranks),
     )
 
 
