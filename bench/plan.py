@@ -92,9 +92,10 @@ def plan_of(file: str) -> dict[str, Any]:
     first = first_state(source)
     (one,) = planned(source, first)
     tables = data_facts(first, source.stage, source.seed).tables
-    here = measured_machine(one.step.device, one.step.params["model.embed_tokens.weight"].dtype)
+    dtype = one.step.params["model.embed_tokens.weight"].dtype
+    here = measured_machine(one.step.device, dtype, time.process_time)
     here = measured(one, tables["train"], here, time.process_time)
-    return {"bytes": one.n_bytes + one.process_bytes, "step_s": planned_time(one, here).step.expected_s}
+    return {"bytes": one.peak_bytes, "step_s": planned_time(one, here).step.expected_s}
 
 
 def row(folder: Path, kind: str, model: str, again: str, few: int, more: int) -> str:

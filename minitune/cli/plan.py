@@ -136,6 +136,7 @@ def _figures(plan: StagePlan) -> dict[str, Any]:
     parts = {**one.parts, "process": one.process_bytes}
     return {
         "bytes": plan.fit.n_bytes,
+        "expected_peak_bytes": one.peak_bytes,
         "fits": plan.fit.fits,
         "device_bytes": plan.fit.there,
         "parts": parts,
@@ -172,6 +173,8 @@ def _table(plans: Sequence[StagePlan]) -> Table:
         table.add_row("process", *(f"{one.process_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
     table.add_row("sum", *(f"{one.fit.n_bytes / MIB:,.1f}" for one in plans))
+    if any(one.peak_bytes != plan.fit.n_bytes for one, plan in zip(stages, plans, strict=True)):
+        table.add_row("sum with holes", *(f"{one.peak_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
     table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in stages))
     table.add_row(

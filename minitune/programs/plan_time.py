@@ -83,9 +83,11 @@ def measured(
     return msgspec.structs.replace(device, attained=min(1.0, at_full_rate / step_s))
 
 
-def measured_machine(device: torch.device, dtype: torch.dtype) -> Device:
+def measured_machine(
+    device: torch.device, dtype: torch.dtype, clock: Clock = perf_counter
+) -> Device:
     """Figures of this machine, measured now."""
-    return machine(device, hardware.product_dtype(dtype, device))
+    return machine(device, hardware.product_dtype(dtype, device), clock)
 
 
 def keep_machine(device: Device) -> Path:

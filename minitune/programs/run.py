@@ -129,7 +129,7 @@ def _opened(
 def _beside_plan(label: str, one: Planned, record: Mapping[str, Any]) -> str:
     """Line on the memory of a stage, and on its speed where the machine is known: as planned, and
     as measured."""
-    n_bytes = one.process_bytes + one.n_bytes
+    n_bytes = one.peak_bytes
     planned_words = f"{label}: planned {n_bytes / 2**20:,.0f} MiB"
     top = record.get("top", {})
     if "peak_mem_bytes" not in top:
