@@ -34,7 +34,7 @@ tie_embeddings = true
 max_positions = 2048
 """
 KINDS, MODELS = ("lora", "full", "qlora", "dpo", "kd"), ("demo", "small")
-FEW, MORE = 3, 9  # steps of the runs
+FEW, MORE = 3, {"demo": 33, "small": 9}  # steps of the runs: short steps need more of them
 HEADER = ("training", "model", "blocks again", "planned, MiB", "measured, MiB", "ratio", "planned, s", "measured, s", "ratio")
 LORA = '[[stage]]\nop = "lora"\nrank = 8\nalpha = 16.0\ntargets = ["*_proj.weight"]\n\n'
 TRAIN = """[[stage]]
@@ -136,7 +136,7 @@ def main() -> None:
         words = {kind, model, "all" if again == "true" else "none"}
         if not set(args.words) <= words or (args.toy and (model != "demo" or again == "true" or kind not in KINDS[:2])):
             continue
-        print(row(folder, kind, model, again, *((1, 2) if args.toy else (FEW, MORE))), flush=True)
+        print(row(folder, kind, model, again, *((1, 2) if args.toy else (FEW, MORE[model]))), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.programs import program
+from minitune.programs.allocator import KEPT
 from minitune.programs.check import with_lengths
 from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
@@ -46,8 +47,8 @@ from minitune.quant.tensors import QNF4
 from minitune.types import Params, Trainable
 
 # On a CPU under Linux, see "Plans beside runs" in bench/RESULTS.md: of Python, torch, the libraries
-# that a first step loads and the kernels that it compiles; and of holes that the C library keeps
-# between blocks, for every byte that comes and goes in a step
+# that a first step loads and the kernels that it compiles; and of holes between blocks, for every
+# byte that comes and goes in a step, at most what the C library is allowed to keep
 PROCESS_BYTES, HOLES = 352 * 2**20, 0.84
 COME_AND_GO = ("gradients", "transient", "activations")
 
@@ -83,7 +84,8 @@ class Planned(NamedTuple):
         if self.step.device.type != "cpu":
             return self.n_bytes
         come_and_go = sum(self.parts.get(name, 0) for name in COME_AND_GO)
-        return self.process_bytes + self.n_bytes + round(HOLES * come_and_go)
+        holes = min(KEPT, round(HOLES * come_and_go))
+        return self.process_bytes + self.n_bytes + holes
 
 
 class Target(NamedTuple):
