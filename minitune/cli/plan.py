@@ -31,7 +31,7 @@ from minitune.programs.stages.train import Train
 
 
 class StagePlan(NamedTuple):
-    """All that is said of a stage."""
+    """Memory, fit and time of a stage."""
 
     planned: Planned
     fit: Fit

@@ -172,6 +172,7 @@ def head_bytes(forward: StepForward) -> tuple[int, int]:
 
 
 def with_gradient(leaves: Tree) -> list[Tensor]:
+    """Leaves that have a gradient."""
     return [leaf for leaf in tree.leaves(leaves) if leaf.requires_grad]
 
 

@@ -17,6 +17,7 @@ from minitune.models.weights import head_name
 from minitune.optim.apply import scratch_bytes
 from minitune.planning.alike import first_alike, representatives
 from minitune.planning.forward import (
+    StepForward,
     bytes_of,
     constant_parts,
     head_bytes,
@@ -99,22 +100,11 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     arriving = 2 * max(gathered)
     backward = Backward(always, kept_gathered, arriving, block_copies, activations, earlier)
 
-    # at the head
-    at_head = backward.parts(len(blocks), *head_bytes(forward))
-    wide = {name: w for name, w in rounded.items() if w.dtype != whole[name].dtype}
-    mesh, head = step.mesh, head_name(step.model.config)
-    head_copies = bytes_of(copies, head, mesh)
-    outside = local_bytes(representatives(wide, []), mesh)
-    wide_bytes = sum(forward.bytes_by_block(wide)) + outside
-    wide_bytes = wide_bytes - bytes_of(wide, "model.norm.", mesh)
-    of_head = divided_bytes({head: forward.params[head]}, mesh)
-    yield {
-        **at_head,
-        "gathered": at_head["gathered"] + of_head,
-        "copies": at_head["copies"] + head_copies + wide_bytes,
-    }
+    mesh = step.mesh
+    yield _at_head(forward, backward, copies, rounded)
 
     # back through the blocks
+    head = head_name(step.model.config)
     trained_head = {head: step.trainable[head]} if head in step.trainable else {}
     done = local_bytes(trained_head, mesh)
     for i in reversed(range(len(blocks))):
@@ -132,6 +122,24 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     if step.mesh.n_replicas > 1:
         yield backward.parts(0, 0 if earlier else n_bytes, _sum_bytes(step))
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
+
+
+def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: Params) -> Parts:
+    """Parts while the head takes its losses."""
+    step, blocks = forward.step, forward.blocks
+    at_head = backward.parts(len(blocks), *head_bytes(forward))
+    wide = {name: w for name, w in rounded.items() if w.dtype != forward.whole[name].dtype}
+    mesh, head = step.mesh, head_name(step.model.config)
+    head_copies = bytes_of(copies, head, mesh)
+    outside = local_bytes(representatives(wide, []), mesh)
+    wide_bytes = sum(forward.bytes_by_block(wide)) + outside
+    wide_bytes = wide_bytes - bytes_of(wide, "model.norm.", mesh)
+    of_head = divided_bytes({head: forward.params[head]}, mesh)
+    return {
+        **at_head,
+        "gathered": at_head["gathered"] + of_head,
+        "copies": at_head["copies"] + head_copies + wide_bytes,
+    }
 
 
 def _sum_bytes(step: StepSpec) -> int:

@@ -40,7 +40,7 @@ class Mesh(NamedTuple):
         return self.n_shards * self.n_replicas
 
     def for_model(self, config: DecoderConfig) -> "Mesh":
-        """The same with the dims that the plan fsdp of configs/plans cuts of a model's weights."""
+        """Mesh with the dims that the plan fsdp of configs/plans cuts of a model's weights."""
         if self.n_shards == 1:
             return self
         # torch's DTensor takes more than half a second to import

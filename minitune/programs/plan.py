@@ -5,16 +5,12 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import forward_params
-from minitune.checkpoint.hf_weights import once_quantized
-from minitune.errors import InputError
-from minitune.io.paths import locate
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
@@ -33,6 +29,7 @@ from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
 from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
+from minitune.programs.plan_parts import kept_codes, of_rank, quantized_params
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval
@@ -42,8 +39,7 @@ from minitune.programs.stages.stage import Stage
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_model import HOST
 from minitune.programs.state import AbstractState, trainable_like
-from minitune.quant.schemes import Scheme, quantize
-from minitune.quant.tensors import QNF4
+from minitune.quant.schemes import Scheme
 from minitune.types import Params, Trainable
 
 # On a CPU under Linux, see "Plans beside runs" in bench/RESULTS.md: of Python, torch, the libraries
@@ -89,7 +85,7 @@ class Planned(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a plan is made for."""
+    """Devices that a plan is made for."""
 
     device: Device | None = None  # by name; None: the one that the program would take here
     mesh: Mesh = ALONE
@@ -193,7 +189,7 @@ def _forward_memory(stage: Eval | Generate, answers: bool, step: StepSpec) -> Pa
 
 def _step(stage: Train, plan: PlanState) -> StepSpec:
     abstract, (device, _) = plan.abstract, plan.place()
-    stage = _of_rank(stage, plan.target.mesh)
+    stage = of_rank(stage, plan.target.mesh)
     params, trainable = _weights(plan), trainable_like(abstract, plan.narrow)
     optimizer = stage.optimizer_for(trainable, seed=0)
 
@@ -223,17 +219,6 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         stage.remat == HOST and hardware.capabilities(device).streams,
         plan.target.mesh.for_model(abstract.model.config),
     )
-
-
-def _of_rank(stage: Train, mesh: Mesh) -> Train:
-    """Stage as one rank runs it: with its share of the rows of a batch."""
-    n_ranks, n_rows = mesh.n_ranks, stage.batch_size
-    if n_rows < n_ranks:
-        raise InputError(
-            f"plan: {stage.label} has batch_size = {n_rows} for {n_ranks} ranks, expected a row "
-            f"for each; set {stage.label}.batch_size={n_ranks} or more"
-        )
-    return msgspec.structs.replace(stage, batch_size=-(-n_rows // n_ranks))
 
 
 def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
@@ -304,25 +289,4 @@ def _weights(plan: PlanState) -> Params:
     }
     dense = {name: w.to(dtype) for name, w in params.items()}
     codes = quantized_params(params, schemes)
-    return {**dense, **codes, **_kept_codes(codes, plan.source)}
-
-
-def _kept_codes(codes: Params, source: ModelSource) -> Params:
-    """Codes in NF4 that stay as the folder has them: with the scale of each block in 32 bits."""
-    in_nf4 = {name: w for name, w in codes.items() if isinstance(w, QNF4)}
-    is_written = source.path is not None and not source.path.startswith("run/")
-    if not in_nf4 or not is_written:
-        return {}
-    kept = once_quantized(locate(str(source.path)))
-    return {
-        name: w._replace(absmax=w.absmax.float(), nested_absmax=w.nested_absmax[:0])
-        for name, w in in_nf4.items()
-        if name in kept
-    }
-
-
-def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
-    """Codes of the weights that have a scheme; weights of one shape and scheme share them."""
-    alike = {(params[name].shape, scheme): params[name] for name, scheme in schemes.items()}
-    codes = {(shape, scheme): quantize(w, scheme) for (shape, scheme), w in alike.items()}
-    return {name: codes[params[name].shape, scheme] for name, scheme in schemes.items()}
+    return {**dense, **codes, **kept_codes(codes, plan.source)}
