@@ -15,6 +15,7 @@ from minitune.errors import InputError
 from minitune.planning.devices import Device, names, open_device
 from minitune.planning.mesh import mesh_of
 from minitune.programs import program
+from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import data_facts
 from minitune.programs.plan import Planned, Target, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
@@ -30,7 +31,7 @@ from minitune.programs.stages.train import Train
 
 
 class StagePlan(NamedTuple):
-    """All that is said of a stage."""
+    """Memory, fit and time of a stage."""
 
     planned: Planned
     fit: Fit
@@ -72,6 +73,8 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     devices: Mapping[str, Device] = {}
     screen = console or Console()
     if options.measure:
+        keep_freed()  # as a run does
+        bound_kernel_cache()
         devices = _measured(stages, data_facts(first, source.stage, source.seed).tables)
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
@@ -133,6 +136,7 @@ def _figures(plan: StagePlan) -> dict[str, Any]:
     parts = {**one.parts, "process": one.process_bytes}
     return {
         "bytes": plan.fit.n_bytes,
+        "expected_peak_bytes": one.peak_bytes,
         "fits": plan.fit.fits,
         "device_bytes": plan.fit.there,
         "parts": parts,
@@ -169,6 +173,8 @@ def _table(plans: Sequence[StagePlan]) -> Table:
         table.add_row("process", *(f"{one.process_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
     table.add_row("sum", *(f"{one.fit.n_bytes / MIB:,.1f}" for one in plans))
+    if any(one.peak_bytes != plan.fit.n_bytes for one, plan in zip(stages, plans, strict=True)):
+        table.add_row("sum with holes", *(f"{one.peak_bytes / MIB:,.1f}" for one in stages))
     table.add_section()
     table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in stages))
     table.add_row(

@@ -21,7 +21,7 @@ from minitune.nn.elementwise import rms_norm
 from minitune.nn.head import head_chunk, rows_at_once
 from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.planning.alike import representatives
-from minitune.planning.mesh import local_bytes
+from minitune.planning.mesh import Mesh, divided_bytes, local_bytes
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params
@@ -57,17 +57,21 @@ class StepForward(NamedTuple):
 
     def bytes_by_block(self, leaves: Mapping[str, Any]) -> list[int]:
         """Bytes of the leaves of each block, and of the last norm."""
-        n = self.step.mesh.n_shards
-        by_layer = {i: bytes_of(leaves, f"model.layers.{i}.", n) for i in set(self.alike)}
-        return [*(by_layer[i] for i in self.alike), bytes_of(leaves, "model.norm.", n)]
+        mesh = self.step.mesh
+        by_layer = {i: bytes_of(leaves, f"model.layers.{i}.", mesh) for i in set(self.alike)}
+        return [*(by_layer[i] for i in self.alike), bytes_of(leaves, "model.norm.", mesh)]
 
     def gathered_by_block(self) -> list[int]:
         """Bytes of the weights of each block, and of the last norm, on a rank that computes with
         them; 0 where they lie there whole."""
-        if self.step.mesh.n_shards == 1:
-            return [0] * len(self.blocks)
-        by_layer = {i: bytes_of(self.params, f"model.layers.{i}.") for i in set(self.alike)}
-        return [*(by_layer[i] for i in self.alike), bytes_of(self.params, "model.norm.")]
+
+        def of_layer(i: int) -> int:
+            prefix = f"model.layers.{i}."
+            layer = {name: w for name, w in self.params.items() if name.startswith(prefix)}
+            return divided_bytes(layer, self.step.mesh)
+
+        by_layer = {i: of_layer(i) for i in set(self.alike)}
+        return [*(by_layer[i] for i in self.alike), 0]
 
 
 def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
@@ -109,14 +113,19 @@ def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -
     """Parts that are in memory all through a step."""
     trained = step.trainable
     whole = {name for name, leaf in trained.items() if isinstance(leaf, Tensor)}
-    frozen = [w for name, w in step.params.items() if not (name in whole and forward.whole)]
+    frozen = {name: w for name, w in step.params.items() if not (name in whole and forward.whole)}
     # b times its scale, as well as b
-    scaled = [leaf.b for leaf in trained.values() if forward.deltas and isinstance(leaf, Delta)]
-    n, second_model = step.mesh.n_shards, (step.reference, step.teacher and step.teacher.params)
+    deltas = trained.items() if forward.deltas else ()
+    scaled = {name: leaf._replace(a=leaf.b[:0]) for name, leaf in deltas if isinstance(leaf, Delta)}
+    mesh, teacher = step.mesh, step.teacher
+    second_model = local_bytes(step.reference, mesh)
+    if teacher is not None:
+        of_teacher = mesh.for_model(teacher.model.config)
+        second_model = second_model + local_bytes(teacher.params, of_teacher)
     return {
-        "weights": local_bytes(frozen, n),
-        "second model": local_bytes(second_model, n),
-        "trained": local_bytes(trained, n) + local_bytes(scaled, n),
+        "weights": local_bytes(frozen, mesh),
+        "second model": second_model,
+        "trained": local_bytes(trained, mesh) + local_bytes(scaled, mesh),
         "optimizer": optimizer_bytes,
         "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
     }
@@ -163,13 +172,14 @@ def head_bytes(forward: StepForward) -> tuple[int, int]:
 
 
 def with_gradient(leaves: Tree) -> list[Tensor]:
+    """Leaves that have a gradient."""
     return [leaf for leaf in tree.leaves(leaves) if leaf.requires_grad]
 
 
-def bytes_of(leaves: Mapping[str, Any], prefix: str, n_shards: int = 1) -> int:
-    """Bytes of the leaves of these names, each divided among n_shards."""
-    chosen = [leaf for name, leaf in leaves.items() if name.startswith(prefix)]
-    return local_bytes(chosen, n_shards)
+def bytes_of(leaves: Mapping[str, Any], prefix: str, mesh: Mesh) -> int:
+    """Bytes of the leaves of these names on a rank of a mesh."""
+    chosen = {name: leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    return local_bytes(chosen, mesh)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ from minitune.models.weights import head_name
 from minitune.optim.apply import scratch_bytes
 from minitune.planning.alike import first_alike, representatives
 from minitune.planning.forward import (
+    StepForward,
     bytes_of,
     constant_parts,
     head_bytes,
     reduced,
     step_forward,
-    with_gradient,
 )
-from minitune.planning.mesh import local_bytes, local_part
+from minitune.planning.mesh import divided_bytes, local_bytes, local_part
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Params, wide_dtype
@@ -37,7 +37,7 @@ def peak_memory(step: StepSpec) -> Parts:
     Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is
     not counted.
     """
-    trained = local_part(step.trainable, step.mesh.n_shards)
+    trained = local_part(step.trainable, step.mesh)
     state = step.optimizer.init(trained)
     with FakeTensorMode(allow_non_fake_inputs=True):
         scratch = scratch_bytes(step.optimizer, state, without_values(trained, step.device))
@@ -100,48 +100,52 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     arriving = 2 * max(gathered)
     backward = Backward(always, kept_gathered, arriving, block_copies, activations, earlier)
 
-    # at the head
-    at_head = backward.parts(len(blocks), *head_bytes(forward))
-    wide = {name: w for name, w in rounded.items() if w.dtype != whole[name].dtype}
-    n_shards, head = step.mesh.n_shards, head_name(step.model.config)
-    head_copies = bytes_of(copies, head, n_shards)
-    outside = local_bytes(representatives(wide, []), n_shards)
-    wide_bytes = sum(forward.bytes_by_block(wide)) + outside
-    wide_bytes = wide_bytes - bytes_of(wide, "model.norm.", n_shards)
-    of_head = tree.n_bytes(step.model.head(forward.params)) if n_shards > 1 else 0
-    yield {
-        **at_head,
-        "gathered": at_head["gathered"] + of_head,
-        "copies": at_head["copies"] + head_copies + wide_bytes,
-    }
+    mesh = step.mesh
+    yield _at_head(forward, backward, copies, rounded)
 
     # back through the blocks
-    done = local_bytes(with_gradient(step.model.head(forward.params)), n_shards)
+    head = head_name(step.model.config)
+    trained_head = {head: step.trainable[head]} if head in step.trainable else {}
+    done = local_bytes(trained_head, mesh)
     for i in reversed(range(len(blocks))):
         yield backward.parts(i + 1, done, blocks[i].transient)
         done = done + gradients[i]
 
     # at the embedding, where a tied head has two gradients until they are added
-    done = done + bytes_of(whole, "model.embed_tokens.", n_shards)
+    done = done + bytes_of(whole, "model.embed_tokens.", mesh)
     yield backward.parts(0, done, tree.n_bytes(forward.x))
     # the sum over micro-batches, that over ranks in one buffer, then the optimizer, which has that
     # sum alone
     backward = backward._replace(arriving=0)
-    n_bytes = local_bytes(step.trainable, n_shards)
+    n_bytes = local_bytes(step.trainable, mesh)
     yield backward.parts(0, n_bytes, 0)
     if step.mesh.n_replicas > 1:
-        yield backward.parts(0, 0 if earlier else n_bytes, 2 * _sum_bytes(step))
+        yield backward.parts(0, 0 if earlier else n_bytes, _sum_bytes(step))
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
+
+
+def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: Params) -> Parts:
+    """Parts while the head takes its losses."""
+    step, blocks = forward.step, forward.blocks
+    at_head = backward.parts(len(blocks), *head_bytes(forward))
+    wide = {name: w for name, w in rounded.items() if w.dtype != forward.whole[name].dtype}
+    mesh, head = step.mesh, head_name(step.model.config)
+    head_copies = bytes_of(copies, head, mesh)
+    outside = local_bytes(representatives(wide, []), mesh)
+    wide_bytes = sum(forward.bytes_by_block(wide)) + outside
+    wide_bytes = wide_bytes - bytes_of(wide, "model.norm.", mesh)
+    of_head = divided_bytes({head: forward.params[head]}, mesh)
+    return {
+        **at_head,
+        "gathered": at_head["gathered"] + of_head,
+        "copies": at_head["copies"] + head_copies + wide_bytes,
+    }
 
 
 def _sum_bytes(step: StepSpec) -> int:
     """Bytes of the gradients that are summed over micro-batches, in float32 or wider."""
-    n = step.mesh.n_shards
-    leaves = tree.leaves(step.trainable)
-    return sum(
-        local_bytes(leaf, n) // leaf.element_size() * wide_dtype(leaf.dtype).itemsize
-        for leaf in leaves
-    )
+    wide = tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), step.trainable)
+    return local_bytes(wide, step.mesh)
 
 
 def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:

@@ -3,7 +3,10 @@
 The fully sharded data parallelism of Zhao et al. 2023, arXiv 2304.11277, and its hybrid form.
 """
 
+import math
 import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,7 +14,10 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.errors import InputError, cut
+from minitune.models.config import DecoderConfig
+from minitune.models.weights import dims, shapes
 from minitune.tree import Tree
+from minitune.types import Adapted, Delta
 
 # dp: every rank has all; fsdp: all is divided among all ranks; hsdp: among those of one axis, and
 # copied along the other
@@ -24,11 +30,31 @@ class Mesh(NamedTuple):
 
     n_shards: int = 1
     n_replicas: int = 1
+    # number of the dim that is divided, by the names of the weights that are; others lie whole on
+    # every rank
+    cuts: Mapping[str, int] = MappingProxyType({})
 
     @property
     def n_ranks(self) -> int:
         """Number of ranks."""
         return self.n_shards * self.n_replicas
+
+    def for_model(self, config: DecoderConfig) -> "Mesh":
+        """Mesh with the dims that the plan fsdp of configs/plans cuts of a model's weights."""
+        if self.n_shards == 1:
+            return self
+        # torch's DTensor takes more than half a second to import
+        from minitune.sharding.placements import placements, sharded_dim
+        from minitune.sharding.plans import named_plan
+
+        plan, axes, named = named_plan("fsdp"), {"data": self.n_shards}, dims(config)
+        cuts = {}
+        for name, shape in shapes(config).items():
+            (placed,) = placements(name, shape, named[name], plan, axes)
+            dim = sharded_dim(placed)
+            if dim is not None:
+                cuts[name] = dim
+        return self._replace(cuts=cuts)
 
 
 ALONE = Mesh()
@@ -62,22 +88,62 @@ def mesh_of(written: str, plan: str | None = None) -> Mesh:
     return Mesh(data, replica)
 
 
-def local_part(leaves: Tree, n_shards: int) -> Tree:
-    """Largest parts of tensors whose first dimension is divided among n_shards, as torch.chunk
-    divides it, on the meta device; those of no dimension stay whole."""
+def local_part(leaves: Mapping[str, Tree], mesh: Mesh) -> dict[str, Tree]:
+    """Largest parts of leaves that a rank holds, by the names of their weights and on the meta
+    device: those of torch's Shard."""
+    return {
+        name: tree.rebuild(
+            leaf,
+            [
+                torch.empty(_local_shape(x.shape, dim, mesh.n_shards), dtype=x.dtype, device="meta")
+                for x, dim in _divided(leaf, mesh.cuts.get(name))
+            ],
+        )
+        for name, leaf in leaves.items()
+    }
 
-    def part(x: Tensor) -> Tensor:
-        shape = (-(-x.shape[0] // n_shards), *x.shape[1:]) if x.ndim else x.shape
-        return torch.empty(shape, dtype=x.dtype, device="meta")
 
-    return tree.map(part, leaves)
-
-
-def local_bytes(leaves: Tree, n_shards: int) -> int:
+def local_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
     """Bytes of these parts."""
     return sum(
-        x.numel() // x.shape[0] * -(-x.shape[0] // n_shards) * x.element_size()
-        if x.ndim and x.shape[0]
-        else x.numel() * x.element_size()
-        for x in tree.leaves(leaves)
+        math.prod(_local_shape(x.shape, dim, mesh.n_shards)) * x.element_size()
+        for name, leaf in leaves.items()
+        for x, dim in _divided(leaf, mesh.cuts.get(name))
     )
+
+
+def divided_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
+    """Bytes, whole, of those leaves that are divided."""
+    return sum(
+        x.numel() * x.element_size()
+        for name, leaf in leaves.items()
+        for x, dim in _divided(leaf, mesh.cuts.get(name))
+        if dim is not None
+    )
+
+
+def _local_shape(shape: Sequence[int], dim: int | None, n: int) -> tuple[int, ...]:
+    return tuple(-(-size // n) if i == dim else size for i, size in enumerate(shape))
+
+
+def _divided(leaf: Tree, dim: int | None) -> list[tuple[Tensor, int | None]]:
+    """Tensors of a leaf and the dim of each that is divided, where the weight is along dim.
+
+    Of a low-rank change b @ a that is the factor which has the dim. Lists of blocks of a quantized
+    weight are cut along their only one.
+    """
+    if dim is None or isinstance(leaf, Tensor):
+        return [(x, dim) for x in tree.leaves(leaf)]
+    if isinstance(leaf, Delta | Adapted):
+        of_weight = _divided(leaf.w, dim) if isinstance(leaf, Adapted) else []
+        of_a = 1 if dim == 1 else None
+        of_b = 0 if dim == 0 else None
+        rest = [(x, None) for x in tree.leaves(leaf.m)]
+        return [*of_weight, (leaf.a, of_a), (leaf.b, of_b), *rest]
+    n_dims = len(leaf.shape)
+    return [(x, _dim_within(x, n_dims, dim)) for x in tree.leaves(leaf)]
+
+
+def _dim_within(x: Tensor, n_dims: int, dim: int) -> int | None:
+    dim = dim if x.ndim == n_dims else 0
+    return dim if x.ndim and x.shape[dim] > 1 else None

@@ -1,6 +1,7 @@
 """Step of a training, as its costs are counted."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.optim.transforms import GradientTransformation
 from minitune.planning.mesh import ALONE, Mesh
-from minitune.tree import Tree
 from minitune.types import Params, Trainable
 
 Parts = Mapping[str, int]  # what is in memory -> its bytes
@@ -38,7 +38,9 @@ class StepSpec(NamedTuple):
     n_micro_batches: int = 1
     # weights that train whole and are rounded to their quantized values in the forward
     rounded: Collection[str] = ()
-    reference: Tree = ()  # the trainable tree that the policy is compared with
+    reference: Trainable = MappingProxyType(
+        {}
+    )  # the trainable tree that the policy is compared with
     teacher: Teacher | None = None
     # inputs of blocks that are computed again wait in the host's memory (autodiff/offload.py)
     offloaded: bool = False

@@ -71,6 +71,6 @@ def _moved_bytes(step: StepSpec, parts: Parts) -> float:
     weights = tree.n_bytes((step.params, step.trainable))
     passes = 2 + step.model.n_remat / step.model.config.n_layers
     of_batch = passes * weights + ACTIVATION_PASSES * parts.get("activations", 0)
-    trained = local_bytes(step.trainable, step.mesh.n_shards)
+    trained = local_bytes(step.trainable, step.mesh)
     update = UPDATE_PASSES * (trained + parts.get("optimizer", 0)) + trained
     return step.n_micro_batches * of_batch + update

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from minitune import tree
 from minitune.planning.alike import layer_number
 from minitune.planning.devices import Device
-from minitune.planning.mesh import Mesh
+from minitune.planning.mesh import Mesh, divided_bytes
 from minitune.planning.step_spec import StepSpec
 from minitune.types import Delta, wide_dtype
 
@@ -28,19 +28,20 @@ def traffic(step: StepSpec) -> Traffic:
 
     Weights travel as they are multiplied, gradients in float32 or wider.
     """
-    n, copies = step.mesh
+    mesh = step.mesh
     deltas = {name: leaf for name, leaf in step.trainable.items() if isinstance(leaf, Delta)}
-    once = tree.n_bytes((step.params, deltas))
-    again = tree.n_bytes([_again(step, step.params), _again(step, deltas)])
-    gradients = sum(
-        leaf.numel() * wide_dtype(leaf.dtype).itemsize for leaf in tree.leaves(step.trainable)
+    weights = sum(
+        divided_bytes(leaves, mesh)
+        for leaves in (step.params, deltas, _again(step, step.params), _again(step, deltas))
     )
-    sent_once = (n - 1) / n
-    in_micro_batches = step.n_micro_batches * sent_once
+    wide = tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), step.trainable)
+    gradients = divided_bytes(wide, mesh)
+    on_all = tree.n_bytes(wide) - gradients
+    in_micro_batches = step.n_micro_batches * (mesh.n_shards - 1) / mesh.n_shards
     return Traffic(
-        (once + again) * in_micro_batches,
+        weights * in_micro_batches,
         gradients * in_micro_batches,
-        2 * (copies - 1) / copies * gradients / n,
+        _summed(gradients / mesh.n_shards, mesh.n_replicas) + _summed(float(on_all), mesh.n_ranks),
     )
 
 
@@ -63,10 +64,15 @@ def replica_link(mesh: Mesh, device: Device) -> float:
     return min(device.link_bytes_per_s, device.node_bytes_per_s * n_in_node)
 
 
-def _again(step: StepSpec, leaves: Mapping[str, Any]) -> list[Any]:
+def _summed(n_bytes: float, n: int) -> float:
+    """Bytes that each of n sends so that all have the sum."""
+    return 2 * (n - 1) / n * n_bytes
+
+
+def _again(step: StepSpec, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of the blocks that are computed again, which gather them twice."""
-    return [
-        leaf
+    return {
+        name: leaf
         for name, leaf in leaves.items()
         if (layer := layer_number(name)) is not None and layer < step.model.n_remat
-    ]
+    }

@@ -5,16 +5,12 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitune import hardware, tree
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.objective import forward_params
-from minitune.checkpoint.hf_weights import once_quantized
-from minitune.errors import InputError
-from minitune.io.paths import locate
 from minitune.losses.token import CrossEntropy
 from minitune.models.model import Model
 from minitune.models.open import FAMILIES
@@ -27,11 +23,13 @@ from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.programs import program
+from minitune.programs.allocator import KEPT
 from minitune.programs.check import with_lengths
 from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
 from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
+from minitune.programs.plan_parts import kept_codes, of_rank, quantized_params
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval
@@ -41,13 +39,14 @@ from minitune.programs.stages.stage import Stage
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_model import HOST
 from minitune.programs.state import AbstractState, trainable_like
-from minitune.quant.schemes import Scheme, quantize
-from minitune.quant.tensors import QNF4
+from minitune.quant.schemes import Scheme
 from minitune.types import Params, Trainable
 
-# Of Python, torch, the libraries that a first step loads and the kernels that it compiles, on a CPU
-# under Linux: see "Plans beside runs" in bench/RESULTS.md.
-PROCESS_BYTES = 384 * 2**20
+# On a CPU under Linux, see "Plans beside runs" in bench/RESULTS.md: of Python, torch, the libraries
+# that a first step loads and the kernels that it compiles; and of holes between blocks, for every
+# byte that comes and goes in a step, at most what the C library is allowed to keep
+PROCESS_BYTES, HOLES = 352 * 2**20, 0.84
+COME_AND_GO = ("gradients", "transient", "activations")
 
 
 class Planned(NamedTuple):
@@ -72,9 +71,21 @@ class Planned(NamedTuple):
         """Bytes of the process beside its step; on an accelerator they are not in its memory."""
         return PROCESS_BYTES if self.step.device.type == "cpu" else 0
 
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that are expected at the peak, with the holes that the C library keeps on a CPU.
+
+        What is needed is less: holes are filled where memory is short.
+        """
+        if self.step.device.type != "cpu":
+            return self.n_bytes
+        come_and_go = sum(self.parts.get(name, 0) for name in COME_AND_GO)
+        holes = min(KEPT, round(HOLES * come_and_go))
+        return self.process_bytes + self.n_bytes + holes
+
 
 class Target(NamedTuple):
-    """What a plan is made for."""
+    """Devices that a plan is made for."""
 
     device: Device | None = None  # by name; None: the one that the program would take here
     mesh: Mesh = ALONE
@@ -161,7 +172,7 @@ def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
         device,
         n_rows,
         source.max_seq_len,
-        mesh=plan.target.mesh,
+        mesh=plan.target.mesh.for_model(plan.abstract.model.config),
     )
     memory = partial(_forward_memory, stage, source.format != "text")
     flops = flops_per_token(step.model, {}, step.n_tokens)
@@ -178,7 +189,7 @@ def _forward_memory(stage: Eval | Generate, answers: bool, step: StepSpec) -> Pa
 
 def _step(stage: Train, plan: PlanState) -> StepSpec:
     abstract, (device, _) = plan.abstract, plan.place()
-    stage = _of_rank(stage, plan.target.mesh)
+    stage = of_rank(stage, plan.target.mesh)
     params, trainable = _weights(plan), trainable_like(abstract, plan.narrow)
     optimizer = stage.optimizer_for(trainable, seed=0)
 
@@ -206,19 +217,8 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         kept,
         _teacher(stage, abstract, plan.target),
         stage.remat == HOST and hardware.capabilities(device).streams,
-        plan.target.mesh,
+        plan.target.mesh.for_model(abstract.model.config),
     )
-
-
-def _of_rank(stage: Train, mesh: Mesh) -> Train:
-    """Stage as one rank runs it: with its share of the rows of a batch."""
-    n_ranks, n_rows = mesh.n_ranks, stage.batch_size
-    if n_rows < n_ranks:
-        raise InputError(
-            f"plan: {stage.label} has batch_size = {n_rows} for {n_ranks} ranks, expected a row "
-            f"for each; set {stage.label}.batch_size={n_ranks} or more"
-        )
-    return msgspec.structs.replace(stage, batch_size=-(-n_rows // n_ranks))
 
 
 def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
@@ -289,25 +289,4 @@ def _weights(plan: PlanState) -> Params:
     }
     dense = {name: w.to(dtype) for name, w in params.items()}
     codes = quantized_params(params, schemes)
-    return {**dense, **codes, **_kept_codes(codes, plan.source)}
-
-
-def _kept_codes(codes: Params, source: ModelSource) -> Params:
-    """Codes in NF4 that stay as the folder has them: with the scale of each block in 32 bits."""
-    in_nf4 = {name: w for name, w in codes.items() if isinstance(w, QNF4)}
-    is_written = source.path is not None and not source.path.startswith("run/")
-    if not in_nf4 or not is_written:
-        return {}
-    kept = once_quantized(locate(str(source.path)))
-    return {
-        name: w._replace(absmax=w.absmax.float(), nested_absmax=w.nested_absmax[:0])
-        for name, w in in_nf4.items()
-        if name in kept
-    }
-
-
-def quantized_params(params: Params, schemes: Mapping[str, Scheme]) -> Params:
-    """Codes of the weights that have a scheme; weights of one shape and scheme share them."""
-    alike = {(params[name].shape, scheme): params[name] for name, scheme in schemes.items()}
-    codes = {(shape, scheme): quantize(w, scheme) for (shape, scheme), w in alike.items()}
-    return {name: codes[params[name].shape, scheme] for name, scheme in schemes.items()}
+    return {**dense, **codes, **kept_codes(codes, plan.source)}

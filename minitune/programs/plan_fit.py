@@ -12,7 +12,8 @@ from minitune.optim.eight_bit import AdamW8bit
 from minitune.planning.devices import Device
 from minitune.planning.step_spec import StepSpec
 from minitune.programs.log import say_early
-from minitune.programs.plan import HERE, Planned, Target, planned, quantized_params
+from minitune.programs.plan import HERE, Planned, Target, planned
+from minitune.programs.plan_parts import quantized_params
 from minitune.programs.program import Program
 from minitune.programs.stages.train import Train
 from minitune.programs.stages.training_model import HOST
@@ -35,7 +36,7 @@ class Change(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Whether a stage fits into the memory of a device, in words, and what makes it fit."""
+    """Fit of a stage into the memory of a device, in words, and what makes it fit."""
 
     n_bytes: int  # that the process and its step need
     there: int  # of the device
@@ -93,7 +94,7 @@ def fit(one: Planned, target: Target = HERE) -> Fit:
 
 
 def _changed(one: Planned, found: Fit) -> Fit:
-    """The same with the changes that help, up to the first with which the stage fits."""
+    """Fit with the changes that help, up to the first with which the stage fits."""
     least = found.n_bytes
     for change in _smaller(one, found):
         n_bytes = one.process_bytes + sum(one.memory(change.step).values())
@@ -169,7 +170,7 @@ def _with_rows(step: StepSpec, n_rows: int) -> StepSpec:
 
 
 def _nf4(step: StepSpec, toml: Sequence[str]) -> Change:
-    """The weights that a lora stage adapts as NF4 codes."""
+    """Step whose adapted weights are NF4 codes."""
     dense = [
         name
         for name, w in step.params.items()
@@ -186,7 +187,7 @@ def _nf4(step: StepSpec, toml: Sequence[str]) -> Change:
 
 
 def memory_bytes(device: torch.device, target: Device | None = None) -> int:
-    """All of the memory of a device by name, of the accelerator here, or of this machine."""
+    """Memory of a device by name, of the accelerator here, or of this machine."""
     if target is not None:
         return target.memory_bytes
     if hardware.is_accelerator(device):

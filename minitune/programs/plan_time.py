@@ -73,7 +73,7 @@ def planned_time(one: Planned, device: Device) -> PlannedTime:
 def measured(
     one: Planned, facts: TableFacts, device: Device, clock: Clock = perf_counter
 ) -> Device:
-    """The machine with what the step of a stage attains on it, measured on a few of its layers."""
+    """Machine with what the step of a stage attains on it, measured on a few of its layers."""
     rows = Rows(
         facts.n_target_tokens / max(1, facts.n_tokens),
         max(1, round(facts.n_samples / max(1, facts.n_rows))),
@@ -83,9 +83,11 @@ def measured(
     return msgspec.structs.replace(device, attained=min(1.0, at_full_rate / step_s))
 
 
-def measured_machine(device: torch.device, dtype: torch.dtype) -> Device:
+def measured_machine(
+    device: torch.device, dtype: torch.dtype, clock: Clock = perf_counter
+) -> Device:
     """Figures of this machine, measured now."""
-    return machine(device, hardware.product_dtype(dtype, device))
+    return machine(device, hardware.product_dtype(dtype, device), clock)
 
 
 def keep_machine(device: Device) -> Path:
@@ -112,7 +114,7 @@ def _machine_file(kind: str) -> Path:
 
 
 def _sent(step: Timing) -> str:
-    """What a rank sends in a step, and whether that hides behind the products."""
+    """Words on what a rank sends in a step, and whether that hides behind the products."""
     sent = step.sent
     words = []
     if sent.gathered or sent.scattered:

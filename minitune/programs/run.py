@@ -19,6 +19,7 @@ from minitune.programs.page.page import write_page
 from minitune.programs.page.run_files import read_run
 from minitune.programs.plan import Planned
 from minitune.programs.plan_fit import check_memory, fit
+from minitune.programs.plan_time import known_machine, planned_time
 from minitune.programs.profiling.check import check_steps
 from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.records import summary, write_record
@@ -191,13 +192,22 @@ def _opened(
 
 
 def _beside_plan(label: str, one: Planned, record: Mapping[str, Any]) -> str:
-    """Line on the memory of a stage: as planned, and as measured."""
-    n_bytes = one.process_bytes + one.n_bytes
+    """Line on the memory of a stage, and on its speed where the machine is known: as planned, and
+    as measured."""
+    n_bytes = one.peak_bytes
     planned_words = f"{label}: planned {n_bytes / 2**20:,.0f} MiB"
-    peak = record.get("peak_mem_bytes")
-    if peak is None:
+    top = record.get("top", {})
+    if "peak_mem_bytes" not in top:
         return f"{planned_words}, nothing was measured"
-    return f"{planned_words}, measured {peak / 2**20:,.0f} MiB ({peak / n_bytes:.0%})"
+    peak, machine = top["peak_mem_bytes"], known_machine(one.step.device.type)
+    line = f"{planned_words}, measured {peak / 2**20:,.0f} MiB ({peak / n_bytes:.0%})"
+    if machine is None or not top.get("tokens_per_s"):
+        return line
+    time, rate = planned_time(one, machine), top["tokens_per_s"]
+    expected = time.tokens / time.step.expected_s
+    return (
+        f"{line}; expected {expected:,.0f} tokens/s, measured {rate:,.0f} ({rate / expected:.0%})"
+    )
 
 
 def _write_page(run: Run, out: log.Log) -> None:

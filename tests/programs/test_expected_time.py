@@ -13,7 +13,7 @@ from minitune.models.model import Model
 from minitune.optim.adamw import AdamW
 from minitune.programs import plan_fit, program
 from minitune.programs import run as program_run
-from minitune.programs.plan import Planned
+from minitune.programs.plan import PROCESS_BYTES, Planned
 from minitune.programs.plan_fit import Fit, check_memory
 from minitune.programs.stages import expected_time
 from minitune.programs.stages.evaluate import Eval
@@ -95,7 +95,7 @@ def test_a_run_says_its_memory_its_time_and_what_follows(
     beside = re.search(r"train: planned ([\d,]+) MiB, measured ([\d,]+) MiB \(([\d,]+)%\)", said)
     assert beside is not None, said
     n_planned, measured, share = (int(one.replace(",", "")) for one in beside.groups())
-    assert n_planned > 384
+    assert n_planned > PROCESS_BYTES / 2**20
     assert share == pytest.approx(100 * measured / n_planned, abs=1)
 
 
@@ -120,13 +120,13 @@ def test_a_run_that_can_not_fit_is_refused_before_it_has_a_folder_unless_told_ot
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_fit, "LEAST_PARAMETERS", 0)
-    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: 384 * 2**20 + 5_500_000)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + 5_500_000)
     asked = LORA + TRAIN.replace("batch_size = 4", "batch_size = 64")
     assert start(tmp_path, tiny, asked) == 2
     said, error = capsys.readouterr()
-    assert re.search(r"train: 64 x 256 tokens at a time need [\d.]+ MiB, \d+% of the 389 MiB", said)
+    assert re.search(r"train: 64 x 256 tokens at a time need [\d.]+ MiB, \d+% of the 357 MiB", said)
     assert "# in the stage train\nmicro_batch_size = " in said
-    assert re.search(r"plan: train needs \d+ MiB, expected at most the 389 MiB that are there; .* set must_fit = false", error)
+    assert re.search(r"plan: train needs \d+ MiB, expected at most the 357 MiB that are there; .* set must_fit = false", error)
     assert not list(tmp_path.glob("runs/*"))
     assert start(tmp_path, tiny, asked, "must_fit=false", "train.steps=1") == 0
     assert "does not fit" in capsys.readouterr().out

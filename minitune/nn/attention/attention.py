@@ -13,6 +13,10 @@ from minitune.nn.attention import blockwise, flex
 from minitune.nn.attention.key_range import KeyRange
 from minitune.types import wide_dtype
 
+# devices of blockwise attention: on meta a step for an accelerator is planned, and blocks keep what
+# flex keeps
+BLOCKWISE = ("cpu", "meta")
+
 
 @profiled("attention")
 def attention(
@@ -42,8 +46,7 @@ def attention(
     first = key_range.first.expand(len(q), -1) if isinstance(key_range.first, Tensor) else None
     if flex.serves(q, k, v):
         return flex.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
-    # on meta, where a step for an accelerator is planned, blocks keep what flex keeps
-    if q.device.type in ("cpu", "meta") and n_queries == n_keys and not under_transform():
+    if q.device.type in BLOCKWISE and n_queries == n_keys and not under_transform():
         return blockwise.attend(q, k, v, first, sinks, scale=factor, soft_cap=soft_cap)
 
     # torch's fused kernels know neither caps nor sinks, and have no batching rule: under vmap they

@@ -1,0 +1,78 @@
+"""Models on ranks that are not there: what each of them holds and sends in a step, the table of docs/scaling.md.
+
+    python bench/on_paper.py [WORD ...]        all rows, or those whose words are all there, e.g. `llama-3-70b 64`
+
+bfloat16 weights, all of them trained or LoRA of rank 16 on all linear ones, AdamW, blocks computed again, 4,096 tokens a
+rank in one micro-batch. Arithmetic on shapes: nothing is allocated, nothing is sent.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from minitune import models
+from minitune.lora import Lora
+from minitune.losses.token import CrossEntropy
+from minitune.models.weights import shapes
+from minitune.optim.adamw import AdamW
+from minitune.planning.devices import open_device
+from minitune.planning.flops import flops_per_token
+from minitune.planning.memory import peak_memory
+from minitune.planning.mesh import Mesh
+from minitune.planning.step_spec import StepSpec
+from minitune.planning.timing import timing
+
+ROOT = Path(__file__).parents[1]
+MODELS, KINDS = ("llama-3-70b", "qwen3-235b-a22b"), ("lora", "full")
+MESHES = {"64": Mesh(64), "256": Mesh(256), "1024": Mesh(1024), "8 x 8": Mesh(8, 8), "64 x 16": Mesh(64, 16)}  # parts x copies
+N_TOKENS, GIB = 4096, 2**30
+HEADER = (
+    "model",
+    "trains",
+    "ranks, or parts x copies",
+    "state",
+    "gathered",
+    "rest",
+    "sum, GiB",
+    "sent, GiB",
+    "links, s",
+    "products, s",
+)
+
+
+def row(name: str, kind: str, ranks: str) -> str:
+    """One row of the table."""
+    model = models.open_config(ROOT / f"configs/models/{name}.toml")
+    model = model._replace(n_remat=model.config.n_layers)
+    sizes = shapes(model.config)
+    params = {one: torch.empty(size, device="meta", dtype=torch.bfloat16) for one, size in sizes.items()}
+    lora = Lora(16, 32.0, ("*_proj.weight",)) if kind == "lora" else None
+    with torch.device("meta"):
+        whole = {one: torch.empty(size) for one, size in sizes.items()} if lora is None else {}
+        trainable = whole if lora is None else lora.init(params, 0)
+    mesh, device = MESHES[ranks].for_model(model.config), torch.device("meta")
+    step = StepSpec(model, params, trainable, lora, AdamW(lr=1e-4), CrossEntropy(), device, 1, N_TOKENS, mesh=mesh)
+    parts = peak_memory(step)
+    time = timing(step, flops_per_token(model, trainable, N_TOKENS), parts, open_device("h100"))
+    state = sum(parts[one] for one in ("weights", "trained", "optimizer"))
+    rest = sum(parts.values()) - state - parts["gathered"]
+    memory = [state, parts["gathered"], rest, sum(parts.values()), sum(time.sent)]
+    seconds = [time.overlapped_s + time.exposed_s, time.products_s]
+    cells = [name, kind, ranks, *(f"{one / GIB:,.1f}" for one in memory), *(f"{one:.3g}" for one in seconds)]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    args = parser.parse_args()
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    for case in product(MODELS, KINDS, MESHES):
+        if set(args.words) <= set(case):
+            print(row(*case), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Scale on paper: models on 64, 256 and 1,024 ranks that are not there, beside closed forms and torch's own parts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from minitune import models, tree
+from minitune.lora import Lora
+from minitune.losses.token import CrossEntropy
+from minitune.models import Model
+from minitune.models.weights import dims, shapes
+from minitune.optim.adamw import AdamW
+from minitune.planning.devices import open_device
+from minitune.planning.memory import peak_memory
+from minitune.planning.mesh import Mesh, local_bytes, local_part
+from minitune.planning.step_spec import StepSpec
+from minitune.planning.timing import timing
+from minitune.planning.traffic import traffic
+from minitune.sharding.mesh import device_mesh
+from minitune.sharding.placements import shard
+from minitune.sharding.plans import named_plan
+from support.paths import ROOT
+
+N_TOKENS = 4096
+
+
+@cache
+def shape(name: str) -> Model:
+    return models.open_config(ROOT / f"configs/models/{name}.toml")
+
+
+def meta(model: Model, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    return {name: torch.empty(size, device="meta", dtype=dtype) for name, size in shapes(model.config).items()}
+
+
+@contextmanager
+def as_rank(mesh: dict[str, int]) -> Iterator[DeviceMesh]:
+    n = mesh["replica"] * mesh["data"]
+    dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    try:
+        yield device_mesh(mesh, "cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def step_of(name: str, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> StepSpec:
+    model = shape(name)
+    params = meta(model)
+    mesh = mesh.for_model(model.config)
+    model = model._replace(n_remat=model.config.n_layers if remat else 0)
+    trainable = meta(model, torch.float32)
+    if lora is not None:
+        with torch.device("meta"):
+            trainable = lora.init(params, 0)
+    optimizer, device = AdamW(lr=1e-4), torch.device("meta")
+    return StepSpec(model, params, trainable, lora, optimizer, CrossEntropy(), device, 1, N_TOKENS, mesh=mesh)
+
+
+@pytest.mark.parametrize("mesh", [{"replica": 1, "data": 64}, {"replica": 32, "data": 8}, {"replica": 16, "data": 64}])
+def test_a_70b_is_divided_as_torch_divides_it(mesh: dict[str, int]) -> None:
+    """Every matrix along one dim: the parts of a rank, and so what all that trains takes there."""
+    model = shape("llama-3-70b")
+    params, plan = meta(model), named_plan("fsdp")
+    planned = Mesh(mesh["data"], mesh["replica"]).for_model(model.config)
+    with as_rank(mesh) as ranks:
+        parts = shard(params, dims(model.config), plan, ranks)
+        local = {name: getattr(part, "to_local", lambda part=part: part)() for name, part in parts.items()}
+    assert tree.n_bytes(local) == local_bytes(params, planned)
+    assert {name: x.shape for name, x in local.items()} == {name: x.shape for name, x in local_part(params, planned).items()}
+    # closed form: sizes of a 70B are multiples of 64, so matrices are divided without rest and vectors are whole
+    n_params, n_vectors = 70_553_706_496, (2 * 80 + 1) * 8192
+    assert local_bytes(params, planned) == 2 * ((n_params - n_vectors) // mesh["data"] + n_vectors)
+
+
+@pytest.mark.parametrize(("n", "copies"), [(64, 1), (256, 1), (1024, 1), (64, 16)])
+def test_memory_and_traffic_of_full_training_are_those_of_the_closed_forms(n: int, copies: int) -> None:
+    step = step_of("llama-3-70b", Mesh(n, copies), remat=True)
+    parts, sent = peak_memory(step), traffic(step)
+    n_vectors = (2 * 80 + 1) * 8192
+    matrices = 70_553_706_496 - n_vectors
+    # heads of 1,024 ranks: 8 key heads have 1,024 rows, 128,256 words 125.25 for each, so the largest part is a little more
+    slack = 0.002 if n <= 64 else 0.01
+    assert parts["trained"] == pytest.approx(4 * (matrices / n + n_vectors), rel=slack)
+    assert parts["optimizer"] == pytest.approx(8 * (matrices / n + n_vectors), rel=slack)
+    block = (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) * 2
+    assert parts["gathered"] in (2 * block, 2 * block + 2 * 128256 * 8192)
+    assert parts["activations"] <= 81 * N_TOKENS * 8192 * 2
+    # bfloat16 weights forward, those of blocks once more; float32 gradients after the backward, and between copies
+    outside = 2 * 128256 * 8192
+    in_blocks = matrices - outside
+    assert sent.gathered == pytest.approx(2 * (2 * in_blocks + outside) * (n - 1) / n)
+    assert sent.scattered == pytest.approx(4 * matrices * (n - 1) / n)
+    on_all = 2 * 4 * n_vectors * (n * copies - 1) / (n * copies)
+    assert sent.summed == pytest.approx(2 * 4 * matrices / n * (copies - 1) / copies + on_all)
+
+
+def test_without_blocks_computed_again_gathered_weights_wait_for_the_backward() -> None:
+    rule = Lora(16, 32.0, ("*_proj.weight",))
+    kept = peak_memory(step_of("llama-3-8b", Mesh(8), remat=False, lora=rule))
+    again = peak_memory(step_of("llama-3-8b", Mesh(8), remat=True, lora=rule))
+    block = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
+    assert kept["gathered"] > 32 * block
+    assert again["gathered"] < 6 * block
+    assert kept["weights"] == again["weights"]
+
+
+def test_the_time_of_a_step_is_that_of_its_slowest_resource() -> None:
+    """8 ranks in a node hide what they send behind the products of 4,096 tokens; copies between nodes add their sum."""
+    h100, rule = open_device("h100"), Lora(16, 32.0, ("*_proj.weight",))
+    step = step_of("llama-3-70b", Mesh(8), remat=True, lora=rule)
+    flops = 6e11
+    found = timing(step, flops, {"activations": 0, "optimizer": 0}, h100)
+    assert found.products_s == pytest.approx(flops * N_TOKENS / 989.4e12)
+    assert found.overlapped_s == pytest.approx((found.sent.gathered + found.sent.scattered) / 450e9)
+    assert (found.binds, found.hides_overlapped) == ("products", True)
+    assert found.expected_s == pytest.approx(found.products_s / 0.4 + found.exposed_s)
+    across = timing(step_of("llama-3-70b", Mesh(64), remat=True, lora=rule), flops / 64, {"activations": 0}, h100)
+    assert (across.binds, across.hides_overlapped) == ("links", False)
+    assert across.roof_s == pytest.approx(across.overlapped_s + across.exposed_s)
+    slow = timing(step, flops / 1e6, {"activations": 10**13}, h100)
+    assert slow.binds == "memory"
