@@ -31,7 +31,7 @@ WORDS = {  # safetensors' own for each dtype
 def save_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    on_tensor: Callable[[], None] | None = None,
+    on_tensor: Callable[[], object] | None = None,
     metadata: Mapping[str, str] = NO_METADATA,
 ) -> None:
     """Write tensors under their names; storage that two names share is written for each.
