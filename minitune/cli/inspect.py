@@ -1,5 +1,6 @@
 """Inspect verb: what a model or adapter folder holds, in words."""
 
+import json
 import re
 import sys
 from collections import Counter
@@ -39,6 +40,7 @@ from minitune.io.json_file import read_json_object
 from minitune.io.paths import locate
 from minitune.io.safetensors_header import Entry
 from minitune.io.units import format_bytes
+from minitune.programs.records import read_rows
 from minitune.programs.trained_state import TrainedState
 from minitune.text.folder_files import text_files
 
@@ -67,10 +69,11 @@ def inspect(word: str) -> CommandResult:
     found = result_of(word, "inspect")
     if isinstance(found, TrainedState):
         rows, faults = summarize_state(found)
+        rows |= _best_heldout(found.run)
     else:
         rows, faults = summarize(locate(found))
         if found != word:
-            rows = {"folder": found, **rows}
+            rows = {"folder": found, **rows, **_best_heldout(locate(word))}
     console = Console()
     if not console.is_terminal:
         # whoever reads a pipe wants one line a topic, whatever the width
@@ -136,6 +139,19 @@ def summarize_state(state: TrainedState) -> FolderSummary:
         "opens": f'chat {state.run}, merge {state.run}, [model] deltas = "{state.run}"',
     }
     return FolderSummary(rows, faults)
+
+
+def _best_heldout(run: Path) -> dict[str, str]:
+    """Lowest loss on held-out rows that each training stage of a run measured, and at which step;
+    nothing of a run that measured none."""
+    best: dict[str, tuple[float, int]] = {}
+    for stage, step, line in read_rows(run / "metrics.jsonl"):
+        loss = json.loads(line).get("heldout_loss")
+        # a loss that is not finite is a text there
+        if isinstance(loss, float):
+            best[stage] = min((loss, step), best.get(stage, (loss, step)))
+    words = [f"{loss:.4f} nats at step {step:,} of {stage}" for stage, (loss, step) in best.items()]
+    return {"best held-out": ", ".join(words)} if words else {}
 
 
 def _model(folder: Path) -> FolderSummary:

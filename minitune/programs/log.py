@@ -112,11 +112,16 @@ class Log:
         self._file.close()
         if error is not None:
             self._write(str(error) or type(error).__name__)
-        if self._trackers is not None:
-            self._trackers.finish(failed=error is not None)
+        self.close_trackers(failed=error is not None)
         if self._text is not None:
             self._text.close()
             self._text = None
+
+    def close_trackers(self, *, failed: bool = False) -> None:
+        """End the trackers, which may print closing lines of their own."""
+        if self._trackers is not None:
+            self._trackers.finish(failed=failed)
+            self._trackers = None
 
     @property
     def width(self) -> int:

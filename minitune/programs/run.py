@@ -87,6 +87,8 @@ def _run_stages(
     out.summarize(result)
     out.show(report(program.name, result, out.width))
     _write_page(run, out)
+    # the last line that a person reads is ours
+    out.close_trackers()
     files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
     out.say(f"{run.folder} holds this run: {files}")
     return result

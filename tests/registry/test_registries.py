@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from mlflow.tracking import MlflowClient
 
 from minitune.__main__ import main
 from minitune.errors import InputError
+from minitune.io import paths
 from minitune.io.paths import cache, locate
-from minitune.registry import mlflow_models
+from minitune.registry import mlflow_models, names
 from minitune.registry.mlflow_models import MlflowModels
 from minitune.registry.names import parsed
 from minitune.registry.opened import bring
@@ -88,6 +90,28 @@ def test_a_program_registers_and_another_one_opens_it(folder: Path, tiny: Path, 
     after = run(folder, tiny, evaluation("after"), words[-1], name="q")
     direct = run(folder, tiny, evaluation("after"), f"model.path={folder}/p/merged", name="r")
     assert after["after"]["loss_nats"] == direct["after"]["loss_nats"]
+
+
+def test_paths_know_the_registries_by_their_words() -> None:
+    assert set(paths.REGISTRIES) == set(names.REGISTRIES) == set(names.NAMES)
+    for text in ("mlflow:orders", "hf:a/b", "wandb:p/n:3", "azureml:x:latest"):
+        assert paths.is_registered_name(text)
+        assert parsed(text).registry == text.partition(":")[0]
+    for text in ("mlflow", "mlflow:", "orders", "orders:3", "C:folder", "models/x", ""):
+        assert not paths.is_registered_name(text)
+    with pytest.raises(InputError, match=r"'hf:' is no name of a model, expected hf:OWNER/NAME or"):
+        parsed("hf:")
+
+
+def test_register_without_its_package_names_the_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(folder / "one", "one")
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    assert main(["register", "one", "orders"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("registry: the package mlflow is not installed, expected it for MLflow's registry")
+    assert said.endswith("; pip install 'minitune[mlflow]'\n")
 
 
 def test_versions_aliases_and_going_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
