@@ -51,6 +51,8 @@ from support import signatures  # noqa: E402  (its assertions are rewritten)
 signatures.install()
 import torch  # noqa: E402  (after the environment is set)
 
+from support.ranks import Ranks  # noqa: E402
+
 # deadline and too_slow measure the machine, and a shared machine is no property of the code.
 # Without the phase that explains a failure: it traces every line that runs, which takes minutes under checked signatures.
 settings.register_profile(
@@ -108,6 +110,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that call functions as the ranks of a group."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

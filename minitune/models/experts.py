@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minitune.models.shapes import Dims, linear_dims
 from minitune.nn import moe
 from minitune.nn.elementwise import swiglu
 from minitune.types import Params, PositiveInt
@@ -115,6 +116,23 @@ def expert_shapes(experts: Experts, d_model: int) -> dict[str, tuple[int, ...]]:
     if experts.shared_gate:
         weights[f"{names.shared}_gate.weight"] = (1, d_model)
     return weights
+
+
+def expert_dims(experts: Experts) -> Dims:
+    """Meanings of the dims of these weights; what is joined of gate and up is d_ff as well."""
+    names = NAMES[experts.names]
+    dims: dict[str, tuple[str, ...]] = {**linear_dims(names.router, "experts", "d_model")}
+    if "{e}" in names.out:
+        dims |= {name.format(e="*"): ("d_ff", "d_model") for name in names.into}
+        dims[names.out.format(e="*")] = ("d_model", "d_ff")
+    else:
+        for name, in_, out in ((names.into[0], "d_model", "d_ff"), (names.out, "d_ff", "d_model")):
+            dims |= {name: ("experts", in_, out), f"{name}_bias": ("experts", out)}
+    for name in ("gate", "up"):
+        dims[f"{names.shared}.{name}_proj.weight"] = ("d_ff", "d_model")
+    dims[f"{names.shared}.down_proj.weight"] = ("d_model", "d_ff")
+    dims[f"{names.shared}_gate.weight"] = ("one", "d_model")
+    return dims
 
 
 def is_routed(experts: Experts, w: Params) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.models.config import DecoderConfig, layer_kind
-from minitune.models.experts import expert_shapes
+from minitune.models.experts import expert_dims, expert_shapes
 from minitune.models.mixers.registry import MIXERS
-from minitune.models.shapes import Shapes, linear_shapes
+from minitune.models.shapes import Dims, Shapes, linear_dims, linear_shapes, named_dims
 
 NORMS = {  # names of the norms: before and after attention, before and after the mlp
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -19,6 +19,21 @@ NORMS = {  # names of the norms: before and after attention, before and after th
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     ),
+}
+
+# of the weights that are no layer's; heads means rows of queries, keys or values
+DIMS: Dims = {
+    "model.embed_tokens.weight": ("vocab", "d_model"),
+    "model.norm.weight": ("d_model",),
+    "lm_head.weight": ("vocab", "d_model"),
+}
+# of a layer's norms and plain feed-forward; gate and up in one weight are rows of d_ff as well
+LAYER_DIMS: Dims = {
+    "*_layernorm.weight": ("d_model",),
+    **linear_dims("*.gate_up_proj", "d_ff", "d_model"),
+    **linear_dims("*.gate_proj", "d_ff", "d_model"),
+    **linear_dims("*.up_proj", "d_ff", "d_model"),
+    **linear_dims("*.down_proj", "d_model", "d_ff"),
 }
 
 
@@ -33,6 +48,18 @@ def shapes(config: DecoderConfig) -> Shapes:
     if not config.tie_embeddings:
         weights["lm_head.weight"] = (config.vocab_size, config.d_model)
     return weights
+
+
+def dims(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """Meaning of each dim of every weight, in the order of its shape: "vocab", "d_model", "heads",
+    "d_head", "d_ff", "experts", or "one" for a dim of size 1.
+    """
+    shapes_by_name = shapes(config)
+    named = named_dims([name for name in shapes_by_name if ".layers." not in name], DIMS)
+    for i in range(config.n_layers):
+        layer = named_dims(layer_shapes(config, i), layer_dims(config, i))
+        named |= {f"model.layers.{i}.{name}": found for name, found in layer.items()}
+    return {name: named[name] for name in shapes_by_name}
 
 
 def head_name(config: DecoderConfig) -> str:
@@ -52,6 +79,12 @@ def layer_shapes(config: DecoderConfig, i: int) -> Shapes:
         **_feed_forward_shapes(config, i),
         **_norm_shape(mlp_out, config.d_model),
     }
+
+
+def layer_dims(config: DecoderConfig, i: int) -> Dims:
+    """Dims of the weights of layer i by globs of their names within it."""
+    experts = {} if config.experts is None else expert_dims(config.experts)
+    return {**MIXERS[layer_kind(config, i).mixer].dims(config), **experts, **LAYER_DIMS}
 
 
 def layer_of(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:

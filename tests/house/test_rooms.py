@@ -28,7 +28,7 @@ ROOMS = {  # room -> the rooms that it may import
     "trackers": "errors io",
     "losses": "errors structs types",
     "autodiff": GROUND,
-    "sharding": GROUND,
+    "sharding": f"{GROUND} io",
     "quant": f"{GROUND} autodiff",
     "nn": f"{GROUND} autodiff quant sharding",
     "optim": f"{GROUND} autodiff",

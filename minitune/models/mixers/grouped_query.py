@@ -14,7 +14,7 @@ from minitune.hardware import to_device
 from minitune.models import rope_scaling
 from minitune.models.config import AttentionType, DecoderConfig, LayerKind
 from minitune.models.mixers.mixer import LayerMaps, Mixer, TokenPositions
-from minitune.models.shapes import Shapes, linear_shapes
+from minitune.models.shapes import Dims, Shapes, linear_dims, linear_shapes
 from minitune.nn.attention.attention import attention
 from minitune.nn.attention.key_range import KeyRange, chunked, windowed
 from minitune.nn.elementwise import rms_norm
@@ -62,6 +62,19 @@ def shapes(config: DecoderConfig) -> Shapes:
     if config.sinks:
         weights["self_attn.sinks"] = (config.n_heads,)
     return weights
+
+
+def dims(config: DecoderConfig) -> Dims:
+    """Meanings of the dims of these weights."""
+    norm = ("d_head",) if config.qk_norm == "head" else ("heads",)
+    return {
+        **linear_dims("self_attn.[qkv]_proj", "heads", "d_model"),
+        # queries, keys and values in one weight are rows of heads as well
+        **linear_dims("self_attn.qkv_proj", "heads", "d_model"),
+        "self_attn.[qk]_norm.weight": norm,
+        **linear_dims("self_attn.o_proj", "d_model", "heads"),
+        "self_attn.sinks": ("heads",),
+    }
 
 
 def inputs(
@@ -199,4 +212,4 @@ def _angles(
     )
 
 
-GROUPED_QUERY = Mixer(shapes, inputs, apply, empty_cache, filled, flops)
+GROUPED_QUERY = Mixer(shapes, dims, inputs, apply, empty_cache, filled, flops)

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from minitune.models.config import DecoderConfig, LayerKind
-from minitune.models.shapes import Shapes
+from minitune.models.shapes import Dims, Shapes
 from minitune.nn.attention.key_range import KeyRange
 from minitune.tree import Tree
 from minitune.types import Params
@@ -30,16 +30,18 @@ class LayerMaps(NamedTuple):
 
 
 class Mixer(NamedTuple):
-    """Way for tokens to see one another, as six pure functions of a config.
+    """Way for tokens to see one another, as seven pure functions of a config.
 
-    inputs gives what the layers of each kind share in a call; apply maps [B T D] to [B T D], and
-    with (cache, slots) it writes the state of the tokens to these slots and reads the whole cache;
-    empty_cache makes the state of one layer for n_rows rows of n_slots tokens, and filled gives its
-    first n slots as views; flops counts a token's forward beyond linear maps, in a document with
-    `companions` tokens on average.
+    dims says what the dims of the weights mean, by globs of their names; inputs gives what the
+    layers of each kind share in a call; apply maps [B T D] to [B T D], and with (cache, slots) it
+    writes the state of the tokens to these slots and reads the whole cache; empty_cache makes the
+    state of one layer for n_rows rows of n_slots tokens, and filled gives its first n slots as
+    views; flops counts a token's forward beyond linear maps, in a document with `companions` tokens
+    on average.
     """
 
     shapes: Callable[[DecoderConfig], Shapes]
+    dims: Callable[[DecoderConfig], Dims]
     inputs: Callable[
         [DecoderConfig, Sequence[LayerKind], TokenPositions, Any], dict[LayerKind, Any]
     ]

@@ -1,0 +1,34 @@
+"""Mesh of ranks: how many stand along each named axis."""
+
+import math
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing_extensions import TypeAliasType
+
+from minitune.errors import InputError
+from minitune.types import PositiveInt
+
+# axis -> ranks along it, the outermost axis first: neighbours along the last one are neighbours in
+# the order of ranks, and so in one machine
+Mesh = TypeAliasType("Mesh", Mapping[str, PositiveInt])
+
+
+def n_ranks(mesh: Mesh) -> int:
+    """Number of ranks of a mesh."""
+    return math.prod(mesh.values())
+
+
+def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+    """Process groups of a mesh over all ranks of the default group; InputError if that has another
+    number of ranks. Every rank calls it.
+    """
+    found = dist.get_world_size()
+    if n_ranks(mesh) != found:
+        axes = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
+        raise InputError(
+            f"sharding: the mesh has {n_ranks(mesh)} ranks ({axes}), expected the {found} that "
+            f"were started; start {n_ranks(mesh)}, or change an axis"
+        )
+    return init_device_mesh(device_type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))

@@ -1,0 +1,184 @@
+"""Placements: which part of a weight each rank holds, from what the dims of the weight mean.
+
+A plan maps the meaning of a dim to an axis of the mesh: {"d_ff": "data"} cuts every matrix along
+its dim d_ff, into one part for each rank of the axis. Parts are those of torch's Shard: all have
+ceil(size / ranks) rows but the last ones, which have what is left, or nothing.
+
+Importing this takes more than half a second, for torch's DTensor: runs of one process leave it out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+from typing_extensions import TypeAliasType
+
+from minitune import tree
+from minitune.errors import InputError, nearest
+from minitune.sharding.mesh import Mesh
+from minitune.tree import Tree
+from minitune.types import Params
+
+# meaning of a dim -> axis of the mesh that it is cut along
+Plan = TypeAliasType("Plan", Mapping[str, str])
+# weight -> meaning of each of its dims, as models.weights.dims gives it
+DimsByName = TypeAliasType("DimsByName", Mapping[str, tuple[str, ...]])
+
+
+def check_plan(plan: Plan, dims: DimsByName, mesh: Mesh) -> None:
+    """InputError for an entry of the plan that cuts no matrix of the model, or along no axis of the
+    mesh, and for a matrix with two dims on one axis.
+    """
+    known = sorted({dim for found in dims.values() if len(found) > 1 for dim in found})
+    for dim, axis in plan.items():
+        if dim not in known:
+            raise InputError(
+                f"sharding: the plan cuts {dim!r}, which no matrix of this model has, expected one "
+                f"of {', '.join(known)}{nearest(dim, known)}"
+            )
+        if axis not in mesh:
+            raise InputError(
+                f"sharding: the plan puts {dim} on axis {axis!r}, expected an axis of the mesh: "
+                f"{', '.join(mesh)}{nearest(axis, [*mesh])}"
+            )
+    for name, found in dims.items():
+        _cut_dims(name, None, found, plan)
+
+
+def placements(
+    name: str, shape: Sequence[int], dims: tuple[str, ...], plan: Plan, mesh: Mesh
+) -> tuple[Placement, ...]:
+    """Placement of a weight along each axis of the mesh: Shard of the dim that the plan puts there,
+    or Replicate. A vector stays whole on every rank: it is small, and its gather would take as long
+    to begin as that of a matrix.
+
+    InputError if two of its dims are on one axis.
+    """
+    if len(dims) != len(shape):
+        raise TypeError(
+            f"sharding: {name} {list(shape)} has dims {', '.join(dims)}, expected one for each of "
+            "its shape"
+        )
+    cut = _cut_dims(name, shape, dims, plan)
+    return tuple(Shard(cut[axis]) if axis in cut else Replicate() for axis in mesh)
+
+
+def part_shape(shape: Sequence[int], placed: Sequence[Placement], mesh: Mesh) -> tuple[int, ...]:
+    """Shape of the largest part of a weight that a rank holds."""
+    part = list(shape)
+    for placement, n in zip(placed, mesh.values(), strict=True):
+        dim = sharded_dim(placement)
+        if dim is not None:
+            part[dim] = -(-part[dim] // n)
+    return tuple(part)
+
+
+def shard(params: Params, dims: DimsByName, plan: Plan, mesh: DeviceMesh) -> dict[str, Any]:
+    """Parameters of which this rank holds its part: each leaf that the plan cuts becomes a DTensor
+    of its part, every other one stays as it is. Nothing is sent: each rank has the whole leaves.
+
+    One leaf is cut at a time, so an iterator over them could be too; the parts share no memory with
+    what they were cut from. Codes and scales of a quantized weight are cut by the same dim.
+    """
+    sizes = axis_sizes(mesh)
+    check_plan(plan, {name: dims[name] for name in params}, sizes)
+
+    def cut(name: str) -> Tree:
+        leaf = params[name]
+        placed = placements(name, leaf.shape, dims[name], plan, sizes)
+        return shard_leaf(leaf, placed, mesh)
+
+    return {name: cut(name) for name in params}
+
+
+def shard_leaf(leaf: Tree, placed: Sequence[Placement], mesh: DeviceMesh) -> Tree:
+    """Part of this rank of a weight, dense or quantized, as DTensors; the leaf as it is if no axis
+    cuts it.
+    """
+    n_dims = len(leaf.shape)
+    return tree.map(lambda x: _part(x, _placed_within(x, n_dims, placed), mesh), leaf)
+
+
+def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
+    """Ranks along each axis of torch's mesh, by name."""
+    return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+
+
+def sharded_dim(placement: Placement) -> int | None:
+    """Dim that a placement cuts, None for a copy."""
+    return getattr(placement, "dim", None)
+
+
+def part_range(size: int, n: int, i: int) -> tuple[int, int]:
+    """(start, length) of part i of n of a dim."""
+    longest = -(-size // n)
+    start = min(i * longest, size)
+    return start, min(longest, size - start)
+
+
+def _cut_dims(
+    name: str, shape: Sequence[int] | None, dims: tuple[str, ...], plan: Plan
+) -> dict[str, int]:
+    """Number of the dim that each axis cuts."""
+    cut: dict[str, int] = {}
+    if len(dims) < 2:
+        return cut
+    for i, dim in enumerate(dims):
+        axis = plan.get(dim)
+        if axis is None:
+            continue
+        if axis in cut:
+            size = "" if shape is None else f" {list(shape)}"
+            other = dims[cut[axis]]
+            raise InputError(
+                f"sharding: {name}{size} has {other} and {dim} on axis {axis!r} both, expected one "
+                f"dim on an axis; leave {other} or {dim} out of the plan, or put it on another axis"
+            )
+        cut[axis] = i
+    return cut
+
+
+def _placed_within(x: Tensor, n_dims: int, placed: "Sequence[Placement]") -> tuple[Placement, ...]:
+    """Placements of one tensor of a leaf: those of the weight where x has its dims; a list of all
+    blocks is cut by itself, and what has no dim to cut is copied.
+    """
+
+    def within(placement: Placement) -> Placement:
+        dim = sharded_dim(placement)
+        if dim is None:
+            return placement
+        dim = dim if x.ndim == n_dims else 0
+        return Shard(dim) if x.ndim and x.shape[dim] > 1 else Replicate()
+
+    found = tuple(within(placement) for placement in placed)
+    if x.ndim == n_dims:
+        return found
+    # a list of blocks is cut by one axis alone
+    first = next((i for i, one in enumerate(found) if sharded_dim(one) is not None), None)
+    return tuple(one if i == first else Replicate() for i, one in enumerate(found))
+
+
+def _part(x: Tensor, placed: tuple[Placement, ...], mesh: DeviceMesh) -> Tensor | DTensor:
+    if all(sharded_dim(placement) is None for placement in placed):
+        return x
+    part = x
+    for dim, start, length in _ranges(x.shape, placed, mesh):
+        part = part.narrow(dim, start, length)
+    stride = torch.empty(x.shape, device="meta").stride()
+    part = part.clone(memory_format=torch.contiguous_format)
+    how: dict[str, Any] = {"run_check": False, "shape": x.shape, "stride": stride}
+    return DTensor.from_local(part, mesh, placed, **how)
+
+
+def _ranges(
+    shape: torch.Size, placed: Sequence[Placement], mesh: "DeviceMesh"
+) -> Iterator[tuple[int, int, int]]:
+    """(dim, start, length) of every cut that gives this rank its part."""
+    for axis, placement in enumerate(placed):
+        dim = sharded_dim(placement)
+        if dim is not None:
+            yield dim, *part_range(shape[dim], mesh.size(axis), mesh.get_local_rank(axis))
