@@ -21,6 +21,7 @@ from minitune.registry.opened import bring
 from support.hub_repositories import TOKEN
 from support.hub_server import Hub, contents
 from support.programs import LORA, TRAIN, evaluation, run, start
+from support.small_disks import fill, small_disk
 
 # of mlflow and of what it uses
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -112,6 +113,24 @@ def test_register_without_its_package_names_the_extra(
     said = capsys.readouterr().err
     assert said.startswith("registry: the package mlflow is not installed, expected it for MLflow's registry")
     assert said.endswith("; pip install 'minitune[mlflow]'\n")
+
+
+def test_a_full_disk_ends_a_registration_with_its_code(database: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(folder / "one", "one")
+    shutil.rmtree(folder / "runs")
+    with small_disk(folder / "runs", database.stat().st_size // 1024 + 512) as disk:
+        shutil.copyfile(database, disk / "mlflow.db")
+        assert main(["register", "one", "orders"]) == 0
+        fill(disk)
+        (folder / "one/model.safetensors").write_bytes(b"two" * 100)
+        capsys.readouterr()
+        assert main(["register", "one", "orders"]) == 3
+        # MLflow's logger prints before
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(r"registry: the disk of .*mlflow\.db is full, expected room for a new version; free some", said)
+        (disk / "other").unlink()
+        assert main(["register", "one", "orders"]) == 0
+        assert capsys.readouterr().out == "mlflow:orders:2\n"
 
 
 def test_versions_aliases_and_going_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
