@@ -1,5 +1,4 @@
-"""Output of a run: lines and a progress bar on the terminal, the same lines in log.txt, rows in
-metrics.jsonl, and the trackers that the program asks for."""
+"""Output of a run: the terminal, log.txt, metrics.jsonl, and the trackers of its program."""
 
 import io
 import itertools
