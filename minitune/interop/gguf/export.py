@@ -4,6 +4,7 @@ and its tokenizer.
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from io import BufferedWriter
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -123,13 +124,18 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     with result_file(path) as aside, aside.open("wb") as file:
         write_header(file, arch.name, keys, [part.entry() for part in parts])
-        with counting(len(parts)) as on_tensor:
-            for part in parts:
-                for rows in _encoded(part):
-                    file.write(rows.cpu().numpy().tobytes())
-                pad(file)
-                on_tensor()
+        _write(file, parts, counting)
     return [*notes, *more, *limits]
+
+
+def _write(file: BufferedWriter, parts: Sequence[_Part], counting: Counting) -> None:
+    """Write the rows of each tensor, and the padding behind them."""
+    with counting(len(parts)) as on_tensor:
+        for part in parts:
+            for rows in _encoded(part):
+                file.write(rows.cpu().numpy().tobytes())
+            pad(file)
+            on_tensor()
 
 
 def _parts(
