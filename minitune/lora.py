@@ -2,7 +2,7 @@
 adapts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -214,6 +214,7 @@ def merge_trainable(
     stored: Mapping[str, Tensor],
     onto: Onto = "trained",
     dtype: torch.dtype | None = None,
+    on_delta: Callable[[], object] | None = None,
 ) -> Merged:
     """All weights dense, with deltas merged in and whole trained weights in place of theirs; one
     weight is computed at a time.
@@ -221,7 +222,7 @@ def merge_trainable(
     stored: the dense weights that params were cast or quantized from; dtype: of the result, None
     for that of each stored weight. Deltas over quantized weights were trained on the dequantized
     ones: merging onto those ("trained") is exact but for rounding, merging onto the dense ones
-    ("stored") is not. TypeError for deltas without their Lora rule.
+    ("stored") is not. on_delta: called after each. TypeError for deltas without their Lora rule.
     """
     dtypes = {name: dtype or w.dtype for name, w in stored.items()}
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
@@ -238,24 +239,24 @@ def merge_trainable(
     for name, delta in deltas.items():
         if lora is None:
             raise TypeError(f"lora: {name} is a Delta, expected the Lora rule that it was made by")
-        on_trained, on_stored = _merge_one(lora, params[name], delta, stored[name], dtypes[name])
-        merged[name] = on_trained.weight if onto == "trained" else on_stored.weight
-        errors["trained"] = max(errors["trained"], float(on_trained.error))
-        errors["stored"] = max(errors["stored"], float(on_stored.error))
+        both = _merge_one(lora, params[name], delta, stored[name], dtypes[name])
+        merged[name] = both[onto].weight
+        errors = {base: max(errors[base], float(both[base].error)) for base in errors}
+        if on_delta is not None:
+            on_delta()
     return Merged(merged, errors)
 
 
 def _merge_one(
     lora: Lora, w: Any, delta: Delta, stored: Tensor, dtype: torch.dtype
-) -> tuple[MergedWeight, MergedWeight]:
-    """(delta merged onto the weight that it was trained on, onto the stored one)."""
+) -> dict[Onto, MergedWeight]:
+    """Delta merged onto the weight that it was trained on, and onto the stored one."""
     dense = stored.to(delta.a.device, torch.float32)
-    if isinstance(w, Tensor):
-        merged = lora.merge_weight(dense, delta, dtype)
-        return merged, merged
-    trained_on = dequantize(gather(w), torch.float32)
-    on_trained = lora.merge_weight(trained_on, delta, dtype)
-    return on_trained, lora.merge_weight(trained_on, delta, dtype, onto=dense)
+    is_same = isinstance(w, Tensor)
+    trained_on = dense if is_same else dequantize(gather(w), torch.float32)
+    one = lora.merge_weight(trained_on, delta, dtype)
+    other = one if is_same else lora.merge_weight(trained_on, delta, dtype, onto=dense)
+    return {"trained": one, "stored": other}
 
 
 def merge_error(

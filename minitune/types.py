@@ -10,7 +10,8 @@ Params are flat and keep Hugging Face names and [out, in] layout:
 "model.layers.0.self_attn.q_proj.weight".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -34,6 +35,15 @@ Epsilon = Annotated[float, Meta(ge=1e-30, le=LARGEST)]  # what is divided by in 
 UnitInterval = Annotated[float, Meta(ge=0.0, le=1.0)]
 OpenUnitInterval = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
+
+# opens a counter of so many things; what it gives is called when one of them is done
+Counting = Callable[[int], AbstractContextManager[Callable[[], object]]]
+
+
+@contextmanager
+def uncounted(total: int) -> Iterator[Callable[[], object]]:
+    """Counter that shows nothing."""
+    yield lambda: None
 
 
 class Delta(NamedTuple):

@@ -23,7 +23,7 @@ from minitune.models.hf_multimodal import text_config
 from minitune.models.model import Model
 from minitune.models.open import config_json
 from minitune.models.open import open as open_model
-from minitune.types import Params
+from minitune.types import Counting, Params, uncounted
 
 SHARD_BYTES = 5 * 10**9
 NO_KEYS: Mapping[str, Any] = MappingProxyType({})
@@ -37,7 +37,7 @@ class FolderExtras(NamedTuple):
     template: str | None = None  # written where the tokenizer's folder ships none
     # whose config.json and generation_config.json pass through; made anew without
     source: Path | None = None
-    on_tensor: Callable[[], None] | None = None  # called when a tensor is written
+    counting: Counting = uncounted  # of the tensors that are written
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str, Tensor]]:
@@ -75,7 +75,8 @@ def save_folder(
     params = {**named, **others.tensors}
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
-        _write_weights(aside, params, shard_bytes, extras.on_tensor, metadata)
+        with extras.counting(len(params)) as on_tensor:
+            _write_weights(aside, params, shard_bytes, on_tensor, metadata)
         _write_configs(aside, config, extras)
         for file in others.files:
             shutil.copyfile(file, aside / file.name)
@@ -98,7 +99,7 @@ def _write_weights(
     folder: Path,
     params: Params,
     shard_bytes: int,
-    on_tensor: Callable[[], None] | None,
+    on_tensor: Callable[[], object],
     metadata: Mapping[str, str],
 ) -> None:
     shards: list[dict[str, Tensor]] = [{}]

@@ -38,7 +38,7 @@ def dtype_of(word: str) -> torch.dtype | None:
 def save_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    on_tensor: Callable[[], None] | None = None,
+    on_tensor: Callable[[], object] | None = None,
     metadata: Mapping[str, str] = NO_METADATA,
 ) -> None:
     """Write tensors under their names; storage that two names share is written for each.

@@ -1,5 +1,6 @@
 """Inspect verb: what a model or adapter folder holds, in words."""
 
+import json
 import re
 import sys
 from collections import Counter
@@ -40,6 +41,7 @@ from minitune.io.paths import locate
 from minitune.io.safetensors_header import Entry
 from minitune.io.state_files import missing_file, read_parts, tensor_files, whole_entries
 from minitune.io.units import format_bytes
+from minitune.programs.records import read_rows
 from minitune.programs.trained_state import TrainedState
 from minitune.text.folder_files import text_files
 
@@ -68,10 +70,11 @@ def inspect(word: str) -> CommandResult:
     found = result_of(word, "inspect")
     if isinstance(found, TrainedState):
         rows, faults = summarize_state(found)
+        rows |= _best_heldout(found.run)
     else:
         rows, faults = summarize(locate(found))
         if found != word:
-            rows = {"folder": found, **rows}
+            rows = {"folder": found, **rows, **_best_heldout(locate(word))}
     console = Console()
     if not console.is_terminal:
         # whoever reads a pipe wants one line a topic, whatever the width
@@ -149,6 +152,19 @@ def _state_entries(folder: Path) -> tuple[dict[str, Entry], list[str]]:
         return whole_entries(read_parts(files)), []
     except ValueError as error:
         return {}, [f"{error}; {remedy}"]
+
+
+def _best_heldout(run: Path) -> dict[str, str]:
+    """Lowest loss on held-out rows that each training stage of a run measured, and at which step;
+    nothing of a run that measured none."""
+    best: dict[str, tuple[float, int]] = {}
+    for stage, step, line in read_rows(run / "metrics.jsonl"):
+        loss = json.loads(line).get("heldout_loss")
+        # a loss that is not finite is a text there
+        if isinstance(loss, float):
+            best[stage] = min((loss, step), best.get(stage, (loss, step)))
+    words = [f"{loss:.4f} nats at step {step:,} of {stage}" for stage, (loss, step) in best.items()]
+    return {"best held-out": ", ".join(words)} if words else {}
 
 
 def _model(folder: Path) -> FolderSummary:

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from minitune.errors import InputError
 from minitune.io.json_file import read_json_object
-from minitune.io.paths import locate
+from minitune.io.paths import is_registered_name, locate
 from minitune.io.toml_writing import inline_text
 from minitune.programs.trained_state import TrainedState, heldout_table, is_run, trained_state
-from minitune.registry.names import is_name
 from minitune.registry.opened import bring
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -21,7 +20,7 @@ EVALUATING = {"eval": "heldout", "generate": "prompts"}
 def bring_registered(word: str) -> None:
     """Fetch what a word names, where it is the name of a registered model; InputError as
     registry.opened.bring raises it."""
-    if not is_name(word):
+    if not is_registered_name(word):
         return
 
     def tell(text: str) -> None:

@@ -2,7 +2,7 @@
 inputs and outputs named as Optimum and transformers.js expect them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +67,10 @@ def save(
     require_room(folder, 2 * n_bytes, "the graph and its weights")
     names = _cache_names(model.config) if cache else []
     with result_folder(folder) as aside, quiet():
+        with extras.counting(model.config.n_layers) as on_layer:
+            graph = _exported(kept, model, cache, on_layer)
         torch.onnx.export(
-            _exported(kept, model, cache),
+            graph,
             (),
             aside / FILE,
             input_names=["input_ids", "attention_mask", *(f"past_key_values.{n}" for n in names)],
@@ -100,8 +102,11 @@ def _cache_names(config: DecoderConfig) -> list[str]:
     return [f"{i}.{part}" for i, part in product(range(config.n_layers), ("key", "value"))]
 
 
-def _exported(params: dict[str, Tensor], model: Model, cache: bool) -> torch.export.ExportedProgram:
-    """Graph of the forward, in which batch and lengths are free."""
+def _exported(
+    params: dict[str, Tensor], model: Model, cache: bool, on_layer: Callable[[], object]
+) -> torch.export.ExportedProgram:
+    """Graph of the forward, in which batch and lengths are free; on_layer is called when one of its
+    layers is traced."""
     config, like = model.config, params["model.embed_tokens.weight"]
     past: list[Tensor] = []
     if cache:
@@ -111,8 +116,14 @@ def _exported(params: dict[str, Tensor], model: Model, cache: bool) -> torch.exp
     ids = torch.zeros(BATCH, N_NEW, dtype=torch.int64)
     mask = torch.ones(BATCH, n_past + N_NEW, dtype=torch.int64)
 
+    block_of = untransformed(model).block_of()
+
+    def counted(i: int) -> Callable[..., Tensor]:
+        on_layer()
+        return block_of(i)
+
     def forward(leaves: Params, *inputs: Any) -> list[Tensor]:
-        return _forward(model, leaves, *inputs)
+        return _forward(model, counted, leaves, *inputs)
 
     batch, new, old = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
     total = Dim("total_sequence_length") if cache else new
@@ -124,6 +135,7 @@ def _exported(params: dict[str, Tensor], model: Model, cache: bool) -> torch.exp
 
 def _forward(
     model: Model,
+    block_of: decoder.BlockOf,
     params: Params,
     ids: Int[Tensor, "B T"],
     mask: Int[Tensor, "B S"],
@@ -145,7 +157,6 @@ def _forward(
     if past:
         older = [KVCache(*pair) for pair in zip(past[::2], past[1::2], strict=True)]
         caches = tree.map(lambda old, new: torch.cat([old, new], dim=2), older, empty)
-    block_of = untransformed(model).block_of()
     hidden = decoder.decode(model.config, params, ids, caches, positions, keys, block_of)
     return [model.logits(params, hidden), *(tree.leaves(caches) if past else [])]
 

@@ -5,15 +5,13 @@ own paths mean.
 import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from minitune.errors import InputError
 from minitune.io.cache_size import MODELS
 
-# names of models that a registry has, REGISTRY:NAME:VERSION
-REGISTERED = re.compile(r"(mlflow|wandb|azureml|hf):.+")
+REGISTRIES = ("mlflow", "wandb", "azureml", "hf")
 # what decides which registry a name is of
 REGISTRY_VARIABLES = (
     "MLFLOW_TRACKING_URI",
@@ -54,7 +52,7 @@ def locate(path: str, run: Path | None = None) -> Path:
     run that asks, REGISTRY:NAME where it was fetched to, the rest is the user's.
     """
     require_possible(path)
-    if REGISTERED.match(path):
+    if is_registered_name(path):
         return _fetched(path) or Path(path)
     head, _, rest = path.partition("/")
     if head == "demo":
@@ -66,6 +64,12 @@ def locate(path: str, run: Path | None = None) -> Path:
     if head == "configs" and not user_path(path).exists():
         return _root("configs") / rest
     return user_path(path)
+
+
+def is_registered_name(text: str) -> bool:
+    """True for a text that begins as the name of a registered model does, REGISTRY:NAME:VERSION."""
+    registry, colon, name = text.partition(":")
+    return registry in REGISTRIES and bool(colon and name)
 
 
 def registered_note(name: str) -> Path:

@@ -14,12 +14,14 @@ from minitune.losses.distillation import forward_kl as forward_kl
 from minitune.losses.distillation import jensen_shannon as jensen_shannon
 from minitune.losses.distillation import reverse_kl as reverse_kl
 from minitune.losses.distillation import symmetric_kl as symmetric_kl
+from minitune.losses.preference import ApoZero as ApoZero
 from minitune.losses.preference import Cpo as Cpo
 from minitune.losses.preference import Dpo as Dpo
 from minitune.losses.preference import Hinge as Hinge
 from minitune.losses.preference import Ipo as Ipo
 from minitune.losses.preference import Orpo as Orpo
 from minitune.losses.preference import SimPO as SimPO
+from minitune.losses.preference import apo_zero as apo_zero
 from minitune.losses.preference import cpo as cpo
 from minitune.losses.preference import dpo as dpo
 from minitune.losses.preference import hinge as hinge

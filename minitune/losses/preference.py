@@ -4,6 +4,7 @@ where a function says so.
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,6 +108,33 @@ class Hinge(BasePreferenceLoss, frozen=True, tag="hinge"):
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
         """hinge of the summed log-probs."""
         return hinge(*_answers(policy, _present(reference)), beta=self.beta)
+
+    def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
+        """beta * log(policy / reference)."""
+        return _relative_rewards(self.beta, policy, reference)
+
+
+def apo_zero(
+    chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float
+) -> Nats:
+    """1 - sigmoid(beta (chosen - ref_chosen)) + sigmoid(beta (rejected - ref_rejected)), without a
+    unit (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7 as TRL's DPOTrainer has it).
+    """
+    lost = torch.sigmoid(-beta * (chosen - ref_chosen))
+    return lost + torch.sigmoid(beta * (rejected - ref_rejected))
+
+
+class ApoZero(BasePreferenceLoss, frozen=True, tag="apo_zero"):
+    """Anchored preference optimization: the chosen answer becomes likelier than under the
+    reference, and the rejected one less likely, each by itself.
+    """
+
+    # more saturates at a smaller change, so holds the policy nearer to the reference
+    beta: PositiveFloat = 0.1
+
+    def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
+        """apo_zero of the summed log-probs."""
+        return apo_zero(*_answers(policy, _present(reference)), beta=self.beta)
 
     def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
         """beta * log(policy / reference)."""

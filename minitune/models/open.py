@@ -29,6 +29,7 @@ from minitune.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from minitune.models.family import Family
@@ -48,6 +49,7 @@ FAMILIES = {  # by the model_type of config.json
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "seed_oss": seed_oss.FAMILY,
     "granite": granite.FAMILY,
     "mixtral": mixtral.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,

@@ -14,6 +14,7 @@ KINDS = (
     ("dpo", "", "sigmoid dpoloss"),
     ("hinge", "", "rso rsoloss"),
     ("ipo", "", "ipoloss"),
+    ("apo_zero", "", "apo"),
     ("simpo", "", "simpoloss"),
     ("jensen_shannon", "", "jsd js"),
     ("forward_kl", "", "kl kd_loss kldiv forwardklloss forwardklwithchunkedoutputloss"),

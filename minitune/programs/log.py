@@ -1,5 +1,4 @@
-"""Output of a run: lines and a progress bar on the terminal, the same lines in log.txt, rows in
-metrics.jsonl, and the trackers that the program asks for."""
+"""Output of a run: the terminal, log.txt, metrics.jsonl, and the trackers of its program."""
 
 import io
 import itertools
@@ -112,11 +111,16 @@ class Log:
         self._file.close()
         if error is not None:
             self._write(str(error) or type(error).__name__)
-        if self._trackers is not None:
-            self._trackers.finish(failed=error is not None)
+        self.close_trackers(failed=error is not None)
         if self._text is not None:
             self._text.close()
             self._text = None
+
+    def close_trackers(self, *, failed: bool = False) -> None:
+        """End the trackers, which may print closing lines of their own."""
+        if self._trackers is not None:
+            self._trackers.finish(failed=failed)
+            self._trackers = None
 
     @property
     def width(self) -> int:

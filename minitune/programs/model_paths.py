@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from minitune.io.paths import is_registered_name
 from minitune.programs.loading import ModelSource
-from minitune.registry.names import is_name
 from minitune.registry.opened import bring
 
 PATHS = ("path", "deltas", "tokenizer")
@@ -24,7 +24,7 @@ def fetched_models(sources: Iterable[ModelSource], say: Callable[[str], None]) -
 def _names(source: ModelSource) -> Iterator[str]:
     for field in PATHS:
         path = getattr(source, field)
-        if path is not None and is_name(path):
+        if path is not None and is_registered_name(path):
             yield path
 
 

@@ -155,6 +155,8 @@ def _finished(
         for label, one in plans.items():
             out.say(_beside_plan(label, one, state.records.get(label, {})))
         _write_page(run, out)
+        # the last line that a person reads is ours
+        out.close_trackers()
         files = "summary.json, metrics.jsonl, log.txt, checkpoints, the program that made them"
         out.say(f"{run.folder} holds this run: {files}")
     text = ranks.text_from_first(msgspec.json.encode(result).decode())

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from minitune.errors import InputError
+from minitune.errors import DiskFullError, InputError
 from minitune.io.atomic import create_folder, link
 from minitune.registry.versions import CONTENT, FACTS, LATEST, Facts, Version, absent, files_at
 from minitune.trackers.background import reason
@@ -19,6 +19,7 @@ from minitune.trackers.reach import unreachable
 EXPERIMENT = "minitune"
 FILES = "model"  # folder of a run's artifacts
 OUT = Path("runs")
+SQLITE_FULL = "database or disk is full"  # words of SQLite, in which MLflow passes them on
 
 
 class MlflowModels:
@@ -153,6 +154,12 @@ def _explained() -> Iterator[None]:
         yield
     except MlflowException as error:
         said = reason(error)
+        if SQLITE_FULL in str(error):
+            remedy = "free some space and give the same command again"
+            raise DiskFullError(
+                f"registry: the disk of {OUT / 'mlflow.db'} is full, expected room for a new "
+                f"version; {remedy}"
+            ) from None
         remedy = "correct the name or MLFLOW_TRACKING_URI"
         raise InputError(
             f"registry: mlflow says: {said}, expected it to answer; {remedy}"

@@ -43,15 +43,12 @@ class Name(NamedTuple):
         return REGISTRIES[self.registry]()
 
 
-def is_name(text: str) -> bool:
-    """True for a text that begins as the name of a registered model does."""
-    return text.partition(":")[0] in REGISTRIES and ":" in text
-
-
 def parsed(text: str) -> Name:
     """Name that a text holds, one without a registry being of MLflow; InputError for another
     spelling."""
-    registry, _, rest = text.partition(":") if is_name(text) else ("mlflow", "", text)
+    registry, colon, rest = text.partition(":")
+    if registry not in REGISTRIES or not colon:
+        registry, rest = "mlflow", text
     name, _, version = rest.partition(":")
     pattern, wanted = NAMES[registry]
     if not re.fullmatch(pattern, name) or not VERSION.fullmatch(version or LATEST):

@@ -84,11 +84,17 @@ def test_inspect_takes_a_run_and_writes_whole_lines_into_a_pipe(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     add(run / "merged", "config.json", {"model_type": "llama", "architectures": ["A" * 40, "B" * 40]})
+    losses = {"train": ["nan", 1.75, 1.25, 1.5], "more": [1.125, "inf"], "none": []}
+    rows = [{"stage": s, "step": 10 * n, "heldout_loss": x} for s, all in losses.items() for n, x in enumerate(all, start=1)]
+    rows.append({"stage": "none", "step": 3, "loss": 0.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main(["inspect", "runs/x"]) == 2  # its weights are missing
     lines = capsys.readouterr().out.splitlines()
     assert "runs/x/merged" in lines[0]
     assert any(line.endswith(f"{'A' * 40}, {'B' * 40}") for line in lines)
     assert all(line == line.rstrip() for line in lines)
+    (best,) = [line for line in lines if line.startswith("best held-out")]
+    assert best.endswith(" 1.2500 nats at step 30 of train, 1.1250 nats at step 10 of more")
 
 
 def test_a_training_state_opens_as_deltas_everywhere(

@@ -89,8 +89,9 @@ def test_a_step_down_a_loss_goes_where_its_name_says(kind: type, n: int, seed: i
     if kind in members(PairLoss):  # from where training begins: the policy is the reference
         reference = LogProbs(*start.T, *counts)
         slope = torch.func.grad(lambda x: loss(LogProbs(*x.T, *counts), reference).sum())(start)
-        assert (slope[:, 0] < 0).all()
-        assert (slope[:, 1] > 0).all()
+        falls = f"{kind.__name__} falls as the {{}} answer becomes {{}} likely, expected {{}}; a sign is wrong"
+        assert (slope[:, 0] < 0).all(), falls.format("chosen", "less", "more")
+        assert (slope[:, 1] > 0).all(), falls.format("rejected", "more", "less")
     elif kind in members(UnpairedLoss):
         desirable = torch.rand(n, generator=generator) < 0.5
         slope = torch.func.grad(lambda x: loss(x, start[:, 0], desirable, torch.tensor(0.0)).sum())(start[:, 0])

@@ -15,10 +15,12 @@ from minitune.__main__ import main
 from minitune.interop.peft.load import load_adapter
 from minitune.io.results import MARKER
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
+from minitune.losses.registry import DistillationLoss, PairLoss
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.quant import schemes
 from minitune.quant.schemes import dequantize, quantize
+from support.independent import members
 from support.models import random_params
 from support.programs import COMMAND, LORA, NF4, TINY, TRAIN, evaluation, rows_without_time, run, spawn, start, toy, wait_for_step
 
@@ -203,12 +205,13 @@ def test_cached_and_live_references_and_teachers_train_alike(tiny: Path, tmp_pat
     assert cached == pytest.approx(live, abs=5e-6)
 
 
-KINDS = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto", "forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon")
+TEACHERS = tuple(one.__struct_config__.tag for one in members(DistillationLoss))
+KINDS = (*(one.__struct_config__.tag for one in members(PairLoss)), "kto", *TEACHERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> None:
-    data = "unpaired" if kind == "kto" else "train" if kind in KINDS[7:] else "pairs"
+    data = "unpaired" if kind == "kto" else "train" if kind in TEACHERS else "pairs"
     stages = LORA + TRAIN.replace('"train"\nsteps', f'"{data}"\nsteps') + f'loss = {{ kind = "{kind}" }}\n'
     teacher = 'teacher = { path = "demo" }\n' if data == "train" else ""
     summary = run(tmp_path, tiny, stages + teacher, "train.optimizer.lr=0.5")

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitune.algorithms.objective import split_trainable
 from minitune.losses.distillation import forward_kl, jensen_shannon, reverse_kl
-from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO, dpo
+from minitune.losses.preference import ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO, dpo
 from minitune.losses.registry import PairLoss
 from minitune.losses.unpaired import Kto
 from minitune.models import Model
@@ -167,12 +167,16 @@ def check(loss: Tensor, model: LlamaForCausalLM, peer: Peer) -> None:
 
 
 PAIRS = Pairs(answers([3, 1, 2], [4, 2, 7], seed=1), answers([3, 1, 2], [2, 5, 3], seed=2))
+REFERRING = [
+    (Dpo(beta=0.3), "sigmoid"),
+    (Hinge(beta=0.05), "hinge"),
+    (Ipo(beta=0.2), "ipo"),
+    (ApoZero(beta=0.3), "apo_zero"),
+]
 EVEN = Pairs(answers([1, 1, 1], [4, 4, 4], seed=1), answers([1, 1, 1], [2, 5, 3], seed=2))  # see the trainers without a reference
 
 
-@pytest.mark.parametrize(
-    ("loss", "loss_type"), [(Dpo(beta=0.3), "sigmoid"), (Hinge(beta=0.05), "hinge"), (Ipo(beta=0.2), "ipo")], ids=str
-)
+@pytest.mark.parametrize(("loss", "loss_type"), REFERRING, ids=str)
 def test_pairs_against_a_reference_cost_what_dpo_trainer_says(loss: PairLoss, loss_type: str, tmp_path: Path) -> None:
     policy, frozen, again = a_model(0), a_model(1), a_model(0)
     peer = dpo_peer(policy, frozen, PAIRS, tmp_path, loss_type=[loss_type], beta=loss.beta)
@@ -185,9 +189,7 @@ def test_pairs_against_a_reference_cost_what_dpo_trainer_says(loss: PairLoss, lo
     assert float(ours.chosen.detach().mean()) == pytest.approx(peer.metrics["logps/chosen"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("loss", "loss_type"), [(Dpo(beta=0.3), "sigmoid"), (Hinge(beta=0.05), "hinge"), (Ipo(beta=0.2), "ipo")], ids=str
-)
+@pytest.mark.parametrize(("loss", "loss_type"), REFERRING, ids=str)
 def test_a_step_of_ours_is_the_step_of_dpo_trainer(loss: PairLoss, loss_type: str, tmp_path: Path) -> None:
     """preference_step from old to new weights: its loss, its metrics, and its gradient as what SGD at rate 1 moves."""
     peer = dpo_peer(a_model(0), a_model(1), PAIRS, tmp_path, loss_type=[loss_type], beta=loss.beta)

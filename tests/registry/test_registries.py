@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from mlflow.tracking import MlflowClient
 
 from minitune.__main__ import main
 from minitune.errors import InputError
+from minitune.io import paths
 from minitune.io.paths import cache, locate
-from minitune.registry import mlflow_models
+from minitune.registry import mlflow_models, names
 from minitune.registry.mlflow_models import MlflowModels
 from minitune.registry.names import parsed
 from minitune.registry.opened import bring
 from support.hub_repositories import TOKEN
 from support.hub_server import Hub, contents
 from support.programs import LORA, TRAIN, evaluation, run, start
+from support.small_disks import fill, small_disk
 
 # of mlflow and of what it uses
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -88,6 +91,46 @@ def test_a_program_registers_and_another_one_opens_it(folder: Path, tiny: Path, 
     after = run(folder, tiny, evaluation("after"), words[-1], name="q")
     direct = run(folder, tiny, evaluation("after"), f"model.path={folder}/p/merged", name="r")
     assert after["after"]["loss_nats"] == direct["after"]["loss_nats"]
+
+
+def test_paths_know_the_registries_by_their_words() -> None:
+    assert set(paths.REGISTRIES) == set(names.REGISTRIES) == set(names.NAMES)
+    for text in ("mlflow:orders", "hf:a/b", "wandb:p/n:3", "azureml:x:latest"):
+        assert paths.is_registered_name(text)
+        assert parsed(text).registry == text.partition(":")[0]
+    for text in ("mlflow", "mlflow:", "orders", "orders:3", "C:folder", "models/x", ""):
+        assert not paths.is_registered_name(text)
+    with pytest.raises(InputError, match=r"'hf:' is no name of a model, expected hf:OWNER/NAME or"):
+        parsed("hf:")
+
+
+def test_register_without_its_package_names_the_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(folder / "one", "one")
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    assert main(["register", "one", "orders"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("registry: the package mlflow is not installed, expected it for MLflow's registry")
+    assert said.endswith("; pip install 'minitune[mlflow]'\n")
+
+
+def test_a_full_disk_ends_a_registration_with_its_code(database: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(folder / "one", "one")
+    shutil.rmtree(folder / "runs")
+    with small_disk(folder / "runs", database.stat().st_size // 1024 + 512) as disk:
+        shutil.copyfile(database, disk / "mlflow.db")
+        assert main(["register", "one", "orders"]) == 0
+        fill(disk)
+        (folder / "one/model.safetensors").write_bytes(b"two" * 100)
+        capsys.readouterr()
+        assert main(["register", "one", "orders"]) == 3
+        # MLflow's logger prints before
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(r"registry: the disk of .*mlflow\.db is full, expected room for a new version; free some", said)
+        (disk / "other").unlink()
+        assert main(["register", "one", "orders"]) == 0
+        assert capsys.readouterr().out == "mlflow:orders:2\n"
 
 
 def test_versions_aliases_and_going_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

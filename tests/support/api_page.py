@@ -68,6 +68,8 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "ipo",
             "Hinge",
             "hinge",
+            "ApoZero",
+            "apo_zero",
             "SimPO",
             "simpo",
             "Orpo",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
-from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
+from minitune.losses.preference import ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 from minitune.optim.adamw import AdamW
@@ -91,6 +91,13 @@ def hinge(policy: LogProbs, reference: LogProbs, beta: float) -> Tensor:
     return torch.where(slack > 0, slack, 0.0)
 
 
+def apo_zero(policy: LogProbs, reference: LogProbs, beta: float) -> Tensor:
+    """Two classifications against the reference: the probability of each being decided wrongly."""
+    chosen, rejected = ratios(policy, reference)
+    even = torch.zeros_like(chosen)
+    return preference(even, beta * chosen) + preference(beta * rejected, even)
+
+
 def simpo(policy: LogProbs, _: LogProbs, beta: float, gamma: float) -> Tensor:
     chosen, rejected = means(policy)
     return -preference(beta * chosen - gamma, beta * rejected).log()
@@ -154,6 +161,7 @@ LOSSES: dict[type, LossReference] = {
     Dpo: LossReference({"beta": 0.3, "label_smoothing": 0.2}, dpo, relative_rewards),
     Ipo: LossReference({"beta": 0.3}, ipo, relative_rewards),
     Hinge: LossReference({"beta": 0.3}, hinge, relative_rewards),
+    ApoZero: LossReference({"beta": 0.3}, apo_zero, relative_rewards),
     SimPO: LossReference({"beta": 0.7, "gamma": 0.4}, simpo, mean_rewards),
     Orpo: LossReference({"beta": 0.3}, orpo, mean_rewards),
     Cpo: LossReference({"beta": 0.3, "nll_weight": 0.4}, cpo, sum_rewards),

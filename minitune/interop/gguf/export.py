@@ -4,6 +4,7 @@ and its tokenizer.
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from io import BufferedWriter
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from minitune.models.model import Model
 from minitune.quant.schemes import dequantize
 from minitune.quant.tensors import QNF4, QNVFP4, QInt4, QInt8, QTensor
 from minitune.text.tokenizer import Tokenizer
-from minitune.types import Params
+from minitune.types import Counting, Params, uncounted
 
 # weights that are encoded at a time, so that a file needs little more memory than its model
 CHUNK = 2**22
@@ -97,12 +98,13 @@ def save(
     template: str | None,
     stop_ids: Sequence[int],
     importance: Mapping[str, Tensor] = NO_IMPORTANCE,
+    counting: Counting = uncounted,
 ) -> list[str]:
     """Write the file and return notes: tensors whose rows do not fit the blocks of the type that
     was asked for, and what llama.cpp will not do as minitune does.
 
     importance: of the columns of a matrix, by which its K type weighs errors; where there is none,
-    they weigh as llama.cpp has it.
+    they weigh as llama.cpp has it. counting: of the tensors that are written.
 
     Norms and biases stay float32. Quantized leaves are dequantized, but int8 to Q8_0, and int4 in
     groups of a multiple of 32 to Q4_0, keep their codes. InputError for a model that llama.cpp has
@@ -122,11 +124,18 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     with result_file(path) as aside, aside.open("wb") as file:
         write_header(file, arch.name, keys, [part.entry() for part in parts])
+        _write(file, parts, counting)
+    return [*notes, *more, *limits]
+
+
+def _write(file: BufferedWriter, parts: Sequence[_Part], counting: Counting) -> None:
+    """Write the rows of each tensor, and the padding behind them."""
+    with counting(len(parts)) as on_tensor:
         for part in parts:
             for rows in _encoded(part):
                 file.write(rows.cpu().numpy().tobytes())
             pad(file)
-    return [*notes, *more, *limits]
+            on_tensor()
 
 
 def _parts(

@@ -16,6 +16,7 @@ from minitune.programs.variables import value_of
 FILE = "README.md"
 GIVEN_AWAY = ("upload", "version")  # records of stages that make nothing
 N_CURVE_ROWS = 10
+CARD_SAMPLES = 3  # sample answers, unless another number is asked for
 LIBRARIES: dict[ResultKind, str] = {
     "adapter": "peft",
     "gguf": "gguf",
@@ -32,7 +33,7 @@ class Subject(NamedTuple):
     repo: str  # OWNER/NAME
     run: RunFiles | None = None  # that saved it
     base: str | None = None  # OWNER/NAME of its base, where the run's path does not say it
-    n_samples: int = 3  # sample answers to show
+    n_samples: int = CARD_SAMPLES  # sample answers to show
 
 
 def model_card(subject: Subject) -> str:

@@ -132,7 +132,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         loaded = state.loaded
         target = locate(self.result.path, state.folder)
         codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
-        params, extras = {**loaded.stored, **codes}, folder_extras(state)
+        params, extras = {**loaded.stored, **codes}, folder_extras(state, self.label)
         state.log.say(f"{self.label}: writing {self.format}")
         require_finite(params, f"stages: {self.label}")
         for line in self._write(state, target, params, extras):
@@ -158,6 +158,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
                 template=loaded.template.source,
                 stop_ids=extras.stop_ids,
                 importance=self._importance(state),
+                counting=extras.counting,
             )
         if self.format == "bitsandbytes":
             bitsandbytes.save(target, params, loaded.model, extras)

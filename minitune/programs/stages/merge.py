@@ -78,17 +78,19 @@ def merged(
     Over quantized weights the record and the log have the errors of both bases.
     """
     loaded = state.loaded
-    weights, errors = merge_trainable(
-        loaded.params,
-        loaded.trainable,
-        loaded.lora,
-        stored=loaded.dense,
-        onto=onto,
-        dtype=getattr(torch, dtype) if dtype else None,
-    )
+    deltas = [name for name, leaf in loaded.trainable.items() if isinstance(leaf, Delta)]
+    with state.log.counter(f"{label}: merging", len(deltas)) as count:
+        weights, errors = merge_trainable(
+            loaded.params,
+            loaded.trainable,
+            loaded.lora,
+            stored=loaded.dense,
+            onto=onto,
+            dtype=getattr(torch, dtype) if dtype else None,
+            on_delta=count,
+        )
     require_finite(weights, f"stages: {label}")
     record: dict[str, Any] = {"merge_error": errors[onto]}
-    deltas = [name for name, leaf in loaded.trainable.items() if isinstance(leaf, Delta)]
     if any(not isinstance(loaded.params[name], Tensor) for name in deltas):
         record |= {
             "onto": onto,

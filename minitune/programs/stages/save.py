@@ -1,5 +1,6 @@
 """Stage that writes the result: an adapter or a model folder."""
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -96,14 +97,12 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 base=base,
                 names=loaded.params,
                 wrapper=config_json(loaded.source).get("model_type") if loaded.source else None,
-                extras=folder_extras(state),
+                extras=folder_extras(state, self.label),
             )
         else:
             final, errors = merged(state, self.label, self.onto, self.dtype)
             require_finite(final, f"stages: {self.label}")
-            with state.log.counter(f"{self.label}: writing", len(final)) as count:
-                extras = folder_extras(state)._replace(on_tensor=count)
-                save_folder(folder, final, loaded.model, extras)
+            save_folder(folder, final, loaded.model, folder_extras(state, self.label))
             record |= errors
             say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
@@ -117,9 +116,11 @@ def say_notes(state: PipelineState, label: str, *, text_alone: bool) -> None:
         state.log.say(f"{label}: {line}")
 
 
-def folder_extras(state: PipelineState) -> FolderExtras:
-    """Files and settings of the model's folder that a result has too."""
+def folder_extras(state: PipelineState, label: str) -> FolderExtras:
+    """Files and settings of the model's folder that a result has too; what is written is counted
+    under the label of the stage."""
     loaded = state.loaded
     template = loaded.template.source if loaded.template.origin.startswith("built-in") else None
     ends = stop_ids(loaded.tokenizer, loaded.template)
-    return FolderExtras(loaded.tokenizer_folder, ends, template, loaded.source)
+    counting = partial(state.log.counter, f"{label}: writing")
+    return FolderExtras(loaded.tokenizer_folder, ends, template, loaded.source, counting)
