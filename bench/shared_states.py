@@ -2,8 +2,8 @@
 
     python bench/shared_states.py [--mib 512] [--runs 3]     a state of so many MiB in all, each row in fresh processes
 
-Most memory that a rank had at once (VmHWM of /proc, from a new mark on) above what it had before, against the bytes of its own parts;
-pages of a mapped file count. Saving has its parts in memory already, so it needs a share of them more; loading makes them.
+Most memory that a rank had at once (VmHWM of /proc, from a new mark on) above what it had before, against the bytes of its own
+parts; pages of a mapped file count. Saving has its parts in memory already, so it needs a share of them more; loading makes them.
 Matrices of 4 MiB and a few vectors of 1 MiB that all ranks hold.
 """
 
@@ -112,9 +112,8 @@ def main() -> None:
     if args.row is not None:
         sys.stdout.write(json.dumps(measured(args.row, args.mib, args.folder)))
         return
-    print(
-        "| what | mesh, cuts | own parts, MiB | more memory, MiB | ratio, worst rank | time, s | spread, s |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("what", "mesh, cuts", "own parts, MiB", "more memory, MiB", "ratio, worst rank", "time, s", "spread, s")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with tempfile.TemporaryDirectory() as folder:
         for row, (kind, mesh, cuts) in enumerate(ROWS):
             runs = [run_row(row, args.mib, Path(folder)) for _ in range(args.runs)]
