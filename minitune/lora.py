@@ -15,6 +15,7 @@ from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
 from minitune.quant.schemes import dequantize
+from minitune.sharding.gather import gather
 from minitune.structs import CheckedStruct
 from minitune.types import (
     Adapted,
@@ -127,7 +128,7 @@ class Lora(CheckedStruct, frozen=True, forbid_unknown_fields=True):
             unit = torch.rand(like.a.shape, generator=draws, dtype=torch.float32)
             a = ((2 * unit - 1) / like.a.shape[-1] ** 0.5).to(device)
             fresh = Delta(a, torch.zeros(like.b.shape, dtype=torch.float32, device=device))
-            return fresh._replace(m=row_norms(Adapted(w, *fresh))) if self.dora else fresh
+            return fresh._replace(m=row_norms(Adapted(gather(w), *fresh))) if self.dora else fresh
 
         return {name: delta(name, like) for name, like in self.like(params).items()}
 
@@ -231,7 +232,7 @@ def merge_trainable(
     if onto == "trained":
         for name, w in params.items():
             if not isinstance(w, Tensor) and name not in deltas:
-                merged[name] = dequantize(w, dtypes[name])
+                merged[name] = dequantize(gather(w), dtypes[name])
 
     errors: dict[Onto, float] = {"trained": 0.0, "stored": 0.0}
     for name, delta in deltas.items():
@@ -252,7 +253,7 @@ def _merge_one(
     if isinstance(w, Tensor):
         merged = lora.merge_weight(dense, delta, dtype)
         return merged, merged
-    trained_on = dequantize(w, torch.float32)
+    trained_on = dequantize(gather(w), torch.float32)
     on_trained = lora.merge_weight(trained_on, delta, dtype)
     return on_trained, lora.merge_weight(trained_on, delta, dtype, onto=dense)
 

@@ -22,7 +22,7 @@ from minitune.algorithms.loss_scale import (
 from minitune.algorithms.micro_batches import micro_batches, summed_over_ranks
 from minitune.algorithms.objective import Objective, checked_objective
 from minitune.algorithms.preference import PreferenceLoss, preference
-from minitune.algorithms.shared_state import begin_state
+from minitune.algorithms.shared_state import apply_to_parts, begin_state
 from minitune.algorithms.supervised import SupervisedLoss, sft
 from minitune.algorithms.unpaired import unpaired_preference
 from minitune.errors import quoted
@@ -32,10 +32,8 @@ from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 from minitune.models.model import Model
-from minitune.optim.apply import apply_gradients
 from minitune.optim.transforms import GradientTransformation
 from minitune.sharding.collectives import norms_over_ranks
-from minitune.sharding.parts import local_parts, placed_like
 from minitune.types import (
     AnyBatch,
     Batch,
@@ -80,8 +78,8 @@ def train_step(
     require_parts(objective, optimizer, micro_batch)
 
     def init(trainable: Trainable) -> TrainState:
-        opt_state = begin_state(optimizer, trainable)
-        return TrainState(trainable, with_scale(opt_state, loss_scale, trainable))
+        began = begin_state(optimizer, trainable)
+        return TrainState(trainable, with_scale(began, loss_scale, trainable))
 
     def update(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         require_batch(batch)
@@ -93,12 +91,8 @@ def train_step(
         (loss, reports), grads = summed_over_ranks(checked, state.trainable, params, parts)
         leaf_norms = norms_over_ranks(grads)
         sums = divided(loss, torch.linalg.vector_norm(leaf_norms), factor)
-
-        # an optimizer sees the parts that this rank holds
         trees = grads, inner_state(state.opt_state), state.trainable
-        own = local_parts(trees)
-        after = apply_gradients(optimizer, *own, **sums.of_gradients(), donate=donate)
-        after = placed_like(after, (trees[2], trees[1]))
+        after = apply_to_parts(optimizer, *trees, **sums.of_gradients(), donate=donate)
 
         metrics = {name: mean.value() for name, mean in reports.items()}
         metrics |= sums.metrics(batch.counts, leaf_norms)

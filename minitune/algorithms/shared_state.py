@@ -1,10 +1,13 @@
-"""State of an optimizer for leaves of which each rank holds a part."""
+"""Optimizers of leaves of which each rank holds a part."""
+
+from typing import Any
 
 from minitune import tree
 from minitune.errors import InputError
+from minitune.optim.apply import apply_gradients
 from minitune.optim.pipeline import split_optimizer
 from minitune.optim.transforms import GradientTransformation
-from minitune.sharding.parts import is_sharded
+from minitune.sharding.parts import is_sharded, local_parts, placed_like
 from minitune.tree import Tree
 from minitune.types import Trainable
 
@@ -33,3 +36,13 @@ def begin_state(optimizer: GradientTransformation, trainable: Trainable) -> Tree
                     "or SGD, or a plan that leaves the trained weights whole, such as dp"
                 )
     return state
+
+
+def apply_to_parts(
+    optimizer: GradientTransformation, grads: Tree, state: Tree, params: Tree, **how: Any
+) -> tuple[Tree, Tree]:
+    """(params, state) after apply_gradients, which sees the parts that this rank holds; how: its
+    other arguments.
+    """
+    parts = local_parts((grads, state, params))
+    return placed_like(apply_gradients(optimizer, *parts, **how), (params, state))

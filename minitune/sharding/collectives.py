@@ -136,7 +136,9 @@ def end_gather(gathering: Gathering) -> list[Tensor]:
         columns = gathering.buffer[:, start : start + n_bytes].view(part.dtype)
         pieces = columns.unflatten(1, part.shape).movedim(0, cut.dim)
         whole = pieces.flatten(cut.dim, cut.dim + 1)
-        wholes.append(whole.narrow(cut.dim, 0, cut.size).contiguous())
+        whole = whole.narrow(cut.dim, 0, cut.size).contiguous()
+        # of a single rank they would all be views of the buffer, and live as long as any of them
+        wholes.append(whole.clone() if len(gathering.buffer) == 1 else whole)
         start += _aligned(n_bytes)
     return wholes
 
@@ -181,7 +183,8 @@ def _aligned(n_bytes: int) -> int:
 
 
 def _filled_up(row: Tensor) -> Tensor:
-    return F.pad(row, (0, _aligned(row.numel()) - row.numel()))
+    missing = _aligned(row.numel()) - row.numel()
+    return F.pad(row, (0, missing)) if missing else row
 
 
 # torch 2.13 has new names for these two

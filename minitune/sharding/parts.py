@@ -24,7 +24,7 @@ class Cut(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """What a DTensor is but for its part: mesh, placements, and the whole's shape and strides."""
+    """Description of a DTensor without its part: the shape and strides are those of the whole."""
 
     mesh: Any
     placements: tuple[Any, ...]
@@ -45,7 +45,7 @@ def is_shared(values: Tree) -> bool:
 
 
 def placed_of(x: Any) -> Placed:
-    """All of a DTensor but its part."""
+    """Mesh, placements, shape and strides of a DTensor."""
     return Placed(x.device_mesh, x.placements, x.shape, x.stride())
 
 

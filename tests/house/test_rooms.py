@@ -32,7 +32,7 @@ ROOMS = {  # room -> the rooms that it may import
     "quant": f"{GROUND} autodiff",
     "nn": f"{GROUND} autodiff quant sharding",
     "optim": f"{GROUND} autodiff",
-    "lora": f"{GROUND} quant nn",
+    "lora": f"{GROUND} quant nn sharding",
     "text": f"{GROUND} io",
     "data": f"{GROUND} io text",
     "models": f"{GROUND} io autodiff quant nn sharding",

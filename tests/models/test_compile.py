@@ -64,4 +64,4 @@ def test_an_error_of_the_block_is_the_blocks_own() -> None:
 
 
 def test_steps_that_are_not_compiled_import_no_compiler() -> None:
-    assert run_script("steps_alone").strip() == "False"
+    assert run_script("steps_alone").strip() == "[]"

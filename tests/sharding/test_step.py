@@ -17,7 +17,7 @@ from minitune.quant.schemes import NF4, Int4, Int8
 from support.families import config_of
 from support.models import SMALL
 from support.ranks import Ranks
-from support.sharded import Case, both_steps, dealt, held, on_ranks, quantized_hidden, refusal, rows_of, trained
+from support.sharded import Case, begun_and_merged, both_steps, dealt, held, on_ranks, quantized_hidden, refusal, rows_of, trained
 
 FSDP = {"vocab": "data", "heads": "data", "d_ff": "data"}
 MESHES: list[dict[str, int]] = [{"data": 2}, {"data": 4}, {"replica": 2, "data": 2}]
@@ -55,6 +55,11 @@ def test_ranks_take_the_step_of_one_process(ranks: Ranks, name: str, mesh: dict[
     check(ranks, CASES[name], mesh, sizes, [torch.ones(5, dtype=torch.bool)] * 2)
 
 
+@pytest.mark.parametrize("name", ["sft full", "sft dora"])
+def test_a_mesh_of_one_rank_is_one_process(ranks: Ranks, name: str) -> None:
+    check(ranks, CASES[name], {"data": 1}, [5], [torch.ones(5, dtype=torch.bool)] * 2)
+
+
 @settings(max_examples=12)
 @given(data=st.data(), micro_batch=st.sampled_from([1, 2, None]))
 def test_any_rows_and_any_masks_on_any_rank(ranks: Ranks, data: Any, micro_batch: int | None) -> None:
@@ -81,7 +86,7 @@ def test_a_quantized_base_in_parts_is_the_same_to_the_bit(ranks: Ranks, scheme: 
     config = msgspec.structs.replace(config, n_layers=2, d_model=64, d_ff=128, d_head=16)
     tokens = rows_of(Case(config), 2, 0).tokens
     logits, grads = quantized_hidden(config, scheme, tokens, None, n_remat)
-    for n in (2, 3):
+    for n in (1, 2, 3):
         for found, their_grads in ranks.run(n, quantized_hidden, config, scheme, tokens, FSDP, n_remat):
             assert torch.equal(found, logits)
             assert all(map(torch.equal, tree.leaves(their_grads), tree.leaves(grads)))
@@ -99,3 +104,9 @@ def test_a_rank_holds_its_share_of_parameters_and_state(ranks: Ranks, mesh: dict
     alone = held(config, None, None)
     for own in ranks.run(math.prod(mesh.values()), held, config, FSDP, mesh):
         assert own == pytest.approx(alone / mesh["data"], rel=0.05)
+
+
+def test_deltas_begin_and_merge_on_parts_as_on_whole_weights(ranks: Ranks) -> None:
+    wanted = begun_and_merged(SMALL, None)
+    for found in ranks.run(2, begun_and_merged, SMALL, FSDP):
+        assert all(map(torch.equal, tree.leaves(found), tree.leaves(wanted)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from support.paths import ROOT, TESTS
 
-TIMEOUT_S = 120  # of a call or a command; a collective that waits for a missing rank gives up after it as well
+TIMEOUT_S = 300  # of a call or a command; a collective that waits for a missing rank gives up after it as well
 TICK_S = 0.02  # between two looks at the processes of a command
 CHILD_VARIABLES = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 

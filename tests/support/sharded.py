@@ -13,7 +13,7 @@ from minitune.algorithms.objective import split_trainable
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.checkpoint.state import load_state, save_state
 from minitune.errors import InputError
-from minitune.lora import Lora
+from minitune.lora import Lora, merge_trainable
 from minitune.losses.preference import Dpo
 from minitune.losses.token import cross_entropy
 from minitune.models.block import block
@@ -21,7 +21,7 @@ from minitune.models.config import DecoderConfig
 from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
-from minitune.quant.schemes import quantize
+from minitune.quant.schemes import Int8, quantize
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh
 from minitune.sharding.parts import local_parts
@@ -244,3 +244,14 @@ def held(config: DecoderConfig, plan: Plan | None, mesh: Mesh | None) -> int:
     step = sft_step(model_of(config), None, AdamW(lr=0.01))
     state, _ = step.update(frozen, step.init(trainable), random_batch(config, 1, 5))
     return sum(part.untyped_storage().nbytes() for part in tree.leaves(local_parts(state)))
+
+
+def begun_and_merged(config: DecoderConfig, plan: Plan | None) -> tuple[Any, Any]:
+    """(deltas that a rule with magnitudes begins with, weights with random deltas merged in), on a quantized base."""
+    weights = random_params(config)
+    names = [name for name in weights if name.endswith("_proj.weight")]
+    params: Any = weights | {name: quantize(weights[name], Int8()) for name in names}
+    if plan is not None:
+        params = shard(params, dims(config), plan, device_mesh({"data": dist.get_world_size()}, "cpu"))
+    merged = merge_trainable(params, random_deltas(weights, DORA), DORA, stored=weights)
+    return DORA.init(params, 0), merged.params

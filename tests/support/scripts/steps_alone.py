@@ -1,4 +1,4 @@
-"""Two training steps that are not compiled, and whether they imported torch's compiler."""
+"""Two training steps that are not compiled, and which they imported of torch's compiler and its DTensor."""
 
 import sys
 
@@ -12,4 +12,4 @@ step = sft_step(model_of(SMALL), lora, AdamW(lr=1e-3))
 state = step.init(lora.init(params, 0))
 for seed in range(2):
     state, _ = step.update(params, state, random_batch(SMALL, 2, 11, seed))
-print("torch._dynamo" in sys.modules)
+print([name for name in ("torch._dynamo", "torch.distributed.tensor") if name in sys.modules])
