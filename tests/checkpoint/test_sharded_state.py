@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from minitune import checkpoint, tree
 from minitune.checkpoint.sharded_state import parts_to_write, read_region
@@ -29,6 +29,7 @@ from minitune.programs.trained_state import TrainedState
 from minitune.sharding.placements import shard_leaf
 from minitune.sharding.ranks import Ranks
 from support.fake_ranks import as_rank
+from support.models import SMALL, random_batch
 from support.paths import TESTS
 from support.ranks import Ranks as Pool
 from support.ranks import run_command
@@ -39,7 +40,9 @@ from support.sharded_states import (
     failing_saves,
     load_error,
     same_bits,
+    save_apart,
     save_parts,
+    steps_from,
     whole_state,
 )
 
@@ -73,6 +76,26 @@ def test_one_process_loads_what_ranks_saved(saved: Path) -> None:
         wanted = dict(tree.items(whole["trainable"]))
         assert set(part) == set(wanted)
         assert all(same_bits(part[name], x) for name, x in wanted.items())
+
+
+FSDP = {"vocab": "data", "heads": "data", "d_ff": "data"}
+RUNS = {  # ranks, plan and mesh
+    "4 fsdp": (4, FSDP, {"data": 4}),
+    "1": (1, None, {}),
+    "2 fsdp": (2, FSDP, {"data": 2}),
+    "2 dp": (2, None, {}),
+    "4 hsdp": (4, FSDP, {"replica": 2, "data": 2}),
+}
+
+
+def test_training_continues_on_other_numbers_of_ranks_and_back(ranks: Pool, tmp_path: Path) -> None:
+    batches = {step: random_batch(SMALL, 4, 11, step) for step in range(1, 7)}
+    wanted = ranks.run(1, steps_from, tmp_path / "straight", batches, None, {})[0]
+    for step, way in enumerate(["4 fsdp", "1", "2 fsdp", "2 dp", "4 hsdp", "4 fsdp"], 1):
+        n, plan, mesh = RUNS[way]
+        for (loss,) in ranks.run(n, steps_from, tmp_path / "moved", {step: batches[step]}, plan, mesh):
+            assert loss == pytest.approx(wanted[step - 1], rel=1e-6), way
+    assert len(checkpoint.list_states(tmp_path / "moved")) == 6
 
 
 def by_hand(folder: Path) -> dict[str, Tensor]:
@@ -145,7 +168,7 @@ def test_every_element_is_written_once_and_as_many_bytes_by_each(shapes: Any, si
         assert max(loads) - min(loads) <= largest
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 40, 2**24])
+@pytest.mark.parametrize("chunk_bytes", [1, 120, 2**24])
 def test_any_region_is_read_in_any_pieces(chunk_bytes: int, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minitune.checkpoint import sharded_state
     from minitune.io.state_files import Region
@@ -181,11 +204,28 @@ def test_a_rank_that_dies_amid_a_save_leaves_the_state_before(dying: int, tmp_pa
     assert finished.outputs[dying] == ""
     assert finished.outputs[1 - dying] == "lost a rank\n"
     assert [path.name for path in checkpoint.list_states(folder)] == ["step-00000001"]
-    whole = whole_state(1)
-    state, _ = checkpoint.load_state(folder / "step-00000001", whole)
-    assert all(same_bits(x, y) for x, y in zip(tree.leaves(state), tree.leaves(whole), strict=True))
+    whole = {name: torch.arange(35.0).view(7, 5) for name in "abc"}
+    state, _ = checkpoint.load_state(folder / "step-00000001", tree.map(torch.zeros_like, whole))
+    assert all(torch.equal(state[name], x) for name, x in whole.items())
     checkpoint.save_state(folder, 2, whole, {})
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_ranks_that_share_no_disk_are_told(ranks: Pool, tmp_path: Path) -> None:
+    told = ranks.run(2, save_apart, tmp_path)
+    message = (
+        r"checkpoint: .*/1/\.step-00000001\..*, which the first process made, is not there for another one, expected one disk"
+    )
+    assert told[0] == told[1]
+    assert re.match(message, told[0])
+
+
+def test_parts_that_are_still_to_be_summed_are_no_state() -> None:
+    for placed in ((Replicate(), Partial()), (Shard(0), Shard(0))):
+        with as_rank(1, {"replica": 2, "data": 2}) as mesh:
+            w = DTensor.from_local(torch.ones(2, 2), mesh, placed, run_check=False)
+            with pytest.raises(TypeError, match="expected copies and cuts, of one dim each"):
+                parts_to_write({"w": w}, Ranks(1, 4))
 
 
 def test_a_flipped_byte_is_told_by_all_ranks(saved: Path, ranks: Pool, tmp_path: Path) -> None:

@@ -11,14 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
+from minitune.algorithms.objective import split_trainable
 from minitune.checkpoint.state import list_states, load_state, save_state
+from minitune.models.weights import dims
 from minitune.quant.tensors import QInt8
 from minitune.sharding.mesh import device_mesh
 from minitune.sharding.parts import is_sharded, local_parts
-from minitune.sharding.placements import shard_leaf
+from minitune.sharding.placements import Plan, shard, shard_leaf
 from minitune.sharding.ranks import Ranks
 from minitune.types import Delta
 from support.faults import Faults
+from support.models import SMALL, random_params
+from support.sharded import Case, step_of
 
 # (mesh, dim that each axis of it cuts where a leaf has it, None for copies)
 LAYOUTS: dict[str, tuple[Mapping[str, int], tuple[int | None, ...]]] = {
@@ -128,6 +132,37 @@ def load_error(folder: Path, layout: str) -> str:
     like = own_state(whole_state(int(path.name.removeprefix("step-"))), layout)
     try:
         load_state(path, like, these_ranks())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def steps_from(folder: Path, batches: Mapping[int, Any], plan: Plan | None, mesh: Mapping[str, int]) -> list[float]:
+    """Losses of the steps of full training that batches hold by number, from the newest state in a folder or the first
+    weights; the last step is saved. A batch is cut evenly into the rows of each rank."""
+    ranks, case = these_ranks(), Case(SMALL, trains="full")
+    params: Any = random_params(SMALL)
+    if plan is not None:
+        params = shard(params, dims(SMALL), plan, device_mesh(mesh, "cpu"))
+    frozen, trainable = split_trainable(params, ("*",))
+    step = step_of(case, None, frozen, trainable)
+    state = step.init(trainable)
+    if found := list_states(folder):
+        state, _ = load_state(found[-1], state, ranks)
+    losses = []
+    for batch in batches.values():
+        rows = tree.map(lambda x: x.chunk(ranks.size)[ranks.rank], batch)
+        state, metrics = step.update(frozen, state, rows)
+        losses.append(float(metrics["loss_nats"]))
+    save_state(folder, max(batches), state, {}, None, ranks)
+    return losses
+
+
+def save_apart(folder: Path) -> str:
+    """What a save says on ranks that each have a folder of their own."""
+    ranks = these_ranks()
+    try:
+        save_state(folder / str(ranks.rank), 1, {"x": torch.ones(2)}, {}, ranks=ranks)
     except ValueError as error:
         return str(error)
     return ""
