@@ -192,8 +192,7 @@ def sweep_step(
         return TrainState(trainable, with_scale(opt_states, loss_scale, trainable))
 
     def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        n_tokens = micro_batch * tree.leaves(batch)[0].shape[2]
-        factor = factor_of(state.opt_state, n_tokens)
+        factor = factor_of(state.opt_state, micro_batch * tree.leaves(batch)[0].shape[2])
         evaluate = partial(_gradients, model, loss, rules, factor, state.trainable, params)
         dealt = ranks.deal(_micro_batches(batch, micro_batch))
         mean, grads = ranks.sum(accumulate(counted(evaluate), dealt))

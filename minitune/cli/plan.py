@@ -17,7 +17,7 @@ from minitune.planning.mesh import mesh_of
 from minitune.programs import program
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import data_facts
-from minitune.programs.plan import Planned, Target, first_state, planned
+from minitune.programs.plan import Planned, PlanTarget, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
 from minitune.programs.plan_time import (
     PlannedTime,
@@ -58,7 +58,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     options = _parser().parse_intermixed_args(words)
     source = program.load(file, with_model(options.overrides, file.stem))
     target = _target(options)
-    if options.measure and target != Target():
+    if options.measure and target != PlanTarget():
         raise InputError(
             "plan: --measure is given with another device or several, expected this machine alone; "
             "drop --device, --n and --mesh, or --measure"
@@ -102,12 +102,12 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _target(options: Any) -> Target:
+def _target(options: Any) -> PlanTarget:
     if options.n is not None and options.mesh is not None:
         raise InputError("plan: --n and --mesh are both given, expected one of them; drop one")
     written = options.mesh or f"data={options.n if options.n is not None else 1}"
     mesh = mesh_of(written, options.plan)
-    return Target(None if options.device is None else open_device(options.device), mesh)
+    return PlanTarget(None if options.device is None else open_device(options.device), mesh)
 
 
 def _measured(stages: Sequence[Planned], tables: Mapping[str, Any]) -> dict[str, Device]:
@@ -121,9 +121,9 @@ def _measured(stages: Sequence[Planned], tables: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _stage_plan(one: Planned, target: Target, devices: Mapping[str, Device]) -> StagePlan:
+def _stage_plan(one: Planned, target: PlanTarget, devices: Mapping[str, Device]) -> StagePlan:
     device = target.device or devices.get(one.stage.label)
-    if device is None and target == Target():
+    if device is None and target == PlanTarget():
         device = known_machine(one.step.device.type)
     if device is None or not isinstance(one.stage, Train):
         return StagePlan(one, fit(one, target), None)

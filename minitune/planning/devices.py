@@ -12,7 +12,7 @@ from minitune.io.toml_messages import KeyPath, shown
 from minitune.types import PositiveFloat, PositiveInt
 
 FOLDER = "devices"
-Share = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+PeakShare = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -28,7 +28,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     # that a device sends to other nodes, in one direction
     node_bytes_per_s: PositiveFloat
     n_per_node: PositiveInt  # devices of a node
-    attained: Share  # part of flops_per_s that trainings are known to reach
+    attained: PeakShare  # part of flops_per_s that trainings are known to reach
 
     def rate(self, dtype: torch.dtype) -> float:
         """Floating-point operations a second of products of a dtype; those of float32 where the

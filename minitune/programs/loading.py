@@ -24,7 +24,7 @@ from minitune.models.open import open_config
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
-from minitune.programs.sharding import Sharding
+from minitune.programs.sharding import Sharding, placed
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.programs.state_deltas import deltas_folder, open_deltas
@@ -165,7 +165,7 @@ def open_pipeline(
     the one setting of torch that minitune makes, and torch has it for a whole process.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    placed = {name: located(data) for name, data in sources.items()}
+    located_data = {name: located(data) for name, data in sources.items()}
     loaded = load(source, folder, seed, first_rules.get(""), log, sharding)
     say_widening(log, "model", loaded.params)
     return PipelineState(
@@ -173,7 +173,7 @@ def open_pipeline(
         folder,
         log,
         stopping,
-        placed,
+        located_data,
         records,
         loaded,
         tokens_at_once=tokens_at_once,
@@ -205,21 +205,15 @@ def load(
     text, template = open_text(folder, model.config.vocab_size)
     if path is not None:
         require_unharmed(path)
-    shapes = model.shapes()
-    absent = {name: torch.empty(n, dtype=dtype, device="meta") for name, n in shapes.items()}
+    absent = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in model.shapes().items()}
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
-    stored = load_base(path, shapes, kept) if path is not None else model.init(seed)
+    stored = load_base(path, model.shapes(), kept) if path is not None else model.init(seed)
     cut = None if sharding is None else sharding.cut(model.config)
-    with nullcontext(lambda: None) if log is None else log.counter("loading", len(stored)) as count:
-        params = {}
-        for name, w in stored.items():
-            if name in waiting:
-                params[name] = absent[name]
-            else:
-                own = w if cut is None else cut(name, w)
-                params[name] = own.to(device, dtype)
-            count()
+    shown = nullcontext(lambda: None) if log is None else log.counter("loading", len(stored))
+    with shown as count:
+        moved = placed(stored, absent.keys() - waiting.keys(), cut, device, dtype, count)
+    params = {**absent, **moved}
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = _deltas(source, run, path, params, device)

@@ -84,14 +84,14 @@ class Planned(NamedTuple):
         return self.process_bytes + self.n_bytes + holes
 
 
-class Target(NamedTuple):
+class PlanTarget(NamedTuple):
     """Devices that a plan is made for."""
 
     device: Device | None = None  # by name; None: the one that the program would take here
     mesh: Mesh = ALONE
 
 
-HERE = Target()
+HERE = PlanTarget()
 
 
 class PlanState(NamedTuple):
@@ -99,7 +99,7 @@ class PlanState(NamedTuple):
 
     abstract: AbstractState
     source: ModelSource
-    target: Target = HERE
+    target: PlanTarget = HERE
     schemes: Mapping[str, Scheme] = MappingProxyType({})  # of quantized weights
     narrow: frozenset[str] = frozenset()  # weights that train whole in bfloat16
     rounded: frozenset[str] = frozenset()  # weights that a qat stage rounds in every forward
@@ -130,7 +130,7 @@ class PlanState(NamedTuple):
 
 
 def planned(
-    source: program.Program, first: AbstractState | None = None, target: Target = HERE
+    source: program.Program, first: AbstractState | None = None, target: PlanTarget = HERE
 ) -> Iterator[Planned]:
     """Stages of a program that train, in order, with their costs on one rank, and the evaluations
     and generations with a batch_size of their own.
@@ -240,7 +240,7 @@ def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
     return max(parts, evaluation_memory(step, n_rows, n_tokens), key=lambda one: sum(one.values()))
 
 
-def _teacher(stage: Train, abstract: AbstractState, target: Target) -> Teacher | None:
+def _teacher(stage: Train, abstract: AbstractState, target: PlanTarget) -> Teacher | None:
     if stage.teacher is None:
         return None
     plan = PlanState(abstract_state(stage.teacher, abstract), stage.teacher, target)

@@ -12,7 +12,7 @@ from minitune.optim.eight_bit import AdamW8bit
 from minitune.planning.devices import Device
 from minitune.planning.step_spec import StepSpec
 from minitune.programs.log import say_early
-from minitune.programs.plan import HERE, Planned, Target, planned
+from minitune.programs.plan import HERE, Planned, PlanTarget, planned
 from minitune.programs.plan_parts import quantized_params
 from minitune.programs.program import Program
 from minitune.programs.stages.train import Train
@@ -76,7 +76,7 @@ def check_memory(source: Program, first: AbstractState) -> dict[str, Planned]:
     return found
 
 
-def fit(one: Planned, target: Target = HERE) -> Fit:
+def fit(one: Planned, target: PlanTarget = HERE) -> Fit:
     """Fit of a stage into a device of a target, or of this machine."""
     step = one.step
     there = memory_bytes(step.device, target.device)

@@ -1,8 +1,8 @@
 """Runs: a program from its first stage, or from where it stopped, to its summary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -61,51 +61,69 @@ def run_program(
         return _run(WrittenProgram(program, written), stop, end, ranks)
 
 
+class _Start(NamedTuple):
+    """What is known and made before a weight is read."""
+
+    program: Program  # its lengths decided, its stages as the ranks run them
+    first: AbstractState  # before the first stage
+    sharding: Sharding | None
+    run: Run
+    plans: Mapping[str, Planned]
+    notes: Sequence[str]  # for the user
+
+
 def _run(
     asked: WrittenProgram,
     stop: StopSignals | None,
     end: Chosen | None,
     ranks: Ranks,
 ) -> Record:
+    start = _started(asked, end, ranks)
+    program, run = start.program, start.run
+    if run.summary is not None:
+        with run.lock:
+            _show_finished(program, run.summary, run, ranks)
+        return run.summary
+    as_dict = as_written(msgspec.to_builtins(program), asked.written)
+    logged = log_for(ranks, run, program.log, as_dict)
+    with run.lock, stop or StopSignals() as stop, logged as out:
+        for note in start.notes:
+            out.say(note)
+        state = _opened(program, run, stop, out, ranks, start.sharding)
+        if ranks.is_first:
+            _write_facts(program, run, start.first)
+        for stage in program.stage:
+            state = _run_stage(stage, state, run)
+        return _finished(program, run, state, start.plans)
+
+
+def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
+    """Checked program and its run folder, which the first rank opens for all."""
     program, written = asked
-    # before a folder is made or a weight is read
     stages = stages_on_ranks(program, ranks)
     say = log.say_early if ranks.is_first else _say_nothing
     with ranks.first_on_node():
         program.log.check()
         checked = check(program.model, program.data, program.stage, say)
     program = msgspec.structs.replace(program, data=checked.data)
-    of_ranks = msgspec.structs.replace(program, stage=stages)
-    profile_lines = check_steps(program.profile, program.stage, checked.first)
+    lines = [*checked.lengths, *check_steps(program.profile, program.stage, checked.first)]
     device, _ = device_and_dtype(program.model)
     how = ranks, checked.first.model.config, device.type
     sharding = sharding_of(program.plan, program.mesh, *how)
+    of_ranks = msgspec.structs.replace(program, stage=stages)
+
     opened, plans = None, {}
     if ranks.is_first:
         save_paths.check(program)
         plans = check_memory(of_ranks, checked.first)
         opened = open_run(WrittenProgram(program, written), end=end)
     run = run_for_all(ranks, opened)
-    if run.summary is not None:
-        with run.lock:
-            _show_finished(program, run.summary, run, ranks)
-        return run.summary
-    as_dict = as_written(msgspec.to_builtins(program), written)
-    logged = log_for(ranks, run, program.log, as_dict)
-    with run.lock, stop or StopSignals() as stop, logged as out:
-        plan_lines = [line for one in plans.values() for line in fit(one).lines]
-        data_lines = data_notes(program.model, program.data, program.stage)
-        notes = *plan_lines, *run.notes, *data_lines, *checked.lengths, *profile_lines
-        for note in notes:
-            out.say(note)
-        if ranks.size > 1:
-            out.say(f"{ranks.size} processes share out the rows of each step")
-        state = _opened(of_ranks, run, stop, out, ranks, sharding)
-        if ranks.is_first:
-            _write_facts(of_ranks, run, checked.first)
-        for stage in of_ranks.stage:
-            state = _run_stage(stage, state, run)
-        return _finished(program, run, state, plans)
+    plan_lines = [line for one in plans.values() for line in fit(one).lines]
+    data_lines = data_notes(program.model, program.data, program.stage)
+    notes = [*plan_lines, *run.notes, *data_lines, *lines]
+    if ranks.size > 1:
+        notes.append(f"{ranks.size} processes share out the rows of each step")
+    return _Start(of_ranks, checked.first, sharding, run, plans, notes)
 
 
 def _write_facts(program: Program, run: Run, first: AbstractState) -> None:

@@ -5,8 +5,10 @@ Without a plan every rank holds the whole model. torch's DTensor takes half a se
 it is imported where weights are cut.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
+
+import torch
 
 from minitune import tree
 from minitune.models.config import DecoderConfig
@@ -65,6 +67,26 @@ def sharding_of(
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(config), sizes)
     return Sharding(named, device_mesh(sizes, device_type)) if named else None
+
+
+def placed(
+    stored: Mapping[str, Any],
+    names: Set[str],
+    cut: CutWeight | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    count: Callable[[], object],
+) -> dict[str, Any]:
+    """Weights of these names on their device, in the dtype of compute; with `cut`, the part of this
+    rank of each. count: called for each stored weight.
+    """
+    params = {}
+    for name, w in stored.items():
+        if name in names:
+            own = w if cut is None else cut(name, w)
+            params[name] = own.to(device, dtype)
+        count()
+    return params
 
 
 def whole_on_host(leaves: Mapping[str, Any], ranks: Ranks, *, everywhere: bool) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _newest(
     loop: LoopState,
     savers: Ranks,
 ) -> tuple[Tree, LoopState]:
-    saved = list_states(folder)
+    saved = _states(folder, savers)
     if not saved and stage.label in state.ended:
         found = f"{folder} holds no state, though {stage.label} was ended with one"
         raise InputError(f"stages: {found}; put it back, or set resume = false to begin afresh")
@@ -60,6 +60,18 @@ def _newest(
             drop_old_states(folder, stage.keep)  # those that a kill left behind
     state.log.rewind(loop.step)
     return train_state, loop
+
+
+def _states(folder: Path, savers: Ranks) -> list[Path]:
+    """Saved states, oldest first; the first rank looks before the others, because what a crash left
+    half replaced takes its place again then.
+    """
+    if not savers.is_first:
+        savers.barrier()
+    states = list_states(folder)
+    if savers.is_first:
+        savers.barrier()
+    return states
 
 
 def evaluation(stage: TrainingStage, state: PipelineState) -> Evaluation | None:

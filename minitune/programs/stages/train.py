@@ -56,6 +56,7 @@ from minitune.programs.stages.shown_batches import n_tokens, shown_batches
 from minitune.programs.stages.training_stage import FREE_KEYS, Evaluation, Sweep
 from minitune.programs.stages.training_step import (
     check_load_balance,
+    check_samples,
     initial_state,
     objective_for,
     rows_of_rank,
@@ -76,6 +77,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     """Take optimizer steps on the trainable tree, by whatever loss."""
 
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
+    shards: ClassVar[bool] = True
 
     data: str  # name of the [data] table to learn from
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as epochs need
@@ -136,11 +138,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
                 f"stages: {self.label} has reference = 'base', but {min(abstract.whole)} trains "
                 "whole; expected 'start' or 'cached'"
             )
-        if min(self.batch_size, self.micro_batch_size or self.batch_size) < self.loss.min_samples:
-            raise InputError(
-                f"stages: {self.label} has a batch of one answer, expected two: kto compares the "
-                "answers of a micro-batch"
-            )
+        check_samples(self)
         training_model.check_remat(self.label, self.remat)
         training_optimizer.check_factors(self)
         private_training.check_private(self, abstract)

@@ -108,6 +108,15 @@ def rows_of_rank(stage: TrainingStage, n_ranks: int, is_sharded: bool) -> int:
     return min(stage.micro_batch_size or stage.batch_size, share)
 
 
+def check_samples(stage: TrainingStage) -> None:
+    """InputError for fewer samples in a micro-batch than the loss compares."""
+    if min(stage.batch_size, stage.micro_batch_size or stage.batch_size) < stage.loss.min_samples:
+        raise InputError(
+            f"stages: {stage.label} has a batch of one answer, expected two: kto compares the "
+            "answers of a micro-batch"
+        )
+
+
 def check_load_balance(stage: TrainingStage, abstract: AbstractState) -> None:
     """InputError for load_balance of what has no experts, or more than one loss at a time."""
     found = ""
