@@ -12,6 +12,7 @@ import torch
 
 from minitune.checkpoint.hf_folder import load
 from minitune.interop.gguf import blocks, export, k_quants
+from minitune.interop.gguf.architectures import ARCHITECTURES
 from minitune.io.paths import locate
 from minitune.models import rope_scaling
 from minitune.models.config import DecoderConfig
@@ -37,7 +38,7 @@ SQUARE = {
 YARN, LONG = rope_scaling.Yarn(4.0, 13), rope_scaling.LongRope((1.0, 1.5, 2.0, 1.0) * 2, (3.0, 2.0, 1.5, 1.0) * 2, 13)
 OWN = {"olmo3": {"window_rope_theta": 30.0}}  # its base is that of all layers, as llama.cpp has it
 MODELS = {  # name -> (family, fields)
-    **{name: (name, OWN.get(name, {})) for name in DENSE},
+    **{name: (name, OWN.get(name, {})) for name in DENSE if name in ARCHITECTURES},
     **{
         f"wide heads of {name}": (name, {"d_head": 32})
         for name in ("llama", "mistral", "qwen3", "gemma", "gemma3_text", "granite")
