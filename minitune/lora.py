@@ -219,10 +219,9 @@ def merge_trainable(
     """All weights dense, with deltas merged in and whole trained weights in place of theirs; one
     weight is computed at a time.
 
-    stored: the dense weights that params were made from; dtype: of the result, that of each stored
-    weight if None. Deltas over quantized weights were trained on the dequantized ones: merging onto
-    those ("trained") is exact but for rounding, onto the dense ones ("stored") it is not. on_delta:
-    called after each. TypeError for deltas without their Lora rule.
+    stored: the dense weights that params were made from, in whose dtypes the result is without one.
+    Deltas over quantized weights were trained on the dequantized ones: merging onto these is exact
+    but for rounding, onto the stored ones it is not. TypeError for deltas without their rule.
     """
     dtypes = {name: dtype or w.dtype for name, w in stored.items()}
     deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}

@@ -56,7 +56,7 @@ class StepOptions(TypedDict, total=False):
     """Keywords of train_step, which every named step takes too."""
 
     micro_batch: int | None  # rows of a forward and backward; None: all
-    donate: bool  # whether the state that is passed in is written over
+    donate: bool  # whether the tensors of the state that is passed in are written over
     loss_scale: LossScale | None  # for parameters in float16
     # With ranks every process gets the same batch and takes its share of the micro-batches; without
     # them each process of a group gets rows of its own. Sums are over all processes either way.
@@ -77,8 +77,7 @@ def train_step(
 
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing
     and says so in metrics["skipped"]; metrics["not_finite"] is the number of the first leaf without
-    a finite gradient, or -1. With donate=True the tensors of the given state are overwritten.
-    TypeError for no objective, optimizer or AnyBatch.
+    a finite gradient, or -1. TypeError for no objective, optimizer or AnyBatch.
     """
     require_parts(objective, optimizer, micro_batch)
 

@@ -62,7 +62,7 @@ def run_program(
 
 
 class _Start(NamedTuple):
-    """What is known and made before a weight is read."""
+    """Program, run folder and plans of a run before a weight is read."""
 
     program: Program  # its lengths decided, its stages as the ranks run them
     first: AbstractState  # before the first stage

@@ -120,9 +120,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     sweep: Sweep | None = None  # train an adapter a point of a grid at once; the best goes on
 
     def check(self, abstract: AbstractState) -> AbstractState:
-        """InputError unless something trains, the data has the loss's format, and a teacher shares
-        the vocabulary.
-        """
+        """InputError unless something trains, on data and from a teacher that fit it."""
         if (self.steps == 0) == (self.epochs is None):
             has = "both steps and epochs" if self.steps else "neither steps nor epochs"
             raise InputError(f"stages: {self.label} has {has}, expected one; write or remove one")
