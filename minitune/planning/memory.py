@@ -63,10 +63,9 @@ class Backward(NamedTuple):
     """Bytes in memory while the backward goes through the blocks."""
 
     always: Parts
-    # weights of each block that were gathered for its forward and wait for its backward: none of
-    # blocks that are computed again, which gather them again
-    gathered: Sequence[int]
-    arriving: int  # weights of the block that computes and of the one that is next
+    # weights that are gathered: of the block that computes and of the one that is next, in the
+    # backward of every block once more
+    arriving: int
     copies: Sequence[int]  # that the forward of each block computes with
     activations: Sequence[int]  # of each block
     earlier: int  # of gradients, summed over the micro-batches before this one
@@ -75,7 +74,7 @@ class Backward(NamedTuple):
         """Parts while the first blocks are yet to come; gradients: of this micro-batch so far."""
         return {
             **self.always,
-            "gathered": sum(self.gathered[:n_blocks_left]) + self.arriving,
+            "gathered": self.arriving,
             "copies": sum(self.copies[:n_blocks_left]),
             "gradients": gradients + self.earlier,
             "transient": transient,
@@ -94,11 +93,9 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     gradients = forward.bytes_by_block({**whole, **forward.deltas})
     block_copies = forward.bytes_by_block(copies)
     earlier = _sum_bytes(step) if step.n_micro_batches > 1 else 0
-    gathered = forward.gathered_by_block()
-    kept_gathered = [0 if i < step.model.n_remat else n for i, n in enumerate(gathered)]
     activations = [block.kept for block in blocks]
-    arriving = 2 * max(gathered)
-    backward = Backward(always, kept_gathered, arriving, block_copies, activations, earlier)
+    arriving = 2 * max(forward.gathered_by_block())
+    backward = Backward(always, arriving, block_copies, activations, earlier)
 
     mesh = step.mesh
     yield _at_head(forward, backward, copies, rounded)

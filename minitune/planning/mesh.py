@@ -129,17 +129,14 @@ def _local_shape(shape: Sequence[int], dim: int | None, n: int) -> tuple[int, ..
 def _divided(leaf: Tree, dim: int | None) -> list[tuple[Tensor, int | None]]:
     """Tensors of a leaf and the dim of each that is divided, where the weight is along dim.
 
-    Of a low-rank change b @ a that is the factor which has the dim. Lists of blocks of a quantized
-    weight are cut along their only one.
+    Every rank has the low-rank changes whole. Lists of blocks of a quantized weight are cut along
+    their only dim.
     """
     if dim is None or isinstance(leaf, Tensor):
         return [(x, dim) for x in tree.leaves(leaf)]
     if isinstance(leaf, Delta | Adapted):
         of_weight = _divided(leaf.w, dim) if isinstance(leaf, Adapted) else []
-        of_a = 1 if dim == 1 else None
-        of_b = 0 if dim == 0 else None
-        rest = [(x, None) for x in tree.leaves(leaf.m)]
-        return [*of_weight, (leaf.a, of_a), (leaf.b, of_b), *rest]
+        return [*of_weight, *((x, None) for x in tree.leaves((leaf.a, leaf.b, leaf.m)))]
     n_dims = len(leaf.shape)
     return [(x, _dim_within(x, n_dims, dim)) for x in tree.leaves(leaf)]
 

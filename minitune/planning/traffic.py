@@ -12,13 +12,13 @@ from minitune.planning.alike import layer_number
 from minitune.planning.devices import Device
 from minitune.planning.mesh import Mesh, divided_bytes
 from minitune.planning.step_spec import StepSpec
-from minitune.types import Delta, wide_dtype
+from minitune.types import wide_dtype
 
 
 class Traffic(NamedTuple):
     """Bytes that each rank sends in an optimizer step."""
 
-    gathered: float  # weights, for every forward and for what is computed again
+    gathered: float  # weights, for every forward and, of the blocks, for their backward
     scattered: float  # gradients, after every backward
     summed: float  # gradients between copies, once
 
@@ -29,11 +29,7 @@ def traffic(step: StepSpec) -> Traffic:
     Weights travel as they are multiplied, gradients in float32 or wider.
     """
     mesh = step.mesh
-    deltas = {name: leaf for name, leaf in step.trainable.items() if isinstance(leaf, Delta)}
-    weights = sum(
-        divided_bytes(leaves, mesh)
-        for leaves in (step.params, deltas, _again(step, step.params), _again(step, deltas))
-    )
+    weights = divided_bytes(step.params, mesh) + divided_bytes(_of_blocks(step.params), mesh)
     wide = tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), step.trainable)
     gradients = divided_bytes(wide, mesh)
     on_all = tree.n_bytes(wide) - gradients
@@ -69,10 +65,6 @@ def _summed(n_bytes: float, n: int) -> float:
     return 2 * (n - 1) / n * n_bytes
 
 
-def _again(step: StepSpec, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of the blocks that are computed again, which gather them twice."""
-    return {
-        name: leaf
-        for name, leaf in leaves.items()
-        if (layer := layer_number(name)) is not None and layer < step.model.n_remat
-    }
+def _of_blocks(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of the blocks, which are gathered twice."""
+    return {name: leaf for name, leaf in leaves.items() if layer_number(name) is not None}
