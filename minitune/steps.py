@@ -28,7 +28,7 @@ from minitune.algorithms.unpaired import unpaired_preference
 from minitune.errors import quoted
 from minitune.lora import Lora
 from minitune.losses.distillation import ForwardKL
-from minitune.losses.preference import Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
+from minitune.losses.preference import ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 from minitune.models.model import Model
@@ -224,6 +224,18 @@ def hinge_step(
     **how: Unpack[StepOptions],
 ) -> Step:
     """Step of the hinge loss of RSO and SLiC on Pairs."""
+    return preference_step(model, lora, optimizer, loss, reference, **how)
+
+
+def apo_zero_step(
+    model: Model,
+    lora: Lora | None,
+    optimizer: GradientTransformation,
+    reference: Trainable | None,
+    loss: ApoZero = ApoZero(),  # noqa: B008 - a frozen struct
+    **how: Unpack[StepOptions],
+) -> Step:
+    """Step of anchored preference optimization on Pairs."""
     return preference_step(model, lora, optimizer, loss, reference, **how)
 
 

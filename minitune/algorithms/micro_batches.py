@@ -1,6 +1,7 @@
 """Sums of an objective and its gradients over a step's micro-batches and over all ranks."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from minitune import tree
@@ -34,13 +35,15 @@ def summed_over_ranks(
     as the one with the most: the others repeat one of theirs, with weight zero.
     """
     evaluate = value_and_grad(objective, has_aux=True)
+    if ranks.size == 1 and not is_shared((params, trainable)):
+        return ranks.sum(accumulate(partial(evaluate, trainable, params), parts))
     idle = value_and_grad(_weightless(objective), has_aux=True)
 
-    def of_dealt(dealt: Dealt[AnyBatch]) -> Tree:
-        return (evaluate if dealt.counts else idle)(trainable, params, dealt.part)
+    def of_dealt(one: Dealt[AnyBatch]) -> Tree:
+        return (evaluate if one.counts else idle)(trainable, params, one.part)
 
     dealt = list(ranks.deal(parts))
-    if ranks.size == 1 and is_shared((params, trainable)):
+    if ranks.size == 1:
         dealt += [Dealt(parts[-1], counts=False)] * (max_over_ranks(len(parts)) - len(parts))
     return ranks.sum(accumulate(of_dealt, dealt))
 

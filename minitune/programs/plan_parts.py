@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import msgspec
 
 from minitune.checkpoint.hf_weights import once_quantized
-from minitune.errors import InputError
 from minitune.io.paths import locate
 from minitune.planning.mesh import Mesh
 from minitune.programs.loading import ModelSource
@@ -16,14 +15,8 @@ from minitune.types import Params
 
 
 def of_rank(stage: Train, mesh: Mesh) -> Train:
-    """Stage as one rank runs it: with its share of the rows of a batch."""
-    n_ranks, n_rows = mesh.n_ranks, stage.batch_size
-    if n_rows < n_ranks:
-        raise InputError(
-            f"plan: {stage.label} has batch_size = {n_rows} for {n_ranks} ranks, expected a row "
-            f"for each; set {stage.label}.batch_size={n_ranks} or more"
-        )
-    return msgspec.structs.replace(stage, batch_size=-(-n_rows // n_ranks))
+    """Stage as one rank runs it: with its share of the rows of a batch, which is one at least."""
+    return msgspec.structs.replace(stage, batch_size=-(-stage.batch_size // mesh.n_ranks))
 
 
 def kept_codes(codes: Params, source: ModelSource) -> Params:

@@ -16,6 +16,7 @@ import minitune.__main__
 from minitune import __version__
 from minitune.__main__ import main
 from minitune.cli import guesses
+from minitune.cli.command_result import CommandResult
 from minitune.cli.verbs import VERBS
 from minitune.data.source import Source
 from minitune.errors import InputError
@@ -366,7 +367,7 @@ def test_a_closed_stdout_and_a_narrow_encoding_end_nothing(monkeypatch: pytest.M
     sys.stdout.close()
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
-    monkeypatch.setitem(VERBS, "ls", VERBS["ls"]._replace(run=lambda words: sys.stdout.write("é\n") and 0))
+    monkeypatch.setitem(VERBS, "ls", VERBS["ls"]._replace(run=lambda words: CommandResult(sys.stdout.write("é\n"))))
     assert main(["ls"]) == 0
     assert written.getvalue() == b"\\xe9\n"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minitune import checkpoint, hardware, steps, tree
-from minitune.algorithms import dp_sgd, sweep, unpaired
+from minitune.algorithms import dp_sgd, shared_state, sweep, unpaired
 from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.distillation import distillation as algorithms_distillation
 from minitune.algorithms.load_balancing import balanced
@@ -102,7 +102,7 @@ def skip_update(optimizer: Any, grads: Any, state: Any, params: Any, **how: Any)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits_for_its_objective_or_metrics(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "apply_gradients", skip_update)
+    monkeypatch.setattr(shared_state, "apply_gradients", skip_update)
     with simulated(WITHOUT_FLOAT64):
         params, deltas = trees()
         objective, batch = kinds(params)[kind]
@@ -113,7 +113,7 @@ def test_no_step_waits_for_its_objective_or_metrics(kind: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_no_step_waits_where_the_head_trains(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "apply_gradients", skip_update)
+    monkeypatch.setattr(shared_state, "apply_gradients", skip_update)
     with simulated(WITHOUT_FLOAT64):
         params, trainable = trees(whole=True)
         objective, batch = kinds(params, None)[kind]

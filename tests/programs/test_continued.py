@@ -105,7 +105,7 @@ def test_finish_with_the_best_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = iter((3.0, 1.0, 2.0))
-    monkeypatch.setattr(train_stage, "heldout_losses", lambda mean, batches: [next(losses)])
+    monkeypatch.setattr(train_stage, "heldout_losses", lambda mean, batches, state: [next(losses)])
     stop_at(3)
     assert start(tmp_path, tiny, STAGES, EVALUATE) == STOPPED
     assert main(["finish", str(tmp_path / "p"), "--best"]) == 0
@@ -221,7 +221,7 @@ def test_losses_on_another_table_are_not_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = iter((1.0, 2.0, 4.0, 3.0))
-    monkeypatch.setattr(train_stage, "heldout_losses", lambda mean, batches: [next(losses)])
+    monkeypatch.setattr(train_stage, "heldout_losses", lambda mean, batches, state: [next(losses)])
     stop_at(2)
     assert start(tmp_path, tiny, STAGES, EVALUATE) == STOPPED
     other = EVALUATE.replace("heldout", "train")

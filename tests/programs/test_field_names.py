@@ -66,7 +66,7 @@ def test_each_name_of_other_tools_has_one_meaning_in_a_table() -> None:
         ("padding_free", "; padding_free is data.train.packed here"),
         ("group_by_length", "; rows come in a random order"),
         ("push_to_hub", '; [[stage]] op = "upload" with repo'),
-        ("deepspeed", "; a run is one process"),
+        ("deepspeed", "; a launcher says the ranks"),
         ("init_lora_weights", "; deltas begin as in LoRA"),
         ("rpo_alpha", "; fine-tuning beside the preference is not there for dpo"),
         ("max_seq_length", "; max_seq_length is data.train.seq_len here"),

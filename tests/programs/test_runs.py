@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -41,6 +41,10 @@ from minitune.programs.state import AbstractState, PipelineState
 
 class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     """A stage that logs `steps` rows, and before step `signal_at` gets a signal."""
+
+    observes: ClassVar[bool] = False
+    forwards: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
 
     steps: int
     name: str

@@ -118,6 +118,7 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "dpo_step",
             "ipo_step",
             "hinge_step",
+            "apo_zero_step",
             "simpo_step",
             "orpo_step",
             "cpo_step",

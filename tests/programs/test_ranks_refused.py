@@ -1,0 +1,91 @@
+"""What several processes can't run, or not on weights that they share, is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from minitune.errors import InputError
+from minitune.models.families import llama
+from minitune.programs import program
+from minitune.programs.run_ranks import ranks_of_launch, stages_on_ranks
+from minitune.programs.sharding import sharding_of
+from minitune.sharding.ranks import ALONE, Ranks
+from support.programs import LORA, TINY, TRAIN, small_program
+
+pytestmark = pytest.mark.fast
+
+TWO = Ranks(0, 2)
+QAT = '[[stage]]\nop = "full"\n[[stage]]\nop = "qat"\nscheme = { kind = "int8" }\n'
+GPTQ = '[[stage]]\nop = "quantize"\nscheme = { kind = "int4" }\nmethod = { kind = "gptq", data = "train", rows = 2 }\n'
+SWEEP = f'{TRAIN}sweep = {{ "optimizer.lr" = [0.1, 0.2] }}\nevaluate = {{ data = "train", every = 2 }}\n'
+PRIVATE = f"{TRAIN}privacy = {{ max_norm = 1.0, noise = 1.0, delta = 1e-5 }}\n"
+
+
+def loaded(folder: Path, stages: str, *words: str) -> program.Program:
+    head = small_program().partition("[[stage]]")[0]
+    (folder / "p.toml").write_text(head + stages, encoding="utf-8")
+    return program.load(folder / "p.toml", words)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (QAT, r"stages: qat needs whole weights on every rank, and the plan cuts them, expected plan = \"dp\""),
+        (GPTQ, r"stages: quantize has method gptq, which needs whole weights on every rank, .* or method rtn"),
+        (LORA + SWEEP, r"stages: train has a sweep, which needs whole weights on every rank"),
+        (LORA + PRIVATE, r"stages: train has privacy and the run 2 processes, expected one"),
+    ],
+)
+def test_a_stage_that_needs_whole_weights_is_refused_under_a_plan(stages: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        stages_on_ranks(loaded(tmp_path, stages, "plan=fsdp"), TWO)
+    assert len(stages_on_ranks(loaded(tmp_path, stages, "plan=fsdp"), ALONE)) >= 1
+
+
+def test_ranks_that_hold_whole_weights_may_run_every_stage_but_a_private_one(tmp_path: Path) -> None:
+    for stages in (QAT, GPTQ, LORA + SWEEP):
+        stages_on_ranks(loaded(tmp_path, stages), TWO)
+    with pytest.raises(InputError, match="has privacy and the run 2 processes"):
+        stages_on_ranks(loaded(tmp_path, LORA + PRIVATE), TWO)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "n_ranks", "expected"),
+    [(8, None, 2, 4), (8, 2, 2, 2), (8, 8, 3, 3), (1, None, 4, 1), (5, 4, 1, 4)],
+)
+def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int, expected: int, tmp_path: Path) -> None:
+    words = [f"train.batch_size={batch}", *([f"train.micro_batch_size={micro}"] if micro else [])]
+    *_, stage = stages_on_ranks(loaded(tmp_path, LORA + TRAIN, *words), Ranks(0, n_ranks))
+    assert stage.micro_batch_size == (micro if n_ranks == 1 else expected)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mesh", "message"),
+    [
+        ("fdsp", {}, r"sharding: there is no plan 'fdsp', expected one of .*; did you mean 'fsdp'"),
+        ({"d_f": "data"}, {}, r"sharding: the plan cuts 'd_f', which no matrix of this model has.*did you mean 'd_ff'"),
+        ("fsdp", {"replica": 2}, r"sharding: the plan puts .* on axis 'data', expected an axis of the mesh: replica"),
+    ],
+)
+def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sharding_of(plan, mesh, TWO, TINY, "cpu")
+
+
+def test_a_single_process_and_dp_share_nothing() -> None:
+    config: llama.Config = TINY
+    assert sharding_of("fsdp", {"data": 8}, ALONE, config, "cpu") is None
+    assert sharding_of("dp", {}, TWO, config, "cpu") is None
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitune.hardware.accelerator", lambda: "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="local rank 1 on a node with 1 GPUs, expected one for each process"), ranks_of_launch():
+        pass
+    monkeypatch.setattr("minitune.hardware.accelerator", lambda: "mps")
+    with pytest.raises(InputError, match="2 processes on a device of type mps, expected cpu or cuda"), ranks_of_launch():
+        pass
