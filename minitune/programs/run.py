@@ -108,7 +108,7 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     program = msgspec.structs.replace(program, data=checked.data)
     lines = [*checked.lengths, *check_steps(program.profile, program.stage, checked.first)]
     device, _ = device_and_dtype(program.model)
-    how = ranks, checked.first.model.config, device.type
+    how = ranks, checked.first.model, device.type
     sharding = sharding_of(program.plan, program.mesh, *how)
     of_ranks = msgspec.structs.replace(program, stage=stages)
 

@@ -12,6 +12,7 @@ import torch
 
 from minitune import tree
 from minitune.models.config import DecoderConfig
+from minitune.models.model import Model
 from minitune.models.weights import dims
 from minitune.sharding.gather import gather
 from minitune.sharding.parts import is_sharded
@@ -48,7 +49,7 @@ def sharding_of(
     plan: str | Mapping[str, str],
     mesh: Mapping[str, int],
     ranks: Ranks,
-    config: DecoderConfig,
+    model: Model,
     device_type: str,
 ) -> Sharding | None:
     """Plan of a program on the ranks of its run; None where every rank holds the whole model.
@@ -65,7 +66,7 @@ def sharding_of(
 
     sizes = dict(mesh) or {"data": ranks.size}
     named = named_plan(plan) if isinstance(plan, str) else plan
-    check_plan(named, dims(config), sizes)
+    check_plan(named, dims(model.config), sizes)
     return Sharding(named, device_mesh(sizes, device_type)) if named else None
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from minitune.errors import InputError
 from minitune.models.families import llama
+from minitune.models.model import Model
 from minitune.programs import program
 from minitune.programs.run_ranks import ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
@@ -14,7 +15,7 @@ from support.programs import LORA, TINY, TRAIN, small_program
 
 pytestmark = pytest.mark.fast
 
-TWO = Ranks(0, 2)
+TWO, MODEL = Ranks(0, 2), Model(llama.FAMILY, TINY)
 QAT = '[[stage]]\nop = "full"\n[[stage]]\nop = "qat"\nscheme = { kind = "int8" }\n'
 GPTQ = '[[stage]]\nop = "quantize"\nscheme = { kind = "int4" }\nmethod = { kind = "gptq", data = "train", rows = 2 }\n'
 SWEEP = f'{TRAIN}sweep = {{ "optimizer.lr" = [0.1, 0.2] }}\nevaluate = {{ data = "train", every = 2 }}\n'
@@ -69,13 +70,12 @@ def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int
 )
 def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        sharding_of(plan, mesh, TWO, TINY, "cpu")
+        sharding_of(plan, mesh, TWO, MODEL, "cpu")
 
 
 def test_a_single_process_and_dp_share_nothing() -> None:
-    config: llama.Config = TINY
-    assert sharding_of("fsdp", {"data": 8}, ALONE, config, "cpu") is None
-    assert sharding_of("dp", {}, TWO, config, "cpu") is None
+    assert sharding_of("fsdp", {"data": 8}, ALONE, MODEL, "cpu") is None
+    assert sharding_of("dp", {}, TWO, MODEL, "cpu") is None
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

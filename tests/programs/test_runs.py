@@ -55,6 +55,9 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     def label(self) -> str:
         return self.name
 
+    def check(self, abstract: AbstractState) -> AbstractState:
+        return abstract
+
     def run(self, state: PipelineState) -> PipelineState:
         if self.name in state.records:
             return state
