@@ -250,6 +250,27 @@ def test_a_signal_ends_all_processes_with_a_saved_state_that_one_process_continu
     assert_same_runs(tmp_path / "straight", tmp_path / "stopped")
 
 
+@pytest.mark.soak
+def test_a_run_goes_from_two_ranks_to_three_to_one_through_signals_and_a_kill(tmp_path: Path, tiny: Path):
+    """Under a plan: stopped in LoRA on two ranks, in full training on three, killed on two, ended by one process."""
+    longer = ["lora-train.steps=12", "full-train.steps=12"]
+    assert main([written(tmp_path, tiny, "straight", SHARED), f"out={tmp_path}", *longer]) == 0
+    program = written(tmp_path, tiny, "moved", SHARED)
+    for n_ranks, stage, step, victim in ((2, "lora-train", 5, None), (3, "full-train", 3, None), (2, "full-train", 8, 1)):
+        words = [program, f"out={tmp_path}", *longer, "plan=fsdp", "--ranks", str(n_ranks)]
+        process = spawn(words, env=ENVIRONMENT)
+        wait_for_step(tmp_path / "moved", step, process, stage)
+        if victim is None:
+            process.send_signal(signal.SIGTERM)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("utf-8").split()
+            os.kill(int(children[victim]), signal.SIGKILL)
+        _, err = process.communicate()
+        assert process.returncode == 128 + (signal.SIGTERM if victim is None else signal.SIGKILL), err
+    assert main([program, f"out={tmp_path}", *longer]) == 0
+    assert_same_runs(tmp_path / "straight", tmp_path / "moved", same_files=False)
+
+
 def test_a_process_that_is_killed_takes_the_others_down_and_is_named(tmp_path: Path, tiny: Path):
     program = written(tmp_path, tiny, "killed", plain(1000, save_every=2))
     process = spawn([program, f"out={tmp_path}", "--ranks", "2"], env=ENVIRONMENT)
