@@ -18,8 +18,8 @@ def named_plan(name: str) -> Plan:
     }
     if name not in plans:
         raise InputError(
-            f"sharding: there is no plan {name!r}, expected one of {', '.join(sorted(plans))}"
-            f'{nearest(name, [*plans])}; or write a table such as heads = "data"'
+            f"sharding: there is no plan {name!r}, expected one of {', '.join(sorted(plans))}, or "
+            f'a table such as {{ heads = "data" }}{nearest(name, [*plans])}'
         )
     return read_plan(plans[name])
 
