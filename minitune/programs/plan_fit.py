@@ -10,6 +10,7 @@ from minitune import hardware, host
 from minitune.errors import InputError
 from minitune.optim.eight_bit import AdamW8bit
 from minitune.planning.devices import Device
+from minitune.planning.mesh import Mesh
 from minitune.planning.step_spec import StepSpec
 from minitune.programs.log import say_early
 from minitune.programs.plan import HERE, Planned, PlanTarget, planned
@@ -49,18 +50,20 @@ class Fit(NamedTuple):
         return self.n_bytes <= self.there
 
 
-def check_memory(source: Program, first: AbstractState) -> dict[str, Planned]:
+def check_memory(source: Program, first: AbstractState, mesh: Mesh | None) -> dict[str, Planned]:
     """Plans of the training stages of a program by their labels; InputError for one that does not
     fit, unless the program says that it need not.
 
-    Nothing for a model that is very small or of very many weights. first: the state before the
-    first stage.
+    Nothing for a model that is very small or of very many weights, and without a mesh. first: the
+    state before the first stage; mesh: of the ranks that train.
     """
+    if mesh is None:
+        return {}
     weights = first.params.values()
     if len(weights) > MOST_WEIGHTS or sum(w.numel() for w in weights) < LEAST_PARAMETERS:
         return {}
     found = {}
-    for one in planned(source, first):
+    for one in planned(source, first, PlanTarget(mesh=mesh)):
         if not isinstance(one.stage, Train):
             continue
         found[one.stage.label] = one

@@ -27,6 +27,7 @@ from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
 from minitune.programs.run_ranks import (
     log_for,
+    planned_mesh,
     ranks_of_launch,
     run_for_all,
     runs_everywhere,
@@ -115,7 +116,7 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     opened, plans = None, {}
     if ranks.is_first:
         save_paths.check(program)
-        plans = check_memory(of_ranks, checked.first)
+        plans = check_memory(of_ranks, checked.first, planned_mesh(program, ranks))
         opened = open_run(WrittenProgram(program, written), end=end)
     run = run_for_all(ranks, opened)
     plan_lines = [line for one in plans.values() for line in fit(one).lines]

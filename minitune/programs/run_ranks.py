@@ -18,6 +18,7 @@ from minitune.errors import InputError
 from minitune.io import locks
 from minitune.io.results import Record
 from minitune.launch.ranks import Launched, launched
+from minitune.planning.mesh import Mesh
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.program import Program
@@ -131,6 +132,18 @@ def _on_ranks(stage: PipelineStage, n_ranks: int, is_sharded: bool) -> PipelineS
     if isinstance(stage, RankedStage):
         return stage.on_ranks(n_ranks, is_sharded=is_sharded)
     return stage
+
+
+def planned_mesh(program: Program, ranks: Ranks) -> Mesh | None:
+    """Mesh by which the memory of a rank is planned; None for a table of one's own, which no plan
+    knows.
+    """
+    if ranks.size == 1 or program.plan == "dp":
+        return Mesh(1, ranks.size)
+    if not isinstance(program.plan, str):
+        return None
+    n_shards = program.mesh.get("data", 1) if program.mesh else ranks.size
+    return Mesh(n_shards, ranks.size // n_shards)
 
 
 def runs_everywhere(stage: PipelineStage, state: PipelineState) -> bool:

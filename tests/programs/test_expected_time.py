@@ -11,6 +11,7 @@ import torch
 from minitune.models.families import llama
 from minitune.models.model import Model
 from minitune.optim.adamw import AdamW
+from minitune.planning.mesh import Mesh
 from minitune.programs import plan_fit, program
 from minitune.programs import run as program_run
 from minitune.programs.plan import PROCESS_BYTES, Planned
@@ -113,7 +114,7 @@ def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pyt
     ):
         params = {str(n): torch.empty(shape, device="meta") for n, shape in enumerate(shapes)}
         first = AbstractState({}, Model(llama.FAMILY, None), params)
-        assert check_memory(asked, first) == plans
+        assert check_memory(asked, first, Mesh()) == plans
 
 
 def test_a_run_that_can_not_fit_is_refused_before_it_has_a_folder_unless_told_otherwise(

@@ -7,8 +7,11 @@ import pytest
 from minitune.errors import InputError
 from minitune.models.families import llama
 from minitune.models.model import Model
+from minitune.planning.mesh import Mesh
 from minitune.programs import program
-from minitune.programs.run_ranks import ranks_of_launch, stages_on_ranks
+from minitune.programs.plan import first_state
+from minitune.programs.plan_fit import check_memory
+from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
 from minitune.sharding.ranks import ALONE, Ranks
 from support.programs import LORA, TINY, TRAIN, small_program
@@ -76,6 +79,27 @@ def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dic
 def test_a_single_process_and_dp_share_nothing() -> None:
     assert sharding_of("fsdp", {"data": 8}, ALONE, MODEL, "cpu") is None
     assert sharding_of("dp", {}, TWO, MODEL, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "n_ranks", "mesh"),
+    [
+        (["plan=fsdp"], 1, Mesh()),
+        ([], 4, Mesh(1, 4)),
+        (["plan=fsdp"], 4, Mesh(4, 1)),
+        (["plan=hsdp", "mesh={replica=2,data=4}"], 8, Mesh(4, 2)),
+        (['plan={d_ff="data"}'], 4, None),
+    ],
+)
+def test_memory_is_planned_for_the_ranks_of_the_run(words: list[str], n_ranks: int, mesh: Mesh | None, tmp_path: Path) -> None:
+    assert planned_mesh(loaded(tmp_path, LORA + TRAIN, *words), Ranks(0, n_ranks)) == mesh
+
+
+def test_a_model_that_is_cut_takes_less_of_a_rank(tmp_path: Path) -> None:
+    words = ['model={ config = "configs/models/llama-125m.toml", tokenizer = "demo", device = "cpu", dtype = "float32" }']
+    full = loaded(tmp_path, '[[stage]]\nop = "full"\n' + TRAIN, *words)
+    whole, cut = (check_memory(full, first_state(full), mesh)["train"] for mesh in (Mesh(1, 2), Mesh(2)))
+    assert cut.n_bytes < 0.7 * whole.n_bytes
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
