@@ -104,7 +104,7 @@ def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pyt
     evaluated = Eval(data="heldout", batch_size=2)
     step = SimpleNamespace(device=torch.device("cpu"))
     one, other = (Planned(stage, step, {"weights": 5}, 0.0) for stage in (STAGE, evaluated))
-    monkeypatch.setattr(plan_fit, "planned", lambda source, first: [one, other])
+    monkeypatch.setattr(plan_fit, "planned", lambda source, first, target: [one, other])
     asked = program.load(SHIPPED["lora"])
     for shapes, plans in (
         ([(49_999, 1000)], {}),
