@@ -65,11 +65,14 @@ def check(words: Sequence[str]) -> CommandResult:
     from minitune.programs import log, program, save_paths
     from minitune.programs.check import check as findings
     from minitune.programs.profiling.check import check_steps
+    from minitune.programs.sharding import sharding_of
+    from minitune.sharding.ranks import ALONE
 
     loaded = program.load(file, with_model(words[1:], file.stem))
     loaded.log.check()
     checked = findings(loaded.model, loaded.data, loaded.stage, log.say_early)
     save_paths.check(loaded)
+    sharding_of(loaded.plan, loaded.mesh, ALONE, checked.first.model, "cpu")
     lines = [*checked.lines, *check_steps(loaded.profile, loaded.stage, checked.first)]
     for line in lines:
         sys.stdout.write(f"{line}\n")

@@ -50,8 +50,8 @@ def open_device(name: str) -> Device:
         return read_device(Path(name))
     known = ", ".join(names())
     raise InputError(
-        f"plan: the device {cut(name)} is not known{nearest(name, names())}, expected one of "
-        f"{known}, or a TOML file like those in configs/devices"
+        f"plan: the device {cut(name)} is not known, expected one of {known}, or a TOML file like "
+        f"those in configs/devices{nearest(name, names())}"
     )
 
 

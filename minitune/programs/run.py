@@ -124,6 +124,8 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     notes = [*plan_lines, *run.notes, *data_lines, *lines]
     if ranks.size > 1:
         notes.append(f"{ranks.size} processes share out the rows of each step")
+    elif program.plan != "dp":
+        notes.append("plan: one process holds the whole model; --ranks or torchrun starts several")
     return _Start(of_ranks, checked.first, sharding, run, plans, notes)
 
 

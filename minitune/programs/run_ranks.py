@@ -96,10 +96,10 @@ def run_for_all(ranks: Ranks, run: Run | None) -> Run:
     text = ranks.text_from_first(text)
     if run is not None:
         return run
-    told = msgspec.json.decode(text, type=_Opened)
-    folder = Path(told.folder)
+    opened = msgspec.json.decode(text, type=_Opened)
+    folder = Path(opened.folder)
     nobody = locks.Lock(None, locks.holder_file(folder))
-    return Run(folder, told.resumed, told.records, (), nobody, told.summary, told.ended)
+    return Run(folder, opened.resumed, opened.records, (), nobody, opened.summary, opened.ended)
 
 
 @contextmanager

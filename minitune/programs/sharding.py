@@ -55,10 +55,10 @@ def sharding_of(
     """Plan of a program on the ranks of its run; None where every rank holds the whole model.
 
     mesh: ranks along each axis; without any, all stand on the axis "data". InputError for a plan
-    that does not fit the model or the mesh, and for a mesh of another number of ranks. Every rank
-    calls it.
+    that does not fit the model or the mesh, in a single process too, and for a mesh of another
+    number of ranks. Every rank calls it.
     """
-    if ranks.size == 1 or plan == "dp":
+    if plan == "dp":
         return None
     from minitune.sharding.mesh import device_mesh
     from minitune.sharding.placements import check_plan
@@ -67,7 +67,9 @@ def sharding_of(
     sizes = dict(mesh) or {"data": ranks.size}
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
-    return Sharding(named, device_mesh(sizes, device_type)) if named else None
+    if ranks.size == 1 or not named:
+        return None
+    return Sharding(named, device_mesh(sizes, device_type))
 
 
 def placed(

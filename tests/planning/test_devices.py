@@ -29,7 +29,7 @@ def test_a_device_is_one_that_could_exist(name: str) -> None:
 
 
 def test_an_unknown_device_and_a_faulty_file_end_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the device h10 is not known.*h100.*expected one of a100-80, h100"):
+    with pytest.raises(InputError, match=r"the device h10 is not known, expected one of a100-80, h100.*; did you mean 'h100'"):
         open_device("h10")
     file = tmp_path / "mine.toml"
     text = (ROOT / "configs/devices/h100.toml").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from minitune.__main__ import main
 from minitune.errors import InputError
 from minitune.models.families import llama
 from minitune.models.model import Model
@@ -72,8 +73,9 @@ def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int
     ],
 )
 def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        sharding_of(plan, mesh, TWO, MODEL, "cpu")
+    for ranks in (TWO, ALONE):
+        with pytest.raises(InputError, match=message):
+            sharding_of(plan, mesh, ranks, MODEL, "cpu")
 
 
 def test_a_single_process_and_dp_share_nothing() -> None:
@@ -100,6 +102,12 @@ def test_a_model_that_is_cut_takes_less_of_a_rank(tmp_path: Path) -> None:
     full = loaded(tmp_path, '[[stage]]\nop = "full"\n' + TRAIN, *words)
     whole, cut = (check_memory(full, first_state(full), mesh)["train"] for mesh in (Mesh(1, 2), Mesh(2)))
     assert cut.n_bytes < 0.7 * whole.n_bytes
+
+
+def test_check_looks_at_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "lora", "plan=fdsp"]) == 2
+    assert "there is no plan 'fdsp'" in capsys.readouterr().err
+    assert main(["check", "lora", "plan=fsdp"]) == 0
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
