@@ -179,6 +179,11 @@ def written(folder: Path, tiny: Path, name: str, stages: str) -> str:
     return str(folder / f"{name}.toml")
 
 
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """End of a command whose processes have a thread each."""
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_tensors(folder / "adapter_model.safetensors")
 
@@ -205,7 +210,7 @@ def assert_same_runs(one: Path, other: Path, *, same_files: bool = True) -> None
 def test_every_method_on_three_processes_equals_one(tmp_path: Path, tiny: Path):
     assert main([written(tmp_path, tiny, "one", METHODS), f"out={tmp_path}"]) == 0
     command = [*COMMAND, written(tmp_path, tiny, "three", METHODS), f"out={tmp_path}", "--ranks", "3", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = finished(command)
     assert done.returncode == 0, done.stderr
     assert "3 processes share out the rows of each step" in done.stderr
     assert_same_runs(tmp_path / "one", tmp_path / "three")
@@ -225,7 +230,7 @@ def test_ranks_that_share_the_weights_equal_one_process(tmp_path: Path, tiny: Pa
     """The states of a plan are saved in parts; here they are read again by the stage that keeps the best one."""
     assert main([written(tmp_path, tiny, "one", SHARED), f"out={tmp_path}"]) == 0
     words = [written(tmp_path, tiny, "two", SHARED), f"out={tmp_path}", "plan=fsdp", "--ranks", "2"]
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = finished([*COMMAND, *words])
     assert done.returncode == 0, done.stderr
     assert_same_runs(tmp_path / "one", tmp_path / "two", same_files=False)
     assert len(list((tmp_path / "two/checkpoints/full-train").glob("step-*/state-0000?-of-00002.safetensors"))) == 4
@@ -297,7 +302,7 @@ def test_a_mistake_is_one_sentence_of_the_first_process(mistake: str, tmp_path: 
         (tmp_path / "p").mkdir()
         (tmp_path / "p/mine.txt").write_text("not a run", encoding="utf-8")
     command = [*COMMAND, written(tmp_path, tiny, "p", stages), f"out={tmp_path}", "--ranks", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = finished(command)
     expected = {
         "folder": "holds no manifest.json, expected a run folder",
         "privacy": "has privacy and the run 2 processes, expected one",
@@ -311,7 +316,7 @@ def test_torchrun_starts_a_run_unchanged(tmp_path: Path, tiny: Path):
     program = written(tmp_path, tiny, "p", plain(3))
     how = ["--standalone", "--nproc-per-node", "2", "-m", "minitune", program, f"out={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", *how]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = finished(command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("holds this run") == 1
     assert main([written(tmp_path, tiny, "one", plain(3)), f"out={tmp_path}"]) == 0
