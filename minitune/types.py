@@ -64,6 +64,8 @@ class Dropout(NamedTuple):
 
     seeds: Int[Tensor, "B"]  # of each row of tokens, for one weight
     rate: Float[Tensor, "*n"]  # share that is dropped, in [0, 1); of each of n changes
+    # place in its row of the first token, where a rank has a part of the rows' tokens
+    first: Int[Tensor, ""] | tuple[()] = ()
 
 
 class Adapted(NamedTuple):

@@ -12,7 +12,8 @@ from minitune.algorithms.objective import Objective
 from minitune.errors import InputError
 from minitune.hardware import to_device
 from minitune.models.experts import router_weight
-from minitune.models.model import Model, Probe
+from minitune.models.model import Model
+from minitune.models.probe import Probe
 from minitune.nn import moe
 from minitune.types import Mean, Params, SeededBatch, TeacherBatch, Trainable
 

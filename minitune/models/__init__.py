@@ -6,12 +6,12 @@
 from typing import TYPE_CHECKING, Any
 
 from minitune.models.model import Model as Model
-from minitune.models.model import Probe as Probe
 from minitune.models.open import FAMILIES as FAMILIES
 from minitune.models.open import config_json as config_json
 from minitune.models.open import from_hf as from_hf
 from minitune.models.open import open as open
 from minitune.models.open import open_config as open_config
+from minitune.models.probe import Probe as Probe
 
 if TYPE_CHECKING:
     from minitune.checkpoint.hf_folder import load as load

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from minitune.nn.attention.key_range import (
 from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.linear import embed
+from minitune.sharding.context import Context
 from minitune.sharding.gather import gather
 from minitune.tree import Tree
 from minitune.types import Params
@@ -40,12 +42,14 @@ def hidden(
     segment_ids: Int[Tensor, "B T"] | None = None,
     block_of: BlockOf,
     noise: Float[Tensor, "B T D"] | None = None,
+    context: Context | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) is layer i.
 
-    noise is added to the embedded tokens (see neftune_noise).
+    noise is added to the embedded tokens (see neftune_noise). With a context, of the tokens that
+    are this rank's: [B n_own D].
     """
-    x, inputs = before_first_block(config, params, tokens, segment_ids, noise)
+    x, inputs = before_first_block(config, params, tokens, segment_ids, noise, context)
     for i in range(config.n_layers):
         x = block_of(i)(layer_of(params, i), x, inputs[layer_kind(config, i)])
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
@@ -57,10 +61,15 @@ def before_first_block(
     tokens: Int[Tensor, "B T"],
     segment_ids: Int[Tensor, "B T"] | None,
     noise: Float[Tensor, "B T D"] | None = None,
+    context: Context | None = None,
 ) -> tuple[Float[Tensor, "B T D"], dict[LayerKind, Any]]:
     """Embedded tokens, and the inputs that the mixers of every kind of layer share."""
+    where = token_positions(config, tokens, segment_ids, context)
+    if context is not None:
+        tokens = context.own(tokens)
+        noise = None if noise is None else context.own(noise)
     x = _embedded(config, params, tokens, noise)
-    return x, mixer_inputs(config, token_positions(config, tokens, segment_ids), x.dtype)
+    return x, mixer_inputs(config, where, x.dtype)
 
 
 def neftune_noise(
@@ -84,19 +93,29 @@ def neftune_noise(
 
 
 def token_positions(
-    config: DecoderConfig, tokens: Int[Tensor, "B T"], segment_ids: Int[Tensor, "B T"] | None
+    config: DecoderConfig,
+    tokens: Int[Tensor, "B T"],
+    segment_ids: Int[Tensor, "B T"] | None,
+    context: Context | None = None,
 ) -> TokenPositions:
     """Positions of tokens that are one document a row, or of the documents that segment_ids tell
     apart.
     """
     n_tokens = tokens.shape[1]
-    if segment_ids is None:
-        keys = causal(n_tokens, tokens.device)
-        return TokenPositions(keys.last, n_tokens, keys)
+    n_all = n_tokens if context is None else context.size * context.n_own(n_tokens)
     lengths: int | Tensor = n_tokens
-    if isinstance(config.rope_scaling, rope_scaling.BY_LENGTH):
-        lengths = document_lengths(segment_ids)
-    return TokenPositions(document_positions(segment_ids), lengths, document_keys(segment_ids))
+    if segment_ids is None:
+        keys = causal(n_all, tokens.device)
+        positions = keys.last
+    else:
+        segment_ids = F.pad(segment_ids, (0, n_all - n_tokens))
+        keys, positions = document_keys(segment_ids), document_positions(segment_ids)
+        if isinstance(config.rope_scaling, rope_scaling.BY_LENGTH):
+            lengths = document_lengths(segment_ids)
+    if context is None:
+        return TokenPositions(positions, lengths, keys)
+    own_lengths = lengths if isinstance(lengths, int) else context.own(lengths)
+    return TokenPositions(context.own(positions), own_lengths, keys, context.sharers)
 
 
 def mixer_inputs(

@@ -16,31 +16,21 @@ from minitune.hardware import to_device
 from minitune.models import decoder, weights
 from minitune.models.block import BlockFunction
 from minitune.models.block import block as decoder_block
-from minitune.models.config import DecoderConfig, MixerName, layer_kind
+from minitune.models.config import MixerName, layer_kind
 from minitune.models.family import Family
+from minitune.models.probe import Probe, probed_block, report
 from minitune.models.weights import head_name, layer_of
 from minitune.nn import head as nn_head
 from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
+from minitune.sharding.context import Context
 from minitune.sharding.gather import Ahead, gather, gathered, gathered_again, numbered
 from minitune.sharding.parts import is_shared
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Dropout, Params
 
 BlockTransform = TypeAliasType("BlockTransform", Callable[[BlockFunction], BlockFunction])
-
-
-class Probe(NamedTuple):
-    """Outputs of linear maps of the blocks, through which gradients flow: also of blocks that are
-    compiled or recomputed.
-    """
-
-    # their names within a layer, such as "self_attn.o_proj.weight"; a layer without one is passed
-    # by
-    weights: tuple[str, ...]
-    # called with the weight's whole name and its map's output [B T out], once a forward
-    receive: Callable[[str, Tensor], None]
 
 
 class Draws(NamedTuple):
@@ -71,6 +61,8 @@ class Model(NamedTuple):
     # of the noise on embedded tokens, where there are draws (decoder.neftune_noise)
     neftune_alpha: float = 0.0
     draws: Draws | None = None
+    # ranks that share the tokens of their rows; what is not said to be a rank's own is of them all
+    context: Context | None = None
 
     def forward(
         self,
@@ -82,28 +74,61 @@ class Model(NamedTuple):
         """Logits [B T V] that every token gives of the next; segment_ids keep packed documents
         apart (None: every row is one document).
         """
-        block_of = self.block_of(params)
-        x = decoder.hidden(self.config, params, tokens, segment_ids=segment_ids, block_of=block_of)
-        return self.logits(params, x)
+        states = self._own_hidden(params, tokens, segment_ids)
+        return self.logits(params, self._of_all(states, tokens.shape[1]))
 
     def hidden(self, params: Params, rows: Batch) -> Float[Tensor, "B T D"]:
         """Final hidden states of every token, packed documents apart; rows on the host are sent to
         the weights.
         """
+        return self._of_all(self._own_hidden_of_rows(params, rows), rows.tokens.shape[1])
+
+    def _own_hidden_of_rows(self, params: Params, rows: Batch) -> Float[Tensor, "B n_own D"]:
+        """Hidden states of the tokens that are this rank's."""
         device = params["model.embed_tokens.weight"].device
         tokens, segment_ids = to_device(rows.tokens, device), to_device(rows.segment_ids, device)
         noise = None
         if self.draws is not None:
             own = to_device(self.draws.seeds, device)
-            params = with_dropout(params, own, len(tokens), self.draws.dropout)
+            first = 0 if self.context is None else self.context.first(tokens.shape[1])
+            params = with_dropout(params, own, len(tokens), self.draws.dropout, first)
             if self.neftune_alpha:
                 noise = decoder.neftune_noise(self.config, own, segment_ids, self.neftune_alpha)
+        return self._own_hidden(params, tokens, segment_ids, noise)
+
+    def _own_hidden(
+        self,
+        params: Params,
+        tokens: Int[Tensor, "B T"],
+        segment_ids: Int[Tensor, "B T"] | None,
+        noise: Float[Tensor, "B T D"] | None = None,
+    ) -> Float[Tensor, "B n_own D"]:
         how: dict[str, Any] = {
             "segment_ids": segment_ids,
-            "block_of": self.block_of(params),
+            "block_of": self._probing_all(tokens.shape[1]).block_of(params),
             "noise": noise,
+            "context": self.context,
         }
         return decoder.hidden(self.config, params, tokens, **how)
+
+    def _probing_all(self, n_tokens: int) -> "Model":
+        """Model whose probe receives what belongs to the tokens of all ranks."""
+        probe = self.probe
+        if probe is None or self.context is None:
+            return self
+
+        def receive(name: str, y: Tensor) -> None:
+            probe.receive(name, self._of_all(y, n_tokens))
+
+        return self._replace(probe=probe._replace(receive=receive))
+
+    def _own(self, x: Tree) -> Tree:
+        """Tensors [B n_own ...] of the tokens that are this rank's, from those of all."""
+        return x if self.context is None else tree.map(self.context.own, x)
+
+    def _of_all(self, x: Float[Tensor, "B n_own *rest"], n_tokens: int) -> Tensor:
+        """Tensor [B n_tokens ...] of all tokens, from this rank's."""
+        return x if self.context is None else self.context.whole(x, n_tokens)
 
     def block_of(self, params: Params | None = None) -> decoder.BlockOf:
         """Function that gives the block of layer i: transformed, recomputed in the backward,
@@ -122,7 +147,7 @@ class Model(NamedTuple):
             chosen = recomputed if i < self.n_remat else kept
             run = chosen[layer_kind(self.config, i).mixer]
             run = run if ahead is None else numbered(run, i)
-            return run if self.probe is None else partial(_report, run, self.probe, i)
+            return run if self.probe is None else partial(report, run, self.probe, i)
 
         return block_of
 
@@ -182,8 +207,11 @@ class Model(NamedTuple):
         of_chunk: Callable[..., Tensor] = chunk_losses
         if mask.is_floating_point():
             labels, mask, of_chunk = (labels, checked_weights(mask)), mask != 0, _weighted(of_chunk)
-        rows = self.hidden(params, batch), labels, mask, gather(self.head(params))
-        return nn_head.token_losses(of_chunk, *rows, summed=summed).roll(1, 1)
+        states = self._own_hidden_of_rows(params, batch)
+        labels, mask = self._own((labels, mask))
+        rows = states, labels, mask, gather(self.head(params))
+        nats = nn_head.token_losses(of_chunk, *rows, summed=summed)
+        return self._of_all(nats, batch.tokens.shape[1]).roll(1, 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""
@@ -229,46 +257,17 @@ def with_dropout(
     seeds: Int[Tensor, "B"],
     n_rows: int,
     rates: Sequence[float],
+    first: int = 0,
 ) -> Params:
-    """Parameters whose low-rank changes drop their inputs; params itself where all rates are 0."""
+    """Parameters whose low-rank changes drop their inputs; params itself where all rates are 0.
+
+    first: place in its row of the first token that they see.
+    """
     if not any(rates):
         return params
     rate = to_device(torch.tensor(rates, dtype=torch.float32), seeds.device)
     adapted = {name: leaf for name, leaf in params.items() if isinstance(leaf, Adapted)}
-    dropouts = {name: Dropout(row_seeds(seeds, n_rows, name), rate) for name in adapted}
+    start = to_device(torch.tensor(first), seeds.device) if first else ()
+    dropouts = {name: Dropout(row_seeds(seeds, n_rows, name), rate, start) for name in adapted}
     dropping = {name: leaf._replace(dropout=dropouts[name]) for name, leaf in adapted.items()}
     return {**params, **dropping}
-
-
-def probed_block(
-    block: BlockFunction,
-    config: DecoderConfig,
-    mixer: MixerName,
-    weights: tuple[str, ...],
-    w: Params,
-    x: Float[Tensor, "B T D"],
-    *rest: Any,
-) -> Float[Tensor, "B T D_and_outputs"]:
-    """Result of a block, followed by the outputs of the linear maps of `weights`, in one tensor, as
-    remat wants it.
-    """
-    outputs: dict[str, Tensor] = {}
-
-    def tap(name: str, x: Tensor, y: Tensor) -> None:
-        if name in weights:
-            outputs[name] = y
-
-    result = block(config, mixer, w, x, *rest, tap=tap)
-    return torch.cat([result, *(outputs[name] for name in weights if name in w)], dim=-1)
-
-
-def _report(
-    run: Callable[..., Tensor], probe: Probe, i: int, w: Params, x: Tensor, *rest: Any
-) -> Tensor:
-    """Result of a probed block, whose outputs the probe has received."""
-    names = [name for name in probe.weights if name in w]
-    sizes = [x.shape[-1], *(w[name].shape[0] for name in names)]
-    result, *outputs = run(w, x, *rest).split(sizes, dim=-1)
-    for name, y in zip(names, outputs, strict=True):
-        probe.receive(f"model.layers.{i}.{name}", y)
-    return result

@@ -44,7 +44,8 @@ def dropped(x: Float[Tensor, "B T in"], dropout: Dropout) -> Float[Tensor, "B T 
     # one hash of 32 bits serves two elements, one in each half of the features
     n_tokens, n_features = x.shape[-2:]
     half = -(-n_features // 2)
-    bits = seeds.hashed(_places(n_tokens, half, x.device), own)
+    first = dropout.first if isinstance(dropout.first, Tensor) else 0
+    bits = seeds.hashed(_places(n_tokens, half, x.device, first), own)
     limit = threshold.to(torch.int32)
     kept = torch.cat([(bits & 0xFFFF) >= limit, ((bits >> 16) & 0xFFFF) >= limit], dim=-1)
 
@@ -58,7 +59,9 @@ def uniform(own: Int[Tensor, "B"], n_tokens: int, n_features: int) -> Float[Tens
     return ((bits & 0xFFFFFF) + 0.5) * 2.0**-23 - 1.0
 
 
-def _places(n_tokens: int, n_features: int, device: torch.device) -> Int[Tensor, "T D"]:
-    """Number of each element of a row, which does not depend on the row's length."""
-    t = torch.arange(n_tokens, dtype=torch.int32, device=device)
+def _places(
+    n_tokens: int, n_features: int, device: torch.device, first: int | Tensor = 0
+) -> Int[Tensor, "T D"]:
+    """Number of each element of a row from token `first`, which does not depend on its length."""
+    t = torch.arange(n_tokens, dtype=torch.int32, device=device) + first
     return t[:, None] * n_features + torch.arange(n_features, dtype=torch.int32, device=device)

@@ -200,6 +200,7 @@ def load(
     """
     device, dtype = device_and_dtype(source)
     model = _model(source, run)
+    model = model if sharding is None else sharding.fitted(model)
     path = locate(source.path, run) if source.path is not None else None
     folder = _tokenizer_folder(source, run)
     text, template = open_text(folder, model.config.vocab_size)

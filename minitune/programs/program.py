@@ -30,6 +30,7 @@ from minitune.programs.variables import (
     traced,
     written_strings,
 )
+from minitune.sharding.mesh import n_sharers
 from minitune.types import PositiveInt
 
 # a folder's name on any system, and never one that hides or leaves its folder
@@ -71,6 +72,13 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     # a training stage that needs more memory than the device has is refused before anything starts;
     # false: it is tried
     must_fit: bool = True
+
+    @property
+    def divides_model(self) -> bool:
+        """True if ranks divide the weights, or the tokens of a row, so that all of them have to
+        take part in a forward.
+        """
+        return self.plan != "dp" or n_sharers(self.mesh) > 1
 
 
 class WrittenProgram(NamedTuple):

@@ -38,6 +38,7 @@ from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import AbstractState, PipelineStage, PipelineState
 from minitune.programs.variables import NO_VARIABLES, WrittenStrings, as_written
+from minitune.sharding.mesh import n_sharers
 from minitune.sharding.ranks import Ranks
 
 
@@ -68,6 +69,7 @@ class _Start(NamedTuple):
     program: Program  # its lengths decided, its stages as the ranks run them
     first: AbstractState  # before the first stage
     sharding: Sharding | None
+    ranks: Ranks  # which know how many of them work on the same rows
     run: Run
     plans: Mapping[str, Planned]
     notes: Sequence[str]  # for the user
@@ -80,7 +82,7 @@ def _run(
     ranks: Ranks,
 ) -> Record:
     start = _started(asked, end, ranks)
-    program, run = start.program, start.run
+    program, ranks, run = start.program, start.ranks, start.run
     if run.summary is not None:
         with run.lock:
             _show_finished(program, run.summary, run, ranks)
@@ -112,6 +114,8 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     how = ranks, checked.first.model, device.type
     sharding = sharding_of(program.plan, program.mesh, *how)
     of_ranks = msgspec.structs.replace(program, stage=stages)
+    if sharding is not None:
+        ranks = ranks._replace(sharers=n_sharers(program.mesh))
 
     opened, plans = None, {}
     if ranks.is_first:
@@ -124,9 +128,9 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     notes = [*plan_lines, *run.notes, *data_lines, *lines]
     if ranks.size > 1:
         notes.append(f"{ranks.size} processes share out the rows of each step")
-    elif program.plan != "dp":
-        notes.append("plan: one process holds the whole model; --ranks or torchrun starts several")
-    return _Start(of_ranks, checked.first, sharding, run, plans, notes)
+    elif program.divides_model:
+        notes.append("plan: one process has the whole model; --ranks or torchrun starts several")
+    return _Start(of_ranks, checked.first, sharding, ranks, run, plans, notes)
 
 
 def _write_facts(program: Program, run: Run, first: AbstractState) -> None:

@@ -24,6 +24,7 @@ from minitune.programs.log import Log, LogConfig
 from minitune.programs.program import Program
 from minitune.programs.run_folder import Run
 from minitune.programs.state import PipelineStage, PipelineState, RankedStage
+from minitune.sharding.mesh import n_sharers
 from minitune.sharding.ranks import ALONE, Ranks
 
 # Ranks wait so long for the first one, which evaluates, generates and writes alone. One that has
@@ -119,15 +120,18 @@ def stages_on_ranks(program: Program, ranks: Ranks) -> tuple[PipelineStage, ...]
     """Stages of a program as its ranks run them together; InputError for one that they can't."""
     if ranks.size == 1:
         return program.stage
-    is_sharded = program.plan != "dp"
-    return tuple(_on_ranks(stage, ranks.size, is_sharded) for stage in program.stage)
+    is_sharded = program.divides_model
+    # ranks that work on the same rows have the same micro-batches
+    n_shares = ranks.size // n_sharers(program.mesh)
+    return tuple(_on_ranks(stage, n_shares, is_sharded) for stage in program.stage)
 
 
 def _on_ranks(stage: PipelineStage, n_ranks: int, is_sharded: bool) -> PipelineStage:
     if is_sharded and not stage.shards:
         raise InputError(
-            f"stages: {stage.label} needs whole weights on every rank, and the plan cuts them, "
-            'expected plan = "dp"; or do this in a program of its own, after a save'
+            f"stages: {stage.label} needs the whole model on every rank, and plan or mesh divides "
+            'it, expected plan = "dp" and rows on all axes; or do this in a program of its own, '
+            "after a save"
         )
     if isinstance(stage, RankedStage):
         return stage.on_ranks(n_ranks, is_sharded=is_sharded)
@@ -135,12 +139,12 @@ def _on_ranks(stage: PipelineStage, n_ranks: int, is_sharded: bool) -> PipelineS
 
 
 def planned_mesh(program: Program, ranks: Ranks) -> Mesh | None:
-    """Mesh by which the memory of a rank is planned; None for a table of one's own, which no plan
-    knows.
+    """Mesh by which the memory of a rank is planned; None for a table of one's own and for tokens
+    of a row on several ranks, which no plan knows.
     """
-    if ranks.size == 1 or program.plan == "dp":
+    if ranks.size == 1 or not program.divides_model:
         return Mesh(1, ranks.size)
-    if not isinstance(program.plan, str):
+    if not isinstance(program.plan, str) or n_sharers(program.mesh) > 1:
         return None
     n_shards = program.mesh.get("data", 1) if program.mesh else ranks.size
     return Mesh(n_shards, ranks.size // n_shards)

@@ -44,6 +44,12 @@ class Sharding(NamedTuple):
 
         return part
 
+    def fitted(self, model: Model) -> Model:
+        """Model that knows which ranks share the tokens of its rows."""
+        from minitune.sharding.context import context_of
+
+        return model._replace(context=context_of(self.mesh))
+
 
 def sharding_of(
     plan: str | Mapping[str, str],
@@ -52,22 +58,25 @@ def sharding_of(
     model: Model,
     device_type: str,
 ) -> Sharding | None:
-    """Plan of a program on the ranks of its run; None where every rank holds the whole model.
+    """Plan of a program on the ranks of its run; None where every rank holds the whole model and
+    has rows of its own.
 
     mesh: ranks along each axis; without any, all stand on the axis "data". InputError for a plan
     that does not fit the model or the mesh, in a single process too, and for a mesh of another
     number of ranks. Every rank calls it.
     """
-    if plan == "dp":
+    if plan == "dp" and not mesh:
         return None
-    from minitune.sharding.mesh import device_mesh
+    from minitune.sharding.context import check_heads
+    from minitune.sharding.mesh import device_mesh, n_sharers
     from minitune.sharding.placements import check_plan
     from minitune.sharding.plans import named_plan
 
     sizes = dict(mesh) or {"data": ranks.size}
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
-    if ranks.size == 1 or not named:
+    check_heads(model.config.n_heads, model.config.n_kv_heads, sizes.get("context", 1))
+    if ranks.size == 1 or not (named or n_sharers(sizes) > 1):
         return None
     return Sharding(named, device_mesh(sizes, device_type))
 

@@ -14,10 +14,29 @@ from minitune.types import PositiveInt
 # the order of ranks, and so in one machine
 Mesh = TypeAliasType("Mesh", Mapping[str, PositiveInt])
 
+# axes whose ranks work on the same rows: along "context" each has some of the tokens. They exchange
+# activations in every block, so they are the last axes of a mesh, whose ranks are neighbours.
+ROW_SHARING = ("context",)
+
 
 def n_ranks(mesh: Mesh) -> int:
     """Number of ranks of a mesh."""
     return math.prod(mesh.values())
+
+
+def n_sharers(mesh: Mesh) -> int:
+    """Number of neighbouring ranks that work on the same rows; InputError for a mesh in which they
+    are no neighbours.
+    """
+    shared = [axis in ROW_SHARING for axis in mesh]
+    if shared != sorted(shared):
+        axes = ", ".join(mesh)
+        last = [axis for axis in mesh if axis in ROW_SHARING]
+        raise InputError(
+            f"sharding: the mesh has the axes {axes}, expected {' and '.join(last)} last: ranks "
+            "that work on the same rows are neighbours; change the order of the axes"
+        )
+    return math.prod(n for axis, n in mesh.items() if axis in ROW_SHARING)
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:

@@ -36,6 +36,8 @@ class Ranks(NamedTuple):
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this node
+    # neighbours that work on the same rows together, such as each on some of their tokens
+    sharers: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -43,15 +45,18 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def deal(self, parts: Iterable[Part]) -> Iterator[Dealt[Part]]:
-        """Parts of this rank: number i goes to rank i modulo size.
+        """Parts of this rank: number i goes to the ranks i modulo their number, or to those that
+        work on it together.
 
         Every rank gets as many, because all make the same calls: where there is none left for it,
-        it gets one of another rank's again, which does not count.
+        it gets one of another rank's again, which does not count. Of several that work on one part
+        the first one counts it: what the others find is the same.
         """
+        place, among = divmod(self.rank, self.sharers)
         rest = iter(parts)
-        while round_of_parts := list(islice(rest, self.size)):
-            own = min(self.rank, len(round_of_parts) - 1)
-            yield Dealt(round_of_parts[own], counts=own == self.rank)
+        while round_of_parts := list(islice(rest, self.size // self.sharers)):
+            own = min(place, len(round_of_parts) - 1)
+            yield Dealt(round_of_parts[own], counts=own == place and among == 0)
 
     def sum(self, values: Tree) -> Tree:
         """Sum of every leaf over all ranks; the tree itself in a single process."""

@@ -32,7 +32,6 @@ from minitune.nn.attention.key_range import (
     chunked,
     document_keys,
     document_lengths,
-    document_positions,
     windowed,
 )
 from support.closeness import distance
@@ -409,7 +408,7 @@ def test_windows_chunks_and_lengths_by_hand() -> None:
         return [row.nonzero().flatten().tolist() for row in key_range.mask(7)[0, 0]]
 
     assert rows(windowed(key_range, 2)) == [[0], [0, 1], [1, 2], [2, 3], [4], [4, 5], [6]]
-    assert rows(chunked(key_range, document_positions(segments), 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
+    assert rows(chunked(key_range, 3)) == [[0], [0, 1], [0, 1, 2], [3], [4], [4, 5], [6]]
     assert rows(windowed(key_range, 7)) == rows(key_range)
     assert rows(windowed(causal(3, segments.device), 2)) == [[0], [0, 1], [1, 2]]
     late = windowed(KeyRange((), torch.tensor([[5]])), 3)

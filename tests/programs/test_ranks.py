@@ -125,6 +125,7 @@ op = "lora"
 rank = 2
 alpha = 4.0
 dora = true
+dropout = 0.25
 targets = ["*_proj.weight"]
 train = ["model.norm.weight"]
 [[stage]]
@@ -226,10 +227,11 @@ def test_every_method_on_three_processes_equals_one(tmp_path: Path, tiny: Path):
     assert summary["eval"]["n_prompts"] == 2
 
 
-def test_ranks_that_share_the_weights_equal_one_process(tmp_path: Path, tiny: Path):
+@pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={data=1,context=2}")], ids=str)
+def test_ranks_that_share_the_model_equal_one_process(how: tuple[str, ...], tmp_path: Path, tiny: Path):
     """The states of a plan are saved in parts; here they are read again by the stage that keeps the best one."""
     assert main([written(tmp_path, tiny, "one", SHARED), f"out={tmp_path}"]) == 0
-    words = [written(tmp_path, tiny, "two", SHARED), f"out={tmp_path}", "plan=fsdp", "--ranks", "2"]
+    words = [written(tmp_path, tiny, "two", SHARED), f"out={tmp_path}", *how, "--ranks", "2"]
     done = finished([*COMMAND, *words])
     assert done.returncode == 0, done.stderr
     assert_same_runs(tmp_path / "one", tmp_path / "two", same_files=False)

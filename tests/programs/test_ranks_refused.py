@@ -35,7 +35,7 @@ def loaded(folder: Path, stages: str, *words: str) -> program.Program:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (QAT, r"stages: qat needs whole weights on every rank, and the plan cuts them, expected plan = \"dp\""),
+        (QAT, r"stages: qat needs the whole model on every rank, and plan or mesh divides it, expected plan = \"dp\""),
         (GPTQ, r"stages: quantize has method gptq, which needs whole weights on every rank, .* or method rtn"),
         (LORA + SWEEP, r"stages: train has a sweep, which needs whole weights on every rank"),
         (LORA + PRIVATE, r"stages: train has privacy and the run 2 processes, expected one"),
@@ -70,6 +70,12 @@ def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int
         ("fdsp", {}, r"sharding: there is no plan 'fdsp', expected one of .*; did you mean 'fsdp'"),
         ({"d_f": "data"}, {}, r"sharding: the plan cuts 'd_f', which no matrix of this model has.*did you mean 'd_ff'"),
         ("fsdp", {"replica": 2}, r"sharding: the plan puts .* on axis 'data', expected an axis of the mesh: replica"),
+        (
+            "dp",
+            {"context": 3},
+            r"axis context has 3 ranks, among which 2 heads of queries and 1 .* expected one of 1, 2; put",
+        ),
+        ("cp", {"context": 2, "data": 1}, r"sharding: the mesh has the axes context, data, expected context last"),
     ],
 )
 def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dict[str, int], message: str) -> None:

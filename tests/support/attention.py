@@ -2,7 +2,7 @@
 
 import torch
 
-from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_keys, document_positions, windowed
+from minitune.nn.attention.key_range import KeyRange, causal, chunked, document_keys, windowed
 
 
 def plain(
@@ -27,4 +27,4 @@ def runs(kind: str, rows: int, length: int, reach: int, share: float, generator:
     keys = causal(length, torch.device("cpu")) if kind == "causal" else document_keys(segments)
     if kind == "windows":
         return windowed(keys, reach)
-    return chunked(keys, document_positions(segments), reach) if kind == "chunks" else keys
+    return chunked(keys, reach) if kind == "chunks" else keys

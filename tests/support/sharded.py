@@ -3,6 +3,7 @@
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,15 +19,19 @@ from minitune.losses.preference import Dpo
 from minitune.losses.token import cross_entropy
 from minitune.models.block import block
 from minitune.models.config import DecoderConfig
+from minitune.models.mixers import grouped_query
+from minitune.models.probe import Probe
 from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.quant.schemes import Int8, quantize
+from minitune.sharding.context import Context, context_of
 from minitune.sharding.gather import gather
-from minitune.sharding.mesh import Mesh, device_mesh
+from minitune.sharding.mesh import Mesh, device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
-from minitune.sharding.ranks import Ranks
+from minitune.sharding.ranks import ALONE
+from minitune.sharding.ranks import Ranks as ProcessRanks
 from minitune.steps import kd_step, preference_step, sft_step
 from minitune.types import Batch, Mean, Pairs, Step, Trainable
 from support.models import SMALL, model_of, random_batch, random_deltas, random_params
@@ -57,17 +62,24 @@ def rows_of(case: Case, n_rows: int, seed: int, mask: Tensor | None = None) -> A
     return Pairs(batch(seed), batch(seed + 1)) if case.loss == "dpo" else batch(seed)
 
 
-def trained(case: Case, batches: list[Any], plan: Plan | None = None, mesh: Mesh | None = None) -> dict[str, Tensor]:
-    """Leaves of the trained tree and of the optimizer's state, whole, and the metrics of the last step."""
+def trained(
+    case: Case, batches: list[Any], plan: Plan | None = None, mesh: Mesh | None = None, ranks: ProcessRanks = ALONE
+) -> dict[str, Tensor]:
+    """Leaves of the trained tree and of the optimizer's state, whole, and the metrics of the last step.
+
+    ranks: which deal out batches that all have; without them each has its own.
+    """
     params: Any = random_params(case.config, dtype=case.dtype)
+    context = None
     if plan is not None:
-        params = shard(params, dims(case.config), plan, device_mesh(mesh or {}, "cpu"))
+        devices = device_mesh(mesh or {}, "cpu")
+        params, context = shard(params, dims(case.config), plan, devices), context_of(devices)
     lora = {"lora": RULE, "dora": DORA}.get(case.trains)
     if lora is None:
         params, trainable = split_trainable(params, ("*",))
     else:
         trainable = random_deltas(random_params(case.config, dtype=case.dtype), lora)
-    step = step_of(case, lora, params, trainable)
+    step = step_of(case, lora, params, trainable, context, ranks)
     state = step.init(trainable)
     metrics: Any = {}
     for batch in batches:
@@ -75,11 +87,13 @@ def trained(case: Case, batches: list[Any], plan: Plan | None = None, mesh: Mesh
     return dict(tree.items({"trainable": gather(state.trainable), "state": gather(state.opt_state), "metrics": metrics}))
 
 
-def step_of(case: Case, lora: Lora | None, params: Any, trainable: Trainable) -> Step:
+def step_of(
+    case: Case, lora: Lora | None, params: Any, trainable: Trainable, context: Context | None = None, ranks: ProcessRanks = ALONE
+) -> Step:
     """Step of a case, with the base or a second model as its reference."""
-    model = model_of(case.config)._replace(n_remat=case.n_remat)
+    model = model_of(case.config)._replace(n_remat=case.n_remat, context=context)
     optimizer = AdamW(lr=0.01, weight_decay=0.1)
-    how: Any = {"micro_batch": case.micro_batch}
+    how: Any = {"micro_batch": case.micro_batch, "ranks": ranks}
     if case.loss == "dpo":
         reference = {} if lora is not None else trainable
         return preference_step(model, lora, optimizer, Dpo(), reference, **how)
@@ -94,6 +108,45 @@ def on_ranks(case: Case, batches: list[list[Any]], plan: Plan, mesh: Mesh) -> di
     """`trained` of this rank's rows: batches[step][rank]."""
     rank = dist.get_rank()
     return trained(case, [ranks[rank] for ranks in batches], plan, mesh)
+
+
+def on_shared_rows(case: Case, batches: list[Any], plan: Plan, mesh: Mesh) -> dict[str, Tensor]:
+    """`trained` of batches that all ranks have, and deal out among those of the mesh that have rows of their own."""
+    ranks = ProcessRanks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(mesh))
+    return trained(case, batches, plan, mesh, ranks)
+
+
+def lengths_that_are_seen(n_tokens: int) -> dict[str, Any]:
+    """Tokens that blocks and attention get of rows that all ranks share, heads in attention, and tokens of what a model gives."""
+    seen: dict[str, Any] = {"block": set(), "attention": set(), "heads": set()}
+    attend = grouped_query.attention
+
+    def watched_block(config: Any, mixer: Any, w: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
+        seen["block"].add(x.shape[1])
+        return block(config, mixer, w, x, *rest, **kwargs)
+
+    def watched_attention(q: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        seen["heads"].add(q.shape[1])
+        seen["attention"].add(q.shape[2])
+        return attend(q, *rest, **kwargs)
+
+    context = context_of(device_mesh({"context": dist.get_world_size()}, "cpu"))
+    model, params = model_of(SMALL)._replace(block=watched_block, context=context), random_params(SMALL)
+    rows = random_batch(SMALL, 2, n_tokens)
+    with patch.object(grouped_query, "attention", watched_attention):
+        seen["hidden"] = model.hidden(params, rows).shape[1]
+        seen["logits"] = model.forward(params, rows.tokens).shape[1]
+        probe = Probe(("self_attn.o_proj.weight",), lambda name, y: seen.update(probed=y.shape[1]))
+        model._replace(probe=probe).hidden(params, rows)
+    return seen
+
+
+def plain_and_compiled_losses() -> tuple[Tensor, Tensor]:
+    """Losses of tokens that all ranks share, by blocks that are not compiled and by compiled ones."""
+    context = context_of(device_mesh({"context": dist.get_world_size()}, "cpu"))
+    model, params, rows = model_of(SMALL)._replace(context=context), random_params(SMALL), random_batch(SMALL, 2, 11)
+    compiled = model._replace(block_transform=lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
+    return model.token_losses(params, rows, cross_entropy), compiled.token_losses(params, rows, cross_entropy)
 
 
 def dealt(batch: Any, sizes: list[int]) -> list[Any]:
@@ -220,7 +273,7 @@ def saved_and_continued(case: Case, batches: list[list[Any]], plan: Plan, mesh: 
     frozen, trainable = split_trainable(params, ("*",))
     step = step_of(case, None, frozen, trainable)
     state, _ = step.update(frozen, step.init(trainable), batches[0][rank])
-    these = Ranks(rank, dist.get_world_size())
+    these = ProcessRanks(rank, dist.get_world_size())
     save_state(folder, 1, state, {}, ranks=these)
     state, _ = load_state(folder / "step-00000001", step.init(trainable), these)
     state, metrics = step.update(frozen, state, batches[1][rank])

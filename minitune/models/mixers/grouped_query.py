@@ -3,7 +3,7 @@ arXiv 2305.13245).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from minitune.nn.attention.attention import attention
 from minitune.nn.attention.key_range import KeyRange, chunked, windowed
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.rope import rope_table, rotate
+from minitune.sharding.context import Sharers, own_heads, own_tokens, part_of_heads
 from minitune.types import wide_dtype
 
 
@@ -29,6 +30,7 @@ class AttentionInputs(NamedTuple):
     rope: tuple[Float[Tensor, "b T E"], Float[Tensor, "b T E"]] | None
     keys: KeyRange
     query_scale: Float[Tensor, "b T"] | None
+    sharers: Sharers | tuple[()]  # ranks that have a part of the tokens each
 
 
 class KVCache(NamedTuple):
@@ -87,7 +89,7 @@ def inputs(
     if config.window is not None and any(kind.attention == "sliding" for kind in kinds):
         keys["sliding"] = windowed(where.keys, config.window)
     if config.chunk is not None and any(kind.attention == "chunked" for kind in kinds):
-        keys["chunked"] = chunked(where.keys, where.positions, config.chunk)
+        keys["chunked"] = chunked(where.keys, config.chunk)
 
     # layers that rotate by the same rule share their angles
     rules = {kind: _rope_rule(config, kind) for kind in kinds}
@@ -100,9 +102,10 @@ def inputs(
         nope_scale = 1 + config.nope_growth * torch.log1p(steps)
 
     def of_kind(kind: LayerKind) -> AttentionInputs:
+        seen = keys[kind.attention]
         if kind.rope:
-            return AttentionInputs(tables[rules[kind]], keys[kind.attention], query_scale)
-        return AttentionInputs(None, keys[kind.attention], nope_scale)
+            return AttentionInputs(tables[rules[kind]], seen, query_scale, where.sharers)
+        return AttentionInputs(None, seen, nope_scale, where.sharers)
 
     return {kind: of_kind(kind) for kind in kinds}
 
@@ -133,16 +136,25 @@ def apply(
     if cache is not None:
         new = KVCache(*(t.to(old.dtype) for t, old in zip((k, v), cache[0], strict=True)))
         k, v = (t.to(q.dtype) for t in tree.donate_at(cache[0], cache[1], new, dim=2))
-    y = attention(
-        q,
-        k,
-        v,
-        inputs.keys,
-        scale=config.attention_scale,
-        soft_cap=config.attention_cap,
-        sinks=layer.weights.get("self_attn.sinks"),
-    )
+    y = _attended(config, inputs, (q, k, v), layer.weights.get("self_attn.sinks"))
     return layer.linear("self_attn.o_proj", y.transpose(1, 2).flatten(2))
+
+
+def _attended(
+    config: DecoderConfig,
+    inputs: AttentionInputs,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    sinks: Float[Tensor, "N"] | None,
+) -> Float[Tensor, "B N T E"]:
+    """Attention of the tokens; where ranks share them, of all tokens for the heads of each rank."""
+    how: dict[str, Any] = {"scale": config.attention_scale, "soft_cap": config.attention_cap}
+    if not isinstance(inputs.sharers, Sharers):
+        return attention(*qkv, inputs.keys, sinks=sinks, **how)
+    if sinks is not None:
+        sinks = part_of_heads(sinks, inputs.sharers)
+    q, k, v = own_heads(qkv, inputs.sharers)
+    y = attention(q, k, v, inputs.keys, sinks=sinks, **how)
+    return own_tokens(y, inputs.sharers)
 
 
 def empty_cache(config: DecoderConfig, n_rows: int, n_slots: int, like: Tensor) -> KVCache:

@@ -9,6 +9,7 @@ from torch import Tensor
 from minitune.models.config import DecoderConfig, LayerKind
 from minitune.models.shapes import Dims, Shapes
 from minitune.nn.attention.key_range import KeyRange
+from minitune.sharding.context import Sharers
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -19,6 +20,9 @@ class TokenPositions(NamedTuple):
     positions: Int[Tensor, "b T"]  # within their documents, from 0
     lengths: int | Int[Tensor, "b T"]  # of their documents, in tokens
     keys: KeyRange  # that each token may see at most
+    # Ranks that have a part of these rows' tokens each. Positions and lengths are those of the
+    # part of this rank, and keys those of all tokens.
+    sharers: Sharers | tuple[()] = ()
 
 
 class LayerMaps(NamedTuple):

@@ -49,13 +49,13 @@ def windowed(key_range: KeyRange, window: int) -> KeyRange:
     )
 
 
-def chunked(key_range: KeyRange, positions: Int[Tensor, "b T"], chunk: int) -> KeyRange:
-    """Keys of what each query sees that lie in the chunk of the query: those whose position p has
-    the same p // chunk.
+def chunked(key_range: KeyRange, chunk: int) -> KeyRange:
+    """Keys of what each query sees that lie in the chunk of the query: those whose position p,
+    counted from the first key that it sees, has the same p // chunk.
     """
-    return key_range._replace(
-        first=torch.maximum(key_range.starts(), key_range.last - positions % chunk)
-    )
+    starts = key_range.starts()
+    place = (key_range.last - starts) % chunk
+    return key_range._replace(first=torch.maximum(starts, key_range.last - place))
 
 
 def document_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
