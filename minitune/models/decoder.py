@@ -25,7 +25,7 @@ from minitune.nn.attention.key_range import (
 from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.linear import embed
-from minitune.sharding.context import Context
+from minitune.sharding.context import ContextParallel
 from minitune.sharding.gather import gather
 from minitune.tree import Tree
 from minitune.types import Params
@@ -42,7 +42,7 @@ def hidden(
     segment_ids: Int[Tensor, "B T"] | None = None,
     block_of: BlockOf,
     noise: Float[Tensor, "B T D"] | None = None,
-    context: Context | None = None,
+    context: ContextParallel | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) is layer i.
 
@@ -61,7 +61,7 @@ def before_first_block(
     tokens: Int[Tensor, "B T"],
     segment_ids: Int[Tensor, "B T"] | None,
     noise: Float[Tensor, "B T D"] | None = None,
-    context: Context | None = None,
+    context: ContextParallel | None = None,
 ) -> tuple[Float[Tensor, "B T D"], dict[LayerKind, Any]]:
     """Embedded tokens, and the inputs that the mixers of every kind of layer share."""
     where = token_positions(config, tokens, segment_ids, context)
@@ -96,7 +96,7 @@ def token_positions(
     config: DecoderConfig,
     tokens: Int[Tensor, "B T"],
     segment_ids: Int[Tensor, "B T"] | None,
-    context: Context | None = None,
+    context: ContextParallel | None = None,
 ) -> TokenPositions:
     """Positions of tokens that are one document a row, or of the documents that segment_ids tell
     apart.

@@ -24,7 +24,7 @@ from minitune.nn import head as nn_head
 from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
-from minitune.sharding.context import Context
+from minitune.sharding.context import ContextParallel
 from minitune.sharding.gather import Ahead, gather, gathered, gathered_again, numbered
 from minitune.sharding.parts import is_shared
 from minitune.tree import Tree
@@ -62,7 +62,7 @@ class Model(NamedTuple):
     neftune_alpha: float = 0.0
     draws: Draws | None = None
     # ranks that share the tokens of their rows; what is not said to be a rank's own is of them all
-    context: Context | None = None
+    context: ContextParallel | None = None
 
     def forward(
         self,
@@ -184,12 +184,10 @@ class Model(NamedTuple):
 
         loss(logits [n V], targets [n]), by head.by_rows; or, with `extra`, a tree of tensors [B, T,
         ...] that belong to the prediction of each token as loss_mask does, loss(logits, targets,
-        rows of extra), by as many rows as the head is. It gives one value a row [n], or
-        n_values [n, n_values]; TypeError for another shape. summed: True if all that is done with
-        the losses is to add them up, which spares an accelerator a second forward through a head
-        that trains (chunked.chunked_with_gradients). A batch on the host spares it the wait in
-        head.token_losses. Where loss_mask holds weights, all finite and none negative, each loss is
-        multiplied with its own.
+        rows of extra), by as many rows as the head is. It gives one value a row [n], or [n,
+        n_values]; TypeError for another shape. summed: the losses are only added up, which spares
+        an accelerator a second forward through a head that trains. Where loss_mask holds weights,
+        all finite and none negative, each loss is multiplied with its own.
         """
         # target_mask() is False at 0, so nothing wraps round
         mask = batch.target_mask().roll(-1, 1)
@@ -207,9 +205,8 @@ class Model(NamedTuple):
         of_chunk: Callable[..., Tensor] = chunk_losses
         if mask.is_floating_point():
             labels, mask, of_chunk = (labels, checked_weights(mask)), mask != 0, _weighted(of_chunk)
-        states = self._own_hidden_of_rows(params, batch)
         labels, mask = self._own((labels, mask))
-        rows = states, labels, mask, gather(self.head(params))
+        rows = self._own_hidden_of_rows(params, batch), labels, mask, gather(self.head(params))
         nats = nn_head.token_losses(of_chunk, *rows, summed=summed)
         return self._of_all(nats, batch.tokens.shape[1]).roll(1, 1)
 

@@ -73,10 +73,11 @@ def sharding_of(
     from minitune.sharding.plans import named_plan
 
     sizes = dict(mesh) or {"data": ranks.size}
+    shares_rows = n_sharers(sizes) > 1
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
     check_heads(model.config.n_heads, model.config.n_kv_heads, sizes.get("context", 1))
-    if ranks.size == 1 or not (named or n_sharers(sizes) > 1):
+    if ranks.size == 1 or not (named or shares_rows):
         return None
     return Sharding(named, device_mesh(sizes, device_type))
 

@@ -42,7 +42,7 @@ class Sharers(NamedTuple):
         return _resolve_process_group(name)
 
 
-class Context(NamedTuple):
+class ContextParallel(NamedTuple):
     """Place of one rank among those that share the tokens of their rows."""
 
     place: int
@@ -73,7 +73,7 @@ class Context(NamedTuple):
         return _Whole.apply(x, self.sharers.group(), n_tokens)
 
 
-def context_of(mesh: Any) -> Context | None:
+def context_of(mesh: Any) -> ContextParallel | None:
     """Context of this rank on torch's mesh; None without an axis "context"."""
     names = mesh.mesh_dim_names or ()
     if "context" not in names or mesh.size(names.index("context")) == 1:
@@ -81,7 +81,7 @@ def context_of(mesh: Any) -> Context | None:
     group = mesh.get_group("context")
     ranks = torch.tensor(dist.get_process_group_ranks(group))
     name = torch.tensor([*group.group_name.encode()], dtype=torch.uint8)
-    return Context(dist.get_rank(group), Sharers(ranks, name))
+    return ContextParallel(dist.get_rank(group), Sharers(ranks, name))
 
 
 def check_heads(n_heads: int, n_kv_heads: int, n_ranks: int) -> None:

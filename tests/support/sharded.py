@@ -25,7 +25,7 @@ from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.quant.schemes import Int8, quantize
-from minitune.sharding.context import Context, context_of
+from minitune.sharding.context import ContextParallel, context_of
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
@@ -88,7 +88,12 @@ def trained(
 
 
 def step_of(
-    case: Case, lora: Lora | None, params: Any, trainable: Trainable, context: Context | None = None, ranks: ProcessRanks = ALONE
+    case: Case,
+    lora: Lora | None,
+    params: Any,
+    trainable: Trainable,
+    context: ContextParallel | None = None,
+    ranks: ProcessRanks = ALONE,
 ) -> Step:
     """Step of a case, with the base or a second model as its reference."""
     model = model_of(case.config)._replace(n_remat=case.n_remat, context=context)
