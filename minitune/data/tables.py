@@ -47,11 +47,23 @@ def csv_rows(
     except (csv.Error, UnicodeDecodeError) as error:
         with opened(path) as file:
             decoded(file.read(), path)  # which names the line of an encoding that is none
-        found = f"data: {path}:{number} {error}"
-        raise InputError(f"{found}, expected csv; correct it or write jsonl") from None
+        raise InputError(f"data: {path}:{number} {_csv_fault(error)}") from None
     if is_empty:
         found = f"data: {path} holds no row"
         raise InputError(f"{found}, expected names of columns and rows; correct the path")
+
+
+def _csv_fault(error: Exception) -> str:
+    """Words for what Python's reader could not read."""
+    if "field larger" in str(error):
+        longest = f"{csv.field_size_limit():,} characters"
+        return (
+            f"has a cell of more than {longest}, expected at most so many; close the quotation "
+            "mark that opens it, or write rows that are so long as jsonl"
+        )
+    if "unexpected end" in str(error):
+        return "opens a quotation mark that is never closed, expected csv; close it"
+    return f"{error}, expected csv; correct it or write jsonl"
 
 
 def _csv_row(

@@ -1,9 +1,7 @@
-"""Losses: pure functions and, right under each, the struct that a program writes; registry.py lists
-them all.
+"""Losses: pure functions and, right under each, the struct that a program writes.
 
-A loss gives one value a row and averages nothing. Tokens come as logits [n, V]; answers as
-log-probabilities of whole answers
-[B], sums unless the function says averages: sums over the answer's tokens divided by their number.
+A loss gives one value a row and averages nothing. Tokens come as logits [n, V]; answers as [B],
+sums of log-probabilities over an answer's tokens, or averages where the function says so.
 """
 
 from minitune.losses.distillation import ForwardKL as ForwardKL
@@ -14,6 +12,7 @@ from minitune.losses.distillation import forward_kl as forward_kl
 from minitune.losses.distillation import jensen_shannon as jensen_shannon
 from minitune.losses.distillation import reverse_kl as reverse_kl
 from minitune.losses.distillation import symmetric_kl as symmetric_kl
+from minitune.losses.preference import ApoDown as ApoDown
 from minitune.losses.preference import ApoZero as ApoZero
 from minitune.losses.preference import Cpo as Cpo
 from minitune.losses.preference import Dpo as Dpo
@@ -21,6 +20,7 @@ from minitune.losses.preference import Hinge as Hinge
 from minitune.losses.preference import Ipo as Ipo
 from minitune.losses.preference import Orpo as Orpo
 from minitune.losses.preference import SimPO as SimPO
+from minitune.losses.preference import apo_down as apo_down
 from minitune.losses.preference import apo_zero as apo_zero
 from minitune.losses.preference import cpo as cpo
 from minitune.losses.preference import dpo as dpo

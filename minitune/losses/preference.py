@@ -141,6 +141,34 @@ class ApoZero(BasePreferenceLoss, frozen=True, tag="apo_zero"):
         return _relative_rewards(self.beta, policy, reference)
 
 
+def apo_down(
+    chosen: Nats, rejected: Nats, ref_chosen: Nats, ref_rejected: Nats, *, beta: float
+) -> Nats:
+    """sigmoid(beta (chosen - ref_chosen)) + 1 - sigmoid(beta ((chosen - ref_chosen) - (rejected -
+    ref_rejected))), without a unit (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8 as TRL's
+    DPOTrainer has it).
+    """
+    margin = _margin(chosen, rejected, ref_chosen, ref_rejected)
+    return torch.sigmoid(beta * (chosen - ref_chosen)) + torch.sigmoid(-beta * margin)
+
+
+class ApoDown(BasePreferenceLoss, frozen=True, tag="apo_down"):
+    """Anchored preference optimization for chosen answers that are worse than the model's own: both
+    answers become less likely than under the reference, and the rejected one more so.
+    """
+
+    # more saturates at a smaller change, so holds the policy nearer to the reference
+    beta: PositiveFloat = 0.1
+
+    def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Nats:
+        """apo_down of the summed log-probs."""
+        return apo_down(*_answers(policy, _present(reference)), beta=self.beta)
+
+    def rewards(self, policy: LogProbs, reference: LogProbs | None) -> tuple[Nats, Nats]:
+        """beta * log(policy / reference)."""
+        return _relative_rewards(self.beta, policy, reference)
+
+
 def simpo(chosen: Nats, rejected: Nats, *, beta: float, gamma: float) -> Nats:
     """-log sigmoid(beta (chosen - rejected) - gamma) of averages, in nats (Meng et al. 2024, arXiv
     2405.14734, eq. 6).

@@ -3,12 +3,12 @@ to the contract tests.
 """
 
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
-from minitune.losses.preference import ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
+from minitune.losses.preference import ApoDown, ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 
 TokenLoss = CrossEntropy
-PairLoss = Dpo | Ipo | Hinge | ApoZero | SimPO | Orpo | Cpo
+PairLoss = Dpo | Ipo | Hinge | ApoZero | ApoDown | SimPO | Orpo | Cpo
 UnpairedLoss = Kto
 DistillationLoss = ForwardKL | ReverseKL | SymmetricKL | JensenShannon
 Loss = TokenLoss | PairLoss | UnpairedLoss | DistillationLoss

@@ -43,7 +43,7 @@ KINDS = (
 )
 # (what is said of kinds that are not there, their names, a kind that stands in the same place)
 ABSENT = (
-    ("", "apo_down robust exo_pair nca_pair bco bco_pair sppo_hard aot aot_pair aot_pairs "
+    ("", "robust exo_pair nca_pair bco bco_pair sppo_hard aot aot_pair aot_pairs "
         "discopop sigmoid_norm grpo ppo", "dpo"),
     ("", "adafactor lion lion_8bit lion_32bit paged_lion paged_lion_8bit adagrad rmsprop lamb lars "
         "galore_adamw lomo adalomo sophia shampoo schedule_free_adamw grokadamw apollo_adamw",

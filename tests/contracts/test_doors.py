@@ -13,6 +13,7 @@ from minitune import tree
 from minitune.algorithms.distillation import distillation
 from minitune.algorithms.objective import mean_of, require_fields
 from minitune.algorithms.preference import preference
+from minitune.algorithms.step_arguments import require_batch
 from minitune.algorithms.supervised import sft
 from minitune.algorithms.unpaired import unpaired_preference
 from minitune.autodiff.value_and_grad import per_example, value_and_grad
@@ -21,7 +22,7 @@ from minitune.losses import Dpo, cross_entropy
 from minitune.models import Model
 from minitune.models.families import llama
 from minitune.optim.adamw import AdamW
-from minitune.steps import require_batch, train_step
+from minitune.steps import train_step
 from minitune.types import Batch, Mean
 from support.models import SMALL, random_batch, random_params
 from support.numbers import STAGE, Numbers, train

@@ -119,6 +119,24 @@ def test_rows_that_evaluation_can_not_read_are_left_out_as_in_training(tmp_path:
     assert len(prompts(msgspec.structs.replace(source, invalid="refuse"), TOKENIZER, TEMPLATE, 1)) == 1
 
 
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ('"open, and never closed\nc,d\n', r"table\.csv:3 opens a quotation mark that is never closed, expected csv; close it$"),
+        (
+            "x" * 131_073,
+            r"table\.csv:3 has a cell of more than 131,072 characters, expected at most so many; close the",
+        ),
+    ],
+    ids=["open", "long"],
+)
+def test_a_cell_of_csv_that_does_not_end_says_so(cell: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"question,answer\na,b\nc,{cell}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        list(csv_rows(path))
+
+
 def test_rows_of_csv_are_named_by_the_line_that_they_begin_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('"in\nstruction",output\n"a\n\nb",c\nonly\nd,e\n', encoding="utf-8")

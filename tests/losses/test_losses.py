@@ -19,7 +19,7 @@ from minitune.losses.distillation import (
     reverse_kl,
     symmetric_kl,
 )
-from minitune.losses.preference import cpo, dpo, hinge, ipo, orpo, simpo
+from minitune.losses.preference import apo_down, cpo, dpo, hinge, ipo, orpo, simpo
 from minitune.losses.registry import DistillationLoss, PairLoss
 from minitune.losses.token import CrossEntropy, cross_entropy
 from minitune.losses.unpaired import Kto, kto
@@ -142,6 +142,20 @@ def test_gradients_are_the_closed_forms(seed: int, beta: float, s: float) -> Non
     grads = gradients(lambda *x: cpo(*x, beta=beta, nll_weight=0.6), c, r, rc)
     slope = -beta * torch.sigmoid(-beta * (c - r))
     torch.testing.assert_close(torch.stack(grads), torch.stack([slope, -slope, torch.full_like(c, 0.6)]))
+
+
+@given(seed=seeds, beta=betas)
+def test_steps_down_apo_down_lower_both_answers_and_the_rejected_one_more(seed: int, beta: float) -> None:
+    """Where apo_zero raises the chosen one. At the reference it is indifferent to the chosen answer."""
+    ref = drawn(seed, 2, 5)
+    chosen, rejected = gradients(lambda c, r: apo_down(c, r, *ref, beta=beta), *ref)
+    torch.testing.assert_close(chosen, torch.zeros_like(chosen))
+    assert (rejected > 0).all()
+    now = ref.clone()
+    for _ in range(20):
+        now -= torch.stack(gradients(lambda c, r: apo_down(c, r, *ref, beta=beta), *now)) / beta**2
+    assert (now[0] < ref[0]).all()
+    assert (now[1] - ref[1] < now[0] - ref[0]).all()
 
 
 @given(seed=seeds, beta=betas)

@@ -45,7 +45,7 @@ def test_each_kind_that_is_offered_exists_and_each_name_stands_once() -> None:
         ("fp8", SCHEMES, '; fp8 is "float8" here'),
         ("8da4w", SCHEMES, "; 8da4w is not there: 8-bit activations go with 8-bit weights"),
         ("awq", SCHEMES, "; awq is not there: int4 with method = "),
-        *((kind, LOSSES, f"; {kind} is not there") for kind in ("apo_down", "robust", "exo_pair", "nca_pair")),
+        *((kind, LOSSES, f"; {kind} is not there") for kind in ("robust", "exo_pair", "nca_pair")),
         *((kind, OPTIMIZERS, f"; {kind} is not there") for kind in ("adafactor", "lion")),
         ("sigmiod", LOSSES, ""),  # no kind here is near, and none is guessed
         ("hinje", LOSSES, "; did you mean 'hinge'?"),
@@ -65,7 +65,7 @@ def test_a_kind_is_answered_by_what_does_the_same(value: str, known: list[str], 
         ("train.optimizer=lion", "expected table; lion is not there$"),
         ("train.loss=sigmoid", r'expected table; write \{ kind = "dpo" \}$'),
         ('train.loss={ kind = "sigmoid" }', 'train.loss.kind is "sigmoid", expected one of .*; sigmoid is "dpo" here$'),
-        ('train.loss={ kind = "apo_down" }', "apo_down is not there$"),
+        ('train.loss={ kind = "robust" }', "robust is not there$"),
     ],
 )
 def test_a_program_says_so(override: str, message: str) -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitune.algorithms.objective import split_trainable
 from minitune.losses.distillation import forward_kl, jensen_shannon, reverse_kl
-from minitune.losses.preference import ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO, dpo
+from minitune.losses.preference import ApoDown, ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO, dpo
 from minitune.losses.registry import PairLoss
 from minitune.losses.unpaired import Kto
 from minitune.models import Model
@@ -172,6 +172,7 @@ REFERRING = [
     (Hinge(beta=0.05), "hinge"),
     (Ipo(beta=0.2), "ipo"),
     (ApoZero(beta=0.3), "apo_zero"),
+    (ApoDown(beta=0.3), "apo_down"),
 ]
 EVEN = Pairs(answers([1, 1, 1], [4, 4, 4], seed=1), answers([1, 1, 1], [2, 5, 3], seed=2))  # see the trainers without a reference
 

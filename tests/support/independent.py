@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from minitune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, SymmetricKL
-from minitune.losses.preference import ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
+from minitune.losses.preference import ApoDown, ApoZero, Cpo, Dpo, Hinge, Ipo, Orpo, SimPO
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 from minitune.optim.adamw import AdamW
@@ -98,6 +98,12 @@ def apo_zero(policy: LogProbs, reference: LogProbs, beta: float) -> Tensor:
     return preference(even, beta * chosen) + preference(beta * rejected, even)
 
 
+def apo_down(policy: LogProbs, reference: LogProbs, beta: float) -> Tensor:
+    """Probabilities of two wrong choices: the chosen answer over the reference, the rejected one over the chosen."""
+    chosen, rejected = ratios(policy, reference)
+    return preference(beta * chosen, torch.zeros_like(chosen)) + preference(beta * rejected, beta * chosen)
+
+
 def simpo(policy: LogProbs, _: LogProbs, beta: float, gamma: float) -> Tensor:
     chosen, rejected = means(policy)
     return -preference(beta * chosen - gamma, beta * rejected).log()
@@ -162,6 +168,7 @@ LOSSES: dict[type, LossReference] = {
     Ipo: LossReference({"beta": 0.3}, ipo, relative_rewards),
     Hinge: LossReference({"beta": 0.3}, hinge, relative_rewards),
     ApoZero: LossReference({"beta": 0.3}, apo_zero, relative_rewards),
+    ApoDown: LossReference({"beta": 0.3}, apo_down, relative_rewards),
     SimPO: LossReference({"beta": 0.7, "gamma": 0.4}, simpo, mean_rewards),
     Orpo: LossReference({"beta": 0.3}, orpo, mean_rewards),
     Cpo: LossReference({"beta": 0.3, "nll_weight": 0.4}, cpo, sum_rewards),

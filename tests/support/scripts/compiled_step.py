@@ -6,13 +6,14 @@ import torch
 from minitune import tree
 from minitune.algorithms.supervised import sft
 from minitune.lora import Lora
+from minitune.nn.dropout import seeded
 from minitune.optim import AdamW, ClipByGlobalNorm, Cosine, ScaleBySchedule, chain
 from minitune.steps import train_step
 from support.families import sized
 from support.models import model_of, random_batch, random_deltas, random_params
 
 config = sized("llama", n_layers=1)
-params, rule = random_params(config, 3), Lora(2, 4.0, ("*.q_proj.weight", "*.down_proj.weight"))
+params, rule = random_params(config, 3), Lora(2, 4.0, ("*.q_proj.weight", "*.down_proj.weight"), dropout=0.25)
 deltas = random_deltas(params, rule)
 schedule = ScaleBySchedule(Cosine(warmup_steps=1, end=0.1), total_steps=5)
 optimizer = chain(ClipByGlobalNorm(0.5), AdamW(lr=1e-2, weight_decay=0.1), schedule)
@@ -21,6 +22,7 @@ compiled = torch.compile(step.update, backend="aot_eager", fullgraph=True)
 
 batches = [random_batch(config, 4, 9, seed=i) for i in range(3)]
 batches[1] = batches[1]._replace(loss_mask=torch.zeros_like(batches[1].loss_mask))
+batches = [seeded(batch, 7, i) for i, batch in enumerate(batches)]
 plain, ours = step.init(deltas), step.init(deltas)
 worst, skipped = 0.0, []
 for batch in batches:
