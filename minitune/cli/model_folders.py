@@ -10,6 +10,7 @@ from minitune.io.json_file import read_json_object
 from minitune.io.paths import is_registered_name, locate
 from minitune.io.toml_writing import inline_text
 from minitune.programs.trained_state import TrainedState, heldout_table, is_run, trained_state
+from minitune.registry.names import spelled_out
 from minitune.registry.opened import bring
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -17,17 +18,22 @@ ADAPTER_CONFIG = "adapter_config.json"
 EVALUATING = {"eval": "heldout", "generate": "prompts"}
 
 
-def bring_registered(word: str) -> None:
-    """Fetch what a word names, where it is the name of a registered model; InputError as
-    registry.opened.bring raises it."""
-    if not is_registered_name(word):
-        return
+def bring_registered(word: str) -> str:
+    """Word after what it names was fetched, where it is the name of a registered model: with its
+    registry, mlflow:NAME for a bare NAME. Any other word as it is.
+
+    InputError as registry.opened.bring raises it.
+    """
+    name = spelled_out(word)
+    if not is_registered_name(name):
+        return word
 
     def tell(text: str) -> None:
         sys.stderr.write(f"{text}\n")
 
-    opened = bring(word, tell)
+    opened = bring(name, tell)
     tell(f"{opened.words} is in {opened.folder}")
+    return name
 
 
 class ModelFolder(NamedTuple):
@@ -45,7 +51,7 @@ def result_of(word: str, verb: str) -> str | TrainedState:
     InputError for a run that has saved nothing yet, or several of the same kind.
     """
     if not locate(word).is_dir():
-        bring_registered(word)
+        word = bring_registered(word)
     place = locate(word)
     if not is_run(place):
         return trained_state(place) or word
@@ -97,13 +103,15 @@ def open_model_folder(word: str, adapter: str | None, verb: str) -> ModelFolder:
     return ModelFolder(base, result, f"{result} on {base}")
 
 
-def require_folder(word: str, verb: str, expected: str) -> None:
-    """InputError if a word is no folder that is here; expected: what the verb works on."""
-    bring_registered(word)
+def require_folder(word: str, verb: str, expected: str) -> str:
+    """Word as bring_registered gives it; InputError if it is no folder that is here. expected: what
+    the verb works on."""
+    word = bring_registered(word)
     place = locate(word)
     if not place.is_dir():
         found = "is a file" if place.exists() else "does not exist"
         raise InputError(f"{verb}: {word} {found}, expected {expected}; correct the path")
+    return word
 
 
 def base_of(config: Path, verb: str) -> str | None:
@@ -119,9 +127,10 @@ def with_model(words: Sequence[str], program: str) -> list[str]:
     program: its name. Of a run, eval and generate take the held-out rows too, and say so.
     """
     first = next(iter(words), "")
-    if "=" not in first:
-        bring_registered(first)
-    if "=" in first or first.startswith("-") or not (first and locate(first).is_dir()):
+    if "=" in first or first.startswith("-") or not first:
+        return list(words)
+    first = bring_registered(first)
+    if not locate(first).is_dir():
         return list(words)
     folder = open_model_folder(first, None, program)
     given = [f"model.path={folder.model}"]

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -125,6 +126,31 @@ class MlflowModels:
                 self._client.log_artifacts(run_id, folder, FILES)
         else:
             _link_files(place, here / FILES)
+
+
+def is_registered(name: str) -> bool:
+    """True for a model of the registry that is there already: one that the environment names, or
+    the file runs/mlflow.db. None is made.
+
+    A database file is read without MLflow, whose import takes seconds; a server is asked.
+    InputError for one that can't be, and for a package that is missing.
+    """
+    named = [os.environ.get(key) for key in ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI")]
+    address = next((uri for uri in named if uri), f"sqlite:///{OUT / 'mlflow.db'}")
+    if address.startswith("sqlite:///"):
+        return _is_in_database(Path(address.removeprefix("sqlite:///")), name)
+    return bool(MlflowModels().versions(name))
+
+
+def _is_in_database(file: Path, name: str) -> bool:
+    if not file.is_file():
+        return False
+    query = "SELECT 1 FROM registered_models WHERE name = ?"
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute(query, (name,)).fetchone() is not None
+    except sqlite3.Error:  # a file of something else
+        return False
 
 
 def _link_files(place: Path, folder: Path) -> None:

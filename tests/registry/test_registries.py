@@ -24,29 +24,13 @@ from support.programs import LORA, TRAIN, evaluation, run, start
 from support.small_disks import fill, small_disk
 
 # of mlflow and of what it uses
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("folder"),
+]
 SAVE = '[[stage]]\nop = "save"\nwhat = "{}"\n'
 REGISTER = '[[stage]]\nop = "register"\nto = "{}"\naliases = ["best"]\n'
 MERGED = LORA + SAVE.format("merged")
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty database of MLflow, which takes seconds to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_registered_models()
-    return path
-
-
-@pytest.fixture(autouse=True)
-def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Working folder of the test, with a cache and a database of its own."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    shutil.copyfile(database, tmp_path / "runs/mlflow.db")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
 
 
 def shown(text: str) -> None:
