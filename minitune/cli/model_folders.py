@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.errors import InputError
+from minitune.io.graph_files import graph_of
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import is_registered_name, locate
 from minitune.io.toml_writing import inline_text
@@ -16,6 +17,8 @@ from minitune.registry.opened import bring
 ADAPTER_CONFIG = "adapter_config.json"
 # Shipped programs that ask a model about rows, and the table that these are.
 EVALUATING = {"eval": "heldout", "generate": "prompts"}
+# Verbs for which a graph of another runtime stands for a run that saved nothing else.
+TAKING_GRAPHS = ("verify", "register", "upload")
 
 
 def bring_registered(word: str) -> str:
@@ -61,18 +64,27 @@ def result_of(word: str, verb: str) -> str | TrainedState:
         return state
     for name in ("config.json", ADAPTER_CONFIG):
         found = sorted(path.parent for path in place.glob(f"*/{name}"))
+        found = [folder for folder in found if graph_of(folder) is None]
         if len(found) > 1:
             # an export beside the dense folder is for inference elsewhere
             found = [folder for folder in found if not _is_quantized(folder / name)] or found
-        if len(found) > 1:
-            names = ", ".join(str(path) for path in found)
-            raise InputError(f"{verb}: {word} is a run that saved {names}, expected one; name it")
         if found:
-            return str(found[0])
+            return _only(found, word, verb)
+    graphs = sorted(path.parent for path in place.glob("*/config.json"))
+    if graphs and verb in TAKING_GRAPHS:
+        return _only(graphs, word, verb)
     if state is not None:
         return state
     found = f"{word} is a run that has saved no model yet"
     raise InputError(f"{verb}: {found}, expected a training state or a save stage; let it go on")
+
+
+def _only(found: Sequence[Path], word: str, verb: str) -> str:
+    """Path of the one folder that was found; InputError for several."""
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise InputError(f"{verb}: {word} is a run that saved {names}, expected one; name it")
+    return str(found[0])
 
 
 def _is_quantized(config: Path) -> bool:

@@ -1,5 +1,6 @@
 """Bare names of models in MLflow's registry, NAME and NAME:VERSION, where a folder may stand."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from minitune.programs.stages.stage import Stage
 from minitune.registry import mlflow_models
 from minitune.registry.mlflow_models import MlflowModels
 from minitune.registry.names import spelled_out
+from minitune.registry.opened import bring
+from support.hub_server import contents
 from support.programs import LORA, evaluation, run, start
 
 # of mlflow and of what it uses
@@ -29,9 +32,23 @@ BOTH = '[[stage]]\nop = "save"\nwhat = "deltas"\nname = "deltas"\n[[stage]]\nop 
 NAMES = ("orders", "orders:1", "orders:latest", "orders:best")
 
 
-def test_programs_and_verbs_open_a_bare_name(folder: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def model_files(place: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(place).items() if not name.startswith(".")}
+
+
+def test_programs_and_verbs_open_a_bare_name(
+    folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run whose model lies beside an adapter, two graphs and a GGUF file."""
     run(folder, tiny, LORA + BOTH, name="made")
-    assert main(["register", "made/merged", "orders", "--alias", "best"]) == 0
+    for name, graph in (("onnx", "model.onnx"), ("executorch", "model.pte")):  # as exports leave them
+        (folder / "made" / name).mkdir()
+        shutil.copyfile("made/merged/config.json", f"made/{name}/config.json")
+        (folder / "made" / name / graph).write_bytes(b"a graph")
+    (folder / "made/model.gguf").write_bytes(b"GGUF")
+    assert main(["register", "made", "orders", "--alias", "best"]) == 0
+    assert main(["register", "made/onnx", "graph"]) == 0
+    assert model_files(bring("mlflow:orders", print).folder) == model_files(folder / "made/merged")
     assert main(["register", "made/deltas", "orders-lora"]) == 0
     capsys.readouterr()
     for name in NAMES:
@@ -46,16 +63,24 @@ def test_programs_and_verbs_open_a_bare_name(folder: Path, tiny: Path, capsys: p
 
     verbs = [
         ["inspect", "orders:best"],
+        ["inspect", "made"],
+        ["chat", "made", "--max-new-tokens", "1"],
+        ["upload", "made", "me/orders", "--print-card"],
+        ["upload", "made/onnx", "me/orders", "--print-card"],
+        ["upload", "made/executorch", "me/orders", "--print-card"],
         ["verify", "orders", "--against", "orders:1", "--max-new-tokens", "2"],
         ["merge", "orders-lora", "--base", "orders:1", "--to", "new"],
         ["register", "orders:1", "other"],
         ["upload", "orders", "me/orders", "--print-card"],
         ["show", "lora", "orders:1"],
     ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     for verb in verbs:
         assert main(verb) == 0, (verb, capsys.readouterr())
     said = capsys.readouterr()
     assert "orders-lora:1 is in" in said.err
+    for line in ("library_name: onnx", "library_name: executorch", 'TextLLMRunner(folder + "/model.pte"', "InferenceSession("):
+        assert line in said.out
     assert "opened by transformers" in said.out
     # whose figures are not written among the files of the version
     assert not list(locate("mlflow:orders:1").glob("verify.json"))
