@@ -72,9 +72,8 @@ def chat(words: Sequence[str]) -> CommandResult:
 
 
 def _source(options: Mapping[str, Any]) -> ModelSource:
-    for word in (options["folder"], options["deltas"] or ""):
-        bring_registered(word)
-    folder = open_model_folder(options["folder"], options["deltas"], "chat")
+    deltas = options["deltas"] and bring_registered(options["deltas"])
+    folder = open_model_folder(options["folder"], deltas, "chat")
     if folder.note is not None:
         _tell(f"opening {folder.note}")
     kwargs = _template_kwargs(options)

@@ -66,7 +66,7 @@ def inspect(word: str) -> CommandResult:
     from rich.table import Table
     from rich.text import Text
 
-    require_folder(word, "inspect", "a model, an adapter or a run folder")
+    word = require_folder(word, "inspect", "a model, an adapter or a run folder")
     found = result_of(word, "inspect")
     if isinstance(found, TrainedState):
         rows, faults = summarize_state(found)

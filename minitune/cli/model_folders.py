@@ -6,28 +6,37 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.errors import InputError
+from minitune.io.graph_files import graph_of
 from minitune.io.json_file import read_json_object
 from minitune.io.paths import is_registered_name, locate
 from minitune.io.toml_writing import inline_text
 from minitune.programs.trained_state import TrainedState, heldout_table, is_run, trained_state
+from minitune.registry.names import spelled_out
 from minitune.registry.opened import bring
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Shipped programs that ask a model about rows, and the table that these are.
 EVALUATING = {"eval": "heldout", "generate": "prompts"}
+# Verbs for which a graph of another runtime stands for a run that saved nothing else.
+TAKING_GRAPHS = ("verify", "register", "upload")
 
 
-def bring_registered(word: str) -> None:
-    """Fetch what a word names, where it is the name of a registered model; InputError as
-    registry.opened.bring raises it."""
-    if not is_registered_name(word):
-        return
+def bring_registered(word: str) -> str:
+    """Word after what it names was fetched, where it is the name of a registered model: with its
+    registry, mlflow:NAME for a bare NAME. Any other word as it is.
+
+    InputError as registry.opened.bring raises it.
+    """
+    name = spelled_out(word)
+    if not is_registered_name(name):
+        return word
 
     def tell(text: str) -> None:
         sys.stderr.write(f"{text}\n")
 
-    opened = bring(word, tell)
+    opened = bring(name, tell)
     tell(f"{opened.words} is in {opened.folder}")
+    return name
 
 
 class ModelFolder(NamedTuple):
@@ -45,7 +54,7 @@ def result_of(word: str, verb: str) -> str | TrainedState:
     InputError for a run that has saved nothing yet, or several of the same kind.
     """
     if not locate(word).is_dir():
-        bring_registered(word)
+        word = bring_registered(word)
     place = locate(word)
     if not is_run(place):
         return trained_state(place) or word
@@ -55,18 +64,27 @@ def result_of(word: str, verb: str) -> str | TrainedState:
         return state
     for name in ("config.json", ADAPTER_CONFIG):
         found = sorted(path.parent for path in place.glob(f"*/{name}"))
+        found = [folder for folder in found if graph_of(folder) is None]
         if len(found) > 1:
             # an export beside the dense folder is for inference elsewhere
             found = [folder for folder in found if not _is_quantized(folder / name)] or found
-        if len(found) > 1:
-            names = ", ".join(str(path) for path in found)
-            raise InputError(f"{verb}: {word} is a run that saved {names}, expected one; name it")
         if found:
-            return str(found[0])
+            return _only(found, word, verb)
+    graphs = sorted(path.parent for path in place.glob("*/config.json"))
+    if graphs and verb in TAKING_GRAPHS:
+        return _only(graphs, word, verb)
     if state is not None:
         return state
     found = f"{word} is a run that has saved no model yet"
     raise InputError(f"{verb}: {found}, expected a training state or a save stage; let it go on")
+
+
+def _only(found: Sequence[Path], word: str, verb: str) -> str:
+    """Path of the one folder that was found; InputError for several."""
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise InputError(f"{verb}: {word} is a run that saved {names}, expected one; name it")
+    return str(found[0])
 
 
 def _is_quantized(config: Path) -> bool:
@@ -97,13 +115,15 @@ def open_model_folder(word: str, adapter: str | None, verb: str) -> ModelFolder:
     return ModelFolder(base, result, f"{result} on {base}")
 
 
-def require_folder(word: str, verb: str, expected: str) -> None:
-    """InputError if a word is no folder that is here; expected: what the verb works on."""
-    bring_registered(word)
+def require_folder(word: str, verb: str, expected: str) -> str:
+    """Word as bring_registered gives it; InputError if it is no folder that is here. expected: what
+    the verb works on."""
+    word = bring_registered(word)
     place = locate(word)
     if not place.is_dir():
         found = "is a file" if place.exists() else "does not exist"
         raise InputError(f"{verb}: {word} {found}, expected {expected}; correct the path")
+    return word
 
 
 def base_of(config: Path, verb: str) -> str | None:
@@ -119,9 +139,10 @@ def with_model(words: Sequence[str], program: str) -> list[str]:
     program: its name. Of a run, eval and generate take the held-out rows too, and say so.
     """
     first = next(iter(words), "")
-    if "=" not in first:
-        bring_registered(first)
-    if "=" in first or first.startswith("-") or not (first and locate(first).is_dir()):
+    if "=" in first or first.startswith("-") or not first:
+        return list(words)
+    first = bring_registered(first)
+    if not locate(first).is_dir():
         return list(words)
     folder = open_model_folder(first, None, program)
     given = [f"model.path={folder.model}"]

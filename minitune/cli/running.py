@@ -21,6 +21,7 @@ from minitune.programs.program import Program, WrittenProgram
 from minitune.programs.signals import Stopped, StopSignals
 from minitune.programs.stages.save import Save
 from minitune.programs.trained_state import is_run
+from minitune.registry.names import spelled_out
 
 
 def run_file(file: Path, overrides: Sequence[str]) -> CommandResult:
@@ -66,12 +67,12 @@ def merge(words: Sequence[str]) -> CommandResult:
     InputError for a folder without deltas, and for a base that is not here.
     """
     options = _merge_parser().parse_args(words)
-    require_folder(options.adapter, "merge", "an adapter, a run or a training state")
-    folder = open_model_folder(options.adapter, None, "merge")
-    base, deltas = options.base or folder.model, folder.adapter
+    word = require_folder(options.adapter, "merge", "an adapter, a run or a training state")
+    folder = open_model_folder(word, None, "merge")
+    base, deltas = spelled_out(options.base or folder.model), folder.adapter
     if deltas is None:
         wanted = "expected an adapter, a run or a training state"
-        is_result = folder.model != options.adapter
+        is_result = folder.model != word
         holds = f"has saved a whole model, {folder.model}" if is_result else "holds no deltas"
         raise InputError(f"merge: {options.adapter} {holds}, {wanted}; nothing to merge")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", user_path(options.adapter).absolute().name)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minitune.cli.command_result import CommandResult
-from minitune.cli.model_folders import result_of
+from minitune.cli.model_folders import bring_registered, result_of
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.interop.artefacts import FORMATS, FormatName, format_of, require_reader
-from minitune.io.paths import PACKAGE, locate
+from minitune.io.paths import PACKAGE, is_registered_name, locate
 from minitune.programs.trained_state import TrainedState
 from minitune.programs.verification import (
     PROMPTS,
@@ -35,14 +35,16 @@ def verify(words: Sequence[str]) -> CommandResult:
     if options.max_new_tokens < 1:
         found = f"--max-new-tokens is {options.max_new_tokens}"
         raise InputError(f"verify: {found}, expected at least 1; correct it")
-    path = _place(options.path)
+    word = bring_registered(options.path)
+    path = _place(word)
     name = format_of(path)
     require_reader(name)
     reference, base = _reference(path, name, options.against)
     asked = Questions(options.prompt or PROMPTS, options.max_new_tokens)
     figures = figures_of(path, name, reference, asked, base)
     lines = figures.lines()
-    if not path.is_relative_to(PACKAGE):  # the demo is no result of the user's
+    # the demo is no result of the user's, and a registered version keeps the files that it has
+    if not (path.is_relative_to(PACKAGE) or is_registered_name(word)):
         lines.append(f"figures in {write_figures(path, figures)}")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
@@ -86,6 +88,7 @@ def _reference(path: Path, name: FormatName, against: str | None) -> tuple[Refer
     """(model that an artefact is held against, folder below an adapter)."""
     base = base_of_adapter(path) if name == "adapter" else None
     if against is not None:
+        against = bring_registered(against)
         return opened(against, None, same_weights=False), base
     if base is not None:
         return opened(str(base), str(path), same_weights=True), base

@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 from minitune.errors import InputError
 from minitune.interop.readers import executorch, hugging_face, onnxruntime
 from minitune.interop.readers.reader import Reader, is_installed
+from minitune.io.graph_files import ONNX, PTE, graph_of
 from minitune.io.json_file import read_json_object
 
 Quantized = Literal["compressed-tensors", "bitsandbytes", "torchao"]  # folders
 FormatName = Literal["adapter", "folder", "gguf", "onnx", "executorch"] | Quantized
 ADAPTER_CONFIG, CONFIG = "adapter_config.json", "config.json"
-ONNX, PTE = "model.onnx", "model.pte"
 # Largest errors of logits, as shares of the largest logit: of float32 sums in another order, of
 # numbers in 16 bits, of numbers or activations in 8, of weights in fewer.
 SUMS, IN_16_BITS, IN_8_BITS, IN_4_BITS = 1e-4, 2e-2, 1e-1, 5e-1
@@ -53,10 +53,13 @@ def format_of(path: Path) -> FormatName:
     """Format of a folder or a file; InputError for what is none that is known."""
     if path.suffix == ".gguf" and path.is_file():
         return "gguf"
-    if path.name == ONNX or (path / ONNX).is_file():
+    if path.name == ONNX:
         return "onnx"
-    if (path.suffix == ".pte" and path.is_file()) or (path / PTE).is_file():
+    if path.suffix == ".pte" and path.is_file():
         return "executorch"
+    graph = graph_of(path)
+    if graph is not None:
+        return graph
     if (path / ADAPTER_CONFIG).is_file():
         return "adapter"
     if (path / CONFIG).is_file():

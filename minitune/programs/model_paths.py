@@ -1,12 +1,40 @@
 """Paths of models that are names of a registry: `check`, with which a run begins, fetches them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from minitune.io.paths import is_registered_name
 from minitune.programs.loading import ModelSource
+from minitune.programs.variables import Expanded
+from minitune.registry.names import spelled_out
 from minitune.registry.opened import bring
 
 PATHS = ("path", "deltas", "tokenizer")
+MODELS = ("model", "teacher")  # keys of a program and of its stages that hold a ModelSource
+
+
+def spell_out_names(raw: Mapping[str, Any]) -> None:
+    """Write the registry before every bare name of a registered model among the paths of models in
+    a parsed program, but for those where one of its stages writes."""
+    stages = [table for table in _list(raw.get("stage")) if isinstance(table, dict)]
+    written = {str(table.get("path")) for table in stages}
+    found = [table.get(key) for table in (raw, *stages) for key in MODELS]
+    for source in (one for one in found if isinstance(one, dict)):
+        for field in PATHS:
+            text = source.get(field)
+            if isinstance(text, str) and text not in written:
+                source[field] = _spelled_out(text)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _spelled_out(text: str) -> str:
+    whole = spelled_out(text)
+    if not isinstance(text, Expanded) or whole == text:
+        return whole
+    return Expanded.of(whole, whole.removesuffix(text) + text.written, text.variables)
 
 
 def fetched_models(sources: Iterable[ModelSource], say: Callable[[str], None]) -> list[str]:

@@ -19,6 +19,7 @@ from minitune.programs.field_names import suggest
 from minitune.programs.kind_names import example_table, suggest_kind
 from minitune.programs.loading import ModelSource
 from minitune.programs.log import LogConfig
+from minitune.programs.model_paths import spell_out_names
 from minitune.programs.overrides import rival, write_override
 from minitune.programs.profiling.profile import Profile
 from minitune.programs.stages.stage import Stage
@@ -153,6 +154,7 @@ def read(
         given[key_path] = override
     places = _Places(path, toml.key_lines(text), given, _stage_names(raw))
     raw = traced(raw, (), places.where, variables)
+    spell_out_names(raw)
     data_tables.complete(raw, places.where, given)
     learning_rates.complete(raw, places.where)
     program = toml.decode(plain(raw), Program, places.where, spelled=places.spelled, hints=HINTS)

@@ -42,6 +42,7 @@ class Quantization(CheckedStruct, frozen=True, forbid_unknown_fields=True):
                     f"quant: {name} is a {type(w).__name__} already, expected a plain weight; "
                     "narrow the weights"
                 )
+            _refuse_stack(name, w)
             if w.ndim != 2 or name.endswith("embed_tokens.weight"):
                 raise InputError(
                     f"quant: {name} {list(w.shape)} is not a linear weight, expected [out, in]; "
@@ -100,4 +101,15 @@ def refuse_not_finite(params: Params, names: Iterable[str]) -> None:
         raise InputError(
             f"quant: {bad} holds values that are not finite, expected numbers; has the training "
             "diverged?"
+        )
+
+
+def _refuse_stack(name: str, w: Tensor) -> None:
+    """InputError for all experts of a layer in one tensor, which codes and their products are not
+    made for."""
+    if ".experts." in name and w.ndim == 3:
+        last = name.rpartition(".")[2]
+        raise InputError(
+            f"quant: {name} {list(w.shape)} holds all experts of a layer in one tensor, expected "
+            f'[out, in]: no scheme has codes for it; leave it as it is with keep = ["*.{last}"]'
         )

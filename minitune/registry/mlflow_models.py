@@ -1,19 +1,20 @@
 """Registry of MLflow: a server, Azure ML's, or the file runs/mlflow.db where none is named."""
 
-import logging
 import os
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from minitune.errors import DiskFullError, InputError
-from minitune.io.atomic import create_folder, link
+from minitune.io.atomic import create_folder, disk_full_is_input_error, link
 from minitune.registry.versions import CONTENT, FACTS, LATEST, Facts, Version, absent, files_at
 from minitune.trackers.background import reason
-from minitune.trackers.mlflow import MlflowConfig, experiment_id
+from minitune.trackers.mlflow import MlflowConfig, calm, experiment_id
 from minitune.trackers.reach import unreachable
 
 EXPERIMENT = "minitune"
@@ -31,7 +32,7 @@ class MlflowModels:
         except ImportError:
             found = "the package mlflow is not installed, expected it for MLflow's registry"
             raise InputError(f"registry: {found}; pip install 'minitune[mlflow]'") from None
-        logging.getLogger("mlflow.store").setLevel(logging.WARNING)
+        calm()
         self._uri = MlflowConfig().uri(OUT)
         registry = os.environ.get("MLFLOW_REGISTRY_URI")
         for uri in (self._uri, registry or ""):
@@ -57,8 +58,9 @@ class MlflowModels:
             experiment = experiment_id(self._client, EXPERIMENT, self._uri, OUT)
             run = self._client.create_run(experiment, run_name=name)
             run_id, root = run.info.run_id, run.info.artifact_uri
-            self._client.log_dict(run_id, dict(facts.table), FACTS)
-            self._put(run_id, root, place)
+            with self._taken_back(run_id, root):
+                self._client.log_dict(run_id, dict(facts.table), FACTS)
+                self._put(run_id, root, place)
             self._client.set_terminated(run_id)
             if not self._is_registered(name):
                 try:
@@ -116,6 +118,22 @@ class MlflowModels:
         quoted = name.replace("'", "''")
         return bool(self._client.search_registered_models(f"name = '{quoted}'", max_results=1))
 
+    @contextmanager
+    def _taken_back(self, run_id: str, root: str) -> Iterator[None]:
+        """Files of a run, which take no room on this disk if some of them can't be written."""
+        from mlflow.exceptions import MlflowException
+
+        here = _local(root)
+        try:
+            with disk_full_is_input_error(here or OUT):
+                yield
+        except (MlflowException, OSError, InputError):
+            if here is not None:
+                shutil.rmtree(here, ignore_errors=True)
+            with suppress(MlflowException):
+                self._client.set_terminated(run_id, "FAILED")
+            raise
+
     def _put(self, run_id: str, root: str, place: Path) -> None:
         """Keep files as artifacts: on this disk as second names, which take no room."""
         here = _local(root)
@@ -125,6 +143,31 @@ class MlflowModels:
                 self._client.log_artifacts(run_id, folder, FILES)
         else:
             _link_files(place, here / FILES)
+
+
+def is_registered(name: str) -> bool:
+    """True for a model of the registry that is there already: one that the environment names, or
+    the file runs/mlflow.db. None is made.
+
+    A database file is read without MLflow, whose import takes seconds; a server is asked.
+    InputError for one that can't be, and for a package that is missing.
+    """
+    named = [os.environ.get(key) for key in ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI")]
+    address = next((uri for uri in named if uri), f"sqlite:///{OUT / 'mlflow.db'}")
+    if address.startswith("sqlite:///"):
+        return _is_in_database(Path(address.removeprefix("sqlite:///")), name)
+    return bool(MlflowModels().versions(name))
+
+
+def _is_in_database(file: Path, name: str) -> bool:
+    if not file.is_file():
+        return False
+    query = "SELECT 1 FROM registered_models WHERE name = ?"
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute(query, (name,)).fetchone() is not None
+    except sqlite3.Error:  # a file of something else
+        return False
 
 
 def _link_files(place: Path, folder: Path) -> None:

@@ -4,9 +4,10 @@ import re
 from typing import NamedTuple
 
 from minitune.errors import InputError
+from minitune.io.paths import is_registered_name, locate
 from minitune.registry.azure_models import AzureModels
 from minitune.registry.hub_models import HubModels
-from minitune.registry.mlflow_models import MlflowModels
+from minitune.registry.mlflow_models import MlflowModels, is_registered
 from minitune.registry.versions import LATEST
 from minitune.registry.wandb_models import WandbModels
 
@@ -57,3 +58,18 @@ def parsed(text: str) -> Name:
             f"registry: {text!r} is no name of a model, expected {spelled}; correct it"
         )
     return Name(registry, name, version or LATEST)
+
+
+def spelled_out(text: str) -> str:
+    """Text with its registry, mlflow:NAME:VERSION, where it is the bare name of a model in MLflow's
+    registry and nothing of that name lies here; any other text as it is."""
+    name, colon, version = text.partition(":")
+    fits = re.fullmatch(r"[^/:\\]+", name) and (VERSION.fullmatch(version) or not colon)
+    if is_registered_name(text) or not fits or locate(text).exists():
+        return text
+    whole = f"mlflow:{text}"
+    try:
+        return whole if is_registered(name) else text
+    except InputError:
+        # no server answers: a version, or what was fetched earlier, can only be of the registry
+        return whole if colon or locate(whole).is_dir() else text

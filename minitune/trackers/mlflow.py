@@ -179,9 +179,19 @@ def _client() -> Any:
         found = "the package mlflow is not installed"
         remedy = "pip install 'minitune[mlflow]'"
         raise InputError(f"log: {found}, expected it for [log] mlflow; {remedy}") from None
-    # It tells of every table that it makes in a new database.
-    logging.getLogger("mlflow.store").setLevel(logging.WARNING)
+    calm()
     return MlflowClient
+
+
+def calm() -> None:
+    """Have MLflow's loggers leave out the tables that it makes in a new database, and traces of
+    errors of the database: it raises these as well, and they are told in our words."""
+    logging.getLogger("mlflow.store").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_trace)
+
+
+def _has_no_trace(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
 
 
 @contextmanager

@@ -52,6 +52,23 @@ def test_a_run_stands_for_the_model_that_it_saved(run: Path) -> None:
     assert open_model_folder("runs/x", None, "chat") == ModelFolder("runs/x/merged", None, "runs/x/merged")
 
 
+def test_a_graph_beside_a_model_stands_for_nothing_that_is_opened(run: Path) -> None:
+    add(run / "onnx", "config.json")
+    add(run / "onnx", "model.onnx")
+    for verb in ("verify", "register", "upload"):
+        assert result_of("runs/x", verb) == "runs/x/onnx"
+    with pytest.raises(InputError, match="chat: runs/x is a run that has saved no model yet"):
+        result_of("runs/x", "chat")
+    add(run / "executorch", "config.json")
+    add(run / "executorch", "model.pte")
+    with pytest.raises(InputError, match=r"verify: runs/x is a run that saved runs/x/executorch, runs/x/onnx, expected one"):
+        result_of("runs/x", "verify")
+    adapter(run / "deltas", "base")
+    assert result_of("runs/x", "chat") == result_of("runs/x", "verify") == "runs/x/deltas"
+    add(run / "merged", "config.json")
+    assert result_of("runs/x", "chat") == result_of("runs/x", "register") == "runs/x/merged"
+
+
 def test_an_adapter_opens_on_its_base(run: Path) -> None:
     adapter(run / "deltas", "base")
     wanted = ModelFolder("base", "runs/x/deltas", "runs/x/deltas on base")

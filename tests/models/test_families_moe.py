@@ -25,7 +25,7 @@ from minitune.models.rope_scaling import Yarn
 from minitune.models.weights import shapes
 from minitune.nn import moe
 from minitune.quant.rules import Quantization
-from minitune.quant.schemes import Int8
+from minitune.quant.schemes import NF4, Int8
 from minitune.quant.tensors import QInt8
 from minitune.types import Delta
 from support.closeness import distance
@@ -117,6 +117,10 @@ def test_a_delta_that_does_not_fit_all_experts_is_refused() -> None:
         Lora(rank=2, alpha=1.0, targets=(name,), dora=True).init(params, 0)
     with pytest.raises(InputError, match=r"down_proj_bias \[5, 12\] is not a linear weight"):
         Lora(rank=2, alpha=1.0, targets=(f"{name}_bias",)).init(params, 0)
+    stack = r"down_proj \[5, 7, 12\] holds all experts of a layer in one tensor, .*; leave it .* keep = .*\*\.down_proj"
+    for scheme in (NF4(), Int8()):
+        with pytest.raises(InputError, match=stack):
+            Quantization(scheme, (name,)).plan(params)
     with pytest.raises(InputError, match=r"has a \[2, 12\] and b \[7, 2\] for .*, expected \[5, r, 12\] and \[5, 7, r\]"):
         check_deltas(params, {name: Delta(torch.ones(2, 12), torch.ones(7, 2))}, "an adapter")
 

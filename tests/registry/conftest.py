@@ -1,10 +1,13 @@
-"""A server of our own in the Hub's place."""
+"""A server of our own in the Hub's place, and working folders with a registry of MLflow."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from mlflow.tracking import MlflowClient
 
 from support.hub_server import NEEDED, NOT_NEEDED, Hub
 
@@ -25,3 +28,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub.close()
     if shown:
         enable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty database of MLflow, which takes seconds to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_registered_models()
+    return path
+
+
+@pytest.fixture
+def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working folder of the test, with a cache and a database of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(database, tmp_path / "runs/mlflow.db")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path

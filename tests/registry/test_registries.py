@@ -21,32 +21,16 @@ from minitune.registry.opened import bring
 from support.hub_repositories import TOKEN
 from support.hub_server import Hub, contents
 from support.programs import LORA, TRAIN, evaluation, run, start
-from support.small_disks import fill, small_disk
+from support.small_disks import fill, grow, small_disk
 
 # of mlflow and of what it uses
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("folder"),
+]
 SAVE = '[[stage]]\nop = "save"\nwhat = "{}"\n'
 REGISTER = '[[stage]]\nop = "register"\nto = "{}"\naliases = ["best"]\n'
 MERGED = LORA + SAVE.format("merged")
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty database of MLflow, which takes seconds to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_registered_models()
-    return path
-
-
-@pytest.fixture(autouse=True)
-def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Working folder of the test, with a cache and a database of its own."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    shutil.copyfile(database, tmp_path / "runs/mlflow.db")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
 
 
 def shown(text: str) -> None:
@@ -125,10 +109,32 @@ def test_a_full_disk_ends_a_registration_with_its_code(database: Path, folder: P
         (folder / "one/model.safetensors").write_bytes(b"two" * 100)
         capsys.readouterr()
         assert main(["register", "one", "orders"]) == 3
-        # MLflow's logger prints before
-        said = capsys.readouterr().err.splitlines()[-1]
+        (said,) = capsys.readouterr().err.splitlines()
         assert re.match(r"registry: the disk of .*mlflow\.db is full, expected room for a new version; free some", said)
         (disk / "other").unlink()
+        assert main(["register", "one", "orders"]) == 0
+        assert capsys.readouterr().out == "mlflow:orders:2\n"
+
+
+def test_a_disk_that_is_full_for_the_files_keeps_what_was_registered(
+    database: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(folder / "one", "one")
+    shutil.rmtree(folder / "runs")
+    size = database.stat().st_size // 1024 + 512
+    with small_disk(folder / "runs", size) as disk:  # another disk than that of the model, to which no file has a second name
+        shutil.copyfile(database, disk / "mlflow.db")
+        assert main(["register", "one", "orders"]) == 0
+        (folder / "one/model.safetensors").write_bytes(bytes(2**20))
+        before = contents(disk / "mlflow-artifacts")
+        capsys.readouterr()
+        assert main(["register", "one", "orders"]) == 3
+        (said,) = capsys.readouterr().err.splitlines()
+        assert re.match(r"io: .*/runs/mlflow-artifacts/.* does not fit on its disk, where .* are free, expected more", said)
+        assert contents(disk / "mlflow-artifacts") == before
+        opened = bring("mlflow:orders", shown)
+        assert (opened.words, (opened.folder / "model.safetensors").read_bytes()) == ("mlflow:orders:1", b"one" * 100)
+        grow(disk, size + 2048)
         assert main(["register", "one", "orders"]) == 0
         assert capsys.readouterr().out == "mlflow:orders:2\n"
 

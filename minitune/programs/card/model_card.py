@@ -20,6 +20,8 @@ CARD_SAMPLES = 3  # sample answers, unless another number is asked for
 LIBRARIES: dict[ResultKind, str] = {
     "adapter": "peft",
     "gguf": "gguf",
+    "onnx": "onnx",
+    "executorch": "executorch",
 }  # of the Hub; transformers else
 RELATIONS: dict[ResultKind, str] = {"adapter": "adapter", "model": "finetune"}  # quantized else
 SEAL = re.compile(r"\n<!-- written by minitune ([0-9a-f]{16}) -->\n\Z")

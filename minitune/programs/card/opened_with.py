@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minitune.errors import InputError
+from minitune.io.graph_files import ONNX, PTE, graph_of
 from minitune.io.json_file import read_json_object
 
-ResultKind = Literal["adapter", "model", "compressed-tensors", "bitsandbytes", "torchao", "gguf"]
+ResultKind = Literal[
+    "adapter",
+    "model",
+    "compressed-tensors",
+    "bitsandbytes",
+    "torchao",
+    "gguf",
+    "onnx",
+    "executorch",
+]
 QUANTIZED: dict[str, ResultKind] = {
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
@@ -28,6 +38,9 @@ def kind_of(place: Path) -> ResultKind:
         found = found if place.exists() else "does not exist"
         wanted = "expected a model folder, an adapter or a .gguf file"
         raise InputError(f"card: {place} {found}, {wanted}; correct the path")
+    graph = graph_of(place)
+    if graph is not None:
+        return graph
     quantization = read_json_object(place / MODEL, "card").get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return QUANTIZED.get(str(method), "model")
@@ -42,8 +55,27 @@ def opened_with(kind: ResultKind, place: Path, repo: str, base: str | None) -> I
         yield from _adapter(read_json_object(place / ADAPTER, "card"), repo, base)
     elif kind == "gguf":
         yield from _block("llama.cpp", "bash", f"llama-cli -hf {repo} --hf-file {place.name}")
+    elif kind == "onnx":
+        imports = "import onnxruntime\nfrom huggingface_hub import snapshot_download"
+        opening = f'onnxruntime.InferenceSession(snapshot_download("{repo}") + "/{ONNX}")'
+        yield from _block("onnxruntime", "python", f"{imports}\n\nsession = {opening}")
+    elif kind == "executorch":
+        yield from _executorch(place, repo)
     else:
         yield from _model(kind, repo)
+
+
+def _executorch(place: Path, repo: str) -> Iterator[str]:
+    names = ("tokenizer.model", "tokenizer.json")
+    tokenizer = next((name for name in names if (place / name).is_file()), names[0])
+    yield from _block(
+        "ExecuTorch",
+        "python",
+        "from executorch.extension.llm.runner import TextLLMRunner\n"
+        "from huggingface_hub import snapshot_download\n\n"
+        f'folder = snapshot_download("{repo}")\n'
+        f'runner = TextLLMRunner(folder + "/{PTE}", folder + "/{tokenizer}")',
+    )
 
 
 def _model(kind: ResultKind, repo: str) -> Iterator[str]:
