@@ -122,7 +122,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
     if type(x) is not Tensor or wrapped:
         return x.to(device, non_blocking=True)
-    return _pinned(x).to(device, non_blocking=True)
+    return pinned(x).to(device, non_blocking=True)
 
 
 def reading(x: Tensor) -> Callable[[], Tensor]:
@@ -142,6 +142,36 @@ def reading(x: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return read
+
+
+class SideStream(NamedTuple):
+    """Copies beside the computation of an accelerator. No call makes the host wait."""
+
+    # begins to copy a tensor to another device; its source must live until it was waited for
+    copied: Callable[[Tensor, torch.device], Any]
+    # lets what is computed from here on come after a copy, and returns its result
+    wait: Callable[[Any], Tensor]
+
+
+def side_stream(device: torch.device) -> SideStream:
+    """Copies to and from the pinned memory of the host, on a stream of their own."""
+    streams = _module(device)
+    side = streams.Stream(device)
+
+    def copied(x: Tensor, to: torch.device) -> tuple[Tensor, Any]:
+        # waited for: what computes x, and what still reads the memory that the side stream may be
+        # given for this copy. So no tensor needs record_stream, which frees memory only once the
+        # device has caught up with a host that runs far ahead
+        side.wait_stream(streams.current_stream(device))
+        with streams.stream(side):
+            # to the host, such a copy is pinned
+            return x.to(to, non_blocking=True), side.record_event()
+
+    def wait(copy: tuple[Tensor, Any]) -> Tensor:
+        streams.current_stream(device).wait_event(copy[1])
+        return copy[0]
+
+    return SideStream(copied, wait)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -187,7 +217,8 @@ def _is_recorded() -> bool:
     return torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _pinned(x: Tensor) -> Tensor:
+def pinned(x: Tensor) -> Tensor:
+    """x of the host in memory from which a device copies by itself; x where it lies there."""
     return x.pin_memory()
 
 

@@ -18,6 +18,7 @@ from minitune.models.weights import head_name, layer_of
 from minitune.quant.rules import Quantization, refuse_not_finite
 from minitune.quant.schemes import Int4, Int8, base_weight, with_base_weight
 from minitune.quant.tensors import QInt4, QInt8
+from minitune.sharding.gather import gather
 from minitune.structs import CheckedStruct
 from minitune.types import Batch, Params, PositiveFloat, PositiveInt
 
@@ -195,7 +196,7 @@ def after_block(
 ) -> BlockInputs:
     """Batch behind block i; tap sees the block's linear maps."""
     kind = layer_kind(model.config, i)
-    layer = layer_of(params, i)
+    layer = gather(layer_of(params, i))
     x = model.block(model.config, kind.mixer, layer, inputs.x, inputs.mixer[kind], tap=tap)
     return inputs._replace(x=x)
 

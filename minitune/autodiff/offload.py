@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minitune import hardware
 from minitune.autodiff.remat import flattened
 from minitune.autodiff.remat import remat as autodiff_remat
 from minitune.autodiff.value_and_grad import pullback, under_transform, value_of_arguments
@@ -32,24 +33,11 @@ def side_stream(device: torch.device) -> Mover:
     """Mover of an accelerator with streams: copies to and from pinned memory on a side stream,
     during the computation.
     """
-    streams = torch.get_device_module(device)  # torch.cuda or torch.xpu
-    side = streams.Stream(device)
-
-    def copied(x: Tensor, to: torch.device) -> tuple[Tensor, Any]:
-        # waited for: what computes x, and what still reads the memory that the side stream may be
-        # given for this copy. So no tensor needs record_stream, which frees memory only once the
-        # device has caught up with a host that runs far ahead
-        side.wait_stream(streams.current_stream(device))
-        with streams.stream(side):
-            # to the host, such a copy is pinned
-            return x.to(to, non_blocking=True), side.record_event()
-
-    def wait(copy: tuple[Tensor, Any]) -> Tensor:
-        streams.current_stream(device).wait_event(copy[1])
-        return copy[0]
-
+    side = hardware.side_stream(device)
     return Mover(
-        lambda x: copied(x, torch.device("cpu")), lambda sent: copied(sent[0], device), wait
+        lambda x: side.copied(x, torch.device("cpu")),
+        lambda sent: side.copied(sent[0], device),
+        side.wait,
     )
 
 

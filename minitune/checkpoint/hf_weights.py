@@ -9,13 +9,14 @@ from torch import Tensor
 
 from minitune.checkpoint import quantized_base
 from minitune.checkpoint.carried import CODED
-from minitune.checkpoint.tensors import opened_tensors
+from minitune.checkpoint.tensors import file_slices, opened_tensors
 from minitune.checkpoint.weight_files import weight_files
 from minitune.errors import InputError
 from minitune.io.safetensors_header import INDEX
 from minitune.models import fused_experts
 from minitune.models.hf_multimodal import text_name
 from minitune.quant import mxfp4
+from minitune.sharding.offloaded import FileSlice
 from minitune.types import Params
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -76,6 +77,27 @@ def _read(
     if head is not None:
         _require_tied(head, params[EMBEDDING], folder)
     return {name: params[name] for name in shapes}
+
+
+def weight_slices(folder: Path, names: Collection[str]) -> dict[str, FileSlice]:
+    """Weights of these names as they lie in the files of a folder; none is read.
+
+    InputError for one that is no tensor of its own in floating point there.
+    """
+    found = {}
+    for path in weight_files(folder):
+        slices = file_slices(path)
+        for stored, name in _text_tensors(slices).items():
+            dtype = slices[stored].dtype
+            if name in names and dtype.is_floating_point and dtype.itemsize > 1:
+                found[name] = slices[stored]
+    missing = next((name for name in sorted(names) if name not in found), None)
+    if missing is not None:
+        raise InputError(
+            f"checkpoint: {folder} holds {missing} as codes or within another tensor, expected a "
+            'tensor of its own to read at each use; take offload = "host", or save the model anew'
+        )
+    return found
 
 
 def once_quantized(folder: Path) -> frozenset[str]:

@@ -14,6 +14,7 @@ from minitune.errors import InputError, quoted
 from minitune.io import git_lfs
 from minitune.io.safetensors_header import NO_METADATA, ORDER, header_bytes, read_header
 from minitune.sharding.gather import gather
+from minitune.sharding.offloaded import FileSlice, OpenFile
 from minitune.sharding.parts import local_parts
 from minitune.types import Params, Trainable
 
@@ -101,6 +102,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     with opened_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def file_slices(path: Path) -> dict[str, FileSlice]:
+    """Tensors of one safetensors file by name, as they lie there; none is read. InputError as for
+    load_tensors.
+    """
+    try:
+        header, file = read_header(path), OpenFile(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    dtypes = {name: dtype_of(entry.dtype) for name, entry in header.items()}
+    return {
+        name: FileSlice(file, header[name].start, header[name].shape, dtype)
+        for name, dtype in dtypes.items()
+        if dtype is not None
+    }
 
 
 @contextmanager

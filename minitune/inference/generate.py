@@ -47,10 +47,10 @@ def stream(
     width = written.shape[1]
     slots = torch.arange(_rounded(width + max_new_tokens), device=like.device)[None]
     caches = decoder.empty_caches(model.config, len(prompts), slots.shape[1], like)
-    later_block_of = model._replace(n_remat=0).block_of()
+    later_block_of = model._replace(n_remat=0).block_of(params)
 
     # the first step reads the whole prompts
-    call = _first_call(model, written, slots[:, :width] >= first_slot)
+    call = _first_call(model, params, written, slots[:, :width] >= first_slot)
     for step in range(max_new_tokens):
         with torch.no_grad():
             rows = _crossing_rows(model, prompts, step)
@@ -107,14 +107,16 @@ def _refill(
     is_token = torch.arange(written.shape[1], device=written.device)[None] >= first_slot
     for row in rows:
         only = slice(row, row + 1)
-        call = _first_call(model, written[only], is_token[only])
+        call = _first_call(model, params, written[only], is_token[only])
         row_caches = [tree.map(lambda x, only=only: x[only], cache) for cache in caches]
         _decode(model, params, row_caches, call)
 
 
-def _first_call(model: Model, prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"]) -> _Call:
+def _first_call(
+    model: Model, params: Params, prompts: Int[Tensor, "B T"], is_token: Bool[Tensor, "B T"]
+) -> _Call:
     segments = is_token.to(torch.int32)
-    keys, block_of = document_keys(segments), untransformed(model).block_of()
+    keys, block_of = document_keys(segments), untransformed(model).block_of(params)
     return _Call(prompts, document_positions(segments), keys, prompts.shape[1], block_of)
 
 

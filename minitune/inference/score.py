@@ -137,7 +137,8 @@ def _read(
     with torch.no_grad():
         # rows are padded on the right, where a causal model never looks: no mask, so attention
         # takes its fastest path
-        hidden = decoder.hidden(model.config, params, tokens, block_of=model.block_of())[b, t]
+        block_of = model.block_of(params)
+        hidden = decoder.hidden(model.config, params, tokens, block_of=block_of)[b, t]
         chunk = head_chunk(model.head(params))
         pieces = [
             _judge(model.logits(params, h), y)

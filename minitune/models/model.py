@@ -25,8 +25,14 @@ from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
 from minitune.sharding.context import ContextParallel
-from minitune.sharding.gather import Ahead, gather, gathered, gathered_again, numbered
-from minitune.sharding.parts import is_shared
+from minitune.sharding.gather import (
+    Ahead,
+    gather,
+    gathered,
+    gathered_again,
+    is_elsewhere,
+    numbered,
+)
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Dropout, Params
 
@@ -134,8 +140,8 @@ class Model(NamedTuple):
         """Function that gives the block of layer i: transformed, recomputed in the backward,
         probed, as the model says.
 
-        params: of the one forward that it is for, where ranks share them: so each block's weights
-        are asked for while another computes.
+        params: of the forwards that it is for, where ranks share them or they are offloaded: so
+        each block's weights are asked for while another computes.
         """
         ahead = None if params is None else self._ahead(params)
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
@@ -152,7 +158,7 @@ class Model(NamedTuple):
         return block_of
 
     def _ahead(self, params: Params) -> Ahead | None:
-        if not is_shared(params):
+        if not any(map(is_elsewhere, tree.leaves(params))):
             return None
         return Ahead([layer_of(params, i) for i in range(self.config.n_layers)])
 

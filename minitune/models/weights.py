@@ -87,6 +87,16 @@ def layer_dims(config: DecoderConfig, i: int) -> Dims:
     return {**MIXERS[layer_kind(config, i).mixer].dims(config), **experts, **LAYER_DIMS}
 
 
+def block_matrices(config: DecoderConfig) -> frozenset[str]:
+    """Names of the weights of all layers that have more than one dim."""
+    return frozenset(
+        f"model.layers.{i}.{name}"
+        for i in range(config.n_layers)
+        for name, shape in layer_shapes(config, i).items()
+        if len(shape) > 1
+    )
+
+
 def layer_of(leaves: Mapping[str, Any], i: int) -> dict[str, Any]:
     """Leaves of layer i by their names within it."""
     prefix = f"model.layers.{i}."

@@ -19,6 +19,7 @@ from minitune.models import decoder
 from minitune.models.config import LayerKind, layer_kind
 from minitune.models.model import Model
 from minitune.models.weights import layer_of
+from minitune.sharding.gather import gather
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -38,7 +39,7 @@ def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: i
     inputs = decoder.mixer_inputs(config, decoder.token_positions(config, tokens, None), x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
-    inner = kept_bytes(_x_first(model, last), x, layer_of(params, n - 1), inputs[last])
+    inner = kept_bytes(_x_first(model, last), x, gather(layer_of(params, n - 1)), inputs[last])
     fewest = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if fewest is None:
         raise InputError(

@@ -10,30 +10,31 @@ import msgspec
 import torch
 
 from minitune import hardware, tree
-from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.generation_config import end_ids
 from minitune.checkpoint.hf_weights import load_base
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
 from minitune.io.results import require_unharmed
-from minitune.lora import Lora, check_deltas
+from minitune.lora import check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
+from minitune.models.weights import block_matrices
+from minitune.programs import offloading
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.sharding import Sharding, placed
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
-from minitune.programs.state_deltas import deltas_folder, open_deltas
+from minitune.programs.state_deltas import deltas_on, open_deltas
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import NF4
 from minitune.text.chat import open_text
 from minitune.text.template import with_options
 from minitune.tree import Tree
-from minitune.types import Delta, Params, Trainable
+from minitune.types import Delta
 
 NO_RULES: Mapping[str, Quantization] = MappingProxyType({})
 NONE_ENDED: Mapping[str, Ended] = MappingProxyType({})
@@ -59,6 +60,9 @@ class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # auto: the accelerator that torch finds, else the CPU
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    # where frozen blocks lie that the device has no room for: "host", in the host's memory, or
+    # "disk", in the model's files; each comes one block ahead, and nothing is computed differently
+    offload: offloading.OffloadPlace | None = None
     # variables of the chat template, such as enable_thinking
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -68,6 +72,7 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
     fit.
     """
     _require_written(source, abstract)
+    offloading.refuse_random(source.offload, source.config)
     if source.path in abstract.saved:
         saved = abstract.saved[str(source.path)]
         model, text, template = saved.model, saved.tokenizer, saved.template
@@ -87,13 +92,17 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         rule, trainable, base = open_deltas(locate(source.deltas), params)
         check_deltas(params, trainable, source.deltas)
     adapted = frozenset(name for name, leaf in trainable.items() if isinstance(leaf, Delta))
+    offloaded = block_matrices(model.config) if source.offload is not None else frozenset()
+    whole = frozenset(trainable) - adapted
+    offloading.require_frozen(whole, offloaded, "[model] deltas")
     return AbstractState(
         abstract.data,
         model,
         params,
         adapted,
         lora=rule,
-        whole=frozenset(trainable) - adapted,
+        whole=whole,
+        offloaded=offloaded,
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
         written=abstract.written,
@@ -206,21 +215,28 @@ def load(
     text, template = open_text(folder, model.config.vocab_size)
     if path is not None:
         require_unharmed(path)
+    off = offloading.of_model(source.offload, model.config, device)
     absent = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in model.shapes().items()}
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
     stored = load_base(path, model.shapes(), kept) if path is not None else model.init(seed)
-    cut = None if sharding is None else sharding.cut(model.config)
     shown = nullcontext(lambda: None) if log is None else log.counter("loading", len(stored))
+    dense = absent.keys() - waiting.keys()
+    away = offloading.offloaded(off, stored, dense, path, dtype)
+    cut = None if sharding is None else sharding.cut(model.config)
     with shown as count:
-        moved = placed(stored, absent.keys() - waiting.keys(), cut, device, dtype, count)
-    params = {**absent, **moved}
+        here = placed(stored, dense - away.keys(), cut, device, dtype, count)
+    params = {**absent, **here, **away}
     rule, trainable = None, {}
     if source.deltas is not None:
-        rule, trainable = _deltas(source, run, path, params, device)
+        rule, trainable = deltas_on(source.deltas, run, path, params, device)
     template = with_options(template, source.chat_template_kwargs, "[model]")
     ends = () if path is None else end_ids(path)
-    return LoadedModel(model, params, stored, path, folder, text, template, rule, trainable, ends)
+    note = offloading.note(source.offload, off)
+    if log is not None and note is not None:
+        log.say(f"model: {note}")
+    texts = folder, text, template
+    return LoadedModel(model, params, stored, path, *texts, rule, trainable, ends, off)
 
 
 def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:
@@ -254,24 +270,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if hardware.multiplies_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if hardware.is_accelerator(device) else torch.float32
-
-
-def _deltas(
-    source: ModelSource, run: Path, path: Path | None, params: Params, device: torch.device
-) -> tuple[Lora | None, Trainable]:
-    folder = locate(str(source.deltas), run)
-    require_unharmed(deltas_folder(folder))
-    rule, trainable, base = open_deltas(folder, params)
-    check_deltas(params, trainable, str(source.deltas))
-    if base is not None and base.fingerprint is not None and path is not None:
-        fingerprint = folder_fingerprint(path)
-        if fingerprint != base.fingerprint:
-            raise InputError(
-                f"loading: the deltas in {source.deltas} were trained on {base.path} "
-                f"({base.fingerprint[:12]}), whose weights are not those of {path} "
-                f"({fingerprint[:12]}), expected the same base; point [model] path to it"
-            )
-    return rule, tree.map(lambda x: x.to(device), trainable)
 
 
 def _model(source: ModelSource, run: Path | None = None) -> Model:

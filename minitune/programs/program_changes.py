@@ -12,6 +12,8 @@ from minitune.programs.stages.stage import Stage
 
 TomlTable = Mapping[str, Any]
 
+# key of every model that changes nothing of what is computed: where its blocks lie
+OFFLOAD = "offload"
 # keys of a program that change nothing of a run
 NOT_THE_RUN = ("log", "profile", "resume", "out", "name", "must_fit", "mesh", "plan")
 KINDS = MappingProxyType({kind.__struct_config__.tag: kind for kind in get_args(Stage)})
@@ -186,6 +188,8 @@ def _difference(before: Any, now: Any, path: KeyPath) -> str | None:
     if isinstance(now, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
     for key in before | now:
+        if key == OFFLOAD:
+            continue
         if key not in before or key not in now:
             return f"{shown((*path, key))} stands only {'here' if key in now else 'there'}"
         difference = _difference(before[key], now[key], (*path, key))

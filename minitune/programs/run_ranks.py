@@ -21,6 +21,8 @@ from minitune.launch.ranks import Launched, launched
 from minitune.planning.mesh import Mesh
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log, LogConfig
+from minitune.programs.model_paths import models_of
+from minitune.programs.offloading import refuse_plan
 from minitune.programs.program import Program
 from minitune.programs.run_folder import Run
 from minitune.programs.state import PipelineStage, PipelineState, RankedStage
@@ -117,7 +119,11 @@ def log_for(ranks: Ranks, run: Run, config: LogConfig, program: dict[str, Any]) 
 
 
 def stages_on_ranks(program: Program, ranks: Ranks) -> tuple[PipelineStage, ...]:
-    """Stages of a program as its ranks run them together; InputError for one that they can't."""
+    """Stages of a program as its ranks run them together; InputError for one that they can't, and
+    for models that are cut as well as offloaded.
+    """
+    if any(model.offload is not None for model in models_of(program.model, program.stage)):
+        refuse_plan(program.plan)
     if ranks.size == 1:
         return program.stage
     is_sharded = program.divides_model

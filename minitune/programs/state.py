@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from minitune import tree
 from minitune.data.source import Source
 from minitune.data.token_store import OnSample, no_one
 from minitune.io.results import Result
@@ -18,15 +19,18 @@ from minitune.lora import Lora
 from minitune.models.model import Model
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
+from minitune.programs.offloading import NO_SLICES, Offloading
 from minitune.programs.profiling.profile import Profile
 from minitune.programs.sharding import CutWeight, Sharding, whole_on_host
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
+from minitune.sharding.offloaded import FileSlice
 from minitune.sharding.ranks import ALONE, Ranks
 from minitune.text.served import stop_ids
 from minitune.text.template import Template
 from minitune.text.tokenizer import Tokenizer
+from minitune.tree import Tree, device_of
 from minitune.types import Params, Trainable
 
 MAX_ROWS = 64  # of an evaluation or a generation that no program sets
@@ -48,6 +52,22 @@ class LoadedModel(NamedTuple):
     lora: Lora | None
     trainable: Trainable
     end_ids: Sequence[int] = ()  # that generation_config.json ends an answer at
+    offloading: Offloading | None = None  # of frozen blocks that are kept off the device
+
+    def placed(
+        self,
+        name: str,
+        w: Tree,
+        dtype: torch.dtype | None = None,
+        slices: Mapping[str, FileSlice] = NO_SLICES,
+    ) -> Tree:
+        """New leaf of a weight where this model keeps it, in a dtype or its own: on the device, or
+        off it; slices: files that hold its tensors.
+        """
+        if self.offloading is not None and name in self.offloading.names:
+            return self.offloading.leaf(name, w, dtype, slices)
+        device = device_of(self.params, self.trainable)
+        return tree.map(lambda x: x.to(device, dtype), w)
 
     @property
     def dense(self) -> dict[str, Tensor]:
@@ -157,6 +177,7 @@ class AbstractState(NamedTuple):
     adapted: frozenset[str] = frozenset()  # weights with a delta
     lora: Lora | None = None  # the rule that the deltas follow
     whole: frozenset[str] = frozenset()  # weights that train whole
+    offloaded: frozenset[str] = frozenset()  # frozen weights that are kept off the device
     quantized: frozenset[str] = frozenset()
     codes: Params = MappingProxyType({})  # the quantized weights, on the meta device
     # how the weights were quantized that loaded deltas were trained on

@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from minitune import tree
+from minitune.checkpoint.fingerprint import folder_fingerprint
 from minitune.checkpoint.state import load_part
+from minitune.errors import InputError
 from minitune.interop.peft.layout import CONFIG, Base
 from minitune.interop.peft.load import load_adapter
-from minitune.lora import Lora
+from minitune.io.paths import locate
+from minitune.io.results import require_unharmed
+from minitune.lora import Lora, check_deltas
 from minitune.programs.trained_state import TrainedState, is_run, trained_state
 from minitune.types import Delta, Params, Trainable
 
@@ -36,6 +42,28 @@ def open_deltas(path: Path, params: Params) -> tuple[Lora | None, Trainable, Bas
     if state is None:
         return load_adapter(folder, names=params)
     return _from_state(state, params)
+
+
+def deltas_on(
+    name: str, run: Path, base_folder: Path | None, params: Params, device: torch.device
+) -> tuple[Lora | None, Trainable]:
+    """(rule, deltas and whole weights on a device) of a folder by its name in a program.
+
+    InputError for deltas that do not fit params, and for those of another base than base_folder.
+    """
+    folder = locate(name, run)
+    require_unharmed(deltas_folder(folder))
+    rule, trainable, base = open_deltas(folder, params)
+    check_deltas(params, trainable, name)
+    if base is not None and base.fingerprint is not None and base_folder is not None:
+        fingerprint = folder_fingerprint(base_folder)
+        if fingerprint != base.fingerprint:
+            raise InputError(
+                f"loading: the deltas in {name} were trained on {base.path} "
+                f"({base.fingerprint[:12]}), whose weights are not those of {base_folder} "
+                f"({fingerprint[:12]}), expected the same base; point [model] path to it"
+            )
+    return rule, tree.map(lambda x: x.to(device), trainable)
 
 
 def _from_state(state: TrainedState, params: Params) -> tuple[Lora | None, Trainable, Base]:

@@ -205,10 +205,13 @@ def packed(params: Params) -> Params:
     """
 
     def leaf(w: Any) -> Any:
-        if isinstance(w, QInt8) and w.codes.device.type == "cpu":
-            return PackedInt8(w)
-        if not isinstance(w, QInt4) or w.codes.device.type != "cpu":
+        # codes of another class are not here as a whole: parts of ranks, or offloaded
+        if not isinstance(w, QInt8 | QInt4) or type(w.codes) is not Tensor:
             return w
+        if w.codes.device.type != "cpu":
+            return w
+        if isinstance(w, QInt8):
+            return PackedInt8(w)
         group = w.shape[1] // w.scale.shape[1]
         if w.shape[0] % 16 or group not in (32, 64, 128):
             return w

@@ -1,4 +1,5 @@
-"""Whole weights, from the parts that ranks hold: the only communication of a forward.
+"""Whole weights, from the parts that ranks hold: the only communication of a forward. And frozen
+ones from the host or a file (sharding/offloaded.py).
 
 A block asks for the leaves of its layer with one `gather`, inside the boundary of recomputation:
 the backward asks for them once more, and nothing keeps them in between. The parts of all leaves
@@ -11,12 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune import tree
-from minitune.sharding.collectives import Gathering, begin_gather, end_gather, reduce_scatter
+from minitune.autodiff.value_and_grad import under_transform
+from minitune.sharding.collectives import begin_gather, end_gather, reduce_scatter
+from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
 from minitune.tree import Tree
 
@@ -27,18 +29,26 @@ class Ahead:
     """
 
     def __init__(self, layers: Sequence[Tree]) -> None:
+        # under torch.func.grad, what was detached of an offloaded tensor is none any more
         self.parts = [
-            [leaf.detach() for leaf in tree.leaves(layer) if is_sharded(leaf)] for layer in layers
+            [
+                leaf if is_offloaded(leaf) else leaf.detach()
+                for leaf in tree.leaves(layer)
+                if is_elsewhere(leaf)
+            ]
+            for layer in layers
         ]
-        self.begun: dict[int, Gathering] = {}  # by the block's number
-        self.seen: set[int] = set()  # blocks whose forward has been
+        self.begun: dict[int, Any] = {}  # by the block's number
+        self.latest = -1  # block that has asked
 
     def wholes(self, number: int, leaves: Sequence[Any]) -> list[Tensor]:
         """Whole weights of a block; those of its neighbour begin to come."""
         begun = self.begun.pop(number, None) or _begun(leaves)
         found = _wholes(leaves, begun)
-        neighbour = number - 1 if number in self.seen else number + 1
-        self.seen.add(number)
+        # a backward begins with the block that the forward ended with
+        goes_back = self.latest in (number, number + 1)
+        neighbour = number - 1 if goes_back else number + 1
+        self.latest = number
         if 0 <= neighbour < len(self.parts) and self.parts[neighbour]:
             self.begun[neighbour] = _begun(self.parts[neighbour])
         return found
@@ -58,28 +68,33 @@ class Slot(NamedTuple):
     number: int
 
 
+def is_elsewhere(x: Any) -> bool:
+    """True for a weight that is not whole on the device: a part of it is, or nothing."""
+    return is_sharded(x) or is_offloaded(x)
+
+
 def gather(w: Tree, slot: Slot | None = None) -> Tree:
-    """Tree with whole tensors in place of those of which each rank holds a part; a tree without
-    any is returned as it is. Every rank of the mesh calls it with the same leaves.
+    """Tree with whole tensors in place of those of which each rank holds a part, or which are
+    offloaded; a tree without any is returned as it is. Every rank of the mesh calls it with the
+    same leaves.
 
     The gradient of a part is the sum over the ranks among which the whole is cut. Ranks that hold
-    copies of one part have each their own, which the step sums. slot: where the weights of a block
-    may be on their way already.
+    copies of one part have each their own, which the step sums. What is offloaded has none. slot:
+    where the weights of a block may be on their way already.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return w
     leaves = tree.leaves(w)
-    places = [i for i, leaf in enumerate(leaves) if is_sharded(leaf)]
+    places = [i for i, leaf in enumerate(leaves) if is_elsewhere(leaf)]
     if not places:
         return w
-    wholes = _Gather.apply(slot, *(leaves[i] for i in places))
+    some = [leaves[i] for i in places]
+    wholes = _fetched(slot, some) if is_offloaded(some[0]) else _Gather.apply(slot, *some)
     whole_at = dict(zip(places, wholes, strict=True))
     return tree.rebuild(w, [whole_at.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def gathered(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Callable[..., Tensor]:
-    """f(w, *rest) of a tree w that ranks hold in parts, for an f of whole tensors whose backward
-    recomputes it: what autograd keeps of it is kept for a moment. With `ahead`, w is Numbered.
+    """f(w, *rest) of a tree w that `gather` makes whole, for an f that the backward recomputes:
+    what autograd keeps is kept for a moment. With `ahead`, w is Numbered.
     """
 
     def run(w: Any, *rest: Any) -> Tensor:
@@ -90,15 +105,15 @@ def gathered(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Callable[.
 
 
 def gathered_again(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Callable[..., Tensor]:
-    """f(w, *rest) of a tree w that ranks hold in parts, for an f of whole tensors whose graph is
-    kept: in place of whole weights that keeps where they were, and its backward begins with
-    gathering them once more. With `ahead`, w is Numbered.
+    """f(w, *rest) of a tree w that `gather` makes whole, for an f whose graph is kept: in place of
+    whole weights that keeps where they were, and its backward begins with gathering them once more.
+    With `ahead`, w is Numbered. Under a functorch transform, which refuses this, they are kept.
     """
 
     def run(w: Any, *rest: Any) -> Tensor:
         leaves, slot = _unnumbered(w, ahead)
         wholes = gather(leaves, slot)
-        if wholes is leaves or not torch.is_grad_enabled():
+        if wholes is leaves or not torch.is_grad_enabled() or under_transform():
             return f(wholes, *rest)
         kept = _KeptWeights(leaves, wholes)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
@@ -132,9 +147,9 @@ class _KeptWeights:
 
     def __init__(self, w: Tree, wholes: Tree) -> None:
         pairs = zip(tree.leaves(w), tree.leaves(wholes), strict=True)
-        sharded = [(part, whole) for part, whole in pairs if is_sharded(part)]
-        self.parts = [part.detach() for part, _ in sharded]
-        storages = [whole.untyped_storage().data_ptr() for _, whole in sharded]
+        gathered = [(part, whole) for part, whole in pairs if is_elsewhere(part)]
+        self.parts = [part.detach() for part, _ in gathered]
+        storages = [whole.untyped_storage().data_ptr() for _, whole in gathered]
         self.number_of = {pointer: i for i, pointer in enumerate(storages)}
         self.wholes: list[Tensor] = []  # in the backward
 
@@ -195,14 +210,28 @@ class _Gather(torch.autograd.Function):
         return None, *(grad_of.get(i) for i in range(len(ctx.placed)))
 
 
-def _begun(leaves: Sequence[Any]) -> Gathering:
-    """Parts of DTensors on their way along the first axis that cuts any."""
+def _fetched(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
+    """Whole tensors of offloaded ones, outside of any graph."""
+    with torch.no_grad():
+        if slot is not None:
+            return slot.ahead.wholes(slot.number, leaves)
+        return _wholes(leaves, _begun(leaves))
+
+
+def _begun(leaves: Sequence[Any]) -> Any:
+    """Weights on their way: offloaded ones, or parts of DTensors along the first axis that cuts
+    any.
+    """
+    if is_offloaded(leaves[0]):
+        return begin_fetch(leaves)
     group, cuts = next(cuts_of([placed_of(leaf) for leaf in leaves]))
     return begin_gather([leaves[i].to_local() for i in cuts], [*cuts.values()], group)
 
 
-def _wholes(leaves: Sequence[Any], begun: Gathering) -> list[Tensor]:
-    """Whole tensors of DTensors whose gathering has begun."""
+def _wholes(leaves: Sequence[Any], begun: Any) -> list[Tensor]:
+    """Whole tensors of weights that have begun to come."""
+    if is_offloaded(leaves[0]):
+        return [*end_fetch(leaves, begun)]
     parts = [leaf.to_local() for leaf in leaves]
     for number, (group, cuts) in enumerate(cuts_of([placed_of(leaf) for leaf in leaves])):
         some = [parts[i] for i in cuts]

@@ -99,7 +99,7 @@ def simulated(capabilities: hardware.Capabilities = WITH_FLOAT64, *, waits: bool
     table = {**hardware.CAPABILITIES, "meta": capabilities}
     with (
         mock.patch.object(hardware, "CAPABILITIES", table),
-        mock.patch.object(hardware, "_pinned", lambda x: x),
+        mock.patch.object(hardware, "pinned", lambda x: x),
         mock.patch.object(hardware, "_module", return_value=mock.MagicMock()),  # its streams and events
         mock.patch.object(FakeTensor, "is_meta", False, create=True),  # which tells a model that a weight has no values
         FakeTensorMode(allow_non_fake_inputs=True),

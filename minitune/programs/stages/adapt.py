@@ -10,6 +10,7 @@ from minitune.algorithms.objective import split_trainable
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.programs.loading import ModelSource, abstract_state, load, say_widening
+from minitune.programs.offloading import require_frozen
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Fraction, Params, PositiveFloat, PositiveInt
@@ -58,6 +59,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
             if self.train
             else frozenset()
         )
+        require_frozen(whole, abstract.offloaded, self.label)
         self._refuse_wide(abstract, adapted)
         if abstract.adapted:
             raise InputError(
@@ -119,6 +121,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
                 f"stages: {self.label} is to train {odd[0]}, which is {kind}, expected a plain "
                 "weight"
             )
+        require_frozen(names, abstract.offloaded, self.label)
         return abstract._replace(whole=abstract.whole | names)
 
     def run(self, state: PipelineState) -> PipelineState:

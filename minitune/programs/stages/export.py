@@ -26,6 +26,7 @@ from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.stages.save import folder_extras, say_notes
 from minitune.programs.state import AbstractState, PipelineState
+from minitune.sharding.gather import gather
 from minitune.types import Params, PositiveInt
 
 DENSE_FORMATS = ("gguf", "onnx", "executorch")  # of weights that need not be quantized
@@ -131,7 +132,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         """State with a record of where the result lies and of its bytes."""
         loaded = state.loaded
         target = locate(self.result.path, state.folder)
-        codes = {name: w for name, w in loaded.params.items() if not isinstance(w, Tensor)}
+        codes = {n: gather(w) for n, w in loaded.params.items() if not isinstance(w, Tensor)}
         params, extras = {**loaded.stored, **codes}, folder_extras(state, self.label)
         state.log.say(f"{self.label}: writing {self.format}")
         require_finite(params, f"stages: {self.label}")

@@ -10,7 +10,6 @@ from minitune.errors import InputError
 from minitune.lora import Onto, merge_trainable
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.state import AbstractState, PipelineState
-from minitune.tree import device_of
 from minitune.types import Delta
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -48,10 +47,10 @@ class Merge(BaseStage, frozen=True, kw_only=True, tag="merge"):
         """State with new weights and nothing to train; the record holds what rounding lost."""
         whole = state.on_host(everywhere=True)
         stored, record = merged(whole, self.label, self.onto, self.dtype)
-        old, device = state.loaded.params, device_of(state.loaded.params, state.loaded.trainable)
+        old, placed = state.loaded.params, state.loaded.placed
         compute = next(w.dtype for w in old.values() if isinstance(w, Tensor))
         cut = state.cut
-        new = {n: cut(n, stored[n]).to(device, compute) for n in state.loaded.trainable}
+        new = {n: placed(n, cut(n, stored[n]), compute) for n in state.loaded.trainable}
         return state.with_model(
             params={**old, **new}, stored=stored, lora=None, trainable={}
         ).record(self.label, record)

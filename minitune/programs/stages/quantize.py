@@ -1,5 +1,6 @@
 """Stages that quantize weights, or train them to be quantized."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.algorithms import gptq
-from minitune.checkpoint.tensors import load_tensors, save_tensors
+from minitune.checkpoint.tensors import file_slices, load_tensors, save_tensors
 from minitune.errors import InputError
 from minitune.io.atomic import atomic_folder
 from minitune.io.checksums import damaged_file, write_checksums
@@ -18,7 +19,6 @@ from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization, refuse_not_finite
 from minitune.quant.schemes import MXFP4, NF4, NVFP4, Float8, Int4, Int8, Scheme, quantize
 from minitune.quant.tensors import QMXFP4, QNF4, QNVFP4, QFloat8, QInt4, QInt8
-from minitune.tree import device_of
 from minitune.types import Params
 
 LAYOUTS: dict[type, Any] = {
@@ -101,8 +101,10 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
         loaded = state.loaded
         with state.ranks.first_on_node():
             codes = self._read_or_made(state)
-        device, cut = device_of(loaded.params, loaded.trainable), state.cut
-        moved = {n: tree.map(lambda x: x.to(device), cut(n, w)) for n, w in codes.items()}
+        file = _codes_file(state, self.label)
+        on_disk = loaded.offloading is not None and loaded.offloading.place == "disk"
+        slices = file_slices(file) if on_disk and file.is_file() else {}
+        moved = {n: loaded.placed(n, state.cut(n, w), slices=slices) for n, w in codes.items()}
         params = {**loaded.params, **moved}
         before, after = tree.n_bytes(loaded.stored), tree.n_bytes({**loaded.stored, **codes})
         state.log.say(
@@ -118,8 +120,8 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
 
     def _read_or_made(self, state: PipelineState) -> Params:
         """Codes of the weights on the host, which the first rank keeps in the run folder."""
-        folder = state.folder / "checkpoints" / self.label
-        file, names = folder / "quantized.safetensors", self.rule.plan(state.loaded.params)
+        file, names = _codes_file(state, self.label), self.rule.plan(state.loaded.params)
+        folder = file.parent
         # Calibration may have taken long; a file that is not what was written is made again.
         if file.is_file() and damaged_file(folder) is None:
             tensors = load_tensors(file)
@@ -164,6 +166,11 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
                     on_block=lambda n_done: progress.update(n_done, {}),
                 )
         return {name: tree.map(Tensor.cpu, quantized[name]) for name in names}
+
+
+def _codes_file(state: PipelineState, label: str) -> Path:
+    """File of the run folder in which a stage keeps codes."""
+    return state.folder / "checkpoints" / label / "quantized.safetensors"
 
 
 class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
