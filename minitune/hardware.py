@@ -174,6 +174,18 @@ def side_stream(device: torch.device) -> SideStream:
     return SideStream(copied, wait)
 
 
+def queued(device: torch.device) -> Callable[[], None]:
+    """Function that waits for the work that is queued on a device by now, and for none that comes
+    later; another thread may call it.
+    """
+    if not capabilities(device).streams:
+        return lambda: None
+    streams = _module(device)
+    done = streams.Event()
+    done.record(streams.current_stream(device))
+    return done.synchronize
+
+
 def peak_bytes(device: torch.device) -> int:
     """Most memory that tensors on an accelerator have had; of MPS, which counts no peak, what the
     process holds of it now.

@@ -176,14 +176,15 @@ def _near(glob: str, names: Sequence[str]) -> str:
     return f"{near}; write '*.{last}{rest}'"
 
 
-def donate(old: Tree, new: Tree) -> Tree:
+def donate(old: Tree, new: Tree, *, non_blocking: bool = False) -> Tree:
     """Write the leaves of `new` over those of `old` and return `old`: this, donate_at and
     donate_sum are where minitune writes.
 
-    Only for memory that the caller gave away: a step with donate=True.
+    Only for memory that the caller gave away: a step with donate=True. non_blocking: a copy to
+    pinned memory is queued on its device, and the caller waits for it before it reads `old`.
     """
     with torch.no_grad():
-        return map(lambda x, y: x.copy_(y), old, new)
+        return map(lambda x, y: x.copy_(y, non_blocking=non_blocking), old, new)
 
 
 def donate_at(old: Tree, index: Int[Tensor, "n"], new: Tree, *, dim: int) -> Tree:

@@ -5,7 +5,7 @@ Every part is written once, by one of the ranks that hold a copy of it, so that 
 many bytes. All ranks find out who writes what without a message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,6 +31,13 @@ class OwnPart(NamedTuple):
     offset: tuple[int, ...]
 
 
+class OwnParts(NamedTuple):
+    """Parts of a state that this rank writes."""
+
+    parts: Mapping[str, OwnPart]  # by the path of their leaf
+    n_bytes: int  # of the state, all ranks together
+
+
 class _Copies(NamedTuple):
     """Ranks that hold the parts of a tensor."""
 
@@ -38,8 +45,8 @@ class _Copies(NamedTuple):
     n_bytes: Tensor  # of each part [parts]
 
 
-def parts_to_write(state: Tree, ranks: Ranks) -> dict[str, OwnPart]:
-    """Parts of a state that this rank writes, by the path of their leaf.
+def parts_to_write(state: Tree, ranks: Ranks) -> OwnParts:
+    """Parts of a state that this rank writes.
 
     Each goes to the rank that has the fewest bytes to write among those that hold it, the largest
     leaves first.
@@ -62,7 +69,8 @@ def parts_to_write(state: Tree, ranks: Ranks) -> dict[str, OwnPart]:
         elif ranks.rank in writers[copies.n_bytes > 0]:
             part = local_parts(leaf)
             own[name] = OwnPart(part.detach(), tuple(leaf.shape), region_of(leaf).offset)
-    return {name: own[name] for name in leaves if name in own}
+    parts = {name: own[name] for name in leaves if name in own}
+    return OwnParts(parts, tree.n_bytes(state))
 
 
 def region_of(leaf: Any) -> Region:

@@ -9,14 +9,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.checkpoint.sharded_state import OwnPart, loaded, parts_to_write, read_region
+from minitune.checkpoint.sharded_state import (
+    OwnPart,
+    OwnParts,
+    loaded,
+    parts_to_write,
+    read_region,
+)
 from minitune.checkpoint.shared_outcome import SharedOutcome
 from minitune.checkpoint.tensors import dtype_of, serialized
+from minitune.checkpoint.unharmed import unharmed_parts
 from minitune.errors import InputError
 from minitune.io.atomic import (
     GONE,
@@ -31,7 +37,7 @@ from minitune.io.atomic import (
     unfinished,
     write_json,
 )
-from minitune.io.checksums import Checksum, checksum, sealed, unsealed
+from minitune.io.checksums import Checksum, sealed
 from minitune.io.safetensors_header import NO_METADATA
 from minitune.io.state_files import (
     META,
@@ -40,9 +46,7 @@ from minitune.io.state_files import (
     StoredPart,
     is_state_file,
     parts_metadata,
-    read_parts,
     tensor_file,
-    tensor_files,
 )
 from minitune.sharding.ranks import ALONE, Ranks
 from minitune.tree import Tree
@@ -67,14 +71,26 @@ def save_state(
     a word: the new one is committed. InputError, before anything is written, if the disk is too
     small.
     """
+    return save_parts(folder, step, parts_to_write(state, ranks), meta, keep, ranks)
+
+
+def save_parts(
+    folder: Path,
+    step: int,
+    parts: OwnParts,
+    meta: Mapping[str, Any],
+    keep: int | None,
+    ranks: Ranks,
+) -> Path:
+    """Commit a state of which each rank gives the parts that it writes, as `save_state` does."""
     path = folder / f"step-{step:08d}"
     outcome = SharedOutcome(ranks)
     with outcome.block():
         if ranks.is_first:
-            _require_free(path, tree.n_bytes(state))
+            _require_free(path, parts.n_bytes)
     with _shared_folder(path, outcome) as aside:
         with outcome.block(), disk_full_is_input_error(path):
-            own = _write_parts(aside, parts_to_write(state, ranks), ranks)
+            own = _write_parts(aside, parts.parts, ranks)
         written = _checksums(own, outcome)
         if ranks.is_first:
             content = {"step": step, **written, **meta}
@@ -201,7 +217,7 @@ def load_state(path: Path, like: Tree, ranks: Ranks = ALONE) -> tuple[Tree, dict
     files for all.
     """
     with SharedOutcome(ranks).block():
-        meta, stored = _unharmed(path, ranks)
+        meta, stored = unharmed_parts(path, ranks)
         wanted = dict(tree.items(like))
         _require_same(path, stored, wanted)
         return tree.rebuild(like, [loaded(stored[name], x) for name, x in wanted.items()]), meta
@@ -210,7 +226,7 @@ def load_state(path: Path, like: Tree, ranks: Ranks = ALONE) -> tuple[Tree, dict
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one part of a state, such as "trainable", by their paths in it; InputError if a
     byte differs."""
-    _, stored = _unharmed(path, ALONE)
+    _, stored = unharmed_parts(path, ALONE)
     return {
         key.removeprefix(f"{name}."): read_region(parts, _whole(parts))
         for key, parts in stored.items()
@@ -240,51 +256,3 @@ def _require_same(
                 f"checkpoint: {path} holds {name} {dtype}{list(shape)}, expected "
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
-
-
-def _unharmed(path: Path, ranks: Ranks) -> tuple[dict[str, Any], dict[str, list[StoredPart]]]:
-    """(meta, parts of each tensor) of a state whose bytes are those that were written.
-
-    Each rank reads the bytes of its share of the files, and the headers of all.
-    """
-    try:
-        meta = unsealed(json.loads((path / META).read_bytes()))
-        expected = _expected(meta)
-        found = {
-            name: checksum(path / name)
-            for i, name in enumerate(expected)
-            if i % ranks.size == ranks.rank
-        }
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"checkpoint: {path} can't be read ({error}); remove it to continue from the step "
-            "before"
-        ) from None
-    for name, own in found.items():
-        if own.sha256 != expected[name]:
-            raise InputError(
-                f"checkpoint: {path / name} does not match its sha256; remove {path} to continue "
-                "from the step before"
-            )
-    files = [path / name for name in expected]
-    if extras := sorted(set(tensor_files(path)) - set(files)):
-        raise InputError(
-            f"checkpoint: {extras[0]} is no file of the state beside it, expected those that "
-            f"{META} names; move it away"
-        )
-    try:
-        return meta, read_parts(files)
-    except ValueError as error:
-        raise InputError(
-            f"checkpoint: {error}; remove {path} to continue from the step before"
-        ) from None
-
-
-def _expected(meta: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of each file of a state, by name; ValueError for what no save wrote."""
-    if "files" not in meta:
-        return {SINGLE: str(meta.get("sha256"))}
-    files = msgspec.convert(meta["files"], dict[str, Checksum])
-    if [*files] != [tensor_file(i, len(files)) for i in range(len(files))]:
-        raise ValueError(f"{META} names {', '.join([*files][:4])}, which are no files of a state")
-    return {name: file.sha256 for name, file in files.items()}

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -27,11 +26,8 @@ from minitune.programs.program import Program
 from minitune.programs.run_folder import Run
 from minitune.programs.state import PipelineStage, PipelineState, RankedStage
 from minitune.sharding.mesh import n_sharers
-from minitune.sharding.ranks import ALONE, Ranks
+from minitune.sharding.ranks import ALONE, TIMEOUT, Ranks
 
-# Ranks wait so long for the first one, which evaluates, generates and writes alone. One that has
-# died is noticed at once: its connections close.
-TIMEOUT = timedelta(days=1)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # flags of the run travel over gloo
 
 

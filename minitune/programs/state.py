@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minitune import tree
+from minitune.checkpoint.state_writer import StateWriter
 from minitune.data.source import Source
 from minitune.data.token_store import OnSample, no_one
 from minitune.io.results import Result
@@ -104,6 +105,7 @@ class PipelineState(NamedTuple):
     stages: Mapping[str, Any] = MappingProxyType({})
     ranks: Ranks = ALONE  # processes that share out the rows; the first one logs and writes
     sharding: Sharding | None = None  # how they share the weights; None: each holds all
+    state_writer: StateWriter | None = None  # of the stage that trains, on a rank that saves
 
     def is_stopping(self) -> bool:
         """True if a signal has asked any rank for the end; every rank asks at the same place."""

@@ -28,9 +28,9 @@ def lost_in_words() -> Iterator[None]:
         raise RankLostError(str(error)) from error
 
 
-def sum_over_ranks(values: Tree) -> Tree:
-    """Sum of every leaf over all ranks of the default process group, by one all-reduce for each
-    dtype and device.
+def sum_over_ranks(values: Tree, group: Any = None) -> Tree:
+    """Sum of every leaf over all ranks of a process group, the default one if None, by one
+    all-reduce for each dtype and device.
 
     Floating-point leaves are summed in float32 or wider, and stay so. Leaves of which each rank
     holds a part are gradients, which `gather` has summed over the axes that cut them: here they are
@@ -41,7 +41,7 @@ def sum_over_ranks(values: Tree) -> Tree:
     if not (dist.is_available() and dist.is_initialized()):
         return values
     leaves = tree.leaves(values)
-    group_of = {i: None for i, leaf in enumerate(leaves) if not is_sharded(leaf)}
+    group_of = {i: group for i, leaf in enumerate(leaves) if not is_sharded(leaf)}
     sums = _sums(leaves, group_of)
     placed = {i: placed_of(leaf) for i, leaf in enumerate(leaves) if is_sharded(leaf)}
     parts = local_parts(sums)

@@ -4,9 +4,10 @@ A single process has ALONE, for which every one of them is the identity.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from minitune.sharding.collectives import lost_in_words, sum_over_ranks
 from minitune.tree import Tree
 
 Part = TypeVar("Part")
+# Ranks wait so long for the first one, which evaluates, generates and writes alone. One that has
+# died is noticed at once: its connections close.
+TIMEOUT = timedelta(days=1)
 
 
 class Dealt(NamedTuple, Generic[Part]):
@@ -38,6 +42,7 @@ class Ranks(NamedTuple):
     local_rank: int = 0  # on this node
     # neighbours that work on the same rows together, such as each on some of their tokens
     sharers: int = 1
+    group: Any = None  # torch's process group that they talk through; None: the default one
 
     @property
     def is_first(self) -> bool:
@@ -60,7 +65,7 @@ class Ranks(NamedTuple):
 
     def sum(self, values: Tree) -> Tree:
         """Sum of every leaf over all ranks; the tree itself in a single process."""
-        return sum_over_ranks(values)
+        return sum_over_ranks(values, self.group)
 
     def any(self, flag: bool) -> bool:
         """True if the flag is set on any rank."""
@@ -68,12 +73,26 @@ class Ranks(NamedTuple):
             return flag
         with lost_in_words():
             n_set = torch.tensor(int(flag))
-            dist.all_reduce(n_set)
+            dist.all_reduce(n_set, group=self.group)
         return bool(n_set)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.any(False)
+
+    @contextmanager
+    def apart(self) -> Iterator["Ranks"]:
+        """Same ranks with a process group of their own, through which a thread may talk while
+        another one uses these. Every rank enters it.
+        """
+        if self.size == 1:
+            yield self
+            return
+        group: Any = dist.new_group(timeout=TIMEOUT, backend="gloo")
+        yield self._replace(group=group)
+        # not after an error: the other ends may be gone, and the default group's end is this one's
+        with suppress(RuntimeError):
+            dist.destroy_process_group(group)
 
     @contextmanager
     def first_on_node(self) -> Iterator[None]:
@@ -91,7 +110,7 @@ class Ranks(NamedTuple):
         if self.size == 1:
             return values
         with lost_in_words():
-            return tree.map(_broadcast, values)
+            return tree.map(lambda leaf: _broadcast(leaf, self.group), values)
 
     def text_from_first(self, text: str) -> str:
         """Text of rank 0; what the others give is ignored."""
@@ -122,9 +141,9 @@ def counted(evaluate: Callable[[Part], Tree]) -> Callable[[Dealt[Part]], Tree]:
     return of_dealt
 
 
-def _broadcast(leaf: Tensor) -> Tensor:
+def _broadcast(leaf: Tensor, group: Any) -> Tensor:
     """Leaf of rank 0, sent as bytes, because not every backend knows every dtype."""
     copy = leaf.detach().clone(memory_format=torch.contiguous_format)
     if copy.numel():
-        dist.broadcast(copy.view(-1).view(torch.uint8), src=0)
+        dist.broadcast(copy.view(-1).view(torch.uint8), src=0, group=group)
     return copy

@@ -156,7 +156,7 @@ def test_every_element_is_written_once_and_as_many_bytes_by_each(shapes: Any, si
                 placed = placed if placed[0] != placed[1] else [Replicate(), placed[1]]
                 state[name] = shard_leaf(x, placed, mesh)
                 copied = copied and not isinstance(state[name], DTensor)
-            own = parts_to_write(state, Ranks(rank, n))
+            own = parts_to_write(state, Ranks(rank, n)).parts
         for name, part in own.items():
             at = tuple(slice(i, i + size) for i, size in zip(part.offset, part.tensor.shape, strict=True))
             assert same_bits(part.tensor, wholes[name][at].contiguous())
@@ -182,10 +182,15 @@ def test_any_region_is_read_in_any_pieces(chunk_bytes: int, saved: Path, monkeyp
             assert same_bits(read_region(stored["trainable.expert.w"], Region(offset, shape)), w[at].contiguous())
 
 
-@pytest.mark.parametrize("at_rank", [0, 1])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
-def test_a_failure_of_any_operation_of_a_rank_ends_the_save_on_all(at_rank: int, code: int, ranks: Pool, tmp_path: Path) -> None:
-    first, second = ranks.run(2, failing_saves, tmp_path, at_rank, code)
+@pytest.mark.parametrize(
+    ("at_rank", "code", "in_background"),
+    [(0, errno.ENOSPC, False), (1, errno.EIO, False), (0, errno.EIO, True), (1, errno.ENOSPC, True)],
+    ids=["full", "broken", "broken in the background", "full in the background"],
+)
+def test_a_failure_of_any_operation_of_a_rank_ends_the_save_on_all(
+    at_rank: int, code: int, in_background: bool, ranks: Pool, tmp_path: Path
+) -> None:
+    first, second = ranks.run(2, failing_saves, tmp_path, at_rank, code, in_background)
     assert first == second
     *failed, last = first
     assert last == ("", [1, 2, 3])
@@ -196,11 +201,11 @@ def test_a_failure_of_any_operation_of_a_rank_ends_the_save_on_all(at_rank: int,
     assert all(error for error, steps in failed if steps == [1, 2])
 
 
-@pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_that_dies_amid_a_save_leaves_the_state_before(dying: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dying", "how"), [(0, "at-once"), (1, "at-once"), (1, "in-background")])
+def test_a_rank_that_dies_amid_a_save_leaves_the_state_before(dying: int, how: str, tmp_path: Path) -> None:
     script = TESTS / "support" / "scripts" / "rank_dies_saving.py"
     folder = tmp_path / "states"
-    finished = run_command([sys.executable, str(script), str(folder), str(dying)], 2, tmp_path)
+    finished = run_command([sys.executable, str(script), str(folder), str(dying), how], 2, tmp_path)
     assert finished.outputs[dying] == ""
     assert finished.outputs[1 - dying] == "lost a rank\n"
     assert [path.name for path in checkpoint.list_states(folder)] == ["step-00000001"]

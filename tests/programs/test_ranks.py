@@ -152,7 +152,8 @@ name = "full-train"
 data = "train"
 steps = 3
 batch_size = 3
-save_every = 2
+save_every = 1
+save_in_background = true
 optimizer = { kind = "adamw", lr = 0.002 }
 evaluate = { data = "heldout", every = 2, batch_size = 8 }
 [[stage]]
@@ -260,7 +261,7 @@ def test_a_signal_ends_all_processes_with_a_saved_state_that_one_process_continu
 @pytest.mark.soak
 def test_a_run_goes_from_two_ranks_to_three_to_one_through_signals_and_a_kill(tmp_path: Path, tiny: Path):
     """Under a plan: stopped in LoRA on two ranks, in full training on three, killed on two, ended by one process."""
-    longer = ["lora-train.steps=12", "full-train.steps=12"]
+    longer = ["lora-train.steps=12", "full-train.steps=12", "lora-train.save_in_background=true"]
     assert main([written(tmp_path, tiny, "straight", SHARED), f"out={tmp_path}", *longer]) == 0
     program = written(tmp_path, tiny, "moved", SHARED)
     for n_ranks, stage, step, victim in ((2, "lora-train", 5, None), (3, "full-train", 3, None), (2, "full-train", 8, 1)):

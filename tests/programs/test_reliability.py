@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,22 @@ def finished(folder: Path) -> tuple[float, list[str], list[dict[str, Any]]]:
 ERRORS = [Killed(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken"), OSError(errno.EDQUOT, "quota")]
 
 
+@pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
 @pytest.mark.parametrize("error", ERRORS, ids=str)
-def test_a_loop_that_dies_at_any_operation_of_its_files_ends_as_the_straight_one(error: BaseException, tmp_path: Path) -> None:
+def test_a_loop_that_dies_at_any_operation_of_its_files_ends_as_the_straight_one(
+    error: BaseException, in_background: bool, tmp_path: Path
+) -> None:
+    stage = msgspec.structs.replace(SHORT, save_in_background=in_background)
     expected = finished(tmp_path / "straight")
     for k in itertools.count(1):
         folder = tmp_path / str(k)
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(patch, k, error)
             with contextlib.suppress(Killed, OSError, InputError):
-                train(folder, Numbers(skipped=(2,)), SHORT)
+                train(folder, Numbers(skipped=(2,)), stage)
+            for thread in threading.enumerate():
+                if thread.name == "save":  # of a process that has died, in its end
+                    thread.join()
         assert finished(folder) == expected
         shutil.rmtree(folder)
         if faults.left > 0:

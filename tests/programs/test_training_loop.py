@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from minitune import checkpoint
+from minitune.checkpoint import state_writer
 from minitune.errors import InputError
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.signals import Stopped
-from minitune.programs.stages import loop_saves, loop_state, step_lines
+from minitune.programs.stages import loop_state, step_lines
 from minitune.programs.stages.loop_state import MAX_SKIPPED
 from minitune.programs.stages.training_stage import Evaluation
 from support.numbers import STAGE, Numbers, Power, train
@@ -102,9 +103,9 @@ def test_what_a_kill_left_behind_is_removed_at_the_next_start(tmp_path: Path) ->
 
 def test_rows_are_on_the_disk_before_a_state_that_counts_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, save = Log.sync, loop_saves.save_state
+    sync, save = Log.sync, state_writer.save_parts
     monkeypatch.setattr(Log, "sync", lambda self: (events.append("rows"), sync(self))[1])
-    monkeypatch.setattr(loop_saves, "save_state", lambda *args: (events.append("state"), save(*args))[1])
+    monkeypatch.setattr(state_writer, "save_parts", lambda *args: (events.append("state"), save(*args))[1])
     train(tmp_path, Numbers())
     assert events == ["rows", "state"] * 6
 

@@ -74,5 +74,5 @@ def train(
     with StopSignals() as stopping, Log(folder, LogConfig(), {}) as log:
         log.begin(stage.label)
         state = PipelineState(0, folder, log, stopping, {}, {}, loaded)
-        after, loop = training_loop.train(stage, state, trained, loop_state.begin(1), numbers.task)
+        after, loop = training_loop.train(stage, state, trained, loop_state.begin(1), lambda _: numbers.task())
     return after["trainable"]["x"], loop

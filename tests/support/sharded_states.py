@@ -13,6 +13,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.algorithms.objective import split_trainable
 from minitune.checkpoint.state import list_states, load_state, save_state
+from minitune.checkpoint.state_writer import state_writer
 from minitune.models.weights import dims
 from minitune.quant.tensors import QInt8
 from minitune.sharding.mesh import device_mesh
@@ -102,7 +103,7 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8))
 
 
-def failing_saves(folder: Path, at_rank: int, code: int) -> list[tuple[str, list[int]]]:
+def failing_saves(folder: Path, at_rank: int, code: int, in_background: bool) -> list[tuple[str, list[int]]]:
     """(error, steps that are there afterwards) of saves whose k-th operation fails on one rank, for every k."""
     ranks, layout = these_ranks(), "rows of 2"
     outcomes = []
@@ -115,7 +116,10 @@ def failing_saves(folder: Path, at_rank: int, code: int) -> list[tuple[str, list
             if ranks.rank == at_rank:
                 faults = Faults(patch, k, OSError(code, os.strerror(code)))
             try:
-                save_state(place, 3, state, {"cursor": [3]}, 9, ranks)
+                with state_writer(ranks, in_background=in_background) as writer:
+                    assert writer is not None
+                    writer.save(place, 3, state, {"cursor": [3]}, 9)
+                    state = None  # what is written is a copy
             except (OSError, ValueError) as caught:
                 error = f"{type(caught).__name__}: {caught}"
         ranks.barrier()

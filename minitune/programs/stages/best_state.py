@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitune.checkpoint.state import load_state, save_state
+from minitune.checkpoint.state import load_state
 from minitune.errors import InputError
 from minitune.programs.stages.loop_state import LoopState
 from minitune.programs.stages.training_stage import TrainingStage
@@ -17,10 +17,9 @@ def save_best(
     loop: LoopState,
 ) -> None:
     """Save a tree as the best so far."""
-    if state.savers is None:
-        return
-    tensors, meta = {"trainable": trainable}, {"loss_nats": loop.nats[0]}
-    save_state(_folder(stage, state), loop.step, tensors, meta, ranks=state.savers)
+    if state.state_writer is not None:
+        tensors, meta = {"trainable": trainable}, {"loss_nats": loop.nats[0]}
+        state.state_writer.save(_folder(stage, state), loop.step, tensors, meta, keep=2)
 
 
 def load_best(

@@ -64,7 +64,7 @@ def run(
     train_state = _begin(stage, members, state.loaded.params)
     begin = loop_state.begin(len(members), n_orders=len(_seeds(members)))
     train_state, loop = training_loop.train(
-        stage, state, train_state, begin, lambda: _task(stage, state, model, members)
+        stage, state, train_state, begin, lambda _: _task(stage, state, model, members)
     )
 
     state.log.show(_table(stage.label, members, loop))

@@ -112,6 +112,8 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
     evaluate: Evaluation | None = None  # loss on held-out data on the way; the best state goes on
     save_every: PositiveInt = 100  # steps between two saved states
     keep: PositiveInt = 2  # saved states on the disk: the newest ones, and the best besides
+    # write states while steps go on, from a copy in the host's memory; on an accelerator if absent
+    save_in_background: bool | None = None
     # Compute blocks again in the backward: less memory, a third more work. All of them (true), only
     # so many that the others fit with their inputs in memory such as "8 GiB", or all with their
     # inputs kept in the host's memory ("host").
@@ -181,7 +183,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
             state,
             train_state,
             loop_state.begin(1),
-            lambda: self._task(state, optimizer, n_rows),
+            lambda writing: self._task(writing, optimizer, n_rows),
         )
 
         trainable = train_state["trainable"]
@@ -293,7 +295,5 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return self.evaluate.batch_size or default
 
     def n_remat(self, model: Model, params: Params, n_tokens: int) -> int:
-        """Number of blocks to compute again in the backward of rows of n_tokens; InputError for too
-        small a budget.
-        """
+        """Blocks that a backward of rows of n_tokens computes again; InputError for a low bound."""
         return training_model.n_remat(self.remat, model, params, self.n_rows, n_tokens)

@@ -26,7 +26,13 @@ from minitune.programs.stages.base import peak_mem_bytes
 from minitune.programs.stages.continued import continued
 from minitune.programs.stages.due import due_after, n_waiting
 from minitune.programs.stages.expected_time import expected_time
-from minitune.programs.stages.loop_saves import save, save_or_stop, state_folder
+from minitune.programs.stages.loop_saves import (
+    committed,
+    save,
+    save_or_stop,
+    state_folder,
+    writing_states,
+)
 from minitune.programs.stages.loop_state import LoopState, MetricValues, Row
 from minitune.programs.stages.queued_step import QueuedStep, reading
 from minitune.programs.stages.step_lines import say_heldout, show_step
@@ -70,35 +76,36 @@ def train(
     state: PipelineState,
     train_state: Tree,
     loop: LoopState,
-    prepare: Callable[[], TrainingTask],
+    prepare: Callable[[PipelineState], TrainingTask],
 ) -> tuple[Tree, LoopState]:
     """(train_state, loop) when the stage is finished; it goes on from the newest state in the run
     folder.
 
-    prepare() is skipped if the run had already finished the stage. Raises Stopped after a signal,
-    when the state is saved, and InputError after MAX_SKIPPED steps in a row that changed nothing.
+    prepare(state), of the state with its writer, is skipped if the run had already finished the
+    stage. Raises Stopped after a signal, when the state is saved, and InputError after MAX_SKIPPED
+    steps in a row that changed nothing.
     """
     folder = state_folder(stage, state)
     train_state, loop = continued(stage, state, folder, train_state, loop)
-    starts_measured = _measures_at_start(stage, loop)
     if stage.label in state.ended:
         return train_state, loop
     if loop.is_finished(stage) and not loop.unlogged_rows:
         return train_state, loop
-    if starts_measured:
+    if _measures_at_start(stage, loop):
         state.log.rewind(-1)  # the row of an evaluation that was not saved
-    with state.stopping.at_once(loop.step, folder):
-        task = _with_ranges(prepare())
-    # From here on a signal waits until the state can be saved.
-    shown = state.log.progress(stage.label, stage.steps, loop.step)
     device = device_of(state.loaded.params, train_state["trainable"])
-    recording = Recording(stage, state, device)
-    with state.stopping.after_step(), shown as progress, recording:
-        if starts_measured:
-            train_state, loop = _evaluate_at_start(stage, state, task, train_state, loop)
-        if loop.unlogged_rows:
-            train_state, loop = _finish_evaluation(stage, state, task, train_state, loop)
-        return _take_steps(stage, state, task, train_state, loop, progress, recording)
+    with writing_states(stage, state, device) as state:
+        with state.stopping.at_once(loop.step, folder):
+            task = _with_ranges(prepare(state))
+        # From here on a signal waits until the state can be saved.
+        shown = state.log.progress(stage.label, stage.steps, loop.step)
+        recording = Recording(stage, state, device)
+        with state.stopping.after_step(), shown as progress, recording:
+            if _measures_at_start(stage, loop):
+                train_state, loop = _evaluate_at_start(stage, state, task, train_state, loop)
+            if loop.unlogged_rows:
+                train_state, loop = _finish_evaluation(stage, state, task, train_state, loop)
+            return _take_steps(stage, state, task, train_state, loop, progress, recording)
 
 
 def _take_steps(
@@ -231,6 +238,7 @@ def _evaluate(
         # logs them.
         unlogged = msgspec.structs.replace(loop, unlogged_rows=json.dumps(rows))
         save(stage, state, train_state, unlogged)
+        committed(state)
         raise Stopped(loop.step, folder) from None
     assert stage.evaluate is not None, "an evaluation has its table"
     loop, improved = loop.after_evaluation(nats, stage.evaluate.min_delta)

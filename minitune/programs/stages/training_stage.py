@@ -12,7 +12,7 @@ from minitune.optim.registry import Optimizer
 from minitune.optim.schedules import Schedule
 from minitune.types import NonNegativeFloat, OpenUnitInterval, PositiveInt
 
-FREE_KEYS = ("save_every", "keep", "micro_batch_size", "remat", "compiled")
+FREE_KEYS = ("save_every", "keep", "save_in_background", "micro_batch_size", "remat", "compiled")
 Sweep = dict[str, tuple[Any, ...]] | tuple[dict[str, Any], ...]  # a grid, or its points one by one
 
 
@@ -114,6 +114,11 @@ class TrainingStage(Protocol):
     @property
     def keep(self) -> int:
         """Number of saved states that stay on the disk."""
+        ...
+
+    @property
+    def save_in_background(self) -> bool | None:
+        """True: states are written while steps are taken; None: on an accelerator."""
         ...
 
     @property

@@ -1,8 +1,9 @@
 """Kill a training loop by SIGKILL at random instants and continue it, N times: killed_loops.py FOLDER N SEED.
 
 A child takes the steps of support.numbers with a state of 64 KiB saved after each, and an evaluation after every
-second. It names every step whose save has returned on a pipe, so that it is known what was committed when it died.
-Whenever a run is finished it is compared with a straight one, and a fresh one begins. Prints counts as JSON.
+second; every other child saves in the background. It names every step whose save has returned on a pipe, so that it
+is known what was committed when it died. Whenever a run is finished it is compared with a straight one, and a fresh
+one begins. Prints counts as JSON.
 """
 
 import json
@@ -17,7 +18,7 @@ import msgspec
 import torch
 
 from minitune import checkpoint
-from minitune.programs.stages import loop_saves
+from minitune.checkpoint import state_writer
 from minitune.programs.stages.training_stage import Evaluation
 from support.numbers import STAGE, Numbers, train
 
@@ -33,9 +34,9 @@ class Large(Numbers):
         return after, metrics
 
 
-def take_steps(folder: Path, reports: int | None = None) -> tuple[list[float], list[str]]:
-    """(values of the trained leaf, rows without times) of a finished loop."""
-    save = loop_saves.save_state
+def take_steps(folder: Path, reports: int | None = None, *, in_background: bool = False) -> tuple[list[float], list[str]]:
+    """(values of the trained leaf, rows without times) of a finished loop, which saves at once or in the background."""
+    save = state_writer.save_parts
 
     def reported(where: Path, step: int, *args: object) -> Path:
         path = save(where, step, *args)
@@ -43,21 +44,22 @@ def take_steps(folder: Path, reports: int | None = None) -> tuple[list[float], l
             os.write(reports, b"%d\n" % step)
         return path
 
-    loop_saves.save_state = reported
+    state_writer.save_parts = reported
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     numbers = Large(skipped=(4,))
-    x = train(folder, numbers, STAGE_OF_KILLS, torch.zeros(2**14))[0]
+    stage = msgspec.structs.replace(STAGE_OF_KILLS, save_in_background=in_background)
+    x = train(folder, numbers, stage, torch.zeros(2**14))[0]
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     timeless = [{key: row[key] for key in row if key not in ("tokens_per_second", "mem_bytes")} for row in rows]
     return x.tolist(), [json.dumps(row) for row in timeless]
 
 
-def child(folder: Path, reports: int) -> int:
+def child(folder: Path, reports: int, *, in_background: bool) -> int:
     """Process that trains in a folder."""
     pid = os.fork()
     if pid == 0:
-        take_steps(folder, reports)
+        take_steps(folder, reports, in_background=in_background)
         os._exit(0)
     return pid
 
@@ -72,7 +74,7 @@ def main(root: Path, n: int, seed: int) -> dict[str, int]:
         folder = root / f"run-{number}"
         folder.mkdir(exist_ok=True)
         reader, writer = os.pipe()
-        pid = child(folder, writer)
+        pid = child(folder, writer, in_background=counts["kills"] % 2 == 1)
         os.close(writer)
         with os.fdopen(reader) as file:
             # An instant anywhere in the run: so many steps after its start, and up to two steps' time more.

@@ -1,4 +1,4 @@
-"""Rank of a run that saves a state, and then another one, amid which the process of one rank ends: FOLDER RANK."""
+"""Rank of a run that saves a state, and then another one, amid which the process of one rank ends: FOLDER RANK HOW."""
 
 import hashlib
 import os
@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 from minitune.checkpoint.state import save_state
+from minitune.checkpoint.state_writer import state_writer
 from minitune.errors import RankLostError
 from minitune.sharding.mesh import device_mesh
 from minitune.sharding.placements import shard_leaf
 from minitune.sharding.ranks import Ranks
 
-FOLDER, DYING = Path(sys.argv[1]), int(sys.argv[2])
+FOLDER, DYING, IN_BACKGROUND = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "in-background"
 
 
 class Ending:
@@ -40,7 +41,9 @@ save_state(FOLDER, 1, state, {}, ranks=ranks)
 if ranks.rank == DYING:
     hashlib.sha256 = lambda *_: Ending()  # type: ignore[assignment]
 try:
-    save_state(FOLDER, 2, state, {}, ranks=ranks)
+    with state_writer(ranks, in_background=IN_BACKGROUND) as writer:
+        assert writer is not None
+        writer.save(FOLDER, 2, state, {}, None)
     print("saved", flush=True)
 except RankLostError:
     print("lost a rank", flush=True)
