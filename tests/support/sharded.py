@@ -24,7 +24,7 @@ from minitune.models.probe import Probe
 from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
-from minitune.quant.schemes import Int8, quantize
+from minitune.quant.schemes import NF4, Int8, quantize
 from minitune.sharding.context import ContextParallel, context_of
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh, n_sharers
@@ -50,13 +50,16 @@ class Case(NamedTuple):
     n_remat: int = 0
     dtype: torch.dtype = torch.float32  # of the weights that are not trained
     n_steps: int = 2
+    base: str = "dense"  # dense, int8 or nf4: what the linear maps of a frozen base are
+    is_packed: bool = True
+    optimizer: Any = AdamW(lr=0.01, weight_decay=0.1)
 
 
 def rows_of(case: Case, n_rows: int, seed: int, mask: Tensor | None = None) -> Any:
     """Batch of a case; mask [n_rows] leaves out the targets of a row."""
 
     def batch(seed: int) -> Batch:
-        rows = random_batch(case.config, n_rows, 11, seed)
+        rows = random_batch(case.config, n_rows, 11, seed, packed=case.is_packed)
         return rows if mask is None else rows._replace(loss_mask=rows.loss_mask & mask[:, None])
 
     return Pairs(batch(seed), batch(seed + 1)) if case.loss == "dpo" else batch(seed)
@@ -70,6 +73,9 @@ def trained(
     ranks: which deal out batches that all have; without them each has its own.
     """
     params: Any = random_params(case.config, dtype=case.dtype)
+    if case.base != "dense":
+        scheme = {"int8": Int8(), "nf4": NF4()}[case.base]
+        params |= {name: quantize(w, scheme) for name, w in params.items() if name.endswith("_proj.weight")}
     context = None
     if plan is not None:
         devices = device_mesh(mesh or {}, "cpu")
@@ -97,7 +103,7 @@ def step_of(
 ) -> Step:
     """Step of a case, with the base or a second model as its reference."""
     model = model_of(case.config)._replace(n_remat=case.n_remat, context=context)
-    optimizer = AdamW(lr=0.01, weight_decay=0.1)
+    optimizer = case.optimizer
     how: Any = {"micro_batch": case.micro_batch, "ranks": ranks}
     if case.loss == "dpo":
         reference = {} if lora is not None else trainable
