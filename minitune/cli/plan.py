@@ -19,6 +19,7 @@ from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import data_facts
 from minitune.programs.plan import Planned, PlanTarget, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
+from minitune.programs.plan_parts import biggest_file
 from minitune.programs.plan_time import (
     PlannedTime,
     keep_machine,
@@ -75,7 +76,8 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     if options.measure:
         keep_freed()  # as a run does
         bound_kernel_cache()
-        devices = _measured(stages, data_facts(first, source.stage, source.seed).tables)
+        tables = data_facts(first, source.stage, source.seed).tables
+        devices = _measured(stages, tables, biggest_file(source.model))
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
     plans = [_stage_plan(one, target, devices) for one in stages]
@@ -110,10 +112,13 @@ def _target(options: Any) -> PlanTarget:
     return PlanTarget(None if options.device is None else open_device(options.device), mesh)
 
 
-def _measured(stages: Sequence[Planned], tables: Mapping[str, Any]) -> dict[str, Device]:
+def _measured(
+    stages: Sequence[Planned], tables: Mapping[str, Any], file: Path | None
+) -> dict[str, Device]:
     """This machine by training stage, with what that attains on it."""
     step = stages[0].step
-    here = measured_machine(step.device, step.params["model.embed_tokens.weight"].dtype)
+    dtype = step.params["model.embed_tokens.weight"].dtype
+    here = measured_machine(step.device, dtype, file=file)
     return {
         one.stage.label: measured(one, tables[one.stage.data], here)
         for one in stages
@@ -158,6 +163,7 @@ def _times(time: PlannedTime) -> dict[str, Any]:
         "sent_bytes": step.sent._asdict(),
         "links_s": {"beside_products": step.overlapped_s, "after_products": step.exposed_s},
         "hidden": step.hides_overlapped,
+        "fetched": {"bytes": step.fetched, "s": step.fetched_s, "hidden": step.hides_fetched},
     }
 
 

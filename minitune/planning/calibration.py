@@ -1,6 +1,8 @@
 """Time of a step measured on a few of its layers, and the rates of the machine that it runs on."""
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ FEW, MORE = 1, 3  # layers of the two models that are timed
 N_RUNS = 3  # of each, after one that is not counted
 LONGEST_S = 1.5  # about, of one run: fewer rows are taken where all would take longer
 WIDTH, COPIED_BYTES = 1024, 2**27  # of the matrices that are multiplied, of what is copied
+READ_BYTES = 2**23  # of a file at a time
 
 
 class Rows(NamedTuple):
@@ -37,8 +40,11 @@ class Rows(NamedTuple):
     n_documents: int = 1  # of a row
 
 
-def machine(device: torch.device, dtype: torch.dtype, clock: Clock = perf_counter) -> Device:
-    """Figures of the machine that this runs on: the rate of one product and of one copy.
+def machine(
+    device: torch.device, dtype: torch.dtype, clock: Clock = perf_counter, file: Path | None = None
+) -> Device:
+    """Figures of the machine that this runs on: the rate of one product and of one copy, and of
+    reading a file where there is one.
 
     It stands alone, and no training has attained anything on it yet.
     """
@@ -52,6 +58,10 @@ def machine(device: torch.device, dtype: torch.dtype, clock: Clock = perf_counte
     on_accelerator = hardware.is_accelerator(device)
     memory = hardware.total_bytes(device) if on_accelerator else host.total_bytes()
     bandwidth = 2 * COPIED_BYTES / copied_s
+    from_host = None
+    if hardware.capabilities(device).streams:
+        there = hardware.pinned(torch.ones(COPIED_BYTES // 4))
+        from_host = COPIED_BYTES / _median_s(lambda: there.to(device), device, clock)
     return Device(
         kind=device.type,  # pyright: ignore[reportArgumentType]
         memory_bytes=memory,
@@ -61,7 +71,23 @@ def machine(device: torch.device, dtype: torch.dtype, clock: Clock = perf_counte
         node_bytes_per_s=bandwidth,
         n_per_node=1,
         attained=1.0,
+        host_bytes_per_s=from_host,
+        disk_bytes_per_s=None if file is None else read_rate(file, clock),
     )
+
+
+def read_rate(file: Path, clock: Clock = perf_counter) -> float:
+    """Bytes a second of reading the first part of a file, of which the system keeps nothing in
+    memory where it lets one say so.
+    """
+    n_bytes, started = 0, 0.0
+    with file.open("rb", buffering=0) as opened:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started = clock()
+        while n_bytes < COPIED_BYTES and (piece := opened.read(READ_BYTES)):
+            n_bytes += len(piece)
+    return n_bytes / (clock() - started)
 
 
 def measured_step_s(

@@ -22,6 +22,7 @@ from minitune.nn.head import head_chunk, rows_at_once
 from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.planning.alike import representatives
 from minitune.planning.mesh import Mesh, divided_bytes, local_bytes
+from minitune.planning.offloading import resident
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params
@@ -113,7 +114,8 @@ def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -
     """Parts that are in memory all through a step."""
     trained = step.trainable
     whole = {name for name, leaf in trained.items() if isinstance(leaf, Tensor)}
-    frozen = {name: w for name, w in step.params.items() if not (name in whole and forward.whole)}
+    here = resident(step.params, step.blocks)
+    frozen = {name: w for name, w in here.items() if not (name in whole and forward.whole)}
     # b times its scale, as well as b
     deltas = trained.items() if forward.deltas else ()
     scaled = {name: leaf._replace(a=leaf.b[:0]) for name, leaf in deltas if isinstance(leaf, Delta)}
@@ -121,7 +123,8 @@ def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -
     second_model = local_bytes(step.reference, mesh)
     if teacher is not None:
         of_teacher = mesh.for_model(teacher.model.config)
-        second_model = second_model + local_bytes(teacher.params, of_teacher)
+        weights = resident(teacher.params, step.teacher_blocks)
+        second_model = second_model + local_bytes(weights, of_teacher)
     return {
         "weights": local_bytes(frozen, mesh),
         "second model": second_model,

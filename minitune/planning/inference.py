@@ -10,6 +10,7 @@ from minitune.models import decoder
 from minitune.planning.alike import first_alike
 from minitune.planning.forward import StepForward, constant_parts, head_bytes, reduced, step_forward
 from minitune.planning.memory import peak_memory
+from minitune.planning.offloading import arriving_bytes
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
 
 
@@ -49,7 +50,8 @@ def answer_memory(step: StepSpec, n_new: int) -> Parts:
 def _constant_parts(step: StepSpec) -> Parts:
     """Parts that are in memory while nothing trains."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return constant_parts(step, _without_gradients(step, 1, 1), 0)
+        parts = constant_parts(step, _without_gradients(step, 1, 1), 0)
+    return {**parts, "gathered": arriving_bytes(step)}
 
 
 def _loss_memory(step: StepSpec, n_rows: int, n_tokens: int) -> Parts:

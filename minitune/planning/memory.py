@@ -25,6 +25,7 @@ from minitune.planning.forward import (
     step_forward,
 )
 from minitune.planning.mesh import divided_bytes, local_bytes, local_part
+from minitune.planning.offloading import arriving_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Params, wide_dtype
@@ -63,8 +64,8 @@ class Backward(NamedTuple):
     """Bytes in memory while the backward goes through the blocks."""
 
     always: Parts
-    # weights that are gathered: of the block that computes and of the one that is next, in the
-    # backward of every block once more
+    # weights that are gathered or fetched: of the block that computes and of the one that is next,
+    # in the backward of every block once more
     arriving: int
     copies: Sequence[int]  # that the forward of each block computes with
     activations: Sequence[int]  # of each block
@@ -94,7 +95,7 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     block_copies = forward.bytes_by_block(copies)
     earlier = _sum_bytes(step) if step.n_micro_batches > 1 else 0
     activations = [block.kept for block in blocks]
-    arriving = 2 * max(forward.gathered_by_block())
+    arriving = 2 * max(forward.gathered_by_block()) + arriving_bytes(step)
     backward = Backward(always, arriving, block_copies, activations, earlier)
 
     mesh = step.mesh

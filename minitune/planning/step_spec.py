@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from minitune.optim.transforms import GradientTransformation
 from minitune.planning.mesh import ALONE, Mesh
 from minitune.types import Params, Trainable
 
+BlockPlace = Literal["device", "host", "disk"]  # where frozen blocks lie
 Parts = Mapping[str, int]  # what is in memory -> its bytes
 # id, segment and mask of a token as they come, the same moved to the place that predicts them, the
 # places of targets
@@ -46,3 +47,6 @@ class StepSpec(NamedTuple):
     offloaded: bool = False
     # of the ranks; all that trains and all weights are divided as it says, and n_rows are a rank's
     mesh: Mesh = ALONE
+    # of the model and of the teacher; what trains lies on the device
+    blocks: BlockPlace = "device"
+    teacher_blocks: BlockPlace = "device"

@@ -1,7 +1,8 @@
 """Least time that a step can take on a device, and the time that is expected of it.
 
 The roof of Williams, Waterman & Patterson 2009, doi 10.1145/1498765.1498785: what a step
-multiplies, moves through memory and sends, each at the rate of the device; the slowest binds.
+multiplies, moves through memory, sends and fetches, each at the rate of the device; the slowest
+binds.
 """
 
 from typing import Literal, NamedTuple
@@ -9,10 +10,11 @@ from typing import Literal, NamedTuple
 from minitune import hardware, tree
 from minitune.planning.devices import Device
 from minitune.planning.mesh import local_bytes
+from minitune.planning.offloading import fetch_rate, fetched_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.planning.traffic import Traffic, replica_link, shard_link, traffic
 
-Resource = Literal["products", "memory", "links"]
+Resource = Literal["products", "memory", "links", "copies"]
 # reads and writes of what trains in an update: the gradient and each moment are read, and what
 # changes is written; of an activation: it is written, read by what follows, and by the backward
 UPDATE_PASSES, ACTIVATION_PASSES = 2, 3
@@ -27,11 +29,14 @@ class Timing(NamedTuple):
     exposed_s: float  # summing gradients between copies, when all products are done
     expected_s: float
     sent: Traffic
+    fetched: int = 0  # bytes of frozen blocks that come to the device, from the host or a file
+    fetched_s: float | None = 0.0  # bringing them, beside the products; None: how fast is not known
 
     @property
     def roof_s(self) -> float:
         """Least time of a step."""
-        return max(self.products_s, self.memory_s, self.overlapped_s) + self.exposed_s
+        beside = max(self.overlapped_s, self.fetched_s or 0.0)
+        return max(self.products_s, self.memory_s, beside) + self.exposed_s
 
     @property
     def binds(self) -> Resource:
@@ -41,8 +46,14 @@ class Timing(NamedTuple):
             "products": self.products_s,
             "memory": self.memory_s,
             "links": of_links,
+            "copies": self.fetched_s or 0.0,
         }
         return max(seconds, key=lambda name: seconds[name])
+
+    @property
+    def hides_fetched(self) -> bool:
+        """True if frozen blocks come in less time than the products are expected to take."""
+        return (self.fetched_s or 0.0) < self.expected_s - self.exposed_s
 
     @property
     def hides_overlapped(self) -> bool:
@@ -60,9 +71,15 @@ def timing(step: StepSpec, flops_per_token: float, parts: Parts, device: Device)
     sent = traffic(step)
     overlapped_s = (sent.gathered + sent.scattered) / shard_link(step.mesh, device)
     exposed_s = sent.summed / replica_link(step.mesh, device)
+    fetched, fetched_s = fetched_bytes(step), 0.0
+    if fetched:
+        speed = fetch_rate(step.blocks, device)
+        fetched_s = None if speed is None else fetched / speed
     # what a training attains of the products has its other operations in it
-    expected_s = max(products_s / device.attained, overlapped_s) + exposed_s
-    return Timing(products_s, memory_s, overlapped_s, exposed_s, expected_s, sent)
+    attained_s = products_s / device.attained
+    expected_s = max(attained_s, overlapped_s, fetched_s or 0.0) + exposed_s
+    seconds = products_s, memory_s, overlapped_s, exposed_s, expected_s
+    return Timing(*seconds, sent, fetched, fetched_s)
 
 
 def _moved_bytes(step: StepSpec, parts: Parts) -> float:

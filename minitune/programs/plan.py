@@ -29,7 +29,8 @@ from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
 from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
-from minitune.programs.plan_parts import kept_codes, of_rank, quantized_params
+from minitune.programs.offloading import refuse_plan
+from minitune.programs.plan_parts import blocks_of, kept_codes, of_rank, quantized_params
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval
@@ -138,6 +139,9 @@ def planned(
     Those without one take as many tokens as a step. InputError for what would stop the program.
     first: the state before the first stage, where a check has found it.
     """
+    models = models_of(source.model, source.stage)
+    if target.mesh.n_shards > 1 and any(model.offload is not None for model in models):
+        refuse_plan("fsdp")
     plan = PlanState(first or first_state(source), source.model, target)
     for stage in source.stage:
         plan = plan.after(stage)
@@ -173,6 +177,7 @@ def _planned_forward(stage: Eval | Generate, plan: PlanState) -> Planned:
         n_rows,
         source.max_seq_len,
         mesh=plan.target.mesh.for_model(plan.abstract.model.config),
+        blocks=blocks_of(plan.source, device),
     )
     memory = partial(_forward_memory, stage, source.format != "text")
     flops = flops_per_token(step.model, {}, step.n_tokens)
@@ -218,6 +223,8 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
         _teacher(stage, abstract, plan.target),
         stage.remat == HOST and hardware.capabilities(device).streams,
         plan.target.mesh.for_model(abstract.model.config),
+        blocks_of(plan.source, device),
+        blocks_of(stage.teacher, device),
     )
 
 

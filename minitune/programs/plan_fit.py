@@ -148,7 +148,12 @@ def _smaller_step(one: Planned, stage: Train, found: Fit) -> Iterator[Change]:
         of_optimizer = 'optimizer = { kind = "adamw8bit", lr = 1e-4 }  # and your learning rate'
         yield Change(words, [*toml, of_optimizer], step._replace(optimizer=AdamW8bit(lr=0.0)))
         return
-    yield _nf4(step, toml)
+    nf4 = _nf4(step, toml)
+    yield nf4
+    place = "host" if hardware.is_accelerator(step.device) else "disk"
+    of_model = ["", "# in [model]", f'offload = "{place}"']
+    away = nf4.step._replace(blocks=place)
+    yield Change(f"and model.offload={place}", [*nf4.toml, *of_model], away)
 
 
 def _largest(one: Planned, smallest: StepSpec, found: Fit) -> StepSpec:

@@ -1,12 +1,17 @@
-"""Weights as codes, and the stage of one rank, for plans."""
+"""Weights as codes or off the device, and the stage of one rank, for plans."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
+import torch
 
+from minitune import hardware
 from minitune.checkpoint.hf_weights import once_quantized
+from minitune.checkpoint.weight_files import weight_files
 from minitune.io.paths import locate
 from minitune.planning.mesh import Mesh
+from minitune.planning.step_spec import BlockPlace
 from minitune.programs.loading import ModelSource
 from minitune.programs.stages.train import Train
 from minitune.quant.schemes import Scheme, quantize
@@ -17,6 +22,21 @@ from minitune.types import Params
 def of_rank(stage: Train, mesh: Mesh) -> Train:
     """Stage as one rank runs it: with its share of the rows of a batch, which is one at least."""
     return msgspec.structs.replace(stage, batch_size=-(-stage.batch_size // mesh.n_ranks))
+
+
+def blocks_of(source: ModelSource | None, device: torch.device) -> BlockPlace:
+    """Place of the frozen blocks of a model whose other weights lie on a device."""
+    if source is None or source.offload is None:
+        return "device"
+    is_there = source.offload == "host" and not hardware.is_accelerator(device)
+    return "device" if is_there else source.offload
+
+
+def biggest_file(source: ModelSource) -> Path | None:
+    """Largest file of a model's weights, if blocks are read from it in every step."""
+    if source.offload != "disk" or source.path is None or source.path.startswith("run/"):
+        return None
+    return max(weight_files(locate(source.path)), key=lambda file: file.stat().st_size)
 
 
 def kept_codes(codes: Params, source: ModelSource) -> Params:

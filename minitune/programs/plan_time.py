@@ -23,7 +23,12 @@ from minitune.programs.stages.expected_time import duration
 from minitune.programs.stages.train import Train
 
 GIB = 2**30
-BINDS = {"products": "matrix products bind", "memory": "memory binds", "links": "links bind"}
+BINDS = {
+    "products": "matrix products bind",
+    "memory": "memory binds",
+    "links": "links bind",
+    "copies": "copies of frozen blocks bind",
+}
 
 
 class PlannedTime(NamedTuple):
@@ -55,6 +60,8 @@ class PlannedTime(NamedTuple):
         )
         if any(step.sent):
             yield f"  each rank sends {_sent(step)}"
+        if step.fetched:
+            yield f"  {_fetched(step)}"
         yield (
             f"  {self.n_steps:,} steps take {duration(self.end_s)}, evaluations and what comes "
             "before the first step left out"
@@ -84,10 +91,13 @@ def measured(
 
 
 def measured_machine(
-    device: torch.device, dtype: torch.dtype, clock: Clock = perf_counter
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Clock = perf_counter,
+    file: Path | None = None,
 ) -> Device:
-    """Figures of this machine, measured now."""
-    return machine(device, hardware.product_dtype(dtype, device), clock)
+    """Figures of this machine, measured now; file: one whose reading is timed too."""
+    return machine(device, hardware.product_dtype(dtype, device), clock, file)
 
 
 def keep_machine(device: Device) -> Path:
@@ -95,7 +105,8 @@ def keep_machine(device: Device) -> Path:
     file = _machine_file(device.kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "# This machine, as `minitune plan --measure` found it\n"
-    atomic.write_atomic(file, (text + dumps(msgspec.to_builtins(device))).encode())
+    figures = {key: x for key, x in msgspec.to_builtins(device).items() if x is not None}
+    atomic.write_atomic(file, (text + dumps(figures)).encode())
     return file
 
 
@@ -111,6 +122,15 @@ def _machine_file(kind: str) -> Path:
     limits = (os.environ.get("ATEN_CPU_CAPABILITY"), os.environ.get("ONEDNN_MAX_CPU_ISA"))
     digest = hashlib.sha256(repr((facts, limits)).encode()).hexdigest()
     return paths.cache() / "machines" / f"{kind}-{digest[:16]}.toml"
+
+
+def _fetched(step: Timing) -> str:
+    """Words on the frozen blocks that come to the device in a step."""
+    words = f"{step.fetched / GIB:,.3g} GiB of frozen blocks come to the device"
+    if step.fetched_s is None:
+        return f"{words}, in how long is not known: plan --measure finds out"
+    hidden = "behind the products" if step.hides_fetched else "longer than the products"
+    return f"{words} in {step.fetched_s:.3g} s, {hidden}"
 
 
 def _sent(step: Timing) -> str:
