@@ -2,9 +2,9 @@
 adapts.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from minitune import seeds, tree
 from minitune.errors import InputError
 from minitune.nn.linear import row_norms
-from minitune.quant.schemes import dequantize
 from minitune.sharding.gather import gather
 from minitune.structs import CheckedStruct
 from minitune.types import (
@@ -38,15 +37,6 @@ class MergedWeight(NamedTuple):
 
     weight: Float[Tensor, "*experts out in"]
     error: Float[Tensor, ""]
-
-
-class Merged(NamedTuple):
-    """Dense weights with all that was trained in them, and the largest share of a weight's change
-    that each base loses.
-    """
-
-    params: Params
-    errors: Mapping[Onto, float]
 
 
 class Lora(CheckedStruct, frozen=True, forbid_unknown_fields=True):
@@ -204,58 +194,6 @@ class Lora(CheckedStruct, frozen=True, forbid_unknown_fields=True):
         # a row of zeros stays one
         norms = torch.linalg.vector_norm(total, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)
         return total * (delta.m.to(wide) / norms)[:, None]
-
-
-def merge_trainable(
-    params: Params,
-    trainable: Trainable,
-    lora: Lora | None,
-    *,
-    stored: Mapping[str, Tensor],
-    onto: Onto = "trained",
-    dtype: torch.dtype | None = None,
-    on_delta: Callable[[], object] | None = None,
-) -> Merged:
-    """All weights dense, with deltas merged in and whole trained weights in place of theirs; one
-    weight is computed at a time.
-
-    stored: the dense weights that params were made from, in whose dtypes the result is without one.
-    Deltas over quantized weights were trained on the dequantized ones: merging onto these is exact
-    but for rounding, onto the stored ones it is not. TypeError for deltas without their rule.
-    """
-    dtypes = {name: dtype or w.dtype for name, w in stored.items()}
-    deltas = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Delta)}
-    whole = {name: leaf for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
-    merged = {name: w.to(dtypes[name]) for name, w in {**stored, **whole}.items()}
-
-    # Quantized weights without a delta become what they stand for, as deltas trained beside that.
-    if onto == "trained":
-        for name, w in params.items():
-            if not isinstance(w, Tensor) and name not in deltas:
-                merged[name] = dequantize(gather(w), dtypes[name])
-
-    errors: dict[Onto, float] = {"trained": 0.0, "stored": 0.0}
-    for name, delta in deltas.items():
-        if lora is None:
-            raise TypeError(f"lora: {name} is a Delta, expected the Lora rule that it was made by")
-        both = _merge_one(lora, params[name], delta, stored[name], dtypes[name])
-        merged[name] = both[onto].weight
-        errors = {base: max(errors[base], float(both[base].error)) for base in errors}
-        if on_delta is not None:
-            on_delta()
-    return Merged(merged, errors)
-
-
-def _merge_one(
-    lora: Lora, w: Any, delta: Delta, stored: Tensor, dtype: torch.dtype
-) -> dict[Onto, MergedWeight]:
-    """Delta merged onto the weight that it was trained on, and onto the stored one."""
-    dense = stored.to(delta.a.device, torch.float32)
-    is_same = isinstance(w, Tensor)
-    trained_on = dense if is_same else dequantize(gather(w), torch.float32)
-    one = lora.merge_weight(trained_on, delta, dtype)
-    other = one if is_same else lora.merge_weight(trained_on, delta, dtype, onto=dense)
-    return {"trained": one, "stored": other}
 
 
 def merge_error(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from minitune import tree
 from minitune.checkpoint.carried import Carried, carried, write_text_files
 from minitune.checkpoint.generation_config import generation_config, with_end_ids
 from minitune.checkpoint.hf_weights import load_params
-from minitune.checkpoint.tensors import save_tensors
+from minitune.checkpoint.tensors import NONE_MADE, MadeTensors, save_tensors, serialized
 from minitune.io.atomic import require_room, write_json
 from minitune.io.paths import locate
 from minitune.io.results import result_folder
@@ -23,6 +24,7 @@ from minitune.models.hf_multimodal import text_config
 from minitune.models.model import Model
 from minitune.models.open import config_json
 from minitune.models.open import open as open_model
+from minitune.sharding.ranks import ALONE, Ranks
 from minitune.types import Counting, Params, uncounted
 
 SHARD_BYTES = 5 * 10**9
@@ -60,6 +62,8 @@ def save_folder(
     shard_bytes: int = SHARD_BYTES,
     config_keys: Mapping[str, Any] = NO_KEYS,
     metadata: Mapping[str, str] = NO_METADATA,
+    made: MadeTensors = NONE_MADE,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write a complete Hugging Face folder: config, weights (with an index when sharded),
     generation config and tokenizer files.
@@ -68,15 +72,29 @@ def save_folder(
     quantized format has for the tensors that it passes as params: such a folder holds the text
     model alone. Any other holds what the source has beside it, untouched. metadata: texts in the
     headers of the weights' files. InputError, before anything is written, if the disk is too small.
+
+    made: what makes a weight when it is written, for those whose entry in params says the shape and
+    dtype alone. ranks: all of them call it where they hold the weights in parts;
+    these are put together one weight at a time, in the same order on all, and the first rank
+    writes.
     """
     others = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, others), **config_keys}
-    named = {others.stored_names.get(name, name): w for name, w in params.items()}
+    stored_names = {name: others.stored_names.get(name, name) for name in params}
+    made = {stored_names[name]: make for name, make in made.items()}
+    named = {stored_names[name]: w for name, w in params.items()}
     params = {**named, **others.tensors}
+    shards = _shards(params, shard_bytes)
+    if not ranks.is_first:
+        for shard in shards:
+            for _ in serialized(shard, made=made):
+                pass
+        return
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
         with extras.counting(len(params)) as on_tensor:
-            _write_weights(aside, params, shard_bytes, on_tensor, metadata)
+            how = {"on_tensor": on_tensor, "metadata": metadata, "made": made}
+            _write_weights(aside, shards, partial(save_tensors, **how))
         _write_configs(aside, config, extras)
         for file in others.files:
             shutil.copyfile(file, aside / file.name)
@@ -95,29 +113,30 @@ def _write_configs(folder: Path, config: Mapping[str, Any], extras: FolderExtras
     write_text_files(folder, extras.tokenizer, extras.template)
 
 
-def _write_weights(
-    folder: Path,
-    params: Params,
-    shard_bytes: int,
-    on_tensor: Callable[[], object],
-    metadata: Mapping[str, str],
-) -> None:
+def _shards(params: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Tensors of each file."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, w in params.items():
         if shards[-1] and tree.n_bytes(shards[-1]) + tree.n_bytes(w) > shard_bytes:
             shards.append({})
         shards[-1][name] = w
+    return shards
+
+
+def _write_weights(
+    folder: Path, shards: Sequence[Mapping[str, Tensor]], write: Callable[..., None]
+) -> None:
     if len(shards) == 1:
-        save_tensors(folder / SINGLE, shards[0], on_tensor, metadata)
+        write(folder / SINGLE, shards[0])
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / file, shard, on_tensor, metadata)
+        write(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = {
-        "total_size": tree.n_bytes(params),
-        "total_parameters": sum(w.numel() for w in params.values()),
+        "total_size": sum(map(tree.n_bytes, shards)),
+        "total_parameters": sum(w.numel() for shard in shards for w in shard.values()),
     }
     write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 

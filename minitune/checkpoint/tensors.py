@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ WORDS = {  # safetensors' own for each dtype
 # fmt: on
 
 
+MadeTensors = Mapping[str, Callable[[], Tensor]]
+NONE_MADE: MadeTensors = MappingProxyType({})
+
+
 def dtype_of(word: str) -> torch.dtype | None:
     """Dtype that a file calls by one of safetensors' words, None where torch has none of it."""
     return next((dtype for dtype, known in WORDS.items() if known == word), None)
@@ -41,13 +46,15 @@ def save_tensors(
     tensors: Mapping[str, Tensor],
     on_tensor: Callable[[], object] | None = None,
     metadata: Mapping[str, str] = NO_METADATA,
+    made: MadeTensors = NONE_MADE,
 ) -> None:
     """Write tensors under their names; storage that two names share is written for each.
 
-    on_tensor is called when one is written. metadata: texts of the file's header.
+    on_tensor is called when one is written. metadata: texts of the file's header. made: what makes
+    a tensor when it is written, for those whose entry in `tensors` says the shape and dtype alone.
     """
     with path.open("wb") as file:
-        pieces = serialized(tensors, metadata)
+        pieces = serialized(tensors, metadata, made)
         file.write(next(pieces))
         for piece in pieces:
             file.write(piece)
@@ -79,7 +86,9 @@ def model_bytes(params: Params, trainable: Trainable, stored: Params) -> int:
 
 
 def serialized(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = NO_METADATA
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] = NO_METADATA,
+    made: MadeTensors = NONE_MADE,
 ) -> Iterator[bytes | memoryview]:
     """Bytes of a safetensors file, the header and then each tensor: at most two tensors are copied
     at a time, the piece in hand and the next.
@@ -90,7 +99,8 @@ def serialized(
     )
     for name in order:
         # whole, where each rank holds a part: all ranks then take the tensors in this order
-        x = gather(tensors[name].detach()).cpu().contiguous()
+        x = made[name]() if name in made else tensors[name]
+        x = gather(x.detach()).cpu().contiguous()
         # a single element may keep a stride that view would refuse
         flat = x.as_strided((x.numel(),), (1,))
         yield flat.view(torch.uint8).numpy().data

@@ -5,9 +5,8 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import time
 from types import TracebackType
@@ -23,6 +22,7 @@ from minitune.io.results import iso_time
 from minitune.programs.artifacts import written
 from minitune.programs.progress import Bar, Lines, Number, Progress, columns
 from minitune.programs.records import read_rows
+from minitune.programs.terminal import terminal
 from minitune.trackers.background import Trackers
 from minitune.trackers.mlflow import MlflowConfig
 from minitune.trackers.tensorboard import TensorboardConfig
@@ -32,7 +32,6 @@ from minitune.trackers.wandb import WandbConfig
 from minitune.types import PositiveInt
 
 LINES = "log.txt"
-FILE_CHARACTERS = 120  # of a line of what is no terminal
 
 
 class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,16 +77,17 @@ class Log:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         config: LogConfig,
         program: Mapping[str, Any],
         console: Console | None = None,
     ) -> None:
-        """folder: of the run; program: the resolved one, which trackers keep."""
-        self._path = folder / "metrics.jsonl"
+        """folder: of the run, None if nothing is kept; program: the resolved one, for trackers."""
+        self._folder = folder
+        self._path = self._file_of("metrics.jsonl")
         self._config = config
         self._program = program
-        self._console = console or _console()
+        self._console = console or terminal()
         self._trackers: Trackers | None = None
         self._figures: dict[str, float] = {}  # of the stages that have ended in this process
         self._stage, self._n_before = "", 0
@@ -95,10 +95,11 @@ class Log:
         self._text: IO[str] | None = None
 
     def __enter__(self) -> "Log":
-        configs, folder = self._config.trackers(), self._path.parent
-        self._trackers = Trackers(configs, folder, self._program, self.say)
+        if self._folder is not None:
+            configs = self._config.trackers()
+            self._trackers = Trackers(configs, self._folder, self._program, self.say)
         self._file = self._reopened(keep=lambda stage, step: True)
-        self._text = (self._path.parent / LINES).open("a", encoding="utf-8", errors="replace")
+        self._text = self._file_of(LINES).open("a", encoding="utf-8", errors="replace")
         self._write(f"--- {iso_time(time())}, minitune {__version__} ---")
         return self
 
@@ -200,7 +201,8 @@ class Log:
 
     def sync(self) -> None:
         """Flush the rows to the disk, before a state that says that they are there."""
-        os.fsync(self._file.fileno())
+        if self._folder is not None:
+            os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
         """Cut this stage's rows after a step, because it goes on from there (wandb itself drops
@@ -247,6 +249,9 @@ class Log:
             done = itertools.count(1)
             yield lambda: progress.update(next(done), {})
 
+    def _file_of(self, name: str) -> Path:
+        return Path(os.devnull) if self._folder is None else self._folder / name
+
     def _reopened(self, keep: Callable[[str, int], bool]) -> IO[bytes]:
         """metrics.jsonl without the rows that are not to be kept and without a row torn by a kill,
         open for appending.
@@ -259,42 +264,4 @@ class Log:
 
 def say_early(text: str) -> None:
     """One plain line on the terminal, before a run has a folder."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    """Console on standard output; a file or a pipe has room for a whole table."""
-    console = Console(file=cast("IO[str]", _Terminal()))
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = FILE_CHARACTERS
-    return console
-
-
-class _Terminal:
-    """Standard output that goes silent once it can't be written, so that a run outlives its
-    terminal or pipe."""
-
-    def __init__(self) -> None:
-        self._is_open = True
-
-    def write(self, text: str) -> int:
-        if self._is_open:
-            self._if_open(lambda: sys.stdout.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        if self._is_open:
-            self._if_open(sys.stdout.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
-
-    def _if_open(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except OSError:
-            # A reader such as head has gone, or the terminal was closed: what Python still has to
-            # flush at its end goes nowhere.
-            self._is_open = False
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    terminal().print(text, markup=False, highlight=False, soft_wrap=True)

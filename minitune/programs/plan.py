@@ -20,7 +20,7 @@ from minitune.planning.devices import Device
 from minitune.planning.flops import flops_per_token
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import ALONE, Mesh
+from minitune.planning.mesh import ALONE, Mesh, local_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.programs import program
 from minitune.programs.allocator import KEPT
@@ -235,6 +235,9 @@ def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
         rows_of_chunk = step.n_rows // stage.loss.rows_per_sample
         of_rows = rows_of_chunk * tree.n_bytes(step.trainable)
         parts = {**parts, "gradients": parts["gradients"] + of_rows}
+    if stage.save_in_background and step.device.type == "cpu":
+        copied = local_bytes(step.trainable, step.mesh) + parts["optimizer"]
+        parts = {**parts, "copy to save": copied}
     if stage.evaluate is None:
         return parts
     data = plan.abstract.data

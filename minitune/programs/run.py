@@ -32,6 +32,7 @@ from minitune.programs.run_ranks import (
     run_for_all,
     runs_everywhere,
     stages_on_ranks,
+    with_first_records,
 )
 from minitune.programs.sharding import Sharding, sharding_of
 from minitune.programs.signals import StopSignals
@@ -149,11 +150,9 @@ def _run_stage(stage: PipelineStage, state: PipelineState, run: Run) -> Pipeline
     with state.stopping.at_once(_steps_taken(state.records), run.folder):
         if runs_everywhere(stage, state):
             state = stage.run(state)
-        else:
-            whole = state.on_host()
-            if ranks.is_first:
-                state = state._replace(records=stage.run(whole).records)
-            ranks.barrier()
+        elif ranks.is_first:
+            state = state._replace(records=stage.run(state).records)
+        state = with_first_records(state)
     if stage.label in state.records:
         time_s = perf_counter() - started
         state = state.record(stage.label, {"time_s": time_s, **state.records[stage.label]})

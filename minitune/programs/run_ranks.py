@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import msgspec
@@ -103,14 +102,14 @@ def run_for_all(ranks: Ranks, run: Run | None) -> Run:
 
 @contextmanager
 def log_for(ranks: Ranks, run: Run, config: LogConfig, program: dict[str, Any]) -> Iterator[Log]:
-    """Log of a run; of another rank than the first one that nobody sees, in a folder of its own."""
+    """Log of a run; of another rank than the first one that nobody sees and that has no file."""
     if ranks.is_first:
         with Log(run.folder, config, program) as log:
             yield log
         return
-    with TemporaryDirectory(prefix="minitune-rank-") as aside, _nowhere() as nowhere:
+    with _nowhere() as nowhere:
         console = Console(file=nowhere, force_terminal=False)
-        with Log(Path(aside), LogConfig(every=config.every), program, console) as log:
+        with Log(None, LogConfig(every=config.every), program, console) as log:
             yield log
 
 
@@ -153,12 +152,18 @@ def planned_mesh(program: Program, ranks: Ranks) -> Mesh | None:
 
 
 def runs_everywhere(stage: PipelineStage, state: PipelineState) -> bool:
-    """True for a stage that every rank runs: one that changes the model, or needs a forward of
-    weights that all share. What else observes the model is the first rank's work.
+    """True for a stage that every rank runs: one that changes the model, or needs whole weights
+    where each rank has parts. What else observes the model is the first rank's work.
     """
     if state.ranks.size == 1 or not stage.observes:
         return True
-    return stage.forwards and state.sharding is not None
+    return stage.gathers and state.sharding is not None
+
+
+def with_first_records(state: PipelineState) -> PipelineState:
+    """State with the records of the first rank, for which every rank waits here."""
+    records = state.ranks.text_from_first(msgspec.json.encode(state.records).decode())
+    return state if state.ranks.is_first else state._replace(records=msgspec.json.decode(records))
 
 
 def _nowhere() -> IO[str]:

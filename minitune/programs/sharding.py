@@ -32,13 +32,16 @@ class Sharding(NamedTuple):
 
     def cut(self, config: DecoderConfig) -> CutWeight:
         """Function that gives the part of this rank, on its device, of a weight of a model, dense
-        or quantized.
+        or quantized; one that is cut already stays. InputError for a plan that does not fit it.
         """
-        from minitune.sharding.placements import axis_sizes, placements, shard_leaf
+        from minitune.sharding.placements import axis_sizes, check_plan, placements, shard_leaf
 
         named, sizes = dims(config), axis_sizes(self.mesh)
+        check_plan(self.plan, named, sizes)
 
         def part(name: str, leaf: Tree) -> Tree:
+            if any(map(is_sharded, tree.leaves(leaf))):
+                return leaf
             placed = placements(name, leaf.shape, named[name], self.plan, sizes)
             return shard_leaf(leaf, placed, self.mesh)
 
@@ -102,17 +105,16 @@ def placed(
     return params
 
 
-def whole_on_host(leaves: Mapping[str, Any], ranks: Ranks, *, everywhere: bool) -> dict[str, Any]:
+def whole_on_host(leaves: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Leaves with whole tensors in the host's memory in place of parts, one gathered at a time.
 
-    Every rank calls it; with everywhere = False the first one alone keeps them, and the others
-    what they had.
+    Every rank calls it; the first one alone keeps them, and the others what they had.
     """
 
     def whole(leaf: Tree) -> Tree:
         if not any(map(is_sharded, tree.leaves(leaf))):
             return leaf
         found = tree.map(lambda x: x.detach().cpu(), gather(leaf))
-        return found if everywhere or ranks.is_first else leaf
+        return found if ranks.is_first else leaf
 
     return {name: whole(leaf) for name, leaf in leaves.items()}

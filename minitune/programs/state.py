@@ -70,12 +70,10 @@ class LoadedModel(NamedTuple):
         device = device_of(self.params, self.trainable)
         return tree.map(lambda x: x.to(device, dtype), w)
 
-    @property
-    def dense(self) -> dict[str, Tensor]:
-        """Stored weights in floating point, codes as what they stand for."""
-        codes = {name: w for name, w in self.stored.items() if not isinstance(w, Tensor)}
-        whole = {name: dequantize(w, torch.bfloat16) for name, w in codes.items()}
-        return {**self.stored, **whole}
+    def dense(self, name: str) -> Tensor:
+        """Stored weight in floating point, codes as what they stand for."""
+        w = self.stored[name]
+        return w if isinstance(w, Tensor) else dequantize(w, torch.bfloat16)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -135,17 +133,17 @@ class PipelineState(NamedTuple):
             return lambda name, leaf: leaf
         return self.sharding.cut(self.loaded.model.config)
 
-    def on_host(self, *, everywhere: bool = False) -> "PipelineState":
-        """State whose trained and quantized weights are whole in the first rank's memory, or in
-        every one's; every rank calls it.
+    def on_host(self) -> "PipelineState":
+        """State whose stored and quantized weights are whole in the first rank's memory, for
+        formats that are written from whole models; every rank calls it.
         """
         if self.sharding is None:
             return self
-        params, trainable = self.loaded.params, self.loaded.trainable
+        params = self.loaded.params
         quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
-        codes = whole_on_host(quantized, self.ranks, everywhere=everywhere)
-        whole = whole_on_host(trainable, self.ranks, everywhere=everywhere)
-        return self.with_model(params={**params, **codes}, trainable=whole)
+        codes = whole_on_host(quantized, self.ranks)
+        stored = whole_on_host(self.loaded.stored, self.ranks)
+        return self.with_model(params={**params, **codes}, stored=stored)
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of n_tokens for a forward that fits where the training steps fit."""
@@ -217,7 +215,7 @@ class PipelineStage(Protocol):
     """Interface of a stage, as programs run it."""
 
     observes: ClassVar[bool]  # it leaves the model as it is
-    forwards: ClassVar[bool]  # it observes by forwards of the model, which all ranks of a plan make
+    gathers: ClassVar[bool]  # it observes weights that all ranks of a plan put together
     shards: ClassVar[bool]  # it works on weights of which each rank holds a part
 
     @property

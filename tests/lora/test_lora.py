@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from minitune import tree
+from minitune.algorithms.merging import merge_trainable
 from minitune.algorithms.objective import apply_trainable
 from minitune.autodiff.remat import remat
 from minitune.autodiff.value_and_grad import value_and_grad
@@ -21,7 +22,7 @@ from minitune.errors import InputError
 from minitune.interop.peft.layout import CONFIG, ORIGIN, WEIGHTS, Base
 from minitune.interop.peft.load import load_adapter
 from minitune.interop.peft.save import save_adapter
-from minitune.lora import Lora, Onto, check_deltas, merge_error, merge_trainable
+from minitune.lora import Lora, Onto, check_deltas, merge_error
 from minitune.losses.token import CrossEntropy
 from minitune.models import Model
 from minitune.models.families import llama

@@ -64,7 +64,7 @@ def test_the_base_is_bitsandbytes_codes_and_scales(base: Path) -> None:
         state.dtype = torch.float32
         expected = functional.dequantize_4bit(stored[name], state).reshape(q.shape)
         assert torch.equal(dequantize(q, torch.float32), expected)
-        assert torch.equal(loaded.dense[name], expected.bfloat16())
+        assert torch.equal(loaded.dense(name), expected.bfloat16())
 
 
 def test_another_scheme_starts_from_what_the_codes_stand_for(base: Path) -> None:

@@ -170,6 +170,58 @@ what = "params"
 """
 
 
+WRITTEN = """
+[[stage]]
+op = "save"
+what = "merged"
+[[stage]]
+op = "save"
+name = "again"
+what = "deltas"
+[[stage]]
+op = "merge"
+dtype = "bfloat16"
+[[stage]]
+op = "full"
+[[stage]]
+op = "save"
+name = "wide"
+what = "params"
+dtype = "float32"
+path = "run/wide"
+[[stage]]
+op = "merge"
+name = "merge-full"
+[[stage]]
+op = "quantize"
+scheme = { kind = "int4", group = 32 }
+[[stage]]
+op = "export"
+format = "compressed-tensors"
+[[stage]]
+op = "load"
+model = { path = "run/merged", dtype = "float32" }
+[[stage]]
+op = "eval"
+data = "heldout"
+limit = 2
+max_new_tokens = 2
+[[stage]]
+op = "quantize"
+name = "nf4"
+scheme = { kind = "nf4" }
+[[stage]]
+op = "export"
+name = "bitsandbytes"
+format = "bitsandbytes"
+[[stage]]
+op = "export"
+name = "gguf"
+format = "gguf"
+types = { default = "Q8_0" }
+"""
+
+
 def plain(steps: int, save_every: int = 1000) -> str:
     return PLAIN.replace("STEPS", str(steps)).replace("SAVES", str(save_every))
 
@@ -241,6 +293,28 @@ def test_ranks_that_share_the_model_equal_one_process(how: tuple[str, ...], tmp_
     assert one.keys() == two.keys()
     for name, w in one.items():
         torch.testing.assert_close(w, two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_ranks_write_of_weights_in_parts_is_what_one_process_writes(tmp_path: Path, tiny: Path):
+    """Nothing trains here, so every file is the same to the bit: folders, adapters and exports."""
+    assert main([written(tmp_path, tiny, "trained", plain(2)), f"out={tmp_path}"]) == 0
+    deltas = f"model.deltas={tmp_path / 'trained/deltas'}"
+    assert main([written(tmp_path, tiny, "one", WRITTEN), f"out={tmp_path}", deltas]) == 0
+    words = [written(tmp_path, tiny, "two", WRITTEN), f"out={tmp_path}", deltas, "plan=fsdp", "--ranks", "2"]
+    done = finished([*COMMAND, *words])
+    assert done.returncode == 0, done.stderr
+    for name in ("merged", "deltas", "wide", "compressed-tensors", "bitsandbytes"):
+        files = sorted(path.name for path in (tmp_path / "one" / name).iterdir() if not path.name.startswith("."))
+        assert "model.safetensors" in files or "adapter_model.safetensors" in files
+        for file in files:
+            if file != "README.md":
+                both = [(tmp_path / run / name / file).read_bytes() for run in ("one", "two")]
+                assert both[0] == both[1], f"{name}/{file}"
+    assert (tmp_path / "one/model.gguf").read_bytes() == (tmp_path / "two/model.gguf").read_bytes()
+    records = [json.loads((tmp_path / run / "records.json").read_text("utf-8")) for run in ("one", "two")]
+    assert records[0].keys() == records[1].keys()
+    assert records[0]["merge"]["merge_error"] == records[1]["merge"]["merge_error"] > 0
+    assert records[0]["eval"]["loss_nats"] == pytest.approx(records[1]["eval"]["loss_nats"], rel=1e-6)
 
 
 def test_a_signal_ends_all_processes_with_a_saved_state_that_one_process_continues(tmp_path: Path, tiny: Path):

@@ -23,6 +23,7 @@ TWO, MODEL = Ranks(0, 2), Model(llama.FAMILY, TINY)
 QAT = '[[stage]]\nop = "full"\n[[stage]]\nop = "qat"\nscheme = { kind = "int8" }\n'
 GPTQ = '[[stage]]\nop = "quantize"\nscheme = { kind = "int4" }\nmethod = { kind = "gptq", data = "train", rows = 2 }\n'
 SWEEP = f'{TRAIN}sweep = {{ "optimizer.lr" = [0.1, 0.2] }}\nevaluate = {{ data = "train", every = 2 }}\n'
+IMPORTANT = '[[stage]]\nop = "export"\nformat = "gguf"\nimportance = { data = "train", rows = 2 }\n'
 PRIVATE = f"{TRAIN}privacy = {{ max_norm = 1.0, noise = 1.0, delta = 1e-5 }}\n"
 
 
@@ -37,6 +38,7 @@ def loaded(folder: Path, stages: str, *words: str) -> program.Program:
     [
         (QAT, r"stages: qat needs the whole model on every rank, and plan or mesh divides it, expected plan = \"dp\""),
         (GPTQ, r"stages: quantize has method gptq, which needs whole weights on every rank, .* or method rtn"),
+        (IMPORTANT, r"stages: export has importance, which needs whole weights on every rank, .* after a save"),
         (LORA + SWEEP, r"stages: train has a sweep, which needs whole weights on every rank"),
         (LORA + PRIVATE, r"stages: train has privacy and the run 2 processes, expected one"),
     ],

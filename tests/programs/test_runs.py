@@ -43,7 +43,7 @@ class Count(msgspec.Struct, frozen=True, tag="count", tag_field="op"):
     """A stage that logs `steps` rows, and before step `signal_at` gets a signal."""
 
     observes: ClassVar[bool] = False
-    forwards: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
     shards: ClassVar[bool] = False
 
     steps: int

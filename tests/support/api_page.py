@@ -35,7 +35,11 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "minitune.models.block": ("block",),
         "minitune.models.compile": ("wrap",),
     },
-    "Adapters": {"minitune.lora": ("Lora", "merge_trainable", "Merged"), "minitune.types": ("Delta", "Adapted")},
+    "Adapters": {
+        "minitune.lora": ("Lora",),
+        "minitune.algorithms.merging": ("merge_trainable", "Merged"),
+        "minitune.types": ("Delta", "Adapted"),
+    },
     "Batches": {
         "minitune.types": ("AnyBatch", "Batch", "Pairs", "UnpairedBatch", "TeacherBatch", "SeededBatch"),
         "minitune.data": ("read_batches", "Source", "Cursor"),

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
+from minitune.algorithms.merging import merge_trainable
 from minitune.algorithms.objective import split_trainable
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.checkpoint.state import load_state, save_state
 from minitune.errors import InputError
-from minitune.lora import Lora, merge_trainable
+from minitune.lora import Lora
 from minitune.losses.preference import Dpo
 from minitune.losses.token import cross_entropy
 from minitune.models.block import block

@@ -145,6 +145,8 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
     has written.
     """
 
+    shards: ClassVar[bool] = True
+
     model: ModelSource  # the model to go on with
 
     def check(self, abstract: AbstractState) -> AbstractState:
@@ -155,6 +157,7 @@ class Load(BaseStage, frozen=True, kw_only=True, tag="load"):
         """State with the other model and nothing to train yet."""
         state.log.say(f"{self.label}: {self.model.path or self.model.config}")
         first_rule = state.first_rules.get(self.label)
-        loaded = load(self.model, state.folder, state.seed, first_rule, state.log)
+        sharding = state.sharding
+        loaded = load(self.model, state.folder, state.seed, first_rule, state.log, sharding)
         say_widening(state.log, self.label, loaded.params)
         return state._replace(loaded=loaded, quantization=None, fake=None)

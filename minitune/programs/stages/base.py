@@ -17,8 +17,8 @@ class BaseStage(
     """One table [[stage]] of a program."""
 
     observes: ClassVar[bool] = False  # True: it leaves the model as it is
-    # True: it observes by forwards of the model, which all ranks of a plan make together
-    forwards: ClassVar[bool] = False
+    # True: it observes weights that all ranks of a plan put together, in a forward for one
+    gathers: ClassVar[bool] = False
     shards: ClassVar[bool] = False  # True: it works on weights of which each rank holds a part
     # keys that decide how the stage's work is done, and not what comes out of it, rounding aside
     free_keys: ClassVar[tuple[str, ...]] = ()

@@ -33,7 +33,7 @@ class Eval(BaseStage, frozen=True, kw_only=True, tag="eval"):
     """
 
     observes: ClassVar[bool] = True
-    forwards: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
     shards: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
@@ -172,6 +172,8 @@ class Harness(BaseStage, frozen=True, kw_only=True, tag="harness"):
     """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`)."""
 
     observes: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     tasks: tuple[str, ...]  # names of tasks, as the harness has them

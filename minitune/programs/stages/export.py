@@ -39,6 +39,8 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     """
 
     observes: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     # compressed-tensors for transformers and vLLM, gguf for llama.cpp, bitsandbytes for nf4,
     # torchao for transformers with that package, onnx for onnxruntime, executorch for phones
@@ -59,6 +61,16 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     # executorch: tokens of a prompt with its answer that the program has room for; the positions of
     # the model, but at most 2048, if absent
     max_context_len: PositiveInt | None = None
+
+    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "Export":
+        """Same stage; InputError for importance, which is measured on whole weights."""
+        if is_sharded and self.importance is not None:
+            raise InputError(
+                f"stages: {self.label} has importance, which needs whole weights on every rank, "
+                'and the plan cuts them, expected none or plan = "dp"; or export in a program of '
+                "its own, after a save"
+            )
+        return self
 
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError if something is left to merge, or unless the weights are of the kind that the
@@ -130,7 +142,10 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with a record of where the result lies and of its bytes."""
-        loaded = state.loaded
+        whole = state.on_host()
+        if state.sharding is not None and not state.ranks.is_first:
+            return state
+        loaded = whole.loaded
         target = locate(self.result.path, state.folder)
         codes = {n: gather(w) for n, w in loaded.params.items() if not isinstance(w, Tensor)}
         params, extras = {**loaded.stored, **codes}, folder_extras(state, self.label)

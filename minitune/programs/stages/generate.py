@@ -40,7 +40,7 @@ class Generate(BaseStage, frozen=True, kw_only=True, tag="generate"):
     NAME.jsonl in the run folder, NAME being the stage's."""
 
     observes: ClassVar[bool] = True
-    forwards: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
     shards: ClassVar[bool] = True
     free_keys: ClassVar[tuple[str, ...]] = ("batch_size", "compiled", "samples")
 

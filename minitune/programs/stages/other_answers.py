@@ -15,6 +15,7 @@ from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.loop_state import LoopState
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
+from minitune.sharding.ranks import ALONE
 from minitune.types import Trainable
 
 KEY = "other_answers"  # of a stage's record
@@ -28,6 +29,11 @@ def other_answers(
     Nothing where that is the same state, where none was measured, and in a program whose
     evaluations show no answers. last: what trains after the last step.
     """
+    if state.sharding is None:
+        # the others hold the same weights, and would only write the same answers
+        if not state.ranks.is_first:
+            return {}
+        state = state._replace(ranks=ALONE)
     asked = _evaluation(state)
     if stage.evaluate is None or asked is None or loop.best_nats[0] is None:
         return {}

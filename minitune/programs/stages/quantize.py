@@ -19,6 +19,8 @@ from minitune.programs.state import AbstractState, PipelineState
 from minitune.quant.rules import Quantization, refuse_not_finite
 from minitune.quant.schemes import MXFP4, NF4, NVFP4, Float8, Int4, Int8, Scheme, quantize
 from minitune.quant.tensors import QMXFP4, QNF4, QNVFP4, QFloat8, QInt4, QInt8
+from minitune.sharding.gather import gather
+from minitune.sharding.parts import is_sharded
 from minitune.types import Params
 
 LAYOUTS: dict[type, Any] = {
@@ -99,8 +101,11 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
     def run(self, state: PipelineState) -> PipelineState:
         """State with quantized leaves in its params; the record holds bytes before and after."""
         loaded = state.loaded
-        with state.ranks.first_on_node():
-            codes = self._read_or_made(state)
+        if any(is_sharded(w) for w in loaded.stored.values() if isinstance(w, Tensor)):
+            codes = self._of_parts(state)
+        else:
+            with state.ranks.first_on_node():
+                codes = self._read_or_made(state)
         file = _codes_file(state, self.label)
         on_disk = loaded.offloading is not None and loaded.offloading.place == "disk"
         slices = file_slices(file) if on_disk and file.is_file() else {}
@@ -135,6 +140,16 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             with atomic_folder(folder) as aside:
                 save_tensors(aside / file.name, dict(tree.items(codes)))
                 write_checksums(aside, [aside / file.name])
+        return codes
+
+    def _of_parts(self, state: PipelineState) -> Params:
+        """Part of this rank of the codes of weights that a merge has left in parts: each weight is
+        put together, rounded and cut again."""
+        codes = {}
+        for name, scheme in self.rule.plan(state.loaded.params).items():
+            w = gather(state.loaded.stored[name])
+            refuse_not_finite({name: w}, [name])
+            codes[name] = state.cut(name, quantize(w, scheme))
         return codes
 
     def _codes(self, state: PipelineState) -> Params:

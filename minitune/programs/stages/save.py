@@ -17,8 +17,9 @@ from minitune.io.paths import locate
 from minitune.io.results import Result, saved_hashes
 from minitune.lora import Onto
 from minitune.models.open import config_json
+from minitune.programs.sharding import whole_on_host
 from minitune.programs.stages.base import BaseStage
-from minitune.programs.stages.merge import Dtype, check_onto, merged
+from minitune.programs.stages.merge import Dtype, TrainedWeights, check_onto
 from minitune.programs.state import AbstractState, PipelineState, SavedModel
 from minitune.text.served import stop_ids
 
@@ -29,6 +30,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
     """
 
     observes: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
     shards: ClassVar[bool] = True
 
     # deltas: an adapter; merged: weights with the deltas in them; params: weights as they are
@@ -83,7 +85,10 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
         record: dict[str, Any] = {"what": self.what, "path": str(folder)}
         state.log.say(f"{self.label}: writing {self.what}")
         if self.what == "deltas" and loaded.lora is not None:
-            require_finite(loaded.trainable, f"stages: {self.label}")
+            trainable = whole_on_host(loaded.trainable, state.ranks)
+            if not state.ranks.is_first:
+                return state
+            require_finite(trainable, f"stages: {self.label}")
             rule = state.quantization
             base = Base(
                 path=str(loaded.source or loaded.tokenizer_folder),
@@ -92,7 +97,7 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
             )
             save_adapter(
                 folder,
-                loaded.trainable,
+                trainable,
                 loaded.lora,
                 base=base,
                 names=loaded.params,
@@ -100,10 +105,13 @@ class Save(BaseStage, frozen=True, kw_only=True, tag="save"):
                 extras=folder_extras(state, self.label),
             )
         else:
-            final, errors = merged(state, self.label, self.onto, self.dtype)
-            require_finite(final, f"stages: {self.label}")
-            save_folder(folder, final, loaded.model, folder_extras(state, self.label))
-            record |= errors
+            made = TrainedWeights(state, self.label, self.onto, self.dtype)
+            extras = folder_extras(state, self.label)
+            how: dict[str, Any] = {"made": made.wholes, "ranks": state.savers or state.ranks}
+            save_folder(folder, made.like, loaded.model, extras, **how)
+            if not state.ranks.is_first:
+                return state
+            record |= made.record()
             say_notes(state, self.label, text_alone=False)
         state.log.say(f"{self.label}: {self.what} in {folder}")
         return state.record(self.label, {**record, "sha256": saved_hashes(folder)})

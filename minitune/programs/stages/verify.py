@@ -30,6 +30,7 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
     """
 
     observes: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
     shards: ClassVar[bool] = True
 
     # run/NAME that a stage before writes; what the last one of them wrote if absent
@@ -66,7 +67,10 @@ class Verify(BaseStage, frozen=True, kw_only=True, tag="verify"):
         records = {r["path"]: r["what"] for r in state.records.values() if "sha256" in r}
         path = str(locate(self.path, state.folder)) if self.path else list(records)[-1]
         name = format_written(records[path])
-        reference, base = self._reference(state, path, name)
+        whole = state if name in ("adapter", "folder") else state.on_host()
+        if state.sharding is not None and not state.ranks.is_first:
+            return state
+        reference, base = self._reference(whole, path, name)
         state.log.say(f"{self.label}: opening {path} with {', '.join(FORMATS[name].packages)}")
         figures = verify(
             Path(path), name, reference, Questions(self.prompts, self.max_new_tokens), base
