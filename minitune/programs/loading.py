@@ -20,7 +20,6 @@ from minitune.lora import check_deltas
 from minitune.models.model import Model
 from minitune.models.open import open as models_open
 from minitune.models.open import open_config
-from minitune.models.weights import block_matrices
 from minitune.programs import offloading
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
@@ -92,17 +91,14 @@ def abstract_state(source: ModelSource, abstract: AbstractState) -> AbstractStat
         rule, trainable, base = open_deltas(locate(source.deltas), params)
         check_deltas(params, trainable, source.deltas)
     adapted = frozenset(name for name, leaf in trainable.items() if isinstance(leaf, Delta))
-    offloaded = block_matrices(model.config) if source.offload is not None else frozenset()
-    whole = frozenset(trainable) - adapted
-    offloading.require_frozen(whole, offloaded, "[model] deltas")
     return AbstractState(
         abstract.data,
         model,
         params,
         adapted,
         lora=rule,
-        whole=whole,
-        offloaded=offloaded,
+        whole=frozenset(trainable) - adapted,
+        offloaded=offloading.frozen_names(source.offload, model.config, trainable),
         trained_over=base.quantization if base is not None else None,
         saved=abstract.saved,
         written=abstract.written,
@@ -215,7 +211,7 @@ def load(
     text, template = open_text(folder, model.config.vocab_size)
     if path is not None:
         require_unharmed(path)
-    off = offloading.of_model(source.offload, model.config, device)
+    off = offloading.of_model(source.offload, model.config, device, log)
     absent = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in model.shapes().items()}
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
@@ -230,12 +226,8 @@ def load(
     rule, trainable = None, {}
     if source.deltas is not None:
         rule, trainable = deltas_on(source.deltas, run, path, params, device)
-    template = with_options(template, source.chat_template_kwargs, "[model]")
+    texts = folder, text, with_options(template, source.chat_template_kwargs, "[model]")
     ends = () if path is None else end_ids(path)
-    note = offloading.note(source.offload, off)
-    if log is not None and note is not None:
-        log.say(f"model: {note}")
-    texts = folder, text, template
     return LoadedModel(model, params, stored, path, *texts, rule, trainable, ends, off)
 
 

@@ -15,8 +15,10 @@ from minitune.checkpoint.hf_weights import weight_slices
 from minitune.errors import InputError
 from minitune.models.config import DecoderConfig
 from minitune.models.weights import block_matrices
+from minitune.programs.log import Log
 from minitune.sharding.offloaded import Carrier, FileSlice, OffloadedTensor, carrier
 from minitune.tree import Tree
+from minitune.types import Trainable
 
 # where the blocks of a model lie that are not on its device
 OffloadPlace = Literal["host", "disk"]
@@ -58,12 +60,33 @@ class Offloading(NamedTuple):
 
 
 def of_model(
-    place: OffloadPlace | None, config: DecoderConfig, device: torch.device
+    place: OffloadPlace | None, config: DecoderConfig, device: torch.device, log: Log | None
 ) -> Offloading | None:
-    """Offloading of the blocks of a model; None for weights that lie on the host anyway."""
-    if place is None or (place == "host" and not hardware.is_accelerator(device)):
-        return None
-    return Offloading(place, block_matrices(config), device, carrier(device))
+    """Offloading of the blocks of a model, of which the log says so; None for weights that lie on
+    the host anyway.
+    """
+    off, said = None, f"offload = '{place}' changes nothing on a cpu, whose memory is the host's"
+    if place == "disk" or (place == "host" and hardware.is_accelerator(device)):
+        off = Offloading(place, block_matrices(config), device, carrier(device))
+        where = "wait in the host's memory" if place == "host" else "are read from the disk"
+        said = f"frozen blocks {where}, and come one block ahead"
+    if log is not None and place is not None:
+        log.say(f"model: {said}")
+    return off
+
+
+def frozen_names(
+    place: OffloadPlace | None, config: DecoderConfig, trainable: Trainable
+) -> frozenset[str]:
+    """Weights of a model that are kept off the device; InputError for one that its deltas train
+    whole.
+    """
+    if place is None:
+        return frozenset()
+    names = block_matrices(config)
+    whole = {name for name, leaf in trainable.items() if isinstance(leaf, Tensor)}
+    require_frozen(whole, names, "[model] deltas")
+    return names
 
 
 def offloaded(
@@ -84,16 +107,6 @@ def offloaded(
     if off.place == "disk" and folder is not None:
         slices = weight_slices(folder, names)
     return {name: off.leaf(name, stored[name], dtype, slices) for name in names}
-
-
-def note(place: OffloadPlace | None, off: Offloading | None) -> str | None:
-    """Words on where the blocks of a model lie; None where the program says nothing of it."""
-    if place is None:
-        return None
-    if off is None:
-        return f"offload = '{place}' changes nothing on a cpu, whose memory is the host's"
-    where = "wait in the host's memory" if off.place == "host" else "are read from the disk"
-    return f"frozen blocks {where}, and come one block ahead"
 
 
 def refuse_random(place: OffloadPlace | None, config: str | None) -> None:
