@@ -73,22 +73,17 @@ def save_folder(
     model alone. Any other holds what the source has beside it, untouched. metadata: texts in the
     headers of the weights' files. InputError, before anything is written, if the disk is too small.
 
-    made: what makes a weight when it is written, for those whose entry in params says the shape and
-    dtype alone. ranks: all of them call it where they hold the weights in parts;
-    these are put together one weight at a time, in the same order on all, and the first rank
-    writes.
+    made: what makes a weight that is about to be written, where params have its shape and dtype
+    alone. ranks: all call it if they hold weights in parts, joined one by one; the first writes.
     """
     others = Carried() if extras.source is None or config_keys else carried(extras.source)
     config = {**_config_json(extras, model, params, others), **config_keys}
     stored_names = {name: others.stored_names.get(name, name) for name in params}
     made = {stored_names[name]: make for name, make in made.items()}
-    named = {stored_names[name]: w for name, w in params.items()}
-    params = {**named, **others.tensors}
+    params = {**{stored_names[name]: w for name, w in params.items()}, **others.tensors}
     shards = _shards(params, shard_bytes)
     if not ranks.is_first:
-        for shard in shards:
-            for _ in serialized(shard, made=made):
-                pass
+        _take_part(shards, made)
         return
     require_room(folder, tree.n_bytes(params), "the weights")
     with result_folder(folder) as aside:
@@ -98,6 +93,13 @@ def save_folder(
         _write_configs(aside, config, extras)
         for file in others.files:
             shutil.copyfile(file, aside / file.name)
+
+
+def _take_part(shards: Sequence[Params], made: MadeTensors) -> None:
+    """Make the weights of shards that another rank writes, which needs every rank's parts."""
+    for shard in shards:
+        for _ in serialized(shard, made=made):
+            pass
 
 
 def write_beside_weights(folder: Path, params: Params, model: Model, extras: FolderExtras) -> None:

@@ -206,11 +206,9 @@ def load(
     device, dtype = device_and_dtype(source)
     model = _model(source, run)
     model = model if sharding is None else sharding.fitted(model)
-    path = locate(source.path, run) if source.path is not None else None
+    path = _unharmed(source.path, run)
     folder = _tokenizer_folder(source, run)
     text, template = open_text(folder, model.config.vocab_size)
-    if path is not None:
-        require_unharmed(path)
     off = offloading.of_model(source.offload, model.config, device, log)
     absent = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in model.shapes().items()}
     waiting = first_rule.plan(absent) if first_rule is not None else {}
@@ -229,6 +227,15 @@ def load(
     texts = folder, text, with_options(template, source.chat_template_kwargs, "[model]")
     ends = () if path is None else end_ids(path)
     return LoadedModel(model, params, stored, path, *texts, rule, trainable, ends, off)
+
+
+def _unharmed(path: str | None, run: Path) -> Path | None:
+    """Folder of a model's weights, none of whose files has changed since it was written."""
+    if path is None:
+        return None
+    folder = locate(path, run)
+    require_unharmed(folder)
+    return folder
 
 
 def device_and_dtype(source: ModelSource) -> tuple[torch.device, torch.dtype]:

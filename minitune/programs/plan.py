@@ -154,9 +154,8 @@ def planned(
 
 def first_state(source: program.Program) -> AbstractState:
     """State before the first stage, without weights, the lengths of rows decided."""
-    nothing = AbstractState({}, Model(FAMILIES["llama"], None), {})
     fetched_models(models_of(source.model, source.stage), say_early)
-    abstract = abstract_state(source.model, nothing)
+    abstract = abstract_state(source.model, AbstractState({}, Model(FAMILIES["llama"], None), {}))
     placed = {name: located(data) for name, data in source.data.items()}
     data, _ = with_lengths(placed, abstract)
     return abstract._replace(data=data)
@@ -236,15 +235,14 @@ def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
         of_rows = rows_of_chunk * tree.n_bytes(step.trainable)
         parts = {**parts, "gradients": parts["gradients"] + of_rows}
     if stage.save_in_background and step.device.type == "cpu":
-        copied = local_bytes(step.trainable, step.mesh) + parts["optimizer"]
-        parts = {**parts, "copy to save": copied}
+        trained = local_bytes(step.trainable, step.mesh)
+        parts = {**parts, "copy to save": trained + parts["optimizer"]}
     if stage.evaluate is None:
         return parts
     data = plan.abstract.data
     n_tokens = data[stage.evaluate.data].max_seq_len
-    n_rows = (
-        stage.evaluation_rows(n_tokens, data[stage.data].max_seq_len) * stage.loss.rows_per_sample
-    )
+    n_rows = stage.evaluation_rows(n_tokens, data[stage.data].max_seq_len)
+    n_rows *= stage.loss.rows_per_sample
     if n_rows * n_tokens <= step.n_rows * step.n_tokens:
         return parts  # the same tokens without gradients
     return max(parts, evaluation_memory(step, n_rows, n_tokens), key=lambda one: sum(one.values()))
