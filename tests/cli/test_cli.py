@@ -361,6 +361,23 @@ def test_the_process_ends_with_the_exit_code_however_late_an_interrupt_comes(mon
         signal.signal(signal.SIGINT, before)
 
 
+INTERRUPTED_IMPORT = """
+import runpy, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "msgspec":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+sys.argv = ["minitune", "ls"]
+runpy.run_module("minitune", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_ends_in_silence() -> None:
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 def test_a_closed_stdout_and_a_narrow_encoding_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["ls"]) == 0

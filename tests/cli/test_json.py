@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minitune import __main__
 from minitune.__main__ import main
+from minitune.cli import command_line
 from minitune.cli.help import EXIT_CODES
 from minitune.cli.verbs import VERBS
 from minitune.errors import DiskFullError, InputError
@@ -63,7 +63,7 @@ def test_every_kind_of_end_has_its_code(
         raise error
 
     code, sentence = ENDS[error]
-    monkeypatch.setattr(__main__, "_run_words", fails)
+    monkeypatch.setattr(command_line, "_run_words", fails)
     assert main(["ls", "--json"]) == code
     out, err = capsys.readouterr()
     answer = json.loads(out)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from minitune.__main__ import RUN_WORDS, main
+from minitune.__main__ import main
 from minitune.cli import download, publishing
+from minitune.cli.command_line import RUN_WORDS
 from minitune.cli.model_folders import with_model
 from minitune.cli.verbs import HELP_WORDS, VERBS, program_file
 from minitune.errors import InputError
