@@ -16,14 +16,17 @@ MIX_32 = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of the hash "lowbias32"
 MIX_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
-# no tensor: a compiled step takes it as a number, for its hash can't be traced
-@torch.compiler.assume_constant_result
 def derive(seed: int, *names: str | int) -> int:
     """63-bit seed that depends on every part, so that a resumed run and a recomputed block draw
     the same numbers.
     """
     text = "\x1f".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# A compiled step takes a seed as a number, for its hash can't be traced. This is all that
+# torch.compiler.assume_constant_result does, but for the import of torch's compiler.
+setattr(derive, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:

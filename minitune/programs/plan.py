@@ -241,8 +241,8 @@ def _memory(stage: Train, step: StepSpec, plan: PlanState) -> Parts:
         return parts
     data = plan.abstract.data
     n_tokens = data[stage.evaluate.data].max_seq_len
-    n_rows = stage.evaluation_rows(n_tokens, data[stage.data].max_seq_len)
-    n_rows *= stage.loss.rows_per_sample
+    rows = stage.evaluation_rows(n_tokens, data[stage.data].max_seq_len)
+    n_rows = rows * stage.loss.rows_per_sample
     if n_rows * n_tokens <= step.n_rows * step.n_tokens:
         return parts  # the same tokens without gradients
     return max(parts, evaluation_memory(step, n_rows, n_tokens), key=lambda one: sum(one.values()))
