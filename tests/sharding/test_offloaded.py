@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from minitune import tree
 from minitune.algorithms import sweep
 from minitune.algorithms.distillation import Teacher
+from minitune.algorithms.merging import merge_trainable
 from minitune.algorithms.supervised import sft
 from minitune.autodiff.value_and_grad import per_example
 from minitune.inference.generate import greedy
-from minitune.lora import Lora, merge_trainable
+from minitune.lora import Lora
 from minitune.losses.preference import Dpo
 from minitune.losses.token import CrossEntropy
 from minitune.models.block import block
