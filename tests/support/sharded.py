@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
+from minitune.algorithms.load_balancing import balanced
 from minitune.algorithms.merging import merge_trainable
 from minitune.algorithms.objective import split_trainable
+from minitune.algorithms.supervised import sft
 from minitune.autodiff.value_and_grad import value_and_grad
 from minitune.checkpoint.state import load_state, save_state
 from minitune.errors import InputError
@@ -33,7 +35,7 @@ from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
 from minitune.sharding.ranks import ALONE
 from minitune.sharding.ranks import Ranks as ProcessRanks
-from minitune.steps import kd_step, preference_step, sft_step
+from minitune.steps import kd_step, preference_step, sft_step, train_step
 from minitune.types import Batch, Mean, Pairs, Step, Trainable
 from support.models import SMALL, model_of, random_batch, random_deltas, random_params
 
@@ -276,6 +278,35 @@ def refusal(plan: Plan, optimizer: Any) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def balanced_gradients(config: DecoderConfig, batch: Batch, mesh: Mesh) -> dict[str, Tensor]:
+    """Routers of a mixture and metrics after a step with the term that keeps routers even, in micro-batches of one row."""
+    params, context, ranks = random_params(config), None, ALONE
+    if mesh:
+        context = context_of(device_mesh(mesh, "cpu"))
+        ranks = ProcessRanks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(mesh))
+    model = model_of(config)._replace(context=context)
+    frozen, trainable = split_trainable(params, ("*.mlp.gate.weight",))
+    objective = balanced(lambda probed: sft(probed, None), model, 0.5)
+    step = train_step(objective, SGD(lr=0.5), micro_batch=1, ranks=ranks)
+    state, metrics = step.update(frozen, step.init(trainable), batch)
+    return dict(tree.items({"trainable": state.trainable, "metrics": metrics}))
+
+
+def dtypes_of_step(case: Case, plan: Plan) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
+    """Dtypes of what ranks hold after a step: of the parts of quantized weights, of deltas and of norms."""
+    params: Any = random_params(case.config, dtype=case.dtype)
+    scheme = {"int8": Int8(), "nf4": NF4()}[case.base]
+    params |= {name: quantize(w, scheme) for name, w in params.items() if name.endswith("_proj.weight")}
+    params = shard(params, dims(case.config), plan, device_mesh({"data": dist.get_world_size()}, "cpu"))
+    deltas = RULE.init(params, 0)
+    step = step_of(case, RULE, params, deltas)
+    state, _ = step.update(params, step.init(deltas), rows_of(case, 2, 0))
+    codes = [leaf for name, w in params.items() if name.endswith("_proj.weight") for leaf in tree.leaves(w)]
+    norms = [w for name, w in params.items() if name.endswith("norm.weight")]
+    trained_leaves = tree.leaves(state.trainable)
+    return {x.dtype for x in codes}, {x.dtype for x in trained_leaves}, {x.dtype for x in norms}
 
 
 def saved_and_continued(case: Case, batches: list[list[Any]], plan: Plan, mesh: Mesh, folder: Path) -> dict[str, Tensor]:
