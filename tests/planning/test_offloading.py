@@ -114,7 +114,7 @@ def test_parts_of_ranks_are_refused(tmp_path: Path) -> None:
 def test_a_measured_machine_knows_its_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = HEAD.replace('config = "{model}"', f'path = "{tiny / "model"}"').replace('"bfloat16"', '"float32"')
-    (tmp_path / "p.toml").write_text(text.replace("512", "64") + LORA + TRAIN, encoding="utf-8")
+    (tmp_path / "p.toml").write_text(text.replace("512", "256") + LORA + TRAIN, encoding="utf-8")
     words: Any = [str(tmp_path / "p.toml"), "model.offload=disk", "--measure"]
     assert main(["plan", *words]) == 0
     (machine,) = (tmp_path / "cache").rglob("machines/*.toml")
