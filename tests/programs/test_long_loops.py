@@ -41,6 +41,6 @@ def test_merging_and_exporting_say_how_far_they_are(
     with safe_open(tmp_path / "p/compressed-tensors/model.safetensors", "pt") as file:
         n_compressed = len(file.keys())
     n_gguf = len(GGUFReader(tmp_path / "p/model.gguf").tensors)
-    totals = {"merge: merging": 14, "onnx: writing": 2, "gguf: writing": n_gguf, "compressed-tensors: writing": n_compressed}
+    totals = {"merge: merging": 20, "onnx: writing": 2, "gguf: writing": n_gguf, "compressed-tensors: writing": n_compressed}
     for title, total in totals.items():
         assert [line for line in lines if re.match(rf"{title} \d", line)] == [f"{title} {n}/{total}" for n in range(1, total + 1)]
