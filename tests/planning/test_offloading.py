@@ -111,6 +111,7 @@ def test_parts_of_ranks_are_refused(tmp_path: Path) -> None:
         plan_of(tmp_path, LORA + TRAIN, "model.offload=host", target=H100._replace(mesh=mesh_of("data=8")))
 
 
+@pytest.mark.soak
 def test_a_measured_machine_knows_its_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = HEAD.replace('config = "{model}"', f'path = "{tiny / "model"}"').replace('"bfloat16"', '"float32"')
