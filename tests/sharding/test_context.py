@@ -33,7 +33,6 @@ CASES = {
     "sft lora, caps": Case(config_of("gemma2"), n_remat=1, dtype=torch.float64),
     "sft lora, chunks": Case(config_of("llama4_text"), dtype=torch.float64),
 }
-MESHES: list[tuple[str, dict[str, int]]] = [("dp", {"context": 2}), ("cp", {"data": 2, "context": 2})]
 
 
 def check(ranks: Ranks, case: Case, plan: str, mesh: dict[str, int], batches: list[Any]) -> None:
@@ -46,13 +45,19 @@ def check(ranks: Ranks, case: Case, plan: str, mesh: dict[str, int], batches: li
             torch.testing.assert_close(found[name], x, **close, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("plan", "mesh"), MESHES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_take_the_step_of_one_process(ranks: Ranks, name: str, plan: str, mesh: dict[str, int]) -> None:
-    check(ranks, CASES[name], plan, mesh, [rows_of(CASES[name], 3, seed) for seed in range(2)])
+def test_ranks_take_the_step_of_one_process(ranks: Ranks, name: str) -> None:
+    check(ranks, CASES[name], "dp", {"context": 2}, [rows_of(CASES[name], 3, seed) for seed in range(2)])
 
 
-@settings(max_examples=8)
+# others on weights in parts are in test_combinations.py
+@pytest.mark.parametrize("name", ["sft full, tied, recomputed", "sft full, experts", "sft lora, sinks and windows"])
+def test_ranks_that_share_the_weights_too_take_it(ranks: Ranks, name: str) -> None:
+    mesh = {"data": 2, "context": 2}
+    check(ranks, CASES[name], "cp", mesh, [rows_of(CASES[name], 3, seed) for seed in range(2)])
+
+
+@settings(max_examples=6)
 @given(data=st.data(), n_tokens=st.integers(1, 9), n=st.sampled_from([2, 4]))
 def test_any_masks_and_any_lengths(ranks: Ranks, data: Any, n_tokens: int, n: int) -> None:
     """Rows shorter than there are ranks, and targets that lie on one rank alone, among them."""
