@@ -2,15 +2,18 @@
 
     PYTHONPATH=$PWD:$PWD/tests python -m support.recipes      writes both anew
 
-A plan is that of a processor, in bfloat16. The GPU that is named is the smallest of which a plan takes no more than FILLED: the
-rest is for what a plan does not count, and for the larger chunks in which a GPU computes logits.
+A plan is that of a processor which multiplies bfloat16, also where this is written on another one. The GPU that is named
+is the smallest of which a plan takes no more than FILLED: the rest is for what a plan does not count, and for the larger
+chunks in which a GPU computes logits.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
+from minitune import hardware
 from minitune.io import paths
 from minitune.programs import program
 from minitune.programs.plan import Planned, planned
@@ -103,7 +106,8 @@ def recipe(name: str) -> Recipe:
     """Recipe of a name with its plan."""
     text = RECIPES[name].read_text("utf-8")
     loaded = program.load(RECIPES[name], [by_shape(text)])
-    (plan,) = planned(loaded)
+    with patch.object(hardware, "multiplies_bfloat16", lambda device: True):
+        (plan,) = planned(loaded)
     gpu = next(n for n in GPUS if plan.n_bytes <= FILLED * n * 2**30)
     return Recipe(name, text, loaded, plan, gpu)
 
