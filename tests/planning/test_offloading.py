@@ -95,6 +95,7 @@ def test_on_a_cpu_the_host_is_where_weights_are(tmp_path: Path) -> None:
     assert plans[0].parts == plans[1].parts
 
 
+@pytest.mark.soak
 def test_it_is_the_last_change_that_makes_a_step_fit(tmp_path: Path) -> None:
     small = ["train.micro_batch_size=1", "train.remat=true"]
     codes, away = (plan_of(tmp_path, NF4 + LORA + TRAIN, *small, *words) for words in ((), ("model.offload=host",)))
