@@ -122,8 +122,9 @@ def stages_on_ranks(program: Program, ranks: Ranks) -> tuple[PipelineStage, ...]
     if ranks.size == 1:
         return program.stage
     is_sharded = program.divides_model
-    # ranks that work on the same rows have the same micro-batches
-    n_shares = ranks.size // n_sharers(program.mesh)
+    # ranks that work on the same rows have the same micro-batches; a mesh of more ranks than were
+    # started is refused a little later
+    n_shares = max(1, ranks.size // n_sharers(program.mesh))
     return tuple(_on_ranks(stage, n_shares, is_sharded) for stage in program.stage)
 
 

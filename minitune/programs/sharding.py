@@ -71,7 +71,7 @@ def sharding_of(
     if plan == "dp" and not mesh:
         return None
     from minitune.sharding.context import check_heads
-    from minitune.sharding.mesh import device_mesh, n_sharers
+    from minitune.sharding.mesh import check_mesh, device_mesh, n_ranks, n_sharers
     from minitune.sharding.placements import check_plan
     from minitune.sharding.plans import named_plan
 
@@ -80,6 +80,7 @@ def sharding_of(
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
     check_heads(model.config.n_heads, model.config.n_kv_heads, sizes.get("context", 1))
+    check_mesh(sizes, named.values(), n_ranks(sizes) if ranks.size == 1 else ranks.size)
     if ranks.size == 1 or not (named or shares_rows):
         return None
     return Sharding(named, device_mesh(sizes, device_type))

@@ -1,19 +1,21 @@
 """Mesh of ranks: how many stand along each named axis."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import TypeAliasType
 
-from minitune.errors import InputError
+from minitune.errors import InputError, nearest
 from minitune.types import PositiveInt
 
 # axis -> ranks along it, the outermost axis first: neighbours along the last one are neighbours in
 # the order of ranks, and so in one machine
 Mesh = TypeAliasType("Mesh", Mapping[str, PositiveInt])
 
+# axes whose ranks have rows of their own
+PLAIN_AXES = ("replica", "data")
 # axes whose ranks work on the same rows: along "context" each has some of the tokens. They exchange
 # activations in every block, so they are the last axes of a mesh, whose ranks are neighbours.
 ROW_SHARING = ("context",)
@@ -39,15 +41,28 @@ def n_sharers(mesh: Mesh) -> int:
     return math.prod(n for axis, n in mesh.items() if axis in ROW_SHARING)
 
 
+def check_mesh(mesh: Mesh, cut_along: Collection[str], n: int) -> None:
+    """InputError for an axis that means nothing, since no plan cuts along it, and for a mesh of
+    another number of ranks than n.
+    """
+    known = [*PLAIN_AXES, *ROW_SHARING]
+    for axis in mesh:
+        if axis not in known and axis not in cut_along:
+            raise InputError(
+                f"sharding: the mesh has the axis {axis!r}, along which the plan cuts nothing, "
+                f"expected one of {', '.join(known)}{nearest(axis, known)}"
+            )
+    if n_ranks(mesh) != n:
+        axes = " x ".join(f"{axis} {along}" for axis, along in mesh.items())
+        raise InputError(
+            f"sharding: the mesh has {n_ranks(mesh)} ranks ({axes}), expected the {n} that "
+            f"were started; start {n_ranks(mesh)}, or change an axis"
+        )
+
+
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     """Process groups of a mesh over all ranks of the default group; InputError if that has another
     number of ranks. Every rank calls it.
     """
-    found = dist.get_world_size()
-    if n_ranks(mesh) != found:
-        axes = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
-        raise InputError(
-            f"sharding: the mesh has {n_ranks(mesh)} ranks ({axes}), expected the {found} that "
-            f"were started; start {n_ranks(mesh)}, or change an axis"
-        )
+    check_mesh(mesh, mesh, dist.get_world_size())
     return init_device_mesh(device_type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))

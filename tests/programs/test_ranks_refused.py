@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from minitune.__main__ import main
@@ -77,6 +78,7 @@ def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int
             {"context": 3},
             r"axis context has 3 ranks, among which 2 heads of queries and 1 .* expected one of 1, 2; put",
         ),
+        ("dp", {"contxt": 2}, r"the axis 'contxt', along which the plan cuts nothing, expected .*; did you mean 'context'"),
         ("cp", {"context": 2, "data": 1}, r"sharding: the mesh has the axes context, data, expected context last"),
     ],
 )
@@ -84,6 +86,14 @@ def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dic
     for ranks in (TWO, ALONE):
         with pytest.raises(InputError, match=message):
             sharding_of(plan, mesh, ranks, MODEL, "cpu")
+
+
+def test_a_mesh_of_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    for plan, mesh in (("dp", {"context": 4}), ("dp", {"data": 8}), ("fsdp", {"data": 3})):
+        small = MODEL._replace(config=msgspec.structs.replace(TINY, n_heads=4, n_kv_heads=4))
+        with pytest.raises(InputError, match=r"the mesh has \d ranks \(.*\), expected the 2 that were started"):
+            sharding_of(plan, mesh, TWO, small, "cpu")
+    assert stages_on_ranks(loaded(tmp_path, LORA + TRAIN, "mesh={context=4}"), TWO)
 
 
 def test_a_single_process_and_dp_share_nothing() -> None:
