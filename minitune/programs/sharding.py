@@ -79,7 +79,7 @@ def sharding_of(
     shares_rows = n_sharers(sizes) > 1
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
-    check_heads(model.config.n_heads, model.config.n_kv_heads, sizes.get("context", 1))
+    check_heads(model.config.n_heads, sizes.get("context", 1))
     check_mesh(sizes, named.values(), n_ranks(sizes) if ranks.size == 1 else ranks.size)
     if ranks.size == 1 or not (named or shares_rows):
         return None

@@ -84,14 +84,14 @@ def context_of(mesh: Any) -> ContextParallel | None:
     return ContextParallel(dist.get_rank(group), Sharers(ranks, name))
 
 
-def check_heads(n_heads: int, n_kv_heads: int, n_ranks: int) -> None:
+def check_heads(n_heads: int, n_ranks: int) -> None:
     """InputError if heads can't be dealt out evenly to ranks that exchange tokens for them."""
-    fits = [n for n in range(1, n_heads + 1) if _fits(n_heads, n_kv_heads, n)]
+    fits = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
     if n_ranks not in fits:
         raise InputError(
             f"sharding: the axis context has {n_ranks} ranks, among which {n_heads} heads of "
-            f"queries and {n_kv_heads} of keys are dealt out, expected one of "
-            f"{', '.join(map(str, fits))}; put the other ranks on the axis data"
+            f"queries are dealt out, expected one of {', '.join(map(str, fits))}; put the other "
+            "ranks on the axis data"
         )
 
 
@@ -101,8 +101,8 @@ def own_heads(
     """Queries, keys and values of all tokens for the heads of this rank, from those of its tokens
     for all heads. A key head that several ranks need goes to each.
     """
-    c = len(sharers.ranks)
-    each = [x if x.shape[1] % c == 0 else x.repeat_interleave(c // x.shape[1], 1) for x in qkv]
+    c, n_heads = len(sharers.ranks), qkv[0].shape[1]
+    each = [x.repeat_interleave(_repeats(n_heads, x.shape[1], c), 1) for x in qkv]
     grouped = [x.unflatten(1, (c, -1)) for x in each]  # [B c h t E]
     sent = torch.cat(grouped, dim=2).movedim(1, 0)  # [c B h t E], by the rank that gets it
     got = _exchanged(sent.contiguous(), *sharers)  # by the rank that sent it
@@ -123,8 +123,13 @@ def part_of_heads(x: Float[Tensor, "N"], sharers: Sharers) -> Float[Tensor, "h"]
     return _exchanged(x.view(len(sharers.ranks), -1), *sharers)[0]
 
 
-def _fits(n_heads: int, n_kv_heads: int, n: int) -> bool:
-    return n_heads % n == 0 and (n_kv_heads % n == 0 or n % n_kv_heads == 0)
+def _repeats(n_heads: int, n_kv_heads: int, c: int) -> int:
+    """Least number of times that each key head is repeated, so that each of c ranks has as many and
+    its query heads read them in order.
+    """
+    repeats = range(1, n_heads // n_kv_heads + 1)
+    fits = (r for r in repeats if n_kv_heads * r % c == 0 and n_heads % (n_kv_heads * r) == 0)
+    return next(fits)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -76,7 +76,7 @@ def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int
         (
             "dp",
             {"context": 3},
-            r"axis context has 3 ranks, among which 2 heads of queries and 1 .* expected one of 1, 2; put",
+            r"axis context has 3 ranks, among which 2 heads of queries are dealt out, expected one of 1, 2; put",
         ),
         ("dp", {"contxt": 2}, r"the axis 'contxt', along which the plan cuts nothing, expected .*; did you mean 'context'"),
         ("cp", {"context": 2, "data": 1}, r"sharding: the mesh has the axes context, data, expected context last"),
