@@ -28,7 +28,7 @@ class Ahead:
     the next one's in the forward, and in the backward those of the one before.
     """
 
-    def __init__(self, layers: Sequence[Tree]) -> None:
+    def __init__(self, layers: Sequence[Tree], *, in_part: bool = False) -> None:
         # under torch.func.grad, what was detached of an offloaded tensor is none any more
         self.parts = [
             [
@@ -38,19 +38,21 @@ class Ahead:
             ]
             for layer in layers
         ]
+        # what is cut along an axis of mesh.IN_PART stays so: the block computes with parts
+        self.in_part = in_part
         self.begun: dict[int, Any] = {}  # by the block's number
         self.latest = -1  # block that has asked
 
     def wholes(self, number: int, leaves: Sequence[Any]) -> list[Tensor]:
         """Whole weights of a block; those of its neighbour begin to come."""
-        begun = self.begun.pop(number, None) or _begun(leaves)
-        found = _wholes(leaves, begun)
+        begun = self.begun.pop(number, None) or _begun(leaves, self.in_part)
+        found = _wholes(leaves, begun, self.in_part)
         # a backward begins with the block that the forward ended with
         goes_back = self.latest in (number, number + 1)
         neighbour = number - 1 if goes_back else number + 1
         self.latest = number
         if 0 <= neighbour < len(self.parts) and self.parts[neighbour]:
-            self.begun[neighbour] = _begun(self.parts[neighbour])
+            self.begun[neighbour] = _begun(self.parts[neighbour], self.in_part)
         return found
 
 
@@ -80,7 +82,7 @@ def gather(w: Tree, slot: Slot | None = None) -> Tree:
 
     The gradient of a part is the sum over the ranks among which the whole is cut. Ranks that hold
     copies of one part have each their own, which the step sums. What is offloaded has none. slot:
-    where the weights of a block may be on their way already.
+    where the weights of a block may be on their way already, and whether it computes with parts.
     """
     leaves = tree.leaves(w)
     places = [i for i, leaf in enumerate(leaves) if is_elsewhere(leaf)]
@@ -189,9 +191,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slot: Slot | None, *leaves: Any) -> tuple[Tensor, ...]:
         ctx.placed = [placed_of(leaf) for leaf in leaves]
-        if slot is not None:
-            return tuple(slot.ahead.wholes(slot.number, leaves))
-        return tuple(_wholes(leaves, _begun(leaves)))
+        ctx.in_part = slot is not None and slot.ahead.in_part
+        return tuple(_wholes_of(slot, leaves))
 
     @staticmethod
     @once_differentiable
@@ -199,7 +200,7 @@ class _Gather(torch.autograd.Function):
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         placed = [ctx.placed[i] for i in needed]
         grads = [grad_outputs[i] for i in needed]
-        for group, cuts in reversed([*cuts_of(placed)]):
+        for group, cuts in reversed([*cuts_of(placed, in_part=ctx.in_part)]):
             sums = reduce_scatter([grads[i] for i in cuts], [*cuts.values()], group)
             for i, part in zip(cuts, sums, strict=True):
                 grads[i] = part
@@ -213,27 +214,34 @@ class _Gather(torch.autograd.Function):
 def _fetched(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
     """Whole tensors of offloaded ones, outside of any graph."""
     with torch.no_grad():
-        if slot is not None:
-            return slot.ahead.wholes(slot.number, leaves)
-        return _wholes(leaves, _begun(leaves))
+        return _wholes_of(slot, leaves)
 
 
-def _begun(leaves: Sequence[Any]) -> Any:
-    """Weights on their way: offloaded ones, or parts of DTensors along the first axis that cuts
-    any.
+def _wholes_of(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
+    if slot is not None:
+        return slot.ahead.wholes(slot.number, leaves)
+    return _wholes(leaves, _begun(leaves))
+
+
+def _begun(leaves: Sequence[Any], in_part: bool = False) -> Any:
+    """Weights on their way: offloaded ones, or parts of DTensors along the first axis to gather
+    them along; None if there is no such axis.
     """
     if is_offloaded(leaves[0]):
         return begin_fetch(leaves)
-    group, cuts = next(cuts_of([placed_of(leaf) for leaf in leaves]))
-    return begin_gather([leaves[i].to_local() for i in cuts], [*cuts.values()], group)
+    for group, cuts in cuts_of([placed_of(leaf) for leaf in leaves], in_part=in_part):
+        return begin_gather([leaves[i].to_local() for i in cuts], [*cuts.values()], group)
+    return None
 
 
-def _wholes(leaves: Sequence[Any], begun: Any) -> list[Tensor]:
+def _wholes(leaves: Sequence[Any], begun: Any, in_part: bool = False) -> list[Tensor]:
     """Whole tensors of weights that have begun to come."""
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]
-    parts = [leaf.to_local() for leaf in leaves]
-    for number, (group, cuts) in enumerate(cuts_of([placed_of(leaf) for leaf in leaves])):
+    # views, because autograd writes to what comes out of its functions
+    parts = [leaf.to_local().detach() for leaf in leaves]
+    placed = [placed_of(leaf) for leaf in leaves]
+    for number, (group, cuts) in enumerate(cuts_of(placed, in_part=in_part)):
         some = [parts[i] for i in cuts]
         gathering = begin_gather(some, [*cuts.values()], group) if number else begun
         for i, whole in zip(cuts, end_gather(gathering), strict=True):

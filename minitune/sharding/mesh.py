@@ -16,9 +16,12 @@ Mesh = TypeAliasType("Mesh", Mapping[str, PositiveInt])
 
 # axes whose ranks have rows of their own
 PLAIN_AXES = ("replica", "data")
-# axes whose ranks work on the same rows: along "context" each has some of the tokens. They exchange
-# activations in every block, so they are the last axes of a mesh, whose ranks are neighbours.
-ROW_SHARING = ("context",)
+# axes whose ranks work on the same rows, each on some of the tokens. They exchange activations in
+# every block, so they are the last axes of a mesh, whose ranks are neighbours.
+ROW_SHARING = ("context", "tensor")
+# axes along which a block computes with the parts of weights that its rank has: along the others
+# weights are gathered whole before
+IN_PART = ("tensor",)
 
 
 def n_ranks(mesh: Mesh) -> int:

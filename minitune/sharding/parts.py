@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
+from minitune.sharding.mesh import IN_PART
 from minitune.tree import Tree
 
 
@@ -89,9 +90,16 @@ def placed_like(parts: Tree, like: Tree) -> Tree:
     return tree.map(lambda x, y: placed_part(x, placed_of(y)) if is_sharded(y) else x, parts, like)
 
 
-def cuts_of(placed: Sequence[Placed]) -> Iterator[tuple[Any, dict[int, Cut]]]:
-    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis."""
+def cuts_of(
+    placed: Sequence[Placed], *, in_part: bool = False
+) -> Iterator[tuple[Any, dict[int, Cut]]]:
+    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis, but with
+    in_part those along which a block computes with parts.
+    """
+    names = placed[0].mesh.mesh_dim_names or ()
     for axis in range(placed[0].mesh.ndim):
+        if in_part and names[axis] in IN_PART:
+            continue
         cuts = {
             i: Cut(one.placements[axis].dim, one.shape[one.placements[axis].dim])
             for i, one in enumerate(placed)
