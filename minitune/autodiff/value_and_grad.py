@@ -74,7 +74,9 @@ def value_and_grad(
         with torch.enable_grad():
             value = fn(leaves, *rest)
         total = total_of(value, has_aux)
-        grads = autograd_grads([total], tree.leaves(leaves), [torch.ones_like(total)])
+        # a sweep has a total for each of its adapters
+        ones = [torch.ones_like(total)] if total.ndim else None
+        grads = autograd_grads([total], tree.leaves(leaves), ones)
         return tree.map(Tensor.detach, value), tree.rebuild(params, grads)
 
     return evaluate
@@ -221,10 +223,11 @@ def refuse_other_leaves(value: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def autograd_grads(
-    values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
+    values: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor] | None = None
 ) -> Sequence[Tensor]:
     """Gradients of the inputs as autograd takes them, and zeros for an input that no value depends
-    on.
+    on. Without cotangents the values are scalars: torch imports sympy for a cotangent that is a
+    tensor, which takes half a second.
     """
     if not any(value.requires_grad for value in values):  # fn used no leaf at all
         return [torch.zeros_like(x) for x in inputs]

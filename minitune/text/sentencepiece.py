@@ -4,7 +4,7 @@ The package reads a model and tokenizes, but tells neither the types of pieces n
 settings, so those are read from the model's protobuf message here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
 PIECES, NORMALIZER = 1, 3
 PIECE_TYPE, REMOVE_EXTRA_WHITESPACES = 3, 4
 USER_DEFINED = 4
+TYPE_KEY = bytes([PIECE_TYPE << 3])  # what stands before a type, which is a varint
+_Field = tuple[int, int | bytes]  # (number, value)
 SPACES = (" ", "\u2581")  # U+2581 is how sentencepiece writes a space
 
 
@@ -44,7 +46,8 @@ def open_sentencepiece(
     if config.get("add_prefix_space") is False:
         at_start = inside
     pieces = [at_start.id_to_piece(i) for i in range(at_start.vocab_size())]
-    squeezes = _removes_extra_whitespace(proto)
+    fields = [*_fields(proto)]
+    squeezes = _removes_extra_whitespace(fields)
     model = _Model(at_start, inside, pieces, squeezes, prefixes_spaces)
     roles = {
         "bos_token": at_start.bos_id(),
@@ -57,7 +60,7 @@ def open_sentencepiece(
         ids=model.ids,
         text=model.text,
         id_of=model.id_of,
-        added=_added_tokens(at_start, pieces, proto, config),
+        added=_added_tokens(at_start, pieces, _piece_types(fields), config),
         names={name: pieces[i] for name, i in roles.items() if i >= 0},
         recognized=frozenset(piece for i, piece in enumerate(pieces) if not at_start.is_control(i)),
         bos_text=None,
@@ -104,7 +107,10 @@ class _Model(NamedTuple):
 
 
 def _added_tokens(
-    processor: SentencePieceProcessor, pieces: list[str], proto: bytes, config: Mapping[str, Any]
+    processor: SentencePieceProcessor,
+    pieces: list[str],
+    types: list[int],
+    config: Mapping[str, Any],
 ) -> list[AddedToken]:
     """Control pieces, all of them special, and the pieces that a user defined.
 
@@ -117,34 +123,34 @@ def _added_tokens(
     ]
     user_defined = [
         AddedToken(pieces[i], i, not declared and len(pieces[i].strip()) > 2)
-        for i, kind in enumerate(_piece_types(proto))
+        for i, kind in enumerate(types)
         if kind == USER_DEFINED
     ]
     return control + user_defined
 
 
-def _piece_types(proto: bytes) -> list[int]:
+def _piece_types(fields: Sequence[_Field]) -> list[int]:
     """Types of a sentencepiece model's pieces, in their order; 1 (normal) where the message leaves
     it out.
     """
     types = []
-    for field, piece in _fields(proto):
+    for field, piece in fields:
         if field == PIECES and isinstance(piece, bytes):
+            # most pieces leave it out, and a vocabulary has up to 256,000
+            inner = _fields(piece) if TYPE_KEY in piece else ()
             values = [
-                value
-                for field, value in _fields(piece)
-                if field == PIECE_TYPE and isinstance(value, int)
+                value for field, value in inner if field == PIECE_TYPE and isinstance(value, int)
             ]
             types.append(values[-1] if values else 1)
     return types
 
 
-def _removes_extra_whitespace(proto: bytes) -> bool:
+def _removes_extra_whitespace(fields: Sequence[_Field]) -> bool:
     """True if the model's normalizer removes extra whitespace, which is the default where the
     message leaves it out.
     """
     removes = True
-    for field, normalizer in _fields(proto):
+    for field, normalizer in fields:
         if field == NORMALIZER and isinstance(normalizer, bytes):
             for inner, value in _fields(normalizer):
                 if inner == REMOVE_EXTRA_WHITESPACES:
@@ -152,7 +158,7 @@ def _removes_extra_whitespace(proto: bytes) -> bool:
     return removes
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[_Field]:
     """(field number, value) of a protobuf message that sentencepiece could read.
 
     A key holds the field's number and, in its lowest three bits, the wire type: 0 a varint, 2 bytes

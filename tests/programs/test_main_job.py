@@ -12,14 +12,14 @@ from support.paths import ROOT
 
 
 def test_the_demo_learns_and_shows_it(tmp_path: Path) -> None:
-    shorter = ["train.steps=150", "before.limit=100", "after.limit=100"]
+    shorter = ["train.steps=150", "before.limit=20", "after.limit=100"]
     words = [sys.executable, "-m", "minitune", "programs/lora.toml", f"out={tmp_path}", *shorter]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "lora/summary.json").read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
-    assert before["n_prompts"] == after["n_prompts"] == 100
-    assert before["exact_match"] < 0.05
+    assert (before["n_prompts"], after["n_prompts"]) == (20, 100)
+    assert before["exact_match"] == 0.0
     assert after["exact_match"] >= 0.80
     assert after["loss_nats"] < before["loss_nats"] / 10
     for shown in (f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}", "tokens/s", "MiB", f"deltas in {tmp_path}"):

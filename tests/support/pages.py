@@ -26,6 +26,7 @@ from minitune.cli.model_folders import with_model
 from minitune.cli.verbs import HELP_WORDS, VERBS, program_file
 from minitune.errors import InputError
 from minitune.programs import program
+from minitune.programs.stages.export import Export
 from minitune.registry.hub_upload import Uploaded
 from support.paths import ROOT
 from support.programs import SHIPPED, small_stages, toy
@@ -178,7 +179,10 @@ class Reader:
         name, after = (verb, rest) if verb not in VERBS else (rest[0], rest[1:])
         changes = [word for word in after if ASSIGNMENT.match(word) or word == after[0]]
         loaded = program.load(program_file(name), with_model([w for w in changes if not w.startswith("-")], name))
-        small = [] if loaded.model.path != "demo" else [f"model.path={self.tiny / 'model'}"]
+        # tracing takes seconds a layer
+        traces = any(isinstance(stage, Export) and stage.format in ("onnx", "executorch") for stage in loaded.stage)
+        model = self.tiny / ("one-layer" if traces else "model")
+        small = [] if loaded.model.path != "demo" else [f"model.path={model}"]
         for key, source in loaded.data.items():
             is_demo = isinstance(source.path, str) and source.path.startswith("demo/")
             if is_demo and source.split is not None and source.split.part == "heldout":

@@ -30,11 +30,13 @@ OPS = {stage.__struct_config__.tag for stage in Stage.__args__}
 
 
 def write_tiny(folder: Path) -> None:
-    """Fill a folder with a tiny random model and the demo's tokenizer, and a few rows of the demo's data and of prose."""
+    """Fill a folder with a tiny random model and the demo's tokenizer, one of a single layer, and a few rows of the demo's data
+    and of prose.
+    """
     demo = paths.locate("demo")
-    model = Model(llama.FAMILY, TINY)
-    params = {name: 0.1 * w for name, w in random_params(TINY).items()}
-    checkpoint.save_folder(folder / "model", params, model, checkpoint.FolderExtras(demo, []))
+    for name, config in (("model", TINY), ("one-layer", msgspec.structs.replace(TINY, n_layers=1))):
+        params = {name: 0.1 * w for name, w in random_params(config).items()}
+        checkpoint.save_folder(folder / name, params, Model(llama.FAMILY, config), checkpoint.FolderExtras(demo, []))
     for name in ("orders-train", "orders-heldout", "orders-pairs"):
         rows = paths.locate(f"demo/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:40]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

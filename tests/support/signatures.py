@@ -5,11 +5,12 @@ import functools
 import random
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from beartype import BeartypeConf, beartype
 from beartype._check.code import codemain
 from jaxtyping import TypeCheckError, _import_hook, install_import_hook, jaxtyped
+from jaxtyping._storage import pop_shape_memo, push_shape_memo
 
 # beartype looks at one random item of a container. With Python's global generator it would change the state that a test
 # or hypothesis relies on, in whatever thread the checked function runs.
@@ -20,30 +21,47 @@ WITH_TYPE_ERRORS = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, a
 
 def check(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
     """Return the function with its arguments and its result checked, where a size has one value in all of them."""
-    has_argument_as_size = any("{" in str(hint) for hint in function.__annotations__.values())
-    if has_argument_as_size:
+    hints = function.__annotations__.values()
+    if any("{" in str(hint) for hint in hints):
         checked = jaxtyped(function, typechecker=beartype(conf=WITH_TYPE_ERRORS))
     else:
         checked = beartype(function, conf=WITH_TYPE_ERRORS)
+
+    @functools.wraps(function)
+    def unless_exporting(*args: object, **kwargs: object) -> object:
+        __tracebackhide__ = True
+        return function(*args, **kwargs) if is_exporting() else checked(*args, **kwargs)
 
     @functools.wraps(function)
     def with_sizes(*args: object, **kwargs: object) -> object:
         __tracebackhide__ = True
         if is_exporting():
             return function(*args, **kwargs)
-        if has_argument_as_size:
+        push_shape_memo({})
+        try:
             return checked(*args, **kwargs)
-        with jaxtyped("context"):
-            return checked(*args, **kwargs)
+        finally:
+            pop_shape_memo()
 
-    return with_sizes
+    # sizes of their own take half of the time of a check, and most functions speak of none
+    return with_sizes if any(may_hold_sizes(hint) for hint in hints) else unless_exporting
+
+
+def may_hold_sizes(hint: Any) -> bool:
+    """False for a hint that is known to hold no size of an array: a class, or classes put together; True for others."""
+    if hint is None or hint is Any or hint is Ellipsis or get_origin(hint) in (Literal, Callable):
+        return False
+    if get_origin(hint) is Annotated:
+        return may_hold_sizes(hint.__origin__)
+    if get_args(hint):
+        return any(may_hold_sizes(part) for part in get_args(hint))
+    return not isinstance(hint, type) or type(hint).__module__.startswith("jaxtyping")
 
 
 def is_exporting() -> bool:
     """True while torch.export traces, which has symbols where a signature has sizes."""
-    torch = sys.modules.get("torch")
-    compiler = getattr(torch, "compiler", None)  # absent while torch itself is imported
-    return compiler is not None and compiler.is_exporting()
+    asks = getattr(sys.modules.get("torch.compiler"), "is_exporting", None)  # absent while torch itself is imported
+    return asks is not None and asks()
 
 
 class OuterFunctions(_import_hook.JaxtypingTransformer):
