@@ -12,7 +12,7 @@ from minitune.models.families import llama
 from minitune.models.model import Model
 from minitune.optim.adamw import AdamW
 from minitune.planning.mesh import Mesh
-from minitune.programs import plan_fit, program
+from minitune.programs import plan, plan_fit, program
 from minitune.programs import run as program_run
 from minitune.programs.plan import Planned
 from minitune.programs.plan_fit import Fit, check_memory
