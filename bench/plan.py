@@ -1,6 +1,6 @@
 """Plans beside runs: the memory and the time that `minitune plan --measure` says, and those of a run of the same program.
 
-    python bench/plan.py FOLDER [WORD ...]     all rows, or those whose words are all there, e.g. `lora small`
+    python bench/plan.py FOLDER [WORD ...]     all rows, or those whose words are all there, e.g. `lora small`, `fsdp`
     python bench/plan.py FOLDER --toy          two rows of one step: does it run?
 
 Two models: the demo (1.8M parameters) and a Llama of 24M, written to FOLDER. LoRA of rank 8 on all linear weights, every
@@ -37,6 +37,7 @@ KINDS, MODELS = ("lora", "full", "qlora", "dpo", "kd"), ("demo", "small")
 FEW, MORE = 3, {"demo": 33, "small": 9}  # steps of the runs: short steps need more of them
 HEADER = ("training", "model", "blocks again", "planned, MiB", "measured, MiB", "ratio", "planned, s", "measured, s", "ratio")
 LORA = '[[stage]]\nop = "lora"\nrank = 8\nalpha = 16.0\ntargets = ["*_proj.weight"]\n\n'
+PLANS = "dp", "fsdp"  # of two ranks
 TRAIN = """[[stage]]
 op = "train"
 data = "train"
@@ -78,24 +79,30 @@ def written(folder: Path, text: str) -> str:
     return str(file)
 
 
-def plan_of(file: str) -> dict[str, Any]:
+def plan_of(file: str, plan: str = "") -> dict[str, Any]:
     """Memory [bytes] and seconds of a step as planned; of a worker, whose clock is the processor's."""
+    from minitune.planning.mesh import mesh_of
     from minitune.programs import program as programs
     from minitune.programs.allocator import bound_kernel_cache, keep_freed
     from minitune.programs.data_facts import data_facts
-    from minitune.programs.plan import first_state, planned
+    from minitune.programs.plan import HERE, PlanTarget, first_state, planned
+    from minitune.programs.plan_rows import as_taken, with_longest
     from minitune.programs.plan_time import measured, measured_machine, planned_time
 
     keep_freed()  # as a run does
     bound_kernel_cache()
     source = programs.load(Path(file))
     first = first_state(source)
-    (one,) = planned(source, first)
     tables = data_facts(first, source.stage, source.seed).tables
+    target = PlanTarget(mesh=mesh_of("data=2", plan)) if plan else HERE
+    (one,) = planned(source, with_longest(first, tables), target)
+    if plan:
+        return {"bytes": one.peak_bytes}
     dtype = one.step.params["model.embed_tokens.weight"].dtype
     here = measured_machine(one.step.device, dtype, time.process_time)
-    here = measured(one, tables["train"], here, time.process_time)
-    return {"bytes": one.peak_bytes, "step_s": planned_time(one, here).step.expected_s}
+    timed = as_taken(one, tables["train"])
+    here = measured(timed, tables["train"], here, time.process_time)
+    return {"bytes": one.peak_bytes, "step_s": planned_time(timed, here).step.expected_s}
 
 
 def row(folder: Path, kind: str, model: str, again: str, few: int, more: int) -> str:
@@ -114,6 +121,17 @@ def row(folder: Path, kind: str, model: str, again: str, few: int, more: int) ->
     return f"| {' | '.join(cells)} |"
 
 
+def row_of_ranks(folder: Path, kind: str, plan: str, steps: int) -> str:
+    """One row of the table for the demo on two ranks."""
+    file = written(folder, program(folder, kind, "demo", "false", steps))
+    text, _ = run([__file__, "--plan", file, plan])
+    run(["-m", "minitune", file, "--ranks", "2", f"plan={plan}"])
+    record = json.loads((folder / f"runs/plan-{kind}-demo-false/summary.json").read_text(encoding="utf-8"))
+    peak, n_bytes = record["peak_mem_bytes"] / 2**20, json.loads(text.splitlines()[-1])["bytes"] / 2**20
+    cells = [f"{kind}, 2 ranks, {plan}", "demo", "none", f"{n_bytes:,.0f}", f"{peak:,.0f}", f"{peak / n_bytes:.2f}", "", "", ""]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -122,7 +140,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="of a worker: the plan of the program FOLDER")
     args = parser.parse_args()
     if args.plan:
-        print(json.dumps(plan_of(str(args.folder))))
+        print(json.dumps(plan_of(str(args.folder), *args.words)))
         return
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +155,9 @@ def main() -> None:
         if not set(args.words) <= words or (args.toy and (model != "demo" or again == "true" or kind not in KINDS[:2])):
             continue
         print(row(folder, kind, model, again, *((1, 2) if args.toy else (FEW, MORE[model]))), flush=True)
+    for kind, plan in product(KINDS[:2], () if args.toy else PLANS):
+        if set(args.words) <= {kind, plan, "demo", "none"}:
+            print(row_of_ranks(folder, kind, plan, MORE["demo"]), flush=True)
 
 
 if __name__ == "__main__":

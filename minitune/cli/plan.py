@@ -16,10 +16,11 @@ from minitune.planning.devices import Device, names, open_device
 from minitune.planning.mesh import mesh_of
 from minitune.programs import program
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
-from minitune.programs.data_facts import data_facts
+from minitune.programs.data_facts import TableFacts, data_facts
 from minitune.programs.plan import Planned, PlanTarget, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
 from minitune.programs.plan_parts import biggest_file
+from minitune.programs.plan_rows import as_taken, with_longest
 from minitune.programs.plan_time import (
     PlannedTime,
     keep_machine,
@@ -65,6 +66,10 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
             "drop --device, --n and --mesh, or --measure"
         )
     first = first_state(source)
+    tables: Mapping[str, TableFacts] = {}
+    if options.measure:
+        tables = data_facts(first, source.stage, source.seed).tables
+        first = with_longest(first, tables)
     stages = list(planned(source, first, target))
     if not stages:
         raise InputError(
@@ -76,11 +81,10 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     if options.measure:
         keep_freed()  # as a run does
         bound_kernel_cache()
-        tables = data_facts(first, source.stage, source.seed).tables
         devices = _measured(stages, tables, biggest_file(source.model))
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
-    plans = [_stage_plan(one, target, devices) for one in stages]
+    plans = [_stage_plan(one, target, devices, tables) for one in stages]
     screen.print(_table(plans))
     for one in plans:
         for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
@@ -113,26 +117,34 @@ def _target(options: Any) -> PlanTarget:
 
 
 def _measured(
-    stages: Sequence[Planned], tables: Mapping[str, Any], file: Path | None
+    stages: Sequence[Planned], tables: Mapping[str, TableFacts], file: Path | None
 ) -> dict[str, Device]:
     """This machine by training stage, with what that attains on it."""
     step = stages[0].step
     dtype = step.params["model.embed_tokens.weight"].dtype
     here = measured_machine(step.device, dtype, file=file)
     return {
-        one.stage.label: measured(one, tables[one.stage.data], here)
+        one.stage.label: measured(
+            as_taken(one, tables[one.stage.data]), tables[one.stage.data], here
+        )
         for one in stages
         if isinstance(one.stage, Train)
     }
 
 
-def _stage_plan(one: Planned, target: PlanTarget, devices: Mapping[str, Device]) -> StagePlan:
+def _stage_plan(
+    one: Planned,
+    target: PlanTarget,
+    devices: Mapping[str, Device],
+    tables: Mapping[str, TableFacts],
+) -> StagePlan:
     device = target.device or devices.get(one.stage.label)
     if device is None and target == PlanTarget():
         device = known_machine(one.step.device.type)
     if device is None or not isinstance(one.stage, Train):
         return StagePlan(one, fit(one, target), None)
-    return StagePlan(one, fit(one, target), planned_time(one, device))
+    timed = as_taken(one, tables.get(one.stage.data))
+    return StagePlan(one, fit(one, target), planned_time(timed, device))
 
 
 def _figures(plan: StagePlan) -> dict[str, Any]:

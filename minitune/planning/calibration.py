@@ -1,7 +1,8 @@
 """Time of a step measured on a few of its layers, and the rates of the machine that it runs on."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -38,6 +39,8 @@ class Rows(NamedTuple):
 
     target_share: float = 1.0  # of the tokens
     n_documents: int = 1  # of a row
+    # documents by length: bar i counts those of more than i and at most i + 1 widths
+    histogram: Sequence[int] = (1,)
 
 
 def machine(
@@ -133,14 +136,17 @@ def _micro_batch_and_update_s(
         weights = _random(_first_layers(step.teacher.params, theirs), device)
         teacher = Teacher(_shallow(step.teacher.model, theirs), weights)
     objective = objective_of(model, step.lora, step.loss, Frozen(trainable, teacher))
-    batch: Any = _batch(step, n_rows, rows)
+    # every run has rows of its own, as every step of a training has: new lengths of documents are
+    # new shapes of products
+    batches: list[Any] = [_batch(step, n_rows, rows, seed) for seed in range(1 + N_RUNS)]
     if step.lora is not None and step.lora.dropout:
-        batch = seeded(batch, 0, 0)
+        batches = [seeded(batch, 0, 0) for batch in batches]
+    next_batch = cycle(batches).__next__
     gradients = value_and_grad(objective, has_aux=True)
     found: list[Tree] = []
 
     def micro_batch() -> None:
-        found[:] = [gradients(trainable, params, batch)[1]]
+        found[:] = [gradients(trainable, params, next_batch())[1]]
 
     micro_batch_s = _median_s(micro_batch, device, clock)
     state = step.optimizer.init(trainable)
@@ -177,20 +183,34 @@ def _random(leaves: Tree, device: torch.device) -> Tree:
     return tree.map(like, leaves)
 
 
-def _batch(step: StepSpec, n_rows: int, rows: Rows) -> Batch | Pairs | UnpairedBatch:
+def _batch(step: StepSpec, n_rows: int, rows: Rows, seed: int) -> Batch | Pairs | UnpairedBatch:
     """Rows of the kind that the loss takes, n_rows of tokens in all."""
     n = n_rows // step.loss.rows_per_sample
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shape = (n, step.n_tokens)
     tokens = torch.randint(0, step.model.config.vocab_size, shape, generator=generator)
-    places = torch.arange(step.n_tokens).expand(shape)
-    segments = (places * rows.n_documents // step.n_tokens + 1).to(torch.int32)
+    segments = _segments(shape, rows, generator)
     batch = Batch(tokens, segments, torch.rand(shape, generator=generator) < rows.target_share)
     if not step.loss.compares_answers:
         return batch
     if step.loss.objective == "preference":
         return Pairs(batch, batch)
     return UnpairedBatch(batch, batch, torch.arange(n) % 2 == 0)
+
+
+def _segments(shape: tuple[int, int], rows: Rows, generator: torch.Generator) -> Tensor:
+    """Segments of rows that are full: each has documents whose lengths are drawn from the
+    histogram, and then stretched to fill it.
+    """
+    n_rows, n_tokens = shape
+    weights = torch.tensor(rows.histogram, dtype=torch.float32)
+    n = n_rows * rows.n_documents
+    bars = torch.multinomial(weights, n, replacement=True, generator=generator)
+    lengths = (bars + torch.rand(n, generator=generator)).view(n_rows, rows.n_documents)
+    ends = lengths.cumsum(1) / lengths.sum(1, keepdim=True) * n_tokens
+    places = torch.arange(n_tokens, dtype=torch.float32).expand(shape).contiguous()
+    segments = torch.searchsorted(ends[:, :-1].contiguous(), places, right=True)
+    return (segments + 1).to(torch.int32)
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:

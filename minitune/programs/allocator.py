@@ -6,7 +6,7 @@ import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, as glibc's malloc.h numbers them
 KEPT = 2**30  # bytes
-KERNELS = "128"  # that oneDNN keeps, and as many of torch's own descriptions of them
+KERNELS = "64"  # that oneDNN keeps, and as many of torch's own descriptions of them
 
 
 def keep_freed() -> bool:
@@ -26,7 +26,7 @@ def keep_freed() -> bool:
 
 
 def bound_kernel_cache() -> None:
-    """Let oneDNN keep 128 compiled kernels, not 1,024, unless the environment says otherwise.
+    """Let oneDNN keep 64 compiled kernels, not 1,024, unless the environment says otherwise.
 
     It compiles one for every shape of a bfloat16 product, and packed rows bring ever new ones into
     attention's blocks: with 1,024 a process grows for hundreds of steps. This takes effect only

@@ -23,7 +23,6 @@ from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh, local_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.programs import program
-from minitune.programs.allocator import KEPT
 from minitune.programs.check import with_lengths
 from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
@@ -31,6 +30,7 @@ from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
 from minitune.programs.offloading import refuse_plan
 from minitune.programs.plan_parts import blocks_of, kept_codes, of_rank, quantized_params
+from minitune.programs.plan_process import hole_bytes, process_bytes
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval
@@ -42,12 +42,6 @@ from minitune.programs.stages.training_model import HOST
 from minitune.programs.state import AbstractState, trainable_like
 from minitune.quant.schemes import Scheme
 from minitune.types import Params, Trainable
-
-# On a CPU under Linux, see "Plans beside runs" in bench/RESULTS.md: of Python, torch, the libraries
-# that a first step loads and the kernels that it compiles; and of holes between blocks, for every
-# byte that comes and goes in a step, at most what the C library is allowed to keep
-PROCESS_BYTES, HOLES = 352 * 2**20, 0.84
-COME_AND_GO = ("gradients", "transient", "activations")
 
 
 class Planned(NamedTuple):
@@ -70,7 +64,7 @@ class Planned(NamedTuple):
     @property
     def process_bytes(self) -> int:
         """Bytes of the process beside its step; on an accelerator they are not in its memory."""
-        return PROCESS_BYTES if self.step.device.type == "cpu" else 0
+        return process_bytes(self.step)
 
     @property
     def peak_bytes(self) -> int:
@@ -78,11 +72,7 @@ class Planned(NamedTuple):
 
         What is needed is less: holes are filled where memory is short.
         """
-        if self.step.device.type != "cpu":
-            return self.n_bytes
-        come_and_go = sum(self.parts.get(name, 0) for name in COME_AND_GO)
-        holes = min(KEPT, round(HOLES * come_and_go))
-        return self.process_bytes + self.n_bytes + holes
+        return self.process_bytes + self.n_bytes + hole_bytes(self.step, self.parts)
 
 
 class PlanTarget(NamedTuple):

@@ -84,6 +84,7 @@ def measured(
     rows = Rows(
         facts.n_target_tokens / max(1, facts.n_tokens),
         max(1, round(facts.n_samples / max(1, facts.n_rows))),
+        facts.lengths.counts,
     )
     step_s = measured_step_s(one.step, rows, device, clock)
     at_full_rate = timing(one.step, one.flops_per_token, one.parts, device).products_s

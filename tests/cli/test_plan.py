@@ -35,7 +35,7 @@ from minitune.planning.inference import answer_memory, evaluation_memory
 from minitune.planning.memory import peak_memory
 from minitune.planning.step_spec import StepSpec
 from minitune.programs import plan_fit, program
-from minitune.programs.plan import PROCESS_BYTES, planned
+from minitune.programs.plan import planned
 from minitune.programs.stages.quantize import Quantize
 from minitune.programs.stages.train import Train
 from minitune.programs.state import PipelineState
@@ -210,7 +210,7 @@ def test_a_program_is_planned_stage_by_stage_and_says_whether_it_fits(
     assert preferred.parts["second model"] == tree.n_bytes(preferred.step.trainable)
     assert preferred.flops_per_token > sft.flops_per_token
 
-    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + sft.n_bytes // 2)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: sft.process_bytes + sft.n_bytes // 2)
     printed = plan_of(capsys, tmp_path, tiny, LORA + TRAIN)
     assert "does not fit\n  with train.micro_batch_size=1: " in printed
     assert printed.endswith(", fits\n# in the stage train\nmicro_batch_size = 1\n")
@@ -282,7 +282,7 @@ def test_evaluations_and_generations_with_rows_of_their_own_are_planned(
     assert after.parts["trained"] == generated.parts["trained"] == train.parts["trained"]
     assert min(after.n_bytes, generated.n_bytes) > train.n_bytes
 
-    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + generated.n_bytes // 2)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: generated.process_bytes + generated.n_bytes // 2)
     text = plan_of(capsys, tmp_path, tiny, generate + "batch_size = 64\n")
     assert "does not fit\n  with generate.batch_size=1: " in text
     assert text.endswith(", fits\n# in the stage generate\nbatch_size = 1\n")

@@ -12,10 +12,11 @@ from minitune.models.families import llama
 from minitune.models.model import Model
 from minitune.optim.adamw import AdamW
 from minitune.planning.mesh import Mesh
-from minitune.programs import plan_fit, program
+from minitune.programs import plan, plan_fit, program
 from minitune.programs import run as program_run
-from minitune.programs.plan import PROCESS_BYTES, Planned
+from minitune.programs.plan import Planned
 from minitune.programs.plan_fit import Fit, check_memory
+from minitune.programs.plan_process import LIBRARY_BYTES
 from minitune.programs.stages import expected_time
 from minitune.programs.stages.evaluate import Eval
 from minitune.programs.stages.expected_time import ExpectedTime, duration, evaluations_left, later_stages
@@ -96,13 +97,13 @@ def test_a_run_says_its_memory_its_time_and_what_follows(
     beside = re.search(r"train: planned ([\d,]+) MiB, measured ([\d,]+) MiB \(([\d,]+)%\)", said)
     assert beside is not None, said
     n_planned, measured, share = (int(one.replace(",", "")) for one in beside.groups())
-    assert n_planned > PROCESS_BYTES / 2**20
+    assert n_planned > LIBRARY_BYTES / 2**20
     assert share == pytest.approx(100 * measured / n_planned, abs=1)
 
 
 def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = Eval(data="heldout", batch_size=2)
-    step = SimpleNamespace(device=torch.device("cpu"))
+    step = SimpleNamespace(device=torch.device("cpu"), params={"model.embed_tokens.weight": torch.ones(1)})
     one, other = (Planned(stage, step, {"weights": 5}, 0.0) for stage in (STAGE, evaluated))
     monkeypatch.setattr(plan_fit, "planned", lambda source, first, target: [one, other])
     asked = program.load(SHIPPED["lora"])
@@ -121,7 +122,8 @@ def test_a_run_that_can_not_fit_is_refused_before_it_has_a_folder_unless_told_ot
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_fit, "LEAST_PARAMETERS", 0)
-    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + 5_500_000)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: 352 * 2**20 + 5_500_000)
+    monkeypatch.setattr(plan, "process_bytes", lambda step: 352 * 2**20)
     asked = LORA + TRAIN.replace("batch_size = 4", "batch_size = 64")
     assert start(tmp_path, tiny, asked) == 2
     said, error = capsys.readouterr()
