@@ -34,9 +34,11 @@ def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: i
     config = model.config
     like, n = params["model.embed_tokens.weight"], config.n_layers
     dtype = hardware.product_dtype(like.dtype, like.device)
-    x = torch.ones(n_rows, n_tokens, config.d_model, dtype=dtype, device=like.device)
+    n_own = n_tokens if model.context is None else model.context.n_own(n_tokens)
+    x = torch.ones(n_rows, n_own, config.d_model, dtype=dtype, device=like.device)
     tokens = torch.ones(n_rows, n_tokens, dtype=torch.int64, device=like.device)
-    inputs = decoder.mixer_inputs(config, decoder.token_positions(config, tokens, None), x.dtype)
+    where = decoder.token_positions(config, tokens, None, model.context)
+    inputs = decoder.mixer_inputs(config, where, x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
     inner = kept_bytes(_x_first(model, last), x, gather(layer_of(params, n - 1)), inputs[last])

@@ -24,11 +24,11 @@ from minitune.planning.forward import (
     reduced,
     step_forward,
 )
-from minitune.planning.mesh import divided_bytes, local_bytes, local_part
+from minitune.planning.mesh import copied_bytes, gathered_bytes, local_bytes, local_part
 from minitune.planning.offloading import arriving_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
-from minitune.types import Params, wide_dtype
+from minitune.types import Params, Trainable, wide_dtype
 
 
 def peak_memory(step: StepSpec) -> Parts:
@@ -117,8 +117,8 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     backward = backward._replace(arriving=0)
     n_bytes = local_bytes(step.trainable, mesh)
     yield backward.parts(0, n_bytes, 0)
-    if step.mesh.n_replicas > 1:
-        yield backward.parts(0, 0 if earlier else n_bytes, _sum_bytes(step))
+    wide = _wide(step.trainable)
+    yield backward.parts(0, 0 if earlier else n_bytes, copied_bytes(wide, mesh))
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
 
 
@@ -132,7 +132,7 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
     outside = local_bytes(representatives(wide, []), mesh)
     wide_bytes = sum(forward.bytes_by_block(wide)) + outside
     wide_bytes = wide_bytes - bytes_of(wide, "model.norm.", mesh)
-    of_head = divided_bytes({head: forward.params[head]}, mesh)
+    of_head = gathered_bytes({head: forward.params[head]}, mesh)
     return {
         **at_head,
         "gathered": at_head["gathered"] + of_head,
@@ -142,8 +142,12 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
 
 def _sum_bytes(step: StepSpec) -> int:
     """Bytes of the gradients that are summed over micro-batches, in float32 or wider."""
-    wide = tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), step.trainable)
-    return local_bytes(wide, step.mesh)
+    return local_bytes(_wide(step.trainable), step.mesh)
+
+
+def _wide(leaves: Trainable) -> Trainable:
+    """Leaves in the dtype that gradients are summed in, without values."""
+    return tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), leaves)
 
 
 def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:

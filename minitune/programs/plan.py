@@ -18,6 +18,7 @@ from minitune.optim.sgd import SGD
 from minitune.planning.alike import representatives
 from minitune.planning.devices import Device
 from minitune.planning.flops import flops_per_token
+from minitune.planning.forward import context_of
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh, local_bytes
@@ -140,8 +141,9 @@ def planned(
     first: the state before the first stage, where a check has found it.
     """
     models = models_of(source.model, source.stage)
-    if target.mesh.n_shards > 1 and any(model.offload is not None for model in models):
-        refuse_plan("fsdp")
+    is_cut = target.mesh.n_ranks > 1 and target.mesh.plan
+    if is_cut and any(model.offload is not None for model in models):
+        refuse_plan(dict(target.mesh.plan))
     plan = PlanState(first or first_state(source), source.model, target)
     for stage in source.stage:
         plan = plan.after(stage)
@@ -207,7 +209,7 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
     n_tokens = abstract.data[stage.data].max_seq_len
     n_micro = -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     return StepSpec(
-        abstract.model._replace(n_remat=_n_remat(stage, abstract, params, trainable, device)),
+        abstract.model._replace(n_remat=_n_remat(stage, plan, params, trainable, device)),
         params,
         trainable,
         abstract.lora,
@@ -257,13 +259,14 @@ def _teacher(stage: Train, abstract: AbstractState, target: PlanTarget) -> Teach
 
 def _n_remat(
     stage: Train,
-    abstract: AbstractState,
+    plan: PlanState,
     params: Params,
     trainable: Trainable,
     device: torch.device,
 ) -> int:
     """Number of blocks that the stage will compute again; a budget is measured on fake tensors of
     its device."""
+    abstract = plan.abstract
     n_tokens = abstract.data[stage.data].max_seq_len
     if stage.remat == HOST or not isinstance(stage.remat, str):
         return stage.n_remat(abstract.model, params, n_tokens)
@@ -273,7 +276,8 @@ def _n_remat(
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), kept)
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        return stage.n_remat(abstract.model, adapted, n_tokens)
+        model = abstract.model._replace(context=context_of(plan.target.mesh))
+        return stage.n_remat(model, adapted, n_tokens)
 
 
 def _flops_per_token(stage: Train, step: StepSpec) -> float:

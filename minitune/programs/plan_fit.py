@@ -50,15 +50,13 @@ class Fit(NamedTuple):
         return self.n_bytes <= self.there
 
 
-def check_memory(source: Program, first: AbstractState, mesh: Mesh | None) -> dict[str, Planned]:
+def check_memory(source: Program, first: AbstractState, mesh: Mesh) -> dict[str, Planned]:
     """Plans of the training stages of a program by their labels; InputError for one that does not
     fit, unless the program says that it need not.
 
-    Nothing for a model that is very small or of very many weights, and without a mesh. first: the
-    state before the first stage; mesh: of the ranks that train.
+    Nothing for a model that is very small or of very many weights. first: the state before the
+    first stage; mesh: of the ranks that train.
     """
-    if mesh is None:
-        return {}
     weights = first.params.values()
     if len(weights) > MOST_WEIGHTS or sum(w.numel() for w in weights) < LEAST_PARAMETERS:
         return {}

@@ -21,7 +21,7 @@ from minitune.types import Params
 
 def of_rank(stage: Train, mesh: Mesh) -> Train:
     """Stage as one rank runs it: with its share of the rows of a batch, which is one at least."""
-    return msgspec.structs.replace(stage, batch_size=-(-stage.batch_size // mesh.n_ranks))
+    return msgspec.structs.replace(stage, batch_size=-(-stage.batch_size // mesh.n_shares))
 
 
 def blocks_of(source: ModelSource | None, device: torch.device) -> BlockPlace:

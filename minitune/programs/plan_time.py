@@ -72,7 +72,7 @@ def planned_time(one: Planned, device: Device) -> PlannedTime:
     """Time of a training stage on a device."""
     assert isinstance(one.stage, Train), "there is no step to time"
     step = one.step
-    tokens = step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_ranks
+    tokens = step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_shares
     found = timing(step, one.flops_per_token, one.parts, device)
     return PlannedTime(found, device, tokens, one.stage.steps)
 
@@ -142,6 +142,11 @@ def _sent(step: Timing) -> str:
         words.append(
             f"{sent.gathered / GIB:,.3g} GiB of weights and {sent.scattered / GIB:,.3g} GiB of "
             f"gradients in {step.overlapped_s:.3g} s, {hidden}"
+        )
+    if sent.exchanged:
+        words.append(
+            f"{sent.exchanged / GIB:,.3g} GiB of activations in {step.exchanged_s:.3g} s, "
+            "for which the products wait"
         )
     if sent.summed:
         words.append(

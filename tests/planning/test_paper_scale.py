@@ -19,7 +19,7 @@ from minitune.models.weights import dims, shapes
 from minitune.optim.adamw import AdamW
 from minitune.planning.devices import open_device
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import Mesh, local_bytes, local_part
+from minitune.planning.mesh import ALONE, Mesh, local_bytes, local_part, mesh_under
 from minitune.planning.step_spec import StepSpec
 from minitune.planning.timing import timing
 from minitune.planning.traffic import traffic
@@ -50,6 +50,10 @@ def as_rank(mesh: dict[str, int]) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
+def parts_and_copies(n: int, copies: int = 1) -> Mesh:
+    return mesh_under({"replica": copies, "data": n}, "hsdp")
+
+
 def step_of(name: str, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> StepSpec:
     model = shape(name)
     params = meta(model)
@@ -58,7 +62,7 @@ def step_of(name: str, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> 
     trainable = meta(model, torch.float32)
     if lora is not None:
         with torch.device("meta"):
-            trainable = lora.init(params, 0)
+            trainable = lora.like(params)
     optimizer, device = AdamW(lr=1e-4), torch.device("meta")
     return StepSpec(model, params, trainable, lora, optimizer, CrossEntropy(), device, 1, N_TOKENS, mesh=mesh)
 
@@ -68,7 +72,7 @@ def test_a_70b_is_divided_as_torch_divides_it(mesh: dict[str, int]) -> None:
     """Every matrix along one dim: the parts of a rank, and so what all that trains takes there."""
     model = shape("llama-3-70b")
     params, plan = meta(model), named_plan("fsdp")
-    planned = Mesh(mesh["data"], mesh["replica"]).for_model(model.config)
+    planned = mesh_under(mesh, "fsdp").for_model(model.config)
     with as_rank(mesh) as ranks:
         parts = shard(params, dims(model.config), plan, ranks)
         local = {name: getattr(part, "to_local", lambda part=part: part)() for name, part in parts.items()}
@@ -81,7 +85,7 @@ def test_a_70b_is_divided_as_torch_divides_it(mesh: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("n", "copies"), [(64, 1), (256, 1), (1024, 1), (64, 16)])
 def test_memory_and_traffic_of_full_training_are_those_of_the_closed_forms(n: int, copies: int) -> None:
-    step = step_of("llama-3-70b", Mesh(n, copies), remat=True)
+    step = step_of("llama-3-70b", parts_and_copies(n, copies), remat=True)
     parts, sent = peak_memory(step), traffic(step)
     n_vectors = (2 * 80 + 1) * 8192
     matrices = 70_553_706_496 - n_vectors
@@ -103,11 +107,11 @@ def test_memory_and_traffic_of_full_training_are_those_of_the_closed_forms(n: in
 
 def test_gathered_weights_are_gone_with_their_block_whether_it_is_computed_again_or_not() -> None:
     rule = Lora(16, 32.0, ("*_proj.weight",))
-    steps = [step_of("llama-3-8b", Mesh(8), remat=remat, lora=rule) for remat in (False, True)]
+    steps = [step_of("llama-3-8b", parts_and_copies(8), remat=remat, lora=rule) for remat in (False, True)]
     block = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
     # two blocks at a time; every rank has the deltas whole, and sums their gradients once
     deltas = tree.n_bytes(steps[0].trainable)
-    alone = peak_memory(step_of("llama-3-8b", Mesh(), remat=True, lora=rule))
+    alone = peak_memory(step_of("llama-3-8b", ALONE, remat=True, lora=rule))
     for step in steps:
         assert 2 * block <= peak_memory(step)["gathered"] < 6 * block
         assert peak_memory(step)["trained"] == alone["trained"]
@@ -119,14 +123,14 @@ def test_gathered_weights_are_gone_with_their_block_whether_it_is_computed_again
 def test_the_time_of_a_step_is_that_of_its_slowest_resource() -> None:
     """8 ranks in a node hide what they send behind the products of 4,096 tokens; copies between nodes add their sum."""
     h100, rule = open_device("h100"), Lora(16, 32.0, ("*_proj.weight",))
-    step = step_of("llama-3-70b", Mesh(8), remat=True, lora=rule)
+    step = step_of("llama-3-70b", parts_and_copies(8), remat=True, lora=rule)
     flops = 6e11
     found = timing(step, flops, {"activations": 0, "optimizer": 0}, h100)
     assert found.products_s == pytest.approx(flops * N_TOKENS / 989.4e12)
     assert found.overlapped_s == pytest.approx((found.sent.gathered + found.sent.scattered) / 450e9)
     assert (found.binds, found.hides_overlapped) == ("products", True)
     assert found.expected_s == pytest.approx(found.products_s / 0.4 + found.exposed_s)
-    across = timing(step_of("llama-3-70b", Mesh(64), remat=True, lora=rule), flops / 64, {"activations": 0}, h100)
+    across = timing(step_of("llama-3-70b", parts_and_copies(64), remat=True, lora=rule), flops / 64, {"activations": 0}, h100)
     assert (across.binds, across.hides_overlapped) == ("links", False)
     assert across.roof_s == pytest.approx(across.overlapped_s + across.exposed_s)
     slow = timing(step, flops / 1e6, {"activations": 10**13}, h100)
