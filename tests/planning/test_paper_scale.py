@@ -22,7 +22,7 @@ from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh, local_bytes, local_part, mesh_under
 from minitune.planning.step_spec import StepSpec
 from minitune.planning.timing import timing
-from minitune.planning.traffic import traffic
+from minitune.planning.traffic import RankGroup, traffic, transfers
 from minitune.sharding.mesh import device_mesh
 from minitune.sharding.placements import shard
 from minitune.sharding.plans import named_plan
@@ -135,3 +135,48 @@ def test_the_time_of_a_step_is_that_of_its_slowest_resource() -> None:
     assert across.roof_s == pytest.approx(across.overlapped_s + across.exposed_s)
     slow = timing(step, flops / 1e6, {"activations": 10**13}, h100)
     assert slow.binds == "memory"
+
+
+def test_ranks_that_share_tokens_have_a_part_of_the_activations_and_exchange_heads() -> None:
+    """32k tokens of an 8B on 8 ranks: the memory of 4k on a rank, but for what attention does with all of its heads' tokens."""
+    rule, n_tokens, c = Lora(16, 32.0, ("*_proj.weight",)), 8 * N_TOKENS, 8
+    shared = step_of("llama-3-8b", mesh_under({"data": 2, "context": c}, "cp"), remat=True, lora=rule)._replace(n_tokens=n_tokens)
+    short = step_of("llama-3-8b", parts_and_copies(16), remat=True, lora=rule)._replace(n_tokens=n_tokens // c)
+    parts, of_short = peak_memory(shared), peak_memory(short)
+    for name in ("weights", "trained", "optimizer", "activations", "gathered"):
+        assert parts[name] == pytest.approx(of_short[name], rel=0.001)
+    # 32 heads of queries and of results, 8 of keys and of values, in 2 bytes; forward, again, and backward; losses once each
+    of_block = n_tokens // c * 128 * (2 * 32 + 2 * 8) * 2 * (c - 1) / c
+    assert traffic(shared).exchanged == pytest.approx(3 * 32 * of_block + 2 * 4 * n_tokens // c * (c - 1))
+    # parts are gathered along both axes, as much in all as along one of as many ranks
+    assert traffic(shared).gathered == pytest.approx(traffic(short).gathered)
+    h100, flops = open_device("h100"), 1e11
+    found = timing(shared, flops, parts, h100)
+    assert found.products_s == pytest.approx(flops * n_tokens / c / 989.4e12)
+    assert found.exchanged_s == pytest.approx(found.sent.exchanged / 450e9)
+    # the two parts along data stand in two nodes: one network card for each rank
+    along_data = [one for one in transfers(shared) if one.purpose == "gathered" and one.group == RankGroup(2, c)]
+    along_context = traffic(shared).gathered - sum(one.n_bytes for one in along_data)
+    assert found.overlapped_s == pytest.approx(sum(one.n_bytes for one in along_data) / 50e9 + along_context / 450e9)
+    beside = max(found.products_s / 0.4, found.overlapped_s)
+    assert found.expected_s == pytest.approx(beside + found.exposed_s + found.exchanged_s)
+
+
+def test_ranks_of_the_axis_tensor_compute_with_their_part_of_a_block() -> None:
+    table, d, s, n = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor", "d_model": "data"}, 4, 2, 8
+    step = step_of("llama-3-8b", mesh_under({"data": d, "tensor": s}, table), remat=True)
+    parts, sent = peak_memory(step), traffic(step)
+    n_vectors, outside = 65 * 4096, 2 * 128256 * 4096
+    block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336
+    matrices = 32 * block + outside
+    assert parts["trained"] == 4 * (matrices // n + n_vectors)
+    # of a block a rank gathers its part along data, and of the head all
+    assert parts["gathered"] in (2 * 2 * block // s, 2 * 2 * block // s + outside)
+    assert sent.gathered == pytest.approx(2 * 2 * 32 * block / n * (d - 1) + 2 * outside * (n - 1) / n)
+    assert sent.scattered == pytest.approx(4 * 32 * block / n * (d - 1) + 4 * outside * (n - 1) / n)
+    assert sent.summed == pytest.approx(2 * 4 * n_vectors * (n - 1) / n)
+    # two gathers and two scatters of all tokens in a block, in three passes
+    assert sent.exchanged == pytest.approx(3 * 32 * 4 * N_TOKENS * 4096 * 2 * (s - 1) / s)
+    assert parts["activations"] == (32 + 1) * N_TOKENS // s * 4096 * 2  # inputs of the blocks and of the last norm
+    h100, flops = open_device("h100"), 1e11
+    assert timing(step, flops, parts, h100).products_s == pytest.approx(flops * N_TOKENS / s / 989.4e12)
