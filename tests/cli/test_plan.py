@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -335,6 +337,47 @@ def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) ->
 
     assert leaf_shapes(one.step.trainable) == leaf_shapes(loaded_by["train"].trainable)
     assert leaf_shapes(one.step.params) == leaf_shapes(loaded_by["train"].params)
+
+
+def test_a_plan_for_ranks_takes_the_mesh_and_the_plan_that_are_asked_for_or_those_of_the_program(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, tiny, LORA + TRAIN, verb=("check",)) == 0
+    model = 'model={ config = "configs/models/llama-125m.toml", tokenizer = "demo" }'
+    capsys.readouterr()
+
+    def planned_for(*words: str) -> str:
+        assert main(["plan", str(tmp_path / "p.toml"), model, "--device", "h100", *words]) == 0
+        return capsys.readouterr().out
+
+    alone = planned_for()
+    assert "each rank sends" not in alone
+    asked = planned_for("--mesh", "data=2,context=4", "--plan", "cp")
+    assert re.search(r"each rank sends \S+ GiB of weights .* GiB of activations in \S+ s, for which the products wait", asked)
+    assert asked == planned_for("plan=cp", "mesh={data=2,context=4}")
+    table = 'plan={d_ff="shelf"}'
+    of_table = planned_for(table, "mesh={data=2,shelf=3}")
+    assert "GiB of weights" in of_table
+    assert "activations in" not in of_table
+    assert of_table == planned_for(table, "--mesh", "data=2,shelf=3")
+    assert planned_for("--n", "8") == planned_for("--mesh", "data=8", "--plan", "fsdp")
+    assert planned_for("plan=cp", "mesh={data=2,context=4}", "--n", "1") == alone
+
+    for words, message in (
+        (("--mesh", "data=2,shelf=3"), "the mesh has the axis 'shelf', along which the plan cuts nothing"),
+        (("--mesh", "data=2,context=5"), "the axis context has 5 ranks, among which 12 heads of queries are dealt out"),
+        (("--plan", "zero"), "there is no plan 'zero'"),
+    ):
+        assert main(["plan", str(tmp_path / "p.toml"), model, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_plan_of_one_process_does_not_import_what_several_need(tmp_path: Path, tiny: Path) -> None:
+    assert start(tmp_path, tiny, LORA + TRAIN, verb=("check",)) == 0
+    code = f"import sys; from minitune.__main__ import main; main(['plan', {str(tmp_path / 'p.toml')!r}, '--device', 'h100'])"
+    code += "; print('minitune.sharding.placements' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.endswith("False\n"), done.stdout
 
 
 def test_a_program_that_trains_nothing_is_refused(

@@ -129,7 +129,6 @@ def test_a_model_that_is_cut_takes_less_of_a_rank(tmp_path: Path) -> None:
     ("words", "n_ranks"),
     [
         (["plan=cp", "mesh={data=1,context=2}"], 2),
-        (["mesh={context=2}"], 2),
         (['plan={d_ff="data",heads="data"}'], 2),
         (['plan={d_ff="shelf"}', "mesh={data=2,shelf=3}"], 6),
     ],
