@@ -28,7 +28,7 @@ from minitune.planning.mesh import copied_bytes, gathered_bytes, local_bytes, lo
 from minitune.planning.offloading import arriving_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
-from minitune.types import Params, Trainable, wide_dtype
+from minitune.types import Params
 
 
 def peak_memory(step: StepSpec) -> Parts:
@@ -117,8 +117,7 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     backward = backward._replace(arriving=0)
     n_bytes = local_bytes(step.trainable, mesh)
     yield backward.parts(0, n_bytes, 0)
-    wide = _wide(step.trainable)
-    yield backward.parts(0, 0 if earlier else n_bytes, copied_bytes(wide, mesh))
+    yield backward.parts(0, 0 if earlier else n_bytes, copied_bytes(step.trainable, mesh))
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
 
 
@@ -142,12 +141,7 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
 
 def _sum_bytes(step: StepSpec) -> int:
     """Bytes of the gradients that are summed over micro-batches, in float32 or wider."""
-    return local_bytes(_wide(step.trainable), step.mesh)
-
-
-def _wide(leaves: Trainable) -> Trainable:
-    """Leaves in the dtype that gradients are summed in, without values."""
-    return tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), leaves)
+    return local_bytes(step.trainable, step.mesh, wide=True)
 
 
 def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:

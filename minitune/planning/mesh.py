@@ -141,10 +141,10 @@ def local_part(leaves: Mapping[str, Tree], mesh: Mesh) -> dict[str, Tree]:
     }
 
 
-def local_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
-    """Bytes of these parts."""
+def local_bytes(leaves: Mapping[str, Tree], mesh: Mesh, *, wide: bool = False) -> int:
+    """Bytes of these parts; wide: in float32 or wider, as gradients are summed."""
     return sum(
-        math.prod(_part(x.shape, axes, mesh)) * x.element_size()
+        math.prod(_part(x.shape, axes, mesh)) * _element_bytes(x, wide)
         for name, leaf in leaves.items()
         for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING))
     )
@@ -163,10 +163,11 @@ def gathered_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
 
 
 def copied_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
-    """Bytes of the parts of which several ranks hold copies, so that their gradients are summed."""
+    """Bytes, in float32 or wider, of the parts of which several ranks hold copies: their gradients
+    are summed between these."""
     cutting = {axis for axis, n in mesh.axes.items() if n > 1}
     return sum(
-        math.prod(_part(x.shape, axes, mesh)) * x.element_size()
+        math.prod(_part(x.shape, axes, mesh)) * _element_bytes(x, wide=True)
         for name, leaf in leaves.items()
         for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING))
         if not cutting <= set(axes)
@@ -174,14 +175,15 @@ def copied_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
 
 
 def bytes_by_cut(
-    leaves: Mapping[str, Tree], mesh: Mesh
+    leaves: Mapping[str, Tree], mesh: Mesh, *, wide: bool = False
 ) -> dict[tuple[tuple[str, ...], tuple[str, ...]], int]:
-    """Bytes, whole, of leaves by (axes that cut them, axes along which they are gathered)."""
+    """Bytes, whole, of leaves by (axes that cut them, axes along which they are gathered); wide: in
+    float32 or wider, as gradients are summed."""
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
     for name, leaf in leaves.items():
         for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING)):
             key = (tuple(axes), tuple(mesh.gathered_along(name, axes)))
-            found[key] = found.get(key, 0) + x.numel() * x.element_size()
+            found[key] = found.get(key, 0) + x.numel() * _element_bytes(x, wide)
     return found
 
 
@@ -211,6 +213,10 @@ def used_part(params: Mapping[str, Tree], mesh: Mesh, config: DecoderConfig) -> 
         return torch.empty(sizes, dtype=w.dtype, device=w.device, requires_grad=w.requires_grad)
 
     return {name: part(name, w) for name, w in params.items()}
+
+
+def _element_bytes(x: Tensor, wide: bool) -> int:
+    return max(4, x.element_size()) if wide else x.element_size()
 
 
 def _part(shape: Sequence[int], axes: Mapping[str, int], mesh: Mesh) -> list[int]:

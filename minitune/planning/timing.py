@@ -12,7 +12,7 @@ from minitune.planning.devices import Device
 from minitune.planning.mesh import local_bytes
 from minitune.planning.offloading import fetch_rate, fetched_bytes
 from minitune.planning.step_spec import Parts, StepSpec
-from minitune.planning.traffic import Traffic, sending_s, traffic
+from minitune.planning.traffic import Traffic, sending_s, summed_up, transfers
 
 Resource = Literal["products", "memory", "links", "copies"]
 # reads and writes of what trains in an update: the gradient and each moment are read, and what
@@ -74,10 +74,11 @@ def timing(step: StepSpec, flops_per_token: float, parts: Parts, device: Device)
     rate = device.rate(hardware.product_dtype(like.dtype, step.device))
     products_s = flops_per_token * n_tokens / rate
     memory_s = _moved_bytes(step, parts) / device.memory_bytes_per_s
-    sent = traffic(step)
-    overlapped_s = sending_s(step, ("gathered", "scattered"), device)
-    exposed_s = sending_s(step, ("summed",), device)
-    exchanged_s = sending_s(step, ("exchanged",), device)
+    found = transfers(step)
+    sent = summed_up(found)
+    overlapped_s = sending_s(found, ("gathered", "scattered"), device)
+    exposed_s = sending_s(found, ("summed",), device)
+    exchanged_s = sending_s(found, ("exchanged",), device)
     fetched, fetched_s = fetched_bytes(step), 0.0
     if fetched:
         speed = fetch_rate(step.blocks, device)

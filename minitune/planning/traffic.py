@@ -5,15 +5,14 @@ sums everywhere (Patarasuk & Yuan 2009, doi 10.1016/j.jpdc.2008.09.002, section 
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from minitune import hardware, tree
+from minitune import hardware
 from minitune.planning.alike import layer_number
 from minitune.planning.devices import Device
 from minitune.planning.mesh import TENSOR, Mesh, bytes_by_cut
 from minitune.planning.step_spec import StepSpec
-from minitune.types import wide_dtype
 
 Purpose = Literal["gathered", "scattered", "summed", "exchanged"]
 
@@ -44,29 +43,36 @@ class Transfer(NamedTuple):
 
 def traffic(step: StepSpec) -> Traffic:
     """Traffic of a step, the forwards of a reference or a teacher left out."""
+    return summed_up(transfers(step))
+
+
+def summed_up(found: Iterable[Transfer]) -> Traffic:
+    """Traffic of these transfers."""
     sent = dict.fromkeys(Traffic._fields, 0.0)
-    for one in transfers(step):
+    for one in found:
         sent[one.purpose] += one.n_bytes
     return Traffic(**sent)
 
 
-def transfers(step: StepSpec) -> Iterator[Transfer]:
+def transfers(step: StepSpec) -> list[Transfer]:
     """Everything that a rank sends in a step, the forwards of a reference or a teacher left out.
 
     Weights travel as they are multiplied, gradients in float32 or wider.
     """
+    return [*_of_weights(step), *(_exchanges(step) if step.mesh.n_sharers > 1 else ())]
+
+
+def _of_weights(step: StepSpec) -> Iterator[Transfer]:
+    """Transfers of weights and of their gradients."""
     mesh, n = step.mesh, step.n_micro_batches
     weights = bytes_by_cut(step.params, mesh)
     of_blocks = bytes_by_cut(_of_blocks(step.params), mesh)
     for found in (weights, of_blocks):
         for (axes, gathered), n_bytes in found.items():
             yield from _along_axes("gathered", mesh, axes, gathered, n * n_bytes)
-    wide = tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), step.trainable)
-    for (axes, gathered), n_bytes in bytes_by_cut(wide, mesh).items():
+    for (axes, gathered), n_bytes in bytes_by_cut(step.trainable, mesh, wide=True).items():
         yield from _along_axes("scattered", mesh, axes, gathered, n * n_bytes)
         yield from _copies(mesh, axes, n_bytes)
-    if mesh.n_sharers > 1:
-        yield from _exchanges(step)
 
 
 def axis_group(mesh: Mesh, axis: str) -> RankGroup:
@@ -88,9 +94,9 @@ def link(group: RankGroup, device: Device) -> float:
     return min(device.link_bytes_per_s, device.node_bytes_per_s * n_in_node)
 
 
-def sending_s(step: StepSpec, purposes: Collection[Purpose], device: Device) -> float:
-    """Seconds in which a rank sends what it does for these purposes, one after the other."""
-    chosen = [one for one in transfers(step) if one.purpose in purposes]
+def sending_s(found: Iterable[Transfer], purposes: Collection[Purpose], device: Device) -> float:
+    """Seconds of these transfers, one after the other, as far as they have one of the purposes."""
+    chosen = [one for one in found if one.purpose in purposes]
     return sum((one.n_bytes / link(one.group, device) for one in chosen), 0.0)
 
 
