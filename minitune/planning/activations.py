@@ -4,6 +4,7 @@ are recomputed, by a budget.
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from minitune.models import decoder
 from minitune.models.config import LayerKind, layer_kind
 from minitune.models.model import Model
 from minitune.models.weights import layer_of
+from minitune.planning.few_experts import BlockOfExperts, measured_with_few
 from minitune.sharding.gather import gather
 from minitune.tree import Tree
 from minitune.types import Params
@@ -99,11 +101,20 @@ def measure_blocks(
         kind, layer = layer_kind(model.config, i), layers[first]
         key = (first, i < model.n_remat, x.requires_grad)
         if key not in known:
-            run = _x_first(model, kind)
-            known[key] = measure(remat(run) if i < model.n_remat else run, x, layer, inputs[kind])
+            block = BlockOfExperts(model.config, layer)
+            of_block = partial(_measure_block, model, kind, i < model.n_remat, x, inputs[kind])
+            known[key] = BlockMemory(*measured_with_few(of_block, block))
         measured.append(known[key])
         x = detached_leaves(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return measured
+
+
+def _measure_block(
+    model: Model, kind: LayerKind, again: bool, x: Tensor, inputs: Any, block: BlockOfExperts
+) -> BlockMemory:
+    """Memory of a block, which is computed again in the backward or not."""
+    run = _x_first(model._replace(config=block.config), kind)
+    return measure(remat(run) if again else run, x, block.layer, inputs)
 
 
 class _Live(TorchDispatchMode):

@@ -5,6 +5,7 @@ through it takes, is measured on tensors without values; how much of it is there
 a step is arithmetic. A step that needs more wastes memory.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune import tree
 from minitune.models.weights import head_name
 from minitune.optim.apply import scratch_bytes
-from minitune.planning.alike import first_alike, representatives
+from minitune.planning.alike import first_alike, layer_number, representatives
 from minitune.planning.forward import (
     StepForward,
     bytes_of,
@@ -30,6 +31,9 @@ from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Params
 
+# a mixture whose experts stand one by one has more, other models fewer
+MANY_LEAVES = 2000
+
 
 def peak_memory(step: StepSpec) -> Parts:
     """Bytes of what is in a rank's memory at the fullest moment of a step whose tokens are all
@@ -38,12 +42,31 @@ def peak_memory(step: StepSpec) -> Parts:
     Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is
     not counted.
     """
-    trained = local_part(step.trainable, step.mesh)
-    state = step.optimizer.init(trained)
+    alike = first_alike(step.model, step.params, step.trainable)
+    n_bytes, scratch = _optimizer_bytes(step, alike)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        scratch = scratch_bytes(step.optimizer, state, without_values(trained, step.device))
-        moments = _moments(step, tree.n_bytes(state), scratch)
+        moments = _moments(step, alike, n_bytes, scratch)
         return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _optimizer_bytes(step: StepSpec, alike: list[int]) -> tuple[int, int]:
+    """(bytes of the optimizer's state, those that it takes beside it in an update).
+
+    Of very many leaves one layer of each kind is looked at, which has hundreds of each shape, and
+    the state of the others is as large.
+    """
+    trainable, n_of = step.trainable, Counter[int | None]()
+    if len(trainable) > MANY_LEAVES:
+        trainable, n_of = representatives(trainable, alike), Counter[int | None](alike)
+    trained = local_part(trainable, step.mesh)
+    state = step.optimizer.init(trained)
+    n_bytes = 0
+    for path, x in tree.items(state):
+        times = n_of[layer_number(path[max(0, path.find("model.layers.")) :])] or 1
+        n_bytes += times * x.numel() * x.element_size()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = without_values(trained, step.device)
+        return n_bytes, scratch_bytes(step.optimizer, state, like)
 
 
 def without_values(leaves: Tree, device: torch.device) -> Tree:
@@ -83,9 +106,10 @@ class Backward(NamedTuple):
         }
 
 
-def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Parts]:
+def _moments(
+    step: StepSpec, alike: list[int], optimizer_bytes: int, scratch: int
+) -> Iterator[Parts]:
     """Parts in memory at every moment of a step that may be its fullest."""
-    alike = first_alike(step.model, step.params, step.trainable)
     forward = step_forward(reduced(step, alike), alike)
     whole, blocks = forward.whole, forward.blocks
     always = constant_parts(step, forward, optimizer_bytes)
