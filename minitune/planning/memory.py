@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune import tree
 from minitune.models.weights import head_name
 from minitune.optim.apply import scratch_bytes
-from minitune.planning.alike import first_alike, layer_number, representatives
+from minitune.planning.alike import first_alike, representatives
 from minitune.planning.forward import (
     StepForward,
     bytes_of,
@@ -29,7 +29,7 @@ from minitune.planning.mesh import copied_bytes, gathered_bytes, local_bytes, lo
 from minitune.planning.offloading import arriving_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
-from minitune.types import Params
+from minitune.types import Params, Trainable
 
 # a mixture whose experts stand one by one has more, other models fewer
 MANY_LEAVES = 2000
@@ -52,18 +52,23 @@ def peak_memory(step: StepSpec) -> Parts:
 def _optimizer_bytes(step: StepSpec, alike: list[int]) -> tuple[int, int]:
     """(bytes of the optimizer's state, those that it takes beside it in an update).
 
-    Of very many leaves one layer of each kind is looked at, which has hundreds of each shape, and
-    the state of the others is as large.
+    Of very many leaves one layer of each kind is looked at, which has hundreds of each shape; every
+    other one of the kind adds as much state as a second one does.
     """
-    trainable, n_of = step.trainable, Counter[int | None]()
-    if len(trainable) > MANY_LEAVES:
-        trainable, n_of = representatives(trainable, alike), Counter[int | None](alike)
-    trained = local_part(trainable, step.mesh)
-    state = step.optimizer.init(trained)
-    n_bytes = 0
-    for path, x in tree.items(state):
-        times = n_of[layer_number(path[max(0, path.find("model.layers.")) :])] or 1
-        n_bytes += times * x.numel() * x.element_size()
+    is_long = len(step.trainable) > MANY_LEAVES
+    chosen = alike if is_long else [*range(len(alike))]
+
+    def state_of(layers: list[int]) -> tuple[Trainable, Tree]:
+        trained = local_part(representatives(step.trainable, layers), step.mesh)
+        return trained, step.optimizer.init(trained)
+
+    trained, state = state_of(chosen)
+    n_bytes = n_of_one = tree.n_bytes(state)
+    for first, n in Counter(chosen).items():
+        if n > 1:
+            second = alike.index(first, alike.index(first) + 1)
+            n_of_two = tree.n_bytes(state_of([*chosen, second])[1])
+            n_bytes = n_bytes + (n - 1) * (n_of_two - n_of_one)
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = without_values(trained, step.device)
         return n_bytes, scratch_bytes(step.optimizer, state, like)
