@@ -28,7 +28,9 @@ from minitune.programs.plan_time import (
     measured_machine,
     planned_time,
 )
+from minitune.programs.stages.batches import tokenized_table
 from minitune.programs.stages.train import Train
+from minitune.programs.state import AbstractState
 from minitune.sharding.mesh import n_ranks
 
 
@@ -81,7 +83,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
         devices = _measured(stages, tables, biggest_file(source.model))
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
-    plans = [_stage_plan(one, target, devices) for one in stages]
+    plans = [_stage_plan(one, target, devices, first, source.seed) for one in stages]
     screen.print(_table(plans))
     for one in plans:
         for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
@@ -141,13 +143,24 @@ def _measured(
     }
 
 
-def _stage_plan(one: Planned, target: PlanTarget, devices: Mapping[str, Device]) -> StagePlan:
+def _stage_plan(
+    one: Planned,
+    target: PlanTarget,
+    devices: Mapping[str, Device],
+    first: AbstractState,
+    seed: int,
+) -> StagePlan:
     device = target.device or devices.get(one.stage.label)
     if device is None and target == PlanTarget():
         device = known_machine(one.step.device.type)
     if device is None or not isinstance(one.stage, Train):
         return StagePlan(one, fit(one, target), None)
-    return StagePlan(one, fit(one, target), planned_time(one, device))
+    n_tokens = 0
+    if one.stage.evaluate is not None:
+        name = one.stage.evaluate.data
+        how = *first.text(), seed, first.on_sample(name)
+        n_tokens = tokenized_table(name, first.data[name], *how).n_tokens
+    return StagePlan(one, fit(one, target), planned_time(one, device, n_tokens))
 
 
 def _figures(plan: StagePlan) -> dict[str, Any]:
@@ -174,6 +187,7 @@ def _times(time: PlannedTime) -> dict[str, Any]:
         "step_expected_s": step.expected_s,
         "tokens_per_s_at_best": time.tokens_per_s,
         "end_s": time.end_s,
+        "evaluations": {"n": time.n_evaluations, "s": time.evaluation_s},
         "binds": step.binds,
         "sent_bytes": step.sent._asdict(),
         "links_s": {

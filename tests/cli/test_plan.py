@@ -1,6 +1,7 @@
 """The plan of a training stage: the floor of its memory beside what a step really takes, and its floating-point operations."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -300,6 +301,26 @@ def test_a_plan_counts_an_evaluation_that_is_larger_than_the_step(tiny: Path, tm
     plain = n_bytes("")
     assert n_bytes('evaluate = { data = "heldout", every = 2 }\n') == plain
     assert n_bytes('evaluate = { data = "heldout", every = 2, batch_size = 64 }\n') > 1.5 * plain
+
+
+def test_the_time_to_the_end_has_the_evaluations_in_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each takes the forward of all held-out tokens: half of a step's time with adapters, a third in full training."""
+    evaluate = 'evaluate = { data = "heldout", every = 3, at_start = true }\n'
+    for stages, share in ((LORA, 1 / 2), ('[[stage]]\nop = "full"\n', 1 / 3)):
+        asked = stages + TRAIN.replace("steps = 4", "steps = 7") + evaluate
+        assert start(tmp_path, tiny, asked, verb=("check",)) == 0
+        said = re.search(r"heldout has \d+ samples, ([\d,]+) tokens", capsys.readouterr().out)
+        assert said is not None
+        n_tokens = int(said[1].replace(",", ""))
+        assert main(["plan", str(tmp_path / "p.toml"), "--device", "h100", "--json"]) == 0
+        time = json.loads(capsys.readouterr().out)["result"]["stages"]["train"]["time"]
+        assert time["evaluations"]["n"] == 4  # before the first step, after 3, 6 and 7
+        assert time["evaluations"]["s"] == pytest.approx(share * time["step_expected_s"] * n_tokens / (4 * 256))
+        assert time["end_s"] == pytest.approx(7 * time["step_expected_s"] + 4 * time["evaluations"]["s"])
+        assert main(["plan", str(tmp_path / "p.toml"), "--device", "h100"]) == 0
+        assert re.search(r"7 steps and 4 evaluations of \S+ s take about 1 s, what comes before", capsys.readouterr().out)
 
 
 def test_weights_that_are_quantized_first_are_never_loaded_whole(tiny: Path, tmp_path: Path) -> None:
