@@ -33,7 +33,7 @@ class BlockOfExperts(NamedTuple):
         return self.config.experts
 
     def with_experts(self, n: int) -> "BlockOfExperts":
-        """The same block with its first n experts alone."""
+        """Block with its first n experts alone."""
         experts = msgspec.structs.replace(self.experts, n_experts=n)
         every = expert_shapes(self.experts, self.config.d_model)
         few = expert_shapes(experts, self.config.d_model)

@@ -30,8 +30,14 @@ from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
 from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
-from minitune.programs.offloading import refuse_plan
-from minitune.programs.plan_parts import blocks_of, kept_codes, of_rank, quantized_params
+from minitune.programs.plan_parts import (
+    blocks_of,
+    flops_of_step,
+    kept_codes,
+    of_rank,
+    quantized_params,
+    refuse_offload,
+)
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
 from minitune.programs.stages.evaluate import Eval
@@ -140,16 +146,13 @@ def planned(
     Those without one take as many tokens as a step. InputError for what would stop the program.
     first: the state before the first stage, where a check has found it.
     """
-    models = models_of(source.model, source.stage)
-    is_cut = target.mesh.n_ranks > 1 and target.mesh.plan
-    if is_cut and any(model.offload is not None for model in models):
-        refuse_plan(dict(target.mesh.plan))
+    refuse_offload(models_of(source.model, source.stage), target.mesh)
     plan = PlanState(first or first_state(source), source.model, target)
     for stage in source.stage:
         plan = plan.after(stage)
         if isinstance(stage, Train):
             step = _step(stage, plan)
-            yield Planned(stage, step, _memory(stage, step, plan), _flops_per_token(stage, step))
+            yield Planned(stage, step, _memory(stage, step, plan), flops_of_step(stage, step))
         elif isinstance(stage, Eval | Generate) and None not in (stage.batch_size, stage.data):
             yield _planned_forward(stage, plan)
 
@@ -278,19 +281,6 @@ def _n_remat(
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
         model = abstract.model._replace(context=context_of(plan.target.mesh))
         return stage.n_remat(model, adapted, n_tokens)
-
-
-def _flops_per_token(stage: Train, step: StepSpec) -> float:
-    """FLOPs of a step over rows of one document each, with every forward of a reference or a
-    teacher.
-    """
-    frozen_models = []
-    if step.teacher is not None and stage.cached_top_k is None:
-        frozen_models.append(step.teacher.model)
-    if stage.loss.needs_reference and stage.reference != "cached":
-        frozen_models.append(step.model)
-    forward = sum(flops_per_token(model, {}, step.n_tokens) for model in frozen_models)
-    return flops_per_token(step.model, step.trainable, step.n_tokens) + forward
 
 
 def _weights(plan: PlanState) -> Params:
