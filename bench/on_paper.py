@@ -20,13 +20,13 @@ from minitune.optim.adamw import AdamW
 from minitune.planning.devices import open_device
 from minitune.planning.flops import flops_per_token
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import Mesh
+from minitune.planning.mesh import mesh_under
 from minitune.planning.step_spec import StepSpec
 from minitune.planning.timing import timing
 
 ROOT = Path(__file__).parents[1]
 MODELS, KINDS = ("llama-3-70b", "qwen3-235b-a22b"), ("lora", "full")
-MESHES = {"64": Mesh(64), "256": Mesh(256), "1024": Mesh(1024), "8 x 8": Mesh(8, 8), "64 x 16": Mesh(64, 16)}  # parts x copies
+MESHES = {"64": (1, 64), "256": (1, 256), "1024": (1, 1024), "8 x 8": (8, 8), "64 x 16": (16, 64)}  # copies of parts
 N_TOKENS, GIB = 4096, 2**30
 HEADER = (
     "model",
@@ -51,8 +51,9 @@ def row(name: str, kind: str, ranks: str) -> str:
     lora = Lora(16, 32.0, ("*_proj.weight",)) if kind == "lora" else None
     with torch.device("meta"):
         whole = {one: torch.empty(size) for one, size in sizes.items()} if lora is None else {}
-        trainable = whole if lora is None else lora.init(params, 0)
-    mesh, device = MESHES[ranks].for_model(model.config), torch.device("meta")
+        trainable = whole if lora is None else lora.like(params)
+    copies, parts = MESHES[ranks]
+    mesh, device = mesh_under({"replica": copies, "data": parts}, "hsdp").for_model(model.config), torch.device("meta")
     step = StepSpec(model, params, trainable, lora, AdamW(lr=1e-4), CrossEntropy(), device, 1, N_TOKENS, mesh=mesh)
     parts = peak_memory(step)
     time = timing(step, flops_per_token(model, trainable, N_TOKENS), parts, open_device("h100"))

@@ -13,7 +13,7 @@ from minitune.cli.model_folders import with_model
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.planning.devices import Device, names, open_device
-from minitune.planning.mesh import mesh_of
+from minitune.planning.mesh import Mesh, axes_of, mesh_under
 from minitune.programs import program
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import TableFacts, data_facts
@@ -29,7 +29,10 @@ from minitune.programs.plan_time import (
     measured_machine,
     planned_time,
 )
+from minitune.programs.stages.batches import tokenized_table
 from minitune.programs.stages.train import Train
+from minitune.programs.state import AbstractState
+from minitune.sharding.mesh import n_ranks
 
 
 class StagePlan(NamedTuple):
@@ -59,11 +62,11 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     """
     options = _parser().parse_intermixed_args(words)
     source = program.load(file, with_model(options.overrides, file.stem))
-    target = _target(options)
+    target = _target(options, source)
     if options.measure and target != PlanTarget():
         raise InputError(
             "plan: --measure is given with another device or several, expected this machine alone; "
-            "drop --device, --n and --mesh, or --measure"
+            "drop --device, --n and --mesh, or --measure; a mesh of the program goes with --n 1"
         )
     first = first_state(source)
     tables: Mapping[str, TableFacts] = {}
@@ -84,7 +87,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
         devices = _measured(stages, tables, biggest_file(source.model))
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
-    plans = [_stage_plan(one, target, devices, tables) for one in stages]
+    plans = [_stage_plan(one, target, devices, tables, first, source.seed) for one in stages]
     screen.print(_table(plans))
     for one in plans:
         for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
@@ -101,19 +104,33 @@ def _parser() -> OptionParser:
     known = ", ".join(names())
     parser.add_argument("--device", metavar="NAME", help=f"plan for one of {known}, or a TOML file")
     parser.add_argument("--n", type=int, metavar="N", help="so many devices: --mesh data=N")
-    parser.add_argument("--mesh", metavar="AXES", help="data=8,replica=16: 16 copies of 8 parts")
-    parser.add_argument("--plan", metavar="PLAN", help="dp: all on every rank; fsdp; hsdp")
+    parser.add_argument("--mesh", metavar="AXES", help="replica=16,data=8: 16 copies of 8 parts")
+    parser.add_argument("--plan", metavar="PLAN", help="dp: all on every rank; fsdp, hsdp, cp")
     parser.add_argument("--measure", action="store_true", help="time a few layers on this machine")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
     return parser
 
 
-def _target(options: Any) -> PlanTarget:
+def _target(options: Any, source: program.Program) -> PlanTarget:
+    device = None if options.device is None else open_device(options.device)
+    return PlanTarget(device, _mesh(options, source))
+
+
+def _mesh(options: Any, source: program.Program) -> Mesh:
+    """Mesh that is asked for, or that of the program; a plan that the program leaves at dp is fsdp
+    for ranks that are asked for."""
     if options.n is not None and options.mesh is not None:
         raise InputError("plan: --n and --mesh are both given, expected one of them; drop one")
-    written = options.mesh or f"data={options.n if options.n is not None else 1}"
-    mesh = mesh_of(written, options.plan)
-    return PlanTarget(None if options.device is None else open_device(options.device), mesh)
+    axes: Mapping[str, int] = source.mesh
+    plan = options.plan or source.plan
+    if options.n is not None or options.mesh is not None:
+        axes = axes_of(options.mesh or f"data={options.n}")
+        plan = options.plan or (source.plan if source.plan != "dp" else "fsdp")
+    is_alone = n_ranks(axes) == 1
+    if is_alone and options.plan is None:
+        return Mesh()
+    mesh = mesh_under(axes, plan)
+    return Mesh() if is_alone else mesh
 
 
 def _measured(
@@ -137,6 +154,8 @@ def _stage_plan(
     target: PlanTarget,
     devices: Mapping[str, Device],
     tables: Mapping[str, TableFacts],
+    first: AbstractState,
+    seed: int,
 ) -> StagePlan:
     device = target.device or devices.get(one.stage.label)
     if device is None and target == PlanTarget():
@@ -144,7 +163,12 @@ def _stage_plan(
     if device is None or not isinstance(one.stage, Train):
         return StagePlan(one, fit(one, target), None)
     timed = as_taken(one, tables.get(one.stage.data))
-    return StagePlan(one, fit(one, target), planned_time(timed, device))
+    n_tokens = 0
+    if one.stage.evaluate is not None:
+        name = one.stage.evaluate.data
+        how = *first.text(), seed, first.on_sample(name)
+        n_tokens = tokenized_table(name, first.data[name], *how).n_tokens
+    return StagePlan(one, fit(one, target), planned_time(timed, device, n_tokens))
 
 
 def _figures(plan: StagePlan) -> dict[str, Any]:
@@ -171,9 +195,14 @@ def _times(time: PlannedTime) -> dict[str, Any]:
         "step_expected_s": step.expected_s,
         "tokens_per_s_at_best": time.tokens_per_s,
         "end_s": time.end_s,
+        "evaluations": {"n": time.n_evaluations, "s": time.evaluation_s},
         "binds": step.binds,
         "sent_bytes": step.sent._asdict(),
-        "links_s": {"beside_products": step.overlapped_s, "after_products": step.exposed_s},
+        "links_s": {
+            "beside_products": step.overlapped_s,
+            "between_products": step.exchanged_s,
+            "after_products": step.exposed_s,
+        },
         "hidden": step.hides_overlapped,
         "fetched": {"bytes": step.fetched, "s": step.fetched_s, "hidden": step.hides_fetched},
     }
@@ -204,4 +233,4 @@ def _table(plans: Sequence[StagePlan]) -> Table:
 def _tokens(one: Planned) -> int:
     """Tokens of a step, on all ranks."""
     step = one.step
-    return step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_ranks
+    return step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_shares

@@ -4,6 +4,7 @@ are recomputed, by a budget.
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from minitune.models import decoder
 from minitune.models.config import LayerKind, layer_kind
 from minitune.models.model import Model
 from minitune.models.weights import layer_of
+from minitune.planning.few_experts import BlockOfExperts, measured_with_few
 from minitune.sharding.gather import gather
 from minitune.tree import Tree
 from minitune.types import Params
@@ -34,9 +36,11 @@ def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: i
     config = model.config
     like, n = params["model.embed_tokens.weight"], config.n_layers
     dtype = hardware.product_dtype(like.dtype, like.device)
-    x = torch.ones(n_rows, n_tokens, config.d_model, dtype=dtype, device=like.device)
+    n_own = n_tokens if model.context is None else model.context.n_own(n_tokens)
+    x = torch.ones(n_rows, n_own, config.d_model, dtype=dtype, device=like.device)
     tokens = torch.ones(n_rows, n_tokens, dtype=torch.int64, device=like.device)
-    inputs = decoder.mixer_inputs(config, decoder.token_positions(config, tokens, None), x.dtype)
+    where = decoder.token_positions(config, tokens, None, model.context)
+    inputs = decoder.mixer_inputs(config, where, x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
     inner = kept_bytes(_x_first(model, last), x, gather(layer_of(params, n - 1)), inputs[last])
@@ -97,11 +101,20 @@ def measure_blocks(
         kind, layer = layer_kind(model.config, i), layers[first]
         key = (first, i < model.n_remat, x.requires_grad)
         if key not in known:
-            run = _x_first(model, kind)
-            known[key] = measure(remat(run) if i < model.n_remat else run, x, layer, inputs[kind])
+            block = BlockOfExperts(model.config, layer)
+            of_block = partial(_measure_block, model, kind, i < model.n_remat, x, inputs[kind])
+            known[key] = BlockMemory(*measured_with_few(of_block, block))
         measured.append(known[key])
         x = detached_leaves(x) if any(leaf.requires_grad for leaf in tree.leaves(layer)) else x
     return measured
+
+
+def _measure_block(
+    model: Model, kind: LayerKind, again: bool, x: Tensor, inputs: Any, block: BlockOfExperts
+) -> BlockMemory:
+    """Memory of a block, which is computed again in the backward or not."""
+    run = _x_first(model._replace(config=block.config), kind)
+    return measure(remat(run) if again else run, x, block.layer, inputs)
 
 
 class _Live(TorchDispatchMode):

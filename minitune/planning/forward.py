@@ -21,9 +21,10 @@ from minitune.nn.elementwise import rms_norm
 from minitune.nn.head import head_chunk, rows_at_once
 from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.planning.alike import representatives
-from minitune.planning.mesh import Mesh, divided_bytes, local_bytes
+from minitune.planning.mesh import TENSOR, Mesh, gathered_bytes, local_bytes, used_part
 from minitune.planning.offloading import resident
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
+from minitune.sharding.context import ContextParallel, Sharers
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params
 
@@ -69,7 +70,7 @@ class StepForward(NamedTuple):
         def of_layer(i: int) -> int:
             prefix = f"model.layers.{i}."
             layer = {name: w for name, w in self.params.items() if name.startswith(prefix)}
-            return divided_bytes(layer, self.step.mesh)
+            return gathered_bytes(layer, self.step.mesh)
 
         by_layer = {i: of_layer(i) for i in set(self.alike)}
         return [*(by_layer[i] for i in self.alike), 0]
@@ -87,15 +88,15 @@ def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
 
     # what the first block is given
     embedding = params["model.embed_tokens.weight"]
-    device = embedding.device
+    device, mesh = embedding.device, step.mesh
     dtype = hardware.product_dtype(embedding.dtype, device)
-    x = torch.empty(step.n_rows, step.n_tokens, config.d_model, dtype=dtype, device=device)
+    shape = (step.n_rows, mesh.own_tokens(step.n_tokens), config.d_model)
+    x = torch.empty(shape, dtype=dtype, device=device)
     x = detached_leaves(x) if embedding.requires_grad else x
-    segment_ids = torch.empty(x.shape[:2], dtype=torch.int32, device=device)
-    where = TokenPositions(segment_ids.long(), step.n_tokens, document_keys(segment_ids))
-    inputs = decoder.mixer_inputs(config, where, x.dtype)
+    inputs = decoder.mixer_inputs(config, _positions(step, device), x.dtype)
 
-    blocks = measure_blocks(step.model, params, alike, x, inputs)
+    model, used = _tensor_parallel(step.model, mesh), used_part(params, mesh, config)
+    blocks = measure_blocks(model, used, alike, x, inputs)
     if step.offloaded:
         # an input that waits in the host's memory is not kept, but two of them are on their way
         travelling = 2 * tree.n_bytes(x)
@@ -110,6 +111,15 @@ def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
     return StepForward(step, params, whole, deltas, x, shared_bytes, [*blocks, norm], alike)
 
 
+def context_of(mesh: Mesh) -> ContextParallel | None:
+    """Context of the first rank of a mesh, without a process group; None without such an axis."""
+    n = mesh.n_sharing("context")
+    if n == 1:
+        return None
+    name = torch.empty(0, dtype=torch.uint8)
+    return ContextParallel(0, Sharers(torch.empty(n, dtype=torch.int64), name))
+
+
 def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -> Parts:
     """Parts that are in memory all through a step."""
     trained = step.trainable
@@ -117,8 +127,8 @@ def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -
     here = resident(step.params, step.blocks)
     frozen = {name: w for name, w in here.items() if not (name in whole and forward.whole)}
     # b times its scale, as well as b
-    deltas = trained.items() if forward.deltas else ()
-    scaled = {name: leaf._replace(a=leaf.b[:0]) for name, leaf in deltas if isinstance(leaf, Delta)}
+    deltas = trained.values() if forward.deltas else ()
+    scaled = sum(tree.n_bytes((leaf.b, leaf.m)) for leaf in deltas if isinstance(leaf, Delta))
     mesh, teacher = step.mesh, step.teacher
     second_model = local_bytes(step.reference, mesh)
     if teacher is not None:
@@ -128,7 +138,7 @@ def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -
     return {
         "weights": local_bytes(frozen, mesh),
         "second model": second_model,
-        "trained": local_bytes(trained, mesh) + local_bytes(scaled, mesh),
+        "trained": local_bytes(trained, mesh) + scaled,
         "optimizer": optimizer_bytes,
         "batch": step.n_rows * step.n_tokens * BATCH_BYTES_PER_TOKEN + forward.shared_bytes,
     }
@@ -183,6 +193,34 @@ def bytes_of(leaves: Mapping[str, Any], prefix: str, mesh: Mesh) -> int:
     """Bytes of the leaves of these names on a rank of a mesh."""
     chosen = {name: leaf for name, leaf in leaves.items() if name.startswith(prefix)}
     return local_bytes(chosen, mesh)
+
+
+def _positions(step: StepSpec, device: torch.device) -> TokenPositions:
+    """Positions of the tokens of a rank, of rows that hold any number of documents."""
+    context = context_of(step.mesh)
+    n_all = step.mesh.n_sharers * step.mesh.own_tokens(step.n_tokens)  # the last rank's padded
+    segment_ids = torch.empty(step.n_rows, n_all, dtype=torch.int32, device=device)
+    where = TokenPositions(segment_ids.long(), step.n_tokens, document_keys(segment_ids))
+    if context is None:
+        return where
+    return where._replace(positions=context.own(where.positions), sharers=context.sharers)
+
+
+def _tensor_parallel(model: Model, mesh: Mesh) -> Model:
+    """Model whose blocks are given the tokens of one rank of the axis "tensor", and work on those
+    of all.
+
+    Norms and sums are counted for all tokens as well, which is more than they take.
+    """
+    n = mesh.n_sharing(TENSOR)
+    if n == 1:
+        return model
+
+    def block(config: Any, mixer: Any, w: Params, x: Tensor, inputs: Any) -> Tensor:
+        y = model.block(config, mixer, w, torch.cat([x] * n, dim=1), inputs)
+        return y[:, : x.shape[1]].clone()
+
+    return model._replace(block=block)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def answer_memory(step: StepSpec, n_new: int) -> Parts:
 
     That is while the prompts are read, or at the logits of their last tokens.
     """
+    # rows that ranks share in training are whole on each of them
+    step = step._replace(mesh=step.mesh._replace(shares_rows=False))
     config, like = step.model.config, step.params["model.embed_tokens.weight"]
     with FakeTensorMode(allow_non_fake_inputs=True):
         forward = _without_gradients(step, step.n_rows, step.n_tokens)

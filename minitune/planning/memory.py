@@ -5,6 +5,7 @@ through it takes, is measured on tensors without values; how much of it is there
 a step is arithmetic. A step that needs more wastes memory.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +25,14 @@ from minitune.planning.forward import (
     reduced,
     step_forward,
 )
-from minitune.planning.mesh import divided_bytes, local_bytes, local_part
+from minitune.planning.mesh import copied_bytes, gathered_bytes, local_bytes, local_part
 from minitune.planning.offloading import arriving_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
-from minitune.types import Params, wide_dtype
+from minitune.types import Params, Trainable
+
+# a mixture whose experts stand one by one has more, other models fewer
+MANY_LEAVES = 2000
 
 
 def peak_memory(step: StepSpec) -> Parts:
@@ -38,12 +42,36 @@ def peak_memory(step: StepSpec) -> Parts:
     Uncompiled: a compiled block may keep less. What an operator allocates for itself and frees is
     not counted.
     """
-    trained = local_part(step.trainable, step.mesh)
-    state = step.optimizer.init(trained)
+    alike = first_alike(step.model, step.params, step.trainable)
+    n_bytes, scratch = _optimizer_bytes(step, alike)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        scratch = scratch_bytes(step.optimizer, state, without_values(trained, step.device))
-        moments = _moments(step, tree.n_bytes(state), scratch)
+        moments = _moments(step, alike, n_bytes, scratch)
         return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _optimizer_bytes(step: StepSpec, alike: list[int]) -> tuple[int, int]:
+    """(bytes of the optimizer's state, those that it takes beside it in an update).
+
+    Of very many leaves one layer of each kind is looked at, which has hundreds of each shape; every
+    other one of the kind adds as much state as a second one does.
+    """
+    is_long = len(step.trainable) > MANY_LEAVES
+    chosen = alike if is_long else [*range(len(alike))]
+
+    def state_of(layers: list[int]) -> tuple[Trainable, Tree]:
+        trained = local_part(representatives(step.trainable, layers), step.mesh)
+        return trained, step.optimizer.init(trained)
+
+    trained, state = state_of(chosen)
+    n_bytes = n_of_one = tree.n_bytes(state)
+    for first, n in Counter(chosen).items():
+        if n > 1:
+            second = alike.index(first, alike.index(first) + 1)
+            n_of_two = tree.n_bytes(state_of([*chosen, second])[1])
+            n_bytes = n_bytes + (n - 1) * (n_of_two - n_of_one)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = without_values(trained, step.device)
+        return n_bytes, scratch_bytes(step.optimizer, state, like)
 
 
 def without_values(leaves: Tree, device: torch.device) -> Tree:
@@ -83,9 +111,10 @@ class Backward(NamedTuple):
         }
 
 
-def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Parts]:
+def _moments(
+    step: StepSpec, alike: list[int], optimizer_bytes: int, scratch: int
+) -> Iterator[Parts]:
     """Parts in memory at every moment of a step that may be its fullest."""
-    alike = first_alike(step.model, step.params, step.trainable)
     forward = step_forward(reduced(step, alike), alike)
     whole, blocks = forward.whole, forward.blocks
     always = constant_parts(step, forward, optimizer_bytes)
@@ -117,8 +146,7 @@ def _moments(step: StepSpec, optimizer_bytes: int, scratch: int) -> Iterator[Par
     backward = backward._replace(arriving=0)
     n_bytes = local_bytes(step.trainable, mesh)
     yield backward.parts(0, n_bytes, 0)
-    if step.mesh.n_replicas > 1:
-        yield backward.parts(0, 0 if earlier else n_bytes, _sum_bytes(step))
+    yield backward.parts(0, 0 if earlier else n_bytes, copied_bytes(step.trainable, mesh))
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
 
 
@@ -132,7 +160,7 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
     outside = local_bytes(representatives(wide, []), mesh)
     wide_bytes = sum(forward.bytes_by_block(wide)) + outside
     wide_bytes = wide_bytes - bytes_of(wide, "model.norm.", mesh)
-    of_head = divided_bytes({head: forward.params[head]}, mesh)
+    of_head = gathered_bytes({head: forward.params[head]}, mesh)
     return {
         **at_head,
         "gathered": at_head["gathered"] + of_head,
@@ -142,8 +170,7 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
 
 def _sum_bytes(step: StepSpec) -> int:
     """Bytes of the gradients that are summed over micro-batches, in float32 or wider."""
-    wide = tree.map(lambda x: x.to("meta", wide_dtype(x.dtype)), step.trainable)
-    return local_bytes(wide, step.mesh)
+    return local_bytes(step.trainable, step.mesh, wide=True)
 
 
 def _copies(step: StepSpec, whole: Params) -> tuple[Params, Params]:

@@ -45,7 +45,8 @@ class StepSpec(NamedTuple):
     teacher: Teacher | None = None
     # inputs of blocks that are computed again wait in the host's memory (autodiff/offload.py)
     offloaded: bool = False
-    # of the ranks; all that trains and all weights are divided as it says, and n_rows are a rank's
+    # of the ranks; all that trains and all weights are divided as it says, and n_rows are those
+    # that a rank works on, alone or with others
     mesh: Mesh = ALONE
     # of the model and of the teacher; what trains lies on the device
     blocks: BlockPlace = "device"

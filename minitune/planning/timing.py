@@ -12,7 +12,7 @@ from minitune.planning.devices import Device
 from minitune.planning.mesh import local_bytes
 from minitune.planning.offloading import fetch_rate, fetched_bytes
 from minitune.planning.step_spec import Parts, StepSpec
-from minitune.planning.traffic import Traffic, replica_link, shard_link, traffic
+from minitune.planning.traffic import Traffic, sending_s, summed_up, transfers
 
 Resource = Literal["products", "memory", "links", "copies"]
 # reads and writes of what trains in an update: the gradient and each moment are read, and what
@@ -31,17 +31,18 @@ class Timing(NamedTuple):
     sent: Traffic
     fetched: int = 0  # bytes of frozen blocks that come to the device, from the host or a file
     fetched_s: float | None = 0.0  # bringing them, beside the products; None: how fast is not known
+    exchanged_s: float = 0.0  # sending activations, for which the products wait
 
     @property
     def roof_s(self) -> float:
         """Least time of a step."""
         beside = max(self.overlapped_s, self.fetched_s or 0.0)
-        return max(self.products_s, self.memory_s, beside) + self.exposed_s
+        return max(self.products_s, self.memory_s, beside) + self.exposed_s + self.exchanged_s
 
     @property
     def binds(self) -> Resource:
         """Resource that a step waits for most at its roof."""
-        of_links = self.exposed_s + self.overlapped_s
+        of_links = self.exposed_s + self.overlapped_s + self.exchanged_s
         seconds: dict[Resource, float] = {
             "products": self.products_s,
             "memory": self.memory_s,
@@ -53,33 +54,40 @@ class Timing(NamedTuple):
     @property
     def hides_fetched(self) -> bool:
         """True if frozen blocks come in less time than the products are expected to take."""
-        return (self.fetched_s or 0.0) < self.expected_s - self.exposed_s
+        return (self.fetched_s or 0.0) < self._products_expected_s
 
     @property
     def hides_overlapped(self) -> bool:
         """True if what is sent beside the products takes no longer than they are expected to."""
-        return self.overlapped_s < self.expected_s - self.exposed_s
+        return self.overlapped_s < self._products_expected_s
+
+    @property
+    def _products_expected_s(self) -> float:
+        """Time without what is sent while no product is computed."""
+        return self.expected_s - self.exposed_s - self.exchanged_s
 
 
 def timing(step: StepSpec, flops_per_token: float, parts: Parts, device: Device) -> Timing:
     """Time of a step on a device. parts: its memory at the fullest moment."""
-    n_tokens = step.n_rows * step.n_tokens * step.n_micro_batches
+    n_tokens = step.n_rows * step.mesh.own_tokens(step.n_tokens) * step.n_micro_batches
     like = step.params["model.embed_tokens.weight"]
     rate = device.rate(hardware.product_dtype(like.dtype, step.device))
     products_s = flops_per_token * n_tokens / rate
     memory_s = _moved_bytes(step, parts) / device.memory_bytes_per_s
-    sent = traffic(step)
-    overlapped_s = (sent.gathered + sent.scattered) / shard_link(step.mesh, device)
-    exposed_s = sent.summed / replica_link(step.mesh, device)
+    found = transfers(step)
+    sent = summed_up(found)
+    overlapped_s = sending_s(found, ("gathered", "scattered"), device)
+    exposed_s = sending_s(found, ("summed",), device)
+    exchanged_s = sending_s(found, ("exchanged",), device)
     fetched, fetched_s = fetched_bytes(step), 0.0
     if fetched:
         speed = fetch_rate(step.blocks, device)
         fetched_s = None if speed is None else fetched / speed
     # what a training attains of the products has its other operations in it
     attained_s = products_s / device.attained
-    expected_s = max(attained_s, overlapped_s, fetched_s or 0.0) + exposed_s
+    expected_s = max(attained_s, overlapped_s, fetched_s or 0.0) + exposed_s + exchanged_s
     seconds = products_s, memory_s, overlapped_s, exposed_s, expected_s
-    return Timing(*seconds, sent, fetched, fetched_s)
+    return Timing(*seconds, sent, fetched, fetched_s, exchanged_s)
 
 
 def _moved_bytes(step: StepSpec, parts: Parts) -> float:

@@ -18,6 +18,7 @@ from minitune.optim.sgd import SGD
 from minitune.planning.alike import representatives
 from minitune.planning.devices import Device
 from minitune.planning.flops import flops_per_token
+from minitune.planning.forward import context_of
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh, local_bytes
@@ -28,8 +29,14 @@ from minitune.programs.data_paths import located
 from minitune.programs.loading import ModelSource, abstract_state, compute_dtype, device_and_dtype
 from minitune.programs.log import say_early
 from minitune.programs.model_paths import fetched_models, models_of
-from minitune.programs.offloading import refuse_plan
-from minitune.programs.plan_parts import blocks_of, kept_codes, of_rank, quantized_params
+from minitune.programs.plan_parts import (
+    blocks_of,
+    flops_of_step,
+    kept_codes,
+    of_rank,
+    quantized_params,
+    refuse_offload,
+)
 from minitune.programs.plan_process import hole_bytes, process_bytes
 from minitune.programs.stages import sweep_points
 from minitune.programs.stages.adapt import Full, Load
@@ -129,15 +136,13 @@ def planned(
     Those without one take as many tokens as a step. InputError for what would stop the program.
     first: the state before the first stage, where a check has found it.
     """
-    models = models_of(source.model, source.stage)
-    if target.mesh.n_shards > 1 and any(model.offload is not None for model in models):
-        refuse_plan("fsdp")
+    refuse_offload(models_of(source.model, source.stage), target.mesh)
     plan = PlanState(first or first_state(source), source.model, target)
     for stage in source.stage:
         plan = plan.after(stage)
         if isinstance(stage, Train):
             step = _step(stage, plan)
-            yield Planned(stage, step, _memory(stage, step, plan), _flops_per_token(stage, step))
+            yield Planned(stage, step, _memory(stage, step, plan), flops_of_step(stage, step))
         elif isinstance(stage, Eval | Generate) and None not in (stage.batch_size, stage.data):
             yield _planned_forward(stage, plan)
 
@@ -197,7 +202,7 @@ def _step(stage: Train, plan: PlanState) -> StepSpec:
     n_tokens = abstract.data[stage.data].max_seq_len
     n_micro = -(-stage.batch_size // (stage.micro_batch_size or stage.batch_size))
     return StepSpec(
-        abstract.model._replace(n_remat=_n_remat(stage, abstract, params, trainable, device)),
+        abstract.model._replace(n_remat=_n_remat(stage, plan, params, trainable, device)),
         params,
         trainable,
         abstract.lora,
@@ -247,13 +252,14 @@ def _teacher(stage: Train, abstract: AbstractState, target: PlanTarget) -> Teach
 
 def _n_remat(
     stage: Train,
-    abstract: AbstractState,
+    plan: PlanState,
     params: Params,
     trainable: Trainable,
     device: torch.device,
 ) -> int:
     """Number of blocks that the stage will compute again; a budget is measured on fake tensors of
     its device."""
+    abstract = plan.abstract
     n_tokens = abstract.data[stage.data].max_seq_len
     if stage.remat == HOST or not isinstance(stage.remat, str):
         return stage.n_remat(abstract.model, params, n_tokens)
@@ -263,20 +269,8 @@ def _n_remat(
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), kept)
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        return stage.n_remat(abstract.model, adapted, n_tokens)
-
-
-def _flops_per_token(stage: Train, step: StepSpec) -> float:
-    """FLOPs of a step over rows of one document each, with every forward of a reference or a
-    teacher.
-    """
-    frozen_models = []
-    if step.teacher is not None and stage.cached_top_k is None:
-        frozen_models.append(step.teacher.model)
-    if stage.loss.needs_reference and stage.reference != "cached":
-        frozen_models.append(step.model)
-    forward = sum(flops_per_token(model, {}, step.n_tokens) for model in frozen_models)
-    return flops_per_token(step.model, step.trainable, step.n_tokens) + forward
+        model = abstract.model._replace(context=context_of(plan.target.mesh))
+        return stage.n_remat(model, adapted, n_tokens)
 
 
 def _weights(plan: PlanState) -> Params:

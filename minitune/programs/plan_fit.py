@@ -23,9 +23,8 @@ from minitune.quant.schemes import NF4
 
 MIB = 2**20
 # Below so many parameters most machines hold a step, and a plan would take longer than the first
-# steps; above so many weights (a mixture whose experts stand one by one) it takes half a minute and
-# more. A run says nothing then, and the verb plan does.
-LEAST_PARAMETERS, MOST_WEIGHTS = 50_000_000, 2000
+# steps. A run says nothing then, and the verb plan does.
+LEAST_PARAMETERS = 50_000_000
 
 
 class Change(NamedTuple):
@@ -50,17 +49,14 @@ class Fit(NamedTuple):
         return self.n_bytes <= self.there
 
 
-def check_memory(source: Program, first: AbstractState, mesh: Mesh | None) -> dict[str, Planned]:
+def check_memory(source: Program, first: AbstractState, mesh: Mesh) -> dict[str, Planned]:
     """Plans of the training stages of a program by their labels; InputError for one that does not
     fit, unless the program says that it need not.
 
-    Nothing for a model that is very small or of very many weights, and without a mesh. first: the
-    state before the first stage; mesh: of the ranks that train.
+    Nothing for a model that is very small. first: the state before the first stage; mesh: of the
+    ranks that train.
     """
-    if mesh is None:
-        return {}
-    weights = first.params.values()
-    if len(weights) > MOST_WEIGHTS or sum(w.numel() for w in weights) < LEAST_PARAMETERS:
+    if sum(w.numel() for w in first.params.values()) < LEAST_PARAMETERS:
         return {}
     found = {}
     for one in planned(source, first, PlanTarget(mesh=mesh)):

@@ -19,7 +19,7 @@ from minitune.planning.devices import Device, read_device
 from minitune.planning.timing import Timing, timing
 from minitune.programs.data_facts import TableFacts
 from minitune.programs.plan import Planned
-from minitune.programs.stages.expected_time import duration
+from minitune.programs.stages.expected_time import duration, evaluations_left, forward_share
 from minitune.programs.stages.train import Train
 
 GIB = 2**30
@@ -38,6 +38,8 @@ class PlannedTime(NamedTuple):
     device: Device
     tokens: int  # of a step, on all ranks
     n_steps: int
+    n_evaluations: int = 0
+    evaluation_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -46,8 +48,8 @@ class PlannedTime(NamedTuple):
 
     @property
     def end_s(self) -> float:
-        """Time of all steps, evaluations left out."""
-        return self.n_steps * self.step.expected_s
+        """Time of all steps and evaluations."""
+        return self.n_steps * self.step.expected_s + self.n_evaluations * self.evaluation_s
 
     def lines(self, label: str) -> Iterator[str]:
         """Lines on it: a step, what is sent, the whole stage."""
@@ -62,19 +64,32 @@ class PlannedTime(NamedTuple):
             yield f"  each rank sends {_sent(step)}"
         if step.fetched:
             yield f"  {_fetched(step)}"
+        evaluations = ""
+        if self.n_evaluations:
+            evaluations = f" and {self.n_evaluations:,} evaluations of {self.evaluation_s:.3g} s"
         yield (
-            f"  {self.n_steps:,} steps take {duration(self.end_s)}, evaluations and what comes "
-            "before the first step left out"
+            f"  {self.n_steps:,} steps{evaluations} take {duration(self.end_s)}, what comes before "
+            "the first step left out"
         )
 
 
-def planned_time(one: Planned, device: Device) -> PlannedTime:
-    """Time of a training stage on a device."""
+def planned_time(one: Planned, device: Device, heldout_tokens: int = 0) -> PlannedTime:
+    """Time of a training stage on a device; heldout_tokens: of the table that it evaluates on.
+
+    An evaluation takes the part of a step that is its forward, for each of these tokens.
+    """
     assert isinstance(one.stage, Train), "there is no step to time"
-    step = one.step
-    tokens = step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_ranks
+    step, stage = one.step, one.stage
+    tokens = step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_shares
     found = timing(step, one.flops_per_token, one.parts, device)
-    return PlannedTime(found, device, tokens, one.stage.steps)
+    planned = PlannedTime(found, device, tokens, stage.steps)
+    if stage.evaluate is None or not heldout_tokens:
+        return planned
+    n_evaluations = stage.evaluate.at_start + evaluations_left(stage, 0)
+    of_step = forward_share(step.trainable) * found.expected_s
+    return planned._replace(
+        n_evaluations=n_evaluations, evaluation_s=of_step * heldout_tokens / tokens
+    )
 
 
 def measured(
@@ -143,6 +158,11 @@ def _sent(step: Timing) -> str:
         words.append(
             f"{sent.gathered / GIB:,.3g} GiB of weights and {sent.scattered / GIB:,.3g} GiB of "
             f"gradients in {step.overlapped_s:.3g} s, {hidden}"
+        )
+    if sent.exchanged:
+        words.append(
+            f"{sent.exchanged / GIB:,.3g} GiB of activations in {step.exchanged_s:.3g} s, "
+            "for which the products wait"
         )
     if sent.summed:
         words.append(

@@ -16,7 +16,7 @@ from minitune.errors import InputError
 from minitune.io import locks
 from minitune.io.results import Record
 from minitune.launch.ranks import Launched, launched
-from minitune.planning.mesh import Mesh
+from minitune.planning.mesh import Mesh, mesh_under
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log, LogConfig
 from minitune.programs.model_paths import models_of
@@ -140,16 +140,13 @@ def _on_ranks(stage: PipelineStage, n_ranks: int, is_sharded: bool) -> PipelineS
     return stage
 
 
-def planned_mesh(program: Program, ranks: Ranks) -> Mesh | None:
-    """Mesh by which the memory of a rank is planned; None for a table of one's own and for tokens
-    of a row on several ranks, which no plan knows.
+def planned_mesh(program: Program, ranks: Ranks) -> Mesh:
+    """Mesh and plan by which the memory of a rank is planned: those of the program; a single
+    process holds everything.
     """
-    if ranks.size == 1 or not program.divides_model:
-        return Mesh(1, ranks.size)
-    if not isinstance(program.plan, str) or n_sharers(program.mesh) > 1:
-        return None
-    n_shards = program.mesh.get("data", 1) if program.mesh else ranks.size
-    return Mesh(n_shards, ranks.size // n_shards)
+    if ranks.size == 1:
+        return Mesh()
+    return mesh_under(program.mesh or {"data": ranks.size}, program.plan)
 
 
 def runs_everywhere(stage: PipelineStage, state: PipelineState) -> bool:

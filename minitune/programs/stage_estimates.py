@@ -17,7 +17,6 @@ import torch
 from minitune.programs.data_facts import DataFacts
 from minitune.programs.loading import device_and_dtype
 from minitune.programs.plan import planned
-from minitune.programs.plan_fit import MOST_WEIGHTS
 from minitune.programs.program import Program
 from minitune.programs.records import read_rows
 from minitune.programs.stages.train import Train
@@ -81,10 +80,7 @@ def _measured_rates(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def _flops_per_token(program: Program, first: AbstractState) -> Mapping[str, float]:
-    """Floating-point operations a token by stage; nothing for a model of so many weights that
-    planning takes long."""
-    if len(first.params) > MOST_WEIGHTS:
-        return {}
+    """Floating-point operations a token by stage."""
     return {one.stage.label: one.flops_per_token for one in planned(program, first)}
 
 

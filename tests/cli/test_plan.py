@@ -1,7 +1,10 @@
 """The plan of a training stage: the floor of its memory beside what a step really takes, and its floating-point operations."""
 
 import importlib.util
+import json
 import re
+import subprocess
+import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -300,6 +303,26 @@ def test_a_plan_counts_an_evaluation_that_is_larger_than_the_step(tiny: Path, tm
     assert n_bytes('evaluate = { data = "heldout", every = 2, batch_size = 64 }\n') > 1.5 * plain
 
 
+def test_the_time_to_the_end_has_the_evaluations_in_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each takes the forward of all held-out tokens: half of a step's time with adapters, a third in full training."""
+    evaluate = 'evaluate = { data = "heldout", every = 3, at_start = true }\n'
+    for stages, share in ((LORA, 1 / 2), ('[[stage]]\nop = "full"\n', 1 / 3)):
+        asked = stages + TRAIN.replace("steps = 4", "steps = 7") + evaluate
+        assert start(tmp_path, tiny, asked, verb=("check",)) == 0
+        said = re.search(r"heldout has \d+ samples, ([\d,]+) tokens", capsys.readouterr().out)
+        assert said is not None
+        n_tokens = int(said[1].replace(",", ""))
+        assert main(["plan", str(tmp_path / "p.toml"), "--device", "h100", "--json"]) == 0
+        time = json.loads(capsys.readouterr().out)["result"]["stages"]["train"]["time"]
+        assert time["evaluations"]["n"] == 4  # before the first step, after 3, 6 and 7
+        assert time["evaluations"]["s"] == pytest.approx(share * time["step_expected_s"] * n_tokens / (4 * 256))
+        assert time["end_s"] == pytest.approx(7 * time["step_expected_s"] + 4 * time["evaluations"]["s"])
+        assert main(["plan", str(tmp_path / "p.toml"), "--device", "h100"]) == 0
+        assert re.search(r"7 steps and 4 evaluations of \S+ s take about 1 s, what comes before", capsys.readouterr().out)
+
+
 def test_weights_that_are_quantized_first_are_never_loaded_whole(tiny: Path, tmp_path: Path) -> None:
     loaded: list[Any] = []
     run_quantize = Quantize.run
@@ -335,6 +358,47 @@ def test_what_a_run_loads_is_what_its_plan_counts(tiny: Path, tmp_path: Path) ->
 
     assert leaf_shapes(one.step.trainable) == leaf_shapes(loaded_by["train"].trainable)
     assert leaf_shapes(one.step.params) == leaf_shapes(loaded_by["train"].params)
+
+
+def test_a_plan_for_ranks_takes_the_mesh_and_the_plan_that_are_asked_for_or_those_of_the_program(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, tiny, LORA + TRAIN, verb=("check",)) == 0
+    model = 'model={ config = "configs/models/llama-125m.toml", tokenizer = "demo" }'
+    capsys.readouterr()
+
+    def planned_for(*words: str) -> str:
+        assert main(["plan", str(tmp_path / "p.toml"), model, "--device", "h100", *words]) == 0
+        return capsys.readouterr().out
+
+    alone = planned_for()
+    assert "each rank sends" not in alone
+    asked = planned_for("--mesh", "data=2,context=4", "--plan", "cp")
+    assert re.search(r"each rank sends \S+ GiB of weights .* GiB of activations in \S+ s, for which the products wait", asked)
+    assert asked == planned_for("plan=cp", "mesh={data=2,context=4}")
+    table = 'plan={d_ff="shelf"}'
+    of_table = planned_for(table, "mesh={data=2,shelf=3}")
+    assert "GiB of weights" in of_table
+    assert "activations in" not in of_table
+    assert of_table == planned_for(table, "--mesh", "data=2,shelf=3")
+    assert planned_for("--n", "8") == planned_for("--mesh", "data=8", "--plan", "fsdp")
+    assert planned_for("plan=cp", "mesh={data=2,context=4}", "--n", "1") == alone
+
+    for words, message in (
+        (("--mesh", "data=2,shelf=3"), "the mesh has the axis 'shelf', along which the plan cuts nothing"),
+        (("--mesh", "data=2,context=5"), "the axis context has 5 ranks, among which 12 heads of queries are dealt out"),
+        (("--plan", "zero"), "there is no plan 'zero'"),
+    ):
+        assert main(["plan", str(tmp_path / "p.toml"), model, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_plan_of_one_process_does_not_import_what_several_need(tmp_path: Path, tiny: Path) -> None:
+    assert start(tmp_path, tiny, LORA + TRAIN, verb=("check",)) == 0
+    code = f"import sys; from minitune.__main__ import main; main(['plan', {str(tmp_path / 'p.toml')!r}, '--device', 'h100'])"
+    code += "; print('minitune.sharding.placements' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.endswith("False\n"), done.stdout
 
 
 def test_a_program_that_trains_nothing_is_refused(

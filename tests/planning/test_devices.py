@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from minitune import models
 from minitune.errors import InputError
 from minitune.planning.devices import Device, names, open_device
-from minitune.planning.mesh import Mesh, mesh_of
-from minitune.planning.traffic import replica_link, shard_link
+from minitune.planning.mesh import Mesh, axes_of, mesh_under
+from minitune.planning.traffic import RankGroup, axis_group, link
+from minitune.sharding.plans import named_plan
 from support.paths import ROOT
 
 
@@ -42,17 +44,32 @@ def test_an_unknown_device_and_a_faulty_file_end_in_a_sentence(tmp_path: Path) -
 
 
 def test_a_mesh_is_read_under_its_plan() -> None:
-    assert mesh_of("data=8,replica=16") == Mesh(8, 16)
-    assert mesh_of("data=8") == Mesh(8, 1)
-    assert mesh_of("data=8, replica=2", "dp") == Mesh(1, 16)
-    assert mesh_of("data=8,replica=2", "fsdp") == Mesh(16, 1)
-    for written in ("data=0", "data=8,data=2", "model=4", "data", ""):
-        with pytest.raises(InputError, match=r"plan: the mesh .* expected axes once each as in data=8,replica=16"):
-            mesh_of(written)
-    with pytest.raises(InputError, match=r"plan: 'tp' is no plan, expected one of dp, fsdp, hsdp"):
-        mesh_of("data=8", "tp")
-    with pytest.raises(InputError, match=r"plan: hsdp on the mesh data=8 has one axis, expected two"):
-        mesh_of("data=8", "hsdp")
+    assert axes_of("replica=16, data=8") == {"replica": 16, "data": 8}
+    assert [*axes_of("data=2,context=4")] == ["data", "context"]
+    for written in ("data=0", "data=8,data=2", "data", "", "Data=2"):
+        with pytest.raises(InputError, match=r"plan: the mesh .* expected axes once each as in replica=16,data=8"):
+            axes_of(written)
+    # the plans and the axes are those of a run
+    assert mesh_under({"replica": 2, "data": 8}, "hsdp").plan == named_plan("hsdp")
+    assert mesh_under({"data": 8}, "dp").plan == {}
+    assert mesh_under({"shelf": 8}, {"d_ff": "shelf"}).axes == {"shelf": 8}
+    with pytest.raises(InputError, match=r"there is no plan 'zero', expected one of .*cp, dp, fsdp, hsdp"):
+        mesh_under({"data": 8}, "zero")
+    with pytest.raises(InputError, match=r"the mesh has the axis 'model', along which the plan cuts nothing"):
+        mesh_under({"model": 4}, "fsdp")
+
+
+def test_a_mesh_that_does_not_fit_the_model_is_refused() -> None:
+    config = models.open_config(ROOT / "configs/models/llama-125m.toml").config
+    for axes, plan, message in (
+        ({"data": 2, "context": 5}, "cp", "the axis context has 5 ranks, among which 12 heads"),
+        ({"context": 2, "data": 2}, "cp", "expected context last"),
+        ({"replica": 4}, "fsdp", "axis 'data', expected an axis of the mesh"),
+        ({"data": 4}, {"d_f": "data"}, "the plan cuts 'd_f', which no matrix of this model has"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mesh_under(axes, plan).for_model(config)
+    assert Mesh({}, {"d_f": "data"}).for_model(config).cuts == {}  # one rank holds everything
 
 
 def test_ranks_in_one_node_send_over_its_links_and_others_over_as_many_network_cards_as_stand_there() -> None:
@@ -66,9 +83,13 @@ def test_ranks_in_one_node_send_over_its_links_and_others_over_as_many_network_c
         n_per_node=8,
         attained=0.5,
     )
-    assert shard_link(Mesh(8, 4), device) == 450e9
-    assert shard_link(Mesh(64, 1), device) == 400e9  # eight rings, each through a card of its own
-    assert replica_link(Mesh(2, 4), device) == 450e9
-    assert replica_link(Mesh(8, 4), device) == 50e9  # one rank of each group in a node
-    assert replica_link(Mesh(1, 64), device) == 400e9
-    assert replica_link(Mesh(4, 8), device) == 100e9
+
+    def rates(**axes: int) -> list[float]:
+        return [link(axis_group(Mesh(axes), axis), device) for axis in axes]
+
+    assert rates(replica=4, data=8) == [50e9, 450e9]  # one rank of each group in a node
+    assert rates(data=64) == [400e9]  # eight rings, each through a card of its own
+    assert rates(replica=4, data=2) == [450e9, 450e9]
+    assert rates(replica=8, data=4) == [100e9, 450e9]
+    assert rates(replica=2, data=2, context=4) == [50e9, 450e9, 450e9]
+    assert link(RankGroup(64), device) == 400e9

@@ -11,7 +11,7 @@ from minitune.__main__ import main
 from minitune.planning import calibration
 from minitune.planning.calibration import read_rate
 from minitune.planning.devices import open_device
-from minitune.planning.mesh import mesh_of
+from minitune.planning.mesh import mesh_under
 from minitune.programs import program
 from minitune.programs.plan import Planned, PlanTarget, planned
 from minitune.programs.plan_fit import fit
@@ -108,8 +108,8 @@ def test_it_is_the_last_change_that_makes_a_step_fit(tmp_path: Path) -> None:
 
 
 def test_parts_of_ranks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"offload is given with plan = 'fsdp', .*expected plan = \"dp\""):
-        plan_of(tmp_path, LORA + TRAIN, "model.offload=host", target=H100._replace(mesh=mesh_of("data=8")))
+    with pytest.raises(ValueError, match=r"offload is given with plan = {'vocab': 'data', .*}, .*expected plan = \"dp\""):
+        plan_of(tmp_path, LORA + TRAIN, "model.offload=host", target=H100._replace(mesh=mesh_under({"data": 8}, "fsdp")))
 
 
 @pytest.mark.soak

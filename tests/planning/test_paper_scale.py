@@ -19,10 +19,10 @@ from minitune.models.weights import dims, shapes
 from minitune.optim.adamw import AdamW
 from minitune.planning.devices import open_device
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import Mesh, local_bytes, local_part
+from minitune.planning.mesh import ALONE, Mesh, local_bytes, local_part, mesh_under
 from minitune.planning.step_spec import StepSpec
 from minitune.planning.timing import timing
-from minitune.planning.traffic import traffic
+from minitune.planning.traffic import RankGroup, traffic, transfers
 from minitune.sharding.mesh import device_mesh
 from minitune.sharding.placements import shard
 from minitune.sharding.plans import named_plan
@@ -50,6 +50,10 @@ def as_rank(mesh: dict[str, int]) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
+def parts_and_copies(n: int, copies: int = 1) -> Mesh:
+    return mesh_under({"replica": copies, "data": n}, "hsdp")
+
+
 def step_of(name: str, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> StepSpec:
     model = shape(name)
     params = meta(model)
@@ -58,7 +62,7 @@ def step_of(name: str, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> 
     trainable = meta(model, torch.float32)
     if lora is not None:
         with torch.device("meta"):
-            trainable = lora.init(params, 0)
+            trainable = lora.like(params)
     optimizer, device = AdamW(lr=1e-4), torch.device("meta")
     return StepSpec(model, params, trainable, lora, optimizer, CrossEntropy(), device, 1, N_TOKENS, mesh=mesh)
 
@@ -68,7 +72,7 @@ def test_a_70b_is_divided_as_torch_divides_it(mesh: dict[str, int]) -> None:
     """Every matrix along one dim: the parts of a rank, and so what all that trains takes there."""
     model = shape("llama-3-70b")
     params, plan = meta(model), named_plan("fsdp")
-    planned = Mesh(mesh["data"], mesh["replica"]).for_model(model.config)
+    planned = mesh_under(mesh, "fsdp").for_model(model.config)
     with as_rank(mesh) as ranks:
         parts = shard(params, dims(model.config), plan, ranks)
         local = {name: getattr(part, "to_local", lambda part=part: part)() for name, part in parts.items()}
@@ -81,7 +85,7 @@ def test_a_70b_is_divided_as_torch_divides_it(mesh: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("n", "copies"), [(64, 1), (256, 1), (1024, 1), (64, 16)])
 def test_memory_and_traffic_of_full_training_are_those_of_the_closed_forms(n: int, copies: int) -> None:
-    step = step_of("llama-3-70b", Mesh(n, copies), remat=True)
+    step = step_of("llama-3-70b", parts_and_copies(n, copies), remat=True)
     parts, sent = peak_memory(step), traffic(step)
     n_vectors = (2 * 80 + 1) * 8192
     matrices = 70_553_706_496 - n_vectors
@@ -103,11 +107,11 @@ def test_memory_and_traffic_of_full_training_are_those_of_the_closed_forms(n: in
 
 def test_gathered_weights_are_gone_with_their_block_whether_it_is_computed_again_or_not() -> None:
     rule = Lora(16, 32.0, ("*_proj.weight",))
-    steps = [step_of("llama-3-8b", Mesh(8), remat=remat, lora=rule) for remat in (False, True)]
+    steps = [step_of("llama-3-8b", parts_and_copies(8), remat=remat, lora=rule) for remat in (False, True)]
     block = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
     # two blocks at a time; every rank has the deltas whole, and sums their gradients once
     deltas = tree.n_bytes(steps[0].trainable)
-    alone = peak_memory(step_of("llama-3-8b", Mesh(), remat=True, lora=rule))
+    alone = peak_memory(step_of("llama-3-8b", ALONE, remat=True, lora=rule))
     for step in steps:
         assert 2 * block <= peak_memory(step)["gathered"] < 6 * block
         assert peak_memory(step)["trained"] == alone["trained"]
@@ -119,15 +123,60 @@ def test_gathered_weights_are_gone_with_their_block_whether_it_is_computed_again
 def test_the_time_of_a_step_is_that_of_its_slowest_resource() -> None:
     """8 ranks in a node hide what they send behind the products of 4,096 tokens; copies between nodes add their sum."""
     h100, rule = open_device("h100"), Lora(16, 32.0, ("*_proj.weight",))
-    step = step_of("llama-3-70b", Mesh(8), remat=True, lora=rule)
+    step = step_of("llama-3-70b", parts_and_copies(8), remat=True, lora=rule)
     flops = 6e11
     found = timing(step, flops, {"activations": 0, "optimizer": 0}, h100)
     assert found.products_s == pytest.approx(flops * N_TOKENS / 989.4e12)
     assert found.overlapped_s == pytest.approx((found.sent.gathered + found.sent.scattered) / 450e9)
     assert (found.binds, found.hides_overlapped) == ("products", True)
     assert found.expected_s == pytest.approx(found.products_s / 0.4 + found.exposed_s)
-    across = timing(step_of("llama-3-70b", Mesh(64), remat=True, lora=rule), flops / 64, {"activations": 0}, h100)
+    across = timing(step_of("llama-3-70b", parts_and_copies(64), remat=True, lora=rule), flops / 64, {"activations": 0}, h100)
     assert (across.binds, across.hides_overlapped) == ("links", False)
     assert across.roof_s == pytest.approx(across.overlapped_s + across.exposed_s)
     slow = timing(step, flops / 1e6, {"activations": 10**13}, h100)
     assert slow.binds == "memory"
+
+
+def test_ranks_that_share_tokens_have_a_part_of_the_activations_and_exchange_heads() -> None:
+    """32k tokens of an 8B on 8 ranks: the memory of 4k on a rank, but for what attention does with all of its heads' tokens."""
+    rule, n_tokens, c = Lora(16, 32.0, ("*_proj.weight",)), 8 * N_TOKENS, 8
+    shared = step_of("llama-3-8b", mesh_under({"data": 2, "context": c}, "cp"), remat=True, lora=rule)._replace(n_tokens=n_tokens)
+    short = step_of("llama-3-8b", parts_and_copies(16), remat=True, lora=rule)._replace(n_tokens=n_tokens // c)
+    parts, of_short = peak_memory(shared), peak_memory(short)
+    for name in ("weights", "trained", "optimizer", "activations", "gathered"):
+        assert parts[name] == pytest.approx(of_short[name], rel=0.001)
+    # 32 heads of queries and of results, 8 of keys and of values, in 2 bytes; forward, again, and backward; losses once each
+    of_block = n_tokens // c * 128 * (2 * 32 + 2 * 8) * 2 * (c - 1) / c
+    assert traffic(shared).exchanged == pytest.approx(3 * 32 * of_block + 2 * 4 * n_tokens // c * (c - 1))
+    # parts are gathered along both axes, as much in all as along one of as many ranks
+    assert traffic(shared).gathered == pytest.approx(traffic(short).gathered)
+    h100, flops = open_device("h100"), 1e11
+    found = timing(shared, flops, parts, h100)
+    assert found.products_s == pytest.approx(flops * n_tokens / c / 989.4e12)
+    assert found.exchanged_s == pytest.approx(found.sent.exchanged / 450e9)
+    # the two parts along data stand in two nodes: one network card for each rank
+    along_data = [one for one in transfers(shared) if one.purpose == "gathered" and one.group == RankGroup(2, c)]
+    along_context = traffic(shared).gathered - sum(one.n_bytes for one in along_data)
+    assert found.overlapped_s == pytest.approx(sum(one.n_bytes for one in along_data) / 50e9 + along_context / 450e9)
+    beside = max(found.products_s / 0.4, found.overlapped_s)
+    assert found.expected_s == pytest.approx(beside + found.exposed_s + found.exchanged_s)
+
+
+def test_ranks_of_the_axis_tensor_compute_with_their_part_of_a_block() -> None:
+    table, d, s, n = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor", "d_model": "data"}, 4, 2, 8
+    step = step_of("llama-3-8b", mesh_under({"data": d, "tensor": s}, table), remat=True)
+    parts, sent = peak_memory(step), traffic(step)
+    n_vectors, outside = 65 * 4096, 2 * 128256 * 4096
+    block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336
+    matrices = 32 * block + outside
+    assert parts["trained"] == 4 * (matrices // n + n_vectors)
+    # of a block a rank gathers its part along data, and of the head all
+    assert parts["gathered"] in (2 * 2 * block // s, 2 * 2 * block // s + outside)
+    assert sent.gathered == pytest.approx(2 * 2 * 32 * block / n * (d - 1) + 2 * outside * (n - 1) / n)
+    assert sent.scattered == pytest.approx(4 * 32 * block / n * (d - 1) + 4 * outside * (n - 1) / n)
+    assert sent.summed == pytest.approx(2 * 4 * n_vectors * (n - 1) / n)
+    # two gathers and two scatters of all tokens in a block, in three passes
+    assert sent.exchanged == pytest.approx(3 * 32 * 4 * N_TOKENS * 4096 * 2 * (s - 1) / s)
+    assert parts["activations"] == (32 + 1) * N_TOKENS // s * 4096 * 2  # inputs of the blocks and of the last norm
+    h100, flops = open_device("h100"), 1e11
+    assert timing(step, flops, parts, h100).products_s == pytest.approx(flops * N_TOKENS / s / 989.4e12)

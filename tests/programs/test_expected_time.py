@@ -101,7 +101,7 @@ def test_a_run_says_its_memory_its_time_and_what_follows(
     assert share == pytest.approx(100 * measured / n_planned, abs=1)
 
 
-def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_planned_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = Eval(data="heldout", batch_size=2)
     step = SimpleNamespace(device=torch.device("cpu"), params={"model.embed_tokens.weight": torch.ones(1)})
     one, other = (Planned(stage, step, {"weights": 5}, 0.0) for stage in (STAGE, evaluated))
@@ -111,7 +111,6 @@ def test_memory_is_planned_where_it_matters_and_a_plan_is_quick(monkeypatch: pyt
         ([(49_999, 1000)], {}),
         ([(50_000, 1000)], {"train": one}),
         ([(49_999, 1000), (1000,)], {"train": one}),
-        ([(50_000, 1000)] * 2001, {}),
     ):
         params = {str(n): torch.empty(shape, device="meta") for n, shape in enumerate(shapes)}
         first = AbstractState({}, Model(llama.FAMILY, None), params)

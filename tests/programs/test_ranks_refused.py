@@ -9,9 +9,9 @@ from minitune.__main__ import main
 from minitune.errors import InputError
 from minitune.models.families import llama
 from minitune.models.model import Model
-from minitune.planning.mesh import Mesh
-from minitune.programs import program
-from minitune.programs.plan import first_state
+from minitune.planning.mesh import Mesh, mesh_under
+from minitune.programs import plan_fit, program
+from minitune.programs.plan import PROCESS_BYTES, first_state
 from minitune.programs.plan_fit import check_memory
 from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
@@ -105,21 +105,48 @@ def test_a_single_process_and_dp_share_nothing() -> None:
     ("words", "n_ranks", "mesh"),
     [
         (["plan=fsdp"], 1, Mesh()),
-        ([], 4, Mesh(1, 4)),
-        (["plan=fsdp"], 4, Mesh(4, 1)),
-        (["plan=hsdp", "mesh={replica=2,data=4}"], 8, Mesh(4, 2)),
-        (['plan={d_ff="data"}'], 4, None),
+        ([], 4, Mesh({"data": 4})),
+        (["plan=fsdp"], 4, mesh_under({"data": 4}, "fsdp")),
+        (["plan=hsdp", "mesh={replica=2,data=4}"], 8, mesh_under({"replica": 2, "data": 4}, "hsdp")),
+        (["plan=cp", "mesh={data=2,context=4}"], 8, mesh_under({"data": 2, "context": 4}, "cp")),
+        (["mesh={context=2}"], 2, Mesh({"context": 2})),
+        (['plan={d_ff="data"}'], 4, Mesh({"data": 4}, {"d_ff": "data"})),
     ],
 )
-def test_memory_is_planned_for_the_ranks_of_the_run(words: list[str], n_ranks: int, mesh: Mesh | None, tmp_path: Path) -> None:
+def test_memory_is_planned_for_the_ranks_of_the_run(words: list[str], n_ranks: int, mesh: Mesh, tmp_path: Path) -> None:
     assert planned_mesh(loaded(tmp_path, LORA + TRAIN, *words), Ranks(0, n_ranks)) == mesh
 
 
 def test_a_model_that_is_cut_takes_less_of_a_rank(tmp_path: Path) -> None:
     words = ['model={ config = "configs/models/llama-125m.toml", tokenizer = "demo", device = "cpu", dtype = "float32" }']
     full = loaded(tmp_path, '[[stage]]\nop = "full"\n' + TRAIN, *words)
-    whole, cut = (check_memory(full, first_state(full), mesh)["train"] for mesh in (Mesh(1, 2), Mesh(2)))
+    meshes = Mesh({"data": 2}), mesh_under({"data": 2}, "fsdp")
+    whole, cut = (check_memory(full, first_state(full), mesh)["train"] for mesh in meshes)
     assert cut.n_bytes < 0.7 * whole.n_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "n_ranks"),
+    [
+        (["plan=cp", "mesh={data=1,context=2}"], 2),
+        (['plan={d_ff="data",heads="data"}'], 2),
+        (['plan={d_ff="shelf"}', "mesh={data=2,shelf=3}"], 6),
+    ],
+)
+def test_a_run_on_any_mesh_is_planned_and_refused_where_it_can_not_fit(
+    words: list[str], n_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = 'model={ config = "configs/models/llama-125m.toml", tokenizer = "demo", device = "cpu", dtype = "float32" }'
+    full = loaded(tmp_path, '[[stage]]\nop = "full"\n' + TRAIN, model, *words)
+    first, mesh = first_state(full), planned_mesh(full, Ranks(0, n_ranks))
+    one, alone = (check_memory(full, first, mesh)["train"] for mesh in (mesh, Mesh({"data": n_ranks})))
+    assert one.n_bytes < alone.n_bytes
+    there = PROCESS_BYTES + (one.n_bytes + alone.n_bytes) // 2
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: there)
+    assert check_memory(full, first, mesh)["train"].n_bytes == one.n_bytes
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + one.n_bytes - 1)
+    with pytest.raises(InputError, match=r"plan: train needs [\d,]+ MiB, expected at most the [\d,]+ MiB that are there"):
+        check_memory(full, first, mesh)
 
 
 def test_check_looks_at_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,8 +70,9 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
         return abstract._replace(adapted=adapted, lora=self.rule, whole=abstract.whole | whole)
 
     def _refuse_wide(self, abstract: AbstractState, adapted: frozenset[str]) -> None:
+        rule = self.rule
         for name in sorted(adapted):
-            rank, shape = self.rule.rank_of(name), list(abstract.params[name].shape)
+            rank, shape = rule.rank_of(name), list(abstract.params[name].shape)
             if rank > max(shape):
                 raise InputError(
                     f"stages: {self.label} has rank {rank} for {name} of shape {shape}, expected "

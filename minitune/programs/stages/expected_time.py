@@ -14,6 +14,7 @@ from torch import Tensor
 from minitune.programs.stages.batches import tokenized_table
 from minitune.programs.stages.training_stage import TrainingStage
 from minitune.programs.state import PipelineState
+from minitune.types import Trainable
 
 SKIPPED_STEPS, LEAST_STEPS = 1, 3  # that are not measured, and that are
 LEAST_MEASURED_S = 2.0  # short steps vary: more of them are measured
@@ -66,13 +67,8 @@ class ExpectedTime:
 
 
 def expected_time(stage: TrainingStage, state: PipelineState, n_models: int) -> ExpectedTime:
-    """Measurement of the steps of a stage that trains, and evaluates, n_models at once.
-
-    A forward is half of a step where a frozen model has adapters, which spares the gradients of its
-    weights, and a third where all trains.
-    """
+    """Measurement of the steps of a stage that trains, and evaluates, n_models at once."""
     loaded = state.loaded
-    trains_whole = any(isinstance(leaf, Tensor) for leaf in loaded.trainable.values())
 
     def heldout_tokens() -> int:
         assert stage.evaluate is not None, "there is nothing to evaluate on"
@@ -83,7 +79,14 @@ def expected_time(stage: TrainingStage, state: PipelineState, n_models: int) -> 
     def later() -> str:
         return later_stages(stage.label, state.stages, state.records)
 
-    return ExpectedTime(stage, heldout_tokens, 1 / 3 if trains_whole else 1 / 2, later)
+    return ExpectedTime(stage, heldout_tokens, forward_share(loaded.trainable), later)
+
+
+def forward_share(trainable: Trainable) -> float:
+    """Part of a step that its forward takes: half where a frozen model has adapters, which spares
+    the gradients of its weights, and a third where weights train whole."""
+    trains_whole = any(isinstance(leaf, Tensor) for leaf in trainable.values())
+    return 1 / 3 if trains_whole else 1 / 2
 
 
 def evaluations_left(stage: TrainingStage, step: int) -> int:
