@@ -70,6 +70,14 @@ def record_of(name: str, label: str) -> dict:
     return json.loads(Path(f"runs/{name}/records.json").read_text("utf-8"))[label]
 
 
+def assert_close_rows(rows: list[dict], others: list[dict], rel: float) -> None:
+    """Rows of two runs are equal but for the rounding of sums."""
+    assert len(rows) == len(others) >= 3
+    for row, other in zip(rows, others, strict=True):
+        assert row.pop("stage") == other.pop("stage")
+        assert row == pytest.approx(other, rel=rel, abs=1e-6)
+
+
 def write_tasks() -> None:
     """Two tasks of the harness, scored and generated, whose rows that do not fill their last batch."""
     Path("tasks").mkdir()
@@ -150,12 +158,30 @@ def test_exports_after_training_on_two_ranks(form: str, tmp_path: Path, tiny: Pa
         assert {**one, **dict.fromkeys(varies)} == {**two, **dict.fromkeys(varies)}
 
 
+# rows of 256, which the K types of GGUF need
+SHAPE = """
+family = "llama"
+n_layers = 2
+n_heads = 4
+n_kv_heads = 2
+d_model = 256
+d_head = 64
+d_ff = 256
+vocab_size = 1024
+tie_embeddings = true
+"""
 CALIBRATED = """
+[[stage]]
+op = "export"
+name = "unweighed"
+format = "gguf"
+path = "run/unweighed.gguf"
+types = { default = "Q4_K" }
 [[stage]]
 op = "export"
 name = "weighed"
 format = "gguf"
-types = { default = "Q4_K", exceptions = { "*_proj.weight" = "Q8_0" } }
+types = { default = "Q4_K" }
 importance = { data = "train", rows = 5 }
 [[stage]]
 op = "quantize"
@@ -168,19 +194,18 @@ format = "compressed-tensors"
 """
 
 
-@pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={context=2}")], ids=str)
+@pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={data=1,context=2}")], ids=str)
 def test_calibration_of_weights_in_parts_gives_the_codes_of_one_process(
     how: tuple[str, ...], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Every rank calibrates on all rows, a block at a time: codes, scales and files are equal to the byte."""
     monkeypatch.chdir(tmp_path)
-    in_one("one", tiny, CALIBRATED)
-    on_ranks("two", tiny, CALIBRATED, *how)
+    Path("shape.toml").write_text(SHAPE, encoding="utf-8")
+    model = 'model={ config = "shape.toml", tokenizer = "demo", dtype = "float32" }'
+    in_one("one", tiny, CALIBRATED, model)
+    on_ranks("two", tiny, CALIBRATED, model, *how)
     assert_same_files("model.gguf", "compressed-tensors", "checkpoints/gptq")
-    # a run that goes on finds the codes, and each rank takes its part of them
-    longer = CALIBRATED + export("again").replace('format = "again"', 'format = "compressed-tensors"')
-    on_ranks("two", tiny, longer, *how)
-    assert files_of(Path("runs/two/again")) == files_of(Path("runs/two/compressed-tensors"))
+    assert Path("runs/one/model.gguf").read_bytes() != Path("runs/one/unweighed.gguf").read_bytes()
 
 
 AWARE = """
@@ -233,7 +258,7 @@ dtype = "float32"
 """
 
 
-@pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={context=2}")], ids=str)
+@pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={data=1,context=2}")], ids=str)
 @pytest.mark.parametrize(("stages", "saved"), [(AWARE, "params"), (SWEPT, "merged")], ids=["qat", "sweep"])
 def test_training_that_looks_at_whole_weights_is_that_of_one_process(
     stages: str, saved: str, how: tuple[str, ...], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,9 +268,7 @@ def test_training_that_looks_at_whole_weights_is_that_of_one_process(
     in_one("one", tiny, stages)
     on_ranks("two", tiny, stages, *how)
     rows, others = rows_without_time(Path("runs/one")), rows_without_time(Path("runs/two"))
-    assert len(rows) == len(others) >= 3
-    for row, other in zip(rows, others, strict=True):
-        assert row == pytest.approx(other, rel=2e-4, abs=1e-6)
+    assert_close_rows(rows, others, rel=2e-4)
     one, two = (load_tensors(Path("runs", run, saved, "model.safetensors")) for run in ("one", "two"))
     assert one.keys() == two.keys()
     for name, w in one.items():
@@ -259,6 +282,4 @@ def test_the_command_of_the_page_on_two_ranks_takes_the_steps_of_one_process(tmp
     assert main(words) == 0
     run_command([*COMMAND, "lora", "train.steps=4", "out=two", "mesh={context=2}"], 2, tmp_path)
     rows, others = (rows_without_time(next(Path(out).iterdir())) for out in ("one", "two"))
-    assert [row["step"] for row in rows] == [row["step"] for row in others]
-    for row, other in zip(rows, others, strict=True):
-        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert_close_rows(rows, others, rel=1e-4)
