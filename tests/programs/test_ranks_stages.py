@@ -275,11 +275,17 @@ def test_training_that_looks_at_whole_weights_is_that_of_one_process(
         torch.testing.assert_close(two[name], w, rtol=1e-3, atol=1e-4)
 
 
-def test_the_command_of_the_page_on_two_ranks_takes_the_steps_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Rows of the demo whose tokens two ranks share, with the program that docs/sharding.md starts."""
+def test_the_command_of_the_page_on_two_ranks_takes_the_steps_of_one_process(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The demo, the tokens of whose rows two ranks share: what docs/sharding.md starts, in float32 and on fewer rows."""
     monkeypatch.chdir(tmp_path)
-    words = ["lora", "train.steps=4", "out=one"]
-    assert main(words) == 0
-    run_command([*COMMAND, "lora", "train.steps=4", "out=two", "mesh={context=2}"], 2, tmp_path)
-    rows, others = (rows_without_time(next(Path(out).iterdir())) for out in ("one", "two"))
-    assert_close_rows(rows, others, rel=1e-4)
+    words = ["lora", "train.steps=4", "model.dtype=float32", f"data.heldout.path={tiny / 'orders-heldout.jsonl'}"]
+    words += [f"{label}.{key}" for label in ("before", "after") for key in ("limit=2", "max_new_tokens=3")]
+    assert main([*words, "out=one"]) == 0
+    run_command([*COMMAND, *words, "out=two", "mesh={context=2}"], 2, tmp_path)
+    assert_close_rows(rows_without_time(Path("one/lora")), rows_without_time(Path("two/lora")), rel=1e-4)
+    for label in ("before", "after"):
+        one, two = (json.loads(Path(run, "lora/records.json").read_text("utf-8"))[label] for run in ("one", "two"))
+        assert one["loss_nats"] == pytest.approx(two["loss_nats"], rel=1e-5)
+        assert one["n_prompts"] == two["n_prompts"] == 2
