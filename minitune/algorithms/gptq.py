@@ -77,9 +77,8 @@ def gptq(
     the quantized blocks before it. Of an adapted leaf the weight is quantized, and its change stays
     as it is.
 
-    on_block: called after each block with how many are done. placed: gives what is kept of the
-    codes of a weight, and of which ranks that share the weights agree. Such ranks all call gptq
-    with the same batches; a block is whole on each of them while it is calibrated. InputError for
+    on_block: called after each block with how many are done. placed: gives what is kept of a
+    weight's codes. Ranks that share weights all call gptq with the same batches. InputError for
     another scheme than int8 and int4, for no batches, and for a weight that is not finite or that
     no linear map of the model uses.
     """
@@ -102,8 +101,8 @@ def gptq(
             inputs = [after_block(model, {**block, **gather(codes)}, i, one) for one in inputs]
             on_block(i + 1)
         if head in grids:
-            gram = _head_gram(model, params, batches)
-            params = {**params, head: calibrated(head, gather(params[head]), gram)}
+            leaf, gram = gather(params[head]), _head_gram(model, params, batches)
+            params = {**params, head: calibrated(head, leaf, gram)}
     _refuse_unused(params, grids)
     return params
 

@@ -197,8 +197,8 @@ def sweep_step(
         at_once = _members_at_once(model, rules, n_tokens, device_of({}, state.trainable))
 
         def evaluate(dealt: Dealt[Any]) -> tuple[Mean, Tree]:
-            how = factor, at_once, state.trainable, params, dealt.part
-            return _gradients(model, loss, rules, *how, counts=dealt.counts)
+            how = factor, at_once, state.trainable, params
+            return _gradients(model, loss, rules, *how, dealt)
 
         dealt = ranks.deal(_micro_batches(batch, micro_batch))
         mean, grads = ranks.sum(accumulate(evaluate, dealt))
@@ -242,18 +242,16 @@ def _gradients(
     at_once: int,
     trainable: Trainable,
     params: Params,
-    rows: Batch | SeededBatch,
-    *,
-    counts: bool,
+    dealt: Dealt[Any],
 ) -> tuple[Mean, Tree]:
     """(means, gradients of their totals) of all adapters, at_once in one forward; zeros of rows
     that do not count, whose forward other ranks may wait for.
     """
 
     def of_some(i: int) -> tuple[Mean, Tree]:
-        deltas, batch = tree.map(lambda x: x[i : i + at_once], (trainable, rows))
+        deltas, batch = tree.map(lambda x: x[i : i + at_once], (trainable, dealt.part))
         objective = adapters_objective(model, loss, rules[i : i + at_once])
-        weighed = objective if counts else _weightless(objective)
+        weighed = objective if dealt.counts else _weightless(objective)
         own_factor = None if factor is None else factor[i : i + at_once]
         return value_and_grad(scaled(weighed, own_factor))(deltas, params, batch)
 

@@ -197,7 +197,7 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
     def _calibrated(
         self, state: PipelineState, method: gptq.Gptq, placed: gptq.Placing = gptq.as_it_is
     ) -> Params:
-        """What `placed` keeps of the codes that GPTQ finds, in the order of the weights."""
+        """Codes that GPTQ finds, as far as `placed` keeps them, in the order of the weights."""
         loaded = state.loaded
         some = calibration_batches(state, self.label, method.data, method.rows)
         with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
