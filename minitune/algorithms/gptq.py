@@ -79,22 +79,19 @@ def gptq(
 
     on_block: called after each block with how many are done. placed: gives what is kept of a
     weight's codes. Ranks that share weights all call gptq with the same batches. InputError for
-    another scheme than int8 and int4, for no batches, and for a weight that is not finite or that
-    no linear map of the model uses.
+    another scheme than int8 and int4, no batches, and a weight not finite or of no linear map.
     """
     grids = _checked_grids(params, batches, quantization)
     head = head_name(model.config)
 
     def calibrated(name: str, leaf: Any, gram: Tensor) -> Any:
-        """Leaf of a weight as codes, adapted as before."""
         codes = gptq_weight(base_weight(leaf), gram, grids[name], damp)
         return with_base_weight(leaf, placed(name, codes))
 
     with torch.no_grad():
         inputs = [before_first_block(model, params, batch) for batch in batches]
         for i in range(model.config.n_layers):
-            prefix = f"model.layers.{i}."
-            block = gather({name: w for name, w in params.items() if name.startswith(prefix)})
+            block = gather(_block_leaves(params, i))
             grams = _summed(_grams(model, block, i, one, grids) for one in inputs)
             codes = {name: calibrated(name, block[name], gram) for name, gram in grams.items()}
             params = {**params, **codes}
@@ -105,6 +102,12 @@ def gptq(
             params = {**params, head: calibrated(head, leaf, gram)}
     _refuse_unused(params, grids)
     return params
+
+
+def _block_leaves(params: Params, i: int) -> Params:
+    """Leaves of block i under their whole names."""
+    prefix = f"model.layers.{i}."
+    return {name: w for name, w in params.items() if name.startswith(prefix)}
 
 
 def _checked_grids(

@@ -191,17 +191,9 @@ def sweep_step(
         return TrainState(trainable, with_scale(opt_states, loss_scale, trainable))
 
     def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        n_rows, n_columns = tree.leaves(batch)[0].shape[1:]
-        factor = factor_of(state.opt_state, micro_batch * n_columns)
-        n_tokens = min(micro_batch, n_rows) * n_columns
-        at_once = _members_at_once(model, rules, n_tokens, device_of({}, state.trainable))
-
-        def evaluate(dealt: Dealt[Any]) -> tuple[Mean, Tree]:
-            how = factor, at_once, state.trainable, params
-            return _gradients(model, loss, rules, *how, dealt)
-
-        dealt = ranks.deal(_micro_batches(batch, micro_batch))
-        mean, grads = ranks.sum(accumulate(evaluate, dealt))
+        factor = factor_of(state.opt_state, micro_batch * tree.leaves(batch)[0].shape[2])
+        trees = state.trainable, params, batch
+        mean, grads = _summed(model, loss, rules, micro_batch, ranks, factor, *trees)
         leaf_norms = _norms(grads)
         sums = divided(mean, torch.linalg.vector_norm(leaf_norms, dim=0), factor)
 
@@ -220,6 +212,28 @@ def _micro_batches(batch: Any, size: int) -> Iterator[Any]:
     """Batch in parts of `size` rows of every adapter."""
     for i in range(0, tree.leaves(batch)[0].shape[1], size):
         yield tree.map(lambda x, i=i: x[:, i : i + size], batch)
+
+
+def _summed(
+    model: Model,
+    loss: TokenLoss,
+    rules: Sequence[Lora],
+    micro_batch: int,
+    ranks: Ranks,
+    factor: Tensor | None,
+    trainable: Trainable,
+    params: Params,
+    batch: Any,
+) -> tuple[Mean, Tree]:
+    """(means, gradients of their totals) of all adapters over the micro-batches of all ranks."""
+    n_rows, n_columns = tree.leaves(batch)[0].shape[1:]
+    n_tokens = min(micro_batch, n_rows) * n_columns
+    at_once = _members_at_once(model, rules, n_tokens, device_of({}, trainable))
+
+    def evaluate(dealt: Dealt[Any]) -> tuple[Mean, Tree]:
+        return _gradients(model, loss, rules, factor, at_once, trainable, params, dealt)
+
+    return ranks.sum(accumulate(evaluate, ranks.deal(_micro_batches(batch, micro_batch))))
 
 
 def _members_at_once(
