@@ -231,7 +231,8 @@ def _summed(
     at_once = _members_at_once(model, rules, n_tokens, device_of({}, trainable))
 
     def evaluate(dealt: Dealt[Any]) -> tuple[Mean, Tree]:
-        return _gradients(model, loss, rules, factor, at_once, trainable, params, dealt)
+        how = model, loss, rules, factor, at_once, trainable, params
+        return _gradients(*how, dealt.part, dealt.counts)
 
     return ranks.sum(accumulate(evaluate, ranks.deal(_micro_batches(batch, micro_batch))))
 
@@ -256,16 +257,17 @@ def _gradients(
     at_once: int,
     trainable: Trainable,
     params: Params,
-    dealt: Dealt[Any],
+    rows: Batch | SeededBatch,
+    counts: bool,
 ) -> tuple[Mean, Tree]:
     """(means, gradients of their totals) of all adapters, at_once in one forward; zeros of rows
     that do not count, whose forward other ranks may wait for.
     """
 
     def of_some(i: int) -> tuple[Mean, Tree]:
-        deltas, batch = tree.map(lambda x: x[i : i + at_once], (trainable, dealt.part))
+        deltas, batch = tree.map(lambda x: x[i : i + at_once], (trainable, rows))
         objective = adapters_objective(model, loss, rules[i : i + at_once])
-        weighed = objective if dealt.counts else _weightless(objective)
+        weighed = objective if counts else _weightless(objective)
         own_factor = None if factor is None else factor[i : i + at_once]
         return value_and_grad(scaled(weighed, own_factor))(deltas, params, batch)
 
