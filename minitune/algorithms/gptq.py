@@ -45,6 +45,15 @@ class Gptq(CheckedStruct, frozen=True, forbid_unknown_fields=True, tag_field="ki
 Method = Rtn | Gptq
 
 
+# (name, codes of a weight) -> what is kept of them
+Placing = Callable[[str, Any], Any]
+
+
+def as_it_is(name: str, codes: Any) -> Any:
+    """Codes of a weight, all of which are kept."""
+    return codes
+
+
 class BlockInputs(NamedTuple):
     """One batch on its way through the blocks: what the next block is given."""
 
@@ -61,36 +70,44 @@ def gptq(
     *,
     damp: float,
     on_block: Callable[[int], None] = lambda n_done: None,
+    placed: Placing = as_it_is,
 ) -> Params:
     """Parameters, the planned ones quantized by GPTQ on the tokens of the batches, padding left out
     but for what a mixture's experts see of it. Block by block: what a block sees has come through
     the quantized blocks before it. Of an adapted leaf the weight is quantized, and its change stays
     as it is.
 
-    on_block: called after each block with how many are done. InputError for another scheme than
-    int8 and int4, for no batches, and for a weight that is not finite or that no linear map of the
-    model uses.
+    on_block: called after each block with how many are done. placed: gives what is kept of a
+    weight's codes. Ranks that share weights all call gptq with the same batches. InputError for
+    another scheme than int8 and int4, no batches, and a weight not finite or of no linear map.
     """
     grids = _checked_grids(params, batches, quantization)
     head = head_name(model.config)
-    dense = params
 
-    def calibrated(name: str, gram: Tensor) -> Any:
-        """Leaf of a weight as codes, adapted as before."""
-        codes = gptq_weight(base_weight(dense[name]), gram, grids[name], damp)
-        return with_base_weight(dense[name], codes)
+    def calibrated(name: str, leaf: Any, gram: Tensor) -> Any:
+        codes = gptq_weight(base_weight(leaf), gram, grids[name], damp)
+        return with_base_weight(leaf, placed(name, codes))
 
     with torch.no_grad():
         inputs = [before_first_block(model, params, batch) for batch in batches]
         for i in range(model.config.n_layers):
-            grams = _summed(_grams(model, params, i, one, grids) for one in inputs)
-            params = {**params, **{name: calibrated(name, gram) for name, gram in grams.items()}}
-            inputs = [after_block(model, params, i, one) for one in inputs]
+            block = gather(_block_leaves(params, i))
+            grams = _summed(_grams(model, block, i, one, grids) for one in inputs)
+            codes = {name: calibrated(name, block[name], gram) for name, gram in grams.items()}
+            params = {**params, **codes}
+            inputs = [after_block(model, {**block, **gather(codes)}, i, one) for one in inputs]
             on_block(i + 1)
         if head in grids:
-            params = {**params, head: calibrated(head, _head_gram(model, params, batches))}
+            leaf, gram = gather(params[head]), _head_gram(model, params, batches)
+            params = {**params, head: calibrated(head, leaf, gram)}
     _refuse_unused(params, grids)
     return params
+
+
+def _block_leaves(params: Params, i: int) -> Params:
+    """Leaves of block i under their whole names."""
+    prefix = f"model.layers.{i}."
+    return {name: w for name, w in params.items() if name.startswith(prefix)}
 
 
 def _checked_grids(
@@ -103,7 +120,8 @@ def _checked_grids(
             "gptq: no row of data to calibrate on, expected at least one; look at the data table "
             "of gptq"
         )
-    refuse_not_finite(params, grids)
+    for name in grids:
+        refuse_not_finite({name: gather(base_weight(params[name]))}, [name])
     return grids
 
 

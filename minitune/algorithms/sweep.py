@@ -7,7 +7,6 @@ the steps that it would take alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ from minitune.models.model import Draws, Model
 from minitune.models.weights import head_name
 from minitune.optim.apply import apply_gradients_each
 from minitune.optim.transforms import GradientTransformation
-from minitune.sharding.ranks import ALONE, Ranks, counted
-from minitune.tree import Tree
+from minitune.sharding.ranks import ALONE, Dealt, Ranks
+from minitune.tree import Tree, device_of
 from minitune.types import (
     Adapted,
     Batch,
@@ -193,9 +192,8 @@ def sweep_step(
 
     def update(params: Params, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         factor = factor_of(state.opt_state, micro_batch * tree.leaves(batch)[0].shape[2])
-        evaluate = partial(_gradients, model, loss, rules, factor, state.trainable, params)
-        dealt = ranks.deal(_micro_batches(batch, micro_batch))
-        mean, grads = ranks.sum(accumulate(counted(evaluate), dealt))
+        trees = state.trainable, params, batch
+        mean, grads = _summed(model, loss, rules, micro_batch, ranks, factor, *trees)
         leaf_norms = _norms(grads)
         sums = divided(mean, torch.linalg.vector_norm(leaf_norms, dim=0), factor)
 
@@ -216,29 +214,74 @@ def _micro_batches(batch: Any, size: int) -> Iterator[Any]:
         yield tree.map(lambda x, i=i: x[:, i : i + size], batch)
 
 
+def _summed(
+    model: Model,
+    loss: TokenLoss,
+    rules: Sequence[Lora],
+    micro_batch: int,
+    ranks: Ranks,
+    factor: Tensor | None,
+    trainable: Trainable,
+    params: Params,
+    batch: Any,
+) -> tuple[Mean, Tree]:
+    """(means, gradients of their totals) of all adapters over the micro-batches of all ranks."""
+    n_rows, n_columns = tree.leaves(batch)[0].shape[1:]
+    n_tokens = min(micro_batch, n_rows) * n_columns
+    at_once = _members_at_once(model, rules, n_tokens, device_of({}, trainable))
+
+    def evaluate(dealt: Dealt[Any]) -> tuple[Mean, Tree]:
+        how = model, loss, rules, factor, at_once, trainable, params
+        return _gradients(*how, dealt.part, dealt.counts)
+
+    return ranks.sum(accumulate(evaluate, ranks.deal(_micro_batches(batch, micro_batch))))
+
+
+def _members_at_once(
+    model: Model, rules: Sequence[Lora], n_tokens: int, device: torch.device
+) -> int:
+    """Number of adapters whose rows go through the model together, as many as suits the device.
+
+    n_tokens: of an adapter's micro-batch when it is full, so that all ranks make as many forwards.
+    """
+    if device.type != "cpu":
+        return len(rules)
+    return max(1, CPU_HIDDEN_ELEMENTS // (n_tokens * model.config.d_model))
+
+
 def _gradients(
     model: Model,
     loss: TokenLoss,
     rules: Sequence[Lora],
     factor: Tensor | None,
+    at_once: int,
     trainable: Trainable,
     params: Params,
     rows: Batch | SeededBatch,
+    counts: bool,
 ) -> tuple[Mean, Tree]:
-    """(means, gradients of their totals) of all adapters, as many in one forward as suits the
-    device.
+    """(means, gradients of their totals) of all adapters, at_once in one forward; zeros of rows
+    that do not count, whose forward other ranks may wait for.
     """
-    n_elements = tree.leaves(rows)[0][0].numel() * model.config.d_model
-    on_cpu = tree.leaves(trainable)[0].device.type == "cpu"
-    size = max(1, CPU_HIDDEN_ELEMENTS // n_elements) if on_cpu else len(rules)
 
     def of_some(i: int) -> tuple[Mean, Tree]:
-        deltas, batch = tree.map(lambda x: x[i : i + size], (trainable, rows))
-        objective = adapters_objective(model, loss, rules[i : i + size])
-        own_factor = None if factor is None else factor[i : i + size]
-        return value_and_grad(scaled(objective, own_factor))(deltas, params, batch)
+        deltas, batch = tree.map(lambda x: x[i : i + at_once], (trainable, rows))
+        objective = adapters_objective(model, loss, rules[i : i + at_once])
+        weighed = objective if counts else _weightless(objective)
+        own_factor = None if factor is None else factor[i : i + at_once]
+        return value_and_grad(scaled(weighed, own_factor))(deltas, params, batch)
 
-    return tree.map(lambda *x: torch.cat(x), *(of_some(i) for i in range(0, len(rules), size)))
+    return tree.map(lambda *x: torch.cat(x), *(of_some(i) for i in range(0, len(rules), at_once)))
+
+
+def _weightless(objective: Callable[..., Mean]) -> Callable[..., Mean]:
+    """Objective whose means, and with them its gradients, count nothing."""
+
+    def nothing(*args: Any) -> Mean:
+        mean = objective(*args)
+        return Mean(mean.total * 0, mean.weight * 0)
+
+    return nothing
 
 
 def _norms(stacked: Tree) -> Tensor:

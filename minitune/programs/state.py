@@ -135,15 +135,16 @@ class PipelineState(NamedTuple):
 
     def on_host(self) -> "PipelineState":
         """State whose stored and quantized weights are whole in the first rank's memory, for
-        formats that are written from whole models; every rank calls it.
+        formats that are written from whole models; every rank calls it. Its model has whole rows:
+        the first rank alone runs it.
         """
         if self.sharding is None:
             return self
-        params = self.loaded.params
+        params, alone = self.loaded.params, self.loaded.model._replace(context=None)
         quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
         codes = whole_on_host(quantized, self.ranks)
         stored = whole_on_host(self.loaded.stored, self.ranks)
-        return self.with_model(params={**params, **codes}, stored=stored)
+        return self.with_model(model=alone, params={**params, **codes}, stored=stored)
 
     def rows_at_once(self, n_tokens: int) -> int:
         """Rows of n_tokens for a forward that fits where the training steps fit."""

@@ -33,7 +33,7 @@ class Quantization(CheckedStruct, frozen=True, forbid_unknown_fields=True):
         names = tree.select(params, self.weights, "quant: weights")
         if self.exceptions:
             tree.select(names, tuple(self.exceptions), "quant: exceptions")
-        schemes = {name: self._scheme(name) for name in names}
+        schemes = {name: self.scheme_of(name) for name in names}
         plan = {name: scheme for name, scheme in schemes.items() if scheme is not None}
         for name, scheme in plan.items():
             w = base_weight(params[name])
@@ -78,12 +78,13 @@ class Quantization(CheckedStruct, frozen=True, forbid_unknown_fields=True):
         """
 
         def rounded(name: str, leaf: Tensor | Delta) -> Tensor | Delta:
-            scheme = self._scheme(name)
+            scheme = self.scheme_of(name)
             return leaf if scheme is None or isinstance(leaf, Delta) else schemes.fake(leaf, scheme)
 
         return {name: rounded(name, leaf) for name, leaf in trainable.items()}
 
-    def _scheme(self, name: str) -> Scheme | None:
+    def scheme_of(self, name: str) -> Scheme | None:
+        """Scheme of a weight by its name alone; None for one that stays as it is."""
         if not any(fnmatchcase(name, glob) for glob in self.weights):
             return None
         return next(

@@ -15,6 +15,7 @@ from minitune.programs.plan import PROCESS_BYTES, first_state
 from minitune.programs.plan_fit import check_memory
 from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
+from minitune.programs.stages.base import BaseStage
 from minitune.sharding.ranks import ALONE, Ranks
 from support.programs import LORA, TINY, TRAIN, small_program
 
@@ -34,27 +35,26 @@ def loaded(folder: Path, stages: str, *words: str) -> program.Program:
     return program.load(folder / "p.toml", words)
 
 
-@pytest.mark.parametrize(
-    ("stages", "message"),
-    [
-        (QAT, r"stages: qat needs the whole model on every rank, and plan or mesh divides it, expected plan = \"dp\""),
-        (GPTQ, r"stages: quantize has method gptq, which needs whole weights on every rank, .* or method rtn"),
-        (IMPORTANT, r"stages: export has importance, which needs whole weights on every rank, .* after a save"),
-        (LORA + SWEEP, r"stages: train has a sweep, which needs whole weights on every rank"),
-        (LORA + PRIVATE, r"stages: train has privacy and the run 2 processes, expected one"),
-    ],
-)
-def test_a_stage_that_needs_whole_weights_is_refused_under_a_plan(stages: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        stages_on_ranks(loaded(tmp_path, stages, "plan=fsdp"), TWO)
-    assert len(stages_on_ranks(loaded(tmp_path, stages, "plan=fsdp"), ALONE)) >= 1
+class Whole(BaseStage, frozen=True, kw_only=True, tag="whole"):
+    """A stage that says nothing of parts."""
 
 
-def test_ranks_that_hold_whole_weights_may_run_every_stage_but_a_private_one(tmp_path: Path) -> None:
-    for stages in (QAT, GPTQ, LORA + SWEEP):
-        stages_on_ranks(loaded(tmp_path, stages), TWO)
-    with pytest.raises(InputError, match="has privacy and the run 2 processes"):
-        stages_on_ranks(loaded(tmp_path, LORA + PRIVATE), TWO)
+def test_a_stage_that_does_not_work_on_parts_is_refused_under_a_plan(tmp_path: Path) -> None:
+    cut, whole = loaded(tmp_path, LORA, "plan=fsdp"), loaded(tmp_path, LORA)
+    with pytest.raises(
+        InputError, match=r"stages: whole needs the whole model on every rank, .* expected plan = \"dp\" .* after a save"
+    ):
+        stages_on_ranks(msgspec.structs.replace(cut, stage=(Whole(),)), TWO)
+    assert stages_on_ranks(msgspec.structs.replace(whole, stage=(Whole(),)), TWO)
+
+
+@pytest.mark.parametrize("words", [(), ("plan=fsdp",)], ids=str)
+def test_ranks_may_run_every_stage_but_a_private_one(words: tuple[str, ...], tmp_path: Path) -> None:
+    for stages in (QAT, GPTQ, IMPORTANT, LORA + SWEEP):
+        assert stages_on_ranks(loaded(tmp_path, stages, *words), TWO)
+    with pytest.raises(InputError, match=r"stages: train has privacy and the run 2 processes, expected one"):
+        stages_on_ranks(loaded(tmp_path, LORA + PRIVATE, *words), TWO)
+    assert stages_on_ranks(loaded(tmp_path, LORA + PRIVATE, *words), ALONE)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from minitune import hardware, host
 from minitune.algorithms.objective import apply_trainable
+from minitune.algorithms.quantization_aware import fake_quantized
 from minitune.programs.state import AbstractState, PipelineState
 from minitune.types import Params
 
@@ -51,5 +52,7 @@ def peak_mem_bytes(device: torch.device) -> int:
 def adapted_params(state: PipelineState) -> Params:
     """Parameters for a forward, with weights rounded as in quantization-aware training."""
     loaded = state.loaded
-    trainable = state.fake.fake(loaded.trainable) if state.fake else loaded.trainable
+    trainable = loaded.trainable
+    if state.fake is not None:
+        trainable = fake_quantized(state.fake, trainable)
     return apply_trainable(loaded.params, trainable, loaded.lora)

@@ -62,16 +62,6 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
     # the model, but at most 2048, if absent
     max_context_len: PositiveInt | None = None
 
-    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "Export":
-        """Same stage; InputError for importance, which is measured on whole weights."""
-        if is_sharded and self.importance is not None:
-            raise InputError(
-                f"stages: {self.label} has importance, which needs whole weights on every rank, "
-                'and the plan cuts them, expected none or plan = "dp"; or export in a program of '
-                "its own, after a save"
-            )
-        return self
-
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError if something is left to merge, or unless the weights are of the kind that the
         format holds.
@@ -142,6 +132,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
 
     def run(self, state: PipelineState) -> PipelineState:
         """State with a record of where the result lies and of its bytes."""
+        importance = self._importance(state)  # every rank takes part in these forwards
         whole = state.on_host()
         if state.sharding is not None and not state.ranks.is_first:
             return state
@@ -151,7 +142,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         params, extras = {**loaded.stored, **codes}, folder_extras(state, self.label)
         state.log.say(f"{self.label}: writing {self.format}")
         require_finite(params, f"stages: {self.label}")
-        for line in self._write(state, target, params, extras):
+        for line in self._write(state, target, params, extras, importance):
             state.log.say(f"{self.label}: {line}")
         say_notes(state, self.label, text_alone=True)
         n_bytes = _n_bytes(target)
@@ -160,7 +151,12 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
         return state.record(self.label, {**record, "sha256": saved_hashes(target)})
 
     def _write(
-        self, state: PipelineState, target: Path, params: Params, extras: FolderExtras
+        self,
+        state: PipelineState,
+        target: Path,
+        params: Params,
+        extras: FolderExtras,
+        importance: Mapping[str, Tensor],
     ) -> list[str]:
         """Write the result and return lines on it for the log."""
         loaded = state.loaded
@@ -173,7 +169,7 @@ class Export(BaseStage, frozen=True, kw_only=True, tag="export"):
                 tokenizer=extras.tokenizer,
                 template=loaded.template.source,
                 stop_ids=extras.stop_ids,
-                importance=self._importance(state),
+                importance=importance,
                 counting=extras.counting,
             )
         if self.format == "bitsandbytes":

@@ -13,6 +13,7 @@ from minitune.errors import InputError
 from minitune.io.atomic import atomic_folder
 from minitune.io.checksums import damaged_file, write_checksums
 from minitune.programs.data_tables import require_data
+from minitune.programs.sharding import whole_on_host
 from minitune.programs.stages.base import BaseStage
 from minitune.programs.stages.batches import calibration_batches, tokenized
 from minitune.programs.state import AbstractState, PipelineState
@@ -55,15 +56,6 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             self.scheme, self.weights, {**dict.fromkeys(self.keep), **self.exceptions}
         )
 
-    def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "Quantize":
-        """Same stage; InputError for one that calibrates weights which no rank holds whole."""
-        if is_sharded and isinstance(self.method, gptq.Gptq):
-            raise InputError(
-                f"stages: {self.label} has method gptq, which needs whole weights on every rank, "
-                'and the plan cuts them, expected plan = "dp" or method rtn'
-            )
-        return self
-
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the globs match plain weights that fit the schemes, and the calibration
         data is there.
@@ -101,11 +93,13 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
     def run(self, state: PipelineState) -> PipelineState:
         """State with quantized leaves in its params; the record holds bytes before and after."""
         loaded = state.loaded
-        if any(is_sharded(w) for w in loaded.stored.values() if isinstance(w, Tensor)):
+        if state.sharding is not None and isinstance(self.method, gptq.Gptq):
+            codes = self._calibrated_by_all(state, self.method)
+        elif any(is_sharded(w) for w in loaded.stored.values() if isinstance(w, Tensor)):
             codes = self._of_parts(state)
         else:
             with state.ranks.first_on_node():
-                codes = self._read_or_made(state)
+                codes = self._kept(state) or self._made(state)
         file = _codes_file(state, self.label)
         on_disk = loaded.offloading is not None and loaded.offloading.place == "disk"
         slices = file_slices(file) if on_disk and file.is_file() else {}
@@ -123,23 +117,51 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             .record(self.label, record)
         )
 
-    def _read_or_made(self, state: PipelineState) -> Params:
-        """Codes of the weights on the host, which the first rank keeps in the run folder."""
+    def _kept(self, state: PipelineState) -> Params | None:
+        """Codes of the weights, whole and on the host, that an earlier run of this stage has kept
+        in the run folder; None if there are none, or if the file is not what was written.
+        """
         file, names = _codes_file(state, self.label), self.rule.plan(state.loaded.params)
-        folder = file.parent
-        # Calibration may have taken long; a file that is not what was written is made again.
-        if file.is_file() and damaged_file(folder) is None:
-            tensors = load_tensors(file)
-            kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
-            return {
-                name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields))
-                for name, kind in kinds.items()
-            }
-        codes = self._codes(state)
+        if not file.is_file() or damaged_file(file.parent) is not None:
+            return None
+        tensors = load_tensors(file)
+        kinds = {name: LAYOUTS[type(scheme)] for name, scheme in names.items()}
+        return {
+            name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields))
+            for name, kind in kinds.items()
+        }
+
+    def _made(self, state: PipelineState) -> Params:
+        """Codes of the weights on the host, which the first rank keeps in the run folder."""
+        if isinstance(self.method, gptq.Gptq):
+            calibrated = self._calibrated(state, self.method)
+            codes = {name: tree.map(Tensor.cpu, w) for name, w in calibrated.items()}
+        else:
+            codes = self._rounded(state)
+        self._keep(state, codes)
+        return codes
+
+    def _keep(self, state: PipelineState, codes: Params) -> None:
+        """Write the codes to the run folder, on the first rank: calibration may have taken long."""
+        file = _codes_file(state, self.label)
         if state.ranks.is_first:
-            with atomic_folder(folder) as aside:
+            with atomic_folder(file.parent) as aside:
                 save_tensors(aside / file.name, dict(tree.items(codes)))
                 write_checksums(aside, [aside / file.name])
+
+    def _calibrated_by_all(self, state: PipelineState, method: gptq.Gptq) -> Params:
+        """Part of this rank of the codes that all ranks calibrate, each on all of the data, or find
+        in the run folder.
+
+        Each computes the same; the first one's codes count, because GPUs of several kinds may round
+        in several ways.
+        """
+        ranks, cut, kept = state.ranks, state.cut, self._kept(state)
+        is_missing = ranks.any(kept is None)  # on any rank
+        if kept is not None and not is_missing:
+            return {name: cut(name, w) for name, w in kept.items()}
+        codes = self._calibrated(state, method, lambda name, w: cut(name, ranks.from_first(w)))
+        self._keep(state, whole_on_host(codes, ranks))
         return codes
 
     def _of_parts(self, state: PipelineState) -> Params:
@@ -152,35 +174,43 @@ class Quantize(BaseStage, frozen=True, kw_only=True, tag="quantize"):
             codes[name] = state.cut(name, quantize(w, scheme))
         return codes
 
-    def _codes(self, state: PipelineState) -> Params:
+    def _rounded(self, state: PipelineState) -> Params:
+        """Codes on the host that are nearest to the weights, or that the folder of the model has
+        already.
+        """
+        loaded, names = state.loaded, self.rule.plan(state.loaded.params)
+        held = {name: loaded.stored[name] for name in names}
+        codes = {name: w for name, w in held.items() if not isinstance(w, Tensor)}
+        if codes:
+            said = f"{len(codes)} weights keep the codes and scales of {loaded.source}"
+            state.log.say(f"{self.label}: {said}")
+        plain = {name: w for name, w in held.items() if name not in codes}
+        refuse_not_finite(plain, plain)
+        rounded = {}
+        with state.log.counter(self.label, len(plain)) as count:
+            for name, w in plain.items():
+                rounded[name] = quantize(w, names[name])
+                count()
+        every = {**rounded, **codes}
+        return {name: tree.map(Tensor.cpu, every[name]) for name in names}
+
+    def _calibrated(
+        self, state: PipelineState, method: gptq.Gptq, placed: gptq.Placing = gptq.as_it_is
+    ) -> Params:
+        """Codes that GPTQ finds, as far as `placed` keeps them, in the order of the weights."""
         loaded = state.loaded
-        names = self.rule.plan(loaded.params)
-        if isinstance(self.method, gptq.Rtn):
-            held = {name: loaded.stored[name] for name in names}
-            codes = {name: w for name, w in held.items() if not isinstance(w, Tensor)}
-            if codes:
-                said = f"{len(codes)} weights keep the codes and scales of {loaded.source}"
-                state.log.say(f"{self.label}: {said}")
-            plain = {name: w for name, w in held.items() if name not in codes}
-            refuse_not_finite(plain, plain)
-            rounded = {}
-            with state.log.counter(self.label, len(plain)) as count:
-                for name, w in plain.items():
-                    rounded[name] = quantize(w, names[name])
-                    count()
-            quantized = {**rounded, **codes}
-        else:
-            some = calibration_batches(state, self.label, self.method.data, self.method.rows)
-            with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
-                quantized = gptq.gptq(
-                    loaded.model,
-                    loaded.params,
-                    some,
-                    self.rule,
-                    damp=self.method.damp,
-                    on_block=lambda n_done: progress.update(n_done, {}),
-                )
-        return {name: tree.map(Tensor.cpu, quantized[name]) for name in names}
+        some = calibration_batches(state, self.label, method.data, method.rows)
+        with state.log.progress(self.label, loaded.model.config.n_layers) as progress:
+            quantized = gptq.gptq(
+                loaded.model,
+                loaded.params,
+                some,
+                self.rule,
+                damp=method.damp,
+                on_block=lambda n_done: progress.update(n_done, {}),
+                placed=placed,
+            )
+        return {name: quantized[name] for name in self.rule.plan(loaded.params)}
 
 
 def _codes_file(state: PipelineState, label: str) -> Path:
@@ -192,6 +222,8 @@ class Qat(BaseStage, frozen=True, kw_only=True, tag="qat"):
     """Round the weights that train to their quantized values in every forward: quantizing them
     afterwards loses nothing.
     """
+
+    shards: ClassVar[bool] = True
 
     scheme: Scheme  # as in the quantize stage that will follow
     weights: tuple[str, ...] = ("*_proj.weight",)  # globs of the weights that are rounded

@@ -151,7 +151,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     def on_ranks(self, n_ranks: int, *, is_sharded: bool) -> "Train":
         """Stage with a micro-batch for each rank; InputError where they can't train it."""
-        n_rows = rows_of_rank(self, n_ranks, is_sharded)
+        n_rows = rows_of_rank(self, n_ranks)
         return msgspec.structs.replace(self, micro_batch_size=n_rows)
 
     def prepare(self, abstract: AbstractState) -> list[str]:

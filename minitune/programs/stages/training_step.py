@@ -1,5 +1,6 @@
 """Objective, step and first state of a training stage: plain, with a loss scale, or private."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,7 @@ from minitune.algorithms.distillation import Teacher
 from minitune.algorithms.dp_sgd import private_state, private_step
 from minitune.algorithms.loss_scale import with_scale
 from minitune.algorithms.objective import Objective
-from minitune.algorithms.quantization_aware import quantization_aware
+from minitune.algorithms.quantization_aware import fake_quantized, quantization_aware
 from minitune.algorithms.registry import Frozen, objective_of
 from minitune.algorithms.shared_state import begin_state
 from minitune.errors import InputError
@@ -58,7 +59,7 @@ def objective_for(
     frozen = Frozen({} if from_base else loaded.trainable, teacher)
     objective = objective_of(model, loaded.lora, loss, frozen)
     if state.fake is not None:
-        objective = quantization_aware(objective, state.fake.fake)
+        objective = quantization_aware(objective, partial(fake_quantized, state.fake))
     return objective
 
 
@@ -88,17 +89,10 @@ def step_for(
     return train_step(objective, optimizer, ranks=state.ranks, **how)
 
 
-def rows_of_rank(stage: TrainingStage, n_ranks: int, is_sharded: bool) -> int:
-    """Rows of a micro-batch, so few that each rank has one.
-
-    InputError with privacy, whose noise is drawn for one process, and for a sweep over weights that
-    the ranks share.
+def rows_of_rank(stage: TrainingStage, n_ranks: int) -> int:
+    """Rows of a micro-batch, so few that each rank has one; InputError with privacy, whose noise is
+    drawn for one process.
     """
-    if stage.sweep is not None and is_sharded:
-        raise InputError(
-            f"stages: {stage.label} has a sweep, which needs whole weights on every rank, and the "
-            'plan cuts them, expected plan = "dp"'
-        )
     if stage.privacy is not None and n_ranks > 1:
         raise InputError(
             f"stages: {stage.label} has privacy and the run {n_ranks} processes, expected one: "
