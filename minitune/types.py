@@ -66,6 +66,8 @@ class Dropout(NamedTuple):
     rate: Float[Tensor, "*n"]  # share that is dropped, in [0, 1); of each of n changes
     # place in its row of the first token, where a rank has a part of the rows' tokens
     first: Int[Tensor, ""] | tuple[()] = ()
+    # (first feature, number of all), where a rank has a part of the features
+    part: tuple[int, int] | tuple[()] = ()
 
 
 class Adapted(NamedTuple):

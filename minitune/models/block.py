@@ -4,7 +4,7 @@ feed-forward.
 Vaswani et al. 2017, arXiv 1706.03762, in the form of Touvron et al. 2023, arXiv 2302.13971.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from minitune.models.mixers.mixer import LayerMaps
 from minitune.models.mixers.registry import MIXERS
 from minitune.models.weights import NORMS
 from minitune.nn.elementwise import geglu, rms_norm, swiglu
-from minitune.nn.linear import linear
+from minitune.nn.linear import linears
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -60,23 +60,29 @@ def block(
     if config.experts is not None and is_routed(config.experts, w):
         y = routed_feed_forward(config.experts, w, maps.linear, h, tap)  # [B T D]
     else:
-        y = _feed_forward(config, maps.linear, h)  # [B T D]
+        y = _feed_forward(config, maps, h)  # [B T D]
     return _residual(config, x, maps.norm(mlp_out, y))  # [B T D]
 
 
 def layer_maps(config: DecoderConfig, w: Params, tap: Tap | None) -> LayerMaps:
     """Linear maps and norms of a layer, by the names of their weights."""
 
-    def proj(name: str, x: Tensor) -> Tensor:
-        y = linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    def projs(names: Sequence[str], x: Tensor) -> list[Tensor]:
+        weights = [w[f"{name}.weight"] for name in names]
+        ys = linears(x, weights, [w.get(f"{name}.bias") for name in names])
         if tap is not None:
-            tap(f"{name}.weight", x, y)
+            for name, y in zip(names, ys, strict=True):
+                tap(f"{name}.weight", x, y)
+        return ys
+
+    def proj(name: str, x: Tensor) -> Tensor:
+        (y,) = projs([name], x)
         return y
 
     def norm(name: str | None, x: Tensor) -> Tensor:
         return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm)
 
-    return LayerMaps(w, proj, norm)
+    return LayerMaps(w, proj, projs, norm)
 
 
 def _residual(config: DecoderConfig, x: Tensor, change: Tensor) -> Tensor:
@@ -87,14 +93,14 @@ def _residual(config: DecoderConfig, x: Tensor, change: Tensor) -> Tensor:
 
 
 def _feed_forward(
-    config: DecoderConfig, proj: Callable[[str, Tensor], Tensor], x: Float[Tensor, "B T D"]
+    config: DecoderConfig, maps: LayerMaps, x: Float[Tensor, "B T D"]
 ) -> Float[Tensor, "B T D"]:
     """down(activation(gate(x)) * up(x))."""
     mlp = config.mlp
     if config.fused:
-        gate, up = proj(f"{mlp}.gate_up_proj", x).chunk(2, dim=-1)  # [B T 2F] -> [B T F] twice
+        joined = maps.linear(f"{mlp}.gate_up_proj", x)  # [B T 2F]
+        gate, up = joined.chunk(2, dim=-1)  # [B T F] twice
     else:
-        gate = proj(f"{mlp}.gate_proj", x)  # [B T F]
-        up = proj(f"{mlp}.up_proj", x)  # [B T F]
+        gate, up = maps.linears([f"{mlp}.gate_proj", f"{mlp}.up_proj"], x)  # [B T F] twice
     hidden = ACTIVATIONS[config.activation](gate, up)  # [B T F]
-    return proj(f"{mlp}.down_proj", hidden)  # [B T D]
+    return maps.linear(f"{mlp}.down_proj", hidden)  # [B T D]

@@ -25,8 +25,8 @@ from minitune.nn.attention.key_range import (
 from minitune.nn.dropout import row_seeds, uniform
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.linear import embed
-from minitune.sharding.context import ContextParallel
 from minitune.sharding.gather import gather
+from minitune.sharding.tokens import TokenShares
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -42,14 +42,14 @@ def hidden(
     segment_ids: Int[Tensor, "B T"] | None = None,
     block_of: BlockOf,
     noise: Float[Tensor, "B T D"] | None = None,
-    context: ContextParallel | None = None,
+    shares: TokenShares | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Final normed hidden states; segment_ids keep packed documents apart, block_of(i) is layer i.
 
-    noise is added to the embedded tokens (see neftune_noise). With a context, of the tokens that
+    noise is added to the embedded tokens (see neftune_noise). With shares, of the tokens that
     are this rank's: [B n_own D].
     """
-    x, inputs = before_first_block(config, params, tokens, segment_ids, noise, context)
+    x, inputs = before_first_block(config, params, tokens, segment_ids, noise, shares)
     for i in range(config.n_layers):
         x = block_of(i)(layer_of(params, i), x, inputs[layer_kind(config, i)])
     return rms_norm(x, params["model.norm.weight"], config.norm_eps, config.norm)
@@ -61,13 +61,13 @@ def before_first_block(
     tokens: Int[Tensor, "B T"],
     segment_ids: Int[Tensor, "B T"] | None,
     noise: Float[Tensor, "B T D"] | None = None,
-    context: ContextParallel | None = None,
+    shares: TokenShares | None = None,
 ) -> tuple[Float[Tensor, "B T D"], dict[LayerKind, Any]]:
     """Embedded tokens, and the inputs that the mixers of every kind of layer share."""
-    where = token_positions(config, tokens, segment_ids, context)
-    if context is not None:
-        tokens = context.own(tokens)
-        noise = None if noise is None else context.own(noise)
+    where = token_positions(config, tokens, segment_ids, shares)
+    if shares is not None:
+        tokens = shares.own(tokens)
+        noise = None if noise is None else shares.own(noise)
     x = _embedded(config, params, tokens, noise)
     return x, mixer_inputs(config, where, x.dtype)
 
@@ -96,13 +96,13 @@ def token_positions(
     config: DecoderConfig,
     tokens: Int[Tensor, "B T"],
     segment_ids: Int[Tensor, "B T"] | None,
-    context: ContextParallel | None = None,
+    shares: TokenShares | None = None,
 ) -> TokenPositions:
     """Positions of tokens that are one document a row, or of the documents that segment_ids tell
     apart.
     """
     n_tokens = tokens.shape[1]
-    n_all = n_tokens if context is None else context.size * context.n_own(n_tokens)
+    n_all = n_tokens if shares is None else shares.size * shares.n_own(n_tokens)
     lengths: int | Tensor = n_tokens
     if segment_ids is None:
         keys = causal(n_all, tokens.device)
@@ -112,10 +112,11 @@ def token_positions(
         keys, positions = document_keys(segment_ids), document_positions(segment_ids)
         if isinstance(config.rope_scaling, rope_scaling.BY_LENGTH):
             lengths = document_lengths(segment_ids)
-    if context is None:
+    if shares is None:
         return TokenPositions(positions, lengths, keys)
-    own_lengths = lengths if isinstance(lengths, int) else context.own(lengths)
-    return TokenPositions(context.own(positions), own_lengths, keys, context.sharers)
+    seen_lengths = lengths if isinstance(lengths, int) else shares.of_mixer(lengths)
+    sharers = () if shares.context is None else shares.context.sharers
+    return TokenPositions(shares.of_mixer(positions), seen_lengths, keys, sharers)
 
 
 def mixer_inputs(

@@ -24,7 +24,7 @@ from minitune.nn import head as nn_head
 from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
-from minitune.sharding.context import ContextParallel
+from minitune.sharding import tensor_parallel
 from minitune.sharding.gather import (
     Ahead,
     gather,
@@ -33,6 +33,7 @@ from minitune.sharding.gather import (
     is_elsewhere,
     numbered,
 )
+from minitune.sharding.tokens import TokenShares
 from minitune.tree import Tree
 from minitune.types import Adapted, Batch, Dropout, Params
 
@@ -68,7 +69,7 @@ class Model(NamedTuple):
     neftune_alpha: float = 0.0
     draws: Draws | None = None
     # ranks that share the tokens of their rows; what is not said to be a rank's own is of them all
-    context: ContextParallel | None = None
+    shares: TokenShares | None = None
 
     def forward(
         self,
@@ -96,8 +97,8 @@ class Model(NamedTuple):
         noise = None
         if self.draws is not None:
             own = to_device(self.draws.seeds, device)
-            first = 0 if self.context is None else self.context.first(tokens.shape[1])
-            params = with_dropout(params, own, len(tokens), self.draws.dropout, first)
+            rates, firsts = self.draws.dropout, self._first_tokens(tokens.shape[1])
+            params = with_dropout(params, own, len(tokens), rates, *firsts)
             if self.neftune_alpha:
                 noise = decoder.neftune_noise(self.config, own, segment_ids, self.neftune_alpha)
         return self._own_hidden(params, tokens, segment_ids, noise)
@@ -109,18 +110,19 @@ class Model(NamedTuple):
         segment_ids: Int[Tensor, "B T"] | None,
         noise: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B n_own D"]:
+        self._check_parts(params)
         how: dict[str, Any] = {
             "segment_ids": segment_ids,
-            "block_of": self._probing_all(tokens.shape[1]).block_of(params),
+            "block_of": self._probing_all(tokens.shape[1]).block_of(params, self._in_part()),
             "noise": noise,
-            "context": self.context,
+            "shares": self.shares,
         }
         return decoder.hidden(self.config, params, tokens, **how)
 
     def _probing_all(self, n_tokens: int) -> "Model":
         """Model whose probe receives what belongs to the tokens of all ranks."""
         probe = self.probe
-        if probe is None or self.context is None:
+        if probe is None or self.shares is None:
             return self
 
         def receive(name: str, y: Tensor) -> None:
@@ -128,22 +130,50 @@ class Model(NamedTuple):
 
         return self._replace(probe=probe._replace(receive=receive))
 
+    def _first_tokens(self, n_tokens: int) -> tuple[int, int]:
+        """Places in their row of the first token of this rank, and of those that come together
+        with it before a map that ranks share.
+        """
+        shares = self.shares
+        return (
+            (0, 0) if shares is None else (shares.first(n_tokens), shares.first_of_mixer(n_tokens))
+        )
+
+    def _in_part(self) -> tuple[str, ...]:
+        """Axes of the mesh along which blocks compute with the parts that weights are cut into."""
+        shares_maps = self.shares is not None and self.shares.tensor is not None
+        return (tensor_parallel.AXIS,) if shares_maps else ()
+
+    def _check_parts(self, params: Params) -> None:
+        """TypeError for weights that are whole where ranks share linear maps."""
+        if not self._in_part():
+            return
+        if not any(tensor_parallel.is_in_parts(leaf) for leaf in params.values()):
+            raise TypeError(
+                "model: its ranks share linear maps along the axis tensor, and no weight is cut "
+                "along it; cut the weights by sharding.placements.shard, or give the model "
+                "shares=None"
+            )
+
     def _own(self, x: Tree) -> Tree:
         """Tensors [B n_own ...] of the tokens that are this rank's, from those of all."""
-        return x if self.context is None else tree.map(self.context.own, x)
+        return x if self.shares is None else tree.map(self.shares.own, x)
 
     def _of_all(self, x: Float[Tensor, "B n_own *rest"], n_tokens: int) -> Tensor:
         """Tensor [B n_tokens ...] of all tokens, from this rank's."""
-        return x if self.context is None else self.context.whole(x, n_tokens)
+        return x if self.shares is None else self.shares.whole(x, n_tokens)
 
-    def block_of(self, params: Params | None = None) -> decoder.BlockOf:
+    def block_of(
+        self, params: Params | None = None, in_part: tuple[str, ...] = ()
+    ) -> decoder.BlockOf:
         """Function that gives the block of layer i: transformed, recomputed in the backward,
         probed, as the model says.
 
         params: of the forwards that it is for, where ranks share them or they are offloaded: so
-        each block's weights are asked for while another computes.
+        each block's weights are asked for while another computes. in_part: axes of the mesh along
+        which what is cut stays so, for hidden states of this rank's tokens.
         """
-        ahead = None if params is None else self._ahead(params)
+        ahead = None if params is None else self._ahead(params, in_part)
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
         # whole weights are there within a block alone, and a compiled one never sees a part
         kept = {mixer: gathered_again(run, ahead) for mixer, run in runs.items()}
@@ -157,10 +187,10 @@ class Model(NamedTuple):
 
         return block_of
 
-    def _ahead(self, params: Params) -> Ahead | None:
+    def _ahead(self, params: Params, in_part: tuple[str, ...]) -> Ahead | None:
         if not any(map(is_elsewhere, tree.leaves(params))):
             return None
-        return Ahead([layer_of(params, i) for i in range(self.config.n_layers)])
+        return Ahead([layer_of(params, i) for i in range(self.config.n_layers)], in_part)
 
     def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
         if self.probe is None:
@@ -261,16 +291,23 @@ def with_dropout(
     n_rows: int,
     rates: Sequence[float],
     first: int = 0,
+    first_in_parts: int = 0,
 ) -> Params:
     """Parameters whose low-rank changes drop their inputs; params itself where all rates are 0.
 
-    first: place in its row of the first token that they see.
+    first: place in its row of the first token that they see, first_in_parts that of those whose
+    weights ranks share by tensor parallelism.
     """
     if not any(rates):
         return params
     rate = to_device(torch.tensor(rates, dtype=torch.float32), seeds.device)
     adapted = {name: leaf for name, leaf in params.items() if isinstance(leaf, Adapted)}
-    start = to_device(torch.tensor(first), seeds.device) if first else ()
-    dropouts = {name: Dropout(row_seeds(seeds, n_rows, name), rate, start) for name in adapted}
-    dropping = {name: leaf._replace(dropout=dropouts[name]) for name, leaf in adapted.items()}
-    return {**params, **dropping}
+    starts = [
+        to_device(torch.tensor(n), seeds.device) if n else () for n in (first, first_in_parts)
+    ]
+
+    def dropping(name: str, leaf: Adapted) -> Adapted:
+        start = starts[tensor_parallel.is_in_parts(leaf)]
+        return leaf._replace(dropout=Dropout(row_seeds(seeds, n_rows, name), rate, start))
+
+    return {**params, **{name: dropping(name, leaf) for name, leaf in adapted.items()}}

@@ -41,16 +41,18 @@ def dropped(x: Float[Tensor, "B T in"], dropout: Dropout) -> Float[Tensor, "B T 
     own = dropout.seeds.view(*grouped.shape[:2], 1, 1)
     threshold = (dropout.rate * LEVELS).round().view(n_changes, 1, 1, 1)
 
-    # one hash of 32 bits serves two elements, one in each half of the features
+    # one hash of 32 bits serves two elements, one in each half of all features
     n_tokens, n_features = x.shape[-2:]
-    half = -(-n_features // 2)
+    first_feature, n_all = dropout.part or (0, n_features)
+    half = -(-n_all // 2)
     first = dropout.first if isinstance(dropout.first, Tensor) else 0
     bits = seeds.hashed(_places(n_tokens, half, x.device, first), own)
     limit = threshold.to(torch.int32)
     kept = torch.cat([(bits & 0xFFFF) >= limit, ((bits >> 16) & 0xFFFF) >= limit], dim=-1)
 
     scale = (LEVELS / (LEVELS - threshold)).to(x.dtype)
-    return torch.where(kept[..., :n_features], grouped * scale, 0.0).flatten(0, 1)
+    kept = kept.narrow(-1, first_feature, n_features)
+    return torch.where(kept, grouped * scale, 0.0).flatten(0, 1)
 
 
 def uniform(own: Int[Tensor, "B"], n_tokens: int, n_features: int) -> Float[Tensor, "B T D"]:

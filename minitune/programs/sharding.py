@@ -34,24 +34,23 @@ class Sharding(NamedTuple):
         """Function that gives the part of this rank, on its device, of a weight of a model, dense
         or quantized; one that is cut already stays. InputError for a plan that does not fit it.
         """
-        from minitune.sharding.placements import axis_sizes, check_plan, placements, shard_leaf
+        from minitune.sharding.placements import axis_sizes, check_plan, cut_leaf
 
-        named, sizes = dims(config), axis_sizes(self.mesh)
-        check_plan(self.plan, named, sizes)
+        named = dims(config)
+        check_plan(self.plan, named, axis_sizes(self.mesh))
 
         def part(name: str, leaf: Tree) -> Tree:
             if any(map(is_sharded, tree.leaves(leaf))):
                 return leaf
-            placed = placements(name, leaf.shape, named[name], self.plan, sizes)
-            return shard_leaf(leaf, placed, self.mesh)
+            return cut_leaf(name, leaf, named[name], self.plan, self.mesh)
 
         return part
 
     def fitted(self, model: Model) -> Model:
         """Model that knows which ranks share the tokens of its rows."""
-        from minitune.sharding.context import context_of
+        from minitune.sharding.tokens import shares_of
 
-        return model._replace(context=context_of(self.mesh))
+        return model._replace(shares=shares_of(self.mesh))
 
 
 def sharding_of(
@@ -70,7 +69,7 @@ def sharding_of(
     """
     if plan == "dp" and not mesh:
         return None
-    from minitune.sharding.context import check_heads
+    from minitune.models.parallel import check_sharing
     from minitune.sharding.mesh import check_mesh, device_mesh, n_ranks, n_sharers
     from minitune.sharding.placements import check_plan
     from minitune.sharding.plans import named_plan
@@ -79,7 +78,7 @@ def sharding_of(
     shares_rows = n_sharers(sizes) > 1
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
-    check_heads(model.config.n_heads, sizes.get("context", 1))
+    check_sharing(model.config, named, sizes)
     check_mesh(sizes, named.values(), n_ranks(sizes) if ranks.size == 1 else ranks.size)
     if ranks.size == 1 or not (named or shares_rows):
         return None

@@ -17,10 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from minitune import tree
 from minitune.autodiff.value_and_grad import under_transform
+from minitune.sharding import tensor_parallel
 from minitune.sharding.collectives import begin_gather, end_gather, reduce_scatter
 from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
 from minitune.tree import Tree
+
+Axes = tuple[str, ...]
 
 
 class Ahead:
@@ -28,7 +31,7 @@ class Ahead:
     the next one's in the forward, and in the backward those of the one before.
     """
 
-    def __init__(self, layers: Sequence[Tree], *, in_part: bool = False) -> None:
+    def __init__(self, layers: Sequence[Tree], in_part: Axes = ()) -> None:
         # under torch.func.grad, what was detached of an offloaded tensor is none any more
         self.parts = [
             [
@@ -38,7 +41,7 @@ class Ahead:
             ]
             for layer in layers
         ]
-        # what is cut along an axis of mesh.IN_PART stays so: the block computes with parts
+        # axes of the mesh: what is cut along them stays so, because blocks compute with parts
         self.in_part = in_part
         self.begun: dict[int, Any] = {}  # by the block's number
         self.latest = -1  # block that has asked
@@ -101,7 +104,7 @@ def gathered(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Callable[.
 
     def run(w: Any, *rest: Any) -> Tensor:
         leaves, slot = _unnumbered(w, ahead)
-        return f(gather(leaves, slot), *rest)
+        return f(_for_block(leaves, gather(leaves, slot), slot), *rest)
 
     return run
 
@@ -115,11 +118,12 @@ def gathered_again(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Call
     def run(w: Any, *rest: Any) -> Tensor:
         leaves, slot = _unnumbered(w, ahead)
         wholes = gather(leaves, slot)
+        own = _for_block(leaves, wholes, slot)
         if wholes is leaves or not torch.is_grad_enabled() or under_transform():
-            return f(wholes, *rest)
+            return f(own, *rest)
         kept = _KeptWeights(leaves, wholes)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-            y = f(wholes, *rest)
+            y = f(own, *rest)
         return _GatherAgain.apply(y, kept.parts, slot, weakref.ref(kept))
 
     return run
@@ -128,6 +132,12 @@ def gathered_again(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Call
 def numbered(f: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
     """f(w, *rest) that is given w with the block's number."""
     return lambda w, *rest: f(Numbered(w, torch.tensor(number)), *rest)
+
+
+def _for_block(leaves: Tree, wholes: Tree, slot: Slot | None) -> Tree:
+    """Weights of a block, those that it has a part of as such."""
+    is_in_part = slot is not None and tensor_parallel.AXIS in slot.ahead.in_part
+    return tensor_parallel.in_parts(leaves, wholes) if is_in_part else wholes
 
 
 def _unnumbered(w: Any, ahead: Ahead | None) -> tuple[Tree, Slot | None]:
@@ -191,7 +201,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slot: Slot | None, *leaves: Any) -> tuple[Tensor, ...]:
         ctx.placed = [placed_of(leaf) for leaf in leaves]
-        ctx.in_part = slot is not None and slot.ahead.in_part
+        ctx.in_part = () if slot is None else slot.ahead.in_part
         return tuple(_wholes_of(slot, leaves))
 
     @staticmethod
@@ -200,7 +210,7 @@ class _Gather(torch.autograd.Function):
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         placed = [ctx.placed[i] for i in needed]
         grads = [grad_outputs[i] for i in needed]
-        for group, cuts in reversed([*cuts_of(placed, in_part=ctx.in_part)]):
+        for group, cuts in reversed([*cuts_of(placed, ctx.in_part)]):
             sums = reduce_scatter([grads[i] for i in cuts], [*cuts.values()], group)
             for i, part in zip(cuts, sums, strict=True):
                 grads[i] = part
@@ -223,25 +233,25 @@ def _wholes_of(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
     return _wholes(leaves, _begun(leaves))
 
 
-def _begun(leaves: Sequence[Any], in_part: bool = False) -> Any:
+def _begun(leaves: Sequence[Any], in_part: Axes = ()) -> Any:
     """Weights on their way: offloaded ones, or parts of DTensors along the first axis to gather
     them along; None if there is no such axis.
     """
     if is_offloaded(leaves[0]):
         return begin_fetch(leaves)
-    for group, cuts in cuts_of([placed_of(leaf) for leaf in leaves], in_part=in_part):
+    for group, cuts in cuts_of([placed_of(leaf) for leaf in leaves], in_part):
         return begin_gather([leaves[i].to_local() for i in cuts], [*cuts.values()], group)
     return None
 
 
-def _wholes(leaves: Sequence[Any], begun: Any, in_part: bool = False) -> list[Tensor]:
+def _wholes(leaves: Sequence[Any], begun: Any, in_part: Axes = ()) -> list[Tensor]:
     """Whole tensors of weights that have begun to come."""
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]
     # views, because autograd writes to what comes out of its functions
     parts = [leaf.to_local().detach() for leaf in leaves]
     placed = [placed_of(leaf) for leaf in leaves]
-    for number, (group, cuts) in enumerate(cuts_of(placed, in_part=in_part)):
+    for number, (group, cuts) in enumerate(cuts_of(placed, in_part)):
         some = [parts[i] for i in cuts]
         gathering = begin_gather(some, [*cuts.values()], group) if number else begun
         for i, whole in zip(cuts, end_gather(gathering), strict=True):

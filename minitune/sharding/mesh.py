@@ -19,9 +19,6 @@ PLAIN_AXES = ("replica", "data")
 # axes whose ranks work on the same rows, each on some of the tokens. They exchange activations in
 # every block, so they are the last axes of a mesh, whose ranks are neighbours.
 ROW_SHARING = ("context", "tensor")
-# axes along which a block computes with the parts of weights that its rank has: along the others
-# weights are gathered whole before
-IN_PART = ("tensor",)
 
 
 def n_ranks(mesh: Mesh) -> int:

@@ -3,7 +3,7 @@
 Nothing here imports torch's DTensor before there is one: that takes half a second.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitune import tree
-from minitune.sharding.mesh import IN_PART
 from minitune.tree import Tree
 
 
@@ -91,14 +90,11 @@ def placed_like(parts: Tree, like: Tree) -> Tree:
 
 
 def cuts_of(
-    placed: Sequence[Placed], *, in_part: bool = False
+    placed: Sequence[Placed], but: Collection[str] = ()
 ) -> Iterator[tuple[Any, dict[int, Cut]]]:
-    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis, but with
-    in_part those along which a block computes with parts.
-    """
-    names = placed[0].mesh.mesh_dim_names or ()
-    for axis in range(placed[0].mesh.ndim):
-        if in_part and names[axis] in IN_PART:
+    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis but some."""
+    for axis, name in enumerate(placed[0].mesh.mesh_dim_names):
+        if name in but:
             continue
         cuts = {
             i: Cut(one.placements[axis].dim, one.shape[one.placements[axis].dim])

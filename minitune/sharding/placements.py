@@ -21,6 +21,7 @@ from minitune import tree
 from minitune.errors import InputError, nearest
 from minitune.sharding.mesh import Mesh
 from minitune.sharding.parts import Placed, cut_part
+from minitune.sharding.tensor_parallel import AXIS
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -84,17 +85,20 @@ def shard(params: Params, dims: DimsByName, plan: Plan, mesh: DeviceMesh) -> dic
 
     The parts share no memory with what they were cut from, and codes and scales of a quantized
     weight are cut by the same dim. dims: of the whole model. Where the whole leaves are more than a
-    rank can hold, `placements` and `shard_leaf` cut one at a time.
+    rank can hold, `cut_leaf` cuts one at a time.
+    """
+    check_plan(plan, dims, axis_sizes(mesh))
+    return {name: cut_leaf(name, leaf, dims[name], plan, mesh) for name, leaf in params.items()}
+
+
+def cut_leaf(name: str, leaf: Tree, dims: tuple[str, ...], plan: Plan, mesh: DeviceMesh) -> Tree:
+    """Part of this rank of one weight, dense or quantized, as a plan cuts it; the leaf as it is if
+    no axis does. InputError for codes that a rank could not multiply with by themselves.
     """
     sizes = axis_sizes(mesh)
-    check_plan(plan, dims, sizes)
-
-    def cut(name: str) -> Tree:
-        leaf = params[name]
-        placed = placements(name, leaf.shape, dims[name], plan, sizes)
-        return shard_leaf(leaf, placed, mesh)
-
-    return {name: cut(name) for name in params}
+    placed = placements(name, leaf.shape, dims, plan, sizes)
+    _check_codes(name, leaf, placed, sizes)
+    return shard_leaf(leaf, placed, mesh)
 
 
 def shard_leaf(leaf: Tree, placed: Sequence[Placement], mesh: DeviceMesh) -> Tree:
@@ -103,6 +107,24 @@ def shard_leaf(leaf: Tree, placed: Sequence[Placement], mesh: DeviceMesh) -> Tre
     """
     shape = leaf.shape
     return tree.map(lambda x: _part(x, _placed_within(x, shape, placed), mesh), leaf)
+
+
+def _check_codes(name: str, leaf: Tree, placed: Sequence[Placement], mesh: Mesh) -> None:
+    """InputError for a quantized weight whose scales the axis tensor would part from its codes."""
+    dim = dict(zip(mesh, map(sharded_dim, placed), strict=True)).get(AXIS)
+    if isinstance(leaf, Tensor) or dim is None:
+        return
+    n, size = mesh[AXIS], leaf.shape[dim]
+    for x in tree.leaves(leaf):
+        is_list = x.ndim == 1 and x.numel() > 1
+        is_grouped = x.ndim > 1 and x.shape[dim] not in (1, size)
+        if is_list or (is_grouped and x.shape[dim] % n):
+            scheme = type(leaf).__name__.removeprefix("Q").lower()
+            raise InputError(
+                f"sharding: {name} {list(leaf.shape)} is of {scheme}, whose scales the {n} ranks "
+                "of the axis tensor can't share out, expected int8, or groups that divide by the "
+                'ranks; take plan = "fsdp", or quantize to int8'
+            )
 
 
 def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:

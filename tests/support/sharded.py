@@ -28,13 +28,13 @@ from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.quant.schemes import NF4, Int8, quantize
-from minitune.sharding.context import ContextParallel, context_of
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
 from minitune.sharding.ranks import ALONE
 from minitune.sharding.ranks import Ranks as ProcessRanks
+from minitune.sharding.tokens import TokenShares, shares_of
 from minitune.steps import kd_step, preference_step, sft_step, train_step
 from minitune.types import Batch, Mean, Pairs, Step, Trainable
 from support.models import SMALL, model_of, random_batch, random_deltas, random_params
@@ -79,16 +79,18 @@ def trained(
     if case.base != "dense":
         scheme = {"int8": Int8(), "nf4": NF4()}[case.base]
         params |= {name: quantize(w, scheme) for name, w in params.items() if name.endswith("_proj.weight")}
-    context = None
+    shares = None
+    teacher: Any = random_params(case.config, 7)
     if plan is not None:
         devices = device_mesh(mesh or {}, "cpu")
-        params, context = shard(params, dims(case.config), plan, devices), context_of(devices)
+        params, shares = shard(params, dims(case.config), plan, devices), shares_of(devices)
+        teacher = shard(teacher, dims(case.config), plan, devices)
     lora = {"lora": RULE, "dora": DORA}.get(case.trains)
     if lora is None:
         params, trainable = split_trainable(params, ("*",))
     else:
         trainable = random_deltas(random_params(case.config, dtype=case.dtype), lora)
-    step = step_of(case, lora, params, trainable, context, ranks)
+    step = step_of(case, lora, params, trainable, shares, ranks, teacher)
     state = step.init(trainable)
     metrics: Any = {}
     for batch in batches:
@@ -101,11 +103,12 @@ def step_of(
     lora: Lora | None,
     params: Any,
     trainable: Trainable,
-    context: ContextParallel | None = None,
+    shares: TokenShares | None = None,
     ranks: ProcessRanks = ALONE,
+    teacher: Any = None,
 ) -> Step:
     """Step of a case, with the base or a second model as its reference."""
-    model = model_of(case.config)._replace(n_remat=case.n_remat, context=context)
+    model = model_of(case.config)._replace(n_remat=case.n_remat, shares=shares)
     optimizer = case.optimizer
     how: Any = {"micro_batch": case.micro_batch, "ranks": ranks}
     if case.loss == "dpo":
@@ -114,7 +117,7 @@ def step_of(
     if case.loss == "kd":
         from minitune.algorithms.distillation import Teacher
 
-        return kd_step(model, lora, optimizer, Teacher(model, random_params(case.config, 7)), **how)
+        return kd_step(model, lora, optimizer, Teacher(model, teacher or random_params(case.config, 7)), **how)
     return sft_step(model, lora, optimizer, **how)
 
 
@@ -144,8 +147,8 @@ def lengths_that_are_seen(n_tokens: int) -> dict[str, Any]:
         seen["attention"].add(q.shape[2])
         return attend(q, *rest, **kwargs)
 
-    context = context_of(device_mesh({"context": dist.get_world_size()}, "cpu"))
-    model, params = model_of(SMALL)._replace(block=watched_block, context=context), random_params(SMALL)
+    shares = shares_of(device_mesh({"context": dist.get_world_size()}, "cpu"))
+    model, params = model_of(SMALL)._replace(block=watched_block, shares=shares), random_params(SMALL)
     rows = random_batch(SMALL, 2, n_tokens)
     with patch.object(grouped_query, "attention", watched_attention):
         seen["hidden"] = model.hidden(params, rows).shape[1]
@@ -157,8 +160,8 @@ def lengths_that_are_seen(n_tokens: int) -> dict[str, Any]:
 
 def plain_and_compiled_losses() -> tuple[Tensor, Tensor]:
     """Losses of tokens that all ranks share, by blocks that are not compiled and by compiled ones."""
-    context = context_of(device_mesh({"context": dist.get_world_size()}, "cpu"))
-    model, params, rows = model_of(SMALL)._replace(context=context), random_params(SMALL), random_batch(SMALL, 2, 11)
+    shares = shares_of(device_mesh({"context": dist.get_world_size()}, "cpu"))
+    model, params, rows = model_of(SMALL)._replace(shares=shares), random_params(SMALL), random_batch(SMALL, 2, 11)
     compiled = model._replace(block_transform=lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
     return model.token_losses(params, rows, cross_entropy), compiled.token_losses(params, rows, cross_entropy)
 
@@ -282,11 +285,11 @@ def refusal(plan: Plan, optimizer: Any) -> str:
 
 def balanced_gradients(config: DecoderConfig, batch: Batch, mesh: Mesh) -> dict[str, Tensor]:
     """Routers of a mixture and metrics after a step with the term that keeps routers even, in micro-batches of one row."""
-    params, context, ranks = random_params(config), None, ALONE
+    params, shares, ranks = random_params(config), None, ALONE
     if mesh:
-        context = context_of(device_mesh(mesh, "cpu"))
+        shares = shares_of(device_mesh(mesh, "cpu"))
         ranks = ProcessRanks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(mesh))
-    model = model_of(config)._replace(context=context)
+    model = model_of(config)._replace(shares=shares)
     frozen, trainable = split_trainable(params, ("*.mlp.gate.weight",))
     objective = balanced(lambda probed: sft(probed, None), model, 0.5)
     step = train_step(objective, SGD(lr=0.5), micro_batch=1, ranks=ranks)

@@ -19,8 +19,10 @@ from minitune.nn.attention.attention import attention
 from minitune.nn.attention.key_range import KeyRange, chunked, windowed
 from minitune.nn.elementwise import rms_norm
 from minitune.nn.rope import rope_table, rotate
-from minitune.sharding.context import Sharers, own_heads, own_tokens, part_of_heads
-from minitune.types import wide_dtype
+from minitune.sharding.context import own_heads, own_tokens, part_of_heads
+from minitune.sharding.tensor_parallel import ColumnParallel
+from minitune.sharding.tokens import Sharers
+from minitune.types import Params, wide_dtype
 
 
 class AttentionInputs(NamedTuple):
@@ -136,8 +138,16 @@ def apply(
     if cache is not None:
         new = KVCache(*(t.to(old.dtype) for t, old in zip((k, v), cache[0], strict=True)))
         k, v = (t.to(q.dtype) for t in tree.donate_at(cache[0], cache[1], new, dim=2))
-    y = _attended(config, inputs, (q, k, v), layer.weights.get("self_attn.sinks"))
+    y = _attended(config, inputs, (q, k, v), _own_sinks(config, layer.weights))
     return layer.linear("self_attn.o_proj", y.transpose(1, 2).flatten(2))
+
+
+def _own_sinks(config: DecoderConfig, weights: Params) -> Float[Tensor, "N"] | None:
+    """Sinks of the heads whose queries this rank has."""
+    sinks, queries = weights.get("self_attn.sinks"), weights.get("self_attn.q_proj.weight")
+    if isinstance(queries, ColumnParallel):
+        return queries.own(sinks, config.d_head)
+    return sinks
 
 
 def _attended(
@@ -191,7 +201,7 @@ def _queries_keys_values(
         n_rows = [n * config.d_head for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
         q, k, v = layer.linear("self_attn.qkv_proj", x).split(n_rows, dim=-1)
     else:
-        q, k, v = (layer.linear(f"self_attn.{name}_proj", x) for name in "qkv")
+        q, k, v = layer.linears([f"self_attn.{name}_proj" for name in "qkv"], x)
     if config.qk_norm == "projection":
         q, k = layer.norm("self_attn.q_norm", q), layer.norm("self_attn.k_norm", k)
     q, k, v = heads(q), heads(k), heads(v)

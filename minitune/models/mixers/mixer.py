@@ -9,7 +9,7 @@ from torch import Tensor
 from minitune.models.config import DecoderConfig, LayerKind
 from minitune.models.shapes import Dims, Shapes
 from minitune.nn.attention.key_range import KeyRange
-from minitune.sharding.context import Sharers
+from minitune.sharding.tokens import Sharers
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -30,6 +30,7 @@ class LayerMaps(NamedTuple):
 
     weights: Params
     linear: Callable[[str, Tensor], Tensor]  # (name without ".weight", x) -> x W^T + bias
+    linears: Callable[[Sequence[str], Tensor], list[Tensor]]  # the same for several maps of one x
     norm: Callable[[str, Tensor], Tensor]
 
 
