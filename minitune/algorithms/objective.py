@@ -13,7 +13,8 @@ from minitune.autodiff.value_and_grad import detached_leaves, require_scalars, t
 from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.token import cross_entropy
-from minitune.models.model import Draws, Model, with_dropout
+from minitune.models.draws import Draws, with_dropout
+from minitune.models.model import Model
 from minitune.types import AnyBatch, Batch, Delta, Mean, Params, SeededBatch, Trainable
 
 

@@ -28,7 +28,8 @@ from minitune.autodiff.value_and_grad import accumulate, value_and_grad
 from minitune.hardware import to_device
 from minitune.lora import Lora
 from minitune.losses.registry import TokenLoss
-from minitune.models.model import Draws, Model
+from minitune.models.draws import Draws
+from minitune.models.model import Model
 from minitune.models.weights import head_name
 from minitune.optim.apply import apply_gradients_each
 from minitune.optim.transforms import GradientTransformation

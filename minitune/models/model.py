@@ -1,6 +1,6 @@
 """Model: a family with its numbers, all that is needed to run parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ from minitune.models import decoder, weights
 from minitune.models.block import BlockFunction
 from minitune.models.block import block as decoder_block
 from minitune.models.config import MixerName, layer_kind
+from minitune.models.draws import Draws, with_dropout
 from minitune.models.family import Family
 from minitune.models.probe import Probe, probed_block, report
 from minitune.models.weights import head_name, layer_of
 from minitune.nn import head as nn_head
-from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
 from minitune.sharding import tensor_parallel
@@ -35,17 +35,9 @@ from minitune.sharding.gather import (
 )
 from minitune.sharding.tokens import TokenShares
 from minitune.tree import Tree
-from minitune.types import Adapted, Batch, Dropout, Params
+from minitune.types import Batch, Params
 
 BlockTransform = TypeAliasType("BlockTransform", Callable[[BlockFunction], BlockFunction])
-
-
-class Draws(NamedTuple):
-    """Seeds of the rows of a training step, and what is drawn from them; an evaluation has none."""
-
-    seeds: Int[Tensor, "B"]
-    # rate at which inputs of low-rank changes are dropped, or that of each of n adapters
-    dropout: tuple[float, ...] = (0.0,)
 
 
 class Model(NamedTuple):
@@ -113,7 +105,7 @@ class Model(NamedTuple):
         self._check_parts(params)
         how: dict[str, Any] = {
             "segment_ids": segment_ids,
-            "block_of": self._probing_all(tokens.shape[1]).block_of(params, self._in_part()),
+            "block_of": self._probing_all(tokens.shape[1]).block_of(params, self.in_part()),
             "noise": noise,
             "shares": self.shares,
         }
@@ -139,14 +131,14 @@ class Model(NamedTuple):
             (0, 0) if shares is None else (shares.first(n_tokens), shares.first_of_mixer(n_tokens))
         )
 
-    def _in_part(self) -> tuple[str, ...]:
+    def in_part(self) -> tuple[str, ...]:
         """Axes of the mesh along which blocks compute with the parts that weights are cut into."""
         shares_maps = self.shares is not None and self.shares.tensor is not None
         return (tensor_parallel.AXIS,) if shares_maps else ()
 
     def _check_parts(self, params: Params) -> None:
         """TypeError for weights that are whole where ranks share linear maps."""
-        if not self._in_part():
+        if not self.in_part():
             return
         if not any(tensor_parallel.is_in_parts(leaf) for leaf in params.values()):
             raise TypeError(
@@ -283,31 +275,3 @@ def _weighted(losses: Callable[[Tensor, Tree], Tensor]) -> Callable[[Tensor, Tre
 def untransformed(model: Model) -> Model:
     """Model whose blocks are neither compiled nor recomputed."""
     return model._replace(block_transform=lambda f: f, n_remat=0)
-
-
-def with_dropout(
-    params: Params,
-    seeds: Int[Tensor, "B"],
-    n_rows: int,
-    rates: Sequence[float],
-    first: int = 0,
-    first_in_parts: int = 0,
-) -> Params:
-    """Parameters whose low-rank changes drop their inputs; params itself where all rates are 0.
-
-    first: place in its row of the first token that they see, first_in_parts that of those whose
-    weights ranks share by tensor parallelism.
-    """
-    if not any(rates):
-        return params
-    rate = to_device(torch.tensor(rates, dtype=torch.float32), seeds.device)
-    adapted = {name: leaf for name, leaf in params.items() if isinstance(leaf, Adapted)}
-    starts = [
-        to_device(torch.tensor(n), seeds.device) if n else () for n in (first, first_in_parts)
-    ]
-
-    def dropping(name: str, leaf: Adapted) -> Adapted:
-        start = starts[tensor_parallel.is_in_parts(leaf)]
-        return leaf._replace(dropout=Dropout(row_seeds(seeds, n_rows, name), rate, start))
-
-    return {**params, **{name: dropping(name, leaf) for name, leaf in adapted.items()}}

@@ -21,7 +21,7 @@ from minitune.models.config import LayerKind, layer_kind
 from minitune.models.model import Model
 from minitune.models.weights import layer_of
 from minitune.planning.few_experts import BlockOfExperts, measured_with_few
-from minitune.sharding.gather import gather
+from minitune.sharding.gather import gather_for_block
 from minitune.tree import Tree
 from minitune.types import Params
 
@@ -36,14 +36,15 @@ def n_remat(model: Model, params: Params, n_rows: int, n_tokens: int, n_bytes: i
     config = model.config
     like, n = params["model.embed_tokens.weight"], config.n_layers
     dtype = hardware.product_dtype(like.dtype, like.device)
-    n_own = n_tokens if model.context is None else model.context.n_own(n_tokens)
+    n_own = n_tokens if model.shares is None else model.shares.n_own(n_tokens)
     x = torch.ones(n_rows, n_own, config.d_model, dtype=dtype, device=like.device)
     tokens = torch.ones(n_rows, n_tokens, dtype=torch.int64, device=like.device)
-    where = decoder.token_positions(config, tokens, None, model.context)
+    where = decoder.token_positions(config, tokens, None, model.shares)
     inputs = decoder.mixer_inputs(config, where, x.dtype)
     rows = x.numel() * x.element_size()  # what every block keeps, its input
     last = layer_kind(config, n - 1)
-    inner = kept_bytes(_x_first(model, last), x, gather(layer_of(params, n - 1)), inputs[last])
+    weights = gather_for_block(layer_of(params, n - 1), model.in_part())
+    inner = kept_bytes(_x_first(model, last), x, weights, inputs[last])
     fewest = next((i for i in range(n + 1) if n * rows + (n - i) * inner <= n_bytes), None)
     if fewest is None:
         raise InputError(

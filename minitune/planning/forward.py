@@ -24,7 +24,7 @@ from minitune.planning.alike import representatives
 from minitune.planning.mesh import TENSOR, Mesh, gathered_bytes, local_bytes, used_part
 from minitune.planning.offloading import resident
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
-from minitune.sharding.context import ContextParallel, Sharers
+from minitune.sharding.tokens import AxisMember, Sharers, TokenShares
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params
 
@@ -111,13 +111,15 @@ def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
     return StepForward(step, params, whole, deltas, x, shared_bytes, [*blocks, norm], alike)
 
 
-def context_of(mesh: Mesh) -> ContextParallel | None:
-    """Context of the first rank of a mesh, without a process group; None without such an axis."""
+def context_shares(mesh: Mesh) -> TokenShares | None:
+    """Shares of the first rank along the axis context of a mesh, without a process group; None
+    without such an axis.
+    """
     n = mesh.n_sharing("context")
     if n == 1:
         return None
     name = torch.empty(0, dtype=torch.uint8)
-    return ContextParallel(0, Sharers(torch.empty(n, dtype=torch.int64), name))
+    return TokenShares(AxisMember(0, Sharers(torch.empty(n, dtype=torch.int64), name)))
 
 
 def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -> Parts:
@@ -197,13 +199,14 @@ def bytes_of(leaves: Mapping[str, Any], prefix: str, mesh: Mesh) -> int:
 
 def _positions(step: StepSpec, device: torch.device) -> TokenPositions:
     """Positions of the tokens of a rank, of rows that hold any number of documents."""
-    context = context_of(step.mesh)
+    shares = context_shares(step.mesh)
     n_all = step.mesh.n_sharers * step.mesh.own_tokens(step.n_tokens)  # the last rank's padded
     segment_ids = torch.empty(step.n_rows, n_all, dtype=torch.int32, device=device)
     where = TokenPositions(segment_ids.long(), step.n_tokens, document_keys(segment_ids))
-    if context is None:
+    if shares is None or shares.context is None:
         return where
-    return where._replace(positions=context.own(where.positions), sharers=context.sharers)
+    sharers = shares.context.sharers
+    return where._replace(positions=shares.own(where.positions), sharers=sharers)
 
 
 def _tensor_parallel(model: Model, mesh: Mesh) -> Model:

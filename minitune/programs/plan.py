@@ -18,7 +18,7 @@ from minitune.optim.sgd import SGD
 from minitune.planning.alike import representatives
 from minitune.planning.devices import Device
 from minitune.planning.flops import flops_per_token
-from minitune.planning.forward import context_of
+from minitune.planning.forward import context_shares
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import ALONE, Mesh, local_bytes
@@ -269,7 +269,7 @@ def _n_remat(
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), kept)
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        model = abstract.model._replace(context=context_of(plan.target.mesh))
+        model = abstract.model._replace(shares=context_shares(plan.target.mesh))
         return stage.n_remat(model, adapted, n_tokens)
 
 

@@ -140,7 +140,7 @@ class PipelineState(NamedTuple):
         """
         if self.sharding is None:
             return self
-        params, alone = self.loaded.params, self.loaded.model._replace(context=None)
+        params, alone = self.loaded.params, self.loaded.model._replace(shares=None)
         quantized = {name: w for name, w in params.items() if not isinstance(w, Tensor)}
         codes = whole_on_host(quantized, self.ranks)
         stored = whole_on_host(self.loaded.stored, self.ranks)

@@ -97,6 +97,12 @@ def gather(w: Tree, slot: Slot | None = None) -> Tree:
     return tree.rebuild(w, [whole_at.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
+def gather_for_block(leaves: Tree, in_part: Axes = ()) -> Tree:
+    """Weights of one block as it computes with them, from those at rest."""
+    slot = Slot(Ahead([leaves], in_part), 0)
+    return _for_block(leaves, gather(leaves, slot), slot)
+
+
 def gathered(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Callable[..., Tensor]:
     """f(w, *rest) of a tree w that `gather` makes whole, for an f that the backward recomputes:
     what autograd keeps is kept for a moment. With `ahead`, w is Numbered.

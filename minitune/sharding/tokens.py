@@ -37,7 +37,7 @@ class Sharers(NamedTuple):
         return _resolve_process_group(name)
 
 
-class Member(NamedTuple):
+class AxisMember(NamedTuple):
     """One rank among those that share tokens."""
 
     place: int
@@ -54,8 +54,8 @@ class TokenShares(NamedTuple):
     equal length, and each part along the axis tensor. The last parts may end in padding.
     """
 
-    context: Member | None = None
-    tensor: Member | None = None
+    context: AxisMember | None = None
+    tensor: AxisMember | None = None
 
     @property
     def size(self) -> int:
@@ -102,7 +102,7 @@ def shares_of(mesh: Any) -> TokenShares | None:
     return None if shares.size == 1 else shares
 
 
-def member_of(mesh: Any, axis: str) -> Member | None:
+def member_of(mesh: Any, axis: str) -> AxisMember | None:
     """This rank among those along an axis of torch's mesh; None if it is alone there."""
     names = mesh.mesh_dim_names or ()
     if axis not in names or mesh.size(names.index(axis)) == 1:
@@ -110,7 +110,7 @@ def member_of(mesh: Any, axis: str) -> Member | None:
     group = mesh.get_group(axis)
     ranks = torch.tensor(dist.get_process_group_ranks(group))
     name = torch.tensor([*group.group_name.encode()], dtype=torch.uint8)
-    return Member(dist.get_rank(group), Sharers(ranks, name))
+    return AxisMember(dist.get_rank(group), Sharers(ranks, name))
 
 
 def exchanged(x: Float[Tensor, "n *rest"], sharers: Sharers) -> Float[Tensor, "n *rest"]:
@@ -120,7 +120,7 @@ def exchanged(x: Float[Tensor, "n *rest"], sharers: Sharers) -> Float[Tensor, "n
     return _exchanged(x.contiguous(), *sharers)
 
 
-def _size(member: Member | None) -> int:
+def _size(member: AxisMember | None) -> int:
     return 1 if member is None else member.size
 
 

@@ -23,8 +23,8 @@ from minitune.losses.preference import Dpo
 from minitune.losses.token import CrossEntropy
 from minitune.losses.unpaired import Kto
 from minitune.models import Model
+from minitune.models.draws import Draws
 from minitune.models.families import llama
-from minitune.models.model import Draws
 from minitune.nn.attention.key_range import document_lengths
 from minitune.nn.dropout import dropped, row_seeds, seeded, uniform
 from minitune.optim.adamw import AdamW

@@ -303,9 +303,7 @@ def test_a_plan_counts_an_evaluation_that_is_larger_than_the_step(tiny: Path, tm
     assert n_bytes('evaluate = { data = "heldout", every = 2, batch_size = 64 }\n') > 1.5 * plain
 
 
-def test_the_time_to_the_end_has_the_evaluations_in_it(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_to_the_end_has_the_evaluations_in_it(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each takes the forward of all held-out tokens: half of a step's time with adapters, a third in full training."""
     evaluate = 'evaluate = { data = "heldout", every = 3, at_start = true }\n'
     for stages, share in ((LORA, 1 / 2), ('[[stage]]\nop = "full"\n', 1 / 3)):

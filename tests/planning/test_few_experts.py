@@ -56,9 +56,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
     ids=["all", "router and lengths", "attention alone"],
 )
-def test_a_few_experts_say_what_all_need(
-    lora: Lora, n_remat: int, measured: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_experts_say_what_all_need(lora: Lora, n_remat: int, measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_of(lora, n_remat=n_remat)
     found = peak_memory(step)
     assert set(measured) == {2, 4}

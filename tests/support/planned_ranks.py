@@ -24,12 +24,12 @@ from minitune.optim.adamw import AdamW
 from minitune.planning.mesh import ALONE, Mesh, mesh_under
 from minitune.planning.step_spec import StepSpec
 from minitune.sharding import collectives
-from minitune.sharding.context import context_of
 from minitune.sharding.mesh import device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import shard
 from minitune.sharding.plans import named_plan
 from minitune.sharding.ranks import Ranks
+from minitune.sharding.tokens import shares_of
 from minitune.steps import train_step
 from minitune.types import Batch
 from support.allocation import AllocatedBytes
@@ -101,7 +101,7 @@ def measured(case: Planned) -> Measured:
     if lora is None:
         params, trainable = split_trainable(params, ("*",))
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(case.axes))
-    model = case.model._replace(context=context_of(devices))
+    model = case.model._replace(shares=shares_of(devices))
     step = train_step(sft(model, lora), OPTIMIZER, micro_batch=case.n_rows, donate=True, ranks=ranks)
     n_shares = dist.get_world_size() // n_sharers(case.axes)
     shape = (case.n_rows * n_shares, case.n_tokens)

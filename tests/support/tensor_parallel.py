@@ -12,8 +12,8 @@ from minitune.errors import InputError
 from minitune.losses.token import cross_entropy
 from minitune.models.block import block
 from minitune.models.config import DecoderConfig
+from minitune.models.draws import Draws
 from minitune.models.mixers import grouped_query
-from minitune.models.model import Draws
 from minitune.models.weights import dims
 from minitune.quant.schemes import NF4, quantize
 from minitune.sharding.mesh import device_mesh
