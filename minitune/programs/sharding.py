@@ -71,6 +71,7 @@ def sharding_of(
     if plan == "dp" and not mesh:
         return None
     from minitune.sharding.context import check_heads
+    from minitune.sharding.experts import check_experts
     from minitune.sharding.mesh import check_mesh, device_mesh, n_ranks, n_sharers
     from minitune.sharding.placements import check_plan
     from minitune.sharding.plans import named_plan
@@ -79,6 +80,8 @@ def sharding_of(
     shares_rows = n_sharers(sizes) > 1
     named = named_plan(plan) if isinstance(plan, str) else plan
     check_plan(named, dims(model.config), sizes)
+    if model.config.experts is not None:
+        check_experts(model.config.experts.n_experts, sizes.get("expert", 1))
     check_heads(model.config.n_heads, sizes.get("context", 1))
     check_mesh(sizes, named.values(), n_ranks(sizes) if ranks.size == 1 else ranks.size)
     if ranks.size == 1 or not (named or shares_rows):

@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from minitune import tree
 from minitune.autodiff.value_and_grad import under_transform
+from minitune.sharding import experts
 from minitune.sharding.collectives import begin_gather, end_gather, reduce_scatter
 from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
+from minitune.sharding.routes import Routes, at_owners, begin_to_owners, from_owners
 from minitune.tree import Tree
 
 
@@ -28,7 +30,14 @@ class Ahead:
     the next one's in the forward, and in the backward those of the one before.
     """
 
-    def __init__(self, layers: Sequence[Tree], *, in_part: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Tree],
+        *,
+        in_part: bool = False,
+        expert_ranks: experts.ExpertRanks | None = None,
+        owner_of: experts.OwnerOf = lambda name: None,
+    ) -> None:
         # under torch.func.grad, what was detached of an offloaded tensor is none any more
         self.parts = [
             [
@@ -40,19 +49,29 @@ class Ahead:
         ]
         # what is cut along an axis of mesh.IN_PART stays so: the block computes with parts
         self.in_part = in_part
+        self.expert_ranks, self.owner_of = expert_ranks, owner_of
+        self.routes = [self._routes(layer) for layer in layers]
         self.begun: dict[int, Any] = {}  # by the block's number
         self.latest = -1  # block that has asked
 
+    def _routes(self, layer: Tree) -> Routes:
+        owners: list[int | None] = []
+        if self.expert_ranks is not None:
+            for name, leaf in layer.items():
+                elsewhere = filter(is_elsewhere, tree.leaves(leaf))
+                owners.extend(self.owner_of(name) for _ in elsewhere)
+        return Routes(self.in_part, self.expert_ranks, tuple(owners))
+
     def wholes(self, number: int, leaves: Sequence[Any]) -> list[Tensor]:
         """Whole weights of a block; those of its neighbour begin to come."""
-        begun = self.begun.pop(number, None) or _begun(leaves, self.in_part)
-        found = _wholes(leaves, begun, self.in_part)
+        begun = self.begun.pop(number, None) or _begun(leaves, self.routes[number])
+        found = _wholes(leaves, begun, self.routes[number])
         # a backward begins with the block that the forward ended with
         goes_back = self.latest in (number, number + 1)
         neighbour = number - 1 if goes_back else number + 1
         self.latest = number
         if 0 <= neighbour < len(self.parts) and self.parts[neighbour]:
-            self.begun[neighbour] = _begun(self.parts[neighbour], self.in_part)
+            self.begun[neighbour] = _begun(self.parts[neighbour], self.routes[neighbour])
         return found
 
 
@@ -101,7 +120,7 @@ def gathered(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Callable[.
 
     def run(w: Any, *rest: Any) -> Tensor:
         leaves, slot = _unnumbered(w, ahead)
-        return f(gather(leaves, slot), *rest)
+        return f(_of_block(gather(leaves, slot), slot), *rest)
 
     return run
 
@@ -115,11 +134,12 @@ def gathered_again(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Call
     def run(w: Any, *rest: Any) -> Tensor:
         leaves, slot = _unnumbered(w, ahead)
         wholes = gather(leaves, slot)
+        own = _of_block(wholes, slot)
         if wholes is leaves or not torch.is_grad_enabled() or under_transform():
-            return f(wholes, *rest)
+            return f(own, *rest)
         kept = _KeptWeights(leaves, wholes)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-            y = f(wholes, *rest)
+            y = f(own, *rest)
         return _GatherAgain.apply(y, kept.parts, slot, weakref.ref(kept))
 
     return run
@@ -128,6 +148,13 @@ def gathered_again(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Call
 def numbered(f: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
     """f(w, *rest) that is given w with the block's number."""
     return lambda w, *rest: f(Numbered(w, torch.tensor(number)), *rest)
+
+
+def _of_block(wholes: Tree, slot: Slot | None) -> Tree:
+    """Weights as a block computes with them."""
+    if slot is None or slot.ahead.expert_ranks is None:
+        return wholes
+    return experts.own_experts(wholes, slot.ahead.owner_of, slot.ahead.expert_ranks)
 
 
 def _unnumbered(w: Any, ahead: Ahead | None) -> tuple[Tree, Slot | None]:
@@ -151,8 +178,9 @@ class _KeptWeights:
         pairs = zip(tree.leaves(w), tree.leaves(wholes), strict=True)
         gathered = [(part, whole) for part, whole in pairs if is_elsewhere(part)]
         self.parts = [part.detach() for part, _ in gathered]
+        # nothing is at the address of an empty one
         storages = [whole.untyped_storage().data_ptr() for _, whole in gathered]
-        self.number_of = {pointer: i for i, pointer in enumerate(storages)}
+        self.number_of = {pointer: i for i, pointer in enumerate(storages) if pointer}
         self.wholes: list[Tensor] = []  # in the backward
 
     def pack(self, x: Tensor) -> Any:
@@ -191,7 +219,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slot: Slot | None, *leaves: Any) -> tuple[Tensor, ...]:
         ctx.placed = [placed_of(leaf) for leaf in leaves]
-        ctx.in_part = slot is not None and slot.ahead.in_part
+        ctx.shapes = [leaf.to_local().shape for leaf in leaves]
+        ctx.routes = _routes_of(slot)
         return tuple(_wholes_of(slot, leaves))
 
     @staticmethod
@@ -200,10 +229,13 @@ class _Gather(torch.autograd.Function):
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         placed = [ctx.placed[i] for i in needed]
         grads = [grad_outputs[i] for i in needed]
-        for group, cuts in reversed([*cuts_of(placed, in_part=ctx.in_part)]):
+        routes = ctx.routes.of(needed)
+        how: dict[str, Any] = {"in_part": routes.in_part, "stays": routes.stays}
+        for group, cuts in reversed([*cuts_of(placed, **how)]):
             sums = reduce_scatter([grads[i] for i in cuts], [*cuts.values()], group)
             for i, part in zip(cuts, sums, strict=True):
                 grads[i] = part
+        grads = from_owners(grads, [ctx.shapes[i] for i in needed], placed, routes)
         grad_of = {
             number: placed_part(grad, where)
             for number, grad, where in zip(needed, grads, placed, strict=True)
@@ -220,30 +252,41 @@ def _fetched(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
 def _wholes_of(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
     if slot is not None:
         return slot.ahead.wholes(slot.number, leaves)
-    return _wholes(leaves, _begun(leaves))
+    return _wholes(leaves, _begun(leaves, Routes()), Routes())
 
 
-def _begun(leaves: Sequence[Any], in_part: bool = False) -> Any:
+def _routes_of(slot: Slot | None) -> Routes:
+    return Routes() if slot is None else slot.ahead.routes[slot.number]
+
+
+def _begun(leaves: Sequence[Any], routes: Routes) -> Any:
     """Weights on their way: offloaded ones, or parts of DTensors along the first axis to gather
     them along; None if there is no such axis.
     """
     if is_offloaded(leaves[0]):
         return begin_fetch(leaves)
-    for group, cuts in cuts_of([placed_of(leaf) for leaf in leaves], in_part=in_part):
+    placed = [placed_of(leaf) for leaf in leaves]
+    sending = begin_to_owners([leaf.to_local() for leaf in leaves], placed, routes)
+    if sending is not None:
+        return sending
+    for group, cuts in cuts_of(placed, in_part=routes.in_part, stays=routes.stays):
         return begin_gather([leaves[i].to_local() for i in cuts], [*cuts.values()], group)
     return None
 
 
-def _wholes(leaves: Sequence[Any], begun: Any, in_part: bool = False) -> list[Tensor]:
+def _wholes(leaves: Sequence[Any], begun: Any, routes: Routes) -> list[Tensor]:
     """Whole tensors of weights that have begun to come."""
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]
     # views, because autograd writes to what comes out of its functions
     parts = [leaf.to_local().detach() for leaf in leaves]
     placed = [placed_of(leaf) for leaf in leaves]
-    for number, (group, cuts) in enumerate(cuts_of(placed, in_part=in_part)):
+    parts, begun = at_owners(parts, placed, begun, routes)
+    how: dict[str, Any] = {"in_part": routes.in_part, "stays": routes.stays}
+    for number, (group, cuts) in enumerate(cuts_of(placed, **how)):
         some = [parts[i] for i in cuts]
-        gathering = begin_gather(some, [*cuts.values()], group) if number else begun
-        for i, whole in zip(cuts, end_gather(gathering), strict=True):
+        if number or begun is None:
+            begun = begin_gather(some, [*cuts.values()], group)
+        for i, whole in zip(cuts, end_gather(begun), strict=True):
             parts[i] = whole
     return parts

@@ -3,7 +3,7 @@
 Nothing here imports torch's DTensor before there is one: that takes half a second.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,10 +91,14 @@ def placed_like(parts: Tree, like: Tree) -> Tree:
 
 
 def cuts_of(
-    placed: Sequence[Placed], *, in_part: bool = False
+    placed: Sequence[Placed],
+    *,
+    in_part: bool = False,
+    stays: Callable[[int, str], bool] = lambda leaf, axis: False,
 ) -> Iterator[tuple[Any, dict[int, Cut]]]:
     """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis, but with
-    in_part those along which a block computes with parts.
+    in_part those along which a block computes with parts. stays(number, axis): True for a leaf that
+    is left as it is along an axis.
     """
     names = placed[0].mesh.mesh_dim_names or ()
     for axis in range(placed[0].mesh.ndim):
@@ -103,7 +107,7 @@ def cuts_of(
         cuts = {
             i: Cut(one.placements[axis].dim, one.shape[one.placements[axis].dim])
             for i, one in enumerate(placed)
-            if one.placements[axis].is_shard()
+            if one.placements[axis].is_shard() and not stays(i, names[axis])
         }
         if cuts:
             yield placed[0].mesh.get_group(axis), cuts
