@@ -16,6 +16,7 @@ from minitune import tree
 from minitune.models.shapes import Dims, linear_dims
 from minitune.nn import moe
 from minitune.nn.elementwise import swiglu
+from minitune.nn.shared_experts import mixture_of_ranks
 from minitune.sharding.experts import EACH_ITS_PART, ExpertRanks, OwnerOf, OwnExperts
 from minitune.types import Params, PositiveInt
 
@@ -188,7 +189,7 @@ def routed_feed_forward(
         y = moe.mixture(rows, routes, *maps, scale_input=scale_input)
     else:
         how: dict[str, Any] = {"scale_input": scale_input, "leaves": leaves}
-        y = moe.mixture_of_ranks(rows, routes, *maps, ranks, **how)
+        y = mixture_of_ranks(rows, routes, *maps, ranks, **how)
     y = y.unflatten(0, x.shape[:2])
     if experts.d_shared is None:
         return y

@@ -26,7 +26,7 @@ from minitune.nn.dropout import row_seeds
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
 from minitune.sharding.context import ContextParallel
-from minitune.sharding.experts import expert_ranks_of
+from minitune.sharding.experts import check_experts, expert_ranks_of
 from minitune.sharding.gather import (
     Ahead,
     gather,
@@ -168,6 +168,7 @@ class Model(NamedTuple):
         ranks = None if shared is None else expert_ranks_of(placed_of(shared).mesh)
         if self.config.experts is None or ranks is None:
             return Ahead(layers)
+        check_experts(self.config.experts.n_experts, ranks.size)
         return Ahead(layers, expert_ranks=ranks, owner_of=owners(self.config.experts, ranks.size))
 
     def _block(self, mixer: MixerName) -> Callable[..., Tensor]:

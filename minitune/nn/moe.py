@@ -19,7 +19,6 @@ from minitune import hardware
 from minitune.autodiff.value_and_grad import under_transform
 from minitune.nn.linear import linear
 from minitune.quant.tensors import QTensor
-from minitune.sharding.experts import ExpertRanks, exchanged_rows, tied
 from minitune.types import Adapted, widen
 
 
@@ -118,7 +117,7 @@ def mixture(
     order = flat.argsort(stable=True)
     numbers = torch.arange(n_experts, device=flat.device)
     ends = torch.searchsorted(flat[order], numbers, right=True, out_int32=True)
-    at_once = all(_in_one_kernel(one.stack, x) for one in (*up, down))
+    at_once = all(in_one_kernel(one.stack, x) for one in (*up, down))
     groups = ends if at_once else _n_rows(ends, len(flat))
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend
     # on its scheduling
@@ -126,61 +125,6 @@ def mixture(
     weights = routes.weights.flatten().index_select(0, order)
     y = _experts(rows, weights, groups, *maps).index_select(0, order.argsort())
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
-
-
-def mixture_of_ranks(
-    x: Float[Tensor, "n D"],
-    routes: Routes,
-    up: Sequence[ExpertLinear],
-    activation: Callable[..., Float[Tensor, "m F"]],
-    down: ExpertLinear,
-    ranks: ExpertRanks,
-    *,
-    scale_input: bool = False,
-    leaves: Sequence[Tensor] = (),
-) -> Float[Tensor, "n D"]:
-    """Result of `mixture` for the tokens of this rank, where up and down are the experts that it
-    has of all: each row goes to the rank of its expert, and comes back.
-
-    leaves: tensors of the experts of all ranks. All ranks call it together, those without a row as
-    well; their hosts wait for the numbers of rows.
-    """
-    n_own = len(down.weights)
-    flat = routes.experts.flatten()
-    order = flat.argsort(stable=True)
-    numbers = torch.arange(n_own * ranks.size, device=flat.device)
-    ends = torch.searchsorted(flat[order], numbers, right=True)
-    # [ranks experts], of the rows that go to each and that come from each
-    going = ends.diff(prepend=ends.new_zeros(1)).view(ranks.size, n_own)
-    coming = exchanged_rows(going, [1] * ranks.size, [1] * ranks.size, ranks)
-    sent, received = torch.stack([going.sum(1), coming.sum(1)]).tolist()
-
-    rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
-    weights = routes.weights.flatten().index_select(0, order)[:, None]
-    rows = rows * weights.to(rows.dtype) if scale_input else rows
-    rows = exchanged_rows(rows, sent, received, ranks)
-    # they come by the rank that sent them, and in the order of their experts from each
-    expert = torch.arange(n_own, device=flat.device).repeat(ranks.size)
-    by_expert = expert.repeat_interleave(coming.flatten()).argsort(stable=True)
-    y = _own_experts(rows.index_select(0, by_expert), coming.sum(0), up, activation, down)
-    y = tied(y.index_select(0, by_expert.argsort()), leaves)
-
-    y = exchanged_rows(y, received, sent, ranks)
-    y = (y if scale_input else y * weights).index_select(0, order.argsort())
-    return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
-
-
-def _own_experts(
-    rows: Tensor,
-    n_rows: Tensor,
-    up: Sequence[ExpertLinear],
-    activation: Callable[..., Tensor],
-    down: ExpertLinear,
-) -> Tensor:
-    """Results of the experts of this rank on rows in their order, so many of each."""
-    at_once = len(rows) > 0 and all(_in_one_kernel(one.stack, rows) for one in (*up, down))
-    groups = n_rows.cumsum(0).to(torch.int32) if at_once else n_rows.tolist()
-    return _grouped(activation(*(_grouped(rows, groups, maps) for maps in up)), groups, down)
 
 
 def _every_expert(
@@ -253,11 +197,14 @@ def _experts(
     by one.
     """
     rows = rows * weights[:, None].to(rows.dtype) if scale_input else rows
-    y = _grouped(activation(*(_grouped(rows, groups, maps) for maps in up)), groups, down)
+    y = grouped(activation(*(grouped(rows, groups, maps) for maps in up)), groups, down)
     return y if scale_input else y * weights[:, None]
 
 
-def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -> Tensor:
+def grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -> Tensor:
+    """Result of one linear map of every expert on rows in the experts' order; groups as in
+    _experts.
+    """
     if isinstance(groups, Tensor):
         assert maps.stack is not None, "only a stack is multiplied at once"
         return _at_once(rows, groups, *maps.stack)
@@ -299,7 +246,7 @@ def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
+def in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
     """True if torch multiplies the rows of all experts at once: it wants rows of whole 16 bytes."""
     if stack is None or not _has_kernel(x):
         return False

@@ -26,11 +26,9 @@ def mixture(name: str) -> Any:
 
 
 CASES = {
-    **{
-        f"{name} {trains}": Case(mixture(name), trains=trains, n_remat=n % 2, dtype=torch.float64)
-        for n, name in enumerate(LAYOUTS)
-        for trains in ("lora", "full")
-    },
+    f"{name} {trains}": Case(mixture(name), trains=trains, n_remat=n % 2, dtype=torch.float64)
+    for n, name in enumerate(LAYOUTS)
+    for trains in ("lora", "full")
 }
 
 
@@ -77,7 +75,9 @@ def test_a_rank_holds_and_computes_with_its_share_of_the_experts(ranks: Ranks, n
         assert (at_rest, in_block) == (0.5, 0.5)
     if name == "mixtral":
         first, second = (own for _, _, own in found)
-        assert first and second and not first & second
+        assert first
+        assert second
+        assert not first & second
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -97,9 +97,7 @@ def test_a_state_of_experts_is_read_under_any_plan(ranks: Ranks, name: str, tmp_
 
 
 def test_what_can_not_be_is_refused() -> None:
-    with pytest.raises(
-        InputError, match="the axis expert has 3 ranks, among which 4 experts are dealt out, expected one of 1, 2, 4"
-    ):
+    with pytest.raises(InputError, match="the axis expert has 3 ranks, among which 4 experts .* one of 1, 2, 4"):
         check_experts(4, 3)
     with pytest.raises(InputError, match="the plan cuts 'experts', which no matrix of this model has: it is no mixture"):
         check_plan(named_plan("ep"), dims(SMALL), {"data": 2, "expert": 2})
