@@ -235,10 +235,10 @@ class _Gather(torch.autograd.Function):
             sums = reduce_scatter([grads[i] for i in cuts], [*cuts.values()], group)
             for i, part in zip(cuts, sums, strict=True):
                 grads[i] = part
-        grads = from_owners(grads, [ctx.shapes[i] for i in needed], placed, routes)
+        own = from_owners(grads, [ctx.shapes[i] for i in needed], placed, routes)
         grad_of = {
             number: placed_part(grad, where)
-            for number, grad, where in zip(needed, grads, placed, strict=True)
+            for number, grad, where in zip(needed, own, placed, strict=True)
         }
         return None, *(grad_of.get(i) for i in range(len(ctx.placed)))
 
@@ -279,9 +279,10 @@ def _wholes(leaves: Sequence[Any], begun: Any, routes: Routes) -> list[Tensor]:
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]
     # views, because autograd writes to what comes out of its functions
-    parts = [leaf.to_local().detach() for leaf in leaves]
+    own = [leaf.to_local().detach() for leaf in leaves]
     placed = [placed_of(leaf) for leaf in leaves]
-    parts, begun = at_owners(parts, placed, begun, routes)
+    at_hand, begun = at_owners(own, placed, begun, routes)
+    parts = [*at_hand]
     how: dict[str, Any] = {"in_part": routes.in_part, "stays": routes.stays}
     for number, (group, cuts) in enumerate(cuts_of(placed, **how)):
         some = [parts[i] for i in cuts]
