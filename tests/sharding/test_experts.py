@@ -97,7 +97,7 @@ def test_a_state_of_experts_is_read_under_any_plan(ranks: Ranks, name: str, tmp_
 
 
 def test_what_can_not_be_is_refused() -> None:
-    with pytest.raises(InputError, match="the axis expert has 3 ranks, among which 4 experts .* one of 1, 2, 4"):
+    with pytest.raises(InputError, match=r"the axis expert has 3 ranks, among which 4 experts .* one of 1, 2, 4"):
         check_experts(4, 3)
     with pytest.raises(InputError, match="the plan cuts 'experts', which no matrix of this model has: it is no mixture"):
         check_plan(named_plan("ep"), dims(SMALL), {"data": 2, "expert": 2})
