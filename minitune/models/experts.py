@@ -2,7 +2,8 @@
 they are used.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -11,10 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minitune import tree
 from minitune.models.shapes import Dims, linear_dims
 from minitune.nn import moe
 from minitune.nn.elementwise import swiglu
+from minitune.nn.shared_experts import mixture_of_ranks
+from minitune.sharding.experts import EACH_ITS_PART, ExpertRanks, OwnerOf, OwnExperts
 from minitune.types import Params, PositiveInt
+
+ONE_OF_MANY = re.compile(r".*\.experts\.(\d+)\.")
 
 
 class Names(NamedTuple):
@@ -145,6 +151,20 @@ def router_weight(experts: Experts) -> str:
     return f"{NAMES[experts.names].router}.weight"
 
 
+def owners(experts: Experts, n_ranks: int) -> OwnerOf:
+    """Rank of n_ranks that computes with a weight, by its name within a layer."""
+    names = NAMES[experts.names]
+    stacks = {f"{name}{end}" for name in (*names.into, names.out) for end in ("", "_bias")}
+
+    def owner_of(name: str) -> int | None:
+        if name in stacks:
+            return EACH_ITS_PART
+        found = ONE_OF_MANY.match(name)
+        return None if found is None else int(found[1]) * n_ranks // experts.n_experts
+
+    return owner_of
+
+
 def routed_feed_forward(
     experts: Experts,
     w: Params,
@@ -159,12 +179,18 @@ def routed_feed_forward(
     """
     names = NAMES[experts.names]
     routes = _routes(experts, proj(names.router, x).flatten(0, 1))
-    up = [_linear_maps(experts, name, w, tap) for name in names.into]
-    down = _linear_maps(experts, names.out, w, tap)
+    w, ranks, leaves = _own(w)
+    up = [_linear_maps(experts, name, w, tap, ranks) for name in names.into]
+    down = _linear_maps(experts, names.out, w, tap, ranks)
     scale_input = experts.router == "top_then_sigmoid"
-    y = moe.mixture(
-        x.flatten(0, 1), routes, up, _activation(experts), down, scale_input=scale_input
-    ).unflatten(0, x.shape[:2])
+    maps = up, _activation(experts), down
+    rows = x.flatten(0, 1)
+    if ranks is None:
+        y = moe.mixture(rows, routes, *maps, scale_input=scale_input)
+    else:
+        how: dict[str, Any] = {"scale_input": scale_input, "leaves": leaves}
+        y = mixture_of_ranks(rows, routes, *maps, ranks, **how)
+    y = y.unflatten(0, x.shape[:2])
     if experts.d_shared is None:
         return y
     hidden = swiglu(proj(f"{names.shared}.gate_proj", x), proj(f"{names.shared}.up_proj", x))
@@ -182,13 +208,30 @@ def _routes(experts: Experts, logits: Tensor) -> moe.Routes:
     return moe.softmax_then_top(logits, experts.n_active, experts.renormalised)
 
 
+def _own(w: Params) -> tuple[Params, ExpertRanks | None, Sequence[Tensor]]:
+    """(leaves of a layer as they multiply, the ranks that share its experts, all tensors of experts
+    that train on any of them).
+    """
+    shared = {name: leaf for name, leaf in w.items() if isinstance(leaf, OwnExperts)}
+    if not shared:
+        return w, None, ()
+    own: Mapping[str, Any] = {name: leaf.w for name, leaf in shared.items()}
+    tensors = tree.leaves(dict(own))
+    return {**w, **own}, next(iter(shared.values())).ranks, tensors
+
+
 def _linear_maps(
-    experts: Experts, name: str, w: Params, tap: Callable[[str, Tensor, Tensor], None] | None
+    experts: Experts,
+    name: str,
+    w: Params,
+    tap: Callable[[str, Tensor, Tensor], None] | None,
+    ranks: ExpertRanks | None,
 ) -> moe.ExpertLinear:
-    """One linear map of every expert."""
+    """One linear map of every expert that this rank computes with."""
     if "{e}" not in name:
         return moe.stacked(w[name], w.get(f"{name}_bias"))
-    each = [name.format(e=e) for e in range(experts.n_experts)]
+    numbers = range(experts.n_experts) if ranks is None else ranks.own(experts.n_experts)
+    each = [name.format(e=e) for e in numbers]
     taps = [None if tap is None else partial(tap, one) for one in each]
     return moe.ExpertLinear([w[one] for one in each], [None] * len(each), taps)
 

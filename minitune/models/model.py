@@ -18,6 +18,7 @@ from minitune.models.block import BlockFunction
 from minitune.models.block import block as decoder_block
 from minitune.models.config import MixerName, layer_kind
 from minitune.models.draws import Draws, with_dropout
+from minitune.models.experts import owners
 from minitune.models.family import Family
 from minitune.models.probe import Probe, probed_block, report
 from minitune.models.weights import head_name, layer_of
@@ -25,6 +26,7 @@ from minitune.nn import head as nn_head
 from minitune.nn.head import by_rows
 from minitune.nn.linear import linear
 from minitune.sharding import tensor_parallel
+from minitune.sharding.experts import check_experts, expert_ranks_of
 from minitune.sharding.gather import (
     Ahead,
     gather,
@@ -33,6 +35,7 @@ from minitune.sharding.gather import (
     is_elsewhere,
     numbered,
 )
+from minitune.sharding.parts import is_sharded, placed_of
 from minitune.sharding.tokens import TokenShares
 from minitune.tree import Tree
 from minitune.types import Batch, Params
@@ -182,7 +185,13 @@ class Model(NamedTuple):
     def _ahead(self, params: Params, in_part: tuple[str, ...]) -> Ahead | None:
         if not any(map(is_elsewhere, tree.leaves(params))):
             return None
-        return Ahead([layer_of(params, i) for i in range(self.config.n_layers)], in_part)
+        layers = [layer_of(params, i) for i in range(self.config.n_layers)]
+        shared = next(filter(is_sharded, tree.leaves(params)), None)
+        ranks = None if shared is None else expert_ranks_of(placed_of(shared).mesh)
+        if self.config.experts is None or ranks is None:
+            return Ahead(layers, in_part)
+        check_experts(self.config.experts.n_experts, ranks.size)
+        return Ahead(layers, in_part, ranks, owners(self.config.experts, ranks.size))
 
     def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
         if self.probe is None:

@@ -1,10 +1,11 @@
-"""Which models ranks may share: what the axes "context" and "tensor" of a mesh ask of a config."""
+"""Which models ranks may share: what the axes context, tensor and expert of a mesh ask of a config."""
 
 from collections.abc import Mapping
 
 from minitune.errors import InputError
 from minitune.models.config import DecoderConfig
 from minitune.sharding.context import check_heads
+from minitune.sharding.experts import check_experts
 from minitune.sharding.tensor_parallel import AXIS
 
 # meanings of dims whose parts ranks compute with, or gather whole as that of the embedding
@@ -21,6 +22,8 @@ def check_sharing(config: DecoderConfig, plan: Mapping[str, str], mesh: Mapping[
         _check_maps(config, plan)
         _check_key_heads(config, n)
     check_heads(config.n_heads // n, mesh.get("context", 1))
+    if config.experts is not None:
+        check_experts(config.experts.n_experts, mesh.get("expert", 1))
 
 
 def _check_cuts(plan: Mapping[str, str], n: int) -> None:

@@ -117,7 +117,7 @@ def mixture(
     order = flat.argsort(stable=True)
     numbers = torch.arange(n_experts, device=flat.device)
     ends = torch.searchsorted(flat[order], numbers, right=True, out_int32=True)
-    at_once = all(_in_one_kernel(one.stack, x) for one in (*up, down))
+    at_once = all(in_one_kernel(one.stack, x) for one in (*up, down))
     groups = ends if at_once else _n_rows(ends, len(flat))
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend
     # on its scheduling
@@ -197,11 +197,14 @@ def _experts(
     by one.
     """
     rows = rows * weights[:, None].to(rows.dtype) if scale_input else rows
-    y = _grouped(activation(*(_grouped(rows, groups, maps) for maps in up)), groups, down)
+    y = grouped(activation(*(grouped(rows, groups, maps) for maps in up)), groups, down)
     return y if scale_input else y * weights[:, None]
 
 
-def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -> Tensor:
+def grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -> Tensor:
+    """Result of one linear map of every expert on rows in the experts' order; groups as in
+    _experts.
+    """
     if isinstance(groups, Tensor):
         assert maps.stack is not None, "only a stack is multiplied at once"
         return _at_once(rows, groups, *maps.stack)
@@ -213,7 +216,8 @@ def _grouped(rows: Tensor, groups: Tensor | Sequence[int], maps: ExpertLinear) -
             results.append(linear(some, w, bias))
             if tap is not None:
                 tap(some, results[-1])
-    return torch.cat(results)
+    # what no row has come to gives none, and takes part in the backward
+    return torch.cat(results or [linear(rows, maps.weights[0], maps.biases[0])])
 
 
 def _at_once(rows: Tensor, ends: Tensor, w: Tensor | Adapted, bias: Tensor | None) -> Tensor:
@@ -242,7 +246,7 @@ def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
+def in_one_kernel(stack: StackedExperts | None, x: Tensor) -> bool:
     """True if torch multiplies the rows of all experts at once: it wants rows of whole 16 bytes."""
     if stack is None or not _has_kernel(x):
         return False

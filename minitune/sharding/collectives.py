@@ -4,6 +4,7 @@ are put together from parts, or summed and cut into them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +131,56 @@ def begin_gather(parts: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> Ga
     return Gathering(padded, cuts, buffer.view(n, -1), work)
 
 
+def begin_sending(
+    parts: Sequence[Tensor], cuts: Sequence[Cut], owners: Sequence[int], group: Any
+) -> Gathering:
+    """Parts of many tensors on their way to one rank each, their owner in the group: `end_gather`
+    gives this rank those that are its own, whole and in their order.
+    """
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    padded = [_padded(part, cut, n) for part, cut in zip(parts, cuts, strict=True)]
+    rows = [_filled_up(part.flatten().view(torch.uint8)) for part in padded]
+    of_owner = [[i for i, owner in enumerate(owners) if owner == k] for k in range(n)]
+    lengths = [sum(rows[i].numel() for i in some) for some in of_owner]
+    sent = torch.cat([rows[i] for some in of_owner for i in some])
+    got = sent.new_empty(n * lengths[rank])
+    with lost_in_words():
+        work = dist.all_to_all_single(got, sent, [lengths[rank]] * n, lengths, group, async_op=True)
+    own = of_owner[rank]
+    buffer = got.view(n, lengths[rank])
+    return Gathering([padded[i] for i in own], [cuts[i] for i in own], buffer, work)
+
+
+def parts_from_owners(
+    wholes: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
+    cuts: Sequence[Cut],
+    owners: Sequence[int],
+    group: Any,
+) -> list[Tensor]:
+    """Part of this rank, of these shapes, of many tensors that one rank each has whole, in float32
+    or wider: the transpose of `begin_sending`. Wholes of other ranks may be anything.
+    """
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    longest = [
+        [-(-cut.size // n) if i == cut.dim else size for i, size in enumerate(shape)]
+        for shape, cut in zip(shapes, cuts, strict=True)
+    ]
+    of_owner = [[i for i, owner in enumerate(owners) if owner == k] for k in range(n)]
+    rows = [_rows_of_parts(wholes[i], cuts[i], n) for i in of_owner[rank]]
+    sent = torch.cat(rows, dim=1).flatten() if rows else widen(wholes[0]).new_empty(0)
+    lengths = [sum(prod(longest[i]) for i in some) for some in of_owner]
+    got = sent.new_empty(sum(lengths))
+    with lost_in_words():
+        dist.all_to_all_single(got, sent, lengths, [lengths[rank]] * n, group)
+    order = [i for some in of_owner for i in some]
+    parts = dict(zip(order, got.split([prod(longest[i]) for i in order]), strict=True))
+    return [
+        parts[i].view(longest[i]).narrow(cut.dim, 0, shapes[i][cut.dim])
+        for i, cut in enumerate(cuts)
+    ]
+
+
 def end_gather(gathering: Gathering) -> list[Tensor]:
     """Whole tensors, once all parts are there."""
     with lost_in_words():
@@ -150,11 +201,7 @@ def end_gather(gathering: Gathering) -> list[Tensor]:
 def reduce_scatter(wholes: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> list[Tensor]:
     """Part of this rank of the sums of many tensors over the group, in float32 or wider."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
-    rows = []
-    for whole, cut in zip(wholes, cuts, strict=True):
-        longest = -(-cut.size // n)
-        padded = _lengthened(widen(whole), cut.dim, n * longest)
-        rows.append(padded.unflatten(cut.dim, (n, longest)).movedim(cut.dim, 0).reshape(n, -1))
+    rows = [_rows_of_parts(whole, cut, n) for whole, cut in zip(wholes, cuts, strict=True)]
     buffer = torch.cat(rows, dim=1)
     own = buffer.new_empty(buffer.shape[1])
     with lost_in_words():
@@ -168,6 +215,13 @@ def reduce_scatter(wholes: Sequence[Tensor], cuts: Sequence[Cut], group: Any) ->
         length = max(0, min(longest, cut.size - rank * longest))
         parts.append(total.view(shape).narrow(cut.dim, 0, length))
     return parts
+
+
+def _rows_of_parts(whole: Tensor, cut: Cut, n: int) -> Tensor:
+    """Parts of a tensor for n ranks, one a row, in float32 or wider; as long as the longest."""
+    longest = -(-cut.size // n)
+    padded = _lengthened(widen(whole), cut.dim, n * longest)
+    return padded.unflatten(cut.dim, (n, longest)).movedim(cut.dim, 0).reshape(n, -1)
 
 
 def _padded(part: Tensor, cut: Cut, n: int) -> Tensor:

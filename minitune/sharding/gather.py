@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from minitune import tree
 from minitune.autodiff.value_and_grad import under_transform
-from minitune.sharding import tensor_parallel
+from minitune.sharding import experts, tensor_parallel
 from minitune.sharding.collectives import begin_gather, end_gather, reduce_scatter
 from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
+from minitune.sharding.routes import Routes, at_owners, begin_to_owners, from_owners
 from minitune.tree import Tree
 
 Axes = tuple[str, ...]
@@ -31,7 +32,13 @@ class Ahead:
     the next one's in the forward, and in the backward those of the one before.
     """
 
-    def __init__(self, layers: Sequence[Tree], in_part: Axes = ()) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Tree],
+        in_part: Axes = (),
+        expert_ranks: experts.ExpertRanks | None = None,
+        owner_of: experts.OwnerOf = lambda name: None,
+    ) -> None:
         # under torch.func.grad, what was detached of an offloaded tensor is none any more
         self.parts = [
             [
@@ -43,19 +50,29 @@ class Ahead:
         ]
         # axes of the mesh: what is cut along them stays so, because blocks compute with parts
         self.in_part = in_part
+        self.expert_ranks, self.owner_of = expert_ranks, owner_of
+        self.routes = [self._routes(layer) for layer in layers]
         self.begun: dict[int, Any] = {}  # by the block's number
         self.latest = -1  # block that has asked
 
+    def _routes(self, layer: Tree) -> Routes:
+        owners: list[int | None] = []
+        if self.expert_ranks is not None:
+            for name, leaf in layer.items():
+                elsewhere = filter(is_elsewhere, tree.leaves(leaf))
+                owners.extend(self.owner_of(name) for _ in elsewhere)
+        return Routes(self.in_part, self.expert_ranks, tuple(owners))
+
     def wholes(self, number: int, leaves: Sequence[Any]) -> list[Tensor]:
         """Whole weights of a block; those of its neighbour begin to come."""
-        begun = self.begun.pop(number, None) or _begun(leaves, self.in_part)
-        found = _wholes(leaves, begun, self.in_part)
+        begun = self.begun.pop(number, None) or _begun(leaves, self.routes[number])
+        found = _wholes(leaves, begun, self.routes[number])
         # a backward begins with the block that the forward ended with
         goes_back = self.latest in (number, number + 1)
         neighbour = number - 1 if goes_back else number + 1
         self.latest = number
         if 0 <= neighbour < len(self.parts) and self.parts[neighbour]:
-            self.begun[neighbour] = _begun(self.parts[neighbour], self.in_part)
+            self.begun[neighbour] = _begun(self.parts[neighbour], self.routes[neighbour])
         return found
 
 
@@ -141,9 +158,15 @@ def numbered(f: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
 
 
 def _for_block(leaves: Tree, wholes: Tree, slot: Slot | None) -> Tree:
-    """Weights of a block, those that it has a part of as such."""
-    is_in_part = slot is not None and tensor_parallel.AXIS in slot.ahead.in_part
-    return tensor_parallel.in_parts(leaves, wholes) if is_in_part else wholes
+    """Weights as a block computes with them: those of which its rank has a part as such."""
+    if slot is None:
+        return wholes
+    ahead, own = slot.ahead, wholes
+    if tensor_parallel.AXIS in ahead.in_part:
+        own = tensor_parallel.in_parts(leaves, own)
+    if ahead.expert_ranks is not None:
+        own = experts.own_experts(own, ahead.owner_of, ahead.expert_ranks)
+    return own
 
 
 def _unnumbered(w: Any, ahead: Ahead | None) -> tuple[Tree, Slot | None]:
@@ -167,8 +190,9 @@ class _KeptWeights:
         pairs = zip(tree.leaves(w), tree.leaves(wholes), strict=True)
         gathered = [(part, whole) for part, whole in pairs if is_elsewhere(part)]
         self.parts = [part.detach() for part, _ in gathered]
+        # nothing is at the address of an empty one
         storages = [whole.untyped_storage().data_ptr() for _, whole in gathered]
-        self.number_of = {pointer: i for i, pointer in enumerate(storages)}
+        self.number_of = {pointer: i for i, pointer in enumerate(storages) if pointer}
         self.wholes: list[Tensor] = []  # in the backward
 
     def pack(self, x: Tensor) -> Any:
@@ -207,7 +231,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slot: Slot | None, *leaves: Any) -> tuple[Tensor, ...]:
         ctx.placed = [placed_of(leaf) for leaf in leaves]
-        ctx.in_part = () if slot is None else slot.ahead.in_part
+        ctx.shapes = [leaf.to_local().shape for leaf in leaves]
+        ctx.routes = _routes_of(slot)
         return tuple(_wholes_of(slot, leaves))
 
     @staticmethod
@@ -216,13 +241,15 @@ class _Gather(torch.autograd.Function):
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         placed = [ctx.placed[i] for i in needed]
         grads = [grad_outputs[i] for i in needed]
-        for group, cuts in reversed([*cuts_of(placed, ctx.in_part)]):
+        routes = ctx.routes.of(needed)
+        for group, cuts in reversed([*cuts_of(placed, routes.stays)]):
             sums = reduce_scatter([grads[i] for i in cuts], [*cuts.values()], group)
             for i, part in zip(cuts, sums, strict=True):
                 grads[i] = part
+        own = from_owners(grads, [ctx.shapes[i] for i in needed], placed, routes)
         grad_of = {
             number: placed_part(grad, where)
-            for number, grad, where in zip(needed, grads, placed, strict=True)
+            for number, grad, where in zip(needed, own, placed, strict=True)
         }
         return None, *(grad_of.get(i) for i in range(len(ctx.placed)))
 
@@ -236,30 +263,41 @@ def _fetched(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
 def _wholes_of(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
     if slot is not None:
         return slot.ahead.wholes(slot.number, leaves)
-    return _wholes(leaves, _begun(leaves))
+    return _wholes(leaves, _begun(leaves, Routes()), Routes())
 
 
-def _begun(leaves: Sequence[Any], in_part: Axes = ()) -> Any:
+def _routes_of(slot: Slot | None) -> Routes:
+    return Routes() if slot is None else slot.ahead.routes[slot.number]
+
+
+def _begun(leaves: Sequence[Any], routes: Routes) -> Any:
     """Weights on their way: offloaded ones, or parts of DTensors along the first axis to gather
     them along; None if there is no such axis.
     """
     if is_offloaded(leaves[0]):
         return begin_fetch(leaves)
-    for group, cuts in cuts_of([placed_of(leaf) for leaf in leaves], in_part):
+    placed = [placed_of(leaf) for leaf in leaves]
+    sending = begin_to_owners([leaf.to_local() for leaf in leaves], placed, routes)
+    if sending is not None:
+        return sending
+    for group, cuts in cuts_of(placed, routes.stays):
         return begin_gather([leaves[i].to_local() for i in cuts], [*cuts.values()], group)
     return None
 
 
-def _wholes(leaves: Sequence[Any], begun: Any, in_part: Axes = ()) -> list[Tensor]:
+def _wholes(leaves: Sequence[Any], begun: Any, routes: Routes) -> list[Tensor]:
     """Whole tensors of weights that have begun to come."""
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]
     # views, because autograd writes to what comes out of its functions
-    parts = [leaf.to_local().detach() for leaf in leaves]
+    own = [leaf.to_local().detach() for leaf in leaves]
     placed = [placed_of(leaf) for leaf in leaves]
-    for number, (group, cuts) in enumerate(cuts_of(placed, in_part)):
+    at_hand, begun = at_owners(own, placed, begun, routes)
+    parts = [*at_hand]
+    for number, (group, cuts) in enumerate(cuts_of(placed, routes.stays)):
         some = [parts[i] for i in cuts]
-        gathering = begin_gather(some, [*cuts.values()], group) if number else begun
-        for i, whole in zip(cuts, end_gather(gathering), strict=True):
+        if number or begun is None:
+            begun = begin_gather(some, [*cuts.values()], group)
+        for i, whole in zip(cuts, end_gather(begun), strict=True):
             parts[i] = whole
     return parts

@@ -15,7 +15,7 @@ from minitune.types import PositiveInt
 Mesh = TypeAliasType("Mesh", Mapping[str, PositiveInt])
 
 # axes whose ranks have rows of their own
-PLAIN_AXES = ("replica", "data")
+PLAIN_AXES = ("replica", "data", "expert")
 # axes whose ranks work on the same rows, each on some of the tokens. They exchange activations in
 # every block, so they are the last axes of a mesh, whose ranks are neighbours.
 ROW_SHARING = ("context", "tensor")

@@ -3,7 +3,7 @@
 Nothing here imports torch's DTensor before there is one: that takes half a second.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,16 +90,18 @@ def placed_like(parts: Tree, like: Tree) -> Tree:
 
 
 def cuts_of(
-    placed: Sequence[Placed], but: Collection[str] = ()
+    placed: Sequence[Placed],
+    stays: Callable[[int, str], bool] = lambda leaf, axis: False,
 ) -> Iterator[tuple[Any, dict[int, Cut]]]:
-    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis but some."""
+    """(group, the cut of each leaf that it cuts, by the leaf's number) of every axis.
+
+    stays(number, axis): True for a leaf that is left as it is along an axis.
+    """
     for axis, name in enumerate(placed[0].mesh.mesh_dim_names):
-        if name in but:
-            continue
         cuts = {
             i: Cut(one.placements[axis].dim, one.shape[one.placements[axis].dim])
             for i, one in enumerate(placed)
-            if one.placements[axis].is_shard()
+            if one.placements[axis].is_shard() and not stays(i, name)
         }
         if cuts:
             yield placed[0].mesh.get_group(axis), cuts

@@ -19,6 +19,7 @@ from typing_extensions import TypeAliasType
 
 from minitune import tree
 from minitune.errors import InputError, nearest
+from minitune.sharding import experts
 from minitune.sharding.mesh import Mesh
 from minitune.sharding.parts import Placed, cut_part
 from minitune.sharding.tensor_parallel import AXIS
@@ -38,6 +39,11 @@ def check_plan(plan: Plan, dims: DimsByName, mesh: Mesh) -> None:
     known = sorted({dim for found in dims.values() if len(found) > 1 for dim in found})
     for dim, axis in plan.items():
         if dim not in known:
+            if dim == "experts":
+                raise InputError(
+                    f"sharding: the plan cuts {dim!r}, which no matrix of this model has: it is no "
+                    f"mixture, expected one of {', '.join(known)}; take a plan such as fsdp"
+                )
             raise InputError(
                 f"sharding: the plan cuts {dim!r}, which no matrix of this model has, expected one "
                 f"of {', '.join(known)}{nearest(dim, known)}"
@@ -47,6 +53,11 @@ def check_plan(plan: Plan, dims: DimsByName, mesh: Mesh) -> None:
                 f"sharding: the plan puts {dim} on axis {axis!r}, expected an axis of the mesh: "
                 f"{', '.join(mesh)}{nearest(axis, [*mesh])}"
             )
+    if mesh.get(experts.AXIS, 1) > 1 and plan.get("experts") != experts.AXIS:
+        raise InputError(
+            f"sharding: the mesh has the axis {experts.AXIS!r}, along which the plan cuts no "
+            "experts, expected a plan such as ep; take that, or put these ranks on the axis data"
+        )
     for name, found in dims.items():
         _cut_dims(name, None, found, plan)
 
@@ -66,6 +77,8 @@ def placements(
             "its shape"
         )
     cut = _cut_dims(name, shape, dims, plan)
+    if len(dims) == 3 and experts.AXIS in cut and dims[cut[experts.AXIS]] == "experts":
+        experts.check_experts(shape[cut[experts.AXIS]], mesh[experts.AXIS])
     return tuple(Shard(cut[axis]) if axis in cut else Replicate() for axis in mesh)
 
 
@@ -148,6 +161,8 @@ def _cut_dims(
         axis = plan.get(dim)
         if axis is None:
             continue
+        if axis in cut and axis == experts.AXIS and dims[cut[axis]] == "experts":
+            continue  # a tensor of all experts is cut along them alone
         if axis in cut:
             size = "" if shape is None else f" {list(shape)}"
             other = dims[cut[axis]]

@@ -28,10 +28,12 @@ from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.quant.schemes import NF4, Int8, quantize
+from minitune.sharding.experts import OwnExperts
 from minitune.sharding.gather import gather
 from minitune.sharding.mesh import Mesh, device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
+from minitune.sharding.plans import named_plan
 from minitune.sharding.ranks import ALONE
 from minitune.sharding.ranks import Ranks as ProcessRanks
 from minitune.sharding.tokens import TokenShares, shares_of
@@ -41,6 +43,10 @@ from support.models import SMALL, model_of, random_batch, random_deltas, random_
 
 RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
 DORA = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",), dora=True)
+# names of biases end with s
+EXPERTS = Lora(rank=2, alpha=4.0, targets=("*.experts.*[!s]",))
+ONE_EXPERT = Lora(rank=2, alpha=4.0, targets=("*.experts.0.*",))
+RULES = {"lora": RULE, "dora": DORA, "experts": EXPERTS, "one expert": ONE_EXPERT}
 
 
 class Case(NamedTuple):
@@ -48,7 +54,7 @@ class Case(NamedTuple):
 
     config: DecoderConfig
     loss: str = "sft"  # sft, dpo or kd
-    trains: str = "lora"  # lora, dora or full
+    trains: str = "lora"  # full, or whose name is in RULES
     micro_batch: int | None = 1
     n_remat: int = 0
     dtype: torch.dtype = torch.float32  # of the weights that are not trained
@@ -78,14 +84,14 @@ def trained(
     params: Any = random_params(case.config, dtype=case.dtype)
     if case.base != "dense":
         scheme = {"int8": Int8(), "nf4": NF4()}[case.base]
-        params |= {name: quantize(w, scheme) for name, w in params.items() if name.endswith("_proj.weight")}
+        params |= {name: quantize(w, scheme) for name, w in params.items() if _is_quantized(name)}
     shares = None
     teacher: Any = random_params(case.config, 7)
     if plan is not None:
         devices = device_mesh(mesh or {}, "cpu")
         params, shares = shard(params, dims(case.config), plan, devices), shares_of(devices)
         teacher = shard(teacher, dims(case.config), plan, devices)
-    lora = {"lora": RULE, "dora": DORA}.get(case.trains)
+    lora = RULES.get(case.trains)
     if lora is None:
         params, trainable = split_trainable(params, ("*",))
     else:
@@ -96,6 +102,10 @@ def trained(
     for batch in batches:
         state, metrics = step.update(params, state, batch)
     return dict(tree.items({"trainable": gather(state.trainable), "state": gather(state.opt_state), "metrics": metrics}))
+
+
+def _is_quantized(name: str) -> bool:
+    return name.endswith("_proj.weight") or (".experts." in name and name.endswith(".weight"))
 
 
 def step_of(
@@ -190,6 +200,28 @@ def placed(x: Any, dim: int | None, ranks: Any) -> Any:
 
     copies = [Replicate()] * (ranks.ndim - 1)
     return x if dim is None else shard_leaf(x, (*copies, Shard(dim)), ranks)
+
+
+def shares_of_experts(case: Case, batch: Any, mesh: Mesh) -> tuple[float, float, set[Any]]:
+    """(share of the weights of experts that a rank holds at rest, the most that a block has of a layer's, its own experts)."""
+    seen: list[float] = []
+    own: set[Any] = set()
+
+    def n_numbers(w: dict[str, Any]) -> int:
+        return sum(tensor.numel() for name, leaf in w.items() if ".experts." in name for tensor in tree.leaves(leaf))
+
+    def watched(config: Any, mixer: Any, w: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
+        weights = {name: leaf.w for name, leaf in w.items() if isinstance(leaf, OwnExperts)}
+        seen.append(n_numbers(weights))
+        own.update(name for name, leaf in weights.items() if leaf.numel())
+        return block(config, mixer, w, x, *rest, **kwargs)
+
+    whole = random_params(case.config)
+    params: Any = shard(whole, dims(case.config), named_plan("ep"), device_mesh(mesh, "cpu"))
+    model = model_of(case.config)._replace(block=watched)
+    model.token_losses(params, batch, cross_entropy)
+    n_layers = len({name.split(".")[2] for name in whole if ".experts." in name})
+    return n_numbers(local_parts(params)) / n_numbers(whole), max(seen) * n_layers / n_numbers(whole), own
 
 
 def lives_of_whole_weights(case: Case, batch: Any, plan: Plan) -> list[list[int]]:
