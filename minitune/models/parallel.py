@@ -1,4 +1,4 @@
-"""Which models ranks may share: what the axes context, tensor and expert of a mesh ask of a config."""
+"""Which models ranks may share: what axes of a mesh (context, tensor, expert) ask of a config."""
 
 from collections.abc import Mapping
 

@@ -21,7 +21,7 @@ from minitune.sharding import experts, tensor_parallel
 from minitune.sharding.collectives import begin_gather, end_gather, reduce_scatter
 from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
-from minitune.sharding.routes import Routes, at_owners, begin_to_owners, from_owners
+from minitune.sharding.routes import WeightRoutes, at_owners, begin_to_owners, from_owners
 from minitune.tree import Tree
 
 Axes = tuple[str, ...]
@@ -55,13 +55,13 @@ class Ahead:
         self.begun: dict[int, Any] = {}  # by the block's number
         self.latest = -1  # block that has asked
 
-    def _routes(self, layer: Tree) -> Routes:
+    def _routes(self, layer: Tree) -> WeightRoutes:
         owners: list[int | None] = []
         if self.expert_ranks is not None:
             for name, leaf in layer.items():
                 elsewhere = filter(is_elsewhere, tree.leaves(leaf))
                 owners.extend(self.owner_of(name) for _ in elsewhere)
-        return Routes(self.in_part, self.expert_ranks, tuple(owners))
+        return WeightRoutes(self.in_part, self.expert_ranks, tuple(owners))
 
     def wholes(self, number: int, leaves: Sequence[Any]) -> list[Tensor]:
         """Whole weights of a block; those of its neighbour begin to come."""
@@ -232,7 +232,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, slot: Slot | None, *leaves: Any) -> tuple[Tensor, ...]:
         ctx.placed = [placed_of(leaf) for leaf in leaves]
         ctx.shapes = [leaf.to_local().shape for leaf in leaves]
-        ctx.routes = _routes_of(slot)
+        ctx.routes = WeightRoutes() if slot is None else slot.ahead.routes[slot.number]
         return tuple(_wholes_of(slot, leaves))
 
     @staticmethod
@@ -263,14 +263,10 @@ def _fetched(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
 def _wholes_of(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
     if slot is not None:
         return slot.ahead.wholes(slot.number, leaves)
-    return _wholes(leaves, _begun(leaves, Routes()), Routes())
+    return _wholes(leaves, _begun(leaves, WeightRoutes()), WeightRoutes())
 
 
-def _routes_of(slot: Slot | None) -> Routes:
-    return Routes() if slot is None else slot.ahead.routes[slot.number]
-
-
-def _begun(leaves: Sequence[Any], routes: Routes) -> Any:
+def _begun(leaves: Sequence[Any], routes: WeightRoutes) -> Any:
     """Weights on their way: offloaded ones, or parts of DTensors along the first axis to gather
     them along; None if there is no such axis.
     """
@@ -285,7 +281,7 @@ def _begun(leaves: Sequence[Any], routes: Routes) -> Any:
     return None
 
 
-def _wholes(leaves: Sequence[Any], begun: Any, routes: Routes) -> list[Tensor]:
+def _wholes(leaves: Sequence[Any], begun: Any, routes: WeightRoutes) -> list[Tensor]:
     """Whole tensors of weights that have begun to come."""
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]

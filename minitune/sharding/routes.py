@@ -14,8 +14,8 @@ from minitune.sharding.parts import Cut, Placed, cuts_of
 from minitune.types import widen
 
 
-class Routes(NamedTuple):
-    """Where the leaves of one block go."""
+class WeightRoutes(NamedTuple):
+    """Destinations of the leaves of one block."""
 
     in_part: tuple[str, ...] = ()  # axes along which blocks compute with parts
     expert_ranks: ExpertRanks | None = None
@@ -32,8 +32,8 @@ class Routes(NamedTuple):
             return False
         return axis == AXIS or owner not in (EACH_ITS_PART, self.expert_ranks.place)
 
-    def of(self, leaves: Sequence[int]) -> "Routes":
-        """Routes of some of the leaves."""
+    def of(self, leaves: Sequence[int]) -> "WeightRoutes":
+        """WeightRoutes of some of the leaves."""
         return self._replace(owners=tuple(self.owners[i] for i in leaves) if self.owners else ())
 
     def owned(self) -> dict[int, int]:
@@ -51,7 +51,7 @@ class _Sent(NamedTuple):
 
 
 def begin_to_owners(
-    parts: Sequence[Tensor], placed: Sequence[Placed], routes: Routes
+    parts: Sequence[Tensor], placed: Sequence[Placed], routes: WeightRoutes
 ) -> Gathering | None:
     """Parts of experts' weights on their way to the ranks that compute with them; None if no leaf
     is sent so.
@@ -64,7 +64,7 @@ def begin_to_owners(
 
 
 def at_owners(
-    parts: Sequence[Tensor], placed: Sequence[Placed], begun: Any, routes: Routes
+    parts: Sequence[Tensor], placed: Sequence[Placed], begun: Any, routes: WeightRoutes
 ) -> tuple[list[Tensor], Any]:
     """(parts that are whole along the axis expert where this rank computes with them, and empty
     where another one does; what else has begun to come).
@@ -84,7 +84,7 @@ def from_owners(
     grads: Sequence[Tensor],
     shapes: Sequence[torch.Size],
     placed: Sequence[Placed],
-    routes: Routes,
+    routes: WeightRoutes,
 ) -> list[Tensor]:
     """Gradients of this rank's parts, of these shapes, from those that are whole along the axis
     expert on the ranks that computed with the experts.
@@ -104,7 +104,7 @@ def from_owners(
     return found
 
 
-def _sent(placed: Sequence[Placed], routes: Routes) -> _Sent | None:
+def _sent(placed: Sequence[Placed], routes: WeightRoutes) -> _Sent | None:
     owned = routes.owned()
     if not owned:
         return None

@@ -11,8 +11,9 @@ from minitune.models.families import llama
 from minitune.models.model import Model
 from minitune.planning.mesh import Mesh, mesh_under
 from minitune.programs import plan_fit, program
-from minitune.programs.plan import PROCESS_BYTES, first_state
+from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
+from minitune.programs.plan_process import FLOAT32_BYTES, LIBRARY_BYTES
 from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
 from minitune.programs.stages.base import BaseStage
@@ -141,10 +142,11 @@ def test_a_run_on_any_mesh_is_planned_and_refused_where_it_can_not_fit(
     first, mesh = first_state(full), planned_mesh(full, Ranks(0, n_ranks))
     one, alone = (check_memory(full, first, mesh)["train"] for mesh in (mesh, Mesh({"data": n_ranks})))
     assert one.n_bytes < alone.n_bytes
-    there = PROCESS_BYTES + (one.n_bytes + alone.n_bytes) // 2
+    of_process = LIBRARY_BYTES + FLOAT32_BYTES
+    there = of_process + (one.n_bytes + alone.n_bytes) // 2
     monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: there)
     assert check_memory(full, first, mesh)["train"].n_bytes == one.n_bytes
-    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: PROCESS_BYTES + one.n_bytes - 1)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: of_process + one.n_bytes - 1)
     with pytest.raises(InputError, match=r"plan: train needs [\d,]+ MiB, expected at most the [\d,]+ MiB that are there"):
         check_memory(full, first, mesh)
 
