@@ -71,7 +71,8 @@ class Planned(NamedTuple):
     @property
     def process_bytes(self) -> int:
         """Bytes of the process beside its step; on an accelerator they are not in its memory."""
-        return process_bytes(self.step)
+        embedding = self.step.params["model.embed_tokens.weight"]
+        return process_bytes(self.step.device, embedding.dtype)
 
     @property
     def peak_bytes(self) -> int:
@@ -79,7 +80,7 @@ class Planned(NamedTuple):
 
         What is needed is less: holes are filled where memory is short.
         """
-        return self.process_bytes + self.n_bytes + hole_bytes(self.step, self.parts)
+        return self.process_bytes + self.n_bytes + hole_bytes(self.step.device, self.parts)
 
 
 class PlanTarget(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 
 from minitune import hardware
-from minitune.planning.step_spec import Parts, StepSpec
+from minitune.planning.step_spec import Parts
 from minitune.programs.allocator import KEPT, KERNELS
 
 MIB = 2**20
@@ -18,21 +18,22 @@ HOLES = 0.84
 COME_AND_GO = ("gradients", "transient", "activations")
 
 
-def process_bytes(step: StepSpec) -> int:
-    """Bytes of the process beside its step; on an accelerator they are not in its memory."""
-    if step.device.type != "cpu":
+def process_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of a process beside the step that it takes with weights of this dtype; on an
+    accelerator they are not in its memory.
+    """
+    if device.type != "cpu":
         return 0
-    like = step.params["model.embed_tokens.weight"]
-    if hardware.product_dtype(like.dtype, step.device) != torch.bfloat16:
+    if hardware.product_dtype(dtype, device) != torch.bfloat16:
         return LIBRARY_BYTES + FLOAT32_BYTES
     has_amx = torch.cpu.get_capabilities().get("amx_bf16", False)
     of_kernel = AMX_KERNEL_BYTES if has_amx else KERNEL_BYTES
     return LIBRARY_BYTES + round(int(KERNELS) * of_kernel)
 
 
-def hole_bytes(step: StepSpec, parts: Parts) -> int:
+def hole_bytes(device: torch.device, parts: Parts) -> int:
     """Bytes of holes between blocks on a CPU: at most what the C library is allowed to keep."""
-    if step.device.type != "cpu":
+    if device.type != "cpu":
         return 0
     come_and_go = sum(parts.get(name, 0) for name in COME_AND_GO)
     return min(KEPT, round(HOLES * come_and_go))

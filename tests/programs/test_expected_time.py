@@ -122,7 +122,7 @@ def test_a_run_that_can_not_fit_is_refused_before_it_has_a_folder_unless_told_ot
 ) -> None:
     monkeypatch.setattr(plan_fit, "LEAST_PARAMETERS", 0)
     monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: 352 * 2**20 + 5_500_000)
-    monkeypatch.setattr(plan, "process_bytes", lambda step: 352 * 2**20)
+    monkeypatch.setattr(plan, "process_bytes", lambda *_: 352 * 2**20)
     asked = LORA + TRAIN.replace("batch_size = 4", "batch_size = 64")
     assert start(tmp_path, tiny, asked) == 2
     said, error = capsys.readouterr()
