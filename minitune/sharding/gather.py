@@ -39,13 +39,8 @@ class Ahead:
         expert_ranks: experts.ExpertRanks | None = None,
         owner_of: experts.OwnerOf = lambda name: None,
     ) -> None:
-        # under torch.func.grad, what was detached of an offloaded tensor is none any more
         self.parts = [
-            [
-                leaf if is_offloaded(leaf) else leaf.detach()
-                for leaf in tree.leaves(layer)
-                if is_elsewhere(leaf)
-            ]
+            [_detached(leaf) for leaf in tree.leaves(layer) if is_elsewhere(leaf)]
             for layer in layers
         ]
         # axes of the mesh: what is cut along them stays so, because blocks compute with parts
@@ -169,6 +164,12 @@ def _for_block(leaves: Tree, wholes: Tree, slot: Slot | None) -> Tree:
     return own
 
 
+def _detached(leaf: Any) -> Any:
+    # what is detached of an offloaded tensor is none any more under torch.func.grad, and torch
+    # imports DTensor for it; it has no gradient in any case
+    return leaf if is_offloaded(leaf) else leaf.detach()
+
+
 def _unnumbered(w: Any, ahead: Ahead | None) -> tuple[Tree, Slot | None]:
     return (w, None) if ahead is None else (w.leaves, Slot(ahead, int(w.number)))
 
@@ -189,7 +190,7 @@ class _KeptWeights:
     def __init__(self, w: Tree, wholes: Tree) -> None:
         pairs = zip(tree.leaves(w), tree.leaves(wholes), strict=True)
         gathered = [(part, whole) for part, whole in pairs if is_elsewhere(part)]
-        self.parts = [part.detach() for part, _ in gathered]
+        self.parts = [_detached(part) for part, _ in gathered]
         # nothing is at the address of an empty one
         storages = [whole.untyped_storage().data_ptr() for _, whole in gathered]
         self.number_of = {pointer: i for i, pointer in enumerate(storages) if pointer}
