@@ -213,7 +213,7 @@ def test_the_compressed_folder_is_read_by_transformers(tmp_path: Path, monkeypat
             return (codes.float() * scale) @ dequantize(w, torch.float32).T
         return x @ dense(w).T
 
-    monkeypatch.setattr(block, "linear", linear)
+    monkeypatch.setattr(block, "linears", lambda x, weights, _: [linear(x, w) for w in weights])
     wanted = Model(llama.FAMILY, CONFIG).forward(params, TOKENS)
     torch.testing.assert_close(logits_of_transformers(folder, TOKENS), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
