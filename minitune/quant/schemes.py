@@ -17,6 +17,8 @@ from minitune.structs import CheckedStruct
 from minitune.types import Adapted, Params
 
 # weights decoded at a time on the CPU: so that intermediate results stay in its cache
+# bytes at whose multiples torch's kernel for int8 wants every row to begin
+INT8_ALIGNMENT = 16
 PIECE = 2**19
 
 
@@ -196,6 +198,16 @@ def with_base_weight(leaf: Any, w: Any) -> Any:
     return leaf._replace(w=w) if isinstance(leaf, Adapted) else w
 
 
+def _packed_int8(w: QInt8) -> PackedInt8 | QInt8:
+    """Leaf whose rows begin at whole 16 bytes, as torch's kernel for AVX512 reads them: at others
+    it ends the process, and a file may lie in memory anywhere.
+    """
+    if w.shape[1] % INT8_ALIGNMENT:
+        return w
+    is_aligned = w.codes.data_ptr() % INT8_ALIGNMENT == 0
+    return PackedInt8(w if is_aligned else w._replace(codes=w.codes.clone()))
+
+
 def packed(params: Params) -> Params:
     """Parameters, int8 and int4 leaves on the CPU prepared for decoding few rows at a time, if a
     kernel takes their shape.
@@ -211,7 +223,7 @@ def packed(params: Params) -> Params:
         if w.codes.device.type != "cpu":
             return w
         if isinstance(w, QInt8):
-            return PackedInt8(w)
+            return _packed_int8(w)
         group = w.shape[1] // w.scale.shape[1]
         if w.shape[0] % 16 or group not in (32, 64, 128):
             return w

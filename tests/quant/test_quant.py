@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -465,6 +465,20 @@ def test_few_rows_under_vmap_are_decoded(name: str):
     x = normal(2, 3, 256, dtype=torch.bfloat16)
     wanted = F.linear(x, dequantize(leaf, torch.bfloat16))
     torch.testing.assert_close(torch.func.vmap(lambda x: quantized_linear(x, leaf))(x), wanted)
+
+
+@settings(max_examples=20)
+@given(n_in=st.integers(1, 70), start=st.integers(0, 33), n_rows=st.integers(1, 8))
+def test_codes_are_decoded_wherever_they_lie(n_in: int, start: int, n_rows: int):
+    """Files have tensors at any address, at some of which torch's kernel for AVX512 ended the process."""
+    q = quantize(normal(48, n_in, scale=0.1), Int8())
+    memory = torch.empty(start + q.codes.numel(), dtype=torch.int8)
+    memory[start:] = q.codes.flatten()
+    placed = q._replace(codes=memory[start:].view(48, n_in))
+    x = normal(n_rows, n_in, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = quantized_linear(x, packed({"w": placed})["w"])
+    torch.testing.assert_close(y, F.linear(x, dequantize(q, torch.bfloat16)), rtol=2e-2, atol=2e-2)
 
 
 def test_what_has_no_kernel_is_not_packed():
