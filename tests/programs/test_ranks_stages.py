@@ -127,16 +127,27 @@ def assert_same_files(*names: str) -> None:
     [
         "gguf",
         pytest.param(
-            "onnx", marks=[pytest.mark.reference, pytest.mark.skipif(is_absent("onnx"), reason="onnx is not installed")]
+            "onnx",
+            marks=[
+                pytest.mark.soak,
+                pytest.mark.reference,
+                pytest.mark.skipif(is_absent("onnx"), reason="onnx is not installed"),
+            ],
         ),
         pytest.param(
             "executorch",
-            marks=[pytest.mark.reference, pytest.mark.skipif(is_absent("executorch"), reason="executorch is not installed")],
+            marks=[
+                pytest.mark.soak,
+                pytest.mark.reference,
+                pytest.mark.skipif(is_absent("executorch"), reason="executorch is not installed"),
+            ],
         ),
     ],
 )
 def test_exports_after_training_on_two_ranks(form: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """One process loads what the ranks have saved, and does the same from there on: every byte of every file is equal.
+
+    All formats are given whole weights in the same way, so that the one that is written at once stands for the slow ones.
 
     The merge after full training is exact: in float32 it hands on what was trained.
     """
