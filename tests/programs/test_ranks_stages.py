@@ -287,15 +287,16 @@ def test_training_that_looks_at_whole_weights_is_that_of_one_process(
         torch.testing.assert_close(two[name], w, rtol=1e-3, atol=1e-4)
 
 
-def test_the_command_of_the_page_on_two_ranks_takes_the_steps_of_one_process(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shared", [("mesh={context=2}",), ("plan=tp_fsdp", "mesh={data=1,tensor=3}")], ids=["context", "tensor"])
+def test_the_commands_of_the_page_take_the_steps_of_one_process(
+    shared: tuple[str, ...], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The demo, the tokens of whose rows two ranks share: what docs/sharding.md starts, in float32 and on fewer rows."""
+    """The demo on ranks that share tokens, or linear maps: what docs/sharding.md starts, in float32 and on fewer rows."""
     monkeypatch.chdir(tmp_path)
     words = ["lora", "train.steps=4", "model.dtype=float32", f"data.heldout.path={tiny / 'orders-heldout.jsonl'}"]
     words += [f"{label}.{key}" for label in ("before", "after") for key in ("limit=2", "max_new_tokens=3")]
     assert main([*words, "out=one"]) == 0
-    run_command([*COMMAND, *words, "out=two", "mesh={context=2}"], 2, tmp_path)
+    run_command([*COMMAND, *words, "out=two", *shared], 3 if len(shared) > 1 else 2, tmp_path)
     assert_close_rows(rows_without_time(Path("one/lora")), rows_without_time(Path("two/lora")), rel=1e-4)
     for label in ("before", "after"):
         one, two = (json.loads(Path(run, "lora/records.json").read_text("utf-8"))[label] for run in ("one", "two"))
