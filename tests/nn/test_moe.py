@@ -204,7 +204,7 @@ def test_every_expert_given_all_tokens_is_the_same(name: str, monkeypatch: pytes
     with torch.no_grad():
         wanted = CASES[name].ours(leaves, x)
         monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-        monkeypatch.setattr(moe, "_grouped", None)
+        monkeypatch.setattr(moe, "grouped", None)
         actual = CASES[name].ours(leaves, x)
     torch.testing.assert_close(actual, wanted, rtol=0, atol=ATOL * float(wanted.abs().max()))
 
@@ -322,7 +322,7 @@ def test_experts_in_one_kernel_equal_experts_one_by_one(
 
 def test_what_the_kernel_does_not_take_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 16)
-    assert not moe._in_one_kernel(moe.StackedExperts(torch.ones(X, 16, 8), None), x)  # on the CPU
+    assert not moe.in_one_kernel(moe.StackedExperts(torch.ones(X, 16, 8), None), x)  # on the CPU
     monkeypatch.setattr(moe, "_has_kernel", lambda x: True)
     for stack, taken in {
         moe.StackedExperts(torch.ones(X, 16, 8), None): True,
@@ -332,8 +332,8 @@ def test_what_the_kernel_does_not_take_goes_one_by_one(monkeypatch: pytest.Monke
         moe.StackedExperts(Adapted(torch.ones(X, 16, 8), torch.ones(X, 4, 8), torch.ones(X, 16, 4)), None): True,
         moe.StackedExperts(Adapted(torch.ones(X, 16, 8), torch.ones(X, 2, 8), torch.ones(X, 16, 2)), None): False,
     }.items():
-        assert moe._in_one_kernel(stack, x) == taken
-    assert not moe._in_one_kernel(moe.StackedExperts(torch.ones(X, 16, 4), None), x.bfloat16())
+        assert moe.in_one_kernel(stack, x) == taken
+    assert not moe.in_one_kernel(moe.StackedExperts(torch.ones(X, 16, 4), None), x.bfloat16())
     _, leaves = random_block(CASES["mixtral"], 4)
     into, out = separate(leaves)
     assert all(maps.stack is None for maps in (*into, out))
