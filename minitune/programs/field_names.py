@@ -171,7 +171,7 @@ NO_KEYS = (
         "deepspeed ddp_timeout local_rank"),
     ('plan = "fsdp" cuts the weights over the ranks: docs/launching.md',
         "fsdp fsdp_config data_parallel_shard_dim"),
-    ("tensors are not multiplied in parts: plan cuts weights at rest, docs/sharding.md",
+    ('plan = "tp_fsdp" shares linear maps along the axis tensor of the mesh: docs/sharding.md',
         "tensor_parallel_size tensor_parallel_dim"),
     ("deltas begin as in LoRA: a is drawn, b is zero; PiSSA, OLoRA and LoftQ are not there",
         "init_lora_weights peft_init_lora_weights loftq_config"),
