@@ -246,6 +246,10 @@ class Mean(NamedTuple):
         """total / weight, and 0 for an empty mean (whose total is 0)."""
         return self.total / torch.where(self.weight > 0, self.weight, 1.0)
 
+    def weightless(self) -> "Mean":
+        """Mean that counts nothing in a sum, with a gradient of zeros."""
+        return Mean(self.total * 0, self.weight * 0)
+
 
 class TrainState(NamedTuple):
     """Values that a step changes: the trees that train, and the optimizer's state."""

@@ -11,7 +11,7 @@ from minitune.sharding.collectives import max_over_ranks
 from minitune.sharding.parts import is_shared
 from minitune.sharding.ranks import Dealt, Ranks
 from minitune.tree import Tree
-from minitune.types import AnyBatch, Mean, Params, Trainable
+from minitune.types import AnyBatch, Params, Trainable
 
 
 def micro_batches(batch: AnyBatch, n_rows: int | None) -> list[AnyBatch]:
@@ -51,11 +51,8 @@ def summed_over_ranks(
 def _weightless(objective: Objective) -> Objective:
     """Objective whose means, and with them its gradients, count nothing."""
 
-    def nothing(mean: Mean) -> Mean:
-        return Mean(mean.total * 0, mean.weight * 0)
-
     def weightless(trainable: Trainable, params: Params, batch: Any) -> Any:
         loss, reports = objective(trainable, params, batch)
-        return nothing(loss), {name: nothing(mean) for name, mean in reports.items()}
+        return loss.weightless(), {name: mean.weightless() for name, mean in reports.items()}
 
     return weightless

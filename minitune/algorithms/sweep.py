@@ -268,21 +268,11 @@ def _gradients(
     def of_some(i: int) -> tuple[Mean, Tree]:
         deltas, batch = tree.map(lambda x: x[i : i + at_once], (trainable, rows))
         objective = adapters_objective(model, loss, rules[i : i + at_once])
-        weighed = objective if counts else _weightless(objective)
+        weighed = objective if counts else lambda *args: objective(*args).weightless()
         own_factor = None if factor is None else factor[i : i + at_once]
         return value_and_grad(scaled(weighed, own_factor))(deltas, params, batch)
 
     return tree.map(lambda *x: torch.cat(x), *(of_some(i) for i in range(0, len(rules), at_once)))
-
-
-def _weightless(objective: Callable[..., Mean]) -> Callable[..., Mean]:
-    """Objective whose means, and with them its gradients, count nothing."""
-
-    def nothing(*args: Any) -> Mean:
-        mean = objective(*args)
-        return Mean(mean.total * 0, mean.weight * 0)
-
-    return nothing
 
 
 def _norms(stacked: Tree) -> Tensor:

@@ -1,11 +1,13 @@
 """Which models ranks may share: what axes of a mesh (context, tensor, expert) ask of a config."""
 
+import math
 from collections.abc import Mapping
 
 from minitune.errors import InputError
 from minitune.models.config import DecoderConfig
 from minitune.sharding.context import check_heads
 from minitune.sharding.experts import check_experts
+from minitune.sharding.mesh import check_dealt_out
 from minitune.sharding.tensor_parallel import AXIS
 
 # meanings of dims whose parts ranks compute with, or gather whole as that of the embedding
@@ -64,10 +66,5 @@ def _check_maps(config: DecoderConfig, plan: Mapping[str, str]) -> None:
 def _check_key_heads(config: DecoderConfig, n: int) -> None:
     """InputError for heads that are not as many on each of n ranks."""
     heads, keys = config.n_heads, config.n_kv_heads
-    fits = [i for i in range(1, keys + 1) if keys % i == 0 and heads % i == 0]
-    if n not in fits:
-        raise InputError(
-            f"sharding: the axis tensor has {n} ranks, among which {heads} heads of queries and "
-            f"{keys} of keys are dealt out, expected one of {', '.join(map(str, fits))}; put the "
-            "other ranks on the axis data"
-        )
+    things = f"{heads} heads of queries and {keys} of keys"
+    check_dealt_out(AXIS, n, things, math.gcd(heads, keys))

@@ -15,19 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitune.errors import InputError
+from minitune.sharding.mesh import check_dealt_out
 from minitune.sharding.tokens import Sharers, exchanged
 
 
 def check_heads(n_heads: int, n_ranks: int) -> None:
     """InputError if heads can't be dealt out evenly to ranks that exchange tokens for them."""
-    fits = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-    if n_ranks not in fits:
-        raise InputError(
-            f"sharding: the axis context has {n_ranks} ranks, among which {n_heads} heads of "
-            f"queries are dealt out, expected one of {', '.join(map(str, fits))}; put the other "
-            "ranks on the axis data"
-        )
+    check_dealt_out("context", n_ranks, f"{n_heads} heads of queries", n_heads)
 
 
 def own_heads(

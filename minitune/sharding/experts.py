@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune.autodiff.operator import operator
-from minitune.errors import InputError
 from minitune.sharding.collectives import lost_in_words
+from minitune.sharding.mesh import check_dealt_out
 from minitune.sharding.tokens import Sharers, member_of
 from minitune.tree import Tree
 from minitune.types import Adapted, Params
@@ -68,13 +68,7 @@ def expert_ranks_of(mesh: Any) -> ExpertRanks | None:
 
 def check_experts(n_experts: int, n_ranks: int) -> None:
     """InputError if experts can't be dealt out evenly to the ranks of the axis expert."""
-    fits = [n for n in range(1, n_experts + 1) if n_experts % n == 0]
-    if n_ranks not in fits:
-        raise InputError(
-            f"sharding: the axis {AXIS} has {n_ranks} ranks, among which {n_experts} experts are "
-            f"dealt out, expected one of {', '.join(map(str, fits))}; put the other ranks on the "
-            "axis data"
-        )
+    check_dealt_out(AXIS, n_ranks, f"{n_experts} experts", n_experts)
 
 
 def own_experts(layer: Params, owner_of: OwnerOf, ranks: ExpertRanks) -> Params:

@@ -60,6 +60,18 @@ def check_mesh(mesh: Mesh, cut_along: Collection[str], n: int) -> None:
         )
 
 
+def check_dealt_out(axis: str, n: int, things: str, n_things: int) -> None:
+    """InputError if the n ranks of an axis can't have as many of n_things each; things: their words
+    in the message.
+    """
+    fits = [i for i in range(1, n_things + 1) if n_things % i == 0]
+    if n not in fits:
+        raise InputError(
+            f"sharding: the axis {axis} has {n} ranks, among which {things} are dealt out, "
+            f"expected one of {', '.join(map(str, fits))}; put the other ranks on the axis data"
+        )
+
+
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     """Process groups of a mesh over all ranks of the default group; InputError if that has another
     number of ranks. Every rank calls it.

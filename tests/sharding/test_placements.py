@@ -159,7 +159,9 @@ def test_a_mesh_of_another_number_of_ranks_is_refused() -> None:
 
 def test_a_plan_is_found_by_name_or_read_from_a_file(tmp_path: Path) -> None:
     assert named_plan("fsdp") == {"vocab": "data", "heads": "data", "d_ff": "data"}
-    with pytest.raises(InputError, match=r"there is no plan 'fsd', expected one of cp, dp, ep, fsdp, hsdp, tp_fsdp, .*; did you mean 'fsdp'"):
+    with pytest.raises(
+        InputError, match=r"no plan 'fsd', expected one of cp, dp, ep, fsdp, hsdp, tp_fsdp, .*; did you mean 'fsdp'"
+    ):
         named_plan("fsd")
     file = tmp_path / "plan.toml"
     file.write_text('heads = "data"\nd_ff = 2\n', encoding="utf-8")
