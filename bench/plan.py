@@ -67,7 +67,9 @@ def program(folder: Path, kind: str, model: str, again: str, steps: int) -> str:
 def run(words: list[str]) -> tuple[str, float]:
     """(standard output, seconds of the processor) of a command in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"bench/plan.py: {' '.join(words)} ended with {done.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -81,7 +83,7 @@ def written(folder: Path, text: str) -> str:
 
 def plan_of(file: str, plan: str = "") -> dict[str, Any]:
     """Memory [bytes] and seconds of a step as planned; of a worker, whose clock is the processor's."""
-    from minitune.planning.mesh import mesh_of
+    from minitune.planning.mesh import mesh_under
     from minitune.programs import program as programs
     from minitune.programs.allocator import bound_kernel_cache, keep_freed
     from minitune.programs.data_facts import data_facts
@@ -94,7 +96,7 @@ def plan_of(file: str, plan: str = "") -> dict[str, Any]:
     source = programs.load(Path(file))
     first = first_state(source)
     tables = data_facts(first, source.stage, source.seed).tables
-    target = PlanTarget(mesh=mesh_of("data=2", plan)) if plan else HERE
+    target = PlanTarget(mesh=mesh_under({"data": 2}, plan)) if plan else HERE
     (one,) = planned(source, with_longest(first, tables), target)
     if plan:
         return {"bytes": one.peak_bytes}

@@ -1,6 +1,6 @@
 """Model: a family with its numbers, all that is needed to run parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -256,19 +256,23 @@ class Model(NamedTuple):
         std), those that write to the residual stream std / sqrt(2 n_layers) (Radford et al. 2019,
         section 2.3); drawn from (seed, weight name).
         """
+        return dict(self.init_each(seed, std))
 
-        def weight(name: str, shape: tuple[int, ...]) -> Tensor:
-            if name.endswith("norm.weight"):
-                return torch.zeros(shape) if self.config.norm == "one_plus_w" else torch.ones(shape)
-            if name.endswith(("bias", "sinks")):
-                return torch.zeros(shape)
-            residual = name.endswith(
-                ("o_proj.weight", "down_proj.weight", "experts.down_proj", ".w2.weight")
-            )
-            scale = std / (2 * self.config.n_layers) ** 0.5 if residual else std
-            return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
+    def init_each(self, seed: int, std: float = 0.02) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of `init`, each drawn when it is asked for."""
+        for name, shape in self.shapes().items():
+            yield name, self._init_weight(name, shape, seed, std)
 
-        return {name: weight(name, shape) for name, shape in self.shapes().items()}
+    def _init_weight(self, name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.zeros(shape) if self.config.norm == "one_plus_w" else torch.ones(shape)
+        if name.endswith(("bias", "sinks")):
+            return torch.zeros(shape)
+        residual = name.endswith(
+            ("o_proj.weight", "down_proj.weight", "experts.down_proj", ".w2.weight")
+        )
+        scale = std / (2 * self.config.n_layers) ** 0.5 if residual else std
+        return scale * torch.randn(shape, generator=seeds.generator(seed, "init", name))
 
 
 def _weighted(losses: Callable[[Tensor, Tree], Tensor]) -> Callable[[Tensor, Tree], Tensor]:
