@@ -35,6 +35,7 @@ from minitune.sharding.gather import (
     is_elsewhere,
     numbered,
 )
+from minitune.sharding.later import LaterSums, sums_later
 from minitune.sharding.parts import is_sharded, placed_of
 from minitune.sharding.tokens import TokenShares
 from minitune.tree import Tree
@@ -106,9 +107,11 @@ class Model(NamedTuple):
         noise: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B n_own D"]:
         self._check_parts(params)
+        params, sums = sums_later(params, self.config.n_layers, layer_of)
+        probing = self._probing_all(tokens.shape[1])
         how: dict[str, Any] = {
             "segment_ids": segment_ids,
-            "block_of": self._probing_all(tokens.shape[1]).block_of(params, self.in_part()),
+            "block_of": probing.block_of(params, self.in_part(), sums),
             "noise": noise,
             "shares": self.shares,
         }
@@ -159,16 +162,20 @@ class Model(NamedTuple):
         return x if self.shares is None else self.shares.whole(x, n_tokens)
 
     def block_of(
-        self, params: Params | None = None, in_part: tuple[str, ...] = ()
+        self,
+        params: Params | None = None,
+        in_part: tuple[str, ...] = (),
+        sums: LaterSums | None = None,
     ) -> decoder.BlockOf:
         """Function that gives the block of layer i: transformed, recomputed in the backward,
         probed, as the model says.
 
         params: of the forwards that it is for, where ranks share them or they are offloaded: so
         each block's weights are asked for while another computes. in_part: axes of the mesh along
-        which what is cut stays so, for hidden states of this rank's tokens.
+        which what is cut stays so, for hidden states of this rank's tokens. sums: where gradients
+        of these params come in while the backward goes on.
         """
-        ahead = None if params is None else self._ahead(params, in_part)
+        ahead = None if params is None else self._ahead(params, in_part, sums)
         runs = {mixer: self.block_transform(self._block(mixer)) for mixer in self.config.mixers}
         # whole weights are there within a block alone, and a compiled one never sees a part
         kept = {mixer: gathered_again(run, ahead) for mixer, run in runs.items()}
@@ -182,16 +189,19 @@ class Model(NamedTuple):
 
         return block_of
 
-    def _ahead(self, params: Params, in_part: tuple[str, ...]) -> Ahead | None:
+    def _ahead(
+        self, params: Params, in_part: tuple[str, ...], sums: LaterSums | None
+    ) -> Ahead | None:
         if not any(map(is_elsewhere, tree.leaves(params))):
             return None
         layers = [layer_of(params, i) for i in range(self.config.n_layers)]
         shared = next(filter(is_sharded, tree.leaves(params)), None)
         ranks = None if shared is None else expert_ranks_of(placed_of(shared).mesh)
         if self.config.experts is None or ranks is None:
-            return Ahead(layers, in_part)
+            return Ahead(layers, in_part, sums=sums)
         check_experts(self.config.experts.n_experts, ranks.size)
-        return Ahead(layers, in_part, ranks, owners(self.config.experts, ranks.size))
+        owner_of = owners(self.config.experts, ranks.size)
+        return Ahead(layers, in_part, ranks, owner_of, sums)
 
     def _block(self, mixer: MixerName) -> Callable[..., Tensor]:
         if self.probe is None:

@@ -198,23 +198,47 @@ def end_gather(gathering: Gathering) -> list[Tensor]:
     return wholes
 
 
+class Scattering(NamedTuple):
+    """Sums on their way, each part to its rank."""
+
+    shapes: Sequence[torch.Size]  # of the wholes
+    cuts: Sequence[Cut]
+    group: Any
+    sent: Tensor  # [ranks * longest]
+    own: Tensor  # [longest]
+    work: Any  # what to wait for
+
+
+def begin_scatter(wholes: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> Scattering:
+    """Sums of many tensors over the group, in float32 or wider, on their way to the ranks."""
+    n = dist.get_world_size(group)
+    rows = [_rows_of_parts(whole, cut, n) for whole, cut in zip(wholes, cuts, strict=True)]
+    sent = torch.cat(rows, dim=1).flatten()
+    own = sent.new_empty(sent.numel() // n)
+    with lost_in_words():
+        work = _reduce_scatter(own, sent, group=group, async_op=True)
+    return Scattering([whole.shape for whole in wholes], cuts, group, sent, own, work)
+
+
+def end_scatter(scattering: Scattering) -> list[Tensor]:
+    """Part of this rank of each sum, once it is there."""
+    with lost_in_words():
+        scattering.work.wait()
+    n, rank = dist.get_world_size(scattering.group), dist.get_rank(scattering.group)
+    start, parts = 0, []
+    for whole, cut in zip(scattering.shapes, scattering.cuts, strict=True):
+        longest = -(-cut.size // n)
+        shape = [longest if i == cut.dim else size for i, size in enumerate(whole)]
+        length = max(0, min(longest, cut.size - rank * longest))
+        total = scattering.own.narrow(0, start, prod(shape)).view(shape)
+        parts.append(total.narrow(cut.dim, 0, length))
+        start += prod(shape)
+    return parts
+
+
 def reduce_scatter(wholes: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> list[Tensor]:
     """Part of this rank of the sums of many tensors over the group, in float32 or wider."""
-    n, rank = dist.get_world_size(group), dist.get_rank(group)
-    rows = [_rows_of_parts(whole, cut, n) for whole, cut in zip(wholes, cuts, strict=True)]
-    buffer = torch.cat(rows, dim=1)
-    own = buffer.new_empty(buffer.shape[1])
-    with lost_in_words():
-        _reduce_scatter(own, buffer.flatten(), group=group)
-
-    parts = []
-    sums = own.split([row.shape[1] for row in rows])
-    for total, whole, cut in zip(sums, wholes, cuts, strict=True):
-        longest = -(-cut.size // n)
-        shape = [longest if i == cut.dim else size for i, size in enumerate(whole.shape)]
-        length = max(0, min(longest, cut.size - rank * longest))
-        parts.append(total.view(shape).narrow(cut.dim, 0, length))
-    return parts
+    return end_scatter(begin_scatter(wholes, cuts, group))
 
 
 def _rows_of_parts(whole: Tensor, cut: Cut, n: int) -> Tensor:

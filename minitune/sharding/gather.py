@@ -18,10 +18,12 @@ from torch.autograd.function import once_differentiable
 from minitune import tree
 from minitune.autodiff.value_and_grad import under_transform
 from minitune.sharding import experts, tensor_parallel
-from minitune.sharding.collectives import begin_gather, end_gather, reduce_scatter
+from minitune.sharding.collectives import begin_gather, end_gather
+from minitune.sharding.kept_weights import KeptWeights
+from minitune.sharding.later import Key, LaterSums, summed_parts
 from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
-from minitune.sharding.routes import WeightRoutes, at_owners, begin_to_owners, from_owners
+from minitune.sharding.routes import WeightRoutes, at_owners, begin_to_owners
 from minitune.tree import Tree
 
 Axes = tuple[str, ...]
@@ -38,6 +40,7 @@ class Ahead:
         in_part: Axes = (),
         expert_ranks: experts.ExpertRanks | None = None,
         owner_of: experts.OwnerOf = lambda name: None,
+        sums: LaterSums | None = None,
     ) -> None:
         self.parts = [
             [_detached(leaf) for leaf in tree.leaves(layer) if is_elsewhere(leaf)]
@@ -45,7 +48,7 @@ class Ahead:
         ]
         # axes of the mesh: what is cut along them stays so, because blocks compute with parts
         self.in_part = in_part
-        self.expert_ranks, self.owner_of = expert_ranks, owner_of
+        self.expert_ranks, self.owner_of, self.sums = expert_ranks, owner_of, sums
         self.routes = [self._routes(layer) for layer in layers]
         self.begun: dict[int, Any] = {}  # by the block's number
         self.latest = -1  # block that has asked
@@ -83,6 +86,11 @@ class Slot(NamedTuple):
 
     ahead: Ahead
     number: int
+
+    def later(self, leaves: Sequence[int]) -> tuple[LaterSums, list[Key]] | None:
+        """Place where the sums of these leaves' gradients may come in later."""
+        sums = self.ahead.sums
+        return None if sums is None else (sums, [(self.number, i) for i in leaves])
 
 
 def is_elsewhere(x: Any) -> bool:
@@ -139,10 +147,12 @@ def gathered_again(f: Callable[..., Tensor], ahead: Ahead | None = None) -> Call
         own = _for_block(leaves, wholes, slot)
         if wholes is leaves or not torch.is_grad_enabled() or under_transform():
             return f(own, *rest)
-        kept = _KeptWeights(leaves, wholes)
+        pairs = zip(tree.leaves(leaves), tree.leaves(wholes), strict=True)
+        gone = [(_detached(part), whole) for part, whole in pairs if is_elsewhere(part)]
+        kept = KeptWeights([whole for _, whole in gone])
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             y = f(own, *rest)
-        return _GatherAgain.apply(y, kept.parts, slot, weakref.ref(kept))
+        return _GatherAgain.apply(y, [part for part, _ in gone], slot, weakref.ref(kept))
 
     return run
 
@@ -174,40 +184,6 @@ def _unnumbered(w: Any, ahead: Ahead | None) -> tuple[Tree, Slot | None]:
     return (w, None) if ahead is None else (w.leaves, Slot(ahead, int(w.number)))
 
 
-class _Kept(NamedTuple):
-    """View of a whole weight that a graph would have kept."""
-
-    number: int  # of the weight
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-class _KeptWeights:
-    """Weights of one call of a block, for its graph: lives as long as that graph does."""
-
-    def __init__(self, w: Tree, wholes: Tree) -> None:
-        pairs = zip(tree.leaves(w), tree.leaves(wholes), strict=True)
-        gathered = [(part, whole) for part, whole in pairs if is_elsewhere(part)]
-        self.parts = [_detached(part) for part, _ in gathered]
-        # nothing is at the address of an empty one
-        storages = [whole.untyped_storage().data_ptr() for _, whole in gathered]
-        self.number_of = {pointer: i for i, pointer in enumerate(storages) if pointer}
-        self.wholes: list[Tensor] = []  # in the backward
-
-    def pack(self, x: Tensor) -> Any:
-        number = self.number_of.get(x.untyped_storage().data_ptr())
-        if number is None:
-            return x
-        return _Kept(number, x.dtype, x.size(), x.stride(), int(x.storage_offset()))
-
-    def unpack(self, x: Any) -> Tensor:
-        if not isinstance(x, _Kept):
-            return x
-        return self.wholes[x.number].view(x.dtype).as_strided(x.size, x.stride, x.offset)
-
-
 class _GatherAgain(torch.autograd.Function):
     """Result of a block; the backward first brings its weights back."""
 
@@ -233,6 +209,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, slot: Slot | None, *leaves: Any) -> tuple[Tensor, ...]:
         ctx.placed = [placed_of(leaf) for leaf in leaves]
         ctx.shapes = [leaf.to_local().shape for leaf in leaves]
+        ctx.slot = slot
         ctx.routes = WeightRoutes() if slot is None else slot.ahead.routes[slot.number]
         return tuple(_wholes_of(slot, leaves))
 
@@ -243,11 +220,8 @@ class _Gather(torch.autograd.Function):
         placed = [ctx.placed[i] for i in needed]
         grads = [grad_outputs[i] for i in needed]
         routes = ctx.routes.of(needed)
-        for group, cuts in reversed([*cuts_of(placed, routes.stays)]):
-            sums = reduce_scatter([grads[i] for i in cuts], [*cuts.values()], group)
-            for i, part in zip(cuts, sums, strict=True):
-                grads[i] = part
-        own = from_owners(grads, [ctx.shapes[i] for i in needed], placed, routes)
+        later = None if ctx.slot is None else ctx.slot.later(needed)
+        own = summed_parts(grads, [ctx.shapes[i] for i in needed], placed, routes, later)
         grad_of = {
             number: placed_part(grad, where)
             for number, grad, where in zip(needed, own, placed, strict=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from minitune.quant.schemes import NF4, Int8, quantize
 from minitune.sharding.gather import gather
 from support.models import SMALL, randn
 from support.ranks import Ranks
-from support.sharded import Case, gathered_of, lives_of_whole_weights, rows_of
+from support.sharded import Case, gathered_of, lives_of_whole_weights, order_of_sums, rows_of
 
 PLAN = {"vocab": "data", "heads": "data", "d_ff": "data"}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -60,3 +61,14 @@ def test_a_whole_weight_never_outlives_its_block(ranks: Ranks, n_remat: int) -> 
     case = Case(SMALL, n_remat=n_remat)
     for seen in ranks.run(2, lives_of_whole_weights, case, rows_of(case, 2, 0), PLAN):
         assert seen == [[]] * (SMALL.n_layers + n_remat)
+
+
+@pytest.mark.parametrize("n_remat", [0, 3])
+def test_gradients_of_a_block_are_summed_while_the_block_before_it_computes(ranks: Ranks, n_remat: int) -> None:
+    config = msgspec.structs.replace(SMALL, n_layers=3)
+    case = Case(config, n_remat=n_remat)
+    (seen, other) = ranks.run(2, order_of_sums, case, rows_of(case, 2, 0), PLAN)
+    assert seen == other
+    # one block's are on their way at a time, and weights are asked for before these have come
+    backward = ["block 2", "begin", "block 1", "end", "begin", "block 0", "end", "begin", "end"]
+    assert seen == [f"block {i}" for i in range(3)] + backward

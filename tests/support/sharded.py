@@ -28,8 +28,9 @@ from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
 from minitune.quant.schemes import NF4, Int8, quantize
+from minitune.sharding import later
 from minitune.sharding.experts import OwnExperts
-from minitune.sharding.gather import gather
+from minitune.sharding.gather import Ahead, gather
 from minitune.sharding.mesh import Mesh, device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import Plan, shard, shard_leaf
@@ -241,6 +242,34 @@ def lives_of_whole_weights(case: Case, batch: Any, plan: Plan) -> list[list[int]
     model = model_of(case.config)._replace(n_remat=case.n_remat, block=watched)
     step = sft_step(model, RULE, AdamW(lr=0.01))
     step.update(params, step.init(trainable), batch)
+    return seen
+
+
+def order_of_sums(case: Case, batch: Any, plan: Plan) -> list[str]:
+    """Blocks as their weights are asked for, and reduce-scatters of their gradients as these begin and end, in a step."""
+    seen: list[str] = []
+
+    def noting(what: str, f: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            seen.append(what)
+            return f(*args)
+
+        return noted
+
+    def wholes(ahead: Ahead, number: int, leaves: Any) -> Any:
+        seen.append(f"block {number}")
+        return asked(ahead, number, leaves)
+
+    asked, mesh = Ahead.wholes, device_mesh({"data": dist.get_world_size()}, "cpu")
+    params: Any = shard(random_params(case.config), dims(case.config), plan, mesh)
+    params, trainable = split_trainable(params, ("*",))
+    step = sft_step(model_of(case.config)._replace(n_remat=case.n_remat), None, AdamW(lr=0.01))
+    with (
+        patch.object(Ahead, "wholes", wholes),
+        patch.object(later, "begin_scatter", noting("begin", later.begin_scatter)),
+        patch.object(later, "end_scatter", noting("end", later.end_scatter)),
+    ):
+        step.update(params, step.init(trainable), batch)
     return seen
 
 
