@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitune.models.families import llama
 from minitune.models.weights import shapes
 from minitune.planning.activations import n_remat
-from minitune.planning.forward import context_shares
 from minitune.planning.memory import peak_memory
 from minitune.planning.mesh import Mesh
+from minitune.planning.shared_blocks import token_shares
 from minitune.planning.traffic import traffic
 from support.models import model_of
 from support.planned_ranks import Planned, measured, small_chunks
@@ -59,7 +59,7 @@ def test_a_budget_is_measured_on_the_tokens_of_a_rank() -> None:
     """Half of the tokens keep about half, so that blocks need not be computed again on two ranks where they are on one."""
     with FakeTensorMode():
         model, params = model_of(SMALL), {name: torch.empty(size) for name, size in shapes(SMALL).items()}
-        sharing = model._replace(shares=context_shares(Mesh({"context": 2})))
+        sharing = model._replace(shares=token_shares(Mesh({"context": 2})))
         fewest = next(n for n in range(4, 64) if n_remat(sharing, params, 3, 731, n * 2**20) == 0)
         assert n_remat(model, params, 3, 731, fewest * 2**20) > 1
         assert n_remat(model, params, 3, 731, (2 * fewest + 1) * 2**20) == 0

@@ -19,7 +19,8 @@ from minitune.models.weights import dims, shapes
 from minitune.optim.adamw import AdamW
 from minitune.planning.devices import open_device
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import ALONE, Mesh, local_bytes, local_part, mesh_under
+from minitune.planning.mesh import ALONE, Mesh, mesh_under
+from minitune.planning.rank_leaves import local_bytes, local_part
 from minitune.planning.step_spec import StepSpec
 from minitune.planning.timing import timing
 from minitune.planning.traffic import RankGroup, traffic, transfers
