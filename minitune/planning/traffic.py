@@ -174,7 +174,7 @@ def _of_tensor(step: StepSpec) -> float:
     sum of what the last map makes: each of the two sends (s - 1) B t d_model numbers.
     """
     n_others = step.mesh.n_sharing(TENSOR) - 1
-    return 2 * n_others * _own_tokens(step) * step.model.config.d_model * _itemsize(step)
+    return 2.0 * n_others * _own_tokens(step) * step.model.config.d_model * _itemsize(step)
 
 
 def _of_experts(step: StepSpec) -> float:
