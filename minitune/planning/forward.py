@@ -149,7 +149,7 @@ def head_bytes(forward: StepForward) -> tuple[int, int]:
     trained = tree.n_bytes(with_gradient(head))
     # over the chunks a gradient is summed in float32
     sums = sum(4 * leaf.numel() for leaf in tree.leaves(head) if leaf.requires_grad)
-    n = min(step.n_rows * step.n_tokens, head_chunk(head, trained > 0))
+    n = min(step.n_rows * step.mesh.own_tokens(step.n_tokens), head_chunk(head, trained > 0))
     loss = CrossEntropy() if step.loss.compares_answers else step.loss
     like = params["model.embed_tokens.weight"]
 
