@@ -17,12 +17,14 @@ from minitune.planning.mesh import Mesh, axes_of, mesh_under
 from minitune.programs import program
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import TableFacts, data_facts
+from minitune.programs.model_paths import models_of
 from minitune.programs.plan import Planned, PlanTarget, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
-from minitune.programs.plan_parts import biggest_file
+from minitune.programs.plan_parts import model_files
 from minitune.programs.plan_rows import as_taken, with_longest
 from minitune.programs.plan_time import (
     PlannedTime,
+    Reading,
     keep_machine,
     known_machine,
     measured,
@@ -84,7 +86,9 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     if options.measure:
         keep_freed()  # as a run does
         bound_kernel_cache()
-        devices = _measured(stages, tables, biggest_file(source.model))
+        files = model_files([source.model])
+        biggest = max(files, key=lambda file: file.stat().st_size, default=None)
+        devices = _measured(stages, tables, biggest)
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
     plans = [_stage_plan(one, target, devices, tables, first, source.seed) for one in stages]
@@ -92,7 +96,13 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     for one in plans:
         for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
             screen.print(Text(line), soft_wrap=True)
-    return CommandResult({"stages": {one.planned.stage.label: _figures(one) for one in plans}})
+    found = {"stages": {one.planned.stage.label: _figures(one) for one in plans}}
+    reading = _reading(source, plans)
+    if reading is None:
+        return CommandResult(found)
+    screen.print(Text(reading.line), soft_wrap=True)
+    of_reading = {"weight_bytes": reading.n_bytes, "s": reading.seconds}
+    return CommandResult({**found, "before_first_step": of_reading})
 
 
 def _parser() -> OptionParser:
@@ -131,6 +141,17 @@ def _mesh(options: Any, source: program.Program) -> Mesh:
         return Mesh()
     mesh = mesh_under(axes, plan)
     return Mesh() if is_alone else mesh
+
+
+def _reading(source: program.Program, plans: Sequence[StagePlan]) -> Reading | None:
+    """Weights that are read before the first training stage; None where there are none, or no
+    time is known."""
+    timed = next((one for one in plans if one.time is not None), None)
+    if timed is None or timed.time is None:
+        return None
+    files = model_files(models_of(source.model, [timed.planned.stage]))
+    n_bytes = sum(file.stat().st_size for file in files)
+    return Reading(n_bytes, timed.time.device.disk_bytes_per_s) if n_bytes else None
 
 
 def _measured(

@@ -118,7 +118,7 @@ def mixture(
     numbers = torch.arange(n_experts, device=flat.device)
     ends = torch.searchsorted(flat[order], numbers, right=True, out_int32=True)
     at_once = all(in_one_kernel(one.stack, x) for one in (*up, down))
-    groups = ends if at_once else _n_rows(ends, len(flat))
+    groups = ends if at_once else rows_of_each(ends, len(flat))
     # permutations and not one scatter: no row is written twice, so a GPU's result does not depend
     # on its scheduling
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
@@ -237,7 +237,7 @@ def _at_once(rows: Tensor, ends: Tensor, w: Tensor | Adapted, bias: Tensor | Non
     return y
 
 
-def _n_rows(ends: Tensor, n_rows: int) -> list[int]:
+def rows_of_each(ends: Tensor, n_rows: int) -> list[int]:
     """Number of rows of each expert, as even as can be where tensors have no values
     (planning/memory.py).
     """

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from minitune.nn.moe import ExpertLinear, Routes, grouped, in_one_kernel
+from minitune.nn.moe import ExpertLinear, Routes, grouped, in_one_kernel, rows_of_each
 from minitune.sharding.experts import ExpertRanks, exchanged_rows, tied
 
 
@@ -35,7 +36,7 @@ def mixture_of_ranks(
     # [ranks experts], of the rows that go to each and that come from each
     going = ends.diff(prepend=ends.new_zeros(1)).view(ranks.size, n_own)
     coming = exchanged_rows(going, [1] * ranks.size, [1] * ranks.size, ranks)
-    sent, received = torch.stack([going.sum(1), coming.sum(1)]).tolist()
+    sent, received = _lengths(going, coming, len(flat))
 
     rows = x.repeat_interleave(routes.experts.shape[1], 0).index_select(0, order)
     weights = routes.weights.flatten().index_select(0, order)[:, None]
@@ -43,13 +44,25 @@ def mixture_of_ranks(
     rows = exchanged_rows(rows, sent, received, ranks)
     # they come by the rank that sent them, and in the order of their experts from each
     expert = torch.arange(n_own, device=flat.device).repeat(ranks.size)
-    by_expert = expert.repeat_interleave(coming.flatten()).argsort(stable=True)
+    each = expert.repeat_interleave(coming.flatten(), output_size=sum(received))
+    by_expert = each.argsort(stable=True)
     y = _own_experts(rows.index_select(0, by_expert), coming.sum(0), up, activation, down)
     y = tied(y.index_select(0, by_expert.argsort()), leaves)
 
     y = exchanged_rows(y, received, sent, ranks)
     y = (y if scale_input else y * weights).index_select(0, order.argsort())
     return y.unflatten(0, routes.experts.shape).sum(1).to(x.dtype)
+
+
+def _lengths(going: Tensor, coming: Tensor, n_rows: int) -> tuple[list[int], list[int]]:
+    """Rows that go to each rank and that come from it, as many to all as from all and as even as
+    can be where tensors have no values.
+    """
+    if isinstance(going, FakeTensor):
+        even = rows_of_each(going[:, 0], n_rows)
+        return even, even
+    sent, received = torch.stack([going.sum(1), coming.sum(1)]).tolist()
+    return sent, received
 
 
 def _own_experts(
@@ -61,5 +74,6 @@ def _own_experts(
 ) -> Tensor:
     """Results of the experts of this rank on rows in their order, so many of each."""
     at_once = len(rows) > 0 and all(in_one_kernel(one.stack, rows) for one in (*up, down))
-    groups = n_rows.cumsum(0).to(torch.int32) if at_once else n_rows.tolist()
+    ends = n_rows.cumsum(0).to(torch.int32)
+    groups = ends if at_once else rows_of_each(ends, len(rows))
     return grouped(activation(*(grouped(rows, groups, maps) for maps in up)), groups, down)

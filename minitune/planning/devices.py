@@ -30,7 +30,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     n_per_node: PositiveInt  # devices of a node
     # from the host's memory to a device, in one direction; absent where that is not known
     host_bytes_per_s: PositiveFloat | None = None
-    # of reading a model's files anew; absent before `plan --measure` of a program that does so
+    # of reading a model's files anew; absent before `plan --measure` of a program that reads one
     disk_bytes_per_s: PositiveFloat | None = None
     attained: PeakShare  # part of flops_per_s that trainings are known to reach
 

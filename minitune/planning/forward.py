@@ -21,10 +21,11 @@ from minitune.nn.elementwise import rms_norm
 from minitune.nn.head import head_chunk, rows_at_once
 from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.planning.alike import representatives
-from minitune.planning.mesh import TENSOR, Mesh, gathered_bytes, local_bytes, used_part
+from minitune.planning.mesh import Mesh
 from minitune.planning.offloading import resident
+from minitune.planning.rank_leaves import gathered_bytes, local_bytes, used_leaf
+from minitune.planning.shared_blocks import token_shares, with_shared_blocks
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
-from minitune.sharding.tokens import AxisMember, Sharers, TokenShares
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta, Params
 
@@ -95,8 +96,8 @@ def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
     x = detached_leaves(x) if embedding.requires_grad else x
     inputs = decoder.mixer_inputs(config, _positions(step, device), x.dtype)
 
-    model, used = _tensor_parallel(step.model, mesh), used_part(params, mesh, config)
-    blocks = measure_blocks(model, used, alike, x, inputs)
+    used = {name: used_leaf(name, w, mesh) for name, w in params.items()}
+    blocks = measure_blocks(with_shared_blocks(step.model, mesh), used, alike, x, inputs)
     if step.offloaded:
         # an input that waits in the host's memory is not kept, but two of them are on their way
         travelling = 2 * tree.n_bytes(x)
@@ -109,17 +110,6 @@ def step_forward(step: StepSpec, alike: list[int]) -> StepForward:
     )
     shared_bytes = tree.n_bytes(list(inputs.values()))
     return StepForward(step, params, whole, deltas, x, shared_bytes, [*blocks, norm], alike)
-
-
-def context_shares(mesh: Mesh) -> TokenShares | None:
-    """Shares of the first rank along the axis context of a mesh, without a process group; None
-    without such an axis.
-    """
-    n = mesh.n_sharing("context")
-    if n == 1:
-        return None
-    name = torch.empty(0, dtype=torch.uint8)
-    return TokenShares(AxisMember(0, Sharers(torch.empty(n, dtype=torch.int64), name)))
 
 
 def constant_parts(step: StepSpec, forward: StepForward, optimizer_bytes: int) -> Parts:
@@ -159,7 +149,7 @@ def head_bytes(forward: StepForward) -> tuple[int, int]:
     trained = tree.n_bytes(with_gradient(head))
     # over the chunks a gradient is summed in float32
     sums = sum(4 * leaf.numel() for leaf in tree.leaves(head) if leaf.requires_grad)
-    n = min(step.n_rows * step.n_tokens, head_chunk(head, trained > 0))
+    n = min(step.n_rows * step.mesh.own_tokens(step.n_tokens), head_chunk(head, trained > 0))
     loss = CrossEntropy() if step.loss.compares_answers else step.loss
     like = params["model.embed_tokens.weight"]
 
@@ -199,31 +189,14 @@ def bytes_of(leaves: Mapping[str, Any], prefix: str, mesh: Mesh) -> int:
 
 def _positions(step: StepSpec, device: torch.device) -> TokenPositions:
     """Positions of the tokens of a rank, of rows that hold any number of documents."""
-    shares = context_shares(step.mesh)
+    shares = token_shares(step.mesh)
     n_all = step.mesh.n_sharers * step.mesh.own_tokens(step.n_tokens)  # the last rank's padded
     segment_ids = torch.empty(step.n_rows, n_all, dtype=torch.int32, device=device)
     where = TokenPositions(segment_ids.long(), step.n_tokens, document_keys(segment_ids))
-    if shares is None or shares.context is None:
+    if shares is None:
         return where
-    sharers = shares.context.sharers
-    return where._replace(positions=shares.own(where.positions), sharers=sharers)
-
-
-def _tensor_parallel(model: Model, mesh: Mesh) -> Model:
-    """Model whose blocks are given the tokens of one rank of the axis "tensor", and work on those
-    of all.
-
-    Norms and sums are counted for all tokens as well, which is more than they take.
-    """
-    n = mesh.n_sharing(TENSOR)
-    if n == 1:
-        return model
-
-    def block(config: Any, mixer: Any, w: Params, x: Tensor, inputs: Any) -> Tensor:
-        y = model.block(config, mixer, w, torch.cat([x] * n, dim=1), inputs)
-        return y[:, : x.shape[1]].clone()
-
-    return model._replace(block=block)
+    sharers = () if shares.context is None else shares.context.sharers
+    return where._replace(positions=shares.of_mixer(where.positions), sharers=sharers)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from minitune.planning.forward import (
     reduced,
     step_forward,
 )
-from minitune.planning.mesh import copied_bytes, gathered_bytes, local_bytes, local_part
 from minitune.planning.offloading import arriving_bytes
+from minitune.planning.rank_leaves import copied_bytes, gathered_bytes, local_bytes, local_part
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Params, Trainable

@@ -1,32 +1,47 @@
-"""Ranks that a plan is made for: which part of a weight each holds, and which rows it works on.
+"""Ranks that a plan is made for: what is cut among them, and which rows they work on.
 
 Who holds what is what sharding/placements.py says of a mesh and a plan. What is cut is gathered for
-the block that computes with it, but along the axis "tensor", where a block computes with its part.
+the block that computes with it, but where a rank computes with a part of a weight (along the axis
+"tensor") or with some of the experts (along "expert"). All is said for the first rank: the others
+have as much, or a little less where a dim does not divide.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from minitune import tree
 from minitune.errors import InputError, cut
 from minitune.models.config import DecoderConfig
+from minitune.models.experts import owners
+from minitune.models.parallel import check_sharing
 from minitune.models.weights import dims, shapes
 from minitune.planning.alike import layer_number
-from minitune.sharding.context import check_heads
+from minitune.sharding.experts import AXIS as EXPERT
+from minitune.sharding.experts import EACH_ITS_PART, OwnerOf
 from minitune.sharding.mesh import ROW_SHARING, check_mesh, n_ranks, n_sharers
-from minitune.tree import Tree
-from minitune.types import Adapted, Delta
+from minitune.sharding.tensor_parallel import AXIS as TENSOR
 
-# ranks of this axis compute each with their part of a block's weights, on the same rows
-TENSOR = "tensor"
 AXIS = re.compile(r"([a-z][a-z_]*)=([1-9][0-9]{0,6})")
 NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+class Route(NamedTuple):
+    """Way of a weight from where it lies to the blocks that compute with it."""
+
+    along: tuple[str, ...] = ()  # axes along which its parts come together, in this order
+    # rank along "expert" to which the parts of one expert's weight are sent; None: all need it
+    owner: int | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True for a weight that another rank than the first computes with."""
+        return self.owner not in (None, 0)
+
+
+def needed_everywhere(name: str) -> None:
+    """No owner: every rank computes with the weight of this name."""
 
 
 class Mesh(NamedTuple):
@@ -37,6 +52,8 @@ class Mesh(NamedTuple):
     # number of the dim that each axis cuts, by the names of the weights that are cut; others lie
     # whole on every rank
     cuts: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+    # rank along "expert" that computes with a weight, by its name within a layer
+    owner_of: OwnerOf = needed_everywhere
     shares_rows: bool = True  # False: ranks that share rows in training have whole ones
 
     @property
@@ -47,7 +64,7 @@ class Mesh(NamedTuple):
     @property
     def n_sharers(self) -> int:
         """Number of ranks that work on the same rows."""
-        return math.prod(self.n_sharing(axis) for axis in dict.fromkeys((*ROW_SHARING, TENSOR)))
+        return math.prod(self.n_sharing(axis) for axis in ROW_SHARING)
 
     @property
     def n_shares(self) -> int:
@@ -55,8 +72,9 @@ class Mesh(NamedTuple):
         return self.n_ranks // self.n_sharers
 
     def n_sharing(self, axis: str) -> int:
-        """Number of ranks along an axis on which they work on the same rows."""
-        return self.axes.get(axis, 1) if self.shares_rows else 1
+        """Number of ranks along an axis that share rows or experts; shared rows are whole on each
+        rank where they do not in this forward."""
+        return self.axes.get(axis, 1) if self.shares_rows or axis not in ROW_SHARING else 1
 
     def own_tokens(self, n_tokens: int) -> int:
         """Tokens of a row of n_tokens that a rank works on, outside of attention."""
@@ -69,7 +87,7 @@ class Mesh(NamedTuple):
             return self
         check_mesh(self.axes, self.plan.values(), self.n_ranks)
         n_sharers(self.axes)
-        check_heads(config.n_heads, self.axes.get("context", 1))
+        check_sharing(config, self.plan, self.axes)
         if not self.plan:
             return self
         # torch's DTensor takes more than half a second to import
@@ -85,12 +103,28 @@ class Mesh(NamedTuple):
                 numbers = zip(self.axes, map(sharded_dim, placed), strict=True)
                 by_dims[named[name]] = {axis: dim for axis, dim in numbers if dim is not None}
         cuts = {name: by_dims[found] for name, found in named.items() if by_dims[found]}
-        return self._replace(cuts=cuts)
+        n_experts = self.axes.get(EXPERT, 1)
+        owner_of = self.owner_of
+        if config.experts is not None and n_experts > 1:
+            owner_of = owners(config.experts, n_experts)
+        return self._replace(cuts=cuts, owner_of=owner_of)
 
-    def gathered_along(self, name: str, axes: Iterable[str]) -> list[str]:
-        """Axes among these, which cut a weight, along which it is gathered; the outermost first."""
-        in_part = () if layer_number(name) is None else (TENSOR,)
-        return [axis for axis in self.axes if axis in axes and axis not in in_part]
+    def route(self, name: str, axes: Collection[str]) -> Route:
+        """Route of a weight that these axes cut."""
+        along = [axis for axis in self.axes if axis in axes]
+        if layer_number(name) is None or not axes:
+            return Route(tuple(along))
+        owner = self.owner_of(name.split(".", 3)[3])
+        in_part = {TENSOR} if self.shares_rows else set[str]()
+        if owner == EACH_ITS_PART:
+            owner, in_part = None, {*in_part, EXPERT}
+        along = [axis for axis in along if axis not in in_part]
+        if owner is not None:
+            # parts go to the owner first, and only there are they gathered along other axes
+            to_owner = [axis for axis in along if axis == EXPERT]
+            others = [axis for axis in along if axis != EXPERT]
+            along = to_owner if owner else to_owner + others
+        return Route(tuple(along), owner)
 
 
 ALONE = Mesh()
@@ -124,125 +158,3 @@ def axes_of(written: str) -> dict[str, int]:
             )
         axes[found[1]] = int(found[2])
     return axes
-
-
-def local_part(leaves: Mapping[str, Tree], mesh: Mesh) -> dict[str, Tree]:
-    """Largest parts of leaves that a rank holds, by the names of their weights and on the meta
-    device: those of torch's Shard."""
-    return {
-        name: tree.rebuild(
-            leaf,
-            [
-                torch.empty(_part(x.shape, axes, mesh), dtype=x.dtype, device="meta")
-                for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING))
-            ],
-        )
-        for name, leaf in leaves.items()
-    }
-
-
-def local_bytes(leaves: Mapping[str, Tree], mesh: Mesh, *, wide: bool = False) -> int:
-    """Bytes of these parts; wide: in float32 or wider, as gradients are summed."""
-    return sum(
-        math.prod(_part(x.shape, axes, mesh)) * _element_bytes(x, wide)
-        for name, leaf in leaves.items()
-        for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING))
-    )
-
-
-def gathered_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
-    """Bytes that the leaves which are gathered have then: whole, but along the axis "tensor"."""
-    total = 0
-    for name, leaf in leaves.items():
-        for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING)):
-            gathered = mesh.gathered_along(name, axes)
-            if gathered:
-                rest = {axis: dim for axis, dim in axes.items() if axis not in gathered}
-                total += math.prod(_part(x.shape, rest, mesh)) * x.element_size()
-    return total
-
-
-def copied_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
-    """Bytes, in float32 or wider, of the parts of which several ranks hold copies: their gradients
-    are summed between these."""
-    cutting = {axis for axis, n in mesh.axes.items() if n > 1}
-    return sum(
-        math.prod(_part(x.shape, axes, mesh)) * _element_bytes(x, wide=True)
-        for name, leaf in leaves.items()
-        for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING))
-        if not cutting <= set(axes)
-    )
-
-
-def bytes_by_cut(
-    leaves: Mapping[str, Tree], mesh: Mesh, *, wide: bool = False
-) -> dict[tuple[tuple[str, ...], tuple[str, ...]], int]:
-    """Bytes, whole, of leaves by (axes that cut them, axes along which they are gathered); wide: in
-    float32 or wider, as gradients are summed."""
-    found: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
-    for name, leaf in leaves.items():
-        for x, axes in _cut_tensors(leaf, mesh.cuts.get(name, NOTHING)):
-            key = (tuple(axes), tuple(mesh.gathered_along(name, axes)))
-            found[key] = found.get(key, 0) + x.numel() * _element_bytes(x, wide)
-    return found
-
-
-def used_part(params: Mapping[str, Tree], mesh: Mesh, config: DecoderConfig) -> dict[str, Tree]:
-    """Weights as a rank computes with them once they are gathered: of those of a block its part
-    along the axis "tensor", vectors and low-rank factors included; whole heads in any case."""
-    n = mesh.n_sharing(TENSOR)
-    if n == 1:
-        return dict(params)
-    named = dims(config)
-
-    def size_of(name: str, i: int, size: int) -> int:
-        meaning = named[name][i]
-        if layer_number(name) is None or mesh.plan.get(meaning) != TENSOR:
-            return size
-        unit = config.d_head if meaning == "heads" and size % config.d_head == 0 else 1
-        return -(-size // (unit * n)) * unit
-
-    def part(name: str, w: Tree) -> Tree:
-        sizes = [size_of(name, i, size) for i, size in enumerate(w.shape)]
-        if isinstance(w, Adapted):
-            whole_m = w.m.narrow(0, 0, sizes[0]) if isinstance(w.m, Tensor) else w.m
-            a, b = w.a.narrow(-1, 0, sizes[-1]), w.b.narrow(-2, 0, sizes[-2])
-            return w._replace(w=part(name, w.w), a=a, b=b, m=whole_m)
-        if not isinstance(w, Tensor) or sizes == [*w.shape]:
-            return w
-        return torch.empty(sizes, dtype=w.dtype, device=w.device, requires_grad=w.requires_grad)
-
-    return {name: part(name, w) for name, w in params.items()}
-
-
-def _element_bytes(x: Tensor, wide: bool) -> int:
-    return max(4, x.element_size()) if wide else x.element_size()
-
-
-def _part(shape: Sequence[int], axes: Mapping[str, int], mesh: Mesh) -> list[int]:
-    """Shape of the largest part of a tensor; axes: the dim that each of them cuts."""
-    part = list(shape)
-    for axis, dim in axes.items():
-        part[dim] = -(-part[dim] // mesh.axes[axis])
-    return part
-
-
-def _cut_tensors(leaf: Tree, axes: Mapping[str, int]) -> list[tuple[Tensor, Mapping[str, int]]]:
-    """Tensors of a leaf and the dim of each that every axis cuts, for those of the weight itself.
-
-    Every rank has the low-rank changes whole. What a quantized weight consists of is cut as
-    sharding/placements.py cuts it: a list of all blocks along its only dim, by one axis.
-    """
-    if not axes or isinstance(leaf, Tensor):
-        return [(x, axes) for x in tree.leaves(leaf)]
-    if isinstance(leaf, Delta | Adapted):
-        of_weight = _cut_tensors(leaf.w, axes) if isinstance(leaf, Adapted) else []
-        return [*of_weight, *((x, NOTHING) for x in tree.leaves((leaf.a, leaf.b, leaf.m)))]
-    n_dims = len(leaf.shape)
-    return [(x, _axes_within(x, n_dims, axes)) for x in tree.leaves(leaf)]
-
-
-def _axes_within(x: Tensor, n_dims: int, axes: Mapping[str, int]) -> Mapping[str, int]:
-    if x.ndim != n_dims:
-        axes = dict.fromkeys([*axes][:1], 0)
-    return {axis: dim for axis, dim in axes.items() if x.ndim and x.shape[dim] > 1}

@@ -7,10 +7,10 @@ binds.
 
 from typing import Literal, NamedTuple
 
-from minitune import hardware, tree
+from minitune import hardware
 from minitune.planning.devices import Device
-from minitune.planning.mesh import local_bytes
 from minitune.planning.offloading import fetch_rate, fetched_bytes
+from minitune.planning.rank_leaves import local_bytes, used_bytes
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.planning.traffic import Traffic, sending_s, summed_up, transfers
 
@@ -93,7 +93,7 @@ def timing(step: StepSpec, flops_per_token: float, parts: Parts, device: Device)
 def _moved_bytes(step: StepSpec, parts: Parts) -> float:
     """Least bytes through a rank's memory in a step: weights in every forward and backward,
     activations, and what an update reads and writes."""
-    weights = tree.n_bytes((step.params, step.trainable))
+    weights = used_bytes(step.params, step.mesh) + used_bytes(step.trainable, step.mesh)
     passes = 2 + step.model.n_remat / step.model.config.n_layers
     of_batch = passes * weights + ACTIVATION_PASSES * parts.get("activations", 0)
     trained = local_bytes(step.trainable, step.mesh)

@@ -5,14 +5,16 @@ sums everywhere (Patarasuk & Yuan 2009, doi 10.1016/j.jpdc.2008.09.002, section 
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from minitune import hardware
 from minitune.planning.alike import layer_number
 from minitune.planning.devices import Device
-from minitune.planning.mesh import TENSOR, Mesh, bytes_by_cut
+from minitune.planning.mesh import EXPERT, TENSOR, Mesh, Route
+from minitune.planning.rank_leaves import bytes_by_route
 from minitune.planning.step_spec import StepSpec
+from minitune.sharding.mesh import ROW_SHARING
 
 Purpose = Literal["gathered", "scattered", "summed", "exchanged"]
 
@@ -59,19 +61,19 @@ def transfers(step: StepSpec) -> list[Transfer]:
 
     Weights travel as they are multiplied, gradients in float32 or wider.
     """
-    return [*_of_weights(step), *(_exchanges(step) if step.mesh.n_sharers > 1 else ())]
+    return [*_of_weights(step), *_exchanges(step)]
 
 
 def _of_weights(step: StepSpec) -> Iterator[Transfer]:
     """Transfers of weights and of their gradients."""
     mesh, n = step.mesh, step.n_micro_batches
-    weights = bytes_by_cut(step.params, mesh)
-    of_blocks = bytes_by_cut(_of_blocks(step.params), mesh)
+    weights = bytes_by_route(step.params, mesh)
+    of_blocks = bytes_by_route(_of_blocks(step.params), mesh)
     for found in (weights, of_blocks):
-        for (axes, gathered), n_bytes in found.items():
-            yield from _along_axes("gathered", mesh, axes, gathered, n * n_bytes)
-    for (axes, gathered), n_bytes in bytes_by_cut(step.trainable, mesh, wide=True).items():
-        yield from _along_axes("scattered", mesh, axes, gathered, n * n_bytes)
+        for (axes, route), n_bytes in found.items():
+            yield from _along_route("gathered", mesh, axes, route, n * n_bytes)
+    for (axes, route), n_bytes in bytes_by_route(step.trainable, mesh, wide=True).items():
+        yield from _along_route("scattered", mesh, axes, route, n * n_bytes)
         yield from _copies(mesh, axes, n_bytes)
 
 
@@ -100,15 +102,22 @@ def sending_s(found: Iterable[Transfer], purposes: Collection[Purpose], device: 
     return sum((one.n_bytes / link(one.group, device) for one in chosen), 0.0)
 
 
-def _along_axes(
-    purpose: Purpose, mesh: Mesh, axes: Collection[str], gathered: Collection[str], n_bytes: int
+def _along_route(
+    purpose: Purpose, mesh: Mesh, axes: Collection[str], route: Route, n_bytes: int
 ) -> Iterator[Transfer]:
-    """Transfers of leaves that are put together along one axis after the other, the outermost
-    first, or scattered the other way round. n_bytes: of the whole leaves, which `axes` cut."""
+    """Transfers of leaves that come together along one axis after the other, or whose gradients go
+    the other way round. n_bytes: of the whole leaves, which `axes` cut.
+
+    Along "expert" a rank sends its part of each expert's weight to the rank of that expert, and
+    none of its own. Their gradients are as much, because all ranks have as many experts.
+    """
     part = n_bytes / math.prod(mesh.axes[axis] for axis in axes)
-    for axis in gathered:
+    for axis in route.along:
         group = axis_group(mesh, axis)
-        yield Transfer(purpose, group, (group.n_ranks - 1) * part)
+        if axis != EXPERT or route.owner is None:
+            yield Transfer(purpose, group, (group.n_ranks - 1) * part)
+        elif route.is_elsewhere:
+            yield Transfer(purpose, group, part)
         part = group.n_ranks * part
 
 
@@ -125,47 +134,94 @@ def _copies(mesh: Mesh, axes: Collection[str], n_bytes: int) -> Iterator[Transfe
 
 
 def _exchanges(step: StepSpec) -> Iterator[Transfer]:
-    """Transfers of activations between ranks that work on the same rows, in all micro-batches.
+    """Transfers of activations between ranks that share rows or experts, in all micro-batches."""
+    mesh, passes = step.mesh, _passes_by_layer(step)
+    n_bytes = {
+        "context": sum(passes) * _of_context(step),
+        TENSOR: _shared_maps(step, passes) * _of_tensor(step),
+        EXPERT: _mixtures(step, passes) * _of_experts(step),
+    }
+    # the losses of all tokens on every rank, and their gradients back: along tensor, then context
+    n_losses = 2 * 4 * _own_tokens(step)
+    for axis in reversed(ROW_SHARING):
+        n = mesh.n_sharing(axis)
+        n_bytes[axis] += n_losses * (n - 1)
+        n_losses = n_losses * n
+    for axis, of_axis in n_bytes.items():
+        if mesh.n_sharing(axis) > 1:
+            yield Transfer("exchanged", axis_group(mesh, axis), of_axis)
 
-    Along "context", c ranks have t tokens each, of B rows: before attention each has queries, keys
-    and values of its tokens, B t (N + 2 K) numbers of d_head, for N and K heads, and keeps those
-    for its own heads, which are 1/c; after attention B t N, likewise. So it sends
-    B t (2 N + 2 K) d_head (c - 1)/c in a block. K are the key heads as sent, each as often as there
-    are ranks that need it. Losses of tokens, 4 B t bytes, go to every other rank.
 
-    Along "tensor", s ranks have t tokens each between blocks: a block gathers its input before
-    attention and before its feed-forward, and scatters the sum of what these make. Each of the four
-    sends (s - 1) B t d_model.
+def _of_context(step: StepSpec) -> float:
+    """Bytes that a rank sends along "context" in a pass through one block.
 
-    A backward sends the gradient of all that its forward did, and once more what it computes again.
+    Each of c ranks has t tokens of B rows: before attention queries, keys and values of its tokens,
+    B t (N + 2 K) numbers of d_head, for N and K heads, of which it keeps those for its own heads,
+    1/c; after attention B t N, likewise. That is B t (2 N + 2 K) d_head (c - 1)/c. K are the key
+    heads as sent, each as often as there are ranks that need it. With "tensor" as well, each rank
+    of that axis does so with its heads of the tokens of all.
     """
-    mesh, config = step.mesh, step.model.config
+    config, c = step.model.config, step.mesh.n_sharing("context")
+    n_heads = 2 * config.n_heads + 2 * _sent_key_heads(config.n_heads, config.n_kv_heads, c)
+    return _own_tokens(step) * n_heads * config.d_head * _itemsize(step) * (c - 1) / c
+
+
+def _of_tensor(step: StepSpec) -> float:
+    """Bytes that a rank sends along "tensor" in a pass through the maps of one input and the map
+    after them, which is cut by columns.
+
+    Each of s ranks has t tokens of B rows between blocks. It gathers the input, and scatters the
+    sum of what the last map makes: each of the two sends (s - 1) B t d_model numbers.
+    """
+    n_others = step.mesh.n_sharing(TENSOR) - 1
+    return 2.0 * n_others * _own_tokens(step) * step.model.config.d_model * _itemsize(step)
+
+
+def _of_experts(step: StepSpec) -> float:
+    """Bytes that a rank sends along "expert" in a pass through one mixture, where tokens are spread
+    evenly over experts. How many rows there are is told before, in a few bytes that do not count.
+
+    A row of d_model numbers goes to each of the k experts of a token, and comes back as one; of n
+    ranks that have them, (n - 1)/n are others.
+    """
+    config, n = step.model.config, step.mesh.n_sharing(EXPERT)
+    k = 0 if config.experts is None else config.experts.n_active
+    return 2 * _own_tokens(step) * k * config.d_model * _itemsize(step) * (n - 1) / n
+
+
+def _shared_maps(step: StepSpec, passes: Sequence[int]) -> int:
+    """Number of passes through maps that are cut by columns along "tensor"."""
+    cut_maps = (layer_number(name) for name, cut in step.mesh.cuts.items() if cut.get(TENSOR) == 1)
+    return sum(passes[layer] for layer in cut_maps if layer is not None)
+
+
+def _mixtures(step: StepSpec, passes: Sequence[int]) -> int:
+    """Number of passes through mixtures of experts."""
+    experts = step.model.config.experts
+    return 0 if experts is None else sum(n for i, n in enumerate(passes) if experts.at(i))
+
+
+def _own_tokens(step: StepSpec) -> int:
+    """Tokens of a rank in a step."""
+    return step.n_micro_batches * step.n_rows * step.mesh.own_tokens(step.n_tokens)
+
+
+def _itemsize(step: StepSpec) -> int:
+    """Bytes of a number of the activations."""
     like = step.params["model.embed_tokens.weight"]
-    itemsize = hardware.product_dtype(like.dtype, step.device).itemsize
-    n_own = step.n_micro_batches * step.n_rows * mesh.own_tokens(step.n_tokens)
-    passes = _passes(step)
-    c, s = mesh.n_sharing("context"), mesh.n_sharing(TENSOR)
-    if c > 1:
-        # with both axes, each rank of "tensor" exchanges its part of the heads for all tokens
-        n_heads = 2 * config.n_heads + 2 * _sent_key_heads(config.n_heads, config.n_kv_heads, c)
-        of_block = n_own * n_heads * config.d_head * itemsize * (c - 1) / c
-        of_losses = 2 * 4 * n_own * (c - 1)
-        yield Transfer("exchanged", axis_group(mesh, "context"), passes * of_block + of_losses)
-    if s > 1:
-        of_block = 4 * (s - 1) * n_own * config.d_model * itemsize
-        yield Transfer("exchanged", axis_group(mesh, TENSOR), passes * of_block)
+    return hardware.product_dtype(like.dtype, step.device).itemsize
 
 
-def _passes(step: StepSpec) -> int:
-    """Number of passes through blocks: every forward, the backward from the last block down to the
-    first that trains, and what that computes again."""
+def _passes_by_layer(step: StepSpec) -> list[int]:
+    """Number of passes through each block that send: its forward, its backward if it or one before
+    it trains, which sends the gradient of all that the forward did, and what that computes again.
+    """
     n = step.model.config.n_layers
-    layers = [layer_number(name) for name in step.trainable]
-    inner = [layer for layer in layers if layer is not None]
-    first = min(inner, default=n)
+    trained = [layer_number(name) for name in step.trainable]
+    first = min((layer for layer in trained if layer is not None), default=n)
     if "model.embed_tokens.weight" in step.trainable:
         first = 0
-    return n + (n - first) + max(0, step.model.n_remat - first)
+    return [1 + (i >= first) + (first <= i < step.model.n_remat) for i in range(n)]
 
 
 def _sent_key_heads(n_heads: int, n_kv_heads: int, c: int) -> int:

@@ -18,10 +18,11 @@ from minitune.optim.sgd import SGD
 from minitune.planning.alike import representatives
 from minitune.planning.devices import Device
 from minitune.planning.flops import flops_per_token
-from minitune.planning.forward import context_shares
 from minitune.planning.inference import answer_memory, evaluation_memory, loss_memory
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import ALONE, Mesh, local_bytes
+from minitune.planning.mesh import ALONE, Mesh
+from minitune.planning.rank_leaves import local_bytes, used_leaf
+from minitune.planning.shared_blocks import token_shares, with_shared_blocks
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.programs import program
 from minitune.programs.check import with_lengths
@@ -270,8 +271,10 @@ def _n_remat(
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), kept)
         adapted = forward_params(like[0], like[1], abstract.lora, stage.n_rows)
-        model = abstract.model._replace(shares=context_shares(plan.target.mesh))
-        return stage.n_remat(model, adapted, n_tokens)
+        mesh = plan.target.mesh.for_model(abstract.model.config)
+        used = {name: used_leaf(name, w, mesh) for name, w in adapted.items()}
+        model = with_shared_blocks(abstract.model, mesh)._replace(shares=token_shares(mesh))
+        return stage.n_remat(model, used, n_tokens)
 
 
 def _weights(plan: PlanState) -> Params:

@@ -41,11 +41,11 @@ def blocks_of(source: ModelSource | None, device: torch.device) -> BlockPlace:
     return "device" if is_there else source.offload
 
 
-def biggest_file(source: ModelSource) -> Path | None:
-    """Largest file of a model's weights, if blocks are read from it in every step."""
-    if source.offload != "disk" or source.path is None or source.path.startswith("run/"):
-        return None
-    return max(weight_files(locate(source.path)), key=lambda file: file.stat().st_size)
+def model_files(models: Iterable[ModelSource]) -> list[Path]:
+    """Files of the weights of models, each once; none of those that a program makes itself."""
+    paths = {str(model.path) for model in models if model.path is not None}
+    folders = sorted(path for path in paths if not path.startswith("run/"))
+    return [file for path in folders for file in weight_files(locate(path))]
 
 
 def kept_codes(codes: Params, source: ModelSource) -> Params:

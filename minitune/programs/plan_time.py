@@ -73,6 +73,29 @@ class PlannedTime(NamedTuple):
         )
 
 
+class Reading(NamedTuple):
+    """Weights that a program reads before its first step."""
+
+    n_bytes: int  # of their files
+    disk_bytes_per_s: float | None  # as the device has it; None: not known
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of reading them; None where it is not known."""
+        return None if self.disk_bytes_per_s is None else self.n_bytes / self.disk_bytes_per_s
+
+    @property
+    def line(self) -> str:
+        """Line on it, which names what is left out."""
+        duration_words = "in how long is not known: plan --measure finds out"
+        if self.seconds is not None:
+            duration_words = f"in {self.seconds:.3g} s at the rate of the disk"
+        return (
+            f"before the first step {self.n_bytes / GIB:,.3g} GiB of weights are read, "
+            f"{duration_words}; tokenizing, quantizing and compiling are not counted"
+        )
+
+
 def planned_time(one: Planned, device: Device, heldout_tokens: int = 0) -> PlannedTime:
     """Time of a training stage on a device; heldout_tokens: of the table that it evaluates on.
 

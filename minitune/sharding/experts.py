@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -90,8 +90,8 @@ def own_experts(layer: Params, owner_of: OwnerOf, ranks: ExpertRanks) -> Params:
 
 
 def exchanged_rows(
-    x: Float[Tensor, "sent D"], sent: Sequence[int], received: Sequence[int], ranks: ExpertRanks
-) -> Float[Tensor, "received D"]:
+    x: Shaped[Tensor, "sent D"], sent: Sequence[int], received: Sequence[int], ranks: ExpertRanks
+) -> Shaped[Tensor, "received D"]:
     """Rows that all ranks have sent to this one, in the order of the ranks: sent and received say
     how many go to each and come from it. Its gradient is exchanged back.
     """

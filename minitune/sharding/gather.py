@@ -62,9 +62,8 @@ class Ahead:
         return WeightRoutes(self.in_part, self.expert_ranks, tuple(owners))
 
     def wholes(self, number: int, leaves: Sequence[Any]) -> list[Tensor]:
-        """Whole weights of a block; those of its neighbour begin to come."""
-        begun = self.begun.pop(number, None) or _begun(leaves, self.routes[number])
-        found = _wholes(leaves, begun, self.routes[number])
+        """Whole weights of a block; once their buffers are gone its neighbour's begin to come."""
+        found = _wholes(leaves, self.begun.pop(number, None), self.routes[number])
         # a backward begins with the block that the forward ended with
         goes_back = self.latest in (number, number + 1)
         neighbour = number - 1 if goes_back else number + 1
@@ -238,7 +237,7 @@ def _fetched(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
 def _wholes_of(slot: Slot | None, leaves: Sequence[Any]) -> list[Tensor]:
     if slot is not None:
         return slot.ahead.wholes(slot.number, leaves)
-    return _wholes(leaves, _begun(leaves, WeightRoutes()), WeightRoutes())
+    return _wholes(leaves, None, WeightRoutes())
 
 
 def _begun(leaves: Sequence[Any], routes: WeightRoutes) -> Any:
@@ -257,7 +256,8 @@ def _begun(leaves: Sequence[Any], routes: WeightRoutes) -> Any:
 
 
 def _wholes(leaves: Sequence[Any], begun: Any, routes: WeightRoutes) -> list[Tensor]:
-    """Whole tensors of weights that have begun to come."""
+    """Whole tensors of weights, which have begun to come or begin now."""
+    begun = begun or _begun(leaves, routes)
     if is_offloaded(leaves[0]):
         return [*end_fetch(leaves, begun)]
     # views, because autograd writes to what comes out of its functions

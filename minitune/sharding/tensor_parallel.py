@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minitune import tree
 from minitune.sharding.parts import is_sharded, part_range
-from minitune.sharding.tokens import Sharers, exchanged, member_of
+from minitune.sharding.tokens import AxisMember, Sharers, exchanged, member_of
 from minitune.tree import Tree
 from minitune.types import Adapted, Dropout, Params
 
@@ -55,6 +55,16 @@ def in_parts(layer: Params, gathered: Params) -> Params:
     return {name: _in_parts(leaf, gathered[name]) for name, leaf in layer.items()}
 
 
+def of_rank(leaf: Tree, dim: int, size: int, member: AxisMember) -> Tree:
+    """ColumnParallel or RowParallel leaf of a weight of which a rank has its part along a dim that
+    has this size when it is whole.
+    """
+    start, length = part_range(size, member.size, member.place)
+    if dim == 0:
+        return ColumnParallel(_rows(leaf, start, length), start, length, member.sharers)
+    return RowParallel(_columns(leaf, start, length, size), member.sharers)
+
+
 def is_in_parts(leaf: Tree) -> bool:
     """True for a leaf at rest that is cut along tensor."""
     return _cut_dim(leaf) is not None
@@ -83,11 +93,7 @@ def _in_parts(leaf: Tree, gathered: Tree) -> Tree:
         return gathered
     member = member_of(_stored(leaf).device_mesh, AXIS)
     assert member is not None, "what is cut along an axis of one rank is no part"
-    size = leaf.shape[dim]
-    start, length = part_range(size, member.size, member.place)
-    if dim == 0:
-        return ColumnParallel(_rows(gathered, start, length), start, length, member.sharers)
-    return RowParallel(_columns(gathered, start, length, size), member.sharers)
+    return of_rank(gathered, dim, leaf.shape[dim], member)
 
 
 def _stored(leaf: Tree) -> Any:

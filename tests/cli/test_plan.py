@@ -321,6 +321,28 @@ def test_the_time_to_the_end_has_the_evaluations_in_it(tiny: Path, tmp_path: Pat
         assert re.search(r"7 steps and 4 evaluations of \S+ s take about 1 s, what comes before", capsys.readouterr().out)
 
 
+def test_what_is_read_before_the_first_step_are_the_files_of_its_models(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the time of the device's disk, where that is known; a model that is made at random is not read."""
+    assert start(tmp_path, tiny, LORA + TRAIN, verb=("check",)) == 0
+    n_bytes = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    h100 = (ROOT / "configs/devices/h100.toml").read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(f"disk_bytes_per_s = 2e3\n{h100}", encoding="utf-8")
+    in_time = rf"in {n_bytes / 2e3:.3g} s at the rate of the disk"
+    for device, how in (("h100", "in how long is not known: plan --measure finds out"), (tmp_path / "mine.toml", in_time)):
+        capsys.readouterr()
+        assert main(["plan", str(tmp_path / "p.toml"), "--device", str(device)]) == 0
+        said = capsys.readouterr().out
+        assert f"GiB of weights are read, {how}; tokenizing, quantizing and compiling are not counted" in said
+        assert main(["plan", str(tmp_path / "p.toml"), "--device", str(device), "--json"]) == 0
+        read = json.loads(capsys.readouterr().out)["result"]["before_first_step"]
+        assert read == {"weight_bytes": n_bytes, "s": None if device == "h100" else n_bytes / 2e3}
+    model = 'model={ config = "configs/models/llama-125m.toml", tokenizer = "demo" }'
+    assert main(["plan", str(tmp_path / "p.toml"), model, "--device", "h100"]) == 0
+    assert "before the first step" not in capsys.readouterr().out.replace("what comes before the first step left out", "")
+
+
 def test_weights_that_are_quantized_first_are_never_loaded_whole(tiny: Path, tmp_path: Path) -> None:
     loaded: list[Any] = []
     run_quantize = Quantize.run

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from minitune.models.weights import dims, shapes
 from minitune.optim.adamw import AdamW
 from minitune.planning.devices import open_device
 from minitune.planning.memory import peak_memory
-from minitune.planning.mesh import ALONE, Mesh, local_bytes, local_part, mesh_under
+from minitune.planning.mesh import ALONE, Mesh, mesh_under
+from minitune.planning.rank_leaves import local_bytes, local_part
 from minitune.planning.step_spec import StepSpec
 from minitune.planning.timing import timing
 from minitune.planning.traffic import RankGroup, traffic, transfers
@@ -55,7 +57,10 @@ def parts_and_copies(n: int, copies: int = 1) -> Mesh:
 
 
 def step_of(name: str, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> StepSpec:
-    model = shape(name)
+    return step_with(shape(name), mesh, remat=remat, lora=lora)
+
+
+def step_with(model: Model, mesh: Mesh, *, remat: bool, lora: Lora | None = None) -> StepSpec:
     params = meta(model)
     mesh = mesh.for_model(model.config)
     model = model._replace(n_remat=model.config.n_layers if remat else 0)
@@ -163,20 +168,47 @@ def test_ranks_that_share_tokens_have_a_part_of_the_activations_and_exchange_hea
 
 
 def test_ranks_of_the_axis_tensor_compute_with_their_part_of_a_block() -> None:
-    table, d, s, n = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor", "d_model": "data"}, 4, 2, 8
-    step = step_of("llama-3-8b", mesh_under({"data": d, "tensor": s}, table), remat=True)
+    """A 70B on 64 ranks, whose nodes share rows of 8 times as many tokens."""
+    d, s, n = 8, 8, 64
+    step = step_of("llama-3-70b", mesh_under({"data": d, "tensor": s}, "tp_fsdp"), remat=True)._replace(n_tokens=s * N_TOKENS)
     parts, sent = peak_memory(step), traffic(step)
-    n_vectors, outside = 65 * 4096, 2 * 128256 * 4096
-    block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336
-    matrices = 32 * block + outside
+    n_vectors, outside = 161 * 8192, 2 * 128256 * 8192
+    block = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672
+    matrices = 80 * block + outside
     assert parts["trained"] == 4 * (matrices // n + n_vectors)
     # of a block a rank gathers its part along data, and of the head all
     assert parts["gathered"] in (2 * 2 * block // s, 2 * 2 * block // s + outside)
-    assert sent.gathered == pytest.approx(2 * 2 * 32 * block / n * (d - 1) + 2 * outside * (n - 1) / n)
-    assert sent.scattered == pytest.approx(4 * 32 * block / n * (d - 1) + 4 * outside * (n - 1) / n)
+    assert sent.gathered == pytest.approx(2 * 2 * 80 * block / n * (d - 1) + 2 * outside * (n - 1) / n)
+    assert sent.scattered == pytest.approx(4 * 80 * block / n * (d - 1) + 4 * outside * (n - 1) / n)
     assert sent.summed == pytest.approx(2 * 4 * n_vectors * (n - 1) / n)
-    # two gathers and two scatters of all tokens in a block, in three passes
-    assert sent.exchanged == pytest.approx(3 * 32 * 4 * N_TOKENS * 4096 * 2 * (s - 1) / s)
-    assert parts["activations"] == (32 + 1) * N_TOKENS // s * 4096 * 2  # inputs of the blocks and of the last norm
+    # two gathers and two scatters of all tokens in a block, in three passes; losses of tokens and their gradients
+    assert sent.exchanged == pytest.approx(3 * 80 * 4 * N_TOKENS * 8192 * 2 * (s - 1) + 2 * 4 * N_TOKENS * (s - 1))
+    assert parts["activations"] == (80 + 1) * N_TOKENS * 8192 * 2  # inputs of the blocks and of the last norm
     h100, flops = open_device("h100"), 1e11
-    assert timing(step, flops, parts, h100).products_s == pytest.approx(flops * N_TOKENS / s / 989.4e12)
+    found = timing(step, flops, parts, h100)
+    assert found.products_s == pytest.approx(flops * N_TOKENS / 989.4e12)
+    assert found.exchanged_s == pytest.approx(sent.exchanged / 450e9)
+
+
+def test_ranks_of_the_axis_expert_compute_with_their_experts_alone() -> None:
+    """Four layers of a 235B on 64 ranks: of its experts each has an eighth in a block, and rows travel."""
+    n_layers, d, e, n, lora = 4, 8, 8, 64, Lora(16, 32.0, ("*.self_attn.*_proj.weight",))
+    large = shape("qwen3-235b-a22b")
+    model = large._replace(config=msgspec.structs.replace(large.config, n_layers=n_layers))
+    step = step_with(model, mesh_under({"data": d, "expert": e}, "ep"), remat=True, lora=lora)
+    parts, sent = peak_memory(step), traffic(step)
+    experts, attention = 128 * 3 * 4096 * 1536, 4096 * 128 * (2 * 64 + 2 * 4)
+    router, outside = 128 * 4096, 2 * 151936 * 4096
+    # the router is cut along experts alone
+    in_matrices = (n_layers * (experts + attention) + outside) // n + n_layers * router // e
+    in_vectors = n_layers * (2 * 4096 + 2 * 128) + 4096
+    assert parts["weights"] == 2 * (in_matrices + in_vectors)
+    of_block = 2 * (experts // e + attention + router)
+    assert parts["gathered"] in (2 * of_block, 2 * of_block + outside)
+    # to owners, 7/8 of a part of each expert; whole experts from the eight ranks along data; everything else from all
+    of_experts = 2 * experts / n * ((e - 1) / e + (d - 1))
+    of_others = 2 * (attention * (n - 1) / n + router * (e - 1) / e)
+    assert sent.gathered == pytest.approx(2 * n_layers * (of_experts + of_others) + 2 * outside * (n - 1) / n)
+    assert sent.scattered == 0
+    # 8 rows of a token there and back, in the forward, again, and in the backward
+    assert sent.exchanged == pytest.approx(3 * n_layers * 2 * N_TOKENS * 8 * 4096 * 2 * (e - 1) / e)

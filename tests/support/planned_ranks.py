@@ -23,7 +23,7 @@ from minitune.optim import adamw, transforms
 from minitune.optim.adamw import AdamW
 from minitune.planning.mesh import ALONE, Mesh, mesh_under
 from minitune.planning.step_spec import StepSpec
-from minitune.sharding import collectives
+from minitune.sharding import collectives, routes
 from minitune.sharding.mesh import device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
 from minitune.sharding.placements import shard
@@ -119,6 +119,7 @@ def measured(case: Planned) -> Measured:
 def counted_traffic() -> Iterator[dict[str, float]]:
     """Bytes that this rank sends meanwhile by collective, were each a ring."""
     sent = {"gather": 0.0, "scatter": 0.0, "sum": 0.0, "exchange": 0.0}
+    purposes = ["exchange"]  # of an all-to-all: the last one holds
 
     def counting(name: str, collective: Any, place: int, times: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -128,10 +129,28 @@ def counted_traffic() -> Iterator[dict[str, float]]:
 
         return run
 
+    def all_to_all(got: Tensor, x: Tensor, received: Any = None, lengths: Any = None, group: Any = None, **how: Any) -> Any:
+        n, rank = dist.get_world_size(group), dist.get_rank(group)
+        kept = len(x) // n if lengths is None else lengths[rank]
+        sent[purposes[-1]] += (len(x) - kept) * x[:1].numel() * x.element_size()
+        return whole(got, x, received, lengths, group, **how)
+
+    def for_purpose(name: str, function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            purposes.append(name)
+            found = function(*args, **kwargs)
+            purposes.pop()
+            return found
+
+        return run
+
+    whole = dist.all_to_all_single
     with (
         patch.object(collectives, "_all_gather", counting("gather", collectives._all_gather, 1, lambda n: n - 1)),
         patch.object(collectives, "_reduce_scatter", counting("scatter", collectives._reduce_scatter, 0, lambda n: n - 1)),
         patch.object(dist, "all_reduce", counting("sum", dist.all_reduce, 0, lambda n: 2 * (n - 1) / n)),
-        patch.object(dist, "all_to_all_single", counting("exchange", dist.all_to_all_single, 1, lambda n: (n - 1) / n)),
+        patch.object(dist, "all_to_all_single", all_to_all),
+        patch.object(routes, "begin_sending", for_purpose("gather", routes.begin_sending)),
+        patch.object(routes, "parts_from_owners", for_purpose("scatter", routes.parts_from_owners)),
     ):
         yield sent
