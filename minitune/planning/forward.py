@@ -2,7 +2,7 @@
 all through the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from minitune.planning.activations import BlockMemory, measure, measure_blocks
 from minitune.planning.alike import representatives
 from minitune.planning.mesh import Mesh
 from minitune.planning.offloading import resident
-from minitune.planning.rank_leaves import gathered_bytes, local_bytes, used_leaf
+from minitune.planning.rank_leaves import gathered_bytes, late_bytes, local_bytes, used_leaf
 from minitune.planning.shared_blocks import token_shares, with_shared_blocks
 from minitune.planning.step_spec import BATCH_BYTES_PER_TOKEN, Parts, StepSpec
 from minitune.tree import Tree
@@ -67,11 +67,20 @@ class StepForward(NamedTuple):
     def gathered_by_block(self) -> list[int]:
         """Bytes of the weights of each block, and of the last norm, on a rank that computes with
         them; 0 where they lie there whole."""
+        return self._by_block(self.params, gathered_bytes)
 
+    def late_by_block(self) -> list[int]:
+        """Bytes of the gradients of each block, and of the last norm, that are summed while the
+        backward goes on."""
+        return self._by_block(self.whole, late_bytes)
+
+    def _by_block(
+        self, leaves: Mapping[str, Any], n_bytes: Callable[[Mapping[str, Any], Mesh], int]
+    ) -> list[int]:
         def of_layer(i: int) -> int:
             prefix = f"model.layers.{i}."
-            layer = {name: w for name, w in self.params.items() if name.startswith(prefix)}
-            return gathered_bytes(layer, self.step.mesh)
+            layer = {name: w for name, w in leaves.items() if name.startswith(prefix)}
+            return n_bytes(layer, self.step.mesh)
 
         by_layer = {i: of_layer(i) for i in set(self.alike)}
         return [*(by_layer[i] for i in self.alike), 0]

@@ -130,12 +130,13 @@ def _moments(
     mesh = step.mesh
     yield _at_head(forward, backward, copies, rounded)
 
-    # back through the blocks
+    # back through the blocks, while the gradients of the block after each are summed
+    late = [*forward.late_by_block(), 0]
     head = head_name(step.model.config)
     trained_head = {head: step.trainable[head]} if head in step.trainable else {}
     done = local_bytes(trained_head, mesh)
     for i in reversed(range(len(blocks))):
-        yield backward.parts(i + 1, done, blocks[i].transient)
+        yield backward.parts(i + 1, done, blocks[i].transient + late[i + 1])
         done = done + gradients[i]
 
     # at the embedding, where a tied head has two gradients until they are added

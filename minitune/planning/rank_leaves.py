@@ -46,6 +46,19 @@ def gathered_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
     )
 
 
+def late_bytes(block: Mapping[str, Tree], mesh: Mesh) -> int:
+    """Bytes, in float32 or wider, of the gradients of a block that are summed while the backward
+    goes on: none where the weights of experts go to their owners (sharding/later.py)."""
+    routed = [*_routed(block, mesh)]
+    if any(route.owner is not None for _, _, route in routed):
+        return 0
+    return sum(
+        math.prod(used_shape(x, axes, route, mesh)) * _element_bytes(x, wide=True)
+        for x, axes, route in routed
+        if route.along
+    )
+
+
 def used_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
     """Bytes of the leaves that a rank computes with, as it does so."""
     return sum(

@@ -213,11 +213,11 @@ def load(
     absent = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in model.shapes().items()}
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
-    cut = None if sharding is None else sharding.cut(model.config)
+    cut = (lambda name, w: w) if sharding is None else sharding.cut(model.config)
     if path is not None:
         stored = load_base(path, model.shapes(), kept)
     else:  # whole, they would be memory that every rank keeps
-        stored = {n: w if cut is None else cut(n, w) for n, w in model.init_each(seed)}
+        stored = {name: cut(name, w) for name, w in model.init_each(seed)}
     shown = nullcontext(lambda: None) if log is None else log.counter("loading", len(stored))
     dense = absent.keys() - waiting.keys()
     away = offloading.offloaded(off, stored, dense, path, dtype)
