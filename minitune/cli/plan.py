@@ -115,7 +115,7 @@ def _parser() -> OptionParser:
     parser.add_argument("--device", metavar="NAME", help=f"plan for one of {known}, or a TOML file")
     parser.add_argument("--n", type=int, metavar="N", help="so many devices: --mesh data=N")
     parser.add_argument("--mesh", metavar="AXES", help="replica=16,data=8: 16 copies of 8 parts")
-    parser.add_argument("--plan", metavar="PLAN", help="dp: all on every rank; fsdp, hsdp, cp")
+    parser.add_argument("--plan", metavar="PLAN", help="dp, fsdp, hsdp, cp, tp_fsdp, ep")
     parser.add_argument("--measure", action="store_true", help="time a few layers on this machine")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
     return parser
