@@ -86,18 +86,20 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     if options.measure:
         keep_freed()  # as a run does
         bound_kernel_cache()
-        files = model_files([source.model])
-        biggest = max(files, key=lambda file: file.stat().st_size, default=None)
-        devices = _measured(stages, tables, biggest)
+        devices = _measured(stages, tables, source)
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
     plans = [_stage_plan(one, target, devices, tables, first, source.seed) for one in stages]
+    return _shown(plans, _reading(source, plans), screen)
+
+
+def _shown(plans: Sequence[StagePlan], reading: Reading | None, screen: Console) -> CommandResult:
+    """Figures of the plans of stages, printed."""
     screen.print(_table(plans))
     for one in plans:
         for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
             screen.print(Text(line), soft_wrap=True)
     found = {"stages": {one.planned.stage.label: _figures(one) for one in plans}}
-    reading = _reading(source, plans)
     if reading is None:
         return CommandResult(found)
     screen.print(Text(reading.line), soft_wrap=True)
@@ -115,7 +117,7 @@ def _parser() -> OptionParser:
     parser.add_argument("--device", metavar="NAME", help=f"plan for one of {known}, or a TOML file")
     parser.add_argument("--n", type=int, metavar="N", help="so many devices: --mesh data=N")
     parser.add_argument("--mesh", metavar="AXES", help="replica=16,data=8: 16 copies of 8 parts")
-    parser.add_argument("--plan", metavar="PLAN", help="dp: all on every rank; fsdp, hsdp, cp")
+    parser.add_argument("--plan", metavar="PLAN", help="dp, fsdp, hsdp, cp, tp_fsdp, ep")
     parser.add_argument("--measure", action="store_true", help="time a few layers on this machine")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the program")
     return parser
@@ -155,12 +157,14 @@ def _reading(source: program.Program, plans: Sequence[StagePlan]) -> Reading | N
 
 
 def _measured(
-    stages: Sequence[Planned], tables: Mapping[str, TableFacts], file: Path | None
+    stages: Sequence[Planned], tables: Mapping[str, TableFacts], source: program.Program
 ) -> dict[str, Device]:
     """This machine by training stage, with what that attains on it."""
     step = stages[0].step
     dtype = step.params["model.embed_tokens.weight"].dtype
-    here = measured_machine(step.device, dtype, file=file)
+    files = model_files([source.model])
+    biggest = max(files, key=lambda file: file.stat().st_size, default=None)
+    here = measured_machine(step.device, dtype, file=biggest)
     return {
         one.stage.label: measured(
             as_taken(one, tables[one.stage.data]), tables[one.stage.data], here

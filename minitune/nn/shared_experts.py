@@ -42,10 +42,7 @@ def mixture_of_ranks(
     weights = routes.weights.flatten().index_select(0, order)[:, None]
     rows = rows * weights.to(rows.dtype) if scale_input else rows
     rows = exchanged_rows(rows, sent, received, ranks)
-    # they come by the rank that sent them, and in the order of their experts from each
-    expert = torch.arange(n_own, device=flat.device).repeat(ranks.size)
-    each = expert.repeat_interleave(coming.flatten(), output_size=sum(received))
-    by_expert = each.argsort(stable=True)
+    by_expert = _by_expert(coming, len(rows))
     y = _own_experts(rows.index_select(0, by_expert), coming.sum(0), up, activation, down)
     y = tied(y.index_select(0, by_expert.argsort()), leaves)
 
@@ -63,6 +60,15 @@ def _lengths(going: Tensor, coming: Tensor, n_rows: int) -> tuple[list[int], lis
         return even, even
     sent, received = torch.stack([going.sum(1), coming.sum(1)]).tolist()
     return sent, received
+
+
+def _by_expert(coming: Tensor, n_rows: int) -> Tensor:
+    """Places of rows in the order of their experts; they have come by the rank that sent them, and
+    in the order of their experts from each.
+    """
+    n_ranks, n_own = coming.shape
+    expert = torch.arange(n_own, device=coming.device).repeat(n_ranks)
+    return expert.repeat_interleave(coming.flatten(), output_size=n_rows).argsort(stable=True)
 
 
 def _own_experts(

@@ -40,6 +40,9 @@ class Route(NamedTuple):
         return self.owner not in (None, 0)
 
 
+WHOLE = Route()  # of what every rank has
+
+
 def needed_everywhere(name: str) -> None:
     """No owner: every rank computes with the weight of this name."""
 
@@ -111,8 +114,10 @@ class Mesh(NamedTuple):
 
     def route(self, name: str, axes: Collection[str]) -> Route:
         """Route of a weight that these axes cut."""
+        if not axes:
+            return WHOLE
         along = [axis for axis in self.axes if axis in axes]
-        if layer_number(name) is None or not axes:
+        if layer_number(name) is None:
             return Route(tuple(along))
         owner = self.owner_of(name.split(".", 3)[3])
         in_part = {TENSOR} if self.shares_rows else set[str]()

@@ -41,6 +41,7 @@ class Transfer(NamedTuple):
     purpose: Purpose
     group: RankGroup
     n_bytes: float
+    to_each: bool = False  # other bytes to each rank, and not one after the other around a ring
 
 
 def traffic(step: StepSpec) -> Traffic:
@@ -96,10 +97,21 @@ def link(group: RankGroup, device: Device) -> float:
     return min(device.link_bytes_per_s, device.node_bytes_per_s * n_in_node)
 
 
+def sending_rate(one: Transfer, device: Device) -> float:
+    """Bytes a second at which a rank makes a transfer: what it sends to each rank of another node
+    passes through its own network card."""
+    group = one.group
+    n_in_node = max(1, device.n_per_node // group.stride)
+    if not one.to_each or group.n_ranks <= n_in_node:
+        return link(group, device)
+    to_other_nodes = (group.n_ranks - n_in_node) / (group.n_ranks - 1)
+    return min(device.link_bytes_per_s, device.node_bytes_per_s / to_other_nodes)
+
+
 def sending_s(found: Iterable[Transfer], purposes: Collection[Purpose], device: Device) -> float:
     """Seconds of these transfers, one after the other, as far as they have one of the purposes."""
     chosen = [one for one in found if one.purpose in purposes]
-    return sum((one.n_bytes / link(one.group, device) for one in chosen), 0.0)
+    return sum((one.n_bytes / sending_rate(one, device) for one in chosen), 0.0)
 
 
 def _along_route(
@@ -117,7 +129,7 @@ def _along_route(
         if axis != EXPERT or route.owner is None:
             yield Transfer(purpose, group, (group.n_ranks - 1) * part)
         elif route.is_elsewhere:
-            yield Transfer(purpose, group, part)
+            yield Transfer(purpose, group, part, to_each=True)
         part = group.n_ranks * part
 
 
@@ -149,7 +161,7 @@ def _exchanges(step: StepSpec) -> Iterator[Transfer]:
         n_losses = n_losses * n
     for axis, of_axis in n_bytes.items():
         if mesh.n_sharing(axis) > 1:
-            yield Transfer("exchanged", axis_group(mesh, axis), of_axis)
+            yield Transfer("exchanged", axis_group(mesh, axis), of_axis, to_each=True)
 
 
 def _of_context(step: StepSpec) -> float:

@@ -326,7 +326,7 @@ def test_what_is_read_before_the_first_step_are_the_files_of_its_models(
 ) -> None:
     """In the time of the device's disk, where that is known; a model that is made at random is not read."""
     assert start(tmp_path, tiny, LORA + TRAIN, verb=("check",)) == 0
-    n_bytes = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    n_bytes = sum(file.stat().st_size for file in (tiny / "model").glob("*.safetensors"))
     h100 = (ROOT / "configs/devices/h100.toml").read_text(encoding="utf-8")
     (tmp_path / "mine.toml").write_text(f"disk_bytes_per_s = 2e3\n{h100}", encoding="utf-8")
     in_time = rf"in {n_bytes / 2e3:.3g} s at the rate of the disk"

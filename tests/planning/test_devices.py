@@ -9,7 +9,7 @@ from minitune import models
 from minitune.errors import InputError
 from minitune.planning.devices import Device, names, open_device
 from minitune.planning.mesh import Mesh, axes_of, mesh_under
-from minitune.planning.traffic import RankGroup, axis_group, link
+from minitune.planning.traffic import RankGroup, Transfer, axis_group, link, sending_rate
 from minitune.sharding.plans import named_plan
 from support.paths import ROOT
 
@@ -93,3 +93,7 @@ def test_ranks_in_one_node_send_over_its_links_and_others_over_as_many_network_c
     assert rates(replica=8, data=4) == [100e9, 450e9]
     assert rates(replica=2, data=2, context=4) == [50e9, 450e9, 450e9]
     assert link(RankGroup(64), device) == 400e9
+    # what each gets is its own: of 15 others 8 stand in another node, behind one card
+    of_ring, to_each = (Transfer("exchanged", RankGroup(16), 1.0, one) for one in (False, True))
+    assert (sending_rate(of_ring, device), sending_rate(to_each, device)) == (400e9, 50e9 * 15 / 8)
+    assert sending_rate(to_each._replace(group=RankGroup(8)), device) == 450e9
