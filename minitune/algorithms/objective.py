@@ -184,7 +184,7 @@ def split_trainable(
     freed.
 
     stored: the same weights before they were cast to the dtype of compute, which is what the copies
-    are then made of. InputError for weights that are codes, or adapted.
+    are then made of. InputError for weights that are codes.
 
     A trained weight stays in params as dtype and shape alone (on the meta device): it says what to
     cast to and holds no memory.
@@ -199,7 +199,7 @@ def split_trainable(
 
 
 def _require_dense(params: Params, names: Iterable[str]) -> None:
-    """InputError for a leaf that is no tensor, and can't train whole."""
+    """InputError for a weight that is codes, which can't train."""
     for name in names:
         leaf = params[name]
         if not isinstance(leaf, Tensor):

@@ -44,7 +44,9 @@ def test_what_may_not_be_mixed_is_refused_with_the_reason(ranks: Ranks, plan: st
     refused = [one for one in combinations.every() if one.plan == plan and one.refused()]
     # a loss, rows and what is recomputed have no part in it
     kinds = [*{(one.trains, one.base): one for one in refused}.values()]
-    for said in ranks.run(math.prod(MESHES[plan].values()), said_to, [one.case() for one in kinds], named_plan(plan), MESHES[plan]):
+    for said in ranks.run(
+        math.prod(MESHES[plan].values()), said_to, [one.case() for one in kinds], named_plan(plan), MESHES[plan]
+    ):
         for one, words in zip(kinds, said, strict=True):
             refusal = one.refused()
             assert refusal is not None

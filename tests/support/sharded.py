@@ -358,18 +358,19 @@ def refusal(plan: Plan, optimizer: Any) -> str:
     return ""
 
 
-def balanced_gradients(config: DecoderConfig, batch: Batch, mesh: Mesh) -> dict[str, Tensor]:
+def balanced_gradients(config: DecoderConfig, batch: Batch, mesh: Mesh, plan: Plan | None = None) -> dict[str, Tensor]:
     """Routers of a mixture and metrics after a step with the term that keeps routers even, in micro-batches of one row."""
     params, shares, ranks = random_params(config), None, ALONE
     if mesh:
-        shares = shares_of(device_mesh(mesh, "cpu"))
+        devices = device_mesh(mesh, "cpu")
+        params, shares = shard(params, dims(config), plan or {}, devices), shares_of(devices)
         ranks = ProcessRanks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(mesh))
     model = model_of(config)._replace(shares=shares)
     frozen, trainable = split_trainable(params, ("*.mlp.gate.weight",))
     objective = balanced(lambda probed: sft(probed, None), model, 0.5)
     step = train_step(objective, SGD(lr=0.5), micro_batch=1, ranks=ranks)
     state, metrics = step.update(frozen, step.init(trainable), batch)
-    return dict(tree.items({"trainable": state.trainable, "metrics": metrics}))
+    return dict(tree.items({"trainable": gather(state.trainable), "metrics": metrics}))
 
 
 def dtypes_of_step(case: Case, plan: Plan) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
