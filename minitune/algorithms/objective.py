@@ -2,6 +2,7 @@
 share.
 """
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -183,17 +184,29 @@ def split_trainable(
     freed.
 
     stored: the same weights before they were cast to the dtype of compute, which is what the copies
-    are then made of.
+    are then made of. InputError for weights that are codes.
 
     A trained weight stays in params as dtype and shape alone (on the meta device): it says what to
     cast to and holds no memory.
     """
     names = tree.select(params, globs, "full: weights")
+    _require_dense(params, names)
     trainable = {
         name: (stored or {}).get(name, params[name]).to(params[name].device, dtype, copy=True)
         for name in names
     }
     return {**params, **{name: params[name].to("meta") for name in names}}, trainable
+
+
+def _require_dense(params: Params, names: Iterable[str]) -> None:
+    """InputError for a weight that is codes, which can't train."""
+    for name in names:
+        leaf = params[name]
+        if not isinstance(leaf, Tensor):
+            raise InputError(
+                f"full: {name} {list(leaf.shape)} is a {type(leaf).__name__}, expected a dense "
+                "weight, because codes don't train; train deltas beside them, or a dense base"
+            )
 
 
 def _multiplied_dtype(leaf: Tensor, computed: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from minitune.programs import offloading
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
-from minitune.programs.sharding import Sharding, placed
+from minitune.programs.sharding import CutWeight, Sharding, cutting, placed
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.programs.state_deltas import deltas_on, open_deltas
@@ -33,7 +33,7 @@ from minitune.quant.schemes import NF4
 from minitune.text.chat import open_text
 from minitune.text.template import with_options
 from minitune.tree import Tree
-from minitune.types import Delta
+from minitune.types import Delta, Params
 
 NO_RULES: Mapping[str, Quantization] = MappingProxyType({})
 NONE_ENDED: Mapping[str, Ended] = MappingProxyType({})
@@ -213,11 +213,8 @@ def load(
     absent = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in model.shapes().items()}
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
-    cut = (lambda name, w: w) if sharding is None else sharding.cut(model.config)
-    if path is not None:
-        stored = load_base(path, model.shapes(), kept)
-    else:  # whole, they would be memory that every rank keeps
-        stored = {name: cut(name, w) for name, w in model.init_each(seed)}
+    cut = cutting(sharding, model.config)
+    stored = _stored(path, model, kept, seed, cut)
     shown = nullcontext(lambda: None) if log is None else log.counter("loading", len(stored))
     dense = absent.keys() - waiting.keys()
     away = offloading.offloaded(off, stored, dense, path, dtype)
@@ -230,6 +227,17 @@ def load(
     texts = folder, text, with_options(template, source.chat_template_kwargs, "[model]")
     ends = () if path is None else end_ids(path)
     return LoadedModel(model, params, stored, path, *texts, rule, trainable, ends, off)
+
+
+def _stored(
+    path: Path | None, model: Model, kept: Collection[str], seed: int, cut: CutWeight
+) -> Params:
+    """Weights of a folder, mapped from its files, those of `kept` as codes where it has them; or
+    random ones, which take memory: of them this rank keeps its part alone.
+    """
+    if path is not None:
+        return load_base(path, model.shapes(), kept)
+    return {name: cut(name, w) for name, w in model.init_each(seed)}
 
 
 def _unharmed(path: str | None, run: Path) -> Path | None:

@@ -53,6 +53,12 @@ class Sharding(NamedTuple):
         return model._replace(shares=shares_of(self.mesh))
 
 
+def cutting(sharding: Sharding | None, config: DecoderConfig) -> CutWeight:
+    """Function that gives what this rank holds of a weight on the host, by its name: all of it
+    without a sharding."""
+    return (lambda name, leaf: leaf) if sharding is None else sharding.cut(config)
+
+
 def sharding_of(
     plan: str | Mapping[str, str],
     mesh: Mapping[str, int],
@@ -88,19 +94,18 @@ def sharding_of(
 def placed(
     stored: Mapping[str, Any],
     names: Set[str],
-    cut: CutWeight | None,
+    cut: CutWeight,
     device: torch.device,
     dtype: torch.dtype,
     count: Callable[[], object],
 ) -> dict[str, Any]:
-    """Weights of these names on their device, in the dtype of compute; with `cut`, the part of this
-    rank of each. count: called for each stored weight.
+    """What this rank holds of the weights of these names, on its device and in the dtype of
+    compute. count: called for each stored weight.
     """
     params = {}
     for name, w in stored.items():
         if name in names:
-            own = w if cut is None else cut(name, w)
-            params[name] = own.to(device, dtype)
+            params[name] = cut(name, w).to(device, dtype)
         count()
     return params
 

@@ -22,7 +22,7 @@ from minitune.programs.ended import Ended
 from minitune.programs.log import Log
 from minitune.programs.offloading import NO_SLICES, Offloading
 from minitune.programs.profiling.profile import Profile
-from minitune.programs.sharding import CutWeight, Sharding, whole_on_host
+from minitune.programs.sharding import CutWeight, Sharding, cutting, whole_on_host
 from minitune.programs.signals import StopSignals
 from minitune.quant.rules import Quantization
 from minitune.quant.schemes import dequantize
@@ -129,9 +129,7 @@ class PipelineState(NamedTuple):
     @property
     def cut(self) -> CutWeight:
         """Function that gives what this rank holds of a weight on the host, by its name."""
-        if self.sharding is None:
-            return lambda name, leaf: leaf
-        return self.sharding.cut(self.loaded.model.config)
+        return cutting(self.sharding, self.loaded.model.config)
 
     def on_host(self) -> "PipelineState":
         """State whose stored and quantized weights are whole in the first rank's memory, for

@@ -25,6 +25,7 @@ from minitune.models.families import llama
 from minitune.nn import head
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
+from minitune.quant.schemes import NF4, Int8, quantize
 from minitune.steps import dpo_step, kd_step, sft_step, train_step
 from minitune.types import Batch, Pairs, TeacherBatch, TrainState, UnpairedBatch
 from support.independent import members
@@ -282,3 +283,13 @@ def test_heads_that_are_padded_differently_are_cut_to_the_smaller(rows: int) -> 
     torch.testing.assert_close(mean.total, plain(params))
     wanted = torch.func.grad(plain)(params)
     tree.map(lambda x, y: torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9), grads, wanted)
+
+
+@pytest.mark.parametrize("scheme", [Int8(), NF4()], ids=lambda scheme: type(scheme).__name__)
+def test_codes_that_are_to_train_whole_are_refused(scheme: Int8 | NF4) -> None:
+    params: dict = random_params(msgspec.structs.replace(SMALL, d_ff=32))
+    name = "model.layers.0.mlp.up_proj.weight"
+    params[name] = quantize(params[name], scheme)
+    kind = type(params[name]).__name__
+    with pytest.raises(InputError, match=rf"up_proj.weight \[32, 12\] is a {kind}, expected a dense weight.*; train deltas"):
+        split_trainable(params, ("*",))

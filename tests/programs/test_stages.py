@@ -56,6 +56,10 @@ REFUSED = {
     "quantize what trains": (LORA + NF4, "which trains or is quantized already, expected a plain weight; put a merge"),
     "quantize twice": (NF4 + NF4.replace("op", 'name = "again"\nop'), "is quantized already"),
     "train what is quantized": (NF4 + '[[stage]]\nop = "full"\n', "which is quantized, expected a plain weight"),
+    "train beside deltas what is quantized": (
+        NF4 + LORA.replace("*_proj", "*q_proj") + 'train = ["*up_proj.weight"]\n',
+        "which is quantized, expected a plain weight; narrow the globs of what trains whole",
+    ),
     "round what is frozen": (
         '[[stage]]\nop = "full"\nweights = ["*norm.weight"]\n[[stage]]\nop = "qat"\nscheme = { kind = "int8" }\n',
         "which does not train whole; put a full stage before it",

@@ -11,10 +11,21 @@ from minitune.models.weights import dims
 from minitune.sharding.experts import check_experts
 from minitune.sharding.placements import check_plan
 from minitune.sharding.plans import named_plan
+from support.closeness import distances
 from support.families import config_of
 from support.models import SMALL, random_params
 from support.ranks import Ranks
-from support.sharded import Case, dealt, on_ranks, read_whole, rows_of, saved_and_continued, shares_of_experts, trained
+from support.sharded import (
+    Case,
+    balanced_gradients,
+    dealt,
+    on_ranks,
+    read_whole,
+    rows_of,
+    saved_and_continued,
+    shares_of_experts,
+    trained,
+)
 
 LAYOUTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "llama4_text"]
 
@@ -65,6 +76,16 @@ def test_ranks_that_share_rows_and_experts_take_it(ranks: Ranks, name: str) -> N
     mask = torch.tensor([True, True, True, True, False])
     batches = [rows_of(case, 5, seed, mask) for seed in range(2)]
     check(ranks, case, {"data": 2, "expert": 2}, batches, [2, 1, 1, 1])
+
+
+def test_a_loss_of_the_router_is_that_of_one_process(ranks: Ranks) -> None:
+    """A step in micro-batches of one row, of which one rank has one more than the other; routers are cut along their experts."""
+    config = mixture("qwen3_moe")
+    batch = rows_of(Case(config), 3, 0)
+    wanted = balanced_gradients(config, batch, {})
+    for found in ranks.run(2, balanced_gradients, config, batch, {"data": 1, "expert": 2}, named_plan("ep")):
+        far = distances(found, wanted)
+        assert max(far.values()) < 1e-5, far
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -27,7 +27,7 @@ from minitune.models.probe import Probe
 from minitune.models.weights import dims
 from minitune.optim.adamw import AdamW
 from minitune.optim.sgd import SGD
-from minitune.quant.schemes import NF4, Int8, quantize
+from minitune.quant.schemes import NF4, Int8, dequantize, quantize
 from minitune.sharding import later
 from minitune.sharding.experts import OwnExperts
 from minitune.sharding.gather import Ahead, gather
@@ -39,8 +39,8 @@ from minitune.sharding.ranks import ALONE
 from minitune.sharding.ranks import Ranks as ProcessRanks
 from minitune.sharding.tokens import TokenShares, shares_of
 from minitune.steps import kd_step, preference_step, sft_step, train_step
-from minitune.types import Batch, Mean, Pairs, Step, Trainable
-from support.models import SMALL, model_of, random_batch, random_deltas, random_params
+from minitune.types import Batch, Delta, Mean, Pairs, Step, Trainable
+from support.models import SMALL, model_of, random_batch, random_deltas, random_params, widened
 
 RULE = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",))
 DORA = Lora(rank=2, alpha=4.0, targets=("*_proj.weight",), dora=True)
@@ -82,21 +82,51 @@ def trained(
 
     ranks: which deal out batches that all have; without them each has its own.
     """
-    params: Any = random_params(case.config, dtype=case.dtype)
-    if case.base != "dense":
-        scheme = {"int8": Int8(), "nf4": NF4()}[case.base]
-        params |= {name: quantize(w, scheme) for name, w in params.items() if _is_quantized(name)}
-    shares = None
-    teacher: Any = random_params(case.config, 7)
+    params, teacher, shares = weights_of(case), random_params(case.config, 7), None
     if plan is not None:
         devices = device_mesh(mesh or {}, "cpu")
         params, shares = shard(params, dims(case.config), plan, devices), shares_of(devices)
         teacher = shard(teacher, dims(case.config), plan, devices)
-    lora = RULES.get(case.trains)
+    return _after_steps(case, batches, params, _deltas_of(case), teacher, shares, ranks)
+
+
+def trained_in_float64(case: Case, batches: list[Any]) -> dict[str, Tensor]:
+    """`trained` of one process, with float64 in place of float32: on the same weights, of which codes stand for what they are
+    decoded to in float32.
+    """
+    params = {name: w if isinstance(w, Tensor) else dequantize(w, torch.float32) for name, w in weights_of(case).items()}
+    trees = tree.map(Tensor.double, (params, _deltas_of(case), random_params(case.config, 7)))
+    with widened():
+        return _after_steps(case, batches, *trees)
+
+
+def weights_of(case: Case) -> dict[str, Any]:
+    """Weights that a case begins with, of which the linear maps are codes if it says so."""
+    params: dict[str, Any] = random_params(case.config, dtype=case.dtype)
+    if case.base == "dense":
+        return params
+    scheme = {"int8": Int8(), "nf4": NF4()}[case.base]
+    return params | {name: quantize(w, scheme) for name, w in params.items() if _is_quantized(name)}
+
+
+def _deltas_of(case: Case) -> dict[str, Delta]:
+    """Deltas that a case begins with; none where weights train."""
+    rule = RULES.get(case.trains)
+    return {} if rule is None else random_deltas(random_params(case.config, dtype=case.dtype), rule)
+
+
+def _after_steps(
+    case: Case,
+    batches: list[Any],
+    params: Any,
+    deltas: dict[str, Delta],
+    teacher: Any,
+    shares: TokenShares | None = None,
+    ranks: ProcessRanks = ALONE,
+) -> dict[str, Tensor]:
+    lora, trainable = RULES.get(case.trains), deltas
     if lora is None:
         params, trainable = split_trainable(params, ("*",))
-    else:
-        trainable = random_deltas(random_params(case.config, dtype=case.dtype), lora)
     step = step_of(case, lora, params, trainable, shares, ranks, teacher)
     state = step.init(trainable)
     metrics: Any = {}
@@ -142,6 +172,19 @@ def on_shared_rows(case: Case, batches: list[Any], plan: Plan, mesh: Mesh) -> di
     """`trained` of batches that all ranks have, and deal out among those of the mesh that have rows of their own."""
     ranks = ProcessRanks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(mesh))
     return trained(case, batches, plan, mesh, ranks)
+
+
+def said_to(cases: list[Case], plan: Plan, mesh: Mesh) -> list[str]:
+    """What is said to each of these cases before its first step; empty where nothing is."""
+
+    def words(case: Case) -> str:
+        try:
+            trained(case, [], plan, mesh)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    return [words(case) for case in cases]
 
 
 def lengths_that_are_seen(n_tokens: int) -> dict[str, Any]:
@@ -344,18 +387,19 @@ def refusal(plan: Plan, optimizer: Any) -> str:
     return ""
 
 
-def balanced_gradients(config: DecoderConfig, batch: Batch, mesh: Mesh) -> dict[str, Tensor]:
+def balanced_gradients(config: DecoderConfig, batch: Batch, mesh: Mesh, plan: Plan | None = None) -> dict[str, Tensor]:
     """Routers of a mixture and metrics after a step with the term that keeps routers even, in micro-batches of one row."""
     params, shares, ranks = random_params(config), None, ALONE
     if mesh:
-        shares = shares_of(device_mesh(mesh, "cpu"))
+        devices = device_mesh(mesh, "cpu")
+        params, shares = shard(params, dims(config), plan or {}, devices), shares_of(devices)
         ranks = ProcessRanks(dist.get_rank(), dist.get_world_size(), sharers=n_sharers(mesh))
     model = model_of(config)._replace(shares=shares)
     frozen, trainable = split_trainable(params, ("*.mlp.gate.weight",))
     objective = balanced(lambda probed: sft(probed, None), model, 0.5)
     step = train_step(objective, SGD(lr=0.5), micro_batch=1, ranks=ranks)
     state, metrics = step.update(frozen, step.init(trainable), batch)
-    return dict(tree.items({"trainable": state.trainable, "metrics": metrics}))
+    return dict(tree.items({"trainable": gather(state.trainable), "metrics": metrics}))
 
 
 def dtypes_of_step(case: Case, plan: Plan) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:

@@ -23,6 +23,20 @@ def _stored(state: PipelineState, globs: tuple[str, ...]) -> Params:
     return {name: cut(name, stored[name]) for name in names}
 
 
+def _require_plain(whole: frozenset[str], abstract: AbstractState, who: str) -> None:
+    """InputError for weights that are to train whole and are quantized, adapted or off the device.
+    who: what trains them.
+    """
+    odd = sorted(whole & (abstract.quantized | abstract.adapted))
+    if odd:
+        kind = "quantized" if odd[0] in abstract.quantized else "adapted by a delta"
+        raise InputError(
+            f"stages: {who} is to train {odd[0]}, which is {kind}, expected a plain weight; narrow "
+            "the globs of what trains whole, or adapt it by the targets of a lora stage"
+        )
+    require_frozen(whole, abstract.offloaded, who)
+
+
 class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
     """Put fresh low-rank deltas on the weights that the targets match; what trains afterwards is
     the deltas.
@@ -59,7 +73,7 @@ class LoraStage(BaseStage, frozen=True, kw_only=True, tag="lora"):
             if self.train
             else frozenset()
         )
-        require_frozen(whole, abstract.offloaded, self.label)
+        _require_plain(whole, abstract, self.label)
         self._refuse_wide(abstract, adapted)
         if abstract.adapted:
             raise InputError(
@@ -115,14 +129,7 @@ class Full(BaseStage, frozen=True, kw_only=True, tag="full"):
     def check(self, abstract: AbstractState) -> AbstractState:
         """InputError unless the globs match dense weights."""
         names = frozenset(tree.select(abstract.params, self.weights, "full: weights"))
-        odd = sorted(names & (abstract.quantized | abstract.adapted))
-        if odd:
-            kind = "quantized" if odd[0] in abstract.quantized else "adapted by a delta"
-            raise InputError(
-                f"stages: {self.label} is to train {odd[0]}, which is {kind}, expected a plain "
-                "weight"
-            )
-        require_frozen(names, abstract.offloaded, self.label)
+        _require_plain(names, abstract, self.label)
         return abstract._replace(whole=abstract.whole | names)
 
     def run(self, state: PipelineState) -> PipelineState:
