@@ -1,6 +1,7 @@
-"""Operators of our own, which torch.compile calls as they are."""
+"""Operators of our own, which torch.compile calls as they are, and functions outside of graphs."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Never
 
 import torch
@@ -30,3 +31,18 @@ def operator(
         return getattr(getattr(torch.ops, namespace), short).default
 
     return register
+
+
+def outside_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Function whose path depends on the values of its tensors, such as how many
+    rows go to each rank: torch.compile makes graphs before and after it, and none of it.
+    """
+
+    @wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # within, because it imports torch's compiler, which a step may do without
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(f)(*args, **kwargs)
+        return f(*args, **kwargs)
+
+    return run

@@ -7,10 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from minitune.autodiff.operator import outside_graphs
 from minitune.nn.moe import ExpertLinear, Routes, grouped, in_one_kernel, rows_of_each
 from minitune.sharding.experts import ExpertRanks, exchanged_rows, tied
 
 
+@outside_graphs
 def mixture_of_ranks(
     x: Float[Tensor, "n D"],
     routes: Routes,
@@ -26,7 +28,7 @@ def mixture_of_ranks(
     has of all: each row goes to the rank of its expert, and comes back.
 
     leaves: tensors of the experts of all ranks. All ranks call it together, those without a row as
-    well; their hosts wait for the numbers of rows.
+    well; their hosts wait for the numbers of rows, and torch.compile leaves it out of its graphs.
     """
     n_own = len(down.weights)
     flat = routes.experts.flatten()

@@ -7,8 +7,8 @@ from minitune.planning.step_spec import Parts
 from minitune.programs.allocator import KERNELS
 
 MIB = 2**20
-# Fitted to the LoRA rows of "Plans beside runs" in bench/RESULTS.md, under Linux: Python, torch, and
-# the libraries that a first step loads
+# Fitted to the LoRA rows of "Plans beside runs" in bench/RESULTS.md, under Linux: Python, torch,
+# and the libraries that a first step loads
 LIBRARY_BYTES = 200 * MIB
 FLOAT32_BYTES = 20 * MIB  # that products of float32 take beside their tensors
 BFLOAT16_BYTES = 66 * MIB  # that products of bfloat16 take, beside the kernels

@@ -11,7 +11,7 @@ from minitune.models.weights import dims
 from minitune.sharding.experts import check_experts
 from minitune.sharding.placements import check_plan
 from minitune.sharding.plans import named_plan
-from support.closeness import distances
+from support.closeness import assert_trees_close, distances
 from support.families import config_of
 from support.models import SMALL, random_params
 from support.ranks import Ranks
@@ -19,6 +19,7 @@ from support.sharded import (
     Case,
     balanced_gradients,
     dealt,
+    losses_by_compiled_blocks,
     on_ranks,
     read_whole,
     rows_of,
@@ -86,6 +87,15 @@ def test_a_loss_of_the_router_is_that_of_one_process(ranks: Ranks) -> None:
     for found in ranks.run(2, balanced_gradients, config, batch, {"data": 1, "expert": 2}, named_plan("ep")):
         far = distances(found, wanted)
         assert max(far.values()) < 1e-5, far
+
+
+@pytest.mark.soak
+def test_compiled_blocks_compute_as_others_do_and_few_graphs_are_made(ranks: Ranks) -> None:
+    """Experts are left out of the graphs, or each number of rows would have one of its own."""
+    for found, n_graphs in ranks.run(2, losses_by_compiled_blocks, mixture("mixtral"), (11, 13, 9, 12), {"data": 1, "expert": 2}):
+        for plain, compiled in found:
+            assert_trees_close(compiled, plain, 1e-5)
+        assert n_graphs[1:] == n_graphs[1:2] * 3
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

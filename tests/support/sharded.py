@@ -1,6 +1,7 @@
 """Training steps of small models on one process, and on ranks that share the model by a plan."""
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from minitune.errors import InputError
 from minitune.lora import Lora
 from minitune.losses.preference import Dpo
 from minitune.losses.token import cross_entropy
+from minitune.models import compile
 from minitune.models.block import block
 from minitune.models.config import DecoderConfig
 from minitune.models.mixers import grouped_query
@@ -218,6 +220,36 @@ def plain_and_compiled_losses() -> tuple[Tensor, Tensor]:
     model, params, rows = model_of(SMALL)._replace(shares=shares), random_params(SMALL), random_batch(SMALL, 2, 11)
     compiled = model._replace(block_transform=lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
     return model.token_losses(params, rows, cross_entropy), compiled.token_losses(params, rows, cross_entropy)
+
+
+def losses_by_compiled_blocks(config: DecoderConfig, lengths: Sequence[int], mesh: Mesh) -> tuple[list[Any], list[int]]:
+    """(losses and gradients of deltas, by blocks as they are and by compiled ones, of rows of each length; graphs until then)."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    n_graphs, seen, found = 0, [], []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        nonlocal n_graphs
+        n_graphs += 1
+        return aot_eager(graph, inputs)
+
+    params = shard(random_params(config), dims(config), named_plan("ep"), device_mesh(mesh, "cpu"))
+    deltas, plain = random_deltas(random_params(config), RULE), model_of(config)
+    with patch.object(compile, "_lowered", counted):
+        compiled = plain._replace(block_transform=compile.wrap(seen.append))
+
+        def loss(model: Any, rows: Batch) -> Any:
+            def total(deltas: Any) -> Mean:
+                nats = model.token_losses(RULE.apply(params, deltas), rows, cross_entropy)
+                return Mean(nats.sum(), torch.ones(()))
+
+            return value_and_grad(total)(deltas)
+
+        for length in lengths:
+            rows = random_batch(config, 2, length, seed=dist.get_rank())
+            found.append((loss(plain, rows), loss(compiled, rows)))
+            seen.append(n_graphs)
+    return found, seen
 
 
 def dealt(batch: Any, sizes: list[int]) -> list[Any]:
