@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minitune import tree
 from minitune.errors import InputError
 from minitune.nn.dropout import dropped
+from minitune.optim.sgd import SGD
 from minitune.sharding.context import check_heads
 from minitune.sharding.mesh import n_sharers
 from minitune.sharding.plans import named_plan
@@ -61,9 +62,13 @@ def test_ranks_that_share_the_weights_too_take_it(ranks: Ranks, name: str) -> No
 @settings(max_examples=6)
 @given(data=st.data(), n_tokens=st.integers(1, 9), n=st.sampled_from([2, 4]))
 def test_any_masks_and_any_lengths(ranks: Ranks, data: Any, n_tokens: int, n: int) -> None:
-    """Rows shorter than there are ranks, and targets that lie on one rank alone, among them."""
+    """Rows shorter than there are ranks, and targets that lie on one rank alone, among them.
+
+    By SGD: AdamW divides the rounding of a small gradient by that gradient.
+    """
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3 * n_tokens, max_size=3 * n_tokens), "targets"))
-    case = Case(SMALL, trains=data.draw(st.sampled_from(["full", "lora"]), "trains"), micro_batch=2)
+    trains = data.draw(st.sampled_from(["full", "lora"]), "trains")
+    case = Case(SMALL, trains=trains, micro_batch=2, optimizer=SGD(lr=0.3))
     rows = tree.map(lambda x: x[:, :n_tokens], rows_of(case, 3, 0))
     rows = rows._replace(loss_mask=rows.loss_mask & mask.view(3, n_tokens))
     check(ranks, case, "dp", {"context": n}, [rows])

@@ -81,10 +81,13 @@ def test_attention_of_a_mixture_is_shared_beside_its_experts(ranks: Ranks, name:
 @settings(max_examples=5)
 @given(data=st.data(), n_tokens=st.integers(1, 9))
 def test_any_masks_and_any_lengths(ranks: Ranks, data: Any, n_tokens: int) -> None:
-    """Rows shorter than there are ranks, and targets that lie on one rank alone, among them."""
+    """Rows shorter than there are ranks, and targets that lie on one rank alone, among them.
+
+    By SGD: AdamW divides the rounding of a small gradient by that gradient.
+    """
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3 * n_tokens, max_size=3 * n_tokens), "targets"))
-    how: Any = data.draw(st.sampled_from([FULL, {}]), "trains")
-    case = Case(SMALL, micro_batch=2, **how)
+    trains = data.draw(st.sampled_from(["full", "lora"]), "trains")
+    case = Case(SMALL, trains=trains, micro_batch=2, optimizer=SGD(lr=0.3))
     rows = tree.map(lambda x: x[:, :n_tokens], rows_of(case, 3, 0))
     rows = rows._replace(loss_mask=rows.loss_mask & mask.view(3, n_tokens))
     check(ranks, case, named_plan("tp_fsdp"), {"data": 1, "tensor": 2}, [rows])
