@@ -18,6 +18,8 @@ from minitune.types import Epsilon, Fraction, NonNegativeFloat
 
 BLOCK = 256  # moments that share one scale
 SMALLEST = 4096  # elements; smaller leaves keep their moments in float32
+# codes of zero: the place of zero among the values with a sign, and the first one without
+ZERO_CODES = {True: 127, False: 1}
 
 
 class Moment8(NamedTuple):
@@ -52,8 +54,9 @@ class AdamW8bit(
         """Zero moments: in 8 bits for leaves of SMALLEST elements and more."""
 
         def zeros(p: Tensor, signed: bool) -> Any:
-            x = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-            return quantize(x, signed) if p.numel() >= SMALLEST else x
+            if p.numel() >= SMALLEST:
+                return _quantized_zeros(p.numel(), signed, p.device)
+            return torch.zeros(p.shape, dtype=torch.float32, device=p.device)
 
         mu, nu = ([zeros(p, signed) for p in tree.leaves(params)] for signed in (True, False))
         return AdamState(zero_count(params), mu, nu)
@@ -114,6 +117,14 @@ def quantize(x: Float[Tensor, "*shape"], signed: bool) -> Moment8:
     unit = blocks / torch.where(absmax > 0, absmax, 1.0)
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2).clamp(min=0 if signed else 1)
     return Moment8(codes.to(torch.uint8), absmax)
+
+
+def _quantized_zeros(n: int, signed: bool, device: torch.device) -> Moment8:
+    """What `quantize` makes of n zeros, without the zeros."""
+    n_blocks = -(-n // BLOCK)
+    shape = n_blocks, BLOCK
+    codes = torch.full(shape, ZERO_CODES[signed], dtype=torch.uint8, device=device)
+    return Moment8(codes, torch.zeros(n_blocks, 1, device=device))
 
 
 def dequantize(q: Moment8, signed: bool, like: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

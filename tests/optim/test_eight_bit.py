@@ -72,3 +72,13 @@ def test_8_bit_moments_take_a_quarter_of_the_memory_and_small_leaves_stay_exact(
         kind(lr=1e-2).update(grads, kind(lr=1e-2).init(params), params)[0] for kind in (eight_bit.AdamW8bit, AdamW)
     )
     torch.testing.assert_close(updates["small"], wanted["small"], rtol=0, atol=0)
+
+
+def test_moments_begin_as_zeros_that_were_quantized() -> None:
+    for shape in ((4096,), (61, 97), (3, 5, 1031)):
+        x = torch.zeros(shape)
+        state = eight_bit.AdamW8bit(lr=0.1).init({"w": x})
+        for moments, signed in ((state.mu, True), (state.nu, False)):
+            for found, expected in zip(moments[0], eight_bit.quantize(x, signed), strict=True):
+                assert found.dtype == expected.dtype
+                assert found.equal(expected)
