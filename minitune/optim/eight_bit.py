@@ -120,7 +120,7 @@ def quantize(x: Float[Tensor, "*shape"], signed: bool) -> Moment8:
 
 
 def _quantized_zeros(n: int, signed: bool, device: torch.device) -> Moment8:
-    """What `quantize` makes of n zeros, without the zeros."""
+    """Result of `quantize` on n zeros, without the zeros."""
     n_blocks = -(-n // BLOCK)
     shape = n_blocks, BLOCK
     codes = torch.full(shape, ZERO_CODES[signed], dtype=torch.uint8, device=device)

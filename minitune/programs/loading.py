@@ -1,6 +1,6 @@
 """Loading of a program's model: its state without weights, then the weights."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,6 @@ import torch
 
 from minitune import hardware, tree
 from minitune.checkpoint.generation_config import end_ids
-from minitune.checkpoint.hf_weights import load_base
 from minitune.data.source import Source
 from minitune.errors import InputError, nearest
 from minitune.io.paths import locate
@@ -24,7 +23,7 @@ from minitune.programs import offloading
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
-from minitune.programs.sharding import CutWeight, Sharding, cutting, placed
+from minitune.programs.sharding import Sharding, cutting, placed, stored_weights
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.programs.state_deltas import deltas_on, open_deltas
@@ -33,7 +32,7 @@ from minitune.quant.schemes import NF4
 from minitune.text.chat import open_text
 from minitune.text.template import with_options
 from minitune.tree import Tree
-from minitune.types import Delta, Params
+from minitune.types import Delta
 
 NO_RULES: Mapping[str, Quantization] = MappingProxyType({})
 NONE_ENDED: Mapping[str, Ended] = MappingProxyType({})
@@ -214,7 +213,7 @@ def load(
     waiting = first_rule.plan(absent) if first_rule is not None else {}
     kept = [name for name, scheme in waiting.items() if isinstance(scheme, NF4)]
     cut = cutting(sharding, model.config)
-    stored = _stored(path, model, kept, seed, cut)
+    stored = stored_weights(path, model, kept, seed, cut)
     shown = nullcontext(lambda: None) if log is None else log.counter("loading", len(stored))
     dense = absent.keys() - waiting.keys()
     away = offloading.offloaded(off, stored, dense, path, dtype)
@@ -227,17 +226,6 @@ def load(
     texts = folder, text, with_options(template, source.chat_template_kwargs, "[model]")
     ends = () if path is None else end_ids(path)
     return LoadedModel(model, params, stored, path, *texts, rule, trainable, ends, off)
-
-
-def _stored(
-    path: Path | None, model: Model, kept: Collection[str], seed: int, cut: CutWeight
-) -> Params:
-    """Weights of a folder, mapped from its files, those of `kept` as codes where it has them; or
-    random ones, which take memory: of them this rank keeps its part alone.
-    """
-    if path is not None:
-        return load_base(path, model.shapes(), kept)
-    return {name: cut(name, w) for name, w in model.init_each(seed)}
 
 
 def _unharmed(path: str | None, run: Path) -> Path | None:

@@ -73,7 +73,7 @@ class Planned(NamedTuple):
     def process_bytes(self) -> int:
         """Bytes of the process beside its step; on an accelerator they are not in its memory."""
         embedding = self.step.params["model.embed_tokens.weight"]
-        return process_bytes(self.step.device, embedding.dtype)
+        return process_bytes(self.step.device, embedding.dtype, self.step.mesh)
 
     @property
     def peak_bytes(self) -> int:

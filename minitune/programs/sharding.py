@@ -5,12 +5,14 @@ Without a plan every rank holds the whole model. torch's DTensor takes half a se
 it is imported where weights are cut.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from minitune import tree
+from minitune.checkpoint.hf_weights import load_base
 from minitune.models.config import DecoderConfig
 from minitune.models.model import Model
 from minitune.models.weights import dims
@@ -18,6 +20,7 @@ from minitune.sharding.gather import gather
 from minitune.sharding.parts import is_sharded
 from minitune.sharding.ranks import Ranks
 from minitune.tree import Tree
+from minitune.types import Params
 
 CutWeight = Callable[
     [str, Tree], Tree
@@ -91,6 +94,17 @@ def sharding_of(
     return Sharding(named, device_mesh(sizes, device_type))
 
 
+def stored_weights(
+    path: Path | None, model: Model, kept: Collection[str], seed: int, cut: CutWeight
+) -> Params:
+    """Weights of a folder, mapped from its files, those of `kept` as codes where it has them; or
+    random ones, which take memory: of them this rank keeps its part alone.
+    """
+    if path is not None:
+        return load_base(path, model.shapes(), kept)
+    return {name: cut(name, w) for name, w in model.init_each(seed)}
+
+
 def placed(
     stored: Mapping[str, Any],
     names: Set[str],
@@ -99,8 +113,8 @@ def placed(
     dtype: torch.dtype,
     count: Callable[[], object],
 ) -> dict[str, Any]:
-    """What this rank holds of the weights of these names, on its device and in the dtype of
-    compute. count: called for each stored weight.
+    """Weights of these names as this rank holds them, on its device and in the dtype of compute.
+    count: called for each stored weight.
     """
     params = {}
     for name, w in stored.items():

@@ -34,7 +34,7 @@ class KeptWeights:
         return _Kept(number, x.dtype, x.size(), x.stride(), int(x.storage_offset()))
 
     def unpack(self, x: Any) -> Tensor:
-        """The tensor that was packed, from the weights of the backward."""
+        """Tensor that was packed, from the weights of the backward."""
         if not isinstance(x, _Kept):
             return x
         return self.wholes[x.number].view(x.dtype).as_strided(x.size, x.stride, x.offset)

@@ -103,7 +103,7 @@ def test_a_run_says_its_memory_its_time_and_what_follows(
 
 def test_memory_is_planned_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = Eval(data="heldout", batch_size=2)
-    step = SimpleNamespace(device=torch.device("cpu"), params={"model.embed_tokens.weight": torch.ones(1)})
+    step = SimpleNamespace(device=torch.device("cpu"), params={"model.embed_tokens.weight": torch.ones(1)}, mesh=Mesh())
     one, other = (Planned(stage, step, {"weights": 5}, 0.0) for stage in (STAGE, evaluated))
     monkeypatch.setattr(plan_fit, "planned", lambda source, first, target: [one, other])
     asked = program.load(SHIPPED["lora"])

@@ -13,7 +13,6 @@ from minitune.planning.mesh import Mesh, mesh_under
 from minitune.programs import plan_fit, program
 from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
-from minitune.programs.plan_process import FLOAT32_BYTES, LIBRARY_BYTES
 from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
 from minitune.programs.stages.base import BaseStage
@@ -142,7 +141,7 @@ def test_a_run_on_any_mesh_is_planned_and_refused_where_it_can_not_fit(
     first, mesh = first_state(full), planned_mesh(full, Ranks(0, n_ranks))
     one, alone = (check_memory(full, first, mesh)["train"] for mesh in (mesh, Mesh({"data": n_ranks})))
     assert one.n_bytes < alone.n_bytes
-    of_process = LIBRARY_BYTES + FLOAT32_BYTES
+    of_process = one.process_bytes
     there = of_process + (one.n_bytes + alone.n_bytes) // 2
     monkeypatch.setattr(plan_fit, "memory_bytes", lambda *_: there)
     assert check_memory(full, first, mesh)["train"].n_bytes == one.n_bytes
