@@ -31,10 +31,13 @@ from minitune.programs.plan_time import (
     measured_machine,
     planned_time,
 )
+from minitune.programs.sharding import sharding_of
+from minitune.programs.shared_codes import check_shared_codes
 from minitune.programs.stages.batches import tokenized_table
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState
 from minitune.sharding.mesh import n_ranks
+from minitune.sharding.ranks import ALONE
 
 
 class StagePlan(NamedTuple):
@@ -71,6 +74,10 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
             "drop --device, --n and --mesh, or --measure; a mesh of the program goes with --n 1"
         )
     first = first_state(source)
+    if target.mesh == Mesh():
+        # as a run of one process does, which holds the whole model
+        sharding_of(options.plan or source.plan, source.mesh, ALONE, first.model, "cpu")
+    check_shared_codes(source, first, target.mesh)
     tables: Mapping[str, TableFacts] = {}
     if options.measure:
         tables = data_facts(first, source.stage, source.seed).tables
@@ -136,7 +143,7 @@ def _mesh(options: Any, source: program.Program) -> Mesh:
     axes: Mapping[str, int] = source.mesh
     plan = options.plan or source.plan
     if options.n is not None or options.mesh is not None:
-        axes = axes_of(options.mesh or f"data={options.n}")
+        axes = axes_of(f"data={options.n}" if options.mesh is None else options.mesh)
         plan = options.plan or (source.plan if source.plan != "dp" else "fsdp")
     is_alone = n_ranks(axes) == 1
     if is_alone and options.plan is None:

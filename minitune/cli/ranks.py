@@ -33,7 +33,7 @@ def ranks_asked(words: Sequence[str]) -> tuple[int, list[str]]:
         return 1, rest
     if len(given) > 1 or not given[0].isdecimal() or not 0 < int(given[0]) <= MOST:
         found = f"{OPTION} {', '.join(quoted(text) for text in given)}"
-        wanted = "expected one number of processes on this machine, such as --ranks 2"
+        wanted = f"expected one number of processes on this machine from 1 to {MOST}, as --ranks 2"
         raise InputError(f"minitune: {found}, {wanted}; correct it")
     verb = VERBS.get(rest[0]) if rest else None
     if not rest or (verb is not None and not verb.runs_stages):

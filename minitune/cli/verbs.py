@@ -62,10 +62,12 @@ def show(words: Sequence[str]) -> CommandResult:
 def check(words: Sequence[str]) -> CommandResult:
     """Read a program and all it names but weights; InputError for whatever would stop it later."""
     file = announced(_program_of("check", words))
+    from minitune.planning.mesh import mesh_under
     from minitune.programs import log, program, save_paths
     from minitune.programs.check import check as findings
     from minitune.programs.profiling.check import check_steps
     from minitune.programs.sharding import sharding_of
+    from minitune.programs.shared_codes import check_shared_codes
     from minitune.sharding.ranks import ALONE
 
     loaded = program.load(file, with_model(words[1:], file.stem))
@@ -73,6 +75,8 @@ def check(words: Sequence[str]) -> CommandResult:
     checked = findings(loaded.model, loaded.data, loaded.stage, log.say_early)
     save_paths.check(loaded)
     sharding_of(loaded.plan, loaded.mesh, ALONE, checked.first.model, "cpu")
+    if loaded.mesh:
+        check_shared_codes(loaded, checked.first, mesh_under(loaded.mesh, loaded.plan))
     lines = [*checked.lines, *check_steps(loaded.profile, loaded.stage, checked.first)]
     for line in lines:
         sys.stdout.write(f"{line}\n")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from minitune.errors import InputError
 from minitune.models.config import DecoderConfig
 from minitune.sharding.context import check_heads
-from minitune.sharding.experts import check_experts
+from minitune.sharding.experts import check_axis, check_experts
 from minitune.sharding.mesh import check_dealt_out
 from minitune.sharding.tensor_parallel import AXIS
 
@@ -18,6 +18,7 @@ def check_sharing(config: DecoderConfig, plan: Mapping[str, str], mesh: Mapping[
     """InputError for a mesh whose ranks can't share rows and linear maps of this model by the plan;
     plan: meaning of a dim -> axis, mesh: axis -> ranks along it.
     """
+    check_axis(plan, mesh)
     n = mesh.get(AXIS, 1)
     if n > 1:
         _check_cuts(plan, n)

@@ -279,10 +279,15 @@ def _n_remat(
 
 def _weights(plan: PlanState) -> Params:
     """Weights in the dtype of compute or as codes, on the meta device."""
-    params, (_, dtype) = plan.abstract.params, plan.place()
+    _, dtype = plan.place()
+    dense = {name: w.to(dtype) for name, w in plan.abstract.params.items()}
+    return {**dense, **codes_of(plan)}
+
+
+def codes_of(plan: PlanState) -> Params:
+    """Quantized weights as codes, on the meta device."""
     schemes = {
         name: scheme for name, scheme in plan.schemes.items() if name in plan.abstract.quantized
     }
-    dense = {name: w.to(dtype) for name, w in params.items()}
-    codes = quantized_params(params, schemes)
-    return {**dense, **codes, **kept_codes(codes, plan.source)}
+    codes = quantized_params(plan.abstract.params, schemes)
+    return {**codes, **kept_codes(codes, plan.source)}

@@ -8,6 +8,7 @@ import msgspec
 
 from minitune.errors import InputError
 from minitune.io.results import Record
+from minitune.planning.mesh import mesh_under
 from minitune.programs import log, save_paths
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.check import check, data_notes
@@ -35,6 +36,7 @@ from minitune.programs.run_ranks import (
     with_first_records,
 )
 from minitune.programs.sharding import Sharding, sharding_of
+from minitune.programs.shared_codes import check_shared_codes
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import AbstractState, PipelineStage, PipelineState
@@ -114,6 +116,8 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     device, _ = device_and_dtype(program.model)
     how = ranks, checked.first.model, device.type
     sharding = sharding_of(program.plan, program.mesh, *how)
+    if program.mesh:
+        check_shared_codes(program, checked.first, mesh_under(program.mesh, program.plan))
     of_ranks = msgspec.structs.replace(program, stage=stages)
     if sharding is not None:
         ranks = ranks._replace(sharers=n_sharers(program.mesh))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from minitune import hardware
-from minitune.errors import InputError
+from minitune.errors import InputError, cut
 from minitune.io import locks
 from minitune.io.results import Record
 from minitune.launch.ranks import Launched, launched
@@ -58,13 +58,32 @@ def ranks_of_launch() -> Iterator[Ranks]:
     accelerator = hardware.accelerator() or "cpu"
     _take_device(place, accelerator)
     os.environ.update(place.variables())
-    dist.init_process_group(BACKENDS[accelerator], timeout=TIMEOUT)
+    _join(place, BACKENDS[accelerator])
     try:
         yield Ranks(place.rank, place.size, place.local_rank)
     finally:
         # after an error the other ends may be gone
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _join(place: Launched, backend: str) -> None:
+    """Make the process group; InputError where the ranks can't meet at the host and port of the
+    first."""
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"MASTER_ADDR {place.address} and MASTER_PORT {place.port}"
+        if "EADDRINUSE" in str(error):
+            raise InputError(
+                f"launch: rank {place.rank} can't answer at {where}: another process has that "
+                "port, expected a free one; set MASTER_PORT to another number for all ranks"
+            ) from None
+        raise InputError(
+            f"launch: rank {place.rank} of {place.size} can't meet the others at {where} "
+            f"({cut(str(error))}), expected the host of rank 0 and a free port of it, and all "
+            "ranks started; correct them"
+        ) from None
 
 
 def _take_device(place: Launched, accelerator: str) -> None:

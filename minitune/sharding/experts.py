@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitune.autodiff.operator import operator
+from minitune.errors import InputError
 from minitune.sharding.collectives import lost_in_words
 from minitune.sharding.mesh import check_dealt_out
 from minitune.sharding.tokens import Sharers, member_of
@@ -69,6 +70,15 @@ def expert_ranks_of(mesh: Any) -> ExpertRanks | None:
 def check_experts(n_experts: int, n_ranks: int) -> None:
     """InputError if experts can't be dealt out evenly to the ranks of the axis expert."""
     check_dealt_out(AXIS, n_ranks, f"{n_experts} experts", n_experts)
+
+
+def check_axis(plan: Mapping[str, str], mesh: Mapping[str, int]) -> None:
+    """InputError for ranks along the axis expert under a plan that cuts no experts along it."""
+    if mesh.get(AXIS, 1) > 1 and plan.get("experts") != AXIS:
+        raise InputError(
+            f"sharding: the mesh has the axis {AXIS!r}, along which the plan cuts no experts, "
+            "expected a plan such as ep; take that, or put these ranks on the axis data"
+        )
 
 
 def own_experts(layer: Params, owner_of: OwnerOf, ranks: ExpertRanks) -> Params:

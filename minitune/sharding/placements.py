@@ -20,7 +20,7 @@ from typing_extensions import TypeAliasType
 from minitune import tree
 from minitune.errors import InputError, nearest
 from minitune.sharding import experts
-from minitune.sharding.mesh import Mesh
+from minitune.sharding.mesh import PLAIN_AXES, ROW_SHARING, Mesh
 from minitune.sharding.parts import Placed, cut_part
 from minitune.sharding.tensor_parallel import AXIS
 from minitune.tree import Tree
@@ -51,13 +51,9 @@ def check_plan(plan: Plan, dims: DimsByName, mesh: Mesh) -> None:
         if axis not in mesh:
             raise InputError(
                 f"sharding: the plan puts {dim} on axis {axis!r}, expected an axis of the mesh: "
-                f"{', '.join(mesh)}{nearest(axis, [*mesh])}"
+                f"{', '.join(mesh)}{nearest(axis, [*mesh]) or _mesh_with(axis, mesh)}"
             )
-    if mesh.get(experts.AXIS, 1) > 1 and plan.get("experts") != experts.AXIS:
-        raise InputError(
-            f"sharding: the mesh has the axis {experts.AXIS!r}, along which the plan cuts no "
-            "experts, expected a plan such as ep; take that, or put these ranks on the axis data"
-        )
+    experts.check_axis(plan, mesh)
     for name, found in dims.items():
         _cut_dims(name, None, found, plan)
 
@@ -110,7 +106,7 @@ def cut_leaf(name: str, leaf: Tree, dims: tuple[str, ...], plan: Plan, mesh: Dev
     """
     sizes = axis_sizes(mesh)
     placed = placements(name, leaf.shape, dims, plan, sizes)
-    _check_codes(name, leaf, placed, sizes)
+    check_codes(name, leaf, placed, sizes)
     return shard_leaf(leaf, placed, mesh)
 
 
@@ -122,7 +118,7 @@ def shard_leaf(leaf: Tree, placed: Sequence[Placement], mesh: DeviceMesh) -> Tre
     return tree.map(lambda x: _part(x, _placed_within(x, shape, placed), mesh), leaf)
 
 
-def _check_codes(name: str, leaf: Tree, placed: Sequence[Placement], mesh: Mesh) -> None:
+def check_codes(name: str, leaf: Tree, placed: Sequence[Placement], mesh: Mesh) -> None:
     """InputError for a quantized weight whose scales the axis tensor would part from its codes."""
     dim = dict(zip(mesh, map(sharded_dim, placed), strict=True)).get(AXIS)
     if isinstance(leaf, Tensor) or dim is None:
@@ -148,6 +144,18 @@ def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
 def sharded_dim(placement: Placement) -> int | None:
     """Dim that a placement cuts, None for a copy."""
     return getattr(placement, "dim", None)
+
+
+def _mesh_with(axis: str, mesh: Mesh) -> str:
+    """Words on a mesh that has one more axis; none for an axis that only the plan knows."""
+    if axis not in (*PLAIN_AXES, *ROW_SHARING):
+        return ""
+    sizes: dict[str, object] = {**mesh, axis: "N"}
+    # where all ranks are on the axis data, as they are without a mesh, they move to the new one
+    if list(mesh) == ["data"]:
+        sizes = {"data": 1, axis: mesh["data"] if mesh["data"] > 1 else "N"}
+    written = ", ".join(f"{one} = {n}" for one, n in sizes.items())
+    return f"; write mesh = {{ {written} }} for the ranks along each axis, or take another plan"
 
 
 def _cut_dims(

@@ -26,7 +26,10 @@ def test_ranks_may_stand_anywhere(words: list[str], asked: tuple[int, list[str]]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lora", "--ranks"], r"minitune: --ranks '', expected one number of processes on this machine, such as --ranks 2"),
+        (
+            ["lora", "--ranks"],
+            r"minitune: --ranks '', expected one number of processes on this machine from 1 to 1024, as",
+        ),
         (["lora", "--ranks", "two"], r"--ranks 'two', expected one number"),
         (["lora", "--ranks=0"], r"--ranks '0', expected one number"),
         (["lora", "--ranks", "2", "--ranks", "3"], r"--ranks '2', '3', expected one number"),

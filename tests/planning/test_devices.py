@@ -65,6 +65,7 @@ def test_a_mesh_that_does_not_fit_the_model_is_refused() -> None:
         ({"data": 2, "context": 5}, "cp", "the axis context has 5 ranks, among which 12 heads"),
         ({"context": 2, "data": 2}, "cp", "expected context last"),
         ({"replica": 4}, "fsdp", "axis 'data', expected an axis of the mesh"),
+        ({"data": 1, "expert": 2}, "dp", "the axis 'expert', along which the plan cuts no experts"),
         ({"data": 4}, {"d_f": "data"}, "the plan cuts 'd_f', which no matrix of this model has"),
     ):
         with pytest.raises(InputError, match=message):

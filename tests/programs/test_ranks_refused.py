@@ -1,12 +1,15 @@
 """What several processes can't run, or not on weights that they share, is refused before anything starts."""
 
+import socket
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from minitune import hardware
 from minitune.__main__ import main
 from minitune.errors import InputError
+from minitune.launch.ranks import Launched
 from minitune.models.families import llama
 from minitune.models.model import Model
 from minitune.planning.mesh import Mesh, mesh_under
@@ -15,6 +18,7 @@ from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
 from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
+from minitune.programs.shared_codes import check_shared_codes
 from minitune.programs.stages.base import BaseStage
 from minitune.sharding.ranks import ALONE, Ranks
 from support.programs import LORA, TINY, TRAIN, small_program
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.fast
 TWO, MODEL = Ranks(0, 2), Model(llama.FAMILY, TINY)
 QAT = '[[stage]]\nop = "full"\n[[stage]]\nop = "qat"\nscheme = { kind = "int8" }\n'
 GPTQ = '[[stage]]\nop = "quantize"\nscheme = { kind = "int4" }\nmethod = { kind = "gptq", data = "train", rows = 2 }\n'
+QUANTIZE = '[[stage]]\nop = "quantize"\nscheme = {{ kind = "{scheme}" }}\n'
 SWEEP = f'{TRAIN}sweep = {{ "optimizer.lr" = [0.1, 0.2] }}\nevaluate = {{ data = "train", every = 2 }}\n'
 IMPORTANT = '[[stage]]\nop = "export"\nformat = "gguf"\nimportance = { data = "train", rows = 2 }\n'
 PRIVATE = f"{TRAIN}privacy = {{ max_norm = 1.0, noise = 1.0, delta = 1e-5 }}\n"
@@ -72,7 +77,12 @@ def test_each_rank_has_a_micro_batch(batch: int, micro: int | None, n_ranks: int
     [
         ("fdsp", {}, r"sharding: there is no plan 'fdsp', expected one of .*; did you mean 'fsdp'"),
         ({"d_f": "data"}, {}, r"sharding: the plan cuts 'd_f', which no matrix of this model has.*did you mean 'd_ff'"),
-        ("fsdp", {"replica": 2}, r"sharding: the plan puts .* on axis 'data', expected an axis of the mesh: replica"),
+        (
+            "fsdp",
+            {"replica": 2},
+            r"sharding: the plan puts .* on axis 'data', expected .*: replica; write mesh = { replica = 2, data = N }",
+        ),
+        ("dp", {"data": 1, "expert": 2}, r"the mesh has the axis 'expert', along which the plan cuts no experts"),
         (
             "dp",
             {"context": 3},
@@ -86,6 +96,26 @@ def test_a_plan_that_fits_neither_model_nor_mesh_is_refused(plan: str, mesh: dic
     for ranks in (TWO, ALONE):
         with pytest.raises(InputError, match=message):
             sharding_of(plan, mesh, ranks, MODEL, "cpu")
+
+
+def test_a_plan_that_needs_another_axis_names_a_mesh_that_has_it() -> None:
+    for plan, axis in (("tp_fsdp", "tensor"), ("cp", "context"), ("ep", "expert")):
+        for ranks, n in ((TWO, "2"), (ALONE, "N")):
+            with pytest.raises(InputError, match=f"write mesh = {{ data = 1, {axis} = {n} }}"):
+                sharding_of(plan, {}, ranks, MODEL, "cpu")
+
+
+def test_codes_that_ranks_cannot_share_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    mesh = {"data": 1, "tensor": 2}
+    for scheme, message in (("nf4", r"is of nf4, whose scales the 2 ranks of the axis tensor can't share"), ("int8", None)):
+        program = loaded(tmp_path, QUANTIZE.format(scheme=scheme) + LORA + TRAIN)
+        first = first_state(program)
+        check_shared_codes(program, first, mesh_under({"data": 2}, "fsdp"))
+        if message is None:
+            check_shared_codes(program, first, mesh_under(mesh, "tp_fsdp"))
+            continue
+        with pytest.raises(InputError, match=message):
+            check_shared_codes(program, first, mesh_under(mesh, "tp_fsdp"))
 
 
 def test_a_mesh_of_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
@@ -167,3 +197,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("minitune.hardware.accelerator", lambda: "mps")
     with pytest.raises(InputError, match="2 processes on a device of type mps, expected cpu or cuda"), ranks_of_launch():
         pass
+
+
+def test_a_port_that_another_process_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = Launched(0, 2, 0, "127.0.0.1", taken.getsockname()[1])
+        for name, value in place.variables().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(hardware, "accelerator", lambda: None)
+        with pytest.raises(InputError, match=rf"MASTER_PORT {place.port}: another process has that port"), ranks_of_launch():
+            pass
