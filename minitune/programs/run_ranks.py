@@ -1,8 +1,9 @@
 """Ranks of a run: how its processes find one another, and what the others learn of the first."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +11,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.rendezvous import rendezvous
 
 from minitune import hardware
 from minitune.errors import InputError, cut
@@ -27,6 +29,8 @@ from minitune.programs.state import PipelineStage, PipelineState, RankedStage
 from minitune.sharding.mesh import n_sharers
 from minitune.sharding.ranks import ALONE, TIMEOUT, Ranks
 
+# of processes that a launcher starts together, on nodes that may not be ready at the same time
+MEETING = timedelta(minutes=15)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # flags of the run travel over gloo
 
 
@@ -68,22 +72,47 @@ def ranks_of_launch() -> Iterator[Ranks]:
 
 
 def _join(place: Launched, backend: str) -> None:
-    """Make the process group; InputError where the ranks can't meet at the host and port of the
-    first."""
+    """Make the process group; InputError where the ranks don't meet in time at the host and port of
+    the first."""
+    keys = [f"rank {i} is here" for i in range(place.size)]
+    store: Any = None
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
+        store.set(keys[place.rank], "yes")
+        store.wait(keys, MEETING)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"MASTER_ADDR {place.address} and MASTER_PORT {place.port}"
-        if "EADDRINUSE" in str(error):
-            raise InputError(
-                f"launch: rank {place.rank} can't answer at {where}: another process has that "
-                "port, expected a free one; set MASTER_PORT to another number for all ranks"
-            ) from None
-        raise InputError(
-            f"launch: rank {place.rank} of {place.size} can't meet the others at {where} "
-            f"({cut(str(error))}), expected the host of rank 0 and a free port of it, and all "
-            "ranks started; correct them"
-        ) from None
+        raise InputError(_not_met(place, store, keys, error)) from None
+    store.set_timeout(TIMEOUT)
+    how: dict[str, Any] = {"rank": place.rank, "world_size": place.size, "timeout": TIMEOUT}
+    dist.init_process_group(backend, store=store, **how)
+
+
+def _not_met(place: Launched, store: Any, keys: Sequence[str], error: Exception) -> str:
+    """Sentence on ranks that have not met."""
+    where = f"MASTER_ADDR {place.address} and MASTER_PORT {place.port}"
+    minutes = f"{MEETING.total_seconds() / 60:.0f} minutes"
+    if store is not None:
+        missing = [str(i) for i, key in enumerate(keys) if not store.check([key])]
+        return (
+            f"launch: after {minutes} rank {place.rank} has not met rank {', '.join(missing)} of "
+            f"{place.size} at {where}, expected all of them; look whether they were started, and "
+            "with the same address, port and number of ranks"
+        )
+    if "EADDRINUSE" in str(error):
+        return (
+            f"launch: rank {place.rank} can't answer at {where}: another process has that port, "
+            "expected a free one; set MASTER_PORT to another number for all ranks"
+        )
+    if place.rank == 0:
+        return (
+            f"launch: after {minutes} rank 0 has not met all {place.size} ranks at {where} "
+            f"({cut(str(error))}), expected them there; look whether they were started, and with "
+            "the same address, port and number of ranks"
+        )
+    return (
+        f"launch: rank {place.rank} of {place.size} can't reach {where} within {minutes} "
+        f"({cut(str(error))}), expected the host of rank 0 and a free port of it; correct them"
+    )
 
 
 def _take_device(place: Launched, accelerator: str) -> None:

@@ -1,10 +1,12 @@
 """What several processes can't run, or not on weights that they share, is refused before anything starts."""
 
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch.distributed as dist
 
 from minitune import hardware
 from minitune.__main__ import main
@@ -13,7 +15,7 @@ from minitune.launch.ranks import Launched
 from minitune.models.families import llama
 from minitune.models.model import Model
 from minitune.planning.mesh import Mesh, mesh_under
-from minitune.programs import plan_fit, program
+from minitune.programs import plan_fit, program, run_ranks
 from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
 from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
@@ -203,9 +205,38 @@ def test_a_port_that_another_process_has_is_named(monkeypatch: pytest.MonkeyPatc
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        place = Launched(0, 2, 0, "127.0.0.1", taken.getsockname()[1])
-        for name, value in place.variables().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(hardware, "accelerator", lambda: None)
+        place = alone_of_three(monkeypatch, taken.getsockname()[1], rank=0)
         with pytest.raises(InputError, match=rf"MASTER_PORT {place.port}: another process has that port"), ranks_of_launch():
             pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, r"rank 0 has not met all 3 ranks at MASTER_ADDR 127.0.0.1 and"), (1, r"rank 1 of 3 can't reach MASTER_ADDR")],
+)
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch, rank: int, message: str) -> None:
+    monkeypatch.setattr(run_ranks, "MEETING", timedelta(seconds=0.2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone_of_three(monkeypatch, port, rank)
+    with pytest.raises(InputError, match=message), ranks_of_launch():
+        pass
+
+
+def test_one_rank_of_several_that_does_not_come_is_named() -> None:
+    store = dist.HashStore()
+    for key in ("a", "b"):
+        store.set(key, "yes")
+    place = Launched(1, 3, 1, "node7", 29500)
+    said = run_ranks._not_met(place, store, ["a", "b", "c"], TimeoutError())
+    assert "after 15 minutes rank 1 has not met rank 2 of 3 at MASTER_ADDR node7 and MASTER_PORT 29500" in said
+
+
+def alone_of_three(monkeypatch: pytest.MonkeyPatch, port: int, rank: int) -> Launched:
+    """Place of this process as a launcher sets it, where the two other ranks are not started."""
+    place = Launched(rank, 3, rank, "127.0.0.1", port)
+    for name, value in place.variables().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hardware, "accelerator", lambda: None)
+    return place
