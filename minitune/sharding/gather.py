@@ -20,7 +20,7 @@ from minitune.autodiff.value_and_grad import under_transform
 from minitune.sharding import experts, tensor_parallel
 from minitune.sharding.collectives import begin_gather, end_gather
 from minitune.sharding.kept_weights import KeptWeights
-from minitune.sharding.later import LaterSums, LeafPlace, summed_parts
+from minitune.sharding.later import LaterSums, LeafKey, summed_parts
 from minitune.sharding.offloaded import begin_fetch, end_fetch, is_offloaded
 from minitune.sharding.parts import cuts_of, is_sharded, placed_of, placed_part
 from minitune.sharding.routes import WeightRoutes, at_owners, begin_to_owners
@@ -86,7 +86,7 @@ class Slot(NamedTuple):
     ahead: Ahead
     number: int
 
-    def later(self, leaves: Sequence[int]) -> tuple[LaterSums, list[LeafPlace]] | None:
+    def later(self, leaves: Sequence[int]) -> tuple[LaterSums, list[LeafKey]] | None:
         """Place where the sums of these leaves' gradients may come in later."""
         sums = self.ahead.sums
         return None if sums is None else (sums, [(self.number, i) for i in leaves])

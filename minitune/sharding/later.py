@@ -21,24 +21,24 @@ from minitune.sharding.routes import WeightRoutes, from_owners
 from minitune.tree import Tree
 from minitune.types import Params
 
-LeafPlace = tuple[int, int]  # number of a block, and of a leaf among those of it that are in parts
+LeafKey = tuple[int, int]  # number of its block, and its own among the leaves of it in parts
 
 
 class LaterSums:
     """Sums of the gradients of one forward's blocks, of which one block's are on their way."""
 
     def __init__(self) -> None:
-        self._found: dict[LeafPlace, Tensor] = {}
-        self._begun: tuple[list[LeafPlace], Scattering] | None = None
+        self._found: dict[LeafKey, Tensor] = {}
+        self._begun: tuple[list[LeafKey], Scattering] | None = None
 
     def begin(
-        self, keys: Sequence[LeafPlace], grads: Sequence[Tensor], cuts: Sequence[Any], group: Any
+        self, keys: Sequence[LeafKey], grads: Sequence[Tensor], cuts: Sequence[Any], group: Any
     ) -> None:
         """Send gradients to be summed, once those that were sent before have come."""
         self._end()
         self._begun = [*keys], begin_scatter(grads, cuts, group)
 
-    def take(self, key: LeafPlace) -> Tensor | None:
+    def take(self, key: LeafKey) -> Tensor | None:
         """Part of this rank of a sum; None if nothing was sent for it."""
         self._end()
         return self._found.pop(key, None)
@@ -64,7 +64,7 @@ def sums_later(
     trains_parts = any(is_sharded(x) and x.requires_grad for x in tree.leaves(params))
     if not trains_parts or not torch.is_grad_enabled() or under_transform():
         return params, None
-    leaf_of: dict[LeafPlace, Any] = {}
+    leaf_of: dict[LeafKey, Any] = {}
     for number in range(n_layers):
         parts = filter(is_sharded, tree.leaves(layer_of(params, number)))
         leaf_of |= {(number, i): x for i, x in enumerate(parts) if x.requires_grad}
@@ -84,7 +84,7 @@ def summed_parts(
     shapes: Sequence[torch.Size],
     placed: Sequence[Placed],
     routes: WeightRoutes,
-    later: tuple[LaterSums, Sequence[LeafPlace]] | None,
+    later: tuple[LaterSums, Sequence[LeafKey]] | None,
 ) -> list[Tensor]:
     """Part of this rank, of these shapes, of the sums of whole gradients over the ranks that the
     leaves are cut among.
@@ -111,7 +111,7 @@ class _Later(torch.autograd.Function):
     """Leaves as they are; the gradients of those that are summed later are the sums."""
 
     @staticmethod
-    def forward(ctx: Any, sums: LaterSums, keys: list[LeafPlace], *leaves: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, sums: LaterSums, keys: list[LeafKey], *leaves: Any) -> tuple[Any, ...]:
         ctx.sums, ctx.keys = sums, keys
         ctx.placed = [placed_of(leaf) for leaf in leaves]
         return tuple(leaf.view_as(leaf) for leaf in leaves)
