@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minitune.__main__ import main
-from minitune.programs import loading
+from minitune.programs import sharding
 
 TURNS = [("two", "<think>\na\n</think>\n\n7"), ("Ten planks.", "<think>\nb\n</think>\n\n{}"), ("and then", "8")]
 HISTORY = (  # a template that writes the reasoning of the last answer alone
@@ -63,7 +63,7 @@ def facts(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict, str]:
 
 
 def test_rows_are_counted(tiny_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(sharding, "load_base", lambda *_: pytest.fail("a weight was read"))
     short = [{"instruction": f"{n}", "output": "7"} for n in range(5)]
     long = {"instruction": "Ten planks to Oslo. " * 40, "output": "7"}
     heldout = [short[0], {"instruction": "1", "output": "8"}, {"instruction": "9", "output": "7"}]

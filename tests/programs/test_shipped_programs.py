@@ -289,7 +289,7 @@ def test_a_program_is_checked_before_a_weight_is_read(tiny: Path, monkeypatch: p
     def read(*_: object) -> NoReturn:
         raise AssertionError("a weight is read, expected its header alone")
 
-    monkeypatch.setattr("minitune.programs.loading.load_base", read)
+    monkeypatch.setattr("minitune.programs.sharding.load_base", read)
     loaded = program.load(SHIPPED["lora"], toy("lora", tiny, tiny / "unused"))
     lines = check(ModelSource(path=str(tiny / "model")), loaded.data, loaded.stage).lines
     n_params = sum(w.numel() for w in random_params(TINY).values())
