@@ -92,9 +92,8 @@ def _not_met(place: Launched, store: Any, keys: Sequence[str], error: Exception)
     where = f"MASTER_ADDR {place.address} and MASTER_PORT {place.port}"
     minutes = f"{MEETING.total_seconds() / 60:.0f} minutes"
     if store is not None:
-        missing = [str(i) for i, key in enumerate(keys) if not store.check([key])]
         return (
-            f"launch: after {minutes} rank {place.rank} has not met rank {', '.join(missing)} of "
+            f"launch: within {minutes} rank {place.rank} has not met {_absent(store, keys)} of "
             f"{place.size} at {where}, expected all of them; look whether they were started, and "
             "with the same address, port and number of ranks"
         )
@@ -105,7 +104,7 @@ def _not_met(place: Launched, store: Any, keys: Sequence[str], error: Exception)
         )
     if place.rank == 0:
         return (
-            f"launch: after {minutes} rank 0 has not met all {place.size} ranks at {where} "
+            f"launch: within {minutes} rank 0 has not met all {place.size} ranks at {where} "
             f"({cut(str(error))}), expected them there; look whether they were started, and with "
             "the same address, port and number of ranks"
         )
@@ -113,6 +112,15 @@ def _not_met(place: Launched, store: Any, keys: Sequence[str], error: Exception)
         f"launch: rank {place.rank} of {place.size} can't reach {where} within {minutes} "
         f"({cut(str(error))}), expected the host of rank 0 and a free port of it; correct them"
     )
+
+
+def _absent(store: Any, keys: Sequence[str]) -> str:
+    """Ranks that have not come, in words: the first one where its store is gone."""
+    try:
+        missing = [str(i) for i, key in enumerate(keys) if not store.check([key])]
+    except dist.DistError:
+        missing = ["0"]
+    return f"rank {', '.join(missing)}"
 
 
 def _take_device(place: Launched, accelerator: str) -> None:

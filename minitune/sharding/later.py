@@ -21,7 +21,8 @@ from minitune.sharding.routes import WeightRoutes, from_owners
 from minitune.tree import Tree
 from minitune.types import Params
 
-LeafKey = tuple[int, int]  # number of its block, and its own among the leaves of it in parts
+# (number of a block, number of a leaf among those of the block that are in parts)
+LeafKey = tuple[int, int]
 
 
 class LaterSums:

@@ -230,7 +230,16 @@ def test_one_rank_of_several_that_does_not_come_is_named() -> None:
         store.set(key, "yes")
     place = Launched(1, 3, 1, "node7", 29500)
     said = run_ranks._not_met(place, store, ["a", "b", "c"], TimeoutError())
-    assert "after 15 minutes rank 1 has not met rank 2 of 3 at MASTER_ADDR node7 and MASTER_PORT 29500" in said
+    assert "within 15 minutes rank 1 has not met rank 2 of 3 at MASTER_ADDR node7 and MASTER_PORT 29500" in said
+
+
+def test_where_the_first_rank_has_gone_it_is_the_one_that_is_named() -> None:
+    """It keeps the store, which then can't say who has come."""
+    server = dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, 3, is_master=False, wait_for_workers=False)
+    del server
+    said = run_ranks._not_met(Launched(1, 3, 1, "node7", 29500), client, ["a", "b"], TimeoutError())
+    assert "rank 1 has not met rank 0 of 3" in said
 
 
 def alone_of_three(monkeypatch: pytest.MonkeyPatch, port: int, rank: int) -> Launched:
