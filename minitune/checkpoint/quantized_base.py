@@ -108,14 +108,14 @@ def nf4_codes(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) ->
         return None
     packed = codes.view(shape[0], -1)
     if absmax.dtype != torch.uint8:
-        return QNF4(packed, absmax.float(), torch.zeros(0), torch.zeros(()))
+        return nf4.with_scales(packed, absmax.float(), torch.zeros(0), torch.zeros(()))
     if nested is None or levels is None or not torch.equal(levels.float(), nf4.DYNAMIC_MAP):
         return None
     if state.nested_blocksize != nf4.NESTED_BLOCK:
         return None
     if nested.numel() != -(-absmax.numel() // nf4.NESTED_BLOCK):
         return None
-    return QNF4(packed, absmax, nested.float(), torch.tensor(state.nested_offset))
+    return nf4.with_scales(packed, absmax, nested.float(), torch.tensor(state.nested_offset))
 
 
 def _nf4_state(raw: Tensor | None) -> _NF4State | None:

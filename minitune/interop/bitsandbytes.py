@@ -77,7 +77,7 @@ def stored(name: str, w: QNF4, dtype: torch.dtype) -> dict[str, Tensor]:
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(w.shape),
     }
-    scales = {f"{name}.absmax": w.absmax, f"{name}.quant_map": torch.tensor(nf4.TABLE)}
+    scales = {f"{name}.absmax": w.absmax.flatten(), f"{name}.quant_map": torch.tensor(nf4.TABLE)}
     if not w.absmax.is_floating_point():
         state |= {
             "nested_blocksize": nf4.NESTED_BLOCK,

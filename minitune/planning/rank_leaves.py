@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune import tree
-from minitune.planning.mesh import NOTHING, Mesh, Route
+from minitune.planning.mesh import NOTHING, TENSOR, Mesh, Route
 from minitune.tree import Tree
 from minitune.types import Adapted, Delta
 
@@ -141,7 +141,8 @@ def _cut_tensors(leaf: Tree, axes: Mapping[str, int]) -> list[tuple[Tensor, Mapp
     """Tensors of a leaf and the dim of each that every axis cuts, for those of the weight itself.
 
     Every rank has the low-rank changes whole. What a quantized weight consists of is cut as
-    sharding/placements.py cuts it: a list of all blocks along its only dim, by one axis.
+    sharding/placements.py cuts it: a list of all blocks along its only dim, by one axis, which is
+    not tensor.
     """
     if not axes or isinstance(leaf, Tensor):
         return [(x, axes) for x in tree.leaves(leaf)]
@@ -154,5 +155,5 @@ def _cut_tensors(leaf: Tree, axes: Mapping[str, int]) -> list[tuple[Tensor, Mapp
 
 def _axes_within(x: Tensor, n_dims: int, axes: Mapping[str, int]) -> Mapping[str, int]:
     if x.ndim != n_dims:
-        axes = dict.fromkeys([*axes][:1], 0)
+        axes = dict.fromkeys([axis for axis in axes if axis != TENSOR][:1], 0)
     return {axis: dim for axis, dim in axes.items() if x.ndim and x.shape[dim] > 1}

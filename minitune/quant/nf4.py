@@ -61,19 +61,60 @@ def quantized(w: Float[Tensor, "out in"]) -> QNF4:
     ).floor() / 32767.5 - 1.0
     absmax_codes = torch.bucketize(steps, _midpoints(DYNAMIC_MAP.to(w.device))).to(torch.uint8)
     absmax_codes = torch.where(nested_absmax[:, None] > 0, absmax_codes, 0).flatten()[: len(absmax)]
-    return QNF4(
-        (codes[::2] << 4 | codes[1::2]).view(w.shape[0], -1), absmax_codes, nested_absmax, offset
-    )
+    packed = (codes[::2] << 4 | codes[1::2]).view(w.shape[0], -1)
+    return with_scales(packed, absmax_codes, nested_absmax, offset)
+
+
+def with_scales(
+    codes: UInt8[Tensor, "out half"],
+    absmax: UInt8[Tensor, "blocks"] | Float[Tensor, "blocks"],
+    nested_absmax: Float[Tensor, "nested"],
+    offset: Float[Tensor, ""],
+) -> QNF4:
+    """Weight of these codes, with the list of its blocks' maxima by rows where blocks end with
+    them.
+    """
+    n_rows, n_bytes = codes.shape
+    if n_bytes % (BLOCK // 2) == 0:
+        absmax = absmax.view(n_rows, n_bytes // (BLOCK // 2))
+    return QNF4(codes, absmax, nested_absmax, offset)
 
 
 def blocks(q: QNF4) -> tuple[UInt8[Tensor, "blocks 32"], Float[Tensor, "blocks 1"]]:
     """Codes by block, the last one filled up, and the maximum of each block."""
     codes = F.pad(q.codes.flatten(), (0, -q.codes.numel() % (BLOCK // 2))).view(-1, BLOCK // 2)
-    if q.absmax.is_floating_point():
-        return codes, q.absmax[:, None]
-    nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(q.absmax)]
-    absmax = DYNAMIC_MAP.to(q.absmax.device, non_blocking=True)[q.absmax.int()] * nested + q.offset
+    absmax = q.absmax.flatten()
+    if not absmax.is_floating_point():
+        nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(absmax)]
+        absmax = _decoded(absmax, nested, q.offset)
     return codes, absmax[:, None]
+
+
+def part(q: QNF4, dim: int, start: int, size: int) -> QNF4:
+    """Part of a weight that stands for itself, with the maxima of its blocks as they are: codes of
+    maxima are read with the scale of 256 neighbours in the whole, which need not be in the part.
+
+    q: the rows (dim 0) or columns (dim 1) from `start` on, of a weight that has `size` of them;
+    nested_absmax is that of the whole.
+    """
+    absmax = q.absmax
+    if not absmax.is_floating_point():
+        n_rows, n_groups = absmax.shape
+        row, group, row_length = (start, 0, n_groups)
+        if dim == 1:
+            row, group, row_length = (0, start // BLOCK, size // BLOCK)
+        rows = torch.arange(row, row + n_rows, device=absmax.device)
+        groups = torch.arange(group, group + n_groups, device=absmax.device)
+        numbers = rows[:, None] * row_length + groups  # of the blocks in the whole
+        absmax = _decoded(absmax, q.nested_absmax[numbers // NESTED_BLOCK], q.offset)
+    nothing = q.nested_absmax[:0]
+    return QNF4(q.codes, absmax, nothing, torch.zeros_like(q.offset))
+
+
+def _decoded(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """Maxima of blocks, each from its code and its scale."""
+    levels = DYNAMIC_MAP.to(absmax.device, non_blocking=True)[absmax.int()]
+    return levels * nested_absmax + offset
 
 
 def _midpoints(sorted_values: Tensor) -> Tensor:

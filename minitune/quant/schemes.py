@@ -16,9 +16,9 @@ from minitune.quant.tensors import PackedInt4, PackedInt8, QFloat8, QInt4, QInt8
 from minitune.structs import CheckedStruct
 from minitune.types import Adapted, Params
 
-# weights decoded at a time on the CPU: so that intermediate results stay in its cache
 # bytes at whose multiples torch's kernel for int8 wants every row to begin
 INT8_ALIGNMENT = 16
+# weights decoded at a time on the CPU: so that intermediate results stay in its cache
 PIECE = 2**19
 
 

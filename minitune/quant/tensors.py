@@ -53,12 +53,13 @@ class QNF4(NamedTuple):
     plus offset (Dettmers et al. 2023, arXiv 2305.14314, section 3). Byte k of a row holds code 2k
     in its HIGH four bits: the layout of bitsandbytes.
 
-    Folders whose scales are not quantized a second time have them in `absmax` as they are; then
-    nested_absmax is empty and offset 0.
+    absmax is [out, in / 64] where rows consist of whole blocks, so that a part of the weight has
+    its part of them; a list of all blocks elsewhere. Folders whose scales are not quantized a
+    second time have them in `absmax` as they are; then nested_absmax is empty and offset 0.
     """
 
     codes: UInt8[Tensor, "out half"]
-    absmax: UInt8[Tensor, "blocks"] | Float[Tensor, "blocks"]
+    absmax: UInt8[Tensor, "*blocks"] | Float[Tensor, "*blocks"]
     nested_absmax: Float[Tensor, "nested"]
     offset: Float[Tensor, ""]
 
@@ -66,6 +67,11 @@ class QNF4(NamedTuple):
     def shape(self) -> torch.Size:
         """[out, in] of the weight."""
         return torch.Size([self.codes.shape[0], 2 * self.codes.shape[1]])
+
+    @property
+    def scale(self) -> Tensor:
+        """Scales of the codes, by the name that they have in other layouts."""
+        return self.absmax
 
 
 class QMXFP4(NamedTuple):

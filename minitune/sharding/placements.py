@@ -114,8 +114,8 @@ def shard_leaf(leaf: Tree, placed: Sequence[Placement], mesh: DeviceMesh) -> Tre
     """Part of this rank of a weight, dense or quantized, as DTensors; the leaf as it is if no axis
     cuts it.
     """
-    shape = leaf.shape
-    return tree.map(lambda x: _part(x, _placed_within(x, shape, placed), mesh), leaf)
+    shape, axes = leaf.shape, mesh.mesh_dim_names or ()
+    return tree.map(lambda x: _part(x, _placed_within(x, shape, placed, axes), mesh), leaf)
 
 
 def check_codes(name: str, leaf: Tree, placed: Sequence[Placement], mesh: Mesh) -> None:
@@ -123,17 +123,16 @@ def check_codes(name: str, leaf: Tree, placed: Sequence[Placement], mesh: Mesh) 
     dim = dict(zip(mesh, map(sharded_dim, placed), strict=True)).get(AXIS)
     if isinstance(leaf, Tensor) or dim is None:
         return
-    n, size = mesh[AXIS], leaf.shape[dim]
-    for x in tree.leaves(leaf):
-        is_list = x.ndim == 1 and x.numel() > 1
-        is_grouped = x.ndim > 1 and x.shape[dim] not in (1, size)
-        if is_list or (is_grouped and x.shape[dim] % n):
-            scheme = type(leaf).__name__.removeprefix("Q").lower()
-            raise InputError(
-                f"sharding: {name} {list(leaf.shape)} is of {scheme}, whose scales the {n} ranks "
-                "of the axis tensor can't share out, expected int8, or groups that divide by the "
-                'ranks; take plan = "fsdp", or quantize to int8'
-            )
+    n, scale = mesh[AXIS], leaf.scale
+    is_list = scale.ndim == 1  # of groups that begin in one row and end in the next
+    is_grouped = not is_list and scale.shape[dim] not in (1, leaf.shape[dim])
+    if is_list or (is_grouped and scale.shape[dim] % n):
+        scheme = type(leaf).__name__.removeprefix("Q").lower()
+        raise InputError(
+            f"sharding: {name} {list(leaf.shape)} is of {scheme}, whose scales the {n} ranks "
+            "of the axis tensor can't share out, expected int8, or groups that divide by the "
+            'ranks; take plan = "fsdp", or quantize to int8'
+        )
 
 
 def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
@@ -183,18 +182,20 @@ def _cut_dims(
 
 
 def _placed_within(
-    x: Tensor, shape: Sequence[int], placed: Sequence[Placement]
+    x: Tensor, shape: Sequence[int], placed: Sequence[Placement], axes: Sequence[str]
 ) -> tuple[Placement, ...]:
     """Placements of one tensor of a leaf: those of the weight where x has its dims, but for a dim
-    of size 1, such as that of scales; a list of all blocks is cut by itself, by one axis.
+    of size 1, such as that of scales. A list of all blocks is cut by itself, by one axis along
+    which it is whole again where ranks compute.
     """
     if x.shape == torch.Size(shape):
         return tuple(placed)
     found: list[Placement] = []
-    for placement in placed:
+    for placement, axis in zip(placed, axes, strict=True):
         dim = sharded_dim(placement)
         if dim is not None and x.ndim != len(shape):
-            dim = None if any(sharded_dim(one) is not None for one in found) else 0
+            is_cut_already = any(sharded_dim(one) is not None for one in found)
+            dim = None if is_cut_already or axis == AXIS else 0
         is_cut = dim is not None and x.ndim > 0 and x.shape[dim] > 1
         found.append(Shard(dim) if is_cut else Replicate())
     return tuple(found)

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minitune import tree
+from minitune.quant import nf4
+from minitune.quant.tensors import QNF4
 from minitune.sharding.parts import is_sharded, part_range
 from minitune.sharding.tokens import AxisMember, Sharers, exchanged, member_of
 from minitune.tree import Tree
@@ -60,9 +62,10 @@ def of_rank(leaf: Tree, dim: int, size: int, member: AxisMember) -> Tree:
     has this size when it is whole.
     """
     start, length = part_range(size, member.size, member.place)
+    own = _standing_alone(leaf, dim, start, size)
     if dim == 0:
-        return ColumnParallel(_rows(leaf, start, length), start, length, member.sharers)
-    return RowParallel(_columns(leaf, start, length, size), member.sharers)
+        return ColumnParallel(_rows(own, start, length), start, length, member.sharers)
+    return RowParallel(_columns(own, start, length, size), member.sharers)
 
 
 def is_in_parts(leaf: Tree) -> bool:
@@ -109,6 +112,13 @@ def _cut_dim(leaf: Tree) -> int | None:
         return None
     placement = x.placements[x.device_mesh.mesh_dim_names.index(AXIS)]
     return placement.dim if placement.is_shard() else None
+
+
+def _standing_alone(leaf: Tree, dim: int, start: int, size: int) -> Tree:
+    """Leaf whose codes are read without what only the whole weight knows."""
+    if isinstance(leaf, Adapted):
+        return leaf._replace(w=_standing_alone(leaf.w, dim, start, size))
+    return nf4.part(leaf, dim, start, size) if isinstance(leaf, QNF4) else leaf
 
 
 def _rows(leaf: Tree, start: int, length: int) -> Tree:

@@ -29,7 +29,7 @@ ROOMS = {  # room -> the rooms that it may import
     "trackers": "errors io",
     "losses": "errors structs types",
     "autodiff": GROUND,
-    "sharding": f"{GROUND} io autodiff",
+    "sharding": f"{GROUND} io autodiff quant",
     "quant": f"{GROUND} autodiff",
     "nn": f"{GROUND} autodiff quant sharding",
     "optim": f"{GROUND} autodiff",

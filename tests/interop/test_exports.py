@@ -21,6 +21,7 @@ from minitune.interop import bitsandbytes as nf4_layout
 from minitune.interop import compressed_tensors
 from minitune.models import Model, block
 from minitune.models.families import llama
+from minitune.quant.nf4 import with_scales
 from minitune.quant.schemes import Int8, quantize
 from minitune.quant.tensors import QNF4, QInt4, QInt8
 from support.experts import small_experts
@@ -129,7 +130,7 @@ def test_what_compressed_tensors_can_not_hold_is_refused(leaf: Any, activations:
 def nf4(w: Tensor) -> QNF4:
     """A weight as bitsandbytes itself quantizes it."""
     codes, state = bitsandbytes.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    return QNF4(codes.view(w.shape[0], -1), state.absmax, state.state2.absmax, state.offset)
+    return with_scales(codes.view(w.shape[0], -1), state.absmax, state.state2.absmax, state.offset)
 
 
 def save_nf4(tmp_path: Path, params: Mapping[str, Any], config: llama.Config = CONFIG) -> Path:
@@ -168,7 +169,8 @@ def test_nf4_folders_load_in_transformers_with_the_same_logits(reach: str, tmp_p
         if not isinstance(w, QNF4):
             return w
         dynamic, table = bitsandbytes.functional.create_dynamic_map(), bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
-        absmax = dynamic[w.absmax.int()] * w.nested_absmax.repeat_interleave(256)[: len(w.absmax)] + w.offset
+        nested = w.nested_absmax.repeat_interleave(256)[: w.absmax.numel()]
+        absmax = dynamic[w.absmax.flatten().int()] * nested + w.offset
         codes = torch.stack([w.codes >> 4, w.codes & 15], dim=2).view(-1, 64).int()
         return (table[codes] * absmax[:, None]).view(w.shape)
 

@@ -111,6 +111,22 @@ def test_nf4_error_is_bounded_by_the_gaps_of_both_tables(data: st.DataObject):
     assert (error <= bound).all()
 
 
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_part_of_an_nf4_weight_stands_for_its_part_of_the_numbers(n_rows: int, n_groups: int, data: st.DataObject):
+    w = normal(31 * n_rows, 64 * n_groups)  # so that 256 maxima end within rows, and within parts
+    q, dim = quantize(w, NF4()), data.draw(st.sampled_from([0, 1]))
+    assert isinstance(q, QNF4)
+    n = q.absmax.shape[dim]
+    start = data.draw(st.integers(0, n - 1))
+    length = data.draw(st.integers(1, n - start))
+    numbers, n_bytes = (1, 64)[dim], (1, 32)[dim]  # of a unit of the maxima
+    codes = q.codes.narrow(dim, start * n_bytes, length * n_bytes)
+    some = q._replace(codes=codes, absmax=q.absmax.narrow(dim, start, length))
+    own = nf4.part(some, dim, start * numbers, w.shape[dim])
+    wanted = dequantize(q, torch.float32).narrow(dim, start * numbers, length * numbers)
+    assert torch.equal(dequantize(own, torch.float32), wanted)
+
+
 @given(st.data(), st.sampled_from([Int8(), *(Int4(g) for g in (32, 64, 128))]))
 def test_what_is_on_the_grid_stays(data: st.DataObject, scheme: Scheme):
     once = dequantize(quantize(data.draw(weights(scheme)), scheme), torch.float32)
@@ -164,7 +180,7 @@ def test_nf4_is_byte_equal_to_bitsandbytes(shape: tuple[int, int], dtype: torch.
     q = quantize(w, NF4())
     assert isinstance(q, QNF4)
     assert torch.equal(q.codes.flatten(), codes.flatten())
-    assert torch.equal(q.absmax, state.absmax)
+    assert torch.equal(q.absmax.flatten(), state.absmax)
     assert torch.equal(q.nested_absmax, state.state2.absmax)
     assert torch.equal(q.offset, state.offset)
     assert torch.equal(dequantize(q, dtype), bnb.dequantize_4bit(codes, state))

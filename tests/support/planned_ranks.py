@@ -23,6 +23,7 @@ from minitune.optim import adamw, transforms
 from minitune.optim.adamw import AdamW
 from minitune.planning.mesh import ALONE, Mesh, mesh_under
 from minitune.planning.step_spec import StepSpec
+from minitune.quant.schemes import NF4, quantize
 from minitune.sharding import collectives, routes
 from minitune.sharding.mesh import device_mesh, n_sharers
 from minitune.sharding.parts import local_parts
@@ -62,6 +63,7 @@ class Planned(NamedTuple):
     axes: dict[str, int]
     n_rows: int
     n_tokens: int
+    base: str = "dense"  # or nf4: what the linear maps of a frozen base are
 
     @property
     def model(self) -> Model:
@@ -71,7 +73,7 @@ class Planned(NamedTuple):
     def step(self, mesh: Mesh | None = None) -> StepSpec:
         """Step as its costs are counted, on the mesh of the case or on another."""
         mesh = mesh or mesh_under(self.axes, self.plan)
-        params: Any = random_params(self.config)
+        params: Any = self.params()
         lora = RULE if self.trains == "lora" else None
         trainable: Any = RULE.like(params) if lora is not None else {}
         if lora is None:
@@ -79,6 +81,13 @@ class Planned(NamedTuple):
         where = torch.device("cpu"), self.n_rows, self.n_tokens
         of_model = mesh.for_model(self.config)
         return StepSpec(self.model, params, trainable, lora, OPTIMIZER, CrossEntropy(), *where, mesh=of_model)
+
+    def params(self) -> Any:
+        """Whole weights of the model, random ones."""
+        params: Any = random_params(self.config)
+        if self.base == "nf4":
+            params |= {name: quantize(w, NF4()) for name, w in params.items() if name.endswith("_proj.weight")}
+        return params
 
     def alone(self) -> StepSpec:
         """The same step of a single process."""
@@ -95,7 +104,7 @@ class Measured(NamedTuple):
 def measured(case: Planned) -> Measured:
     """Memory and traffic of a step on this rank."""
     devices = device_mesh(case.axes, "cpu")
-    params: Any = shard(random_params(case.config), dims(case.config), named_plan(case.plan), devices)
+    params: Any = shard(case.params(), dims(case.config), named_plan(case.plan), devices)
     lora = RULE if case.trains == "lora" else None
     trainable: Any = RULE.init(random_params(case.config), 0)
     if lora is None:
