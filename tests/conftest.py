@@ -90,6 +90,12 @@ def no_network() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def checked_calls() -> None:
+    """Begin to count the calls whose signatures are checked."""
+    signatures.Calls.test += 1
+
+
+@pytest.fixture(autouse=True)
 def torch_settings() -> Iterator[None]:
     """Give the next test the thread count and the default dtype that this one found."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()

@@ -16,26 +16,28 @@ from jaxtyping._storage import pop_shape_memo, push_shape_memo
 # or hypothesis relies on, in whatever thread the checked function runs.
 codemain.getrandbits = random.Random(0).getrandbits
 
+# A loop of training calls the same functions thousands of times with the same types: a test checks so many calls of each.
+CALLS = 100
 WITH_TYPE_ERRORS = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, as a caller would expect of Python
 
 
 def check(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
     """Return the function with its arguments and its result checked, where a size has one value in all of them."""
-    hints = function.__annotations__.values()
+    hints, calls = function.__annotations__.values(), Calls()
     if any("{" in str(hint) for hint in hints):
         checked = jaxtyped(function, typechecker=beartype(conf=WITH_TYPE_ERRORS))
     else:
         checked = beartype(function, conf=WITH_TYPE_ERRORS)
 
     @functools.wraps(function)
-    def unless_exporting(*args: object, **kwargs: object) -> object:
+    def with_names(*args: object, **kwargs: object) -> object:
         __tracebackhide__ = True
-        return function(*args, **kwargs) if is_exporting() else checked(*args, **kwargs)
+        return checked(*args, **kwargs) if calls.are_checked() else function(*args, **kwargs)
 
     @functools.wraps(function)
     def with_sizes(*args: object, **kwargs: object) -> object:
         __tracebackhide__ = True
-        if is_exporting():
+        if not calls.are_checked():
             return function(*args, **kwargs)
         push_shape_memo({})
         try:
@@ -44,7 +46,25 @@ def check(function: Callable[..., Any], *_: object, **__: object) -> Callable[..
             pop_shape_memo()
 
     # sizes of their own take half of the time of a check, and most functions speak of none
-    return with_sizes if any(may_hold_sizes(hint) for hint in hints) else unless_exporting
+    return with_sizes if any(may_hold_sizes(hint) for hint in hints) else with_names
+
+
+class Calls:
+    """Number of the calls of one function in a test."""
+
+    test = 0  # number of the test that runs, for the calls of every function
+
+    def __init__(self) -> None:
+        self.counted, self.n = 0, 0
+
+    def are_checked(self) -> bool:
+        """Count a call; True if its arguments are to be checked."""
+        if is_traced():  # a graph would be made anew for every number of calls
+            return False
+        if self.counted != Calls.test:
+            self.counted, self.n = Calls.test, 0
+        self.n += 1
+        return self.n <= CALLS
 
 
 def may_hold_sizes(hint: Any) -> bool:
@@ -58,9 +78,9 @@ def may_hold_sizes(hint: Any) -> bool:
     return not isinstance(hint, type) or type(hint).__module__.startswith("jaxtyping")
 
 
-def is_exporting() -> bool:
-    """True while torch.export traces, which has symbols where a signature has sizes."""
-    asks = getattr(sys.modules.get("torch.compiler"), "is_exporting", None)  # absent while torch itself is imported
+def is_traced() -> bool:
+    """True while torch.compile or torch.export traces, which has symbols where a signature has sizes."""
+    asks = getattr(sys.modules.get("torch.compiler"), "is_compiling", None)  # absent while torch itself is imported
     return asks is not None and asks()
 
 
