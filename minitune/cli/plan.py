@@ -140,10 +140,12 @@ def _mesh(options: Any, source: program.Program) -> Mesh:
     for ranks that are asked for."""
     if options.n is not None and options.mesh is not None:
         raise InputError("plan: --n and --mesh are both given, expected one of them; drop one")
+    if options.n is not None and options.n < 1:
+        raise InputError(f"plan: --n is {options.n}, expected one device or more; correct it")
     axes: Mapping[str, int] = source.mesh
     plan = options.plan or source.plan
     if options.n is not None or options.mesh is not None:
-        axes = axes_of(f"data={options.n}" if options.mesh is None else options.mesh)
+        axes = {"data": options.n} if options.mesh is None else axes_of(options.mesh)
         plan = options.plan or (source.plan if source.plan != "dp" else "fsdp")
     is_alone = n_ranks(axes) == 1
     if is_alone and options.plan is None:

@@ -49,7 +49,7 @@ def write_override(
             raise InputError(f"{what}: {typed} is no table, expected one that holds {keys[n]}")
 
     path = (*top, *keys)
-    parsed = _toml_value(value.strip(), _is_text(kind, raw, path))
+    parsed = _toml_value(value.strip(), _is_text(kind, raw, path), what)
     other = rival(path)
     if other is not None:
         table.pop(str(other[-1]), None)
@@ -127,14 +127,17 @@ def _meant(text: str) -> str:
     return f"; no folder {text} is here" if "=" not in text else ""
 
 
-def _toml_value(text: str, text_only: bool) -> Any:
+def _toml_value(text: str, text_only: bool, what: str) -> Any:
     """Value of a TOML expression, or the text itself where it is none, or where only a string can
-    stand (name=2026).
+    stand (name=2026). InputError for a table or a list that is malformed.
     """
     try:
         parsed = toml.parse(f"value = {text}", "")
-    except InputError:
-        return text
+    except InputError as error:
+        if text_only or not text.startswith(("{", "[")):
+            return text
+        _, _, reason = str(error).rpartition(": ")  # without the place in a line that nobody wrote
+        raise InputError(f"{what}: {reason}; correct the table or the list") from None
     if len(parsed) > 1 or (text_only and not isinstance(parsed["value"], str)):
         return text
     return parsed["value"]

@@ -408,6 +408,7 @@ def test_a_plan_for_ranks_takes_the_mesh_and_the_plan_that_are_asked_for_or_thos
         (("--mesh", "data=2,shelf=3"), "the mesh has the axis 'shelf', along which the plan cuts nothing"),
         (("--mesh", "data=2,context=5"), "the axis context has 5 ranks, among which 12 heads of queries are dealt out"),
         (("--plan", "zero"), "there is no plan 'zero'"),
+        (("--n", "0"), "plan: --n is 0, expected one device or more"),
     ):
         assert main(["plan", str(tmp_path / "p.toml"), model, *words]) == 2
         assert message in capsys.readouterr().err

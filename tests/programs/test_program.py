@@ -186,6 +186,8 @@ def test_an_override_is_one_value_and_never_more_toml(load) -> None:
         ("lora.lora_alpha=3", r"lora.lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
         ("lora_alpha=3", r"lora_alpha is unknown, expected one of .*; lora_alpha is lora.alpha here"),
         ("lora.targets=all-linear", r"'all-linear' is one text, .* write 'lora.targets=\[\"\*_proj.weight\"\]'"),
+        ("mesh={data=2,data=2}", r": Duplicate inline table key 'data', expected TOML; correct the table or the list"),
+        ("lora.targets=[1 2]", r": Unclosed array, expected TOML; correct the table or the list"),
         ("lora..rank=3", r"expected KEY=VALUE such as seed=1 or train.steps=100"),
         ("data.held.format=text", r"data.held.path is missing, expected str or array; add it"),
         ("second.name=lora", r"stage\[1\] is called 'lora' as stage\[0\] is, expected one stage of each name"),
