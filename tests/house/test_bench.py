@@ -1,5 +1,6 @@
 """A bench that can't be run where the tests run still runs at toy size."""
 
+import ast
 import importlib
 import json
 import os
@@ -33,6 +34,30 @@ def test_the_gpu_bench_fills_its_table_at_toy_size() -> None:
         assert re.fullmatch(r"[\d,]+", row[4]), row
         assert re.fullmatch(r"[\d.]+%", row[5]), row
         assert row[7] == ""
+
+
+def is_there(module: str, name: str) -> bool:
+    """True for a name of a module, and for a module of a package."""
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def test_what_benches_import_from_the_package_is_there() -> None:
+    """A name that has moved would be found when somebody waits for a figure."""
+    missing = [
+        f"{file.name}: {alias.name}"
+        for file in sorted((ROOT / "bench").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("minitune")
+        for alias in node.names
+        if not is_there(str(node.module), alias.name)
+    ]
+    assert not missing
 
 
 def test_what_the_time_does_not_reach_is_a_row_that_says_so() -> None:
