@@ -231,15 +231,14 @@ class Reader:
 def only_checked(command: str, page: Path) -> str:
     """The command, with `check` where something else runs it; `check` is of one process."""
     start = "python -m minitune "
-    if (str(page.relative_to(ROOT)), command.removeprefix(start)) not in RUN_ELSEWHERE:
+    if not any((ROOT / place, start + words) == (page, command) for place, words in RUN_ELSEWHERE):
         return command
     return re.sub(r" --ranks \d+", "", command.replace(start, f"{start}check ", 1))
 
 
 def only_checked_files(page: Path) -> list[str]:
     """Files of a page whose programs something else runs."""
-    name = str(page.relative_to(ROOT))
-    return [words for place, words in RUN_ELSEWHERE if place == name and words.endswith(".toml")]
+    return [words for place, words in RUN_ELSEWHERE if page == ROOT / place and words.endswith(".toml")]
 
 
 def snippets_about(page: Path, file: str) -> list[Block]:
