@@ -120,14 +120,15 @@ def measured(kind: str, model: Model, params: Params, variant: Variant, args: ar
     objective = sft(arranged(model, compile_blocks, remat, args.device), rule)
     step = train_step(objective, optimizer, micro_batch=len(batch.tokens), donate=True)
     state, times = step.init(trainable), []
-    for i in range(WARM_UPS + STEPS):
-        if i == WARM_UPS and hasattr(torch.get_device_module(args.device), "reset_peak_memory_stats"):
+    n_warm_ups, n_steps = (1, 1) if args.toy else (WARM_UPS, STEPS)
+    for i in range(n_warm_ups + n_steps):
+        if i == n_warm_ups and hasattr(torch.get_device_module(args.device), "reset_peak_memory_stats"):
             torch.get_device_module(args.device).reset_peak_memory_stats()
         synchronize(args.device)
         started = time.perf_counter()
         state, metrics = step.update(frozen, state, batch)
         synchronize(args.device)
-        times += [time.perf_counter() - started] if i >= WARM_UPS else []
+        times += [time.perf_counter() - started] if i >= n_warm_ups else []
     if float(metrics["skipped"]):
         raise InputError("a step was skipped: its gradient is not finite")
     device = torch.device(args.device)
@@ -155,7 +156,8 @@ def run_kind(kind: str, args: argparse.Namespace) -> None:
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             print(json.dumps({"reason": reason.splitlines()[0][:120]}), flush=True)
         gc.collect()
-        torch.compiler.reset()
+        if variant[1] == "yes":
+            torch.compiler.reset()
         if args.device != "cpu":
             torch.get_device_module(args.device).empty_cache()
 

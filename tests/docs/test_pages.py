@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from support import pages
-from support.pages import PAGES, Reader
+from support.pages import PAGES, RUN_ELSEWHERE, Reader, blocks_of, commands_of
+from support.paths import ROOT
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -14,6 +15,21 @@ def test_a_page_is_true(
     page: Path, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None]
 ) -> None:
     Reader(tmp_path, tiny, monkeypatch, stop_at).read(page)
+
+
+@pytest.mark.parametrize(("page", "words"), RUN_ELSEWHERE)
+def test_what_a_page_has_only_checked_is_run_by_what_is_named(page: str, words: str) -> None:
+    runner = RUN_ELSEWHERE[page, words]
+    for shown in [page, runner] if runner.endswith(".md") else [page]:
+        commands = [command for block in blocks_of(ROOT / shown, "bash") for _, command in commands_of(block)]
+        assert f"python -m minitune {words}" in commands
+    if runner.endswith(".py"):
+        text = (ROOT / runner).read_text("utf-8")
+        assert f'PAGE = ROOT / "{page}"' in text
+        assert f'file_of(PAGE, "{words}")' in text
+        assert f'snippets_about(PAGE, "{words}")' in text
+    else:
+        assert (runner, words) not in RUN_ELSEWHERE
 
 
 FAULTS = [

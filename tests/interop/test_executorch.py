@@ -1,7 +1,7 @@
 """Programs of ExecuTorch in its own runtime and in its TextLLMRunner: logits, greedy text, metadata, and what is refused."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from minitune.interop.graphs import quiet
 from minitune.interop.readers.executorch import open_executorch
 from minitune.io import paths
 from minitune.models import FAMILIES, Model, block
-from minitune.quant.schemes import NF4, quantize
+from minitune.quant.schemes import NF4, Int4, Int8, Scheme, quantize
 from minitune.quant.tensors import QInt4
 from minitune.text.tokenizer import open_tokenizer
 from minitune.types import Params
 from support.experts import WITH_EXPERTS
 from support.families import GROWING, config_of, sized
 from support.models import SCALINGS, model_of, random_params
+from support.pages import execute, file_of, snippets_about
+from support.paths import ROOT
 from support.quantized import dense, folder_of, int4, int8
 
 pytestmark = pytest.mark.reference
+PAGE = ROOT / "docs/export.md"
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 
 
@@ -158,26 +161,34 @@ def decoded_by_runner(last: int, ids: Sequence[int]) -> str:
     return "".join(decoder.decode(before, one) for before, one in zip([last, *ids], ids, strict=False))
 
 
-def test_quantized_weights_run_with_rounded_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_of_the_page_runs_with_rounded_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits are those of the scheme itself: activations of each token in 8 bits with a zero point, and the scales of 4-bit
     codes in bfloat16, as XNNPACK holds them.
     """
-    config = sized("llama", n_layers=1, d_model=64, d_head=16, d_ff=96)
+    monkeypatch.chdir(tmp_path)
+    config = sized("llama", n_layers=1, d_model=64, d_head=16, d_ff=96, vocab_size=1024, max_positions=128)
     model, plain = model_of(config), random_params(config)
+    save_folder(Path("model"), plain, model, FolderExtras(paths.locate("demo"), [2]))
+    Path("phone.toml").write_text(file_of(PAGE, "phone.toml"), encoding="utf-8")
 
     # three of the seven, for XNNPACK takes seconds for each
-    coded: dict[str, Callable[[Tensor], Any]] = {
-        "q_proj": lambda w: int4(w, 64),
-        "o_proj": int8,
-        "down_proj": lambda w: int4(w, 32),
-    }
+    schemes: dict[str, Scheme] = {"q_proj": Int4(64), "o_proj": Int8(), "down_proj": Int4(32)}
+    words = [
+        'quantize.weights=["*.q_proj.weight", "*.o_proj.weight", "*.down_proj.weight"]',
+        'quantize.exceptions={"*.q_proj.weight" = {kind="int4", group=64}, "*.o_proj.weight" = {kind="int8"}}',
+    ]
+    assert main(["phone.toml", "model.path=model", "model.dtype=float32", "export.max_context_len=100", *words]) == 0
+    figures = json.loads(Path("runs/phone/summary.json").read_text(encoding="utf-8"))["verify"]
+    assert (figures["format"], figures["agrees"]) == ("executorch", True)
+    for snippet in snippets_about(PAGE, "phone.toml"):
+        execute(snippet, {})
     params: dict[str, Any] = {**plain}
-    for part, code in coded.items():
+    for part, scheme in schemes.items():
         (name,) = (name for name in plain if part in name)
-        params[name] = code(plain[name])
-    file = saved(tmp_path, params, model, activations="int8", max_context_len=25)
+        params[name] = quantize(plain[name], scheme)
+    file = Path("runs/phone/executorch/model.pte")
     assert metadata_of(file)["get_weight_bits"] == 4
-    assert metadata_of(file)["get_max_seq_len"] == metadata_of(file)["get_max_context_len"] == 25
+    assert metadata_of(file)["get_max_seq_len"] == metadata_of(file)["get_max_context_len"] == 100
 
     def linear(x: Tensor, w: Any, bias: None = None) -> Tensor:
         if isinstance(w, Tensor):
@@ -189,7 +200,7 @@ def test_quantized_weights_run_with_rounded_activations(tmp_path: Path, monkeypa
         held = w._replace(scale=w.scale.bfloat16().float()) if isinstance(w, QInt4) else w
         return codes * scale @ dense(held).T
 
-    text = tokens_of(23)
+    text = tokens_of(23, 1024)
     rounded = {name: dense(w) for name, w in params.items()}
     unrounded = model.forward(rounded, torch.tensor([text]))[0]
     monkeypatch.setattr(block, "linears", lambda x, weights, _: [linear(x, w) for w in weights])

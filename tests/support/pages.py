@@ -19,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from minitune import hardware
 from minitune.__main__ import main
 from minitune.cli import download, publishing
 from minitune.cli.command_line import RUN_WORDS
@@ -59,6 +60,11 @@ READERS_OWN = {
     "train.jsonl": "orders-train.jsonl",
     "heldout.jsonl": "orders-heldout.jsonl",
     "pairs.jsonl": "orders-pairs.jsonl",
+}
+# Commands of a page that the reader only has `check` look at, and what runs them: they take long, and once is enough.
+RUN_ELSEWHERE = {
+    ("docs/export.md", "phone.toml"): "tests/interop/test_executorch.py",  # as it is, with a model for its kernels
+    ("docs/sharding.md", "full --ranks 2 plan=fsdp train.steps=4"): "docs/launching.md",
 }
 # Words that are added to a command by its verb or program, beside the sizes of its stages.
 TOY_WORDS = {"chat": ["--max-new-tokens", "4"]}
@@ -127,9 +133,11 @@ class Reader:
             elif block.language == "jsonl":
                 decode_jsonl(block)
             elif block.language == "python":
-                execute(block, names)
+                if block not in [snippet for file in only_checked_files(page) for snippet in snippets_about(page, file)]:
+                    execute(block, names)
             elif block.language == "bash":
-                outputs = [self.run(command, block.place(line)) for line, command in commands_of(block)]
+                commands = [(block.place(line), only_checked(command, page)) for line, command in commands_of(block)]
+                outputs = [self.run(command, place) for place, command in commands]
                 shown = outputs[0] if "show-sample" in block.text and len(outputs) == 1 else ""
             elif block.language == "text" and shown:
                 for number, line in enumerate(block.text.splitlines()):
@@ -152,7 +160,11 @@ class Reader:
             words = self._at_toy_size(words)
         except InputError as error:
             raise AssertionError(f"{place}: {command}: {error}") from None
-        code, output, errors = self._main(words)
+        with self.patch.context() as patch:
+            if words[0] == "plan" and "--measure" not in words:
+                # for any other processor every block of a weight that would be widened is traced, which takes seconds
+                patch.setattr(hardware, "multiplies_bfloat16", lambda device: True)
+            code, output, errors = self._main(words)
         assert code == 0, f"{place}: {command} ended with {code}: {errors}"
         return output
 
@@ -216,9 +228,33 @@ class Reader:
         return {file.name: file.stat().st_size for file in folder.iterdir()}, "0" * 40
 
 
+def only_checked(command: str, page: Path) -> str:
+    """The command, with `check` where something else runs it; `check` is of one process."""
+    start = "python -m minitune "
+    if not any((ROOT / place, start + words) == (page, command) for place, words in RUN_ELSEWHERE):
+        return command
+    return re.sub(r" --ranks \d+", "", command.replace(start, f"{start}check ", 1))
+
+
+def only_checked_files(page: Path) -> list[str]:
+    """Files of a page whose programs something else runs."""
+    return [words for place, words in RUN_ELSEWHERE if page == ROOT / place and words.endswith(".toml")]
+
+
+def snippets_about(page: Path, file: str) -> list[Block]:
+    """Python of a page that reads what the program in one of its files has written."""
+    return [block for block in blocks_of(page, "python") if f"runs/{Path(file).stem}/" in block.text]
+
+
 def execute(block: Block, names: dict) -> None:
     """Run a snippet with names that it finds and adds to; a traceback shows the line of the page."""
     exec(compile("\n" * (block.line - 1) + block.text, str(block.page), "exec"), names)
+
+
+def file_of(page: Path, name: str) -> str:
+    """Text of a file that a page tells its reader to write."""
+    (text,) = (block.text for block in blocks_of(page) if block.file == name)
+    return text
 
 
 def executed(page: Path) -> dict:
