@@ -15,7 +15,9 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+from support.forked import started
 from support.paths import ROOT, TESTS
 
 TIMEOUT_S = 300  # of a call or a command; a collective that waits for a missing rank gives up after it as well
@@ -165,16 +167,9 @@ def _torchrun_variables(rank: int, n: int, port: int) -> dict[str, str]:
 
 def _started(number: int) -> tuple[Any, Connection]:
     """Process that waits for calls, and the connection to it."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=partial(_serve, there), daemon=True, name=f"rank-{number}")
-    before = dict(os.environ)
-    os.environ |= CHILD_VARIABLES
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ |= before
+    here, there = multiprocessing.Pipe()
+    with mock.patch.dict(os.environ, CHILD_VARIABLES):
+        process = started(partial(_serve, there), f"rank-{number}")
     there.close()
     return process, here
 
