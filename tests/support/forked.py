@@ -14,7 +14,7 @@ from unittest import mock
 
 from support.paths import ROOT
 
-IMPORTED = ["__main__", "minitune.cli.running"]
+IMPORTED = ["__main__", "minitune.cli.running", "minitune.sharding.placements", "torch.distributed.tensor"]
 # of the process that is forked: no other thread may be there
 VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
