@@ -50,7 +50,8 @@ def joined(port: int) -> dict[str, Any]:
     torchrun = launchers(rank, port)["torchrun"]
     with alone_with(torchrun | {"MASTER_PORT": str(port + 3)}):
         try:
-            with ranks_of_launch():
+            with ranks_of_launch() as ranks:
+                ranks.barrier()
                 raise InputError("any error")
         except InputError:
             results["error destroyed"] = not dist.is_initialized()

@@ -144,6 +144,7 @@ def _as_rank(rank: int, n: int, port: int, f: Callable[..., Any], args: tuple[An
     torch.set_num_threads(1)
     os.environ |= _torchrun_variables(rank, n, port)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+    dist.barrier()  # one that ends at once would break the connections that another one still makes
     result = f(*args)
     dist.destroy_process_group()
     return result
