@@ -4,7 +4,6 @@ import errno
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ from minitune.io.state_files import read_parts, tensor_files, whole_entries
 from minitune.programs.trained_state import TrainedState
 from minitune.sharding.placements import shard_leaf
 from minitune.sharding.ranks import Ranks
+from support.dying_ranks import save_and_die
 from support.fake_ranks import as_rank
 from support.models import SMALL, random_batch
-from support.paths import TESTS
 from support.ranks import Ranks as Pool
-from support.ranks import run_command
+from support.ranks import run_apart
 from support.sharded_states import (
     LAYOUTS,
     bits,
@@ -203,11 +202,9 @@ def test_a_failure_of_any_operation_of_a_rank_ends_the_save_on_all(
 
 @pytest.mark.parametrize(("dying", "how"), [(0, "at-once"), (1, "at-once"), (1, "in-background")])
 def test_a_rank_that_dies_amid_a_save_leaves_the_state_before(dying: int, how: str, tmp_path: Path) -> None:
-    script = TESTS / "support" / "scripts" / "rank_dies_saving.py"
-    folder = tmp_path / "states"
-    finished = run_command([sys.executable, str(script), str(folder), str(dying), how], 2, tmp_path)
-    assert finished.outputs[dying] == ""
-    assert finished.outputs[1 - dying] == "lost a rank\n"
+    folder, told = tmp_path / "states", tmp_path / "told"
+    assert run_apart(2, save_and_die, folder, dying, how == "in-background", told) == [0, 0]
+    assert told.read_text("utf-8") == f"rank {1 - dying} lost a rank\n"
     assert [path.name for path in checkpoint.list_states(folder)] == ["step-00000001"]
     whole = {name: torch.arange(35.0).view(7, 5) for name in "abc"}
     state, _ = checkpoint.load_state(folder / "step-00000001", tree.map(torch.zeros_like, whole))

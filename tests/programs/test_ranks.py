@@ -15,7 +15,10 @@ from minitune.__main__ import main
 from minitune.checkpoint import list_states, load_tensors
 from minitune.checkpoint.state import state_step
 from support.paths import ROOT, TESTS
+from support.program_ranks import end_of, run_on_ranks
 from support.programs import COMMAND, STAGES_HEAD, rows_without_time, spawn, wait_for_step
+from support.rank_launchers import joined
+from support.ranks import Ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
 
@@ -261,12 +264,10 @@ def assert_same_runs(one: Path, other: Path, *, same_files: bool = True) -> None
         assert files_of(one) == files_of(other)
 
 
-def test_every_method_on_three_processes_equals_one(tmp_path: Path, tiny: Path):
+def test_every_method_on_three_processes_equals_one(ranks: Ranks, tmp_path: Path, tiny: Path):
     assert main([written(tmp_path, tiny, "one", METHODS), f"out={tmp_path}"]) == 0
-    command = [*COMMAND, written(tmp_path, tiny, "three", METHODS), f"out={tmp_path}", "--ranks", "3", "--json"]
-    done = finished(command)
-    assert done.returncode == 0, done.stderr
-    assert "3 processes share out the rows of each step" in done.stderr
+    done = run_on_ranks(ranks, 3, [written(tmp_path, tiny, "three", METHODS), f"out={tmp_path}", "--json"], tmp_path)
+    assert "3 processes share out the rows of each step" in done.err
     assert_same_runs(tmp_path / "one", tmp_path / "three")
 
     deltas, others = tensors_of(tmp_path / "one/deltas"), tensors_of(tmp_path / "three/deltas")
@@ -274,35 +275,38 @@ def test_every_method_on_three_processes_equals_one(tmp_path: Path, tiny: Path):
     for name, leaf in deltas.items():
         # Adam divides by the size of a gradient, which makes the rounding of one near zero large
         torch.testing.assert_close(leaf, others[name], rtol=1e-3, atol=1e-4)
-    result = json.loads(done.stdout)["result"]
+    result = json.loads(done.out)["result"]
     summary = json.loads((tmp_path / "three/summary.json").read_text("utf-8"))
     assert result["summary"].keys() == summary.keys()
     assert summary["eval"]["n_prompts"] == 2
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """Folder of the run that one process makes of SHARED."""
+    out = tmp_path_factory.mktemp("one")
+    assert main([written(out, tiny, "one", SHARED), f"out={out}"]) == 0
+    return out / "one"
+
+
 @pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={data=1,context=2}")], ids=str)
-def test_ranks_that_share_the_model_equal_one_process(how: tuple[str, ...], tmp_path: Path, tiny: Path):
+def test_ranks_that_share_the_model_equal_one_process(how: tuple[str, ...], ranks: Ranks, one: Path, tmp_path: Path, tiny: Path):
     """The states of a plan are saved in parts; here they are read again by the stage that keeps the best one."""
-    assert main([written(tmp_path, tiny, "one", SHARED), f"out={tmp_path}"]) == 0
-    words = [written(tmp_path, tiny, "two", SHARED), f"out={tmp_path}", *how, "--ranks", "2"]
-    done = finished([*COMMAND, *words])
-    assert done.returncode == 0, done.stderr
-    assert_same_runs(tmp_path / "one", tmp_path / "two", same_files=False)
+    run_on_ranks(ranks, 2, [written(tmp_path, tiny, "two", SHARED), f"out={tmp_path}", *how], tmp_path)
+    assert_same_runs(one, tmp_path / "two", same_files=False)
     assert len(list((tmp_path / "two/checkpoints/full-train").glob("step-*/state-0000?-of-00002.safetensors"))) == 4
-    one, two = (load_tensors(tmp_path / name / "params/model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, w in one.items():
-        torch.testing.assert_close(w, two[name], rtol=1e-3, atol=1e-4)
+    params, others = (load_tensors(run / "params/model.safetensors") for run in (one, tmp_path / "two"))
+    assert params.keys() == others.keys()
+    for name, w in params.items():
+        torch.testing.assert_close(w, others[name], rtol=1e-3, atol=1e-4)
 
 
-def test_what_ranks_write_of_weights_in_parts_is_what_one_process_writes(tmp_path: Path, tiny: Path):
+def test_what_ranks_write_of_weights_in_parts_is_what_one_process_writes(ranks: Ranks, tmp_path: Path, tiny: Path):
     """Nothing trains here, so every file is the same to the bit: folders, adapters and exports."""
     assert main([written(tmp_path, tiny, "trained", plain(2)), f"out={tmp_path}"]) == 0
     deltas = f"model.deltas={tmp_path / 'trained/deltas'}"
     assert main([written(tmp_path, tiny, "one", WRITTEN), f"out={tmp_path}", deltas]) == 0
-    words = [written(tmp_path, tiny, "two", WRITTEN), f"out={tmp_path}", deltas, "plan=fsdp", "--ranks", "2"]
-    done = finished([*COMMAND, *words])
-    assert done.returncode == 0, done.stderr
+    run_on_ranks(ranks, 2, [written(tmp_path, tiny, "two", WRITTEN), f"out={tmp_path}", deltas, "plan=fsdp"], tmp_path)
     for name in ("merged", "deltas", "wide", "compressed-tensors", "bitsandbytes"):
         files = sorted(path.name for path in (tmp_path / "one" / name).iterdir() if not path.name.startswith("."))
         assert "model.safetensors" in files or "adapter_model.safetensors" in files
@@ -369,24 +373,22 @@ def test_a_process_that_is_killed_takes_the_others_down_and_is_named(tmp_path: P
     assert f"continuing from step {saved} of {saved + 1}" in (tmp_path / "killed/log.txt").read_text("utf-8")
 
 
-@pytest.mark.parametrize("mistake", ["folder", "privacy"])
-def test_a_mistake_is_one_sentence_of_the_first_process(mistake: str, tmp_path: Path, tiny: Path):
-    stages = plain(4)
-    if mistake == "privacy":
-        private = "privacy = { max_norm = 1.0, noise = 1.0, delta = 1e-5 }\n"
-        stages = stages.replace("batch_size = 4\n", f"batch_size = 4\n{private}")
-    else:
-        (tmp_path / "p").mkdir()
-        (tmp_path / "p/mine.txt").write_text("not a run", encoding="utf-8")
-    command = [*COMMAND, written(tmp_path, tiny, "p", stages), f"out={tmp_path}", "--ranks", "2"]
-    done = finished(command)
-    expected = {
-        "folder": "holds no manifest.json, expected a run folder",
-        "privacy": "has privacy and the run 2 processes, expected one",
-    }
+def test_a_mistake_is_one_sentence_of_the_first_process(tmp_path: Path, tiny: Path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/mine.txt").write_text("not a run", encoding="utf-8")
+    done = finished([*COMMAND, written(tmp_path, tiny, "p", plain(4)), f"out={tmp_path}", "--ranks", "2", "--json"])
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count(expected[mistake]) == 1
-    assert len(done.stderr.strip().splitlines()) == 1
+    (told,) = (line for line in done.stderr.splitlines() if not line.startswith("program: "))
+    assert "holds no manifest.json, expected a run folder" in told
+    assert json.loads(done.stdout) == {"exit_code": 2, "error": told}
+
+
+def test_private_training_is_refused_by_each_process(ranks: Ranks, tmp_path: Path, tiny: Path):
+    private = "privacy = { max_norm = 1.0, noise = 1.0, delta = 1e-5 }\n"
+    words = [written(tmp_path, tiny, "p", plain(4).replace("batch_size = 4\n", f"batch_size = 4\n{private}")), f"out={tmp_path}"]
+    for code, _, err in ranks.run(2, end_of, words, tmp_path):
+        assert code == 2, err
+        assert err.count("has privacy and the run 2 processes, expected one") == len(err.strip().splitlines()) == 1
 
 
 def test_torchrun_starts_a_run_unchanged(tmp_path: Path, tiny: Path):
@@ -400,18 +402,10 @@ def test_torchrun_starts_a_run_unchanged(tmp_path: Path, tiny: Path):
     assert_same_runs(tmp_path / "one", tmp_path / "p")
 
 
-def test_processes_find_one_another_as_each_launcher_says(tmp_path: Path):
+def test_processes_find_one_another_as_each_launcher_says(ranks: Ranks):
     # of the five ports in a row none may be taken: those above the range that systems hand out
     port = 61000 + os.getpid() % 4000
-    script = TESTS / "support/scripts/rank_launchers.py"
-    both = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(port)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    for rank, output in enumerate(outputs):
-        results = json.loads(output)
+    for rank, results in enumerate(ranks.run(2, joined, port)):
         for name in ("torchrun", "azureml-mpi", "slurm", "existing"):
             assert results.pop(name) == {
                 "ranks": [rank, 2, rank, 1, None],

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import yaml
 
 from minitune.__main__ import main
 from minitune.checkpoint import load_tensors
-from support.programs import COMMAND, STAGES_HEAD, rows_without_time
-from support.ranks import run_command
+from support.program_ranks import run_on_ranks
+from support.programs import STAGES_HEAD, rows_without_time
+from support.ranks import Ranks
 
 TRAINED = """
 [[stage]]
@@ -58,12 +61,29 @@ def program(name: str, tiny: Path, stages: str) -> str:
     return f"{name}.toml"
 
 
-def on_ranks(name: str, tiny: Path, stages: str, *words: str) -> None:
-    run_command([*COMMAND, program(name, tiny, stages), *words], 2, Path.cwd())
+def on_ranks(ranks: Ranks, name: str, tiny: Path, stages: str, *words: str) -> None:
+    run_on_ranks(ranks, 2, [program(name, tiny, stages), *words], Path.cwd())
 
 
 def in_one(name: str, tiny: Path, stages: str, *words: str) -> None:
     assert main([program(name, tiny, stages), *words]) == 0
+
+
+@pytest.fixture(scope="module")
+def ones(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Function that has runs/one be a run of these stages in one process, which takes place once for all cases."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def one(stages: str, *words: str) -> None:
+        folder = made.get((stages, *words))
+        if folder is None:
+            folder = made[stages, *words] = tmp_path_factory.mktemp("one")
+            with chdir(folder):
+                in_one("one", tiny, stages, *words)
+        Path("runs").mkdir()
+        Path("runs/one").symlink_to(folder / "runs/one")
+
+    return one
 
 
 def record_of(name: str, label: str) -> dict:
@@ -144,7 +164,9 @@ def assert_same_files(*names: str) -> None:
         ),
     ],
 )
-def test_exports_after_training_on_two_ranks(form: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_exports_after_training_on_two_ranks(
+    form: str, ranks: Ranks, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
     """One process loads what the ranks have saved, and does the same from there on: every byte of every file is equal.
 
     All formats are given whole weights in the same way, so that the one that is written at once stands for the slow ones.
@@ -161,7 +183,7 @@ def test_exports_after_training_on_two_ranks(form: str, tmp_path: Path, tiny: Pa
     if form == "onnx":
         # ranks that share rows, of which the first one alone runs the model that the file is held against
         after, how = after + '[[stage]]\nop = "verify"\n', ("plan=cp", "mesh={data=1,context=2}")
-    on_ranks("two", tiny, TRAINED + after, *how)
+    on_ranks(ranks, "two", tiny, TRAINED + after, *how)
     in_one("one", tiny, after, "model.path=runs/two/params")
     assert_same_files(*names)
     for label in {"gguf": ["harness"], "onnx": ["verify"]}.get(form, []):
@@ -208,14 +230,15 @@ format = "compressed-tensors"
 
 @pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={data=1,context=2}")], ids=str)
 def test_calibration_of_weights_in_parts_gives_the_codes_of_one_process(
-    how: tuple[str, ...], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    how: tuple[str, ...], ranks: Ranks, ones: Callable[..., None], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Every rank calibrates on all rows, a block at a time: codes, scales and files are equal to the byte."""
     monkeypatch.chdir(tmp_path)
-    Path("shape.toml").write_text(SHAPE, encoding="utf-8")
-    model = 'model={ config = "shape.toml", tokenizer = "demo", dtype = "float32" }'
-    in_one("one", tiny, CALIBRATED, model)
-    on_ranks("two", tiny, CALIBRATED, model, *how)
+    shape = tmp_path.parent / "shape-to-calibrate.toml"  # one path in all cases, which share the run of one process
+    shape.write_text(SHAPE, encoding="utf-8")
+    model = f'model={{ config = "{shape}", tokenizer = "demo", dtype = "float32" }}'
+    ones(CALIBRATED, model)
+    on_ranks(ranks, "two", tiny, CALIBRATED, model, *how)
     assert_same_files("model.gguf", "compressed-tensors", "checkpoints/gptq")
     assert Path("runs/one/model.gguf").read_bytes() != Path("runs/one/unweighed.gguf").read_bytes()
 
@@ -273,12 +296,19 @@ dtype = "float32"
 @pytest.mark.parametrize("how", [("plan=fsdp",), ("plan=cp", "mesh={data=1,context=2}")], ids=str)
 @pytest.mark.parametrize(("stages", "saved"), [(AWARE, "params"), (SWEPT, "merged")], ids=["qat", "sweep"])
 def test_training_that_looks_at_whole_weights_is_that_of_one_process(
-    stages: str, saved: str, how: tuple[str, ...], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    stages: str,
+    saved: str,
+    how: tuple[str, ...],
+    ranks: Ranks,
+    ones: Callable[..., None],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Rows of the log, and the model that is saved, up to the rounding of sums."""
     monkeypatch.chdir(tmp_path)
-    in_one("one", tiny, stages)
-    on_ranks("two", tiny, stages, *how)
+    ones(stages)
+    on_ranks(ranks, "two", tiny, stages, *how)
     rows, others = rows_without_time(Path("runs/one")), rows_without_time(Path("runs/two"))
     assert_close_rows(rows, others, rel=2e-4)
     one, two = (load_tensors(Path("runs", run, saved, "model.safetensors")) for run in ("one", "two"))
@@ -287,18 +317,30 @@ def test_training_that_looks_at_whole_weights_is_that_of_one_process(
         torch.testing.assert_close(two[name], w, rtol=1e-3, atol=1e-4)
 
 
+def demo_words(tiny: Path) -> list[str]:
+    """Words that run the demo in float32, on few rows."""
+    words = ["lora", "train.steps=3", "train.batch_size=2", "model.dtype=float32"]
+    words += [f"data.{part}.path={tiny / f'orders-{part}.jsonl'}" for part in ("train", "heldout")]
+    return words + [f"{label}.{key}" for label in ("before", "after") for key in ("limit=2", "max_new_tokens=3")]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the run that one process makes of the demo."""
+    out = tmp_path_factory.mktemp("demo")
+    assert main([*demo_words(tiny), f"out={out}"]) == 0
+    return out / "lora"
+
+
 @pytest.mark.parametrize("shared", [("mesh={context=2}",), ("plan=tp_fsdp", "mesh={data=1,tensor=3}")], ids=["context", "tensor"])
 def test_the_commands_of_the_page_take_the_steps_of_one_process(
-    shared: tuple[str, ...], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    shared: tuple[str, ...], ranks: Ranks, demo_run: Path, tmp_path: Path, tiny: Path
 ):
     """The demo on ranks that share tokens, or linear maps: what docs/sharding.md starts, in float32 and on fewer rows."""
-    monkeypatch.chdir(tmp_path)
-    words = ["lora", "train.steps=4", "model.dtype=float32", f"data.heldout.path={tiny / 'orders-heldout.jsonl'}"]
-    words += [f"{label}.{key}" for label in ("before", "after") for key in ("limit=2", "max_new_tokens=3")]
-    assert main([*words, "out=one"]) == 0
-    run_command([*COMMAND, *words, "out=two", *shared], 3 if len(shared) > 1 else 2, tmp_path)
-    assert_close_rows(rows_without_time(Path("one/lora")), rows_without_time(Path("two/lora")), rel=1e-4)
+    run_on_ranks(ranks, 3 if len(shared) > 1 else 2, [*demo_words(tiny), f"out={tmp_path}", *shared], tmp_path)
+    runs = demo_run, tmp_path / "lora"
+    assert_close_rows(*(rows_without_time(run) for run in runs), rel=1e-4)
     for label in ("before", "after"):
-        one, two = (json.loads(Path(run, "lora/records.json").read_text("utf-8"))[label] for run in ("one", "two"))
+        one, two = (json.loads((run / "records.json").read_text("utf-8"))[label] for run in runs)
         assert one["loss_nats"] == pytest.approx(two["loss_nats"], rel=1e-5)
         assert one["n_prompts"] == two["n_prompts"] == 2

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -23,8 +22,9 @@ from minitune.programs.loading import ModelSource
 from minitune.programs.run import summary
 from minitune.programs.stages import evaluate, export, generate, save, train
 from minitune.programs.stages.quantize import Quantize
+from support.forked import Program
 from support.models import random_params
-from support.programs import COMMAND, SHIPPED, TINY, rows_without_time, spawn, toy, wait_for_step, weights
+from support.programs import SHIPPED, TINY, rows_without_time, toy, wait_for_step, weights
 
 HARNESS_METRICS = {"orders_choice": ["acc"], "orders_json": ["exact_match"]}
 
@@ -133,17 +133,19 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(name: str, kills: tupl
     """
     steps = kills[-1] + 22
     words = [*toy(name, tiny, tmp_path, steps=steps), "train.save_every=7"]
-    straight = subprocess.run([*COMMAND, name, *words, "name=straight"], capture_output=True, text=True)
-    assert straight.returncode == 0, straight.stderr
+    straight = Program([name, *words, "name=straight"])
+    _, err = straight.communicate()
+    assert straight.returncode == 0, err
     for step in kills:
-        process = spawn([name, *words, "name=killed"])
+        process = Program([name, *words, "name=killed"])
         wait_for_step(tmp_path / "killed", step, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    last = subprocess.run([*COMMAND, name, *words, "name=killed"], capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
-    assert "is unfinished: continuing it" in last.stdout
-    assert "continuing from step" in last.stdout
+    last = Program([name, *words, "name=killed"])
+    out, err = last.communicate()
+    assert last.returncode == 0, err
+    assert "is unfinished: continuing it" in out
+    assert "continuing from step" in out
     killed, wanted = weights(tmp_path / "killed"), weights(tmp_path / "straight")
     assert set(killed) == set(wanted)
     assert all(torch.equal(killed[key], wanted[key]) for key in wanted)
@@ -155,7 +157,7 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(name: str, kills: tupl
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_signal_saves_and_the_same_command_continues(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
     words = [*toy("lora", tiny, tmp_path, steps=2000), "train.save_every=5000"]
-    process = spawn(["lora", *words])
+    process = Program(["lora", *words])
     wait_for_step(tmp_path / "lora", 4, process)
     process.send_signal(number)
     _, errors = process.communicate()
@@ -165,7 +167,7 @@ def test_a_stop_signal_saves_and_the_same_command_continues(number: int, code: i
     (saved,) = checkpoint.list_states(tmp_path / "lora/checkpoints/train")
     step = json.loads((saved / "state.json").read_text(encoding="utf-8"))["step"]
     assert 4 <= step < 2000
-    process = spawn(["lora", *words])
+    process = Program(["lora", *words])
     wait_for_step(tmp_path / "lora", step + 1, process)
     process.kill()
     out, _ = process.communicate()
@@ -174,7 +176,7 @@ def test_a_stop_signal_saves_and_the_same_command_continues(number: int, code: i
 
 def test_a_second_trainer_on_the_same_folder_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = toy("lora", tiny, tmp_path, steps=2000)
-    process = spawn(["lora", *words])
+    process = Program(["lora", *words])
     wait_for_step(tmp_path / "lora", 2, process)
     assert main(["lora", *words]) == 2
     assert f"is in use by pid {process.pid} on {os.uname().nodename}" in capsys.readouterr().err
@@ -184,7 +186,7 @@ def test_a_second_trainer_on_the_same_folder_is_refused(tiny: Path, tmp_path: Pa
 
 def test_a_damaged_state_stops_the_run_and_says_what_to_do(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = toy("lora", tiny, tmp_path, steps=2000)
-    process = spawn(["lora", *words])
+    process = Program(["lora", *words])
     wait_for_step(tmp_path / "lora", 7, process)
     process.kill()
     process.communicate()

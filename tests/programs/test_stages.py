@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,10 @@ from minitune.models import Model
 from minitune.models.families import llama
 from minitune.quant import schemes
 from minitune.quant.schemes import dequantize, quantize
+from support.forked import Program
 from support.independent import members
 from support.models import random_params
-from support.programs import COMMAND, LORA, NF4, TINY, TRAIN, evaluation, rows_without_time, run, spawn, start, toy, wait_for_step
+from support.programs import LORA, NF4, TINY, TRAIN, evaluation, rows_without_time, run, start, toy, wait_for_step
 
 REFUSED = {
     "no teacher": (LORA + TRAIN + 'loss = { kind = "forward_kl" }\n', "has no teacher, expected one exactly with a distillation"),
@@ -163,7 +163,7 @@ def test_early_stopping_keeps_the_best_step_also_when_it_is_resumed(tiny: Path, 
     # the same, killed after a step that evaluates nothing
     folder = tmp_path / "q/checkpoints/train"
     words = [str(tmp_path / "p.toml"), f"out={tmp_path}", "name=q", "train.save_every=1"]
-    process = spawn(words)
+    process = Program(words)
     wait_for_step(tmp_path / "q", 4, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -231,9 +231,9 @@ def test_every_loss_runs_as_a_program(kind: str, tiny: Path, tmp_path: Path) -> 
 
 def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Path) -> None:
     words = [*toy("generate", tiny, tmp_path), "generate.sampling={}"]
-    command = [*COMMAND, "generate", *words, "name=true", "generate.compiled=true"]
-    done = subprocess.run(command, capture_output=True, text=True)  # apart: the signatures' checks are not to be traced
-    assert done.returncode == 0, done.stderr
+    done = Program(["generate", *words, "name=true", "generate.compiled=true"])  # apart: signatures' checks are not to be traced
+    _, err = done.communicate()
+    assert done.returncode == 0, err
     assert main(["generate", *words, "name=false", "generate.compiled=false"]) == 0
     one, two = ((tmp_path / name / "generate.jsonl").read_text(encoding="utf-8").splitlines() for name in ("true", "false"))
     assert one == two
@@ -243,12 +243,12 @@ def test_a_compiled_generation_answers_as_an_eager_one(tiny: Path, tmp_path: Pat
 def test_a_distillation_killed_in_mid_run_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     words = [*toy("kd", tiny, tmp_path, steps=12), "train-distilled.save_every=5"]
     for name in ("straight", "killed"):
-        process = spawn(["kd", *words, f"name={name}"])
+        process = Program(["kd", *words, f"name={name}"])
         if name == "killed":
             wait_for_step(tmp_path / "killed", 8, process, "train-distilled")
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            process = spawn(["kd", *words, f"name={name}"])
+            process = Program(["kd", *words, f"name={name}"])
         out, errors = process.communicate()
         assert process.returncode == 0, errors
     assert "train-distilled: continuing from step 5 of 12" in out or "continuing from step 10 of 12" in out
@@ -313,18 +313,20 @@ def test_weights_trained_under_rounding_are_converted_exactly(tiny: Path, tmp_pa
 
 def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight_one(tiny: Path, tmp_path: Path) -> None:
     words = [*toy("pipeline", tiny, tmp_path, steps=20), "sft.save_every=3", "dpo.save_every=3"]
-    straight = subprocess.run([*COMMAND, "pipeline", *words, "name=straight"], capture_output=True, text=True)
-    assert straight.returncode == 0, straight.stderr
+    straight = Program(["pipeline", *words, "name=straight"])
+    _, err = straight.communicate()
+    assert straight.returncode == 0, err
     for stage in ("sft", "dpo"):
-        process = spawn(["pipeline", *words, "name=killed"])
+        process = Program(["pipeline", *words, "name=killed"])
         wait_for_step(tmp_path / "killed", 11, process, stage)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    last = subprocess.run([*COMMAND, "pipeline", *words, "name=killed"], capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
-    assert re.search(r"dpo: continuing from step \d+ of 20", last.stdout)
-    assert "sft 1/20" not in last.stdout
-    assert "tuned: loss" not in last.stdout  # that was measured before the run died
+    last = Program(["pipeline", *words, "name=killed"])
+    out, err = last.communicate()
+    assert last.returncode == 0, err
+    assert re.search(r"dpo: continuing from step \d+ of 20", out)
+    assert "sft 1/20" not in out
+    assert "tuned: loss" not in out  # that was measured before the run died
     killed, wanted = (
         {**json.loads((tmp_path / one / "summary.json").read_text(encoding="utf-8"))} for one in ("killed", "straight")
     )
@@ -336,7 +338,7 @@ def test_a_pipeline_killed_in_any_stage_goes_on_there_and_ends_like_the_straight
         assert set(one) == set(two)
         assert all(torch.equal(one[key], two[key]) for key in one)
     # a table, or where COLUMNS says that there is no room for it a line for each figure
-    shown = last.stdout.partition("\nkilled")[2]
+    shown = out.partition("\nkilled")[2]
     for name in ("base", "sft", "tuned", "dpo", "preferred", "quantize", "int4"):
         assert re.search(rf"^(│ )?{name}\b", shown, re.MULTILINE), shown
 

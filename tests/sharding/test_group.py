@@ -1,14 +1,9 @@
 """Ranks that the other tests of this room start: they answer in order, and nobody waits for one that failed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from support.ranks import RankError, Ranks, run_command
-from support.scripts import rank_calls
-
-COMMAND = [sys.executable, "-m", "support.scripts.rank_calls"]
+from support import rank_calls
+from support.ranks import RankError, Ranks
 
 
 def test_each_call_is_made_by_a_group_of_its_own(ranks: Ranks) -> None:
@@ -29,11 +24,3 @@ def test_ranks_that_wait_for_one_another_for_ever_are_ended(ranks: Ranks) -> Non
     ranks.run(2, rank_calls.sum_of, 0.0)
     with pytest.raises(RankError, match=r"ranks \[0, 1\] of 2 gave no result in time"):
         ranks.run(2, rank_calls.wait_for_rank_1, timeout_s=1.0)
-
-
-def test_a_command_runs_as_ranks_and_a_failure_ends_it(tmp_path: Path) -> None:
-    finished = run_command([*COMMAND, "1"], 2, tmp_path)
-    assert finished.codes == [0, 0]
-    assert [output.strip() for output in finished.outputs] == ["(0, 2, 3.0)", "(1, 2, 3.0)"]
-    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 ended with 1:.*ValueError: this one"):
-        run_command([*COMMAND, "fail"], 2, tmp_path)

@@ -20,6 +20,7 @@ from minitune.programs import program
 from minitune.programs.stages import training_loop
 from minitune.programs.stages.loop_state import LoopState
 from minitune.programs.stages.stage import Stage
+from support.forked import Program
 from support.models import random_params
 from support.numbers import Power
 
@@ -101,7 +102,7 @@ def spawn(words: list[str], **options: object) -> subprocess.Popen:
     return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, stage: str = "train") -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen | Program, stage: str = "train") -> None:
     """Wait until that step of a stage is in metrics.jsonl; a process that hangs runs into the limit that guards every test."""
     while True:
         if process.poll() is not None:

@@ -6,20 +6,17 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
-from support.paths import ROOT, TESTS
+from support.forked import started
 
-TIMEOUT_S = 300  # of a call or a command; a collective that waits for a missing rank gives up after it as well
-TICK_S = 0.02  # between two looks at the processes of a command
+TIMEOUT_S = 300  # of a call; a collective that waits for a missing rank gives up after it as well
 CHILD_VARIABLES = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
@@ -85,69 +82,17 @@ class Ranks:
         return [results[rank] for rank in range(n)]
 
 
-class Finished(NamedTuple):
-    """How the ranks of a command ended: the exit code and the output of each."""
-
-    codes: list[int]
-    outputs: list[str]  # standard output and error together
-
-
-def run_command(
-    command: Sequence[str],
-    n: int,
-    folder: Path,
-    *,
-    variables: Mapping[str, str] | None = None,
-    variables_of: Callable[[int], Mapping[str, str]] = lambda _: {},
-    timeout_s: float = TIMEOUT_S,
-    check: bool = True,
-) -> Finished:
-    """Run a command as n ranks, with the variables that torchrun sets, in a folder that gets their outputs.
-
-    When one ends with a code other than 0, the others are killed; RankError then holds its output, unless not check,
-    and always if a rank has not ended in time.
-    """
+def run_apart(n: int, f: Callable[..., None], *args: Any) -> list[int]:
+    """Exit codes of n processes that call f(*args) as the ranks of a group, and of which none is ended when another one is."""
     store, port = _store(n)
-    path = os.pathsep.join([str(ROOT), str(TESTS)])
-    processes = []
-    for rank in range(n):
-        own = _torchrun_variables(rank, n, port) | {"PYTHONPATH": path} | dict(variables or {}) | dict(variables_of(rank))
-        with (folder / f"rank-{rank}.log").open("wb") as log:
-            how: dict[str, Any] = {
-                "cwd": folder,
-                "env": os.environ | CHILD_VARIABLES | own,
-                "stdout": log,
-                "stderr": subprocess.STDOUT,
-            }
-            processes.append(subprocess.Popen(command, start_new_session=True, **how))
-    try:
-        first = _first_failure(processes, timeout_s)
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        del store
-    finished = Finished(
-        [process.returncode for process in processes],
-        [(folder / f"rank-{rank}.log").read_text("utf-8", "replace") for rank in range(n)],
-    )
-    if first == "late":
-        raise RankError(f"ranks did not end in {timeout_s} s:\n" + "\n".join(finished.outputs))
-    if check and first is not None:
-        raise RankError(f"rank {first} of {n} ended with {finished.codes[first]}:\n{finished.outputs[first]}")
-    return finished
-
-
-def _first_failure(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> int | str | None:
-    """Rank that ended first with a code other than 0; None if all ended well, "late" if one does not end."""
-    for _ in range(int(timeout_s / TICK_S)):
-        codes = [process.poll() for process in processes]
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None or all(code == 0 for code in codes):
-            return failed
-        time.sleep(TICK_S)
-    return "late"
+    with mock.patch.dict(os.environ, CHILD_VARIABLES):
+        processes = [started(partial(_as_rank, rank, n, port, f, args), f"rank-{rank}") for rank in range(n)]
+    for process in processes:
+        process.join(TIMEOUT_S)
+        process.kill()
+        process.join()
+    del store
+    return [process.exitcode for process in processes]
 
 
 def _store(n: int) -> tuple[Any, int]:
@@ -165,16 +110,9 @@ def _torchrun_variables(rank: int, n: int, port: int) -> dict[str, str]:
 
 def _started(number: int) -> tuple[Any, Connection]:
     """Process that waits for calls, and the connection to it."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=partial(_serve, there), daemon=True, name=f"rank-{number}")
-    before = dict(os.environ)
-    os.environ |= CHILD_VARIABLES
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ |= before
+    here, there = multiprocessing.Pipe()
+    with mock.patch.dict(os.environ, CHILD_VARIABLES):
+        process = started(partial(_serve, there), f"rank-{number}")
     there.close()
     return process, here
 
@@ -192,16 +130,21 @@ def _serve(connection: Connection) -> None:
 
 def _answer(call: bytes) -> tuple[str, Any]:
     """(traceback, result) of one call within a process group of its own."""
+    try:
+        return "", _as_rank(*pickle.loads(call))
+    except BaseException:
+        return traceback.format_exc(), None
+
+
+def _as_rank(rank: int, n: int, port: int, f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Result of f(*args) as one of n ranks."""
     import torch
     import torch.distributed as dist
 
-    try:
-        rank, n, port, f, args = pickle.loads(call)
-        torch.set_num_threads(1)
-        os.environ |= _torchrun_variables(rank, n, port)
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
-        result = f(*args)
-        dist.destroy_process_group()
-        return "", result
-    except BaseException:
-        return traceback.format_exc(), None
+    torch.set_num_threads(1)
+    os.environ |= _torchrun_variables(rank, n, port)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+    dist.barrier()  # one that ends at once would break the connections that another one still makes
+    result = f(*args)
+    dist.destroy_process_group()
+    return result

@@ -1,6 +1,5 @@
-"""Functions that test_ranks_of_a_group runs on ranks, and a command that it runs as ranks."""
+"""Functions by which the pool of ranks is tested."""
 
-import sys
 import time
 
 import torch
@@ -26,11 +25,3 @@ def wait_for_rank_1() -> None:
     if dist.get_rank() == 1:
         time.sleep(600)
     dist.all_reduce(torch.zeros(1))
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    if sys.argv[1] == "fail":
-        fail_on(1)
-    print(sum_of(float(sys.argv[1])))
-    dist.destroy_process_group()
