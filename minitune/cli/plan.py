@@ -145,7 +145,7 @@ def _mesh(options: Any, source: program.Program) -> Mesh:
     axes: Mapping[str, int] = source.mesh
     plan = options.plan or source.plan
     if options.n is not None or options.mesh is not None:
-        axes = {"data": options.n} if options.mesh is None else axes_of(options.mesh)
+        axes = axes_of(f"data={options.n}" if options.mesh is None else options.mesh)
         plan = options.plan or (source.plan if source.plan != "dp" else "fsdp")
     is_alone = n_ranks(axes) == 1
     if is_alone and options.plan is None:
