@@ -1,0 +1,28 @@
+"""Memory of gathered weights goes back to the system with them."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from minitune.sharding.passing import SMALLEST, passing
+from support.scripts import run_script
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux keeps what was freed")
+def test_blocks_that_were_gathered_leave_no_holes() -> None:
+    with_passing, with_torch = json.loads(run_script("gather_holes", OMP_NUM_THREADS="1"))
+    assert with_passing < 4
+    assert with_torch > 32  # what a block of 8 MiB leaves 24 times, where it is not in pages of its own
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 3, 2 * SMALLEST])
+def test_it_is_an_ordinary_tensor(n: int, dtype: torch.dtype) -> None:
+    x = passing([n, 2], dtype, torch.device("cpu"))
+    assert (x.shape, x.dtype, x.device.type, x.is_contiguous()) == ((n, 2), dtype, "cpu", True)
+    x.fill_(3)
+    part = x[n // 2 :]
+    del x
+    assert bool((part == 3).all())
