@@ -18,7 +18,7 @@ from minitune.planning.mesh import Mesh, mesh_under
 from minitune.programs import plan_fit, program, run_ranks
 from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
-from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
+from minitune.programs.run_ranks import _take_device, planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
 from minitune.programs.shared_codes import check_shared_codes
 from minitune.programs.stages.base import BaseStage
@@ -199,6 +199,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("minitune.hardware.accelerator", lambda: "mps")
     with pytest.raises(InputError, match="2 processes on a device of type mps, expected cpu or cuda"), ranks_of_launch():
         pass
+
+
+def test_a_task_of_srun_takes_the_only_gpu_that_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --gpus-per-task 1 each sees its own as the first, whatever its number on the node."""
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    _take_device(Launched(3, 8, 3, gpus_per_task=1), "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    _take_device(Launched(3, 8, 3), "cuda")
+    assert taken == [0, 3]
 
 
 def test_a_port_that_another_process_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
