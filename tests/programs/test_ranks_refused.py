@@ -20,7 +20,7 @@ from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
 from minitune.programs.run_ranks import _take_device, planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
-from minitune.programs.shared_codes import check_shared_codes
+from minitune.programs.shared_weights import check_shared_weights
 from minitune.programs.stages.base import BaseStage
 from minitune.sharding.ranks import ALONE, Ranks
 from support.programs import LORA, TINY, TRAIN, small_program
@@ -112,12 +112,23 @@ def test_codes_that_ranks_cannot_share_are_refused_before_anything_is_loaded(tmp
     for scheme, message in (("nf4", r"is of nf4, whose scales the 2 ranks of the axis tensor can't share"), ("int8", None)):
         program = loaded(tmp_path, QUANTIZE.format(scheme=scheme) + LORA + TRAIN)
         first = first_state(program)
-        check_shared_codes(program, first, mesh_under({"data": 2}, "fsdp"))
+        check_shared_weights(program, first, mesh_under({"data": 2}, "fsdp"))
         if message is None:
-            check_shared_codes(program, first, mesh_under(mesh, "tp_fsdp"))
+            check_shared_weights(program, first, mesh_under(mesh, "tp_fsdp"))
             continue
         with pytest.raises(InputError, match=message):
-            check_shared_codes(program, first, mesh_under(mesh, "tp_fsdp"))
+            check_shared_weights(program, first, mesh_under(mesh, "tp_fsdp"))
+
+
+def test_an_optimizer_that_wants_whole_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    full = loaded(tmp_path, '[[stage]]\nop = "full"\n' + TRAIN.replace("adamw", "adamw8bit"))
+    adapted = loaded(tmp_path, LORA + TRAIN.replace("adamw", "adamw8bit"))
+    for mesh in (mesh_under({"data": 1}, "fsdp"), mesh_under({"data": 2}, "dp")):
+        check_shared_weights(full, first_state(full), mesh)
+    # deltas are whole on every rank
+    check_shared_weights(adapted, first_state(adapted), mesh_under({"data": 2}, "fsdp"))
+    with pytest.raises(InputError, match=r"optim: AdamW8bit updates model\..*, of which each rank holds a part, expected"):
+        check_shared_weights(full, first_state(full), mesh_under({"data": 2}, "fsdp"))
 
 
 def test_a_mesh_of_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
