@@ -48,7 +48,8 @@ from minitune.types import (
 class StepOptions(TypedDict, total=False):
     """Keywords of train_step, which every named step takes too."""
 
-    micro_batch: int | None  # rows of a forward and backward; None: all
+    # rows of a forward and backward; None: all of the batch, or a rank's share of them
+    micro_batch: int | None
     donate: bool  # whether the tensors of the state that is passed in are written over
     loss_scale: LossScale | None  # for parameters in float16
     # With ranks every process gets the same batch and takes its share of the micro-batches; without
@@ -65,8 +66,8 @@ def train_step(
     loss_scale: LossScale | None = None,
     ranks: Ranks = ALONE,
 ) -> Step:
-    """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows (None: all)
-    whose sums are divided once.
+    """Step of an objective under an optimizer, in micro-batches of `micro_batch` rows whose sums
+    are divided once; None: one micro-batch, or one for each of the ranks that share out the batch.
 
     A step whose loss or gradient is not finite, or that has no target token at all, changes nothing
     and says so in metrics["skipped"]; metrics["not_finite"] is the number of the first leaf without
@@ -80,7 +81,8 @@ def train_step(
 
     def update(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         require_batch(batch)
-        parts = micro_batches(batch, micro_batch)
+        share = ranks.share(len(tree.leaves(batch)[0]))
+        parts = micro_batches(batch, micro_batch or share)
         factor = factor_of(state.opt_state, tree.leaves(parts[0])[0].shape.numel())
         checked = scaled(checked_objective(objective, batch.counts), factor)
 

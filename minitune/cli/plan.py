@@ -32,7 +32,7 @@ from minitune.programs.plan_time import (
     planned_time,
 )
 from minitune.programs.sharding import sharding_of
-from minitune.programs.shared_codes import check_shared_codes
+from minitune.programs.shared_weights import check_shared_weights
 from minitune.programs.stages.batches import tokenized_table
 from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState
@@ -77,7 +77,7 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     if target.mesh == Mesh():
         # as a run of one process does, which holds the whole model
         sharding_of(options.plan or source.plan, source.mesh, ALONE, first.model, "cpu")
-    check_shared_codes(source, first, target.mesh)
+    check_shared_weights(source, first, target.mesh)
     tables: Mapping[str, TableFacts] = {}
     if options.measure:
         tables = data_facts(first, source.stage, source.seed).tables

@@ -67,7 +67,7 @@ def check(words: Sequence[str]) -> CommandResult:
     from minitune.programs.check import check as findings
     from minitune.programs.profiling.check import check_steps
     from minitune.programs.sharding import sharding_of
-    from minitune.programs.shared_codes import check_shared_codes
+    from minitune.programs.shared_weights import check_shared_weights
     from minitune.sharding.ranks import ALONE
 
     loaded = program.load(file, with_model(words[1:], file.stem))
@@ -75,8 +75,7 @@ def check(words: Sequence[str]) -> CommandResult:
     checked = findings(loaded.model, loaded.data, loaded.stage, log.say_early)
     save_paths.check(loaded)
     sharding_of(loaded.plan, loaded.mesh, ALONE, checked.first.model, "cpu")
-    if loaded.mesh:
-        check_shared_codes(loaded, checked.first, mesh_under(loaded.mesh, loaded.plan))
+    check_shared_weights(loaded, checked.first, mesh_under(loaded.mesh, loaded.plan))
     lines = [*checked.lines, *check_steps(loaded.profile, loaded.stage, checked.first)]
     for line in lines:
         sys.stdout.write(f"{line}\n")

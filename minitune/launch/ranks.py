@@ -19,9 +19,10 @@ class Launched(NamedTuple):
 
     rank: int = 0  # among all
     size: int = 1  # how many there are
-    local_rank: int = 0  # on this node: the number of its GPU
+    local_rank: int = 0  # on this node
     address: str = "127.0.0.1"  # of rank 0
     port: int = DEFAULT_PORT  # at which rank 0 answers
+    gpus_per_task: int = 0  # that the launcher shows this process alone; 0: it says none
 
     def variables(self) -> dict[str, str]:
         """Environment variables by which torch.distributed finds the others (`env://`)."""
@@ -91,8 +92,11 @@ def _of_slurm(variables: Mapping[str, str]) -> Launched:
     rank, size, local_rank = (_number(variables, name, "SLURM_STEP_ID") for name in names)
     if size == 1:
         return Launched(rank, size, local_rank)
+    # of srun --gpus-per-task, which binds each task to its own: "1" or "h100:1"
+    _, _, per_task = variables.get("SLURM_GPUS_PER_TASK", "").rpartition(":")
+    n_gpus = int(per_task) if per_task.isdecimal() else 0
     if "MASTER_ADDR" in variables:
-        return Launched(rank, size, local_rank, *_master(variables))
+        return Launched(rank, size, local_rank, *_master(variables), n_gpus)
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
     if not nodes:
         raise InputError(
@@ -101,7 +105,7 @@ def _of_slurm(variables: Mapping[str, str]) -> Launched:
         )
     # steps of two jobs may share a node, and ports below 15000 are often taken
     port = 15000 + _number(variables, "SLURM_JOB_ID", "SLURM_STEP_ID") % 20000
-    return Launched(rank, size, local_rank, first_node(nodes), port)
+    return Launched(rank, size, local_rank, first_node(nodes), port, n_gpus)
 
 
 def first_node(nodes: str) -> str:

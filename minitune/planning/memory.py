@@ -26,7 +26,13 @@ from minitune.planning.forward import (
     step_forward,
 )
 from minitune.planning.offloading import arriving_bytes
-from minitune.planning.rank_leaves import copied_bytes, gathered_bytes, local_bytes, local_part
+from minitune.planning.rank_leaves import (
+    copied_bytes,
+    gathered_bytes,
+    gathering_bytes,
+    local_bytes,
+    local_part,
+)
 from minitune.planning.step_spec import Parts, StepSpec
 from minitune.tree import Tree
 from minitune.types import Params, Trainable
@@ -128,6 +134,7 @@ def _moments(
     backward = Backward(always, arriving, block_copies, activations, earlier)
 
     mesh = step.mesh
+    yield _before_head(forward, backward)
     yield _at_head(forward, backward, copies, rounded)
 
     # back through the blocks, while the gradients of the block after each are summed
@@ -151,6 +158,17 @@ def _moments(
     yield backward.parts(0, 0 if earlier else n_bytes, scratch)
 
 
+def _before_head(forward: StepForward, backward: Backward) -> Parts:
+    """Parts when the head's weights have come together."""
+    head = head_name(forward.step.model.config)
+    arriving = gathering_bytes({head: forward.params[head]}, forward.step.mesh)
+    n_blocks, of_rows = len(forward.blocks), tree.n_bytes(forward.x)
+    return {
+        **backward.parts(n_blocks, 0, of_rows),
+        "gathered": arriving + arriving_bytes(forward.step),
+    }
+
+
 def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: Params) -> Parts:
     """Parts while the head takes its losses."""
     step, blocks = forward.step, forward.blocks
@@ -164,7 +182,8 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
     of_head = gathered_bytes({head: forward.params[head]}, mesh)
     return {
         **at_head,
-        "gathered": at_head["gathered"] + of_head,
+        # the weights of the last block are gone, or wait until an accelerator has computed with them
+        "gathered": of_head + arriving_bytes(step),
         "copies": at_head["copies"] + head_copies + wide_bytes,
     }
 

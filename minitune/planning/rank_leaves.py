@@ -46,6 +46,22 @@ def gathered_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
     )
 
 
+def gathering_bytes(leaves: Mapping[str, Tree], mesh: Mesh) -> int:
+    """Bytes on a rank at the moment when the last parts of these leaves have come: the buffer of
+    all parts, this rank's own in it, twice where another axis made that, and the wholes, which are
+    the buffer itself where it holds the rows of one tensor.
+    """
+    routed, n_bytes = [*_routed(leaves, mesh)], 0
+    for x, axes, route in routed:
+        along = [axis for axis in route.along if axis in axes and mesh.axes[axis] > 1]
+        if along:
+            whole = math.prod(used_shape(x, axes, route, mesh)) * x.element_size()
+            own = -(-whole // mesh.axes[along[-1]])
+            is_buffer = len(routed) == 1 and axes[along[-1]] == 0
+            n_bytes += (1 if is_buffer else 2) * whole + (1 if len(along) == 1 else 2) * own
+    return n_bytes
+
+
 def late_bytes(block: Mapping[str, Tree], mesh: Mesh) -> int:
     """Bytes, in float32 or wider, of the gradients of a block that are summed while the backward
     goes on: none where the weights of experts go to their owners (sharding/later.py)."""

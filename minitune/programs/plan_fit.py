@@ -139,6 +139,8 @@ def _smaller_step(one: Planned, stage: Train, found: Fit) -> Iterator[Change]:
     if hardware.capabilities(step.device).streams:
         step, toml = step._replace(offloaded=True), [rows_toml, f'remat = "{HOST}"']
         yield Change(f"and {label}.remat={HOST} in its place", toml, step)
+    if step.lora is None and any(step.mesh.cuts.get(name) for name in step.trainable):
+        return  # codes of moments belong to blocks of a whole weight
     if step.lora is None:
         words = f"and {label}.optimizer.kind=adamw8bit"
         of_optimizer = 'optimizer = { kind = "adamw8bit", lr = 1e-4 }  # and your learning rate'

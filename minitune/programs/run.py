@@ -36,7 +36,7 @@ from minitune.programs.run_ranks import (
     with_first_records,
 )
 from minitune.programs.sharding import Sharding, sharding_of
-from minitune.programs.shared_codes import check_shared_codes
+from minitune.programs.shared_weights import check_shared_weights
 from minitune.programs.signals import StopSignals
 from minitune.programs.stages.ahead import first_rules, tokens_at_once
 from minitune.programs.state import AbstractState, PipelineStage, PipelineState
@@ -116,8 +116,8 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     device, _ = device_and_dtype(program.model)
     how = ranks, checked.first.model, device.type
     sharding = sharding_of(program.plan, program.mesh, *how)
-    if program.mesh:
-        check_shared_codes(program, checked.first, mesh_under(program.mesh, program.plan))
+    mesh = mesh_under(program.mesh or {"data": ranks.size}, program.plan)
+    check_shared_weights(program, checked.first, mesh)
     of_ranks = msgspec.structs.replace(program, stage=stages)
     if sharding is not None:
         ranks = ranks._replace(sharers=n_sharers(program.mesh))

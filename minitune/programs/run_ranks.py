@@ -133,6 +133,9 @@ def _take_device(place: Launched, accelerator: str) -> None:
     if accelerator != "cuda":
         return
     n_devices = torch.cuda.device_count()
+    if n_devices == place.gpus_per_task == 1:  # the one that it sees is its own
+        torch.cuda.set_device(0)
+        return
     if place.local_rank >= n_devices:
         raise InputError(
             f"launch: local rank {place.local_rank} on a node with {n_devices} GPUs, expected one "

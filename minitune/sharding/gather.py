@@ -271,4 +271,5 @@ def _wholes(leaves: Sequence[Any], begun: Any, routes: WeightRoutes) -> list[Ten
             begun = begin_gather(some, [*cuts.values()], group)
         for i, whole in zip(cuts, end_gather(begun), strict=True):
             parts[i] = whole
+        begun = None  # its buffer is gone before the next axis needs one
     return parts

@@ -49,6 +49,10 @@ class Ranks(NamedTuple):
         """True for the rank that logs and writes."""
         return self.rank == 0
 
+    def share(self, n_rows: int) -> int:
+        """Rows of a batch of which each rank works on as many, the last one on fewer."""
+        return -(-n_rows // (self.size // self.sharers))
+
     def deal(self, parts: Iterable[Part]) -> Iterator[Dealt[Part]]:
         """Parts of this rank: number i goes to the ranks i modulo their number, or to those that
         work on it together.

@@ -17,6 +17,7 @@ CASES = [
     Case("sft", 5, 2, (0, 1)),  # the first rank's first micro-batch has no target
     Case("sft", 1, 1, ()),  # the others have no row
     Case("sft", 3, 3, (2,)),
+    Case("sft", 5, None, (1,)),  # each has its share
     Case("sft", 4, 1, (0, 1, 2, 3)),  # nothing to train on: the step is skipped on every rank
     Case("pairs", 5, 2, ()),
     Case("pairs", 1, 1, ()),
@@ -37,6 +38,10 @@ def test_a_batch_that_ranks_share_out_is_the_step_of_one_process(ranks: Processe
         for on_rank in ranks.run(n, rank_steps.steps_of_ranks, CASES):
             for found, expected in zip(on_rank, wanted, strict=True):
                 assert_equal_steps(found, expected)
+
+
+def test_without_a_size_of_micro_batches_each_rank_works_on_its_share(ranks: Processes) -> None:
+    assert ranks.run(2, rank_steps.rows_of_forwards, 5) == [[3], [2]]
 
 
 def test_rows_of_each_ranks_own_are_the_step_of_one_process(ranks: Processes) -> None:

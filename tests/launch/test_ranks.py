@@ -41,6 +41,9 @@ SRUN = {
             {**OPEN_MPI, "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}, Launched(5, 8, 1, "node0", 1234), id="mpirun, told"
         ),
         pytest.param(SRUN, Launched(5, 8, 1, "gpu003", 15000 + 123456 % 20000), id="srun"),
+        pytest.param(
+            {**SRUN, "SLURM_GPUS_PER_TASK": "h100:1"}, Launched(5, 8, 1, "gpu003", 18456, 1), id="srun that binds a GPU to each"
+        ),
         pytest.param({**SRUN, "SLURM_STEP_NODELIST": "gpu7"}, Launched(5, 8, 1, "gpu7", 18456), id="srun on some nodes"),
         pytest.param({name: SRUN[name] for name in SRUN if name != "SLURM_STEP_ID"}, Launched(), id="script of sbatch"),
         pytest.param({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Launched(), id="srun of one"),

@@ -18,9 +18,9 @@ from minitune.planning.mesh import Mesh, mesh_under
 from minitune.programs import plan_fit, program, run_ranks
 from minitune.programs.plan import first_state
 from minitune.programs.plan_fit import check_memory
-from minitune.programs.run_ranks import planned_mesh, ranks_of_launch, stages_on_ranks
+from minitune.programs.run_ranks import _take_device, planned_mesh, ranks_of_launch, stages_on_ranks
 from minitune.programs.sharding import sharding_of
-from minitune.programs.shared_codes import check_shared_codes
+from minitune.programs.shared_weights import check_shared_weights
 from minitune.programs.stages.base import BaseStage
 from minitune.sharding.ranks import ALONE, Ranks
 from support.programs import LORA, TINY, TRAIN, small_program
@@ -112,12 +112,23 @@ def test_codes_that_ranks_cannot_share_are_refused_before_anything_is_loaded(tmp
     for scheme, message in (("nf4", r"is of nf4, whose scales the 2 ranks of the axis tensor can't share"), ("int8", None)):
         program = loaded(tmp_path, QUANTIZE.format(scheme=scheme) + LORA + TRAIN)
         first = first_state(program)
-        check_shared_codes(program, first, mesh_under({"data": 2}, "fsdp"))
+        check_shared_weights(program, first, mesh_under({"data": 2}, "fsdp"))
         if message is None:
-            check_shared_codes(program, first, mesh_under(mesh, "tp_fsdp"))
+            check_shared_weights(program, first, mesh_under(mesh, "tp_fsdp"))
             continue
         with pytest.raises(InputError, match=message):
-            check_shared_codes(program, first, mesh_under(mesh, "tp_fsdp"))
+            check_shared_weights(program, first, mesh_under(mesh, "tp_fsdp"))
+
+
+def test_an_optimizer_that_wants_whole_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    full = loaded(tmp_path, '[[stage]]\nop = "full"\n' + TRAIN.replace("adamw", "adamw8bit"))
+    adapted = loaded(tmp_path, LORA + TRAIN.replace("adamw", "adamw8bit"))
+    for mesh in (mesh_under({"data": 1}, "fsdp"), mesh_under({"data": 2}, "dp")):
+        check_shared_weights(full, first_state(full), mesh)
+    # deltas are whole on every rank
+    check_shared_weights(adapted, first_state(adapted), mesh_under({"data": 2}, "fsdp"))
+    with pytest.raises(InputError, match=r"optim: AdamW8bit updates model\..*, of which each rank holds a part, expected"):
+        check_shared_weights(full, first_state(full), mesh_under({"data": 2}, "fsdp"))
 
 
 def test_a_mesh_of_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
@@ -199,6 +210,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("minitune.hardware.accelerator", lambda: "mps")
     with pytest.raises(InputError, match="2 processes on a device of type mps, expected cpu or cuda"), ranks_of_launch():
         pass
+
+
+def test_a_task_of_srun_takes_the_only_gpu_that_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --gpus-per-task 1 each sees its own as the first, whatever its number on the node."""
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    _take_device(Launched(3, 8, 3, gpus_per_task=1), "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    _take_device(Launched(3, 8, 3), "cuda")
+    assert taken == [0, 3]
 
 
 def test_a_port_that_another_process_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

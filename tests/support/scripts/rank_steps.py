@@ -1,6 +1,6 @@
 """Steps that tests/algorithms/test_ranks.py takes on the ranks of a group, and in one process."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from minitune.models.families import llama
 from minitune.optim.sgd import SGD
 from minitune.sharding.ranks import ALONE, Ranks
 from minitune.steps import train_step
-from minitune.types import AnyBatch, Batch, Pairs
+from minitune.types import AnyBatch, Batch, Pairs, Params, Trainable
 from support.models import SMALL, random_batch, random_params
 
 RULE = Lora(rank=2, alpha=4.0, targets=("*.self_attn.*_proj.weight",))
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
     loss: str  # sft, pairs or sweep
     n_rows: int
-    micro_batch: int
+    micro_batch: int | None
     masked: tuple[int, ...]
 
     def batch(self) -> AnyBatch:
@@ -51,6 +51,21 @@ def steps_of_ranks(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
     return steps(cases, dist.get_rank(), dist.get_world_size())
 
 
+def rows_of_forwards(n_rows: int) -> list[int]:
+    """Rows of each forward that this rank makes in a step whose micro-batches nobody has given a size."""
+    seen = []
+    objective = sft(MODEL, RULE)
+
+    def watched(trainable: Trainable, params: Params, batch: Batch) -> Any:
+        seen.append(len(batch.tokens))
+        return objective(trainable, params, batch)
+
+    params, place = random_params(SMALL), Ranks(dist.get_rank(), dist.get_world_size())
+    step = train_step(watched, OPTIMIZER, ranks=place)
+    step.update(params, step.init(RULE.init(params, 0)), random_batch(SMALL, n_rows, 11))
+    return seen
+
+
 def step_on_own_rows(parts: list[Batch]) -> dict[str, torch.Tensor]:
     """Tree and metrics after a step on rows that no other rank has."""
     rows = parts[dist.get_rank()]
@@ -63,7 +78,8 @@ def _step(case: Case, batch: AnyBatch, ranks: Ranks) -> dict[str, torch.Tensor]:
     if case.loss == "sweep":
         rules = [RULE, RULE]
         deltas = stack([deltas, RULE.init(params, 1)])
-        step = sweep_step(MODEL, CrossEntropy(), rules, [OPTIMIZER] * 2, micro_batch=case.micro_batch, ranks=ranks)
+        micro_batch = case.micro_batch or case.n_rows
+        step = sweep_step(MODEL, CrossEntropy(), rules, [OPTIMIZER] * 2, micro_batch=micro_batch, ranks=ranks)
     else:
         objective = preference(MODEL, RULE, SimPO(), None) if case.loss == "pairs" else sft(MODEL, RULE)
         step = train_step(objective, OPTIMIZER, micro_batch=case.micro_batch, ranks=ranks)
