@@ -193,7 +193,7 @@ def end_gather(gathering: Gathering) -> list[Tensor]:
         columns = gathering.buffer[:, start : start + n_bytes].view(part.dtype)
         pieces = columns.unflatten(1, part.shape).movedim(0, cut.dim)
         if pieces.is_contiguous() and len(columns) > 1:
-            whole = pieces.flatten(cut.dim, cut.dim + 1)  # the buffer itself
+            whole = pieces.flatten(cut.dim, cut.dim + 1)  # the buffer, which holds nothing else
         else:
             longest = part.shape[cut.dim] * len(columns)
             shape = [longest if i == cut.dim else size for i, size in enumerate(part.shape)]
