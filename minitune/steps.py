@@ -81,8 +81,7 @@ def train_step(
 
     def update(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         require_batch(batch)
-        share = ranks.share(len(tree.leaves(batch)[0]))
-        parts = micro_batches(batch, micro_batch or share)
+        parts = micro_batches(batch, micro_batch or ranks.share(len(tree.leaves(batch)[0])))
         factor = factor_of(state.opt_state, tree.leaves(parts[0])[0].shape.numel())
         checked = scaled(checked_objective(objective, batch.counts), factor)
 

@@ -25,6 +25,11 @@ TORCHAO = (
 )
 
 
+def is_quantized(hf: Mapping[str, Any]) -> bool:
+    """True for a config.json that tells of codes."""
+    return any(hf.get(key) for key in KEYS)
+
+
 def check(hf: Mapping[str, Any], model_type: str, where: str) -> None:
     """InputError for a config.json of weights that are codes which are not read."""
     config = next((hf[key] for key in KEYS if hf.get(key)), None)

@@ -182,7 +182,7 @@ def _at_head(forward: StepForward, backward: Backward, copies: Params, rounded: 
     of_head = gathered_bytes({head: forward.params[head]}, mesh)
     return {
         **at_head,
-        # the weights of the last block are gone, or wait until an accelerator has computed with them
+        # the last block's weights are gone, or wait until an accelerator has computed with them
         "gathered": of_head + arriving_bytes(step),
         "copies": at_head["copies"] + head_copies + wide_bytes,
     }

@@ -23,7 +23,7 @@ from minitune.programs import offloading
 from minitune.programs.data_paths import located
 from minitune.programs.ended import Ended
 from minitune.programs.log import Log
-from minitune.programs.sharding import Sharding, cutting, placed, stored_weights
+from minitune.programs.sharding import Sharding, cutting, placed, stored_weights, unread
 from minitune.programs.signals import StopSignals
 from minitune.programs.state import AbstractState, LoadedModel, PipelineState
 from minitune.programs.state_deltas import deltas_on, open_deltas
@@ -219,6 +219,7 @@ def load(
     away = offloading.offloaded(off, stored, dense, path, dtype)
     with shown as count:
         here = placed(stored, dense - away.keys(), cut, device, dtype, count)
+    stored, here = unread(stored, here, path, model)
     params = {**absent, **here, **away}
     rule, trainable = None, {}
     if source.deltas is not None:

@@ -13,7 +13,9 @@ import torch
 
 from minitune import tree
 from minitune.checkpoint.hf_weights import load_base
+from minitune.io.json_file import read_json_object
 from minitune.models.config import DecoderConfig
+from minitune.models.hf_quantized import is_quantized
 from minitune.models.model import Model
 from minitune.models.weights import dims
 from minitune.sharding.gather import gather
@@ -122,6 +124,23 @@ def placed(
             params[name] = cut(name, w).to(device, dtype)
         count()
     return params
+
+
+def unread(
+    stored: Params, here: Mapping[str, Any], path: Path | None, model: Model
+) -> tuple[Params, dict[str, Any]]:
+    """(stored weights, placed ones) that hold none of the pages which placing has read from the
+    files, where any placed weight is a copy: the system would count them as memory of this process,
+    beside the copies. What a folder holds as codes is not mapped from it, and stays.
+    """
+    of_file = {name for name, w in here.items() if w is stored[name]}
+    if path is None or len(of_file) == len(here):
+        return stored, dict(here)
+    if is_quantized(read_json_object(path / "config.json", "loading")):
+        return stored, dict(here)
+    # one weight that is used as it is mapped would hold the whole file
+    apart = {name: w.clone() if name in of_file else w for name, w in here.items()}
+    return load_base(path, model.shapes(), ()), apart
 
 
 def whole_on_host(leaves: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:

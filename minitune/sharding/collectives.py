@@ -16,7 +16,7 @@ from torch import Tensor
 from minitune import tree
 from minitune.errors import RankLostError
 from minitune.sharding.parts import Cut, cuts_of, is_sharded, local_parts, placed_of, placed_part
-from minitune.sharding.passing import passing
+from minitune.sharding.passing import copied, joined, passing
 from minitune.tree import Tree
 from minitune.types import widen
 
@@ -125,9 +125,8 @@ def begin_gather(parts: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> Ga
     n = dist.get_world_size(group)
     padded = [_padded(part, cut, n) for part, cut in zip(parts, cuts, strict=True)]
     rows = [_filled_up(part.flatten().view(torch.uint8)) for part in padded]
-    n_bytes, device = sum(row.numel() for row in rows), rows[0].device
-    own = torch.cat(rows, out=passing([n_bytes], torch.uint8, device))
-    buffer = passing([n * n_bytes], torch.uint8, device)
+    own = joined(rows)
+    buffer = passing([n * own.numel()], own.dtype, own.device)
     with lost_in_words():
         work = _all_gather(buffer, own, group=group, async_op=True)
     return Gathering(padded, cuts, buffer.view(n, -1), work)
@@ -192,13 +191,10 @@ def end_gather(gathering: Gathering) -> list[Tensor]:
         n_bytes = part.numel() * part.element_size()
         columns = gathering.buffer[:, start : start + n_bytes].view(part.dtype)
         pieces = columns.unflatten(1, part.shape).movedim(0, cut.dim)
-        if pieces.is_contiguous() and len(columns) > 1:
-            whole = pieces.flatten(cut.dim, cut.dim + 1)  # the buffer, which holds nothing else
-        else:
-            longest = part.shape[cut.dim] * len(columns)
-            shape = [longest if i == cut.dim else size for i, size in enumerate(part.shape)]
-            whole = passing(shape, part.dtype, part.device)
-            whole.unflatten(cut.dim, (len(columns), -1)).copy_(pieces)
+        # contiguous, they are all that the buffer holds, and may stay there; of a single rank they
+        # would all be views of the buffer, and live as long as any of them
+        is_buffer = pieces.is_contiguous() and len(columns) > 1
+        whole = (pieces if is_buffer else copied(pieces)).flatten(cut.dim, cut.dim + 1)
         wholes.append(whole.narrow(cut.dim, 0, cut.size).contiguous())
         start += _aligned(n_bytes)
     return wholes
@@ -219,8 +215,7 @@ def begin_scatter(wholes: Sequence[Tensor], cuts: Sequence[Cut], group: Any) -> 
     """Sums of many tensors over the group, in float32 or wider, on their way to the ranks."""
     n = dist.get_world_size(group)
     rows = [_rows_of_parts(whole, cut, n) for whole, cut in zip(wholes, cuts, strict=True)]
-    size = [n, sum(row.shape[1] for row in rows)]
-    sent = torch.cat(rows, dim=1, out=passing(size, rows[0].dtype, rows[0].device)).flatten()
+    sent = joined(rows, dim=1).flatten()
     own = sent.new_empty(sent.numel() // n)
     with lost_in_words():
         work = _reduce_scatter(own, sent, group=group, async_op=True)

@@ -27,3 +27,16 @@ def passing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     with suppress(OSError):  # of a system without huge pages, where it takes a little longer
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat of tensors of one dtype and device, in the memory of `passing`."""
+    first = tensors[0]
+    shape = list(first.shape)
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    return torch.cat(list(tensors), dim, out=passing(shape, first.dtype, first.device))
+
+
+def copied(x: Tensor) -> Tensor:
+    """Contiguous copy of a tensor, in the memory of `passing`."""
+    return passing(x.shape, x.dtype, x.device).copy_(x)

@@ -48,6 +48,8 @@ DONATIONS = {
     ("tree", "donate_at", "index_copy_"),
     ("tree", "donate_sum", "add_"),
     ("optim/adamw", "donate_adamw", "_fused_adamw_"),
+    ("sharding/passing", "copied", "copy_"),
+    ("sharding/passing", "joined", "out"),
 }
 RUNS = {"torch.load", "torch.save", "eval", "exec", "compile", "__import__"}
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
@@ -186,6 +188,7 @@ def no_tensor_writes(module: str, source: str) -> list[str]:
             donates = any((module, name, method) in DONATIONS for name in inside)
             allowed = donates or (module, method) == ("autodiff/value_and_grad", "requires_grad_")
             out = dotted(node.func).split(".")[0] in ("torch", "F") and any(k.arg == "out" for k in node.keywords)
+            out = out and not any((module, name, "out") in DONATIONS for name in inside)
             if out or (re.fullmatch(r".*[a-z0-9]_", method) and not allowed):
                 faults.append(f"{node.lineno}: {ast.unparse(node)}")
         if not has_tensors or not isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete)):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from minitune.sharding.passing import SMALLEST, passing
+from minitune.sharding.passing import SMALLEST, copied, joined, passing
 from support.scripts import run_script
 
 
@@ -26,3 +26,13 @@ def test_it_is_an_ordinary_tensor(n: int, dtype: torch.dtype) -> None:
     part = x[n // 2 :]
     del x
     assert bool((part == 3).all())
+
+
+@pytest.mark.parametrize("n", [0, 3, SMALLEST])
+def test_what_is_joined_or_copied_is_what_torch_makes(n: int) -> None:
+    x, y = torch.arange(3 * n).view(3, n), -torch.arange(6 * n).view(3, 2 * n)
+    assert joined([x, y], 1).equal(torch.cat([x, y], 1))
+    assert joined([x, x]).equal(torch.cat([x, x]))
+    one = copied(y.mT)
+    assert one.is_contiguous()
+    assert one.equal(y.mT)
