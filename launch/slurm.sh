@@ -1,10 +1,11 @@
 #!/bin/bash
 # LoRA on one GPU of a SLURM cluster: sbatch launch/slurm.sh MODEL_FOLDER TRAIN_FILE [KEY=VALUE ...]
+# On several: sbatch --nodes 2 --ntasks-per-node 8 --gres gpu:8 launch/slurm.sh MODEL_FOLDER TRAIN_FILE plan=fsdp out=FOLDER_OF_ALL_NODES
 # Five minutes before the time limit SLURM signals the step. minitune saves its state and ends with 128 + SIGUSR1 = 138,
 # the job goes back to the queue, and the same command continues, bit for bit.
 #SBATCH --job-name=minitune
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --gres=gpu:1
 #SBATCH --time=04:00:00

@@ -1,6 +1,6 @@
 """Plan verb: memory, operations and time of a program's training stages, and whether they fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from minitune.cli.model_folders import with_model
 from minitune.cli.options import OptionParser
 from minitune.errors import InputError
 from minitune.planning.devices import Device, names, open_device
-from minitune.planning.mesh import Mesh, axes_of, mesh_under
+from minitune.planning.mesh import Mesh, axes_of, mesh_under, ranks_in_words
 from minitune.programs import program
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.data_facts import TableFacts, data_facts
@@ -67,17 +67,11 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
     """
     options = _parser().parse_intermixed_args(words)
     source = program.load(file, with_model(options.overrides, file.stem))
-    target = _target(options, source)
-    if options.measure and target != PlanTarget():
-        raise InputError(
-            "plan: --measure is given with another device or several, expected this machine alone; "
-            "drop --device, --n and --mesh, or --measure; a mesh of the program goes with --n 1"
-        )
+    axes, plan = _ranks_asked(options, source)
+    device = None if options.device is None else open_device(options.device)
+    target = PlanTarget(device, _mesh(axes, plan, options))
     first = first_state(source)
-    if target.mesh == Mesh():
-        # as a run of one process does, which holds the whole model
-        sharding_of(options.plan or source.plan, source.mesh, ALONE, first.model, "cpu")
-    check_shared_weights(source, first, target.mesh)
+    _check(options, source, first, target)
     tables: Mapping[str, TableFacts] = {}
     if options.measure:
         tables = data_facts(first, source.stage, source.seed).tables
@@ -97,16 +91,36 @@ def show(file: Path, words: Sequence[str], console: Console | None = None) -> Co
         kept = keep_machine([*devices.values()][-1])
         screen.print(Text(f"this machine, as measured: {kept}"), soft_wrap=True)
     plans = [_stage_plan(one, target, devices, tables, first, source.seed) for one in stages]
-    return _shown(plans, _reading(source, plans), screen)
+    of_ranks = [] if target.mesh == Mesh() else [*_rank_lines(axes, plan, source)]
+    return _shown(plans, _reading(source, plans), of_ranks, screen)
 
 
-def _shown(plans: Sequence[StagePlan], reading: Reading | None, screen: Console) -> CommandResult:
+def _check(options: Any, source: program.Program, first: AbstractState, target: PlanTarget) -> None:
+    """InputError for options that do not go together, and for ranks that can't run the program."""
+    if options.measure and target != PlanTarget():
+        raise InputError(
+            "plan: --measure is given with another device or several, expected this machine alone; "
+            "drop --device, --n and --mesh, or --measure; a mesh of the program goes with --n 1"
+        )
+    if target.mesh == Mesh():
+        # as a run of one process does, which holds the whole model
+        sharding_of(options.plan or source.plan, source.mesh, ALONE, first.model, "cpu")
+    check_shared_weights(source, first, target.mesh)
+
+
+def _shown(
+    plans: Sequence[StagePlan], reading: Reading | None, of_ranks: Sequence[str], screen: Console
+) -> CommandResult:
     """Figures of the plans of stages, printed."""
     screen.print(_table(plans))
+    for line in of_ranks:
+        screen.print(Text(line), soft_wrap=True)
     for one in plans:
         for line in (*one.fit.lines, *one.fit.toml, *one.time_lines):
             screen.print(Text(line), soft_wrap=True)
-    found = {"stages": {one.planned.stage.label: _figures(one) for one in plans}}
+    found: dict[str, Any] = {"stages": {one.planned.stage.label: _figures(one) for one in plans}}
+    if of_ranks:
+        found["ranks"] = list(of_ranks)
     if reading is None:
         return CommandResult(found)
     screen.print(Text(reading.line), soft_wrap=True)
@@ -130,28 +144,42 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _target(options: Any, source: program.Program) -> PlanTarget:
-    device = None if options.device is None else open_device(options.device)
-    return PlanTarget(device, _mesh(options, source))
-
-
-def _mesh(options: Any, source: program.Program) -> Mesh:
-    """Mesh that is asked for, or that of the program; a plan that the program leaves at dp is fsdp
-    for ranks that are asked for."""
+def _ranks_asked(
+    options: Any, source: program.Program
+) -> tuple[Mapping[str, int], str | Mapping[str, str]]:
+    """(ranks along each axis, plan) that are asked for, or those of the program; a plan that the
+    program leaves at dp is fsdp for ranks that are asked for."""
     if options.n is not None and options.mesh is not None:
         raise InputError("plan: --n and --mesh are both given, expected one of them; drop one")
     if options.n is not None and options.n < 1:
         raise InputError(f"plan: --n is {options.n}, expected one device or more; correct it")
-    axes: Mapping[str, int] = source.mesh
-    plan = options.plan or source.plan
-    if options.n is not None or options.mesh is not None:
-        axes = axes_of(f"data={options.n}" if options.mesh is None else options.mesh)
-        plan = options.plan or (source.plan if source.plan != "dp" else "fsdp")
+    if options.n is None and options.mesh is None:
+        return source.mesh, options.plan or source.plan
+    axes = axes_of(f"data={options.n}" if options.mesh is None else options.mesh)
+    return axes, options.plan or ("fsdp" if source.plan == "dp" else source.plan)
+
+
+def _mesh(axes: Mapping[str, int], plan: str | Mapping[str, str], options: Any) -> Mesh:
+    """Mesh of these ranks; of a single one no mesh, but a plan that is asked for is looked at."""
     is_alone = n_ranks(axes) == 1
     if is_alone and options.plan is None:
         return Mesh()
     mesh = mesh_under(axes, plan)
     return Mesh() if is_alone else mesh
+
+
+def _rank_lines(
+    axes: Mapping[str, int], plan: str | Mapping[str, str], source: program.Program
+) -> Iterator[str]:
+    """Lines on the ranks of a plan, and what the program lacks to run so."""
+    toml = []
+    if plan != source.plan:
+        toml.append(f'plan = "{plan}"')
+    if dict(axes) != dict(source.mesh) and (source.mesh or [*axes] != ["data"]):
+        toml.append(f"mesh = {{ {', '.join(f'{axis} = {n}' for axis, n in axes.items())} }}")
+    lacks = "; a program for it has at its top" if toml else ""
+    yield f"{ranks_in_words(axes, plan)}{lacks}"
+    yield from toml
 
 
 def _reading(source: program.Program, plans: Sequence[StagePlan]) -> Reading | None:

@@ -150,6 +150,13 @@ def mesh_under(axes: Mapping[str, int], plan: str | Mapping[str, str]) -> Mesh:
     return Mesh(dict(axes), table)
 
 
+def ranks_in_words(axes: Mapping[str, int], plan: str | Mapping[str, str]) -> str:
+    """Number of ranks, their plan and their mesh, as a reader meets them in lines of a run."""
+    written = ",".join(f"{axis}={n}" for axis, n in axes.items())
+    named = plan if isinstance(plan, str) else "of the program's own"
+    return f"{n_ranks(axes)} ranks, plan {named}, mesh {written}"
+
+
 def axes_of(written: str) -> dict[str, int]:
     """Ranks along each axis, the outermost first, as in "replica=16,data=8"; InputError for what is
     no mesh."""

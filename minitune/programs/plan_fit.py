@@ -1,5 +1,6 @@
 """Fit of the stages of a plan into a device, and the smallest change that makes one fit."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from minitune import hardware, host
 from minitune.errors import InputError
 from minitune.optim.eight_bit import AdamW8bit
 from minitune.planning.devices import Device
-from minitune.planning.mesh import Mesh
+from minitune.planning.mesh import Mesh, mesh_under
 from minitune.planning.step_spec import StepSpec
 from minitune.programs.log import say_early
 from minitune.programs.plan import HERE, Planned, PlanTarget, planned
@@ -139,19 +140,54 @@ def _smaller_step(one: Planned, stage: Train, found: Fit) -> Iterator[Change]:
     if hardware.capabilities(step.device).streams:
         step, toml = step._replace(offloaded=True), [rows_toml, f'remat = "{HOST}"']
         yield Change(f"and {label}.remat={HOST} in its place", toml, step)
-    if step.lora is None and any(step.mesh.cuts.get(name) for name in step.trainable):
-        return  # codes of moments belong to blocks of a whole weight
+    yield from _smaller_state(step, label, toml)
+    if step.device.type != "cpu":
+        yield from _on_more_devices(one, stage, step, toml, found.there - one.process_bytes)
+
+
+def _smaller_state(step: StepSpec, label: str, toml: Sequence[str]) -> Iterator[Change]:
+    """Fewer bytes of weights and of the optimizer's state, for a step of few rows at a time."""
     if step.lora is None:
-        words = f"and {label}.optimizer.kind=adamw8bit"
-        of_optimizer = 'optimizer = { kind = "adamw8bit", lr = 1e-4 }  # and your learning rate'
-        yield Change(words, [*toml, of_optimizer], step._replace(optimizer=AdamW8bit(lr=0.0)))
+        # codes of moments belong to blocks of a whole weight
+        if not any(step.mesh.cuts.get(name) for name in step.trainable):
+            words = f"and {label}.optimizer.kind=adamw8bit"
+            of_optimizer = 'optimizer = { kind = "adamw8bit", lr = 1e-4 }  # and your learning rate'
+            yield Change(words, [*toml, of_optimizer], step._replace(optimizer=AdamW8bit(lr=0.0)))
         return
     nf4 = _nf4(step, toml)
     yield nf4
+    if step.mesh.plan:
+        return  # a rank keeps its parts of the base on its device
     place = "host" if hardware.is_accelerator(step.device) else "disk"
     of_model = ["", "# in [model]", f'offload = "{place}"']
     away = nf4.step._replace(blocks=place)
     yield Change(f"and model.offload={place}", [*nf4.toml, *of_model], away)
+
+
+def _on_more_devices(
+    one: Planned, stage: Train, step: StepSpec, toml: Sequence[str], there: int
+) -> Iterator[Change]:
+    """Step on the fewest devices, a power of two, that hold it in parts under fsdp: nothing if
+    the most do not, or where devices stand on other axes than data."""
+    if not {"data"} >= step.mesh.axes.keys():
+        return
+    n_rows = step.n_rows * step.n_micro_batches * step.mesh.n_shares  # of a batch
+
+    def on(n: int) -> StepSpec:
+        mesh = mesh_under({"data": n}, "fsdp").for_model(step.model.config)
+        return step._replace(mesh=mesh, n_micro_batches=-(-n_rows // (step.n_rows * n)))
+
+    def fits(n: int) -> bool:
+        return sum(one.memory(on(n)).values()) <= there
+
+    numbers = [2**i for i in range(1, 11) if 2**i > step.mesh.n_ranks]
+    if not numbers or not fits(numbers[-1]):
+        return
+    n = numbers[bisect_left(numbers, True, key=fits)]
+    written = [*toml, "", "# at the top of the program", 'plan = "fsdp"']
+    n_samples = n_rows // stage.loss.rows_per_sample
+    idle = f" (a batch has rows for {n_samples} of them)" if n_samples < n else ""
+    yield Change(f"in place of these on {n} devices under fsdp{idle}", written, on(n))
 
 
 def _largest(one: Planned, smallest: StepSpec, found: Fit) -> StepSpec:

@@ -8,7 +8,7 @@ import msgspec
 
 from minitune.errors import InputError
 from minitune.io.results import Record
-from minitune.planning.mesh import mesh_under
+from minitune.planning.mesh import mesh_under, ranks_in_words
 from minitune.programs import log, save_paths
 from minitune.programs.allocator import bound_kernel_cache, keep_freed
 from minitune.programs.check import check, data_notes
@@ -27,6 +27,7 @@ from minitune.programs.records import summary, write_record
 from minitune.programs.report import report
 from minitune.programs.run_folder import Run, open_run
 from minitune.programs.run_ranks import (
+    backend_for,
     log_for,
     planned_mesh,
     ranks_of_launch,
@@ -132,7 +133,8 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     data_lines = data_notes(program.model, program.data, program.stage)
     notes = [*plan_lines, *run.notes, *data_lines, *lines]
     if ranks.size > 1:
-        notes.append(f"{ranks.size} processes share out the rows of each step")
+        axes = program.mesh or {"data": ranks.size}
+        notes.append(f"{ranks_in_words(axes, program.plan)} ({backend_for(device.type)})")
     elif program.divides_model:
         notes.append("plan: one process has the whole model; --ranks or torchrun starts several")
     return _Start(of_ranks, checked.first, sharding, ranks, run, plans, notes)

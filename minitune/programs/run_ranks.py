@@ -199,6 +199,12 @@ def _on_ranks(stage: PipelineStage, n_ranks: int, is_sharded: bool) -> PipelineS
     return stage
 
 
+def backend_for(device_type: str) -> str:
+    """Name of what tensors on a type of device travel by, such as gloo or nccl."""
+    backends = str(dist.get_backend_config())  # such as cpu:gloo,cuda:nccl
+    return dict(part.split(":") for part in backends.split(",")).get(device_type, backends)
+
+
 def planned_mesh(program: Program, ranks: Ranks) -> Mesh:
     """Mesh and plan by which the memory of a rank is planned: those of the program; a single
     process holds everything.

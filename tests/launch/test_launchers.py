@@ -85,7 +85,7 @@ def test_a_slurm_job_asks_for_the_signal_that_minitune_knows() -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
     assert options["signal"] == "USR1@300"  # without B:, so that the step gets it
     assert {"requeue", "open-mode"} <= options.keys()
-    assert options["ntasks"] == options["nodes"] == "1"  # training is one process
+    assert options["ntasks-per-node"] == options["nodes"] == "1"  # training is one process
 
 
 def test_a_task_of_skypilot_runs_its_command_and_continues(

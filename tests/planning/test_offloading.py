@@ -16,23 +16,13 @@ from minitune.programs import program
 from minitune.programs.plan import Planned, PlanTarget, planned
 from minitune.programs.plan_fit import fit
 from minitune.programs.plan_time import planned_time
-from support.programs import LORA, NF4, TRAIN
+from support.programs import LORA, NF4, SHAPE_HEAD, TRAIN
 
-HEAD = """name = "p"
-[model]
-config = "{model}"
-tokenizer = "demo"
-dtype = "bfloat16"
-[data.train]
-path = "demo/orders-train.jsonl"
-format = "instruct"
-seq_len = 512
-"""
 H100 = PlanTarget(open_device("h100"))
 
 
 def plan_of(folder: Path, stages: str, *words: str, target: PlanTarget = H100) -> Planned:
-    (folder / "p.toml").write_text(HEAD.format(model="configs/models/llama-125m.toml") + stages, encoding="utf-8")
+    (folder / "p.toml").write_text(SHAPE_HEAD.format(model="configs/models/llama-125m.toml") + stages, encoding="utf-8")
     (one,) = planned(program.load(folder / "p.toml", words), target=target)
     return one
 
@@ -115,7 +105,7 @@ def test_parts_of_ranks_are_refused(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_a_measured_machine_knows_its_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    text = HEAD.replace('config = "{model}"', f'path = "{tiny / "model"}"').replace('"bfloat16"', '"float32"')
+    text = SHAPE_HEAD.replace('config = "{model}"', f'path = "{tiny / "model"}"').replace('"bfloat16"', '"float32"')
     (tmp_path / "p.toml").write_text(text.replace("512", "256") + LORA + TRAIN, encoding="utf-8")
     words: Any = [str(tmp_path / "p.toml"), "model.offload=disk", "--measure"]
     assert main(["plan", *words]) == 0

@@ -267,7 +267,7 @@ def assert_same_runs(one: Path, other: Path, *, same_files: bool = True) -> None
 def test_every_method_on_three_processes_equals_one(ranks: Ranks, tmp_path: Path, tiny: Path):
     assert main([written(tmp_path, tiny, "one", METHODS), f"out={tmp_path}"]) == 0
     done = run_on_ranks(ranks, 3, [written(tmp_path, tiny, "three", METHODS), f"out={tmp_path}", "--json"], tmp_path)
-    assert "3 processes share out the rows of each step" in done.err
+    assert "3 ranks, plan dp, mesh data=3 (gloo)" in done.err
     assert_same_runs(tmp_path / "one", tmp_path / "three")
 
     deltas, others = tensors_of(tmp_path / "one/deltas"), tensors_of(tmp_path / "three/deltas")

@@ -186,6 +186,17 @@ def small_program(model: str = "demo", data: str = "demo/orders-train.jsonl") ->
     return f'{head}{source}[[stage]]\nop = "lora"\nrank = 4\nalpha = 8.0\ntargets = ["*.self_attn.*_proj.weight"]\n'
 
 
+# of a program whose model is a shape: what a plan needs
+SHAPE_HEAD = """name = "p"
+[model]
+config = "{model}"
+tokenizer = "demo"
+dtype = "bfloat16"
+[data.train]
+path = "demo/orders-train.jsonl"
+format = "instruct"
+seq_len = 512
+"""
 LORA = '[[stage]]\nop = "lora"\nrank = 2\nalpha = 4.0\ntargets = ["*_proj.weight"]\n'
 NF4 = '[[stage]]\nop = "quantize"\nscheme = { kind = "nf4" }\n'
 TRAIN = '[[stage]]\nop = "train"\ndata = "train"\nsteps = 4\nbatch_size = 4\nsave_every = 2\n'
