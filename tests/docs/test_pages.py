@@ -8,6 +8,8 @@ import pytest
 from support import pages
 from support.pages import PAGES, RUN_ELSEWHERE, Reader, blocks_of, commands_of
 from support.paths import ROOT
+from support.program_ranks import metrics_of
+from support.ranks import Ranks
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -15,6 +17,14 @@ def test_a_page_is_true(
     page: Path, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None]
 ) -> None:
     Reader(tmp_path, tiny, monkeypatch, stop_at).read(page)
+
+
+def test_the_training_on_the_page_of_sharding_is_that_of_one_process_on_any_number(ranks: Ranks) -> None:
+    (script,) = (block.text for block in blocks_of(ROOT / "docs/sharding.md", "python") if block.file == "train.py")
+    (alone,) = ranks.run(1, metrics_of, script)
+    for n in (2, 3):
+        for metrics in ranks.run(n, metrics_of, script):
+            assert metrics == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize(("page", "words"), RUN_ELSEWHERE)

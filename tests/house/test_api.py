@@ -18,7 +18,7 @@ def test_the_page_is_what_the_source_says() -> None:
     assert api_page.page() == PAGE, help_
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/research.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/research.md", "docs/sharding.md"])
 def test_every_name_that_a_page_uses_is_there(page: str) -> None:
     used = [thing for thing in names_in((ROOT / page).read_text("utf-8")).values() if inspect.getmodule(thing)]
     missing = [thing for thing in used if not any(thing is other for other in THINGS.values())]

@@ -133,6 +133,15 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "kd_step",
         ),
     },
+    "Sharding": {
+        "minitune.sharding.ranks": ("Ranks",),
+        "minitune.models.weights": ("dims",),
+        "minitune.sharding.mesh": ("device_mesh",),
+        "minitune.sharding.plans": ("named_plan",),
+        "minitune.sharding.placements": ("placements", "shard"),
+        "minitune.sharding.gather": ("gather",),
+        "minitune.sharding.tokens": ("shares_of",),
+    },
     "Gradients": {"minitune.autodiff": ("value_and_grad", "per_example", "accumulate", "remat")},
     "Trees": {
         "minitune.tree": ("items", "leaves", "map", "rebuild", "add", "norm", "norms", "n_bytes", "select", "donate"),

@@ -3,7 +3,10 @@
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch.distributed as dist
 
 from support.ranks import Ranks
 
@@ -32,3 +35,11 @@ def end_of(words: list[str], folder: Path) -> Ended:
     with chdir(folder), redirect_stdout(out), redirect_stderr(err):
         code = main(words)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def metrics_of(script: str) -> dict[str, Any]:
+    """Metrics that a script for torchrun ends with on this rank; the process group that it makes is the one that is here."""
+    names: dict[str, Any] = {}
+    with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
+        exec(script, names)
+    return {name: float(value) for name, value in names["metrics"].items()}

@@ -13,7 +13,7 @@ def names_in(page: str) -> dict[str, Any]:
     """{dotted name: object} of all that the Python snippets of a page import from minitune, or take from a module of it."""
     found: dict[str, Any] = {}
     modules: dict[str, ModuleType] = {}
-    for snippet in re.findall(r"```python\n(.*?)```", page, re.S):
+    for snippet in re.findall(r"```python[^\n]*\n(.*?)```", page, re.S):
         syntax = ast.parse(snippet)
         for node in ast.walk(syntax):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "minitune":
