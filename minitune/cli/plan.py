@@ -177,7 +177,7 @@ def _rank_lines(
         toml.append(f'plan = "{plan}"')
     if dict(axes) != dict(source.mesh) and (source.mesh or [*axes] != ["data"]):
         toml.append(f"mesh = {{ {', '.join(f'{axis} = {n}' for axis, n in axes.items())} }}")
-    lacks = "; a program for it has at its top" if toml else ""
+    lacks = "; to run so, put at the top of the program:" if toml else ""
     yield f"{ranks_in_words(axes, plan)}{lacks}"
     yield from toml
 

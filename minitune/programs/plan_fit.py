@@ -136,13 +136,15 @@ def _smaller_step(one: Planned, stage: Train, found: Fit) -> Iterator[Change]:
     yield Change(f"with {label}.remat=true", ["remat = true"], again)
     rows_toml = f"micro_batch_size = {least}"
     step, toml = smallest._replace(model=recomputed), [rows_toml, "remat = true"]
-    yield Change(f"with {label}.micro_batch_size={least} and {label}.remat=true", toml, step)
+    words = f"with {label}.micro_batch_size={least} and {label}.remat=true"
+    little = Change(words, toml, step)
+    yield little
     if hardware.capabilities(step.device).streams:
         step, toml = step._replace(offloaded=True), [rows_toml, f'remat = "{HOST}"']
         yield Change(f"and {label}.remat={HOST} in its place", toml, step)
     yield from _smaller_state(step, label, toml)
     if step.device.type != "cpu":
-        yield from _on_more_devices(one, stage, step, toml, found.there - one.process_bytes)
+        yield from _on_more_devices(one, stage, little, found.there - one.process_bytes)
 
 
 def _smaller_state(step: StepSpec, label: str, toml: Sequence[str]) -> Iterator[Change]:
@@ -164,11 +166,10 @@ def _smaller_state(step: StepSpec, label: str, toml: Sequence[str]) -> Iterator[
     yield Change(f"and model.offload={place}", [*nf4.toml, *of_model], away)
 
 
-def _on_more_devices(
-    one: Planned, stage: Train, step: StepSpec, toml: Sequence[str], there: int
-) -> Iterator[Change]:
-    """Step on the fewest devices, a power of two, that hold it in parts under fsdp: nothing if
-    the most do not, or where devices stand on other axes than data."""
+def _on_more_devices(one: Planned, stage: Train, little: Change, there: int) -> Iterator[Change]:
+    """Step of a change on the fewest devices, a power of two, that hold it in parts under fsdp:
+    nothing if the most do not, or where devices stand on other axes than data."""
+    step = little.step
     if not {"data"} >= step.mesh.axes.keys():
         return
     n_rows = step.n_rows * step.n_micro_batches * step.mesh.n_shares  # of a batch
@@ -184,10 +185,10 @@ def _on_more_devices(
     if not numbers or not fits(numbers[-1]):
         return
     n = numbers[bisect_left(numbers, True, key=fits)]
-    written = [*toml, "", "# at the top of the program", 'plan = "fsdp"']
+    written = [*little.toml, "", "# at the top of the program", 'plan = "fsdp"']
     n_samples = n_rows // stage.loss.rows_per_sample
     idle = f" (a batch has rows for {n_samples} of them)" if n_samples < n else ""
-    yield Change(f"in place of these on {n} devices under fsdp{idle}", written, on(n))
+    yield Change(f"or {little.words} on {n} devices under fsdp{idle}", written, on(n))
 
 
 def _largest(one: Planned, smallest: StepSpec, found: Fit) -> StepSpec:

@@ -395,7 +395,7 @@ def test_a_plan_for_ranks_takes_the_mesh_and_the_plan_that_are_asked_for_or_thos
     assert "each rank sends" not in alone
     asked = planned_for("--mesh", "data=2,context=4", "--plan", "cp")
     assert re.search(r"each rank sends \S+ GiB of weights .* GiB of activations in \S+ s, for which the products wait", asked)
-    lacks = '; a program for it has at its top\nplan = "cp"\nmesh = { data = 2, context = 4 }\n'
+    lacks = '; to run so, put at the top of the program:\nplan = "cp"\nmesh = { data = 2, context = 4 }\n'
     assert f"8 ranks, plan cp, mesh data=2,context=4{lacks}" in asked
     assert asked.replace(lacks, "\n") == planned_for("plan=cp", "mesh={data=2,context=4}")
     table = 'plan={d_ff="shelf"}'
@@ -403,11 +403,11 @@ def test_a_plan_for_ranks_takes_the_mesh_and_the_plan_that_are_asked_for_or_thos
     assert "GiB of weights" in of_table
     assert "activations in" not in of_table
     assert "6 ranks, plan of the program's own, mesh data=2,shelf=3\n" in of_table
-    lacks = "; a program for it has at its top\nmesh = { data = 2, shelf = 3 }\n"
+    lacks = "; to run so, put at the top of the program:\nmesh = { data = 2, shelf = 3 }\n"
     assert of_table == planned_for(table, "--mesh", "data=2,shelf=3").replace(lacks, "\n")
     of_eight = planned_for("--n", "8")
     assert of_eight == planned_for("--mesh", "data=8", "--plan", "fsdp")
-    assert '8 ranks, plan fsdp, mesh data=8; a program for it has at its top\nplan = "fsdp"\ntrain: ' in of_eight
+    assert '8 ranks, plan fsdp, mesh data=8; to run so, put at the top of the program:\nplan = "fsdp"\ntrain: ' in of_eight
     assert "8 ranks, plan dp, mesh data=8\ntrain: " in planned_for("--n", "8", "--plan", "dp")
     assert planned_for("plan=cp", "mesh={data=2,context=4}", "--n", "1") == alone
 
