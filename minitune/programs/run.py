@@ -133,8 +133,7 @@ def _started(asked: WrittenProgram, end: Chosen | None, ranks: Ranks) -> _Start:
     data_lines = data_notes(program.model, program.data, program.stage)
     notes = [*plan_lines, *run.notes, *data_lines, *lines]
     if ranks.size > 1:
-        axes = program.mesh or {"data": ranks.size}
-        notes.append(f"{ranks_in_words(axes, program.plan)} ({backend_for(device.type)})")
+        notes.append(f"{ranks_in_words(mesh.axes, program.plan)} ({backend_for(device.type)})")
     elif program.divides_model:
         notes.append("plan: one process has the whole model; --ranks or torchrun starts several")
     return _Start(of_ranks, checked.first, sharding, ranks, run, plans, notes)
