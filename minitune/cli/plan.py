@@ -21,7 +21,7 @@ from minitune.programs.model_paths import models_of
 from minitune.programs.plan import Planned, PlanTarget, first_state, planned
 from minitune.programs.plan_fit import MIB, Fit, fit
 from minitune.programs.plan_parts import model_files
-from minitune.programs.plan_rows import as_taken, with_longest
+from minitune.programs.plan_rows import as_taken, step_tokens, with_longest
 from minitune.programs.plan_time import (
     PlannedTime,
     Reading,
@@ -120,7 +120,7 @@ def _shown(
             screen.print(Text(line), soft_wrap=True)
     found: dict[str, Any] = {"stages": {one.planned.stage.label: _figures(one) for one in plans}}
     if of_ranks:
-        found["ranks"] = list(of_ranks)
+        found["ranks"] = {"lines": list(of_ranks[:1]), "toml": list(of_ranks[1:])}
     if reading is None:
         return CommandResult(found)
     screen.print(Text(reading.line), soft_wrap=True)
@@ -175,7 +175,7 @@ def _rank_lines(
     toml = []
     if plan != source.plan:
         toml.append(f'plan = "{plan}"')
-    if dict(axes) != dict(source.mesh) and (source.mesh or [*axes] != ["data"]):
+    if [*axes.items()] != [*source.mesh.items()] and (source.mesh or [*axes] != ["data"]):
         toml.append(f"mesh = {{ {', '.join(f'{axis} = {n}' for axis, n in axes.items())} }}")
     lacks = "; to run so, put at the top of the program:" if toml else ""
     yield f"{ranks_in_words(axes, plan)}{lacks}"
@@ -243,7 +243,7 @@ def _figures(plan: StagePlan) -> dict[str, Any]:
         "fits": plan.fit.fits,
         "device_bytes": plan.fit.there,
         "parts": parts,
-        "flops": {"token": one.flops_per_token, "step": one.flops_per_token * _tokens(one)},
+        "flops": {"token": one.flops_per_token, "step": one.flops_per_token * step_tokens(one)},
         "time": None if time is None else _times(time),
         "lines": plan.lines,
         "toml": plan.fit.toml,
@@ -287,12 +287,6 @@ def _table(plans: Sequence[StagePlan]) -> Table:
     table.add_section()
     table.add_row("GFLOP a token", *(f"{one.flops_per_token / 1e9:,.3g}" for one in stages))
     table.add_row(
-        "TFLOP a step", *(f"{one.flops_per_token * _tokens(one) / 1e12:,.3g}" for one in stages)
+        "TFLOP a step", *(f"{one.flops_per_token * step_tokens(one) / 1e12:,.3g}" for one in stages)
     )
     return table
-
-
-def _tokens(one: Planned) -> int:
-    """Tokens of a step, on all ranks."""
-    step = one.step
-    return step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_shares

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune import hardware, host
+from minitune.algorithms.shared_state import check_shared
 from minitune.errors import InputError
 from minitune.optim.eight_bit import AdamW8bit
 from minitune.planning.devices import Device
@@ -156,23 +157,27 @@ def _smaller_state(step: StepSpec, label: str, toml: Sequence[str]) -> Iterator[
             of_optimizer = 'optimizer = { kind = "adamw8bit", lr = 1e-4 }  # and your learning rate'
             yield Change(words, [*toml, of_optimizer], step._replace(optimizer=AdamW8bit(lr=0.0)))
         return
-    nf4 = _nf4(step, toml)
-    yield nf4
+    linear = [w for name, w in step.params.items() if "_proj." in name]
+    if all(isinstance(w, Tensor) for w in linear):  # a weight is quantized once
+        nf4 = _nf4(step, toml)
+        yield nf4
+        step, toml = nf4.step, nf4.toml
     if step.mesh.plan:
         return  # a rank keeps its parts of the base on its device
     place = "host" if hardware.is_accelerator(step.device) else "disk"
     of_model = ["", "# in [model]", f'offload = "{place}"']
-    away = nf4.step._replace(blocks=place)
-    yield Change(f"and model.offload={place}", [*nf4.toml, *of_model], away)
+    away = step._replace(blocks=place)
+    yield Change(f"and model.offload={place}", [*toml, *of_model], away)
 
 
 def _on_more_devices(one: Planned, stage: Train, little: Change, there: int) -> Iterator[Change]:
     """Step of a change on the fewest devices, a power of two, that hold it in parts under fsdp:
-    nothing if the most do not, or where devices stand on other axes than data."""
+    nothing if the most do not, if the optimizer wants whole weights, or where devices stand on
+    other axes than data."""
     step = little.step
     if not {"data"} >= step.mesh.axes.keys():
         return
-    n_rows = step.n_rows * step.n_micro_batches * step.mesh.n_shares  # of a batch
+    n_rows = stage.batch_size * stage.rows_per_sample
 
     def on(n: int) -> StepSpec:
         mesh = mesh_under({"data": n}, "fsdp").for_model(step.model.config)
@@ -185,10 +190,23 @@ def _on_more_devices(one: Planned, stage: Train, little: Change, there: int) -> 
     if not numbers or not fits(numbers[-1]):
         return
     n = numbers[bisect_left(numbers, True, key=fits)]
-    written = [*little.toml, "", "# at the top of the program", 'plan = "fsdp"']
-    n_samples = n_rows // stage.loss.rows_per_sample
-    idle = f" (a batch has rows for {n_samples} of them)" if n_samples < n else ""
+    if not _is_of_parts(on(n)):
+        return
+    where = f"# at the top of the program, in place of its plan and mesh, for a run on {n} devices"
+    written = [*little.toml, "", where, 'plan = "fsdp"', f"mesh = {{ data = {n} }}"]
+    few = stage.batch_size < n
+    idle = f" (a batch has rows for {stage.batch_size} of them)" if few else ""
     yield Change(f"or {little.words} on {n} devices under fsdp{idle}", written, on(n))
+
+
+def _is_of_parts(step: StepSpec) -> bool:
+    """True for a step whose optimizer updates the parts that a rank holds."""
+    shared = [name for name in step.trainable if step.mesh.cuts.get(name)]
+    try:
+        check_shared(step.optimizer, step.trainable, shared)
+    except InputError:
+        return False
+    return True
 
 
 def _largest(one: Planned, smallest: StepSpec, found: Fit) -> StepSpec:

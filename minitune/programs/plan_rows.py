@@ -8,6 +8,7 @@ import msgspec
 from minitune.data.table_facts import Lengths
 from minitune.programs.data_facts import TableFacts
 from minitune.programs.plan import Planned
+from minitune.programs.stages.train import Train
 from minitune.programs.state import AbstractState
 
 
@@ -40,6 +41,15 @@ def as_taken(one: Planned, facts: TableFacts | None) -> Planned:
     n_documents = step.n_rows * step.n_micro_batches
     n_tokens = round(expected_longest(facts.lengths, n_documents))
     return one._replace(step=step._replace(n_tokens=min(step.n_tokens, max(1, n_tokens))))
+
+
+def step_tokens(one: Planned) -> int:
+    """Tokens of a step on all ranks, which may have room for more rows than a batch has."""
+    step = one.step
+    n_rows = step.n_rows * step.n_micro_batches * step.mesh.n_shares
+    if isinstance(one.stage, Train):
+        n_rows = min(n_rows, one.stage.batch_size * one.stage.rows_per_sample)
+    return n_rows * step.n_tokens
 
 
 def expected_longest(lengths: Lengths, n: int) -> float:

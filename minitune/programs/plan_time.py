@@ -19,6 +19,7 @@ from minitune.planning.devices import Device, read_device
 from minitune.planning.timing import Timing, timing
 from minitune.programs.data_facts import TableFacts
 from minitune.programs.plan import Planned
+from minitune.programs.plan_rows import step_tokens
 from minitune.programs.stages.expected_time import duration, evaluations_left, forward_share
 from minitune.programs.stages.train import Train
 
@@ -103,7 +104,7 @@ def planned_time(one: Planned, device: Device, heldout_tokens: int = 0) -> Plann
     """
     assert isinstance(one.stage, Train), "there is no step to time"
     step, stage = one.step, one.stage
-    tokens = step.n_rows * step.n_tokens * step.n_micro_batches * step.mesh.n_shares
+    tokens = step_tokens(one)
     found = timing(step, one.flops_per_token, one.parts, device)
     planned = PlannedTime(found, device, tokens, stage.steps)
     if stage.evaluate is None or not heldout_tokens:

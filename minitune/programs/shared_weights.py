@@ -38,5 +38,5 @@ def _check_codes(plan: PlanState, mesh: Mesh) -> None:
 def _check_optimizer(stage: Train, plan: PlanState, mesh: Mesh) -> None:
     trainable = trainable_like(plan.abstract, plan.narrow)
     cuts = mesh.for_model(plan.abstract.model.config).cuts
-    shared = [name for name in trainable if cuts.get(name)]
+    shared = [name for name in cuts if name in trainable]
     check_shared(stage.optimizer_for(trainable, seed=0), trainable, shared)

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from minitune.planning.devices import open_device
 from minitune.planning.mesh import Mesh, mesh_under
 from minitune.programs import program
 from minitune.programs.plan import Planned, PlanTarget, planned
 from minitune.programs.plan_fit import Fit, fit
-from support.programs import LORA, SHAPE_HEAD, TRAIN
+from minitune.programs.plan_rows import step_tokens
+from minitune.programs.plan_time import planned_time
+from support.programs import LORA, NF4, SHAPE_HEAD, TRAIN
 
 H100 = open_device("h100")
 FULL = '[[stage]]\nop = "full"\n'
@@ -30,7 +33,9 @@ def test_the_fewest_devices_that_hold_a_step_are_the_last_advice(tmp_path: Path)
     _, found = plan_of(tmp_path, FULL + TRAIN, 1, n_bytes)
     on_eight = f" on 8 devices under fsdp (a batch has rows for 4 of them): {n_bytes / 2**20:,.1f} MiB, fits"
     assert found.lines[-1].endswith(on_eight)
-    assert found.toml[-2:] == ["# at the top of the program", 'plan = "fsdp"']
+    assert found.toml[-2:] == ['plan = "fsdp"', "mesh = { data = 8 }"]
+    _, again = plan_of(tmp_path, "".join([FULL, TRAIN, *(f"{line}\n" for line in found.toml[1:3])]), 8, n_bytes)
+    assert again.fits
     assert any("adamw8bit" in line for line in found.lines)
     _, found = plan_of(tmp_path, FULL + TRAIN, 1, n_bytes // 100)
     assert found.lines[-1] == "  or a smaller model, or a lora stage in place of a full one"
@@ -43,3 +48,29 @@ def test_ranks_that_hold_parts_are_not_advised_what_they_refuse(tmp_path: Path) 
         _, found = plan_of(tmp_path, stages + TRAIN, 2, one.n_bytes // 100)
         assert len(found.lines) > 2
         assert not any("adamw8bit" in line or "offload" in line for line in found.lines)
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "muon"])
+def test_an_optimizer_of_whole_weights_is_not_advised_to_go_to_parts(kind: str, tmp_path: Path) -> None:
+    stages = FULL + TRAIN.replace("adamw", kind)
+    one, _ = plan_of(tmp_path, stages, 1)
+    _, found = plan_of(tmp_path, stages, 1, one.n_bytes // 8)
+    assert found.lines[-1].startswith("  or a smaller model")
+    assert not any("fsdp" in line for line in found.lines)
+
+
+def test_weights_that_are_quantized_are_not_advised_to_be(tmp_path: Path) -> None:
+    stages = NF4 + LORA + TRAIN
+    one, _ = plan_of(tmp_path, stages, 1)
+    _, found = plan_of(tmp_path, stages, 1, one.n_bytes // 100)
+    assert any("model.offload=host" in line for line in found.lines)
+    assert not any("quantize" in line for line in found.lines)
+
+
+def test_a_batch_has_no_more_tokens_than_its_rows(tmp_path: Path) -> None:
+    for n in (1, 2, 3, 64):
+        one, _ = plan_of(tmp_path, FULL + TRAIN, n)
+        assert step_tokens(one) == 4 * 512
+        time = planned_time(one, H100)
+        assert time.tokens == 4 * 512
+        assert time.step.expected_s >= time.step.roof_s

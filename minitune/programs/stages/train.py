@@ -269,8 +269,7 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
         return training_optimizer.optimizer_for(self, trainable, seed)
 
     def _objective(self, model: Model, state: PipelineState, teacher: Teacher | None) -> Objective:
-        from_base = self.reference == "base"
-        return objective_for(model, state, self.loss, teacher, from_base=from_base)
+        return objective_for(model, state, self.loss, teacher, from_base=self.reference == "base")
 
     def _model(self, state: PipelineState) -> Model:
         """Model whose blocks and embedding are what the stage asks for."""
@@ -279,13 +278,15 @@ class Train(BaseStage, frozen=True, kw_only=True, tag="train"):
 
     @property
     def n_rows(self) -> int:
-        """Rows that go through the model together in a micro-batch: both answers of a pair, every
-        adapter's of a sweep.
-        """
-        rows_per_sample = self.loss.rows_per_sample
-        if self.sweep is not None:
-            rows_per_sample = len(sweep_points.points(self))
-        return min(self.micro_batch_size or self.batch_size, self.batch_size) * rows_per_sample
+        """Rows that go through the model together in a micro-batch."""
+        n_samples = min(self.micro_batch_size or self.batch_size, self.batch_size)
+        return n_samples * self.rows_per_sample
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of a sample in a forward: both answers of a pair, every adapter's of a sweep."""
+        swept = self.sweep is not None
+        return len(sweep_points.points(self)) if swept else self.loss.rows_per_sample
 
     def evaluation_rows(self, n_tokens: int, n_trained: int) -> int:
         """Rows (or pairs) of n_tokens for a forward of `evaluate`; n_trained: of a trained row."""
