@@ -408,6 +408,9 @@ def test_a_plan_for_ranks_takes_the_mesh_and_the_plan_that_are_asked_for_or_thos
     of_eight = planned_for("--n", "8")
     assert of_eight == planned_for("--mesh", "data=8", "--plan", "fsdp")
     assert '8 ranks, plan fsdp, mesh data=8; to run so, put at the top of the program:\nplan = "fsdp"\ntrain: ' in of_eight
+    of_ranks = json.loads(planned_for("--n", "8", "--json"))["result"]["ranks"]
+    assert of_ranks["lines"][0].startswith("8 ranks, plan fsdp, mesh data=8")
+    assert of_ranks["toml"] == ['plan = "fsdp"']
     # the order of axes is part of a mesh
     turned = planned_for("plan=hsdp", "mesh={replica=2,data=4}", "--mesh", "data=4,replica=2")
     assert "mesh data=4,replica=2; to run so, put at the top of the program:\nmesh = { data = 4, replica = 2 }\n" in turned
