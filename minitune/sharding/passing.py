@@ -23,7 +23,10 @@ def passing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     n_bytes = prod(shape) * dtype.itemsize
     if device.type != "cpu" or sys.platform != "linux" or n_bytes < SMALLEST:
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no more mappings, or no memory, of which torch has its own error
+        return torch.empty(shape, dtype=dtype, device=device)
     with suppress(OSError):  # of a system without huge pages, where it takes a little longer
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)

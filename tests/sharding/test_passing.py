@@ -1,6 +1,7 @@
 """Memory of gathered weights goes back to the system with them."""
 
 import json
+import mmap
 import sys
 
 import pytest
@@ -26,6 +27,14 @@ def test_it_is_an_ordinary_tensor(n: int, dtype: torch.dtype) -> None:
     part = x[n // 2 :]
     del x
     assert bool((part == 3).all())
+
+
+def test_where_the_system_gives_no_pages_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert passing([3, SMALLEST], torch.uint8, torch.device("cpu")).shape == (3, SMALLEST)
 
 
 @pytest.mark.parametrize("n", [0, 3, SMALLEST])
