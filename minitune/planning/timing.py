@@ -85,8 +85,8 @@ def timing(step: StepSpec, flops_per_token: float, parts: Parts, device: Device)
         fetched_s = None if speed is None else fetched / speed
     # what a training attains of the products has its other operations in it
     attained_s = products_s / device.attained
-    beside = max(attained_s, memory_s, overlapped_s, fetched_s or 0.0)
-    expected_s = beside + exposed_s + exchanged_s
+    slowest_s = max(attained_s, memory_s, overlapped_s, fetched_s or 0.0)
+    expected_s = slowest_s + exposed_s + exchanged_s
     seconds = products_s, memory_s, overlapped_s, exposed_s, expected_s
     return Timing(*seconds, sent, fetched, fetched_s, exchanged_s)
 

@@ -131,7 +131,7 @@ def unread(
 ) -> tuple[Params, dict[str, Any]]:
     """(stored weights, placed ones) that hold none of the pages which placing has read from the
     files, where any placed weight is a copy: the system would count them as memory of this process,
-    beside the copies. What a folder holds as codes is not mapped from it, and stays.
+    in addition to the copies. What a folder holds as codes is not mapped from it, and stays.
     """
     of_file = {name for name, w in here.items() if w is stored[name]}
     if path is None or len(of_file) == len(here):
